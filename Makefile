@@ -1,0 +1,32 @@
+# make demo   the main job on a real model        make test   lint, types and tests
+# make setup  builds .venv with pinned versions   make clean  removes what these made
+PYTHON ?= python3.11
+BIN := .venv/bin
+MODEL := models/smollm2-135m-instruct
+
+.PHONY: setup demo quick test clean
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,dev]'
+	touch $@
+
+$(MODEL)/model.safetensors: | .venv/ready
+	$(BIN)/python demo/fetch_model.py
+
+demo: setup $(MODEL)/model.safetensors
+	$(BIN)/peftopt run recipes/demo.yaml
+
+quick: setup $(MODEL)/model.safetensors
+	$(BIN)/peftopt run recipes/quick.yaml
+
+test: setup $(MODEL)/model.safetensors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+clean:
+	rm -rf .venv models results/artifacts results/runs

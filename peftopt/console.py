@@ -1,0 +1,100 @@
+"""All that a person sees in the terminal: results on stdout, progress and warnings on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from rich.console import Console as Rich
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from peftopt.errors import BadRecipe, PeftoptError
+
+OUTCOME_STYLE = {"accepted": "green", "rejected": "red", "inconclusive": "yellow", "not judged": "dim"}
+
+
+class Console:
+    """Implements runner.Listener. `quiet` keeps stderr to warnings and errors."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.out, self.err = Rich(highlight=False), Rich(stderr=True, highlight=False)
+        self.quiet = quiet
+        self.lock = threading.Lock()
+
+    # ---- while it runs ----
+
+    def done(self, step: str, what: str, seconds: float | None, note: str = "") -> None:
+        if not self.quiet:
+            took = "cached" if seconds is None else f"{seconds:.1f} s"
+            self.err.print(f"  {escape(step):<8} {escape(what)} [dim]{took} {escape(note)}[/dim]")
+
+    def warn(self, text: str) -> None:
+        self.err.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        """A bar with an estimate on a terminal; off a terminal, a line whenever a tenth is done."""
+        if self.quiet:
+            yield lambda done, what: None
+        elif not self.err.is_terminal:
+            yield self._lines(title, total)
+        else:
+            columns = (
+                TextColumn("  {task.description:<14}"),
+                BarColumn(30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[what]}"),
+            )
+            with Progress(*columns, console=self.err, transient=True) as bar:
+                task = bar.add_task(title, total=total, what="")
+                yield lambda done, what: bar.update(task, completed=done, what=escape(what))
+
+    def _lines(self, title: str, total: int) -> Callable[[int, str], None]:
+        shown = 0
+
+        def show(done: int, what: str) -> None:
+            nonlocal shown
+            with self.lock:
+                if done * 10 // max(total, 1) > shown:
+                    shown = done * 10 // max(total, 1)
+                    self.err.print(f"  {escape(title):<14} {done}/{total} [dim]{escape(what)}[/dim]")
+
+        return show
+
+    # ---- results ----
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], outcomes: Sequence[str] = ()) -> None:
+        """Print a table; each row takes the colour of its outcome on a terminal."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in header:
+            table.add_column(escape(column), overflow="fold")
+        for row, outcome in zip(rows, outcomes or [""] * len(rows), strict=True):
+            table.add_row(*(escape(cell) for cell in row), style=OUTCOME_STYLE.get(outcome, ""))
+        width = None if self.out.is_terminal else 160
+        self.out.print(table, width=width)
+
+    def say(self, text: str, style: str = "") -> None:
+        self.out.print(escape(text), style=style or None, soft_wrap=True)
+
+    def pairs(self, title: str, values: Mapping[str, object]) -> None:
+        """A titled list of names and values."""
+        self.out.print(f"[bold]{escape(title)}[/bold]")
+        for name, value in values.items():
+            self.out.print(f"  {escape(name):<24} {escape(str(value))}", soft_wrap=True)
+
+    def error(self, error: PeftoptError) -> None:
+        """What is wrong and what to do; all the mistakes of a recipe at once."""
+        problems = error.problems if isinstance(error, BadRecipe) else ((0, error.message, error.hint),)
+        for line, message, hint in problems:
+            where = f" ({error.path}:{line})" if isinstance(error, BadRecipe) and line else ""
+            self.err.print(f"[red]error:[/red] {escape(message)}{escape(where)}", soft_wrap=True)
+            if hint:
+                self.err.print(f"[cyan]hint:[/cyan] {escape(hint)}", soft_wrap=True)
+        sys.stderr.flush()

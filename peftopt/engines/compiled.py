@@ -1,0 +1,59 @@
+"""transformers `generate` with the decode step compiled by torch.compile, over a static key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftopt.engines import Scores, eager
+from peftopt.errors import BadInput
+from peftopt.records import Model
+
+TECHNIQUE = "compile"
+NEEDS = eager.NEEDS
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True)
+class Params:
+    """`mode` of torch.compile ("reduce-overhead" records CUDA graphs); `cache_len`: the cache's length in tokens, or 0
+    for what a request needs, rounded up to a multiple of 256; `device` as in `eager`."""
+
+    mode: str = "default"
+    cache_len: int = 0
+    device: str = "auto"
+
+
+def open(model: Model, params: Params) -> Compiled:
+    """Load the model; the first `generate` of each batch size compiles, or loads what an earlier process compiled."""
+    if params.mode not in MODES:
+        raise BadInput(f"mode: {params.mode!r} is no mode of torch.compile", f"use one of {', '.join(MODES)}")
+    return Compiled(model, params)
+
+
+class Compiled(eager.Transformers):
+    """The eager engine with another cache and a compiled decode step; the prompt itself still runs eagerly.
+
+    What Inductor compiles is kept in TORCHINDUCTOR_CACHE_DIR, so a second process starts warm.
+    """
+
+    scores = False
+
+    def __init__(self, model: Model, params: Params) -> None:
+        from transformers import CompileConfig
+
+        super().__init__(model, params.device)
+        self._cache_len = params.cache_len
+        # Static shapes: a graph of its own for each batch size, instead of one slower graph for all of them.
+        self._compile = CompileConfig(mode=params.mode, dynamic=False)
+        self._compile._compile_all_devices = True  # transformers compiles by itself only on accelerators
+
+    def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        raise NotImplementedError("a compiled decoder only generates; score with the eager engine")
+
+    def _cache(self, length: int) -> dict[str, Any]:
+        # The cache's length is part of the compiled shape. Rounded up, and never smaller than before (transformers
+        # keeps the longest), it stays the same over the prompt lengths of a workload: one graph, no recompiling.
+        rounded = max(-(-length // 256) * 256, self._cache_len)
+        return {"cache_implementation": "static", "max_cache_len": rounded, "compile_config": self._compile}

@@ -1,0 +1,203 @@
+"""transformers `generate` as most services call it: PyTorch eager, adapters unmerged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftopt.engines import TOP_K, Generation, Scores
+from peftopt.errors import BadInput
+from peftopt.records import Model
+from peftopt.transforms import _hf
+
+TECHNIQUE = ""
+NEEDS = ("torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Params:
+    """`device`: "auto" (CUDA where there is one), "cpu" or "cuda"."""
+
+    device: str = "auto"
+
+
+def open(model: Model, params: Params) -> Transformers:
+    """Load the model and its adapters. Raises BadInput for a folder or an adapter that cannot be read."""
+    return Transformers(model, params.device)
+
+
+class Transformers:
+    """A loaded model that answers through `generate`; see `peftopt.engines.Engine` for what each method promises."""
+
+    scores = True
+
+    def __init__(self, model: Model, device: str) -> None:
+        import torch
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._device = torch.device(device)
+        self._tokenizer = _hf.tokenizer(model.path)
+        loaded = _hf.load(model.path, unpacked=bool(model.adapters))
+        started = time.perf_counter()
+        for index, adapter in enumerate(model.adapters):
+            # PEFT's default would hold the adapter in fp32 on a bf16 base, and convert at every layer and token. A
+            # service that minds its latency does not, and against it a merge would gain more than it is worth.
+            loaded = _hf.attach(loaded, adapter, f"adapter{index}", keep_dtype=True)
+        if len(model.adapters) > 1:
+            loaded.base_model.set_adapter([f"adapter{index}" for index in range(len(model.adapters))])
+        self.adapter_switch_time = time.perf_counter() - started if model.adapters else None
+        self._model = loaded.to(self._device)
+        self._owners = [loaded, loaded.get_base_model()] if model.adapters else [loaded]
+        self._one_by_one = bool(model.adapters) and loaded.active_peft_config.is_prompt_learning
+        self._stopping, self._endless = _greedy(self._model.generation_config, self._tokenizer)
+        self.eos = frozenset(_as_list(self._stopping.eos_token_id))
+
+    @property
+    def special_tokens(self) -> frozenset[int]:
+        added = self._tokenizer.added_tokens_decoder.items()
+        return frozenset(self._tokenizer.all_special_ids) | {id_ for id_, token in added if token.special}
+
+    def encode(self, messages: Sequence[Mapping[str, str]], answer: str | None = None) -> tuple[list[int], list[int]]:
+        if self._tokenizer.chat_template:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            prompt = self._tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            prompt = self._tokenizer("\n".join(message["content"] for message in messages)).input_ids
+        if answer is None:
+            return prompt, []
+        # The answer is encoded apart, as it is generated: no token spans the end of the prompt.
+        ids = self._tokenizer(answer, add_special_tokens=False).input_ids
+        return prompt, [*ids, *_as_list(self._stopping.eos_token_id)[:1]]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        import torch
+
+        ids, mask = self._left_padded(prompts)
+        settings = self._stopping if stop else self._endless
+        # `generate` fills what a config leaves None from the model's own, so the model's own must be without EOS too;
+        # PEFT hands its own to the base model for LoRA, and for prompt methods leaves the base model's in force.
+        for owner in self._owners:
+            owner.generation_config = settings
+        clock = _Clock()
+        with torch.inference_mode():
+            output = self._model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                streamer=clock,
+                **self._cache(ids.shape[1] + new_tokens),
+            )
+        rows = output[:, ids.shape[1] :].tolist()
+        return [_trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
+
+    def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        if self._one_by_one and len(prompts) > 1:
+            # PEFT puts the virtual tokens before the padding and drops `position_ids`: only a lone row is exact.
+            return [self.score([p], [a])[0] for p, a in zip(prompts, answers, strict=True)]
+        import torch
+
+        ids, mask = self._left_padded(prompts)
+        longest = max(map(len, answers))
+        rows = torch.zeros(len(answers), longest, dtype=torch.long)
+        for row, answer in zip(rows, answers, strict=True):
+            row[: len(answer)] = torch.tensor(answer)
+        rows = rows.to(self._device)
+        # Padding after an answer needs no mask: a causal model never looks ahead. The last token predicts nothing.
+        ids = torch.cat([ids, rows[:, :-1]], dim=1)
+        mask = torch.cat([mask, torch.ones_like(rows[:, :-1])], dim=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "logits_to_keep": longest}
+        if not self._one_by_one:
+            inputs["position_ids"] = positions
+        with torch.inference_mode():
+            logits = self._model(**inputs).logits
+            return [_scored(logits[i, : len(answer)], answer) for i, answer in enumerate(answers)]
+
+    def close(self) -> None:
+        import gc
+
+        import torch
+
+        self._model, self._owners = None, []
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _cache(self, length: int) -> dict[str, Any]:
+        """Arguments of `generate` that shape the key-value cache, for at most `length` tokens."""
+        return {}
+
+    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
+        """Token ids and attention mask, each [prompts, longest prompt], on the model's device."""
+        import torch
+
+        longest = max(map(len, prompts))
+        pad = self._stopping.pad_token_id
+        ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        return ids.to(self._device), mask.to(self._device)
+
+
+class _Clock:
+    """A streamer for `generate` that only looks at the clock: one reading per step, whatever the batch."""
+
+    def __init__(self) -> None:
+        self.times: list[int] = []
+        self._prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        if self._prompt_seen:
+            self.times.append(time.perf_counter_ns())
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+
+def _greedy(settings: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """The model's generation config made greedy: as it is, and without end of sequence, so that all lengths are equal.
+
+    No EOS is cheaper than `min_new_tokens`, which masks the logits at every step.
+    """
+    import copy
+
+    stopping = copy.deepcopy(settings)
+    stopping.update(do_sample=False, num_beams=1, max_length=None, use_cache=True)
+    stopping.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)  # unused, and warned of
+    if stopping.eos_token_id is None:
+        stopping.eos_token_id = tokenizer.eos_token_id
+    if stopping.eos_token_id is None:
+        raise BadInput("the model has no end-of-sequence token", "set eos_token_id in its generation_config.json")
+    if stopping.pad_token_id is None:
+        stopping.pad_token_id = _as_list(stopping.eos_token_id)[0]
+    endless = copy.deepcopy(stopping)
+    endless.eos_token_id = None
+    return stopping, endless
+
+
+def _as_list(ids: Any) -> list[int]:
+    return list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def _trimmed(tokens: list[int], times: list[int], eos: frozenset[int]) -> Generation:
+    """One row of a batch up to its own end of sequence: what follows is padding while other rows go on."""
+    end = next((i for i, token in enumerate(tokens) if token in eos), None)
+    count = len(tokens) if end is None else end + 1
+    return Generation(tokens[:count], times[:count], stopped=end is not None)
+
+
+def _scored(logits: Any, answer: Sequence[int]) -> Scores:
+    """Scores of one answer from its logits [answer, vocabulary]."""
+    import torch
+
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    given = logprobs.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
+    top = logprobs.topk(min(TOP_K, logits.shape[-1]), dim=-1)
+    finite = all(torch.isfinite(bound).item() for bound in torch.aminmax(logits))
+    return Scores(given.tolist(), top.indices[:, 0].tolist(), top.indices.tolist(), top.values.tolist(), finite)

@@ -1,0 +1,48 @@
+"""The errors a user can meet: each says what is wrong and what to do, and carries its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+ACCEPTED, REJECTED, BAD_INPUT, INCONCLUSIVE, ENVIRONMENT, BUG, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
+"""Exit codes, the same for every verb. Nothing measured is never ACCEPTED."""
+
+
+class PeftoptError(Exception):
+    """A problem the user can act on. Printed as `error: message` and `hint: hint`, never as a traceback."""
+
+    exit_code = BUG
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message, self.hint = message, hint
+
+
+class BadInput(PeftoptError):
+    """Something the user wrote or pointed at is wrong (exit 2)."""
+
+    exit_code = BAD_INPUT
+
+
+class BadRecipe(BadInput):
+    """All the mistakes of one recipe at once; `problems` holds (line, message, hint), line 1-based or 0."""
+
+    def __init__(self, path: str, problems: Sequence[tuple[int, str, str]]) -> None:
+        super().__init__(f"{path} has {len(problems)} mistake{'s' * (len(problems) != 1)}")
+        self.path, self.problems = path, tuple(problems)
+
+
+class MissingEnvironment(PeftoptError):
+    """This machine lacks something, or a path cannot be written (exit 4)."""
+
+    exit_code = ENVIRONMENT
+
+
+class WorkerFailed(PeftoptError):
+    """A child process died, hung or refused; `reason` is one of the words in faults: 'out of memory', …"""
+
+    exit_code = ENVIRONMENT
+
+    def __init__(self, reason: str, detail: str = "", hint: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason, hint)
+        self.reason, self.detail = reason, detail

@@ -1,0 +1,31 @@
+"""How much memory this process has taken at its highest, on the host and on the GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peftopt.records import Json
+
+
+def peak() -> dict[str, Json]:
+    """Bytes: `peak_memory_bytes` resident on the host since the process started; on CUDA also what the caching
+    allocator handed out (`gpu_memory_allocated`) and held (`gpu_memory_reserved`) at most."""
+    import torch
+
+    found: dict[str, Json] = {"peak_memory_bytes": _host_peak()}
+    if torch.cuda.is_available():
+        found["gpu_memory_allocated"] = torch.cuda.max_memory_allocated()
+        found["gpu_memory_reserved"] = torch.cuda.max_memory_reserved()
+    return found
+
+
+def _host_peak() -> int:
+    """VmHWM: unlike getrusage's figure it does not start from the parent's size at fork."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

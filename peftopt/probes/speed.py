@@ -1,0 +1,48 @@
+"""One variant's turn in a block: warm-up requests, then timed ones, every one kept."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+
+from peftopt.corpus import Row
+from peftopt.engines import Engine
+from peftopt.records import Json
+
+
+def turn(engine: Engine, batches: Sequence[Sequence[Row]], new_tokens: int, warmup: int) -> list[dict[str, Json]]:
+    """Time each batch as one request, one after the other (a closed loop); the first `warmup` are marked so.
+
+    All durations in milliseconds, wall clock, measured from the submission; `cpu_ms` is the process's CPU time.
+    TTFT ends with the first token of the batch, TPOT is the mean gap after it (Vocabulary: MLPerf, vLLM).
+    Every request generates exactly `new_tokens` tokens per prompt, so no variant wins by being terse.
+    """
+    gc.collect()
+    gc.disable()  # a collection inside a request would be charged to whichever variant it happened to hit
+    try:
+        return [_request(engine, batch, new_tokens, n < warmup) for n, batch in enumerate(batches)]
+    finally:
+        gc.enable()
+
+
+def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool) -> dict[str, Json]:
+    submitted, cpu = time.perf_counter_ns(), time.process_time_ns()
+    prompts = [engine.encode(row.messages)[0] for row in batch]
+    started = time.perf_counter_ns()
+    generations = engine.generate(prompts, new_tokens, stop=False)
+    first, last = generations[0].times[0], generations[0].times[-1]
+    cpu = time.process_time_ns() - cpu
+    gaps = len(generations[0].times) - 1
+    return {
+        "request_duration_ms": (last - submitted) / 1e6,
+        "queue_time_ms": (started - submitted) / 1e6,
+        "generation_latency_ms": (last - started) / 1e6,
+        "ttft_ms": (first - submitted) / 1e6,
+        "tpot_ms": (last - first) / 1e6 / gaps if gaps else None,
+        "cpu_ms": cpu / 1e6,
+        "batch": len(batch),
+        "prompt_tokens": sum(map(len, prompts)),
+        "new_tokens": sum(len(g.tokens) for g in generations),
+        "warmup": warmup,
+    }

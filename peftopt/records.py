@@ -1,0 +1,291 @@
+"""The words of peftopt: frozen values that flow from recipe to report. No behaviour beyond naming."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FORMAT = 1
+"""Version of every line in measurements.jsonl and of decision.json."""
+
+Json = Any
+Outcome = Literal["accepted", "rejected", "inconclusive", "not judged"]
+Stage = Literal["build", "launch", "speed", "quality"]
+
+
+# ---- what a user names -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """A folder of weights and the adapters that still sit on top of it (none after a merge)."""
+
+    path: str
+    adapters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """What the core knows of a plug-in file without running it.
+
+    `kind` is "transform" or "engine"; `technique` names its row of the trade-off table ("merge",
+    "quantize", "compile" or "" for none); `params` is its frozen dataclass, whose fields and defaults are
+    its schema; `needs` are the modules it imports; `environment` is whose Python runs it.
+    """
+
+    name: str
+    kind: str
+    help: str
+    technique: str
+    params: type
+    needs: tuple[str, ...] = ()
+    environment: str = "main"
+    calibrates: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One technique of a variant: a plug-in and its parameters, defaults filled in."""
+
+    plugin: str
+    kind: str
+    technique: str
+    params: Mapping[str, Json] = field(default_factory=dict)
+    calibrates: bool = False
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named chain of transforms, run on an engine. `steps` are the transforms, in order."""
+
+    name: str
+    steps: tuple[Step, ...]
+    engine: Step
+
+    @property
+    def techniques(self) -> tuple[Step, ...]:
+        """Every step that the trade-off table may judge, the engine last."""
+        return tuple(s for s in (*self.steps, self.engine) if s.technique)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Timed requests: `new_tokens` are always generated in full, so that lengths are the same for all.
+
+    `slice` keeps only the prompts that carry this tag ("" = all of them).
+    """
+
+    name: str
+    prompts: str
+    new_tokens: int = 64
+    batch: int = 1
+    slice: str = ""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Answers that are checked: prompts with `expected`, decoded until they stop by themselves."""
+
+    prompts: str
+    schema: str | None = None
+    new_tokens: int = 256
+    batch: int = 16
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How hard to measure. A turn is `warmup` discarded and `requests` timed requests of one variant.
+
+    `relaunch`: blocks between fresh processes. `max_blocks`: the last look (10, 16, 24, 40 or 60) the race may
+    reach. `clock`: "wall" or "cpu", the clock that judges. `threads`: per measured process, 0 = all cores.
+    """
+
+    requests: int = 3
+    warmup: int = 1
+    relaunch: int = 5
+    max_blocks: int = 60
+    clock: str = "wall"
+    threads: int = 0
+    deadline_s: float = 900.0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure by name: "latency.p50@chat". `workload` is "" for figures of the whole variant ("perplexity")."""
+
+    name: str
+    workload: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.workload}" if self.workload else self.name
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """`metric op limit`, e.g. "latency.p95@chat <= 400 ms" or "perplexity <= 1.02x" (relative to the baseline).
+
+    `limit` is in base units: ms for times, bytes for memory and size, tokens/s for throughput, a share in 0..1
+    for rates; a ratio when `relative`. `text` is what the user wrote.
+    """
+
+    metric: Metric
+    op: Literal["<=", "<", ">=", ">"]
+    limit: float
+    relative: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One half-row of the trade-off table, e.g. technique "merge", name "gain", limit 0.15. None = switched off."""
+
+    technique: str
+    name: str
+    limit: float | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: every path absolute, every default filled in."""
+
+    name: str
+    path: str
+    base: str
+    adapter: str
+    variants: Mapping[str, Variant]
+    baseline: str
+    workloads: Mapping[str, Workload]
+    quality: Quality | None
+    calibration: str | None
+    rules: tuple[Rule, ...]
+    require: tuple[Threshold, ...]
+    minimize: Metric
+    measure: Measure
+    seed: int = 0
+
+
+# ---- what a run leaves -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A built model on disk. `id` hashes the inputs that shape it, `content` the files themselves."""
+
+    id: str
+    path: str
+    model: Model
+    content: str
+    size_bytes: int
+    seconds: float
+    cached: bool = False
+    facts: Mapping[str, Json] = field(default_factory=dict)
+    """What its manifest says beside: build time, memory, weight scan."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """One transform to run: its artifact's id, its parent's id ("" = the base with the adapter)."""
+
+    id: str
+    parent: str
+    step: Step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the decision needs to know of the recipe: builds in order, shared prefixes once."""
+
+    recipe: Recipe
+    builds: tuple[Build, ...]
+    models: Mapping[str, str]
+    """variant name -> id of the build whose model it opens, "" for the adapter on its base."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of measurements.jsonl. `probe` says what `values` holds; raw samples are kept.
+
+    build    seconds, cached, size_bytes, peak_memory_bytes; tier0: list of errors; parity numbers of weights
+    launch   model_loading_time (s), adapter_switch_time (s), memory_bytes, gpu_memory_allocated, gpu_memory_reserved,
+             threads, size_bytes
+    speed    block, order, requests: [{request_duration_ms, queue_time_ms, generation_latency_ms, ttft_ms, tpot_ms,
+             cpu_ms, prompt_tokens, new_tokens, warmup}], machine: {load, steal_s, mhz, …}
+    quality  row, output, new_tokens, score, correct, valid, critical (tag), flags, nll, tokens, kl, top1, slices
+    memory   peak_memory_bytes (at the end of a worker's life), gpu_*
+    failure  stage, reason, detail
+    """
+
+    probe: str
+    variant: str
+    workload: str = ""
+    launch: int = 0
+    values: Mapping[str, Json] = field(default_factory=dict)
+    at: str = ""
+
+
+# ---- what the decision says --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the bounds that hold at `level` (two-sided), from `n` samples."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+    level: float = 0.95
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one named rule says of one variant: the figure, its interval, its n, the clock, and why.
+
+    `rule` is "merge.gain", "int8.critical_errors", "require: latency.p95@chat <= 400 ms", "artifact.intact", …;
+    `against` the variant it was compared with; `reason` one sentence for a person.
+    """
+
+    rule: str
+    outcome: Outcome
+    reason: str
+    against: str = ""
+    value: Interval | None = None
+    unit: str = ""
+    limit: float | None = None
+    clock: str = ""
+    blocks_needed: int | None = None
+
+
+@dataclass(frozen=True)
+class VariantDecision:
+    """A variant's outcome, the verdicts behind it, the one that decided, and the figures for the table.
+
+    `figures` maps a metric's name ("latency.p50@chat", "speed@chat" = ratio to the baseline, "accuracy",
+    "perplexity", "kl", "top1", "critical_errors", "memory", "size", "load_time", …) to its Interval.
+    """
+
+    name: str
+    techniques: tuple[str, ...]
+    outcome: Outcome
+    decided_by: str
+    verdicts: tuple[Verdict, ...]
+    figures: Mapping[str, Interval]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The machine-readable outcome; every report is rendered from it."""
+
+    recipe: str
+    baseline: str
+    minimize: str
+    clock: str
+    chosen: str | None
+    outcome: Outcome
+    sentence: str
+    variants: tuple[VariantDecision, ...]
+    warnings: tuple[str, ...] = ()
+    machine: Mapping[str, Json] = field(default_factory=dict)
+    format: int = FORMAT

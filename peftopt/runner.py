@@ -1,0 +1,431 @@
+"""Walk the plan: build, check answers, race. What the store has is not done again; what fails is a record.
+
+    artifacts -> answers -> blocks -> decision
+
+Nothing here judges: which variants still need blocks or answers is asked of `decide`, on the records so far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from peftopt import corpus, identity, machine, plugins, preflight, store
+from peftopt import plan as planning
+from peftopt.child import Child
+from peftopt.corpus import Row
+from peftopt.decide import hopeless, wanted
+from peftopt.errors import WorkerFailed
+from peftopt.evidence import TWIN, Evidence
+from peftopt.records import Build, Json, Measurement, Model, Plan, Recipe, Variant, Workload
+
+CHUNK = 96
+"""Prompts answered between two looks at whether a variant has already failed."""
+
+RETRIED = ("killed", "died")
+"""Deaths that are retried once in a clean process: a neighbour or a driver may have caused them."""
+
+
+class Listener(Protocol):
+    """Who hears how the run goes: the console, or nobody."""
+
+    def done(self, step: str, what: str, seconds: float | None, note: str = "") -> None:
+        """One step is over; seconds None means that it was cached."""
+
+    def warn(self, text: str) -> None: ...
+
+    def progress(self, title: str, total: int) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
+        """A bar; the function it gives sets how many of `total` are done and what is going on."""
+
+
+@dataclass
+class Run:
+    """One run's folder and what it knows so far. `log` is the only way in for a measurement."""
+
+    plan: Plan
+    store: store.Store
+    folder: Path
+    listener: Listener
+    measurements: list[Measurement] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def log(self, probe: str, variant: str, values: Json, workload: str = "", launch: int = 0) -> None:
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        measurement = Measurement(probe, variant, workload, launch, values, at)
+        with self.lock:
+            store.append(self.folder / "measurements.jsonl", measurement)
+            self.measurements.append(measurement)
+
+    def fail(self, variant: str, stage: str, error: WorkerFailed) -> None:
+        values = {"stage": stage, "reason": error.reason, "detail": error.detail, "hint": error.hint}
+        self.log("failure", variant, values)
+        self.listener.warn(f"{variant}: {stage} failed, {error}")
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def evidence(self) -> Evidence:
+        with self.lock:
+            return Evidence(self.plan, self.measurements)
+
+    def model(self, variant: Variant) -> Model:
+        """What the variant's engine opens."""
+        return self.artifact_model(self.plan.models[variant.name])
+
+    def artifact_model(self, artifact_id: str) -> Model:
+        if artifact_id == planning.SOURCE:
+            return Model(self.recipe.base, (self.recipe.adapter,))
+        found = json.loads((self.store.folder(artifact_id) / store.MANIFEST).read_text())
+        return Model(str(self.store.folder(artifact_id) / store.MODEL), tuple(found["adapters"]))
+
+    def alive(self) -> list[Variant]:
+        failed = self.evidence.failures
+        return [v for v in self.recipe.variants.values() if v.name not in failed]
+
+
+def prepare(recipe: Recipe, text: str, results: Path, listener: Listener, fresh: bool = False) -> Run:
+    """Check the recipe's files, make the plan and open its run folder: an unfinished run of the same plan goes on."""
+    home = store.Store(results.resolve(), listener.warn)
+    preflight.check(recipe)
+    home.check_writable()
+    sources = {
+        "base": identity.of_folder(Path(recipe.base)),
+        "adapter": identity.of_folder(Path(recipe.adapter)),
+        "calibration": identity.of_file(Path(recipe.calibration)) if recipe.calibration else "",
+    }
+    plan = planning.plan(recipe, sources, machine.versions())
+    key = identity.of_value([asdict(plan), sources, _content(recipe)])[:8]
+    runs = home.root / "runs"
+    unfinished = [f for f in sorted(runs.glob(f"*-{recipe.name}-{key}")) if not (f / "decision.json").exists()]
+    if unfinished and not fresh:
+        folder = unfinished[-1]
+        listener.warn(f"going on with the unfinished run {folder.name}")
+    else:
+        folder = runs / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{recipe.name}-{key}"
+        folder.mkdir(parents=True)
+        store.write(folder / "recipe.yaml", text)
+        store.write(folder / "plan.json", json.dumps(asdict(plan), indent=1))
+        store.write(folder / "machine.json", json.dumps(machine.describe(), indent=1))
+    return Run(plan, home, folder, listener, store.read(folder / "measurements.jsonl", listener.warn))
+
+
+def execute(run: Run) -> None:
+    """Everything that leaves measurements, in the order of time."""
+    build(run)
+    answer(run)
+    for workload in run.recipe.workloads.values():
+        race(run, workload)
+        _check_baseline(run)
+
+
+def _check_baseline(run: Run) -> None:
+    """Without the baseline there is nothing to compare with, so the run ends here."""
+    if failure := run.evidence.failures.get(run.recipe.baseline):
+        raise WorkerFailed(
+            f"the baseline {run.recipe.baseline} could not be measured",
+            f"{failure['stage']} failed, {failure['reason']}: {failure['detail']}",
+            failure["hint"],
+        )
+
+
+def _content(recipe: Recipe) -> list[str]:
+    """Hashes of the prompts: the same recipe over other rows is another run."""
+    files = {w.prompts for w in recipe.workloads.values()}
+    files |= {recipe.quality.prompts} if recipe.quality else set()
+    return [identity.of_file(Path(f)) for f in sorted(files)]
+
+
+# ---- artifacts -----------------------------------------------------------------------------------
+
+
+def build(run: Run) -> None:
+    """Every artifact of the plan, parents first; independent ones side by side where the machine has room."""
+    source = store.size(Path(run.recipe.base)) + store.size(Path(run.recipe.adapter))
+    run.log("build", "", {"id": planning.SOURCE, "size_bytes": source, "tier0": [], "seconds": 0, "cached": True})
+    calibration = corpus.read(run.recipe.calibration) if run.recipe.calibration else []
+    waiting = list(run.plan.builds)
+    ready = {planning.SOURCE}
+    while batch := [b for b in waiting if b.parent in ready]:
+        with _lanes(run, len(batch)) as (pool, threads):
+            made = pool.map(lambda b: _build(run, b, calibration, threads), batch)  # noqa: B023 (used at once)
+        ready = {b.id for b, ok in zip(batch, made, strict=True) if ok}
+        waiting = [b for b in waiting if b not in batch]
+
+
+def _build(run: Run, build: Build, calibration: Sequence[Row], threads: int) -> bool:
+    """Build or reuse one artifact; a failure is recorded for every variant that needs it."""
+    name = _users(run, build)[0]
+    rows = [row.as_json() for row in calibration] if build.step.calibrates else []
+
+    def make(out: Path) -> tuple[Model, dict[str, Json]]:
+        with Child(run.folder / "logs" / f"build-{build.step.plugin}-{build.id[:8]}.log", threads) as child:
+            facts = child.ask(
+                "transform",
+                run.recipe.measure.deadline_s,
+                plugin=build.step.plugin,
+                params=dict(build.step.params),
+                model=asdict(run.artifact_model(build.parent)),
+                out=str(out),
+                rows=rows,
+                seed=run.recipe.seed,
+            )
+        return Model(str(out), tuple(facts.pop("model")["adapters"])), facts
+
+    try:
+        _check_needs(build.step.plugin)
+        with run.store.locked(build):
+            artifact = run.store.find(build) or run.store.build(build, make)
+    except WorkerFailed as error:
+        for variant in _users(run, build):
+            run.fail(variant, f"build ({build.step.plugin})", error)
+        return False
+    facts = {k: artifact.facts.get(k) for k in ("seconds", "tier0", "peak_memory_bytes", "size_bytes", "content")}
+    run.log("build", name, {"id": build.id, "plugin": build.step.plugin, "cached": artifact.cached, **facts})
+    run.listener.done("build", build.step.plugin, None if artifact.cached else artifact.seconds)
+    return True
+
+
+def _users(run: Run, build: Build) -> list[str]:
+    """The variants whose chain holds this artifact."""
+    parents = {b.id: b.parent for b in run.plan.builds}
+    users = []
+    for variant, at in run.plan.models.items():
+        while at and at != build.id:
+            at = parents[at]
+        if at:
+            users.append(variant)
+    return users
+
+
+def _check_needs(plugin: str) -> None:
+    if lacking := plugins.missing(plugins.catalogue()[plugin]):
+        raise WorkerFailed("missing library", ", ".join(lacking), f"pip install {' '.join(lacking)}")
+
+
+@contextlib.contextmanager
+def _lanes(run: Run, jobs: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+    """A pool for work whose time is not measured, and the threads each of its workers gets.
+
+    One thread each is the best use of CPU cores; on a GPU, or short of memory, one worker at a time.
+    """
+    need = 6 * store.size(Path(run.recipe.base)) + 2**30
+    lanes = 1 if machine.gpus() else max(1, min(jobs, machine.cores(), machine.free_memory() // need))
+    with ThreadPoolExecutor(lanes) as pool:
+        yield pool, max(1, machine.cores() // lanes)
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def answer(run: Run) -> None:
+    """Every variant answers the quality prompts: the baseline first, and twice, so that its null is known."""
+    quality = run.recipe.quality
+    if quality is None:
+        return
+    rows = sorted(corpus.read(quality.prompts), key=lambda row: not row.critical)  # the decisive ones first
+    baseline = run.recipe.variants[run.recipe.baseline]
+    with run.listener.progress("answers", len(rows) * (len(run.alive()) + 1)) as show, _lanes(run, 8) as (pool, threads):
+        counts: dict[str, int] = {}
+
+        def count(name: str, n: int) -> None:
+            counts[name] = n
+            show(sum(counts.values()), name)
+
+        _answer(run, baseline, rows, 1, quality.batch, threads, count)
+        _check_baseline(run)
+        jobs = [pool.submit(_answer, run, baseline, rows, 2, max(1, quality.batch // 2), threads, count)]
+        others = [v for v in run.alive() if v != baseline]
+        jobs += [pool.submit(_answer, run, v, rows, 1, quality.batch, threads, count) for v in others]
+        for job in jobs:
+            job.result()
+
+
+def _answer(
+    run: Run,
+    variant: Variant,
+    rows: Sequence[Row],
+    launch: int,
+    batch: int,
+    threads: int,
+    count: Callable[[str, int], None],
+) -> None:
+    """One variant's answers, chunk by chunk; a variant that has failed for good stops early."""
+    quality = run.recipe.quality
+    assert quality is not None
+    label = f"{variant.name} again" if launch == 2 else variant.name
+    reference = run.folder / "logs" / "reference.npz"
+    is_reference = variant.name == run.recipe.baseline and launch == 1
+    answered = run.evidence.rows(variant.name, launch)
+    if is_reference and not reference.exists():
+        answered = {}
+    left = [row for row in rows if row.id not in answered]
+    chunks = [left] if is_reference else [left[i : i + CHUNK] for i in range(0, len(left), CHUNK)]
+    started = time.perf_counter()
+    n = len(answered)
+
+    def tell(values: dict[str, Json]) -> None:
+        nonlocal n
+        n += 1
+        run.log("quality", variant.name, values, launch=launch)
+        count(label, n)
+
+    def attempt() -> None:
+        with _opened(run, variant, f"quality-{launch}", threads) as (child, _):
+            for chunk in chunks:
+                evidence = run.evidence
+                have = {} if is_reference else evidence.rows(variant.name, launch)
+                todo = [row for row in chunk if row.id not in have]
+                if not todo or (launch == 1 and hopeless(evidence, variant.name)):
+                    continue
+                child.ask(
+                    "quality",
+                    run.recipe.measure.deadline_s,
+                    tell,
+                    rows=[row.as_json() for row in todo],
+                    schema=preflight.schema(quality.schema) if quality.schema else None,
+                    new_tokens=quality.new_tokens,
+                    batch=batch,
+                    reference=None if is_reference else str(reference),
+                    write_reference=str(reference) if is_reference else None,
+                )
+
+    if left and _try_twice(run, variant.name, "quality", attempt):
+        stopped = f", stopped after {n} prompts" if n < len(rows) else ""
+        run.listener.done("answer", label + stopped, time.perf_counter() - started)
+    count(label, len(rows))
+
+
+def _try_twice(run: Run, variant: str, stage: str, attempt: Callable[[], None]) -> bool:
+    """A worker that was killed gets one more try in a clean process; then it is a failure on record."""
+    for last in (False, True):
+        try:
+            attempt()
+            return True
+        except WorkerFailed as error:
+            if last or not error.reason.startswith(RETRIED):
+                run.fail(variant, stage, error)
+                return False
+            run.listener.warn(f"{variant}: {error}; trying once more")
+    return False
+
+
+@contextlib.contextmanager
+def _opened(run: Run, variant: Variant, why: str, threads: int) -> Iterator[tuple[Child, dict[str, Json]]]:
+    """A fresh worker with the variant's model loaded."""
+    cache = run.store.cache(run.plan.models[variant.name])
+    with Child(run.folder / "logs" / f"{why}-{variant.name}.log", threads, cache) as child:
+        launch = child.ask(
+            "open",
+            run.recipe.measure.deadline_s,
+            plugin=variant.engine.plugin,
+            params=dict(variant.engine.params),
+            model=asdict(run.model(variant)),
+        )
+        yield child, launch
+
+
+# ---- the race ------------------------------------------------------------------------------------
+
+
+def race(run: Run, workload: Workload) -> None:
+    """Blocks in random order until every variant is decided, its references and the A/A arm alongside."""
+    recipe, rows = run.recipe, corpus.read(workload.prompts, workload.slice)
+    started, first = time.perf_counter(), _next_block(run, workload)
+    with run.listener.progress(f"race {workload.name}", recipe.measure.max_blocks) as show:
+        while wants := wanted(run.evidence, workload.name):
+            show(_next_block(run, workload), f"{len(wants)} variants")
+            with _Field(run, workload) as field_:
+                for _ in range(recipe.measure.relaunch):
+                    if not (wants := wanted(run.evidence, workload.name)):
+                        break
+                    field_.block(_next_block(run, workload), wants, rows)
+                    show(_next_block(run, workload), f"{len(wants)} variants")
+    blocks = _next_block(run, workload) - first
+    run.listener.done("race", f"{workload.name}, {blocks} blocks", time.perf_counter() - started)
+
+
+def _next_block(run: Run, workload: Workload) -> int:
+    turns = run.evidence.turns.get((run.recipe.baseline, workload.name), {})
+    return max(turns, default=-1) + 1
+
+
+class _Field:
+    """The workers of some consecutive blocks: each variant launched fresh once, then resident."""
+
+    def __init__(self, run: Run, workload: Workload) -> None:
+        self.run, self.workload = run, workload
+        self.stack = contextlib.ExitStack()
+        self.children: dict[str, Child] = {}
+
+    def __enter__(self) -> _Field:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for arm, child in self.children.items():
+            with contextlib.suppress(WorkerFailed):
+                self.run.log("memory", arm, child.ask("memory", 30), self.workload.name)
+        self.stack.close()
+
+    def block(self, number: int, wants: frozenset[str], rows: Sequence[Row]) -> None:
+        """One block: each arm once, in an order drawn from the seed and the block's number."""
+        recipe = self.run.recipe
+        arms = sorted(wants)
+        if self.workload.name == recipe.minimize.workload:
+            arms.append(recipe.baseline + TWIN)
+        random.Random(f"{recipe.seed}/{self.workload.name}/{number}").shuffle(arms)
+        batches = _batches(rows, self.workload, number, recipe)
+        for order, arm in enumerate(arms):
+            if self.run.recipe.variants[arm.removesuffix(TWIN)].name not in self.run.evidence.failures:
+                self._turn(arm, number, order, batches)
+
+    def _turn(self, arm: str, number: int, order: int, batches: list[list[Json]]) -> None:
+        measure = self.run.recipe.measure
+
+        def attempt() -> None:
+            try:
+                answer = self._child(arm).ask(
+                    "speed",
+                    measure.deadline_s,
+                    batches=batches,
+                    new_tokens=self.workload.new_tokens,
+                    warmup=measure.warmup,
+                )
+            except WorkerFailed:
+                self.children.pop(arm, None)
+                raise
+            values = {"block": number, "order": order, "machine": machine.moment(), **answer}
+            self.run.log("speed", arm, values, self.workload.name)
+
+        _try_twice(self.run, arm.removesuffix(TWIN), f"speed ({self.workload.name})", attempt)
+
+    def _child(self, arm: str) -> Child:
+        """The arm's worker; launched, and warmed up once on this workload, when it first runs."""
+        if arm not in self.children:
+            variant = self.run.recipe.variants[arm.removesuffix(TWIN)]
+            threads = self.run.recipe.measure.threads or machine.cores()
+            opened = _opened(self.run, variant, f"speed-{self.workload.name}", threads)
+            child, launch = self.stack.enter_context(opened)
+            self.run.log("launch", arm, launch, self.workload.name)
+            self.children[arm] = child
+        return self.children[arm]
+
+
+def _batches(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> list[list[Json]]:
+    """The block's requests: the same prompts for every variant, others in the next block."""
+    count = recipe.measure.warmup + recipe.measure.requests
+    deck = list(rows)
+    random.Random(f"{recipe.seed}/{workload.name}/prompts").shuffle(deck)
+    start = block * count * workload.batch
+    picks = [deck[(start + i) % len(deck)] for i in range(count * workload.batch)]
+    return [[r.as_json() for r in picks[i : i + workload.batch]] for i in range(0, len(picks), workload.batch)]

@@ -1,0 +1,354 @@
+"""Samples -> intervals, and intervals -> outcomes: the rules of docs/measurement as pure functions.
+
+Bounds that the data cannot support are infinite, and an infinite bound clears no limit: too little data is
+inconclusive by construction, never a pass. Samples that are not finite are refused with ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from peftopt.records import Interval, Outcome
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[np.float64]]
+
+LOOKS = (10, 16, 24, 40, 60)
+"""Numbers of blocks at which a race is judged, and at no others."""
+
+ALPHA = 0.02
+"""Two-sided error of a whole race, shared equally by its looks."""
+
+BETS = (0.15, 0.3, 0.5, 0.7)
+"""Shares of the wealth staked on a block; all wealths are averaged, so none has to be the right one."""
+
+REACH = 1.5
+"""Median absolute deviations off the limit (1.5: one sigma) at which a block counts fully in `bet`."""
+
+MOST_BLOCKS = 9_999
+"""Where the planner stops counting: the limit lies at the estimate, and no number of blocks will tell."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """What the blocks say of one limit.
+
+    `look` is the number of blocks it was judged at (0: none yet); `interval` is theirs, on the log scale.
+    `blocks_needed` is the planner's total for an inconclusive race, None when decided or without data.
+    """
+
+    outcome: Outcome
+    interval: Interval
+    look: int
+    blocks_needed: int | None
+
+
+# ---- speed: paired blocks ----------------------------------------------------------------------
+
+
+def hodges_lehmann(d: Iterable[float], level: float) -> Interval:
+    """The centre of symmetric differences (any unit), with the exact Wilcoxon signed-rank interval.
+
+    The bounds are Walsh averages (x_i + x_j) / 2, infinite when n is too small for `level`. Work: n^3.
+    Source: Hodges and Lehmann 1963; Hollander, Wolfe and Chicken 2014, section 3.3.
+    """
+    import numpy as np
+
+    x = _finite(d)
+    if not len(x):
+        return _unknown(0, level)
+    averages = np.sort(_walsh(x))
+    cut = _signed_rank_cut(len(x), (1 - level) / 2)
+    low, high = (averages[cut - 1], averages[-cut]) if cut else (-math.inf, math.inf)
+    return Interval(float(np.median(averages)), float(low), float(high), len(x), level)
+
+
+def next_look(n: int, max_blocks: int = LOOKS[-1], looks: Sequence[int] = LOOKS) -> int | None:
+    """The planned number of blocks that follows `n`, or None when the race has no look left."""
+    return next((look for look in looks if n < look <= max_blocks), None)
+
+
+def race(
+    d: Iterable[float],
+    limit: float,
+    family: int = 1,
+    max_blocks: int = LOOKS[-1],
+    looks: Sequence[int] = LOOKS,
+    alpha: float = ALPHA,
+) -> Race:
+    """Is the variant below `limit`? `d` is log(variant / reference) per block, in order; `limit` a log ratio.
+
+    Judged at the planned looks only, each with an exact interval at 1 - alpha / looks / family (Bonferroni):
+    all looks at all variants together err `alpha` at most. The first look that decides is final.
+    """
+    x = _finite(d)
+    if family < 1:
+        raise ValueError(f"family must be 1 or more variants, found {family}")
+    level = 1 - alpha / len(looks) / family
+    reached = [look for look in looks if look <= min(len(x), max_blocks)]
+    for look in reached:
+        interval = hodges_lehmann(x[:look], level)
+        if (outcome := judge(interval, limit)) != "inconclusive":
+            return Race(outcome, interval, look, None)
+    seen = x[: reached[-1]] if reached else x
+    look = reached[-1] if reached else 0
+    interval = hodges_lehmann(seen, level)
+    return Race("inconclusive", interval, look, _blocks_needed(seen, interval.estimate, limit))
+
+
+def judge(interval: Interval, limit: float) -> Outcome:
+    """Accepted when the whole interval lies below the limit, rejected when above, inconclusive otherwise."""
+    if interval.high < limit:
+        return "accepted"
+    return "rejected" if interval.low > limit else "inconclusive"
+
+
+def bet(d: Iterable[float], limit: float, alpha: float = 0.01) -> Race:
+    """`race` for runs that stop or resume at any block: errs `alpha` a side at most, however often judged.
+
+    A gambler stakes on each next block falling below the limit, and a second one on above. If the truth is
+    not below, the first gains nothing on average: the chance that its wealth ever passes 1 / alpha is alpha
+    at most (Ville). Scores are bounded, and scaled by past blocks only. The interval, at 1 - 2 alpha, holds
+    every limit at which neither has won. `look` is the block that decided.
+    Source: Waudby-Smith and Ramdas 2023, "Estimating means of bounded random variables by betting".
+    """
+    import numpy as np
+
+    x, limit = _finite(d), float(limit)
+    level = 1 - 2 * alpha
+    scale = _past_scale(x)
+    below, above = (_first_win(x, scale, limit, side, alpha) for side in (-1, 1))
+    look = min(below, above, len(x))
+    outcome: Outcome = "inconclusive"
+    if below != above:
+        outcome = "accepted" if below < above else "rejected"
+    if not look:
+        return Race("inconclusive", _unknown(0, level), 0, None)
+    x, scale = x[:look], scale[:look]
+    margin = float(scale.max()) + 1
+    floor, ceiling = float(x.min()) - margin, float(x.max()) + margin
+
+    def edge(side: int, won: float, lost: float) -> float:
+        """The limit nearest to `lost` at which this gambler wins, by bisection: wealth is monotone in it."""
+        if _first_win(x, scale, won, side, alpha) > look:
+            return -side * math.inf
+        for _ in range(60):
+            middle = (won + lost) / 2
+            won, lost = (middle, lost) if _first_win(x, scale, middle, side, alpha) <= look else (won, middle)
+        return won
+
+    high = edge(-1, limit if outcome == "accepted" else ceiling, floor)
+    low = edge(1, limit if outcome == "rejected" else floor, ceiling)
+    interval = Interval(float(np.median(_walsh(x))), low, high, look, level)
+    needed = _blocks_needed(x, interval.estimate, limit) if outcome == "inconclusive" else None
+    return Race(outcome, interval, look, needed)
+
+
+# ---- tails and rates: counts -------------------------------------------------------------------
+
+
+def quantile(samples: Iterable[float], q: float, level: float = 0.95) -> Interval:
+    """The q-quantile (unit of the samples) with its exact, equal-tailed interval from order statistics.
+
+    A bound that no order statistic reaches is infinite: P95 at 95 % has an upper bound from n = 72 on.
+    Source: David and Nagaraja 2003, "Order Statistics", section 7.1.
+    """
+    import numpy as np
+    from scipy.special import bdtr
+
+    x = np.sort(_finite(samples))
+    if not 0 < q < 1:
+        raise ValueError(f"q must lie between 0 and 1, found {q}")
+    if not len(x):
+        return _unknown(0, level)
+    at_most = bdtr(np.arange(len(x)), len(x), q)  # P(k or fewer of the samples lie below the quantile)
+    lower = int(np.searchsorted(at_most, (1 - level) / 2, side="right"))
+    upper = int(np.searchsorted(at_most, 1 - (1 - level) / 2, side="left"))
+    low = float(x[lower - 1]) if lower else -math.inf
+    high = float(x[upper]) if upper < len(x) else math.inf
+    return Interval(float(np.quantile(x, q)), low, high, len(x), level)
+
+
+def proportion(k: int, n: int, level: float = 0.95) -> Interval:
+    """The share k / n with its exact two-sided interval. Source: Clopper and Pearson 1934."""
+    tail = (1 - level) / 2
+    low = 1 - upper_bound(n - k, n, 1 - tail)
+    return Interval(k / n if n else math.nan, low, upper_bound(k, n, 1 - tail), n, level)
+
+
+def upper_bound(k: int, n: int, confidence: float = 0.95) -> float:
+    """The highest rate that k events in n trials leave open, one-sided and exact; 1 - 0.05^(1/n) for k = 0.
+
+    Source: Clopper and Pearson 1934; Eypasch et al. 1995 for k = 0.
+    """
+    from scipy.special import betaincinv
+
+    if not 0 <= k <= n:
+        raise ValueError(f"k must lie between 0 and n, found {k} of {n}")
+    if k == 0 and n:
+        return -math.expm1(math.log1p(-confidence) / n)
+    return float(betaincinv(k + 1, n - k, confidence)) if k < n else 1.0
+
+
+def needed_n(rate: float, family: int = 1, confidence: float = 0.95) -> int:
+    """The fewest prompts that bound the rate below `rate` when none fails, for `family` variants together.
+
+    299 for 1 %, 2,995 for 0.1 %. Source: Eypasch et al. 1995; Bonferroni over the family.
+    """
+    if not 0 < rate < 1 or family < 1:
+        raise ValueError(f"needs a rate between 0 and 1 and a family of 1 or more, found {rate} and {family}")
+    return math.ceil(math.log((1 - confidence) / family) / math.log1p(-rate))
+
+
+def flips(worse: int, better: int) -> float:
+    """One-sided exact p-value that the variant is worse: prompts now wrong that were right, and the reverse.
+
+    Source: McNemar 1947, the exact form; Dutta et al. 2024, arXiv 2407.09141, on flips against accuracy.
+    """
+    from scipy.special import bdtrc
+
+    if min(worse, better) < 0:
+        raise ValueError(f"counts must be 0 or more, found {worse} and {better}")
+    return float(bdtrc(worse - 1, worse + better, 0.5)) if worse else 1.0
+
+
+# ---- quality: means over prompts ---------------------------------------------------------------
+
+
+def mean(samples: Iterable[float], level: float = 0.95) -> Interval:
+    """The mean (unit of the samples) over independent prompts with its t interval, infinite below n = 2."""
+    x = _finite(samples)
+    return ratio_of_means(x, [1.0] * len(x), level)
+
+
+def ratio_of_means(num: Iterable[float], den: Iterable[float], level: float = 0.95) -> Interval:
+    """sum(num) / sum(den) over prompts, each prompt one cluster, by the delta method with a t quantile.
+
+    `num` in any unit, `den` >= 0 (a count of tokens). Source: Miller 2024, arXiv 2411.00640, section 2.2.
+    """
+    import numpy as np
+    from scipy.special import stdtrit
+
+    a, b = _finite(num), _finite(den)
+    n = len(a)
+    if n != len(b) or (b < 0).any():
+        raise ValueError("num and den must be as long as each other, and den 0 or more")
+    if not b.sum() > 0:
+        return _unknown(n, level)
+    ratio = float(a.sum() / b.sum())
+    if n < 2:
+        return Interval(ratio, -math.inf, math.inf, n, level)
+    error = math.sqrt(n / (n - 1)) * float(np.linalg.norm(a - ratio * b) / b.sum())
+    half = float(stdtrit(n - 1, (1 + level) / 2)) * error
+    return Interval(ratio, ratio - half, ratio + half, n, level)
+
+
+def perplexity_ratio(
+    nll_variant: Iterable[float], nll_reference: Iterable[float], tokens: Iterable[float], level: float = 0.95
+) -> Interval:
+    """Perplexity of the variant over the reference's, from each prompt's summed nll (nats) and its tokens."""
+    variant, reference = _finite(nll_variant), _finite(nll_reference)
+    if len(variant) != len(reference):
+        raise ValueError("the variant and the reference must score the same prompts")
+    gap = ratio_of_means(variant - reference, tokens, level)
+    return Interval(_exp(gap.estimate), _exp(gap.low), _exp(gap.high), gap.n, level)
+
+
+def median(xs: Iterable[float]) -> float:
+    """The median (unit of the samples); nan of nothing."""
+    x = list(xs)
+    return float(statistics.median(x)) if x else math.nan
+
+
+# ---- parts -------------------------------------------------------------------------------------
+
+
+def _finite(samples: Iterable[float]) -> Array:
+    import numpy as np
+
+    x = np.array(samples if isinstance(samples, np.ndarray) else list(samples), dtype=float)
+    if x.ndim != 1 or not np.isfinite(x).all():
+        raise ValueError("samples must be a row of finite numbers")
+    return x
+
+
+def _unknown(n: int, level: float) -> Interval:
+    return Interval(math.nan, -math.inf, math.inf, n, level)
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else x * math.inf
+
+
+def _walsh(x: Array) -> Array:
+    import numpy as np
+
+    i, j = np.triu_indices(len(x))
+    averages: Array = x[i] / 2 + x[j] / 2
+    return averages
+
+
+@lru_cache(maxsize=1024)
+def _signed_rank_cut(n: int, tail: float) -> int:
+    """How many Walsh averages lie outside the interval on each side: the most k with P(W <= k - 1) <= tail.
+
+    W, the signed-rank statistic, sums each rank 1..n with probability 1/2.
+    """
+    import numpy as np
+
+    probability = np.zeros(n * (n + 1) // 4 + 1)  # the lower half
+    probability[0] = 1.0
+    for rank in range(1, n + 1):
+        half = probability / 2
+        half[rank:] += probability[:-rank] / 2
+        probability = half
+    return int(np.searchsorted(np.cumsum(probability), tail, side="right"))
+
+
+def _deviation(x: Array) -> float:
+    """The median absolute deviation from the median; 0 of nothing."""
+    import numpy as np
+
+    return float(np.median(np.abs(x - np.median(x)))) if len(x) else 0.0
+
+
+def _past_scale(x: Array) -> Array:
+    """For each block, how far off the limit it counts fully: known before the block, so bets are fair."""
+    import numpy as np
+
+    return np.array([_deviation(x[:i]) for i in range(len(x))], dtype=float) * REACH
+
+
+def _first_win(x: Array, scale: Array, limit: float, side: int, alpha: float) -> int:
+    """The block at which the gambler on `side` (-1 below, 1 above) first holds 1 / alpha; n + 1 for never."""
+    import numpy as np
+
+    won = _log_wealth(x, scale, limit, side) > -math.log(alpha)
+    return int(np.argmax(won)) + 1 if won.any() else len(x) + 1
+
+
+def _log_wealth(x: Array, scale: Array, limit: float, side: int) -> Array:
+    """What the gambler holds after each block, from a stake of 1."""
+    import numpy as np
+
+    gap = x - limit
+    scores = np.where(scale > 0, np.clip(gap, -scale, scale) / np.where(scale > 0, scale, 1), np.sign(gap))
+    each: Array = np.cumsum(np.log1p(side * np.outer(BETS, scores)), axis=1)  # bets x blocks
+    mixed: Array = np.logaddexp.reduce(each, axis=0) - math.log(len(BETS))
+    return mixed
+
+
+def _blocks_needed(x: Array, estimate: float, limit: float) -> int | None:
+    """The planner: about 20 (sigma / delta)^2 + 8 in all, sigma robust, delta the distance to the limit."""
+    if not len(x):
+        return None
+    sigma, delta = 1.4826 * _deviation(x), abs(estimate - limit)
+    total = 20 * (sigma / delta) ** 2 + 8 if delta > sigma / 1_000 else math.inf
+    return max(len(x) + 1, math.ceil(min(total, MOST_BLOCKS)))

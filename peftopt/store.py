@@ -1,0 +1,180 @@
+"""Where results live: content-addressed artifacts and append-only measurements. A path that exists is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from peftopt import identity
+from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.records import FORMAT, Artifact, Build, Json, Measurement, Model, Plan
+
+MANIFEST = "artifact.json"
+MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Store:
+    """The results folder. `warn` hears of everything that was repaired or dropped."""
+
+    root: Path
+    warn: Callable[[str], None] = lambda _: None
+
+    def check_writable(self) -> None:
+        """Raises MissingEnvironment when results cannot be written here; leaves nothing behind."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            probe = self.root / f".writable.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise MissingEnvironment(
+                f"cannot write results to {self.root}: {error.strerror}", "choose another folder with --results"
+            ) from error
+
+    def folder(self, artifact_id: str) -> Path:
+        return self.root / "artifacts" / artifact_id[:2] / artifact_id
+
+    def cache(self, artifact_id: str) -> Path:
+        """Where an engine may keep what it compiles for this model (not part of the artifact)."""
+        return self.root / "cache" / (artifact_id[:16] or "source")
+
+    def find(self, build: Build) -> Artifact | None:
+        """The artifact, its files checked against their hash; a damaged one is set aside and counts as missing."""
+        folder = self.folder(build.id)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+        except FileNotFoundError:
+            return None
+        if identity.of_folder(folder / MODEL) != manifest["content"]:
+            aside = folder.with_name(f"{folder.name}.damaged.{os.getpid()}")
+            folder.rename(aside)
+            self.warn(f"artifact {build.id[:12]} does not match its hash: moved to {aside}, building it again")
+            return None
+        return _artifact(folder, manifest, cached=True)
+
+    @contextlib.contextmanager
+    def locked(self, build: Build) -> Iterator[None]:
+        """One builder per artifact; the kernel frees the lock of a process that died."""
+        folder = self.folder(build.id)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def build(self, build: Build, make: Callable[[Path], tuple[Model, dict[str, Json]]]) -> Artifact:
+        """Build it in a temporary folder and move it into place whole; `make` fills the folder it is given."""
+        folder = self.folder(build.id)
+        for orphan in folder.parent.glob(f"{folder.name}.tmp.*"):
+            shutil.rmtree(orphan)  # we hold the lock, so whoever wrote it is dead
+        temporary = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
+        try:
+            temporary.mkdir(parents=True)
+            model, facts = make(temporary / MODEL)
+            manifest = {
+                "format": FORMAT,
+                "build": asdict(build),
+                "content": identity.of_folder(temporary / MODEL),
+                "size_bytes": size(temporary / MODEL),
+                "adapters": model.adapters,
+                **facts,
+            }
+            write(temporary / MANIFEST, json.dumps(manifest, indent=1))
+            temporary.rename(folder)
+            _sync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return _artifact(folder, manifest, cached=False)
+
+
+def _artifact(folder: Path, manifest: dict[str, Json], cached: bool) -> Artifact:
+    return Artifact(
+        id=manifest["build"]["id"],
+        path=str(folder),
+        model=Model(str(folder / MODEL), tuple(manifest["adapters"])),
+        content=manifest["content"],
+        size_bytes=manifest["size_bytes"],
+        seconds=manifest["seconds"],
+        cached=cached,
+        facts=manifest,
+    )
+
+
+# ---- a run's folder ----------------------------------------------------------------------------
+
+
+def append(path: Path, measurement: Measurement) -> None:
+    """Add one line, on disk before this returns."""
+    line = json.dumps({"format": FORMAT, **asdict(measurement)}, ensure_ascii=False)
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write(line + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan of a run folder. Raises BadInput for a file that is no plan."""
+    import cattrs
+
+    try:
+        return cattrs.structure(json.loads(path.read_text(encoding="utf-8")), Plan)
+    except OSError as error:
+        raise BadInput(f"no run at {path.parent}: {error.strerror}", "give a folder below results/runs") from error
+    except (ValueError, cattrs.BaseValidationError) as error:
+        raise BadInput(f"{path} is not a plan of this peftopt", "run the recipe again") from error
+
+
+def read(path: Path, warn: Callable[[str], None] = lambda _: None) -> list[Measurement]:
+    """All measurements of a run. A torn last line (a kill mid-write) is cut off, with notice.
+
+    Raises BadInput for another format version or a broken line that is not the last.
+    """
+    if not path.exists():
+        return []
+    raw = path.read_bytes()
+    whole, _, torn = raw.rpartition(b"\n")
+    if torn:
+        warn(f"{path}: dropped a torn last line of {len(torn)} bytes")
+        os.truncate(path, len(raw) - len(torn))
+    return [_measurement(path, n, line) for n, line in enumerate(whole.splitlines(), 1) if line.strip()]
+
+
+def _measurement(path: Path, number: int, line: bytes) -> Measurement:
+    try:
+        values = json.loads(line)
+        version = values.pop("format")
+        if version == FORMAT:
+            return Measurement(**values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{path}:{number} is not a measurement", "restore the file or run again") from error
+    raise BadInput(f"{path}:{number} has format {version}, this peftopt reads {FORMAT}", "use the peftopt that wrote it")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def size(folder: Path) -> int:
+    """Bytes of all regular files in a folder."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and not f.is_symlink())
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,12 @@
+"""Transforms, one file each: Model -> Model. The file's name is its name in recipes; there is no list to edit.
+
+A transform file has a one-line docstring (its help), `TECHNIQUE` (its row of the trade-off table), `NEEDS` (the
+modules it imports), optionally `CALIBRATES = True`, a frozen dataclass `Params` (its schema, with defaults), and
+
+    def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model
+
+which writes a whole, loadable folder at `out` (weights as safetensors, config, generation config, tokenizer, chat
+template) and returns the Model that is there. `texts` are rendered calibration texts (prompt and answer, chat
+template applied), empty unless it calibrates. Raises BadInput for a model it cannot work on, saying what to do.
+Heavy imports stay inside functions.
+"""

@@ -1,0 +1,214 @@
+"""How the torch-side plug-ins load a Model and write one: transformers and PEFT, checked where they only warn."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from peftopt.errors import BadInput
+from peftopt.records import Model
+
+for _name in ("torchao", "torch.utils._pytree"):
+    # On every import they report GPU kernels that a CPU cannot load, and a deprecation inside torchao itself.
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, and nothing on stdout: it is the worker's protocol. Errors and warnings stay on stderr."""
+    import sys
+    from functools import partialmethod
+    from unittest import mock
+
+    from tqdm import tqdm  # type: ignore[import-untyped]
+    from transformers.utils import logging as progress
+
+    bars = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
+    # Patched, because TQDM_DISABLE is read only once, when tqdm is first imported.
+    silent = mock.patch.object(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))
+    try:
+        with silent, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what matters of them is checked and raised here
+            yield
+    finally:
+        if bars:
+            progress.enable_progress_bar()
+
+
+def config(folder: str) -> Any:
+    """The folder's transformers config. Raises BadInput when there is none that transformers can read."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"{folder} is not a model folder: {_first_line(error)}", "it needs a config.json") from error
+
+
+def unquantized_config(model: Model, verb: str) -> Any:
+    """The model's config; raises BadInput when its weights are already quantized."""
+    found = config(model.path)
+    if settings := getattr(found, "quantization_config", None):
+        method = settings.get("quant_method", "?") if isinstance(settings, dict) else "?"
+        raise BadInput(
+            f"cannot {verb} {model.path}: its weights are already quantized ({method})",
+            f"{verb} the full-precision model; an adapter is merged before the model is quantized",
+        )
+    return found
+
+
+def tokenizer(folder: str) -> Any:
+    """The folder's tokenizer, padding on the left as generation needs it. Raises BadInput without one."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        hint = "copy tokenizer.json and tokenizer_config.json next to the weights"
+        raise BadInput(f"{folder} has no usable tokenizer: {_first_line(error)}", hint) from error
+    return found
+
+
+def load(folder: str, unpacked: bool = False, **kwargs: Any) -> Any:
+    """The model of a folder in its own dtype, in eval mode, on the CPU. Raises BadInput when it cannot be read.
+
+    `unpacked`: open packed weights (GPTQ, AWQ) now, not at the first forward pass as transformers does by default;
+    PEFT can wrap only layers that have a weight.
+    """
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    packed = (getattr(config(folder), "quantization_config", None) or {}).get("quant_method") == "compressed-tensors"
+    if packed and unpacked:
+        kwargs["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    try:
+        with quiet():
+            kwargs = {"dtype": "auto", "local_files_only": True, **kwargs}
+            return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot load {folder}: {_first_line(error)}", "check that the folder is whole") from error
+
+
+def attach(model: Any, adapter: str, name: str = "default", keep_dtype: bool = False) -> Any:
+    """The model with one adapter on it (a PeftModel), every key of the adapter's file accounted for.
+
+    `keep_dtype`: hold the adapter in the model's dtype; otherwise PEFT's default, fp32 where the file is half
+    precision. Raises BadInput for an adapter that is pickled, unreadable, for another base, or not finite: PEFT
+    itself only warns of missing and unexpected keys, and loads NaN without a word.
+    """
+    from peft import PeftModel
+
+    weights = adapter_weights(adapter)
+    try:
+        with quiet():
+            if isinstance(model, PeftModel):
+                model.load_adapter(adapter, adapter_name=name, autocast_adapter_dtype=not keep_dtype)
+            else:
+                model = PeftModel.from_pretrained(model, adapter, name, autocast_adapter_dtype=not keep_dtype)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        hint = "check that the adapter was trained on this very base model"
+        raise BadInput(f"adapter {adapter} does not fit the model: {_first_line(error)}", hint) from error
+    _check_keys(model, adapter, name, weights)
+    if keep_dtype:
+        # PEFT takes the dtype from the base layer's weight, which for a packed 4-bit layer is no float type at all.
+        for parameter_name, parameter in model.named_parameters():
+            if f".{name}." in parameter_name and parameter.is_floating_point():
+                parameter.data = parameter.data.to(model.dtype)
+    return model.eval()
+
+
+def adapter_config(adapter: str) -> Any:
+    """The adapter's PeftConfig. Raises BadInput for a folder that holds none."""
+    from peft import PeftConfig
+
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise BadInput(f"{adapter} is not an adapter: no adapter_config.json", "point at a folder that PEFT saved")
+    try:
+        return PeftConfig.from_pretrained(adapter)
+    except (ValueError, TypeError, KeyError) as error:
+        hint = "the adapter may come from a newer PEFT"
+        raise BadInput(f"cannot read {adapter}/adapter_config.json: {_first_line(error)}", hint) from error
+
+
+def adapter_weights(adapter: str) -> dict[str, Any]:
+    """The adapter's tensors by name. Raises BadInput for a pickle, a broken file or a value that is not finite."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    adapter_config(adapter)
+    file = Path(adapter) / "adapter_model.safetensors"
+    if not file.is_file():
+        if (Path(adapter) / "adapter_model.bin").is_file():
+            raise BadInput(
+                f"adapter {adapter} is pickled (adapter_model.bin): opening it could run code",
+                "load it where it was trained and save_pretrained(..., safe_serialization=True)",
+            )
+        raise BadInput(f"adapter {adapter} has no adapter_model.safetensors", "copy the weights next to its config")
+    try:
+        weights: dict[str, Any] = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file} is broken: {_first_line(error)}", "copy the adapter again") from error
+    if bad := not_finite(weights):
+        raise BadInput(f"adapter {adapter} holds NaN or infinity in {bad}", "its training diverged: train it again")
+    return weights
+
+
+def not_finite(tensors: dict[str, Any]) -> str:
+    """The name of the first tensor that holds NaN or infinity, "" when all are finite."""
+    import torch
+
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            # min and max carry a NaN along; one pass, no mask in memory: 23 times cheaper than isfinite().all()
+            low, high = torch.aminmax(tensor)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                return name
+    return ""
+
+
+def copy_extras(source: str, out: Path) -> None:
+    """Copy what serving needs beside weights and config, byte for byte: tokenizer, chat template, generation config.
+
+    Saving them through transformers instead would rewrite them, and a changed chat template is a changed model.
+    """
+    for file in Path(source).iterdir():
+        kept = file.suffix not in WEIGHTS and not file.name.endswith(".index.json") and file.name != "config.json"
+        if file.is_dir() and file.name == "additional_chat_templates":
+            shutil.copytree(file, out / file.name, dirs_exist_ok=True)
+        elif file.is_file() and kept and not file.name.startswith("."):
+            shutil.copyfile(file, out / file.name)
+
+
+def _check_keys(model: Any, adapter: str, name: str, weights: dict[str, Any]) -> None:
+    from peft import get_peft_model_state_dict
+
+    with quiet():
+        expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    # PEFT saves a copy of the embeddings too when they were resized or trained: no adapter key, and no mistake.
+    copies = {key for key in weights if key.rsplit(".", 1)[0].endswith(("embed_tokens", "lm_head", "base_layer"))}
+    problems = {
+        "lacks": sorted(expected.keys() - weights.keys()),
+        "has unknown": sorted(weights.keys() - expected.keys() - copies),
+        "has mis-shaped": sorted(k for k in expected.keys() & weights.keys() if expected[k].shape != weights[k].shape),
+    }
+    for what, keys in problems.items():
+        if keys:
+            raise BadInput(
+                f"adapter {adapter} {what} weights: {_some(keys)}",
+                "it was trained on another base model, saved half, or its keys were renamed; save it again with PEFT",
+            )
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]

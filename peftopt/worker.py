@@ -1,0 +1,169 @@
+"""A child process that does the heavy work: JSON jobs in on stdin, JSON lines out on stdout.
+
+It runs as `python -m peftopt.worker` in the environment its plug-in needs; what crosses the border is folders and
+records, never objects. Each job answers with any number of {"record": …} lines and then one {"done": …} or
+{"failed": {"reason", "detail", "hint"}}. A worker keeps the model it opened between jobs, and ends with its stdin.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from peftopt.corpus import Row, row_from
+from peftopt.errors import PeftoptError, WorkerFailed
+from peftopt.plugins import module
+from peftopt.records import Json, Model
+
+
+class Worker:
+    """The jobs. State: the engine that is open, if any."""
+
+    def __init__(self, tell: Callable[[str, Json], None]) -> None:
+        self.tell = tell
+        self.engine: Any = None
+
+    def transform(
+        self, plugin: str, params: dict[str, Json], model: dict[str, Json], out: str, rows: list[Json], seed: int
+    ) -> dict[str, Json]:
+        """Run one transform, scan what it wrote, and say what it took."""
+        from peftopt.probes import memory, weights
+
+        source = module("transform", plugin)
+        opened = _model(model)
+        texts = [_render(row_from(row), opened.path) for row in rows]
+        started = time.perf_counter()
+        result = source.transform(opened, source.Params(**params), Path(out), texts, seed)
+        seconds = time.perf_counter() - started
+        return {
+            "model": dataclasses.asdict(result),
+            "seconds": seconds,
+            "tier0": weights.scan(Path(out)),
+            **memory.peak(),
+        }
+
+    def open(self, plugin: str, params: dict[str, Json], model: dict[str, Json]) -> dict[str, Json]:
+        """Load a model into an engine. Times in seconds; `adapter_switch_time` where an adapter was attached."""
+        import torch
+
+        source = module("engine", plugin)
+        started = time.perf_counter()
+        self.engine = source.open(_model(model), source.Params(**params))
+        return {
+            "model_loading_time": time.perf_counter() - started,
+            "adapter_switch_time": self.engine.adapter_switch_time,
+            "threads": torch.get_num_threads(),
+            "device": str(getattr(self.engine, "device", "")),
+            "pid": os.getpid(),
+        }
+
+    def speed(self, batches: list[list[Json]], new_tokens: int, warmup: int) -> dict[str, Json]:
+        """One turn of a block: see probes/speed.py."""
+        from peftopt.probes import speed
+
+        rows = [[row_from(row) for row in batch] for batch in batches]
+        return {"requests": speed.turn(self.engine, rows, new_tokens, warmup)}
+
+    def quality(
+        self,
+        rows: list[Json],
+        schema: Json,
+        new_tokens: int,
+        batch: int,
+        reference: str | None = None,
+        write_reference: str | None = None,
+    ) -> dict[str, Json]:
+        """Answer rows; one record each: see probes/quality.py."""
+        from peftopt.probes import quality
+
+        checked = [row_from(row) for row in rows]
+        quality.ask(
+            self.engine,
+            checked,
+            schema,
+            new_tokens,
+            batch,
+            reference,
+            write_reference,
+            lambda record: self.tell("record", record),
+        )
+        return {"rows": len(rows)}
+
+    def memory(self) -> dict[str, Json]:
+        """Peaks since this process started."""
+        from peftopt.probes import memory
+
+        return memory.peak()
+
+
+def _model(values: dict[str, Json]) -> Model:
+    return Model(values["path"], tuple(values["adapters"]))
+
+
+def _render(row: Row, model_path: str) -> str:
+    """The calibration text of a row: chat template applied, the right answer included."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    answer = [{"role": "assistant", "content": row.expected}] if row.expected else []
+    return str(tokenizer.apply_chat_template([*row.messages, *answer], tokenize=False))
+
+
+def _failure(error: BaseException) -> dict[str, str]:
+    """Why a job failed, in the words of the report. The traceback goes to the worker's log."""
+    traceback.print_exception(error, file=sys.stderr)
+    if isinstance(error, WorkerFailed):
+        return {"reason": error.reason, "detail": error.detail, "hint": error.hint}
+    if isinstance(error, PeftoptError):
+        return {"reason": "refused", "detail": error.message, "hint": error.hint}
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__:
+        return {"reason": "out of memory", "detail": str(error).splitlines()[0] if str(error) else "", "hint": ""}
+    if isinstance(error, ModuleNotFoundError):
+        return {"reason": "missing library", "detail": str(error), "hint": f"pip install {error.name}"}
+    return {"reason": "error", "detail": f"{type(error).__name__}: {error}"[:500], "hint": ""}
+
+
+def _die_with_parent() -> None:
+    """Ask Linux for a SIGKILL when the parent dies, so a killed run leaves no worker behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def serve(jobs: TextIO, channel: TextIO) -> None:
+    """Answer jobs until there are no more."""
+
+    def tell(word: str, value: Json) -> None:
+        channel.write(json.dumps({word: value}) + "\n")
+        channel.flush()
+
+    worker = Worker(tell)
+    for line in jobs:
+        job = json.loads(line)
+        try:
+            answer = getattr(worker, job.pop("job"))(**job)
+        except Exception as error:  # noqa: BLE001 (whatever a library raises becomes a record with its reason)
+            tell("failed", _failure(error))
+        else:
+            tell("done", answer)
+
+
+def main() -> None:
+    """stdout is the protocol, so whatever a library prints goes to stderr, the worker's log."""
+    _die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    serve(sys.stdin, channel)
+
+
+if __name__ == "__main__":
+    main()

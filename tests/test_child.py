@@ -1,0 +1,69 @@
+"""A worker that hangs, dies or refuses becomes a named failure; nothing of it is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import time
+from pathlib import Path
+
+import pytest
+
+from peftopt.child import Child
+from peftopt.errors import WorkerFailed
+
+
+def fake(tmp_path: Path, script: str) -> Child:
+    """A stand-in for the worker's Python that runs a shell script instead."""
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return Child(tmp_path / "logs" / "fake.log", 1, python=str(path))
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("sleep 60", "timeout"),
+        ("kill -KILL $$", "killed (SIGKILL)"),
+        ("kill -SEGV $$", "killed (SIGSEGV)"),
+        ("exit 7", "died"),
+        ("""read line; echo '{"failed": {"reason": "out of memory", "detail": "", "hint": ""}}'""", "out of memory"),
+    ],
+)
+def test_each_way_to_fail_has_its_name(tmp_path: Path, script: str, reason: str) -> None:
+    with fake(tmp_path, script) as child, pytest.raises(WorkerFailed) as caught:
+        child.ask("open", 0.5 if reason == "timeout" else 30)
+    assert caught.value.reason == reason
+
+
+def test_records_are_heard_before_the_answer(tmp_path: Path) -> None:
+    heard: list[dict[str, int]] = []
+    script = """read line; echo '{"record": {"n": 1}}'; echo '{"record": {"n": 2}}'; echo '{"done": {"rows": 2}}'"""
+    with fake(tmp_path, script) as child:
+        assert child.ask("quality", 30, heard.append) == {"rows": 2}
+    assert heard == [{"n": 1}, {"n": 2}]
+
+
+def test_grandchildren_go_with_the_worker(tmp_path: Path) -> None:
+    with fake(tmp_path, f"sleep 600 & echo $! > {tmp_path}/grandchild; exit 0") as child, pytest.raises(WorkerFailed):
+        child.ask("open", 30)
+    pid = int((tmp_path / "grandchild").read_text())
+    for _ in range(100):  # the kernel takes a moment to reap what was killed
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the grandchild is still alive")
+
+
+def test_a_real_worker_names_an_unknown_plug_in_and_goes_on(tmp_path: Path) -> None:
+    with Child(tmp_path / "logs" / "real.log", 1) as child:
+        with pytest.raises(WorkerFailed, match="no_such_engine"):
+            child.ask("open", 120, plugin="no_such_engine", params={}, model={"path": "x", "adapters": []})
+        assert child.ask("memory", 120)["peak_memory_bytes"] > 0

@@ -1,0 +1,219 @@
+"""What a user gets wrong is one clear error with its exit code, before anything slow starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from test_run import RECIPE, command, prompts
+
+from peftopt import plugins
+
+
+@pytest.fixture
+def recipe(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> Path:
+    """A good recipe, on copies that a test may break."""
+    shutil.copytree(tiny_base, tmp_path / "base")
+    shutil.copytree(tiny_lora, tmp_path / "lora")
+    questions = prompts(tmp_path / "eval.jsonl", 6, "eval")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(base="base", adapter="lora", prompts=questions.name))
+    return path
+
+
+def errors(capsys: pytest.CaptureFixture[str]) -> str:
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    return " ".join(err.split())
+
+
+def test_a_good_recipe_checks_out_and_says_what_it_would_do(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("check", recipe) == 0
+    out = capsys.readouterr().out
+    assert "merge -> int8, on eager" in out and "2 artifacts" in out and "(baseline)" in out
+
+
+def test_all_mistakes_of_a_recipe_come_at_once_with_lines_and_hints(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = recipe.read_text().replace("[merge, int8]", "[merge, int9]").replace("minimize:", "minimise:")
+    recipe.write_text(text)
+    assert command("run", recipe) == 2
+    err = errors(capsys)
+    lines = text.splitlines()
+    for wrong, hint in (("int9", "int8"), ("minimise", "minimize")):
+        number = next(n for n, line in enumerate(lines, 1) if wrong in line)
+        assert f"recipe.yaml:{number})" in err and f"did you mean '{hint}'?" in err
+
+
+def drop(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def quantized(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+
+
+def own_code(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Model"}}))
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def pickled(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def wider(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = next(n for n in tensors if "lora_A" in n)
+    tensors[name] = tensors[name].new_zeros(4, 96)
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def prompt_method(folder: Path) -> None:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "P_TUNING"}))
+
+
+@pytest.mark.parametrize(
+    ("which", "damage", "says"),
+    [
+        ("base", shutil.rmtree, "no model folder"),
+        ("base", drop("config.json"), "is no model"),
+        ("base", drop("model.safetensors"), "no safetensors weights"),
+        ("base", truncated, "not a whole safetensors file"),
+        ("base", quantized, "already quantized (gptq)"),
+        ("base", own_code, "its own code"),
+        ("lora", shutil.rmtree, "no adapter folder"),
+        ("lora", drop("adapter_config.json"), "is no adapter"),
+        ("lora", pickled, "never opened"),
+        ("lora", wider, "does not fit"),
+        ("lora", prompt_method, "cannot be merged"),
+    ],
+)
+def test_files_that_cannot_work_are_refused_before_anything_starts(
+    recipe: Path, which: str, damage, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(recipe.parent / which)
+    assert command("run", recipe, "--results", recipe.parent / "results") == 2
+    err = errors(capsys)
+    assert says in err and "hint:" in err
+    assert not (recipe.parent / "results").exists()
+
+
+def test_an_adapter_for_another_base_is_refused_and_names_the_base_it_wants(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(recipe.parent / "lora" / "adapter_model.safetensors")
+    renamed = {name.replace("layers.1", "layers.7"): t for name, t in tensors.items()}
+    save_file(renamed, recipe.parent / "lora" / "adapter_model.safetensors", {"format": "pt"})
+    assert command("check", recipe) == 2
+    err = errors(capsys)
+    assert "the base has no model.layers.7" in err and "trained on" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "holds no prompts"),
+        ('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n', "eval.jsonl:2 repeats the id"),
+        ('{"id": 1, "prompt": "a"}\n{"id": 2, "prom\n', "eval.jsonl:2 is not a prompt"),
+    ],
+)
+def test_broken_prompts_are_named_by_line(
+    recipe: Path, text: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipe.parent / "eval.jsonl").write_text(text)
+    assert command("check", recipe) == 2
+    assert says in errors(capsys)
+
+
+def test_calibration_rows_may_not_be_evaluated(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe.write_text(recipe.read_text() + "calibration: eval.jsonl\n")
+    assert command("check", recipe) == 2
+    assert "is also evaluation row" in errors(capsys)
+
+
+def test_results_that_cannot_be_written_are_an_environment_error(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipe.parent / "taken").write_text("a file")
+    assert command("run", recipe, "--results", recipe.parent / "taken") == 4
+    assert "cannot write results" in errors(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "missing.yaml"),
+        ("decide", "missing-run"),
+        ("report", "missing-run"),
+        ("decide", "--results", "nowhere"),
+        ("quantize", "--method", "gtpq", "--model", "m", "--out", "o"),
+        ("quantize", "--method", "gptq", "--model", "m", "--out", "o"),
+        ("quantize", "--method", "int8", "--group-size", "64", "--model", "m", "--out", "o"),
+        ("merge", "--base", "missing", "--adapter", "missing", "--out", "o"),
+        ("bench", "--model", "missing", "--prompts", "missing.jsonl"),
+        ("compile", "--model", "missing"),
+        ("new", "x.yaml", "--like", "nothing"),
+        ("no-such-verb",),
+        ("run",),
+    ],
+)
+def test_bad_usage_is_exit_2_and_no_traceback(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command(*arguments) == 2
+    assert errors(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_new_writes_a_recipe_with_the_users_paths_once(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    schema = recipe.parent / "schema.json"
+    schema.write_text("{}")
+    assert command("new", "mine.yaml", "--base", "base", "--adapter", "lora", "--prompts", "eval.jsonl") == 0
+    text = (recipe.parent / "mine.yaml").read_text()
+    assert "base: base" in text and "adapter: lora" in text and "prompts: eval.jsonl" in text
+    assert command("new", "mine.yaml") == 2
+
+
+def test_doctor_names_every_plug_in(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("doctor", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["missing"].keys() == plugins.catalogue().keys()
+    assert found["cores"] >= 1 and "torch" in found["versions"]
+    assert command("doctor") == 0
+    assert "merge" in capsys.readouterr().out
+
+
+def test_merge_then_quantize_then_bench_by_hand(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    assert command("merge", "--base", "base", "--adapter", "lora", "--out", "merged", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tier0"] == [] and (recipe.parent / "merged" / "model.safetensors").exists()
+    assert command("merge", "--base", "base", "--adapter", "lora", "--out", "merged") == 2
+    assert command("quantize", "--method", "int8", "--model", "merged", "--out", "int8") == 0
+    capsys.readouterr()
+    models = ("--model", "base", "--model", "merged", "--model", "int8")
+    arguments = ("--adapter", "lora", "--prompts", "eval.jsonl", "--new-tokens", 3, "--blocks", 2, "--json")
+    assert command("bench", *models, *arguments) == 0
+    first, *others = json.loads(capsys.readouterr().out)
+    assert first["ratio"] is None and "adapter" in first["name"]
+    assert all(o["ratio"]["n"] == 2 for o in others)
+    assert {f for f in os.listdir() if f.startswith(".")} == set()

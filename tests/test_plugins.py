@@ -1,0 +1,347 @@
+"""What every transform and every engine promises, checked on a tiny model; a new plug-in file is found by itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_lora
+
+from peftopt import plugins
+from peftopt.errors import BadInput
+from peftopt.records import Model
+
+CATALOGUE = plugins.catalogue()
+TRANSFORMS = sorted(p.name for p in CATALOGUE.values() if p.kind == "transform" and p.environment == "main")
+ENGINES = sorted(p.name for p in CATALOGUE.values() if p.kind == "engine" and p.environment == "main")
+QUANTIZERS = [name for name in TRANSFORMS if CATALOGUE[name].technique == "quantize"]
+LOCAL_ENGINES = [name for name in ENGINES if name in ("eager", "compiled")]
+PROMPTS = ("the quick fox", "counts", "a lazy dog jumps over 49 stars and then over the brown fox number 7")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by name."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def run(name: str, model: Model, out: Path, texts: Sequence[str] = ()) -> Model:
+    """Run a transform with its default parameters."""
+    plugin = plugins.module("transform", name)
+    out.mkdir(parents=True, exist_ok=True)
+    result: Model = plugin.transform(model, plugin.Params(), out, texts, 0)
+    return result
+
+
+def logits(folder: Path | str, adapter: Path | None = None) -> Any:
+    """Logits [1, tokens, vocabulary] of a folder that is loaded as a user would load it."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    if adapter:
+        model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(3, 60)[None]).logits.float()
+
+
+@pytest.fixture(scope="module")
+def built(
+    tiny_base: Path, tiny_lora: Path, calibration_texts: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """Build each transform's output once: from base and adapter for a merge, from the merged model otherwise."""
+    done: dict[str, Model] = {}
+    root = tmp_path_factory.mktemp("built")
+
+    def build(name: str) -> Model:
+        if name not in done:
+            source = Model(str(tiny_base), (str(tiny_lora),)) if name == "merge" else build("merge")
+            done[name] = run(name, source, root / name, calibration_texts)
+        return done[name]
+
+    return build
+
+
+# ---- what the catalogue promises ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(CATALOGUE))
+def test_a_plugin_describes_itself(name: str) -> None:
+    plugin = CATALOGUE[name]
+    assert plugin.help.endswith(".") and len(plugin.help) < 110
+    assert plugin.technique in ("merge", "quantize", "compile", "")
+    assert is_dataclass(plugin.params) and plugin.params.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert {f.type for f in fields(plugin.params)} <= {"int", "float", "str", "bool"}
+    plugin.params()  # every field has a default
+
+
+# ---- transforms --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_leaves_a_whole_finite_folder(name: str, built: Any, tiny_base: Path) -> None:
+    from transformers import AutoTokenizer
+
+    out = Path(built(name).path)
+    assert logits(out).isfinite().all()
+    assert list(out.glob("*.safetensors")) and not list(out.glob("*.bin"))
+    for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / file).read_bytes() == (tiny_base / file).read_bytes(), file
+    assert AutoTokenizer.from_pretrained(out).chat_template
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_transform_leaves_its_input_and_the_working_folder_alone(
+    name: str,
+    tiny_base: Path,
+    tiny_lora: Path,
+    calibration_texts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    elsewhere = tmp_path / "cwd"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    before = snapshot(tiny_base), snapshot(tiny_lora)
+    run(name, Model(str(tiny_base), (str(tiny_lora),)), tmp_path / "out", calibration_texts)
+    assert (snapshot(tiny_base), snapshot(tiny_lora)) == before
+    assert list(elsewhere.iterdir()) == []
+    assert capfd.readouterr().out == "", "stdout is the worker's protocol"
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_quantizer_changes_the_weights_a_little_and_carries_adapters(
+    name: str, built: Any, tiny_base: Path, tiny_lora: Path, calibration_texts: list[str], tmp_path: Path
+) -> None:
+    full, quantized = logits(built("merge").path), logits(built(name).path)
+    assert (full != quantized).any()
+    # Four bits of random weights are far off; unrelated logits would be 1.4 of the norm.
+    assert (full - quantized).norm() < (0.2 if name == "int8" else 0.9) * full.norm()
+    carried = run(name, Model(str(tiny_base), (str(tiny_lora),)), tmp_path / "out", calibration_texts)
+    assert carried.adapters == (str(tiny_lora),)
+    engine = plugins.module("engine", "eager")
+    plain, adapted = Model(carried.path), carried
+    answers = [ask(engine.open(model, engine.Params()), new_tokens=8) for model in (plain, adapted)]
+    assert answers[0] != answers[1], "the adapter is still at work on the quantized base"
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_quantizer_refuses_a_quantized_model(
+    name: str, built: Any, calibration_texts: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match="already quantized"):
+        run(name, Model(built("int8").path), tmp_path, calibration_texts)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_a_group_size_that_does_not_fit_is_refused_with_those_that_do(
+    name: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    plugin = plugins.module("transform", name)
+    for size in (128, 48, 0):
+        with pytest.raises(BadInput, match=f"group_size: {size}") as refused:
+            plugin.transform(Model(str(tiny_base)), plugin.Params(group_size=size), tmp_path, ["text"], 0)
+        assert refused.value.hint == "use 32 or 64"
+    with pytest.raises(BadInput, match="bits: 3"):
+        plugin.transform(Model(str(tiny_base)), plugin.Params(bits=3), tmp_path, ["text"], 0)
+    with pytest.raises(BadInput, match="no calibration texts"):
+        plugin.transform(Model(str(tiny_base)), plugin.Params(), tmp_path, [], 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_is_the_same_model(built: Any, tiny_base: Path, tiny_lora: Path) -> None:
+    merged, unmerged, base = logits(built("merge").path), logits(tiny_base, tiny_lora), logits(tiny_base)
+    assert built("merge").adapters == ()
+    noise, delta = (merged - unmerged).norm(), (unmerged - base).norm()
+    assert noise < 0.05 * delta, f"{noise} is more than bf16 rounding of a change of {delta}"
+
+
+def test_a_merge_keeps_dtype_and_tied_embeddings(built: Any, tiny_base: Path) -> None:
+    from safetensors.torch import load_file
+
+    out = Path(built("merge").path)
+    base, merged = load_file(tiny_base / "model.safetensors"), load_file(out / "model.safetensors")
+    assert {k: (v.dtype, v.shape) for k, v in base.items()} == {k: (v.dtype, v.shape) for k, v in merged.items()}
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_merge_into_one_side_of_tied_embeddings_leaves_the_other(
+    tiny_base: Path, tmp_path: Path, target: str
+) -> None:
+    lora = tmp_path / "lora"
+    make_lora(tiny_base, lora, target_modules=["q_proj", target])
+    merged = run("merge", Model(str(tiny_base), (str(lora),)), tmp_path / "out")
+    same, changed = logits(merged.path), logits(tiny_base, lora)
+    assert (same - changed).norm() < 0.05 * (changed - logits(tiny_base)).norm()
+
+
+def edited(lora: Path, out: Path, change: Any) -> Path:
+    """A copy of an adapter whose tensors went through `change`."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(lora, out)
+    save_file(change(load_file(lora / "adapter_model.safetensors")), out / "adapter_model.safetensors")
+    return out
+
+
+BROKEN = {
+    "lacks weights": lambda weights: dict(list(weights.items())[1:]),
+    "has unknown weights": lambda weights: (
+        weights | {"base_model.model.model.layers.9.x": next(iter(weights.values())) + 0}
+    ),
+    "does not fit": lambda weights: {key: value[:, :-1].contiguous() for key, value in weights.items()},
+    "NaN or infinity": lambda weights: {key: value * float("nan") for key, value in weights.items()},
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+@pytest.mark.parametrize("hand", ["merge", "eager"])
+def test_a_broken_adapter_is_refused(hand: str, reason: str, tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    model = Model(str(tiny_base), (str(edited(tiny_lora, tmp_path / "broken", BROKEN[reason])),))
+    with pytest.raises(BadInput, match=reason):
+        if hand == "merge":
+            run("merge", model, tmp_path / "out")
+        else:
+            engine = plugins.module("engine", "eager")
+            engine.open(model, engine.Params())
+
+
+def test_a_merge_that_cannot_be_is_refused(tiny_base: Path, tiny_lora: Path, built: Any, tmp_path: Path) -> None:
+    from peft import PromptEncoderConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def refused(why: str, *adapters: Path, base: str = str(tiny_base)) -> None:
+        with pytest.raises(BadInput, match=why) as error:
+            run("merge", Model(base, tuple(map(str, adapters))), tmp_path / "out")
+        assert error.value.hint
+
+    refused("nothing to merge")
+    refused("is not an adapter", tmp_path)
+    refused("already quantized", tiny_lora, base=built("int8").path)
+    make_lora(tiny_base, tmp_path / "zero", std=0)
+    refused("changed nothing", tmp_path / "zero")
+    shutil.copytree(tiny_lora, tmp_path / "pickled")
+    (tmp_path / "pickled" / "adapter_model.safetensors").rename(tmp_path / "pickled" / "adapter_model.bin")
+    refused("pickled", tmp_path / "pickled")
+    model = AutoModelForCausalLM.from_pretrained(tiny_base)
+    config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16)
+    get_peft_model(model, config).save_pretrained(tmp_path / "p-tuning")
+    refused("no weight delta", tmp_path / "p-tuning")
+
+
+# ---- engines -----------------------------------------------------------------------------------
+
+
+def ask(engine: Any, new_tokens: int, batch: bool = True, stop: bool = False) -> list[list[int]]:
+    """The new tokens for PROMPTS, as one batch or one by one."""
+    prompts = [engine.encode([{"role": "user", "content": text}])[0] for text in PROMPTS]
+    groups = [prompts] if batch else [[prompt] for prompt in prompts]
+    return [answer.tokens for group in groups for answer in engine.generate(group, new_tokens, stop)]
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_base_fp32: Path, tiny_lora: Path, built: Any) -> Any:
+    """Open each engine once, in fp32 with the LoRA unmerged (greedy answers are then exact)."""
+    done: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in done:
+            plugin = plugins.module("engine", name)
+            adapters = () if CATALOGUE[name].technique == "compile" else (str(tiny_lora),)
+            done[name] = plugin.open(Model(str(tiny_base_fp32), adapters), plugin.Params())
+        return done[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", LOCAL_ENGINES)
+def test_stop_false_gives_exactly_that_many_tokens_with_their_times(name: str, opened: Any) -> None:
+    engine = opened(name)
+    prompts = [engine.encode([{"role": "user", "content": text}])[0] for text in PROMPTS]
+    for answer in engine.generate(prompts, 24, stop=False):
+        assert len(answer.tokens) == len(answer.times) == 24
+        assert answer.times == sorted(set(answer.times)) and not answer.stopped
+
+
+@pytest.mark.parametrize("name", LOCAL_ENGINES)
+def test_a_batch_answers_as_one_by_one(name: str, opened: Any) -> None:
+    together, alone = (ask(opened(name), 16, batch) for batch in (True, False))
+    assert together == alone
+    assert len({tuple(answer) for answer in together}) > 1, "the tiny model must tell prompts apart"
+
+
+def test_compiled_answers_as_eager(opened: Any, tiny_base_fp32: Path) -> None:
+    eager = plugins.module("engine", "eager")
+    plain = eager.open(Model(str(tiny_base_fp32)), eager.Params())
+    assert ask(opened("compiled"), 16) == ask(plain, 16)
+    with pytest.raises(BadInput, match="mode"):
+        compiled = plugins.module("engine", "compiled")
+        compiled.open(Model(str(tiny_base_fp32)), compiled.Params(mode="fast"))
+
+
+def test_compiled_does_not_recompile_for_another_prompt_length(opened: Any) -> None:
+    from torch._dynamo.utils import counters
+
+    engine = opened("compiled")
+    ask(engine, 16, batch=False)
+    before = counters["stats"]["unique_graphs"]
+    assert before > 0, "the decode step was compiled at all"
+    for length in (3, 40, 150):
+        engine.generate([list(range(5, 5 + length))], 20, stop=False)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_stop_true_ends_each_row_at_its_own_end_of_sequence(opened: Any) -> None:
+    engine = opened("eager")
+    prompts = [engine.encode([{"role": "user", "content": text}])[0] for text in PROMPTS]
+    free = engine.generate(prompts, 24, stop=False)
+    end = free[0].tokens[5]  # make a token that the first row says the end of sequence
+    engine._stopping.eos_token_id, engine.eos = [end], frozenset([end])
+    try:
+        answers = engine.generate(prompts, 24, stop=True)
+    finally:
+        engine._stopping.eos_token_id, engine.eos = 2, frozenset([2])
+    for answer, whole in zip(answers, free, strict=True):
+        count = whole.tokens.index(end) + 1 if end in whole.tokens else 24
+        assert answer.tokens == whole.tokens[:count] and len(answer.times) == count
+        assert answer.stopped == (end in whole.tokens)
+    assert answers[0].stopped
+
+
+def test_score_agrees_with_generate_whatever_the_batch(opened: Any) -> None:
+    engine = opened("eager")
+    prompts = [engine.encode([{"role": "user", "content": text}])[0] for text in PROMPTS]
+    answers = [a.tokens[:n] for a, n in zip(engine.generate(prompts, 12, stop=False), (12, 5, 1), strict=True)]
+    for prompt, answer, scores in zip(prompts, answers, engine.score(prompts, answers), strict=True):
+        assert scores.best == answer and scores.finite
+        assert [len(row) for row in scores.top_ids] == [64] * len(answer)
+        assert scores.logprobs == pytest.approx([row[0] for row in scores.top_logprobs])
+        assert all(row == sorted(row, reverse=True) and row[0] < 0 for row in scores.top_logprobs)
+        assert engine.score([prompt], [answer])[0].logprobs == pytest.approx(scores.logprobs, abs=1e-4)
+    wrong = engine.score(prompts[:1], [[7, 7]])[0]
+    assert wrong.logprobs[1] < wrong.top_logprobs[1][0], "a given token that is not the best one scores lower"
+
+
+def test_encode_and_decode_follow_the_chat_template(opened: Any) -> None:
+    engine = opened("eager")
+    prompt, answer = engine.encode([{"role": "user", "content": "the fox"}], "five stars")
+    assert answer[-1] in engine.eos and engine.decode(answer) == "five stars"
+    assert engine.decode(prompt) == "user\nthe fox\nassistant\n"
+    assert engine.encode([{"role": "user", "content": "the fox"}]) == (prompt, [])
+    assert {0, 1, 2} == engine.special_tokens and engine.eos == {2}
+
+
+def test_the_adapter_is_served_in_the_dtype_of_its_base(tiny_base: Path, tiny_lora: Path) -> None:
+    import torch
+
+    eager = plugins.module("engine", "eager")
+    engine = eager.open(Model(str(tiny_base), (str(tiny_lora),)), eager.Params())
+    assert {p.dtype for p in engine._model.parameters()} == {torch.bfloat16}
+    engine.close()

@@ -1,0 +1,119 @@
+"""Greedy answers by draft verification, and the divergence between two models' predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftopt.corpus import Row
+from peftopt.engines import Generation, Scores
+from peftopt.probes import quality
+
+EOS = 0
+EOSES = frozenset({EOS})
+
+
+class Script:
+    """An engine whose greedy continuation of a prompt is a fixed text: its first token names which."""
+
+    special_tokens = frozenset({EOS})
+    eos = EOSES
+
+    def __init__(self, texts: dict[int, list[int]], scores: bool = True) -> None:
+        self.texts, self.scores, self.generated = texts, scores, 0
+
+    def encode(self, messages: Sequence[dict[str, str]], answer: str | None = None) -> tuple[list[int], list[int]]:
+        return [int(messages[0]["content"])], [*map(int, answer.split()), EOS] if answer else []
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(map(str, tokens))
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        found = []
+        for prompt in prompts:
+            self.generated += 1
+            rest = [*self.texts[prompt[0]], EOS][len(prompt) - 1 :][:new_tokens]
+            found.append(Generation(rest, [0] * len(rest), EOS in rest))
+        return found
+
+    def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        found = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            text = [*self.texts[prompt[0]], EOS]
+            # a model that was led astray says 77: only the agreed prefix tells what it would have said by itself
+            best = [text[n] if answer[:n] == text[:n] else 77 for n in range(len(answer))]
+            ids = [[b, *(t for t in range(8) if t != b)][:8] for b in best]
+            found.append(Scores([-0.1] * len(best), best, ids, [[-0.1] + [-5.0] * 7] * len(best), True))
+        return found
+
+
+tokens = st.lists(st.integers(1, 5), min_size=1, max_size=12)
+
+
+@given(tokens, tokens, st.booleans(), st.integers(1, 14))
+def test_a_verified_answer_is_the_greedy_one_whatever_the_draft(
+    text: list[int], draft: list[int], critical: bool, new_tokens: int
+) -> None:
+    row = Row("r", ({"role": "user", "content": "9"},), " ".join(map(str, draft)), critical)
+    answers: list[dict[str, object]] = []
+    quality.ask(Script({9: text}), [row], None, new_tokens, 4, tell=answers.append)  # type: ignore[arg-type]
+    assert answers[0]["tokens"] == text[:new_tokens]
+    assert answers[0]["stopped"] == (len(text) < new_tokens)
+
+
+def test_a_right_draft_costs_no_decoding_unless_the_row_is_critical() -> None:
+    for critical in (False, True):
+        engine = Script({9: [1, 2, 3]})
+        row = Row("r", ({"role": "user", "content": "9"},), "1 2 3", critical)
+        quality.ask(engine, [row], None, 8, 4)  # type: ignore[arg-type]
+        assert engine.generated == critical
+
+
+def test_an_engine_that_cannot_score_decodes_everything() -> None:
+    engine, answers = Script({9: [1, 2]}, scores=False), []
+    row = Row("r", ({"role": "user", "content": "9"},), "1 2")
+    quality.ask(engine, [row], None, 8, 4, tell=answers.append)  # type: ignore[arg-type]
+    assert engine.generated == 1 and answers[0]["tokens"] == [1, 2] and "kl" not in answers[0]
+
+
+def test_the_reference_file_gives_a_variant_its_kl_and_agreement(tmp_path: object) -> None:
+    path = f"{tmp_path}/reference.npz"
+    rows = [Row(f"r{n}", ({"role": "user", "content": str(n)},), "1 2 3") for n in (8, 9)]
+    quality.ask(Script({8: [1, 2, 3], 9: [1, 2, 3]}), rows, None, 8, 4, write_reference=path)  # type: ignore[arg-type]
+    answers: list[dict[str, float]] = []
+    other = Script({8: [1, 2, 3], 9: [1, 5, 3]})
+    quality.ask(other, rows, None, 8, 4, reference=path, tell=answers.append)  # type: ignore[arg-type]
+    found = {a["row"]: a for a in answers}
+    assert found["r8"]["agree"] == 4 and found["r8"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["r9"]["agree"] == 1 and found["r9"]["kl"] > 1
+
+
+def logits(seed: int) -> np.ndarray:
+    drawn = np.random.default_rng(seed).normal(size=(5, 40)) * 2
+    return drawn - np.log(np.exp(drawn).sum(axis=1, keepdims=True))
+
+
+def top(log: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.argsort(-log, axis=1)[:, :k]
+    return ids, np.take_along_axis(log, ids, axis=1)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_kl_over_all_tokens_is_exact_and_over_few_a_lower_bound(one: int, two: int) -> None:
+    p, q = logits(one), logits(two)
+    exact = (np.exp(p) * (p - q)).sum(axis=1)
+    assert quality.kl_divergence(*top(p, 40), *top(q, 40)) == pytest.approx(exact, abs=1e-6)
+    few = quality.kl_divergence(*top(p, 8), *top(q, 8))
+    assert (few >= 0).all() and (few <= exact + 1e-6).all()
+
+
+def test_a_long_row_travels_alone() -> None:
+    def asked(n: int) -> quality.Asked:
+        return quality.Asked(Row(str(n), ()), [1] * n, [])
+
+    groups = list(quality.batches([asked(n) for n in (10, 10, 10, 5000, 9000)], 2))
+    assert [[len(a.prompt) for a in group] for group in groups] == [[10, 10], [10], [5000], [9000]]

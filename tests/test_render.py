@@ -1,0 +1,583 @@
+"""The reports: what a reader sees, what a machine reads back, and what hostile text cannot do."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from peftopt.errors import BadInput
+from peftopt.records import Decision, Interval, Json, Measurement, VariantDecision, Verdict
+from peftopt.render import REPORTS, as_json, html, junit, markdown, table
+
+HOSTILE = "<script>alert(1)</script> | `rm -rf` | [x](http://evil.example/a) ![y](//evil.example) @team\n\x00\u202e**"
+
+
+def interval(estimate: float, low: float | None = None, high: float | None = None, n: int = 24) -> Interval:
+    return Interval(estimate, estimate if low is None else low, estimate if high is None else high, n)
+
+
+def figures(ratio: Interval, p50: float, scale: float = 1.0, **more: Interval) -> dict[str, Interval]:
+    return {
+        "latency.ratio@chat": ratio,
+        "latency.ratio@bulk": interval(ratio.estimate, ratio.low * 0.98, ratio.high * 1.02),
+        "cpu.ratio@chat": ratio,
+        "latency.p50@chat": interval(p50, p50 * 0.98, p50 * 1.03, 72),
+        "latency.p95@chat": interval(p50 * 1.3, p50 * 1.2, p50 * 1.6, 72),
+        "latency.p95@bulk": interval(p50 * 4, p50 * 3.6, math.inf, 24),
+        "throughput@chat": interval(64e3 / p50, 63e3 / p50, 65e3 / p50),
+        "throughput@bulk": interval(300e3 / p50, 290e3 / p50, 310e3 / p50),
+        "ttft.p50@chat": interval(p50 * 0.2, p50 * 0.19, p50 * 0.22, 72),
+        "tpot.p50@chat": interval(p50 / 80, p50 / 81, p50 / 78, 72),
+        "greedy_match": interval(0.981, 0.96, 0.993, 320),
+        "kl": interval(0.0012, 0.0009, 0.0016, 320),
+        "flips_worse": interval(3.0),
+        "flips_better": interval(1.0),
+        "memory": interval(1.13e9 * scale, 1.12e9 * scale, 1.15e9 * scale, 5),
+        "size": interval(5.4e8 * scale),
+        "load_time": interval(1.42, 1.3, 1.9, 5),
+        "accuracy": interval(0.934, 0.901, 0.959, 320),
+        "validity": interval(1.0, 0.988, 1.0, 320),
+        "perplexity": interval(1.004, 1.001, 1.008, 320),
+        **more,
+    }
+
+
+def a_decision() -> Decision:
+    """Every outcome once: a merge accepted, int8 slower and rejected, gptq4 undecided, awq4 failed."""
+    clean = interval(0.0, 0.0, 0.00932, 320)
+    adapter = VariantDecision("adapter", (), "not judged", "", (), figures(interval(1.002, 0.991, 1.012), 412.0))
+    merged = VariantDecision(
+        "merged",
+        ("merge",),
+        "accepted",
+        "merge.gain",
+        (
+            Verdict("artifact.intact", "accepted", "all weights are finite and the files match their hash"),
+            Verdict(
+                "merge.gain",
+                "accepted",
+                "latency.p50@chat is 0.81x adapter's (0.78 to 0.84, 24 blocks): 15% faster or better",
+                "adapter",
+                interval(0.81, 0.78, 0.84),
+                "x",
+                0.85,
+                "wall",
+            ),
+            Verdict(
+                "merge.parity",
+                "accepted",
+                "0.02% of tokens differ from adapter's beyond its own null (320 prompts)",
+                "adapter",
+                interval(0.0002, 0.0, 0.0011, 320),
+                "share",
+                0.005,
+            ),
+            Verdict(
+                "require: latency.p95@chat <= 600 ms",
+                "accepted",
+                "latency.p95@chat is 434 ms (n=72)",
+                "",
+                interval(434.0, 401.0, 534.0, 72),
+                "ms",
+                600.0,
+                "wall",
+            ),
+        ),
+        figures(interval(0.81, 0.78, 0.84), 334.0, critical_errors=clean),
+    )
+    int8 = VariantDecision(
+        "int8",
+        ("merge", "int8"),
+        "rejected",
+        "int8.critical_errors",
+        (
+            Verdict(
+                "int8.critical_errors",
+                "rejected",
+                "3 critical errors in 320 prompts that the adapter does not make, first p-17: loop",
+                "adapter",
+                interval(3 / 320, 0.0, 0.024, 320),
+                "share",
+                0.01,
+            ),
+            Verdict(
+                "int8.not_slower",
+                "rejected",
+                "latency.p50@chat is 1.51x merged's (1.48 to 1.55, 10 blocks): not less than 5% slower",
+                "merged",
+                interval(1.51, 1.48, 1.55, 10),
+                "x",
+                1.05,
+                "wall",
+            ),
+        ),
+        figures(
+            interval(1.22, 1.18, 1.26, 10),
+            503.0,
+            0.36,
+            accuracy=interval(0.881, 0.84, 0.914, 320),
+            critical_errors=interval(3 / 320, 0.0, 0.024, 320),
+        ),
+        ("slower than adapter here: 1.22x its latency",),
+    )
+    gptq4 = VariantDecision(
+        "gptq4",
+        ("merge", "gptq"),
+        "inconclusive",
+        "gptq.not_slower",
+        (
+            Verdict("gptq.critical_errors", "accepted", "0 in 320 prompts", "adapter", clean, "share", 0.01),
+            Verdict(
+                "gptq.not_slower",
+                "inconclusive",
+                "latency.p50@chat is 1.04x merged's (0.99 to 1.09, 24 blocks): cannot tell yet",
+                "merged",
+                interval(1.04, 0.99, 1.09),
+                "x",
+                1.05,
+                "wall",
+                56,
+            ),
+        ),
+        {k: v for k, v in figures(interval(0.84, 0.8, 0.9), 347.0, 0.25).items() if k not in ("validity", "load_time")},
+    )
+    awq4 = VariantDecision(
+        "awq4",
+        ("merge", "awq"),
+        "not judged",
+        "artifact.runs",
+        (Verdict("artifact.runs", "not judged", "build failed, missing library: No module named 'llmcompressor'"),),
+        {},
+    )
+    return Decision(
+        recipe="chat",
+        baseline="adapter",
+        minimize="latency.p50@chat",
+        clock="wall",
+        chosen="merged",
+        outcome="accepted",
+        sentence="Ship merged: latency.p50@chat is 19% lower than the adapter's (0.81x, 0.78 to 0.84, 24 blocks, "
+        "wall clock), decided by merge.gain (gptq4 undecided).",
+        variants=(adapter, merged, int8, gptq4, awq4),
+        warnings=("the machine was busy: median load 3.1 while 1 threads measured",),
+        machine={
+            "cpu": "AMD EPYC 9B14",
+            "cores": 2,
+            "memory_gib": 7.8,
+            "gpu": [],
+            "versions": {"torch": "2.9.1", "peft": "0.18.0"},
+        },
+    )
+
+
+def the_measurements() -> list[Measurement]:
+    noise = random.Random(7)
+    ratios = {"adapter": 1.0, "adapter~aa": 1.0, "merged": 0.81, "int8": 1.22, "gptq4": 0.84}
+    blocks = {"adapter": 24, "adapter~aa": 8, "merged": 24, "int8": 10, "gptq4": 24}
+    found = []
+    for variant, ratio in ratios.items():
+        found.append(Measurement("launch", variant, launch=1, values={"threads": 1, "device": "cpu"}))
+        for workload, base in (("chat", 412.0), ("bulk", 1500.0)):
+            for block in range(blocks[variant]):
+                times = [base * ratio * math.exp(noise.gauss(0, 0.05)) for _ in range(4)]
+                requests = [
+                    {"request_duration_ms": t, "cpu_ms": t * 0.98, "warmup": n == 0} for n, t in enumerate(times)
+                ]
+                values = {"block": block, "requests": requests, "machine": {"load": 2.4 + noise.random()}}
+                found.append(Measurement("speed", variant, workload, block // 5 + 1, values))
+    for variant in ("adapter", "merged", "int8"):
+        found += [_answer(variant, row, 0.98 if variant != "int8" else 0.9, noise) for row in range(40)]
+    detail = "No module named 'llmcompressor'"
+    found.append(Measurement("failure", "awq4", values=dict(stage="build", reason="missing library", detail=detail)))
+    return found
+
+
+def _answer(variant: str, row: int, skill: float, noise: random.Random) -> Measurement:
+    expected = '{"intent": "refund", "order": ' + str(1000 + row) + "}"
+    right = variant == "adapter" or noise.random() < skill
+    values = {
+        "row": f"p-{row}",
+        "expected": expected,
+        "output": expected if right else '{"intent": "refund", "order": ' + "1 " * 30,
+        "correct": right,
+        "valid": right,
+        "critical": row % 10 == 0,
+        "flags": [] if right else ["loop"] if row % 3 else [],
+        "slices": ["numbers"] if row % 2 else ["long context"],
+        "new_tokens": 12,
+    }
+    return Measurement("quality", variant, launch=1, values=values)
+
+
+def hostile() -> tuple[Decision, list[Measurement]]:
+    def spoil(value: Json) -> Json:
+        if isinstance(value, str):
+            return value + HOSTILE
+        return [spoil(item) for item in value] if isinstance(value, list | tuple) else value
+
+    decision = a_decision()
+    keep = {"outcome", "baseline", "chosen", "minimize", "name", "techniques"}
+
+    def spoil_record(record: Json) -> Json:
+        changes = {
+            f.name: spoil(getattr(record, f.name))
+            for f in dataclasses.fields(record)
+            if f.name not in keep and isinstance(getattr(record, f.name), str)
+        }
+        return dataclasses.replace(record, **changes)
+
+    variants = tuple(
+        dataclasses.replace(
+            spoil_record(v),
+            name=v.name + HOSTILE,
+            techniques=(HOSTILE,),
+            notes=(HOSTILE,),
+            verdicts=tuple(map(spoil_record, v.verdicts)),
+        )
+        for v in decision.variants
+    )
+    bad = dataclasses.replace(
+        spoil_record(decision),
+        baseline="adapter" + HOSTILE,
+        chosen="merged" + HOSTILE,
+        minimize="latency.p50@chat",
+        variants=variants,
+        warnings=(HOSTILE,),
+        machine={HOSTILE: {HOSTILE: HOSTILE}},
+    )
+    records = [
+        dataclasses.replace(m, variant=m.variant + HOSTILE, values={k: spoil(v) for k, v in m.values.items()})
+        for m in the_measurements()
+    ]
+    return bad, records
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags, the attributes that fetch something, and whether all tags are closed."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "input", "hr", "wbr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.fetched: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Sequence[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.fetched += [f"{k}={v}" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "action", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+
+def test_speed_is_said_plainly() -> None:
+    assert table.speed(interval(0.81, 0.78, 0.84)) == "0.81x (0.78–0.84), 19 % faster"
+    assert table.speed(interval(1.22, 1.18, 1.26)) == "1.22x (1.18–1.26), 22 % SLOWER"
+    assert table.speed(interval(0.97, 0.94, 1.01)) == "0.97x (0.94–1.01), no difference shown"
+    assert table.speed(interval(1.22, 1.18, 1.26), compact=True) == "1.22x SLOWER (1.18–1.26)"
+    assert table.speed(interval(3.4, 3.1, 3.8)) == "3.40x (3.10–3.80), 240 % SLOWER"
+    assert table.speed(interval(0.9, 0.5, math.inf)).endswith("–∞), no difference shown")
+    assert table.speed(None) == table.speed(interval(math.nan)) == table.MISSING
+
+
+def test_figures_carry_their_interval_unit_and_n() -> None:
+    assert table.figure("latency.p50@chat", interval(41.2, 40.1, 42.4)) == "41.2 ms (40.1–42.4)"
+    assert table.figure("memory", interval(163e6)) == "163 MB"
+    assert table.figure("memory", interval(1.1e9, 980e6, 1.2e9)) == "1.10 GB (980 MB–1.20 GB)"
+    assert table.figure("gpu_memory_allocated", interval(163e6)) == "163 MB"
+    assert table.figure("critical_errors", interval(0.0, 0.0, 0.00932, 320)) == "0 of 320, < 0.93 %"
+    assert table.figure("critical_errors", interval(3 / 320, 0.0, 0.024, 320)) == "3 of 320, < 2.4 %"
+    assert "too few requests for P95" in table.figure("latency.p95@chat", interval(41.2, 40.1, math.inf))
+    assert table.figure("kl", interval(0.01, -0.001, 0.02)) == "0.0100 nats (-0.00100 to 0.0200)"
+
+
+def test_the_table_has_a_row_per_variant_and_marks_the_baseline_and_the_choice() -> None:
+    header, body = table.rows(a_decision())
+    assert [row[0] for row in body] == ["adapter (baseline)", "merged (chosen)", "int8", "gptq4", "awq4"]
+    assert header[:4] == ["variant", "verdict", "speed@chat vs adapter", "speed@bulk"]
+    assert "throughput@bulk" in header
+    assert "GPU memory" not in header  # nobody measured it
+    cells = dict(zip(header, body[2], strict=True))
+    assert cells["speed@chat vs adapter"] == "1.22x (1.18–1.26), 22 % SLOWER"
+    assert cells["verdict"] == "rejected (int8.critical_errors)"
+    assert set(body[4][2:]) == {table.MISSING}
+
+
+def test_further_figures_stand_apart_from_those_that_decide() -> None:
+    header, body = table.further(a_decision())
+    cells = dict(zip(header, body[1], strict=True))
+    assert cells["answers flipped"] == "3 worse, 1 better"
+    assert cells["same answer"] == "98.1 % (96–99.3)"
+    assert "GPU memory reserved" not in header
+    assert table.further(dataclasses.replace(a_decision(), variants=a_decision().variants[-1:]))[1] == []
+
+
+def test_the_compact_table_fits_a_terminal() -> None:
+    header, body = table.rows(a_decision(), compact=True)
+    widths = [max(len(row[n]) for row in [header, *body]) for n in range(len(header))]
+    assert sum(widths) + 2 * (len(widths) - 1) <= table.WIDTH
+    assert header[0] == "variant" and body[0][0] == "adapter *"
+
+
+def test_the_clock_that_judges_gives_the_speed() -> None:
+    decision = dataclasses.replace(a_decision(), clock="cpu")
+    assert table.ratio_name(decision, "chat") == "cpu.ratio@chat"
+    assert table.ratio_name(decision, "bulk") == "latency.ratio@bulk"  # CPU time was not read there
+
+
+def test_an_inconclusive_verdict_says_what_would_settle_it() -> None:
+    verdict = a_decision().variants[3].verdicts[1]
+    assert table.reason(verdict).endswith("cannot tell yet; about 32 more blocks needed")
+
+
+def test_flips_show_the_gravest_first_and_at_most_five() -> None:
+    found = table.flips(a_decision(), the_measurements())
+    assert found["adapter"] == []
+    assert 1 <= len(found["int8"]) <= 5
+    assert found["int8"][0].change == "loop"
+
+
+def test_slices_show_the_change_to_the_baseline() -> None:
+    header, body = table.slices(a_decision(), the_measurements())
+    assert header == ["slice", "adapter", "merged", "int8"]
+    assert [row[0] for row in body] == ["all", "long context", "numbers"]
+    assert body[0][1] == "100 % (40 of 40)"
+    assert re.fullmatch(r"\d+ % \(\d+ of 40, -\d+\)", body[0][3])
+
+
+def test_block_ratios_pair_within_blocks_and_the_baseline_with_its_twin() -> None:
+    found = table.block_ratios(a_decision(), the_measurements(), "chat")
+    assert {name: len(ratios) for name, ratios in found.items()} == {
+        "adapter": 8,
+        "merged": 24,
+        "int8": 10,
+        "gptq4": 24,
+        "awq4": 0,
+    }
+    assert sum(found["merged"]) / 24 == pytest.approx(0.81, abs=0.05)
+
+
+# ---- every report ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_reports_say_what_a_reader_needs_in_order(name: str) -> None:
+    text = REPORTS[name](a_decision(), the_measurements())
+    wanted = [
+        "Ship merged",
+        "machine was busy",
+        "speed@chat vs adapter",
+        "19 % faster",
+        "22 % SLOWER",
+        "about 32 more blocks needed",
+        "Right answers by slice",
+        "planned: 10, 16, 24, 40, 60 blocks",
+        "torch 2.9.1",
+        "No module named",
+        "How to read this",
+    ]
+    at = [text.rfind(words) if words == "No module named" else text.find(words) for words in wanted]
+    assert -1 not in at and at == sorted(at)
+    assert "too few requests for P95" in text and "0 of 320" in text
+
+
+def test_hostile_text_stays_text_in_html() -> None:
+    page = Page(html.render(*hostile()))
+    assert page.open == [] and page.fetched == []
+    assert not {"script", "img", "link", "iframe", "object", "a"} & set(page.tags)
+
+
+def test_hostile_text_stays_text_in_markdown() -> None:
+    text = markdown.render(*hostile())
+    assert "<script" not in text and "](" not in text and "`" not in text and "http://" not in text
+    assert not re.search(r"(?<!\w)@team", text)
+    columns = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):  # every table keeps its columns
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+    assert columns
+    assert set(re.findall(r"<(/?\w+)", text)) <= {
+        "details",
+        "/details",
+        "summary",
+        "/summary",
+        "b",
+        "/b",
+        "code",
+        "/code",
+    }
+
+
+def test_the_page_loads_nothing() -> None:
+    text = html.render(a_decision(), the_measurements())
+    assert Page(text).fetched == []
+    assert not re.search(r"https?:|url\(|@import|<script", text)
+    assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
+
+
+def test_the_plot_draws_every_variant_that_has_a_ratio() -> None:
+    plot = html.plot(a_decision(), the_measurements(), "chat")
+    assert plot is not None
+    assert [row.name for row in plot.rows] == ["adapter (baseline)", "merged", "int8", "gptq4"]
+    merged, slow = plot.rows[1], plot.rows[2]
+    assert merged.low < merged.x < merged.high < plot.one < slow.low
+    assert merged.limit is not None and merged.high < merged.limit < plot.one
+    assert slow.limit is None  # it was raced against merged, not against the baseline
+    assert len(merged.dots) >= 20
+    assert html.plot(a_decision(), [], "nowhere") is None
+
+
+def test_a_comment_on_github_is_never_too_long() -> None:
+    decision = a_decision()
+    many = tuple(dataclasses.replace(decision.variants[2], name=f"v{n}") for n in range(60))
+    big = dataclasses.replace(decision, variants=(decision.variants[0], *many))
+    answers = [m for m in the_measurements() if m.probe == "quality"]
+    wrong = [m for m in answers if m.variant == "int8"]
+    records = answers + [dataclasses.replace(m, variant=v.name) for v in many for m in wrong]
+    assert len(markdown.render(big, records)) <= markdown.MOST
+
+
+# ---- for machines ------------------------------------------------------------------------------
+
+
+def test_only_accepted_looks_like_a_pass_in_junit() -> None:
+    root = ElementTree.fromstring(junit.render(a_decision(), the_measurements()))
+    counts = {s.get("name"): [s.get(k) for k in ("tests", "failures", "errors", "skipped")] for s in root}
+    assert counts == {
+        "decision": ["1", "0", "0", "0"],
+        "merged": ["4", "0", "0", "0"],
+        "int8": ["2", "2", "0", "0"],
+        "gptq4": ["2", "0", "1", "0"],
+        "awq4": ["1", "0", "0", "1"],
+    }
+    assert [root.get(k) for k in ("tests", "failures", "errors", "skipped")] == ["10", "2", "1", "1"]
+    error = root.find(".//error")
+    assert error is not None and "32 more blocks" in str(error.get("message"))
+
+
+def test_a_decision_about_nothing_is_an_error_in_junit() -> None:
+    nothing = dataclasses.replace(a_decision(), outcome="not judged", chosen=None, variants=())
+    assert ElementTree.fromstring(junit.render(nothing)).get("errors") == "1"
+
+
+def test_an_outcome_that_no_verdict_gave_is_a_case_of_its_own() -> None:
+    decision = a_decision()
+    undone = dataclasses.replace(decision.variants[1], outcome="inconclusive", decided_by="measurement.a_a")
+    root = ElementTree.fromstring(junit.render(dataclasses.replace(decision, variants=(undone,))))
+    assert root.get("errors") == "1"
+
+
+def test_junit_holds_hostile_text() -> None:
+    root = ElementTree.fromstring(junit.render(*hostile()))
+    assert "<script>" in str(root.find(".//failure").get("message"))  # type: ignore[union-attr]
+
+
+def test_a_decision_survives_its_file() -> None:
+    text = as_json.render(a_decision())
+    assert json.loads(text)["format"] == 1
+    assert as_json.decision_from_json(text) == a_decision()
+    assert as_json.render(as_json.decision_from_json(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": 2}', '{"format": 1}', '{"format": 1, "variants": 3}', '{"format": 1, "x": 1}'],
+)
+def test_other_files_are_refused(text: str) -> None:
+    with pytest.raises(BadInput) as refused:
+        as_json.decision_from_json(text)
+    assert refused.value.hint
+
+
+# ---- whatever the figures are ------------------------------------------------------------------
+
+numbers = st.floats(-1e300, 1e300) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0, 0.81])
+words = st.text(max_size=12) | st.sampled_from([HOSTILE, "chat", "a|b", ""])
+outcomes = st.sampled_from(["accepted", "rejected", "inconclusive", "not judged"])
+intervals = st.builds(Interval, numbers, numbers, numbers, st.integers(0, 10**6), numbers)
+names = words | st.sampled_from(
+    [*figures(interval(1.0), 1.0), "critical_errors", "kl", "tpot.p95@chat", "gpu_memory_allocated"]
+)
+verdicts = st.builds(
+    Verdict,
+    rule=words | st.sampled_from(["merge.gain", "int8.critical_errors", "require: latency.p95@chat <= 4 ms"]),
+    outcome=outcomes,
+    reason=words,
+    against=words,
+    value=st.none() | intervals,
+    unit=st.sampled_from(["", "x", "share", "ms", "bytes", "tokens/s", "s", "nats", "ratio", "furlongs"]),
+    limit=st.none() | numbers,
+    clock=words,
+    blocks_needed=st.none() | st.integers(0, 10**4),
+)
+chosen_names = st.sampled_from(["adapter", "merged", HOSTILE]) | words
+variants = st.builds(
+    VariantDecision,
+    name=chosen_names,
+    techniques=st.tuples(words),
+    outcome=outcomes,
+    decided_by=words,
+    verdicts=st.lists(verdicts, max_size=3).map(tuple),
+    figures=st.dictionaries(names, intervals, max_size=8),
+    notes=st.tuples() | st.tuples(words),
+)
+jsons = st.recursive(
+    st.none() | st.booleans() | st.integers() | numbers | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=6,
+)
+decisions = st.builds(
+    Decision,
+    recipe=words,
+    baseline=chosen_names,
+    minimize=st.sampled_from(["latency.p50@chat", "throughput@bulk", "memory", ""]),
+    clock=st.sampled_from(["wall", "cpu"]),
+    chosen=st.none() | chosen_names,
+    outcome=outcomes,
+    sentence=words,
+    variants=st.lists(variants, max_size=4).map(tuple),
+    warnings=st.lists(words, max_size=2).map(tuple),
+    machine=st.dictionaries(words, jsons, max_size=3),
+    format=st.just(1),
+)
+measured = st.builds(
+    Measurement,
+    probe=st.sampled_from(["speed", "quality", "failure", "launch", "memory"]),
+    variant=chosen_names | st.just("adapter~aa"),
+    workload=st.sampled_from(["chat", "bulk", ""]),
+    launch=st.integers(0, 3),
+    values=st.dictionaries(
+        st.sampled_from(["block", "requests", "machine", "row", "output", "expected", "correct", "flags", "slices"]),
+        jsons | st.lists(st.fixed_dictionaries({"request_duration_ms": numbers, "warmup": st.booleans()}), max_size=3),
+    ),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(decisions, st.lists(measured, max_size=8))
+def test_no_decision_breaks_a_report(decision: Decision, measurements: list[Measurement]) -> None:
+    texts = {name: write(decision, measurements) for name, write in REPORTS.items()}
+    texts |= {"table": "\n".join(map("".join, table.rows(decision, compact=True)[1]))}
+    for text in texts.values():
+        text.encode()  # no lone surrogates
+    ElementTree.fromstring(texts["junit.xml"].encode())
+    page = Page(texts["report.html"])
+    assert page.open == [] and page.fetched == []
+    again = as_json.decision_from_json(texts["decision.json"])
+    assert as_json.render(again) == texts["decision.json"]

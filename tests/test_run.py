@@ -1,0 +1,191 @@
+"""A whole run on a tiny model through the command line: what it leaves, what it reuses, what it survives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from peftopt.cli import main
+
+FIELDS = {"request_duration_ms", "queue_time_ms", "generation_latency_ms", "ttft_ms", "tpot_ms", "cpu_ms"}
+
+
+def command(*arguments: object) -> int:
+    """Run the command line in this process and return its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    return int(caught.value.code or 0)
+
+
+def prompts(path: Path, n: int, name: str) -> Path:
+    """`n` prompts whose right answer nobody gives: a random model has none."""
+    rows = [
+        {
+            "id": f"{name}-{i}",
+            "messages": [{"role": "user", "content": f"{name} question {i} about the lazy dog"}],
+            "expected": f"the dog {i}",
+            "critical": i < 4,
+            "slices": ["short" if i % 2 else "odd"],
+        }
+        for i in range(n)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+RECIPE = """# A tiny run.
+model: {{base: {base}, adapter: {adapter}}}
+workloads:
+  chat: {{prompts: {prompts}, new_tokens: 4, batch: 1}}
+  bulk: {{prompts: {prompts}, new_tokens: 4, batch: 2, slice: short}}
+quality: {{prompts: {prompts}, new_tokens: 8, batch: 4}}
+measure: {{requests: 2, warmup: 1, relaunch: 4, max_blocks: 10, threads: 1}}
+variants:
+  adapter: []
+  merged: [merge]
+  int8: [merge, int8]
+minimize: latency.p50@chat
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tiny_base: Path, tiny_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
+    """(recipe, results, exit code) of one finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    recipe = folder / "tiny.yaml"
+    questions = prompts(folder / "eval.jsonl", 12, "eval")
+    recipe.write_text(RECIPE.format(base=tiny_base, adapter=tiny_lora, prompts=questions))
+    return recipe, folder / "results", command("run", recipe, "--results", folder / "results", "--quiet")
+
+
+def run_folder(results: Path) -> Path:
+    return sorted((results / "runs").iterdir())[-1]
+
+
+def lines(results: Path, probe: str) -> list[dict]:
+    text = (run_folder(results) / "measurements.jsonl").read_text()
+    return [m for m in map(json.loads, text.splitlines()) if m["probe"] == probe]
+
+
+def test_a_run_leaves_its_plan_its_samples_and_its_reports(ran: tuple[Path, Path, int]) -> None:
+    _, results, code = ran
+    assert {f.name for f in run_folder(results).iterdir()} >= {
+        *("recipe.yaml", "plan.json", "machine.json", "measurements.jsonl", "logs"),
+        *("decision.json", "report.md", "report.html", "junit.xml"),
+    }
+    decision = json.loads((run_folder(results) / "decision.json").read_text())
+    assert code == {"accepted": 0, "rejected": 1, "inconclusive": 3}[decision["outcome"]]
+    assert [v["name"] for v in decision["variants"]] == ["adapter", "merged", "int8"]
+    assert not any(v["decided_by"] == "artifact.runs" for v in decision["variants"])
+
+
+def test_every_request_is_kept_raw_with_the_names_production_uses(ran: tuple[Path, Path, int]) -> None:
+    turns = lines(ran[1], "speed")
+    for turn in turns:
+        requests = turn["values"]["requests"]
+        assert [r["warmup"] for r in requests] == [True, False, False]
+        for request in requests:
+            assert request.keys() >= FIELDS
+            assert request["new_tokens"] == 4 * request["batch"]
+            parts = request["queue_time_ms"] + request["generation_latency_ms"]
+            assert request["request_duration_ms"] == pytest.approx(parts)
+    launches = lines(ran[1], "launch")
+    assert all(v["values"]["model_loading_time"] > 0 and v["values"]["threads"] == 1 for v in launches)
+    assert all(v["values"]["adapter_switch_time"] for v in launches if v["variant"].startswith("adapter"))
+
+
+def test_a_block_holds_every_variant_and_the_hidden_twin_in_random_order(ran: tuple[Path, Path, int]) -> None:
+    chat = [m for m in lines(ran[1], "speed") if m["workload"] == "chat"]
+    blocks = {}
+    for turn in chat:
+        blocks.setdefault(turn["values"]["block"], []).append(turn["variant"])
+    assert len(blocks) >= 6
+    assert all(set(arms) >= {"adapter", "adapter~aa"} for arms in blocks.values())
+    assert set(blocks[0]) == {"adapter", "adapter~aa", "merged", "int8"}
+    assert len({tuple(arms) for arms in blocks.values()}) > 1
+
+
+def test_variants_are_relaunched_in_fresh_processes(ran: tuple[Path, Path, int]) -> None:
+    launches = [m["values"]["pid"] for m in lines(ran[1], "launch") if m["variant"] == "merged"]
+    assert len(launches) == len(set(launches)) >= 3  # two for chat's ten blocks at four a launch, one for bulk
+
+
+def test_every_answer_is_recorded_against_the_adapter_and_the_adapter_twice(ran: tuple[Path, Path, int]) -> None:
+    answers = lines(ran[1], "quality")
+    seen = {(m["variant"], m["launch"]): 0 for m in answers}
+    for m in answers:
+        seen[m["variant"], m["launch"]] += 1
+    assert seen["adapter", 1] == seen["adapter", 2] == seen["merged", 1] == 12
+    merged = [m["values"] for m in answers if m["variant"] == "merged"]
+    assert sum(v["kl"] for v in merged) / sum(v["scored_tokens"] for v in merged) < 0.05
+
+
+def test_the_merged_model_is_the_adapters_model(ran: tuple[Path, Path, int]) -> None:
+    answers = {(m["variant"], m["launch"], m["values"]["row"]): m["values"] for m in lines(ran[1], "quality")}
+    pairs = [(v, answers["adapter", 1, row]) for (name, _, row), v in answers.items() if name == "merged"]
+    agreed = sum(v["agree"] for v, _ in pairs) / sum(v["scored_tokens"] for v, _ in pairs)
+    assert agreed > 0.9
+
+
+def test_a_second_run_builds_nothing(ran: tuple[Path, Path, int], capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, results, _ = ran
+    artifacts = {f: f.stat().st_mtime_ns for f in results.glob("artifacts/*/*/artifact.json")}
+    assert len(artifacts) == 2
+    command("run", recipe, "--results", results)
+    assert capsys.readouterr().err.count("cached") == 2
+    assert {f: f.stat().st_mtime_ns for f in results.glob("artifacts/*/*/artifact.json")} == artifacts
+    assert len(list((results / "runs").iterdir())) == 2
+
+
+def test_an_unfinished_run_goes_on_where_it_stopped(ran: tuple[Path, Path, int], tmp_path: Path) -> None:
+    recipe, results, _ = ran
+    shutil.copytree(results, tmp_path / "results", symlinks=True)
+    folder = run_folder(tmp_path / "results")
+    (folder / "decision.json").unlink()
+    log = folder / "measurements.jsonl"
+    log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-3]) + b'{"format": 1, "torn')
+    kept = {m["at"] for m in lines(tmp_path / "results", "quality")} if not log.read_bytes().endswith(b"torn") else None
+    assert kept is None
+    before = log.read_bytes().rpartition(b"\n")[0]
+    assert command("run", recipe, "--results", tmp_path / "results", "-q") in (0, 1, 3)
+    assert run_folder(tmp_path / "results") == folder and (folder / "decision.json").exists()
+    assert log.read_bytes().startswith(before)
+    answers = [(m["variant"], m["launch"], m["values"]["row"]) for m in lines(tmp_path / "results", "quality")]
+    assert len(answers) == len(set(answers))
+
+
+def test_decide_and_report_need_only_the_run_folder(
+    ran: tuple[Path, Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    original = sorted((ran[1] / "runs").iterdir())[0]
+    for name in ("plan.json", "machine.json", "measurements.jsonl"):
+        shutil.copy(original / name, alone)
+    assert command("decide", alone, "--json") == ran[2]
+    assert json.loads(capsys.readouterr().out) == json.loads((original / "decision.json").read_text())
+    (alone / "report.html").unlink()
+    assert command("report", alone) == 0
+    assert (alone / "report.html").read_text() == (original / "report.html").read_text()
+    assert "merged" in capsys.readouterr().out
+
+
+def test_a_variant_that_cannot_be_built_is_a_record_and_the_run_goes_on(
+    ran: tuple[Path, Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, results, _ = ran
+    text = recipe.read_text().replace("int8: [merge, int8]", "gptq4: [merge, {gptq: {group_size: 48}}]")
+    text += f"calibration: {prompts(tmp_path / 'calibration.jsonl', 4, 'calibration')}\n"
+    (tmp_path / "odd.yaml").write_text(text)
+    shutil.copytree(results / "artifacts", tmp_path / "results" / "artifacts")
+    assert command("run", tmp_path / "odd.yaml", "--results", tmp_path / "results", "--quiet") in (0, 1, 3)
+    failed = lines(tmp_path / "results", "failure")
+    assert [(m["variant"], m["values"]["reason"]) for m in failed] == [("gptq4", "refused")]
+    assert "48" in failed[0]["values"]["detail"]
+    decision = json.loads((run_folder(tmp_path / "results") / "decision.json").read_text())
+    outcomes = {v["name"]: v["outcome"] for v in decision["variants"]}
+    assert outcomes["gptq4"] == "not judged" and outcomes["merged"] != "not judged"
+    assert "gptq4" in capsys.readouterr().err

@@ -1,0 +1,347 @@
+"""What the statistics promise: known values, exact coverage where it can be enumerated, and symmetries."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from peftopt import stats
+from peftopt.records import Interval
+
+values = st.floats(-5, 5).map(lambda x: round(x, 3))
+blocks = st.lists(values, max_size=70)
+levels = st.sampled_from([0.5, 0.8, 0.9, 0.95, 0.98, 0.996])
+
+
+def mirrored(interval: Interval) -> Interval:
+    return Interval(-interval.estimate, -interval.high, -interval.low, interval.n, interval.level)
+
+
+def near(found: Interval, wanted: Interval, scale: float = 1.0) -> bool:
+    pairs = zip(
+        (found.estimate, found.low, found.high),
+        (wanted.estimate * scale, wanted.low * scale, wanted.high * scale),
+        strict=True,
+    )
+    return all(a == pytest.approx(b, abs=1e-9, nan_ok=True) for a, b in pairs)
+
+
+# ---- the Hodges-Lehmann interval ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", range(1, 11))
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.996])
+def test_coverage_over_all_sign_patterns(n: int, level: float) -> None:
+    """Given the magnitudes, symmetry makes all 2^n signs equally likely: count how often 0 is covered."""
+    magnitudes = np.random.default_rng(n).exponential(size=n) + 0.1
+    patterns = itertools.product((-1, 1), repeat=n)
+    found = [stats.hodges_lehmann(magnitudes * signs, level) for signs in patterns]
+    missed_above = sum(i.high < 0 for i in found) / len(found)
+    missed_below = sum(i.low > 0 for i in found) / len(found)
+    assert missed_above == missed_below <= (1 - level) / 2
+    finite = math.isfinite(found[0].low)
+    assert finite == (0.5**n <= (1 - level) / 2)
+
+
+@pytest.mark.parametrize("n", [6, 9, 12])
+def test_excludes_exactly_what_the_wilcoxon_test_rejects(n: int) -> None:
+    from scipy.stats import wilcoxon
+
+    d = np.random.default_rng(n).normal(0.4, 1, n)
+    interval = stats.hodges_lehmann(d, 0.9)
+    for centre in np.linspace(-2, 3, 41):
+        rejected = wilcoxon(d - centre, method="exact").pvalue <= 0.1
+        assert rejected == (not interval.low <= centre <= interval.high)
+
+
+def test_the_critical_values_of_the_tables() -> None:
+    """Hollander, Wolfe and Chicken, table A.4; one more than the largest rejected W for each tail."""
+    cuts = {(10, 0.025): 9, (20, 0.025): 53, (25, 0.005): 69, (5, 0.05): 1, (50, 0.025): 435}
+    assert {key: stats._signed_rank_cut(*key) for key in cuts} == cuts
+
+
+@given(blocks, levels, values)
+def test_equivariant_under_shift_and_sign(d: list[float], level: float, shift: float) -> None:
+    interval = stats.hodges_lehmann(d, level)
+    moved = Interval(interval.estimate + shift, interval.low + shift, interval.high + shift, len(d), level)
+    assert near(stats.hodges_lehmann([x + shift for x in d], level), moved)
+    assert near(stats.hodges_lehmann([-x for x in d], level), mirrored(interval))
+
+
+@given(st.lists(values, min_size=1, max_size=40))
+def test_a_higher_level_is_wider_and_holds_the_estimate(d: list[float]) -> None:
+    narrow, wide = stats.hodges_lehmann(d, 0.8), stats.hodges_lehmann(d, 0.99)
+    assert wide.low <= narrow.low <= narrow.estimate <= narrow.high <= wide.high
+
+
+def test_nothing_says_nothing() -> None:
+    unknown = (math.isnan, lambda low: low == -math.inf, lambda high: high == math.inf)
+    for interval in (
+        stats.hodges_lehmann([], 0.95),
+        stats.bet([], 0.0).interval,
+        stats.race([], 0.0).interval,
+        stats.quantile([], 0.5),
+        stats.mean([]),
+        stats.ratio_of_means([1.0, 2.0], [0.0, 0.0]),
+    ):
+        found = (interval.estimate, interval.low, interval.high)
+        assert all(is_so(x) for is_so, x in zip(unknown, found, strict=True))
+    assert math.isnan(stats.median([]))
+    assert stats.race([], 0.0).blocks_needed is stats.bet([], 0.0).blocks_needed is None
+
+
+# ---- races -------------------------------------------------------------------------------------
+
+
+def test_the_looks() -> None:
+    assert [stats.next_look(n) for n in (0, 9, 10, 23, 24, 59, 60, 99)] == [
+        10,
+        10,
+        16,
+        24,
+        40,
+        60,
+        None,
+        None,
+    ]
+    assert stats.next_look(16, max_blocks=24) == 24
+    assert stats.next_look(24, max_blocks=24) is None
+
+
+def test_a_clear_gain_is_accepted_at_the_first_look() -> None:
+    gain = [-0.3 + 0.001 * i for i in range(10)]
+    assert stats.race(gain[:9], math.log(0.85)).outcome == "inconclusive"
+    found = stats.race(gain, math.log(0.85))
+    assert (found.outcome, found.look, found.blocks_needed) == ("accepted", 10, None)
+    assert found.interval.level == pytest.approx(1 - 0.02 / 5)
+
+
+def test_a_larger_family_needs_more() -> None:
+    """At 10 blocks no interval is finite at 1 - 0.02 / 5 / 12; at 16 it is."""
+    gain = [-0.3 + 0.001 * i for i in range(16)]
+    assert stats.race(gain, -0.1).look == 10
+    assert stats.race(gain, -0.1, family=12).look == 16
+    with pytest.raises(ValueError, match="family"):
+        stats.race(gain, -0.1, family=0)
+
+
+@given(st.lists(values, max_size=80), values, st.integers(1, 5))
+def test_the_first_look_that_decides_is_final(d: list[float], limit: float, family: int) -> None:
+    found = stats.race(d, limit, family)
+    for look in stats.LOOKS:
+        early = stats.race(d[:look], limit, family)
+        if early.outcome != "inconclusive":
+            assert found == early
+            break
+    else:
+        assert found.outcome == "inconclusive"
+        assert found.blocks_needed is None or found.blocks_needed > found.interval.n
+
+
+@given(st.lists(values, max_size=70), values)
+@pytest.mark.parametrize("rule", [stats.race, stats.bet])
+def test_the_mirror(rule: object, d: list[float], limit: float) -> None:
+    assert callable(rule)
+    opposite = {"accepted": "rejected", "rejected": "accepted", "inconclusive": "inconclusive"}
+    found, mirror = rule(d, limit), rule([-x for x in d], -limit)
+    assert (mirror.outcome, mirror.look) == (opposite[found.outcome], found.look)
+    assert mirror.blocks_needed == found.blocks_needed
+    assert near(mirror.interval, mirrored(found.interval))
+
+
+@given(st.lists(values, min_size=1, max_size=70), values)
+def test_an_outcome_is_what_its_interval_says(d: list[float], limit: float) -> None:
+    found = stats.race(d, limit)
+    assert found.outcome == ("inconclusive" if not found.look else stats.judge(found.interval, limit))
+    found = stats.bet(d, limit)
+    if found.outcome == "accepted":
+        assert found.interval.high <= limit
+    elif found.outcome == "rejected":
+        assert found.interval.low >= limit
+    else:
+        assert found.interval.low - 1e-9 <= limit <= found.interval.high + 1e-9
+
+
+def test_max_blocks_ends_a_race() -> None:
+    d = [-0.3 if i > 12 else 0.3 * (-1) ** i for i in range(60)]
+    assert stats.race(d, -0.1, max_blocks=24).interval.n == 24
+    assert stats.race(d, -0.1, max_blocks=5).look == 0
+
+
+def test_the_planner() -> None:
+    """sigma / delta = 1 asks for 28 blocks; a limit at the estimate asks for the cap."""
+    d = [1 / 1.4826, -1 / 1.4826] * 4
+    assert stats.race(d, 1.0).blocks_needed == 28
+    assert stats.race(d, 0.0).blocks_needed == stats.MOST_BLOCKS
+    assert stats.race([0.5], 0.0).blocks_needed == 8
+    assert stats.race([0.0] * 10, 0.0).blocks_needed == stats.MOST_BLOCKS
+
+
+def test_betting_stays_below_its_error_however_often_it_is_judged() -> None:
+    """`bet` decides at the first win, so 100 blocks are 100 looks: 10 of 200 runs may err at 5 %."""
+    rng = np.random.default_rng(0)
+    outcomes = [stats.bet(rng.standard_t(2, 100), 0.0, alpha=0.05).outcome for _ in range(200)]
+    assert outcomes.count("accepted") <= 15
+    assert outcomes.count("rejected") <= 15
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_bets_are_fair(side: int) -> None:
+    """Over all sign patterns of given magnitudes, the wealth after every block is 1 on average: a martingale."""
+    magnitudes = np.random.default_rng(2).exponential(size=9)
+    patterns = (magnitudes * signs for signs in itertools.product((-1, 1), repeat=9))
+    wealth = [np.exp(stats._log_wealth(x, stats._past_scale(x), 0.0, side)) for x in patterns]
+    assert np.mean(wealth, axis=0) == pytest.approx(np.ones(9))
+
+
+def test_betting_decides_a_clear_gain_within_a_dozen_blocks() -> None:
+    d = np.random.default_rng(1).normal(-0.3, 0.01, 60)
+    found = stats.bet(d, math.log(0.85))
+    assert found.outcome == "accepted"
+    assert found.look <= 12
+    assert stats.bet(d[: found.look], math.log(0.85)) == found
+    assert stats.bet(d[: found.look - 1], math.log(0.85)).outcome == "inconclusive"
+
+
+# ---- counts ------------------------------------------------------------------------------------
+
+
+def test_the_claim_carries_its_n() -> None:
+    assert (stats.needed_n(0.01), stats.needed_n(0.001)) == (299, 2995)
+    assert stats.upper_bound(0, 299) < 0.01 < stats.upper_bound(0, 298)
+    assert stats.upper_bound(0, 100) == pytest.approx(1 - 0.05 ** (1 / 100))
+    assert stats.needed_n(0.01, family=12) == math.ceil(math.log(0.05 / 12) / math.log(0.99))
+    assert (stats.upper_bound(0, 0), stats.upper_bound(4, 4)) == (1.0, 1.0)
+
+
+@given(st.floats(1e-5, 0.9), st.integers(1, 50))
+def test_needed_n_is_the_smallest(rate: float, family: int) -> None:
+    n = stats.needed_n(rate, family)
+    slack = 1e-9
+    assert stats.upper_bound(0, n, 1 - 0.05 / family) <= rate + slack
+    assert n == 1 or stats.upper_bound(0, n - 1, 1 - 0.05 / family) > rate - slack
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_clopper_pearson(k: int, more: int) -> None:
+    from scipy.stats import binomtest
+
+    n = k + more
+    found = stats.proportion(k, n)
+    if not n:
+        assert (found.low, found.high) == (0, 1)
+        return
+    exact = binomtest(k, n).proportion_ci(0.95, "exact")
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-9)
+    assert near(stats.proportion(n - k, n), Interval(1 - k / n, 1 - found.high, 1 - found.low, n))
+
+
+def test_p95_needs_72_requests() -> None:
+    highs = {n: stats.quantile(range(n), 0.95).high for n in (1, 71, 72, 400)}
+    assert highs[1] == highs[71] == math.inf
+    assert highs[72] == 71
+    assert highs[400] < 399
+
+
+@given(st.integers(1, 150), st.sampled_from([0.05, 0.5, 0.9, 0.95, 0.99]), levels)
+@example(72, 0.95, 0.95)
+def test_quantile_intervals_are_exact_and_tight(n: int, q: float, level: float) -> None:
+    """The ranks (read off 1..n) hold at most the tail on each side, and one rank nearer would hold more."""
+    from scipy.stats import binom
+
+    interval, tail = stats.quantile(range(1, n + 1), q, level), (1 - level) / 2
+    low = 0 if interval.low == -math.inf else int(interval.low)
+    high = n + 1 if interval.high == math.inf else int(interval.high)
+    assert low == 0 or binom.cdf(low - 1, n, q) <= tail + 1e-12
+    assert binom.cdf(low, n, q) > tail - 1e-12
+    assert high == n + 1 or binom.sf(high - 1, n, q) <= tail + 1e-12
+    assert binom.sf(high - 2, n, q) > tail - 1e-12
+
+
+def test_flips() -> None:
+    assert stats.flips(0, 0) == stats.flips(0, 9) == 1.0
+    assert stats.flips(5, 0) == pytest.approx(2**-5)
+    assert stats.flips(8, 1) == pytest.approx(10 / 512)
+
+
+# ---- means -------------------------------------------------------------------------------------
+
+
+@given(st.lists(values, min_size=2, max_size=30))
+def test_mean_is_the_t_interval(x: list[float]) -> None:
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(x) - 1) * np.std(x, ddof=1) / math.sqrt(len(x))
+    centre = float(np.mean(x))
+    assert near(stats.mean(x), Interval(centre, centre - half, centre + half, len(x)))
+
+
+def test_one_prompt_has_no_spread() -> None:
+    assert stats.mean([0.7]) == Interval(0.7, -math.inf, math.inf, 1)
+    assert stats.perplexity_ratio([2.0], [1.0], [1]) == Interval(math.e, 0, math.inf, 1)
+
+
+@given(st.lists(st.tuples(st.floats(0, 50), st.floats(0, 50), st.integers(1, 90)), min_size=2, max_size=20))
+def test_perplexity_ratio(rows: list[tuple[float, float, int]]) -> None:
+    variant, reference, tokens = (list(column) for column in zip(*rows, strict=True))
+    found = stats.perplexity_ratio(variant, reference, tokens)
+    assert found.estimate == pytest.approx(math.exp((sum(variant) - sum(reference)) / sum(tokens)))
+    assert 0 <= found.low <= found.estimate <= found.high
+    mirror = stats.perplexity_ratio(reference, variant, tokens)
+    assert mirror.estimate * found.estimate == pytest.approx(1)
+
+
+def test_clusters_widen_the_interval() -> None:
+    """Ten equal prompts say no more than ten, however many tokens each has."""
+    rng = np.random.default_rng(0)
+    per_token = rng.normal(0, 1, 10)
+    by_prompt = stats.ratio_of_means(per_token * 100, [100] * 10)
+    assert near(by_prompt, stats.mean(per_token))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    calls = (
+        lambda x: stats.hodges_lehmann(x, 0.95),
+        lambda x: stats.race(x, 0.0),
+        lambda x: stats.bet(x, 0.0),
+        lambda x: stats.quantile(x, 0.5),
+        stats.mean,
+        lambda x: stats.perplexity_ratio(x, [1.0, 2.0], [3, 4]),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match="finite"):
+            call([1.0, bad])
+
+
+def test_nonsense_is_refused() -> None:
+    for call in (
+        lambda: stats.upper_bound(3, 2),
+        lambda: stats.proportion(-1, 2),
+        lambda: stats.flips(-1, 0),
+        lambda: stats.quantile([1.0], 1.0),
+        lambda: stats.needed_n(0),
+        lambda: stats.ratio_of_means([1.0], [1.0, 2.0]),
+        lambda: stats.perplexity_ratio([1.0], [1.0, 2.0], [1]),
+    ):
+        with pytest.raises(ValueError):
+            call()
+
+
+def test_importing_imports_no_numpy() -> None:
+    code = "import sys; import peftopt.stats, peftopt.thresholds; sys.exit('numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@settings(max_examples=30)
+@given(st.lists(st.floats(-1e300, 1e300), max_size=30), st.floats(-1e300, 1e300))
+def test_extreme_values_break_nothing(d: list[float], limit: float) -> None:
+    for found in (stats.race(d, limit), stats.bet(d, limit)):
+        assert not d or not math.isnan(found.interval.low + found.interval.estimate * 0)

@@ -1,0 +1,92 @@
+"""A path that exists is whole, and what is not whole is set aside, never used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peftopt import store
+from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.records import Build, Json, Measurement, Model, Step
+
+BUILD = Build("ab" + "0" * 62, "", Step("merge", "transform", "merge"))
+
+
+def make(out: Path) -> tuple[Model, dict[str, Json]]:
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"weights")
+    return Model(str(out)), {"seconds": 1.5, "tier0": []}
+
+
+def test_an_artifact_is_found_again_with_its_size_and_content(tmp_path: Path) -> None:
+    home = store.Store(tmp_path)
+    built = home.build(BUILD, make)
+    found = home.find(BUILD)
+    assert found is not None and found.cached and not built.cached
+    assert (found.size_bytes, found.content) == (7, built.content)
+
+
+def test_a_flipped_bit_sets_the_artifact_aside_with_notice(tmp_path: Path) -> None:
+    warnings: list[str] = []
+    home = store.Store(tmp_path, warnings.append)
+    built = home.build(BUILD, make)
+    Path(built.path, "model", "model.safetensors").write_bytes(b"weightz")
+    assert home.find(BUILD) is None
+    assert "does not match its hash" in warnings[0]
+    assert home.build(BUILD, make).content == built.content
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    home = store.Store(tmp_path)
+
+    def fail(out: Path) -> tuple[Model, dict[str, Json]]:
+        out.mkdir()
+        (out / "half").write_bytes(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        home.build(BUILD, fail)
+    assert home.find(BUILD) is None
+    assert [f for f in tmp_path.rglob("*") if f.is_file()] == []
+
+
+def test_the_temporary_folder_of_a_dead_builder_is_removed(tmp_path: Path) -> None:
+    home = store.Store(tmp_path)
+    orphan = home.folder(BUILD.id).with_name(BUILD.id + ".tmp.1")
+    orphan.mkdir(parents=True)
+    with home.locked(BUILD):
+        home.build(BUILD, make)
+    assert not orphan.exists()
+
+
+def test_a_torn_last_line_is_dropped_with_notice_and_the_rest_kept(tmp_path: Path) -> None:
+    path = tmp_path / "measurements.jsonl"
+    for n in range(3):
+        store.append(path, Measurement("speed", "merged", values={"block": n}))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"format": 1, "pro')
+    warnings: list[str] = []
+    assert [m.values["block"] for m in store.read(path, warnings.append)] == [0, 1, 2]
+    assert "torn last line" in warnings[0]
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("line", ['{"format": 2, "probe": "speed", "variant": "x"}', "not json", "[]", '{"format": 1}'])
+def test_another_format_or_a_broken_line_is_never_misread(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "measurements.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(BadInput, match=r"measurements.jsonl:1"):
+        store.read(path)
+
+
+def test_a_file_is_written_whole_and_leaves_no_temporary(tmp_path: Path) -> None:
+    store.write(tmp_path / "decision.json", json.dumps({"a": 1}))
+    assert [f.name for f in tmp_path.iterdir()] == ["decision.json"]
+
+
+def test_a_results_folder_that_cannot_be_written_is_an_environment_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(MissingEnvironment, match="cannot write results"):
+        store.Store(tmp_path / "file").check_writable()
