@@ -4,6 +4,9 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 
+# A verdict is a result, whichever it is: 0 accepted, 1 rejected, 3 undecided. Anything else went wrong.
+decide = $(BIN)/peftopt run $(1); code=$$?; case $$code in 0|1|3) ;; *) exit $$code ;; esac
+
 .PHONY: setup demo quick test clean
 setup: .venv/ready
 
@@ -17,10 +20,10 @@ $(MODEL)/model.safetensors: | .venv/ready
 	$(BIN)/python demo/fetch_model.py
 
 demo: setup $(MODEL)/model.safetensors
-	$(BIN)/peftopt run recipes/demo.yaml
+	$(call decide,recipes/demo.yaml)
 
 quick: setup $(MODEL)/model.safetensors
-	$(BIN)/peftopt run recipes/quick.yaml
+	$(call decide,recipes/quick.yaml)
 
 test: setup $(MODEL)/model.safetensors
 	$(BIN)/ruff check .

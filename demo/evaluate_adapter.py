@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections import defaultdict
@@ -127,7 +128,8 @@ def main() -> int:
         if name == "adapter":
             model = peft.PeftModel.from_pretrained(model, arguments.adapter, autocast_adapter_dtype=False).eval()
         answers = decode(model, tokenizer, rows, arguments.batch, arguments.max_new_tokens, name)
-        scores[name] = score(rows, answers, schema)
+        command = shlex.join(["python", "demo/evaluate_adapter.py", *sys.argv[1:]])
+        scores[name] = {"command": command, **score(rows, answers, schema)}
         written += [
             {"model": name, "id": row["id"], "answer": answer, "expected": row["expected"]}
             for row, answer in zip(rows, answers, strict=True)
@@ -135,7 +137,6 @@ def main() -> int:
         exact, critical = scores[name]["exact_match"], scores[name]["critical"]["exact_match"]
         print(f"{name}: exact match {exact:.1%}, critical rows {critical:.1%}, n={len(rows)}")
     report = {
-        "commands": ["python demo/evaluate_adapter.py"],
         "decoding": {"dtype": "bfloat16", "greedy": True, "max_new_tokens": arguments.max_new_tokens},
         "versions": {
             "python": platform.python_version(),

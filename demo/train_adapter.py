@@ -47,7 +47,7 @@ class Settings:
     alpha: int = 16
     epochs: float = 2.0
     minutes: float = 0.0
-    batch_tokens: int = 1_500
+    batch_tokens: int = 1_000
     learning_rate: float = 2e-3
     warmup: float = 0.06
     clip: float = 1.0

@@ -23,9 +23,7 @@ GRACE_S = 5.0
 class Child:
     """One worker process. Use as a context manager; it and its descendants are gone afterwards."""
 
-    def __init__(
-        self, log: Path, threads: int, cache: Path | None = None, python: str = sys.executable
-    ) -> None:
+    def __init__(self, log: Path, threads: int, cache: Path | None = None, python: str = sys.executable) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as errors:

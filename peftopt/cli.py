@@ -25,16 +25,17 @@ from peftopt.errors import (
 )
 
 if TYPE_CHECKING:
-    from peftopt.records import Decision, Model, Recipe
+    from peftopt.records import Decision, Measurement, Model, Recipe
 
 app = typer.Typer(
-    help="Make a PEFT model fast in production: merge, quantize, compile, benchmark, and decide by measured trade-offs.",
+    help="Make a PEFT model fast in production: merge, quantize, compile, benchmark, decide.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 accepted or done, 1 rejected, 2 bad input, 3 inconclusive, 4 environment, 5 bug, 130 interrupted.",
+    epilog="Exit codes: 0 accepted or done, 1 rejected, 2 bad input, 3 inconclusive, 4 environment, 5 bug, "
+    "130 interrupted.",
 )
 
 EXIT = {"accepted": ACCEPTED, "rejected": REJECTED, "inconclusive": INCONCLUSIVE, "not judged": ENVIRONMENT}
@@ -56,7 +57,9 @@ RunFolder = Annotated[Path | None, typer.Argument(help="A folder below results/r
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML); `peftopt new` writes one.")],
     results: Results = Path("results"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run, do not go on with an unfinished one.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start a new run, do not go on with an unfinished one.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -82,15 +85,12 @@ def decide(run_folder: RunFolder = None, results: Results = Path("results"), as_
 @app.command()
 def report(run_folder: RunFolder = None, results: Results = Path("results")) -> None:
     """Write a run's reports again from decision.json and its measurements, and print the Markdown one."""
-    from peftopt import render, store
+    from peftopt import store
     from peftopt.console import Console
 
     folder = _run_folder(run_folder, results)
     console = Console()
-    decision = render.as_json.decision_from_json(_read(folder / "decision.json"))
-    measurements = store.read(folder / "measurements.jsonl", console.warn)
-    for name, write in render.REPORTS.items():
-        store.write(folder / name, write(decision, measurements))
+    _write_reports(folder, store.read(folder / "measurements.jsonl", console.warn))
     print(_read(folder / "report.md"))
     console.err.print(f"report: {folder / 'report.html'}", soft_wrap=True)
 
@@ -131,7 +131,9 @@ def quantize(
     params = {name: value for name, value in given.items() if value is not None}
     accepted = {f.name for f in dataclasses.fields(known[method].params)}
     for name in params.keys() - accepted:
-        raise BadInput(f"{method} has no --{name.replace('_', '-')}", f"it takes: {', '.join(sorted(accepted)) or 'nothing'}")
+        raise BadInput(
+            f"{method} has no --{name.replace('_', '-')}", f"it takes: {', '.join(sorted(accepted)) or 'nothing'}"
+        )
     texts = str(calibration) if calibration and known[method].calibrates else None
     _transform(method, params, _model(model, adapter), out, texts, seed, as_json)
 
@@ -187,7 +189,18 @@ def bench(
     if as_json:
         print(json.dumps(found, default=_plain))
         return
-    header = ["model", "against the first", "P50 ms", "P95 ms", "TTFT ms", "TPOT ms", "tokens/s", "memory", "load s", "n"]
+    header = [
+        "model",
+        "against the first",
+        "P50 ms",
+        "P95 ms",
+        "TTFT ms",
+        "TPOT ms",
+        "tokens/s",
+        "memory",
+        "load s",
+        "n",
+    ]
     Console().table(header, [_bench_row(f) for f in found])
 
 
@@ -226,7 +239,6 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
     console = Console()
     sources = {"base": "", "adapter": "", "calibration": ""}
     plan = planning.plan(parsed, sources, machine.versions())
-    builds = {b.id: b for b in plan.builds}
     console.say(f"{recipe}: {len(parsed.variants)} variants, {len(plan.builds)} artifacts to build or reuse")
     for variant in parsed.variants.values():
         chain = [step.plugin for step in variant.steps] or ["base + adapter"]
@@ -234,7 +246,6 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
         note = f"  needs {', '.join(lacking)}: pip install 'peftopt[quantize]'" if lacking else ""
         mark = "  (baseline)" if variant.name == parsed.baseline else ""
         console.say(f"  {variant.name:<16} {' -> '.join(chain)}, on {variant.engine.plugin}{mark}{note}")
-    del builds
 
 
 @app.command()
@@ -308,7 +319,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options before the verb."""
 
@@ -358,8 +371,8 @@ def _conclude(folder: Path, console: Any, as_json: bool) -> None:
     plan = store.read_plan(folder / "plan.json")
     measurements = store.read(folder / "measurements.jsonl", console.warn)
     decision: Decision = judge(plan, measurements, json.loads(_read(folder / "machine.json")))
-    for name, write in render.REPORTS.items():
-        store.write(folder / name, write(decision, measurements))
+    store.write(folder / "decision.json", render.as_json.render(decision))
+    _write_reports(folder, measurements)
     if as_json:
         print(_read(folder / "decision.json"))
     else:
@@ -370,6 +383,15 @@ def _conclude(folder: Path, console: Any, as_json: bool) -> None:
         console.say(decision.sentence, "bold")
         console.say(f"report: {folder / 'report.html'}")
     raise typer.Exit(EXIT[decision.outcome])
+
+
+def _write_reports(folder: Path, measurements: Sequence[Measurement]) -> None:
+    """Every report is rendered from decision.json as it is on disk, so that a later `report` gives the same bytes."""
+    from peftopt import render, store
+
+    decision = render.as_json.decision_from_json(_read(folder / "decision.json"))
+    for name, text in render.reports(decision, measurements).items():
+        store.write(folder / name, text)
 
 
 def _model(base: Path, adapter: Path | None) -> Model:

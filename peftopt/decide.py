@@ -33,8 +33,14 @@ from peftopt.thresholds import METRICS, format_value
 FEWEST = 6
 """Blocks that every variant gets: the fewest from which an exact 95 % interval exists."""
 
+FEWEST_ANSWERS = 128
+"""Prompts that a variant answers when no rule of its own needs more."""
+
 FEWEST_FOR_P95 = 72
 """Requests below which a two-sided 95 % interval of the 95th percentile does not exist."""
+LIKELIHOODS = ("perplexity", "kl", "top1")
+"""Figures of the weights, which an engine that only generates cannot give."""
+
 
 # ---- one rule, one variant ---------------------------------------------------------------------
 
@@ -214,9 +220,11 @@ def _family(recipe: Recipe, rule: Rule) -> int:
 def requirement(evidence: Evidence, variant: str, threshold: Threshold) -> Verdict:
     """Judge one line of `require:`."""
     rule = f"require: {threshold.text}"
-    value = relative(evidence, variant, threshold.metric) if threshold.relative else None
-    if not threshold.relative:
-        value = evidence.figure(variant, threshold.metric)
+    measured, whose = variant, ""
+    if threshold.metric.name in LIKELIHOODS and (twin := _scored_twin(evidence, variant)):
+        measured, whose = twin, f" of {twin}, the same weights on an engine that scores,"
+    figure = relative if threshold.relative else Evidence.figure
+    value = figure(evidence, measured, threshold.metric)
     if value is None:
         return Verdict(rule, "inconclusive", f"{threshold.metric} was not measured")
     clock = evidence.plan.recipe.measure.clock if threshold.metric.workload else ""
@@ -224,10 +232,19 @@ def requirement(evidence: Evidence, variant: str, threshold: Threshold) -> Verdi
     if threshold.metric.name.endswith("p95") and not threshold.relative and value.n < FEWEST_FOR_P95:
         reason = f"too few requests for P95: {value.n} of {FEWEST_FOR_P95}"
         return Verdict(rule, "inconclusive", reason, value=value, limit=threshold.limit, clock=clock)
-    reason = f"{threshold.metric} is {_show(threshold, value)} (n={value.n})"
+    reason = f"{threshold.metric}{whose} is {_show(threshold, value)} (n={value.n})"
     against = evidence.baseline if threshold.relative else ""
     unit = "x" if threshold.relative else METRICS[threshold.metric.name].unit
     return Verdict(rule, outcome, reason, against, value, unit, threshold.limit, clock)
+
+
+def _scored_twin(evidence: Evidence, variant: str) -> str | None:
+    """Another variant with the same weights that has likelihoods, for one whose engine only generates."""
+    if "perplexity" in evidence.figures(variant):
+        return None
+    models = evidence.plan.models
+    twins = (name for name, model in models.items() if model == models[variant] and name != variant)
+    return next((name for name in twins if "perplexity" in evidence.figures(name)), None)
 
 
 def relative(evidence: Evidence, variant: str, metric: Metric) -> Interval | None:
@@ -333,9 +350,7 @@ def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) ->
     if ratio and ratio.low > 1 and variant.name != evidence.baseline:
         notes.append(f"slower than {evidence.baseline} here: {ratio.estimate:.2f}x its latency")
     techniques = tuple(rule_name(s) for s in variant.techniques)
-    return VariantDecision(
-        variant.name, techniques, outcome, rule, found, evidence.figures(variant.name), tuple(notes)
-    )
+    return VariantDecision(variant.name, techniques, outcome, rule, found, evidence.figures(variant.name), tuple(notes))
 
 
 # ---- the decision --------------------------------------------------------------------------------
@@ -398,7 +413,10 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
     cores = evidence.plan.recipe.measure.threads or 1
     loads = sorted(m["load"] for m in evidence.loads if "load" in m)
     if loads and loads[len(loads) // 2] > cores + 1.5:
-        found.append(f"the machine was busy: median load {loads[len(loads) // 2]:.1f} while {cores} threads measured")
+        found.append(
+            f"the machine was busy: median load {loads[len(loads) // 2]:.1f} with {cores} measuring "
+            f"thread{'s' * (cores != 1)}"
+        )
     for name, failure in evidence.failures.items():
         hint = f"; {failure['hint']}" if failure.get("hint") else ""
         found.append(f"{name}: {failure['stage']} failed, {failure['reason']}: {failure['detail']}{hint}")
@@ -460,6 +478,18 @@ def _needs_block(evidence: Evidence, variant: Variant, workload: str) -> bool:
         return False
     raced = {f"{rule_name(s)}.{name}" for s in variant.techniques for name in ("gain", "not_slower")}
     return any(v.rule in raced and v.outcome == "inconclusive" for v in found)
+
+
+def answers_needed(recipe: Recipe, variant: Variant) -> int | None:
+    """How many prompts the variant's rules take; None = all there are, as for the baseline that others meet."""
+    if variant.name == recipe.baseline:
+        return None
+    needed = FEWEST_ANSWERS
+    for step in variant.techniques:
+        for rule in recipe.rules:
+            if rule.technique == rule_name(step) and rule.name == "critical_errors" and rule.limit:
+                needed = max(needed, stats.needed_n(rule.limit, _family(recipe, rule)))
+    return needed
 
 
 def hopeless(evidence: Evidence, variant: str) -> bool:

@@ -192,9 +192,7 @@ class Evidence:
             )
         if not is_baseline:
             errors, asked = self.critical_errors(variant)
-            found["critical_errors"] = Interval(
-                len(errors) / asked, 0.0, stats.upper_bound(len(errors), asked), asked
-            )
+            found["critical_errors"] = Interval(len(errors) / asked, 0.0, stats.upper_bound(len(errors), asked), asked)
             worse, better = self.flips(variant)
             found["flips_worse"] = Interval(worse, worse, worse, len(shared))
             found["flips_better"] = Interval(better, better, better, len(shared))
@@ -223,9 +221,7 @@ class Evidence:
 
 def exp(interval: Interval) -> Interval:
     """From a log-ratio to a ratio."""
-    return Interval(
-        _exp(interval.estimate), _exp(interval.low), _exp(interval.high), interval.n, interval.level
-    )
+    return Interval(_exp(interval.estimate), _exp(interval.low), _exp(interval.high), interval.n, interval.level)
 
 
 def _exp(x: float) -> float:

@@ -147,7 +147,9 @@ def compile_model(model: Model, params: Mapping[str, Json], batches: Sequence[in
     for pass_ in ("cold", "warm"):
         log = Path(tempfile.mkdtemp(prefix="peftopt-")) / "compile.log"
         with Child(log, machine.cores(), cache) as child:
-            launch = child.ask("open", DEADLINE_S, plugin="compiled", params=dict(params), model=asdict(_absolute(model)))
+            launch = child.ask(
+                "open", DEADLINE_S, plugin="compiled", params=dict(params), model=asdict(_absolute(model))
+            )
             first = 0.0
             for batch in batches:
                 prompts = [[row.as_json()] * batch] * 3

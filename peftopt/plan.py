@@ -30,9 +30,7 @@ def plan(recipe: Recipe, sources: Mapping[str, str], versions: Mapping[str, str]
     return Plan(recipe, tuple(builds.values()), models)
 
 
-def artifact_id(
-    step: Step, parent: str, sources: Mapping[str, str], versions: Mapping[str, str], seed: int
-) -> str:
+def artifact_id(step: Step, parent: str, sources: Mapping[str, str], versions: Mapping[str, str], seed: int) -> str:
     """An artifact is the hash of its inputs: the chain behind it, its step, and what shapes the output."""
     inputs = {
         "step": asdict(step),

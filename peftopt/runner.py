@@ -23,7 +23,7 @@ from peftopt import corpus, identity, machine, plugins, preflight, store
 from peftopt import plan as planning
 from peftopt.child import Child
 from peftopt.corpus import Row
-from peftopt.decide import hopeless, wanted
+from peftopt.decide import answers_needed, hopeless, wanted
 from peftopt.errors import WorkerFailed
 from peftopt.evidence import TWIN, Evidence
 from peftopt.records import Build, Json, Measurement, Model, Plan, Recipe, Variant, Workload
@@ -158,7 +158,7 @@ def build(run: Run) -> None:
     ready = {planning.SOURCE}
     while batch := [b for b in waiting if b.parent in ready]:
         with _lanes(run, len(batch)) as (pool, threads):
-            made = pool.map(lambda b: _build(run, b, calibration, threads), batch)  # noqa: B023 (used at once)
+            made = pool.map(lambda b: _build(run, b, calibration, threads), batch)
         ready = {b.id for b, ok in zip(batch, made, strict=True) if ok}
         waiting = [b for b in waiting if b not in batch]
 
@@ -233,22 +233,35 @@ def answer(run: Run) -> None:
     quality = run.recipe.quality
     if quality is None:
         return
-    rows = sorted(corpus.read(quality.prompts), key=lambda row: not row.critical)  # the decisive ones first
+    rows = _exam_order(corpus.read(quality.prompts))
     baseline = run.recipe.variants[run.recipe.baseline]
-    with run.listener.progress("answers", len(rows) * (len(run.alive()) + 1)) as show, _lanes(run, 8) as (pool, threads):
+    parts = {v.name: rows[: answers_needed(run.recipe, v)] for v in run.alive()}
+    with run.listener.progress("answers", sum(map(len, parts.values())) + len(rows)) as show:
         counts: dict[str, int] = {}
 
         def count(name: str, n: int) -> None:
             counts[name] = n
             show(sum(counts.values()), name)
 
-        _answer(run, baseline, rows, 1, quality.batch, threads, count)
+        _answer(run, baseline, rows, 1, quality.batch, machine.cores(), count)
         _check_baseline(run)
-        jobs = [pool.submit(_answer, run, baseline, rows, 2, max(1, quality.batch // 2), threads, count)]
-        others = [v for v in run.alive() if v != baseline]
-        jobs += [pool.submit(_answer, run, v, rows, 1, quality.batch, threads, count) for v in others]
-        for job in jobs:
-            job.result()
+        # The null first, since errors that it shares are not a variant's; then what only generates and takes longest.
+        others = sorted((v for v in run.alive() if v != baseline), key=lambda v: v.engine == baseline.engine)
+        with _lanes(run, len(others) + 1) as (pool, threads):
+            jobs = [pool.submit(_answer, run, baseline, rows, 2, max(1, quality.batch // 2), threads, count)]
+            jobs += [pool.submit(_answer, run, v, parts[v.name], 1, quality.batch, threads, count) for v in others]
+            for job in jobs:
+                job.result()
+
+
+def _exam_order(rows: Sequence[Row]) -> list[Row]:
+    """The decisive rows first, the long ones last: whoever stops early has answered what is cheap and telling."""
+
+    def length(row: Row) -> int:
+        return sum(len(m["content"]) for m in row.messages)
+
+    longest = 4 * sorted(map(length, rows))[len(rows) // 2]
+    return sorted(rows, key=lambda row: (not row.critical, length(row) > longest))
 
 
 def _answer(

@@ -153,7 +153,9 @@ def _measurement(path: Path, number: int, line: bytes) -> Measurement:
             return Measurement(**values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{path}:{number} is not a measurement", "restore the file or run again") from error
-    raise BadInput(f"{path}:{number} has format {version}, this peftopt reads {FORMAT}", "use the peftopt that wrote it")
+    raise BadInput(
+        f"{path}:{number} has format {version}, this peftopt reads {FORMAT}", "use the peftopt that wrote it"
+    )
 
 
 def write(path: Path, text: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -216,4 +215,4 @@ def test_merge_then_quantize_then_bench_by_hand(
     first, *others = json.loads(capsys.readouterr().out)
     assert first["ratio"] is None and "adapter" in first["name"]
     assert all(o["ratio"]["n"] == 2 for o in others)
-    assert {f for f in os.listdir() if f.startswith(".")} == set()
+    assert [f for f in recipe.parent.iterdir() if f.name.startswith(".")] == []

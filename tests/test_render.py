@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from peftopt.errors import BadInput
 from peftopt.records import Decision, Interval, Json, Measurement, VariantDecision, Verdict
-from peftopt.render import REPORTS, as_json, html, junit, markdown, table
+from peftopt.render import as_json, html, junit, markdown, reports, table
 
 HOSTILE = "<script>alert(1)</script> | `rm -rf` | [x](http://evil.example/a) ![y](//evil.example) @team\n\x00\u202e**"
 
@@ -379,7 +379,7 @@ def test_block_ratios_pair_within_blocks_and_the_baseline_with_its_twin() -> Non
 
 @pytest.mark.parametrize("name", ["report.md", "report.html"])
 def test_reports_say_what_a_reader_needs_in_order(name: str) -> None:
-    text = REPORTS[name](a_decision(), the_measurements())
+    text = reports(a_decision(), the_measurements())[name]
     wanted = [
         "Ship merged",
         "machine was busy",
@@ -572,7 +572,7 @@ measured = st.builds(
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(decisions, st.lists(measured, max_size=8))
 def test_no_decision_breaks_a_report(decision: Decision, measurements: list[Measurement]) -> None:
-    texts = {name: write(decision, measurements) for name, write in REPORTS.items()}
+    texts = {**reports(decision, measurements), "decision.json": as_json.render(decision)}
     texts |= {"table": "\n".join(map("".join, table.rows(decision, compact=True)[1]))}
     for text in texts.values():
         text.encode()  # no lone surrogates

@@ -194,7 +194,7 @@ def test_betting_stays_below_its_error_however_often_it_is_judged() -> None:
 
 @pytest.mark.parametrize("side", [-1, 1])
 def test_bets_are_fair(side: int) -> None:
-    """Over all sign patterns of given magnitudes, the wealth after every block is 1 on average: a martingale."""
+    """Over all sign patterns of given magnitudes, wealth is 1 on average after every block."""
     magnitudes = np.random.default_rng(2).exponential(size=9)
     patterns = (magnitudes * signs for signs in itertools.product((-1, 1), repeat=9))
     wealth = [np.exp(stats._log_wealth(x, stats._past_scale(x), 0.0, side)) for x in patterns]

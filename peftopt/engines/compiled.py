@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftopt.engines import Scores, eager
+from peftopt.engines import Generation, Scores, eager
 from peftopt.errors import BadInput
 from peftopt.records import Model
 
@@ -51,6 +51,11 @@ class Compiled(eager.Transformers):
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
         raise NotImplementedError("a compiled decoder only generates; score with the eager engine")
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        # Each batch size is a graph of its own: rows of padding up to a power of two keep them few.
+        padding = 2 ** (len(prompts) - 1).bit_length() - len(prompts)
+        return super().generate([*prompts, *[prompts[-1]] * padding], new_tokens, stop)[: len(prompts)]
 
     def _cache(self, length: int) -> dict[str, Any]:
         # The cache's length is part of the compiled shape. Rounded up, and never smaller than before (transformers

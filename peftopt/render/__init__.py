@@ -1,16 +1,16 @@
-"""Decision + Measurements -> the four reports of a run. Pure, but for reading the HTML template."""
+"""Decision + Measurements -> the reports of a run. Pure, but for reading the HTML template."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from peftopt.records import Decision, Measurement
-from peftopt.render import as_json, html, junit, markdown
+from peftopt.render import as_json, html, junit, markdown, table
 
-REPORTS: Mapping[str, Callable[[Decision, Sequence[Measurement]], str]] = {
-    "decision.json": as_json.render,
-    "report.md": markdown.render,
-    "report.html": html.render,
-    "junit.xml": junit.render,
-}
-"""File name -> what writes it."""
+__all__ = ["as_json", "html", "junit", "markdown", "reports", "table"]
+
+
+def reports(decision: Decision, measurements: Sequence[Measurement]) -> Mapping[str, str]:
+    """File name -> its text, for every report that is rendered from decision.json."""
+    writers = {"report.md": markdown.render, "report.html": html.render, "junit.xml": junit.render}
+    return {name: write(decision, measurements) for name, write in writers.items()}
