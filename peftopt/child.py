@@ -125,4 +125,6 @@ def _environment(threads: int, cache: Path | None) -> dict[str, str]:
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
         own["TORCHINDUCTOR_CACHE_DIR"] = str(cache.resolve())
-    return {**os.environ, **own}
+    # a worker in another environment's Python finds this very peftopt, which need not be installed there
+    path = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, path))}

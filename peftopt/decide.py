@@ -38,6 +38,9 @@ FEWEST_ANSWERS = 128
 
 FEWEST_FOR_P95 = 72
 """Requests below which a two-sided 95 % interval of the 95th percentile does not exist."""
+SKIPPED = ("missing library", "missing environment", "refused")
+"""Failures that say nothing of the variant: it was not tried."""
+
 LIKELIHOODS = ("perplexity", "kl", "top1")
 """Figures of the weights, which an engine that only generates cannot give."""
 
@@ -301,7 +304,7 @@ def _show(threshold: Threshold, value: Interval) -> str:
 def verdicts(evidence: Evidence, variant: Variant) -> tuple[Verdict, ...]:
     """All that is said of one variant: that it runs and is whole, the table's rules, the requirements."""
     if failure := evidence.failures.get(variant.name):
-        skipped = failure["reason"] in ("missing library", "refused")
+        skipped = failure["reason"] in SKIPPED
         outcome: Outcome = "not judged" if skipped else "rejected"
         reason = f"{failure['stage']} failed, {failure['reason']}: {failure['detail']}"
         return (Verdict("artifact.runs", outcome, reason),)

@@ -19,14 +19,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from peftopt import corpus, identity, machine, plugins, preflight, store
+from peftopt import corpus, environments, identity, machine, plugins, preflight, store
 from peftopt import plan as planning
 from peftopt.child import Child
 from peftopt.corpus import Row
 from peftopt.decide import answers_needed, hopeless, wanted
 from peftopt.errors import WorkerFailed
 from peftopt.evidence import TWIN, Evidence
-from peftopt.records import Build, Json, Measurement, Model, Plan, Recipe, Variant, Workload
+from peftopt.records import Build, Json, Measurement, Model, Plan, Recipe, Step, Variant, Workload
 
 CHUNK = 96
 """Prompts answered between two looks at whether a variant has already failed."""
@@ -169,7 +169,8 @@ def _build(run: Run, build: Build, calibration: Sequence[Row], threads: int) -> 
     rows = [row.as_json() for row in calibration] if build.step.calibrates else []
 
     def make(out: Path) -> tuple[Model, dict[str, Json]]:
-        with Child(run.folder / "logs" / f"build-{build.step.plugin}-{build.id[:8]}.log", threads) as child:
+        log = run.folder / "logs" / f"build-{build.step.plugin}-{build.id[:8]}.log"
+        with Child(log, threads, python=_python(build.step)) as child:
             facts = child.ask(
                 "transform",
                 run.recipe.measure.deadline_s,
@@ -183,7 +184,6 @@ def _build(run: Run, build: Build, calibration: Sequence[Row], threads: int) -> 
         return Model(str(out), tuple(facts.pop("model")["adapters"])), facts
 
     try:
-        _check_needs(build.step.plugin)
         with run.store.locked(build):
             artifact = run.store.find(build) or run.store.build(build, make)
     except WorkerFailed as error:
@@ -208,9 +208,12 @@ def _users(run: Run, build: Build) -> list[str]:
     return users
 
 
-def _check_needs(plugin: str) -> None:
-    if lacking := plugins.missing(plugins.catalogue()[plugin]):
+def _python(step: Step) -> str:
+    """The interpreter that runs a step's plug-in. Raises WorkerFailed when it, or a library, is not there."""
+    plugin = plugins.catalogue()[step.plugin]
+    if plugin.environment == "main" and (lacking := plugins.missing(plugin)):
         raise WorkerFailed("missing library", ", ".join(lacking), f"pip install {' '.join(lacking)}")
+    return environments.python(plugin.environment)
 
 
 @contextlib.contextmanager
@@ -337,7 +340,8 @@ def _try_twice(run: Run, variant: str, stage: str, attempt: Callable[[], None]) 
 def _opened(run: Run, variant: Variant, why: str, threads: int) -> Iterator[tuple[Child, dict[str, Json]]]:
     """A fresh worker with the variant's model loaded."""
     cache = run.store.cache(run.plan.models[variant.name])
-    with Child(run.folder / "logs" / f"{why}-{variant.name}.log", threads, cache) as child:
+    log = run.folder / "logs" / f"{why}-{variant.name}.log"
+    with Child(log, threads, cache, _python(variant.engine)) as child:
         launch = child.ask(
             "open",
             run.recipe.measure.deadline_s,

@@ -6,10 +6,12 @@ import os
 import signal
 import stat
 import time
+import venv
 from pathlib import Path
 
 import pytest
 
+from peftopt import environments
 from peftopt.child import Child
 from peftopt.errors import WorkerFailed
 
@@ -67,3 +69,14 @@ def test_a_real_worker_names_an_unknown_plug_in_and_goes_on(tmp_path: Path) -> N
         with pytest.raises(WorkerFailed, match="no_such_engine"):
             child.ask("open", 120, plugin="no_such_engine", params={}, model={"path": "x", "adapters": []})
         assert child.ask("memory", 120)["peak_memory_bytes"] > 0
+
+
+def test_a_worker_runs_in_another_environments_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PEFTOPT_ENVIRONMENTS", str(tmp_path))
+    with pytest.raises(WorkerFailed, match="missing environment"):
+        environments.python("bare")
+    venv.create(tmp_path / "bare", symlinks=True)
+    bare = Child(tmp_path / "logs" / "bare.log", 1, python=environments.python("bare"))
+    with bare as child, pytest.raises(WorkerFailed) as caught:  # nothing is installed there, and it says so itself
+        child.ask("memory", 60)
+    assert (caught.value.reason, caught.value.hint) == ("missing library", "pip install torch")

@@ -30,6 +30,7 @@ LAYERS = (
     "machine",
     "corpus",
     "plugins",
+    "environments",
     "preflight",
     "transforms",
     "engines",
