@@ -41,7 +41,8 @@ def decode(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch: int, c
     answers = [""] * len(rows)
     begun = time.perf_counter()
     while order:
-        size = 1 if lengths[order[0]] > 1_000 else batch
+        fitting = sum(lengths[index] <= 1_000 for index in order[:batch])
+        size = fitting or 1  # a long row goes alone
         chosen, order = order[:size], order[size:]
         inputs = tokenizer(
             [prompts[index] for index in chosen], padding=True, add_special_tokens=False, return_tensors="pt"
@@ -121,7 +122,7 @@ def main() -> int:
     rows = read_rows(arguments.data, arguments.limit)
     schema = json.loads(arguments.schema.read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(arguments.base, padding_side="left")
-    scores = json.loads(out.read_text(encoding="utf-8"))["models"] if arguments.only and out.exists() else {}
+    scores: dict[str, Any] = {}
     written = []
     for name in [arguments.only] if arguments.only else ["base", "adapter"]:
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.bfloat16).eval()
@@ -136,6 +137,8 @@ def main() -> int:
         ]
         exact, critical = scores[name]["exact_match"], scores[name]["critical"]["exact_match"]
         print(f"{name}: exact match {exact:.1%}, critical rows {critical:.1%}, n={len(rows)}")
+    if arguments.only and out.exists():
+        scores = json.loads(out.read_text(encoding="utf-8"))["models"] | scores
     report = {
         "decoding": {"dtype": "bfloat16", "greedy": True, "max_new_tokens": arguments.max_new_tokens},
         "versions": {

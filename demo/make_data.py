@@ -55,7 +55,7 @@ class Size:
     long: int
 
 
-SIZES = {"train": Size(1490, 200, 10), "calibration": Size(62, 8, 2), "eval": Size(326, 40, 10)}
+SIZES = {"train": Size(1490, 200, 10), "calibration": Size(62, 8, 2), "eval": Size(390, 40, 10)}
 
 
 @dataclass
@@ -184,6 +184,7 @@ class Writer:
             "nulls": order is None or amount is None,
             "thread": quoted,
             "long": long,
+            "short": not long,
         }
         return {
             "messages": [

@@ -188,11 +188,14 @@ def train(model: Any, examples: list[Example], settings: Settings, pad: int, log
 
 def save(model: Any, out: Path) -> None:
     """Write the adapter under the base's portable name, naming no path of this machine."""
-    model.peft_config["default"].base_model_name_or_path = BASE_NAME
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = BASE_NAME
+    config.target_modules = sorted(config.target_modules)  # a set, whose order changes from run to run
     for name, weight in model.named_parameters():
         if "lora_" in name:
             weight.data = weight.data.to(torch.bfloat16)
     model.save_pretrained(out, save_embedding_layers=False)
+    (out / "adapter_model.safetensors").chmod(0o644)
     (out / "README.md").unlink(missing_ok=True)
 
 

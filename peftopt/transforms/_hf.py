@@ -13,8 +13,8 @@ from typing import Any
 from peftopt.errors import BadInput
 from peftopt.records import Model
 
-for _name in ("torchao", "torch.utils._pytree"):
-    # On every import they report GPU kernels that a CPU cannot load, and a deprecation inside torchao itself.
+for _name in ("torchao", "torch.utils._pytree", "torch.fx._symbolic_trace"):
+    # On every import they report GPU kernels that a CPU cannot load, and deprecations in the libraries themselves.
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
@@ -24,7 +24,6 @@ WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 def quiet() -> Iterator[None]:
     """No progress bars, and nothing on stdout: it is the worker's protocol. Errors and warnings stay on stderr."""
     import sys
-    from functools import partialmethod
     from unittest import mock
 
     from tqdm import tqdm  # type: ignore[import-untyped]
@@ -32,8 +31,13 @@ def quiet() -> Iterator[None]:
 
     bars = progress.is_progress_bar_enabled()
     progress.disable_progress_bar()
-    # Patched, because TQDM_DISABLE is read only once, when tqdm is first imported.
-    silent = mock.patch.object(tqdm, "__init__", partialmethod(tqdm.__init__, disable=True))
+    show = tqdm.__init__
+
+    def hide(bar: Any, *args: Any, **kwargs: Any) -> None:
+        show(bar, *args, **{**kwargs, "disable": True})
+
+    # Patched, because TQDM_DISABLE is read only when tqdm is first imported, and some callers override it.
+    silent = mock.patch.object(tqdm, "__init__", hide)
     try:
         with silent, contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what matters of them is checked and raised here
