@@ -484,8 +484,11 @@ def _needs_block(evidence: Evidence, variant: Variant, workload: str) -> bool:
 
 
 def answers_needed(recipe: Recipe, variant: Variant) -> int | None:
-    """How many prompts the variant's rules take; None = all there are, as for the baseline that others meet."""
-    if variant.name == recipe.baseline:
+    """How many prompts the variant has to answer; None = all there are.
+
+    An engine that is a technique of its own only generates, which is slow: there, no more than the rules take.
+    """
+    if not variant.engine.technique:
         return None
     needed = FEWEST_ANSWERS
     for step in variant.techniques:

@@ -346,7 +346,7 @@ class _Reading:
             "seed": _whole(0, 2**32 - 1),
             "calibration": self.file,
             "workloads": self.named(lambda name: self.record(Workload, {**requests, "slice": _text}, name=name)),
-            "quality": self.record(Quality, {**requests, "schema": self.file}),
+            "quality": self.record(Quality, {**requests, "schema": self.file, "rows": _whole(0)}),
             "measure": self.measure,
             "variants": self.named(self.variant),
             "baseline": _text,

@@ -85,12 +85,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class Quality:
-    """Answers that are checked: prompts with `expected`, decoded until they stop by themselves."""
+    """Answers that are checked: prompts with `expected`, decoded until they stop by themselves.
+
+    `rows` is the most prompts to ask, those tagged critical first and long ones last; 0 = all.
+    """
 
     prompts: str
     schema: str | None = None
     new_tokens: int = 256
     batch: int = 16
+    rows: int = 0
 
 
 @dataclass(frozen=True)

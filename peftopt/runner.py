@@ -236,9 +236,9 @@ def answer(run: Run) -> None:
     quality = run.recipe.quality
     if quality is None:
         return
-    rows = _exam_order(corpus.read(quality.prompts))
+    rows = _exam_order(corpus.read(quality.prompts))[: quality.rows or None]
     baseline = run.recipe.variants[run.recipe.baseline]
-    parts = {v.name: rows[: answers_needed(run.recipe, v)] for v in run.alive()}
+    parts = {v.name: rows[: _whole_batches(answers_needed(run.recipe, v), quality.batch)] for v in run.alive()}
     with run.listener.progress("answers", sum(map(len, parts.values())) + len(rows)) as show:
         counts: dict[str, int] = {}
 
@@ -255,6 +255,10 @@ def answer(run: Run) -> None:
             jobs += [pool.submit(_answer, run, v, parts[v.name], 1, quality.batch, threads, count) for v in others]
             for job in jobs:
                 job.result()
+
+
+def _whole_batches(rows: int | None, batch: int) -> int | None:
+    return None if rows is None else -(-rows // batch) * batch
 
 
 def _exam_order(rows: Sequence[Row]) -> list[Row]:

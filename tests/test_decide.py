@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from peftopt import plan as planning
-from peftopt.decide import decide, hopeless, parent_of, wanted
+from peftopt.decide import answers_needed, decide, hopeless, parent_of, wanted
 from peftopt.evidence import TWIN, Evidence
 from peftopt.records import (
     Decision,
@@ -310,3 +310,21 @@ def test_only_what_more_answers_cannot_mend_is_hopeless() -> None:
     slow = speed(plan, {"merged": 1.5, "int8": 1.5})
     assert not hopeless(Evidence(plan, base + slow + quality("int8", 50)), "int8")
     assert hopeless(Evidence(plan, base + quality("int8", 50, p3={"correct": False})), "int8")
+
+
+def test_an_engine_that_only_generates_answers_no_more_than_its_rules_take() -> None:
+    recipe = plan_of("merged", "int8", "compiled", "int8_compiled").recipe
+    needed = {name: answers_needed(recipe, variant) for name, variant in recipe.variants.items()}
+    assert needed == {"adapter": None, "merged": None, "int8": None, "compiled": 128, "int8_compiled": 368}
+
+
+def test_the_perplexity_of_weights_holds_on_every_engine_that_runs_them() -> None:
+    plan = plan_of("merged", "compiled", require=["perplexity <= 1.02x"])
+    likelihoods = ("nll", "scored_tokens", "kl", "agree")
+    silent = [
+        replace(m, values={k: v for k, v in m.values.items() if k not in likelihoods}) for m in quality("compiled")
+    ]
+    measurements = whole(plan, {"merged": 0.7}) + speed(plan, {"compiled": 0.5}) + silent
+    decision = decide(plan, measurements, {})
+    verdict = next(v for v in of(decision, "compiled").verdicts if v.rule == "require: perplexity <= 1.02x")
+    assert verdict.outcome == "accepted" and "of merged" in verdict.reason
