@@ -205,7 +205,7 @@ def bench(
 
 
 def _bench_row(found: dict[str, Any]) -> list[str]:
-    from peftopt.decide import FEWEST_FOR_P95
+    from peftopt.rules import FEWEST_FOR_P95
     from peftopt.thresholds import format_value
 
     n, ratio = found["p50_ms"].n, found["ratio"]

@@ -2,7 +2,7 @@
 
     artifacts -> answers -> blocks -> decision
 
-Nothing here judges: which variants still need blocks or answers is asked of `decide`, on the records so far.
+Nothing here judges: which variants still need blocks or answers is asked of `need`, on the records so far.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from peftopt import corpus, environments, identity, machine, plugins, preflight, store
+from peftopt import corpus, environments, identity, machine, need, plugins, preflight, store
 from peftopt import plan as planning
 from peftopt.child import Child
 from peftopt.corpus import Row
-from peftopt.decide import answers_needed, hopeless, wanted
 from peftopt.errors import WorkerFailed
 from peftopt.evidence import TWIN, Evidence
 from peftopt.records import Build, Json, Measurement, Model, Plan, Recipe, Step, Variant, Workload
@@ -222,8 +221,8 @@ def _lanes(run: Run, jobs: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
 
     One thread each is the best use of CPU cores; on a GPU, or short of memory, one worker at a time.
     """
-    need = 6 * store.size(Path(run.recipe.base)) + 2**30
-    lanes = 1 if machine.gpus() else max(1, min(jobs, machine.cores(), machine.free_memory() // need))
+    each = 6 * store.size(Path(run.recipe.base)) + 2**30
+    lanes = 1 if machine.gpus() else max(1, min(jobs, machine.cores(), machine.free_memory() // each))
     with ThreadPoolExecutor(lanes) as pool:
         yield pool, max(1, machine.cores() // lanes)
 
@@ -238,7 +237,7 @@ def answer(run: Run) -> None:
         return
     rows = _exam_order(corpus.read(quality.prompts))[: quality.rows or None]
     baseline = run.recipe.variants[run.recipe.baseline]
-    parts = {v.name: rows[: _whole_batches(answers_needed(run.recipe, v), quality.batch)] for v in run.alive()}
+    parts = {v.name: rows[: _whole_batches(need.answers(run.recipe, v), quality.batch)] for v in run.alive()}
     with run.listener.progress("answers", sum(map(len, parts.values())) + len(rows)) as show:
         counts: dict[str, int] = {}
 
@@ -306,7 +305,7 @@ def _answer(
                 evidence = run.evidence
                 have = {} if is_reference else evidence.rows(variant.name, launch)
                 todo = [row for row in chunk if row.id not in have]
-                if not todo or (launch == 1 and hopeless(evidence, variant.name)):
+                if not todo or (launch == 1 and need.hopeless(evidence, variant.name)):
                     continue
                 child.ask(
                     "quality",
@@ -364,11 +363,11 @@ def race(run: Run, workload: Workload) -> None:
     recipe, rows = run.recipe, corpus.read(workload.prompts, workload.slice)
     started, first = time.perf_counter(), _next_block(run, workload)
     with run.listener.progress(f"race {workload.name}", recipe.measure.max_blocks) as show:
-        while wants := wanted(run.evidence, workload.name):
+        while wants := need.blocks(run.evidence, workload.name):
             show(_next_block(run, workload), f"{len(wants)} variants")
             with _Field(run, workload) as field_:
                 for _ in range(recipe.measure.relaunch):
-                    if not (wants := wanted(run.evidence, workload.name)):
+                    if not (wants := need.blocks(run.evidence, workload.name)):
                         break
                     field_.block(_next_block(run, workload), wants, rows)
                     show(_next_block(run, workload), f"{len(wants)} variants")

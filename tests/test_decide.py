@@ -9,8 +9,11 @@ from dataclasses import replace
 import pytest
 
 from peftopt import plan as planning
-from peftopt.decide import answers_needed, decide, hopeless, parent_of, wanted
+from peftopt.decide import decide
 from peftopt.evidence import TWIN, Evidence
+from peftopt.need import answers as answers_needed
+from peftopt.need import blocks as blocks_needed
+from peftopt.need import hopeless
 from peftopt.records import (
     Decision,
     Json,
@@ -26,6 +29,7 @@ from peftopt.records import (
     VariantDecision,
     Workload,
 )
+from peftopt.rules import parent_of
 from peftopt.thresholds import parse
 
 EAGER, COMPILED = Step("eager", "engine", ""), Step("compiled", "engine", "compile")
@@ -288,7 +292,7 @@ def test_the_race_ends_for_a_decided_variant_and_goes_on_for_an_open_one_with_it
     answers += quality("adapter", launch=2)
 
     def racing(ratios: Mapping[str, float], blocks: int) -> frozenset[str]:
-        return wanted(Evidence(plan, answers + speed(plan, ratios, blocks)), "chat")
+        return blocks_needed(Evidence(plan, answers + speed(plan, ratios, blocks)), "chat")
 
     assert racing({"merged": 0.5, "compiled": 0.3}, 9) == {"adapter", "merged", "compiled"}
     assert racing({"merged": 0.5, "compiled": 0.3}, 16) == frozenset()
@@ -299,9 +303,9 @@ def test_the_race_ends_for_a_decided_variant_and_goes_on_for_an_open_one_with_it
 
 def test_a_workload_that_decides_nothing_gets_the_fewest_blocks() -> None:
     plan = plan_of("merged")
-    assert wanted(Evidence(plan, []), "bulk") == {"adapter", "merged"}
+    assert blocks_needed(Evidence(plan, []), "bulk") == {"adapter", "merged"}
     six = [replace(m, workload="bulk") for m in speed(plan, {"merged": 0.85}, 6)]
-    assert wanted(Evidence(plan, six), "bulk") == frozenset()
+    assert blocks_needed(Evidence(plan, six), "bulk") == frozenset()
 
 
 def test_only_what_more_answers_cannot_mend_is_hopeless() -> None:

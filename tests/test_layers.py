@@ -22,6 +22,8 @@ LAYERS = (
     "plan",
     "stats",
     "evidence",
+    "rules",
+    "need",
     "decide",
     "answers",
     "render",

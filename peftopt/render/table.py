@@ -9,9 +9,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from peftopt.decide import FEWEST_FOR_P95
 from peftopt.evidence import TWIN
 from peftopt.records import Decision, Interval, Json, Measurement, VariantDecision, Verdict
+from peftopt.rules import FEWEST_FOR_P95
 from peftopt.stats import LOOKS, MOST_BLOCKS
 from peftopt.thresholds import format_value
 
