@@ -18,6 +18,7 @@ LAYERS = (
     "identity",
     # pure thought
     "thresholds",
+    "reading",
     "recipe",
     "plan",
     "stats",

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from peftopt import plugins
 from peftopt.errors import BadInput, BadRecipe
-from peftopt.recipe import MAX_CHARACTERS, parse
+from peftopt.reading import MAX_CHARACTERS
+from peftopt.recipe import parse
 from peftopt.records import Measure, Metric, Plugin, Quality, Recipe, Rule, Step, Variant, Workload
 
 ROOT = Path(__file__).parent.parent
