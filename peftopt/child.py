@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,16 @@ from peftopt.errors import WorkerFailed
 from peftopt.records import Json
 
 GRACE_S = 5.0
+
+_LIVE: set[Child] = set()
+_INTERRUPTED = threading.Event()
+
+
+def interrupt() -> None:
+    """End every worker now. Whoever waits for one gets KeyboardInterrupt: it is no failure to put on record."""
+    _INTERRUPTED.set()
+    for child in tuple(_LIVE):
+        child.kill()
 
 
 class Child:
@@ -37,6 +48,7 @@ class Child:
                 start_new_session=True,
             )
         self.unread = b""
+        _LIVE.add(self)
 
     def ask(
         self, job: str, deadline_s: float, tell: Callable[[dict[str, Json]], None] = lambda _: None, **arguments: Json
@@ -69,6 +81,8 @@ class Child:
                 raise WorkerFailed("timeout", f"no answer within {deadline_s:g} s", f"its log: {self.log}")
             piece = os.read(descriptor, 1 << 20)
             if not piece:
+                if _INTERRUPTED.is_set():
+                    raise KeyboardInterrupt
                 raise self._death()
             self.unread += piece
         line, self.unread = self.unread.split(b"\n", 1)
@@ -98,6 +112,7 @@ class Child:
             self.process.wait(GRACE_S)
         self.kill()
         self.process.stdout.close()
+        _LIVE.discard(self)
 
     def __enter__(self) -> Child:
         return self

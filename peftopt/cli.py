@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
@@ -432,6 +433,7 @@ def _plain(value: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; every PeftoptError becomes its message and its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a CI timeout is an interrupt like Ctrl-C
     try:
         code = app(arguments, standalone_mode=False)
     except PeftoptError as error:
@@ -439,10 +441,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         Console().error(error)
         code = error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
-        code = INTERRUPTED
-    except typer.Abort:
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the last resort, so that a bug has its own exit code)
         code = _unexpected(error)

@@ -206,6 +206,7 @@ class Evidence:
             found["load_time"] = _range([v["model_loading_time"] for v in launches])
         for name, key in (
             ("memory", "peak_memory_bytes"),
+            ("gpu_memory", "gpu_memory_allocated"),
             ("gpu_memory_allocated", "gpu_memory_allocated"),
             ("gpu_memory_reserved", "gpu_memory_reserved"),
         ):

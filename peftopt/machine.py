@@ -39,7 +39,7 @@ def describe() -> dict[str, Json]:
         "cores": cores(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": gpus(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "python": platform.python_version(),
         "versions": versions(),
     }

@@ -21,7 +21,7 @@ from typing import Protocol
 
 from peftopt import corpus, environments, identity, machine, need, plugins, preflight, store
 from peftopt import plan as planning
-from peftopt.child import Child
+from peftopt.child import Child, interrupt
 from peftopt.corpus import Row
 from peftopt.errors import WorkerFailed
 from peftopt.evidence import TWIN, Evidence
@@ -224,7 +224,12 @@ def _lanes(run: Run, jobs: int) -> Iterator[tuple[ThreadPoolExecutor, int]]:
     each = 6 * store.size(Path(run.recipe.base)) + 2**30
     lanes = 1 if machine.gpus() else max(1, min(jobs, machine.cores(), machine.free_memory() // each))
     with ThreadPoolExecutor(lanes) as pool:
-        yield pool, max(1, machine.cores() // lanes)
+        try:
+            yield pool, max(1, machine.cores() // lanes)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            interrupt()
+            raise
 
 
 # ---- answers -------------------------------------------------------------------------------------

@@ -55,6 +55,8 @@ class Worker:
         """Load a model into an engine. Times in seconds; `adapter_switch_time` where an adapter was attached."""
         import torch
 
+        from peftopt.probes import memory
+
         source = module("engine", plugin)
         started = time.perf_counter()
         self.engine = source.open(_model(model), source.Params(**params))
@@ -64,6 +66,7 @@ class Worker:
             "threads": torch.get_num_threads(),
             "device": str(getattr(self.engine, "device", "")),
             "pid": os.getpid(),
+            **memory.gpu(),
         }
 
     def speed(self, batches: list[list[Json]], new_tokens: int, warmup: int) -> dict[str, Json]:

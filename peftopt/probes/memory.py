@@ -10,13 +10,19 @@ from peftopt.records import Json
 def peak() -> dict[str, Json]:
     """Bytes: `peak_memory_bytes` resident on the host since the process started; on CUDA also what the caching
     allocator handed out (`gpu_memory_allocated`) and held (`gpu_memory_reserved`) at most."""
+    return {"peak_memory_bytes": _host_peak(), **gpu()}
+
+
+def gpu() -> dict[str, Json]:
+    """The GPU's part of `peak`; empty without CUDA."""
     import torch
 
-    found: dict[str, Json] = {"peak_memory_bytes": _host_peak()}
-    if torch.cuda.is_available():
-        found["gpu_memory_allocated"] = torch.cuda.max_memory_allocated()
-        found["gpu_memory_reserved"] = torch.cuda.max_memory_reserved()
-    return found
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "gpu_memory_allocated": torch.cuda.max_memory_allocated(),
+        "gpu_memory_reserved": torch.cuda.max_memory_reserved(),
+    }
 
 
 def _host_peak() -> int:
