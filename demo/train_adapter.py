@@ -45,7 +45,7 @@ class Settings:
 
     rank: int = 8
     alpha: int = 16
-    epochs: float = 2.0
+    epochs: float = 2.5
     minutes: float = 0.0
     batch_tokens: int = 1_000
     learning_rate: float = 2e-3
