@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +103,8 @@ class Transformers:
             return [self.score([p], [a])[0] for p, a in zip(prompts, answers, strict=True)]
         import torch
 
-        ids, mask = self._left_padded(prompts)
+        shared = 0 if self._one_by_one else _shared_prefix(prompts)
+        ids, mask = self._left_padded([prompt[shared:] for prompt in prompts])
         longest = max(map(len, answers))
         rows = torch.zeros(len(answers), longest, dtype=torch.long)
         for row, answer in zip(rows, answers, strict=True):
@@ -110,12 +112,16 @@ class Transformers:
         rows = rows.to(self._device)
         # Padding after an answer needs no mask: a causal model never looks ahead. The last token predicts nothing.
         ids = torch.cat([ids, rows[:, :-1]], dim=1)
-        mask = torch.cat([mask, torch.ones_like(rows[:, :-1])], dim=1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False, "logits_to_keep": longest}
+        mask = torch.cat([torch.ones_like(ids[:, :1]).expand(-1, shared), mask, torch.ones_like(rows[:, :-1])], dim=1)
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": shared > 0, "logits_to_keep": longest}
         if not self._one_by_one:
-            inputs["position_ids"] = positions
-        with torch.inference_mode():
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+        with torch.inference_mode(), _contiguous_inputs(self._model.get_output_embeddings()):
+            if shared:  # the system prompt, say: computed once, its keys and values repeated for every row
+                prefix = torch.tensor([prompts[0][:shared]], device=self._device)
+                cache = self._model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+                cache.batch_repeat_interleave(len(prompts))
+                inputs["past_key_values"] = cache
             logits = self._model(**inputs).logits
             return [_scored(logits[i, : len(answer)], answer) for i, answer in enumerate(answers)]
 
@@ -142,6 +148,25 @@ class Transformers:
         ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
         return ids.to(self._device), mask.to(self._device)
+
+
+def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens all prompts have in common, leaving each at least one; 0 for a lone prompt."""
+    if len(prompts) < 2:
+        return 0
+    columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)
+    same = (n for n, column in enumerate(columns) if len(set(column)) > 1)
+    return next(same, min(map(len, prompts)) - 1)
+
+
+@contextlib.contextmanager
+def _contiguous_inputs(head: Any) -> Iterator[None]:
+    """Hand the output head whole rows: on a slice of the sequence, PyTorch on CPU copies its weight for every row."""
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class _Clock:

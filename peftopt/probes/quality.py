@@ -8,10 +8,10 @@ Rows tagged critical are always decoded token by token as well as scored, as a s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftopt import answers, identity
 from peftopt.corpus import Row
@@ -32,6 +32,27 @@ class Asked:
     row: Row
     prompt: list[int]
     draft: list[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A row whose answer is proven up to `start` (token ids) and has to be decoded from there."""
+
+    asked: Asked
+    start: list[int]
+    scores: Scores | None
+
+    @property
+    def length(self) -> int:
+        return self.asked.length + len(self.start)
+
+
+Answer = tuple[list[int], bool]
+"""Token ids without the closing end of sequence, and whether there was one."""
 
 
 class Reference:
@@ -103,22 +124,42 @@ def ask(
     """
     known = Reference(reference) if reference else None
     found: dict[str, tuple[list[int], Scores]] = {}
-    asked = [_asked(engine, row, known) for row in rows]
-    for group in batches(sorted(asked, key=lambda a: len(a.prompt)), batch):
-        group, outputs, scores = _answer(engine, group, new_tokens)
-        for a, (tokens, stopped), score in zip(group, outputs, scores, strict=True):
-            tell(_record(engine, a, tokens, stopped, score, schema, known))
-            if score is not None:
-                found[_key(a.row)] = (tokens, score)
+
+    def finish(a: Asked, answer: Answer, scores: Scores | None) -> None:
+        tell(_record(engine, a, *answer, scores, schema, known))
+        if scores is not None and write_reference:
+            found[_key(a.row)] = (answer[0], scores)
+
+    waiting: list[Waiting] = []
+    for group in batches(_by_length(_asked(engine, row, known) for row in rows), batch):
+        drafted = _drafted(engine, group, new_tokens)
+        for a, scores in zip(drafted, _scores(engine, drafted), strict=True):
+            if scores is None or a.row.critical:
+                waiting.append(Waiting(a, [], scores))
+                continue
+            tokens, complete, stopped = verified(a.draft, scores.best, engine.eos, new_tokens)
+            if complete:
+                finish(a, (tokens, stopped), scores)
+            else:
+                waiting.append(Waiting(a, tokens, scores))
+    # What is left to decode travels in full batches, not a row or two behind each group that was scored.
+    for left in batches(waiting, batch):
+        rest = _decode(engine, [w.asked.prompt + w.start for w in left], new_tokens)
+        for w, (tokens, stopped) in zip(left, rest, strict=True):
+            whole = w.start + tokens
+            finish(w.asked, (whole[:new_tokens], stopped and len(whole) < new_tokens), w.scores)
     if write_reference:
         Reference.write(write_reference, found)
 
 
-def batches(asked: Sequence[Asked], batch: int) -> Iterator[list[Asked]]:
+Sized = TypeVar("Sized", "Asked", "Waiting")
+
+
+def batches(asked: Iterable[Sized], batch: int) -> Iterator[list[Sized]]:
     """Groups of at most `batch` rows and BATCH_TOKENS padded tokens; a row that is longer travels alone."""
-    group: list[Asked] = []
+    group: list[Sized] = []
     for a in asked:
-        longest = max((len(x.prompt) for x in [*group, a]), default=0)
+        longest = max(a.length, *(x.length for x in group), 0)
         if group and (len(group) == batch or longest * (len(group) + 1) > BATCH_TOKENS):
             yield group
             group = []
@@ -127,27 +168,23 @@ def batches(asked: Sequence[Asked], batch: int) -> Iterator[list[Asked]]:
         yield group
 
 
-def _answer(
-    engine: Engine, group: list[Asked], new_tokens: int
-) -> tuple[list[Asked], list[tuple[list[int], bool]], list[Scores | None]]:
-    """Greedy answers (tokens without the closing EOS, and whether one closed it) and scores of the drafts."""
+def _by_length(asked: Iterable[Asked]) -> list[Asked]:
+    """Rows of like length side by side, so that little is padding."""
+    return sorted(asked, key=lambda a: a.length)
+
+
+def _drafted(engine: Engine, group: list[Asked], new_tokens: int) -> list[Asked]:
+    """The group with a draft for each row: where nothing is expected, the model's own answer is what is scored."""
+    bare = [a for a in group if not a.draft] if engine.scores else []
+    own = zip(bare, _decode(engine, [a.prompt for a in bare], new_tokens), strict=True)
+    drafts = {a.row.id: [*tokens, *([min(engine.eos)] if stopped else [])] for a, (tokens, stopped) in own}
+    return [replace(a, draft=drafts.get(a.row.id, a.draft)) for a in group]
+
+
+def _scores(engine: Engine, group: list[Asked]) -> Sequence[Scores | None]:
     if not engine.scores:
-        return group, _decode(engine, [a.prompt for a in group], new_tokens), [None] * len(group)
-    if undrafted := [n for n, a in enumerate(group) if not a.draft]:
-        own = _decode(engine, [group[n].prompt for n in undrafted], new_tokens)
-        for n, (tokens, stopped) in zip(undrafted, own, strict=True):
-            ending = [min(engine.eos)] if stopped else []
-            group[n] = Asked(group[n].row, group[n].prompt, [*tokens, *ending])
-    scores = engine.score([a.prompt for a in group], [a.draft for a in group])
-    outputs = [verified(a.draft, s.best, engine.eos, new_tokens) for a, s in zip(group, scores, strict=True)]
-    unfinished = {n for n, (_, finished, _) in enumerate(outputs) if not finished}
-    fresh = {n for n, a in enumerate(group) if a.row.critical}
-    starts = {n: [] if n in fresh else outputs[n][0] for n in sorted(unfinished | fresh)}
-    rest = _decode(engine, [group[n].prompt + start for n, start in starts.items()], new_tokens)
-    answered = [(tokens, stopped) for tokens, _, stopped in outputs]
-    for (n, start), (tokens, stopped) in zip(starts.items(), rest, strict=True):
-        answered[n] = ((start + tokens)[:new_tokens], stopped and len(start) + len(tokens) < new_tokens)
-    return group, answered, list(scores)
+        return [None] * len(group)
+    return engine.score([a.prompt for a in group], [a.draft for a in group])
 
 
 def verified(
@@ -166,7 +203,7 @@ def verified(
     return tokens, False, False
 
 
-def _decode(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[tuple[list[int], bool]]:
+def _decode(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[Answer]:
     if not prompts:
         return []
     generations = engine.generate(prompts, new_tokens, stop=True)
