@@ -216,3 +216,15 @@ def test_merge_then_quantize_then_bench_by_hand(
     assert first["ratio"] is None and "adapter" in first["name"]
     assert all(o["ratio"]["n"] == 2 for o in others)
     assert [f for f in recipe.parent.iterdir() if f.name.startswith(".")] == []
+
+
+def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    before = {f.name: f.read_bytes() for f in (recipe.parent / "base").iterdir()}
+    assert command("compile", "--model", "base", "--new-tokens", 3, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert Path(facts["cache"]) == recipe.parent / "base.compiled" and facts["cache_bytes"] > 0
+    assert facts["cold_s"] > 0 and facts["warm_s"] > 0 and facts["tpot_ms@1"] > 0
+    assert {f.name: f.read_bytes() for f in (recipe.parent / "base").iterdir()} == before
