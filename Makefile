@@ -13,7 +13,7 @@ setup: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,demo,dev]'
 	touch $@
 
 $(MODEL)/model.safetensors: | .venv/ready

@@ -21,7 +21,9 @@ class Console:
     """Implements runner.Listener. `quiet` keeps stderr to warnings and errors."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.out, self.err = Rich(highlight=False), Rich(stderr=True, highlight=False)
+        # off a terminal (a log, a file) lines may be as long as the table is wide
+        self.out = Rich(highlight=False, width=None if sys.stdout.isatty() else 160)
+        self.err = Rich(stderr=True, highlight=False)
         self.quiet = quiet
         self.lock = threading.Lock()
 
@@ -77,8 +79,7 @@ class Console:
             table.add_column(escape(column), overflow="fold")
         for row, outcome in zip(rows, outcomes or [""] * len(rows), strict=True):
             table.add_row(*(escape(cell) for cell in row), style=OUTCOME_STYLE.get(outcome, ""))
-        width = None if self.out.is_terminal else 160
-        self.out.print(table, width=width)
+        self.out.print(table)
 
     def say(self, text: str, style: str = "") -> None:
         self.out.print(escape(text), style=style or None, soft_wrap=True)

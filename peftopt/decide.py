@@ -31,8 +31,18 @@ def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) ->
     ratio = evidence.figures(variant.name).get(f"latency.ratio@{evidence.plan.recipe.minimize.workload}")
     if ratio and ratio.low > 1 and variant.name != evidence.baseline:
         notes.append(f"slower than {evidence.baseline} here: {ratio.estimate:.2f}x its latency")
+    notes += _subset_note(evidence, variant.name)
     techniques = tuple(rule_name(s) for s in variant.techniques)
     return VariantDecision(variant.name, techniques, outcome, rule, found, evidence.figures(variant.name), tuple(notes))
+
+
+def _subset_note(evidence: Evidence, variant: str) -> list[str]:
+    """Shares of unlike sets of prompts must not be compared by eye: say what the baseline gets on the same ones."""
+    ours, theirs = evidence.rows(variant), evidence.rows(evidence.baseline)
+    if not ours or len(ours) >= len(theirs):
+        return []
+    same = sum(theirs[row]["correct"] for row in ours) / len(ours)
+    return [f"answered {len(ours)} of {len(theirs)} prompts; on those {evidence.baseline} is right in {same:.1%}"]
 
 
 def decide(plan: Plan, measurements: Sequence[Measurement], machine: Mapping[str, Json]) -> Decision:
