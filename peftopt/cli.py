@@ -450,13 +450,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _unexpected(error: Exception) -> int:
-    """click's usage errors are the user's (2); a broken pipe is the reader's; anything else is a bug (5)."""
+    """Usage errors are the user's (2); a broken pipe is the reader's; anything else is a bug (5)."""
     import traceback
 
-    import click
-
-    if isinstance(error, click.ClickException):
-        error.show()
+    usage_error = typer.BadParameter.__base__  # typer carries its own click, and does not export the class
+    if usage_error and isinstance(error, usage_error):
+        error.show()  # type: ignore[attr-defined]
         return BAD_INPUT
     if isinstance(error, BrokenPipeError):
         return ACCEPTED

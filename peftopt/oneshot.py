@@ -48,7 +48,7 @@ def transform(
     except WorkerFailed as error:
         raise as_input(error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.parent, ignore_errors=True)
     return {**facts, "path": str(out), "size_bytes": store.size(out)}
 
 

@@ -287,11 +287,11 @@ def verdicts(evidence: Evidence, variant: Variant) -> tuple[Verdict, ...]:
         outcome: Outcome = "not judged" if skipped else "rejected"
         reason = f"{failure['stage']} failed, {failure['reason']}: {failure['detail']}"
         return (Verdict("artifact.runs", outcome, reason),)
-    found = [] if variant.name == evidence.baseline else [_intact(evidence, variant)]
-    if variant.name != evidence.baseline:
-        found += table_verdicts(evidence, variant)
-    found += [requirement(evidence, variant.name, t) for t in evidence.plan.recipe.require]
-    return tuple(found)
+    require = evidence.plan.recipe.require
+    if variant.name == evidence.baseline:  # which is not measured against itself
+        return tuple(requirement(evidence, variant.name, t) for t in require if not t.relative)
+    found = [_intact(evidence, variant), *table_verdicts(evidence, variant)]
+    return (*found, *(requirement(evidence, variant.name, t) for t in require))
 
 
 def _intact(evidence: Evidence, variant: Variant) -> Verdict:
