@@ -442,10 +442,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Console().error(error)
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the last resort, so that a bug has its own exit code)
         code = _unexpected(error)
+    if code == INTERRUPTED:  # typer may have made an exit code of the interrupt already
+        print("interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
     sys.exit(code or 0)
 
 
