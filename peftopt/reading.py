@@ -19,11 +19,11 @@ import yaml
 from yaml.reader import ReaderError
 
 from peftopt.errors import PeftoptError
+from peftopt.records import NAME
 
 MAX_CHARACTERS, MAX_NODES, MAX_DEPTH = 2**20, 2_000, 20
 """Caps on a document: far above any real one, far below what would slow this machine down."""
 
-NAME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
 _QUANTITY = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a-z%]*)")
 
 Reader = Callable[[yaml.Node, str], Any]

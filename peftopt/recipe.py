@@ -32,9 +32,7 @@ from peftopt.reading import (
     words,
 )
 from peftopt.records import Measure, Plugin, Quality, Recipe, Rule, Step, Variant, Workload
-
-LOOKS = (10, 16, 24, 40, 60)
-"""The blocks after which a race may be looked at, and so the only values of `max_blocks`."""
+from peftopt.stats import LOOKS
 
 _JUDGED_ON_ANSWERS = ("ratio", "share", "nats")
 """The units of the figures that need a `quality` section."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FORMAT = 1
 """Version of every line in measurements.jsonl and of decision.json."""
+
+NAME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
+"""What a variant or a workload may be called: safe in a path, a report and a metric's name."""
 
 Json = Any
 Outcome = Literal["accepted", "rejected", "inconclusive", "not judged"]

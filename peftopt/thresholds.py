@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Literal, NamedTuple
 
-from peftopt.records import Metric, Threshold
+from peftopt.records import NAME, Metric, Threshold
 
 Unit = Literal["ms", "s", "tokens/s", "bytes", "share", "nats", "ratio"]
 Better = Literal["lower", "higher", "either"]
@@ -79,7 +79,6 @@ _EXAMPLES: Mapping[Unit, str] = {
 _OPERATORS: Mapping[str, Operator] = {"<=": "<=", ">=": ">=", "<": "<", ">": ">", "≤": "<=", "≥": ">="}
 _FLIPPED: Mapping[Operator, Operator] = {"<=": ">=", "<": ">", ">=": "<=", ">": "<"}
 _NUMBER = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?)\s*(.*)", re.DOTALL)
-_NAME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
 
 
 class BadThreshold(ValueError):
@@ -99,7 +98,7 @@ def parse_metric(text: str) -> Metric:
         raise BadThreshold(f"{name} needs a workload", f"write {name}@ and the name of a workload")
     if at and not METRICS[name].per_workload:
         raise BadThreshold(f"{name} is a figure of the whole variant, not of a workload", f"write {name}")
-    if workload and not _NAME.fullmatch(workload):
+    if workload and not NAME.fullmatch(workload):
         raise BadThreshold(f"no workload can be named {_show(workload)}", "use letters, digits, - and _")
     return Metric(name, workload)
 

@@ -18,10 +18,10 @@ LAYERS = (
     "identity",
     # pure thought
     "thresholds",
+    "stats",
     "reading",
     "recipe",
     "plan",
-    "stats",
     "evidence",
     "rules",
     "need",
