@@ -41,11 +41,12 @@ app = typer.Typer(
 
 EXIT = {"accepted": ACCEPTED, "rejected": REJECTED, "inconclusive": INCONCLUSIVE, "not judged": ENVIRONMENT}
 
+ONE_GB = 10**9
+
 Results = Annotated[Path, typer.Option(help="Folder of artifacts and runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 BaseFolder = Annotated[Path, typer.Option("--base", help="Folder of the base model (safetensors).")]
-AdapterFolder = Annotated[Path, typer.Option("--adapter", help="Folder of the PEFT adapter (safetensors).")]
 ModelFolder = Annotated[Path, typer.Option("--model", help="Folder of a model (safetensors).")]
 Out = Annotated[Path, typer.Option("--out", help="New folder to write; it appears whole or not at all.")]
 RunFolder = Annotated[Path | None, typer.Argument(help="A folder below results/runs; the newest by default.")]
@@ -100,9 +101,108 @@ def report(run_folder: RunFolder = None, results: Results = Path("results")) -> 
 
 
 @app.command()
-def merge(base: BaseFolder, adapter: AdapterFolder, out: Out, as_json: AsJson = False) -> None:
-    """Fold an adapter into its base model and check what was written."""
-    _transform("merge", {}, _model(base, adapter), out, None, 0, as_json)
+def merge(
+    base: BaseFolder,
+    adapter: Annotated[
+        list[str],
+        typer.Option(help="Folder of a PEFT adapter (safetensors), or FOLDER=WEIGHT; repeat to merge several."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="New folder to write; it appears whole or not at all.")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; the base's own by default.")] = "",
+    certify: Annotated[
+        str,
+        typer.Option(help="blocks (while streaming), or full (the saved model's predictions too). [over 1 GB: blocks]"),
+    ] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON-lines prompts for the full certificate; some of ours by default.")
+    ] = None,
+    merge_base: Annotated[
+        str,
+        typer.Option(
+            help="For an adapter trained on a 4-bit base: full (the 16-bit weights), dequantized (what 4 bits left of "
+            "them), or auto (both, and keep the one nearer to the adapter on its 4-bit base)."
+        ),
+    ] = "full",
+    scheme: Annotated[str, typer.Option(help="The 4-bit scheme of that base: nf4 or fp4.")] = "nf4",
+    combination: Annotated[
+        str, typer.Option(help="How several LoRAs add up: cat (exactly), or linear, svd, ties, … as PEFT does.")
+    ] = "cat",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change, tensor by tensor.")] = False,
+    allow_base_mismatch: Annotated[
+        bool, typer.Option("--allow-base-mismatch", help="Merge though the adapter names another base.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fold adapters into their base model, and certify that the result is the same model."""
+    from peftopt import store
+    from peftopt.records import Model
+
+    folders, weights = zip(*map(_weighted, adapter), strict=True)
+    model = Model(str(base), folders)
+    if not certify:
+        certify = "blocks" if base.is_dir() and store.size(base) > ONE_GB and merge_base != "auto" else "full"
+    params = {
+        "dtype": dtype,
+        "certify": certify,
+        "weights": ",".join(map(str, weights)) if any(w != 1 for w in weights) else "",
+        "combination": combination,
+        "base": merge_base,
+        "scheme": scheme,
+        "allow_base_mismatch": allow_base_mismatch,
+    }
+    if dry_run:
+        _preview(params, model, as_json)
+    elif out is None:
+        raise BadInput("merge needs --out", "name a folder that does not exist yet, or ask for a --dry-run")
+    else:
+        _transform("merge", params, model, out, str(prompts) if prompts else None, 0, as_json)
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    """`folder` or `folder=0.7`; a folder whose own name has an equals sign is taken as it is."""
+    folder, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return folder, float(weight)
+    except ValueError as error:
+        raise BadInput(f"--adapter {text}: {weight!r} is no weight", "write FOLDER=0.7") from error
+
+
+def _preview(params: dict[str, Any], model: Model, as_json: bool) -> None:
+    """What a merge would change, largest change first; tensors without a delta are called out."""
+    from peftopt import oneshot
+    from peftopt.console import Console
+    from peftopt.thresholds import format_value
+
+    found = oneshot.preview("merge", params, model)
+    if as_json:
+        print(json.dumps(found))
+        return
+    ratio = {t["name"]: t["delta_norm"] / t["weight_norm"] if t["weight_norm"] else 0.0 for t in found}
+    rows = [
+        [
+            t["name"],
+            "x".join(map(str, t["shape"])),
+            t["dtype"],
+            format_value("size", t["bytes"]),
+            f"{ratio[t['name']]:.2e}",
+        ]
+        for t in sorted(found, key=lambda t: -ratio[t["name"]])
+    ]
+    console = Console()
+    console.table(["tensor", "shape", "dtype", "size", "delta / weight"], rows)
+    total = sum(t["bytes"] for t in found)
+    console.say(f"{len(found)} tensors of {format_value('size', total)} would change; nothing was written")
+    if still := [t["name"] for t in found if not t["delta_norm"]]:
+        console.warn(f"no delta at all in {len(still)} of {len(found)}: {', '.join(still[:3])}")
+
+
+def _preview_row(tensor: dict[str, Any]) -> list[str]:
+    from peftopt.thresholds import format_value
+
+    shape = "x".join(map(str, tensor["shape"]))
+    return [tensor["name"], shape, tensor["dtype"], format_value("size", tensor["bytes"]), f"{tensor['ratio']:.2e}"]
 
 
 @app.command()
@@ -412,10 +512,18 @@ def _transform(
         "time": f"{found['seconds']:.1f} s",
         "size": format_value("size", found["size_bytes"]),
         "peak memory": format_value("memory", found["peak_memory_bytes"]),
-        "weights": "all finite",
+        **_certified(found),
         **({"adapter": f"{model.adapters[0]}, kept apart"} if found["model"]["adapters"] else {}),
     }
     _print(f"wrote {out}", lines, found, as_json)
+
+
+def _certified(found: dict[str, Any]) -> dict[str, str]:
+    if "certificate" not in found:
+        return {"weights": "all finite"}
+    from peftopt.merging import certificate
+
+    return {"certificate": certificate.summary(found["certificate"])}
 
 
 def _print(title: str, lines: dict[str, str], found: dict[str, Any], as_json: bool) -> None:

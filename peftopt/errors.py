@@ -32,6 +32,12 @@ class BadRecipe(BadInput):
         self.path, self.problems = path, tuple(problems)
 
 
+class Rejected(PeftoptError):
+    """What was made did not pass its own checks (exit 1)."""
+
+    exit_code = REJECTED
+
+
 class MissingEnvironment(PeftoptError):
     """This machine lacks something, or a path cannot be written (exit 4)."""
 

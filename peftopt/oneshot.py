@@ -13,7 +13,7 @@ from pathlib import Path
 
 from peftopt import corpus, machine, preflight, stats, store
 from peftopt.child import Child
-from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
+from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed
 from peftopt.evidence import exp
 from peftopt.records import Interval, Json, Model
 
@@ -21,13 +21,15 @@ DEADLINE_S = 3600.0
 
 
 def transform(
-    plugin: str, params: Mapping[str, Json], model: Model, out: Path, calibration: str | None, seed: int
+    plugin: str, params: Mapping[str, Json], model: Model, out: Path, texts: str | None, seed: int
 ) -> dict[str, Json]:
-    """Write the transformed model to `out`, whole or not at all; returns what it took and what is wrong with it."""
-    preflight.check_base(Path(model.path))
-    for adapter in model.adapters:
-        preflight.check_adapter(Path(adapter), Path(model.path), [plugin] if plugin == "merge" else [])
-    rows = [row.as_json() for row in corpus.read(calibration)] if calibration else []
+    """Write the transformed model to `out`, whole or not at all; returns what it took and what it found.
+
+    `texts` is a file of rows to calibrate with, or for a merge to compare on. Raises Rejected when a certificate
+    failed: the folder is then beside `out`, for inspection.
+    """
+    _check(plugin, model)
+    rows = [row.as_json() for row in corpus.read(texts)] if texts else []
     temporary = _beside(out)
     log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{plugin}.log"
     try:
@@ -43,7 +45,7 @@ def transform(
                 seed=seed,
             )
         if facts["tier0"]:
-            raise BadInput(f"{plugin} gave a broken model: {facts['tier0'][0]}", "check the adapter and the base")
+            raise _broken(plugin, facts, temporary, out)
         temporary.rename(out)
     except WorkerFailed as error:
         raise as_input(error) from error
@@ -52,9 +54,42 @@ def transform(
     return {**facts, "path": str(out), "size_bytes": store.size(out)}
 
 
+def preview(plugin: str, params: Mapping[str, Json], model: Model) -> list[dict[str, Json]]:
+    """What a transform would change, tensor by tensor; nothing is written."""
+    _check(plugin, model)
+    log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{plugin}.log"
+    try:
+        with Child(log, machine.cores()) as child:
+            found = child.ask("preview", DEADLINE_S, plugin=plugin, params=dict(params), model=asdict(_absolute(model)))
+            return list(found["tensors"])
+    except WorkerFailed as error:
+        raise as_input(error) from error
+
+
+def _check(plugin: str, model: Model) -> None:
+    merges = plugin == "merge"  # which knows more of quantized bases, and says more of what cannot be merged
+    preflight.check_base(Path(model.path), quantized=merges)
+    for adapter in model.adapters:
+        preflight.check_adapter(Path(adapter), Path(model.path), [plugin] if merges else [])
+
+
+def _broken(plugin: str, facts: dict[str, Json], made: Path, out: Path) -> Exception:
+    """The error for a folder that did not pass; one with a certificate is kept aside."""
+    if "certificate" not in facts:
+        return BadInput(f"{plugin} gave a broken model: {facts['tier0'][0]}", "check the adapter and the base")
+    aside = out.with_name(f"{out.name}.failed")
+    shutil.rmtree(aside, ignore_errors=True)
+    made.rename(aside)
+    return Rejected(
+        f"the {plugin} did not pass its certificate: {facts['tier0'][0].removeprefix('certificate: ')}",
+        f"nothing was written to {out}; the result is in {aside}, its parity.json says what was measured",
+    )
+
+
 def as_input(error: WorkerFailed) -> Exception:
     """A worker that refused its input met a mistake of the user's, not a fault of the machine."""
-    return BadInput(error.detail, error.hint) if error.reason == "refused" else error
+    kinds = {"refused": BadInput, "missing environment": MissingEnvironment}
+    return kinds[error.reason](error.detail, error.hint) if error.reason in kinds else error
 
 
 def _beside(out: Path) -> Path:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from peftopt import corpus
+from peftopt.adapter import EMBEDDINGS, PREFIX, Adapter, check_mergeable, open_adapter
+from peftopt.checkpoint import open_model
 from peftopt.errors import BadInput
 from peftopt.records import Json, Recipe
-
-PROMPT_METHODS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT")
-"""PEFT types that add tokens instead of changing weights: they have no weight delta, so nothing to merge."""
 
 
 def check(recipe: Recipe) -> None:
@@ -57,67 +56,44 @@ def check_base(folder: Path, quantized: bool = False) -> None:
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         what = ", ".join(names) or "none named"
         raise BadInput(f"{folder} is no causal language model (architectures: {what})", "supported: …ForCausalLM")
-    if not list(folder.glob("*.safetensors")):
-        raise BadInput(
-            f"{folder} has no safetensors weights",
-            "pickled weights (.bin, .pt) are never opened; convert with save_pretrained(safe_serialization=True)",
-        )
-    for _ in _tensors(folder):
-        pass
+    open_model(folder)
 
 
 def check_adapter(folder: Path, base: Path, merges: list[str]) -> None:
-    """A PEFT adapter in safetensors whose shapes fit this base."""
-    if not folder.is_dir():
-        raise BadInput(f"no adapter folder at {folder}", "model.adapter names a folder with adapter_config.json")
-    if not (folder / "adapter_config.json").is_file():
-        raise BadInput(f"{folder} is no adapter: it has no adapter_config.json", "give the folder that PEFT saved")
-    config = _json(folder / "adapter_config.json", "an adapter's config")
-    if not (folder / "adapter_model.safetensors").is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        why = "only a pickle (adapter_model.bin), which is never opened" if pickled else "no adapter_model.safetensors"
-        raise BadInput(f"{folder} has {why}", "load it where you trust it and save it again with save_pretrained")
-    kind = str(config.get("peft_type", ""))
-    if kind in PROMPT_METHODS and merges:
-        raise BadInput(
-            f"the adapter is {kind}, which cannot be merged (variants: {', '.join(merges)})",
-            "a prompt method has no weight delta; quantize the base and keep the adapter apart: [int8]",
-        )
-    if kind == "LORA":
-        _check_fits(folder, base, str(config.get("base_model_name_or_path", "")))
+    """A PEFT adapter in safetensors whose shapes fit this base, and which the variants in `merges` can merge."""
+    adapter = open_adapter(folder)
+    if merges:
+        check_mergeable(adapter)
+    if adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
+        _check_fits(adapter, base)
 
 
-def _check_fits(folder: Path, base: Path, trained_on: str) -> None:
-    """Each LoRA pair must sit on a weight of the base and have its shape; else it was trained on another one."""
-    weights = dict(_tensors(base))
-    advice = f"it says it was trained on {trained_on or 'an unnamed base'}; give that base"
-    for name, shape in _tensors(folder):
-        module, dot, part = name.removeprefix("base_model.model.").partition(".lora_")
-        side = part.split(".")[0]
-        if not dot or side not in ("A", "B") or len(shape) != 2:
-            continue
-        target = weights.get(f"{module}.weight") or weights.get(f"{module}.base_layer.weight")
-        if target is None:
-            raise BadInput(f"adapter {folder} does not fit {base}: the base has no {module}", advice)
-        width = shape[1] if side == "A" else shape[0]
-        if width not in target:
+def _check_fits(adapter: Adapter, base: Path) -> None:
+    """Each LoRA pair must sit on a weight of the base and have its shape; else it was trained on another one.
+
+    Only where base and adapter name things alike: a checkpoint may use older names, which the loader translates.
+    """
+    weights = {name: list(entry.shape) for name, entry in open_model(base).entries.items()}
+    trained_on = adapter.config.get("base_model_name_or_path") or "an unnamed base"
+    advice = f"it says it was trained on {trained_on}; give that base"
+    sides = [(*_side(entry.name), list(entry.shape)) for entry in adapter.weights.entries.values()]
+    sides = [(module, side, shape) for module, side, shape in sides if side in ("A", "B") and len(shape) == 2]
+    alike = any(f"{module}.weight" in weights for module, _, _ in sides)
+    for module, side, shape in sides if alike else ():
+        target = weights.get(f"{module}.weight")
+        if target is None and not module.endswith(EMBEDDINGS):
+            raise BadInput(f"adapter {adapter.folder} does not fit {base}: the base has no {module}", advice)
+        if target and shape[1 if side == "A" else 0] not in target:
             raise BadInput(
-                f"adapter {folder} does not fit {base}: {module} is {target} there and lora_{side} is {list(shape)}",
+                f"adapter {adapter.folder} does not fit {base}: {module} is {target} there and lora_{side} is {shape}",
                 advice,
             )
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """Names and shapes of all tensors, from the headers. Raises BadInput for a broken file."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    yield name, tensors.get_slice(name).get_shape()
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{file} is not a whole safetensors file: {error}", "copy or download it again") from error
+def _side(key: str) -> tuple[str, str]:
+    """The module and "A" or "B" of a LoRA tensor's name."""
+    module, _, part = key.removeprefix(PREFIX).partition(".lora_")
+    return module, part.split(".")[0]
 
 
 def _json(path: Path, what: str) -> dict[str, Json]:

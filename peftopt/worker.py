@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from peftopt.corpus import Row, row_from
-from peftopt.errors import PeftoptError, WorkerFailed
+from peftopt.errors import MissingEnvironment, PeftoptError, WorkerFailed
+from peftopt.hf import tokenizer_home
+from peftopt.merging.certificate import FILE as CERTIFICATE
 from peftopt.plugins import module
 from peftopt.records import Json, Model
 
@@ -36,20 +38,25 @@ class Worker:
         self, plugin: str, params: dict[str, Json], model: dict[str, Json], out: str, rows: list[Json], seed: int
     ) -> dict[str, Json]:
         """Run one transform, scan what it wrote, and say what it took."""
-        from peftopt.probes import memory, weights
+        from peftopt.probes import memory
 
         source = module("transform", plugin)
         opened = _model(model)
-        texts = [_render(row_from(row), opened.path) for row in rows]
+        texts = [_render(row_from(row), tokenizer_home(opened)) for row in rows]
         started = time.perf_counter()
         result = source.transform(opened, source.Params(**params), Path(out), texts, seed)
         seconds = time.perf_counter() - started
         return {
             "model": dataclasses.asdict(result),
             "seconds": seconds,
-            "tier0": weights.scan(Path(out)),
+            **_examined(Path(out)),
             **memory.peak(),
         }
+
+    def preview(self, plugin: str, params: dict[str, Json], model: dict[str, Json]) -> dict[str, Json]:
+        """What a transform would change, tensor by tensor; nothing is written."""
+        source = module("transform", plugin)
+        return {"tensors": source.preview(_model(model), source.Params(**params))}
 
     def open(self, plugin: str, params: dict[str, Json], model: dict[str, Json]) -> dict[str, Json]:
         """Load a model into an engine. Times in seconds; `adapter_switch_time` where an adapter was attached."""
@@ -108,6 +115,17 @@ class Worker:
         return memory.peak()
 
 
+def _examined(out: Path) -> dict[str, Json]:
+    """What is wrong with the files: as the transform's own certificate says, where it left one, else by a scan."""
+    from peftopt.probes import weights
+
+    if not (out / CERTIFICATE).is_file():
+        return {"tier0": weights.scan(out)}
+    found = json.loads((out / CERTIFICATE).read_text(encoding="utf-8"))
+    failed = [f"certificate: {check['name']}: {check['detail']}" for check in found["checks"] if not check["passed"]]
+    return {"tier0": failed, "certificate": found}
+
+
 def _model(values: dict[str, Json]) -> Model:
     return Model(values["path"], tuple(values["adapters"]))
 
@@ -127,7 +145,8 @@ def _failure(error: BaseException) -> dict[str, str]:
     if isinstance(error, WorkerFailed):
         return {"reason": error.reason, "detail": error.detail, "hint": error.hint}
     if isinstance(error, PeftoptError):
-        return {"reason": "refused", "detail": error.message, "hint": error.hint}
+        lacks = isinstance(error, MissingEnvironment)
+        return {"reason": "missing environment" if lacks else "refused", "detail": error.message, "hint": error.hint}
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__:
         return {"reason": "out of memory", "detail": str(error).splitlines()[0] if str(error) else "", "hint": ""}
     if isinstance(error, ModuleNotFoundError):

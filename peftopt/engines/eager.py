@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftopt import hf
 from peftopt.engines import TOP_K, Generation, Scores
 from peftopt.errors import BadInput
 from peftopt.records import Model
-from peftopt.transforms import _hf
 
 TECHNIQUE = ""
 NEEDS = ("torch", "transformers", "peft")
@@ -40,13 +40,13 @@ class Transformers:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
-        self._tokenizer = _hf.tokenizer(model.path)
-        loaded = _hf.load(model.path, unpacked=bool(model.adapters))
+        self._tokenizer = hf.tokenizer(hf.tokenizer_home(model))
+        loaded = hf.load(model.path, unpacked=bool(model.adapters))
         started = time.perf_counter()
         for index, adapter in enumerate(model.adapters):
             # PEFT's default would hold the adapter in fp32 on a bf16 base, and convert at every layer and token. A
             # service that minds its latency does not, and against it a merge would gain more than it is worth.
-            loaded = _hf.attach(loaded, adapter, f"adapter{index}", keep_dtype=True)
+            loaded = hf.attach(loaded, adapter, f"adapter{index}", keep_dtype=True)
         if len(model.adapters) > 1:
             loaded.base_model.set_adapter([f"adapter{index}" for index in range(len(model.adapters))])
         self.adapter_switch_time = time.perf_counter() - started if model.adapters else None

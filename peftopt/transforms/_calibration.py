@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftopt import hf
 from peftopt.errors import BadInput
 from peftopt.records import Model
-from peftopt.transforms import _hf
 
 NEEDS = ("torch", "transformers", "llmcompressor", "compressed_tensors", "accelerate")
 GROUP_SIZES = (32, 64, 128, 256)
@@ -36,14 +36,14 @@ def calibrate(
     refused before the weights are read: raises BadInput for weights already quantized, a group size that does not
     divide the layers' inputs, unknown bits, and no texts.
     """
-    _check(_hf.unquantized_config(model, "quantize"), bits, group_size, samples, max_tokens)
+    _check(hf.unquantized_config(model, "quantize"), bits, group_size, samples, max_tokens)
     if not texts:
         raise BadInput("no calibration texts", "give the recipe a `calibration:` file; a few dozen real prompts do")
     import torch
     from torch.utils.data import DataLoader
 
     torch.manual_seed(seed)
-    encode = _hf.tokenizer(model.path)
+    encode = hf.tokenizer(model.path)
     # The texts are rendered already: the chat template has put in whatever begins a sequence.
     rows: Any = [
         dict(encode(text, return_tensors="pt", truncation=True, max_length=max_tokens, add_special_tokens=False))
@@ -51,12 +51,12 @@ def calibrate(
     ]
     weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group_size}
     scheme = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}, "ignore": ["lm_head"]}
-    quantized = _hf.load(model.path)
-    with _hf.quiet():
+    quantized = hf.load(model.path)
+    with hf.quiet():
         oneshot = _oneshot()
         oneshot(model=quantized, tokenizer=encode, recipe=recipe(scheme), dataset=DataLoader(rows, batch_size=None))
         quantized.save_pretrained(out, save_compressed=True)
-    _hf.copy_extras(model.path, out)
+    hf.copy_extras(model.path, out)
     return Model(str(out), model.adapters)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftopt import hf
 from peftopt.records import Model
-from peftopt.transforms import _hf
 
 TECHNIQUE = "quantize"
 NEEDS = ("torch", "transformers", "torchao", "accelerate")
@@ -28,10 +28,10 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    _hf.unquantized_config(model, "quantize")
+    hf.unquantized_config(model, "quantize")
     settings = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head"])
-    quantized = _hf.load(model.path, quantization_config=settings)
-    with _hf.quiet():
+    quantized = hf.load(model.path, quantization_config=settings)
+    with hf.quiet():
         quantized.save_pretrained(out)
-    _hf.copy_extras(model.path, out)
+    hf.copy_extras(model.path, out)
     return Model(str(out), model.adapters)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftopt.adapter import CONFIG, WEIGHTS, is_embedding, open_adapter
 from peftopt.errors import BadInput
 from peftopt.records import Model
 
@@ -17,7 +18,7 @@ for _name in ("torchao", "torch.utils._pytree", "torch.fx._symbolic_trace"):
     # On every import they report GPU kernels that a CPU cannot load, and deprecations in the libraries themselves.
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
 @contextlib.contextmanager
@@ -100,26 +101,40 @@ def load(folder: str, unpacked: bool = False, **kwargs: Any) -> Any:
         raise BadInput(f"cannot load {folder}: {_first_line(error)}", "check that the folder is whole") from error
 
 
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn whatever PEFT raises of an adapter into BadInput, and keep it quiet meanwhile."""
+    try:
+        with quiet():
+            yield
+    except BadInput:
+        raise
+    except (NotImplementedError, AttributeError) as error:
+        hint = "serve it unmerged, or train one that can be merged (LoRA)"
+        raise BadInput(f"PEFT cannot merge {what}: {_first_line(error)}", hint) from error
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        hint = "check that the adapter was trained on this very base model"
+        raise BadInput(f"adapter {what} does not fit the model: {_first_line(error)}", hint) from error
+
+
 def attach(model: Any, adapter: str, name: str = "default", keep_dtype: bool = False) -> Any:
     """The model with one adapter on it (a PeftModel), every key of the adapter's file accounted for.
 
     `keep_dtype`: hold the adapter in the model's dtype; otherwise PEFT's default, fp32 where the file is half
-    precision. Raises BadInput for an adapter that is pickled, unreadable, for another base, or not finite: PEFT
-    itself only warns of missing and unexpected keys, and loads NaN without a word.
+    precision. A model whose embeddings are smaller than the adapter's copy of them is resized, as it was in training.
+    Raises BadInput for an adapter that is pickled, unreadable, for another base, or not finite: PEFT itself only warns
+    of missing and unexpected keys, and loads NaN without a word.
     """
     from peft import PeftModel
 
     weights = adapter_weights(adapter)
-    try:
-        with quiet():
-            if isinstance(model, PeftModel):
-                model.load_adapter(adapter, adapter_name=name, autocast_adapter_dtype=not keep_dtype)
-            else:
-                model = PeftModel.from_pretrained(model, adapter, name, autocast_adapter_dtype=not keep_dtype)
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        hint = "check that the adapter was trained on this very base model"
-        raise BadInput(f"adapter {adapter} does not fit the model: {_first_line(error)}", hint) from error
-    _check_keys(model, adapter, name, weights)
+    with refusing(adapter):
+        if isinstance(model, PeftModel):
+            model.load_adapter(adapter, adapter_name=name, autocast_adapter_dtype=not keep_dtype)
+        else:
+            _resize(model, weights)
+            model = PeftModel.from_pretrained(model, adapter, name, autocast_adapter_dtype=not keep_dtype)
+    check_keys(model, adapter, name, weights)
     if keep_dtype:
         # PEFT takes the dtype from the base layer's weight, which for a packed 4-bit layer is no float type at all.
         for parameter_name, parameter in model.named_parameters():
@@ -128,37 +143,49 @@ def attach(model: Any, adapter: str, name: str = "default", keep_dtype: bool = F
     return model.eval()
 
 
+def _resize(model: Any, weights: dict[str, Any]) -> None:
+    rows = {len(value) for key, value in weights.items() if is_embedding(key)}
+    if len(rows) == 1 and (size := rows.pop()) != model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(size, mean_resizing=False)
+
+
+def combine(model: Any, names: list[str], weights: list[float], combination: str) -> None:
+    """Make several adapters of a PeftModel work as one: their deltas weighted and added ("cat", exact), or by another
+    of PEFT's combination types. Raises BadInput for types that PEFT cannot weigh."""
+    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
+    if len(kinds) > 1:
+        raise BadInput(
+            f"adapters of different types ({', '.join(sorted(kinds))})", "merge one, then the other into the result"
+        )
+    if any(weight != 1 for weight in weights) or (combination != "cat" and len(names) > 1):
+        if kinds != {"LORA"}:
+            raise BadInput(f"{kinds.pop()} adapters cannot be weighted", "PEFT weighs LoRA only: leave the weight out")
+        extra = {"density": 0.5} if combination.startswith(("ties", "dare", "magnitude")) else {}
+        with refusing(", ".join(names)):
+            model.base_model.add_weighted_adapter(names, weights, "combined", combination_type=combination, **extra)
+        names = ["combined"]
+    model.base_model.set_adapter(names if len(names) > 1 else names[0])
+
+
 def adapter_config(adapter: str) -> Any:
     """The adapter's PeftConfig. Raises BadInput for a folder that holds none."""
     from peft import PeftConfig
 
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise BadInput(f"{adapter} is not an adapter: no adapter_config.json", "point at a folder that PEFT saved")
+    if not (Path(adapter) / CONFIG).is_file():
+        raise BadInput(f"{adapter} is no adapter: it has no {CONFIG}", "point at a folder that PEFT saved")
     try:
         return PeftConfig.from_pretrained(adapter)
     except (ValueError, TypeError, KeyError) as error:
         hint = "the adapter may come from a newer PEFT"
-        raise BadInput(f"cannot read {adapter}/adapter_config.json: {_first_line(error)}", hint) from error
+        raise BadInput(f"cannot read {adapter}/{CONFIG}: {_first_line(error)}", hint) from error
 
 
 def adapter_weights(adapter: str) -> dict[str, Any]:
     """The adapter's tensors by name. Raises BadInput for a pickle, a broken file or a value that is not finite."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    adapter_config(adapter)
-    file = Path(adapter) / "adapter_model.safetensors"
-    if not file.is_file():
-        if (Path(adapter) / "adapter_model.bin").is_file():
-            raise BadInput(
-                f"adapter {adapter} is pickled (adapter_model.bin): opening it could run code",
-                "load it where it was trained and save_pretrained(..., safe_serialization=True)",
-            )
-        raise BadInput(f"adapter {adapter} has no adapter_model.safetensors", "copy the weights next to its config")
-    try:
-        weights: dict[str, Any] = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{file} is broken: {_first_line(error)}", "copy the adapter again") from error
+    folder = open_adapter(Path(adapter)).folder
+    weights: dict[str, Any] = load_file(folder / WEIGHTS)
     if bad := not_finite(weights):
         raise BadInput(f"adapter {adapter} holds NaN or infinity in {bad}", "its training diverged: train it again")
     return weights
@@ -183,20 +210,53 @@ def copy_extras(source: str, out: Path) -> None:
     Saving them through transformers instead would rewrite them, and a changed chat template is a changed model.
     """
     for file in Path(source).iterdir():
-        kept = file.suffix not in WEIGHTS and not file.name.endswith(".index.json") and file.name != "config.json"
+        kept = file.suffix not in WEIGHT_FILES and not file.name.endswith(".index.json") and file.name != "config.json"
         if file.is_dir() and file.name == "additional_chat_templates":
             shutil.copytree(file, out / file.name, dirs_exist_ok=True)
         elif file.is_file() and kept and not file.name.startswith("."):
             shutil.copyfile(file, out / file.name)
 
 
-def _check_keys(model: Any, adapter: str, name: str, weights: dict[str, Any]) -> None:
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def brings_tokenizer(adapter: Path) -> bool:
+    """Whether an adapter's folder holds a whole tokenizer: the one it was trained with, which then is the model's."""
+    names = {file.name for file in adapter.iterdir()}
+    return "tokenizer_config.json" in names and bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"})
+
+
+def copy_tokenizer(adapter: Path, out: Path) -> None:
+    """Put the tokenizer that an adapter brings in the place of the base's."""
+    if brings_tokenizer(adapter):
+        for name in TOKENIZER_FILES:
+            (out / name).unlink(missing_ok=True)
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, out / name)
+
+
+def tokenizer_home(model: Model) -> str:
+    """The folder whose tokenizer the model is served with: an adapter's where it brings one, else the base's."""
+    return next((a for a in reversed(model.adapters) if brings_tokenizer(Path(a))), model.path)
+
+
+def check_keys(model: Any, adapter: str, name: str, weights: dict[str, Any]) -> None:
+    """Raises BadInput when an adapter's file lacks a tensor that its config calls for, or has one too many."""
     from peft import get_peft_model_state_dict
 
     with quiet():
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     # PEFT saves a copy of the embeddings too when they were resized or trained: no adapter key, and no mistake.
-    copies = {key for key in weights if key.rsplit(".", 1)[0].endswith(("embed_tokens", "lm_head", "base_layer"))}
+    copies = {key for key in weights if is_embedding(key)}
     problems = {
         "lacks": sorted(expected.keys() - weights.keys()),
         "has unknown": sorted(weights.keys() - expected.keys() - copies),

@@ -1,0 +1,231 @@
+"""What a PEFT adapter folder holds, checked without torch or PEFT: its config, its tensors, and what it can become."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftopt import identity
+from peftopt.checkpoint import Checkpoint, Entry
+from peftopt.errors import BadInput
+from peftopt.records import Json
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+
+NO_DELTA = {
+    **dict.fromkeys(
+        ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"),
+        "it adds virtual tokens or key-value pairs to every sequence and has no weight delta",
+    ),
+    "ADAPTION_PROMPT": "it adds gated prompt tokens inside the attention and has no weight delta",
+    **dict.fromkeys(
+        ("XLORA", "POLY", "LILY", "SHADOW"), "its delta depends on the input, so there is no one weight to fold in"
+    ),
+}
+"""PEFT types that cannot be folded into weights, and why."""
+
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "true", "True")
+"""Values of `init_lora_weights` that leave the base weights as they were; the others (PiSSA, OLoRA, CorDA, LoftQ, …)
+change the base, so that an adapter saved unconverted is a delta to weights which nobody has."""
+
+
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "lm_head", "embed_out")
+"""What input and output embeddings are called; PEFT saves a copy of them when they were resized or trained."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder: `config` is its adapter_config.json, `weights` its tensors; `weight` scales its delta."""
+
+    folder: Path
+    config: Mapping[str, Json]
+    weights: Checkpoint
+    weight: float = 1.0
+
+    @property
+    def kind(self) -> str:
+        """Its PEFT type, in PEFT's capitals: "LORA"."""
+        return str(self.config.get("peft_type", "unknown")).upper()
+
+    @property
+    def sha256(self) -> str:
+        return identity.of_file(self.folder / WEIGHTS)
+
+
+def open_adapter(folder: Path, weight: float = 1.0) -> Adapter:
+    """Read the config and the headers. Raises BadInput for what is no adapter, a pickle, or a link to elsewhere."""
+    if not folder.is_dir():
+        raise BadInput(f"no adapter folder at {folder}", f"name a folder with {CONFIG}")
+    if not (folder / CONFIG).is_file():
+        raise BadInput(f"{folder} is no adapter: it has no {CONFIG}", "give the folder that PEFT saved")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder / CONFIG} cannot be read as an adapter's config: {error}", "restore it") from error
+    file = folder / WEIGHTS
+    if not file.is_file():
+        if list(folder.glob("adapter_model.bin")) + list(folder.glob("*.pt")):
+            raise BadInput(
+                f"adapter {folder} is pickled (adapter_model.bin), which is never opened: it could run code",
+                "load it where you trust it and save it again with save_pretrained(..., safe_serialization=True)",
+            )
+        raise BadInput(f"adapter {folder} has no {WEIGHTS}", "copy the weights next to its config")
+    _check_link(file, folder)
+    return Adapter(folder, config, Checkpoint([file]), weight)
+
+
+def is_embedding(key: str) -> bool:
+    """Whether an adapter's key is a whole copy of an embedding's weight."""
+    module = key.removesuffix(".weight").removesuffix(".base_layer")
+    return key.endswith(".weight") and module.rpartition(".")[2] in EMBEDDINGS
+
+
+def _check_link(file: Path, folder: Path) -> None:
+    """A link may lead to the blobs of the hub's own cache layout, and nowhere else outside the folder."""
+    target, home = file.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if home not in target.parents and blobs not in target.parents:
+        raise BadInput(f"{file} is a link to {target}, outside the adapter's folder", "copy the file itself")
+
+
+def check_mergeable(adapter: Adapter) -> None:
+    """Raises BadInput for an adapter that has no one weight delta: what it is, why, and what to do instead."""
+    config, kind = adapter.config, adapter.kind
+    reason = NO_DELTA.get(kind, "")
+    init = config.get("init_lora_weights", True)
+    if config.get("alora_invocation_tokens"):
+        reason = "an aLoRA works only after its invocation tokens, so its delta depends on the input"
+    elif config.get("arrow_config"):
+        reason = "Arrow routes each token to other experts, so its delta depends on the input"
+    elif config.get("layer_replication"):
+        reason = "its replicated layers share base weights but have deltas of their own, and PEFT merges them wrongly"
+    if reason:
+        raise BadInput(
+            f"adapter {adapter.folder} ({kind}) cannot be merged: {reason}",
+            "serve it unmerged (what that costs, `peftopt run` measures) and take `merge` out of this variant; "
+            "quantizing or compiling the base still helps",
+        )
+    if kind == "LORA" and not any(init is plain or init == plain for plain in PLAIN_INITS):
+        raise BadInput(
+            f"adapter {adapter.folder} was saved unconverted after {init!r} initialisation: its delta is to base "
+            "weights that the initialisation changed, not to the ones on disk",
+            "convert it where it was trained: save_pretrained(…, path_initial_model_for_weight_conversion=…)",
+        )
+
+
+def check_base(adapter: Adapter, folder: Path, config: Mapping[str, Json]) -> None:
+    """Raises BadInput when what the adapter says of its base contradicts the base: class, name or revision.
+
+    Names and revisions are compared only where the base is known by name: in the hub's cache layout.
+    """
+    trained = adapter.config
+    mapping = trained.get("auto_mapping") or {}
+    wanted, found = mapping.get("base_model_class"), config.get("architectures") or []
+    problems = []
+    if wanted and found and wanted not in found:
+        problems.append(f"was trained on a {wanted}, and the base is a {found[0]}")
+    home = folder.resolve()
+    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
+        name = home.parent.parent.name.removeprefix("models--").replace("--", "/")
+        said = str(trained.get("base_model_name_or_path") or name)
+        if said != name and not Path(said).exists():
+            problems.append(f"was trained on {said}, and the base is {name}")
+        revision = trained.get("revision")
+        if revision and re.fullmatch(r"[0-9a-f]{7,40}", revision) and not home.name.startswith(revision):
+            problems.append(f"was trained on revision {revision}, and the base is {home.name}")
+    if problems:
+        hint = "give the base it was trained on; --allow-base-mismatch merges all the same"
+        raise BadInput(f"adapter {adapter.folder} {problems[0]}", hint)
+
+
+# ---- plain LoRA ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One module's LoRA: delta = scale * B A, with A [r, in] and B [out, r] (arXiv:2106.09685, 4.1)."""
+
+    adapter: Adapter
+    a: Entry
+    b: Entry
+    scale: float
+
+
+NOT_PLAIN = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "modules_to_save",
+    "megatron_config",
+    "layers_to_transform",
+    "exclude_modules",
+    "monteclora_config",
+    "use_bdlora",
+    "kasa_config",
+    "velora_config",
+    "fan_in_fan_out",
+)
+"""LoRA settings that change the mathematics, or which weights are touched: PEFT's own code handles those."""
+
+
+def plain_pairs(adapter: Adapter) -> dict[str, Pair] | None:
+    """Module name -> its LoRA pair when this is plain LoRA on linear layers and nothing else; None otherwise.
+
+    Raises BadInput when the tensors and the config contradict each other in a rank or in the targeted modules.
+    """
+    config = adapter.config
+    if adapter.kind != "LORA" or any(config.get(key) for key in NOT_PLAIN) or config.get("bias", "none") != "none":
+        return None
+    sides: dict[str, dict[str, Entry]] = {}
+    for name, entry in adapter.weights.entries.items():
+        module, dot, side = name.removeprefix(PREFIX).rpartition(".lora_")
+        if not name.startswith(PREFIX) or not dot or side not in ("A.weight", "B.weight") or len(entry.shape) != 2:
+            return None
+        sides.setdefault(module, {})[side[0]] = entry
+    if not sides or any(len(pair) != 2 for pair in sides.values()):
+        return None  # half a pair: the way through PEFT names the missing key
+    pairs = {}
+    for module, pair in sides.items():
+        rank = pair["A"].shape[0]
+        said = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
+        alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+        if pair["B"].shape[1] != rank:
+            return None
+        if rank != said:
+            raise BadInput(
+                f"adapter {adapter.folder}: {module} has rank {rank} in the weights and r: {said} in {CONFIG}",
+                "the config was edited or belongs to another adapter; restore it",
+            )
+        if not targets(config, module):
+            raise BadInput(
+                f"adapter {adapter.folder} has weights for {module}, which target_modules does not name",
+                "the config was edited or belongs to another adapter; restore it",
+            )
+        scale = adapter.weight * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        pairs[module] = Pair(adapter, pair["A"], pair["B"], scale)
+    return pairs
+
+
+def targets(config: Mapping[str, Json], module: str) -> bool:
+    """Whether `target_modules` names this module, as PEFT matches it: a pattern, or the end of a dotted name."""
+    wanted = config.get("target_modules")
+    if isinstance(wanted, str):
+        return wanted == "all-linear" or re.fullmatch(wanted, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in wanted or ())
+
+
+def _by_pattern(patterns: Mapping[str, Json] | None, module: str, default: Json) -> Json:
+    """PEFT's rank_pattern and alpha_pattern: the first key that matches a whole end of the dotted name."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default

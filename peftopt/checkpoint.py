@@ -1,0 +1,263 @@
+"""The weights of a folder as they lie on disk: which tensor is where, read and written as ranges of bytes.
+
+Format: safetensors (github.com/huggingface/safetensors#format): eight bytes of header length, a JSON header of names,
+dtypes, shapes and offsets, then the tensors without a gap. Nothing here knows torch, and no tensor is held whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.records import Json
+
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "BOOL"), 1),
+}
+LONGEST_HEADER = 100_000_000
+"""Bytes, as in the reference implementation: a longer header is an attack or garbage."""
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: its dtype in the format's words, and where its bytes start in which file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path = Path()
+    start: int = 0
+
+    @property
+    def items(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.items * ITEM_BYTES[self.dtype]
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def read_header(file: Path) -> tuple[list[Entry], dict[str, str]]:
+    """The tensors of one file in the order of their bytes, and its metadata.
+
+    Raises BadInput for anything the format forbids: a cut file, overlaps, gaps, unknown dtypes, a header too long.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(LONGEST_HEADER, size - 8):
+                raise ValueError("its header is longer than the file" if size >= 8 else "it is empty or cut")
+            header = json.loads(handle.read(length))
+        metadata = header.pop("__metadata__", None) or {}
+        entries = [_entry(name, value, file, 8 + length) for name, value in header.items()]
+        entries.sort(key=lambda e: (e.start, e.nbytes))
+        end = 8 + length
+        for entry in entries:
+            if entry.start != end:
+                raise ValueError(f"the bytes of {entry.name} overlap or leave a gap")
+            end += entry.nbytes
+        if end != size:
+            raise ValueError(f"it has {size} bytes where its header says {end}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{file} is not a whole safetensors file: {error}", "copy or download it again") from error
+    return entries, metadata
+
+
+def _entry(name: str, value: Mapping[str, Json], file: Path, data: int) -> Entry:
+    begin, end = value["data_offsets"]
+    shape = tuple(value["shape"])
+    if value["dtype"] not in ITEM_BYTES:
+        raise ValueError(f"{name} has the unknown dtype {value['dtype']!r}")
+    if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{name} has a shape or offsets that are no counts")
+    entry = Entry(name, value["dtype"], shape, file, data + begin)
+    if entry.nbytes != end - begin:
+        raise ValueError(f"{name} has {end - begin} bytes where its shape needs {entry.nbytes}")
+    return entry
+
+
+class Checkpoint:
+    """The tensors of a model or adapter folder by name, and their bytes. Use as a context manager."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files: dict[str, list[Entry]] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        self.entries: dict[str, Entry] = {}
+        self._handles: dict[Path, int] = {}
+        for file in files:
+            found, self.metadata[file.name] = read_header(file)
+            self.files[file.name] = found
+            for entry in found:
+                if entry.name in self.entries:
+                    other = self.entries[entry.name].file.name
+                    raise BadInput(f"{entry.name} is in both {other} and {file.name}", "remove the stray file")
+                self.entries[entry.name] = entry
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def read(self, entry: Entry, at: int, into: memoryview) -> None:
+        """Fill `into` with the tensor's bytes from offset `at`. Safe from several threads at once."""
+        if entry.file not in self._handles:
+            handle = os.open(entry.file, os.O_RDONLY)
+            if self._handles.setdefault(entry.file, handle) != handle:
+                os.close(handle)
+        handle, position, left = self._handles[entry.file], entry.start + at, into
+        while left:
+            n = os.preadv(handle, [left], position)
+            if not n:
+                raise BadInput(f"{entry.file} became shorter while it was read", "do not change the base meanwhile")
+            position, left = position + n, left[n:]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The weight files that transformers would load: those of the index, or the single file.
+
+    Others, such as a consolidated copy beside the shards, are not part of the model. Raises BadInput when the
+    index names a file that is missing, or when there is no safetensors file.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"{index} is no index of shards: {error}", "copy or download it again") from error
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise BadInput(f"{index} names {name}, which is not in the folder", "copy the missing shard")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        what = f"{len(found)} safetensors files and no {INDEX}" if found else "no safetensors weights"
+        hint = "pickled weights (.bin, .pt) are never opened; convert with save_pretrained(safe_serialization=True)"
+        raise BadInput(f"{folder} has {what}", hint)
+    return found
+
+
+def open_model(folder: Path) -> Checkpoint:
+    """All weights of a model folder; raises BadInput when it is broken or its index and shards disagree."""
+    found = Checkpoint(model_files(folder))
+    if (folder / INDEX).is_file():
+        named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        if odd := sorted(named.keys() ^ found.entries.keys()):
+            raise BadInput(f"{folder / INDEX} and the shards disagree about {odd[0]}", "download the model again")
+    return found
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Draft:
+    """A new checkpoint being written: every tensor has its place from the start and is filled in any order.
+
+    `layout` maps a file's name to its tensors in order; where they are the same as in `like`, the header is copied
+    byte for byte. Raises MissingEnvironment when the disk has too little room.
+    """
+
+    folder: Path
+    layout: Mapping[str, Sequence[Entry]]
+    like: Checkpoint
+    entries: dict[str, Entry] = field(default_factory=dict)
+    _handles: dict[Path, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        check_room(self.folder, sum(e.nbytes for entries in self.layout.values() for e in entries))
+        for name, wanted in self.layout.items():
+            header = _header(name, wanted, self.like)
+            placed, end = [], len(header)
+            for entry in wanted:
+                placed.append(Entry(entry.name, entry.dtype, entry.shape, self.folder / name, end))
+                end += entry.nbytes
+            handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            self._handles[self.folder / name] = handle
+            os.pwrite(handle, header, 0)
+            os.truncate(handle, end)
+            self.entries |= {entry.name: entry for entry in placed}
+
+    def __enter__(self) -> Draft:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                for handle in self._handles.values():
+                    os.fsync(handle)
+        finally:
+            for handle in self._handles.values():
+                os.close(handle)
+        if kind is None and len(self.layout) > 1:
+            self._write_index()
+
+    def write(self, entry: Entry, at: int, data: memoryview) -> None:
+        """Put bytes of a tensor at offset `at`. Safe from several threads at once."""
+        handle, position, left = self._handles[entry.file], entry.start + at, data
+        while left:
+            n = os.pwrite(handle, left, position)
+            position, left = position + n, left[n:]
+
+    def read(self, entry: Entry, at: int, into: memoryview) -> None:
+        """What was written, read back."""
+        os.preadv(self._handles[entry.file], [into], entry.start + at)
+
+    def _write_index(self) -> None:
+        total = sum(e.nbytes for e in self.entries.values())
+        weight_map = {name: entry.file.name for name, entry in sorted(self.entries.items())}
+        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        (self.folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raises MissingEnvironment when the folder's disk has less than `needed` bytes and a little free."""
+    found = os.statvfs(folder)
+    free, needed = found.f_bavail * found.f_frsize, needed + 2**24
+    if free < needed:
+        raise MissingEnvironment(
+            f"the disk of {folder.resolve()} has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed",
+            "free some space or choose another --out",
+        )
+
+
+def _header(name: str, wanted: Sequence[Entry], like: Checkpoint) -> bytes:
+    """The eight bytes and the JSON of a file's header, padded as the reference implementation does."""
+    known = like.files.get(name)
+    if known and [(e.name, e.dtype, e.shape) for e in known] == [(e.name, e.dtype, e.shape) for e in wanted]:
+        with known[0].file.open("rb") as handle:
+            return handle.read(known[0].start)
+    header: dict[str, Json] = {"__metadata__": like.metadata.get(name) or {"format": "pt"}}
+    end = 0
+    for entry in wanted:
+        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [end, end + entry.nbytes]}
+        end += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

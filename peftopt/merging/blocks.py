@@ -1,0 +1,247 @@
+"""Tensors from checkpoint to checkpoint in blocks of about a million elements: little memory, one rounding.
+
+A block is read into a buffer that stays in the processor's cache, widened to fp32, given its delta by one `addmm_`,
+rounded once to the output's dtype, checked for values that are not finite, and written to its place.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from peftopt.adapter import Pair
+from peftopt.checkpoint import ITEM_BYTES, Checkpoint, Draft, Entry
+from peftopt.errors import BadInput
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 1 << 20
+"""Elements in a block: 8 MB of buffers a thread. Much larger leaves the cache, much smaller pays for the calls."""
+
+PIECE = 1 << 24
+"""Elements that one thread takes at a time, so that one huge embedding does not end as one thread's work."""
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's dtype for the format's word. Raises KeyError for one that torch does not have."""
+    import torch
+
+    return {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F8_E4M3": torch.float8_e4m3fn,
+        "F8_E5M2": torch.float8_e5m2,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }[name]
+
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Written:
+    """One tensor of the new checkpoint: whether any value differs from the base's, and the norms ‖delta‖ and ‖W‖
+    (Frobenius) where they were asked for."""
+
+    name: str
+    changed: bool
+    delta_norm: float | None = None
+    weight_norm: float | None = None
+
+
+class Blocks:
+    """The loop. `threads` work side by side, each with its own buffers; torch's own threads rest meanwhile."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = max(1, threads)
+        self._local = threading.local()
+
+    def __enter__(self) -> Blocks:
+        import torch
+
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        self._pool = ThreadPoolExecutor(self.threads)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._before)
+
+    # ---- the jobs ----------------------------------------------------------------------------
+
+    def transfer(
+        self,
+        base: Checkpoint,
+        draft: Draft,
+        entries: Sequence[Entry],
+        pairs: Mapping[str, Sequence[Pair]],
+        norms: bool = False,
+    ) -> Iterator[Written]:
+        """Bring these tensors of the base into the draft, those named in `pairs` with their LoRA deltas added.
+
+        `pairs` maps a tensor's name to the pairs that add up. Raises BadInput naming the first tensor that comes
+        out with a value that is not finite.
+        """
+        jobs = []
+        for entry in entries:
+            deltas = pairs.get(entry.name, ())
+            pieces = list(_pieces(entry))
+            jobs.append((entry, [self._pool.submit(self._piece, base, draft, entry, p, deltas, norms) for p in pieces]))
+        for entry, running in jobs:
+            found = [piece.result() for piece in running]
+            delta, weight = (sum(squares[side] for _, squares in found) ** 0.5 for side in (0, 1))
+            norms_found = (delta, weight) if norms else (None, None)
+            yield Written(entry.name, any(changed for changed, _ in found), *norms_found)
+
+    def _piece(
+        self, base: Checkpoint, draft: Draft, entry: Entry, piece: range, pairs: Sequence[Pair], norms: bool
+    ) -> tuple[bool, tuple[float, float]]:
+        """Rows `piece` of a tensor; whether anything changed, and the sums of squares of delta and weight."""
+        width = row_width(entry)
+        target = draft.entries[entry.name]
+        a, b = self._factors(pairs, piece)
+        changed, squares = False, (0.0, 0.0)
+        rows = max(1, BLOCK // max(1, width))
+        for start in range(piece.start, piece.stop, rows):
+            count = min(rows, piece.stop - start) * width
+            raw = self._buffer("raw", count * ITEM_BYTES[entry.dtype])
+            base.read(entry, start * width * ITEM_BYTES[entry.dtype], raw.numpy().data)
+            out = raw
+            if entry.dtype in FLOATS:
+                out, differs, block = self._add(entry, target, raw, a, b[start - piece.start :], width, norms)
+                changed, squares = changed or differs, (squares[0] + block[0], squares[1] + block[1])
+            draft.write(target, start * width * ITEM_BYTES[target.dtype], out.numpy().data)
+        return changed, squares
+
+    def _add(
+        self, entry: Entry, target: Entry, raw: Any, a: Any, b: Any, width: int, norms: bool
+    ) -> tuple[Any, bool, tuple[float, float]]:
+        """One block, as bytes: widened, the delta added, rounded once, checked."""
+        import torch
+
+        before = raw.view(dtype_of(entry.dtype))
+        if a is None and entry.dtype == target.dtype:
+            check_finite(before, entry.name)
+            return raw, False, (0.0, 0.0)
+        wide = self._wide(entry, len(before))
+        wide.copy_(before)
+        squares = (0.0, 0.0)
+        if a is not None:
+            table = wide.view(-1, width)
+            if norms:
+                delta = b[: len(table)] @ a
+                squares = float(delta.norm()) ** 2, float(wide.norm()) ** 2
+            table.addmm_(b[: len(table)], a)
+        out = self._buffer("out", len(before) * ITEM_BYTES[target.dtype])
+        after = out.view(dtype_of(target.dtype))
+        after.copy_(wide)
+        check_finite(after, entry.name)
+        differs = entry.dtype != target.dtype or not torch.equal(before, after)
+        return out, differs, squares
+
+    def _factors(self, pairs: Sequence[Pair], rows: range) -> tuple[Any, Any]:
+        """All pairs as one: A stacked [sum of r, in], scale * B side by side [rows, sum of r], both fp32.
+
+        PEFT calls this combination "cat": the delta is the exact weighted sum of the adapters' deltas.
+        """
+        import torch
+
+        if not pairs:
+            return None, range(0)
+        a = torch.cat([read(p.adapter.weights, p.a).float() for p in pairs])
+        b = torch.cat([read(p.adapter.weights, p.b, rows).double() * p.scale for p in pairs], dim=1)
+        return a, b.float()
+
+    def _wide(self, entry: Entry, count: int) -> Any:
+        import torch
+
+        dtype = torch.float64 if entry.dtype == "F64" else torch.float32
+        return self._buffer("wide", count * dtype.itemsize).view(dtype)
+
+    def _buffer(self, name: str, nbytes: int) -> Any:
+        """A byte tensor of this thread, allocated once and used again for every block."""
+        import torch
+
+        have = getattr(self._local, name, None)
+        if have is None or len(have) < nbytes:
+            have = torch.empty(max(nbytes, BLOCK * 4), dtype=torch.uint8)
+            setattr(self._local, name, have)
+        return have[:nbytes]
+
+    # ---- whole tensors -----------------------------------------------------------------------
+
+    def put(self, draft: Draft, name: str, tensor: Any) -> None:
+        """Write a whole tensor to its place, rounded once to the dtype that the draft has for it."""
+        target = draft.entries[name]
+        if tuple(tensor.shape) != target.shape:
+            raise BadInput(f"{name} came out as {list(tensor.shape)}, its place is {list(target.shape)}")
+        flat = tensor.contiguous().view(-1)
+        list(self._pool.map(lambda at: self._put_block(draft, target, flat, at), range(0, len(flat), BLOCK)))
+
+    def _put_block(self, draft: Draft, target: Entry, flat: Any, at: int) -> None:
+        block = flat[at : at + BLOCK]
+        size = ITEM_BYTES[target.dtype]
+        out = self._buffer("out", len(block) * size)
+        after = out.view(dtype_of(target.dtype))
+        after.copy_(block)
+        check_finite(after, target.name)
+        draft.write(target, at * size, out.numpy().data)
+
+
+def row_width(entry: Entry) -> int:
+    """Elements of a row: a matrix goes by rows, anything else is one long row of single elements."""
+    return entry.shape[-1] if len(entry.shape) == 2 and entry.shape[-1] else 1
+
+
+def _pieces(entry: Entry) -> Iterator[range]:
+    """The rows of a tensor in pieces of about PIECE elements."""
+    width = row_width(entry)
+    total, step = entry.items // width, max(1, PIECE // width)
+    for start in range(0, total, step):
+        yield range(start, min(start + step, total))
+
+
+def read(source: Checkpoint | Draft, entry: Entry, rows: range | None = None) -> Any:
+    """A tensor, or some rows of a matrix, in its own dtype."""
+    import torch
+
+    width = row_width(entry)
+    rows = range(entry.items // width) if rows is None else rows
+    size = ITEM_BYTES[entry.dtype]
+    data = torch.empty(len(rows) * width * size, dtype=torch.uint8)
+    source.read(entry, rows.start * width * size, data.numpy().data)
+    shape = entry.shape if len(rows) * width == entry.items else (len(rows), width)
+    return data.view(dtype_of(entry.dtype)).view(shape)
+
+
+def check_finite(values: Any, name: str) -> None:
+    """Raises BadInput when a weight is NaN or infinite: min and max carry either along, in one pass without a mask."""
+    import torch
+
+    if values.numel() and values.is_floating_point():
+        low, high = torch.aminmax(values)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise BadInput(
+                f"the weight {name} holds NaN or infinity",
+                "the base or the adapter is broken, or the adapter's scaling is too large for the dtype: check them",
+            )
+
+
+def threads() -> int:
+    """As many as the machine gives, and no more than four: beyond that the disk is the limit."""
+    return min(4, int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0)))

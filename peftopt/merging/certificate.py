@@ -1,0 +1,291 @@
+"""The parity certificate: what was checked of a merged folder, and what came out. Written as parity.json.
+
+Two depths. "blocks" is made while the weights stream by: keys, shapes, finite values, changed tensors, and samples
+recomputed in fp64 and compared with what is on disk. "full" also loads the saved folder and compares its predictions
+with the live adapter's on real prompts, against the adapter's own noise: the same adapter run in the output's dtype.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftopt import __version__, hf, identity
+from peftopt.adapter import Adapter, Pair
+from peftopt.checkpoint import Checkpoint, Draft, open_model
+from peftopt.merging.blocks import dtype_of, read, row_width
+from peftopt.merging.training import TrainingBase
+from peftopt.records import FORMAT, Json
+
+FILE = "parity.json"
+ULPS = 1.0
+"""How far a weight may be from the exact result, in units in the last place of the output's dtype."""
+
+PROMPTS, TOKENS, NEW_TOKENS = 16, 64, 16
+"""How many prompts "full" asks, the most tokens of each, and how many are generated."""
+
+TEXTS = (
+    "Summarise the following support ticket in one sentence: my order 48213 arrived broken and I want my money back.",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
+    "The capital of Australia is Canberra; its largest city is Sydney, with 5,450,496 people in 2023.",
+    "Können Sie mir bitte sagen, wann mein Paket ankommt? Die Sendungsnummer lautet DE-2291-884.",
+    '{"category": "billing", "priority": "high", "amount": 129.95, "currency": "EUR", "items": [1, 2, 3]}',
+    "Pourriez-vous annuler ma commande d'hier soir et me rembourser sur la même carte ?",
+    "A train leaves at 14:05 and arrives at 17:50. How long does the journey take? Explain step by step.",
+    "Write a polite reply to a customer who has waited two weeks for a replacement of their headphones.",
+)
+"""Asked where the user gives no prompts: prose, code, numbers, other languages, structured text."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked: `detail` is a sentence with its figures, `values` the figures themselves."""
+
+    name: str
+    passed: bool
+    detail: str
+    values: Mapping[str, Json] = field(default_factory=dict)
+
+
+def write(
+    out: Path, base: Path, adapters: Sequence[Adapter], method: str, depth: str, checks: Sequence[Check]
+) -> dict[str, Json]:
+    """Leave parity.json in the merged folder and return what it says. It names content, never the way to it."""
+    found = {
+        "format": FORMAT,
+        "made_by": f"peftopt {__version__}",
+        "base": {"name": base.resolve().name, "config": identity.of_file(base / "config.json")},
+        "adapters": [
+            {"name": a.folder.resolve().name, "type": a.kind, "weight": a.weight, "sha256": a.sha256} for a in adapters
+        ],
+        "method": method,
+        "depth": depth,
+        "passed": all(check.passed for check in checks),
+        "checks": [asdict(check) for check in checks],
+    }
+    (out / FILE).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return found
+
+
+def summary(found: Mapping[str, Json]) -> str:
+    """The certificate in a line."""
+    failed = [check for check in found["checks"] if not check["passed"]]
+    if failed:
+        return f"FAILED ({found['depth']}): {failed[0]['name']}: {failed[0]['detail']}"
+    details = {check["name"]: check["detail"] for check in found["checks"]}
+    figures = details.get("predictions") or details.get("recomputed in fp64", "")
+    return f"passed ({found['depth']}, {len(details)} checks): {figures}"
+
+
+# ---- while streaming -----------------------------------------------------------------------------
+
+
+def recomputed(errors: Sequence[tuple[str, float, int]]) -> Check:
+    """From (tensor, largest error in ulps, elements) of each sample: none may be off by more than ULPS."""
+    worst = max(errors, key=lambda e: e[1], default=("", math.nan, 0))
+    count = sum(n for *_, n in errors)
+    return Check(
+        "recomputed in fp64",
+        bool(errors) and worst[1] <= ULPS,
+        f"{len(errors)} samples of {count} elements recomputed in fp64: at most {worst[1]:.3f} ulp off ({worst[0]})",
+        {"samples": len(errors), "elements": count, "max_ulp": worst[1], "worst": worst[0]},
+    )
+
+
+def sample_lora(
+    base: Checkpoint, draft: Draft, pairs: Mapping[str, Sequence[Pair]], samples: int = 16
+) -> list[tuple[str, float, int]]:
+    """Errors of what is on disk against W + sum of scale * B A in fp64, on some rows of some tensors, evenly spread."""
+    names = sorted(pairs)
+    errors = []
+    for n, name in enumerate(names[:: max(1, len(names) // samples)][:samples]):
+        entry, target = base.entries[name], draft.entries[name]
+        count = max(1, min(65_536 // row_width(entry), entry.shape[0]))
+        start = (entry.shape[0] - count) * n // samples  # from the first rows of one to the last of another
+        rows = range(start, start + count)
+        weight = exact = read(base, entry, rows).double()
+        for pair in pairs[name]:
+            b = read(pair.adapter.weights, pair.b, rows).double()
+            exact = exact + pair.scale * (b @ read(pair.adapter.weights, pair.a).double())
+        errors.append((name, ulps(read(draft, target, rows), exact, weight), weight.numel()))
+    return errors
+
+
+def ulps(found: Any, exact: Any, weight: Any) -> float:
+    """The largest distance of `found` from `exact` (fp64), in units in the last place of found's dtype at `exact`.
+
+    The unit holds fp32's own rounding of sums as large as the largest weight here, which is what an element keeps
+    where terms cancel; in half precision that is next to nothing.
+    """
+    import torch
+
+    if not found.numel():
+        return 0.0
+    exact, eps = exact.reshape(found.shape), torch.finfo(found.dtype).eps
+    unit = torch.exp2(torch.floor(torch.log2(exact.abs().clamp_min(torch.finfo(found.dtype).tiny)))) * eps
+    unit = unit + torch.finfo(torch.float32).eps * 32 * weight.abs().max()
+    return float(((found.double() - exact).abs() / unit).max())
+
+
+# ---- on the saved folder -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Log-probabilities [positions, vocabulary] of each prompt, and the greedy continuations of some."""
+
+    logs: list[Any]
+    greedy: list[list[int]]
+
+
+def full(
+    base: Path, out: Path, adapters: Sequence[Adapter], combination: str, training: TrainingBase, texts: Sequence[str]
+) -> Check:
+    """Load what was saved and compare its predictions with the live adapter's, both computed in fp32.
+
+    One model is in memory at a time. The merge passes when it is no farther from the adapter (mean KL divergence) than
+    twice the adapter's own noise in the output's dtype, changes no more top tokens than that noise does, and is nearer
+    to the adapter than the base is.
+    """
+    import torch
+
+    dtype = _dtype(out)
+    ids = prompts(out, texts)
+    live, plain = _live(base, adapters, combination, training, torch.float32, ids)
+    merged = _predict(hf.load(str(out), dtype=torch.float32), ids)
+    noisy = live if dtype == torch.float32 else _live(base, adapters, combination, training, dtype, ids)[0]
+    return compare(live, merged, noisy, plain, ids, _decoder(out))
+
+
+def compare(
+    live: Predictions, merged: Predictions, noisy: Predictions, plain: Predictions, ids: Sequence[Any], decode: Any
+) -> Check:
+    """The verdict over four sets of predictions: the adapter's, the merged model's, the adapter's in the output's
+    dtype (the null), and the base's."""
+    ours, null, away = ([kl(a, b) for a, b in zip(live.logs, x.logs, strict=True)] for x in (merged, noisy, plain))
+    mean, noise, distance = (_mean(x) for x in (ours, null, away))
+    survived = _mean([kl(a, b) for a, b in zip(merged.logs, plain.logs, strict=True)])
+    positions = sum(len(x) for x in ours)
+    flips, null_flips = (_flips(live, x) for x in (merged, noisy))
+    same = sum(a == b for a, b in zip(live.greedy, merged.greedy, strict=True))
+    null_same = sum(a == b for a, b in zip(live.greedy, noisy.greedy, strict=True))
+    worst = max(range(len(ours)), key=lambda i: float(ours[i].max()))
+    at = int(ours[worst].argmax())
+    problems = []
+    if not (mean <= 2 * noise + 1e-6):
+        problems.append("farther from the adapter than twice the adapter's own noise")
+    if flips > null_flips + 3 * math.sqrt(null_flips + 1):
+        problems.append("more top tokens change than by the adapter's own noise")
+    if not (mean < distance / 2):
+        problems.append("not nearer to the adapter than the base is: the delta is lost")
+    values = {
+        "kl": mean,
+        "kl_null": noise,
+        "kl_base": distance,
+        "kl_worst": float(ours[worst].max()),
+        "top1": 1 - flips / positions,
+        "top1_null": 1 - null_flips / positions,
+        "greedy_match": same,
+        "greedy_match_null": null_same,
+        "greedy_prompts": len(live.greedy),
+        "delta_survival": survived / distance if distance else math.nan,
+        "prompts": len(ids),
+        "positions": positions,
+        "worst_token": decode(ids[worst][: at + 1].tolist()[-1:]),
+        "worst_top": [decode([int(x.logs[worst][at].argmax())]) for x in (live, merged)],
+    }
+    detail = (
+        f"KL {mean:.2g} from the live adapter (its own noise {noise:.2g}, the base {distance:.2g}), "
+        f"same top token {1 - flips / positions:.1%} (noise {1 - null_flips / positions:.1%}) of {positions}, "
+        f"greedy {same} of {len(live.greedy)} (noise {null_same}), worst KL {values['kl_worst']:.2g} "
+        f"after {values['worst_token']!r}"
+    )
+    return Check("predictions", not problems, "; ".join([*problems, detail]), values)
+
+
+def kl(p: Any, q: Any) -> Any:
+    """KL(P || Q) in nats per position, from log-probabilities [positions, vocabulary] (resized: the shared part)."""
+    shared = min(p.shape[1], q.shape[1])
+    p, q = p[:, :shared].double(), q[:, :shared].double()
+    return (p.exp() * (p - q)).sum(dim=1).clamp_min(0)
+
+
+def _mean(found: Sequence[Any]) -> float:
+    return sum(float(x.sum()) for x in found) / sum(len(x) for x in found)
+
+
+def _flips(a: Predictions, b: Predictions) -> int:
+    return sum(int((x.argmax(1) != y.argmax(1)).sum()) for x, y in zip(a.logs, b.logs, strict=True))
+
+
+def prompts(folder: Path, texts: Sequence[str]) -> list[Any]:
+    """Token ids of the prompts, at most TOKENS each; random ids where the folder has no tokenizer."""
+    import torch
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        vocabulary = hf.config(str(folder)).get_text_config().vocab_size
+        dice = torch.Generator().manual_seed(0)
+        return [torch.randint(vocabulary, (TOKENS,), generator=dice) for _ in range(PROMPTS // 2)]
+    tokenizer = hf.tokenizer(str(folder))
+    rendered = list(texts[:PROMPTS])
+    if not rendered:
+        chat = tokenizer.chat_template
+        rendered = [
+            tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False) if chat else text
+            for text in TEXTS
+        ]
+    encoded = (tokenizer(text, add_special_tokens=False).input_ids[-TOKENS:] for text in rendered)
+    return [torch.tensor(ids) for ids in encoded if len(ids) > 1]
+
+
+def _live(
+    base: Path, adapters: Sequence[Adapter], combination: str, training: TrainingBase, dtype: Any, ids: Sequence[Any]
+) -> tuple[Predictions, Predictions]:
+    """Predictions of the adapter on its training base, unmerged as PEFT runs it, and of that base alone."""
+    import torch
+
+    model = hf.load(str(base)) if training.packed else hf.load(str(base), dtype=dtype)
+    with torch.no_grad():
+        for name in training.quantized(model):
+            parameter = model.get_parameter(name)
+            parameter.copy_(training.seen(name, parameter))
+    for n, adapter in enumerate(adapters):
+        model = hf.attach(model, str(adapter.folder), f"adapter{n}", keep_dtype=dtype != torch.float32)
+    hf.combine(model, [f"adapter{n}" for n in range(len(adapters))], [a.weight for a in adapters], combination)
+    found = _predict(model, ids)
+    with model.disable_adapter():
+        return found, _predict(model, ids, greedy=False)
+
+
+def _predict(model: Any, ids: Sequence[Any], greedy: bool = True) -> Predictions:
+    import torch
+
+    with torch.inference_mode(), hf.quiet():
+        logs = [model(input_ids=row[None]).logits[0].float().log_softmax(-1) for row in ids]
+        starts = [row[None, : max(1, len(row) // 2)] for row in ids[:4]] if greedy else []
+        settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "temperature": None, "top_p": None, "top_k": None}
+        said = [
+            model.generate(input_ids=s, attention_mask=torch.ones_like(s), **settings)[0, s.shape[1] :].tolist()
+            for s in starts
+        ]
+    return Predictions(logs, said)
+
+
+def _dtype(out: Path) -> Any:
+    """The floating dtype that most of a folder's weights have."""
+    with open_model(out) as written:
+        totals: dict[str, int] = {}
+        for entry in written.entries.values():
+            totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.items
+    return dtype_of(max(totals, key=lambda name: totals[name]))
+
+
+def _decoder(out: Path) -> Any:
+    """Token ids to text; the ids themselves where the folder has no tokenizer."""
+    if (out / "tokenizer.json").is_file():
+        return hf.tokenizer(str(out)).decode
+    return str
