@@ -153,17 +153,22 @@ def combine(model: Any, names: list[str], weights: list[float], combination: str
     """Make several adapters of a PeftModel work as one: their deltas weighted and added ("cat", exact), or by another
     of PEFT's combination types. Raises BadInput for types that PEFT cannot weigh."""
     kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}
-    if len(kinds) > 1:
-        raise BadInput(
-            f"adapters of different types ({', '.join(sorted(kinds))})", "merge one, then the other into the result"
-        )
     if any(weight != 1 for weight in weights) or (combination != "cat" and len(names) > 1):
         if kinds != {"LORA"}:
             raise BadInput(f"{kinds.pop()} adapters cannot be weighted", "PEFT weighs LoRA only: leave the weight out")
-        extra = {"density": 0.5} if combination.startswith(("ties", "dare", "magnitude")) else {}
-        with refusing(", ".join(names)):
-            model.base_model.add_weighted_adapter(names, weights, "combined", combination_type=combination, **extra)
-        names = ["combined"]
+        layers = [layer for layer in model.modules() if hasattr(layer, "set_scale")]
+        if combination == "cat":
+            for layer in layers:
+                for name, weight in zip(names, weights, strict=True):
+                    layer.set_scale(name, weight)
+        else:
+            extra = {"density": 0.5} if combination.startswith(("ties", "dare", "magnitude")) else {}
+            with refusing(", ".join(names)):
+                model.base_model.add_weighted_adapter(names, weights, "combined", combination_type=combination, **extra)
+            for layer in layers:  # PEFT means 1, and after rsLoRA forgets to say so: it would be the root of the rank
+                if "combined" in layer.scaling:
+                    layer.scaling["combined"] = 1.0
+            names = ["combined"]
     model.base_model.set_adapter(names if len(names) > 1 else names[0])
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import make_lora
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from peftopt.checkpoint import open_model
+from peftopt.checkpoint import Draft, open_model, read_header
+from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.records import Model
 from peftopt.transforms import merge
 
@@ -290,3 +296,368 @@ def test_an_adapter_with_new_tokens_brings_its_embeddings(
     assert logits(out).shape[-1] == 100
     assert (logits(out) - live).abs().max() < 1e-4
     assert isinstance(adapted, PeftModel)
+
+
+# ---- several adapters, dtypes, shards ----------------------------------------------------------
+
+
+def lora_pair(base: Path, tmp_path: Path, **settings: Any) -> tuple[Path, Path]:
+    """Two different LoRAs on one base."""
+    a = make_adapter(base, tmp_path / "a", peft_config("Lora", r=4, **Q_V, **settings))
+    b = make_adapter(base, tmp_path / "b", peft_config("Lora", r=2, target_modules=["q_proj", "up_proj"]), std=0.1)
+    return a, b
+
+
+@pytest.mark.parametrize(
+    ("combination", "settings"), [("cat", {}), ("cat", {"use_rslora": True}), ("svd", {}), ("ties_svd", {})]
+)
+def test_several_adapters_merge_by_weight_as_peft_combines_them(
+    combination: str, settings: dict[str, Any], bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = bases("llama")
+    a, b = lora_pair(base, tmp_path, **settings)
+    live = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(a), "a")
+    live.load_adapter(str(b), "b")
+    extra = {"density": 0.5} if combination.startswith("ties") else {}
+    live.add_weighted_adapter(["a", "b"], [0.7, 0.3], "both", combination_type=combination, **extra)
+    live.set_adapter("both")
+    for layer in live.modules():
+        if hasattr(layer, "set_scale"):
+            layer.scaling["both"] = 1.0  # PEFT 0.21 takes the root of the rank here when the adapters are rsLoRA
+    with torch.inference_mode():
+        expected = live.eval()(input_ids=torch.arange(3, 63)[None]).logits
+    out = merged(base, a, b, out=tmp_path / "out", weights="0.7,0.3", combination=combination)
+    assert (logits(out) - expected).abs().max() < 1e-4
+    assert [x["weight"] for x in certificate(out)["adapters"]] == [0.7, 0.3]
+
+
+def test_adapters_that_do_not_add_up_are_refused(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = bases("llama")
+    lora = make_adapter(base, tmp_path / "lora", peft_config("Lora", r=4, **Q_V))
+    loha = make_adapter(base, tmp_path / "loha", peft_config("LoHa", r=4, **Q_V))
+    with pytest.raises(BadInput, match="different types") as refused:
+        merged(base, lora, loha, out=tmp_path / "out")
+    assert "one, then the other" in refused.value.hint
+    with pytest.raises(BadInput, match="LOHA adapters cannot be weighted"):
+        merged(base, loha, out=tmp_path / "out2", weights="0.5")
+    for weights in ("1", "1,x", "1,nan"):
+        with pytest.raises(BadInput, match="weights"):
+            merged(base, lora, lora, out=tmp_path / "out3", weights=weights)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(("dtype", "stored", "word"), [("bf16", "BF16", "bfloat16"), ("fp16", "F16", "float16")])
+def test_dtype_rounds_once_and_says_so_in_the_config(
+    kind: str, dtype: str, stored: str, word: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    base = bases("llama")
+    adapter = make_adapter(base, tmp_path / "adapter", peft_config(TYPES[kind][0], **TYPES[kind][1]))
+    exact = load_file(merged(base, adapter, out=tmp_path / "exact") / "model.safetensors")
+    out = merged(base, adapter, out=tmp_path / "out", dtype=dtype)
+    rounded = load_file(out / "model.safetensors")
+    assert {e.dtype for e in open_model(out).entries.values()} == {stored}
+    assert all((rounded[name] == value.to(rounded[name].dtype)).all() for name, value in exact.items())
+    config = json.loads((out / "config.json").read_text())
+    assert config.get("dtype", config.get("torch_dtype")) == word
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "lora on embeddings"])
+def test_shards_stay_shards_and_strangers_stay_out(kind: str, bases: Callable[[str], Path], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(bases("llama")).save_pretrained(base, max_shard_size="100kB")
+    shutil.copyfile(base / "model-00001-of-00004.safetensors", base / "consolidated.safetensors")
+    adapter = make_adapter(base, tmp_path / "adapter", peft_config(TYPES[kind][0], **TYPES[kind][1]))
+    out = merged(base, adapter, out=tmp_path / "out")
+    assert_same_model(base, adapter, out)
+    shards = {f.name for f in base.glob("model-*.safetensors")}
+    assert {f.name for f in out.glob("*.safetensors")} == shards and len(shards) > 2
+    before, after = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (base, out))
+    assert before["weight_map"] == after["weight_map"]
+    assert before["metadata"]["total_size"] == after["metadata"]["total_size"]
+
+
+def test_untouched_tensors_and_headers_are_the_same_bytes(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = bases("llama")
+    adapter = make_adapter(base, tmp_path / "adapter", peft_config("Lora", r=4, target_modules=["q_proj"]))
+    out = merged(base, adapter, out=tmp_path / "out")
+    ours, theirs = (f.joinpath("model.safetensors").read_bytes() for f in (out, base))
+    for entry in open_model(base).entries.values():
+        here = slice(entry.start, entry.start + entry.nbytes)
+        assert (ours[here] == theirs[here]) is ("q_proj" not in entry.name), entry.name
+    first = min(e.start for e in open_model(base).entries.values())
+    assert ours[:first] == theirs[:first]
+
+
+def test_what_serving_needs_comes_along(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    out = merged(tiny_base, tiny_lora, out=tmp_path / "out")
+    for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json", "config.json"):
+        assert (out / file).read_bytes() == (tiny_base / file).read_bytes(), file
+    card = (out / "README.md").read_text()
+    assert "Merged by peftopt" in card and certificate(out)["adapters"][0]["sha256"] in card
+
+
+def test_the_tokenizer_that_the_adapter_was_trained_with_comes_along(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    lora = tmp_path / "lora"
+    shutil.copytree(tiny_lora, lora)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_base / file, lora / file)
+    (lora / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}!")
+    out = merged(tiny_base, lora, out=tmp_path / "out")
+    assert (out / "chat_template.jinja").read_text().endswith("!")
+
+
+# ---- refusals ----------------------------------------------------------------------------------
+
+
+def prompt_config(kind: str) -> Any:
+    settings: dict[str, dict[str, Any]] = {
+        "PromptEncoder": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
+        "PromptTuning": {"num_virtual_tokens": 4},
+        "PrefixTuning": {"num_virtual_tokens": 4},
+        "CPT": {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 1]},
+    }
+    return peft_config(kind, **settings[kind])
+
+
+@pytest.mark.parametrize("kind", ["PromptEncoder", "PromptTuning", "PrefixTuning", "CPT"])
+def test_prompt_methods_are_refused_with_what_to_do_instead(
+    kind: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter = make_adapter(bases("llama"), tmp_path / "adapter", prompt_config(kind))
+    with pytest.raises(BadInput, match="has no weight delta") as refused:
+        merged(bases("llama"), adapter, out=tmp_path / "out")
+    assert "serve it unmerged" in refused.value.hint
+
+
+SETTINGS: Mapping[str, dict[str, Any]] = {
+    "only after its invocation tokens": {"alora_invocation_tokens": [3, 4]},
+    "replicated layers": {"layer_replication": [[0, 2], [1, 2]]},
+    "unconverted after 'pissa'": {"init_lora_weights": "pissa"},
+    "unconverted after 'olora'": {"init_lora_weights": "olora"},
+    "r: 5 in adapter_config": {"r": 5},
+    "which target_modules does not name": {"target_modules": ["q_proj"]},
+    "was trained on a MistralForCausalLM": {"auto_mapping": {"base_model_class": "MistralForCausalLM"}},
+    "LILY.*depends on the input": {"peft_type": "LILY"},
+}
+
+
+@pytest.mark.parametrize("why", SETTINGS)
+def test_a_config_that_cannot_be_merged_is_refused(why: str, tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    lora = tmp_path / "lora"
+    shutil.copytree(tiny_lora, lora)
+    config = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(json.dumps(config | SETTINGS[why]))
+    with pytest.raises(BadInput, match=why) as refused:
+        merged(tiny_base, lora, out=tmp_path / "out")
+    assert refused.value.hint
+
+
+def test_a_foreign_base_is_refused_by_name_and_revision_unless_allowed(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "models--org--other" / "snapshots" / "0123456789abcdef"
+    shutil.copytree(tiny_base, base)
+    lora = tmp_path / "lora"
+    shutil.copytree(tiny_lora, lora)
+    config = json.loads((lora / "adapter_config.json").read_text())
+    for said, why in (
+        ({"base_model_name_or_path": "org/mine"}, "trained on org/mine, and the base is org/other"),
+        ({"base_model_name_or_path": "org/other", "revision": "fedcba98"}, "trained on revision fedcba98"),
+    ):
+        (lora / "adapter_config.json").write_text(json.dumps(config | said))
+        with pytest.raises(BadInput, match=why) as refused:
+            merged(base, lora, out=tmp_path / "out")
+        assert "--allow-base-mismatch" in refused.value.hint
+    merged(base, lora, out=tmp_path / "out", allow_base_mismatch=True)
+
+
+def with_value(source: Path, out: Path, file: str, tensor: str, value: float) -> Path:
+    """A copy of a folder in which one element of the first tensor of that name is `value`."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, out)
+    weights = load_file(out / file)
+    name = next(n for n in weights if tensor in n)
+    weights[name].view(-1)[0] = value
+    save_file(weights, out / file, {"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("tensor", ["q_proj", "norm"])
+def test_a_weight_that_is_not_finite_is_refused_by_name(
+    tensor: str, tiny_base: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    base = with_value(tiny_base, tmp_path / "base", "model.safetensors", tensor, float("nan"))
+    with pytest.raises(BadInput, match=rf"weight \S*{tensor}\S* holds NaN"):
+        merged(base, tiny_lora, out=tmp_path / "out")
+    huge = with_value(tiny_lora, tmp_path / "lora", "adapter_model.safetensors", "lora_B", 3e38)
+    with pytest.raises(BadInput, match="holds NaN or infinity"):
+        merged(tiny_base, huge, out=tmp_path / "out2")
+
+
+def test_a_pickle_is_never_opened_and_a_link_never_followed(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    import pickle
+
+    class Canary:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "executed",)
+
+    lora = tmp_path / "lora"
+    shutil.copytree(tiny_lora, lora)
+    weights = lora / "adapter_model.safetensors"
+    secret = tmp_path / "secret.safetensors"
+    weights.rename(secret)
+    (lora / "adapter_model.bin").write_bytes(pickle.dumps(Canary()))
+    with pytest.raises(BadInput, match="never opened"):
+        merged(tiny_base, lora, out=tmp_path / "out")
+    assert not (tmp_path / "executed").exists()
+    weights.symlink_to(secret)
+    with pytest.raises(BadInput, match="outside the adapter's folder"):
+        merged(tiny_base, lora, out=tmp_path / "out")
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "main"  # the hub's own layout is no stranger
+    shutil.copytree(tiny_lora, snapshot, ignore=shutil.ignore_patterns("*.safetensors"))
+    (snapshot.parent.parent / "blobs").mkdir()
+    shutil.copyfile(secret, snapshot.parent.parent / "blobs" / "abc")
+    (snapshot / weights.name).symlink_to("../../blobs/abc")
+    merged(tiny_base, snapshot, out=tmp_path / "out")
+
+
+def test_a_disk_too_small_is_found_before_writing(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    full = os.statvfs(tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: type("Full", (), {"f_bavail": 10, "f_frsize": full.f_frsize})())
+    with pytest.raises(MissingEnvironment, match=r"GB free, and .* GB are needed"):
+        merged(tiny_base, tiny_lora, out=tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+# ---- the certificate ---------------------------------------------------------------------------
+
+
+def test_a_full_certificate_compares_predictions(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    out = merged(tiny_base, tiny_lora, out=tmp_path / "out", certify="full")
+    found = {check["name"]: check for check in certificate(out)["checks"]}
+    assert found.keys() == {
+        "adapter keys",
+        "tensors",
+        "finite",
+        "differs from the base",
+        "recomputed in fp64",
+        "predictions",
+    }
+    values = found["predictions"]["values"]
+    assert values["kl"] < values["kl_null"] < values["kl_base"]
+    assert 0.8 < values["delta_survival"] < 1.2 and values["top1"] > 0.9
+    assert found["differs from the base"]["values"] == {"changed": 14, "unchanged": []}
+
+
+def test_a_folder_that_is_another_model_does_not_pass(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    """The base passed off as the merge (verl#7285), and one tensor forgotten."""
+    from peftopt.adapter import open_adapter
+    from peftopt.merging import certificate as parity
+    from peftopt.merging.training import TrainingBase
+
+    out = merged(tiny_base, tiny_lora, out=tmp_path / "out")
+    adapter = open_adapter(tiny_lora)
+
+    def predictions(folder: Path) -> parity.Check:
+        return parity.full(tiny_base, folder, [adapter], "cat", TrainingBase(), [])
+
+    assert predictions(out).passed
+    assert "not nearer to the adapter than the base" in predictions(tiny_base).detail
+    assert not predictions(tiny_base).passed
+    base, whole = open_model(tiny_base), open_model(out)
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.v_proj.weight"):
+        forgot = tmp_path / name
+        shutil.copytree(out, forgot)
+        data = bytearray((forgot / "model.safetensors").read_bytes())
+        entry = whole.entries[name]
+        source = (tiny_base / "model.safetensors").read_bytes()
+        start = base.entries[name].start
+        data[entry.start : entry.start + entry.nbytes] = source[start : start + entry.nbytes]
+        (forgot / "model.safetensors").write_bytes(data)
+        assert not predictions(forgot).passed, name
+
+
+def test_a_wrong_block_on_disk_fails_the_fp64_samples(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    from peftopt.adapter import open_adapter, plain_pairs
+    from peftopt.checkpoint import open_model
+    from peftopt.merging import blocks
+    from peftopt.merging import certificate as parity
+
+    base, adapter = open_model(tiny_base), open_adapter(tiny_lora)
+    pairs = {f"{module}.weight": [pair] for module, pair in (plain_pairs(adapter) or {}).items()}
+    with Draft(tmp_path / "out", base.files, base) as draft, blocks.Blocks(2) as loop:
+        list(loop.transfer(base, draft, list(base.entries.values()), pairs))
+        assert parity.recomputed(parity.sample_lora(base, draft, pairs)).passed
+        list(loop.transfer(base, draft, list(base.entries.values()), {}))  # the base, undoing the merge
+        assert not parity.recomputed(parity.sample_lora(base, draft, pairs)).passed
+
+
+def test_a_preview_shows_each_delta_and_writes_nothing(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    found = merge.preview(Model(str(tiny_base), (str(tiny_lora),)), merge.Params())
+    assert len(found) == 14 and all(0 < t["delta_norm"] < t["weight_norm"] for t in found)
+    make_lora(tiny_base, tmp_path / "zero", std=0)
+    still = merge.preview(Model(str(tiny_base), (str(tmp_path / "zero"),)), merge.Params())
+    assert [t["delta_norm"] for t in still] == [0.0] * 14
+
+
+# ---- the format --------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200) | st.binary(max_size=60).map(lambda b: len(b).to_bytes(8, "little") + b))
+def test_garbage_is_never_a_safetensors_file(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.safetensors"
+        file.write_bytes(data)
+        with contextlib.suppress(BadInput):
+            entries, _ = read_header(file)
+            assert sum(e.nbytes for e in entries) <= len(data)
+
+
+HEADERS = st.dictionaries(
+    st.text(max_size=3),
+    st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from(["F32", "BF16", "U8", "X"]),
+            "shape": st.lists(st.integers(-1, 4), max_size=3),
+            "data_offsets": st.lists(st.integers(-1, 40), min_size=2, max_size=2),
+        }
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(HEADERS, st.integers(0, 64))
+def test_a_header_is_read_as_the_reference_implementation_reads_it(header: dict[str, Any], size: int) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    text = json.dumps(header).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.safetensors"
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+        try:
+            with safe_open(file, framework="np") as reference:
+                names = set(reference.keys())
+        except SafetensorError:
+            names = None
+        try:
+            found = {e.name for e in read_header(file)[0]}
+        except BadInput:
+            found = None
+        assert found == names

@@ -100,6 +100,8 @@ def _opened(model: Model, params: Params) -> Job:
         _refuse_quantized(folder, config, packed)
     weights = _weights(params, model.adapters)
     adapters = [open_adapter(Path(a), weight) for a, weight in zip(model.adapters, weights, strict=True)]
+    if len(kinds := sorted({a.kind for a in adapters})) > 1:
+        raise BadInput(f"adapters of different types: {', '.join(kinds)}", "merge one, then the other into the result")
     for adapter in adapters:
         check_mergeable(adapter)
         if not params.allow_base_mismatch:
