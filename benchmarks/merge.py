@@ -132,7 +132,7 @@ def make(folder: Path, shape: Shape, layers: int, shard: int) -> int:
         if shards[-1] and _bytes({**shards[-1], name: size}) > shard:
             shards.append({})
         shards[-1][name] = size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for n, tensors in enumerate(shards, 1):
         file = f"model-{n:05d}-of-{len(shards):05d}.safetensors"
         weight_map |= dict.fromkeys(tensors, file)
@@ -478,7 +478,7 @@ def measure(work: Path, arguments: argparse.Namespace, peers: Mapping[str, str],
     if shutil.disk_usage(work).free < (need := 3.2 * sizes["first"] + 2.2 * sizes["second"]):
         raise SystemExit(f"{work}: {need / 1e9:.1f} GB are needed; choose another --work or a smaller --gb")
     shape = LARGE if min(sizes.values()) >= 1e9 else SMALL
-    shard = int(min(1e9, min(sizes.values()) / 2))
+    shard = 10**9 if shape is LARGE else int(min(sizes.values()) / 2)
     total = {}
     for name, size in sizes.items():
         layers = shape.layers(size)

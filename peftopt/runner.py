@@ -240,7 +240,7 @@ def answer(run: Run) -> None:
     quality = run.recipe.quality
     if quality is None:
         return
-    rows = _exam_order(corpus.read(quality.prompts))[: quality.rows or None]
+    rows = _exam(corpus.read(quality.prompts), quality.rows)
     baseline = run.recipe.variants[run.recipe.baseline]
     parts = {v.name: rows[: _whole_batches(need.answers(run.recipe, v), quality.batch)] for v in run.alive()}
     with run.listener.progress("answers", sum(map(len, parts.values())) + len(rows)) as show:
@@ -265,14 +265,20 @@ def _whole_batches(rows: int | None, batch: int) -> int | None:
     return None if rows is None else -(-rows // batch) * batch
 
 
-def _exam_order(rows: Sequence[Row]) -> list[Row]:
-    """The decisive rows first, the long ones last: whoever stops early has answered what is cheap and telling."""
+def _exam(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most `most` rows (0 = all): those tagged critical and an even choice of the others. The decisive come first,
+    the long ones last: whoever stops early has answered what is cheap and telling."""
 
     def length(row: Row) -> int:
         return sum(len(m["content"]) for m in row.messages)
 
-    longest = 4 * sorted(map(length, rows))[len(rows) // 2]
-    return sorted(rows, key=lambda row: (not row.critical, length(row) > longest))
+    tagged, others = [r for r in rows if r.critical], [r for r in rows if not r.critical]
+    room = max(0, (most or len(rows)) - len(tagged))
+    if room < len(others):
+        others = [others[n * len(others) // room] for n in range(room)]
+    chosen = [*tagged, *others][: most or None]
+    longest = 4 * sorted(map(length, chosen))[len(chosen) // 2]
+    return sorted(chosen, key=lambda row: (not row.critical, length(row) > longest))
 
 
 def _answer(

@@ -10,9 +10,15 @@ from peftopt.corpus import Row
 from peftopt.engines import Engine
 from peftopt.records import Json
 
+WARMUP_TOKENS = 4
+"""What a warm-up request generates in a worker that has answered before."""
 
-def turn(engine: Engine, batches: Sequence[Sequence[Row]], new_tokens: int, warmup: int) -> list[dict[str, Json]]:
-    """Time each batch as one request, one after the other (a closed loop); the first `warmup` are marked so.
+
+def turn(
+    engine: Engine, batches: Sequence[Sequence[Row]], new_tokens: int, warmup: int, fresh: bool = True
+) -> list[dict[str, Json]]:
+    """Time each batch as one request, one after the other (a closed loop); the first `warmup` are marked so. Only in a
+    `fresh` worker are they as long as the others, so that whatever is compiled for that length is compiled there.
 
     All durations in milliseconds, wall clock, measured from the submission; `cpu_ms` is the process's CPU time.
     TTFT ends with the first token of the batch, TPOT is the mean gap after it (Vocabulary: MLPerf, vLLM).
@@ -21,7 +27,9 @@ def turn(engine: Engine, batches: Sequence[Sequence[Row]], new_tokens: int, warm
     gc.collect()
     gc.disable()  # a collection inside a request would be charged to whichever variant it happened to hit
     try:
-        return [_request(engine, batch, new_tokens, n < warmup) for n, batch in enumerate(batches)]
+        first = new_tokens if fresh else min(WARMUP_TOKENS, new_tokens)
+        lengths = [first if n < warmup else new_tokens for n in range(len(batches))]
+        return [_request(engine, *each, n < warmup) for n, each in enumerate(zip(batches, lengths, strict=True))]
     finally:
         gc.enable()
 
