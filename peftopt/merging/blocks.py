@@ -1,13 +1,15 @@
-"""Tensors from checkpoint to checkpoint in blocks of about a million elements: little memory, one rounding.
+"""Tensors from checkpoint to checkpoint in blocks of half a million elements: little memory, one rounding.
 
-A block is read into a buffer that stays in the processor's cache, widened to fp32, given its delta by one `addmm_`,
-rounded once to the output's dtype, checked for values that are not finite, and written to its place.
+A block is widened to fp32 in a buffer that stays in the processor's cache, given its delta by one `addmm_`, rounded
+once to the output's dtype, checked for values that are not finite, and written to its place. A file that is complete
+settles on the disk while the next one is made.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +22,8 @@ from peftopt.errors import BadInput
 if TYPE_CHECKING:
     import torch
 
-BLOCK = 1 << 20
-"""Elements in a block: 8 MB of buffers a thread. Much larger leaves the cache, much smaller pays for the calls."""
+BLOCK = 1 << 19
+"""Elements in a block: 3 MB of buffers a thread. Much larger leaves the cache, much smaller pays for the calls."""
 
 PIECE = 1 << 24
 """Elements that one thread takes at a time, so that one huge embedding does not end as one thread's work."""
@@ -73,13 +75,14 @@ class Blocks:
 
         self._before = torch.get_num_threads()
         torch.set_num_threads(1)
-        self._pool = ThreadPoolExecutor(self.threads)
+        self._pool, self._settler = ThreadPoolExecutor(self.threads), ThreadPoolExecutor(1)
         return self
 
     def __exit__(self, *_: object) -> None:
         import torch
 
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._pool, self._settler):
+            pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._before)
 
     # ---- the jobs ----------------------------------------------------------------------------
@@ -102,30 +105,38 @@ class Blocks:
             deltas = pairs.get(entry.name, ())
             pieces = list(_pieces(entry))
             jobs.append((entry, [self._pool.submit(self._piece, base, draft, entry, p, deltas, norms) for p in pieces]))
+        left = Counter(draft.entries[entry.name].file for entry in entries)
+        settling = []
         for entry, running in jobs:
             found = [piece.result() for piece in running]
             delta, weight = (sum(squares[side] for _, squares in found) ** 0.5 for side in (0, 1))
             norms_found = (delta, weight) if norms else (None, None)
             yield Written(entry.name, any(changed for changed, _ in found), *norms_found)
+            left[file := draft.entries[entry.name].file] -= 1
+            if not left[file]:
+                settling.append(self._settler.submit(draft.settle, file))
+        for done in settling:
+            done.result()
 
     def _piece(
         self, base: Checkpoint, draft: Draft, entry: Entry, piece: range, pairs: Sequence[Pair], norms: bool
     ) -> tuple[bool, tuple[float, float]]:
         """Rows `piece` of a tensor; whether anything changed, and the sums of squares of delta and weight."""
+        import torch
+
         width = row_width(entry)
         target = draft.entries[entry.name]
         a, b = self._factors(pairs, piece)
         changed, squares = False, (0.0, 0.0)
-        rows = max(1, BLOCK // max(1, width))
+        rows, size = max(1, BLOCK // max(1, width)), ITEM_BYTES[entry.dtype]
         for start in range(piece.start, piece.stop, rows):
-            count = min(rows, piece.stop - start) * width
-            raw = self._buffer("raw", count * ITEM_BYTES[entry.dtype])
-            base.read(entry, start * width * ITEM_BYTES[entry.dtype], raw.numpy().data)
-            out = raw
+            at, nbytes = start * width * size, min(rows, piece.stop - start) * width * size
+            raw = out = torch.frombuffer(base.view(entry, at, nbytes), dtype=torch.uint8)
             if entry.dtype in FLOATS:
                 out, differs, block = self._add(entry, target, raw, a, b[start - piece.start :], width, norms)
                 changed, squares = changed or differs, (squares[0] + block[0], squares[1] + block[1])
             draft.write(target, start * width * ITEM_BYTES[target.dtype], out.numpy().data)
+            base.forget(entry, at, nbytes)
         return changed, squares
 
     def _add(
@@ -134,6 +145,8 @@ class Blocks:
         """One block, as bytes: widened, the delta added, rounded once, checked."""
         import torch
 
+        if raw.data_ptr() % ITEM_BYTES[entry.dtype]:
+            raw = raw.clone()  # tensors may start anywhere in a file
         before = raw.view(dtype_of(entry.dtype))
         if a is None and entry.dtype == target.dtype:
             check_finite(before, entry.name)
@@ -230,10 +243,11 @@ def read(source: Checkpoint | Draft, entry: Entry, rows: range | None = None) ->
 
 
 def check_finite(values: Any, name: str) -> None:
-    """Raises BadInput when a weight is NaN or infinite: min and max carry either along, in one pass without a mask."""
+    """Raises BadInput when a weight is NaN or infinite. A sum carries either along, in one pass without a mask; as it
+    may be infinite for large values too, min and max then decide."""
     import torch
 
-    if values.numel() and values.is_floating_point():
+    if values.numel() and values.is_floating_point() and not torch.isfinite(values.sum()):
         low, high = torch.aminmax(values)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise BadInput(

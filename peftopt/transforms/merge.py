@@ -454,6 +454,9 @@ class _Nowhere:
     def write(self, entry: Entry, at: int, data: memoryview) -> None:
         """Nothing."""
 
+    def settle(self, file: Path) -> None:
+        """Nothing."""
+
 
 def _line(entry: Entry, delta: float, weight: float) -> dict[str, Json]:
     return {
