@@ -64,26 +64,19 @@ class Written:
 
 
 class Blocks:
-    """The loop. `threads` work side by side, each with its own buffers; torch's own threads rest meanwhile."""
+    """The loops. `threads` work side by side, each with its own buffers; torch's own threads rest during a transfer."""
 
     def __init__(self, threads: int) -> None:
         self.threads = max(1, threads)
         self._local = threading.local()
 
     def __enter__(self) -> Blocks:
-        import torch
-
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(1)
         self._pool, self._settler = ThreadPoolExecutor(self.threads), ThreadPoolExecutor(1)
         return self
 
     def __exit__(self, *_: object) -> None:
-        import torch
-
         for pool in (self._pool, self._settler):
             pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._before)
 
     # ---- the jobs ----------------------------------------------------------------------------
 
@@ -100,6 +93,23 @@ class Blocks:
         `pairs` maps a tensor's name to the pairs that add up. Raises BadInput naming the first tensor that comes
         out with a value that is not finite.
         """
+        import torch
+
+        own = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield from self._transfer(base, draft, entries, pairs, norms)
+        finally:
+            torch.set_num_threads(own)
+
+    def _transfer(
+        self,
+        base: Checkpoint,
+        draft: Draft,
+        entries: Sequence[Entry],
+        pairs: Mapping[str, Sequence[Pair]],
+        norms: bool,
+    ) -> Iterator[Written]:
         jobs = []
         for entry in entries:
             deltas = pairs.get(entry.name, ())
