@@ -146,7 +146,7 @@ def merge(
         "certify": certify,
         "weights": ",".join(map(str, weights)) if any(w != 1 for w in weights) else "",
         "combination": combination,
-        "base": merge_base,
+        "merge_base": merge_base,
         "scheme": scheme,
         "allow_base_mismatch": allow_base_mismatch,
     }

@@ -661,3 +661,64 @@ def test_a_header_is_read_as_the_reference_implementation_reads_it(header: dict[
         except BadInput:
             found = None
         assert found == names
+
+
+# ---- 4-bit bases -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def four_bit(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base saved in NF4 by bitsandbytes, and a LoRA trained on it."""
+    pytest.importorskip("bitsandbytes")
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    root = tmp_path_factory.mktemp("four-bit")
+    scheme = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(bases("llama"), quantization_config=scheme, device_map="cpu")
+    model.save_pretrained(root / "base")
+    make_adapter(bases("llama"), root / "lora", peft_config("Lora", r=4, target_modules=LINEAR[:4]))
+    return root / "base", root / "lora"
+
+
+def test_a_merge_into_packed_weights_is_refused_and_into_dequantized_ones_done(
+    four_bit: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base, lora = four_bit
+    with pytest.raises(BadInput, match=r"already quantized .* would round most of the delta away") as refused:
+        merged(base, lora, out=tmp_path / "out")
+    assert "--merge-base dequantized" in refused.value.hint
+    out = merged(base, lora, out=tmp_path / "out", merge_base="dequantized", dtype="fp32", certify="full")
+    opened = AutoModelForCausalLM.from_pretrained(base, device_map="cpu").dequantize()
+    with torch.inference_mode():
+        live = PeftModel.from_pretrained(opened, str(lora)).eval()
+        expected = live(input_ids=torch.arange(3, 63)[None]).logits.float()
+    assert (logits(out) - expected).abs().max() < 1e-4
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    assert not [name for name in open_model(out).entries if "absmax" in name or "quant" in name]
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+def test_auto_keeps_the_base_that_is_nearer_to_the_adapter_in_training(
+    scheme: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = bases("llama")
+    adapter = make_adapter(base, tmp_path / "adapter", peft_config("Lora", r=4, target_modules=LINEAR))
+    out = tmp_path / "made" / "out"
+    out.parent.mkdir()
+    settings = {"merge_base": "auto", "scheme": scheme, "certify": "full"}
+    merged(base, adapter, out=out, **settings)
+    assert [f.name for f in out.parent.iterdir()] == ["out"]
+    check = next(c for c in certificate(out)["checks"] if c["name"] == "merge base")
+    assert check["values"]["dequantized"] < check["values"]["full"]
+    assert check["detail"].startswith("dequantized")

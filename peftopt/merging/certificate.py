@@ -248,7 +248,8 @@ def _live(
     """Predictions of the adapter on its training base, unmerged as PEFT runs it, and of that base alone."""
     import torch
 
-    model = hf.load(str(base)) if training.packed else hf.load(str(base), dtype=dtype)
+    # Packed weights are opened before anything runs: bitsandbytes' own kernels on a CPU compute in bf16.
+    model = hf.load(str(base)).dequantize().to(dtype) if training.packed else hf.load(str(base), dtype=dtype)
     with torch.no_grad():
         for name in training.quantized(model):
             parameter = model.get_parameter(name)

@@ -54,6 +54,7 @@ class Hollow:
         self.groups = _groups(self.model, base, training)
         self.overrides: Tensors = {}
         self.quantized = training.quantized(self.model)
+        self.packed = {n for n, g in self.groups.items() if any(training.is_packed(base, key) for key, _ in g.tensors)}
         self.peft = self._inject(folder, combination)
         self.units = dict(_units(self.peft, self.params))
         if not self.units and not self.overrides:
@@ -183,10 +184,15 @@ class Hollow:
 
     # ---- merging -----------------------------------------------------------------------------
 
+    @property
+    def adapted(self) -> set[str]:
+        """Every parameter that the adapters may change."""
+        return {name for names in self.units.values() for name in names} | self.overrides.keys()
+
+    @property
     def touched(self) -> set[str]:
-        """Every parameter that may come out different."""
-        names = {name for names in self.units.values() for name in names}
-        return names | self.overrides.keys() | self.quantized
+        """Every parameter that may come out different: those adapted, and those that were or are in 4 bits."""
+        return self.adapted | self.quantized | self.packed
 
     def merged(self, unit: str, exact: bool = False) -> Tensors:
         """The parameters of one wrapped module after PEFT merged it: fp32, or fp64 all the way when `exact`."""
@@ -215,14 +221,12 @@ class Hollow:
         finally:
             self._drain(names)
 
-    def changes(self, units: Sequence[str] | None = None) -> Iterator[Tensors]:
-        """All parameters that may come out different, module by module; `units` limits it to some."""
-        for unit in self.units if units is None else units:
+    def changes(self) -> Iterator[Tensors]:
+        """All parameters that the adapters may change, module by module."""
+        for unit in self.units:
             yield self.merged(unit)
-        if units is None:
-            inside = {name for names in self.units.values() for name in names}
-            for name in sorted((self.overrides.keys() | self.quantized) - inside):
-                yield {name: self.value(name)}
+        for name in sorted(self.overrides.keys() - {name for names in self.units.values() for name in names}):
+            yield {name: self.value(name)}
 
     def _fill(self, names: Sequence[str]) -> None:
         for name in names:

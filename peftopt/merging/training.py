@@ -41,14 +41,17 @@ class TrainingBase:
     def tensor(self, base: Checkpoint, name: str) -> Any:
         """A tensor of the checkpoint, dequantized where it is packed."""
         found = read(base, base.entries[name])
-        states = [key for key in base.entries if key.startswith(f"{name}.")] if self.packed else []
-        if not states:
+        if not self.is_packed(base, name):
             return found
+        states = [key for key in base.entries if key.startswith(f"{name}.")]
         functional = _bitsandbytes()
         state = functional.QuantState.from_dict(
             {key: read(base, base.entries[key]) for key in states}, device=found.device
         )
         return functional.dequantize_4bit(found, state)
+
+    def is_packed(self, base: Checkpoint, name: str) -> bool:
+        return self.packed and f"{name}.absmax" in base.entries
 
     def quantized(self, model: Any) -> set[str]:
         """Parameters that training saw rounded: every linear layer but the output head, as bitsandbytes does."""

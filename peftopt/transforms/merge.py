@@ -38,16 +38,16 @@ SAMPLED_MODULES, SAMPLED_ELEMENTS = 4, 1 << 26
 class Params:
     """`dtype`: "bf16", "fp16", "fp32", or "" for the base's own. `certify`: "blocks" (while streaming) or "full" (the
     saved folder's predictions too). `weights`: one per adapter, separated by commas ("" = all 1). `combination`: how
-    several LoRAs become one, "cat" (their exact weighted sum) or another type of PEFT's. `base`: the weights that the
-    delta is added to: "full" as they are, "dequantized" as `scheme` (nf4, fp4) left them in training, "auto" for
-    whichever is nearer to the adapter on its 4-bit base. `allow_base_mismatch`: merge though names or revisions say
+    several LoRAs become one, "cat" (their exact weighted sum) or another type of PEFT's. `merge_base`: the weights
+    that the delta is added to, "full" as they are, "dequantized" as `scheme` (nf4, fp4) left them in training, "auto"
+    for whichever is nearer to the adapter on its 4-bit base. `allow_base_mismatch`: merge though names or revisions say
     that the base is another one."""
 
     dtype: str = ""
     certify: str = "full"
     weights: str = ""
     combination: str = "cat"
-    base: str = "full"
+    merge_base: str = "full"
     scheme: str = "nf4"
     allow_base_mismatch: bool = False
 
@@ -60,10 +60,10 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     Leaves a folder that loads as the base did (same shards, dtype, tokenizer, chat template) with parity.json in it,
     and says there whether every check passed. Embeddings stay tied unless an adapter changes one side only. Raises
     BadInput without an adapter, for one that has no weight delta or depends on the input, does not fit, is not finite
-    or changes nothing, and for a quantized base that `base` does not say how to read.
+    or changes nothing, and for a quantized base that `merge_base` does not say how to read.
     """
     with _opened(model, params) as job:
-        if job.params.base == "auto":
+        if job.params.merge_base == "auto":
             return job.better(out, texts)
         job.write(out)
         job.certify(out, texts)
@@ -88,7 +88,7 @@ def _opened(model: Model, params: Params) -> Job:
     for name, value, known in (
         ("dtype", params.dtype, tuple(DTYPES)),
         ("certify", params.certify, DEPTHS),
-        ("base", params.base, BASES),
+        ("merge_base", params.merge_base, BASES),
         ("combination", params.combination, COMBINATIONS),
     ):
         if value not in known:
@@ -96,7 +96,7 @@ def _opened(model: Model, params: Params) -> Job:
     check_scheme(params.scheme)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     packed = is_packed(config.get("quantization_config"))
-    if not packed or params.base == "full":
+    if not packed or params.merge_base == "full":
         _refuse_quantized(folder, config, packed)
     weights = _weights(params, model.adapters)
     adapters = [open_adapter(Path(a), weight) for a, weight in zip(model.adapters, weights, strict=True)]
@@ -106,9 +106,9 @@ def _opened(model: Model, params: Params) -> Job:
         check_mergeable(adapter)
         if not params.allow_base_mismatch:
             check_base(adapter, folder, config)
-    training = TrainingBase("" if packed or params.base == "full" else params.scheme, packed)
+    training = TrainingBase("" if packed or params.merge_base == "full" else params.scheme, packed)
     if packed:
-        params = replace(params, base="dequantized")
+        params = replace(params, merge_base="dequantized")
     return Job(folder, config, adapters, params, training)
 
 
@@ -222,7 +222,7 @@ class Job:
         held = self._embeddings(hollow)
         self._hollow_config(hollow, held)
         apart = set(hollow.tied or ()) if held else set()
-        touched = hollow.touched()
+        touched = hollow.touched
         stored = {key for n in touched if n in hollow.groups for key, _ in hollow.groups[n].tensors}
         added = [] if hollow.tied is None else [n for n in held if n not in hollow.groups and self._untied]
         shapes = {n: tuple(hollow.params[n].shape) for n in touched if n in self.base.entries}
@@ -259,7 +259,7 @@ class Job:
         import torch
 
         self._untied = False
-        if hollow.tied is None or not set(hollow.tied) & hollow.touched():
+        if hollow.tied is None or not set(hollow.tied) & hollow.touched:
             return {}
         held = {name: hollow.value(name) for name in hollow.tied}
         for unit, names in hollow.units.items():
@@ -288,7 +288,7 @@ class Job:
                 continue
             if group is None:
                 blocks.put(draft, name, waiting.pop(name))
-                if name in touched:
+                if name in hollow.adapted:
                     yield Written(name, True)
                 continue
             needed = set(group.params) & touched
@@ -301,7 +301,7 @@ class Job:
                 same = target.shape == self.base.entries[key].shape and torch.equal(
                     read(draft, target), hollow.training.tensor(self.base, key).to(value.dtype)
                 )
-                if needed:
+                if hollow.adapted & set(group.params):
                     yield Written(key, not same)
 
     def _layout(self, shapes: Mapping[str, tuple[int, ...]], added: Sequence[str]) -> dict[str, list[Entry]]:
@@ -365,7 +365,7 @@ class Job:
         found: dict[str, tuple[Path, Job, Check]] = {}
         for base in ("full", "dequantized"):
             training = self.training if base == "dequantized" else TrainingBase()
-            job = Job(self.folder, self.config, self.adapters, replace(self.params, base=base), training)
+            job = Job(self.folder, self.config, self.adapters, replace(self.params, merge_base=base), training)
             with job:
                 side = out.with_name(f"{out.name}.{base}")
                 job.write(side)
