@@ -214,7 +214,7 @@ class Plan:
 class Measurement:
     """One line of measurements.jsonl. `probe` says what `values` holds; raw samples are kept.
 
-    build    seconds, cached, size_bytes, peak_memory_bytes; tier0: list of errors; parity numbers of weights
+    build    seconds, cached, size_bytes, peak_memory_bytes; tier0: list of errors; certificate: a merge's, in a line
     launch   model_loading_time (s), adapter_switch_time (s), memory_bytes, gpu_memory_allocated, gpu_memory_reserved,
              threads, size_bytes
     speed    block, order, requests: [{request_duration_ms, queue_time_ms, generation_latency_ms, ttft_ms, tpot_ms,

@@ -25,6 +25,7 @@ from peftopt.child import Child, interrupt
 from peftopt.corpus import Row
 from peftopt.errors import WorkerFailed
 from peftopt.evidence import TWIN, Evidence
+from peftopt.merging import certificate
 from peftopt.records import Build, Json, Measurement, Model, Plan, Recipe, Step, Variant, Workload
 
 CHUNK = 96
@@ -165,7 +166,9 @@ def build(run: Run) -> None:
 def _build(run: Run, build: Build, calibration: Sequence[Row], threads: int) -> bool:
     """Build or reuse one artifact; a failure is recorded for every variant that needs it."""
     name = _users(run, build)[0]
-    rows = [row.as_json() for row in calibration] if build.step.calibrates else []
+    # A merge needs no texts, but its certificate compares predictions, and does so better on the user's own prompts.
+    texts = calibration if build.step.calibrates or build.step.technique == "merge" else []
+    rows = [row.as_json() for row in texts]
 
     def make(out: Path) -> tuple[Model, dict[str, Json]]:
         log = run.folder / "logs" / f"build-{build.step.plugin}-{build.id[:8]}.log"
@@ -190,6 +193,8 @@ def _build(run: Run, build: Build, calibration: Sequence[Row], threads: int) -> 
             run.fail(variant, f"build ({build.step.plugin})", error)
         return False
     facts = {k: artifact.facts.get(k) for k in ("seconds", "tier0", "peak_memory_bytes", "size_bytes", "content")}
+    if found := artifact.facts.get("certificate"):
+        facts["certificate"] = certificate.summary(found)
     run.log("build", name, {"id": build.id, "plugin": build.step.plugin, "cached": artifact.cached, **facts})
     run.listener.done("build", build.step.plugin, None if artifact.cached else artifact.seconds)
     return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ FILE = "parity.json"
 ULPS = 1.0
 """How far a weight may be from the exact result, in units in the last place of the output's dtype."""
 
-PROMPTS, TOKENS, NEW_TOKENS = 16, 64, 16
-"""How many prompts "full" asks, the most tokens of each, and how many are generated."""
+PROMPTS, TOKENS = 16, 64
+"""How many prompts "full" asks, and the most tokens of each."""
+
+ANSWERS, NEW_TOKENS = 4, 12
+"""How many of them the live adapter answers, and with how many tokens, which the others then have to predict."""
 
 TEXTS = (
     "Summarise the following support ticket in one sentence: my order 48213 arrived broken and I want my money back.",
@@ -78,7 +81,8 @@ def summary(found: Mapping[str, Json]) -> str:
         return f"FAILED ({found['depth']}): {failed[0]['name']}: {failed[0]['detail']}"
     details = {check["name"]: check["detail"] for check in found["checks"]}
     figures = details.get("predictions") or details.get("recomputed in fp64", "")
-    return f"passed ({found['depth']}, {len(details)} checks): {figures}"
+    chosen = f"; merge base {details['merge base']}" if "merge base" in details else ""
+    return f"passed ({found['depth']}, {len(details)} checks): {figures}{chosen}"
 
 
 # ---- while streaming -----------------------------------------------------------------------------
@@ -135,11 +139,23 @@ def ulps(found: Any, exact: Any, weight: Any) -> float:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Token ids of a prompt, and of the live adapter's greedy answer where it was asked for one."""
+
+    prompt: list[int]
+    answer: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Predictions:
-    """Log-probabilities [positions, vocabulary] of each prompt, and the greedy continuations of some."""
+    """Log-probabilities [positions, vocabulary] after each token of each prompt and its answer."""
 
     logs: list[Any]
-    greedy: list[list[int]]
+
+    def greedy(self, asked: Sequence[Asked]) -> int:
+        """How many answers are this model's own greedy answers too: each token its most likely one."""
+        answered = [(log, a) for log, a in zip(self.logs, asked, strict=True) if a.answer]
+        return sum(log.argmax(1)[len(a.prompt) - 1 : -1].tolist() == a.answer for log, a in answered)
 
 
 def full(
@@ -154,15 +170,26 @@ def full(
     import torch
 
     dtype = _dtype(out)
-    ids = prompts(out, texts)
-    live, plain = _live(base, adapters, combination, training, torch.float32, ids)
-    merged = _predict(hf.load(str(out), dtype=torch.float32), ids)
-    noisy = live if dtype == torch.float32 else _live(base, adapters, combination, training, dtype, ids)[0]
-    return compare(live, merged, noisy, plain, ids, _decoder(out))
+    model = _live(base, adapters, combination, training, torch.float32)
+    asked = _answered(model, prompts(out, texts))
+    live = _predict(model, asked)
+    with model.disable_adapter():
+        plain = _predict(model, asked)
+    model = hf.load(str(out), dtype=torch.float32)
+    merged, noisy = _predict(model, asked), live
+    if dtype != torch.float32:
+        model = _live(base, adapters, combination, training, dtype)
+        noisy = _predict(model, asked)
+    return compare(live, merged, noisy, plain, asked, _decoder(out))
 
 
 def compare(
-    live: Predictions, merged: Predictions, noisy: Predictions, plain: Predictions, ids: Sequence[Any], decode: Any
+    live: Predictions,
+    merged: Predictions,
+    noisy: Predictions,
+    plain: Predictions,
+    asked: Sequence[Asked],
+    decode: Callable[[list[int]], str],
 ) -> Check:
     """The verdict over four sets of predictions: the adapter's, the merged model's, the adapter's in the output's
     dtype (the null), and the base's."""
@@ -171,8 +198,8 @@ def compare(
     survived = _mean([kl(a, b) for a, b in zip(merged.logs, plain.logs, strict=True)])
     positions = sum(len(x) for x in ours)
     flips, null_flips = (_flips(live, x) for x in (merged, noisy))
-    same = sum(a == b for a, b in zip(live.greedy, merged.greedy, strict=True))
-    null_same = sum(a == b for a, b in zip(live.greedy, noisy.greedy, strict=True))
+    answers = sum(bool(a.answer) for a in asked)
+    same, null_same = merged.greedy(asked), noisy.greedy(asked)
     worst = max(range(len(ours)), key=lambda i: float(ours[i].max()))
     at = int(ours[worst].argmax())
     problems = []
@@ -191,17 +218,17 @@ def compare(
         "top1_null": 1 - null_flips / positions,
         "greedy_match": same,
         "greedy_match_null": null_same,
-        "greedy_prompts": len(live.greedy),
+        "greedy_prompts": answers,
         "delta_survival": survived / distance if distance else math.nan,
-        "prompts": len(ids),
+        "prompts": len(asked),
         "positions": positions,
-        "worst_token": decode(ids[worst][: at + 1].tolist()[-1:]),
+        "worst_token": decode([(asked[worst].prompt + asked[worst].answer)[at]]),
         "worst_top": [decode([int(x.logs[worst][at].argmax())]) for x in (live, merged)],
     }
     detail = (
         f"KL {mean:.2g} from the live adapter (its own noise {noise:.2g}, the base {distance:.2g}), "
         f"same top token {1 - flips / positions:.1%} (noise {1 - null_flips / positions:.1%}) of {positions}, "
-        f"greedy {same} of {len(live.greedy)} (noise {null_same}), worst KL {values['kl_worst']:.2g} "
+        f"greedy {same} of {answers} (noise {null_same}), worst KL {values['kl_worst']:.2g} "
         f"after {values['worst_token']!r}"
     )
     return Check("predictions", not problems, "; ".join([*problems, detail]), values)
@@ -222,14 +249,14 @@ def _flips(a: Predictions, b: Predictions) -> int:
     return sum(int((x.argmax(1) != y.argmax(1)).sum()) for x, y in zip(a.logs, b.logs, strict=True))
 
 
-def prompts(folder: Path, texts: Sequence[str]) -> list[Any]:
+def prompts(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of the prompts, at most TOKENS each; random ids where the folder has no tokenizer."""
     import torch
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         vocabulary = hf.config(str(folder)).get_text_config().vocab_size
         dice = torch.Generator().manual_seed(0)
-        return [torch.randint(vocabulary, (TOKENS,), generator=dice) for _ in range(PROMPTS // 2)]
+        return torch.randint(vocabulary, (PROMPTS // 2, TOKENS), generator=dice).tolist()
     tokenizer = hf.tokenizer(str(folder))
     rendered = list(texts[:PROMPTS])
     if not rendered:
@@ -239,13 +266,11 @@ def prompts(folder: Path, texts: Sequence[str]) -> list[Any]:
             for text in TEXTS
         ]
     encoded = (tokenizer(text, add_special_tokens=False).input_ids[-TOKENS:] for text in rendered)
-    return [torch.tensor(ids) for ids in encoded if len(ids) > 1]
+    return [ids for ids in encoded if len(ids) > 1]
 
 
-def _live(
-    base: Path, adapters: Sequence[Adapter], combination: str, training: TrainingBase, dtype: Any, ids: Sequence[Any]
-) -> tuple[Predictions, Predictions]:
-    """Predictions of the adapter on its training base, unmerged as PEFT runs it, and of that base alone."""
+def _live(base: Path, adapters: Sequence[Adapter], combination: str, training: TrainingBase, dtype: Any) -> Any:
+    """The adapters on their training base, unmerged as PEFT runs them."""
     import torch
 
     # Packed weights are opened before anything runs: bitsandbytes' own kernels on a CPU compute in bf16.
@@ -257,23 +282,32 @@ def _live(
     for n, adapter in enumerate(adapters):
         model = hf.attach(model, str(adapter.folder), f"adapter{n}", keep_dtype=dtype != torch.float32)
     hf.combine(model, [f"adapter{n}" for n in range(len(adapters))], [a.weight for a in adapters], combination)
-    found = _predict(model, ids)
-    with model.disable_adapter():
-        return found, _predict(model, ids, greedy=False)
+    return model
 
 
-def _predict(model: Any, ids: Sequence[Any], greedy: bool = True) -> Predictions:
+def _answered(model: Any, found: Sequence[list[int]]) -> list[Asked]:
+    """The prompts, the first few with the model's greedy answer."""
     import torch
 
+    settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "temperature": None, "top_p": None, "top_k": None}
+    asked = []
+    for n, prompt in enumerate(found):
+        answer = []
+        if n < ANSWERS:
+            ids = torch.tensor([prompt])
+            with torch.inference_mode(), hf.quiet():
+                made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+            answer = made[0, len(prompt) :].tolist()
+        asked.append(Asked(prompt, answer))
+    return asked
+
+
+def _predict(model: Any, asked: Sequence[Asked]) -> Predictions:
+    import torch
+
+    rows = [torch.tensor([a.prompt + a.answer]) for a in asked]
     with torch.inference_mode(), hf.quiet():
-        logs = [model(input_ids=row[None]).logits[0].float().log_softmax(-1) for row in ids]
-        starts = [row[None, : max(1, len(row) // 2)] for row in ids[:4]] if greedy else []
-        settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "temperature": None, "top_p": None, "top_k": None}
-        said = [
-            model.generate(input_ids=s, attention_mask=torch.ones_like(s), **settings)[0, s.shape[1] :].tolist()
-            for s in starts
-        ]
-    return Predictions(logs, said)
+        return Predictions([model(input_ids=row).logits[0].float().log_softmax(-1) for row in rows])
 
 
 def _dtype(out: Path) -> Any:
