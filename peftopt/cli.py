@@ -120,7 +120,8 @@ def merge(
         str,
         typer.Option(
             help="For an adapter trained on a 4-bit base: full (the 16-bit weights), dequantized (what 4 bits left of "
-            "them), or auto (both, and keep the one nearer to the adapter on its 4-bit base)."
+            "them), or auto (both, and keep the one nearer to the adapter on its 4-bit base); in-place for packed "
+            "weights that stay 4-bit."
         ),
     ] = "full",
     scheme: Annotated[str, typer.Option(help="The 4-bit scheme of that base: nf4 or fp4.")] = "nf4",

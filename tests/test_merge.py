@@ -98,7 +98,7 @@ def logits(base: Path, adapter: Path | None = None) -> Any:
 def merged(base: Path, *adapters: Path, out: Path, **params: Any) -> Path:
     settings = merge.Params(**{"certify": "blocks", **params})
     merge.transform(Model(str(base), tuple(map(str, adapters))), settings, out, [], 0)
-    assert certificate(out)["passed"]
+    assert certificate(out)["passed"], certificate(out)["checks"]
     return out
 
 
@@ -682,7 +682,7 @@ def four_bit(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFact
     )
     model = AutoModelForCausalLM.from_pretrained(bases("llama"), quantization_config=scheme, device_map="cpu")
     model.save_pretrained(root / "base")
-    make_adapter(bases("llama"), root / "lora", peft_config("Lora", r=4, target_modules=LINEAR[:4]))
+    make_adapter(bases("llama"), root / "lora", peft_config("Lora", r=4, target_modules=LINEAR[:4]), std=0.2)
     return root / "base", root / "lora"
 
 
@@ -705,6 +705,21 @@ def test_a_merge_into_packed_weights_is_refused_and_into_dequantized_ones_done(
     assert (logits(out) - expected).abs().max() < 1e-4
     assert "quantization_config" not in json.loads((out / "config.json").read_text())
     assert not [name for name in open_model(out).entries if "absmax" in name or "quant" in name]
+
+
+def test_packed_weights_are_merged_in_place_only_when_forced(four_bit: tuple[Path, Path], tmp_path: Path) -> None:
+    base, lora = four_bit
+    out = merged(base, lora, out=tmp_path / "out", merge_base="in-place")
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["load_in_4bit"]
+    found = {check["name"]: check for check in certificate(out)["checks"]}
+    assert found["differs from the base"]["values"]["changed"] == 8
+    values = found["predictions"]["values"]
+    assert values["kl_null"] < values["kl"] < values["kl_base"], "rounding to 4 bits again shows"
+
+
+def test_in_place_needs_packed_weights(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="holds no 4-bit weights"):
+        merged(tiny_base, tiny_lora, out=tmp_path / "out", merge_base="in-place")
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4"])

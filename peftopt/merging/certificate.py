@@ -17,8 +17,8 @@ from typing import Any
 from peftopt import __version__, hf, identity
 from peftopt.adapter import Adapter, Pair
 from peftopt.checkpoint import Checkpoint, Draft, open_model
-from peftopt.merging.blocks import dtype_of, read, row_width
-from peftopt.merging.training import TrainingBase
+from peftopt.merging.blocks import FLOATS, dtype_of, read, row_width
+from peftopt.merging.training import TrainingBase, is_packed
 from peftopt.records import FORMAT, Json
 
 FILE = "parity.json"
@@ -159,13 +159,20 @@ class Predictions:
 
 
 def full(
-    base: Path, out: Path, adapters: Sequence[Adapter], combination: str, training: TrainingBase, texts: Sequence[str]
+    base: Path,
+    out: Path,
+    adapters: Sequence[Adapter],
+    combination: str,
+    training: TrainingBase,
+    texts: Sequence[str],
+    lossy: bool = False,
 ) -> Check:
     """Load what was saved and compare its predictions with the live adapter's, both computed in fp32.
 
     One model is in memory at a time. The merge passes when it is no farther from the adapter (mean KL divergence) than
     twice the adapter's own noise in the output's dtype, changes no more top tokens than that noise does, and is nearer
-    to the adapter than the base is.
+    to the adapter than the base is. A `lossy` merge, into other weights than the adapter was trained on, has to meet
+    only the last.
     """
     import torch
 
@@ -175,12 +182,13 @@ def full(
     live = _predict(model, asked)
     with model.disable_adapter():
         plain = _predict(model, asked)
-    model = hf.load(str(out), dtype=torch.float32)
+    still_packed = is_packed(getattr(hf.config(str(out)), "quantization_config", None))
+    model = hf.load(str(out)).dequantize().float() if still_packed else hf.load(str(out), dtype=torch.float32)
     merged, noisy = _predict(model, asked), live
     if dtype != torch.float32:
         model = _live(base, adapters, combination, training, dtype)
         noisy = _predict(model, asked)
-    return compare(live, merged, noisy, plain, asked, _decoder(out))
+    return compare(live, merged, noisy, plain, asked, _decoder(out), lossy)
 
 
 def compare(
@@ -190,6 +198,7 @@ def compare(
     plain: Predictions,
     asked: Sequence[Asked],
     decode: Callable[[list[int]], str],
+    lossy: bool = False,
 ) -> Check:
     """The verdict over four sets of predictions: the adapter's, the merged model's, the adapter's in the output's
     dtype (the null), and the base's."""
@@ -203,9 +212,9 @@ def compare(
     worst = max(range(len(ours)), key=lambda i: float(ours[i].max()))
     at = int(ours[worst].argmax())
     problems = []
-    if not (mean <= 2 * noise + 1e-6):
+    if not (lossy or mean <= 2 * noise + 1e-6):
         problems.append("farther from the adapter than twice the adapter's own noise")
-    if flips > null_flips + 3 * math.sqrt(null_flips + 1):
+    if not lossy and flips > null_flips + 3 * math.sqrt(null_flips + 1):
         problems.append("more top tokens change than by the adapter's own noise")
     if not (mean < distance / 2):
         problems.append("not nearer to the adapter than the base is: the delta is lost")
@@ -314,7 +323,7 @@ def _dtype(out: Path) -> Any:
     """The floating dtype that most of a folder's weights have."""
     with open_model(out) as written:
         totals: dict[str, int] = {}
-        for entry in written.entries.values():
+        for entry in (e for e in written.entries.values() if e.dtype in FLOATS):
             totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.items
     return dtype_of(max(totals, key=lambda name: totals[name]))
 

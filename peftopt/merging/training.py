@@ -6,12 +6,11 @@ with dequantized. The delta belongs to those weights; whether it does better on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from peftopt.checkpoint import Checkpoint
-from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.errors import MissingEnvironment
 from peftopt.merging.blocks import read
 
 SCHEMES = ("nf4", "fp4")
@@ -43,12 +42,20 @@ class TrainingBase:
         found = read(base, base.entries[name])
         if not self.is_packed(base, name):
             return found
-        states = [key for key in base.entries if key.startswith(f"{name}.")]
+        return _bitsandbytes().dequantize_4bit(found, self._state(base, name))
+
+    def pack(self, base: Checkpoint, name: str, value: Any) -> dict[str, Any]:
+        """A weight packed again as this one was: the tensor and the state beside it, by their names on disk."""
         functional = _bitsandbytes()
-        state = functional.QuantState.from_dict(
-            {key: read(base, base.entries[key]) for key in states}, device=found.device
+        old = self._state(base, name)
+        packed, state = functional.quantize_4bit(
+            value.to(old.dtype), blocksize=old.blocksize, compress_statistics=old.nested, quant_type=old.quant_type
         )
-        return functional.dequantize_4bit(found, state)
+        return {name: packed, **{f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}}
+
+    def _state(self, base: Checkpoint, name: str) -> Any:
+        parts = {key: read(base, base.entries[key]) for key in base.entries if key.startswith(f"{name}.")}
+        return _bitsandbytes().QuantState.from_dict(parts, device="cpu")
 
     def is_packed(self, base: Checkpoint, name: str) -> bool:
         return self.packed and f"{name}.absmax" in base.entries
@@ -76,11 +83,6 @@ def is_packed(settings: Any) -> bool:
     """Whether a config's quantization_config says 4-bit bitsandbytes."""
     found = settings if isinstance(settings, dict) else {}
     return found.get("quant_method") == "bitsandbytes" and bool(found.get("load_in_4bit"))
-
-
-def check_scheme(scheme: str, known: Iterable[str] = SCHEMES) -> None:
-    if scheme not in known:
-        raise BadInput(f"unknown 4-bit scheme {scheme!r}", f"use {' or '.join(known)}")
 
 
 def _bitsandbytes() -> Any:
