@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import math
+import os
 import random
 import shutil
 import tempfile
@@ -98,9 +100,20 @@ def _beside(out: Path) -> Path:
         raise BadInput(f"{out} exists already", "choose another --out or remove it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.resolve().parent)) / "model"
+        _remove_orphans(out)
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.resolve().parent)) / "model"
     except OSError as error:
         raise MissingEnvironment(f"cannot write {out}: {error.strerror}", "choose another --out") from error
+
+
+def _remove_orphans(out: Path) -> None:
+    """What a killed process left half written under this name."""
+    import psutil
+
+    for folder in out.resolve().parent.glob(f".{glob.escape(out.name)}.*.*"):
+        owner = folder.name.removeprefix(f".{out.name}.").partition(".")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from conftest import make_lora
 from safetensors.torch import load_file, save_file
 from test_run import RECIPE, command, prompts
 
@@ -228,3 +230,50 @@ def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(
     assert Path(facts["cache"]) == recipe.parent / "base.compiled" and facts["cache_bytes"] > 0
     assert facts["cold_s"] > 0 and facts["warm_s"] > 0 and facts["tpot_ms@1"] > 0
     assert {f.name: f.read_bytes() for f in (recipe.parent / "base").iterdir()} == before
+
+
+def test_a_merge_is_certified_or_kept_aside(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def merge(adapter: str, out: str, *more: str) -> int:
+        return command("merge", "--base", tiny_base, "--adapter", adapter, "--out", tmp_path / out, *more)
+
+    assert merge(f"{tiny_lora}=0.5", "half") == 0
+    shown = capsys.readouterr().out
+    assert "passed (full, 6 checks)" in shown and "KL" in shown
+    assert merge(str(tiny_lora), "whole", "--certify", "blocks", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["certificate"]["depth"] == "blocks"
+    assert merge(f"{tiny_lora}=0.003", "weak") == 1
+    err = errors(capsys)
+    assert "did not pass its certificate" in err and "the delta is lost" in err
+    assert not (tmp_path / "weak").exists()
+    assert not json.loads((tmp_path / "weak.failed" / "parity.json").read_text())["passed"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["half", "weak.failed", "whole"]
+
+
+def test_a_dry_run_shows_every_delta_and_calls_out_none(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dry(adapter: Path) -> str:
+        assert command("merge", "--base", tiny_base, "--adapter", adapter, "--dry-run") == 0
+        shown = capsys.readouterr()
+        return shown.out + shown.err
+
+    shown = dry(tiny_lora)
+    assert "model.layers.1.mlp.up_proj.weight" in shown and "14 tensors" in shown and "nothing was written" in shown
+    make_lora(tiny_base, tmp_path / "zero", std=0)
+    assert "no delta at all in 14 of 14" in dry(tmp_path / "zero")
+    assert command("merge", "--base", tiny_base, "--adapter", tiny_lora) == 2
+    assert "needs --out" in errors(capsys)
+    assert command("merge", "--base", tiny_base, "--adapter", f"{tiny_lora}=much", "--dry-run") == 2
+    assert "is no weight" in errors(capsys)
+
+
+def test_what_a_killed_merge_left_is_removed_by_the_next(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    for owner, survives in ((2**22 + 1, False), (os.getpid(), True)):  # no process, and one that lives
+        left = tmp_path / f".out.{owner}.abc"
+        (left / "model").mkdir(parents=True)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        out = tmp_path / "out"
+        assert command("merge", "--base", tiny_base, "--adapter", tiny_lora, "--out", out, "--certify", "blocks") == 0
+        assert left.exists() is survives

@@ -127,6 +127,11 @@ def test_every_answer_is_recorded_against_the_adapter_and_the_adapter_twice(ran:
     assert sum(v["kl"] for v in merged) / sum(v["scored_tokens"] for v in merged) < 0.05
 
 
+def test_the_report_carries_the_merges_certificate(ran: tuple[Path, Path, int]) -> None:
+    report = (ran[1] / "report.md").read_text()
+    assert "merged: parity certificate passed (full, 6 checks)" in report
+
+
 def test_the_merged_model_is_the_adapters_model(ran: tuple[Path, Path, int]) -> None:
     answers = {(m["variant"], m["launch"], m["values"]["row"]): m["values"] for m in lines(ran[1], "quality")}
     pairs = [(v, answers["adapter", 1, row]) for (name, _, row), v in answers.items() if name == "merged"]

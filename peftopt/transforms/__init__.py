@@ -7,6 +7,7 @@ modules it imports), optionally `CALIBRATES = True`, a frozen dataclass `Params`
 
 which writes a whole, loadable folder at `out` (weights as safetensors, config, generation config, tokenizer, chat
 template) and returns the Model that is there. `texts` are rendered calibration texts (prompt and answer, chat
-template applied), empty unless it calibrates. Raises BadInput for a model it cannot work on, saying what to do.
-Heavy imports stay inside functions.
+template applied), empty unless it calibrates or merges. It may also have `preview(model, params)`, which says what
+it would change, tensor by tensor, and may leave a certificate of its own checks (parity.json) in the folder. Raises
+BadInput for a model it cannot work on, saying what to do. Heavy imports stay inside functions.
 """
