@@ -18,6 +18,9 @@ for _name in ("torchao", "torch.utils._pytree", "torch.fx._symbolic_trace"):
     # On every import they report GPU kernels that a CPU cannot load, and deprecations in the libraries themselves.
     logging.getLogger(_name).setLevel(logging.ERROR)
 
+OWN_FILES = ("config.json", "parity.json")
+"""What each transform writes for itself: a certificate is of the weights beside it, and of no others."""
+
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -215,7 +218,7 @@ def copy_extras(source: str, out: Path) -> None:
     Saving them through transformers instead would rewrite them, and a changed chat template is a changed model.
     """
     for file in Path(source).iterdir():
-        kept = file.suffix not in WEIGHT_FILES and not file.name.endswith(".index.json") and file.name != "config.json"
+        kept = file.suffix not in WEIGHT_FILES and not file.name.endswith(".index.json") and file.name not in OWN_FILES
         if file.is_dir() and file.name == "additional_chat_templates":
             shutil.copytree(file, out / file.name, dirs_exist_ok=True)
         elif file.is_file() and kept and not file.name.startswith("."):

@@ -93,6 +93,7 @@ def test_a_transform_leaves_a_whole_finite_folder(name: str, built: Any, tiny_ba
     for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (out / file).read_bytes() == (tiny_base / file).read_bytes(), file
     assert AutoTokenizer.from_pretrained(out).chat_template
+    assert (out / "parity.json").is_file() is (name == "merge"), "a certificate is of the weights beside it"
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
