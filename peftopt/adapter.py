@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftopt import identity
-from peftopt.checkpoint import Checkpoint, Entry
+from peftopt.checkpoint import Checkpoint, Entry, alike, open_model
 from peftopt.errors import BadInput
 from peftopt.records import Json
 
@@ -121,9 +121,10 @@ def check_mergeable(adapter: Adapter) -> None:
 
 
 def check_base(adapter: Adapter, folder: Path, config: Mapping[str, Json]) -> None:
-    """Raises BadInput when what the adapter says of its base contradicts the base: class, name or revision.
+    """Raises BadInput when what the adapter says of its base contradicts the base: class, name, revision or weights.
 
-    Names and revisions are compared only where the base is known by name: in the hub's cache layout.
+    Names and revisions are compared where the base is known by name, in the hub's cache layout; weights, by samples,
+    where the adapter names a folder that is here and is not packed.
     """
     trained = adapter.config
     mapping = trained.get("auto_mapping") or {}
@@ -140,6 +141,13 @@ def check_base(adapter: Adapter, folder: Path, config: Mapping[str, Json]) -> No
         revision = trained.get("revision")
         if revision and re.fullmatch(r"[0-9a-f]{7,40}", revision) and not home.name.startswith(revision):
             problems.append(f"was trained on revision {revision}, and the base is {home.name}")
+    other = Path(str(trained.get("base_model_name_or_path") or ""))
+    if (other / "config.json").is_file() and other.resolve() != home:
+        settings = json.loads((other / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+        if not settings:
+            with open_model(other) as theirs, open_model(folder) as ours:
+                if not alike(theirs, ours):
+                    problems.append(f"was trained on {other}, whose weights are not those of {folder}")
     if problems:
         hint = "give the base it was trained on; --allow-base-mismatch merges all the same"
         raise BadInput(f"adapter {adapter.folder} {problems[0]}", hint)

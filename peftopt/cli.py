@@ -506,9 +506,10 @@ def _transform(
     plugin: str, params: dict[str, Any], model: Model, out: Path, calibration: str | None, seed: int, as_json: bool
 ) -> None:
     from peftopt import oneshot
+    from peftopt.console import Console
     from peftopt.thresholds import format_value
 
-    found = oneshot.transform(plugin, params, model, out, calibration, seed)
+    found = oneshot.transform(plugin, params, model, out, calibration, seed, Console().progress)
     lines = {
         "time": f"{found['seconds']:.1f} s",
         "size": format_value("size", found["size_bytes"]),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import math
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,8 +24,18 @@ from peftopt.records import Interval, Json, Model
 DEADLINE_S = 3600.0
 
 
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int, str], None]]]
+"""Opens a bar of that title and total; the function it gives sets how much is done and what is going on."""
+
+
 def transform(
-    plugin: str, params: Mapping[str, Json], model: Model, out: Path, texts: str | None, seed: int
+    plugin: str,
+    params: Mapping[str, Json],
+    model: Model,
+    out: Path,
+    texts: str | None,
+    seed: int,
+    progress: Progress | None = None,
 ) -> dict[str, Json]:
     """Write the transformed model to `out`, whole or not at all; returns what it took and what it found.
 
@@ -35,7 +47,7 @@ def transform(
     temporary = _beside(out)
     log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{plugin}.log"
     try:
-        with Child(log, machine.cores()) as child:
+        with Child(log, machine.cores()) as child, _watched(child, plugin, model, progress):
             facts = child.ask(
                 "transform",
                 DEADLINE_S,
@@ -54,6 +66,29 @@ def transform(
     finally:
         shutil.rmtree(temporary.parent, ignore_errors=True)
     return {**facts, "path": str(out), "size_bytes": store.size(out)}
+
+
+@contextlib.contextmanager
+def _watched(child: Child, plugin: str, model: Model, progress: Progress | None) -> Iterator[None]:
+    """Show how much of a merge is written; what other transforms will write is not known beforehand."""
+    if progress is None or plugin != "merge":
+        yield
+        return
+    over, total = threading.Event(), max(1, store.size(Path(model.path)) // 10**6)
+
+    def watch(show: Callable[[int, str], None]) -> None:
+        while not over.wait(0.2):
+            done = min(child.written() // 10**6, total)
+            show(done, "MB" if done < total else "MB; certifying")
+
+    with progress(plugin, total) as show:
+        watcher = threading.Thread(target=watch, args=(show,))
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
 
 
 def preview(plugin: str, params: Mapping[str, Json], model: Model) -> list[dict[str, Json]]:

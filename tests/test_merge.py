@@ -481,6 +481,21 @@ def test_a_foreign_base_is_refused_by_name_and_revision_unless_allowed(
     merged(base, lora, out=tmp_path / "out", allow_base_mismatch=True)
 
 
+def test_a_base_with_other_weights_than_the_one_in_training_is_refused(
+    bases: Callable[[str], Path], tiny_base: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_base, other)
+    merged(other, tiny_lora, out=tmp_path / "same")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match="whose weights are not those of"):
+        merged(other, tiny_lora, out=tmp_path / "out")
+    merged(other, tiny_lora, out=tmp_path / "out", allow_base_mismatch=True)
+
+
 def with_value(source: Path, out: Path, file: str, tensor: str, value: float) -> Path:
     """A copy of a folder in which one element of the first tensor of that name is `value`."""
     from safetensors.torch import load_file, save_file

@@ -136,7 +136,7 @@ class Blocks:
 
         width = row_width(entry)
         target = draft.entries[entry.name]
-        a, b = self._factors(pairs, piece)
+        a, b = self._factors(pairs, piece, _wide(entry))
         changed, squares = False, (0.0, 0.0)
         rows, size = max(1, BLOCK // max(1, width)), ITEM_BYTES[entry.dtype]
         for start in range(piece.start, piece.stop, rows):
@@ -161,7 +161,7 @@ class Blocks:
         if a is None and entry.dtype == target.dtype:
             check_finite(before, entry.name)
             return raw, False, (0.0, 0.0)
-        wide = self._wide(entry, len(before))
+        wide = self._buffer("wide", len(before) * _wide(entry).itemsize).view(_wide(entry))
         wide.copy_(before)
         squares = (0.0, 0.0)
         if a is not None:
@@ -177,8 +177,8 @@ class Blocks:
         differs = entry.dtype != target.dtype or not torch.equal(before, after)
         return out, differs, squares
 
-    def _factors(self, pairs: Sequence[Pair], rows: range) -> tuple[Any, Any]:
-        """All pairs as one: A stacked [sum of r, in], scale * B side by side [rows, sum of r], both fp32.
+    def _factors(self, pairs: Sequence[Pair], rows: range, dtype: torch.dtype) -> tuple[Any, Any]:
+        """All pairs as one: A stacked [sum of r, in], scale * B side by side [rows, sum of r].
 
         PEFT calls this combination "cat": the delta is the exact weighted sum of the adapters' deltas.
         """
@@ -186,15 +186,9 @@ class Blocks:
 
         if not pairs:
             return None, range(0)
-        a = torch.cat([read(p.adapter.weights, p.a).float() for p in pairs])
+        a = torch.cat([read(p.adapter.weights, p.a).to(dtype) for p in pairs])
         b = torch.cat([read(p.adapter.weights, p.b, rows).double() * p.scale for p in pairs], dim=1)
-        return a, b.float()
-
-    def _wide(self, entry: Entry, count: int) -> Any:
-        import torch
-
-        dtype = torch.float64 if entry.dtype == "F64" else torch.float32
-        return self._buffer("wide", count * dtype.itemsize).view(dtype)
+        return a, b.to(dtype)
 
     def _buffer(self, name: str, nbytes: int) -> Any:
         """A byte tensor of this thread, allocated once and used again for every block."""
@@ -229,6 +223,13 @@ class Blocks:
 def row_width(entry: Entry) -> int:
     """Elements of a row: a matrix goes by rows, anything else is one long row of single elements."""
     return entry.shape[-1] if len(entry.shape) == 2 and entry.shape[-1] else 1
+
+
+def _wide(entry: Entry) -> torch.dtype:
+    """What a tensor is computed in."""
+    import torch
+
+    return torch.float64 if entry.dtype == "F64" else torch.float32
 
 
 def _pieces(entry: Entry) -> Iterator[range]:

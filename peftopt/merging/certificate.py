@@ -25,7 +25,7 @@ FILE = "parity.json"
 ULPS = 1.0
 """How far a weight may be from the exact result, in units in the last place of the output's dtype."""
 
-PROMPTS, TOKENS = 16, 64
+PROMPTS, TOKENS = 12, 48
 """How many prompts "full" asks, and the most tokens of each."""
 
 ANSWERS, NEW_TOKENS = 4, 12

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftopt import hf
-from peftopt.adapter import Adapter, Pair, plain_pairs, targets
+from peftopt.adapter import Adapter, Pair, is_embedding, plain_pairs, targets
 from peftopt.checkpoint import SINGLE, Draft, Entry, open_model
 from peftopt.errors import BadInput
 from peftopt.merging import certificate
@@ -182,12 +182,8 @@ class Merge:
             )
         keys = sum(len(a.weights.entries) for a in self.adapters)
         self.checks.append(Check("adapter keys", True, f"each of {keys} consumed once, none missing", {"keys": keys}))
-        with open_model(out) as new:
-            odd = [e for e in self.base.entries.values() if e.name not in new.entries]
-            count = len(new.entries)
-        same = not odd or self.training.packed
-        detail = f"{count} tensors, names and shapes as in the base" if same else f"{odd[0].name} is missing"
-        self.checks.append(Check("tensors", same, detail, {"tensors": count}))
+        self.checks.append(self._tensors(out))
+        count = self.checks[-1].values["tensors"]
         self.checks.append(Check("finite", True, f"every value of all {count} tensors is finite"))
         unchanged = [w.name for w in written if not w.changed]
         detail = f"{len(written) - len(unchanged)} of {len(written)} tensors with a delta changed"
@@ -197,6 +193,22 @@ class Merge:
         self.checks.append(Check("differs from the base", True, detail, values))
         if samples:
             self.checks.append(certificate.recomputed(samples))
+
+    def _tensors(self, out: Path) -> Check:
+        """Names and shapes of what was written: the base's, but for what new tokens and parted embeddings change."""
+        with open_model(out) as new:
+            shapes = {name: entry.shape for name, entry in new.entries.items()}
+        before = {name: self.base.entries[name].shape for name in self.training.names(self.base)}
+        missing = sorted(before.keys() - shapes.keys())
+        other = [n for n in before.keys() & shapes.keys() if before[n] != shapes[n]]
+        resized = [n for n in other if is_embedding(n) or self.training.is_packed(self.base, n)]
+        wrong = missing + sorted(set(other) - set(resized))
+        notes = [f"{name} is new" for name in sorted(shapes.keys() - before.keys() - self.base.entries.keys())]
+        notes += [f"{n} is {list(shapes[n])}, was {list(before[n])}" for n in resized if is_embedding(n)]
+        detail = f"{len(shapes)} tensors, names and shapes as in the base" + "".join(f"; {note}" for note in notes)
+        if wrong:
+            detail = f"{wrong[0]} is missing or has another shape"
+        return Check("tensors", not wrong, detail, {"tensors": len(shapes)})
 
     def predictions(self, out: Path, texts: Sequence[str], lossy: bool = False) -> Check:
         """Compare what the saved folder predicts with the live adapter; see certificate.full."""
