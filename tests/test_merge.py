@@ -15,6 +15,7 @@ from conftest import make_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peftopt.adapter import NO_DELTA
 from peftopt.checkpoint import Draft, open_model, read_header
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.records import Model
@@ -192,8 +193,6 @@ def test_the_types_are_all_that_peft_has() -> None:
     """A new PEFT type has to be put in the matrix, or among those that cannot be merged."""
     import peft
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    from peftopt.adapter import NO_DELTA
 
     names = {f"{kind}Config" for kind, _ in TYPES.values()}
     tested = {kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if config.__name__ in names}
@@ -447,7 +446,8 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "r: 5 in adapter_config": {"r": 5},
     "which target_modules does not name": {"target_modules": ["q_proj"]},
     "was trained on a MistralForCausalLM": {"auto_mapping": {"base_model_class": "MistralForCausalLM"}},
-    "LILY.*depends on the input": {"peft_type": "LILY"},
+    "Arrow routes each token": {"arrow_config": {"top_k": 2}},
+    **{rf"\\({kind}\\) cannot be merged": {"peft_type": kind} for kind in NO_DELTA},
 }
 
 
