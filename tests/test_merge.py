@@ -447,7 +447,7 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
     "which target_modules does not name": {"target_modules": ["q_proj"]},
     "was trained on a MistralForCausalLM": {"auto_mapping": {"base_model_class": "MistralForCausalLM"}},
     "Arrow routes each token": {"arrow_config": {"top_k": 2}},
-    **{rf"\\({kind}\\) cannot be merged": {"peft_type": kind} for kind in NO_DELTA},
+    **{rf"\({kind}\) cannot be merged": {"peft_type": kind} for kind in NO_DELTA},
 }
 
 
