@@ -143,11 +143,11 @@ class Checkpoint:
         return memoryview(self._maps[entry.file])[start : start + nbytes]
 
     def forget(self, entry: Entry, at: int, nbytes: int) -> None:
-        """Let go of the memory behind a view; the kernel's page cache keeps it."""
+        """Let go of the memory behind a view, pages that it shares with neighbours included: the kernel's page cache
+        keeps them all, and whoever still reads a neighbour gets it from there."""
         start, page = entry.start + at, mmap.PAGESIZE
-        first, last = -(-start // page) * page, (start + nbytes) // page * page
-        if last > first:
-            self._maps[entry.file].madvise(mmap.MADV_DONTNEED, first, last - first)
+        first, last = start // page * page, -(-(start + nbytes) // page) * page
+        self._maps[entry.file].madvise(mmap.MADV_DONTNEED, first, min(last, len(self._maps[entry.file])) - first)
 
     def _handle(self, file: Path) -> int:
         if file not in self._handles:
