@@ -158,13 +158,14 @@ class Checkpoint:
 
 
 def alike(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints agree in the middle of some tensors that both have in one form: sampled, not proven."""
+    """Whether two checkpoints agree in the middle of some matrices that both have in one form: sampled, not proven."""
     shared = sorted(n for n in one.entries.keys() & other.entries.keys() if _form(one, n) == _form(other, n))
-    for name in shared[:: max(1, len(shared) // 16)]:
+    matrices = [name for name in shared if len(one.entries[name].shape) > 1]
+    for name in matrices[:: max(1, len(matrices) // 16)]:
         entry = one.entries[name]
         samples = [bytearray(min(256, entry.nbytes)) for _ in range(2)]
         for source, into in zip((one, other), samples, strict=True):
-            source.read(source.entries[name], entry.nbytes // 2 - len(into) // 2, memoryview(into))
+            source.read(source.entries[name], (entry.nbytes - len(into)) // 2, memoryview(into))
         if samples[0] != samples[1]:
             return False
     return True
