@@ -27,6 +27,9 @@ ITEM_BYTES = {
 LONGEST_HEADER = 100_000_000
 """Bytes, as in the reference implementation: a longer header is an attack or garbage."""
 
+FAULT_AROUND = 1 << 17
+"""Bytes; at least as many as the kernel maps around a page that was asked for (64 KiB on Linux)."""
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -143,11 +146,11 @@ class Checkpoint:
         return memoryview(self._maps[entry.file])[start : start + nbytes]
 
     def forget(self, entry: Entry, at: int, nbytes: int) -> None:
-        """Let go of the memory behind a view, pages that it shares with neighbours included: the kernel's page cache
-        keeps them all, and whoever still reads a neighbour gets it from there."""
-        start, page = entry.start + at, mmap.PAGESIZE
-        first, last = start // page * page, -(-(start + nbytes) // page) * page
-        self._maps[entry.file].madvise(mmap.MADV_DONTNEED, first, min(last, len(self._maps[entry.file])) - first)
+        """Let go of the memory behind a view: the kernel's page cache keeps it, so that whoever still reads there gets
+        it back. A little before it goes too, since each page fault brings in its neighbours (FAULT_AROUND)."""
+        start, whole = entry.start + at, self._maps[entry.file]
+        first = max(0, start // FAULT_AROUND - 1) * FAULT_AROUND
+        whole.madvise(mmap.MADV_DONTNEED, first, min(start + nbytes + FAULT_AROUND, len(whole)) - first)
 
     def _handle(self, file: Path) -> int:
         if file not in self._handles:
