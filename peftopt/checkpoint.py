@@ -27,8 +27,8 @@ ITEM_BYTES = {
 LONGEST_HEADER = 100_000_000
 """Bytes, as in the reference implementation: a longer header is an attack or garbage."""
 
-FAULT_AROUND = 1 << 17
-"""Bytes; at least as many as the kernel maps around a page that was asked for (64 KiB on Linux)."""
+FAULT_AROUND = 1 << 21
+"""Bytes; at least as many as the kernel maps around a page that was asked for: on Linux a large folio, 2 MiB."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

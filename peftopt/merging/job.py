@@ -272,7 +272,7 @@ class Merge:
 
 def _give_memory_back() -> None:
     """Have glibc map every block over 1 MB for itself, and unmap it when it is freed. By default it learns to keep
-    blocks of up to 32 MB in its heap, where weights of many sizes leave so many gaps that memory grows with the model."""
+    blocks of up to 32 MB in its heap, where weights of many sizes leave gaps, and memory grows with the model."""
     m_mmap_threshold = -3  # malloc.h
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 20)
