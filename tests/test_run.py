@@ -208,6 +208,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_records_no_failure(
         [sys.executable, "-m", "peftopt.cli", "run", recipe, "--results", tmp_path / "results", "--quiet"],
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list((tmp_path / "results").glob("runs/*/logs/quality-*")):  # a worker is at work in a lane
         assert process.poll() is None
