@@ -26,10 +26,6 @@ BATCH_TOKENS = 4096
 attention without a mask is much the faster."""
 
 
-DECODED = 4
-"""How many times as many rows and tokens may be decoded together as scored together."""
-
-
 @dataclass(frozen=True)
 class Asked:
     """A row with its prompt's token ids and the answer to score (ids, end of sequence included)."""
@@ -147,8 +143,8 @@ def ask(
                 finish(a, (tokens, stopped), scores)
             else:
                 waiting.append(Waiting(a, tokens, scores))
-    # What is left to decode travels in full and larger batches: a step of decoding costs little more for more rows.
-    for left in batches(waiting, DECODED * batch, DECODED * BATCH_TOKENS):
+    # What is left to decode travels in full batches, not a row or two behind each group that was scored.
+    for left in batches(waiting, batch):
         rest = _decode(engine, [w.asked.prompt + w.start for w in left], new_tokens)
         for w, (tokens, stopped) in zip(left, rest, strict=True):
             whole = w.start + tokens
@@ -160,12 +156,12 @@ def ask(
 Sized = TypeVar("Sized", "Asked", "Waiting")
 
 
-def batches(asked: Iterable[Sized], batch: int, most: int = BATCH_TOKENS) -> Iterator[list[Sized]]:
-    """Groups of at most `batch` rows and `most` padded tokens; a row that is longer travels alone."""
+def batches(asked: Iterable[Sized], batch: int) -> Iterator[list[Sized]]:
+    """Groups of at most `batch` rows and BATCH_TOKENS padded tokens; a row that is longer travels alone."""
     group: list[Sized] = []
     for a in asked:
         longest = max(a.length, *(x.length for x in group), 0)
-        if group and (len(group) == batch or longest * (len(group) + 1) > most):
+        if group and (len(group) == batch or longest * (len(group) + 1) > BATCH_TOKENS):
             yield group
             group = []
         group.append(a)
