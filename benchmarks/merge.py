@@ -1,9 +1,10 @@
-"""What a streaming LoRA merge costs: time over `cp`, memory at two sizes, error against fp64; and its peers.
+"""What a merge costs: LoRA's time over `cp`, memory at two sizes (DoRA's too), error against fp64; and its peers.
 
     python benchmarks/merge.py --axolotl VENV/bin/python --mergekit VENV/bin/python --json merge.json
 
 Makes a Llama checkpoint of random bf16 weights and a rank-16 LoRA of all its linear layers, then merges them in fresh
 processes, in rounds of random order beside `cp -r`, with the base in the page cache and nothing left to write back.
+The same LoRA as a DoRA shows, once at each size, the memory of the types that go through PEFT's own layers.
 Each peer merges the smaller checkpoint, to warm up, and then the larger, once. Needs about three times `--gb` on the
 disk and, for PEFT, twice `--gb` of memory; no model hub.
 
@@ -109,24 +110,25 @@ class Run:
 
 
 def make(folder: Path, shape: Shape, layers: int, shard: int) -> int:
-    """Write base and adapter, one tensor in memory at a time. Returns the bytes of the base's shards."""
+    """Write base, LoRA and DoRA, one tensor in memory at a time. Returns the bytes of the base's shards."""
     import torch
 
     torch.manual_seed(SEED)
     names: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, shape.hidden)}
     lora: dict[str, tuple[int, ...]] = {}
+    magnitudes: dict[str, tuple[int, ...]] = {}
     for n in range(layers):
         for module, (rows, columns) in shape.layer().items():
             names[f"model.layers.{n}.{module}.weight"] = (rows, columns)
             lora[f"base_model.model.model.layers.{n}.{module}.lora_A.weight"] = (RANK, columns)
             lora[f"base_model.model.model.layers.{n}.{module}.lora_B.weight"] = (rows, RANK)
+            magnitudes[f"base_model.model.model.layers.{n}.{module}.lora_magnitude_vector"] = (rows,)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             names[f"model.layers.{n}.{norm}.weight"] = (shape.hidden,)
     names |= {"model.norm.weight": (shape.hidden,), "lm_head.weight": (shape.vocab, shape.hidden)}
 
-    base, adapter = folder / "base", folder / "adapter"
+    base = folder / "base"
     base.mkdir(parents=True)
-    adapter.mkdir()
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     for name, size in names.items():
         if shards[-1] and _bytes({**shards[-1], name: size}) > shard:
@@ -140,13 +142,15 @@ def make(folder: Path, shape: Shape, layers: int, shard: int) -> int:
     total = _bytes(names)
     _dump(base / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _dump(base / "config.json", _config(shape, layers))
-    _write(adapter / "adapter_model.safetensors", lora)
-    _dump(adapter / "adapter_config.json", _adapter_config(base))
+    for kind, tensors in (("adapter", lora), ("dora", lora | magnitudes)):
+        (folder / kind).mkdir()
+        _write(folder / kind / "adapter_model.safetensors", tensors)
+        _dump(folder / kind / "adapter_config.json", _adapter_config(base) | {"use_dora": kind == "dora"})
     return total
 
 
 def _write(file: Path, tensors: Mapping[str, tuple[int, ...]]) -> None:
-    """A safetensors file of random bf16 tensors (norms are ones), written as they are drawn."""
+    """A safetensors file of random bf16 tensors (vectors are ones), written as they are drawn."""
     import torch
 
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -352,9 +356,9 @@ def _read(folder: Path) -> None:
                 pass
 
 
-def merge_command(folder: Path, out: Path) -> list[str]:
+def merge_command(folder: Path, out: Path, adapter: str = "adapter") -> list[str]:
     """peftopt's own, as a user types it."""
-    ends = ["--base", str(folder / "base"), "--adapter", str(folder / "adapter"), "--out", str(out)]
+    ends = ["--base", str(folder / "base"), "--adapter", str(folder / adapter), "--out", str(out)]
     return [sys.executable, "-m", "peftopt.cli", "merge", *ends, "--certify", "blocks", "--json"]
 
 
@@ -496,7 +500,13 @@ def measure(work: Path, arguments: argparse.Namespace, peers: Mapping[str, str],
         small.append(run(merge_command(second, second / "out"), second, second / "base"))
         shutil.rmtree(second / "out")
     raw["second"] = [asdict(r) for r in small]
-    print_memory({"first": found["peftopt merge"], "second": small}, found["import torch"], total)
+    modular = {}
+    for name in sizes:
+        folder = work / name
+        modular[f"{name}, DoRA"] = [run(merge_command(folder, folder / "out", "dora"), folder, folder / "base")]
+        shutil.rmtree(folder / "out")
+    raw["dora"] = {name: asdict(one) for name, [one] in modular.items()}
+    print_memory({"first": found["peftopt merge"], "second": small} | modular, found["import torch"], total)
 
     raw["accuracy"] = {"torch's rounding": apart(errors, first, None), "peftopt": apart(errors, first, merged)}
     shutil.rmtree(merged)
@@ -528,7 +538,7 @@ def print_memory(runs: Mapping[str, Sequence[Run]], torch: Sequence[Run], total:
     rows = [["import torch alone", "", *[_mb(f([r.rss for r in torch])) for f in (median, max)], ""]]
     for name, given in answers.items():
         values = [a["peak_memory_bytes"] for a in given]
-        size = f"{total[name] / 1e9:.2f} GB"
+        size = f"{total[name.partition(',')[0]] / 1e9:.2f} GB"
         rows.append([f"peftopt merge, {name}", size, _mb(median(values)), _mb(max(values)), _mb(max(values) - bare)])
     table("Peak memory in MB, of peftopt's worker", ["", "checkpoint", "median", "most", "over torch"], rows)
 

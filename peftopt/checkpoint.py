@@ -31,6 +31,8 @@ FAULT_AROUND = 1 << 21
 """Bytes; at least as many as the kernel maps around a page that was asked for: on Linux a large folio, 2 MiB."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DIGEST_BYTES = 1 << 20
+"""Read back at a time for a digest: stays in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,7 @@ class Draft:
     layout: Mapping[str, Sequence[Entry]]
     like: Checkpoint
     entries: dict[str, Entry] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     _handles: dict[Path, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -276,6 +279,17 @@ class Draft:
     def read(self, entry: Entry, at: int, into: memoryview) -> None:
         """What was written, read back."""
         os.preadv(self._handles[entry.file], [into], entry.start + at)
+
+    def digest(self, name: str) -> None:
+        """Read a complete tensor back and note its XXH3-128 in `digests`: what any reader of its bytes will get."""
+        import xxhash
+
+        entry, hasher, buffer = self.entries[name], xxhash.xxh3_128(), memoryview(bytearray(DIGEST_BYTES))
+        for at in range(0, entry.nbytes, DIGEST_BYTES):
+            block = buffer[: min(DIGEST_BYTES, entry.nbytes - at)]
+            self.read(entry, at, block)
+            hasher.update(block)
+        self.digests[name] = hasher.hexdigest()
 
     def _write_index(self) -> None:
         total = sum(e.nbytes for e in self.entries.values())

@@ -32,10 +32,16 @@ def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) ->
     if ratio and ratio.low > 1 and variant.name != evidence.baseline:
         notes.append(f"slower than {evidence.baseline} here: {ratio.estimate:.2f}x its latency")
     notes += _subset_note(evidence, variant.name)
-    if certificate := evidence.builds.get(evidence.plan.models[variant.name], {}).get("certificate"):
-        notes.append(f"parity certificate {certificate}")
-    techniques = tuple(rule_name(s) for s in variant.techniques)
-    return VariantDecision(variant.name, techniques, outcome, rule, found, evidence.figures(variant.name), tuple(notes))
+    return VariantDecision(
+        name=variant.name,
+        techniques=tuple(rule_name(s) for s in variant.techniques),
+        outcome=outcome,
+        decided_by=rule,
+        verdicts=found,
+        figures=evidence.figures(variant.name),
+        notes=tuple(notes),
+        certificates=tuple(evidence.certificates(variant.name)),
+    )
 
 
 def _subset_note(evidence: Evidence, variant: str) -> list[str]:

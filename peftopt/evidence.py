@@ -57,6 +57,16 @@ class Evidence:
                 case "memory":
                     self.memory[m.variant].append(m.values)
 
+    def certificates(self, variant: str) -> list[str]:
+        """What the artifacts that a variant is made of were checked for, in the order they were made."""
+        steps = {build.id: build for build in self.plan.builds}
+        found, at = [], self.plan.models[variant]
+        while build := steps.get(at):
+            if line := self.builds.get(at, {}).get("certificate"):
+                found.append(f"{build.step.plugin}: parity certificate {line}")
+            at = build.parent
+        return found[::-1]
+
     # ---- speed ------------------------------------------------------------------------------
 
     def blocks(self, variant: str, workload: str) -> int:

@@ -270,7 +270,8 @@ class VariantDecision:
     """A variant's outcome, the verdicts behind it, the one that decided, and the figures for the table.
 
     `figures` maps a metric's name ("latency.p50@chat", "speed@chat" = ratio to the baseline, "accuracy",
-    "perplexity", "kl", "top1", "critical_errors", "memory", "size", "load_time", …) to its Interval.
+    "perplexity", "kl", "top1", "critical_errors", "memory", "size", "load_time", …) to its Interval. `notes` warn;
+    `certificates` say in a line each what the artifacts it is made of were checked for.
     """
 
     name: str
@@ -280,6 +281,7 @@ class VariantDecision:
     verdicts: tuple[Verdict, ...]
     figures: Mapping[str, Interval]
     notes: tuple[str, ...] = ()
+    certificates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 from conftest import make_lora
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_128_hexdigest
 
 from peftopt.adapter import NO_DELTA
 from peftopt.checkpoint import Draft, open_model, read_header
@@ -100,7 +101,18 @@ def merged(base: Path, *adapters: Path, out: Path, **params: Any) -> Path:
     settings = merge.Params(**{"certify": "blocks", **params})
     merge.transform(Model(str(base), tuple(map(str, adapters))), settings, out, [], 0)
     assert certificate(out)["passed"], certificate(out)["checks"]
+    assert_as_certified(out)
     return out
+
+
+def assert_as_certified(out: Path) -> None:
+    """Every tensor on disk is there with the dtype, shape and digest that the certificate gives, and no other."""
+    with open_model(out) as weights:
+        found = {}
+        for name, entry in weights.entries.items():
+            weights.read(entry, 0, memoryview(data := bytearray(entry.nbytes)))
+            found[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "xxh3_128": xxh3_128_hexdigest(data)}
+    assert certificate(out)["tensors"] == found
 
 
 def certificate(out: Path) -> dict[str, Any]:

@@ -242,6 +242,7 @@ def hostile() -> tuple[Decision, list[Measurement]]:
             name=v.name + HOSTILE,
             techniques=(HOSTILE,),
             notes=(HOSTILE,),
+            certificates=(HOSTILE,),
             verdicts=tuple(map(spoil_record, v.verdicts)),
         )
         for v in decision.variants
@@ -536,6 +537,7 @@ variants = st.builds(
     verdicts=st.lists(verdicts, max_size=3).map(tuple),
     figures=st.dictionaries(names, intervals, max_size=8),
     notes=st.tuples() | st.tuples(words),
+    certificates=st.tuples() | st.tuples(words),
 )
 jsons = st.recursive(
     st.none() | st.booleans() | st.integers() | numbers | words,

@@ -122,6 +122,7 @@ class Blocks:
             delta, weight = (sum(squares[side] for _, squares in found) ** 0.5 for side in (0, 1))
             norms_found = (delta, weight) if norms else (None, None)
             yield Written(entry.name, any(changed for changed, _ in found), *norms_found)
+            settling.append(self._settler.submit(draft.digest, entry.name))
             left[file := draft.entries[entry.name].file] -= 1
             if not left[file]:
                 settling.append(self._settler.submit(draft.settle, file))
@@ -209,6 +210,7 @@ class Blocks:
             raise BadInput(f"{name} came out as {list(tensor.shape)}, its place is {list(target.shape)}")
         flat = tensor.contiguous().view(-1)
         list(self._pool.map(lambda at: self._put_block(draft, target, flat, at), range(0, len(flat), BLOCK)))
+        draft.digest(name)
 
     def _put_block(self, draft: Draft, target: Entry, flat: Any, at: int) -> None:
         block = flat[at : at + BLOCK]

@@ -55,9 +55,18 @@ class Check:
 
 
 def write(
-    out: Path, base: Path, adapters: Sequence[Adapter], method: str, depth: str, checks: Sequence[Check]
+    out: Path,
+    base: Path,
+    adapters: Sequence[Adapter],
+    method: str,
+    depth: str,
+    checks: Sequence[Check],
+    tensors: Mapping[str, Json],
 ) -> dict[str, Json]:
-    """Leave parity.json in the merged folder and return what it says. It names content, never the way to it."""
+    """Leave parity.json in the merged folder and return what it says. It names content, never the way to it.
+
+    `tensors` maps a name to the dtype, shape and XXH3-128 of the bytes in the folder; only the file holds them.
+    """
     found = {
         "format": FORMAT,
         "made_by": f"peftopt {__version__}",
@@ -70,7 +79,10 @@ def write(
         "passed": all(check.passed for check in checks),
         "checks": [asdict(check) for check in checks],
     }
-    (out / FILE).write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    # A line a tensor: a large model has thousands.
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in tensors.items())
+    text = json.dumps(found, indent=1, ensure_ascii=False).removesuffix("\n}")
+    (out / FILE).write_text(f'{text},\n "tensors": {{\n{lines}\n }}\n}}\n', encoding="utf-8")
     return found
 
 

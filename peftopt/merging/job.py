@@ -47,6 +47,8 @@ class Merge:
         for adapter in adapters:
             self.stack.enter_context(adapter.weights)
         self.checks: list[Check] = []
+        self.digests: dict[str, str] = {}
+        self.tensors: dict[str, Json] = {}
         self.method = ""
 
     def __enter__(self) -> Merge:
@@ -126,6 +128,7 @@ class Merge:
             list(blocks.transfer(self.base, draft, [e for n, e in self.base.entries.items() if n not in packed], {}))
             for name, value in packed.items():
                 blocks.put(draft, name, value)
+            self.digests = draft.digests
         same = {name for name in packed if packed[name].equal(read(self.base, self.base.entries[name]))}
         weights = [Written(name, name not in same) for name in packed if self.training.is_packed(self.base, name)]
         self._check_written(weights, [], out)
@@ -138,6 +141,7 @@ class Merge:
             entries = list(self.base.entries.values())
             written = list(blocks.transfer(self.base, draft, entries, pairs))
             samples = certificate.sample_lora(self.base, draft, pairs)
+            self.digests = draft.digests
         return [w for w in written if w.name in pairs], samples
 
     def _modules(self, blocks: Blocks, out: Path) -> tuple[list[Written], list[tuple[str, float, int]]]:
@@ -149,6 +153,7 @@ class Merge:
         with Draft(out, self._layout(stored, rewrite.added), self.base) as draft:
             rest = [e for e in self.base.entries.values() if e.name not in stored and e.name in draft.entries]
             list(blocks.transfer(self.base, draft, rest, {}))
+            self.digests = draft.digests
             return rewrite.write(blocks, draft)
 
     def _hollow(self) -> Hollow:
@@ -201,6 +206,10 @@ class Merge:
         """Names and shapes of what was written: the base's, but for what new tokens and parted embeddings change."""
         with open_model(out) as new:
             shapes = {name: entry.shape for name, entry in new.entries.items()}
+            self.tensors = {
+                name: {"dtype": entry.dtype, "shape": list(entry.shape), "xxh3_128": self.digests[name]}
+                for name, entry in new.entries.items()
+            }
         before = {name: self.base.entries[name].shape for name in self.training.names(self.base)}
         missing = sorted(before.keys() - shapes.keys())
         other = [n for n in before.keys() & shapes.keys() if before[n] != shapes[n]]
@@ -219,7 +228,7 @@ class Merge:
 
     def certify(self, out: Path, depth: str) -> dict[str, Json]:
         """Leave the certificate in the folder, and return what it says."""
-        return certificate.write(out, self.folder, self.adapters, self.method, depth, self.checks)
+        return certificate.write(out, self.folder, self.adapters, self.method, depth, self.checks, self.tensors)
 
     # ---- looking -----------------------------------------------------------------------------
 
@@ -288,6 +297,9 @@ class _Nowhere:
         """Nothing."""
 
     def settle(self, file: Path) -> None:
+        """Nothing."""
+
+    def digest(self, name: str) -> None:
         """Nothing."""
 
 

@@ -44,6 +44,7 @@ def _variant(found: dict[str, Any]) -> VariantDecision:
             "verdicts": tuple(Verdict(**{**v, "value": _interval(v["value"])}) for v in found["verdicts"]),
             "figures": {name: interval for name, v in found["figures"].items() if (interval := _interval(v))},
             "notes": tuple(found["notes"]),
+            "certificates": tuple(found["certificates"]),
         }
     )
 
