@@ -178,6 +178,7 @@ def bench(
             cache = compile_cache(arm.model) if arm.engine == "compiled" else None
             child = stack.enter_context(Child(folder / f"{arm.name}.log", threads or machine.cores(), cache))
             model = asdict(_absolute(arm.model))
+            child.ask("prepare", DEADLINE_S, plugin=arm.engine)
             found[arm.name] |= child.ask("open", DEADLINE_S, plugin=arm.engine, params={}, model=model)
             children[arm.name] = child
         dice = random.Random(seed)

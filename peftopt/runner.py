@@ -248,7 +248,8 @@ def answer(run: Run) -> None:
     rows = _exam(corpus.read(quality.prompts), quality.rows)
     baseline = run.recipe.variants[run.recipe.baseline]
     parts = {v.name: rows[: _whole_batches(need.answers(run.recipe, v), quality.batch)] for v in run.alive()}
-    with run.listener.progress("answers", sum(map(len, parts.values())) + len(rows)) as show:
+    null = rows[: _whole_batches(need.FEWEST_ANSWERS, quality.batch)]
+    with run.listener.progress("answers", sum(map(len, parts.values())) + len(null)) as show:
         counts: dict[str, int] = {}
 
         def count(name: str, n: int) -> None:
@@ -260,7 +261,7 @@ def answer(run: Run) -> None:
         # The null first, since errors that it shares are not a variant's; then what only generates and takes longest.
         others = sorted((v for v in run.alive() if v != baseline), key=lambda v: v.engine == baseline.engine)
         with _lanes(run, len(others) + 1) as (pool, threads):
-            jobs = [pool.submit(_answer, run, baseline, rows, 2, max(1, quality.batch // 2), threads, count)]
+            jobs = [pool.submit(_answer, run, baseline, null, 2, max(1, quality.batch // 2), threads, count)]
             jobs += [pool.submit(_answer, run, v, parts[v.name], 1, quality.batch, threads, count) for v in others]
             for job in jobs:
                 job.result()
@@ -358,17 +359,29 @@ def _try_twice(run: Run, variant: str, stage: str, attempt: Callable[[], None]) 
 @contextlib.contextmanager
 def _opened(run: Run, variant: Variant, why: str, threads: int) -> Iterator[tuple[Child, dict[str, Json]]]:
     """A fresh worker with the variant's model loaded."""
+    with _started(run, variant, why, threads) as child:
+        yield child, _open(run, variant, child)
+
+
+@contextlib.contextmanager
+def _started(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Child]:
+    """A fresh worker that has imported what the variant's engine needs."""
     cache = run.store.cache(run.plan.models[variant.name])
     log = run.folder / "logs" / f"{why}-{variant.name}.log"
     with Child(log, threads, cache, _python(variant.engine)) as child:
-        launch = child.ask(
-            "open",
-            run.recipe.measure.deadline_s,
-            plugin=variant.engine.plugin,
-            params=dict(variant.engine.params),
-            model=asdict(run.model(variant)),
-        )
-        yield child, launch
+        child.ask("prepare", run.recipe.measure.deadline_s, plugin=variant.engine.plugin)
+        yield child
+
+
+def _open(run: Run, variant: Variant, child: Child) -> dict[str, Json]:
+    """Load the variant's model into a worker; returns the facts of the launch."""
+    return child.ask(
+        "open",
+        run.recipe.measure.deadline_s,
+        plugin=variant.engine.plugin,
+        params=dict(variant.engine.params),
+        model=asdict(run.model(variant)),
+    )
 
 
 # ---- the race ------------------------------------------------------------------------------------
@@ -402,6 +415,7 @@ class _Field:
     def __init__(self, run: Run, workload: Workload) -> None:
         self.run, self.workload = run, workload
         self.stack = contextlib.ExitStack()
+        self.started: dict[str, Child] = {}
         self.children: dict[str, Child] = {}
 
     def __enter__(self) -> _Field:
@@ -421,8 +435,9 @@ class _Field:
             arms.append(recipe.baseline + TWIN)
         random.Random(f"{recipe.seed}/{self.workload.name}/{number}").shuffle(arms)
         batches = _batches(rows, self.workload, number, recipe)
+        self._start([arm for arm in arms if arm not in self.children])
         for order, arm in enumerate(arms):
-            if self.run.recipe.variants[arm.removesuffix(TWIN)].name not in self.run.evidence.failures:
+            if self._variant(arm).name not in self.run.evidence.failures:
                 self._turn(arm, number, order, batches)
 
     def _turn(self, arm: str, number: int, order: int, batches: list[list[Json]]) -> None:
@@ -445,16 +460,32 @@ class _Field:
 
         _try_twice(self.run, arm.removesuffix(TWIN), f"speed ({self.workload.name})", attempt)
 
+    def _start(self, arms: Sequence[str]) -> None:
+        """Start these workers side by side: they import for longer than they load. One that cannot start is tried
+        again, and put on record, at its turn."""
+
+        def start(arm: str) -> None:
+            with contextlib.suppress(WorkerFailed):
+                self.started[arm] = self._worker(arm)
+
+        with ThreadPoolExecutor(max(1, len(arms))) as pool:
+            list(pool.map(start, arms))
+
+    def _worker(self, arm: str) -> Child:
+        threads = self.run.recipe.measure.threads or machine.cores()
+        started = _started(self.run, self._variant(arm), f"speed-{self.workload.name}", threads)
+        return self.stack.enter_context(started)
+
     def _child(self, arm: str) -> Child:
-        """The arm's worker; launched, and warmed up once on this workload, when it first runs."""
+        """The arm's worker; its model is loaded when it first runs."""
         if arm not in self.children:
-            variant = self.run.recipe.variants[arm.removesuffix(TWIN)]
-            threads = self.run.recipe.measure.threads or machine.cores()
-            opened = _opened(self.run, variant, f"speed-{self.workload.name}", threads)
-            child, launch = self.stack.enter_context(opened)
-            self.run.log("launch", arm, launch, self.workload.name)
+            child = self.started.pop(arm, None) or self._worker(arm)
+            self.run.log("launch", arm, _open(self.run, self._variant(arm), child), self.workload.name)
             self.children[arm] = child
         return self.children[arm]
+
+    def _variant(self, arm: str) -> Variant:
+        return self.run.recipe.variants[arm.removesuffix(TWIN)]
 
 
 def _batches(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> list[list[Json]]:

@@ -59,6 +59,11 @@ class Worker:
         source = module("transform", plugin)
         return {"tensors": source.preview(_model(model), source.Params(**params))}
 
+    def prepare(self, plugin: str) -> dict[str, Json]:
+        """Import what an engine needs, so that `model_loading_time` is the model's alone."""
+        module("engine", plugin).prepare()
+        return {}
+
     def open(self, plugin: str, params: dict[str, Json], model: dict[str, Json]) -> dict[str, Json]:
         """Load a model into an engine. Times in seconds; `adapter_switch_time` where an adapter was attached."""
         import torch

@@ -22,6 +22,7 @@ class Script:
 
     special_tokens = frozenset({EOS})
     eos = EOSES
+    own_decoder = False
 
     def __init__(self, texts: dict[int, list[int]], scores: bool = True) -> None:
         self.texts, self.scores, self.generated = texts, scores, 0
@@ -71,6 +72,15 @@ def test_a_right_draft_costs_no_decoding_unless_the_row_is_critical() -> None:
         row = Row("r", ({"role": "user", "content": "9"},), "1 2 3", critical)
         quality.ask(engine, [row], None, 8, 4)  # type: ignore[arg-type]
         assert engine.generated == critical
+
+
+@pytest.mark.parametrize("own_decoder", [False, True])
+def test_a_decoder_of_its_own_has_every_critical_row_to_prove_and_another_a_sample(own_decoder: bool) -> None:
+    engine = Script({9: [1, 2, 3]})
+    engine.own_decoder = own_decoder
+    rows = [Row(str(n), ({"role": "user", "content": "9"},), "1 2 3", True) for n in range(quality.DECODED + 5)]
+    quality.ask(engine, rows, None, 8, 4)  # type: ignore[arg-type]
+    assert engine.generated == quality.DECODED + 5 * own_decoder
 
 
 def test_an_engine_that_cannot_score_decodes_everything() -> None:

@@ -3,6 +3,7 @@
 An engine file has a one-line docstring (its help), `TECHNIQUE` ("" or "compile"), `NEEDS`, a frozen dataclass
 `Params`, and
 
+    def prepare() -> None                                   # imports what `open` needs, and no more
     def open(model: Model, params: Params) -> Engine
 
 Heavy imports stay inside functions.
@@ -49,7 +50,10 @@ class Engine(Protocol):
     """A model that is loaded and answers. One request may hold several prompts: a batch."""
 
     scores: bool
-    """Whether `score` works; an endpoint or a compiled decoder only generates."""
+    """Whether `score` works; an endpoint may only generate."""
+
+    own_decoder: bool
+    """Whether `generate` runs other code than `score` does, so that it has more to prove."""
 
     adapter_switch_time: float | None
     """Seconds it took to attach the adapters; None when there are none."""

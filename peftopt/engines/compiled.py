@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftopt.engines import Generation, Scores, eager
+from peftopt.engines import Generation, eager
 from peftopt.errors import BadInput
 from peftopt.records import Model
 
@@ -30,6 +30,9 @@ class Params:
     device: str = "auto"
 
 
+prepare = eager.prepare
+
+
 def open(model: Model, params: Params) -> Compiled:
     """Load the model; the first `generate` of each batch size compiles, or loads what an earlier process compiled."""
     if params.mode not in MODES:
@@ -40,12 +43,13 @@ def open(model: Model, params: Params) -> Compiled:
 
 
 class Compiled(eager.Transformers):
-    """The eager engine with another cache and a compiled decode step; the prompt itself still runs eagerly.
+    """The eager engine with another cache and a compiled decode step; the prompt itself still runs eagerly, and so does
+    scoring, over the same weights.
 
     What Inductor compiles is kept in TORCHINDUCTOR_CACHE_DIR, so a second process starts warm.
     """
 
-    scores = False
+    own_decoder = True
 
     def __init__(self, model: Model, params: Params) -> None:
         from transformers import CompileConfig
@@ -62,9 +66,6 @@ class Compiled(eager.Transformers):
         # Static shapes: a graph of its own for each batch size, instead of one slower graph for all of them.
         self._compile = CompileConfig(mode=params.mode, dynamic=False)
         self._compile._compile_all_devices = True  # transformers compiles by itself only on accelerators
-
-    def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
-        raise NotImplementedError("a compiled decoder only generates; score with the eager engine")
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         # Each batch size is a graph of its own: rows of padding up to a power of two keep them few.

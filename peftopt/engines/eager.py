@@ -24,6 +24,12 @@ class Params:
     device: str = "auto"
 
 
+def prepare() -> None:
+    """Import PyTorch, transformers and PEFT: seconds of work that are no model's."""
+    import peft  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+
 def open(model: Model, params: Params) -> Transformers:
     """Load the model and its adapters. Raises BadInput for a folder or an adapter that cannot be read."""
     return Transformers(model, params.device)
@@ -32,7 +38,7 @@ def open(model: Model, params: Params) -> Transformers:
 class Transformers:
     """A loaded model that answers through `generate`; see `peftopt.engines.Engine` for what each method promises."""
 
-    scores = True
+    scores, own_decoder = True, False
 
     def __init__(self, model: Model, device: str) -> None:
         import torch

@@ -1,8 +1,9 @@
 """Tensors from checkpoint to checkpoint in blocks of half a million elements: little memory, one rounding.
 
 A block is widened to fp32 in a buffer that stays in the processor's cache, given its delta by one `addmm_`, rounded
-once to the output's dtype, checked for values that are not finite, and written to its place. A file that is complete
-settles on the disk while the next one is made.
+once to the output's dtype, checked for values that are not finite, and written to its place. The few elements that
+fp32's own error could round the other way are computed again in fp64. A file that is complete settles on the disk
+while the next one is made.
 """
 
 from __future__ import annotations
@@ -49,6 +50,9 @@ def dtype_of(name: str) -> torch.dtype:
     }[name]
 
 
+DOUBT = 2.0**-23
+"""How far fp32 is taken to be off, in units of a block's largest weight, old or new: twice its unit roundoff."""
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -61,6 +65,36 @@ class Written:
     changed: bool
     delta_norm: float | None = None
     weight_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is added to some rows of a weight, as one product b @ a of shapes [rows, r] and [r, in]: both in the dtype
+    that the sum is computed in, and in fp64."""
+
+    b: torch.Tensor
+    a: torch.Tensor
+    exact_b: torch.Tensor
+    exact_a: torch.Tensor
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair], rows: range, dtype: torch.dtype) -> Delta:
+        """All pairs as one: A stacked [sum of r, in], scale * B side by side [rows, sum of r].
+
+        PEFT calls this combination "cat": the delta is the exact weighted sum of the adapters' deltas.
+        """
+        import torch
+
+        a = torch.cat([read(p.adapter.weights, p.a).double() for p in pairs])
+        b = torch.cat([read(p.adapter.weights, p.b, rows).double() * p.scale for p in pairs], dim=1)
+        return cls(b.to(dtype), a.to(dtype), b, a)
+
+    def rows(self, start: int, stop: int) -> Delta:
+        return Delta(self.b[start:stop], self.a, self.exact_b[start:stop], self.exact_a)
+
+    def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Single elements of it, in fp64."""
+        return (self.exact_b[rows] * self.exact_a.t()[columns]).sum(1)
 
 
 class Blocks:
@@ -137,21 +171,22 @@ class Blocks:
 
         width = row_width(entry)
         target = draft.entries[entry.name]
-        a, b = self._factors(pairs, piece, _wide(entry))
+        delta = Delta.of(pairs, piece, _wide(entry)) if pairs else None
         changed, squares = False, (0.0, 0.0)
         rows, size = max(1, BLOCK // max(1, width)), ITEM_BYTES[entry.dtype]
         for start in range(piece.start, piece.stop, rows):
             at, nbytes = start * width * size, min(rows, piece.stop - start) * width * size
             raw = out = torch.frombuffer(base.view(entry, at, nbytes), dtype=torch.uint8)
             if entry.dtype in FLOATS:
-                out, differs, block = self._add(entry, target, raw, a, b[start - piece.start :], width, norms)
+                own = delta and delta.rows(start - piece.start, start - piece.start + rows)
+                out, differs, block = self._add(entry, target, raw, own, width, norms)
                 changed, squares = changed or differs, (squares[0] + block[0], squares[1] + block[1])
             draft.write(target, start * width * ITEM_BYTES[target.dtype], out.numpy().data)
             base.forget(entry, at, nbytes)
         return changed, squares
 
     def _add(
-        self, entry: Entry, target: Entry, raw: Any, a: Any, b: Any, width: int, norms: bool
+        self, entry: Entry, target: Entry, raw: Any, delta: Delta | None, width: int, norms: bool
     ) -> tuple[Any, bool, tuple[float, float]]:
         """One block, as bytes: widened, the delta added, rounded once, checked."""
         import torch
@@ -159,37 +194,47 @@ class Blocks:
         if raw.data_ptr() % ITEM_BYTES[entry.dtype]:
             raw = raw.clone()  # tensors may start anywhere in a file
         before = raw.view(dtype_of(entry.dtype))
-        if a is None and entry.dtype == target.dtype:
+        if delta is None and entry.dtype == target.dtype:
             check_finite(before, entry.name)
             return raw, False, (0.0, 0.0)
         wide = self._buffer("wide", len(before) * _wide(entry).itemsize).view(_wide(entry))
         wide.copy_(before)
         squares = (0.0, 0.0)
-        if a is not None:
-            table = wide.view(-1, width)
+        if delta is not None:
             if norms:
-                delta = b[: len(table)] @ a
-                squares = float(delta.norm()) ** 2, float(wide.norm()) ** 2
-            table.addmm_(b[: len(table)], a)
+                squares = float((delta.b @ delta.a).norm()) ** 2, float(wide.norm()) ** 2
+            wide.view(-1, width).addmm_(delta.b, delta.a)
         out = self._buffer("out", len(before) * ITEM_BYTES[target.dtype])
         after = out.view(dtype_of(target.dtype))
         after.copy_(wide)
         check_finite(after, entry.name)
+        if delta is not None and after.itemsize == 2:
+            at = self._doubtful(before, wide, after)
+            exact = before[at].double() + delta.at(at // width, at % width)
+            after[at] = round_once(exact, after.dtype)
         differs = entry.dtype != target.dtype or not torch.equal(before, after)
         return out, differs, squares
 
-    def _factors(self, pairs: Sequence[Pair], rows: range, dtype: torch.dtype) -> tuple[Any, Any]:
-        """All pairs as one: A stacked [sum of r, in], scale * B side by side [rows, sum of r].
+    def _doubtful(self, before: Any, wide: Any, rounded: Any) -> Any:
+        """Where fp32's own error may have crossed from one value of the output's dtype to the next: flat indices.
 
-        PEFT calls this combination "cat": the delta is the exact weighted sum of the adapters' deltas.
+        It is an error of the terms, so it is large for sums in which large terms cancel.
         """
         import torch
 
-        if not pairs:
-            return None, range(0)
-        a = torch.cat([read(p.adapter.weights, p.a).to(dtype) for p in pairs])
-        b = torch.cat([read(p.adapter.weights, p.b, rows).double() * p.scale for p in pairs], dim=1)
-        return a, b.to(dtype)
+        doubt = DOUBT * max(abs(float(edge)) for values in (before, wide) for edge in torch.aminmax(values))
+        shifted = self._buffer("shifted", len(wide) * wide.itemsize).view(wide.dtype)
+        others = []
+        for name, step in (("below", -doubt), ("above", doubt)):
+            torch.add(wide, step, out=shifted)
+            other = self._buffer(name, len(wide) * rounded.itemsize).view(rounded.dtype)
+            others.append(other.copy_(shifted).view(torch.int16))
+        below, above = others
+        # Four at a time, since few differ: a word of 64 bits where there are whole ones, then its elements.
+        whole = len(wide) // 4 * 4
+        words = (below[:whole].view(torch.int64) != above[:whole].view(torch.int64)).nonzero()
+        at = torch.cat([(words * 4 + torch.arange(4)).view(-1), torch.arange(whole, len(wide))])
+        return at[below[at] != above[at]]
 
     def _buffer(self, name: str, nbytes: int) -> Any:
         """A byte tensor of this thread, allocated once and used again for every block."""
@@ -253,6 +298,17 @@ def read(source: Checkpoint | Draft, entry: Entry, rows: range | None = None) ->
     source.read(entry, rows.start * width * size, data.numpy().data)
     shape = entry.shape if len(rows) * width == entry.items else (len(rows), width)
     return data.view(dtype_of(entry.dtype)).view(shape)
+
+
+def round_once(exact: Any, dtype: torch.dtype) -> Any:
+    """fp64 to a half precision, to the nearest. torch goes through fp32, and may round a near tie twice: so that step
+    rounds to odd, after which the next is right (Boldo and Melquiond, 2008)."""
+    import torch
+
+    single = exact.float()
+    bits = single.view(torch.int32)
+    past = single.double().abs() > exact.abs()
+    return ((bits - past.int()) | (single.double() != exact).int()).view(torch.float32).to(dtype)
 
 
 def check_finite(values: Any, name: str) -> None:

@@ -3,7 +3,8 @@
 Greedy answers are found by verifying a draft (the expected answer): one forward pass tells where the model first
 disagrees with it, and only from there is anything decoded. That is greedy speculative decoding (Leviathan et al.
 2023), so the answer is the model's own; it costs a prefill instead of a decode for every prompt that is right.
-Rows tagged critical are always decoded token by token as well as scored, as a server would do it.
+Some rows tagged critical are decoded token by token as well as scored, as a server would do it: all of them where
+the engine decodes by other code than it scores with.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 BATCH_TOKENS = 4096
 """At most this many padded prompt tokens in one forward pass: a long row travels alone, which needs no mask, and
 attention without a mask is much the faster."""
+
+DECODED = 16
+"""Critical rows whose answer is decoded from its first token although a draft could prove it."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +136,12 @@ def ask(
             found[_key(a.row)] = (answer[0], scores)
 
     waiting: list[Waiting] = []
+    critical = [row.id for row in rows if row.critical]
+    decoded = set(critical if engine.own_decoder else critical[:DECODED])
     for group in batches(_by_length(_asked(engine, row, known) for row in rows), batch):
         drafted = _drafted(engine, group, new_tokens)
         for a, scores in zip(drafted, _scores(engine, drafted), strict=True):
-            if scores is None or a.row.critical:
+            if scores is None or a.row.id in decoded:
                 waiting.append(Waiting(a, [], scores))
                 continue
             tokens, complete, stopped = verified(a.draft, scores.best, engine.eos, new_tokens)
