@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from xxhash import xxh3_128_hexdigest
 from peftopt.adapter import NO_DELTA
 from peftopt.checkpoint import Draft, open_model, read_header
 from peftopt.errors import BadInput, MissingEnvironment
-from peftopt.merging.blocks import round_once
+from peftopt.merging.blocks import largest, rounded_to_odd
 from peftopt.records import Model
 from peftopt.transforms import merge
 
@@ -361,6 +362,13 @@ def test_adapters_that_do_not_add_up_are_refused(bases: Callable[[str], Path], t
             merged(base, lora, lora, out=tmp_path / "out3", weights=weights)
 
 
+def round_once(exact: Any, dtype: Any) -> Any:
+    """fp64 to the nearest of a half precision."""
+    import torch
+
+    return torch.from_numpy(rounded_to_odd(exact.numpy())).to(dtype)
+
+
 def exact_sums(base: Path, adapter: Path) -> dict[str, Any]:
     """The merged weights in fp64: W + alpha / r * B A."""
     from safetensors.torch import load_file
@@ -408,6 +416,21 @@ def test_rounding_once_gives_the_nearest_value(value: float, dtype: str) -> None
     others = near.view(kind).double()
     others = others[others.isfinite()]
     assert (found.double() - exact).abs() <= (others - exact).abs().min()
+
+
+@given(
+    st.lists(st.floats(width=16), min_size=1, max_size=9),
+    st.sampled_from(["bfloat16", "float16", "float32", "float64"]),
+)
+def test_the_largest_magnitude_is_found_in_the_bits(values: list[float], dtype: str) -> None:
+    import torch
+
+    given_ = torch.tensor(values, dtype=getattr(torch, dtype))
+    found = largest(given_)
+    if given_.isfinite().all():
+        assert found == given_.abs().max()
+    else:
+        assert not math.isfinite(found)
 
 
 def test_rounding_once_does_not_round_a_near_tie_twice() -> None:

@@ -8,6 +8,7 @@ while the next one is made.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import Counter
@@ -21,6 +22,7 @@ from peftopt.checkpoint import ITEM_BYTES, Checkpoint, Draft, Entry
 from peftopt.errors import BadInput
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 BLOCK = 1 << 19
@@ -70,12 +72,12 @@ class Written:
 @dataclass(frozen=True)
 class Delta:
     """What is added to some rows of a weight, as one product b @ a of shapes [rows, r] and [r, in]: both in the dtype
-    that the sum is computed in, and in fp64."""
+    that the sum is computed in, and in fp64, `exact_a` as [in, r]."""
 
     b: torch.Tensor
     a: torch.Tensor
-    exact_b: torch.Tensor
-    exact_a: torch.Tensor
+    exact_b: np.ndarray
+    exact_a: np.ndarray
 
     @classmethod
     def of(cls, pairs: Sequence[Pair], rows: range, dtype: torch.dtype) -> Delta:
@@ -87,14 +89,17 @@ class Delta:
 
         a = torch.cat([read(p.adapter.weights, p.a).double() for p in pairs])
         b = torch.cat([read(p.adapter.weights, p.b, rows).double() * p.scale for p in pairs], dim=1)
-        return cls(b.to(dtype), a.to(dtype), b, a)
+        return cls(b.to(dtype), a.to(dtype), b.numpy(), a.t().contiguous().numpy())
 
     def rows(self, start: int, stop: int) -> Delta:
         return Delta(self.b[start:stop], self.a, self.exact_b[start:stop], self.exact_a)
 
-    def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Single elements of it, in fp64."""
-        return (self.exact_b[rows] * self.exact_a.t()[columns]).sum(1)
+        import numpy as np
+
+        found: np.ndarray = np.einsum("ij,ij->i", self.exact_b[rows], self.exact_a[columns])
+        return found
 
 
 class Blocks:
@@ -210,8 +215,8 @@ class Blocks:
         check_finite(after, entry.name)
         if delta is not None and after.itemsize == 2:
             at = self._doubtful(before, wide, after)
-            exact = before[at].double() + delta.at(at // width, at % width)
-            after[at] = round_once(exact, after.dtype)
+            exact = before[torch.from_numpy(at)].double().numpy() + delta.at(at // width, at % width)
+            after[torch.from_numpy(at)] = torch.from_numpy(rounded_to_odd(exact)).to(after.dtype)
         differs = entry.dtype != target.dtype or not torch.equal(before, after)
         return out, differs, squares
 
@@ -220,20 +225,19 @@ class Blocks:
 
         It is an error of the terms, so it is large for sums in which large terms cancel.
         """
+        import numpy as np
         import torch
 
-        doubt = DOUBT * max(abs(float(edge)) for values in (before, wide) for edge in torch.aminmax(values))
-        shifted = self._buffer("shifted", len(wide) * wide.itemsize).view(wide.dtype)
-        others = []
+        doubt = DOUBT * max(largest(before), largest(rounded))
+        sides = []
         for name, step in (("below", -doubt), ("above", doubt)):
-            torch.add(wide, step, out=shifted)
-            other = self._buffer(name, len(wide) * rounded.itemsize).view(rounded.dtype)
-            others.append(other.copy_(shifted).view(torch.int16))
-        below, above = others
-        # Four at a time, since few differ: a word of 64 bits where there are whole ones, then its elements.
+            side = self._buffer(name, len(wide) * rounded.itemsize).view(rounded.dtype)
+            sides.append(torch.add(wide, step, out=side).view(torch.int16).numpy())
+        below, above = sides
+        # Few differ, so they are looked for four at a time, and one at a time in the words that differ.
         whole = len(wide) // 4 * 4
-        words = (below[:whole].view(torch.int64) != above[:whole].view(torch.int64)).nonzero()
-        at = torch.cat([(words * 4 + torch.arange(4)).view(-1), torch.arange(whole, len(wide))])
+        words = np.flatnonzero(below[:whole].view(np.int64) != above[:whole].view(np.int64))
+        at = np.concatenate([(words[:, None] * 4 + np.arange(4)).ravel(), np.arange(whole, len(wide))])
         return at[below[at] != above[at]]
 
     def _buffer(self, name: str, nbytes: int) -> Any:
@@ -300,29 +304,44 @@ def read(source: Checkpoint | Draft, entry: Entry, rows: range | None = None) ->
     return data.view(dtype_of(entry.dtype)).view(shape)
 
 
-def round_once(exact: Any, dtype: torch.dtype) -> Any:
-    """fp64 to a half precision, to the nearest. torch goes through fp32, and may round a near tie twice: so that step
-    rounds to odd, after which the next is right (Boldo and Melquiond, 2008)."""
+def rounded_to_odd(exact: np.ndarray) -> np.ndarray:
+    """fp64 to fp32 in such a way that rounding it to a half precision gives the nearest to the fp64 value. torch's own
+    way through fp32 rounds a near tie twice (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums").
+    """
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        single = exact.astype(np.float32)
+    past = np.abs(single) > np.abs(exact)
+    bits: np.ndarray = (single.view(np.int32) - past) | (single != exact)
+    return bits.view(np.float32)
+
+
+def largest(values: torch.Tensor) -> float:
+    """The largest magnitude; infinite or NaN where one of the values is.
+
+    The bits of floats, read as integers, lie in the order of the magnitudes on either side of zero, and are looked
+    through at half the cost: signed for the largest positive one, unsigned for the largest negative one.
+    """
+    import numpy as np
     import torch
 
-    single = exact.float()
-    bits = single.view(torch.int32)
-    past = single.double().abs() > exact.abs()
-    return ((bits - past.int()) | (single.double() != exact).int()).view(torch.float32).to(dtype)
+    if not values.numel():
+        return 0.0
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
+    signed = values.view(whole).numpy()
+    unsigned = int(signed.view(f"u{values.itemsize}").max())
+    bits = max(int(signed.max()), unsigned & torch.iinfo(whole).max)
+    return float(torch.from_numpy(np.array([bits], dtype=signed.dtype)).view(values.dtype))
 
 
-def check_finite(values: Any, name: str) -> None:
-    """Raises BadInput when a weight is NaN or infinite. A sum carries either along, in one pass without a mask; as it
-    may be infinite for large values too, min and max then decide."""
-    import torch
-
-    if values.numel() and values.is_floating_point() and not torch.isfinite(values.sum()):
-        low, high = torch.aminmax(values)
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            raise BadInput(
-                f"the weight {name} holds NaN or infinity",
-                "the base or the adapter is broken, or the adapter's scaling is too large for the dtype: check them",
-            )
+def check_finite(values: torch.Tensor, name: str) -> None:
+    """Raises BadInput when a weight is NaN or infinite."""
+    if values.is_floating_point() and not math.isfinite(largest(values)):
+        raise BadInput(
+            f"the weight {name} holds NaN or infinity",
+            "the base or the adapter is broken, or the adapter's scaling is too large for the dtype: check them",
+        )
 
 
 def threads() -> int:
