@@ -229,10 +229,12 @@ class Blocks:
         import torch
 
         doubt = DOUBT * max(largest(before), largest(rounded))
+        moved = self._buffer("moved", len(wide) * wide.itemsize).view(wide.dtype)  # torch would allocate one each time
         sides = []
         for name, step in (("below", -doubt), ("above", doubt)):
+            torch.add(wide, step, out=moved)
             side = self._buffer(name, len(wide) * rounded.itemsize).view(rounded.dtype)
-            sides.append(torch.add(wide, step, out=side).view(torch.int16).numpy())
+            sides.append(side.copy_(moved).view(torch.int16).numpy())
         below, above = sides
         # Few differ, so they are looked for four at a time, and one at a time in the words that differ.
         whole = len(wide) // 4 * 4
