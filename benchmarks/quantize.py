@@ -58,15 +58,13 @@ def routes(task: str) -> list[Route]:
         Route("gptq", "gptq", calibration=task),
         Route("gptq mixed 0.2", "gptq", {"mixed": 0.2}, task),
         Route("awq", "awq", calibration=task),
-        Route("awq mixed 0.2", "awq", {"mixed": 0.2}, task),
-        Route("int8, adapter apart", "int8", apart=True),
         Route("nf4, adapter apart", "nf4", apart=True),
         Route("gptq, adapter apart", "gptq", calibration=task, apart=True),
     ]
     generic = [
         Route(f"{r.name}, generic", r.plugin, r.params, "generic")
         for r in found
-        if r.calibration and not r.apart and not r.params
+        if r.plugin in ("gptq", "awq") and not r.apart and not r.params
     ]
     return found + generic
 
@@ -91,7 +89,7 @@ def main() -> None:
 
     say(f"{machine.cores()} cores, load {os.getloadavg()[0]:.1f}, {len(rows)} rows, {machine.versions()}")
     unmerged = Model(str(Path(arguments.base).resolve()), (str(Path(arguments.adapter).resolve()),))
-    merged = make(home / "merged", Route("merge", "merge"), unmerged)[0]
+    merged = make(home / "merged", Route("merge", "merge", {"certify": "blocks"}), unmerged)[0]
     models = {"adapter": unmerged, "merged": merged}
     figures: dict[str, dict[str, Any]] = {name: {} for name in models}
     for route in wanted:

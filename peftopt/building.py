@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
-from peftopt import environments, plugins, provenance
+from peftopt import environments, plugins, provenance, store
+from peftopt.checkpoint import check_room
 from peftopt.child import Child
 from peftopt.errors import WorkerFailed
 from peftopt.merging.certificate import TEXTS
@@ -47,6 +48,8 @@ def transform(
     was written and does not work. `out` may be half written then.
     """
     found = plugins.catalogue()[plugin]
+    if found.technique == "quantize":
+        check_room(out.parent, store.size(Path(model.path)))  # what it writes is smaller, and by how much not yet known
     with Child(log, threads, python=python(found)) as child, watch(child):
         facts = child.ask(
             "transform",

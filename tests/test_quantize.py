@@ -149,7 +149,7 @@ def test_a_quantized_folder_says_what_made_it(mixed: Path) -> None:
 
 
 def test_a_mixed_model_has_two_schemes_by_name_and_fused_layers_share_one(mixed: Path) -> None:
-    """vLLM matches a fused layer's class before its parts' names: a class as target would hide the second scheme."""
+    """Older vLLMs match a fused layer's class before its parts' names: a class as target would hide one scheme."""
     settings = json.loads((mixed / "config.json").read_text())["quantization_config"]
     groups = {g["weights"]["num_bits"]: set(g["targets"]) for g in settings["config_groups"].values()}
     made = provenance.read(mixed)

@@ -93,7 +93,7 @@ def quantize(
 def _two_groups(targets: Mapping[str, Any], spared: Sequence[str], weights: Mapping[str, Json]) -> dict[str, Any]:
     """Config groups of the layers at few bits and of those at 8, each layer by name.
 
-    Not by class: vLLM would match a fused layer's class before its parts' names, and read 8 bits as 4.
+    Not by class: older vLLMs match a fused layer's class before its parts' names, and would read 8 bits as 4.
     """
     eight = {**weights, "num_bits": 8, "symmetric": True}
     few = [name for name in targets if name not in spared]
