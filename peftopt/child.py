@@ -51,9 +51,14 @@ class Child:
         _LIVE.add(self)
 
     def ask(
-        self, job: str, deadline_s: float, tell: Callable[[dict[str, Json]], None] = lambda _: None, **arguments: Json
+        self,
+        job: str,
+        deadline_s: float,
+        tell: Callable[[dict[str, Json]], None] = lambda _: None,
+        hear: Callable[[dict[str, Json]], None] = lambda _: None,
+        **arguments: Json,
     ) -> dict[str, Json]:
-        """Do one job and return its answer; `tell` hears each record on the way.
+        """Do one job and return its answer; `tell` hears each record on the way, `hear` how far the work has come.
 
         Raises WorkerFailed with the reason: "out of memory", "timeout", "killed (SIGKILL)", "refused", …
         """
@@ -66,6 +71,8 @@ class Child:
             message = json.loads(self._line(until, deadline_s))
             if "record" in message:
                 tell(message["record"])
+            elif "progress" in message:
+                hear(message["progress"])
             elif "failed" in message:
                 raise WorkerFailed(**message["failed"])
             else:

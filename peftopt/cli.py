@@ -26,7 +26,7 @@ from peftopt.errors import (
 )
 
 if TYPE_CHECKING:
-    from peftopt.records import Decision, Measurement, Model, Recipe
+    from peftopt.records import Decision, Measurement, Model, Plugin, Recipe
 
 app = typer.Typer(
     help="Make a PEFT model fast in production: merge, quantize, compile, benchmark, decide.",
@@ -208,36 +208,94 @@ def _preview_row(tensor: dict[str, Any]) -> list[str]:
 
 @app.command()
 def quantize(
-    method: Annotated[str, typer.Option(help="int8, gptq or awq (any quantizer of `peftopt doctor`).")],
+    method: Annotated[
+        str, typer.Option(help="int8, w8a8, fp8, gptq, awq, bnb8, nf4: any quantizer of `peftopt doctor`.")
+    ],
     model: ModelFolder,
     out: Out,
-    calibration: Annotated[Path | None, typer.Option(help="JSON-lines prompts with answers (gptq, awq).")] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="JSON-lines prompts with answers, like the real traffic, for gptq, awq and w8a8; generic for some "
+            "texts of ours.",
+        ),
+    ] = "",
     adapter: Annotated[Path | None, typer.Option(help="Adapter to keep apart on the quantized base.")] = None,
-    bits: Annotated[int | None, typer.Option(help="Bits per weight, where the method has a choice.")] = None,
-    group_size: Annotated[int | None, typer.Option(help="Weights that share a scale.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration rows to use.")] = None,
+    bits: Annotated[str, typer.Option(metavar="N", help="Bits per weight, where the method has a choice.")] = "",
+    group_size: Annotated[
+        str, typer.Option(metavar="N", help="Weights that share a scale; by default the most that divide every layer.")
+    ] = "",
+    mixed: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE", help="Share of the weights, such as 0.2, that may stay at 8 bits: the most sensitive."
+        ),
+    ] = "",
+    keep: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Layers to leave alone, names or patterns with commas between; the output head always is.",
+        ),
+    ] = "",
+    samples: Annotated[str, typer.Option(metavar="N", help="Calibration rows to use.")] = "",
+    max_tokens: Annotated[str, typer.Option(metavar="N", help="Tokens at which each of them is cut.")] = "",
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter of the method; repeat for more."),
+    ] = [],  # noqa: B006
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a model's weights to INT8 or, with GPTQ or AWQ, to 4 bits."""
-    import dataclasses
-
+    """Quantize a model's weights to 8 or 4 bits, by the library that is alive for each method, and open the result."""
     from peftopt import plugins
+    from peftopt.reading import nearest
 
     known = {p.name: p for p in plugins.catalogue().values() if p.technique == "quantize"}
     if method not in known:
-        raise BadInput(f"no quantizer named {method!r}", f"known: {', '.join(sorted(known))}")
-    if known[method].calibrates and calibration is None:
-        raise BadInput(f"{method} needs calibration texts", "add --calibration FILE.jsonl (rows like the real traffic)")
-    given = {"bits": bits, "group_size": group_size, "samples": samples}
-    params = {name: value for name, value in given.items() if value is not None}
-    accepted = {f.name for f in dataclasses.fields(known[method].params)}
-    for name in params.keys() - accepted:
+        raise BadInput(f"no quantizer named {method!r}", nearest(method, known))
+    options = {"bits": bits, "group_size": group_size, "mixed": mixed, "keep": keep}
+    options |= {"samples": samples, "max_tokens": max_tokens}
+    params = _params(known[method], {name: value for name, value in options.items() if value}, settings)
+    if known[method].calibrates and not calibration:
         raise BadInput(
-            f"{method} has no --{name.replace('_', '-')}", f"it takes: {', '.join(sorted(accepted)) or 'nothing'}"
+            f"{method} needs calibration texts", "add --calibration FILE.jsonl (rows like the real traffic), or generic"
         )
-    texts = str(calibration) if calibration and known[method].calibrates else None
-    _transform(method, params, _model(model, adapter), out, texts, seed, as_json)
+    if calibration and not known[method].calibrates:
+        raise BadInput(f"{method} needs no calibration texts", "leave --calibration out")
+    _transform(method, params, _model(model, adapter), out, calibration or None, seed, as_json)
+
+
+def _params(plugin: Plugin, options: dict[str, str], settings: Sequence[str]) -> dict[str, Any]:
+    """A plug-in's parameters from its options and from `name=value`. Raises BadInput for what it does not take."""
+    import typing
+
+    from peftopt.reading import nearest
+
+    hints = typing.get_type_hints(plugin.params)
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or name in options:
+            raise BadInput(f"--set {text}: write NAME=VALUE, each name once", f"names: {', '.join(hints)}")
+        options = {**options, name: value}
+    read: dict[type, Any] = {int: int, float: float, str: str, bool: {"true": True, "false": False}.__getitem__}
+    values: dict[str, Any] = {}
+    for name, text in options.items():
+        if name not in hints:
+            raise BadInput(f"{plugin.name} has no parameter {name}", nearest(name, hints))
+        try:
+            values[name] = read[hints[name]](text)
+        except (ValueError, KeyError) as error:
+            wanted = {int: "a whole number", float: "a number", bool: "true or false"}[hints[name]]
+            raise BadInput(
+                f"{name}: {text!r} is not {wanted}", f"its default is {plugin.params().__dict__[name]}"
+            ) from error
+    try:
+        plugin.params(**values)
+    except ValueError as error:
+        raise BadInput(f"{plugin.name}: {error}") from error
+    return values
 
 
 @app.command("compile")
@@ -288,6 +346,9 @@ def bench(
         for n, m in enumerate(models)
     ]
     found = oneshot.bench(arms, str(prompts), new_tokens, batch, blocks, threads)
+    for arm in found:
+        if problem := arm.get("problem"):
+            Console().warn(f"{arm['name']} {problem}: its reader may not understand this checkpoint; times mean little")
     if as_json:
         print(json.dumps(found, default=_plain))
         return
@@ -515,6 +576,7 @@ def _transform(
         "size": format_value("size", found["size_bytes"]),
         "peak memory": format_value("memory", found["peak_memory_bytes"]),
         **_certified(found),
+        **_provenance(found),
         **({"adapter": f"{model.adapters[0]}, kept apart"} if found["model"]["adapters"] else {}),
     }
     _print(f"wrote {out}", lines, found, as_json)
@@ -526,6 +588,17 @@ def _certified(found: dict[str, Any]) -> dict[str, str]:
     from peftopt.merging import certificate
 
     return {"certificate": certificate.summary(found["certificate"])}
+
+
+def _provenance(found: dict[str, Any]) -> dict[str, str]:
+    """What a quantizer's run should tell its user: what it calibrated on, what it chose, that its output works."""
+    made = found.get("quantization") or {}
+    lines = {}
+    if used := made.get("calibration"):
+        lines["calibration"] = f"{used['tokens']} tokens of {used['rows']} rows ({used['source']})"
+    if notices := made.get("notices"):
+        lines["notice"] = "; ".join(notices)
+    return lines | ({"verified": made["verified"]} if "verified" in made else {})
 
 
 def _print(title: str, lines: dict[str, str], found: dict[str, Any], as_json: bool) -> None:

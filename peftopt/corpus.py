@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peftopt import identity
 from peftopt.errors import BadInput
-from peftopt.records import Json
+from peftopt.records import GENERIC, Json
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ def read(path: str, only_slice: str = "") -> list[Row]:
         which = f" in slice {only_slice!r}" if only_slice else ""
         raise BadInput(f"{path} holds no prompts{which}", "add at least one JSON line")
     return rows
+
+
+def calibration_file(named: str) -> Path:
+    """The file of calibration rows that a user names: their own, or for "generic" the one that comes with peftopt."""
+    return Path(__file__).parent / "generic.jsonl" if named == GENERIC else Path(named)
 
 
 def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str) -> None:

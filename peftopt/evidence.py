@@ -58,12 +58,15 @@ class Evidence:
                     self.memory[m.variant].append(m.values)
 
     def certificates(self, variant: str) -> list[str]:
-        """What the artifacts that a variant is made of were checked for, in the order they were made."""
+        """How the artifacts that a variant is made of were made and checked, in the order they were made."""
         steps = {build.id: build for build in self.plan.builds}
         found, at = [], self.plan.models[variant]
         while build := steps.get(at):
-            if line := self.builds.get(at, {}).get("certificate"):
+            made = self.builds.get(at, {})
+            if line := made.get("certificate"):
                 found.append(f"{build.step.plugin}: parity certificate {line}")
+            if line := made.get("quantization"):
+                found.append(f"{build.step.plugin}: {line}")
             at = build.parent
         return found[::-1]
 

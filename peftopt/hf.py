@@ -12,14 +12,16 @@ from typing import Any
 
 from peftopt.adapter import CONFIG, WEIGHTS, is_embedding, open_adapter
 from peftopt.errors import BadInput
+from peftopt.provenance import FILE as PROVENANCE
 from peftopt.records import Model
 
 for _name in ("torchao", "torch.utils._pytree", "torch.fx._symbolic_trace"):
     # On every import they report GPU kernels that a CPU cannot load, and deprecations in the libraries themselves.
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-OWN_FILES = ("config.json", "parity.json")
-"""What each transform writes for itself: a certificate is of the weights beside it, and of no others."""
+OWN_FILES = ("config.json", "parity.json", PROVENANCE, "recipe.yaml")
+"""What each transform writes for itself: a certificate or a provenance is of the weights beside it, and of no others
+(recipe.yaml is llm-compressor's)."""
 
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
 

@@ -11,21 +11,18 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peftopt import corpus, machine, preflight, stats, store
+from peftopt import building, corpus, machine, plugins, preflight, stats, store
+from peftopt.building import Progress
 from peftopt.child import Child
 from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed
 from peftopt.evidence import exp
-from peftopt.records import Interval, Json, Model
+from peftopt.records import GENERIC, Interval, Json, Model
 
 DEADLINE_S = 3600.0
-
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int, str], None]]]
-"""Opens a bar of that title and total; the function it gives sets how much is done and what is going on."""
 
 
 def transform(
@@ -39,24 +36,30 @@ def transform(
 ) -> dict[str, Json]:
     """Write the transformed model to `out`, whole or not at all; returns what it took and what it found.
 
-    `texts` is a file of rows to calibrate with, or for a merge to compare on. Raises Rejected when a certificate
-    failed: the folder is then beside `out`, for inspection.
+    `texts` is a file of rows to calibrate with ("generic" for ours), or for a merge to compare on. Raises Rejected for
+    a model that was written and does not work, and when a certificate failed: the folder is then beside `out`, for
+    inspection.
     """
+    building.python(plugins.catalogue()[plugin])
     _check(plugin, model)
-    rows = [row.as_json() for row in corpus.read(texts)] if texts else []
+    rows = [row.as_json() for row in corpus.read(str(corpus.calibration_file(texts)))] if texts else []
     temporary = _beside(out)
     log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{plugin}.log"
     try:
-        with Child(log, machine.cores()) as child, _watched(child, plugin, model, progress):
-            facts = child.ask(
-                "transform",
-                DEADLINE_S,
-                plugin=plugin,
-                params=dict(params),
-                model=asdict(_absolute(model)),
-                out=str(temporary),
-                rows=rows,
-                seed=seed,
+        with building.bars(progress) as hear:
+            facts = building.transform(
+                plugin,
+                params,
+                _absolute(model),
+                temporary,
+                rows,
+                seed,
+                log=log,
+                threads=machine.cores(),
+                deadline_s=DEADLINE_S,
+                calibration=GENERIC if texts == GENERIC else "task",
+                hear=hear,
+                watch=lambda child: _watched(child, plugin, model, progress),
             )
         if facts["tier0"]:
             raise _broken(plugin, facts, temporary, out)
@@ -125,7 +128,7 @@ def _broken(plugin: str, facts: dict[str, Json], made: Path, out: Path) -> Excep
 
 def as_input(error: WorkerFailed) -> Exception:
     """A worker that refused its input met a mistake of the user's, not a fault of the machine."""
-    kinds = {"refused": BadInput, "missing environment": MissingEnvironment}
+    kinds = {"refused": BadInput, "missing environment": MissingEnvironment, "unusable": Rejected}
     return kinds[error.reason](error.detail, error.hint) if error.reason in kinds else error
 
 
@@ -165,7 +168,8 @@ def bench(
 ) -> list[dict[str, Json]]:
     """Time the arms in blocks of random order; one dict of figures each, ratios against the first arm.
 
-    Returns per arm: name, launch facts, memory, `requests` (raw), and Intervals under "p50_ms", "p95_ms",
+    Returns per arm: name, launch facts, memory, `requests` (raw), `problem` (of a checkpoint that another tool
+    quantized: what is wrong with its answers, "" for nothing), and Intervals under "p50_ms", "p95_ms",
     "ttft_ms", "tpot_ms", "throughput", "ratio" (None for the first).
     """
     rows = corpus.read(prompts)
@@ -180,6 +184,8 @@ def bench(
             model = asdict(_absolute(arm.model))
             child.ask("prepare", DEADLINE_S, plugin=arm.engine)
             found[arm.name] |= child.ask("open", DEADLINE_S, plugin=arm.engine, params={}, model=model)
+            if arm.engine == "eager" and preflight.quantized_elsewhere(Path(arm.model.path)):
+                found[arm.name] |= child.ask("alive", DEADLINE_S, rows=building.PROMPTS)
             children[arm.name] = child
         dice = random.Random(seed)
         for _ in range(blocks):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +10,15 @@ from pathlib import Path
 from peftopt import corpus
 from peftopt.adapter import EMBEDDINGS, PREFIX, Adapter, check_mergeable, open_adapter
 from peftopt.checkpoint import open_model
-from peftopt.errors import BadInput
+from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.provenance import read as read_provenance
 from peftopt.records import Json, Recipe
 
 
 def check(recipe: Recipe) -> None:
     """Raises BadInput for the first thing in the recipe's files that cannot work, saying what to do."""
-    check_base(Path(recipe.base))
+    transforms = any(variant.steps for variant in recipe.variants.values())
+    check_base(Path(recipe.base), quantized=not transforms)
     merges = [v.name for v in recipe.variants.values() if any(s.technique == "merge" for s in v.steps)]
     check_adapter(Path(recipe.adapter), Path(recipe.base), merges)
     for workload in recipe.workloads.values():
@@ -23,7 +26,8 @@ def check(recipe: Recipe) -> None:
     if recipe.quality:
         rows = corpus.read(recipe.quality.prompts)
         if recipe.calibration:
-            corpus.check_apart(rows, corpus.read(recipe.calibration), recipe.calibration)
+            texts = corpus.read(str(corpus.calibration_file(recipe.calibration)))
+            corpus.check_apart(rows, texts, recipe.calibration)
         if recipe.quality.schema:
             schema(recipe.quality.schema)
 
@@ -49,14 +53,45 @@ def check_base(folder: Path, quantized: bool = False) -> None:
     config = _json(folder / "config.json", "a model's config")
     if "auto_map" in config:
         raise BadInput(f"{folder} brings its own code (auto_map)", "peftopt runs only architectures of transformers")
-    if "quantization_config" in config and not quantized:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise BadInput(f"{folder} is already quantized ({method})", "start from the full-precision base")
+    if settings := config.get("quantization_config"):
+        method = settings.get("quant_method", "unknown")
+        if not quantized:
+            raise BadInput(f"{folder} is already quantized ({method})", "start from the full-precision base")
+        _check_reader(folder, method)
     names = config.get("architectures") or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         what = ", ".join(names) or "none named"
         raise BadInput(f"{folder} is no causal language model (architectures: {what})", "supported: …ForCausalLM")
     open_model(folder)
+
+
+READERS = {
+    "gptq": ("gptqmodel", "optimum"),
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "torchao": ("torchao",),
+    "compressed-tensors": ("compressed_tensors",),
+}
+"""The modules through which transformers reads each kind of quantized weights."""
+
+INSTALL = {
+    "gptqmodel": "pip install 'gptqmodel>=7' (where its torch is not yours: with --no-deps --no-build-isolation, see "
+    "docs/decisions/quantizers.md)",
+}
+
+
+def _check_reader(folder: Path, method: str) -> None:
+    """Raises MissingEnvironment for quantized weights whose reader is not installed."""
+    lacking = [name for name in READERS.get(method, ()) if importlib.util.find_spec(name) is None]
+    if lacking:
+        hint = "; ".join(INSTALL.get(name, f"pip install {name.replace('_', '-')}") for name in lacking)
+        what = f"{folder} holds {method} weights, which transformers reads through {' and '.join(lacking)}"
+        raise MissingEnvironment(f"{what}: not installed", hint)
+
+
+def quantized_elsewhere(folder: Path) -> bool:
+    """Whether another tool than peftopt quantized the weights: then nobody has looked yet at how they are read here."""
+    return "quantization_config" in _json(folder / "config.json", "a model's config") and not read_provenance(folder)
 
 
 def check_adapter(folder: Path, base: Path, merges: list[str]) -> None:

@@ -31,7 +31,7 @@ from peftopt.reading import (
     whole,
     words,
 )
-from peftopt.records import Measure, Plugin, Quality, Recipe, Rule, Step, Variant, Workload
+from peftopt.records import GENERIC, Measure, Plugin, Quality, Recipe, Rule, Step, Variant, Workload
 from peftopt.stats import LOOKS
 
 _JUDGED_ON_ANSWERS = ("ratio", "share", "nats")
@@ -129,7 +129,7 @@ class _Reading(Reading):
         sections: Mapping[str, Reader] = {
             "model": self.keys({"base": self.file, "adapter": self.file}, ["base", "adapter"]),
             "seed": whole(0, 2**32 - 1),
-            "calibration": self.file,
+            "calibration": self.calibration,
             "workloads": self.named(lambda name: self.record(Workload, {**requests, "slice": text_of}, name=name)),
             "quality": self.record(Quality, {**requests, "schema": self.file, "rows": whole(0)}),
             "measure": self.measure,
@@ -154,6 +154,9 @@ class _Reading(Reading):
 
     def file(self, node: yaml.Node, at: str) -> str:
         return os.path.normpath(Path(self.path).parent / text_of(node))
+
+    def calibration(self, node: yaml.Node, at: str) -> str:
+        return GENERIC if text_of(node) == GENERIC else self.file(node, at)
 
     def measure(self, node: yaml.Node, at: str) -> Measure:
         values = self.keys(_MEASURE)(node, at)
@@ -261,7 +264,7 @@ class _Reading(Reading):
         for variant in whole if "calibration" not in found else ():
             for step in variant.steps:
                 if step.calibrates:
-                    hint = "add calibration: the path of a JSONL file of prompts and answers"
+                    hint = "add calibration: the path of a JSONL file of prompts and answers, or generic"
                     self.note(f"variants.{variant.name}", f"{step.plugin} needs calibration texts", hint)
 
     def check_metrics(self, found: Mapping[str, Any]) -> None:

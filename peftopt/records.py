@@ -13,6 +13,9 @@ FORMAT = 1
 NAME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
 """What a variant or a workload may be called: safe in a path, a report and a metric's name."""
 
+GENERIC = "generic"
+"""Stands for the texts that come with peftopt where a file of calibration rows is asked for."""
+
 Json = Any
 Outcome = Literal["accepted", "rejected", "inconclusive", "not judged"]
 Stage = Literal["build", "launch", "speed", "quality"]
@@ -35,7 +38,8 @@ class Plugin:
 
     `kind` is "transform" or "engine"; `technique` names its row of the trade-off table ("merge",
     "quantize", "compile" or "" for none); `params` is its frozen dataclass, whose fields and defaults are
-    its schema; `needs` are the modules it imports; `environment` is whose Python runs it.
+    its schema; `needs` are the modules it imports; `environment` is whose Python runs it; `reader` the engine that
+    opens what a quantizer wrote.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Plugin:
     needs: tuple[str, ...] = ()
     environment: str = "main"
     calibrates: bool = False
+    reader: str = "eager"
 
 
 @dataclass(frozen=True)
@@ -214,7 +219,8 @@ class Plan:
 class Measurement:
     """One line of measurements.jsonl. `probe` says what `values` holds; raw samples are kept.
 
-    build    seconds, cached, size_bytes, peak_memory_bytes; tier0: list of errors; certificate: a merge's, in a line
+    build    seconds, cached, size_bytes, peak_memory_bytes; tier0: list of errors; certificate: a merge's, in a line;
+             quantization: a quantizer's provenance, in a line
     launch   model_loading_time (s), adapter_switch_time (s), memory_bytes, gpu_memory_allocated, gpu_memory_reserved,
              threads, size_bytes
     speed    block, order, requests: [{request_duration_ms, queue_time_ms, generation_latency_ms, ttft_ms, tpot_ms,

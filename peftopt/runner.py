@@ -16,20 +16,24 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from peftopt import corpus, environments, identity, machine, need, plugins, preflight, store
+from peftopt import building, corpus, identity, machine, need, plugins, preflight, provenance, store
 from peftopt import plan as planning
 from peftopt.child import Child, interrupt
 from peftopt.corpus import Row
 from peftopt.errors import WorkerFailed
 from peftopt.evidence import TWIN, Evidence
 from peftopt.merging import certificate
-from peftopt.records import Build, Json, Measurement, Model, Plan, Recipe, Step, Variant, Workload
+from peftopt.records import GENERIC, Build, Json, Measurement, Model, Plan, Recipe, Variant, Workload
 
 CHUNK = 96
 """Prompts answered between two looks at whether a variant has already failed."""
+
+PERCENT = 100
+"""Steps of a build on the bar that several of them share."""
 
 RETRIED = ("killed", "died")
 """Deaths that are retried once in a clean process: a neighbour or a driver may have caused them."""
@@ -102,7 +106,7 @@ def prepare(recipe: Recipe, text: str, results: Path, listener: Listener, fresh:
     sources = {
         "base": identity.of_folder(Path(recipe.base)),
         "adapter": identity.of_folder(Path(recipe.adapter)),
-        "calibration": identity.of_file(Path(recipe.calibration)) if recipe.calibration else "",
+        "calibration": identity.of_file(corpus.calibration_file(recipe.calibration)) if recipe.calibration else "",
     }
     plan = planning.plan(recipe, sources, machine.versions())
     key = identity.of_value([asdict(plan), sources, _content(recipe)])[:8]
@@ -153,17 +157,31 @@ def build(run: Run) -> None:
     """Every artifact of the plan, parents first; independent ones side by side where the machine has room."""
     source = store.size(Path(run.recipe.base)) + store.size(Path(run.recipe.adapter))
     run.log("build", "", {"id": planning.SOURCE, "size_bytes": source, "tier0": [], "seconds": 0, "cached": True})
-    calibration = corpus.read(run.recipe.calibration) if run.recipe.calibration else []
+    named = run.recipe.calibration
+    calibration = corpus.read(str(corpus.calibration_file(named))) if named else []
     waiting = list(run.plan.builds)
     ready = {planning.SOURCE}
     while batch := [b for b in waiting if b.parent in ready]:
-        with _lanes(run, len(batch)) as (pool, threads):
-            made = pool.map(lambda b: _build(run, b, calibration, threads), batch)
-        ready = {b.id for b, ok in zip(batch, made, strict=True) if ok}
+        with _lanes(run, len(batch)) as (pool, threads), run.listener.progress("build", PERCENT * len(batch)) as show:
+            made = pool.map(partial(_build, run, calibration, threads, _joint(show)), batch)
+            ready = {b.id for b, ok in zip(batch, made, strict=True) if ok}
         waiting = [b for b in waiting if b not in batch]
 
 
-def _build(run: Run, build: Build, calibration: Sequence[Row], threads: int) -> bool:
+def _joint(show: Callable[[int, str], None]) -> Callable[[Build, dict[str, Json]], None]:
+    """One bar for builds that go on side by side, in percent of each: what their workers report, added up."""
+    percent: dict[str, int] = {}
+
+    def hear(build: Build, at: dict[str, Json]) -> None:
+        percent[build.id] = PERCENT * at["done"] // max(1, at["total"])
+        show(sum(percent.values()), f"{build.step.plugin}: {at['phase']} {at['what']}")
+
+    return hear
+
+
+def _build(
+    run: Run, calibration: Sequence[Row], threads: int, hear: Callable[[Build, dict[str, Json]], None], build: Build
+) -> bool:
     """Build or reuse one artifact; a failure is recorded for every variant that needs it."""
     name = _users(run, build)[0]
     # A merge needs no texts, but its certificate compares predictions, and does so better on the user's own prompts.
@@ -172,17 +190,19 @@ def _build(run: Run, build: Build, calibration: Sequence[Row], threads: int) -> 
 
     def make(out: Path) -> tuple[Model, dict[str, Json]]:
         log = run.folder / "logs" / f"build-{build.step.plugin}-{build.id[:8]}.log"
-        with Child(log, threads, python=_python(build.step)) as child:
-            facts = child.ask(
-                "transform",
-                run.recipe.measure.deadline_s,
-                plugin=build.step.plugin,
-                params=dict(build.step.params),
-                model=asdict(run.artifact_model(build.parent)),
-                out=str(out),
-                rows=rows,
-                seed=run.recipe.seed,
-            )
+        facts = building.transform(
+            build.step.plugin,
+            build.step.params,
+            run.artifact_model(build.parent),
+            out,
+            rows,
+            run.recipe.seed,
+            log=log,
+            threads=threads,
+            deadline_s=run.recipe.measure.deadline_s,
+            calibration=GENERIC if run.recipe.calibration == GENERIC else "task",
+            hear=partial(hear, build),
+        )
         return Model(str(out), tuple(facts.pop("model")["adapters"])), facts
 
     try:
@@ -195,8 +215,11 @@ def _build(run: Run, build: Build, calibration: Sequence[Row], threads: int) -> 
     facts = {k: artifact.facts.get(k) for k in ("seconds", "tier0", "peak_memory_bytes", "size_bytes", "content")}
     if found := artifact.facts.get("certificate"):
         facts["certificate"] = certificate.summary(found)
+    if found := artifact.facts.get("quantization"):
+        facts["quantization"] = provenance.summary(found)
     run.log("build", name, {"id": build.id, "plugin": build.step.plugin, "cached": artifact.cached, **facts})
-    run.listener.done("build", build.step.plugin, None if artifact.cached else artifact.seconds)
+    note = facts.get("quantization") or ""
+    run.listener.done("build", build.step.plugin, None if artifact.cached else artifact.seconds, note)
     return True
 
 
@@ -210,14 +233,6 @@ def _users(run: Run, build: Build) -> list[str]:
         if at:
             users.append(variant)
     return users
-
-
-def _python(step: Step) -> str:
-    """The interpreter that runs a step's plug-in. Raises WorkerFailed when it, or a library, is not there."""
-    plugin = plugins.catalogue()[step.plugin]
-    if plugin.environment == "main" and (lacking := plugins.missing(plugin)):
-        raise WorkerFailed("missing library", ", ".join(lacking), f"pip install {' '.join(lacking)}")
-    return environments.python(plugin.environment)
 
 
 @contextlib.contextmanager
@@ -368,7 +383,7 @@ def _started(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Chi
     """A fresh worker that has imported what the variant's engine needs."""
     cache = run.store.cache(run.plan.models[variant.name])
     log = run.folder / "logs" / f"{why}-{variant.name}.log"
-    with Child(log, threads, cache, _python(variant.engine)) as child:
+    with Child(log, threads, cache, building.python(plugins.catalogue()[variant.engine.plugin])) as child:
         child.ask("prepare", run.recipe.measure.deadline_s, plugin=variant.engine.plugin)
         yield child
 

@@ -1,8 +1,9 @@
 """A child process that does the heavy work: JSON jobs in on stdin, JSON lines out on stdout.
 
 It runs as `python -m peftopt.worker` in the environment its plug-in needs; what crosses the border is folders and
-records, never objects. Each job answers with any number of {"record": …} lines and then one {"done": …} or
-{"failed": {"reason", "detail", "hint"}}. A worker keeps the model it opened between jobs, and ends with its stdin.
+records, never objects. Each job answers with any number of {"record": …} and {"progress": …} lines and then one
+{"done": …} or {"failed": {"reason", "detail", "hint"}}. A worker keeps the model it opened between jobs, and ends with
+its stdin.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
+from peftopt import progress, provenance
 from peftopt.corpus import Row, row_from
 from peftopt.errors import MissingEnvironment, PeftoptError, WorkerFailed
-from peftopt.hf import tokenizer_home
+from peftopt.hf import tokenizer, tokenizer_home
 from peftopt.merging.certificate import FILE as CERTIFICATE
 from peftopt.plugins import module
 from peftopt.records import Json, Model
@@ -36,23 +38,41 @@ class Worker:
         self.fresh = True
 
     def transform(
-        self, plugin: str, params: dict[str, Json], model: dict[str, Json], out: str, rows: list[Json], seed: int
+        self,
+        plugin: str,
+        params: dict[str, Json],
+        model: dict[str, Json],
+        out: str,
+        rows: list[Json],
+        seed: int,
+        calibration: str = "task",
     ) -> dict[str, Json]:
-        """Run one transform, scan what it wrote, and say what it took."""
+        """Run one transform, scan what it wrote, and say what it took. `calibration` says where the rows came from."""
         from peftopt.probes import memory
 
         source = module("transform", plugin)
         opened = _model(model)
-        texts = [_render(row_from(row), tokenizer_home(opened)) for row in rows]
+        texts = _rendered(map(row_from, rows), tokenizer_home(opened)) if rows else []
         started = time.perf_counter()
-        result = source.transform(opened, source.Params(**params), Path(out), texts, seed)
+        with progress.heard(lambda at: self.tell("progress", at)):
+            result = source.transform(opened, source.Params(**params), Path(out), texts, seed)
         seconds = time.perf_counter() - started
+        if made := provenance.read(Path(out)):
+            used = made["calibration"] and {"source": calibration, **made["calibration"]}
+            made = provenance.add(Path(out), calibration=used)
         return {
             "model": dataclasses.asdict(result),
             "seconds": seconds,
             **_examined(Path(out)),
+            **({"quantization": made} if made else {}),
             **memory.peak(),
         }
+
+    def alive(self, rows: list[Json]) -> dict[str, Json]:
+        """Whether the open model answers at all: see probes/alive.py."""
+        from peftopt.probes import alive
+
+        return {"problem": alive.problem(self.engine, [row_from(row) for row in rows])}
 
     def preview(self, plugin: str, params: dict[str, Json], model: dict[str, Json]) -> dict[str, Json]:
         """What a transform would change, tensor by tensor; nothing is written."""
@@ -137,13 +157,18 @@ def _model(values: dict[str, Json]) -> Model:
     return Model(values["path"], tuple(values["adapters"]))
 
 
-def _render(row: Row, model_path: str) -> str:
-    """The calibration text of a row: chat template applied, the right answer included."""
-    from transformers import AutoTokenizer
+def _rendered(rows: Iterable[Row], home: str) -> list[str]:
+    """The calibration texts of rows: chat template applied where there is one, the right answer included."""
+    encode = tokenizer(home)
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
-    answer = [{"role": "assistant", "content": row.expected}] if row.expected else []
-    return str(tokenizer.apply_chat_template([*row.messages, *answer], tokenize=False))
+    def text(row: Row) -> str:
+        answer = [{"role": "assistant", "content": row.expected}] if row.expected else []
+        messages = [*row.messages, *answer]
+        if not encode.chat_template:
+            return "\n".join(message["content"] for message in messages)
+        return str(encode.apply_chat_template(messages, tokenize=False))
+
+    return [text(row) for row in rows]
 
 
 def _failure(error: BaseException) -> dict[str, str]:

@@ -31,6 +31,8 @@ LAYERS = (
     # hands
     "store",
     "machine",
+    "progress",
+    "provenance",
     "corpus",
     "checkpoint",
     "adapter",
@@ -45,6 +47,7 @@ LAYERS = (
     # conduct
     "worker",
     "child",
+    "building",
     "oneshot",
     "runner",
     "console",

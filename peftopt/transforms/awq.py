@@ -8,30 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from peftopt.records import Model
-from peftopt.transforms import _calibration
+from peftopt.transforms import _compressor
 
 TECHNIQUE = "quantize"
-NEEDS = _calibration.NEEDS
+NEEDS = _compressor.NEEDS
 CALIBRATES = True
 
 
 @dataclass(frozen=True)
 class Params:
-    """`bits` 4 or 8; `group_size` weights share a scale and must divide every layer's input width; the first `samples`
-    texts, cut at `max_tokens`; the scales are searched on a grid of `n_grid` points, which is what takes the time:
-    it grows with samples, tokens and points alike."""
+    """`bits`: 4, for which its kernels are made; `group_size`, `mixed`, `keep`, `samples` and `max_tokens` as for gptq;
+    the scales are searched on a grid of `n_grid` points, which is what takes the time: it grows with samples, tokens
+    and points alike."""
 
     bits: int = 4
-    group_size: int = 64
+    group_size: int = 0
+    mixed: float = 0.0
+    keep: str = ""
     samples: int = 16
     max_tokens: int = 256
     n_grid: int = 8
+
+    def __post_init__(self) -> None:
+        if self.bits != 4:
+            raise ValueError(f"bits must be 4 for awq, not {self.bits}; gptq and int8 have 8")
+        _compressor.check(self.bits, self.group_size, self.mixed, self.samples, self.max_tokens)
 
 
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:
     """AWQ (arXiv:2306.00978) by llm-compressor, in compressed-tensors format, which vLLM and transformers read.
 
-    Raises BadInput for weights already quantized, a group size that does not fit, and no calibration texts.
+    Raises BadInput for weights already quantized, a group size that does not fit, and calibration texts too short.
     """
 
     def recipe(scheme: dict[str, Any]) -> list[Any]:
@@ -41,18 +48,8 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
         _spare_pinning()
         return [AWQModifier(n_grid=params.n_grid), QuantizationModifier(**scheme)]
 
-    return _calibration.calibrate(
-        model,
-        out,
-        texts,
-        seed,
-        bits=params.bits,
-        group_size=params.group_size,
-        symmetric=False,
-        samples=params.samples,
-        max_tokens=params.max_tokens,
-        recipe=recipe,
-    )
+    weights = {"num_bits": params.bits, "type": "int", "symmetric": False}
+    return _compressor.quantize(model, params, out, seed, "awq", recipe, weights, texts=texts)
 
 
 def _spare_pinning() -> None:

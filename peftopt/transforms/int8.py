@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from peftopt import hf
 from peftopt.records import Model
+from peftopt.transforms import _loading
 
 TECHNIQUE = "quantize"
 NEEDS = ("torch", "transformers", "torchao", "accelerate")
@@ -15,23 +16,22 @@ NEEDS = ("torch", "transformers", "torchao", "accelerate")
 
 @dataclass(frozen=True)
 class Params:
-    """Nothing to choose: symmetric, per output channel, activations untouched, so it needs no calibration."""
+    """`keep`: layers left alone, names or patterns separated by commas (the output head always is). Nothing else to
+    choose: symmetric, per output channel, activations untouched, so it needs no calibration."""
+
+    keep: str = ""
 
 
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:
     """Round each linear weight W[out, in] to int8 with one scale per row (as in arXiv:2208.07339, without outliers).
 
-    Embeddings and the output head keep their dtype: they are often one shared tensor, and the most sensitive.
-    Adapters are carried along, unchanged, on the quantized base. Read back by plain `from_pretrained`.
     Raises BadInput for weights that are already quantized.
     """
-    from torchao.quantization import Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
 
-    hf.unquantized_config(model, "quantize")
-    settings = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head"])
-    quantized = hf.load(model.path, quantization_config=settings)
-    with hf.quiet():
-        quantized.save_pretrained(out)
-    hf.copy_extras(model.path, out)
-    return Model(str(out), model.adapters)
+    def settings(skip: list[str]) -> Any:
+        from torchao.quantization import Int8WeightOnlyConfig
+        from transformers import TorchAoConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skip)
+
+    return _loading.quantize(model, params, out, seed, "int8", ["torchao"], settings)

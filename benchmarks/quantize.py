@@ -1,0 +1,273 @@
+"""What each way to quantize costs and keeps, on a model merged with its adapter (docs/decisions/quantizers.md).
+
+Per route: seconds and peak memory of `peftopt quantize`, size on disk; against the unmerged adapter, on checked rows:
+perplexity ratio, KL divergence, delta survival (1 - KL(adapter || route) / KL(adapter || base): 1 is the adapter's
+own predictions, 0 the base's), accuracy; and the time of a decode step over that of the unmerged adapter's, from
+interleaved blocks with an exact interval. All through the package's own workers and probes. Also the overhead of
+`peftopt quantize` over the bare library call, and the same routes calibrated on generic texts.
+Run: python benchmarks/quantize.py --base FOLDER --adapter FOLDER --prompts F.jsonl --calibration F.jsonl [--rows 96]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from peftopt import corpus, machine, oneshot, preflight, stats, store
+from peftopt.child import Child
+from peftopt.evidence import exp
+from peftopt.records import Model
+
+TOGETHER = 6
+"""Models that race the adapter at a time: all of them are in memory meanwhile."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to quantize: a plug-in, its parameters, what it calibrates on, and whether the adapter stays apart."""
+
+    name: str
+    plugin: str
+    params: dict[str, Any] = field(default_factory=dict)
+    calibration: str = ""
+    apart: bool = False
+
+
+def routes(task: str) -> list[Route]:
+    found = [
+        Route("int8", "int8"),
+        Route("bnb8", "bnb8"),
+        Route("nf4", "nf4"),
+        Route("fp8", "fp8"),
+        Route("w8a8", "w8a8", calibration=task),
+        Route("gptq 8 bits", "gptq", {"bits": 8}, task),
+        Route("gptq", "gptq", calibration=task),
+        Route("gptq mixed 0.2", "gptq", {"mixed": 0.2}, task),
+        Route("awq", "awq", calibration=task),
+        Route("nf4, adapter apart", "nf4", apart=True),
+        Route("gptq, adapter apart", "gptq", calibration=task, apart=True),
+    ]
+    generic = [
+        Route(f"{r.name}, generic", r.plugin, r.params, "generic")
+        for r in found
+        if r.plugin in ("gptq", "awq") and not r.apart and not r.params
+    ]
+    return found + generic
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    for name in ("base", "adapter", "prompts", "calibration"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--schema")
+    parser.add_argument("--rows", type=int, default=96, help="checked rows per route")
+    parser.add_argument("--blocks", type=int, default=10, help="interleaved blocks of the decode race")
+    parser.add_argument("--new-tokens", type=int, default=16, help="tokens of a timed request")
+    parser.add_argument("--only", default="", help="names of routes, separated by commas")
+    parser.add_argument("--folder", type=Path, help="keep the models here, and reuse those that are there")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    home = arguments.folder or Path(tempfile.mkdtemp(prefix="peftopt-quantize-"))
+    wanted = [r for r in routes(arguments.calibration) if not arguments.only or r.name in arguments.only.split(",")]
+    rows = corpus.read(arguments.prompts)
+    rows = [rows[n * len(rows) // arguments.rows] for n in range(min(arguments.rows, len(rows)))]
+    schema = preflight.schema(arguments.schema) if arguments.schema else None
+
+    say(f"{machine.cores()} cores, load {os.getloadavg()[0]:.1f}, {len(rows)} rows, {machine.versions()}")
+    unmerged = Model(str(Path(arguments.base).resolve()), (str(Path(arguments.adapter).resolve()),))
+    merged = make(home / "merged", Route("merge", "merge", {"certify": "blocks"}), unmerged)[0]
+    models = {"adapter": unmerged, "merged": merged}
+    figures: dict[str, dict[str, Any]] = {name: {} for name in models}
+    for route in wanted:
+        out = home / "".join(c if c.isalnum() else "_" for c in route.name)
+        models[route.name], figures[route.name] = make(out, route, unmerged if route.apart else merged)
+        say(f"made {route.name}: {figures[route.name].get('seconds', math.nan):.0f} s, load {os.getloadavg()[0]:.1f}")
+    base = Model(unmerged.path)
+    reference = home / "reference.npz"
+    answers = {"adapter": judged(unmerged, rows, schema, None, reference)}
+    for name, model in {**models, "base": base}.items():
+        if name != "adapter":
+            answers[name] = judged(model, rows, schema, reference, None)
+            say(f"judged {name}, load {os.getloadavg()[0]:.1f}")
+    for name in models:
+        figures[name] |= quality(answers[name], answers["adapter"], answers["base"]) | {"bytes": size(models[name])}
+    raced = [name for name in models if name != "adapter" and "generic" not in name]
+    for at in range(0, len(raced), TOGETHER):
+        field_ = {name: models[name] for name in ("adapter", *raced[at : at + TOGETHER])}
+        for name, ratio in race(field_, rows, arguments).items():
+            figures[name]["decode"] = ratio
+    show(figures)
+    overhead(wanted, home, merged)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, default=asdict, indent=1))
+    if not arguments.folder:
+        shutil.rmtree(home)
+
+
+def make(out: Path, route: Route, model: Model) -> tuple[Model, dict[str, Any]]:
+    """Quantize as `peftopt quantize` does, or reuse what is there."""
+    if not out.exists():
+        texts = route.calibration or None
+        facts = oneshot.transform(route.plugin, route.params, model, out, texts, 0)
+        out.with_suffix(".json").write_text(json.dumps(facts))
+    facts = json.loads(out.with_suffix(".json").read_text())
+    return Model(str(out), tuple(facts["model"]["adapters"])), facts
+
+
+def size(model: Model) -> int:
+    return sum(store.size(Path(folder)) for folder in (model.path, *model.adapters))
+
+
+def judged(
+    model: Model, rows: list[corpus.Row], schema: Any, reference: Path | None, write: Path | None
+) -> dict[str, Any]:
+    """The records of probes/quality.py by row."""
+    found: dict[str, Any] = {}
+    with Child(Path(tempfile.mkdtemp()) / "judge.log", machine.cores()) as child:
+        child.ask("open", 900, plugin="eager", params={}, model=asdict(model))
+        child.ask(
+            "quality",
+            3600,
+            lambda record: found.update({record["row"]: record}),
+            rows=[row.as_json() for row in rows],
+            schema=schema,
+            new_tokens=64,
+            batch=8,
+            reference=str(reference) if reference else None,
+            write_reference=str(write) if write else None,
+        )
+    return found
+
+
+def quality(ours: dict[str, Any], adapter: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Perplexity ratio, KL, delta survival and accuracy, each with its interval but the survival."""
+    shared = sorted(ours)
+    tokens = [adapter[r]["scored_tokens"] for r in shared]
+    found = {"accuracy": stats.proportion(sum(ours[r]["correct"] for r in shared), len(shared))}
+    nlls = [[records[r]["nll"] for r in shared] for records in (ours, adapter)]
+    found["perplexity"] = stats.perplexity_ratio(*nlls, tokens)
+    if all("kl" in ours[r] for r in shared):
+        found["kl"] = stats.ratio_of_means([ours[r]["kl"] for r in shared], tokens)
+        found["survival"] = 1 - sum(ours[r]["kl"] for r in shared) / sum(base[r]["kl"] for r in shared)
+    return found
+
+
+def race(models: dict[str, Model], rows: list[corpus.Row], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time per decoded token over the unmerged adapter's, in interleaved blocks, all models resident."""
+    short = [row for row in rows if "short" in row.slices] or rows
+    logs: dict[str, list[float]] = {name: [] for name in models}
+    folder, dice = Path(tempfile.mkdtemp()), random.Random(0)
+    with ExitStack() as stack:
+        children = {}
+        for name, model in models.items():
+            child = stack.enter_context(Child(folder / f"{len(children)}.log", 1))
+            child.ask("open", 900, plugin="eager", params={}, model=asdict(model))
+            children[name] = child
+        for block in range(arguments.blocks):
+            picks = [[dice.choice(short).as_json()] for _ in range(3)]
+            turn = {}
+            for name in dice.sample(sorted(children), len(children)):
+                answer = children[name].ask("speed", 900, batches=picks, new_tokens=arguments.new_tokens, warmup=1)
+                turn[name] = stats.median([r["tpot_ms"] for r in answer["requests"] if not r["warmup"]])
+            for name, value in turn.items():
+                logs[name].append(math.log(value / turn["adapter"]))
+            say(f"block {block + 1} of {arguments.blocks}, load {os.getloadavg()[0]:.1f}")
+    return {name: exp(stats.hodges_lehmann(found, 0.95)) for name, found in logs.items() if name != "adapter"}
+
+
+BARE = """
+import json, sys, time
+from peftopt.corpus import read
+from peftopt import hf
+started = time.perf_counter()
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto")
+encode = AutoTokenizer.from_pretrained(sys.argv[1])
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from torch.utils.data import DataLoader
+rows = []
+for row in read(sys.argv[2])[:32]:
+    messages = [*row.messages, {"role": "assistant", "content": row.expected}]
+    text = encode.apply_chat_template(messages, tokenize=False)
+    rows.append(dict(encode(text, return_tensors="pt", truncation=True, max_length=512, add_special_tokens=False)))
+weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": int(sys.argv[4])}
+groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+recipe = [GPTQModifier(dampening_frac=0.01, config_groups=groups, ignore=["lm_head"])]
+oneshot(model=model, tokenizer=encode, recipe=recipe, dataset=DataLoader(rows, batch_size=None))
+model.save_pretrained(sys.argv[3], save_compressed=True)
+encode.save_pretrained(sys.argv[3])
+"""
+"""GPTQ as llm-compressor's own examples call it."""
+
+
+def overhead(wanted: list[Route], home: Path, merged: Model, pairs: int = 2) -> None:
+    """`peftopt quantize --method gptq` over the bare library call, whole processes, in turns."""
+    route = next((r for r in wanted if r.name == "gptq"), None)
+    if route is None:
+        return
+    made = json.loads((Path(home) / "gptq" / "quantization.json").read_text())
+    size_ = str(made["params"]["group_size"])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(machine.cores())}
+    times: dict[str, list[float]] = {"bare": [], "peftopt": [], "transform": []}
+    for _ in range(pairs):
+        with tempfile.TemporaryDirectory(dir=home) as scratch:
+            bare = [sys.executable, "-c", BARE, merged.path, route.calibration, f"{scratch}/bare", size_]
+            verb = [sys.executable, "-m", "peftopt.cli", "quantize", "--method", "gptq", "--model", merged.path]
+            verb += ["--calibration", route.calibration, "--out", f"{scratch}/ours", "--json"]
+            for name, line in (("bare", bare), ("peftopt", verb)):
+                started = time.perf_counter()
+                done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
+                times[name].append(time.perf_counter() - started)
+            times["transform"].append(json.loads(done.stdout)["seconds"])
+    shown = {name: ", ".join(f"{s:.1f}" for s in found) for name, found in times.items()}
+    ratios = [a / b for a, b in zip(times["peftopt"], times["bare"], strict=True)]
+    say(f"bare library call, whole process: {shown['bare']} s")
+    say(f"peftopt quantize, the whole command: {shown['peftopt']} s: {min(ratios):.2f}-{max(ratios):.2f}x")
+    say(f"of that, the transform alone: {shown['transform']} s")
+
+
+def show(figures: dict[str, dict[str, Any]]) -> None:
+    header = ("route", "s", "peak GB", "MB", "perplexity", "KL", "survives", "accuracy", "decode")
+    print("| " + " | ".join(header) + " |")
+    print("|" + "---|" * len(header))
+    for name, f in figures.items():
+        cells = [
+            name,
+            f"{f['seconds']:.0f}" if "seconds" in f else "",
+            f"{f['peak_memory_bytes'] / 1e9:.2f}" if "peak_memory_bytes" in f else "",
+            f"{f['bytes'] / 1e6:.0f}",
+            interval(f["perplexity"], ".3f") if name != "adapter" else "1",
+            f"{f['kl'].estimate:.2g}" if "kl" in f else "0",
+            f"{f['survival']:.1%}" if "survival" in f else "",
+            interval(f["accuracy"], ".1%"),
+            interval(f["decode"], ".2f") + "x" if "decode" in f else "1x",
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+def interval(found: stats.Interval, form: str) -> str:
+    return f"{found.estimate:{form}} ({found.low:{form}}–{found.high:{form}})"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

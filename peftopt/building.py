@@ -1,0 +1,122 @@
+"""One artifact, for a recipe or for a verb: a worker makes it, and another, which knows nothing of it, opens it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+
+from peftopt import environments, plugins, provenance, store
+from peftopt.checkpoint import check_room
+from peftopt.child import Child
+from peftopt.errors import WorkerFailed
+from peftopt.merging.certificate import TEXTS
+from peftopt.records import Json, Model, Plugin
+
+VERIFIED_ON = 2
+"""Prompts that a written model has to answer: the first calibration rows, or of our own."""
+
+PROMPTS: list[Json] = [{"id": str(n), "prompt": text} for n, text in enumerate(TEXTS[:VERIFIED_ON])]
+
+LACKING = ("missing library", "missing environment")
+
+Show = Callable[[int, str], None]
+Progress = Callable[[str, int], AbstractContextManager[Show]]
+"""Opens a bar of that title and total; the function it gives sets how much is done and what is going on."""
+
+
+def transform(
+    plugin: str,
+    params: Mapping[str, Json],
+    model: Model,
+    out: Path,
+    rows: Sequence[Json],
+    seed: int,
+    *,
+    log: Path,
+    threads: int,
+    deadline_s: float,
+    calibration: str = "task",
+    hear: Callable[[dict[str, Json]], None] = lambda _: None,
+    watch: Callable[[Child], AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
+) -> dict[str, Json]:
+    """Let a worker write the transformed model to `out`; what a quantizer wrote is then opened in a fresh process.
+
+    Returns what it took and what was found. Raises WorkerFailed when either of them fails: "unusable" for a model that
+    was written and does not work. `out` may be half written then.
+    """
+    found = plugins.catalogue()[plugin]
+    if found.technique == "quantize":
+        check_room(out.parent, store.size(Path(model.path)))  # what it writes is smaller, and by how much not yet known
+    with Child(log, threads, python=python(found)) as child, watch(child):
+        facts = child.ask(
+            "transform",
+            deadline_s,
+            hear=hear,
+            plugin=plugin,
+            params=dict(params),
+            model=asdict(model),
+            out=str(out),
+            rows=list(rows),
+            seed=seed,
+            calibration=calibration,
+        )
+    if found.technique == "quantize" and not facts["tier0"]:
+        made = Model(str(out), tuple(facts["model"]["adapters"]))
+        hear({"phase": "verifying", "done": 0, "total": 1, "what": "in a fresh process"})
+        verified = _verified(found, made, model, rows, log.with_suffix(".verify.log"), threads, deadline_s)
+        facts["quantization"] = provenance.add(out, verified=verified)
+    return facts
+
+
+def _verified(
+    plugin: Plugin, made: Model, parent: Model, rows: Sequence[Json], log: Path, threads: int, deadline_s: float
+) -> str:
+    """What a fresh process says of the written model, in a few words; of one whose reader is not installed, that."""
+    asked = list(rows[:VERIFIED_ON]) or PROMPTS
+
+    def problem(model: Model, engine: str) -> str:
+        with Child(log, threads, python=python(plugins.catalogue()[engine])) as child:
+            child.ask("open", deadline_s, plugin=engine, params={}, model=asdict(model))
+            return str(child.ask("alive", deadline_s, rows=asked)["problem"])
+
+    try:
+        # A base model may repeat itself as it is: only what quantizing brought about counts.
+        if (found := problem(made, plugin.reader)) and found != problem(parent, "eager"):
+            raise WorkerFailed(
+                "unusable", f"the model that {plugin.name} wrote {found}", "try more bits, or keep layers"
+            )
+    except WorkerFailed as error:
+        if error.reason in LACKING:
+            return f"not verified: its reader {plugin.reader} needs {error.detail}"
+        if error.reason in ("refused", "error"):
+            detail = f"the model that {plugin.name} wrote does not work: {error.detail}"
+            raise WorkerFailed("unusable", detail, error.hint) from error
+        raise
+    return f"answered {len(asked)} prompts in a fresh process ({plugin.reader})"
+
+
+def python(plugin: Plugin) -> str:
+    """The interpreter that runs a plug-in. Raises WorkerFailed when it, or a library, is not there."""
+    if plugin.environment == "main" and (lacking := plugins.missing(plugin)):
+        raise WorkerFailed("missing library", ", ".join(lacking), "pip install 'peftopt[quantize]'")
+    return environments.python(plugin.environment)
+
+
+@contextlib.contextmanager
+def bars(progress: Progress | None) -> Iterator[Callable[[dict[str, Json]], None]]:
+    """Show what a worker reports: a bar for each phase, opened when the first word of it comes."""
+    with contextlib.ExitStack() as stack:
+        phase, show = "", None
+
+        def hear(at: dict[str, Json]) -> None:
+            nonlocal phase, show
+            if progress and at["phase"] != phase:
+                stack.close()
+                phase, show = at["phase"], stack.enter_context(progress(at["phase"], at["total"]))
+            if show:
+                show(at["done"], at["what"])
+
+        yield hear

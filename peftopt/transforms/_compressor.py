@@ -1,0 +1,173 @@
+"""What the llm-compressor quantizers share: one run of it, saved in the compressed-tensors format."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peftopt import hf, progress, provenance
+from peftopt.errors import BadInput
+from peftopt.records import Json, Model
+from peftopt.transforms import _layers, _sensitivity
+
+NEEDS = ("torch", "transformers", "llmcompressor", "compressed_tensors", "accelerate")
+
+FEWEST_TOKENS = 512
+"""Calibration tokens below which the statistics of a layer's inputs are those of a few sentences."""
+
+
+def check(bits: int = 4, group_size: int = 0, mixed: float = 0.0, samples: int = 1, max_tokens: int = 1) -> None:
+    """Raises ValueError for parameters that no model can make sense of."""
+    if bits not in (4, 8):
+        raise ValueError(f"bits must be 4 or 8, not {bits}")
+    if group_size not in (0, *_layers.GROUP_SIZES):
+        sizes = ", ".join(map(str, _layers.GROUP_SIZES))
+        raise ValueError(f"group_size must be 0 (the largest that fits), {sizes}, not {group_size}")
+    if not 0 <= mixed < 1 or (mixed and bits == 8):
+        raise ValueError("mixed must be a share of the weights below 1, such as 0.2, and needs bits: 4")
+    if samples < 1 or max_tokens < 1:
+        raise ValueError("samples and max_tokens must be at least 1; 32 samples of 512 tokens are a good start")
+
+
+def quantize(
+    model: Model,
+    params: Any,
+    out: Path,
+    seed: int,
+    method: str,
+    recipe: Callable[[dict[str, Any]], list[Any]],
+    weights: Mapping[str, Json],
+    activations: Mapping[str, Json] | None = None,
+    texts: Sequence[str] | None = None,
+    notices: Sequence[str] = (),
+    pipeline: str = "sequential",
+) -> Model:
+    """Quantize every linear layer but the output head and those that `params.keep` names, and save.
+
+    `weights` and `activations` are compressed-tensors' arguments of what becomes of each; `recipe` makes
+    llm-compressor's modifiers from their common arguments. Of `params` these matter where they are there: group_size,
+    mixed, samples, max_tokens, keep. The first `samples` texts are used, each cut at `max_tokens` tokens; None for a
+    method that needs no texts. Adapters are carried along on the quantized base. All that can be refused is refused
+    before the weights are read: raises BadInput for weights already quantized, a group size that does not divide the
+    layers' inputs, layers that are not there, and texts that are too few.
+    """
+    settings = asdict(params)
+    layers, heads = _layers.linear(hf.unquantized_config(model, "quantize"))
+    kept, found = _layers.kept(layers, settings["keep"])
+    targets = {name: shape for name, shape in layers.items() if name not in kept}
+    notices, weights = [*notices, *found], dict(weights)
+    if "group_size" in settings:
+        settings["group_size"], found = _layers.group_size(targets, settings["group_size"])
+        weights |= {"strategy": "group", "group_size": settings["group_size"]}
+        notices += found
+    rows: list[dict[str, Any]] = []
+    calibration = None
+    if texts is not None:
+        rows, calibration, found = _encoded(model, texts, settings, max(width for _, width in targets.values()))
+        notices += found
+    import torch
+
+    torch.manual_seed(seed)
+    opened = hf.load(model.path)
+    more: dict[str, Json] = {}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}}
+    if share := settings.get("mixed"):
+        spared, more["mixed"] = _sensitivity.spared(opened, rows, targets, share, weights)
+        groups = _two_groups(targets, spared, weights)
+        notices.append(
+            f"{len(spared)} of {len(targets)} layers kept at 8 bits ({more['mixed']['share']:.1%} of weights)"
+        )
+    scheme = {"config_groups": groups, "ignore": [*heads, *kept]}
+    with hf.quiet(), _counted(opened, rows, 2 if pipeline == "sequential" else 4):
+        _run(opened, recipe(scheme), rows, pipeline, hf.tokenizer(hf.tokenizer_home(model)))
+        opened.save_pretrained(out, save_compressed=True)
+    hf.copy_extras(model.path, out)
+    libraries = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+    provenance.write(out, method, libraries, settings, seed, calibration, notices, **more)
+    return Model(str(out), model.adapters)
+
+
+def _two_groups(targets: Mapping[str, Any], spared: Sequence[str], weights: Mapping[str, Json]) -> dict[str, Any]:
+    """Config groups of the layers at few bits and of those at 8, each layer by name.
+
+    Not by class: older vLLMs match a fused layer's class before its parts' names, and would read 8 bits as 4.
+    """
+    eight = {**weights, "num_bits": 8, "symmetric": True}
+    few = [name for name in targets if name not in spared]
+    return {
+        "group_0": {"targets": few, "weights": weights},
+        **({"group_1": {"targets": list(spared), "weights": eight}} if spared else {}),
+    }
+
+
+def _encoded(
+    model: Model, texts: Sequence[str], settings: Mapping[str, Json], widest: int
+) -> tuple[list[dict[str, Any]], dict[str, Json], list[str]]:
+    """The first texts as rows of ids [1, tokens] that the base's embeddings know, what they were, and notices."""
+    used = texts[: settings["samples"]]
+    if not used:
+        raise BadInput("no calibration texts", "give --calibration FILE (a few dozen real prompts), or generic")
+    encode = hf.tokenizer(hf.tokenizer_home(model))
+    known = hf.config(model.path).get_text_config().vocab_size
+    rows = []
+    for text in used:
+        # The texts are rendered already: the chat template has put in whatever begins a sequence.
+        row = encode(
+            text,
+            return_tensors="pt",
+            truncation=True,
+            max_length=settings["max_tokens"],
+            add_special_tokens=False,
+            return_token_type_ids=False,
+        )
+        inside = row["input_ids"][0] < known  # tokens that an adapter added have no embedding in its base
+        rows.append({name: value[:, inside] for name, value in row.items()})
+    rows = [row for row in rows if row["input_ids"].numel()]
+    tokens = sum(row["input_ids"].numel() for row in rows)
+    if tokens < FEWEST_TOKENS:
+        raise BadInput(
+            f"the calibration text is too short: {tokens} tokens in {len(used)} rows, and it takes {FEWEST_TOKENS}",
+            "give more rows like the real traffic, or --calibration generic",
+        )
+    few = f"{tokens} calibration tokens for inputs up to {widest} wide: more texts would make a better model"
+    return rows, provenance.calibrated(used, tokens), [few] * (tokens < widest)
+
+
+@contextlib.contextmanager
+def _counted(model: Any, rows: Sequence[Any], passes: int) -> Iterator[None]:
+    """Report each decoder layer's calls: llm-compressor sends every row through a layer, quantizes it, and sends the
+    rows through again for the next one. What it calls meanwhile (AWQ's search) are parts of a layer, not counted."""
+    layers, done = _sensitivity.blocks(model), 0
+    numbers = {layer: n for n, layer in enumerate(layers, 1)}
+
+    def count(layer: Any, *_: Any) -> None:
+        nonlocal done
+        done += 1
+        progress.report(
+            "calibrating", done, len(layers) * len(rows) * passes, f"layer {numbers[layer]} of {len(layers)}"
+        )
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers if rows else ():
+            stack.callback(layer.register_forward_hook(count).remove)
+        yield
+
+
+def _run(model: Any, modifiers: list[Any], rows: list[Any], pipeline: str, tokenizer: Any) -> None:
+    """llm-compressor's `oneshot`; its warnings go to stderr, where by itself it logs every layer to stdout."""
+    import sys
+
+    from llmcompressor import LoggerConfig, configure_logger, logger, oneshot
+    from torch.utils.data import DataLoader
+
+    configure_logger(LoggerConfig(console_log_level=None))
+    noise = ("METRIC", "get_main_device")  # each layer's error, and "no accelerator" once a layer
+    logger.add(sys.stderr, level="WARNING", filter=lambda line: not {line["level"].name, line["function"]} & {*noise})
+    if rows:
+        loader: Any = DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
+        oneshot(model=model, tokenizer=tokenizer, recipe=modifiers, dataset=loader, pipeline=pipeline)
+    else:
+        oneshot(model=model, tokenizer=tokenizer, recipe=modifiers)
