@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peftopt import corpus, machine, preflight, stats, store
+from peftopt import corpus, environments, machine, plugins, preflight, stats, store
 from peftopt.child import Child
 from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed
 from peftopt.evidence import exp
@@ -47,7 +47,8 @@ def transform(
     temporary = _beside(out)
     log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{plugin}.log"
     try:
-        with Child(log, machine.cores()) as child, _watched(child, plugin, model, progress):
+        python = environments.interpreter(plugins.catalogue()[plugin])
+        with Child(log, machine.cores(), python=python) as child, _watched(child, plugin, model, progress):
             facts = child.ask(
                 "transform",
                 DEADLINE_S,
@@ -169,14 +170,18 @@ def bench(
     "ttft_ms", "tpot_ms", "throughput", "ratio" (None for the first).
     """
     rows = corpus.read(prompts)
+    known = plugins.catalogue()
+    for arm in arms:
+        preflight.check_base(Path(arm.model.path), quantized=True, weights=known[arm.engine].format)
     folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
     found: dict[str, dict[str, Json]] = {arm.name: {"name": arm.name, "turns": []} for arm in arms}
     with ExitStack() as stack:
         children = {}
         for arm in arms:
-            preflight.check_base(Path(arm.model.path), quantized=True)
             cache = compile_cache(arm.model) if arm.engine == "compiled" else None
-            child = stack.enter_context(Child(folder / f"{arm.name}.log", threads or machine.cores(), cache))
+            python = environments.interpreter(known[arm.engine])
+            log = folder / f"{arm.name}.log"
+            child = stack.enter_context(Child(log, threads or machine.cores(), cache, python))
             model = asdict(_absolute(arm.model))
             found[arm.name] |= child.ask("open", DEADLINE_S, plugin=arm.engine, params={}, model=model)
             children[arm.name] = child

@@ -44,4 +44,5 @@ def _describe(kind: str, name: str) -> Plugin:
         needs=getattr(source, "NEEDS", ()),
         environment=getattr(source, "ENVIRONMENT", "main"),
         calibrates=getattr(source, "CALIBRATES", False),
+        format=getattr(source, "FORMAT", "safetensors"),
     )

@@ -104,7 +104,7 @@ def prepare(recipe: Recipe, text: str, results: Path, listener: Listener, fresh:
         "adapter": identity.of_folder(Path(recipe.adapter)),
         "calibration": identity.of_file(Path(recipe.calibration)) if recipe.calibration else "",
     }
-    plan = planning.plan(recipe, sources, machine.versions())
+    plan = planning.plan(recipe, sources, environments.versions())
     key = identity.of_value([asdict(plan), sources, _content(recipe)])[:8]
     runs = home.root / "runs"
     unfinished = [f for f in sorted(runs.glob(f"*-{recipe.name}-{key}")) if not (f / "decision.json").exists()]
@@ -122,11 +122,24 @@ def prepare(recipe: Recipe, text: str, results: Path, listener: Listener, fresh:
 
 def execute(run: Run) -> None:
     """Everything that leaves measurements, in the order of time."""
+    survey(run)
     build(run)
     answer(run)
     for workload in run.recipe.workloads.values():
         race(run, workload)
         _check_baseline(run)
+
+
+def survey(run: Run) -> None:
+    """How fast this machine reads memory: once per run, with the threads of the measured, while nothing else runs."""
+    if any(m.probe == "machine" for m in run.measurements):
+        return
+    threads = run.recipe.measure.threads or machine.cores()
+    try:
+        with Child(run.folder / "logs" / "bandwidth.log", threads) as child:
+            run.log("machine", "", child.ask("bandwidth", 60))
+    except WorkerFailed as error:
+        run.listener.warn(f"memory bandwidth is not known: {error}")
 
 
 def _check_baseline(run: Run) -> None:
@@ -213,11 +226,7 @@ def _users(run: Run, build: Build) -> list[str]:
 
 
 def _python(step: Step) -> str:
-    """The interpreter that runs a step's plug-in. Raises WorkerFailed when it, or a library, is not there."""
-    plugin = plugins.catalogue()[step.plugin]
-    if plugin.environment == "main" and (lacking := plugins.missing(plugin)):
-        raise WorkerFailed("missing library", ", ".join(lacking), f"pip install {' '.join(lacking)}")
-    return environments.python(plugin.environment)
+    return environments.interpreter(plugins.catalogue()[step.plugin])
 
 
 @contextlib.contextmanager

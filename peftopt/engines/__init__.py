@@ -1,6 +1,7 @@
 """Engines, one file each: ways of running a Model. The file's name is its name in recipes.
 
-An engine file has a one-line docstring (its help), `TECHNIQUE` ("" or "compile"), `NEEDS`, a frozen dataclass
+An engine file has a one-line docstring (its help), `TECHNIQUE` ("" or "compile"), `NEEDS`, where it runs in an
+environment of its own `ENVIRONMENT`, where it opens other weights than safetensors their `FORMAT`, a frozen dataclass
 `Params`, and
 
     def open(model: Model, params: Params) -> Engine
@@ -50,6 +51,12 @@ class Engine(Protocol):
 
     scores: bool
     """Whether `score` works; an endpoint or a compiled decoder only generates."""
+
+    device: str
+    """Where it computes, in torch's words: "cpu", "cuda"."""
+
+    threads: int
+    """How many threads of the CPU it uses."""
 
     adapter_switch_time: float | None
     """Seconds it took to attach the adapters; None when there are none."""

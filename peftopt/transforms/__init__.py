@@ -5,9 +5,10 @@ modules it imports), optionally `CALIBRATES = True`, a frozen dataclass `Params`
 
     def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model
 
-which writes a whole, loadable folder at `out` (weights as safetensors, config, generation config, tokenizer, chat
-template) and returns the Model that is there. `texts` are rendered calibration texts (prompt and answer, chat
-template applied), empty unless it calibrates or merges. It may also have `preview(model, params)`, which says what
-it would change, tensor by tensor, and may leave a certificate of its own checks (parity.json) in the folder. Raises
-BadInput for a model it cannot work on, saying what to do. Heavy imports stay inside functions.
+which writes a whole, loadable folder at `out` (weights as safetensors, or in the `FORMAT` that it names, which an
+engine opens; config, generation config, tokenizer, chat template) and returns the Model that is there. `texts` are
+rendered calibration texts (prompt and answer, chat template applied), empty unless it calibrates or merges.
+`ENVIRONMENT` names the one that it runs in, where that is not the main one. It may also have `preview(model, params)`,
+which says what it would change, tensor by tensor, and may leave a certificate of its own checks (parity.json) in the
+folder. Raises BadInput for a model it cannot work on, saying what to do. Heavy imports stay inside functions.
 """
