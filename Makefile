@@ -1,5 +1,6 @@
 # make demo   the main job on a real model        make test   lint, types and tests
 # make setup  builds .venv with pinned versions   make clean  removes what these made
+# make engines  installs the engines that have an environment of their own (compiles llama.cpp: some minutes)
 PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
@@ -7,7 +8,7 @@ MODEL := models/smollm2-135m-instruct
 # A verdict is a result, whichever it is: 0 accepted, 1 rejected, 3 undecided. Anything else went wrong.
 decide = $(BIN)/peftopt run $(1); code=$$?; case $$code in 0|1|3) ;; *) exit $$code ;; esac
 
-.PHONY: setup demo quick test clean
+.PHONY: setup engines demo quick test clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -18,6 +19,9 @@ setup: .venv/ready
 
 $(MODEL)/model.safetensors: | .venv/ready
 	$(BIN)/python demo/fetch_model.py
+
+engines: setup
+	$(BIN)/peftopt env install llamacpp
 
 demo: setup $(MODEL)/model.safetensors
 	$(call decide,recipes/demo.yaml)

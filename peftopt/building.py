@@ -50,7 +50,7 @@ def transform(
     found = plugins.catalogue()[plugin]
     if found.technique == "quantize":
         check_room(out.parent, store.size(Path(model.path)))  # what it writes is smaller, and by how much not yet known
-    with Child(log, threads, python=python(found)) as child, watch(child):
+    with Child(log, threads, python=environments.interpreter(found)) as child, watch(child):
         facts = child.ask(
             "transform",
             deadline_s,
@@ -78,7 +78,7 @@ def _verified(
     asked = list(rows[:VERIFIED_ON]) or PROMPTS
 
     def problem(model: Model, engine: str) -> str:
-        with Child(log, threads, python=python(plugins.catalogue()[engine])) as child:
+        with Child(log, threads, python=environments.interpreter(plugins.catalogue()[engine])) as child:
             child.ask("open", deadline_s, plugin=engine, params={}, model=asdict(model))
             return str(child.ask("alive", deadline_s, rows=asked)["problem"])
 
@@ -96,13 +96,6 @@ def _verified(
             raise WorkerFailed("unusable", detail, error.hint) from error
         raise
     return f"answered {len(asked)} prompts in a fresh process ({plugin.reader})"
-
-
-def python(plugin: Plugin) -> str:
-    """The interpreter that runs a plug-in. Raises WorkerFailed when it, or a library, is not there."""
-    if plugin.environment == "main" and (lacking := plugins.missing(plugin)):
-        raise WorkerFailed("missing library", ", ".join(lacking), "pip install 'peftopt[quantize]'")
-    return environments.python(plugin.environment)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from peftopt import environments
 from peftopt.errors import WorkerFailed
 from peftopt.records import Json
 
@@ -152,6 +153,7 @@ def _environment(threads: int, cache: Path | None) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "PYTHONUNBUFFERED": "1",
+        "PEFTOPT_PYTHON": environments.python(environments.MAIN),
     }
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)

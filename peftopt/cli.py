@@ -245,6 +245,7 @@ def quantize(
         list[str],
         typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter of the method; repeat for more."),
     ] = [],  # noqa: B006
+    type_: Annotated[str, typer.Option("--type", metavar="TYPE", help="gguf: q4_k_m, q4_1, q8_0, bf16, … .")] = "",
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -256,7 +257,7 @@ def quantize(
     if method not in known:
         raise BadInput(f"no quantizer named {method!r}", nearest(method, known))
     options = {"bits": bits, "group_size": group_size, "mixed": mixed, "keep": keep}
-    options |= {"samples": samples, "max_tokens": max_tokens}
+    options |= {"samples": samples, "max_tokens": max_tokens, "type": type_}
     params = _params(known[method], {name: value for name, value in options.items() if value}, settings)
     if known[method].calibrates and not calibration:
         raise BadInput(
@@ -325,7 +326,9 @@ def bench(
     model: Annotated[list[Path], typer.Option(help="Model folder; repeat to compare, the first is the reference.")],
     prompts: Annotated[Path, typer.Option(help="JSON-lines prompts.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter on top of the first model, unmerged.")] = None,
-    engine: Annotated[str, typer.Option(help="eager or compiled (any engine of `peftopt doctor`).")] = "eager",
+    engine: Annotated[
+        list[str], typer.Option(help="eager, compiled or llamacpp (see `peftopt doctor`); one for all, or one a model.")
+    ] = ["eager"],  # noqa: B006
     new_tokens: Annotated[int, typer.Option(help="Tokens every answer gets, exactly.")] = 32,
     batch: Annotated[int, typer.Option(help="Prompts per request.")] = 1,
     blocks: Annotated[int, typer.Option(help="Times that each model is measured, in random order.")] = 6,
@@ -338,12 +341,16 @@ def bench(
     from peftopt.records import Model
 
     known = [p.name for p in plugins.catalogue().values() if p.kind == "engine"]
-    if engine not in known:
-        raise BadInput(f"no engine named {engine!r}", f"known: {', '.join(known)}")
+    for name in engine:
+        if name not in known:
+            raise BadInput(f"no engine named {name!r}", f"known: {', '.join(known)}")
+    engines = engine * len(model) if len(engine) == 1 else engine
+    if len(engines) != len(model):
+        raise BadInput(f"{len(engine)} engines for {len(model)} models", "give one --engine, or one for each --model")
     models = [Model(str(m), (str(adapter),) if adapter and n == 0 else ()) for n, m in enumerate(model)]
     arms = [
-        oneshot.Arm(f"{n + 1} {Path(m.path).name}{' + adapter' * bool(m.adapters)}", m, engine)
-        for n, m in enumerate(models)
+        oneshot.Arm(f"{n} {Path(m.path).name}{' + adapter' * bool(m.adapters)}", m, name)
+        for n, (m, name) in enumerate(zip(models, engines, strict=True), 1)
     ]
     found = oneshot.bench(arms, str(prompts), new_tokens, batch, blocks, threads)
     for arm in found:
@@ -392,7 +399,7 @@ def _bench_row(found: dict[str, Any]) -> list[str]:
 @app.command()
 def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], results: Results = Path("results")) -> None:
     """Say everything that is wrong with a recipe and its files, and what it would do; runs nothing."""
-    from peftopt import machine, plugins, preflight, store
+    from peftopt import environments, plugins, preflight, store
     from peftopt import plan as planning
     from peftopt.console import Console
 
@@ -401,20 +408,26 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
     store.Store(results.resolve()).check_writable()
     console = Console()
     sources = {"base": "", "adapter": "", "calibration": ""}
-    plan = planning.plan(parsed, sources, machine.versions())
+    plan = planning.plan(parsed, sources, environments.versions())
     console.say(f"{recipe}: {len(parsed.variants)} variants, {len(plan.builds)} artifacts to build or reuse")
     for variant in parsed.variants.values():
         chain = [step.plugin for step in variant.steps] or ["base + adapter"]
-        lacking = [m for s in (*variant.steps, variant.engine) for m in plugins.missing(plugins.catalogue()[s.plugin])]
-        note = f"  needs {', '.join(lacking)}: pip install 'peftopt[quantize]'" if lacking else ""
+        steps = (*variant.steps, variant.engine)
+        needs = [environments.lacking(plugins.catalogue()[s.plugin]) for s in steps]
+        note = "".join(f"  needs {', '.join(what)}: {how}" for what, how in _once(needs))
         mark = "  (baseline)" if variant.name == parsed.baseline else ""
         console.say(f"  {variant.name:<16} {' -> '.join(chain)}, on {variant.engine.plugin}{mark}{note}")
+
+
+def _once(needs: list[tuple[list[str], str]]) -> list[tuple[list[str], str]]:
+    """What is lacking, each said once."""
+    return [need for n, need in enumerate(needs) if need[0] and need not in needs[:n]]
 
 
 @app.command()
 def new(
     file: Annotated[Path, typer.Argument(help="The recipe to write; must not exist.")] = Path("recipe.yaml"),
-    like: Annotated[str, typer.Option(help="Start from: chat-gpu, bulk-cpu, many-adapters, quick or demo.")] = "quick",
+    like: Annotated[str, typer.Option(help="quick, demo, cpu-fastest, bulk-cpu, chat-gpu or many-adapters.")] = "quick",
     base: Annotated[str, typer.Option(help="Base model folder, as the recipe should name it.")] = "",
     adapter: Annotated[str, typer.Option(help="Adapter folder.")] = "",
     prompts: Annotated[str, typer.Option(help="Evaluation prompts (JSON lines).")] = "",
@@ -449,11 +462,12 @@ def _adapt(text: str, base: str, adapter: str, prompts: str) -> str:
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine is, which plug-ins can run here, and what to install for the others."""
-    from peftopt import machine, plugins
+    from peftopt import environments, machine, plugins
     from peftopt.console import Console
 
     found = machine.describe()
-    state = {p.name: plugins.missing(p) for p in plugins.catalogue().values()}
+    needs = {p.name: environments.lacking(p) for p in plugins.catalogue().values()}
+    state = {name: what for name, (what, _) in needs.items()}
     if as_json:
         print(json.dumps({**found, "missing": state}))
     else:
@@ -468,10 +482,55 @@ def doctor(as_json: AsJson = False) -> None:
             for p in plugins.catalogue().values()
         ]
         console.table(["name", "kind", "state", "what it does"], rows)
-        if any(state.values()):
-            console.say("install the missing ones with: pip install 'peftopt[quantize]'")
+        for how in sorted({how for _, how in needs.values() if how}):
+            console.say(f"install what is missing with: {how}")
     if state["eager"] or state["merge"]:
         raise typer.Exit(ENVIRONMENT)
+
+
+environment_verbs = typer.Typer(no_args_is_help=True, help="Environments of the plug-ins whose pins need their own.")
+app.add_typer(environment_verbs, name="env")
+EnvironmentName = Annotated[str, typer.Argument(help="A name that `peftopt env list` shows.")]
+
+
+@environment_verbs.command("list")
+def env_list(as_json: AsJson = False) -> None:
+    """The environments: which there are, which are installed, how large they are, what they are for."""
+    from peftopt import environments
+    from peftopt.console import Console
+    from peftopt.thresholds import format_value
+
+    found = environments.known()
+    if as_json:
+        print(json.dumps([asdict(e) for e in found], default=_plain))
+        return
+    about = {e.name: "about " * (e.state == "missing") + format_value("size", e.size_bytes) for e in found}
+    state = {"missing": "not installed", "ready": "installed", "outdated": "outdated: install it with --force"}
+    rows = [[e.name, state[e.state], about[e.name], e.help] for e in found]
+    Console().table(["name", "state", "size", "what it is for"], rows)
+
+
+@environment_verbs.command("install")
+def env_install(
+    name: EnvironmentName,
+    force: Annotated[bool, typer.Option("--force", help="Build it again though it is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Build an environment in the user's cache; it appears whole or not at all."""
+    from peftopt import environments
+    from peftopt.console import Console
+
+    with Console().working(f"env {name}") as tell:
+        made = environments.install(name, force, tell)
+    _print(f"environment {name}", {"at": str(made.path), "size": f"{made.size_bytes / 1e6:.0f} MB"}, made, as_json)
+
+
+@environment_verbs.command("remove")
+def env_remove(name: EnvironmentName) -> None:
+    """Delete an environment."""
+    from peftopt import environments
+
+    print(f"removed {name}: {environments.remove(name) / 1e6:.0f} MB")
 
 
 def _version(wanted: bool) -> None:
@@ -601,7 +660,7 @@ def _provenance(found: dict[str, Any]) -> dict[str, str]:
     return lines | ({"verified": made["verified"]} if "verified" in made else {})
 
 
-def _print(title: str, lines: dict[str, str], found: dict[str, Any], as_json: bool) -> None:
+def _print(title: str, lines: dict[str, str], found: Any, as_json: bool) -> None:
     from peftopt.console import Console
 
     if as_json:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console as Rich
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from peftopt.errors import BadRecipe, PeftoptError
@@ -57,6 +66,21 @@ class Console:
             with Progress(*columns, console=self.err, transient=True) as bar:
                 task = bar.add_task(title, total=total, what="")
                 yield lambda done, what: bar.update(task, completed=done, what=escape(what))
+
+    @contextlib.contextmanager
+    def working(self, title: str) -> Iterator[Callable[[str], None]]:
+        """A spinner with the time so far and the last thing that was told; off a terminal, each new step a line."""
+        started = time.perf_counter()
+        if self.quiet:
+            yield lambda text: None
+        elif not self.err.is_terminal:
+            yield lambda text: self.err.print(f"  {escape(title):<14} [dim]{escape(text[:100])}[/dim]", soft_wrap=True)
+        else:
+            columns = (SpinnerColumn(), TextColumn("{task.description:<14}"), TimeElapsedColumn())
+            with Progress(*columns, TextColumn("[dim]{task.fields[what]}"), console=self.err, transient=True) as bar:
+                task = bar.add_task(title, total=None, what="")
+                yield lambda text: bar.update(task, what=escape(text[:80]))
+        self.done(title, "ready", time.perf_counter() - started)
 
     def _lines(self, title: str, total: int) -> Callable[[int, str], None]:
         shown = 0

@@ -40,6 +40,7 @@ class Evidence:
         self.launches: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
         self.memory: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
         self.loads: list[Mapping[str, Json]] = []
+        self.machine: Mapping[str, Json] = {}
         for m in measurements:
             match m.probe:
                 case "speed":
@@ -48,6 +49,8 @@ class Evidence:
                     self.loads.append(m.values.get("machine", {}))
                 case "quality":
                     self.answers[m.variant, m.launch][m.values["row"]] = m.values
+                case "machine":
+                    self.machine = m.values
                 case "build":
                     self.builds[m.values["id"]] = m.values
                 case "failure":
@@ -164,6 +167,8 @@ class Evidence:
             if samples:
                 found[f"{metric}.p50@{workload}"] = stats.quantile(samples, 0.5)
                 found[f"{metric}.p95@{workload}"] = stats.quantile(samples, 0.95)
+        if shares := self._bandwidth_shares(variant, requests):
+            found[f"bandwidth@{workload}"] = stats.quantile(shares, 0.5)
         rates = [1e3 * r["new_tokens"] / r["request_duration_ms"] for r in requests]
         found[f"throughput@{workload}"] = stats.quantile(rates, 0.5)
         for name, field in (("latency.ratio", "request_duration_ms"), ("cpu.ratio", "cpu_ms")):
@@ -174,6 +179,18 @@ class Evidence:
             if logs:
                 found[f"{name}@{workload}"] = exp(stats.hodges_lehmann(logs, 0.95))
         return found
+
+    def _bandwidth_shares(self, variant: str, requests: Sequence[Mapping[str, Json]]) -> list[float]:
+        """Of each request, the time per token that reading memory alone would take over the time it took, on a CPU."""
+        speed = self.machine.get("read_bytes_per_s")
+        launch = next((v for v in self.launches.get(variant, ()) if v.get("device") == "cpu"), {})
+        if not speed or "weight_bytes" not in launch:
+            return []
+        # on average a step finds the whole prompt in the cache, and half of the answer
+        bytes_ = [
+            launch["weight_bytes"] + launch["kv_bytes"] * (r["prompt_tokens"] + r["new_tokens"] / 2) for r in requests
+        ]
+        return [1e3 * b / speed / r["tpot_ms"] for b, r in zip(bytes_, requests, strict=True) if r["tpot_ms"]]
 
     def _quality_figures(self, variant: str) -> dict[str, Interval]:
         is_baseline = variant == self.baseline

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peftopt import building, corpus, machine, plugins, preflight, stats, store
+from peftopt import building, corpus, environments, machine, plugins, preflight, stats, store
 from peftopt.building import Progress
 from peftopt.child import Child
 from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed
@@ -40,7 +40,7 @@ def transform(
     a model that was written and does not work, and when a certificate failed: the folder is then beside `out`, for
     inspection.
     """
-    building.python(plugins.catalogue()[plugin])
+    environments.interpreter(plugins.catalogue()[plugin])
     _check(plugin, model)
     rows = [row.as_json() for row in corpus.read(str(corpus.calibration_file(texts)))] if texts else []
     temporary = _beside(out)
@@ -173,14 +173,18 @@ def bench(
     "ttft_ms", "tpot_ms", "throughput", "ratio" (None for the first).
     """
     rows = corpus.read(prompts)
+    known = plugins.catalogue()
+    for arm in arms:
+        preflight.check_base(Path(arm.model.path), quantized=True, weights=known[arm.engine].format)
     folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
     found: dict[str, dict[str, Json]] = {arm.name: {"name": arm.name, "turns": []} for arm in arms}
     with ExitStack() as stack:
         children = {}
         for arm in arms:
-            preflight.check_base(Path(arm.model.path), quantized=True)
             cache = compile_cache(arm.model) if arm.engine == "compiled" else None
-            child = stack.enter_context(Child(folder / f"{arm.name}.log", threads or machine.cores(), cache))
+            python = environments.interpreter(known[arm.engine])
+            log = folder / f"{arm.name}.log"
+            child = stack.enter_context(Child(log, threads or machine.cores(), cache, python))
             model = asdict(_absolute(arm.model))
             child.ask("prepare", DEADLINE_S, plugin=arm.engine)
             found[arm.name] |= child.ask("open", DEADLINE_S, plugin=arm.engine, params={}, model=model)

@@ -12,11 +12,11 @@ SOURCE = ""
 """The id of the starting point: the adapter on its base, as the user gave them."""
 
 
-def plan(recipe: Recipe, sources: Mapping[str, str], versions: Mapping[str, str]) -> Plan:
+def plan(recipe: Recipe, sources: Mapping[str, str], versions: Mapping[str, Mapping[str, str]]) -> Plan:
     """The plan of a recipe.
 
     `sources` holds the content hashes of what shapes an artifact: "base", "adapter" and "calibration" ("" when
-    there is none); `versions` those of the libraries that do.
+    there is none); `versions` those of the libraries that do, by environment.
     """
     builds: dict[str, Build] = {}
     models = {}
@@ -30,13 +30,15 @@ def plan(recipe: Recipe, sources: Mapping[str, str], versions: Mapping[str, str]
     return Plan(recipe, tuple(builds.values()), models)
 
 
-def artifact_id(step: Step, parent: str, sources: Mapping[str, str], versions: Mapping[str, str], seed: int) -> str:
+def artifact_id(
+    step: Step, parent: str, sources: Mapping[str, str], versions: Mapping[str, Mapping[str, str]], seed: int
+) -> str:
     """An artifact is the hash of its inputs: the chain behind it, its step, and what shapes the output."""
     inputs = {
         "step": asdict(step),
         "parent": parent or [sources["base"], sources["adapter"]],
         "calibration": sources["calibration"] if step.calibrates else "",
         "seed": seed,
-        "versions": dict(versions),
+        "versions": dict(versions.get(step.environment, {})),
     }
     return identity.of_value(inputs)

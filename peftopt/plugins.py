@@ -45,4 +45,5 @@ def _describe(kind: str, name: str) -> Plugin:
         environment=getattr(source, "ENVIRONMENT", "main"),
         calibrates=getattr(source, "CALIBRATES", False),
         reader=getattr(source, "READER", "eager"),
+        format=getattr(source, "FORMAT", "safetensors"),
     )

@@ -44,8 +44,12 @@ def schema(path: str) -> Mapping[str, Json]:
     return value
 
 
-def check_base(folder: Path, quantized: bool = False) -> None:
-    """A causal language model in safetensors, with no code of its own and, unless `quantized`, not quantized yet."""
+GGUF = "model.gguf"
+
+
+def check_base(folder: Path, quantized: bool = False, weights: str = "safetensors") -> None:
+    """A causal language model with weights of that format, with no code of its own and, unless `quantized`, not
+    quantized yet."""
     if not folder.is_dir():
         raise BadInput(f"no model folder at {folder}", "model.base names a folder with config.json and safetensors")
     if not (folder / "config.json").is_file():
@@ -62,7 +66,14 @@ def check_base(folder: Path, quantized: bool = False) -> None:
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         what = ", ".join(names) or "none named"
         raise BadInput(f"{folder} is no causal language model (architectures: {what})", "supported: …ForCausalLM")
-    open_model(folder)
+    if weights == "gguf":
+        if not (folder / GGUF).is_file():
+            hint = f"make one: peftopt quantize --method gguf --model {folder} --out …"
+            raise BadInput(f"{folder} holds no {GGUF}", hint)
+    elif (folder / GGUF).is_file() and not list(folder.glob("*.safetensors")):
+        raise BadInput(f"{folder} holds GGUF weights, which transformers engines do not run", "use --engine llamacpp")
+    else:
+        open_model(folder)
 
 
 READERS = {

@@ -7,7 +7,7 @@ import os
 import re
 import typing
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -38,6 +38,7 @@ _JUDGED_ON_ANSWERS = ("ratio", "share", "nats")
 """The units of the figures that need a `quality` section."""
 
 DEFAULT_ENGINE, DEFAULT_BASELINE = "eager", "adapter"
+SAFETENSORS = "safetensors"
 
 Rows = Mapping[str, Mapping[str, float | None] | None]
 
@@ -177,6 +178,7 @@ class _Reading(Reading):
                 raise Wrong
             if not steps or steps[-1].kind != "engine":
                 steps.append(self.plugged("engine", DEFAULT_ENGINE, None, at))
+            self.check_formats(steps, at)
             return Variant(name, tuple(steps[:-1]), steps[-1])
 
         return read
@@ -200,7 +202,7 @@ class _Reading(Reading):
         readers = {f.name: typed(annotations[f.name]) for f in dataclasses.fields(plugin.params)}
         node = yaml.MappingNode("", []) if params is None else params
         values = self.record(plugin.params, readers)(node, at if params is None else f"{at}.{name}")
-        return Step(name, kind, plugin.technique, dataclasses.asdict(values), plugin.calibrates)
+        return Step(name, kind, plugin.technique, dataclasses.asdict(values), plugin.calibrates, plugin.environment)
 
     # -- the trade-off table
 
@@ -266,6 +268,21 @@ class _Reading(Reading):
                 if step.calibrates:
                     hint = "add calibration: the path of a JSONL file of prompts and answers, or generic"
                     self.note(f"variants.{variant.name}", f"{step.plugin} needs calibration texts", hint)
+
+    def check_formats(self, steps: Sequence[Step], at: str) -> None:
+        """What one step writes, the next has to read: transforms read safetensors, engines the format they name."""
+        written = SAFETENSORS
+        for step, plugin in ((step, self.catalogue[step.plugin]) for step in steps):
+            if step.kind == "transform" and written != SAFETENSORS:
+                self.note(at, f"{step.plugin} cannot read what comes before it ({written})", "put it earlier")
+            elif step.kind == "engine" and written != plugin.format:
+                kind = "engine" if written != SAFETENSORS else "transform"
+                wanted = written if kind == "engine" else plugin.format
+                fitting = [p.name for p in self.catalogue.values() if p.kind == kind and p.format == wanted]
+                written_as = "{engine: …}" if kind == "engine" else "a step before the engine"
+                hint = f"{' or '.join(fitting)}, as {written_as}"
+                self.note(at, f"engine {step.plugin} opens {plugin.format}, and gets {written}", hint)
+            written = plugin.format
 
     def check_metrics(self, found: Mapping[str, Any]) -> None:
         minimize, known = found.get("minimize"), found.get("workloads")

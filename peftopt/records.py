@@ -39,7 +39,7 @@ class Plugin:
     `kind` is "transform" or "engine"; `technique` names its row of the trade-off table ("merge",
     "quantize", "compile" or "" for none); `params` is its frozen dataclass, whose fields and defaults are
     its schema; `needs` are the modules it imports; `environment` is whose Python runs it; `reader` the engine that
-    opens what a quantizer wrote.
+    opens what a quantizer wrote; `format` the kind of weights that a transform writes or an engine opens.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Plugin:
     environment: str = "main"
     calibrates: bool = False
     reader: str = "eager"
+    format: str = "safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Step:
     technique: str
     params: Mapping[str, Json] = field(default_factory=dict)
     calibrates: bool = False
+    environment: str = "main"
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,9 @@ class Measurement:
 
     build    seconds, cached, size_bytes, peak_memory_bytes; tier0: list of errors; certificate: a merge's, in a line;
              quantization: a quantizer's provenance, in a line
+    machine  read_bytes_per_s: how fast memory is read, once per run
     launch   model_loading_time (s), adapter_switch_time (s), memory_bytes, gpu_memory_allocated, gpu_memory_reserved,
-             threads, size_bytes
+             threads, device, size_bytes; weight_bytes and kv_bytes (per cached token) that a decode step reads
     speed    block, order, requests: [{request_duration_ms, queue_time_ms, generation_latency_ms, ttft_ms, tpot_ms,
              cpu_ms, prompt_tokens, new_tokens, warmup}], machine: {load, steal_s, mhz, …}
     quality  row, output, new_tokens, score, correct, valid, critical (tag), flags, nll, tokens, kl, top1, slices

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from peftopt import building, corpus, identity, machine, need, plugins, preflight, provenance, store
+from peftopt import building, corpus, environments, identity, machine, need, plugins, preflight, provenance, store
 from peftopt import plan as planning
 from peftopt.child import Child, interrupt
 from peftopt.corpus import Row
@@ -108,7 +108,7 @@ def prepare(recipe: Recipe, text: str, results: Path, listener: Listener, fresh:
         "adapter": identity.of_folder(Path(recipe.adapter)),
         "calibration": identity.of_file(corpus.calibration_file(recipe.calibration)) if recipe.calibration else "",
     }
-    plan = planning.plan(recipe, sources, machine.versions())
+    plan = planning.plan(recipe, sources, environments.versions())
     key = identity.of_value([asdict(plan), sources, _content(recipe)])[:8]
     runs = home.root / "runs"
     unfinished = [f for f in sorted(runs.glob(f"*-{recipe.name}-{key}")) if not (f / "decision.json").exists()]
@@ -126,11 +126,24 @@ def prepare(recipe: Recipe, text: str, results: Path, listener: Listener, fresh:
 
 def execute(run: Run) -> None:
     """Everything that leaves measurements, in the order of time."""
+    survey(run)
     build(run)
     answer(run)
     for workload in run.recipe.workloads.values():
         race(run, workload)
         _check_baseline(run)
+
+
+def survey(run: Run) -> None:
+    """How fast this machine reads memory: once per run, with the threads of the measured, while nothing else runs."""
+    if any(m.probe == "machine" for m in run.measurements):
+        return
+    threads = run.recipe.measure.threads or machine.cores()
+    try:
+        with Child(run.folder / "logs" / "bandwidth.log", threads) as child:
+            run.log("machine", "", child.ask("bandwidth", 60))
+    except WorkerFailed as error:
+        run.listener.warn(f"memory bandwidth is not known: {error}")
 
 
 def _check_baseline(run: Run) -> None:
@@ -383,7 +396,7 @@ def _started(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Chi
     """A fresh worker that has imported what the variant's engine needs."""
     cache = run.store.cache(run.plan.models[variant.name])
     log = run.folder / "logs" / f"{why}-{variant.name}.log"
-    with Child(log, threads, cache, building.python(plugins.catalogue()[variant.engine.plugin])) as child:
+    with Child(log, threads, cache, environments.interpreter(plugins.catalogue()[variant.engine.plugin])) as child:
         child.ask("prepare", run.recipe.measure.deadline_s, plugin=variant.engine.plugin)
         yield child
 

@@ -86,19 +86,19 @@ class Worker:
 
     def open(self, plugin: str, params: dict[str, Json], model: dict[str, Json]) -> dict[str, Json]:
         """Load a model into an engine. Times in seconds; `adapter_switch_time` where an adapter was attached."""
-        import torch
-
-        from peftopt.probes import memory
+        from peftopt.probes import bandwidth, memory
 
         source = module("engine", plugin)
+        opened = _model(model)
         started = time.perf_counter()
-        self.engine = source.open(_model(model), source.Params(**params))
+        self.engine = source.open(opened, source.Params(**params))
         return {
             "model_loading_time": time.perf_counter() - started,
             "adapter_switch_time": self.engine.adapter_switch_time,
-            "threads": torch.get_num_threads(),
-            "device": str(getattr(self.engine, "device", "")),
+            "threads": self.engine.threads,
+            "device": self.engine.device,
             "pid": os.getpid(),
+            **bandwidth.reads(opened),
             **memory.gpu(),
         }
 
@@ -134,6 +134,12 @@ class Worker:
             lambda record: self.tell("record", record),
         )
         return {"rows": len(rows)}
+
+    def bandwidth(self) -> dict[str, Json]:
+        """How fast this machine reads memory: see probes/bandwidth.py."""
+        from peftopt.probes import bandwidth
+
+        return {"read_bytes_per_s": bandwidth.measure()}
 
     def memory(self) -> dict[str, Json]:
         """Peaks since this process started."""

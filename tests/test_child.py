@@ -78,5 +78,6 @@ def test_a_worker_runs_in_another_environments_python(tmp_path: Path, monkeypatc
     venv.create(tmp_path / "bare", symlinks=True)
     bare = Child(tmp_path / "logs" / "bare.log", 1, python=environments.python("bare"))
     with bare as child, pytest.raises(WorkerFailed) as caught:  # nothing is installed there, and it says so itself
-        child.ask("memory", 60)
+        assert child.ask("memory", 60)["peak_memory_bytes"] > 0
+        child.ask("open", 60, plugin="eager", params={}, model={"path": "x", "adapters": []})
     assert (caught.value.reason, caught.value.hint) == ("missing library", "pip install torch")

@@ -1,6 +1,7 @@
 """Engines, one file each: ways of running a Model. The file's name is its name in recipes.
 
-An engine file has a one-line docstring (its help), `TECHNIQUE` ("" or "compile"), `NEEDS`, a frozen dataclass
+An engine file has a one-line docstring (its help), `TECHNIQUE` ("" or "compile"), `NEEDS`, where it runs in an
+environment of its own `ENVIRONMENT`, where it opens other weights than safetensors their `FORMAT`, a frozen dataclass
 `Params`, and
 
     def prepare() -> None                                   # imports what `open` needs, and no more
@@ -54,6 +55,12 @@ class Engine(Protocol):
 
     own_decoder: bool
     """Whether `generate` runs other code than `score` does, so that it has more to prove."""
+
+    device: str
+    """Where it computes, in torch's words: "cpu", "cuda"."""
+
+    threads: int
+    """How many threads of the CPU it uses."""
 
     adapter_switch_time: float | None
     """Seconds it took to attach the adapters; None when there are none."""

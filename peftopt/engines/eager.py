@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peftopt import hf
 from peftopt.engines import TOP_K, Generation, Scores
+from peftopt.engines._text import Text
 from peftopt.errors import BadInput
 from peftopt.records import Model
 
@@ -35,7 +36,7 @@ def open(model: Model, params: Params) -> Transformers:
     return Transformers(model, params.device)
 
 
-class Transformers:
+class Transformers(Text):
     """A loaded model that answers through `generate`; see `peftopt.engines.Engine` for what each method promises."""
 
     scores, own_decoder = True, False
@@ -46,7 +47,8 @@ class Transformers:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
-        self._tokenizer = hf.tokenizer(hf.tokenizer_home(model))
+        self.device, self.threads = str(self._device), torch.get_num_threads()
+        tokenizer = hf.tokenizer(hf.tokenizer_home(model))
         loaded = hf.load(model.path, unpacked=bool(model.adapters))
         started = time.perf_counter()
         for index, adapter in enumerate(model.adapters):
@@ -59,28 +61,8 @@ class Transformers:
         self._model = loaded.to(self._device)
         self._owners = [loaded, loaded.get_base_model()] if model.adapters else [loaded]
         self._one_by_one = bool(model.adapters) and loaded.active_peft_config.is_prompt_learning
-        self._stopping, self._endless = _greedy(self._model.generation_config, self._tokenizer)
-        self.eos = frozenset(_as_list(self._stopping.eos_token_id))
-
-    @property
-    def special_tokens(self) -> frozenset[int]:
-        added = self._tokenizer.added_tokens_decoder.items()
-        return frozenset(self._tokenizer.all_special_ids) | {id_ for id_, token in added if token.special}
-
-    def encode(self, messages: Sequence[Mapping[str, str]], answer: str | None = None) -> tuple[list[int], list[int]]:
-        if self._tokenizer.chat_template:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-            prompt = self._tokenizer(text, add_special_tokens=False).input_ids
-        else:
-            prompt = self._tokenizer("\n".join(message["content"] for message in messages)).input_ids
-        if answer is None:
-            return prompt, []
-        # The answer is encoded apart, as it is generated: no token spans the end of the prompt.
-        ids = self._tokenizer(answer, add_special_tokens=False).input_ids
-        return prompt, [*ids, *_as_list(self._stopping.eos_token_id)[:1]]
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        self._stopping, self._endless = _greedy(self._model.generation_config, tokenizer)
+        super().__init__(tokenizer, _as_list(self._stopping.eos_token_id))
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         import torch

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 
 from peftopt.records import Json
 
 
 def peak() -> dict[str, Json]:
-    """Bytes: `peak_memory_bytes` resident on the host since the process started; on CUDA also what the caching
-    allocator handed out (`gpu_memory_allocated`) and held (`gpu_memory_reserved`) at most."""
-    return {"peak_memory_bytes": _host_peak(), **gpu()}
+    """Bytes: `peak_memory_bytes` resident on the host since the process started, its own or of a process that it
+    started, whichever is more; on CUDA also what the caching allocator handed out (`gpu_memory_allocated`) and held
+    (`gpu_memory_reserved`) at most."""
+    started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"peak_memory_bytes": max(_host_peak(), started), **gpu()}
 
 
 def gpu() -> dict[str, Json]:
-    """The GPU's part of `peak`; empty without CUDA."""
-    import torch
-
-    if not torch.cuda.is_available():
+    """The GPU's part of `peak`; empty without CUDA, and in a process that has no torch."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
         return {}
     return {
         "gpu_memory_allocated": torch.cuda.max_memory_allocated(),

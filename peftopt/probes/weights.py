@@ -6,7 +6,9 @@ from pathlib import Path
 
 
 def scan(folder: Path) -> list[str]:
-    """What is wrong with the safetensors files of a model folder, one sentence each; empty when nothing is."""
+    """What is wrong with the weight files of a model folder, one sentence each; empty when nothing is."""
+    if packed := sorted(folder.glob("*.gguf")):
+        return [line for file in packed for line in _scan_gguf(file)]
     import torch
     from safetensors import safe_open
 
@@ -23,3 +25,17 @@ def scan(folder: Path) -> list[str]:
                 if not (torch.isfinite(low) and torch.isfinite(high)):
                     wrong.append(f"{file.name}: {name} holds a value that is not finite")
     return wrong
+
+
+def _scan_gguf(file: Path) -> list[str]:
+    """llama.cpp checks every block, its scales included, while it loads."""
+    from peftopt.transforms.gguf import library
+
+    llama_cpp = library()
+    settings = llama_cpp.llama_model_default_params()
+    settings.check_tensors, settings.use_extra_bufts, settings.n_gpu_layers = True, False, 0
+    model = llama_cpp.llama_model_load_from_file(str(file).encode(), settings)
+    if model is None:
+        return [f"{file.name} holds a value that is not finite, or cannot be loaded"]
+    llama_cpp.llama_model_free(model)
+    return []

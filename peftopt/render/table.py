@@ -67,6 +67,7 @@ def further(decision: Decision) -> Table:
         (f"TTFT P50@{main}", _figure_column(f"ttft.p50@{main}")),
         (f"TTFT P95@{main}", _figure_column(f"ttft.p95@{main}")),
         (f"TPOT P50@{main}", _figure_column(f"tpot.p50@{main}")),
+        (f"of memory bandwidth@{main}", _figure_column(f"bandwidth@{main}")),
         (f"CPU time@{main}", lambda v: speed(v.figures.get(f"cpu.ratio@{main}"))),
         ("same answer", _figure_column("greedy_match")),
         ("same next token", _figure_column("top1")),
@@ -229,7 +230,7 @@ def _count(value: Interval | None) -> str:
 
 _READ_AS = {
     **{"ms": "latency.p50", "s": "load_time", "bytes": "memory", "share": "accuracy"},
-    **{"tokens/s": "throughput", "nats": "kl"},
+    **{"tokens/s": "throughput", "nats": "kl", "bandwidth": "accuracy"},
     **{"gpu_memory_allocated": "memory", "gpu_memory_reserved": "memory", "tpot.p95": "tpot.p50"},
 }
 """A unit, or a figure no recipe can name -> a metric that is written the same way; all others are ratios."""

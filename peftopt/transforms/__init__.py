@@ -6,11 +6,13 @@ default), a frozen dataclass `Params` (its schema, with defaults; ValueError for
 
     def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model
 
-which writes a whole, loadable folder at `out` (weights as safetensors, config, generation config, tokenizer, chat
-template) and returns the Model that is there. `texts` are rendered calibration texts (prompt and answer, chat
-template applied), empty unless it calibrates or merges. It may also have `preview(model, params)`, which says what
-it would change, tensor by tensor, and may leave a certificate of its own checks (parity.json) in the folder. A
-quantizer leaves quantization.json (`provenance.write`), and what it wrote is opened in a fresh process before anybody
-else gets to see it. Whatever takes long says how far it is (`progress.report`). Raises BadInput for a model it cannot
-work on, before it reads weights, saying what to do. Heavy imports stay inside functions.
+which writes a whole, loadable folder at `out` (weights as safetensors, or in the `FORMAT` that it names, which an
+engine opens; config, generation config, tokenizer, chat template) and returns the Model that is there. `texts` are
+rendered calibration texts (prompt and answer, chat template applied), empty unless it calibrates or merges.
+`ENVIRONMENT` names the one that it runs in, where that is not the main one, `READER` the engine that opens what it
+wrote, where that is not "eager". It may also have `preview(model, params)`, which says what it would change, tensor by
+tensor, and may leave a certificate of its own checks (parity.json) in the folder. A quantizer leaves quantization.json
+(`provenance.write`), and what it wrote is opened in a fresh process before anybody else gets to see it. Whatever takes
+long says how far it is (`progress.report`). Raises BadInput for a model it cannot work on, before it reads weights,
+saying what to do. Heavy imports stay inside functions.
 """

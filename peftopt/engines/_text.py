@@ -1,0 +1,35 @@
+"""Words to token ids and back, alike in every engine that is given a Hugging Face folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class Text:
+    """The part of an engine that only takes the model's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: Any, eos: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._end = list(eos[:1])
+        self.eos = frozenset(eos)
+
+    @property
+    def special_tokens(self) -> frozenset[int]:
+        added = self._tokenizer.added_tokens_decoder.items()
+        return frozenset(self._tokenizer.all_special_ids) | {id_ for id_, token in added if token.special}
+
+    def encode(self, messages: Sequence[Mapping[str, str]], answer: str | None = None) -> tuple[list[int], list[int]]:
+        if self._tokenizer.chat_template:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            prompt = self._tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            prompt = self._tokenizer("\n".join(message["content"] for message in messages)).input_ids
+        if answer is None:
+            return prompt, []
+        # The answer is encoded apart, as it is generated: no token spans the end of the prompt.
+        ids = self._tokenizer(answer, add_special_tokens=False).input_ids
+        return prompt, [*ids, *self._end]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))

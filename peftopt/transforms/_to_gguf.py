@@ -1,0 +1,43 @@
+"""Run one of llama.cpp's own converters: `python -m peftopt.transforms._to_gguf SCRIPT ARGUMENTS…`, in the main Python.
+
+They are maintained with the library that reads what they write. Two things are bent, since text here is encoded by the
+tokenizer.json beside the GGUF and never by llama.cpp: a byte-pair tokenizer that llama.cpp does not know is no reason
+to stop, and SentencePiece is only imported for a model that has such a tokenizer.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+UNKNOWN_TOKENIZER = "peftopt: llama.cpp does not know this tokenizer"
+
+
+def main(script: str, *arguments: str) -> None:
+    """`script` is a converter in llama.cpp's source folder."""
+    sys.path.insert(0, str(Path(script).parent))
+    from conversion.base import TextModel
+
+    pre_tokenizer, sentencepiece = TextModel.get_vocab_base_pre, TextModel._create_vocab_sentencepiece
+
+    def known_or_default(self: Any, tokenizer: Any) -> str:
+        try:
+            return str(pre_tokenizer(self, tokenizer))
+        except NotImplementedError:
+            print(UNKNOWN_TOKENIZER, file=sys.stderr)
+            return "default"
+
+    def where_there_is_one(self: Any) -> Any:
+        if not (self.dir_model / "tokenizer.model").is_file():
+            raise FileNotFoundError("no tokenizer.model")
+        return sentencepiece(self)
+
+    TextModel.get_vocab_base_pre, TextModel._create_vocab_sentencepiece = known_or_default, where_there_is_one
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

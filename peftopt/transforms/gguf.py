@@ -1,0 +1,200 @@
+"""Write the model as GGUF for llama.cpp, its weights in a type of your choice (q4_k_m, q4_1, q8_0, bf16)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peftopt import environments, hf
+from peftopt.adapter import open_adapter, plain_pairs
+from peftopt.checkpoint import open_model
+from peftopt.errors import BadInput, WorkerFailed
+from peftopt.records import Json, Model
+from peftopt.transforms import _to_gguf
+
+TECHNIQUE = "quantize"
+NEEDS = ()
+ENVIRONMENT = "llamacpp"
+FORMAT = "gguf"
+READER = "llamacpp"
+
+WEIGHTS = "model.gguf"
+PLAIN = ("f32", "f16", "bf16")
+"""Types that the converter writes itself."""
+
+TYPES = {
+    **dict.fromkeys(PLAIN, 1),
+    **dict.fromkeys(("q8_0", "q5_0", "q5_1", "q4_0", "q4_1", "iq4_nl"), 32),
+    **dict.fromkeys(("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "iq4_xs", "q3_k_m", "q2_k"), 256),
+}
+"""llama.cpp's names -> how many weights of a row form a block, which the row's width must be a multiple of."""
+
+HEADS = ("", "q8_0", "q6_k", "q5_k", "q5_1", "q4_k", "q4_1", "q4_0", "f16")
+
+
+@dataclass(frozen=True)
+class Params:
+    """`type`: one of llama.cpp's names, for all matrices but those that it holds more precisely by itself. `head`: the
+    type of the output head and of the embeddings, "" for llama.cpp's own choice (6 bits or more)."""
+
+    type: str = "q4_k_m"
+    head: str = ""
+
+
+def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:
+    """Convert with llama.cpp's converter and round with llama.cpp's quantizer (no calibration). Format:
+    github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+
+    Leaves model.gguf beside the tokenizer, and quantization.json, which says what made it. Adapters stay on top of the
+    model as they are; their GGUF forms, which llama.cpp applies at run time, lie in adapters/, named by the hash of
+    the weights they were made from. Raises BadInput for a type or an architecture that llama.cpp does not have,
+    weights that are already quantized, and an adapter that is no plain LoRA.
+    """
+    if params.type not in TYPES:
+        raise BadInput(f"gguf has no type {params.type!r}", f"use {', '.join(TYPES)}")
+    if params.head not in HEADS or (params.head and params.type in PLAIN):
+        raise BadInput(f"gguf has no head {params.head!r} for {params.type}", f"use {', '.join(filter(None, HEADS))}")
+    hf.unquantized_config(model, "convert")
+    adapters = [open_adapter(Path(folder)) for folder in model.adapters]
+    for adapter in adapters:
+        lora_scale(adapter.folder)  # raises for what is no plain LoRA
+    out.mkdir(parents=True, exist_ok=True)
+    plain = params.type in PLAIN
+    made = out / (WEIGHTS if plain else "plain.gguf")
+    said = _convert("convert_hf_to_gguf.py", made, model.path, params.type if plain else _own_type(model.path))
+    if not plain:
+        _quantize(made, out / WEIGHTS, params)
+        made.unlink()
+    for adapter in adapters:
+        (out / "adapters").mkdir(exist_ok=True)
+        _convert("convert_lora_to_gguf.py", lora_file(out, adapter.folder), str(adapter.folder), "f32", base=model.path)
+    hf.copy_extras(model.path, out)
+    config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "gguf", "type": params.type}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _note(out, params, said)
+    return Model(str(out), model.adapters)
+
+
+def lora_file(folder: Path, adapter: Path) -> Path:
+    """Where the GGUF form of a PEFT adapter lies in a GGUF model's folder."""
+    return folder / "adapters" / f"{open_adapter(adapter).sha256[:16]}.gguf"
+
+
+def lora_scale(adapter: Path) -> float:
+    """What llama.cpp has to multiply its own alpha / rank with. It has one scale for a whole adapter; PEFT's is one a
+    module, and with rsLoRA alpha / sqrt(rank) (arXiv:2312.03732). Raises BadInput where one does not do, and for
+    adapters that are no plain LoRA on linear layers."""
+    found = open_adapter(adapter)
+    pairs = plain_pairs(found)
+    if not pairs:
+        raise BadInput(
+            f"llama.cpp cannot apply adapter {adapter} ({found.kind}): it is no plain LoRA on linear layers",
+            "merge it first: [merge, gguf, {engine: llamacpp}]",
+        )
+    alpha = float(found.config["lora_alpha"])
+    factors = [pair.scale * pair.a.shape[0] / alpha for pair in pairs.values()]
+    if not math.isclose(min(factors), max(factors), rel_tol=1e-6):
+        raise BadInput(
+            f"llama.cpp cannot apply adapter {adapter}: its modules have different scales (alpha_pattern)",
+            "merge it first: [merge, gguf, {engine: llamacpp}]",
+        )
+    return factors[0]
+
+
+def _own_type(folder: str) -> str:
+    """What to quantize from: the weights as they are, or fp32 where they are mixed."""
+    with open_model(Path(folder)) as weights:
+        kinds = {entry.dtype for entry in weights.entries.values()}
+    return {frozenset({"BF16"}): "bf16", frozenset({"F16"}): "f16"}.get(frozenset(kinds), "f32")
+
+
+def _convert(script: str, out: Path, source: str, kind: str, base: str = "") -> str:
+    """Run a converter in the main environment, which has the torch that it takes. Returns what it said.
+
+    Raises BadInput with its last line when it fails.
+    """
+    command = [environments.python(environments.MAIN), "-m", _to_gguf.__name__]
+    command += [str(Path(sys.prefix) / "llama.cpp" / script), source, "--outfile", str(out), "--outtype", kind]
+    command += ["--base", base] if base else []
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        if "ModuleNotFoundError" in last:
+            library = last.split("'")[1]
+            raise WorkerFailed("missing library", f"llama.cpp's converter needs {library}", f"pip install {library}")
+        hint = "llama.cpp must know the architecture; run this model on a transformers engine instead"
+        raise BadInput(f"llama.cpp's {script} cannot convert {source}: {last[:300]}", hint)
+    return done.stderr
+
+
+def library() -> Any:
+    """llama.cpp's Python bindings, initialised; only its warnings go to the log."""
+    import logging
+
+    import llama_cpp
+
+    logging.getLogger("llama-cpp-python").setLevel(logging.WARNING)
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def _quantize(source: Path, out: Path, params: Params) -> None:
+    llama_cpp = library()
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{params.type.upper()}")
+    settings.nthread = int(os.environ.get("OMP_NUM_THREADS", "0"))
+    if params.head:
+        kind = getattr(llama_cpp, f"GGML_TYPE_{params.head.upper()}")
+        settings.output_tensor_type = settings.token_embedding_type = kind
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), settings):
+        raise RuntimeError(f"llama.cpp could not quantize {source} to {params.type}; its log says why")
+
+
+def _note(out: Path, params: Params, said: str) -> None:
+    """quantization.json: what made the folder, and what a user must know of it."""
+    kinds, widths = _matrices(out / WEIGHTS)
+    block, notices = TYPES[params.type], []
+    if misfits := sum(n for width, n in widths.items() if width % block):
+        narrow = ", ".join(str(width) for width in sorted(widths) if width % block)
+        used = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+        notices.append(
+            f"{params.type} needs rows of a multiple of {block} weights; {misfits} of {sum(widths.values())} matrices "
+            f"have rows of {narrow}, for which llama.cpp chose larger types: {used}"
+        )
+    if _to_gguf.UNKNOWN_TOKENIZER in said:
+        notices.append(
+            "llama.cpp does not know this tokenizer: peftopt encodes with the tokenizer.json beside the GGUF, but a "
+            "llama.cpp server would split text in another way"
+        )
+    provenance: dict[str, Json] = {
+        "method": "gguf",
+        "library": "llama-cpp-python",
+        "version": environments.versions()[ENVIRONMENT]["llama-cpp-python"],
+        "params": asdict(params),
+        "notices": notices,
+        "matrices": dict(sorted(kinds.items())),
+    }
+    (out / "quantization.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+
+
+def _matrices(file: Path) -> tuple[dict[str, int], dict[int, int]]:
+    """How many matrices a GGUF file holds, by type and by width."""
+    from collections import Counter
+
+    sys.path.insert(0, str(Path(sys.prefix) / "llama.cpp" / "gguf-py"))
+    try:
+        from gguf import GGUFReader
+    finally:
+        del sys.path[0]
+    matrices = [t for t in GGUFReader(file).tensors if len(t.shape) > 1]
+    kinds = Counter(t.tensor_type.name.lower() for t in matrices)
+    return dict(kinds), dict(Counter(int(t.shape[0]) for t in matrices))

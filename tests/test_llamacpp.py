@@ -1,0 +1,148 @@
+"""The `gguf` transform and the `llamacpp` engine keep their contracts, in their own environment, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from remote_engine import Remote
+from test_plugins import PROMPTS, ask
+from test_run import command, prompts
+
+from peftopt import environments, oneshot, plugins
+from peftopt.engines import TOP_K
+from peftopt.errors import BadInput
+from peftopt.records import Model
+
+LACKING, HOW = environments.lacking(plugins.catalogue()["llamacpp"])
+pytestmark = pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")
+
+
+def convert(model: Model, out: Path, **params: str) -> dict[str, Any]:
+    return oneshot.transform("gguf", params, model, out, None, 0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_base_fp32: Path, tiny_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The base and its LoRA as GGUF in fp32: greedy answers are then transformers'."""
+    out = tmp_path_factory.mktemp("gguf") / "f32"
+    convert(Model(str(tiny_base_fp32), (str(tiny_lora),)), out, type="f32")
+    return Model(str(out), (str(tiny_lora),))
+
+
+@pytest.fixture(scope="module")
+def engine(model: Model) -> Any:
+    remote = Remote("llamacpp", model)
+    yield remote
+    remote.close()
+
+
+@pytest.fixture(scope="module")
+def eager(tiny_base_fp32: Path, tiny_lora: Path) -> Any:
+    plugin = plugins.module("engine", "eager")
+    return plugin.open(Model(str(tiny_base_fp32), (str(tiny_lora),)), plugin.Params())
+
+
+def ids(engine: Any) -> list[list[int]]:
+    return [engine.encode([{"role": "user", "content": text}])[0] for text in PROMPTS]
+
+
+def test_the_folder_says_what_made_it_and_keeps_what_serving_needs(model: Model, tiny_base_fp32: Path) -> None:
+    out = Path(model.path)
+    said = json.loads((out / "quantization.json").read_text())
+    assert said.keys() >= {"method", "library", "version", "params", "notices"}
+    assert said["method"] == "gguf" and said["params"]["type"] == "f32"
+    assert "does not know this tokenizer" in said["notices"][0]
+    for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / file).read_bytes() == (tiny_base_fp32 / file).read_bytes(), file
+    assert len(list((out / "adapters").iterdir())) == 1
+    assert not list(out.glob("*.safetensors"))
+    with pytest.raises(BadInput, match="already quantized"):
+        convert(Model(model.path), out.with_name("twice"))
+
+
+def test_words_and_answers_are_those_of_transformers(engine: Any, eager: Any) -> None:
+    assert ids(engine) == ids(eager)
+    message = [{"role": "user", "content": "the fox"}]
+    assert engine.encode(message, "five stars") == eager.encode(message, "five stars")
+    assert (engine.eos, engine.special_tokens) == (eager.eos, eager.special_tokens)
+    assert engine.decode(ids(engine)[0]) == eager.decode(ids(eager)[0])
+    assert ask(engine, 16) == ask(eager, 16)
+    assert engine.adapter_switch_time > 0 and engine.threads >= 1 and engine.device == "cpu"
+
+
+def test_a_batch_answers_as_one_by_one_and_exactly_as_long_as_asked(engine: Any) -> None:
+    assert ask(engine, 24) == ask(engine, 24, batch=False)
+    for answer in engine.generate(ids(engine), 24, False):
+        assert len(answer.tokens) == len(answer.times) == 24
+        assert answer.times == sorted(set(answer.times)) and not answer.stopped
+
+
+def test_each_row_ends_at_its_own_end_of_sequence(engine: Any) -> None:
+    free = engine.generate(ids(engine), 24, False)
+    end, before = free[0].tokens[5], sorted(engine.eos)
+    engine.pretend_eos([end])
+    try:
+        answers = engine.generate(ids(engine), 24, True)
+    finally:
+        engine.pretend_eos(before)
+    for answer, whole in zip(answers, free, strict=True):
+        count = whole.tokens.index(end) + 1 if end in whole.tokens else 24
+        assert answer.tokens == whole.tokens[:count] and len(answer.times) == count
+        assert answer.stopped == (end in whole.tokens)
+
+
+def test_scores_are_those_of_transformers_whatever_the_batch(engine: Any, eager: Any) -> None:
+    questions = ids(engine)
+    answers = [a.tokens[:n] for a, n in zip(engine.generate(questions, 12, False), (12, 5, 1), strict=True)]
+    answers[1][2] = 7  # one that is not the likeliest
+    found, theirs = engine.score(questions, answers), eager.score(questions, answers)
+    for mine, other, question, answer in zip(found, theirs, questions, answers, strict=True):
+        assert mine.best == other.best and mine.finite
+        assert mine.logprobs == pytest.approx(other.logprobs, abs=0.02)
+        assert [len(row) for row in mine.top_ids] == [TOP_K] * len(answer)
+        assert [row[0] for row in mine.top_ids] == mine.best
+        assert all(row == sorted(row, reverse=True) for row in mine.top_logprobs)
+        assert engine.score([question], [answer])[0].logprobs == pytest.approx(mine.logprobs, abs=1e-3)
+
+
+def test_a_request_longer_than_the_room_makes_room(engine: Any) -> None:
+    long = ids(engine)[2] * 20
+    assert len(long) > 512
+    (alone,) = engine.generate([long], 4, False)
+    assert engine.generate([long, ids(engine)[0]], 4, False)[0].tokens == alone.tokens
+
+
+def test_an_adapter_that_was_not_converted_is_refused(model: Model, tiny_base: Path, tmp_path: Path) -> None:
+    from conftest import make_lora
+
+    make_lora(tiny_base, tmp_path / "other", std=0.2)
+    with pytest.raises(RuntimeError, match=r"BadInput.*no GGUF form of adapter"):
+        Remote("llamacpp", Model(model.path, (str(tmp_path / "other"),)))
+
+
+def test_four_bits_by_hand_beside_the_adapter_in_transformers(
+    tiny_base: Path,
+    tiny_lora: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    questions = prompts(tmp_path / "eval.jsonl", 4, "eval")
+    assert command("quantize", "--method", "gguf", "--type", "q4_k_m", "--model", tiny_base, "--out", "q4") == 0
+    said = json.loads((tmp_path / "q4" / "quantization.json").read_text())
+    assert "multiple of 256" in said["notices"][0] and "64" in said["notices"][0]
+    capsys.readouterr()
+    models = ("--model", tiny_base, "--model", "q4", "--engine", "eager", "--engine", "llamacpp")
+    arguments = ("--adapter", tiny_lora, "--prompts", questions, "--new-tokens", 3, "--blocks", 2, "--batch", 2)
+    assert command("bench", *models, *arguments, "--json") == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["ratio"] is None and second["ratio"]["n"] == 2
+    assert all(r["new_tokens"] == 6 for turn in second["turns"] for r in turn)
+    assert command("bench", "--model", "q4", "--prompts", questions) == 2
+    assert "use --engine llamacpp" in capsys.readouterr().err
+    assert command("quantize", "--method", "gguf", "--type", "q4_7", "--model", tiny_base, "--out", "x") == 2
+    assert "q4_1" in capsys.readouterr().err
