@@ -19,6 +19,10 @@ LAYERS = (
     # pure thought
     "thresholds",
     "stats",
+    "traffic",
+    "goodput",
+    "prometheus",
+    "protocols",
     "reading",
     "recipe",
     "plan",
@@ -32,6 +36,9 @@ LAYERS = (
     "store",
     "machine",
     "corpus",
+    "client",
+    "load",
+    "meters",
     "checkpoint",
     "adapter",
     "plugins",
@@ -52,6 +59,7 @@ LAYERS = (
 )
 PURE = LAYERS[: LAYERS.index("store")]
 HEAVY = {"torch", "transformers", "peft", "numpy", "scipy", "pandas", "matplotlib", "safetensors", "jinja2", "torchao"}
+HEAVY |= {"httpx"}
 
 
 def modules() -> list[Path]:
