@@ -393,6 +393,129 @@ def _bench_row(found: dict[str, Any]) -> list[str]:
     ]
 
 
+@app.command()
+def load(
+    target: Annotated[str, typer.Argument(help="URL of a server, or a recipe whose variants run on an endpoint.")],
+    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts; a recipe has its own.")] = None,
+    model: Annotated[
+        list[str],
+        typer.Option(help="Served name of a model or an adapter, or NAME=WEIGHT; repeat for a mix. [the only one]"),
+    ] = [],  # noqa: B006
+    rate: Annotated[float, typer.Option(help="Requests a second that come in, whatever has gone out.")] = 1.0,
+    arrivals: Annotated[str, typer.Option(help="poisson, gamma (burstier) or constant.")] = "poisson",
+    burstiness: Annotated[float, typer.Option(help="Shape of gamma gaps: 1 is Poisson, less is burstier.")] = 0.3,
+    concurrency: Annotated[int, typer.Option(help="Users in a closed loop instead: each asks when answered.")] = 0,
+    trace: Annotated[
+        Path | None, typer.Option(help='Replay JSON lines {"offset_s": 1.2, "id": "7"}, or with prompt_tokens.')
+    ] = None,
+    mix: Annotated[
+        str, typer.Option(help="How requests fall on several names: uniform, round-robin or zipf.")
+    ] = "uniform",
+    duration: Annotated[float, typer.Option(help="Seconds in which requests come in.")] = 60.0,
+    requests: Annotated[int, typer.Option(help="Send so many instead.")] = 0,
+    new_tokens: Annotated[int, typer.Option(help="Tokens every answer gets, exactly where the server can.")] = 64,
+    natural: Annotated[
+        bool, typer.Option("--natural", help="Let answers end by themselves; new-tokens is a cap.")
+    ] = False,
+    slo: Annotated[
+        list[str], typer.Option(help="Service level of each request, such as 'ttft <= 500 ms'; repeat for several.")
+    ] = [],  # noqa: B006
+    find: Annotated[
+        bool, typer.Option("--find-rate", help="Search the highest rate at which 95 % of requests meet every --slo.")
+    ] = False,
+    protocol: Annotated[str, typer.Option(help="chat, completions, tgi or mii.")] = "chat",
+    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
+    slots: Annotated[
+        int, typer.Option(help="Requests the engine runs at once (vLLM: max-num-seqs), for its fill.")
+    ] = 0,
+    patient: Annotated[bool, typer.Option("--patient", help="Do not stop a saturated run.")] = False,
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="Append the run to this measurements.jsonl.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Load a running server and say what its users would see: TTFT, TPOT, throughput, goodput, failures."""
+    from peftopt import goodput, render
+    from peftopt import load as loading
+    from peftopt.console import Console
+
+    try:
+        slos = [goodput.slo(text) for text in slo]
+    except ValueError as error:
+        raise BadInput(f"--slo {error}") from error
+    if find and not slos:
+        raise BadInput("--find-rate needs a service level", "add --slo 'ttft <= 500 ms'")
+    if find and (trace or concurrency):
+        raise BadInput("--find-rate sets the rate itself", "leave out --trace and --concurrency")
+    given = {"protocol": protocol, "key_env": api_key_env, "timeout_s": timeout}
+    targets, file = _load_targets(target, given, prompts)
+    console, outcomes = Console(quiet), []
+    for name, where in targets.items():
+        kind = loading.Traffic(
+            **loading.read_traffic(file, trace),
+            weights=dict(map(_weighted, model)) or ({where.model: 1.0} if where.model else {}),
+            new_tokens=new_tokens,
+            fixed=not natural,
+            arrivals=arrivals,
+            burstiness=burstiness,
+            mix=mix,
+            requests=requests,
+            duration_s=duration,
+            concurrency=concurrency,
+            seed=seed,
+        )
+        kind.check(rate)
+        title = name or "load"
+        with console.progress(title, kind.expected(rate)) as show:
+            if find:
+                found = loading.find_rate(where, kind, rate, slos, show, lambda t: _tell_trial(console, t, slos))
+            else:
+                found = loading.run(where, kind, rate, show, patient)
+        values = loading.as_json(found, slos)
+        if out:
+            loading.append(out, name or where.url, values)
+        if as_json:
+            print(json.dumps(render.as_json.plain({"variant": name, "url": where.url, **values}), allow_nan=False))
+        else:
+            console.table(render.load.HEADER, render.load.rows(values))
+            console.pairs(title, render.load.lines(values, slots))
+            for note in found.notes:
+                console.warn(note)
+        outcomes.append(loading.outcome(found, slos, find))
+    raise typer.Exit(max(outcomes, key=[ACCEPTED, INCONCLUSIVE, REJECTED, ENVIRONMENT, INTERRUPTED].index))
+
+
+def _load_targets(target: str, given: dict[str, Any], prompts: Path | None) -> tuple[dict[str, Any], str | None]:
+    """Variant name -> where it is served, and the prompts to send there."""
+    from peftopt.client import Target
+
+    if "://" in target or not Path(target).exists():
+        return {"": Target(target, **given)}, str(prompts) if prompts else None
+    recipe, _ = _recipe(Path(target))
+    served = {v.name: v.engine.params for v in recipe.variants.values() if v.engine.plugin == "endpoint"}
+    if not served:
+        raise BadInput(f"{target} has no variant on a server", "add one: served: [{engine: {endpoint: {url: …}}}]")
+    found = {
+        name: Target(p["url"], p["protocol"], p["model"], p["api_key_env"], p["timeout_s"])
+        for name, p in served.items()
+    }
+    return found, str(prompts or recipe.workloads[recipe.minimize.workload].prompts)
+
+
+def _tell_trial(console: Any, trial: Any, slos: Any) -> None:
+    from peftopt import goodput
+
+    share = goodput.attained(trial.played.requests, slos)
+    why = f", stopped: {trial.played.stopped}" if trial.played.stopped else ""
+    word = "holds" if trial.held else "does not hold"
+    console.done(
+        "rate",
+        f"{trial.rate:.3g}/s {word}: {share.estimate:.1%} of {share.n}{why}",
+        max((r.done for r in trial.played.requests), default=0.0),
+    )
+
+
 # ---- around it -----------------------------------------------------------------------------------
 
 

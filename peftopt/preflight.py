@@ -17,6 +17,7 @@ from peftopt.records import Json, Recipe
 
 def check(recipe: Recipe) -> None:
     """Raises BadInput for the first thing in the recipe's files that cannot work, saying what to do."""
+    _check_endpoints(recipe)
     transforms = any(variant.steps for variant in recipe.variants.values())
     check_base(Path(recipe.base), quantized=not transforms)
     merges = [v.name for v in recipe.variants.values() if any(s.technique == "merge" for s in v.steps)]
@@ -30,6 +31,19 @@ def check(recipe: Recipe) -> None:
             corpus.check_apart(rows, texts, recipe.calibration)
         if recipe.quality.schema:
             schema(recipe.quality.schema)
+
+
+def _check_endpoints(recipe: Recipe) -> None:
+    """A variant on a server needs its URL, and a clock that both sides share."""
+    for name, variant in recipe.variants.items():
+        if variant.engine.plugin != "endpoint":
+            continue
+        if not variant.engine.params["url"]:
+            raise BadInput(
+                f"variant {name} names no server", "write {engine: {endpoint: {url: http://localhost:8000}}}"
+            )
+        if recipe.measure.clock == "cpu":
+            raise BadInput(f"variant {name} runs on a server, whose CPU time is not known here", "use clock: wall")
 
 
 def schema(path: str) -> Mapping[str, Json]:

@@ -230,6 +230,10 @@ class Measurement:
              cpu_ms, prompt_tokens, new_tokens, warmup}], machine: {load, steal_s, mhz, …}
     quality  row, output, new_tokens, score, correct, valid, critical (tag), flags, nll, tokens, kl, top1, slices
     memory   peak_memory_bytes (at the end of a worker's life), gpu_*
+    load     source, requests: [{id, model, scheduled, sent, first, last, done (s since the start), ttft_ms, tpot_ms,
+             gaps_ms, queue_time_ms, generation_latency_ms, request_duration_ms, prompt_tokens, new_tokens, error,
+             warmup}], own_delay, engine, stopped, unsent, notes; of other meters also lacks and what they report
+    task     source, task, metric, value, stderr, n, samples: [{id, value}] (lm-evaluation-harness)
     failure  stage, reason, detail
     """
 

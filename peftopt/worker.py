@@ -142,10 +142,10 @@ class Worker:
         return {"read_bytes_per_s": bandwidth.measure()}
 
     def memory(self) -> dict[str, Json]:
-        """Peaks since this process started."""
+        """Peaks since this process started; nothing of a server, whose memory is another process's."""
         from peftopt.probes import memory
 
-        return memory.peak()
+        return {} if getattr(self.engine, "remote", False) else memory.peak()
 
 
 def _examined(out: Path) -> dict[str, Json]:

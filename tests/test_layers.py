@@ -19,6 +19,10 @@ LAYERS = (
     # pure thought
     "thresholds",
     "stats",
+    "traffic",
+    "goodput",
+    "prometheus",
+    "protocols",
     "reading",
     "recipe",
     "plan",
@@ -34,6 +38,9 @@ LAYERS = (
     "progress",
     "provenance",
     "corpus",
+    "client",
+    "load",
+    "meters",
     "checkpoint",
     "adapter",
     "plugins",
@@ -55,6 +62,7 @@ LAYERS = (
 )
 PURE = LAYERS[: LAYERS.index("store")]
 HEAVY = {"torch", "transformers", "peft", "numpy", "scipy", "pandas", "matplotlib", "safetensors", "jinja2", "torchao"}
+HEAVY |= {"httpx"}
 
 
 def modules() -> list[Path]:

@@ -12,7 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftopt import plugins
+from peftopt import plugins, preflight
 from peftopt.errors import BadInput, BadRecipe
 from peftopt.reading import MAX_CHARACTERS
 from peftopt.recipe import parse
@@ -454,3 +454,16 @@ def test_the_page_on_recipes_shows_one_that_parses() -> None:
     recipe, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
     assert limits(read(recipe))["merge.gain"] == 0.15
     assert limits(read(GOOD + table))["gptq.smaller"] == 0.25
+
+
+def test_a_variant_on_a_server_needs_its_url_and_the_wall_clock(tmp_path: Path) -> None:
+    text = (
+        "model: {base: b, adapter: a}\nworkloads: {chat: {prompts: p.jsonl}}\nmeasure: {clock: cpu}\n"
+        "variants:\n  adapter: []\n  served: [{engine: {endpoint: {model: supportURL}}}]\n"
+        "minimize: latency.p50@chat\n"
+    )
+    for url, says in (("", "names no server"), (", url: 'http://localhost:8000'", "CPU time is not known")):
+        found = parse(text.replace("URL", url), str(tmp_path / "r.yaml"), plugins.catalogue(), TRADEOFFS)
+        assert found.variants["served"].engine.params["model"] == "support"
+        with pytest.raises(BadInput, match=says):
+            preflight.check(found)

@@ -41,6 +41,13 @@ class Params:
     gpu_layers: int = 0
 
 
+def prepare() -> None:
+    """Import llama.cpp and the tokenizers."""
+    import transformers  # noqa: F401
+
+    library()
+
+
 def open(model: Model, params: Params) -> LlamaCpp:
     """Load the model and its adapters. Raises BadInput for a folder without a GGUF, or a GGUF that cannot be read."""
     return LlamaCpp(model, params)
@@ -50,7 +57,7 @@ class LlamaCpp(Text):
     """A loaded model that decodes through llama.cpp's batches; see `peftopt.engines.Engine` for what each method
     promises. One prompt is one sequence, each with a key-value cache of its own."""
 
-    scores = True
+    scores, own_decoder = True, False
 
     def __init__(self, model: Model, params: Params) -> None:
         self._lib = library()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from peftopt.records import Decision, Measurement
-from peftopt.render import as_json, html, junit, markdown, table
+from peftopt.render import as_json, html, junit, load, markdown, table
 
-__all__ = ["as_json", "html", "junit", "markdown", "reports", "table"]
+__all__ = ["as_json", "html", "junit", "load", "markdown", "reports", "table"]
 
 
 def reports(decision: Decision, measurements: Sequence[Measurement]) -> Mapping[str, str]:

@@ -14,7 +14,7 @@ from peftopt.records import FORMAT, Decision, Interval, Json, Measurement, Varia
 
 def render(decision: Decision, measurements: Sequence[Measurement] = ()) -> str:
     """The decision alone: the measurements have their own file."""
-    return json.dumps({"format": decision.format, **_plain(decision)}, indent=2, allow_nan=False) + "\n"
+    return json.dumps({"format": decision.format, **plain(decision)}, indent=2, allow_nan=False) + "\n"
 
 
 def decision_from_json(text: str) -> Decision:
@@ -56,14 +56,14 @@ def _interval(found: dict[str, Any] | None) -> Interval | None:
     return Interval(**{**found, **{key: value for key, value in unknown.items() if found[key] is None}})
 
 
-def _plain(value: Json) -> Json:
+def plain(value: Json) -> Json:
     """Records in the order of their fields, mappings in that of their keys, no number that JSON lacks."""
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(value[key]) for key in sorted(value, key=str)}
+        return {str(key): plain(value[key]) for key in sorted(value, key=str)}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peftopt import environments, hf
+from peftopt import environments, hf, provenance
 from peftopt.adapter import open_adapter, plain_pairs
 from peftopt.checkpoint import open_model
 from peftopt.errors import BadInput, WorkerFailed
-from peftopt.records import Json, Model
+from peftopt.records import Model
 from peftopt.transforms import _to_gguf
 
 TECHNIQUE = "quantize"
@@ -79,7 +79,7 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gguf", "type": params.type}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _note(out, params, said)
+    _note(out, params, seed, said)
     return Model(str(out), model.adapters)
 
 
@@ -159,7 +159,7 @@ def _quantize(source: Path, out: Path, params: Params) -> None:
         raise RuntimeError(f"llama.cpp could not quantize {source} to {params.type}; its log says why")
 
 
-def _note(out: Path, params: Params, said: str) -> None:
+def _note(out: Path, params: Params, seed: int, said: str) -> None:
     """quantization.json: what made the folder, and what a user must know of it."""
     kinds, widths = _matrices(out / WEIGHTS)
     block, notices = TYPES[params.type], []
@@ -175,15 +175,8 @@ def _note(out: Path, params: Params, said: str) -> None:
             "llama.cpp does not know this tokenizer: peftopt encodes with the tokenizer.json beside the GGUF, but a "
             "llama.cpp server would split text in another way"
         )
-    provenance: dict[str, Json] = {
-        "method": "gguf",
-        "library": "llama-cpp-python",
-        "version": environments.versions()[ENVIRONMENT]["llama-cpp-python"],
-        "params": asdict(params),
-        "notices": notices,
-        "matrices": dict(sorted(kinds.items())),
-    }
-    (out / "quantization.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
+    matrices = dict(sorted(kinds.items()))
+    provenance.write(out, "gguf", ["llama-cpp-python"], asdict(params), seed, notices=notices, matrices=matrices)
 
 
 def _matrices(file: Path) -> tuple[dict[str, int], dict[int, int]]:

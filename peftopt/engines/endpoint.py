@@ -1,0 +1,163 @@
+"""A server that you already run: any OpenAI-compatible URL, TGI's own protocol, or DeepSpeed-MII's REST form.
+
+The variant's Model is what the server is said to serve, `[]` the adapter on its base: its tokenizer and chat template
+make the prompts here, so that every variant is asked the same tokens. Its weights are the server's own business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from peftopt import hf
+from peftopt.client import Client, Reply, Target
+from peftopt.engines import Generation, Scores
+from peftopt.errors import BadInput, WorkerFailed
+from peftopt.protocols import Prompt
+from peftopt.records import Model
+
+TECHNIQUE = ""
+NEEDS = ("httpx", "transformers")
+
+
+@dataclass(frozen=True)
+class Params:
+    """`url` of the server, without /v1; `model`: the served name, "" where there is only one; `protocol`:
+    "completions" (prompts as token ids where the server takes them), "chat" (the server's own chat template), "tgi" or
+    "mii"; `api_key_env`: the environment variable that holds the key; `timeout_s` for one whole request."""
+
+    url: str = ""
+    model: str = ""
+    protocol: str = "completions"
+    api_key_env: str = ""
+    timeout_s: float = 120.0
+
+
+def prepare() -> None:
+    """Import the HTTP client and the tokenizers."""
+    import httpx  # noqa: F401
+    from transformers import AutoTokenizer  # noqa: F401
+
+
+def open(model: Model, params: Params) -> Served:
+    """Connect, and ask for a token. Raises BadInput for a wrong model name, MissingEnvironment without a server."""
+    return Served(model, params)
+
+
+class Served:
+    """A server that answers; see `peftopt.engines.Engine` for what each method promises. It only generates."""
+
+    scores, own_decoder, adapter_switch_time = False, True, None
+    remote = True
+    """Time, memory and CPU of the model are another process's: only what a client sees can be measured here."""
+
+    def __init__(self, model: Model, params: Params) -> None:
+        target = Target(params.url, params.protocol, params.model, params.api_key_env, params.timeout_s)
+        self._tokenizer = hf.tokenizer(hf.tokenizer_home(model))
+        if (end := self._tokenizer.eos_token_id) is None:
+            raise BadInput("the tokenizer has no end-of-sequence token", "set eos_token in its tokenizer_config.json")
+        self._end = int(end)
+        self._client = Client(target)
+        self._loop = asyncio.Runner()
+        self._messages: dict[tuple[int, ...], Sequence[Mapping[str, str]]] = {}
+        self._takes_ids = params.protocol == "completions"
+        try:
+            (self._model,) = self._loop.run(self._client.served([params.model] if params.model else []))
+            self._greet()
+        except BaseException:
+            self.close()
+            raise
+
+    def _greet(self) -> None:
+        """The first request finds out whether prompts may be token ids, and whether anything is answered at all."""
+        prompt = self.encode([{"role": "user", "content": "Hello"}])[0]
+        (reply,) = self._ask([prompt], 1, stop=True)
+        if self._takes_ids and reply.status in (400, 422):
+            self._takes_ids = False
+            (reply,) = self._ask([prompt], 1, stop=True)
+        if reply.error:
+            raise BadInput(
+                f"{self._client.target.url} does not answer: {reply.error}", "check the protocol and the name"
+            )
+
+    @property
+    def special_tokens(self) -> frozenset[int]:
+        added = self._tokenizer.added_tokens_decoder.items()
+        return frozenset(self._tokenizer.all_special_ids) | {id_ for id_, token in added if token.special}
+
+    @property
+    def eos(self) -> frozenset[int]:
+        return frozenset([self._end])
+
+    def encode(self, messages: Sequence[Mapping[str, str]], answer: str | None = None) -> tuple[list[int], list[int]]:
+        if self._tokenizer.chat_template:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            prompt = self._tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            prompt = self._tokenizer("\n".join(message["content"] for message in messages)).input_ids
+        self._messages[tuple(prompt)] = messages  # a protocol of chats wants them back
+        ids = [] if answer is None else [*self._tokenizer(answer, add_special_tokens=False).input_ids, self._end]
+        return prompt, ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        """One request for each prompt, all at once: how they are batched is the server's business."""
+        if not stop and not self._client.protocol.FIXED_LENGTH:
+            raise BadInput(
+                f"{self._client.target.protocol} cannot generate a fixed number of tokens",
+                "a speed comparison needs equal lengths: use the server's OpenAI form, or load (natural lengths)",
+            )
+        return [self._generation(reply, new_tokens, stop) for reply in self._ask(prompts, new_tokens, stop)]
+
+    def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        raise NotImplementedError("a served model only generates")
+
+    def close(self) -> None:
+        self._loop.run(self._client.__aexit__())
+        self._loop.close()
+
+    def _ask(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Reply]:
+        async def together() -> list[Reply]:
+            return await asyncio.gather(
+                *(self._client.ask(self._prompt(p), self._model, new_tokens, stop) for p in prompts)
+            )
+
+        return self._loop.run(together())
+
+    def _prompt(self, ids: Sequence[int]) -> Prompt:
+        text = "" if self._takes_ids else self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return Prompt(self._messages.get(tuple(ids), ()), text, tuple(ids) if self._takes_ids else ())
+
+    def _generation(self, reply: Reply, new_tokens: int, stop: bool) -> Generation:
+        """The answer as tokens: the server's ids, or where it tells none, its text encoded here.
+
+        Tokens that came in one message were at hand at one time; which message brought a token that was not told of
+        singly is not known, so such ones count with the last: the first and the last token's times are right.
+        """
+        if reply.error:
+            raise WorkerFailed("request failed", reply.error, f"the server at {self._client.target.url}")
+        if not stop and reply.new_tokens != new_tokens:
+            raise BadInput(
+                f"{self._client.target.url} gave {reply.new_tokens} tokens, not {new_tokens}: "
+                + (
+                    f"it refuses ignore_eos ({self._client.refused})"
+                    if self._client.refused
+                    else "it knows no ignore_eos"
+                ),
+                "a speed comparison needs equal lengths, which vLLM, SGLang and llama.cpp's server can give",
+            )
+        stopped = stop and reply.finish == "stop"
+        tokens = list(reply.ids) or self._tokenizer(reply.text, add_special_tokens=False).input_ids
+        if not stop:
+            tokens = (tokens + [self._end] * new_tokens)[:new_tokens]
+        elif stopped and tokens[-1:] != [self._end]:
+            tokens.append(self._end)
+        return Generation(tokens, _spread(reply.times or [reply.done], len(tokens)), stopped)
+
+
+def _spread(times: list[int], n: int) -> list[int]:
+    """`n` times, the first and the last as they were."""
+    return [*times[: max(0, n - 1)], *times[-1:] * max(1, n - len(times))][: max(n, 1)]

@@ -1,0 +1,502 @@
+"""Load a server: send requests when they are due, whatever has come back, and follow every answer to its end.
+
+    traffic (what, when) -> play -> requests -> goodput (what came back)
+
+`play` measures itself too: each request keeps when it was due and when it was sent, and the loop's own lateness is
+sampled, so that a generator that cannot keep up is seen and said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from peftopt import corpus, goodput, prometheus, store, traffic
+from peftopt.client import Client, Reply, Target
+from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput, MissingEnvironment
+from peftopt.goodput import Request, Slo
+from peftopt.protocols import Prompt
+from peftopt.records import Json, Measurement
+from peftopt.traffic import Traced
+
+LAG_EVERY_S, LOOK_EVERY_S, SCRAPE_EVERY_S = 0.05, 0.5, 0.5
+SETTLE_S = 20.0
+"""The longest wait, between two runs, for a server to be done with what was cut off."""
+
+Show = Callable[[int, str], None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One request to send `at` seconds after the start."""
+
+    at: float
+    id: str
+    model: str
+    prompt: Prompt
+    new_tokens: int
+
+
+@dataclass
+class Played:
+    """What a run left. `stopped` says why it ended before its plan did, "" = it did not; `unsent` how many requests
+    were never due. `engine` is the server's own account (see `prometheus.summary`)."""
+
+    requests: list[Request] = field(default_factory=list)
+    lag_ms: list[float] = field(default_factory=list)
+    engine: dict[str, Json] = field(default_factory=dict)
+    stopped: str = ""
+    unsent: int = 0
+
+
+async def warm_up(client: Client, planned: Sequence[Planned], fixed: bool) -> list[Request]:
+    """One request for each served name of the plan, one after the other: they pay for loading an adapter, and find
+    out which fields the server takes. They are kept, marked."""
+    found = []
+    for model in dict.fromkeys(p.model for p in planned):
+        first = next(p for p in planned if p.model == model)
+        start = time.perf_counter_ns()
+        reply = await client.ask(first.prompt, model, first.new_tokens, stop=not fixed)
+        found.append(_request(client, first, start, 0.0, reply, warmup=True))
+    return found
+
+
+async def play(
+    client: Client,
+    planned: Sequence[Planned],
+    fixed: bool,
+    concurrency: int = 0,
+    burstiness: float = 1.0,
+    show: Show = lambda done, what: None,
+    patient: bool = False,
+) -> Played:
+    """Send the plan. `concurrency` > 0 makes it a closed loop: so many at once, each due when one before it is done,
+    and `at` is not looked at. `patient` never stops for saturation. A Ctrl-C or SIGTERM ends it with what there is."""
+    run = _Run(client, planned, fixed, concurrency, burstiness, patient, show)
+    with _interruptible() as interrupted:
+        try:
+            await run.whole()
+        except asyncio.CancelledError:
+            if not interrupted():
+                raise
+            run.played.stopped = "interrupted"
+            await run.cut_off()
+    return run.played
+
+
+class _Run:
+    """One run in progress. State: what was sent and what is under way."""
+
+    def __init__(
+        self,
+        client: Client,
+        planned: Sequence[Planned],
+        fixed: bool,
+        concurrency: int,
+        burstiness: float,
+        patient: bool,
+        show: Show,
+    ) -> None:
+        self.client, self.planned, self.concurrency = client, planned, concurrency
+        self.burstiness, self.patient, self.show = burstiness, patient, show
+        # made before the first is due: what takes time here must not take it there
+        self.bodies = [client.encoded(p.prompt, p.model, p.new_tokens, stop=not fixed) for p in planned]
+        self.played = Played(unsent=len(planned))
+        self.under_way: set[asyncio.Task[None]] = set()
+        self.due: list[float] = []
+        self.start = 0
+
+    async def whole(self) -> None:
+        before = prometheus.totals(await self.client.metrics())
+        moments: list[dict[str, float]] = []
+        self.start = time.perf_counter_ns()
+        watch, watchers = asyncio.ensure_future(self._watch()), [asyncio.ensure_future(self._lag())]
+        if before:
+            watchers.append(asyncio.ensure_future(self._scrape(moments)))
+        sending = asyncio.ensure_future(self._closed() if self.concurrency else self._open())
+        try:
+            await asyncio.wait([sending, watch], return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+                await asyncio.wait([asyncio.ensure_future(self._drain()), watch], return_when="FIRST_COMPLETED")
+            if watch.done():
+                self.played.stopped = watch.result()
+        finally:
+            for task in (sending, watch, *watchers):
+                task.cancel()
+            await self.cut_off()
+        after = prometheus.totals(await self.client.metrics()) if before else {}
+        self.played.engine = prometheus.summary(moments, before, after)
+
+    async def cut_off(self) -> None:
+        for task in self.under_way:
+            task.cancel()
+        await asyncio.gather(*self.under_way, return_exceptions=True)
+        self.played.requests.sort(key=lambda r: r.scheduled)
+
+    async def _open(self) -> None:
+        for number, planned in enumerate(self.planned):
+            if (wait := planned.at - self._now()) > 0:
+                await asyncio.sleep(wait)
+            self._send(number, planned.at)
+
+    async def _closed(self) -> None:
+        numbers = iter(range(len(self.planned)))
+
+        async def user() -> None:
+            for number in numbers:
+                await self._send(number, self._now())
+
+        await asyncio.gather(*(user() for _ in range(self.concurrency)))
+
+    async def _drain(self) -> None:
+        while self.under_way:
+            await asyncio.wait(self.under_way)
+
+    def _send(self, number: int, due: float) -> asyncio.Task[None]:
+        self.played.unsent -= 1
+        self.due.append(due)
+        task = asyncio.ensure_future(self._one(number, due))
+        self.under_way.add(task)
+        task.add_done_callback(self.under_way.discard)
+        return task
+
+    async def _one(self, number: int, due: float) -> None:
+        planned, sent = self.planned[number], self._now()
+        try:
+            reply = await self.client.send(self.bodies[number])
+        except asyncio.CancelledError:
+            cut = Request(planned.id, planned.model, due, sent, self._now(), error="cut off: the run was stopped")
+            self.played.requests.append(cut)
+            raise
+        self.played.requests.append(_request(self.client, planned, self.start, due, reply))
+
+    def _now(self) -> float:
+        return (time.perf_counter_ns() - self.start) / 1e9
+
+    async def _lag(self) -> None:
+        while True:
+            until = self._now() + LAG_EVERY_S
+            await asyncio.sleep(LAG_EVERY_S)
+            self.played.lag_ms.append(max(0.0, self._now() - until) * 1e3)
+
+    async def _scrape(self, moments: list[dict[str, float]]) -> None:
+        while True:
+            await asyncio.sleep(SCRAPE_EVERY_S)
+            if found := prometheus.moment(prometheus.totals(await self.client.metrics())):
+                moments.append(found)
+
+    async def _watch(self) -> str:
+        """Shows how it goes; returns when there is a reason to stop."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            now, done = self._now(), self.played.requests
+            self.show(len(done), self._state(now))
+            last = done[-goodput.ALL_FAIL :]
+            if len(last) == goodput.ALL_FAIL and all(r.error for r in last):
+                return f"the last {len(last)} requests all failed: {last[-1].error}"
+            finished = sorted(r.done for r in done)
+            if not (self.concurrency or self.patient) and goodput.saturated(self.due, finished, now, self.burstiness):
+                return f"saturated: after {now:.0f} s, {len(self.under_way)} requests are under way and more come in"
+
+    def _state(self, now: float) -> str:
+        recent = [r for r in self.played.requests if r.done > now - 10]
+        tail = sorted(r.request_duration_ms for r in recent if not r.error)
+        p95 = f", P95 {tail[min(len(tail) - 1, int(0.95 * len(tail)))]:.0f} ms" if tail else ""
+        failed = sum(bool(r.error) for r in self.played.requests)
+        rate = f"{len(recent) / min(10.0, now):.1f}/s, {len(self.under_way)} in flight{p95}"
+        return rate + (f", {failed} failed" if failed else "")
+
+
+async def settle(client: Client) -> None:
+    """Wait until the server has let go of what a run left behind, as far as it tells."""
+    until = time.monotonic() + SETTLE_S
+    while time.monotonic() < until:
+        state = prometheus.moment(prometheus.totals(await client.metrics()))
+        if not state.get("running") and not state.get("waiting"):
+            return
+        await asyncio.sleep(0.25)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What to send. `weights` of the served names, {} = the only one; `requests`, or as many as are due in
+    `duration_s`; `concurrency` > 0 is a closed loop of so many users; a `trace` says itself what is due when. `fixed`:
+    every answer gets `new_tokens` exactly, where the server can."""
+
+    prompts: Mapping[str, Prompt]
+    weights: Mapping[str, float]
+    new_tokens: int
+    fixed: bool = True
+    arrivals: str = "poisson"
+    burstiness: float = 1.0
+    mix: str = "uniform"
+    requests: int = 0
+    duration_s: float = 60.0
+    concurrency: int = 0
+    seed: int = 0
+    trace: tuple[Traced, ...] = ()
+
+    def check(self, rate: float) -> None:
+        """Raises BadInput for traffic that cannot be."""
+        for name, value, known in (("arrivals", self.arrivals, traffic.ARRIVALS), ("mix", self.mix, traffic.MIXES)):
+            if value not in known:
+                raise BadInput(f"--{name} {value}: no such kind", f"known: {', '.join(known)}")
+        numbers = {
+            "rate": rate,
+            "burstiness": self.burstiness,
+            "duration": self.duration_s,
+            "new-tokens": self.new_tokens,
+        }
+        for name, number in numbers.items():
+            if not 0 < number < 1e6:
+                raise BadInput(f"--{name} {number:g}: must be more than 0", "leave it out for its default")
+        if any(not w > 0 for w in self.weights.values()):
+            raise BadInput("a weight of --model must be more than 0", "write --model NAME=2")
+        if lacking := [t.id for t in self.trace if t.id and t.id not in self.prompts]:
+            raise BadInput(f"the trace names the prompt {lacking[0]!r}, which no prompt has", "give its --prompts")
+        if not self.prompts and not self.trace:
+            raise BadInput("no prompts to send", "add --prompts FILE.jsonl, or a --trace with prompt_tokens")
+
+    def expected(self, rate: float) -> int:
+        """How many requests a run has."""
+        return len(self.trace) or self.requests or max(2, round(rate * self.duration_s))
+
+    def planned(self, rate: float, names: Sequence[str], again: int = 0) -> list[Planned]:
+        """The requests at `rate`; `again` makes other ones of the same kind."""
+        seed = self.seed + 1000 * again
+        weights = {name: self.weights.get(name, 1.0) for name in names}
+        if self.trace:
+            mixed = traffic.mix(weights, self.mix, len(self.trace), seed)
+            return [self._traced(n, t, mixed[n]) for n, t in enumerate(self.trace)]
+        n = self.expected(rate)
+        times = [0.0] * n if self.concurrency else traffic.arrivals(self.arrivals, rate, n, seed, self.burstiness)
+        ids, mixed = traffic.in_order(list(self.prompts), n, seed), traffic.mix(weights, self.mix, n, seed)
+        whole = zip(times, ids, mixed, strict=True)
+        return [Planned(at, id_, model, self.prompts[id_], self.new_tokens) for at, id_, model in whole]
+
+    def _traced(self, number: int, line: Traced, mixed: str) -> Planned:
+        made_up = Prompt(text=traffic.made_up(line.prompt_tokens, number))
+        prompt = self.prompts[line.id] if line.id else made_up
+        new_tokens = line.new_tokens or self.new_tokens
+        return Planned(line.at, line.id or f"made up {number}", line.model or mixed, prompt, new_tokens)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One rate that was tried, and whether it held."""
+
+    rate: float
+    held: bool
+    played: Played
+
+
+@dataclass
+class Loaded:
+    """A server under load: one run, or in a search all its trials and the `highest` rate that held (None: none did).
+    `notes` say what a reader must know."""
+
+    played: Played
+    warmed: list[Request]
+    notes: list[str]
+    trials: list[Trial] = field(default_factory=list)
+    highest: float | None = None
+
+
+def run(target: Target, traffic_: Traffic, rate: float, show: Show, patient: bool = False) -> Loaded:
+    """One load at `rate` (requests a second; of no meaning to a trace or a closed loop).
+
+    Raises MissingEnvironment when no server answers, BadInput for a name that is not served.
+    """
+
+    async def session() -> Loaded:
+        async with Client(target) as client:
+            names, warmed = await _ready(client, traffic_)
+            played = await _play(client, traffic_, traffic_.planned(rate, names), show, patient)
+            return Loaded(played, warmed, _notes(client, traffic_, played))
+
+    return asyncio.run(session())
+
+
+def find_rate(
+    target: Target, traffic_: Traffic, start: float, slos: Sequence[Slo], show: Show, tell: Callable[[Trial], None]
+) -> Loaded:
+    """The highest rate at which the service levels hold, verified by repeats, each with other arrivals and prompts.
+    `tell` hears of each trial. An interrupt ends the search without an answer. Raises as `run` does."""
+
+    async def session() -> Loaded:
+        async with Client(target) as client:
+            names, warmed = await _ready(client, traffic_)
+            trials: list[Trial] = []
+            search = goodput.highest_rate(start)
+            rate = next(search)
+            while True:
+                planned = traffic_.planned(rate, names, again=len(trials))
+                played = await _play(client, traffic_, planned, show, patient=False)
+                share = goodput.attained(played.requests, slos).estimate
+                trials.append(Trial(rate, not played.stopped and share >= goodput.ATTAINED, played))
+                tell(trials[-1])
+                notes = _notes(client, traffic_, played)
+                if played.stopped == "interrupted":
+                    return Loaded(played, warmed, notes, trials)
+                await settle(client)
+                try:
+                    rate = search.send(trials[-1].held)
+                except StopIteration as found:
+                    best = [t for t in trials if t.rate == found.value]
+                    last = best[-1].played if best else played
+                    return Loaded(last, warmed, notes, trials, found.value)
+
+    return asyncio.run(session())
+
+
+async def _ready(client: Client, traffic_: Traffic) -> tuple[list[str], list[Request]]:
+    """The served names, each asked once."""
+    named = [*traffic_.weights, *(t.model for t in traffic_.trace if t.model)]
+    names = await client.served(list(dict.fromkeys(named)))
+    first = next(iter(traffic_.prompts.items()), ("made up", Prompt(text=traffic.made_up(16, 0))))
+    ask = [Planned(0.0, first[0], name, first[1], traffic_.new_tokens) for name in names]
+    return names, await warm_up(client, ask, traffic_.fixed)
+
+
+async def _play(client: Client, traffic_: Traffic, planned: Sequence[Planned], show: Show, patient: bool) -> Played:
+    burstiness = traffic_.burstiness if traffic_.arrivals == "gamma" else 1.0
+    # a trace comes as it came: its own bursts are no saturation
+    patient = patient or bool(traffic_.trace)
+    return await play(client, planned, traffic_.fixed, traffic_.concurrency, burstiness, show, patient)
+
+
+def _notes(client: Client, traffic_: Traffic, played: Played) -> list[str]:
+    """What a reader of the figures must know, worst first."""
+    notes = []
+    if played.stopped:
+        notes.append(f"stopped: {played.stopped}; {played.unsent} requests were not sent")
+    delay = goodput.own_delay(played.requests, played.lag_ms)
+    if delay["matters"]:
+        notes.append(
+            f"the load generator itself was late, enough to matter (P95 {delay['p95_ms']:.1f} ms to send, "
+            f"{delay['loop_p95_ms']:.1f} ms to wake up): run it on a machine of its own, or at a lower rate"
+        )
+    answered = [r for r in played.requests if not r.error]
+    wanted = traffic_.new_tokens
+    short = sum(r.new_tokens < wanted for r in answered) if not traffic_.trace else 0
+    if traffic_.fixed and short:
+        why = f"the server refuses ignore_eos: {client.refused}" if client.refused else "the server knows no ignore_eos"
+        notes.append(f"{short} of {len(answered)} answers are shorter than {wanted} tokens ({why}): lengths differ")
+    if not client.protocol.STREAMS:
+        notes.append(f"{client.target.protocol} does not stream: no time to first token, none between tokens")
+    return notes
+
+
+def read_traffic(prompts: str | None, trace: Path | None) -> dict[str, Json]:
+    """The prompts and the trace of a Traffic, from their files. Raises BadInput naming the line that is broken."""
+    rows = corpus.read(prompts) if prompts else []
+    try:
+        traced = traffic.trace(trace.read_text(encoding="utf-8").splitlines()) if trace else []
+    except OSError as error:
+        raise BadInput(f"cannot read {trace}: {error.strerror}", "check the path") from error
+    except ValueError as error:
+        raise BadInput(f"{trace}: {error}", 'a line looks like {"offset_s": 1.25, "id": "row-7"}') from error
+    if trace and not traced:
+        raise BadInput(f"{trace} holds no requests", "add at least one JSON line")
+    return {"prompts": {row.id: Prompt(messages=row.messages) for row in rows}, "trace": tuple(traced)}
+
+
+def outcome(loaded: Loaded, slos: Sequence[Slo], searched: bool) -> int:
+    """The exit code. Nothing answered is never accepted; service levels are met when the whole interval of their share
+    is above the share that must meet them."""
+    played = loaded.played
+    if played.stopped == "interrupted":
+        return INTERRUPTED
+    if not any(not r.error for r in played.requests):
+        return ENVIRONMENT
+    if searched:
+        return ACCEPTED if loaded.highest is not None else REJECTED
+    if not slos:
+        return ACCEPTED
+    share = goodput.attained(played.requests, slos)
+    if played.stopped or share.high < goodput.ATTAINED:
+        return REJECTED
+    return ACCEPTED if share.low >= goodput.ATTAINED else INCONCLUSIVE
+
+
+def append(path: Path, variant: str, values: Mapping[str, Json], source: str = "peftopt") -> None:
+    """Add a run to a file of measurements, on disk before this returns."""
+    kept = {key: value for key, value in values.items() if key not in ("figures", "by_model")}
+    at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    try:
+        store.append(path, Measurement("load", variant, values={"source": source, **kept}, at=at))
+    except OSError as error:
+        raise MissingEnvironment(f"cannot write {path}: {error.strerror}", "choose another --out") from error
+
+
+def as_json(loaded: Loaded, slos: Sequence[Slo]) -> dict[str, Json]:
+    """A run's figures and its raw requests, the warm-ups first."""
+    played, whole = loaded.played, [*loaded.warmed, *loaded.played.requests]
+    return {
+        "figures": goodput.figures(played.requests, slos),
+        "by_model": goodput.by_model(whole, slos),
+        "own_delay": goodput.own_delay(played.requests, played.lag_ms),
+        "engine": played.engine,
+        "stopped": played.stopped,
+        "unsent": played.unsent,
+        "notes": loaded.notes,
+        "trials": [
+            {"rate": t.rate, "held": t.held, "stopped": t.played.stopped, **goodput.figures(t.played.requests, slos)}
+            for t in loaded.trials
+        ],
+        "highest_rate": loaded.highest,
+        "requests": [r.as_json() for r in whole],
+    }
+
+
+def _request(client: Client, planned: Planned, start: int, due: float, reply: Reply, warmup: bool = False) -> Request:
+    streams = client.protocol.STREAMS
+    times = [(t - start) / 1e9 for t in reply.times] if streams else []
+    gaps = tuple((b - a) * 1e3 for a, b in itertools.pairwise(times))
+    return Request(
+        id=planned.id,
+        model=planned.model,
+        scheduled=due,
+        sent=(reply.sent - start) / 1e9,
+        done=(reply.done - start) / 1e9,
+        first=times[0] if times else None,
+        last=times[-1] if times else None,
+        gaps_ms=gaps,
+        prompt_tokens=reply.prompt_tokens,
+        new_tokens=reply.new_tokens,
+        error=reply.error,
+        warmup=warmup,
+    )
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM cancel the task at hand once, which then ends in its own way; says whether they did."""
+    task, loop, hit = asyncio.current_task(), asyncio.get_running_loop(), False
+    assert task is not None
+
+    def cancel() -> None:
+        nonlocal hit
+        if hit:
+            raise KeyboardInterrupt
+        hit = True
+        task.cancel()
+
+    handled = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):  # not the main thread, or no Unix
+            loop.add_signal_handler(number, cancel)
+            handled.append(number)
+    try:
+        yield lambda: hit and task.uncancel() == 0
+    finally:
+        for number in handled:
+            loop.remove_signal_handler(number)

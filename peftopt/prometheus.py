@@ -1,0 +1,66 @@
+"""An engine's own Prometheus metrics, under the names that several engines give to one thing. Pure."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from peftopt.records import Json
+
+GAUGES: Mapping[str, Sequence[str]] = {
+    "running": (
+        "vllm:num_requests_running",
+        "sglang:num_running_reqs",
+        "tgi_batch_current_size",
+        "llamacpp:requests_processing",
+    ),
+    "waiting": (
+        "vllm:num_requests_waiting",
+        "sglang:num_queue_reqs",
+        "tgi_queue_size",
+        "llamacpp:requests_deferred",
+    ),
+    "kv_cache": ("vllm:kv_cache_usage_perc", "sglang:token_usage", "llamacpp:kv_cache_usage_ratio"),
+}
+"""Requests in the running batch and in the queue; the share of the KV cache that is taken, 0..1."""
+
+QUEUES = ("vllm:request_queue_time_seconds", "sglang:queue_time_seconds", "tgi_request_queue_duration")
+"""Histograms of the seconds that a request waited inside the engine."""
+
+_LINE = re.compile(r"([A-Za-z_:][A-Za-z0-9_:]*)(?:\{.*\})?\s+(\S+)(?:\s+\S+)?")
+
+
+def totals(text: str) -> dict[str, float]:
+    """Metric name -> its value, summed over its label sets (data-parallel engines); what is no number is left out.
+
+    Source: prometheus.io/docs/instrumenting/exposition_formats, the text form.
+    """
+    found: dict[str, float] = defaultdict(float)
+    for line in text.splitlines():
+        match = None if line.startswith("#") else _LINE.fullmatch(line.strip())
+        if match:
+            with contextlib.suppress(ValueError):
+                value = float(match[2])
+                found[match[1]] += value
+    return dict(found)
+
+
+def moment(values: Mapping[str, float]) -> dict[str, float]:
+    """The engine's state at one time, by our names; what it does not tell is not there."""
+    seen = {name: next((values[n] for n in known if n in values), None) for name, known in GAUGES.items()}
+    return {name: value for name, value in seen.items() if value is not None}
+
+
+def summary(moments: Sequence[Mapping[str, float]], first: Mapping[str, float], last: Mapping[str, float]) -> Json:
+    """Mean and peak of each gauge over a run, and the mean time in the engine's queue, in ms. {} without metrics."""
+    found: dict[str, Json] = {}
+    for name in GAUGES:
+        if values := [m[name] for m in moments if name in m]:
+            found[name] = {"mean": sum(values) / len(values), "peak": max(values), "n": len(values)}
+    for name in QUEUES:
+        count = last.get(f"{name}_count", 0) - first.get(f"{name}_count", 0)
+        if count > 0:
+            found["queue_ms"] = 1e3 * (last[f"{name}_sum"] - first.get(f"{name}_sum", 0)) / count
+    return found

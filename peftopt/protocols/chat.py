@@ -1,0 +1,29 @@
+"""OpenAI's /v1/chat/completions, as every OpenAI-compatible server and TGI's Messages API speak it.
+
+The server applies its own chat template. Source: platform.openai.com/docs/api-reference/chat.
+"""
+
+from __future__ import annotations
+
+from peftopt.protocols import Event, Prompt, error_of
+from peftopt.protocols.completions import counts, shared
+from peftopt.records import Json
+
+PATH, STREAMS, FIXED_LENGTH = "/v1/chat/completions", True, True
+
+
+def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:
+    messages = [dict(m) for m in prompt.messages] or [{"role": "user", "content": prompt.text}]
+    return {"messages": messages, **shared(model, new_tokens, stop, extensions)}
+
+
+def read(data: Json) -> Event:
+    if error := error_of(data):
+        return Event(error=error)
+    choice = (data["choices"] or [{}])[0]
+    delta = choice.get("delta") or {}
+    thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
+    text, ids = delta.get("content") or "", tuple(choice.get("token_ids") or ())
+    # The first message only says whose turn it is; it is no token.
+    is_token = bool(text or ids or thought or delta.get("tool_calls"))
+    return Event(is_token, text, ids, choice.get("finish_reason") or "", *counts(data))

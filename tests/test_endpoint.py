@@ -1,0 +1,218 @@
+"""The engine `endpoint` and its client: any server's answer is tokens with their times, any fault a message."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import FAULTS, Server, served
+
+from peftopt import plugins
+from peftopt.client import Client, Reply, Target
+from peftopt.corpus import Row
+from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
+from peftopt.probes import speed
+from peftopt.protocols import Prompt
+from peftopt.records import Model
+
+HELLO = [{"role": "user", "content": "the quick fox"}]
+PLUGIN = plugins.module("engine", "endpoint")
+
+
+def opened(base: Path, server: Server, **params: Any) -> Any:
+    url = server.url + ("/mii/demo" if params.get("protocol") == "mii" else "")
+    return PLUGIN.open(Model(str(base)), PLUGIN.Params(url=url, **{"model": "support", **params}))
+
+
+def ask(server: Server, model: str, protocol: str = "chat", n: int = 8, stop: bool = False, limit: float = 5) -> Reply:
+    async def once() -> Reply:
+        url = server.url + ("/mii/demo" if protocol == "mii" else "")
+        async with Client(Target(url, protocol, timeout_s=limit)) as client:
+            return await client.ask(Prompt(HELLO), model, n, stop)
+
+    return asyncio.run(once())
+
+
+# ---- the wire ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["completions", "chat"])
+def test_openai_gives_each_token_its_time_and_a_fixed_length(protocol: str) -> None:
+    with served(gap=0.01) as server:
+        reply = ask(server, "support", protocol)
+    assert (reply.error, reply.finish, reply.new_tokens, reply.prompt_tokens) == ("", "length", 8, 7)
+    assert reply.text == " s" * 8 and reply.ids == list(range(10, 18))
+    assert len(reply.times) == 8 and reply.times == sorted(set(reply.times))
+    assert reply.sent < reply.times[0] and reply.times[-1] <= reply.done
+    assert reply.times[-1] - reply.times[0] >= 7 * 9e6, "the gaps between tokens are the server's"
+    body = server.bodies[-1]
+    assert body["stream"] and body["ignore_eos"] and body["min_tokens"] == body["max_tokens"] == 8
+    assert body["temperature"] == 0 and body["stream_options"] == {"include_usage": True}
+
+
+def test_tgi_and_mii_as_their_schemas_have_them() -> None:
+    with served() as server:
+        reply = ask(server, "support", "tgi")
+        assert server.bodies[-1] == {
+            "inputs": "the quick fox",
+            "parameters": {"max_new_tokens": 8, "do_sample": False, "details": True, "adapter_id": "support"},
+        }
+        assert (reply.error, reply.finish, reply.new_tokens, reply.prompt_tokens) == ("", "stop", 5, 7)
+        assert reply.ids == [10, 11, 12, 13, 14]
+        whole = ask(server, "", "mii")
+        assert server.bodies[-1] == {
+            "prompts": ["the quick fox"],
+            "max_new_tokens": 8,
+            "do_sample": False,
+            "ignore_eos": True,
+        }
+        assert (whole.error, whole.finish, whole.new_tokens, whole.text) == ("", "length", 8, " x" * 8)
+
+
+def test_a_server_that_refuses_ignore_eos_is_asked_without_it_from_then_on() -> None:
+    async def twice(server: Server) -> tuple[str, list[Reply]]:
+        async with Client(Target(server.url)) as client:
+            return client.refused, [await client.ask(Prompt(HELLO), "base", 8, False) for _ in range(2)]
+
+    with served(strict=True) as server:
+        _, replies = asyncio.run(twice(server))
+        assert [r.error for r in replies] == ["", ""] and [r.new_tokens for r in replies] == [5, 5]
+        assert ["ignore_eos" in body for body in server.bodies] == [True, False, False]
+
+
+SAYS = {
+    "silent": "no answer within 0.3 s",
+    "stall": "stalled after 2 tokens, for 0.3 s in all",
+    "reset": "connection lost after 2 tokens",
+    "garbage": "garbage in the answer",
+    "early": "the stream ended early, after 2 tokens",
+    "plain": "does not stream: it answered application/json",
+    "broken": "HTTP 503: the engine is overloaded",
+    "said": "EngineCore died",
+    "nobody": "HTTP 404: The model `nobody` does not exist.",
+}
+
+
+@pytest.mark.parametrize("fault", SAYS)
+def test_a_fault_is_an_answer_with_its_reason(fault: str) -> None:
+    assert set(FAULTS) - {"refused"} < set(SAYS)
+    with served() as server:
+        started = time.monotonic()
+        reply = ask(server, fault, limit=0.3)
+    assert SAYS[fault] in reply.error
+    assert time.monotonic() - started < 5, "no hang"
+
+
+def test_a_server_that_is_not_there() -> None:
+    with served() as server:
+        pass
+    reply = ask(server, "base")
+    assert "cannot connect" in reply.error and not reply.times
+
+
+def test_a_key_travels_in_the_header_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "canary-7f3a")
+
+    async def once(server: Server) -> Reply:
+        async with Client(Target(server.url, key_env="MY_KEY")) as client:
+            return await client.ask(Prompt(HELLO), "broken", 8)
+
+    with served() as server:
+        reply = asyncio.run(once(server))
+        assert "Bearer canary-7f3a" in server.headers[-1]
+        assert "canary" not in f"{reply} {server.bodies}"
+    with pytest.raises(BadInput, match="no OTHER_KEY"):
+        Client(Target("http://localhost:1", key_env="OTHER_KEY"))
+
+
+@pytest.mark.parametrize(
+    ("url", "protocol", "says"),
+    [
+        ("localhost:8000", "chat", "no URL"),
+        ("http://localhost:8000/v1", "chat", "ends in /v1"),
+        ("http://me:secret@localhost", "chat", "holds a password"),
+        ("http://localhost", "grpc", "no protocol named 'grpc'"),
+    ],
+)
+def test_a_target_that_cannot_be_one(url: str, protocol: str, says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        Client(Target(url, protocol))
+
+
+# ---- the engine --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["completions", "chat", "mii"])
+def test_the_engine_keeps_the_contract(tiny_base: Path, protocol: str) -> None:
+    with served() as server:
+        engine = opened(tiny_base, server, protocol=protocol)
+        prompts = [engine.encode([{"role": "user", "content": text}])[0] for text in ("the fox", "seven dogs")]
+        for answer in engine.generate(prompts, 8, stop=False):
+            assert len(answer.tokens) == len(answer.times) == 8 and not answer.stopped
+            assert answer.times == sorted(answer.times)
+        for answer in engine.generate(prompts, 8, stop=True):
+            assert answer.stopped and answer.tokens[-1] in engine.eos and len(answer.times) == len(answer.tokens)
+        assert not engine.scores and engine.decode(engine.encode(HELLO, "five stars")[1]) == "five stars"
+        asked = server.bodies[-1]
+        if protocol == "completions":
+            assert asked["prompt"] == prompts[1], "token ids, so that every variant is asked the same"
+        if protocol == "chat":
+            assert asked["messages"] == [{"role": "user", "content": "seven dogs"}]
+        engine.close()
+
+
+def test_a_batch_travels_at_once_and_is_timed_to_its_last_token(tiny_base: Path) -> None:
+    with served(first=0.05) as server:
+        engine = opened(tiny_base, server)
+        rows = [Row(str(n), tuple(HELLO)) for n in range(4)]
+        (request,) = speed.turn(engine, [rows], 8, 0)
+        assert server.most == 4
+        assert request["new_tokens"] == 32 and request["batch"] == 4
+        assert 50 <= request["ttft_ms"] < request["request_duration_ms"] < 4 * 50
+        engine.close()
+
+
+def test_a_server_without_token_ids_gets_text(tiny_base: Path) -> None:
+    with served(ids=False) as server:
+        engine = opened(tiny_base, server)
+        assert engine.generate([engine.encode(HELLO)[0]], 4, stop=False)[0].tokens == [10, 11, 12, 13]
+        assert server.bodies[-1]["prompt"].startswith("<|im_start|>user\nthe quick fox")
+        engine.close()
+
+
+def test_lengths_that_cannot_be_fixed_are_refused(tiny_base: Path) -> None:
+    with served(strict=True) as server:
+        engine = opened(tiny_base, server)
+        prompt = engine.encode(HELLO)[0]
+        with pytest.raises(BadInput, match="gave 5 tokens, not 8: it refuses ignore_eos"):
+            engine.generate([prompt], 8, stop=False)
+        engine.close()
+        tgi = opened(tiny_base, server, protocol="tgi")
+        with pytest.raises(BadInput, match="tgi cannot generate a fixed number"):
+            tgi.generate([prompt], 8, stop=False)
+        assert tgi.generate([prompt], 8, stop=True)[0].stopped
+        tgi.close()
+
+
+def test_what_is_wrong_is_said_when_it_is_opened(tiny_base: Path) -> None:
+    with served() as server:
+        with pytest.raises(BadInput, match="serves no 'suport'") as refused:
+            opened(tiny_base, server, model="suport")
+        assert "support" in refused.value.hint
+        with pytest.raises(BadInput, match="several models"):
+            opened(tiny_base, server, model="")
+        with pytest.raises(BadInput, match="does not answer: does not stream"):
+            opened(tiny_base, server, model="plain", protocol="chat")
+        engine = opened(tiny_base, server, model="refused", protocol="completions")
+        with pytest.raises(WorkerFailed, match="HTTP 503"):
+            engine.generate([engine.encode(HELLO)[0]] * 2, 4, stop=True)
+        engine.close()
+    with pytest.raises(MissingEnvironment, match="no server at"):
+        opened(tiny_base, server)
+    with served(models=("only",)) as server:
+        engine = opened(tiny_base, server, model="")
+        assert server.bodies[-1]["model"] == "only"
+        engine.close()

@@ -1,0 +1,427 @@
+"""Load: the traffic is what was asked for, nothing that came back is lost, and the sender tells on itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from servers import served
+from test_run import command
+
+from peftopt import goodput, load, prometheus, store, traffic
+from peftopt.client import Target
+from peftopt.errors import BadInput
+from peftopt.goodput import Request, slo
+from peftopt.load import Traffic
+from peftopt.protocols import Prompt
+
+settings.register_profile("load", deadline=None)
+settings.load_profile("load")
+
+rates = st.floats(0.1, 100)
+PROMPTS = {str(n): Prompt(messages=({"role": "user", "content": f"count to {n}"},)) for n in range(5)}
+
+
+def request(at: float = 0.0, ttft: float = 0.1, gap: float = 0.01, n: int = 5, late: float = 0.0, **other) -> Request:
+    """A request whose first token came `ttft` seconds after it was scheduled, and was sent `late` seconds late."""
+    times = [at + ttft + gap * i for i in range(n)]
+    gaps = tuple([gap * 1e3] * (n - 1))
+    values = {"id": "1", "model": "m", "scheduled": at, "sent": at + late, "done": times[-1], "first": times[0]}
+    return Request(**{**values, "last": times[-1], "gaps_ms": gaps, "new_tokens": n, **other})
+
+
+# ---- traffic -----------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(traffic.ARRIVALS), rates, st.integers(0, 300), st.integers(0, 9), st.floats(0.1, 10))
+def test_arrivals_are_in_order_and_a_seed_gives_them_again(kind: str, rate: float, n: int, seed: int, b: float) -> None:
+    times = traffic.arrivals(kind, rate, n, seed, b)
+    assert len(times) == n and times == sorted(times) and times[:1] in ([], [0.0])
+    assert times == traffic.arrivals(kind, rate, n, seed, b)
+    faster = traffic.arrivals(kind, 2 * rate, n, seed, b)
+    assert faster == pytest.approx([t / 2 for t in times]), "the rate only scales time"
+
+
+@pytest.mark.parametrize(("kind", "burstiness", "spread"), [("constant", 1, 0), ("poisson", 1, 1), ("gamma", 0.25, 2)])
+def test_arrivals_have_their_rate_and_their_burstiness(kind: str, burstiness: float, spread: float) -> None:
+    gaps = np.diff(traffic.arrivals(kind, 20.0, 20_000, 3, burstiness))
+    assert gaps.mean() == pytest.approx(1 / 20, rel=0.05)
+    assert gaps.std() / gaps.mean() == pytest.approx(spread, abs=0.1), "the coefficient of variation"
+
+
+@given(st.integers(1, 8), st.sampled_from(traffic.MIXES), st.integers(0, 200), st.integers(0, 9))
+def test_a_mix_sends_every_request_somewhere(names: int, kind: str, n: int, seed: int) -> None:
+    weights = {f"adapter{i}": 1.0 for i in range(names)}
+    mixed = traffic.mix(weights, kind, n, seed)
+    assert len(mixed) == n and set(mixed) <= set(weights)
+    if kind == "round-robin":
+        counts = Counter(mixed)
+        assert max(counts.values(), default=0) - min((counts[w] for w in weights), default=0) <= 1
+
+
+def test_weights_and_zipf_shape_a_mix() -> None:
+    weighted = Counter(traffic.mix({"a": 3, "b": 1}, "uniform", 8000, 0))
+    assert weighted["a"] / weighted["b"] == pytest.approx(3, rel=0.1)
+    skewed = Counter(traffic.mix(dict.fromkeys("abcd", 1.0), "zipf", 8000, 0))
+    assert [skewed[x] / skewed["a"] for x in "abcd"] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4], abs=0.04)
+
+
+def test_a_trace_is_read_from_its_first_request_on() -> None:
+    lines = [
+        '{"offset_s": 12.5, "id": "b", "model": "support"}',
+        "",
+        '{"offset_s": 10, "prompt_tokens": 512, "new_tokens": 128}',
+        '{"timestamp": 11000, "input_length": 7, "output_length": 9, "hash_ids": [1]}',
+    ]
+    found = traffic.trace(lines)
+    assert [t.at for t in found] == [0.0, 1.0, 2.5]
+    assert [(t.prompt_tokens, t.new_tokens) for t in found] == [(512, 128), (7, 9), (0, 0)]
+    assert found[2].id == "b" and found[2].model == "support"
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "7", '{"id": "a"}', '{"offset_s": -1, "id": "a"}', '{"offset_s": 1}', '{"offset_s": NaN, "id": "a"}']
+)
+def test_a_broken_line_of_a_trace_is_named(line: str) -> None:
+    with pytest.raises(ValueError, match="line 2"):
+        traffic.trace(['{"offset_s": 0, "id": "a"}', line])
+
+
+@given(st.integers(1, 400), st.integers(0, 9))
+def test_a_made_up_text_is_as_long_as_asked(tokens: int, seed: int) -> None:
+    text = traffic.made_up(tokens, seed)
+    assert len(text.split()) == tokens and text == traffic.made_up(tokens, seed)
+
+
+# ---- what came back ----------------------------------------------------------------------------
+
+
+def test_latency_counts_from_the_scheduled_time() -> None:
+    r = request(ttft=0.5, gap=0.02, n=11, late=0.3)
+    assert (r.ttft_ms, r.queue_time_ms) == pytest.approx((500, 300))
+    assert r.tpot_ms == pytest.approx(20) and r.request_duration_ms == pytest.approx(700)
+    assert r.generation_latency_ms == pytest.approx(400)
+    assert set(r.as_json()) >= {"queue_time_ms", "generation_latency_ms", "request_duration_ms", "scheduled", "sent"}
+
+
+def test_tokens_that_came_packed_have_the_same_tpot() -> None:
+    single, packed = request(n=9), request(n=9, gaps_ms=(40.0, 40.0))
+    assert single.tpot_ms == packed.tpot_ms
+
+
+@given(st.integers(0, 30), st.integers(0, 30))
+def test_a_failure_is_never_dropped(good: int, bad: int) -> None:
+    requests = [request(i) for i in range(good)] + [request(i, error="HTTP 503") for i in range(bad)]
+    found = goodput.figures(requests, [slo("ttft <= 1 s")])
+    assert (found["requests"], found["failed"], found["answered"]) == (good + bad, bad, good)
+    if good:
+        assert found["ttft_p50_ms"].n == good + bad
+        assert math.isinf(found["ttft_p99_ms"].estimate) == (bad > 0)
+    if good + bad:
+        assert found["attained"].estimate == pytest.approx(good / (good + bad))
+
+
+def test_figures_against_a_run_known_by_hand() -> None:
+    requests = [request(0.0), request(1.0, ttft=0.3), request(2.0, ttft=0.2), request(0.0, ttft=9, warmup=True)]
+    found = goodput.figures(requests)
+    assert found["duration_s"] == pytest.approx(2.24) and found["offered_rate"] == pytest.approx(1.0)
+    assert found["request_rate"] == pytest.approx(3 / 2.24)
+    assert found["output_tokens_per_s"] == pytest.approx(15 / 2.24)
+    assert found["ttft_mean_ms"] == pytest.approx(200) and found["ttft_p50_ms"].estimate == pytest.approx(200)
+    assert found["itl_p95_ms"] == pytest.approx(10)
+    assert goodput.by_model(requests)["m"]["cold_ttft_ms"] == pytest.approx(9000)
+
+
+@pytest.mark.parametrize(
+    ("text", "met"),
+    [
+        ("ttft <= 100 ms", True),
+        ("ttft < 0.099 s", False),
+        ("tpot <= 10.001 ms", True),
+        ("itl <= 9 ms", False),
+        ("latency <= 141 ms", True),
+    ],
+)
+def test_service_levels(text: str, met: bool) -> None:
+    assert slo(text).met(request()) is met
+    assert not slo(text).met(request(error="HTTP 500")), "a failed request meets none"
+    assert slo("tpot <= 1 ms").met(request(n=1)), "a single token has no gaps"
+
+
+@pytest.mark.parametrize("text", ["ttft", "ttft <= 5", "ttft >= 5 ms", "speed <= 5 ms", "ttft <= 0 ms", "ttft <= 5 GB"])
+def test_what_is_no_service_level(text: str) -> None:
+    with pytest.raises(ValueError, match=r"write one like|more than 0"):
+        slo(text)
+
+
+def test_the_sender_tells_on_itself() -> None:
+    prompt, late = [request(i) for i in range(50)], [request(i, late=0.02) for i in range(50)]
+    assert not goodput.own_delay(prompt, [0.1] * 50)["matters"]
+    assert goodput.own_delay(late)["matters"] and goodput.own_delay(late)["p95_ms"] == pytest.approx(20)
+    assert goodput.own_delay(prompt, [30.0] * 50)["matters"], "a loop that wakes up late stamps tokens late"
+
+
+# ---- saturation and the highest rate -----------------------------------------------------------
+
+
+def flagged(load_share: float, seed: int, seconds: float = 120.0, servers: int = 4) -> bool:
+    """Whether any look at a queue of this load, twice a second, says that it is saturated."""
+    rng = np.random.default_rng(seed)
+    rate = load_share * servers / 0.5
+    arrived = [t for t in np.cumsum(rng.exponential(1 / rate, int(rate * seconds))) if t < seconds]
+    free, left = [0.0] * servers, []
+    for at in arrived:
+        i = free.index(min(free))
+        free[i] = max(at, free[i]) + rng.exponential(0.5)
+        left.append(free[i])
+    done = sorted(left)
+    looks = np.arange(0.5, seconds, 0.5)
+    return any(goodput.saturated(arrived, [d for d in done if d <= now], now) for now in looks)
+
+
+def test_saturation_is_seen_and_a_busy_queue_is_none() -> None:
+    assert sum(flagged(0.7, seed) for seed in range(20)) == 0
+    assert sum(flagged(1.6, seed) for seed in range(20)) == 20
+
+
+def test_a_server_that_starts_slowly_is_not_called_saturated() -> None:
+    arrived = [i / 10 for i in range(1000)]
+    done = [t + 6.0 for t in arrived]  # each takes 6 s, whatever the load
+    assert not any(goodput.saturated(arrived, [d for d in done if d <= now], now) for now in range(1, 60))
+
+
+@given(st.floats(0.1, 500), st.floats(0.05, 50))
+def test_the_search_finds_the_rate_at_which_it_breaks(knee: float, start: float) -> None:
+    search = goodput.highest_rate(start)
+    rate, tried = next(search), []
+    try:
+        while True:
+            tried.append(rate)
+            rate = search.send(rate <= knee)
+    except StopIteration as found:
+        answer = found.value
+    if knee < start * goodput.LOWEST:
+        assert answer is None or answer <= knee
+    else:
+        assert answer <= knee
+        assert knee < answer * goodput.PRECISION**2 or answer * 2 > start * goodput.HIGHEST
+        assert tried.count(answer) >= goodput.REPEATS, "verified by repeats"
+    assert len(tried) < 40
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 1000))
+def test_a_noisy_service_ends_the_search_too(seed: int) -> None:
+    rng, n = np.random.default_rng(seed), 0
+    search = goodput.highest_rate(1.0)
+    next(search)
+    try:
+        while n < 500:
+            n += 1
+            search.send(bool(rng.random() < 0.5))
+    except StopIteration:
+        pass
+    assert n < 300
+
+
+def test_prometheus_by_the_names_of_several_engines() -> None:
+    text = (
+        '# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine="0",m="a b"} 3.0\n'
+        'vllm:num_requests_running{engine="1"} 4\nsglang:token_usage 0.5\ntgi_queue_size NaN_is_none\n'
+        "vllm:request_queue_time_seconds_sum 2.5\nvllm:request_queue_time_seconds_count 10\n"
+    )
+    totals = prometheus.totals(text)
+    assert prometheus.moment(totals) == {"running": 7.0, "kv_cache": 0.5}
+    found = prometheus.summary([{"running": 2.0}, {"running": 4.0}], {}, totals)
+    assert found["running"] == {"mean": 3.0, "peak": 4.0, "n": 2} and found["queue_ms"] == pytest.approx(250)
+    assert prometheus.summary([], {}, {}) == {}
+
+
+# ---- against a server --------------------------------------------------------------------------
+
+
+def loaded(url: str, rate: float = 50.0, timeout: float = 5.0, **settings) -> load.Loaded:
+    weights = dict.fromkeys(settings.pop("models", ("support",)), 1.0)
+    kind = Traffic(PROMPTS, weights, **{"new_tokens": 6, "requests": 20, **settings})
+    return load.run(Target(url, timeout_s=timeout), kind, rate, lambda done, what: None)
+
+
+def test_every_request_is_sent_when_due_and_kept() -> None:
+    with served() as server:
+        found = loaded(server.url, arrivals="constant", models=("support", "sales"), mix="round-robin")
+        sent = server.seen
+    requests = found.played.requests
+    assert [r.scheduled for r in requests] == [i / 50 for i in range(20)]
+    assert all(r.sent >= r.scheduled and not r.error and r.new_tokens == 6 for r in requests)
+    assert sent == {"support": 11, "sales": 11}, "10 each, and one to warm up"
+    assert [(r.model, r.warmup) for r in found.warmed] == [("support", True), ("sales", True)]
+    assert found.played.unsent == 0 and found.played.stopped == ""
+    values = load.as_json(found, [])
+    assert values["by_model"]["sales"]["requests"] == 10
+    assert len(values["requests"]) == 22, "raw samples, the warm-ups among them"
+
+
+def test_open_loop_goes_on_sending_while_nothing_comes_back() -> None:
+    """One slot of 50 ms at 50 requests a second: latencies grow, because they count from when each was due."""
+    with served(first=0.05, slots=1) as server:
+        found = loaded(server.url, arrivals="constant", requests=15)
+        assert server.most > 5
+    assert found.played.requests[-1].ttft_ms > 10 * 50 * 0.6
+
+
+def test_closed_loop_keeps_so_many_users() -> None:
+    with served(first=0.02) as server:
+        found = loaded(server.url, concurrency=3)
+        assert server.most == 3
+    assert len(found.played.requests) == 20 and all(not r.error for r in found.played.requests)
+
+
+def test_a_trace_is_replayed() -> None:
+    lines = ['{"offset_s": 5, "id": "3"}', '{"offset_s": 5.1, "prompt_tokens": 9, "new_tokens": 3, "model": "sales"}']
+    with served() as server:
+        found = loaded(server.url, trace=tuple(traffic.trace(lines)))
+        bodies = server.bodies[-2:]
+    assert [(r.model, r.new_tokens, r.scheduled) for r in found.played.requests] == [
+        ("support", 6, 0.0),
+        ("sales", 3, pytest.approx(0.1)),
+    ]
+    assert bodies[0]["messages"][0]["content"] == "count to 3"
+    assert len(bodies[1]["messages"][0]["content"].split()) == 9
+
+
+@pytest.mark.parametrize("fault", ["stall", "reset", "garbage", "early", "plain", "said"])
+def test_faults_are_counted_beside_what_works(fault: str) -> None:
+    with served() as server:
+        found = loaded(server.url, models=("support", fault), mix="round-robin", timeout=0.5)
+    by_model = load.as_json(found, [slo("ttft <= 10 s")])["by_model"]
+    assert (by_model["support"]["failed"], by_model[fault]["failed"]) == (0, 10)
+    assert sum(by_model[fault]["errors"].values()) == 10
+    assert goodput.attained(found.played.requests, [slo("ttft <= 10 s")]).estimate == 0.5
+
+
+def test_a_server_without_an_answer_is_not_loaded_to_the_end() -> None:
+    with served() as server:
+        started = time.monotonic()
+        found = loaded(server.url, models=("broken",), requests=5000)
+    assert "requests all failed: HTTP 503" in found.played.stopped and found.played.unsent > 4000
+    assert time.monotonic() - started < 20
+    assert load.outcome(found, [], False) == 4, "nothing measured is never accepted"
+
+
+def test_what_the_server_cannot_do_is_noted() -> None:
+    with served(strict=True) as server:
+        found = loaded(server.url)
+    assert any("shorter than 6 tokens (the server refuses ignore_eos" in note for note in found.notes)
+
+
+def test_the_highest_rate_is_searched_with_fresh_traffic_each_time() -> None:
+    """Two slots and 40 ms a request: of eight that come at once, the last waits 120 ms at least."""
+    trials: list[load.Trial] = []
+    with served(first=0.04, gap=0.0, slots=2) as server:
+        kind = Traffic(PROMPTS, {"support": 1.0}, new_tokens=2, requests=8, arrivals="constant")
+        levels = [slo("ttft <= 100 ms")]
+        found = load.find_rate(Target(server.url), kind, 400.0, levels, lambda done, what: None, trials.append)
+    assert found.trials == trials and not trials[0].held
+    assert found.highest is None or sum(t.held for t in trials if t.rate == found.highest) >= goodput.REPEATS
+    assert len({tuple(r.id for r in t.played.requests) for t in trials}) > 1
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": str(n), "prompt": f"count to {n}"}) + "\n" for n in range(5)))
+    return path
+
+
+def test_the_verb_prints_figures_and_keeps_raw_samples(
+    questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "measurements.jsonl"
+    with served() as server:
+        flags = ["--prompts", questions, "--requests", "40", "--rate", "30", "--model", "support", "--new-tokens", "4"]
+        level = ["--slo", "ttft <= 60 s"]
+        assert command("load", server.url, *flags, "--model", "sales=2", "--out", out, "--slots", "4") == 0
+        printed = capsys.readouterr().out
+        assert command("load", server.url, *flags, *level, "--json") == 3, "40 requests cannot show 95 %"
+        values = json.loads(capsys.readouterr().out)
+        assert command("load", server.url, *flags, "--slo", "latency <= 1 us") == 1
+    assert "support" in printed and "sales" in printed and "of 4 slots" in printed and "sender's delay" in printed
+    assert values["figures"]["attained"]["estimate"] == 1.0
+    assert len(values["requests"]) == 41 and values["requests"][1]["ttft_ms"] > 0
+    (kept,) = store.read(out)
+    assert kept.probe == "load" and len(kept.values["requests"]) == 42
+
+
+def test_a_recipe_names_its_servers(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with served() as server:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            "model: {base: b, adapter: a}\nworkloads: {chat: {prompts: prompts.jsonl}}\nvariants:\n  adapter: []\n"
+            f"  served: [{{engine: {{endpoint: {{url: '{server.url}', model: sales}}}}}}]\nminimize: latency.p50@chat\n"
+        )
+        assert command("load", recipe, "--requests", "5", "--rate", "50", "--new-tokens", "4", "--json") == 0
+        values = json.loads(capsys.readouterr().out)
+        assert values["variant"] == "served" and server.seen == {"sales": 6}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--slo", "fast"], "no service level"),
+        (["--find-rate"], "needs a service level"),
+        (["--arrivals", "bursty"], "known: poisson, gamma, constant"),
+        (["--rate", "0"], "more than 0"),
+        (["--model", "suport"], "serves no 'suport'"),
+        ([], "serves several models"),
+        (["--protocol", "grpc"], "no protocol named"),
+    ],
+)
+def test_what_cannot_be_is_said(
+    flags: list[str], says: str, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served() as server:
+        assert command("load", server.url, "--prompts", questions, "--requests", "5", *flags) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert says in err and "Traceback" not in err
+
+
+def test_a_server_that_is_not_there_is_said(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("load", "http://127.0.0.1:9", "--prompts", questions) == 4
+    assert "no server at http://127.0.0.1:9" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_keeps_what_was_measured(number: int, questions: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.jsonl"
+    flags = ["--prompts", questions, "--model", "base", "--rate", "20", "--requests", "1000", "--out", out]
+    with served() as server:
+        argv = [sys.executable, "-m", "peftopt.cli", "load", server.url, *map(str, flags)]
+        child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
+        while len(server.bodies) < 5 and child.poll() is None:
+            time.sleep(0.05)
+        child.send_signal(number)
+        _, err = child.communicate(timeout=30)
+    assert child.returncode == 130, err
+    (kept,) = store.read(out)
+    assert kept.values["stopped"] == "interrupted" and kept.values["requests"]
+
+
+def test_bad_traffic_is_refused() -> None:
+    with pytest.raises(BadInput, match="no prompts"):
+        Traffic({}, {}, 4).check(1.0)
+    with pytest.raises(BadInput, match="which no prompt has"):
+        Traffic(PROMPTS, {}, 4, trace=(traffic.Traced(0.0, "nobody"),)).check(1.0)
