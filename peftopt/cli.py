@@ -62,6 +62,9 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start a new run, do not go on with an unfinished one.")
     ] = False,
+    more: Annotated[
+        bool, typer.Option("--more", help="Add blocks to the last run of this recipe, if it is undecided.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,17 +74,29 @@ def run(
 
     console = Console(quiet)
     parsed, text = _recipe(recipe)
-    prepared = runner.prepare(parsed, text, results, console, fresh)
-    runner.execute(prepared)
+    prepared = runner.prepare(parsed, text, results, console, fresh, more)
+    if more and (prepared.folder / "decision.json").exists():
+        runner.add_blocks(prepared)
+    else:
+        runner.execute(prepared)
     _conclude(prepared.folder, console, as_json)
 
 
 @app.command()
-def decide(run_folder: RunFolder = None, results: Results = Path("results"), as_json: AsJson = False) -> None:
+def decide(
+    run_folder: RunFolder = None,
+    results: Results = Path("results"),
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Judge by the thresholds of this recipe, changed since; the newest run of its name."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Judge a run again from its files alone: no model, no GPU."""
     from peftopt.console import Console
 
-    _conclude(_run_folder(run_folder, results), Console(), as_json)
+    parsed = _recipe(recipe)[0] if recipe else None
+    _conclude(_run_folder(run_folder, results, parsed.name if parsed else ""), Console(), as_json, parsed)
 
 
 @app.command()
@@ -264,20 +279,38 @@ def compile_(
 
 @app.command()
 def bench(
-    model: Annotated[list[Path], typer.Option(help="Model folder; repeat to compare, the first is the reference.")],
-    prompts: Annotated[Path, typer.Option(help="JSON-lines prompts.")],
+    model: Annotated[
+        list[Path] | None, typer.Option(help="Model folder; repeat to compare, the first is the reference.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter on top of the first model, unmerged.")] = None,
     engine: Annotated[str, typer.Option(help="eager or compiled (any engine of `peftopt doctor`).")] = "eager",
     new_tokens: Annotated[int, typer.Option(help="Tokens every answer gets, exactly.")] = 32,
     batch: Annotated[int, typer.Option(help="Prompts per request.")] = 1,
-    blocks: Annotated[int, typer.Option(help="Times that each model is measured, in random order.")] = 6,
+    blocks: Annotated[
+        int | None, typer.Option(help="Times that each model is measured, in random order; with --more, at most.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads per process; 0 = all cores.")] = 0,
+    more: Annotated[
+        Path | None,
+        typer.Option(help="Instead: add blocks to this undecided run of a recipe, as many as its planner asks for."),
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="With --more: about how long it may take.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time one model, or several against the first in interleaved blocks."""
-    from peftopt import oneshot, plugins
+    """Time one model, or several against the first in interleaved blocks; or go on with an undecided run."""
+    from peftopt import oneshot, plugins, runner
     from peftopt.console import Console
     from peftopt.records import Model
+
+    if more:
+        if model or prompts or adapter:
+            raise BadInput("--more goes on with a run's own models and prompts", "leave the other options out")
+        console = Console()
+        runner.add_blocks(runner.reopen(more, console), blocks, minutes)
+        _conclude(more, console, as_json)
+    if not model or prompts is None:
+        raise BadInput("bench needs --model and --prompts", "or --more RUN, to go on with an undecided run")
 
     known = [p.name for p in plugins.catalogue().values() if p.kind == "engine"]
     if engine not in known:
@@ -287,7 +320,7 @@ def bench(
         oneshot.Arm(f"{n + 1} {Path(m.path).name}{' + adapter' * bool(m.adapters)}", m, engine)
         for n, m in enumerate(models)
     ]
-    found = oneshot.bench(arms, str(prompts), new_tokens, batch, blocks, threads)
+    found = oneshot.bench(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
     if as_json:
         print(json.dumps(found, default=_plain))
         return
@@ -307,7 +340,7 @@ def bench(
 
 
 def _bench_row(found: dict[str, Any]) -> list[str]:
-    from peftopt.rules import FEWEST_FOR_P95
+    from peftopt.stats import fewest_for
     from peftopt.thresholds import format_value
 
     n, ratio = found["p50_ms"].n, found["ratio"]
@@ -315,7 +348,7 @@ def _bench_row(found: dict[str, Any]) -> list[str]:
         found["name"],
         f"{ratio.estimate:.2f}x ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else "reference",
         f"{found['p50_ms'].estimate:.0f}",
-        f"{found['p95_ms'].estimate:.0f}" if n >= FEWEST_FOR_P95 else "too few requests",
+        f"{found['p95_ms'].estimate:.0f}" if n >= fewest_for(0.95) else "too few requests",
         f"{found['ttft_ms'].estimate:.0f}",
         f"{found['tpot_ms'].estimate:.1f}",
         f"{found['throughput'].estimate:.1f}",
@@ -455,24 +488,35 @@ def _read(path: Path) -> str:
         raise BadInput(f"{path} is not UTF-8 text", "save it as UTF-8") from error
 
 
-def _run_folder(given: Path | None, results: Path) -> Path:
-    """The run the user names, or the newest one."""
+def _run_folder(given: Path | None, results: Path, recipe: str = "") -> Path:
+    """The run the user names, or the newest one, of that recipe where one is named."""
     if given is not None:
         return given
-    runs = sorted(f for f in (results / "runs").glob("*") if (f / "plan.json").exists())
+    pattern = f"*-{recipe}-*" if recipe else "*"
+    runs = sorted(f for f in (results / "runs").glob(pattern) if (f / "plan.json").exists())
     if not runs:
-        raise BadInput(f"no runs in {results / 'runs'}", "run a recipe first: peftopt run RECIPE")
+        what = f" of {recipe}" if recipe else ""
+        raise BadInput(f"no runs{what} in {results / 'runs'}", "run a recipe first: peftopt run RECIPE")
     return runs[-1]
 
 
-def _conclude(folder: Path, console: Any, as_json: bool) -> None:
-    """Decide from the run folder's files, write the reports, print the table, exit with the outcome."""
+def _conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = None) -> None:
+    """Decide from the run folder's files, write the reports, print the table, exit with the outcome; by the thresholds
+    of another recipe where one is given."""
+    from dataclasses import replace
+
+    from peftopt import plan as planning
     from peftopt import render, store
     from peftopt.decide import decide as judge
 
     plan = store.read_plan(folder / "plan.json")
+    changed = planning.changes(plan.recipe, recipe) if recipe else []
+    plan = planning.rejudged(plan, recipe) if recipe else plan
     measurements = store.read(folder / "measurements.jsonl", console.warn)
     decision: Decision = judge(plan, measurements, json.loads(_read(folder / "machine.json")))
+    if changed:
+        warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
+        decision = replace(decision, warnings=(warning, *decision.warnings))
     store.write(folder / "decision.json", render.as_json.render(decision))
     _write_reports(folder, measurements)
     if as_json:

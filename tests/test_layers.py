@@ -41,6 +41,7 @@ LAYERS = (
     "merging",
     "transforms",
     "engines",
+    "policies",
     "probes",
     # conduct
     "worker",

@@ -57,6 +57,10 @@ class Transformers:
         self.eos = frozenset(_as_list(self._stopping.eos_token_id))
 
     @property
+    def device(self) -> str:
+        return self._device.type
+
+    @property
     def special_tokens(self) -> frozenset[int]:
         added = self._tokenizer.added_tokens_decoder.items()
         return frozenset(self._tokenizer.all_special_ids) | {id_ for id_, token in added if token.special}
@@ -124,6 +128,11 @@ class Transformers:
                 inputs["past_key_values"] = cache
             logits = self._model(**inputs).logits
             return [_scored(logits[i, : len(answer)], answer) for i, answer in enumerate(answers)]
+
+    def without_adapters(self) -> contextlib.AbstractContextManager[None]:
+        """The base alone answers and scores, for as long as this context lasts."""
+        owner = self._owners[0]
+        return owner.disable_adapter() if hasattr(owner, "peft_config") else contextlib.nullcontext()
 
     def close(self) -> None:
         import gc
