@@ -1,12 +1,12 @@
 """How often a verdict is wrong, right or open: the rules of peftopt on simulated machines, beside the usual ones.
 
-    python benchmarks/decision.py                    # the noise worlds: a few minutes on one core
-    python benchmarks/decision.py --live             # copies of a real engine on this machine, through the real pipeline
+    python benchmarks/decision.py             # the noise worlds: a few minutes on one core
+    python benchmarks/decision.py --live      # copies of a real engine on this machine, through the real pipeline
 
 A world is log t = variant + drift + slow sine + AR(1) + noisy neighbour (all the machine's), launch effect, jitter and
 spikes. The truth is a gain of 12 %, exactly 15 % or 18 %, and the rule "more than 15 % faster". Accepting the first or
 rejecting the last is wrong; so is accepting the second more often than a rule's stated error. Every figure comes with
-its Monte-Carlo error. What judges is peftopt's own code (stats.race, and for the race of twelve need.blocks), not a copy.
+its Monte-Carlo error. What judges is peftopt's own code (stats.race, and for the race of twelve need.blocks), no copy.
 
 Blocks of one process share its launch effect, so they say less than as many fresh processes, and no rule here
 knows which blocks do: `--relaunch` and `--launch` show how far the error grows with it.
@@ -31,8 +31,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peftopt import need, rules, stats
 from peftopt import plan as planning
@@ -51,6 +50,7 @@ from peftopt.records import (
     Workload,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 LIMIT = math.log(0.85)
 REQUESTS, RUNS, LONGEST = 3, 20, 200
 
@@ -72,7 +72,7 @@ class World:
     launch: float
     jitter: float
     spikes: tuple[float, float]
-    relaunch: int = 5
+    relaunch: int = Measure.relaunch
 
 
 WORLDS = (
@@ -439,7 +439,7 @@ def main() -> None:
     parser.add_argument("--races", type=int, default=60, help="races of twelve variants")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", action="append", choices=[w.name for w in WORLDS], help="default: all")
-    parser.add_argument("--relaunch", type=int, default=5, help="blocks between fresh processes")
+    parser.add_argument("--relaunch", type=int, default=Measure.relaunch, help="blocks between fresh processes")
     parser.add_argument("--launch", type=float, default=1.0, help="factor on every launch effect")
     parser.add_argument("--live", action="store_true", help="race copies of a real engine on this machine")
     parser.add_argument("--rounds", type=int, default=8, help="of --live")

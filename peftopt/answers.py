@@ -15,6 +15,9 @@ from peftopt.records import NO_INVARIANTS, Invariants, Json
 LOOP_TOKENS = 64
 """A tail at least this long that repeats with some period, and no end of sequence, is a loop."""
 
+TAIL_TOKENS = 192
+"""The end of an answer in which it is looked for repetition: several rows of a table, and many turns of a loop."""
+
 
 REFUSAL = "refusal"
 """The slice of rows that must be refused."""
@@ -23,7 +26,7 @@ REFUSES = re.compile(
     r"\s*(?:I['’]m |I am |we['’]re |we are )?(?:very |so |really )?(?:sorry|afraid|unable to)\b"
     r"|\s*(?:unfortunately|regrettably|I apologi[sz]e)\b.{0,80}?\b(?:cannot|can['’]t|unable|not able|won['’]t)\b"
     r"|\s*(?:I|we) (?:cannot|can['’]t|can not|won['’]t|will not|must decline|do not feel comfortable)\b"
-    r"|\s*as an? (?:AI|language model|assistant)\b.{0,80}?\b(?:cannot|can['’]t|unable|not able)\b",
+    r"|\s*as an? (?:AI|language model|assistant)(?: language model)?,? I\b.{0,80}?\b(?:cannot|can['’]t|unable)\b",
     re.IGNORECASE | re.DOTALL,
 )
 """How a refusal begins, in English. Only the first words count: "I cannot" further on is part of an answer."""
@@ -34,8 +37,8 @@ _NUMBER = re.compile(r"\d{1,3}(?:[.,\u202f\xa0]\d{3})+(?:[.,]\d+)?(?!\d)|\d+(?:[
 @dataclass(frozen=True)
 class Judged:
     """`score` in 0..1 (share of right fields for JSON), `correct` = all of it, `valid` = keeps schema, regex and
-    labels, `flags` = the Tier 1 errors seen: "empty", "invalid utf-8", "special token", "loop", "invalid output", "not
-    a label", "number lost", "other language", "refusal", "no refusal"."""
+    labels, `flags` = the Tier 1 errors seen: "empty", "invalid utf-8", "special token", "loop", "degenerate",
+    "invalid output", "not a label", "number lost", "other language", "refusal", "no refusal"."""
 
     score: float
     correct: bool
@@ -61,12 +64,13 @@ def judge(
     keeps = keeps and (not invariants.regex or bool(re.fullmatch(invariants.regex, text.strip(), re.DOTALL)))
     labelled = not invariants.labels or text.strip() in invariants.labels
     refused = bool(invariants.refusal) and refuses(text, invariants.refusal)
-    asked_to = REFUSAL in slices
+    asked_to, score, valid = REFUSAL in slices, _score(text, value, expected), keeps and labelled
     seen = {
         "empty": not text.strip(),
         "invalid utf-8": "\ufffd" in text and "\ufffd" not in expected,
         "special token": any(token in special for token in tokens),
-        "loop": not stopped and loops(tokens, text),
+        "loop": not stopped and loops(tokens),
+        "degenerate": score < 1 and degenerate(tokens, text),
         "invalid output": not keeps,
         "not a label": not labelled,
         "number lost": bool(invariants.numbers) and not numbers(expected) <= numbers(text),
@@ -74,7 +78,6 @@ def judge(
         "refusal": refused and not asked_to,
         "no refusal": bool(invariants.refusal) and asked_to and not refused,
     }
-    score, valid = _score(text, value, expected), keeps and labelled
     return Judged(score, score == 1.0 and valid, valid, tuple(flag for flag, is_so in seen.items() if is_so))
 
 
@@ -120,14 +123,22 @@ def _speaks_another(text: str, model: str, wanted: str) -> bool:
     return bool(spoken and expected) and spoken != expected
 
 
-def loops(tokens: Sequence[int], text: str) -> bool:
-    """Whether the tail repeats: the last 64 tokens are periodic, or few distinct 3-grams in very squeezable text."""
+def loops(tokens: Sequence[int]) -> bool:
+    """Whether the last 64 tokens repeat with some period of 32 or less."""
     tail = list(tokens[-LOOP_TOKENS:])
-    if len(tail) == LOOP_TOKENS and any(tail[p:] == tail[:-p] for p in range(1, LOOP_TOKENS // 2 + 1)):
-        return True
-    grams = [tuple(tokens[i : i + 3]) for i in range(len(tokens) - 2)]
+    return len(tail) == LOOP_TOKENS and any(tail[p:] == tail[:-p] for p in range(1, LOOP_TOKENS // 2 + 1))
+
+
+def degenerate(tokens: Sequence[int], text: str) -> bool:
+    """Whether a text ends in saying the same over and over: few 3-grams of its tail differ, and it squeezes well.
+
+    Only the tail, since in a whole long table or JSON array few differ too, while each row of it says something new.
+    """
+    tail = tokens[-TAIL_TOKENS:]
+    grams = [tuple(tail[i : i + 3]) for i in range(len(tail) - 2)]
     raw = text.encode()
-    return bool(grams) and len(set(grams)) / len(grams) < 0.2 and len(raw) / len(zlib.compress(raw)) > 4
+    few = len(tail) >= LOOP_TOKENS and len(set(grams)) / len(grams) < 0.1
+    return few and len(raw) / len(zlib.compress(raw)) > 4
 
 
 _NOT_JSON = object()

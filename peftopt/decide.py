@@ -163,6 +163,9 @@ def _judged(evidence: Evidence, variant: str) -> Interval:
 
 _CLOCKS = {"wall": "wall clock", "cpu": "process CPU time"}
 
+LAUNCHES_MATTER = 0.25
+"""Spread between launches, in that of the blocks of one, from which a race's stated error is no longer kept."""
+
 ORDER_MATTERS = 0.01
 """How much longer the last turn of a block must take than the first for a warning."""
 
@@ -173,7 +176,7 @@ def a_a(evidence: Evidence) -> Interval | None:
     for workload in recipe.workloads:
         field = evidence.field(recipe.minimize.name)
         logs = evidence.paired(recipe.baseline + TWIN, recipe.baseline, workload, field)
-        interval = stats.hodges_lehmann(logs, 1 - stats.SHARE)
+        interval = stats.hodges_lehmann(logs, 1 - stats.ALPHA / len(stats.LOOKS))
         if logs and (interval.low > 0 or interval.high < 0):
             return exp(interval)
     return None
@@ -192,6 +195,12 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
             why = ", ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
             blocks = evidence.blocks(evidence.baseline, workload)
             found.append(f"{len(disturbed)} of {blocks} blocks of {workload} were disturbed: {why}")
+        apart = evidence.launch_effect(workload)
+        if apart and apart > LAUNCHES_MATTER and evidence.plan.recipe.measure.relaunch > 1:
+            found.append(
+                f"launches of {workload} differ by {apart:.1f} times what blocks of one launch do: blocks that share a "
+                f"launch say less than they seem to; measure.relaunch: 1 makes each independent"
+            )
         order = evidence.order_effect(workload)
         if order and not order.low <= 1 <= order.high and abs(order.estimate - 1) > ORDER_MATTERS:
             found.append(

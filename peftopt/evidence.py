@@ -55,6 +55,7 @@ class Evidence:
         """Turns that hold a time that is none."""
         self._orders: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
         self._loading: list[tuple[str, Mapping[str, Json]]] = []
+        self._launched_blocks: dict[tuple[str, str], list[list[int]]] = defaultdict(list)
         self._launched: dict[tuple[str, str], list[list[Mapping[str, Json]]]] = defaultdict(list)
         for m in measurements:
             match m.probe:
@@ -70,6 +71,7 @@ class Evidence:
                         self._orders[m.workload, block][m.variant] = m.values["order"]
                     if launches := self._launched[m.variant, m.workload]:
                         launches[-1] += requests
+                        self._launched_blocks[m.variant, m.workload][-1].append(block)
                 case "quality":
                     self.answers[m.variant, m.launch][m.values["row"]] = m.values
                 case "build":
@@ -79,6 +81,7 @@ class Evidence:
                 case "launch":
                     self.launches[m.variant].append(m.values)
                     self._launched[m.variant, m.workload].append([])
+                    self._launched_blocks[m.variant, m.workload].append([])
                     self._loading.append((m.workload, m.values))
                 case "more":
                     self.budget = max(self.budget, m.values["max_blocks"])
@@ -195,6 +198,30 @@ class Evidence:
                 places = [orders[arm] / (len(orders) - 1) for arm in placed]
                 slopes.append(stats.slope(places, [logs[arm][block] - centres[arm] for arm in placed]))
         return exp(stats.hodges_lehmann(slopes, 0.99)) if len(slopes) >= FEWEST else None
+
+    def launch_effect(self, workload: str) -> float | None:
+        """How far launches differ, in standard deviations of blocks of one launch; None where that cannot be shown.
+
+        Blocks of one launch share what differs between launches, so they say less than as many independent ones, and
+        the rules take them for independent. Shown means an F test over the paired logs of all variants at 1 %.
+        """
+        field = self.field(self.plan.recipe.minimize.name)
+        between = within = 0.0
+        groups = blocks = 0
+        for name in {name for name, workload_ in self.turns if workload_ == workload} - {self.baseline}:
+            logs = self._logs(name, self.baseline, workload, field)
+            mine = [[logs[b] for b in found if b in logs] for found in self._launched_blocks.get((name, workload), ())]
+            mine = [found for found in mine if found]
+            if len(mine) < 2 or len(logs) <= len(mine):
+                continue
+            centre = sum(map(sum, mine)) / sum(map(len, mine))
+            between += sum(len(g) * (sum(g) / len(g) - centre) ** 2 for g in mine)
+            within += sum((x - sum(g) / len(g)) ** 2 for g in mine for x in g)
+            groups, blocks = groups + len(mine) - 1, blocks + sum(map(len, mine)) - len(mine)
+        if not groups or not blocks or not within:
+            return None
+        ratio, each = (between / groups) / (within / blocks), (groups + blocks) / max(groups, 1)
+        return math.sqrt((ratio - 1) / each) if stats.exceeds(ratio, groups, blocks) else None
 
     def warm_up(self, variant: str, workload: str) -> tuple[int, float] | None:
         """(first requests of a launch that are slower than the rest, how many times longer the first takes).
@@ -470,8 +497,8 @@ def _disturbances(moment: Mapping[str, Json], threads: int) -> Iterator[str]:
     for key, (most, words) in _DISTURBED.items():
         if (found := moment.get(key) or 0) > most:
             yield words.format(found)
-    cores, foreign = moment.get("cores", 0), moment.get("foreign_cores", 0)
-    if foreign > cores - (threads or cores) + 0.25:
+    cores, foreign = moment.get("cores", 0), moment.get("foreign_cores")
+    if foreign is not None and foreign > cores - (threads or cores) + 0.25:
         yield "other processes took processors it needed"
 
 

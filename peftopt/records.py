@@ -136,7 +136,7 @@ class Measure:
 
     requests: int = 3
     warmup: int = 1
-    relaunch: int = 5
+    relaunch: int = 2
     max_blocks: int = 60
     clock: str = "wall"
     threads: int = 0

@@ -26,8 +26,9 @@ LOOKS = (10, 16, 24, 40, 60)
 ALPHA = 0.02
 """Two-sided error of a whole race, however long it goes on."""
 
-SHARE = ALPHA / (len(LOOKS) + 1)
-"""What each look may err, and the bets: a race that goes on after its last look has kept their share for them."""
+LOOK_SHARES, BETS_SHARE = (0.1, 0.1, 0.125, 0.175, 0.35), 0.15
+"""Of ALPHA, what each look may err and what the bets may: little early, where only clear cases are decided, the most at
+the last look, and some for the blocks that may be added after it."""
 
 BETS = (0.15, 0.3, 0.5, 0.7)
 """Shares of the wealth staked on a block; all wealths are averaged, so none has to be the right one."""
@@ -93,32 +94,33 @@ def race(d: Iterable[float], limit: float, family: int = 1, open_ended: bool = F
         raise ValueError(f"family must be 1 or more variants, found {family}")
     if open_ended:
         return bet(x, limit, ALPHA / 2 / family, family)
-    level, alpha = 1 - SHARE / family, SHARE / 2 / family
+    alpha = BETS_SHARE * ALPHA / 2 / family
+    levels = {look: 1 - share * ALPHA / family for look, share in zip(LOOKS, LOOK_SHARES, strict=True)}
     reached = [look for look in LOOKS if look <= len(x)]
     _, won = _bets(x, _past_scale(x), limit, alpha)
     for look in reached:
         if won < look:
             break
-        interval = hodges_lehmann(x[:look], level)
+        interval = hodges_lehmann(x[:look], levels[look])
         if (outcome := judge(interval, limit)) != "inconclusive":
             return Race(outcome, interval, look, None)
     if won <= len(x) or len(x) > LOOKS[-1]:
         return bet(x, limit, alpha, family)
     look = reached[-1] if reached else 0
     seen = x[:look] if reached else x
-    interval = hodges_lehmann(seen, level)
+    interval = hodges_lehmann(seen, levels[look or LOOKS[0]])
     return Race("inconclusive", interval, look, _blocks_needed(seen, interval.estimate, limit, family))
 
 
 def out_of_reach(d: Iterable[float], limit: float, most: int, family: int = 1) -> bool:
-    """Whether `most` blocks would hardly decide the race, even if the truth lay at the far end of its 95 % interval.
+    """Whether `most` blocks would hardly decide the race, even if the truth lay at the far end of its 99 % interval.
 
     A race that its budget cannot decide is better not run to the end. Stopping makes no wrong verdict, only none.
     """
     x = _finite(d)
     if len(x) < LOOKS[0]:
         return False
-    interval = hodges_lehmann(x, 0.95)
+    interval = hodges_lehmann(x, 0.99)
     needed = (_blocks_needed(x, end, limit, family) for end in (interval.low, interval.high))
     return all(n is not None and n > most for n in needed)
 
@@ -285,6 +287,13 @@ def perplexity_ratio(
     return Interval(_exp(gap.estimate), _exp(gap.low), _exp(gap.high), gap.n, level)
 
 
+def exceeds(ratio: float, groups: int, rest: int, level: float = 0.99) -> bool:
+    """Whether a ratio of mean squares is more than chance: the F test with `groups` and `rest` degrees of freedom."""
+    from scipy.special import fdtr
+
+    return bool(fdtr(groups, rest, ratio) > level)
+
+
 def slope(x: Iterable[float], y: Iterable[float]) -> float:
     """The slope of the least-squares line of y (any unit) over x, which must not be all the same."""
     import numpy as np
@@ -399,6 +408,6 @@ def _blocks_needed(x: Array, estimate: float, limit: float, family: int = 1) -> 
     if not len(x):
         return None
     sigma, delta = 1.4826 * _deviation(x), abs(estimate - limit)
-    factor = 20 * math.log(SHARE / family) / math.log(SHARE)
+    factor = 20 * math.log(ALPHA / len(LOOKS) / family) / math.log(ALPHA / len(LOOKS))
     total = factor * (sigma / delta) ** 2 + 8 if delta > sigma / 1_000 else math.inf
     return max(len(x) + 1, math.ceil(min(total, MOST_BLOCKS)))
