@@ -376,7 +376,7 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
     plan = planning.plan(parsed, sources, machine.versions())
     console.say(f"{recipe}: {len(parsed.variants)} variants, {len(plan.builds)} artifacts to build or reuse")
     for variant in parsed.variants.values():
-        chain = [step.plugin for step in variant.steps] or ["base + adapter"]
+        chain = [step.plugin for step in (*variant.steps, *variant.policies)] or ["base + adapter"]
         lacking = [m for s in (*variant.steps, variant.engine) for m in plugins.missing(plugins.catalogue()[s.plugin])]
         note = f"  needs {', '.join(lacking)}: pip install 'peftopt[quantize]'" if lacking else ""
         mark = "  (baseline)" if variant.name == parsed.baseline else ""
@@ -386,7 +386,9 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
 @app.command()
 def new(
     file: Annotated[Path, typer.Argument(help="The recipe to write; must not exist.")] = Path("recipe.yaml"),
-    like: Annotated[str, typer.Option(help="Start from: chat-gpu, bulk-cpu, many-adapters, quick or demo.")] = "quick",
+    like: Annotated[
+        str, typer.Option(help="Start from: chat-gpu, bulk-cpu, many-adapters, limits, quick or demo.")
+    ] = "quick",
     base: Annotated[str, typer.Option(help="Base model folder, as the recipe should name it.")] = "",
     adapter: Annotated[str, typer.Option(help="Adapter folder.")] = "",
     prompts: Annotated[str, typer.Option(help="Evaluation prompts (JSON lines).")] = "",

@@ -16,7 +16,7 @@ from peftopt import plugins
 from peftopt.errors import BadInput, BadRecipe
 from peftopt.reading import MAX_CHARACTERS
 from peftopt.recipe import parse
-from peftopt.records import Measure, Metric, Plugin, Quality, Recipe, Rule, Step, Variant, Workload
+from peftopt.records import Invariants, Measure, Metric, Plugin, Quality, Recipe, Rule, Step, Variant, Workload
 
 ROOT = Path(__file__).parent.parent
 TRADEOFFS = (ROOT / "recipes/tradeoffs.yaml").read_text()
@@ -48,6 +48,11 @@ class Mode:
 
 
 @dataclass(frozen=True)
+class Most:
+    most: int = 5
+
+
+@dataclass(frozen=True)
 class Needy:
     target: str
 
@@ -60,6 +65,7 @@ CATALOGUE = {
         Plugin("gptq", "transform", "", "quantize", Bits, calibrates=True),
         Plugin("awq", "transform", "", "quantize", Bits, calibrates=True),
         Plugin("needy", "transform", "", "", Needy),
+        Plugin("cap", "policy", "", "shorten", Most),
         Plugin("eager", "engine", "", "", Nothing),
         Plugin("compiled", "engine", "", "compile", Mode),
     )
@@ -205,6 +211,16 @@ def test_a_memory_win_may_be_slower_and_must_be_smaller() -> None:
     found = limits(read(GOOD + "tradeoffs: {quantize: {gain: memory}}\n"))
     assert (found["int8.not_slower"], found["int8.smaller"]) == (None, 0.0)
     assert not any(name.endswith("8.gain") for name in found)
+
+
+def test_policies_stand_anywhere_in_a_chain_and_are_no_steps_of_the_model() -> None:
+    variant = read(changed("[merge, {engine: compiled}]", "[{cap: {most: 9}}, merge, {engine: compiled}]")).variants
+    found = variant["compiled"]
+    assert [s.plugin for s in found.steps] == ["merge"] and found.engine.plugin == "compiled"
+    assert found.policies == (Step("cap", "policy", "shorten", {"most": 9}),)
+    assert [s.technique for s in found.techniques] == ["merge", "compile", "shorten"]
+    assert "caps its answers twice" in problem(changed("[merge, {engine: compiled}]", "[merge, cap, cap]"))[1]
+    assert "has transforms" in problem(changed("adapter:  []", "adapter: [cap]"))[1]
 
 
 def test_tradeoffs_may_be_default_or_a_file_beside_the_recipe() -> None:
@@ -468,6 +484,8 @@ def test_any_value_under_any_key_is_a_recipe_or_an_error_for_people(value: objec
 
 def test_the_page_on_recipes_shows_one_that_parses() -> None:
     page = (ROOT / "docs/recipes.md").read_text()
-    recipe, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
+    recipe, quality, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
     assert limits(read(recipe))["merge.gain"] == 0.15
+    asked = read(GOOD + quality).quality
+    assert asked and asked.invariants == Invariants(r"[A-Z]{2}-\d+", ("spam", "ham"), "kept", "kept", "kept")
     assert limits(read(GOOD + table))["gptq.smaller"] == 0.25
