@@ -114,6 +114,26 @@ class Child:
             return int(psutil.Process(self.process.pid).io_counters().write_chars)
         return 0
 
+    def processes(self) -> set[int]:
+        """The worker and whatever it has started, by id."""
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            worker = psutil.Process(self.process.pid)
+            return {worker.pid, *(child.pid for child in worker.children(recursive=True))}
+        return set()
+
+    def cpu_s(self) -> float:
+        """Seconds of CPU time that the worker and its descendants have taken."""
+        import psutil
+
+        total = 0.0
+        for pid in self.processes():
+            with contextlib.suppress(psutil.Error):
+                times = psutil.Process(pid).cpu_times()
+                total += times.user + times.system
+        return total
+
     def kill(self) -> None:
         """End the whole process group now."""
         with contextlib.suppress(ProcessLookupError):

@@ -62,6 +62,9 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start a new run, do not go on with an unfinished one.")
     ] = False,
+    more: Annotated[
+        bool, typer.Option("--more", help="Add blocks to the last run of this recipe, if it is undecided.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,17 +74,29 @@ def run(
 
     console = Console(quiet)
     parsed, text = _recipe(recipe)
-    prepared = runner.prepare(parsed, text, results, console, fresh)
-    runner.execute(prepared)
+    prepared = runner.prepare(parsed, text, results, console, fresh, more)
+    if more and (prepared.folder / "decision.json").exists():
+        runner.add_blocks(prepared)
+    else:
+        runner.execute(prepared)
     _conclude(prepared.folder, console, as_json)
 
 
 @app.command()
-def decide(run_folder: RunFolder = None, results: Results = Path("results"), as_json: AsJson = False) -> None:
+def decide(
+    run_folder: RunFolder = None,
+    results: Results = Path("results"),
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Judge by the thresholds of this recipe, changed since; the newest run of its name."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Judge a run again from its files alone: no model, no GPU."""
     from peftopt.console import Console
 
-    _conclude(_run_folder(run_folder, results), Console(), as_json)
+    parsed = _recipe(recipe)[0] if recipe else None
+    _conclude(_run_folder(run_folder, results, parsed.name if parsed else ""), Console(), as_json, parsed)
 
 
 @app.command()
@@ -323,22 +338,40 @@ def compile_(
 
 @app.command()
 def bench(
-    model: Annotated[list[Path], typer.Option(help="Model folder; repeat to compare, the first is the reference.")],
-    prompts: Annotated[Path, typer.Option(help="JSON-lines prompts.")],
+    model: Annotated[
+        list[Path] | None, typer.Option(help="Model folder; repeat to compare, the first is the reference.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter on top of the first model, unmerged.")] = None,
     engine: Annotated[
         list[str], typer.Option(help="eager, compiled or llamacpp (see `peftopt doctor`); one for all, or one a model.")
     ] = ["eager"],  # noqa: B006
     new_tokens: Annotated[int, typer.Option(help="Tokens every answer gets, exactly.")] = 32,
     batch: Annotated[int, typer.Option(help="Prompts per request.")] = 1,
-    blocks: Annotated[int, typer.Option(help="Times that each model is measured, in random order.")] = 6,
+    blocks: Annotated[
+        int | None, typer.Option(help="Times that each model is measured, in random order; with --more, at most.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads per process; 0 = all cores.")] = 0,
+    more: Annotated[
+        Path | None,
+        typer.Option(help="Instead: add blocks to this undecided run of a recipe, as many as its planner asks for."),
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="With --more: about how long it may take.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time one model, or several against the first in interleaved blocks."""
-    from peftopt import oneshot, plugins
+    """Time one model, or several against the first in interleaved blocks; or go on with an undecided run."""
+    from peftopt import oneshot, plugins, runner
     from peftopt.console import Console
     from peftopt.records import Model
+
+    if more:
+        if model or prompts or adapter:
+            raise BadInput("--more goes on with a run's own models and prompts", "leave the other options out")
+        console = Console()
+        runner.add_blocks(runner.reopen(more, console), blocks, minutes)
+        _conclude(more, console, as_json)
+    if not model or prompts is None:
+        raise BadInput("bench needs --model and --prompts", "or --more RUN, to go on with an undecided run")
 
     known = [p.name for p in plugins.catalogue().values() if p.kind == "engine"]
     for name in engine:
@@ -352,7 +385,7 @@ def bench(
         oneshot.Arm(f"{n} {Path(m.path).name}{' + adapter' * bool(m.adapters)}", m, name)
         for n, (m, name) in enumerate(zip(models, engines, strict=True), 1)
     ]
-    found = oneshot.bench(arms, str(prompts), new_tokens, batch, blocks, threads)
+    found = oneshot.bench(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
     for arm in found:
         if problem := arm.get("problem"):
             Console().warn(f"{arm['name']} {problem}: its reader may not understand this checkpoint; times mean little")
@@ -375,7 +408,7 @@ def bench(
 
 
 def _bench_row(found: dict[str, Any]) -> list[str]:
-    from peftopt.rules import FEWEST_FOR_P95
+    from peftopt.stats import fewest_for
     from peftopt.thresholds import format_value
 
     n, ratio = found["p50_ms"].n, found["ratio"]
@@ -383,7 +416,7 @@ def _bench_row(found: dict[str, Any]) -> list[str]:
         found["name"],
         f"{ratio.estimate:.2f}x ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else "reference",
         f"{found['p50_ms'].estimate:.0f}",
-        f"{found['p95_ms'].estimate:.0f}" if n >= FEWEST_FOR_P95 else "too few requests",
+        f"{found['p95_ms'].estimate:.0f}" if n >= fewest_for(0.95) else "too few requests",
         f"{found['ttft_ms'].estimate:.0f}",
         f"{found['tpot_ms'].estimate:.1f}",
         f"{found['throughput'].estimate:.1f}",
@@ -534,7 +567,7 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
     plan = planning.plan(parsed, sources, environments.versions())
     console.say(f"{recipe}: {len(parsed.variants)} variants, {len(plan.builds)} artifacts to build or reuse")
     for variant in parsed.variants.values():
-        chain = [step.plugin for step in variant.steps] or ["base + adapter"]
+        chain = [step.plugin for step in (*variant.steps, *variant.policies)] or ["base + adapter"]
         steps = (*variant.steps, variant.engine)
         needs = [environments.lacking(plugins.catalogue()[s.plugin]) for s in steps]
         note = "".join(f"  needs {', '.join(what)}: {how}" for what, how in _once(needs))
@@ -550,7 +583,9 @@ def _once(needs: list[tuple[list[str], str]]) -> list[tuple[list[str], str]]:
 @app.command()
 def new(
     file: Annotated[Path, typer.Argument(help="The recipe to write; must not exist.")] = Path("recipe.yaml"),
-    like: Annotated[str, typer.Option(help="quick, demo, cpu-fastest, bulk-cpu, chat-gpu or many-adapters.")] = "quick",
+    like: Annotated[
+        str, typer.Option(help="quick, demo, cpu-fastest, bulk-cpu, chat-gpu, many-adapters or limits.")
+    ] = "quick",
     base: Annotated[str, typer.Option(help="Base model folder, as the recipe should name it.")] = "",
     adapter: Annotated[str, typer.Option(help="Adapter folder.")] = "",
     prompts: Annotated[str, typer.Option(help="Evaluation prompts (JSON lines).")] = "",
@@ -698,24 +733,35 @@ def _read(path: Path) -> str:
         raise BadInput(f"{path} is not UTF-8 text", "save it as UTF-8") from error
 
 
-def _run_folder(given: Path | None, results: Path) -> Path:
-    """The run the user names, or the newest one."""
+def _run_folder(given: Path | None, results: Path, recipe: str = "") -> Path:
+    """The run the user names, or the newest one, of that recipe where one is named."""
     if given is not None:
         return given
-    runs = sorted(f for f in (results / "runs").glob("*") if (f / "plan.json").exists())
+    pattern = f"*-{recipe}-*" if recipe else "*"
+    runs = sorted(f for f in (results / "runs").glob(pattern) if (f / "plan.json").exists())
     if not runs:
-        raise BadInput(f"no runs in {results / 'runs'}", "run a recipe first: peftopt run RECIPE")
+        what = f" of {recipe}" if recipe else ""
+        raise BadInput(f"no runs{what} in {results / 'runs'}", "run a recipe first: peftopt run RECIPE")
     return runs[-1]
 
 
-def _conclude(folder: Path, console: Any, as_json: bool) -> None:
-    """Decide from the run folder's files, write the reports, print the table, exit with the outcome."""
+def _conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = None) -> None:
+    """Decide from the run folder's files, write the reports, print the table, exit with the outcome; by the thresholds
+    of another recipe where one is given."""
+    from dataclasses import replace
+
+    from peftopt import plan as planning
     from peftopt import render, store
     from peftopt.decide import decide as judge
 
     plan = store.read_plan(folder / "plan.json")
+    changed = planning.changes(plan.recipe, recipe) if recipe else []
+    plan = planning.rejudged(plan, recipe) if recipe else plan
     measurements = store.read(folder / "measurements.jsonl", console.warn)
     decision: Decision = judge(plan, measurements, json.loads(_read(folder / "machine.json")))
+    if changed:
+        warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
+        decision = replace(decision, warnings=(warning, *decision.warnings))
     store.write(folder / "decision.json", render.as_json.render(decision))
     _write_reports(folder, measurements)
     if as_json:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 from peftopt import stats
-from peftopt.evidence import FIELDS, TWIN, Evidence, exp
+from peftopt.evidence import TWIN, Evidence, exp
 from peftopt.records import Decision, Interval, Json, Measurement, Outcome, Plan, Variant, VariantDecision, Verdict
-from peftopt.rules import relative, rule_name, verdicts
+from peftopt.rules import rule_name, verdicts
+
+_NEVER_ALONE = ("artifact.", "require: kl ", "require: top1 ")
+"""What may reject a variant but not accept it: near the baseline, divergence says nothing of the answers' worth."""
 
 
 def _outcome(found: Sequence[Verdict]) -> tuple[Outcome, str]:
@@ -18,7 +22,7 @@ def _outcome(found: Sequence[Verdict]) -> tuple[Outcome, str]:
         for verdict in found:
             if verdict.outcome == outcome:
                 return outcome, verdict.rule
-    accepting = [v.rule for v in found if v.outcome == "accepted" and v.rule != "artifact.intact"]
+    accepting = [v.rule for v in found if v.outcome == "accepted" and not v.rule.startswith(_NEVER_ALONE)]
     return ("accepted", accepting[0]) if accepting else ("not judged", found[0].rule if found else "")
 
 
@@ -31,7 +35,7 @@ def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) ->
     ratio = evidence.figures(variant.name).get(f"latency.ratio@{evidence.plan.recipe.minimize.workload}")
     if ratio and ratio.low > 1 and variant.name != evidence.baseline:
         notes.append(f"slower than {evidence.baseline} here: {ratio.estimate:.2f}x its latency")
-    notes += _subset_note(evidence, variant.name)
+    notes += [*_subset_note(evidence, variant.name), *_warm_up_notes(evidence, variant.name)]
     return VariantDecision(
         name=variant.name,
         techniques=tuple(rule_name(s) for s in variant.techniques),
@@ -41,6 +45,66 @@ def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) ->
         figures=evidence.figures(variant.name),
         notes=tuple(notes),
         certificates=tuple(evidence.certificates(variant.name)),
+        remarks=tuple(_remarks(evidence, variant)),
+    )
+
+
+def _warm_up_notes(evidence: Evidence, variant: str) -> list[str]:
+    warmup, found = evidence.plan.recipe.measure.warmup, []
+    for workload in evidence.plan.recipe.workloads.values():
+        seen = evidence.warm_up(variant, workload.name)
+        discarded = 0 if workload.lengths == "natural" else warmup
+        if seen and seen[0] > discarded:
+            found.append(
+                f"still warming up in timed requests of {workload.name}: the first {seen[0]} of a launch are slower "
+                f"than the rest; measure.warmup: {seen[0] + warmup - discarded} would discard them"
+            )
+    return found
+
+
+def _remarks(evidence: Evidence, variant: Variant) -> Iterator[str]:
+    """What a reader should know of the variant's answers, beside the verdicts."""
+    if variant.name == evidence.baseline:
+        yield from _proposed_cap(evidence)
+        return
+    worse, better = evidence.flips(variant.name)
+    if worse:
+        yield f"answers: {worse} got worse and {better} better; one-sided exact p = {stats.flips(worse, better):.2g}"
+    if worst := evidence.worst_slice(variant.name):
+        tag, lost, won, asked = worst
+        yield f"worst slice: {tag}, {lost} worse and {won} better of {asked}; p = {stats.flips(lost, won):.2g}"
+    if kept := evidence.survival(variant.name):
+        yield f"{kept.estimate:.0%} of the adapter's shift from the base is left ({kept.low:.0%} to {kept.high:.0%})"
+    touched = evidence.touched(variant.name)
+    if any(step.technique == "truncate" for step in variant.policies):
+        worse, better = evidence.flips(variant.name, touched)
+        rows = [r for r in touched if (a := evidence.rows(evidence.baseline).get(r)) and a["correct"]]
+        lost_rows = [r for r in rows if not evidence.rows(variant.name)[r]["correct"]]
+        which = f" ({', '.join(lost_rows[:5])}{', …' * (len(lost_rows) > 5)})" if lost_rows else ""
+        asked = len(evidence.rows(variant.name))
+        yield f"cuts {len(touched)} of {asked} prompts: {worse} answers lost{which}, {better} won"
+    if any(step.technique == "shorten" for step in variant.policies):
+        rows, asked = evidence.cut(variant.name)
+        which = f" ({', '.join(rows[:5])}{', …' * (len(rows) > 5)})" if rows else ""
+        yield f"cuts off {len(rows)} of {asked} answers{which}"
+
+
+FEW_CUT = 0.01
+"""The share of answers that a proposed cap may cut off."""
+
+
+def _proposed_cap(evidence: Evidence) -> Iterator[str]:
+    """The least `max_new_tokens` that cuts off no more than 1 % of the baseline's own answers."""
+    lengths, quality = evidence.lengths(), evidence.plan.recipe.quality
+    if not lengths or quality is None:
+        return
+    cap = lengths[math.ceil(len(lengths) * (1 - FEW_CUT)) - 1]
+    if cap >= quality.new_tokens:
+        return
+    cuts = stats.proportion(sum(n > cap for n in lengths), len(lengths))
+    yield (
+        f"max_new_tokens: {cap} would cut off {cuts.estimate:.1%} of its answers (at most {cuts.high:.1%}; "
+        f"{len(lengths)} asked, the longest took {lengths[-1]} tokens, the median {lengths[len(lengths) // 2]})"
     )
 
 
@@ -74,7 +138,8 @@ def decide(plan: Plan, measurements: Sequence[Measurement], machine: Mapping[str
         recipe=recipe.name,
         baseline=recipe.baseline,
         minimize=str(recipe.minimize),
-        clock=recipe.measure.clock,
+        clock=evidence.clock[0],
+        clock_reason=evidence.clock[1],
         chosen=chosen.name if chosen else None,
         outcome=outcome,
         sentence=_sentence(evidence, chosen, candidates),
@@ -85,19 +150,36 @@ def decide(plan: Plan, measurements: Sequence[Measurement], machine: Mapping[str
 
 
 def _minimized(evidence: Evidence, variant: str) -> float:
+    ratio = _judged(evidence, variant).estimate
+    return ratio if math.isfinite(ratio) else math.inf
+
+
+def _judged(evidence: Evidence, variant: str) -> Interval:
+    """The ratio to the baseline on what the recipe minimizes, on the clock that judges."""
     metric = evidence.plan.recipe.minimize
-    value = relative(evidence, variant, metric)
-    ratio = value.estimate if value else math.inf
-    return 1 / ratio if metric.name == "throughput" else ratio
+    logs = evidence.paired(variant, evidence.baseline, metric.workload, evidence.field(metric.name))
+    return exp(stats.hodges_lehmann(logs, 0.95))
+
+
+_CLOCKS = {"wall": "wall clock", "cpu": "process CPU time"}
+
+LAUNCHES_MATTER = 0.25
+"""Spread between launches, in that of the blocks of one, from which a race's stated error is no longer kept."""
+
+ORDER_MATTERS = 0.01
+"""How much longer the last turn of a block must take than the first for a warning."""
 
 
 def a_a(evidence: Evidence) -> Interval | None:
     """The A/A arm's interval when it excludes zero: the baseline differs from itself, so nothing can be accepted."""
     recipe = evidence.plan.recipe
-    field = FIELDS[recipe.minimize.name.split(".")[0]] if recipe.measure.clock == "wall" else "cpu_ms"
-    logs = evidence.paired(recipe.baseline + TWIN, recipe.baseline, recipe.minimize.workload, field)
-    interval = stats.hodges_lehmann(logs, 1 - stats.ALPHA / len(stats.LOOKS))
-    return exp(interval) if logs and (interval.low > 0 or interval.high < 0) else None
+    for workload in recipe.workloads:
+        field = evidence.field(recipe.minimize.name)
+        logs = evidence.paired(recipe.baseline + TWIN, recipe.baseline, workload, field)
+        interval = stats.hodges_lehmann(logs, 1 - stats.ALPHA / len(stats.LOOKS))
+        if logs and (interval.low > 0 or interval.high < 0):
+            return exp(interval)
+    return None
 
 
 def _warnings(evidence: Evidence) -> tuple[str, ...]:
@@ -107,13 +189,27 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
             f"the A/A arm failed: a second copy of {evidence.baseline} measured {twin.estimate:.3f}x itself "
             f"({twin.low:.3f} to {twin.high:.3f}), so no variant is accepted; run on a quieter machine"
         )
-    cores = evidence.plan.recipe.measure.threads or 1
-    loads = sorted(m["load"] for m in evidence.loads if "load" in m)
-    if loads and loads[len(loads) // 2] > cores + 1.5:
-        found.append(
-            f"the machine was busy: median load {loads[len(loads) // 2]:.1f} with {cores} measuring "
-            f"thread{'s' * (cores != 1)}"
-        )
+    for workload in evidence.plan.recipe.workloads:
+        if disturbed := evidence.disturbed(workload):
+            reasons = Counter(reason for block in disturbed.values() for reason in block)
+            why = ", ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
+            blocks = evidence.blocks(evidence.baseline, workload)
+            found.append(f"{len(disturbed)} of {blocks} blocks of {workload} were disturbed: {why}")
+        apart = evidence.launch_effect(workload)
+        if apart and apart > LAUNCHES_MATTER and evidence.plan.recipe.measure.relaunch > 1:
+            found.append(
+                f"launches of {workload} differ by {apart:.1f} times what blocks of one launch do: blocks that share a "
+                f"launch say less than they seem to; measure.relaunch: 1 makes each independent"
+            )
+        order = evidence.order_effect(workload)
+        if order and not order.low <= 1 <= order.high and abs(order.estimate - 1) > ORDER_MATTERS:
+            found.append(
+                f"the order matters in {workload}: the last turn of a block takes {order.estimate:.2f}x the first "
+                f"({order.low:.2f} to {order.high:.2f}); it is random, so this is noise and no bias, but let the "
+                "machine cool or settle between turns"
+            )
+    if evidence.broken:
+        found.append(f"turns with a time that is none were left out: {', '.join(sorted(set(evidence.broken)))}")
     for name, failure in evidence.failures.items():
         hint = f"; {failure['hint']}" if failure.get("hint") else ""
         found.append(f"{name}: {failure['stage']} failed, {failure['reason']}: {failure['detail']}{hint}")
@@ -123,8 +219,7 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
 def _sentence(evidence: Evidence, chosen: VariantDecision | None, candidates: Sequence[VariantDecision]) -> str:
     recipe = evidence.plan.recipe
     if chosen:
-        ratio = relative(evidence, chosen.name, recipe.minimize)
-        assert ratio is not None
+        ratio = _judged(evidence, chosen.name)
         percent = abs(1 - ratio.estimate)
         word = "lower" if ratio.estimate < 1 else "higher"
         undecided = [d.name for d in candidates if d.outcome == "inconclusive"]
@@ -132,7 +227,7 @@ def _sentence(evidence: Evidence, chosen: VariantDecision | None, candidates: Se
         return (
             f"Ship {chosen.name}: {recipe.minimize} is {percent:.0%} {word} than the {recipe.baseline}'s "
             f"({ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}, {ratio.n} blocks, "
-            f"{recipe.measure.clock} clock), decided by {chosen.decided_by}{rest}."
+            f"{_CLOCKS[evidence.clock[0]]}), decided by {chosen.decided_by}{rest}."
         )
     why = "; ".join(f"{d.name} {d.outcome} by {d.decided_by}" for d in candidates)
     if any(d.outcome == "inconclusive" for d in candidates):

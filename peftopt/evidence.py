@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from peftopt import stats
 from peftopt.records import Interval, Json, Measurement, Metric, Plan
@@ -15,8 +16,16 @@ TWIN = "~aa"
 
 Rows = Mapping[str, Mapping[str, Json]]
 
+FEWEST = 6
+"""Blocks from which an exact 95 % interval exists: every variant gets them, and "auto" chooses a clock on them."""
+
+NOISIER = 2.0
+"""How many times noisier the wall clock must be before "auto" takes the CPU's."""
+
 FIELDS = {"latency": "request_duration_ms", "ttft": "ttft_ms", "tpot": "tpot_ms", "throughput": "request_duration_ms"}
 """Which of a request's durations a timed metric looks at. Lengths are fixed, so throughput is inverse duration."""
+
+QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 @dataclass(frozen=True)
@@ -39,24 +48,46 @@ class Evidence:
         self.failures: dict[str, Mapping[str, Json]] = {}
         self.launches: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
         self.memory: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
-        self.loads: list[Mapping[str, Json]] = []
-        self.machine: Mapping[str, Json] = {}
+        self.surveyed: Mapping[str, Json] = {}
+        self.machine: dict[tuple[str, int], list[Mapping[str, Json]]] = defaultdict(list)
+        self.budget = plan.recipe.measure.max_blocks
+        """Blocks that a race may have: the recipe's, or what was granted since."""
+        self.broken: list[str] = []
+        """Turns that hold a time that is none."""
+        self._orders: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
+        self._loading: list[tuple[str, Mapping[str, Json]]] = []
+        self._launched_blocks: dict[tuple[str, str], list[list[int]]] = defaultdict(list)
+        self._launched: dict[tuple[str, str], list[list[Mapping[str, Json]]]] = defaultdict(list)
         for m in measurements:
             match m.probe:
                 case "speed":
-                    timed = [r for r in m.values["requests"] if not r["warmup"]]
-                    self.turns[m.variant, m.workload][m.values["block"]] = timed
-                    self.loads.append(m.values.get("machine", {}))
+                    block, requests = m.values["block"], m.values["requests"]
+                    timed = [r for r in requests if not r["warmup"]]
+                    if not timed or not all(_is_time(r[key]) for r in timed for key in _ALWAYS):
+                        self.broken.append(f"{m.variant}@{m.workload}")  # as good as not measured
+                        continue
+                    self.turns[m.variant, m.workload][block] = timed
+                    self.machine[m.workload, block].append(m.values.get("machine", {}))
+                    if "order" in m.values:
+                        self._orders[m.workload, block][m.variant] = m.values["order"]
+                    if launches := self._launched[m.variant, m.workload]:
+                        launches[-1] += requests
+                        self._launched_blocks[m.variant, m.workload][-1].append(block)
                 case "quality":
                     self.answers[m.variant, m.launch][m.values["row"]] = m.values
                 case "machine":
-                    self.machine = m.values
+                    self.surveyed = m.values
                 case "build":
                     self.builds[m.values["id"]] = m.values
                 case "failure":
                     self.failures[m.variant] = m.values
                 case "launch":
                     self.launches[m.variant].append(m.values)
+                    self._launched[m.variant, m.workload].append([])
+                    self._launched_blocks[m.variant, m.workload].append([])
+                    self._loading.append((m.workload, m.values))
+                case "more":
+                    self.budget = max(self.budget, m.values["max_blocks"])
                 case "memory":
                     self.memory[m.variant].append(m.values)
 
@@ -83,11 +114,148 @@ class Evidence:
         """All timed requests, in order."""
         return [r for _, turn in sorted(self.turns.get((variant, workload), {}).items()) for r in turn]
 
+    def touched_share(self, variant: str, workload: str) -> float:
+        """The share of the workload's timed prompts that a policy of the variant shortened."""
+        requests = self.requests(variant, workload)
+        asked = sum(r.get("batch", 1) for r in requests)
+        return sum(r.get("touched", 0) for r in requests) / asked if asked else 0.0
+
     def paired(self, variant: str, against: str, workload: str, field: str) -> list[float]:
         """log(variant / against) of the block medians of a request's field, one per shared block, in order."""
+        return list(self._logs(variant, against, workload, field).values())
+
+    def _logs(self, variant: str, against: str, workload: str, field: str) -> dict[int, float]:
         ours, theirs = self.turns.get((variant, workload), {}), self.turns.get((against, workload), {})
         shared = sorted(ours.keys() & theirs.keys())
-        return [math.log(_median(ours[b], field) / _median(theirs[b], field)) for b in shared]
+        return {b: math.log(_median(ours[b], field) / _median(theirs[b], field)) for b in shared}
+
+    def field(self, metric: str) -> str:
+        """The field of a request that a race on this metric compares, on the clock that judges."""
+        return "cpu_ms" if self.clock[0] == "cpu" else FIELDS[metric.split(".")[0]]
+
+    @cached_property
+    def clock(self) -> tuple[str, str]:
+        """The clock that judges, "wall" or "cpu", and why.
+
+        "auto" looks at the A/A arm alone, in the first blocks alone, so that no variant's figures have a say.
+        """
+        recipe = self.plan.recipe
+        if recipe.measure.clock != "auto":
+            users = "what a user waits for" if recipe.measure.clock == "wall" else "as the recipe says"
+            return recipe.measure.clock, users
+        timed = [v for name, launches in self.launches.items() for v in launches if name in self._timed]
+        if any(v.get("device") != "cpu" for v in timed):
+            return "wall", "auto: the work is not done on this process's CPU"
+        if any(v.get("threads") != 1 for v in timed):
+            return "wall", "auto: with several threads CPU time is not what a user waits for"
+        twin, workload = self.baseline + TWIN, recipe.minimize.workload
+        spreads = []
+        for field in (FIELDS[recipe.minimize.name.split(".")[0]], "cpu_ms"):
+            logs = self.paired(twin, self.baseline, workload, field)[:FEWEST]
+            spreads.append(stats.median(abs(x) for x in logs))
+        wall, cpu = spreads
+        if len(logs) < FEWEST:
+            return "wall", f"auto: not yet {FEWEST} blocks of the A/A arm"
+        seen = f"two copies of {self.baseline} differed by {wall:.2%} on the wall clock and by {cpu:.2%} in CPU time"
+        return ("cpu" if wall > NOISIER * cpu else "wall"), f"auto: in the first {FEWEST} blocks {seen}"
+
+    @property
+    def _timed(self) -> set[str]:
+        return {variant for variant, _ in self.turns}
+
+    def minutes_per_block(self, workload: str) -> float | None:
+        """How long the latest blocks have taken here, with their share of the launches; None where it is not known."""
+        seconds = [
+            sum(m["seconds"] for m in moments)
+            for (name, _), moments in sorted(self.machine.items())
+            if name == workload and all("seconds" in m for m in moments)
+        ]
+        if not seconds:
+            return None
+        loading = [v["model_loading_time"] for name, v in self._loading if name == workload]
+        racing = len(self.machine[workload, max(b for w, b in self.machine if w == workload)])
+        launching = stats.median(loading) * racing / self.plan.recipe.measure.relaunch if loading else 0.0
+        return (stats.median(seconds[-FEWEST:]) + launching) / 60
+
+    # ---- what a machine does to a measurement -------------------------------------------------
+
+    def disturbed(self, workload: str) -> dict[int, list[str]]:
+        """Blocks in which something else was at work, and what it was."""
+        threads = self.plan.recipe.measure.threads
+        found = {}
+        for (name, block), moments in sorted(self.machine.items()):
+            if name == workload and (reasons := dict.fromkeys(r for m in moments for r in _disturbances(m, threads))):
+                found[block] = list(reasons)
+        return found
+
+    def order_effect(self, workload: str) -> Interval | None:
+        """How many times longer the last turn of a block takes than the first, whoever's it is; None when unknown.
+
+        A variant's place in a block is random, so this is noise and no bias; but noise that one can do something about.
+        """
+        field = self.field(self.plan.recipe.minimize.name)
+        arms = {name for name, workload_ in self.turns if workload_ == workload}
+        logs = {name: self._logs(name, self.baseline, workload, field) for name in arms}
+        centres = {name: stats.median(found.values()) for name, found in logs.items()}
+        slopes = []
+        for (name, block), orders in sorted(self._orders.items()):
+            placed = [arm for arm in orders if block in logs.get(arm, {})] if name == workload else []
+            if len(placed) > 2:
+                places = [orders[arm] / (len(orders) - 1) for arm in placed]
+                slopes.append(stats.slope(places, [logs[arm][block] - centres[arm] for arm in placed]))
+        return exp(stats.hodges_lehmann(slopes, 0.99)) if len(slopes) >= FEWEST else None
+
+    def launch_effect(self, workload: str) -> float | None:
+        """How far launches differ, in standard deviations of blocks of one launch; None where that cannot be shown.
+
+        Blocks of one launch share what differs between launches, so they say less than as many independent ones, and
+        the rules take them for independent. Shown means an F test over the paired logs of all variants at 1 %.
+        """
+        field = self.field(self.plan.recipe.minimize.name)
+        between = within = 0.0
+        groups = blocks = 0
+        for name in {name for name, workload_ in self.turns if workload_ == workload} - {self.baseline}:
+            logs = self._logs(name, self.baseline, workload, field)
+            mine = [[logs[b] for b in found if b in logs] for found in self._launched_blocks.get((name, workload), ())]
+            mine = [found for found in mine if found]
+            if len(mine) < 2 or len(logs) <= len(mine):
+                continue
+            centre = sum(map(sum, mine)) / sum(map(len, mine))
+            between += sum(len(g) * (sum(g) / len(g) - centre) ** 2 for g in mine)
+            within += sum((x - sum(g) / len(g)) ** 2 for g in mine for x in g)
+            groups, blocks = groups + len(mine) - 1, blocks + sum(map(len, mine)) - len(mine)
+        if not groups or not blocks or not within:
+            return None
+        ratio, each = (between / groups) / (within / blocks), (groups + blocks) / max(groups, 1)
+        return math.sqrt((ratio - 1) / each) if stats.exceeds(ratio, groups, blocks) else None
+
+    def warm_up(self, variant: str, workload: str) -> tuple[int, float] | None:
+        """(first requests of a launch that are slower than the rest, how many times longer the first takes).
+
+        A request counts as warm-up while the median over launches is more than 5 % and three median deviations above
+        the median of each launch's later half; what follows the first request that does not is no warm-up.
+        """
+        launches = [self._whole(requests, workload) for requests in self._launched.get((variant, workload), ())]
+        launches = [times for times in launches if len(times) >= 4]
+        if not launches:
+            return None
+        steady = [stats.median(times[len(times) // 2 :]) for times in launches]
+        later = [abs(t / s - 1) for times, s in zip(launches, steady, strict=True) for t in times[len(times) // 2 :]]
+        most = 1 + max(0.05, 3 * stats.median(later))
+        longest = max(len(times) // 2 for times in launches)
+        first = [
+            stats.median(times[at] / s for times, s in zip(launches, steady, strict=True) if at < len(times) // 2)
+            for at in range(longest)
+        ]
+        return next((at for at, ratio in enumerate(first) if not ratio > most), longest), first[0]
+
+    def _whole(self, requests: Sequence[Mapping[str, Json]], workload: str) -> list[float]:
+        """Durations of a launch's requests that generated all their tokens: later warm-ups are cut short. Where answers
+        stop by themselves they cannot be told apart, and only the timed ones count."""
+        if self.plan.recipe.workloads[workload].lengths == "natural":
+            return [r["request_duration_ms"] for r in requests if not r["warmup"]]
+        most = max((r["new_tokens"] for r in requests), default=0)
+        return [r["request_duration_ms"] for r in requests if r["new_tokens"] == most]
 
     # ---- quality ----------------------------------------------------------------------------
 
@@ -135,13 +303,49 @@ class Evidence:
             errors += [(row, flag) for flag in fresh[:1]]
         return errors, n
 
-    def flips(self, variant: str) -> tuple[int, int]:
-        """Prompts right before and wrong after, and the reverse."""
+    def flips(self, variant: str, rows: Iterable[str] | None = None) -> tuple[int, int]:
+        """Prompts right before and wrong after, and the reverse; among `rows` where they are given."""
         ours, theirs = self.rows(variant), self.rows(self.baseline)
-        shared = ours.keys() & theirs.keys()
+        shared = ours.keys() & theirs.keys() & set(ours if rows is None else rows)
         worse = sum(theirs[r]["correct"] and not ours[r]["correct"] for r in shared)
         better = sum(ours[r]["correct"] and not theirs[r]["correct"] for r in shared)
         return worse, better
+
+    def worst_slice(self, variant: str) -> tuple[str, int, int, int] | None:
+        """The slice that lost most of its answers: (its tag, worse, better, asked); None where none lost any."""
+        slices: dict[str, list[str]] = defaultdict(list)
+        for row, answer in self.rows(variant).items():
+            for tag in answer["slices"]:
+                slices[tag].append(row)
+        found = [(tag, *self.flips(variant, rows), len(rows)) for tag, rows in sorted(slices.items())]
+        worst = max(found, key=lambda f: (f[1] - f[2]) / f[3], default=None)
+        return worst if worst and worst[1] > worst[2] else None
+
+    def survival(self, variant: str) -> Interval | None:
+        """How much of the adapter's shift from the base is left in the variant; None where the base was not asked.
+
+        Over the tokens of the scored answers, a = log p(adapter) - log p(base) and v the same of the variant:
+        sum(a v) / sum(a^2), the variant's shift along the adapter's. 1 is all of it and 0 none; noise that knows
+        nothing of the adapter, such as rounding, does not move it. Prompts are clusters.
+        """
+        rows = [r for r in self.rows(variant).values() if "kept" in r and math.isfinite(r["kept"])]
+        if not any(r["shift"] for r in rows):
+            return None
+        return stats.ratio_of_means([r["kept"] for r in rows], [r["shift"] for r in rows])
+
+    def cut(self, variant: str) -> tuple[list[str], int]:
+        """Prompts whose answer was cut off, where the baseline's ended by itself in time; and how many were asked."""
+        ours, theirs = self.rows(variant), self.rows(self.baseline)
+        shared = sorted(ours.keys() & theirs.keys())
+        return [r for r in shared if theirs[r]["stopped"] and not ours[r]["stopped"]], len(shared)
+
+    def touched(self, variant: str) -> list[str]:
+        """Prompts that a policy of the variant shortened."""
+        return sorted(row for row, answer in self.rows(variant).items() if "uncut_tokens" in answer)
+
+    def lengths(self) -> list[int]:
+        """Lengths of the baseline's own answers in tokens, end of sequence included; those it was cut off at too."""
+        return sorted(answer["new_tokens"] for answer in self.rows(self.baseline).values())
 
     # ---- figures ----------------------------------------------------------------------------
 
@@ -164,9 +368,8 @@ class Evidence:
         found = {}
         for metric, field in (("latency", "request_duration_ms"), ("ttft", "ttft_ms"), ("tpot", "tpot_ms")):
             samples = [r[field] for r in requests if r[field] is not None]
-            if samples:
-                found[f"{metric}.p50@{workload}"] = stats.quantile(samples, 0.5)
-                found[f"{metric}.p95@{workload}"] = stats.quantile(samples, 0.95)
+            for name, q in QUANTILES.items() if samples else ():
+                found[f"{metric}.{name}@{workload}"] = stats.quantile(samples, q)
         if shares := self._bandwidth_shares(variant, requests):
             found[f"bandwidth@{workload}"] = stats.quantile(shares, 0.5)
         rates = [1e3 * r["new_tokens"] / r["request_duration_ms"] for r in requests]
@@ -178,11 +381,17 @@ class Evidence:
                 logs = self.paired(variant + TWIN, variant, workload, field)
             if logs:
                 found[f"{name}@{workload}"] = exp(stats.hodges_lehmann(logs, 0.95))
+        if self.plan.recipe.workloads[workload].lengths == "natural":
+            source = variant if variant != self.baseline else variant + TWIN
+            if drift := self.paired(source, self.baseline, workload, "new_tokens"):
+                found[f"length.ratio@{workload}"] = exp(stats.hodges_lehmann(drift, 0.95))
+        if found_ := self.warm_up(variant, workload):
+            found[f"warm_up@{workload}"], found[f"first_request@{workload}"] = map(_exactly, found_)
         return found
 
     def _bandwidth_shares(self, variant: str, requests: Sequence[Mapping[str, Json]]) -> list[float]:
         """Of each request, the time per token that reading memory alone would take over the time it took, on a CPU."""
-        speed = self.machine.get("read_bytes_per_s")
+        speed = self.surveyed.get("read_bytes_per_s")
         launch = next((v for v in self.launches.get(variant, ()) if v.get("device") == "cpu"), {})
         if not speed or "weight_bytes" not in launch:
             return []
@@ -213,10 +422,20 @@ class Evidence:
         lengths = [again[r]["new_tokens"] for r in shared], [reference[r]["new_tokens"] for r in shared]
         found["length"] = stats.ratio_of_means(*lengths)
         scored = [r for r in shared if "kl" in again[r]]
-        if scored:
+        if not all(math.isfinite(again[r][key]) for r in scored for key in ("kl", "nll")):
+            found |= dict.fromkeys(("kl", "top1", "perplexity"), Interval(math.nan, -math.inf, math.inf, len(scored)))
+        elif scored:
             tokens = [reference[r]["scored_tokens"] for r in scored]
             found["kl"] = stats.ratio_of_means([again[r]["kl"] for r in scored], tokens)
             found["top1"] = stats.ratio_of_means([again[r]["agree"] for r in scored], tokens)
+            means = [again[r]["kl"] / n for r, n in zip(scored, tokens, strict=True) if n]
+            if means:
+                found["kl.p95"], found["kl.max"] = stats.quantile(means, 0.95), _most(means)
+            if worst := [again[r]["kl_worst"] for r in scored if "kl_worst" in again[r]]:
+                found["kl.token"] = _most(worst)
+            found["top1.min"] = _exactly(
+                min(again[r]["agree"] / max(n, 1) for r, n in zip(scored, tokens, strict=True))
+            )
             found["perplexity"] = stats.perplexity_ratio(
                 [again[r]["nll"] for r in scored], [reference[r]["nll"] for r in scored], tokens
             )
@@ -224,8 +443,12 @@ class Evidence:
             errors, asked = self.critical_errors(variant)
             found["critical_errors"] = Interval(len(errors) / asked, 0.0, stats.upper_bound(len(errors), asked), asked)
             worse, better = self.flips(variant)
+            found["flips"] = stats.proportion(worse, len(shared))
             found["flips_worse"] = Interval(worse, worse, worse, len(shared))
             found["flips_better"] = Interval(better, better, better, len(shared))
+            found["flips_p"] = _exactly(stats.flips(worse, better))
+            if kept := self.survival(variant):
+                found["delta_survival"] = kept
         return found
 
     def _footprint(self, variant: str) -> dict[str, Interval]:
@@ -259,12 +482,44 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
+_ALWAYS = ("request_duration_ms", "cpu_ms")
+"""The times that every request has."""
+
+
+def _is_time(value: Json) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+
+
 def _median(turn: Sequence[Mapping[str, Json]], field: str) -> float:
     return stats.median([r[field] for r in turn])
 
 
 def _exactly(value: float) -> Interval:
     return Interval(value, value, value, 1)
+
+
+def _most(values: Sequence[float]) -> Interval:
+    worst = max(values)
+    return Interval(worst, worst, worst, len(values))
+
+
+_DISTURBED: Mapping[str, tuple[float, str]] = {
+    "steal": (0.01, "the host took {:.0%} of the CPU time"),
+    "throttled": (0.01, "a quota withheld {:.0%} of the CPU time"),
+    "heat_events": (0, "the processor slowed down for heat"),
+    "gpu_foreign": (0, "another process was on the GPU"),
+    "gpu_slowed": (0, "the GPU slowed down for heat or power"),
+}
+"""What is read around a turn -> more than which it disturbs, and how that is said."""
+
+
+def _disturbances(moment: Mapping[str, Json], threads: int) -> Iterator[str]:
+    for key, (most, words) in _DISTURBED.items():
+        if (found := moment.get(key) or 0) > most:
+            yield words.format(found)
+    cores, foreign = moment.get("cores", 0), moment.get("foreign_cores")
+    if foreign is not None and foreign > cores - (threads or cores) + 0.25:
+        yield "other processes took processors it needed"
 
 
 def _range(values: Sequence[float]) -> Interval:

@@ -7,7 +7,9 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from pathlib import Path
+from typing import Any
 
 from peftopt.records import Json
 
@@ -47,21 +49,101 @@ def describe() -> dict[str, Json]:
 
 def gpus() -> list[str]:
     """Names of the NVIDIA GPUs, driver's view; empty without a driver."""
+    return _nvidia_smi("--query-gpu=name,memory.total")
+
+
+def _nvidia_smi(query: str) -> list[str]:
+    """The lines of one query; none without a driver."""
     if not (tool := shutil.which("nvidia-smi")):
         return []
-    query = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    command = [tool, query, "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
 
 
 def moment() -> dict[str, float]:
-    """What may disturb a measurement: load average, CPU time stolen by neighbours (s since boot), clock (MHz)."""
+    """Counters of what may disturb a measurement, since some start of their own: seconds of CPU time `busy` and
+    `steal` (taken by the host), `throttled` (by a quota on our cgroup), heat `events`; and the `clock` they ran on."""
     import psutil
 
-    now = {"load": os.getloadavg()[0], "steal_s": getattr(psutil.cpu_times(), "steal", 0.0)}
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0) + getattr(times, "steal", 0.0)
+    guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # counted in user and nice already
+    return {
+        "clock": time.perf_counter(),
+        "busy": sum(times) - idle - guests,
+        "steal": getattr(times, "steal", 0.0),
+        "throttled": _throttled_s(),
+        "events": _heat_events(),
+    }
+
+
+def disturbance(before: dict[str, float], after: dict[str, float], own_s: float, pids: set[int]) -> dict[str, Json]:
+    """What disturbed a measurement between two moments in which our process took `own_s` of CPU time.
+
+    `foreign_cores`: processors that others kept busy, `steal` and `throttled`: shares of our processors that the host
+    or a quota withheld, `heat_events`: times that a processor slowed down for heat. On an NVIDIA GPU also
+    `gpu_foreign` (processes that are none of `pids`), `gpu_slowed` (by heat or power) and its temperature.
+    """
+    import psutil
+
+    gone = {key: after[key] - before[key] for key in before}
+    seconds = max(gone["clock"], 1e-9)
+    found: dict[str, Json] = {
+        "load": os.getloadavg()[0],
+        "cores": cores(),
+        "seconds": round(seconds, 4),
+        "foreign_cores": round(max(0.0, gone["busy"] - own_s) / seconds, 3),
+        "steal": round(gone["steal"] / seconds / cores(), 4),
+        "throttled": round(gone["throttled"] / seconds / cores(), 4),
+        "heat_events": gone["events"],
+    }
     if frequency := psutil.cpu_freq():
-        now["mhz"] = frequency.current
-    return now
+        found["mhz"] = frequency.current
+    heat: dict[str, list[Any]] = getattr(psutil, "sensors_temperatures", dict)()
+    if degrees := [sensor.current for sensors in heat.values() for sensor in sensors]:
+        found["temperature_c"] = max(degrees)
+    return found | _gpu_disturbance(pids)
+
+
+def _throttled_s() -> float:
+    """CPU time that a quota has withheld from our cgroup; 0 without one."""
+    for file, key, unit in (
+        ("/sys/fs/cgroup/cpu.stat", "throttled_usec", 1e6),
+        ("/sys/fs/cgroup/cpu/cpu.stat", "throttled_time", 1e9),
+    ):
+        if Path(file).exists():
+            values = dict(line.split() for line in Path(file).read_text().splitlines() if len(line.split()) == 2)
+            return int(values.get(key, 0)) / unit
+    return 0.0
+
+
+def _heat_events() -> float:
+    counts = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/thermal_throttle/core_throttle_count")
+    return float(sum(int(file.read_text()) for file in counts))
+
+
+SLOWED = 0x08 | 0x20 | 0x40 | 0x80
+"""Bits of NVML's clock event reasons: hardware slowdown, software and hardware thermal slowdown, power brake."""
+
+
+def _gpu_disturbance(pids: set[int]) -> dict[str, Json]:
+    states = _nvidia_smi("--query-gpu=temperature.gpu,clocks_throttle_reasons.active")
+    if not states:
+        return {}
+    on_gpu = {int(line) for line in _nvidia_smi("--query-compute-apps=pid") if line.isdigit()}
+    return gpu_state(states, on_gpu, pids)
+
+
+def gpu_state(states: list[str], on_gpu: set[int], pids: set[int]) -> dict[str, Json]:
+    """From nvidia-smi's lines "61, 0x0000000000000004" and the processes it lists. Inside a container it may list
+    ours under other numbers: if none is ours by number, as many as we have are taken for ours."""
+    fields = [[part.strip() for part in line.split(",")] for line in states]
+    masks = [int(mask, 16) for _, mask in fields if mask.startswith("0x")]
+    foreign = len(on_gpu - pids) if on_gpu & pids else max(0, len(on_gpu) - len(pids))
+    heat = [int(degrees) for degrees, _ in fields if degrees.isdigit()]
+    found: dict[str, Json] = {"gpu_foreign": foreign, "gpu_slowed": any(mask & SLOWED for mask in masks)}
+    return {**found, "gpu_temperature_c": max(heat)} if heat else found
 
 
 def free_memory() -> int:

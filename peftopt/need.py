@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from peftopt import stats
-from peftopt.evidence import Evidence
-from peftopt.records import Recipe, Variant
-from peftopt.rules import FEWEST_FOR_P95, family, parent_of, rule_name, table_verdicts, verdicts
-
-FEWEST = 6
-"""Blocks that every variant gets: the fewest from which an exact 95 % interval exists."""
+from peftopt.evidence import FEWEST, Evidence
+from peftopt.records import Recipe, Variant, Verdict
+from peftopt.rules import family, fewest_requests, parent_of, rule_name, table_verdicts, verdicts
 
 FEWEST_ANSWERS = 128
 """Prompts that a variant answers when no rule of its own needs more."""
@@ -28,24 +25,37 @@ def blocks(evidence: Evidence, workload: str) -> frozenset[str]:
 
 
 def _needs_block(evidence: Evidence, variant: Variant, workload: str) -> bool:
-    recipe = evidence.plan.recipe
     if variant.name in evidence.failures:
         return False
     n = evidence.blocks(variant.name, workload)
     if n < FEWEST:
         return True
-    if n >= recipe.measure.max_blocks:
+    if n >= evidence.budget:
         return False
     found = table_verdicts(evidence, variant)
     if any(v.outcome == "rejected" for v in found):
         return False
-    tails = any(t.metric.workload == workload and t.metric.name.endswith("p95") for t in recipe.require)
-    if tails and len(evidence.requests(variant.name, workload)) < FEWEST_FOR_P95:
+    if _lacks_requests(evidence, variant, workload):
         return True
-    if workload != recipe.minimize.workload or variant.name == recipe.baseline:
-        return False
-    raced = {f"{rule_name(s)}.{name}" for s in variant.techniques for name in ("gain", "not_slower")}
-    return any(v.rule in raced and v.outcome == "inconclusive" for v in found)
+    return any(v.workload == workload and v.outcome == "inconclusive" and not v.hopeless for v in found)
+
+
+def _lacks_requests(evidence: Evidence, variant: Variant, workload: str) -> bool:
+    """Whether a tail that is required takes more requests, and the budget holds as many."""
+    recipe = evidence.plan.recipe
+    limits = [fewest_requests(t.metric) for t in recipe.require if t.metric.workload == workload]
+    possible = [n for n in limits if n <= recipe.measure.requests * evidence.budget]
+    return len(evidence.requests(variant.name, workload)) < max(possible, default=0)
+
+
+def open_races(evidence: Evidence) -> list[Verdict]:
+    """The undecided races of variants that nothing has rejected: more blocks may settle them."""
+    found = []
+    for variant in evidence.plan.recipe.variants.values():
+        said = verdicts(evidence, variant)
+        if not any(v.outcome == "rejected" for v in said):
+            found += [v for v in said if v.outcome == "inconclusive" and v.blocks_needed]
+    return found
 
 
 def answers(recipe: Recipe, variant: Variant) -> int | None:

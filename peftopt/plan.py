@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from peftopt import identity
+from peftopt.errors import BadInput
 from peftopt.records import Build, Plan, Recipe, Step
 
 SOURCE = ""
@@ -28,6 +29,50 @@ def plan(recipe: Recipe, sources: Mapping[str, str], versions: Mapping[str, Mapp
             parent = build.id
         models[variant.name] = parent
     return Plan(recipe, tuple(builds.values()), models)
+
+
+def rejudged(plan: Plan, recipe: Recipe) -> Plan:
+    """The plan with the thresholds of `recipe`, over what was measured; variants may be left out.
+
+    Raises BadInput for a recipe that asks for what the plan's run did not measure.
+    """
+    old, hint = plan.recipe, "run the recipe: this takes measuring"
+    for name, variant in recipe.variants.items():
+        if old.variants.get(name) != variant:
+            raise BadInput(f"that run did not measure {name} as the recipe has it now", hint)
+    if recipe.baseline != old.baseline:
+        raise BadInput(f"that run was measured against {old.baseline}, not {recipe.baseline}", hint)
+    for metric in (recipe.minimize, *(threshold.metric for threshold in recipe.require)):
+        if metric.workload and recipe.workloads[metric.workload].name not in old.workloads:
+            raise BadInput(f"that run did not measure {metric}", hint)
+    judged = replace(
+        old,
+        variants=recipe.variants,
+        rules=recipe.rules,
+        require=recipe.require,
+        minimize=recipe.minimize,
+        measure=replace(old.measure, clock=recipe.measure.clock),
+    )
+    return replace(plan, recipe=judged, models={name: plan.models[name] for name in recipe.variants})
+
+
+def changes(old: Recipe, new: Recipe) -> list[str]:
+    """Which thresholds differ, in words: a limit that was chosen after the figures were seen is no test of them."""
+    limits = [{f"{r.technique}.{r.name}": r.limit for r in recipe.rules} for recipe in (old, new)]
+    found = [
+        f"{name} {_shown(limits[0].get(name))} -> {_shown(limits[1].get(name))}"
+        for name in sorted(limits[0].keys() | limits[1].keys())
+        if limits[0].get(name) != limits[1].get(name)
+    ]
+    texts = [{t.text for t in recipe.require} for recipe in (old, new)]
+    found += [f"no longer {text}" for text in sorted(texts[0] - texts[1])]
+    found += [f"now {text}" for text in sorted(texts[1] - texts[0])]
+    others = (("minimize", old.minimize, new.minimize), ("clock", old.measure.clock, new.measure.clock))
+    return found + [f"{name} {was} -> {is_}" for name, was, is_ in others if was != is_]
+
+
+def _shown(limit: float | None) -> str:
+    return "off" if limit is None else f"{limit:g}"
 
 
 def artifact_id(

@@ -10,7 +10,7 @@ from types import ModuleType
 
 from peftopt.records import Plugin
 
-FOLDERS = {"transform": "transforms", "engine": "engines"}
+FOLDERS = {"transform": "transforms", "engine": "engines", "policy": "policies"}
 
 
 def module(kind: str, name: str) -> ModuleType:
@@ -19,7 +19,7 @@ def module(kind: str, name: str) -> ModuleType:
 
 
 def catalogue() -> Mapping[str, Plugin]:
-    """Every plug-in by name, transforms and engines together: their names never clash."""
+    """Every plug-in by name, transforms, engines and policies together: their names never clash."""
     return {plugin.name: plugin for kind in FOLDERS for plugin in _of_kind(kind)}
 
 

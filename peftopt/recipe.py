@@ -24,6 +24,7 @@ from peftopt.reading import (
     nearest,
     or_off,
     quantity,
+    scalar,
     share,
     show,
     text_of,
@@ -31,7 +32,7 @@ from peftopt.reading import (
     whole,
     words,
 )
-from peftopt.records import GENERIC, Measure, Plugin, Quality, Recipe, Rule, Step, Variant, Workload
+from peftopt.records import GENERIC, Invariants, Measure, Plugin, Quality, Recipe, Rule, Step, Variant, Workload
 from peftopt.stats import LOOKS
 
 _JUDGED_ON_ANSWERS = ("ratio", "share", "nats")
@@ -40,7 +41,7 @@ _JUDGED_ON_ANSWERS = ("ratio", "share", "nats")
 DEFAULT_ENGINE, DEFAULT_BASELINE = "eager", "adapter"
 SAFETENSORS = "safetensors"
 
-Rows = Mapping[str, Mapping[str, float | None] | None]
+Rows = Mapping[str, Mapping[str, Any] | None]
 
 
 def parse(
@@ -74,19 +75,33 @@ RULES: Mapping[str, Mapping[str, Reader]] = {
         "critical_errors": share(0.0001, 0.99),  # no sample shows a rate of 0
         "not_slower": share(0, 1),
         "smaller": share(0, 0.99),
+        "gain": words({"speed": "speed", "memory": "memory"}),
     },
     "compile": {"gain": share(0, 0.99), "parity": share(0, 1)},
-    "truncate": {"over": _TOKENS},
-    "shorten": {"by": words({"max_new_tokens": 1.0, "off": None})},
+    "truncate": {"over": _TOKENS, "gain": share(0, 0.99), "lost": share(0, 1)},
+    "shorten": {"by": words({"max_new_tokens": 1.0, "off": None}), "gain": share(0, 0.99), "cut": share(0, 1)},
 }
 """The shape of the trade-off table: technique -> the halves of its rule -> how each limit is read."""
+
+
+def _blocks(node: yaml.Node, at: str) -> int:
+    """A planned look, or more than the last one for a race that bets judge after every block."""
+    found: int = whole(1, 10_000)(node, at)
+    if found in LOOKS or found > LOOKS[-1]:
+        return found
+    looks = ", ".join(map(str, LOOKS))
+    raise Wrong(f"must be one of {looks}, or more than {LOOKS[-1]}, found {show(node)}", "more is judged by bets")
+
+
+_MEMORY = ("quantize", "gain")
+"""What a quantizer is for, "speed" or "memory": it turns the rules on speed and size on and off, and is none itself."""
 
 _MEASURE: Mapping[str, Reader] = {
     "requests": whole(1),
     "warmup": whole(0),
     "relaunch": whole(1),
-    "max_blocks": words({str(look): look for look in LOOKS}),
-    "clock": words({"wall": "wall", "cpu": "cpu"}),
+    "max_blocks": _blocks,
+    "clock": words({"wall": "wall", "cpu": "cpu", "auto": "auto"}),
     "threads": whole(0),
     "deadline": _SECONDS,
 }
@@ -94,12 +109,32 @@ _MEASURE: Mapping[str, Reader] = {
 _CLASHES: Mapping[tuple[str, str], tuple[str, str]] = {
     ("merge", "merge"): ("merges the adapter twice", "remove the second merge"),
     ("quantize", "quantize"): ("quantizes twice", "keep one quantizer per variant"),
+    ("truncate", "truncate"): ("truncates twice", "keep one"),
+    ("shorten", "shorten"): ("caps its answers twice", "keep one"),
     ("quantize", "merge"): (
         "merges into weights that are already quantized",
         "put merge before the quantizer, or leave it out to keep the adapter apart",
     ),
 }
 """Chains that make no sense, by the technique of an earlier and of a later step."""
+
+
+def _pattern(node: yaml.Node, at: str) -> str:
+    try:
+        re.compile(text := text_of(node))
+    except re.error as error:
+        raise Wrong(f"is no regular expression: {error}", "see Python's re") from error
+    return text
+
+
+def _refusal(node: yaml.Node, at: str) -> str:
+    return "kept" if node.value == "kept" else _pattern(node, at)
+
+
+def _language(node: yaml.Node, at: str) -> str:
+    if not re.fullmatch("kept|[a-z]{2}", code := text_of(node)):
+        raise Wrong(f"must be kept or the two letters of a language, found {show(node)}", "write kept, or de")
+    return code
 
 
 def _call(node: yaml.Node | None) -> tuple[str, yaml.Node | None]:
@@ -127,12 +162,15 @@ class _Reading(Reading):
     def recipe(self, default_tradeoffs: str, node: yaml.Node, at: str) -> dict[str, Any]:
         """Everything a Recipe holds, by field name; complete when no problem was noted."""
         requests = {"prompts": self.file, "new_tokens": whole(1), "batch": whole(1)}
+        timed = {"slice": text_of, "lengths": words({"fixed": "fixed", "natural": "natural"})}
         sections: Mapping[str, Reader] = {
             "model": self.keys({"base": self.file, "adapter": self.file}, ["base", "adapter"]),
             "seed": whole(0, 2**32 - 1),
             "calibration": self.calibration,
-            "workloads": self.named(lambda name: self.record(Workload, {**requests, "slice": text_of}, name=name)),
-            "quality": self.record(Quality, {**requests, "schema": self.file, "rows": whole(0)}),
+            "workloads": self.named(lambda name: self.record(Workload, requests | timed, name=name)),
+            "quality": self.record(
+                Quality, {**requests, "schema": self.file, "rows": whole(0), "invariants": self.invariants}
+            ),
             "measure": self.measure,
             "variants": self.named(self.variant),
             "baseline": text_of,
@@ -165,6 +203,13 @@ class _Reading(Reading):
             values["deadline_s"] = values.pop("deadline")
         return Measure(**values)
 
+    def invariants(self, node: yaml.Node, at: str) -> Invariants:
+        kept = words({"kept": "kept"})
+        readers = {"regex": _pattern, "numbers": kept, "language": _language, "refusal": _refusal}
+        readers["labels"] = self.list_of(lambda n, _: scalar(n, "a label"))
+        found: Invariants = self.record(Invariants, readers)(node, at)
+        return found
+
     def variant(self, name: str) -> Reader:
         def read(node: yaml.Node, at: str) -> Variant:
             before = len(self.problems)
@@ -172,14 +217,16 @@ class _Reading(Reading):
             clashes = (_CLASHES.get((a.technique, b.technique)) for a, b in combinations(steps, 2))
             for clash in dict.fromkeys(filter(None, clashes)):
                 self.note(at, *clash)
+            policies = tuple(step for step in steps if step.kind == "policy")
+            steps = [step for step in steps if step.kind != "policy"]
             if any(step.kind == "engine" for step in steps[:-1]):
-                self.note(at, "has steps after its engine", "one {engine: …}, at the end of the list")
+                self.note(at, "has steps after its engine", "one {engine: …}, at the end of the transforms")
             if len(self.problems) > before:
                 raise Wrong
             if not steps or steps[-1].kind != "engine":
                 steps.append(self.plugged("engine", DEFAULT_ENGINE, None, at))
             self.check_formats(steps, at)
-            return Variant(name, tuple(steps[:-1]), steps[-1])
+            return Variant(name, tuple(steps[:-1]), steps[-1], policies)
 
         return read
 
@@ -187,13 +234,16 @@ class _Reading(Reading):
         kind, (name, params) = "transform", _call(node)
         if name == "engine":
             kind, (name, params) = "engine", _call(params)
+        elif name in self.catalogue and self.catalogue[name].kind == "policy":
+            kind = "policy"
         return self.plugged(kind, name, params, at)
 
     def plugged(self, kind: str, name: str, params: yaml.Node | None, at: str) -> Step:
         """A step of the plug-in `name`, its parameters checked and its defaults filled in."""
         plugin = self.catalogue.get(name)
         if plugin is None:
-            known = [p.name for p in self.catalogue.values() if p.kind == kind]
+            kinds = ("engine",) if kind == "engine" else ("transform", "policy")
+            known = [p.name for p in self.catalogue.values() if p.kind in kinds]
             raise Wrong(f"no {kind} named {show(name)}", nearest(name, known))
         if plugin.kind != kind:
             right = f"{{engine: {name}}}" if plugin.kind == "engine" else f"{name}, as a step of its own"
@@ -241,11 +291,13 @@ class _Reading(Reading):
         for technique, halves in RULES.items():
             for owner in self.quantizers() if technique == "quantize" else [technique]:
                 rows = (table.get(row) for row in (owner, technique) for table in (own, default))
-                limits = ChainMap(*(dict(row or {}) for row in rows))
+                limits = dict(ChainMap(*(dict(row or {}) for row in rows)))
                 for half in halves:
                     if half not in limits:
                         self.note("tradeoffs", f"{technique}.{half} has no limit")
-                    rules.append(Rule(owner, half, limits.get(half)))
+                if technique == "quantize" and limits.pop("gain", "speed") == "memory":
+                    limits |= {"not_slower": None, "smaller": limits.get("smaller") or 0.0}
+                rules += [Rule(owner, half, limits.get(half)) for half in halves if (technique, half) != _MEMORY]
         return tuple(rules)
 
     # -- what must hold between sections
@@ -255,12 +307,12 @@ class _Reading(Reading):
         baseline, at = found["baseline"], "baseline" if "baseline" in self.lines else "variants"
         if variants and baseline and baseline not in variants:
             self.note(at, f"no variant named {show(baseline)} as baseline", nearest(baseline, variants))
-        if (variant := variants.get(baseline)) and variant.steps:
+        if (variant := variants.get(baseline)) and (variant.steps or variant.policies):
             self.note(at, f"{baseline} has transforms", "name the adapter as it is served today: []")
         whole = [variant for variant in variants.values() if variant]
         first: dict[str, str] = {}
         for variant in whole:
-            twin = first.setdefault(repr((variant.steps, variant.engine)), variant.name)
+            twin = first.setdefault(repr((variant.steps, variant.engine, variant.policies)), variant.name)
             if twin != variant.name:
                 self.note(f"variants.{variant.name}", f"is the same chain as {twin}", "remove one of them")
         for variant in whole if "calibration" not in found else ():
@@ -292,5 +344,8 @@ class _Reading(Reading):
         for at, metric in [("minimize", minimize), *((f"require[{n}]", m) for n, m in enumerate(limits, 1))]:
             if metric and metric.workload and known and metric.workload not in known:
                 self.note(at, f"no workload named {show(metric.workload)}", nearest(metric.workload, known))
+            workload = (known or {}).get(metric.workload) if metric else None
+            if metric and metric.name == "throughput" and workload and workload.lengths == "natural":
+                self.note(at, "throughput needs answers of one length: a longer one would win", "lengths: fixed")
             if metric and thresholds.METRICS[metric.name].unit in _JUDGED_ON_ANSWERS and not self.lines.get("quality"):
                 self.note(at, f"{metric.name} is measured on checked answers", "add quality: {prompts: …}")

@@ -36,8 +36,8 @@ class Model:
 class Plugin:
     """What the core knows of a plug-in file without running it.
 
-    `kind` is "transform" or "engine"; `technique` names its row of the trade-off table ("merge",
-    "quantize", "compile" or "" for none); `params` is its frozen dataclass, whose fields and defaults are
+    `kind` is "transform", "engine" or "policy"; `technique` names its row of the trade-off table ("merge", "quantize",
+    "compile", "truncate", "shorten" or "" for none); `params` is its frozen dataclass, whose fields and defaults are
     its schema; `needs` are the modules it imports; `environment` is whose Python runs it; `reader` the engine that
     opens what a quantizer wrote; `format` the kind of weights that a transform writes or an engine opens.
     """
@@ -68,21 +68,23 @@ class Step:
 
 @dataclass(frozen=True)
 class Variant:
-    """A named chain of transforms, run on an engine. `steps` are the transforms, in order."""
+    """A named chain of transforms (`steps`, in order), run on an engine; `policies` change its requests."""
 
     name: str
     steps: tuple[Step, ...]
     engine: Step
+    policies: tuple[Step, ...] = ()
 
     @property
     def techniques(self) -> tuple[Step, ...]:
-        """Every step that the trade-off table may judge, the engine last."""
-        return tuple(s for s in (*self.steps, self.engine) if s.technique)
+        """Every step that the trade-off table may judge: transforms, engine, policies."""
+        return tuple(s for s in (*self.steps, self.engine, *self.policies) if s.technique)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Timed requests: `new_tokens` are always generated in full, so that lengths are the same for all.
+    """Timed requests. `lengths`: "fixed", where `new_tokens` are always generated in full, so that they are the same
+    for all; or "natural", where answers stop by themselves, `new_tokens` at the latest.
 
     `slice` keeps only the prompts that carry this tag ("" = all of them).
     """
@@ -92,6 +94,27 @@ class Workload:
     new_tokens: int = 64
     batch: int = 1
     slice: str = ""
+    lengths: str = "fixed"
+
+
+@dataclass(frozen=True)
+class Invariants:
+    """What every answer must keep, whoever gives it. "" and () are not asked for.
+
+    `regex`: matches the whole answer. `labels`: the answer is one of these. `numbers`: "kept", every number of the
+    expected answer is in the answer. `language`: "kept", the answer is in the language of the expected answer, or of
+    the prompt where none is expected; or the code of one ("de"). `refusal`: "kept", rows tagged as slice "refusal" are
+    refused and no others; or the regular expression that tells a refusal.
+    """
+
+    regex: str = ""
+    labels: tuple[str, ...] = ()
+    numbers: str = ""
+    language: str = ""
+    refusal: str = ""
+
+
+NO_INVARIANTS = Invariants()
 
 
 @dataclass(frozen=True)
@@ -106,6 +129,7 @@ class Quality:
     new_tokens: int = 256
     batch: int = 16
     rows: int = 0
+    invariants: Invariants = NO_INVARIANTS
 
 
 @dataclass(frozen=True)
@@ -113,12 +137,13 @@ class Measure:
     """How hard to measure. A turn is `warmup` discarded and `requests` timed requests of one variant.
 
     `relaunch`: blocks between fresh processes. `max_blocks`: the last look (10, 16, 24, 40 or 60) the race may
-    reach. `clock`: "wall" or "cpu", the clock that judges. `threads`: per measured process, 0 = all cores.
+    reach, or more than 60 for an open-ended race. `clock`: "wall", "cpu" or "auto", the clock that judges. `threads`:
+    per measured process, 0 = all cores.
     """
 
     requests: int = 3
     warmup: int = 1
-    relaunch: int = 5
+    relaunch: int = 2
     max_blocks: int = 60
     clock: str = "wall"
     threads: int = 0
@@ -227,8 +252,11 @@ class Measurement:
     launch   model_loading_time (s), adapter_switch_time (s), memory_bytes, gpu_memory_allocated, gpu_memory_reserved,
              threads, device, size_bytes; weight_bytes and kv_bytes (per cached token) that a decode step reads
     speed    block, order, requests: [{request_duration_ms, queue_time_ms, generation_latency_ms, ttft_ms, tpot_ms,
-             cpu_ms, prompt_tokens, new_tokens, warmup}], machine: {load, steal_s, mhz, …}
-    quality  row, output, new_tokens, score, correct, valid, critical (tag), flags, nll, tokens, kl, top1, slices
+             cpu_ms, prompt_tokens, new_tokens, touched (prompts that a policy changed), warmup}],
+             machine: {load, cores, foreign_cores, steal, throttled, mhz, …}: see machine.disturbance
+    quality  row, output, new_tokens, score, correct, valid, critical (tag), flags, nll, tokens, slices; kl, kl_worst
+             and agree against the reference; shift and kept (see Evidence.survival); uncut_tokens where a policy cut
+    more     max_blocks: blocks that were granted to a race after its recipe
     memory   peak_memory_bytes (at the end of a worker's life), gpu_*
     load     source, requests: [{id, model, scheduled, sent, first, last, done (s since the start), ttft_ms, tpot_ms,
              gaps_ms, queue_time_ms, generation_latency_ms, request_duration_ms, prompt_tokens, new_tokens, error,
@@ -264,7 +292,9 @@ class Verdict:
     """What one named rule says of one variant: the figure, its interval, its n, the clock, and why.
 
     `rule` is "merge.gain", "int8.critical_errors", "require: latency.p95@chat <= 400 ms", "artifact.intact", …;
-    `against` the variant it was compared with; `reason` one sentence for a person.
+    `against` the variant it was compared with; `reason` one sentence for a person. Of a race: its `workload`, and where
+    it is inconclusive `blocks_needed` in all and about how many more `minutes_needed` (None where it is not known);
+    `hopeless` says that the blocks it may have can hardly decide it.
     """
 
     rule: str
@@ -276,6 +306,9 @@ class Verdict:
     limit: float | None = None
     clock: str = ""
     blocks_needed: int | None = None
+    workload: str = ""
+    minutes_needed: float | None = None
+    hopeless: bool = False
 
 
 @dataclass(frozen=True)
@@ -283,8 +316,8 @@ class VariantDecision:
     """A variant's outcome, the verdicts behind it, the one that decided, and the figures for the table.
 
     `figures` maps a metric's name ("latency.p50@chat", "speed@chat" = ratio to the baseline, "accuracy",
-    "perplexity", "kl", "top1", "critical_errors", "memory", "size", "load_time", …) to its Interval. `notes` warn;
-    `certificates` say in a line each what the artifacts it is made of were checked for.
+    "perplexity", "kl", "top1", "critical_errors", "memory", "size", "load_time", …) to its Interval. `notes` warn,
+    `remarks` only tell; `certificates` say in a line each what the artifacts it is made of were checked for.
     """
 
     name: str
@@ -295,11 +328,13 @@ class VariantDecision:
     figures: Mapping[str, Interval]
     notes: tuple[str, ...] = ()
     certificates: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The machine-readable outcome; every report is rendered from it."""
+    """The machine-readable outcome; every report is rendered from it. `clock` judged, "wall" or "cpu", for
+    `clock_reason`."""
 
     recipe: str
     baseline: str
@@ -312,3 +347,4 @@ class Decision:
     warnings: tuple[str, ...] = ()
     machine: Mapping[str, Json] = field(default_factory=dict)
     format: int = FORMAT
+    clock_reason: str = ""

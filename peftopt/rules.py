@@ -7,21 +7,27 @@ variant against the same variant without it, a merge against the unmerged adapte
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from peftopt import stats
-from peftopt.evidence import FIELDS, Evidence, exp
+from peftopt.evidence import FIELDS, QUANTILES, Evidence, exp
 from peftopt.records import Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
 from peftopt.thresholds import METRICS, format_value
-
-FEWEST_FOR_P95 = 72
-"""Requests below which a two-sided 95 % interval of the 95th percentile does not exist."""
 
 SKIPPED = ("missing library", "missing environment", "refused")
 """Failures that say nothing of the variant: it was not tried."""
 
 LIKELIHOODS = ("perplexity", "kl", "top1")
 """Figures of the weights, which an engine that only generates cannot give."""
+
+LOST = 0.1
+"""What must be left of the adapter's shift from the base for it to count as applied at all."""
+
+TAILS = ("p95", "p99")
+
+TOUCHED = 0.5
+"""The share of a workload's requests that a policy must change for its latency to be judged there."""
 
 
 # ---- one rule, one variant ---------------------------------------------------------------------
@@ -43,27 +49,30 @@ class Case:
         return self.evidence.baseline
 
 
-def race(evidence: Evidence, variant: str, against: str, limit: float, family: int) -> tuple[stats.Race, Metric]:
-    """The sequential test of variant/against on the recipe's `minimize` metric; `limit` is a ratio."""
-    recipe = evidence.plan.recipe
-    metric = recipe.minimize
-    field = "cpu_ms" if recipe.measure.clock == "cpu" else FIELDS[metric.name.split(".")[0]]
-    logs = evidence.paired(variant, against, metric.workload, field)
-    return stats.race(logs, math.log(limit), family, recipe.measure.max_blocks), metric
-
-
 def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
-    result, metric = race(case.evidence, case.variant, against, limit, case.family)
+    """The sequential test of variant/against on the recipe's `minimize` metric; `limit` is a ratio."""
+    evidence, recipe = case.evidence, case.evidence.plan.recipe
+    workload = raced_on(evidence, case.variant, case.step)
+    if workload is None:
+        return Verdict("", "inconclusive", _NOWHERE[case.step.technique], against)
+    metric = Metric(recipe.minimize.name, workload)
+    logs = evidence.paired(case.variant, against, workload, evidence.field(metric.name))
+    result = stats.race(logs, math.log(limit), case.family, recipe.measure.max_blocks > stats.LOOKS[-1])
     n = result.interval.n
     if not n:
-        return Verdict("", "inconclusive", f"{metric} was not measured against {against}", against)
+        return Verdict("", "inconclusive", f"{metric} was not measured against {against}", against, workload=workload)
     ratio = exp(result.interval)
-    seen = f"{metric} is {ratio.estimate:.2f}x {against}'s ({ratio.low:.2f} to {ratio.high:.2f}, {n} blocks)"
+    blocks = f"{n} blocks, by bets" if result.test == "bets" else f"{n} blocks"
+    seen = f"{metric} is {ratio.estimate:.2f}x {against}'s ({ratio.low:.2f} to {ratio.high:.2f}, {blocks})"
+    open_ = result.outcome == "inconclusive"
+    hopeless = open_ and stats.out_of_reach(logs, math.log(limit), evidence.budget, case.family)
     reasons = {
         "accepted": f"{seen}: {goal}",
         "rejected": f"{seen}: not {goal}",
-        "inconclusive": f"{seen}: cannot tell yet whether {goal}",
+        "inconclusive": f"{seen}: cannot tell yet whether {goal}{_troubles(evidence, workload)}"
+        + f"; the {evidence.budget} blocks it may have can hardly suffice" * hopeless,
     }
+    needed, each = result.blocks_needed, evidence.minutes_per_block(workload)
     return Verdict(
         rule="",
         outcome=result.outcome,
@@ -72,9 +81,39 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
         value=ratio,
         unit="x",
         limit=limit,
-        clock=case.evidence.plan.recipe.measure.clock,
-        blocks_needed=result.blocks_needed if result.outcome == "inconclusive" else None,
+        clock=evidence.clock[0],
+        blocks_needed=needed if open_ else None,
+        workload=workload,
+        minutes_needed=(needed - len(logs)) * each if open_ and needed and each else None,
+        hopeless=hopeless,
     )
+
+
+def raced_on(evidence: Evidence, variant: str, step: Step) -> str | None:
+    """The workload on which a technique's latency is judged: the recipe's `minimize`, but a policy where it matters."""
+    recipe = evidence.plan.recipe
+    if step.technique == "shorten":
+        return next((w.name for w in recipe.workloads.values() if w.lengths == "natural"), None)
+    if step.technique == "truncate":
+        shares = {w: evidence.touched_share(variant, w) for w in recipe.workloads}
+        most = max(shares, key=lambda w: shares[w])
+        return most if shares[most] >= TOUCHED else None
+    return recipe.minimize.workload
+
+
+_NOWHERE = {
+    "shorten": "no workload lets answers stop by themselves: add one with lengths: natural",
+    "truncate": "no workload has mostly prompts that are long enough to be cut: add one with a slice of long prompts",
+}
+
+
+def _troubles(evidence: Evidence, workload: str) -> str:
+    """What disturbed the blocks of an undecided race, where it was more than a few of them."""
+    disturbed, blocks = evidence.disturbed(workload), evidence.blocks(evidence.baseline, workload)
+    if 4 * len(disturbed) < blocks or not disturbed:
+        return ""
+    reasons = Counter(reason for found in disturbed.values() for reason in found)
+    return f"; {len(disturbed)} of {blocks} blocks were disturbed ({reasons.most_common(1)[0][0]})"
 
 
 def gain(case: Case) -> Verdict:
@@ -121,6 +160,47 @@ def critical_errors(case: Case) -> Verdict:
     return Verdict("", outcome, reason, case.baseline, value, "share", case.limit)
 
 
+def over(case: Case) -> Verdict:
+    """Only inputs longer than the limit are ever cut: so says the policy, and so it was seen to do."""
+    asked = case.step.params["over"]
+    cut = [case.evidence.rows(case.variant)[row]["uncut_tokens"] for row in case.evidence.touched(case.variant)]
+    shortest = min(cut, default=math.inf)
+    outcome: Outcome = "accepted" if asked >= case.limit and shortest > case.limit else "rejected"
+    seen = f", the shortest that was cut had {shortest}" if cut else ", none was asked that is as long"
+    reason = f"inputs over {asked:,.0f} tokens are cut{seen}"
+    return Verdict("", outcome, reason, "", Interval(asked, asked, asked, len(cut)), "tokens", case.limit)
+
+
+def lost(case: Case) -> Verdict:
+    """Of the answers to the prompts that were cut, few are lost: right before, wrong now."""
+    touched = case.evidence.touched(case.variant)
+    known = case.evidence.rows(case.baseline)
+    right = [row for row in touched if row in known and known[row]["correct"]]
+    worse, _ = case.evidence.flips(case.variant, touched)
+    reason = f"{worse} of the {len(right)} right answers to prompts that it cut are lost"
+    return _at_most(case, worse, len(right), reason, "no prompt that it cuts was asked, or none had a right answer")
+
+
+def cut(case: Case) -> Verdict:
+    """Few answers are cut off that would have ended by themselves."""
+    rows, n = case.evidence.cut(case.variant)
+    return _at_most(case, len(rows), n, f"{len(rows)} of {n} answers are cut off", "no answers were checked")
+
+
+def _at_most(case: Case, k: int, n: int, reason: str, nothing: str) -> Verdict:
+    """k of n, judged by exact bounds that hold over the family together."""
+    if not n:
+        return Verdict("", "inconclusive", nothing, case.baseline)
+    value = stats.proportion(k, n, 1 - 0.1 / case.family)  # 5 % on the side that is judged
+    return Verdict("", against_limit(value, "<=", case.limit), reason, case.baseline, value, "share", case.limit)
+
+
+def by(case: Case) -> Verdict:
+    """Outputs are shortened by `max_new_tokens` and by nothing else."""
+    most = case.step.params["max_new_tokens"]
+    return Verdict("", "accepted", f"answers end after {most} tokens at the latest", "", unit="tokens")
+
+
 def parity(case: Case) -> Verdict:
     """It is still the same model: beyond the adapter's own null, few tokens change."""
     evidence = case.evidence
@@ -145,6 +225,10 @@ RULES = {
     "critical_errors": critical_errors,
     "not_slower": not_slower,
     "smaller": smaller,
+    "over": over,
+    "lost": lost,
+    "by": by,
+    "cut": cut,
 }
 
 
@@ -159,10 +243,12 @@ def parent_of(recipe: Recipe, variant: Variant, step: Step) -> str:
     plain = recipe.variants[recipe.baseline].engine
     rest = tuple(s for s in variant.steps if s != step)
     engine = plain if step == variant.engine else variant.engine
-    prefix = variant.steps if step == variant.engine else variant.steps[: variant.steps.index(step)]
-    for steps, wanted_engine in ((rest, engine), (rest, plain), (prefix, plain)):
+    policies = tuple(s for s in variant.policies if s != step)
+    prefix = variant.steps[: variant.steps.index(step)] if step in variant.steps else variant.steps
+    chains = ((rest, engine, policies), (rest, engine, ()), (rest, plain, ()), (prefix, plain, ()))
+    for chain in chains:
         for candidate in candidates:
-            if candidate.steps == steps and candidate.engine == wanted_engine:
+            if (candidate.steps, candidate.engine, candidate.policies) == chain:
                 return candidate.name
     return recipe.baseline
 
@@ -172,7 +258,8 @@ def _prefix(recipe: Recipe, variant: str, step: Step) -> str | None:
     chain = recipe.variants[variant].steps
     wanted = chain[: chain.index(step) + 1]
     plain = recipe.variants[recipe.baseline].engine
-    return next((v.name for v in recipe.variants.values() if v.steps == wanted and v.engine == plain), None)
+    whole = (wanted, plain, ())
+    return next((v.name for v in recipe.variants.values() if (v.steps, v.engine, v.policies) == whole), None)
 
 
 def table_verdicts(evidence: Evidence, variant: Variant) -> list[Verdict]:
@@ -209,15 +296,24 @@ def requirement(evidence: Evidence, variant: str, threshold: Threshold) -> Verdi
     value = figure(evidence, measured, threshold.metric)
     if value is None:
         return Verdict(rule, "inconclusive", f"{threshold.metric} was not measured")
-    clock = evidence.plan.recipe.measure.clock if threshold.metric.workload else ""
+    clock = "wall" if threshold.metric.workload else ""
     outcome = against_limit(value, threshold.op, threshold.limit)
-    if threshold.metric.name.endswith("p95") and not threshold.relative and value.n < FEWEST_FOR_P95:
-        reason = f"too few requests for P95: {value.n} of {FEWEST_FOR_P95}"
+    if not threshold.relative and value.n < (fewest := fewest_requests(threshold.metric)):
+        measure, share = evidence.plan.recipe.measure, threshold.metric.name.rpartition(".")[2].upper()
+        reason = f"too few requests for {share}: {value.n} of {fewest}"
+        if measure.requests * evidence.budget < fewest:
+            reason += f"; measure.requests: {-(-fewest // evidence.budget)} would give them in {evidence.budget} blocks"
         return Verdict(rule, "inconclusive", reason, value=value, limit=threshold.limit, clock=clock)
     reason = f"{threshold.metric}{whose} is {_show(threshold, value)} (n={value.n})"
     against = evidence.baseline if threshold.relative else ""
     unit = "x" if threshold.relative else METRICS[threshold.metric.name].unit
     return Verdict(rule, outcome, reason, against, value, unit, threshold.limit, clock)
+
+
+def fewest_requests(metric: Metric) -> int:
+    """Requests below which the metric has no two-sided 95 % interval: 72 for a P95, 368 for a P99."""
+    name = metric.name.rpartition(".")[2]
+    return stats.fewest_for(QUANTILES[name]) if name in TAILS else 0
 
 
 def _scored_twin(evidence: Evidence, variant: str) -> str | None:
@@ -235,6 +331,8 @@ def relative(evidence: Evidence, variant: str, metric: Metric) -> Interval | Non
     if metric.workload:
         if variant == evidence.baseline:
             return Interval(1.0, 1.0, 1.0, evidence.blocks(variant, metric.workload))
+        if metric.name.endswith(TAILS):
+            return _tail_ratio(evidence, variant, metric)
         logs = evidence.paired(variant, evidence.baseline, metric.workload, FIELDS[family])
         if not logs:
             return None
@@ -254,6 +352,18 @@ def relative(evidence: Evidence, variant: str, metric: Metric) -> Interval | Non
     if own is None or base is None or not base.estimate:
         return None
     return Interval(own.estimate / base.estimate, own.low / base.estimate, own.high / base.estimate, own.n)
+
+
+def _tail_ratio(evidence: Evidence, variant: str, metric: Metric) -> Interval | None:
+    """A block holds too few requests for its tail to be paired: the bounds are those of two exact intervals."""
+    family, _, name = metric.name.rpartition(".")
+    found = [evidence.requests(v, metric.workload) for v in (variant, evidence.baseline)]
+    own, base = (stats.quantile([r[FIELDS[family]] for r in rs], QUANTILES[name], 0.975) for rs in found)
+    if not own.n or not base.n:
+        return None
+    low = own.low / base.high if own.low > 0 else 0.0
+    high = own.high / base.low if base.low > 0 else math.inf
+    return Interval(own.estimate / base.estimate, low, high, min(own.n, base.n))
 
 
 def against_limit(value: Interval, op: str, limit: float) -> Outcome:
@@ -304,6 +414,9 @@ def _intact(evidence: Evidence, variant: Variant) -> Verdict:
             checked += 1
             wrong += evidence.builds[at]["tier0"]
         at = builds[at].parent
+    kept = evidence.survival(variant.name)
+    if kept and kept.high < LOST:
+        wrong.append(f"the adapter is not at work: {kept.estimate:.0%} of its shift from the base is left")
     if wrong:
         return Verdict("artifact.intact", "rejected", "; ".join(wrong[:3]))
     if not checked and variant.steps:

@@ -20,11 +20,23 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from peftopt import building, corpus, environments, identity, machine, need, plugins, preflight, provenance, store
+from peftopt import (
+    building,
+    corpus,
+    environments,
+    identity,
+    machine,
+    need,
+    plugins,
+    preflight,
+    provenance,
+    stats,
+    store,
+)
 from peftopt import plan as planning
 from peftopt.child import Child, interrupt
 from peftopt.corpus import Row
-from peftopt.errors import WorkerFailed
+from peftopt.errors import BadInput, WorkerFailed
 from peftopt.evidence import TWIN, Evidence
 from peftopt.merging import certificate
 from peftopt.records import GENERIC, Build, Json, Measurement, Model, Plan, Recipe, Variant, Workload
@@ -98,22 +110,21 @@ class Run:
         return [v for v in self.recipe.variants.values() if v.name not in failed]
 
 
-def prepare(recipe: Recipe, text: str, results: Path, listener: Listener, fresh: bool = False) -> Run:
-    """Check the recipe's files, make the plan and open its run folder: an unfinished run of the same plan goes on."""
+def prepare(
+    recipe: Recipe, text: str, results: Path, listener: Listener, fresh: bool = False, more: bool = False
+) -> Run:
+    """Check the recipe's files, make the plan and open its run folder: an unfinished run of the same plan goes on, and
+    with `more` a finished one too."""
     home = store.Store(results.resolve(), listener.warn)
-    preflight.check(recipe)
+    plan, key = _planned(recipe)
     home.check_writable()
-    sources = {
-        "base": identity.of_folder(Path(recipe.base)),
-        "adapter": identity.of_folder(Path(recipe.adapter)),
-        "calibration": identity.of_file(corpus.calibration_file(recipe.calibration)) if recipe.calibration else "",
-    }
-    plan = planning.plan(recipe, sources, environments.versions())
-    key = identity.of_value([asdict(plan), sources, _content(recipe)])[:8]
     runs = home.root / "runs"
-    unfinished = [f for f in sorted(runs.glob(f"*-{recipe.name}-{key}")) if not (f / "decision.json").exists()]
-    if unfinished and not fresh:
-        folder = unfinished[-1]
+    mine = sorted(runs.glob(f"*-{recipe.name}-{key}"))
+    unfinished = [f for f in mine if not (f / "decision.json").exists()]
+    if (unfinished or (more and mine)) and not fresh:
+        folder = (unfinished or mine)[-1]
+        if more and not unfinished:
+            return reopen(folder, listener)
         listener.warn(f"going on with the unfinished run {folder.name}")
     else:
         folder = runs / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{recipe.name}-{key}"
@@ -122,6 +133,65 @@ def prepare(recipe: Recipe, text: str, results: Path, listener: Listener, fresh:
         store.write(folder / "plan.json", json.dumps(asdict(plan), indent=1))
         store.write(folder / "machine.json", json.dumps(machine.describe(), indent=1))
     return Run(plan, home, folder, listener, store.read(folder / "measurements.jsonl", listener.warn))
+
+
+def _planned(recipe: Recipe) -> tuple[Plan, str]:
+    """The recipe's plan on its files as they are now, and the hash that names what it measures."""
+    preflight.check(recipe)
+    sources = {
+        "base": identity.of_folder(Path(recipe.base)),
+        "adapter": identity.of_folder(Path(recipe.adapter)),
+        "calibration": identity.of_file(corpus.calibration_file(recipe.calibration)) if recipe.calibration else "",
+    }
+    plan = planning.plan(recipe, sources, environments.versions())
+    return plan, identity.of_value([asdict(plan), sources, _content(recipe)])[:8]
+
+
+def reopen(folder: Path, listener: Listener) -> Run:
+    """A run that may get more blocks. Raises BadInput where they would measure something else than its first ones."""
+    plan = store.read_plan(folder / "plan.json")
+    now, key = _planned(plan.recipe)
+    if [b.id for b in now.builds] != [b.id for b in plan.builds] or not folder.resolve().name.endswith(f"-{key}"):
+        hint = "run the recipe again: a new run measures everything as it is now"
+        raise BadInput(f"the models, prompts or libraries of {folder} have changed since it ran", hint)
+    was, is_ = json.loads((folder / "machine.json").read_text()), json.loads(json.dumps(machine.describe()))
+    if changed := [key for key in ("cpu", "cores", "gpu") if was.get(key) != is_.get(key)]:
+        hint = "blocks of two machines are not of one race: go on there, or run the recipe here"
+        raise BadInput(f"{folder} was measured on another machine: its {', '.join(changed)} differ", hint)
+    home = store.Store(folder.resolve().parents[1], listener.warn)
+    return Run(plan, home, folder, listener, store.read(folder / "measurements.jsonl", listener.warn))
+
+
+def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None) -> None:
+    """Let the undecided races of a run go on: as far as the planner says, or for so many blocks or minutes at most.
+
+    What was spent of the error budget stays spent (stats.race). Where that can hardly decide any, nothing is measured.
+    """
+    evidence = run.evidence
+    races = need.open_races(evidence)
+    if not races:
+        run.listener.warn("no race is open: more blocks would change no verdict")
+        return
+    longest = max(races, key=lambda v: v.blocks_needed or 0)
+    have = evidence.blocks(run.recipe.baseline, longest.workload)
+    each = evidence.minutes_per_block(longest.workload)
+    limits = [n for n in (blocks, int(minutes / each) if minutes and each else None) if n is not None]
+    total = have + min(limits) if limits else longest.blocks_needed or 0
+    granted = Measurement("more", "", values={"max_blocks": total})
+    still = need.open_races(Evidence(run.plan, [*run.measurements, granted]))
+    if total >= stats.MOST_BLOCKS or total <= have or all(v.hopeless for v in still):
+        n, minutes_ = longest.blocks_needed or 0, longest.minutes_needed
+        asked = f"about {n - have} more" if n < stats.MOST_BLOCKS else "too many to count"
+        took = f", {minutes_:.0f} minutes" if minutes_ and n < stats.MOST_BLOCKS else ""
+        offered = f"; {total - have} can hardly suffice" if limits else ""
+        run.listener.warn(f"{longest.rule} would take {asked} blocks{took}{offered}: nothing was measured")
+        return
+    run.log("more", "", granted.values)
+    about = f", about {(total - have) * each:.0f} minutes" if each else ""
+    run.listener.warn(f"up to {total - have} more blocks{about}")
+    for workload in run.recipe.workloads.values():
+        race(run, workload)
+        _check_baseline(run)
 
 
 def execute(run: Run) -> None:
@@ -362,6 +432,7 @@ def _answer(
                     batch=batch,
                     reference=None if is_reference else str(reference),
                     write_reference=str(reference) if is_reference else None,
+                    invariants=asdict(quality.invariants),
                 )
 
     if left and _try_twice(run, variant.name, "quality", attempt):
@@ -409,6 +480,7 @@ def _open(run: Run, variant: Variant, child: Child) -> dict[str, Json]:
         plugin=variant.engine.plugin,
         params=dict(variant.engine.params),
         model=asdict(run.model(variant)),
+        policies=[{"plugin": p.plugin, "params": dict(p.params)} for p in variant.policies],
     )
 
 
@@ -419,7 +491,7 @@ def race(run: Run, workload: Workload) -> None:
     """Blocks in random order until every variant is decided, its references and the A/A arm alongside."""
     recipe, rows = run.recipe, corpus.read(workload.prompts, workload.slice)
     started, first = time.perf_counter(), _next_block(run, workload)
-    with run.listener.progress(f"race {workload.name}", recipe.measure.max_blocks) as show:
+    with run.listener.progress(f"race {workload.name}", run.evidence.budget) as show:
         while wants := need.blocks(run.evidence, workload.name):
             show(_next_block(run, workload), f"{len(wants)} variants")
             with _Field(run, workload) as field_:
@@ -459,7 +531,7 @@ class _Field:
         """One block: each arm once, in an order drawn from the seed and the block's number."""
         recipe = self.run.recipe
         arms = sorted(wants)
-        if self.workload.name == recipe.minimize.workload:
+        if self.workload.name == recipe.minimize.workload or any(v.policies for v in recipe.variants.values()):
             arms.append(recipe.baseline + TWIN)
         random.Random(f"{recipe.seed}/{self.workload.name}/{number}").shuffle(arms)
         batches = _batches(rows, self.workload, number, recipe)
@@ -472,18 +544,24 @@ class _Field:
         measure = self.run.recipe.measure
 
         def attempt() -> None:
+            child = self._child(arm)
+            pids = {pid for c in self.children.values() for pid in c.processes()}
+            before, cpu = machine.moment(), child.cpu_s()
             try:
-                answer = self._child(arm).ask(
+                answer = child.ask(
                     "speed",
                     measure.deadline_s,
                     batches=batches,
                     new_tokens=self.workload.new_tokens,
                     warmup=measure.warmup,
+                    stop=self.workload.lengths == "natural",
                 )
             except WorkerFailed:
                 self.children.pop(arm, None)
                 raise
-            values = {"block": number, "order": order, "machine": machine.moment(), **answer}
+            after, cpu = machine.moment(), child.cpu_s() - cpu
+            disturbance = machine.disturbance(before, after, cpu, pids)
+            values = {"block": number, "order": order, "machine": disturbance, **answer}
             self.run.log("speed", arm, values, self.workload.name)
 
         _try_twice(self.run, arm.removesuffix(TWIN), f"speed ({self.workload.name})", attempt)

@@ -24,7 +24,11 @@ LOOKS = (10, 16, 24, 40, 60)
 """Numbers of blocks at which a race is judged, and at no others."""
 
 ALPHA = 0.02
-"""Two-sided error of a whole race, shared equally by its looks."""
+"""Two-sided error of a whole race, however long it goes on."""
+
+LOOK_SHARES, BETS_SHARE = (0.1, 0.1, 0.125, 0.175, 0.35), 0.15
+"""Of ALPHA, what each look may err and what the bets may: little early, where only clear cases are decided, the most at
+the last look, and some for the blocks that may be added after it."""
 
 BETS = (0.15, 0.3, 0.5, 0.7)
 """Shares of the wealth staked on a block; all wealths are averaged, so none has to be the right one."""
@@ -42,12 +46,14 @@ class Race:
 
     `look` is the number of blocks it was judged at (0: none yet); `interval` is theirs, on the log scale.
     `blocks_needed` is the planner's total for an inconclusive race, None when decided or without data.
+    `test` is what judged: a planned "look", or the "bets".
     """
 
     outcome: Outcome
     interval: Interval
     look: int
     blocks_needed: int | None
+    test: str = "look"
 
 
 # ---- speed: paired blocks ----------------------------------------------------------------------
@@ -75,32 +81,48 @@ def next_look(n: int, max_blocks: int = LOOKS[-1], looks: Sequence[int] = LOOKS)
     return next((look for look in looks if n < look <= max_blocks), None)
 
 
-def race(
-    d: Iterable[float],
-    limit: float,
-    family: int = 1,
-    max_blocks: int = LOOKS[-1],
-    looks: Sequence[int] = LOOKS,
-    alpha: float = ALPHA,
-) -> Race:
+def race(d: Iterable[float], limit: float, family: int = 1, open_ended: bool = False) -> Race:
     """Is the variant below `limit`? `d` is log(variant / reference) per block, in order; `limit` a log ratio.
 
-    Judged at the planned looks only, each with an exact interval at 1 - alpha / looks / family (Bonferroni):
-    all looks at all variants together err `alpha` at most. The first look that decides is final.
+    Judged at the planned looks, each with an exact interval, and by bets, which may be judged at any block; whatever
+    decides first is final. Each has its share of ALPHA from the start, so blocks may be added to an inconclusive race
+    as often as one likes: all looks and bets at all variants of the `family` together err ALPHA at most (Bonferroni).
+    `open_ended`: a race that was planned to go on past the looks is judged by bets alone, which then have all of ALPHA.
     """
     x = _finite(d)
     if family < 1:
         raise ValueError(f"family must be 1 or more variants, found {family}")
-    level = 1 - alpha / len(looks) / family
-    reached = [look for look in looks if look <= min(len(x), max_blocks)]
+    if open_ended:
+        return bet(x, limit, ALPHA / 2 / family, family)
+    alpha = BETS_SHARE * ALPHA / 2 / family
+    levels = {look: 1 - share * ALPHA / family for look, share in zip(LOOKS, LOOK_SHARES, strict=True)}
+    reached = [look for look in LOOKS if look <= len(x)]
+    _, won = _bets(x, _past_scale(x), limit, alpha)
     for look in reached:
-        interval = hodges_lehmann(x[:look], level)
+        if won < look:
+            break
+        interval = hodges_lehmann(x[:look], levels[look])
         if (outcome := judge(interval, limit)) != "inconclusive":
             return Race(outcome, interval, look, None)
-    seen = x[: reached[-1]] if reached else x
+    if won <= len(x) or len(x) > LOOKS[-1]:
+        return bet(x, limit, alpha, family)
     look = reached[-1] if reached else 0
-    interval = hodges_lehmann(seen, level)
-    return Race("inconclusive", interval, look, _blocks_needed(seen, interval.estimate, limit))
+    seen = x[:look] if reached else x
+    interval = hodges_lehmann(seen, levels[look or LOOKS[0]])
+    return Race("inconclusive", interval, look, _blocks_needed(seen, interval.estimate, limit, family))
+
+
+def out_of_reach(d: Iterable[float], limit: float, most: int, family: int = 1) -> bool:
+    """Whether `most` blocks would hardly decide the race, even if the truth lay at the far end of its 99 % interval.
+
+    A race that its budget cannot decide is better not run to the end. Stopping makes no wrong verdict, only none.
+    """
+    x = _finite(d)
+    if len(x) < LOOKS[0]:
+        return False
+    interval = hodges_lehmann(x, 0.99)
+    needed = (_blocks_needed(x, end, limit, family) for end in (interval.low, interval.high))
+    return all(n is not None and n > most for n in needed)
 
 
 def judge(interval: Interval, limit: float) -> Outcome:
@@ -110,13 +132,13 @@ def judge(interval: Interval, limit: float) -> Outcome:
     return "rejected" if interval.low > limit else "inconclusive"
 
 
-def bet(d: Iterable[float], limit: float, alpha: float = 0.01) -> Race:
+def bet(d: Iterable[float], limit: float, alpha: float = 0.01, family: int = 1) -> Race:
     """`race` for runs that stop or resume at any block: errs `alpha` a side at most, however often judged.
 
     A gambler stakes on each next block falling below the limit, and a second one on above. If the truth is
     not below, the first gains nothing on average: the chance that its wealth ever passes 1 / alpha is alpha
     at most (Ville). Scores are bounded, and scaled by past blocks only. The interval, at 1 - 2 alpha, holds
-    every limit at which neither has won. `look` is the block that decided.
+    every limit at which neither has won. `look` is the block that decided; `family` only tells the planner.
     Source: Waudby-Smith and Ramdas 2023, "Estimating means of bounded random variables by betting".
     """
     import numpy as np
@@ -124,13 +146,10 @@ def bet(d: Iterable[float], limit: float, alpha: float = 0.01) -> Race:
     x, limit = _finite(d), float(limit)
     level = 1 - 2 * alpha
     scale = _past_scale(x)
-    below, above = (_first_win(x, scale, limit, side, alpha) for side in (-1, 1))
-    look = min(below, above, len(x))
-    outcome: Outcome = "inconclusive"
-    if below != above:
-        outcome = "accepted" if below < above else "rejected"
+    outcome, won = _bets(x, scale, limit, alpha)
+    look = min(won, len(x))
     if not look:
-        return Race("inconclusive", _unknown(0, level), 0, None)
+        return Race("inconclusive", _unknown(0, level), 0, None, "bets")
     x, scale = x[:look], scale[:look]
     margin = float(scale.max()) + 1
     floor, ceiling = float(x.min()) - margin, float(x.max()) + margin
@@ -139,7 +158,7 @@ def bet(d: Iterable[float], limit: float, alpha: float = 0.01) -> Race:
         """The limit nearest to `lost` at which this gambler wins, by bisection: wealth is monotone in it."""
         if _first_win(x, scale, won, side, alpha) > look:
             return -side * math.inf
-        for _ in range(60):
+        for _ in range(40):
             middle = (won + lost) / 2
             won, lost = (middle, lost) if _first_win(x, scale, middle, side, alpha) <= look else (won, middle)
         return won
@@ -147,8 +166,8 @@ def bet(d: Iterable[float], limit: float, alpha: float = 0.01) -> Race:
     high = edge(-1, limit if outcome == "accepted" else ceiling, floor)
     low = edge(1, limit if outcome == "rejected" else floor, ceiling)
     interval = Interval(float(np.median(_walsh(x))), low, high, look, level)
-    needed = _blocks_needed(x, interval.estimate, limit) if outcome == "inconclusive" else None
-    return Race(outcome, interval, look, needed)
+    needed = _blocks_needed(x, interval.estimate, limit, family) if outcome == "inconclusive" else None
+    return Race(outcome, interval, look, needed, "bets")
 
 
 # ---- tails and rates: counts -------------------------------------------------------------------
@@ -174,6 +193,13 @@ def quantile(samples: Iterable[float], q: float, level: float = 0.95) -> Interva
     low = float(x[lower - 1]) if lower else -math.inf
     high = float(x[upper]) if upper < len(x) else math.inf
     return Interval(float(np.quantile(x, q)), low, high, len(x), level)
+
+
+def fewest_for(q: float, level: float = 0.95) -> int:
+    """The fewest samples from which the q-quantile has a finite interval: 72 for P95 at 95 %, 368 for P99."""
+    if not 0 < q < 1:
+        raise ValueError(f"q must lie between 0 and 1, found {q}")
+    return math.ceil(math.log((1 - level) / 2) / math.log(max(q, 1 - q)))
 
 
 def proportion(k: int, n: int, level: float = 0.95) -> Interval:
@@ -261,6 +287,22 @@ def perplexity_ratio(
     return Interval(_exp(gap.estimate), _exp(gap.low), _exp(gap.high), gap.n, level)
 
 
+def exceeds(ratio: float, groups: int, rest: int, level: float = 0.99) -> bool:
+    """Whether a ratio of mean squares is more than chance: the F test with `groups` and `rest` degrees of freedom."""
+    from scipy.special import fdtr
+
+    return bool(fdtr(groups, rest, ratio) > level)
+
+
+def slope(x: Iterable[float], y: Iterable[float]) -> float:
+    """The slope of the least-squares line of y (any unit) over x, which must not be all the same."""
+    import numpy as np
+
+    a, b = _finite(x), _finite(y)
+    centred = a - a.mean()
+    return float(centred @ b / np.square(centred).sum())
+
+
 def median(xs: Iterable[float]) -> float:
     """The median (unit of the samples); nan of nothing."""
     x = list(xs)
@@ -323,7 +365,22 @@ def _past_scale(x: Array) -> Array:
     """For each block, how far off the limit it counts fully: known before the block, so bets are fair."""
     import numpy as np
 
-    return np.array([_deviation(x[:i]) for i in range(len(x))], dtype=float) * REACH
+    n = np.arange(1, len(x))
+    past = np.tri(len(x), len(x), -1, dtype=bool)  # row i holds the blocks before block i
+
+    def medians(values: Array) -> Array:
+        ordered = np.sort(np.where(past, values, np.inf), axis=1)
+        return np.append([0.0] * min(len(x), 1), ordered[n, (n - 1) // 2] / 2 + ordered[n, n // 2] / 2)
+
+    return REACH * medians(np.abs(x - medians(np.broadcast_to(x, past.shape))[:, None]))
+
+
+def _bets(x: Array, scale: Array, limit: float, alpha: float) -> tuple[Outcome, int]:
+    """What the gamblers say, and the block at which the first of them has won; n + 1 for never."""
+    below, above = (_first_win(x, scale, limit, side, alpha) for side in (-1, 1))
+    if below == above:
+        return "inconclusive", len(x) + 1
+    return ("accepted", below) if below < above else ("rejected", above)
 
 
 def _first_win(x: Array, scale: Array, limit: float, side: int, alpha: float) -> int:
@@ -345,10 +402,12 @@ def _log_wealth(x: Array, scale: Array, limit: float, side: int) -> Array:
     return mixed
 
 
-def _blocks_needed(x: Array, estimate: float, limit: float) -> int | None:
-    """The planner: about 20 (sigma / delta)^2 + 8 in all, sigma robust, delta the distance to the limit."""
+def _blocks_needed(x: Array, estimate: float, limit: float, family: int = 1) -> int | None:
+    """The planner: about 20 (sigma / delta)^2 + 8 in all, sigma robust, delta the distance to the limit; the 20 grows
+    with the family as the error that is left to one of its variants shrinks."""
     if not len(x):
         return None
     sigma, delta = 1.4826 * _deviation(x), abs(estimate - limit)
-    total = 20 * (sigma / delta) ** 2 + 8 if delta > sigma / 1_000 else math.inf
+    factor = 20 * math.log(ALPHA / len(LOOKS) / family) / math.log(ALPHA / len(LOOKS))
+    total = factor * (sigma / delta) ** 2 + 8 if delta > sigma / 1_000 else math.inf
     return max(len(x) + 1, math.ceil(min(total, MOST_BLOCKS)))

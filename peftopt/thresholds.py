@@ -36,8 +36,10 @@ class Spec(NamedTuple):
 METRICS: Mapping[str, Spec] = {
     "latency.p50": Spec("ms", True, "lower", "whole request, median"),
     "latency.p95": Spec("ms", True, "lower", "whole request, 95th percentile"),
+    "latency.p99": Spec("ms", True, "lower", "whole request, 99th percentile"),
     "ttft.p50": Spec("ms", True, "lower", "time to first token, median"),
     "ttft.p95": Spec("ms", True, "lower", "time to first token, 95th percentile"),
+    "ttft.p99": Spec("ms", True, "lower", "time to first token, 99th percentile"),
     "tpot.p50": Spec("ms", True, "lower", "mean gap between tokens after the first, median request"),
     "throughput": Spec("tokens/s", True, "higher", "output tokens per second"),
     "load_time": Spec("s", False, "lower", "from nothing to a model that can answer"),
@@ -50,6 +52,10 @@ METRICS: Mapping[str, Spec] = {
     "top1": Spec("share", False, "higher", "tokens where the baseline would choose the same", compared=True),
     "greedy_match": Spec("share", False, "higher", "answers equal to the baseline's", compared=True),
     "kl": Spec("nats", False, "lower", "mean KL divergence per token from the baseline", compared=True),
+    "flips": Spec("share", False, "lower", "prompts that the baseline answers right and it does not", compared=True),
+    "delta_survival": Spec(
+        "share", False, "higher", "what is left of the adapter's shift from the base", compared=True
+    ),
     "critical_errors": Spec("share", False, "lower", "prompts where only the variant breaks", compared=True),
     "length": Spec("ratio", False, "either", "answer length over the baseline's"),
 }

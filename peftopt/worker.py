@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,7 +26,7 @@ from peftopt.errors import MissingEnvironment, PeftoptError, WorkerFailed
 from peftopt.hf import tokenizer, tokenizer_home
 from peftopt.merging.certificate import FILE as CERTIFICATE
 from peftopt.plugins import module
-from peftopt.records import Json, Model
+from peftopt.records import Invariants, Json, Model
 
 
 class Worker:
@@ -84,14 +84,19 @@ class Worker:
         module("engine", plugin).prepare()
         return {}
 
-    def open(self, plugin: str, params: dict[str, Json], model: dict[str, Json]) -> dict[str, Json]:
+    def open(
+        self, plugin: str, params: dict[str, Json], model: dict[str, Json], policies: Sequence[dict[str, Json]] = ()
+    ) -> dict[str, Json]:
         """Load a model into an engine. Times in seconds; `adapter_switch_time` where an adapter was attached."""
+        from peftopt.policies import Policed
         from peftopt.probes import bandwidth, memory
 
         source = module("engine", plugin)
         opened = _model(model)
         started = time.perf_counter()
         self.engine = source.open(opened, source.Params(**params))
+        if policies:
+            self.engine = Policed(self.engine, policies)
         return {
             "model_loading_time": time.perf_counter() - started,
             "adapter_switch_time": self.engine.adapter_switch_time,
@@ -102,13 +107,13 @@ class Worker:
             **memory.gpu(),
         }
 
-    def speed(self, batches: list[list[Json]], new_tokens: int, warmup: int) -> dict[str, Json]:
+    def speed(self, batches: list[list[Json]], new_tokens: int, warmup: int, stop: bool = False) -> dict[str, Json]:
         """One turn of a block: see probes/speed.py."""
         from peftopt.probes import speed
 
         rows = [[row_from(row) for row in batch] for batch in batches]
         fresh, self.fresh = self.fresh, False
-        return {"requests": speed.turn(self.engine, rows, new_tokens, warmup, fresh)}
+        return {"requests": speed.turn(self.engine, rows, new_tokens, warmup, fresh, stop)}
 
     def quality(
         self,
@@ -118,6 +123,7 @@ class Worker:
         batch: int,
         reference: str | None = None,
         write_reference: str | None = None,
+        invariants: dict[str, Json] | None = None,
     ) -> dict[str, Json]:
         """Answer rows; one record each: see probes/quality.py."""
         from peftopt.probes import quality
@@ -132,6 +138,7 @@ class Worker:
             reference,
             write_reference,
             lambda record: self.tell("record", record),
+            Invariants(**{**(invariants or {}), "labels": tuple((invariants or {}).get("labels", ()))}),
         )
         return {"rows": len(rows)}
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from peftopt import plan as planning
 from peftopt.decide import decide
+from peftopt.errors import BadInput
 from peftopt.evidence import TWIN, Evidence
 from peftopt.need import answers as answers_needed
 from peftopt.need import blocks as blocks_needed
-from peftopt.need import hopeless
+from peftopt.need import hopeless, open_races
 from peftopt.records import (
     Decision,
     Json,
@@ -332,3 +336,261 @@ def test_the_perplexity_of_weights_holds_on_every_engine_that_runs_them() -> Non
     decision = decide(plan, measurements, {})
     verdict = next(v for v in of(decision, "compiled").verdicts if v.rule == "require: perplexity <= 1.02x")
     assert verdict.outcome == "accepted" and "of merged" in verdict.reason
+
+
+# ---- what holds for any measurements -------------------------------------------------------------
+
+RANK = ("rejected", "inconclusive", "not judged", "accepted")
+
+
+def with_rule(plan: Plan, technique: str, name: str, limit: float | None) -> Plan:
+    rules = [r for r in plan.recipe.rules if (r.technique, r.name) != (technique, name)]
+    return replace(plan, recipe=replace(plan.recipe, rules=(*rules, Rule(technique, name, limit))))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.4, 1.1), st.sampled_from([6, 12, 16, 30, 60]), st.floats(0, 0.5), st.floats(0, 0.4))
+def test_a_laxer_threshold_never_makes_a_verdict_worse(ratio: float, blocks: int, gain: float, more: float) -> None:
+    plan = plan_of("merged")
+    measurements = whole(plan, {"merged": ratio}, blocks=blocks, noise=0.05)
+    strict, lax = (
+        outcome(decide(with_rule(plan, "merge", "gain", limit), measurements, {}), "merged", "merge.gain")
+        for limit in (min(gain + more, 0.9), gain)
+    )
+    assert RANK.index(strict) <= RANK.index(lax)
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.permutations(["merged", "int8", "compiled", "int8_compiled"]), st.integers(0, 99))
+def test_the_order_of_variants_and_of_records_changes_no_verdict(names: list[str], seed: int) -> None:
+    ratios = {"merged": 0.8, "int8": 0.7, "compiled": 0.6, "int8_compiled": 0.75}
+    plan, other = plan_of(*ratios), plan_of(*names)
+    measurements = whole(plan, ratios)
+    shuffled = random.Random(seed).sample(measurements, len(measurements))
+    one, two = decide(plan, measurements, {}), decide(other, shuffled, {})
+    assert (one.outcome, one.chosen) == (two.outcome, two.chosen)
+    assert {v.name: (v.outcome, v.decided_by) for v in one.variants} == {
+        v.name: (v.outcome, v.decided_by) for v in two.variants
+    }
+
+
+def lose(kind: str, measurements: list[Measurement]) -> list[Measurement]:
+    """The measurements of a good merge and a good int8, with something of them missing or broken."""
+    if kind == "nothing":
+        return []
+    if kind == "no blocks":
+        return [m for m in measurements if m.probe != "speed"]
+    if kind == "too few blocks":
+        return [m for m in measurements if m.probe != "speed" or m.values["block"] < 5]
+    if kind == "no baseline blocks":
+        return [m for m in measurements if m.probe != "speed" or m.variant.partition("~")[0] != "adapter"]
+    if kind == "no answers":
+        return [m for m in measurements if m.probe != "quality" or m.variant in ("adapter", "merged")]
+    if kind == "few answers":
+        return [m for m in measurements if m.probe != "quality" or int(m.values["row"][1:]) < 30]
+    if kind == "no build":
+        return [m for m in measurements if m.probe != "build"]
+    broken = {"NaN times": math.nan, "no times": None, "zero times": 0.0}
+    if kind in broken:
+        return [
+            replace(m, values={**m.values, "requests": [{**r, **dict.fromkeys(TIMES, broken[kind])} for r in rs]})
+            if (rs := m.values.get("requests")) and m.variant != "adapter"
+            else m
+            for m in measurements
+        ]
+    died = {"stage": "speed (chat)", "reason": "timeout", "detail": "", "hint": ""}
+    return [*measurements, *(Measurement("failure", name, values=died) for name in ("merged", "int8"))]
+
+
+TIMES = ("request_duration_ms", "cpu_ms", "ttft_ms", "tpot_ms")
+LOSSES = ["nothing", "no blocks", "too few blocks", "no baseline blocks", "no build", "died"]
+LOSSES += ["NaN times", "no times", "zero times"]
+
+
+@pytest.mark.parametrize("kind", [*LOSSES, "no answers", "few answers"])
+def test_what_is_missing_broken_or_too_little_is_never_accepted(kind: str) -> None:
+    plan = plan_of("merged", "int8")
+    good = whole(plan, {"merged": 0.5, "int8": 0.3})
+    assert decide(plan, good, {}).outcome == "accepted"
+    decision = decide(plan, lose(kind, good), {})
+    outcomes = {v.name: v.outcome for v in decision.variants}
+    assert outcomes["int8"] != "accepted"
+    if kind in LOSSES:
+        assert outcomes["merged"] != "accepted" and decision.chosen is None
+
+
+def test_likelihoods_that_are_not_finite_meet_no_requirement() -> None:
+    plan = plan_of("merged", require=["perplexity <= 1.02x", "kl <= 0.1 nats"])
+    one = quality("merged", p7={"nll": math.nan, "kl": math.nan})
+    decision = decide(plan, builds(plan) + speed(plan, {"merged": 0.5}) + whole(plan, {})[-800:] + one, {})
+    assert {v.rule: v.outcome for v in of(decision, "merged").verdicts if v.rule.startswith("require")} == {
+        "require: perplexity <= 1.02x": "inconclusive",
+        "require: kl <= 0.1 nats": "inconclusive",
+    }
+
+
+def test_kl_may_reject_a_variant_but_not_accept_it() -> None:
+    plan = plan_of("merged", require=["kl <= 0.1 nats"])
+    for name, half in (("merge", "gain"), ("merge", "parity")):
+        plan = with_rule(plan, name, half, None)
+    decision = decide(plan, whole(plan, {"merged": 0.5}), {})
+    assert outcome(decision, "merged", "require: kl <= 0.1 nats") == "accepted"
+    assert of(decision, "merged").outcome == "not judged" and decision.chosen is None
+
+
+# ---- clocks, budgets and thresholds that change ----------------------------------------------------
+
+
+def test_the_verdict_is_of_the_clock_that_judges_and_says_why() -> None:
+    plan = plan_of("merged", clock="cpu")
+    turns = [
+        replace(m, values={**m.values, "requests": [{**r, "cpu_ms": r["cpu_ms"] * 2} for r in m.values["requests"]]})
+        if m.variant == "merged"
+        else m
+        for m in speed(plan, {"merged": 0.5})
+    ]
+    answers = [m for m in whole(plan, {"merged": 0.5}) if m.probe != "speed"]
+    decision = decide(plan, turns + answers, {})
+    assert outcome(decision, "merged", "merge.gain") == "rejected" and decision.clock == "cpu"
+    verdict = next(v for v in of(decision, "merged").verdicts if v.rule == "merge.gain")
+    assert verdict.clock == "cpu" and "1.00x" in verdict.reason
+    assert decide(plan_of("merged"), turns + answers, {}).clock_reason == "what a user waits for"
+
+
+def test_a_required_time_is_always_of_the_wall_clock() -> None:
+    plan = plan_of("merged", require=["latency.p50@chat <= 1 s"], clock="cpu")
+    decision = decide(plan, whole(plan, {"merged": 0.5}), {})
+    assert [v.clock for v in of(decision, "merged").verdicts if v.rule.startswith("require")] == ["wall"]
+
+
+def test_too_few_requests_for_a_tail_says_what_would_give_enough() -> None:
+    plan = plan_of("merged", require=["latency.p99@chat <= 1 s", "latency.p95@chat <= 1.5x"])
+    verdicts = {v.rule: v for v in of(decide(plan, whole(plan, {"merged": 0.7}), {}), "merged").verdicts}
+    tail = verdicts["require: latency.p99@chat <= 1 s"]
+    assert tail.outcome == "inconclusive" and "40 of 368" in tail.reason and "measure.requests: 7" in tail.reason
+    assert verdicts["require: latency.p95@chat <= 1.5x"].outcome == "inconclusive"
+    many = plan_of("merged", require=["latency.p99@chat <= 1 s", "latency.p95@chat <= 3x"])
+    found = decide(many, whole(many, {"merged": 0.7}, blocks=400), {})
+    assert {v.outcome for v in of(found, "merged").verdicts if v.rule.startswith("require")} == {"accepted"}
+
+
+def test_a_race_that_its_budget_cannot_decide_stops_and_goes_on_when_more_is_granted() -> None:
+    plan = plan_of("merged")
+    near = whole(plan, {"merged": 0.855}, noise=0.1)
+    verdict = next(v for v in of(decide(plan, near, {}), "merged").verdicts if v.rule == "merge.gain")
+    assert verdict.hopeless and verdict.blocks_needed and "60 blocks it may have can hardly suffice" in verdict.reason
+    assert blocks_needed(Evidence(plan, near), "chat") == frozenset()
+    assert [v.rule for v in open_races(Evidence(plan, near))] == ["merge.gain"]
+    granted = [*near, Measurement("more", "", values={"max_blocks": 5000})]
+    assert blocks_needed(Evidence(plan, granted), "chat") == {"adapter", "merged"}
+
+
+def test_the_planner_tells_minutes_from_the_runs_own_blocks() -> None:
+    plan = plan_of("merged", relaunch=5)
+    timed = [
+        replace(m, values={**m.values, "machine": {"seconds": 2.0}}) if m.probe == "speed" else m
+        for m in whole(plan, {"merged": 0.85}, noise=0.1)
+    ]
+    launches = [Measurement("launch", v, "chat", values={"model_loading_time": 10.0}) for v in ("adapter", "merged")]
+    verdict = next(v for v in of(decide(plan, launches + timed, {}), "merged").verdicts if v.rule == "merge.gain")
+    assert verdict.blocks_needed is not None and verdict.minutes_needed is not None
+    per_block = (3 * 2.0 + 3 * 10.0 / 5) / 60
+    assert verdict.minutes_needed == pytest.approx((verdict.blocks_needed - 40) * per_block)
+
+
+def test_other_thresholds_judge_what_was_measured_and_nothing_else() -> None:
+    plan = plan_of("merged", "int8")
+    measurements = whole(plan, {"merged": 0.8, "int8": 0.7})
+    other = with_rule(plan_of("merged"), "merge", "gain", 0.4).recipe
+    judged = planning.rejudged(plan, replace(other, require=(parse("latency.p50@chat <= 1 s"),)))
+    assert outcome(decide(plan, measurements, {}), "merged", "merge.gain") == "accepted"
+    decision = decide(judged, measurements, {})
+    assert outcome(decision, "merged", "merge.gain") == "rejected" and [v.name for v in decision.variants] == [
+        "adapter",
+        "merged",
+    ]
+    assert planning.changes(plan.recipe, judged.recipe) == ["merge.gain 0.15 -> 0.4", "now latency.p50@chat <= 1 s"]
+    with pytest.raises(BadInput, match="did not measure compiled"):
+        planning.rejudged(plan, plan_of("merged", "compiled").recipe)
+
+
+# ---- policies --------------------------------------------------------------------------------------
+
+TRUNCATE = Step("truncate", "policy", "truncate", {"over": 2048, "keep": "tail"})
+CAP = Step("cap", "policy", "shorten", {"max_new_tokens": 48})
+POLICY_RULES = (
+    *(Rule("truncate", name, limit) for name, limit in (("over", 2048), ("gain", 0.0), ("lost", 0.2))),
+    *(Rule("shorten", name, limit) for name, limit in (("by", 1.0), ("gain", 0.0), ("cut", 0.02))),
+)
+
+
+def policed() -> Plan:
+    plan = plan_of("merged")
+    variants = dict(plan.recipe.variants)
+    for name, step in (("truncated", TRUNCATE), ("capped", CAP)):
+        variants[name] = Variant(name, (MERGE,), EAGER, (step,))
+    workloads = {
+        "chat": Workload("chat", "p.jsonl"),
+        "long": Workload("long", "p.jsonl", slice="long"),
+        "free": Workload("free", "p.jsonl", lengths="natural"),
+    }
+    recipe = replace(plan.recipe, variants=variants, workloads=workloads, rules=RULES + POLICY_RULES)
+    return planning.plan(recipe, {"base": "b", "adapter": "a", "calibration": ""}, {})
+
+
+def policy_run(touched: int, cut_off: int = 0, wrong: int = 0) -> list[Measurement]:
+    """40 of 400 prompts are long; the truncated variant touches `touched` requests in ten of the long workload."""
+    plan = policed()
+    found = whole(plan, {"merged": 0.5})
+    ratios = {"merged": 0.5, "truncated": 0.4, "capped": 0.42}
+    for workload in ("chat", "long", "free"):
+        for m in speed(plan, ratios):
+            if workload == "chat" and m.variant in ("adapter", "adapter" + TWIN, "merged"):
+                continue  # `whole` has them
+            share = touched if (workload, m.variant) == ("long", "truncated") else 0
+            requests = [{**r, "batch": 10, "touched": share} for r in m.values["requests"]]
+            found.append(replace(m, workload=workload, values={**m.values, "requests": requests}))
+    long = {f"p{n}": {"uncut_tokens": 3000, "correct": n >= wrong} for n in range(40, 80)}
+    capped = {f"p{n}": {"stopped": False, "correct": False} for n in range(100, 100 + cut_off)}
+    if wrong:
+        long |= {f"p{40 + n}": {"uncut_tokens": 3000, "correct": False} for n in range(wrong)}
+    return found + quality("truncated", **long) + quality("capped", **capped)
+
+
+def test_policies_are_judged_where_they_matter_against_the_same_variant_without_them() -> None:
+    plan = policed()
+    decision = decide(plan, policy_run(touched=10), {})
+    verdicts = {v.rule: v for name in ("truncated", "capped") for v in of(decision, name).verdicts}
+    assert [verdicts[f"truncate.{rule}"].outcome for rule in ("over", "gain", "lost")] == ["accepted"] * 3
+    assert [verdicts[f"shorten.{rule}"].outcome for rule in ("by", "gain", "cut")] == ["accepted"] * 3
+    assert (verdicts["truncate.gain"].against, verdicts["truncate.gain"].workload) == ("merged", "long")
+    assert (verdicts["shorten.gain"].against, verdicts["shorten.gain"].workload) == ("merged", "free")
+    assert "length.ratio@free" in of(decision, "capped").figures
+    assert any("cuts 40 of 400 prompts: 0 answers lost" in line for line in of(decision, "truncated").remarks)
+
+
+def test_a_policy_that_meets_no_request_it_changes_is_not_accepted_for_speed() -> None:
+    decision = decide(policed(), policy_run(touched=4), {})
+    assert outcome(decision, "truncated", "truncate.gain") == "inconclusive"
+    assert outcome(decide(plan_of("merged"), policy_run(4), {}), "merged", "merge.gain") == "accepted"
+
+
+def test_answers_that_a_policy_loses_or_cuts_reject_it_and_are_named() -> None:
+    decision = decide(policed(), policy_run(touched=10, cut_off=20, wrong=20), {})
+    assert outcome(decision, "truncated", "truncate.lost") == "rejected"
+    assert outcome(decision, "capped", "shorten.cut") == "rejected"
+    assert any("20 answers lost (p40" in line for line in of(decision, "truncated").remarks)
+    assert any("cuts off 20 of 400 answers (p100" in line for line in of(decision, "capped").remarks)
+
+
+def test_an_input_that_was_short_and_cut_all_the_same_rejects() -> None:
+    short = [*policy_run(touched=10), *quality("truncated", n=3, p2={"uncut_tokens": 1999})]
+    assert outcome(decide(policed(), short, {}), "truncated", "truncate.over") == "rejected"
+
+
+def test_a_cap_is_proposed_from_the_baselines_own_lengths() -> None:
+    plan = plan_of("merged")
+    long = {f"p{n}": {"new_tokens": 200} for n in range(3)}
+    measurements = whole(plan, {"merged": 0.7}) + quality("adapter", **long)
+    remarks = of(decide(plan, measurements, {}), "adapter").remarks
+    assert len(remarks) == 1 and "max_new_tokens: 31 would cut off 0.8%" in remarks[0] and "200 tokens" in remarks[0]

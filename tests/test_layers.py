@@ -50,6 +50,7 @@ LAYERS = (
     "merging",
     "transforms",
     "engines",
+    "policies",
     "probes",
     # conduct
     "worker",

@@ -74,7 +74,7 @@ def built(
 def test_a_plugin_describes_itself(name: str) -> None:
     plugin = CATALOGUE[name]
     assert plugin.help.endswith(".") and len(plugin.help) < 110
-    assert plugin.technique in ("merge", "quantize", "compile", "")
+    assert plugin.technique in ("merge", "quantize", "compile", "truncate", "shorten", "")
     assert is_dataclass(plugin.params) and plugin.params.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert {f.type for f in fields(plugin.params)} <= {"int", "float", "str", "bool"}
     plugin.params()  # every field has a default

@@ -16,7 +16,7 @@ from peftopt import plugins, preflight
 from peftopt.errors import BadInput, BadRecipe
 from peftopt.reading import MAX_CHARACTERS
 from peftopt.recipe import parse
-from peftopt.records import Measure, Metric, Plugin, Quality, Recipe, Rule, Step, Variant, Workload
+from peftopt.records import Invariants, Measure, Metric, Plugin, Quality, Recipe, Rule, Step, Variant, Workload
 
 ROOT = Path(__file__).parent.parent
 TRADEOFFS = (ROOT / "recipes/tradeoffs.yaml").read_text()
@@ -48,6 +48,11 @@ class Mode:
 
 
 @dataclass(frozen=True)
+class Most:
+    most: int = 5
+
+
+@dataclass(frozen=True)
 class Needy:
     target: str
 
@@ -60,6 +65,7 @@ CATALOGUE = {
         Plugin("gptq", "transform", "", "quantize", Bits, calibrates=True),
         Plugin("awq", "transform", "", "quantize", Bits, calibrates=True),
         Plugin("needy", "transform", "", "", Needy),
+        Plugin("cap", "policy", "", "shorten", Most),
         Plugin("eager", "engine", "", "", Nothing),
         Plugin("compiled", "engine", "", "compile", Mode),
     )
@@ -174,7 +180,7 @@ def test_every_shipped_recipe_parses_and_says_when_to_use_it(path: Path) -> None
 
 
 def test_the_default_table_is_expanded_for_every_quantizer() -> None:
-    quantizer = {"critical_errors": 0.01, "not_slower": 0.02, "smaller": None}
+    quantizer = {"critical_errors": 0.01, "not_slower": 0.02, "smaller": None}  # `gain` only turns these two
     assert limits(read(GOOD)) == {
         "merge.gain": 0.15,
         "merge.parity": 0.01,
@@ -182,7 +188,11 @@ def test_the_default_table_is_expanded_for_every_quantizer() -> None:
         "compile.gain": 0.0,
         "compile.parity": 0.01,
         "truncate.over": 2048,
+        "truncate.gain": 0.0,
+        "truncate.lost": 0.2,
         "shorten.by": 1.0,
+        "shorten.gain": 0.0,
+        "shorten.cut": 0.02,
     }
 
 
@@ -192,6 +202,25 @@ def test_a_recipe_overrides_single_rules_and_a_quantizers_own_row_wins() -> None
     assert (found["merge.gain"], found["merge.parity"]) == (0.1, 0.01)
     assert (found["int8.not_slower"], found["gptq.not_slower"]) == (None, 0.05)
     assert (found["int8.smaller"], found["gptq.smaller"]) == (0.25, 0.25)
+
+
+def test_a_memory_win_may_be_slower_and_must_be_smaller() -> None:
+    found = limits(read(GOOD + "tradeoffs: {int8: {gain: memory}, quantize: {smaller: 25 %, gain: speed}}\n"))
+    assert (found["int8.not_slower"], found["int8.smaller"]) == (None, 0.25)
+    assert (found["gptq.not_slower"], found["gptq.smaller"]) == (0.02, 0.25)
+    found = limits(read(GOOD + "tradeoffs: {quantize: {gain: memory}}\n"))
+    assert (found["int8.not_slower"], found["int8.smaller"]) == (None, 0.0)
+    assert not any(name.endswith("8.gain") for name in found)
+
+
+def test_policies_stand_anywhere_in_a_chain_and_are_no_steps_of_the_model() -> None:
+    variant = read(changed("[merge, {engine: compiled}]", "[{cap: {most: 9}}, merge, {engine: compiled}]")).variants
+    found = variant["compiled"]
+    assert [s.plugin for s in found.steps] == ["merge"] and found.engine.plugin == "compiled"
+    assert found.policies == (Step("cap", "policy", "shorten", {"most": 9}),)
+    assert [s.technique for s in found.techniques] == ["merge", "compile", "shorten"]
+    assert "caps its answers twice" in problem(changed("[merge, {engine: compiled}]", "[merge, cap, cap]"))[1]
+    assert "has transforms" in problem(changed("adapter:  []", "adapter: [cap]"))[1]
 
 
 def test_tradeoffs_may_be_default_or_a_file_beside_the_recipe() -> None:
@@ -334,7 +363,11 @@ def test_missing_sections_are_named() -> None:
         ("minimize:", "seed: 1\nseed: 2\nminimize:", 14, "'seed' is written twice, first on line 13", ""),
         ("minimize:", "seed: -1\nminimize:", 13, "seed: must be a whole number", ""),
         ("minimize:", "measure: {max_blocks: 20}\nminimize:", 13, "must be one of 10, 16, 24, 40, 60", ""),
-        ("minimize:", "measure: {clock: sun}\nminimize:", 13, "must be one of wall, cpu", ""),
+        ("minimize:", "measure: {clock: sun}\nminimize:", 13, "must be one of wall, cpu, auto", ""),
+        ("batch: 8", "batch: 8, lengths: odd", 4, "must be one of fixed, natural", ""),
+        ("minimize:", "quality: {prompts: q, invariants: {regex: '('}}\nminimize:", 13, "no regular expression", "re"),
+        ("minimize:", "quality: {prompts: q, invariants: {numbers: 1}}\nminimize:", 13, "must be one of kept", ""),
+        ("minimize:", "quality: {prompts: q, invariants: {language: deu}}\nminimize:", 13, "two letters", "de"),
         ("minimize:", "measure: {deadline: 5 h}\nminimize:", 13, "must be 1 s to a day", "" ),
         ("minimize:", "measure: {deadline_s: 5}\nminimize:", 13, "unknown key", "did you mean 'deadline'?"),
         ("minimize:", "quality: {}\nminimize:", 13, "quality: 'prompts' is missing", ""),
@@ -451,8 +484,10 @@ def test_any_value_under_any_key_is_a_recipe_or_an_error_for_people(value: objec
 
 def test_the_page_on_recipes_shows_one_that_parses() -> None:
     page = (ROOT / "docs/recipes.md").read_text()
-    recipe, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
+    recipe, quality, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
     assert limits(read(recipe))["merge.gain"] == 0.15
+    asked = read(GOOD + quality).quality
+    assert asked and asked.invariants == Invariants(r"[A-Z]{2}-\d+", ("spam", "ham"), "kept", "kept", "kept")
     assert limits(read(GOOD + table))["gptq.smaller"] == 0.25
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from peftopt import runner, stats
 from peftopt.cli import main
+from peftopt.records import Rule
 
 FIELDS = {"request_duration_ms", "queue_time_ms", "generation_latency_ms", "ttft_ms", "tpot_ms", "cpu_ms"}
 
@@ -179,6 +184,88 @@ def test_decide_and_report_need_only_the_run_folder(
     assert command("report", alone) == 0
     assert (alone / "report.html").read_text() == (original / "report.html").read_text()
     assert "merged" in capsys.readouterr().out
+
+
+def test_other_thresholds_change_the_verdict_without_measuring(
+    ran: tuple[Path, Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, results, _ = ran
+    shutil.copytree(results / "runs", tmp_path / "results" / "runs")
+    changed = recipe.parent / "changed" / recipe.name
+    changed.parent.mkdir(exist_ok=True)
+
+    def decided(rows: str) -> dict[str, dict]:
+        changed.write_text(recipe.read_text() + f"tradeoffs: {rows}\n")
+        command("decide", "--recipe", changed, "--results", tmp_path / "results", "--json")
+        found = json.loads(capsys.readouterr().out)
+        assert bool(found["warnings"]) and "changed after the run" in found["warnings"][0]
+        merged = next(v for v in found["variants"] if v["name"] == "merged")
+        return {v["rule"]: v for v in merged["verdicts"]}
+
+    before = lines(tmp_path / "results", "speed")
+    assert decided("{merge: {gain: 95 %, parity: 100 %}}")["merge.gain"]["outcome"] == "rejected"
+    assert decided("{merge: {gain: 0 %, parity: 100 %}}")["merge.parity"]["outcome"] == "accepted"
+    assert "merge.gain" not in decided("{merge: {gain: off}}")
+    assert lines(tmp_path / "results", "speed") == before
+    changed.write_text(recipe.read_text().replace("int8: [merge, int8]", "int8: [int8]"))
+    assert command("decide", "--recipe", changed, "--results", tmp_path / "results") == 2
+    assert "did not measure int8" in capsys.readouterr().err
+
+
+class Heard:
+    """A listener that remembers the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def done(self, *_: object, **__: object) -> None:
+        pass
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def progress(self, title: str, total: int) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext(lambda done, what: None)
+
+
+def test_more_blocks_are_added_to_an_undecided_run_and_only_where_they_may_decide(
+    ran: tuple[Path, Path, int], tmp_path: Path
+) -> None:
+    _, results, _ = ran
+    shutil.copytree(results, tmp_path / "results", symlinks=True)
+    heard = Heard()
+    run = runner.reopen(run_folder(tmp_path / "results"), heard)
+    median = stats.median(run.evidence.paired("merged", "adapter", "chat", "request_duration_ms"))
+    undecided = (Rule("merge", "gain", 1 - math.exp(median)),)  # nobody can tell on which side of it the truth is
+    run.plan = replace(run.plan, recipe=replace(run.recipe, rules=undecided))
+    blocks = run.evidence.blocks("merged", "chat")
+    runner.add_blocks(run, minutes=0.0)
+    assert run.evidence.blocks("merged", "chat") == blocks and "nothing was measured" in heard.warnings[-1]
+    runner.add_blocks(run, blocks=2)
+    assert run.evidence.budget == blocks + 2 and "up to 2 more blocks" in heard.warnings[-1]
+    assert run.evidence.blocks("merged", "chat") == blocks + 2
+    numbers = [m["values"]["block"] for m in lines(tmp_path / "results", "speed") if m["variant"] == "merged"]
+    assert blocks + 1 in numbers, "they follow the first ones in the same file"
+
+
+def test_a_run_whose_files_changed_or_that_is_decided_gets_no_more_blocks(
+    ran: tuple[Path, Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, results, _ = ran
+    shutil.copytree(results, tmp_path / "results", symlinks=True)
+    folder = run_folder(tmp_path / "results")
+    (folder / "machine.json").write_text(json.dumps({"cpu": "another"}))
+    assert command("bench", "--more", folder) == 2
+    assert "measured on another machine" in capsys.readouterr().err
+    rows = json.loads((folder / "plan.json").read_text())["recipe"]["workloads"]["chat"]["prompts"]
+    text = Path(rows).read_text()
+    try:
+        Path(rows).write_text(text.replace("lazy", "busy"))
+        assert command("bench", "--more", folder) == 2
+        assert "have changed since it ran" in capsys.readouterr().err
+    finally:
+        Path(rows).write_text(text)
+    assert command("bench", "--more", folder, "--model", "m") == 2
 
 
 def test_a_variant_that_cannot_be_built_is_a_record_and_the_run_goes_on(

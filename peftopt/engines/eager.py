@@ -113,6 +113,11 @@ class Transformers(Text):
             logits = self._model(**inputs).logits
             return [_scored(logits[i, : len(answer)], answer) for i, answer in enumerate(answers)]
 
+    def without_adapters(self) -> contextlib.AbstractContextManager[None]:
+        """The base alone answers and scores, for as long as this context lasts."""
+        owner = self._owners[0]
+        return owner.disable_adapter() if hasattr(owner, "peft_config") else contextlib.nullcontext()
+
     def close(self) -> None:
         import gc
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from peftopt import answers, identity
+from peftopt import answers, identity, policies
 from peftopt.corpus import Row
 from peftopt.engines import Engine, Scores
-from peftopt.records import Json
+from peftopt.records import NO_INVARIANTS, Invariants, Json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,10 @@ attention without a mask is much the faster."""
 
 DECODED = 16
 """Critical rows whose answer is decoded from its first token although a draft could prove it."""
+
+
+BASE_ROWS = 64
+"""Prompts on which the base alone is scored, to know what the adapter's shift is: they cost a forward pass each."""
 
 
 @dataclass(frozen=True)
@@ -68,20 +72,33 @@ class Reference:
 
         self.arrays = np.load(path)
 
-    def tokens(self, row: Row) -> list[int]:
-        return [int(t) for t in self.arrays[_key(row) + ".tokens"]]
+    def draft(self, row: Row, eos: int) -> list[int]:
+        """The reference's own answer, closed by an end of sequence if it was."""
+        tokens = [int(t) for t in self.arrays[_key(row) + ".tokens"]]
+        return [*tokens, *[eos] * (len(self.arrays[_key(row) + ".ids"]) - len(tokens))]
 
-    def divergence(self, row: Row, scores: Scores) -> tuple[float, int]:
-        """Summed KL(reference || variant) in nats and the count of positions with the same most likely token."""
+    def divergence(self, row: Row, scores: Scores) -> tuple[float, float, int]:
+        """Summed KL(reference || variant) in nats, its highest at one token, and at how many the most likely agree."""
         import numpy as np
 
         ids, logprobs = self.arrays[_key(row) + ".ids"], self.arrays[_key(row) + ".logprobs"]
         kl = kl_divergence(ids, logprobs, np.array(scores.top_ids), np.array(scores.top_logprobs))
-        return float(kl.sum()), int((ids[:, 0] == np.array(scores.best)).sum())
+        return float(kl.sum()), float(kl.max(initial=0.0)), int((ids[:, 0] == np.array(scores.best)).sum())
+
+    def survival(self, row: Row, scores: Scores) -> tuple[float, float] | None:
+        """sum(a v) and sum(a^2) over the answer's tokens: a, v the log-probability that the adapter, and the variant,
+        added to what the base gives the token. None for a row that the base was not asked."""
+        import numpy as np
+
+        if (key := _key(row)) + ".base" not in self.arrays:
+            return None
+        base, adapter = self.arrays[key + ".base"], self.arrays[key + ".given"]
+        shift = adapter - base
+        return float(shift @ (np.array(scores.logprobs) - base)), float(shift @ shift)
 
     @staticmethod
-    def write(path: str, found: Mapping[str, tuple[list[int], Scores]]) -> None:
-        """`found` maps a row's key to its answer tokens and the scores of its draft."""
+    def write(path: str, found: Mapping[str, tuple[list[int], Scores]], base: Mapping[str, Scores]) -> None:
+        """`found` maps a row's key to its answer tokens and the scores of its draft, `base` to those the base gives."""
         import numpy as np
 
         arrays: dict[str, Any] = {}
@@ -89,6 +106,9 @@ class Reference:
             arrays[key + ".tokens"] = np.array(tokens, dtype=np.int32)
             arrays[key + ".ids"] = np.array(scores.top_ids, dtype=np.int32)
             arrays[key + ".logprobs"] = np.array(scores.top_logprobs, dtype=np.float32)
+            if key in base:
+                arrays[key + ".given"] = np.array(scores.logprobs)
+                arrays[key + ".base"] = np.array(base[key].logprobs)
         temporary = Path(path).with_suffix(".tmp.npz")
         np.savez(temporary, **arrays)
         temporary.replace(path)
@@ -122,6 +142,7 @@ def ask(
     reference: str | None = None,
     write_reference: str | None = None,
     tell: Callable[[dict[str, Json]], None] = lambda _: None,
+    invariants: Invariants = NO_INVARIANTS,
 ) -> None:
     """Answer every row and tell one record each: output, judgement, likelihood of the expected answer.
 
@@ -129,9 +150,11 @@ def ask(
     """
     known = Reference(reference) if reference else None
     found: dict[str, tuple[list[int], Scores]] = {}
+    base: dict[str, Scores] = {}
+    asked_base = frozenset(row.id for row in rows[:BASE_ROWS]) if write_reference else frozenset()
 
     def finish(a: Asked, answer: Answer, scores: Scores | None) -> None:
-        tell(_record(engine, a, *answer, scores, schema, known))
+        tell(_record(engine, a, *answer, scores, schema, known, invariants))
         if scores is not None and write_reference:
             found[_key(a.row)] = (answer[0], scores)
 
@@ -140,6 +163,7 @@ def ask(
     decoded = set(critical if engine.own_decoder else critical[:DECODED])
     for group in batches(_by_length(_asked(engine, row, known) for row in rows), batch):
         drafted = _drafted(engine, group, new_tokens)
+        base |= _without_adapters(engine, [a for a in drafted if a.row.id in asked_base])
         for a, scores in zip(drafted, _scores(engine, drafted), strict=True):
             if scores is None or a.row.id in decoded:
                 waiting.append(Waiting(a, [], scores))
@@ -156,7 +180,7 @@ def ask(
             whole = w.start + tokens
             finish(w.asked, (whole[:new_tokens], stopped and len(whole) < new_tokens), w.scores)
     if write_reference:
-        Reference.write(write_reference, found)
+        Reference.write(write_reference, found, base)
 
 
 Sized = TypeVar("Sized", "Asked", "Waiting")
@@ -194,6 +218,16 @@ def _scores(engine: Engine, group: list[Asked]) -> Sequence[Scores | None]:
     return engine.score([a.prompt for a in group], [a.draft for a in group])
 
 
+def _without_adapters(engine: Engine, group: list[Asked]) -> dict[str, Scores]:
+    """What the base alone makes of the drafts, by row, where the engine can leave its adapters out."""
+    leave_out = getattr(engine, "without_adapters", None)
+    if not engine.scores or leave_out is None or not group:
+        return {}
+    with leave_out():
+        scores = engine.score([a.prompt for a in group], [a.draft for a in group])
+    return {_key(a.row): found for a, found in zip(group, scores, strict=True)}
+
+
 def verified(
     draft: Sequence[int], best: Sequence[int], eos: frozenset[int], new_tokens: int
 ) -> tuple[list[int], bool, bool]:
@@ -220,7 +254,7 @@ def _decode(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[A
 def _asked(engine: Engine, row: Row, known: Reference | None) -> Asked:
     prompt, draft = engine.encode(row.messages, row.expected or None)
     if not row.expected:
-        draft = [*known.tokens(row), min(engine.eos)] if known else []
+        draft = known.draft(row, min(engine.eos)) if known else []
     return Asked(row, prompt, draft)
 
 
@@ -232,9 +266,20 @@ def _record(
     scores: Scores | None,
     schema: Mapping[str, Json] | None,
     known: Reference | None,
+    invariants: Invariants,
 ) -> dict[str, Json]:
     row, output = a.row, engine.decode(tokens)
-    judged = answers.judge(output, row.expected, schema, tokens, stopped, engine.special_tokens - engine.eos)
+    judged = answers.judge(
+        output,
+        row.expected,
+        schema,
+        tokens,
+        stopped,
+        engine.special_tokens - engine.eos,
+        invariants,
+        prompt=" ".join(message["content"] for message in row.messages if message["role"] == "user"),
+        slices=row.slices,
+    )
     record: dict[str, Json] = {
         "row": row.id,
         "critical": row.critical,
@@ -254,7 +299,11 @@ def _record(
         if not scores.finite:
             record["flags"].append("non-finite logits")
         if known is not None:
-            record["kl"], record["agree"] = known.divergence(row, scores)
+            record["kl"], record["kl_worst"], record["agree"] = known.divergence(row, scores)
+            if shares := known.survival(row, scores):
+                record["kept"], record["shift"] = shares
+    if uncut := policies.uncut(engine, row.messages):
+        record["uncut_tokens"] = uncut
     return record
 
 

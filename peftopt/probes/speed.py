@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from peftopt.corpus import Row
 from peftopt.engines import Engine
+from peftopt.policies import uncut
 from peftopt.records import Json
 
 WARMUP_TOKENS = 4
@@ -15,34 +16,40 @@ WARMUP_TOKENS = 4
 
 
 def turn(
-    engine: Engine, batches: Sequence[Sequence[Row]], new_tokens: int, warmup: int, fresh: bool = True
+    engine: Engine,
+    batches: Sequence[Sequence[Row]],
+    new_tokens: int,
+    warmup: int,
+    fresh: bool = True,
+    stop: bool = False,
 ) -> list[dict[str, Json]]:
     """Time each batch as one request, one after the other (a closed loop); the first `warmup` are marked so. Only in a
     `fresh` worker are they as long as the others, so that whatever is compiled for that length is compiled there.
 
     All durations in milliseconds, wall clock, measured from the submission; `cpu_ms` is the process's CPU time.
     TTFT ends with the first token of the batch, TPOT is the mean gap after it (Vocabulary: MLPerf, vLLM).
-    Every request generates exactly `new_tokens` tokens per prompt, so no variant wins by being terse.
+    Every request generates exactly `new_tokens` tokens per prompt, so no variant wins by being terse; with `stop`
+    answers end by themselves, as a user meets them, and `new_tokens` in the record tells how long they were.
     """
     gc.collect()
     gc.disable()  # a collection inside a request would be charged to whichever variant it happened to hit
     try:
         first = new_tokens if fresh else min(WARMUP_TOKENS, new_tokens)
         lengths = [first if n < warmup else new_tokens for n in range(len(batches))]
-        return [_request(engine, *each, n < warmup) for n, each in enumerate(zip(batches, lengths, strict=True))]
+        return [_request(engine, *each, n < warmup, stop) for n, each in enumerate(zip(batches, lengths, strict=True))]
     finally:
         gc.enable()
 
 
-def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool) -> dict[str, Json]:
+def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool, stop: bool) -> dict[str, Json]:
     submitted, cpu = time.perf_counter_ns(), time.process_time_ns()
     prompts = [engine.encode(row.messages)[0] for row in batch]
     started = time.perf_counter_ns()
-    generations = engine.generate(prompts, new_tokens, stop=False)
-    # A server ends the rows of a batch at times of their own.
-    first, last = min(g.times[0] for g in generations), max(g.times[-1] for g in generations)
+    generations = engine.generate(prompts, new_tokens, stop=stop)
     cpu = time.process_time_ns() - cpu
-    gaps = len(generations[0].times) - 1
+    # A batch begins with its first token and is done with its longest answer; a server ends rows at times of their own.
+    first, last = min(g.times[0] for g in generations), max(g.times[-1] for g in generations)
+    gaps = max(len(g.times) for g in generations) - 1
     return {
         "request_duration_ms": (last - submitted) / 1e6,
         "queue_time_ms": (started - submitted) / 1e6,
@@ -53,5 +60,6 @@ def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool
         "batch": len(batch),
         "prompt_tokens": sum(map(len, prompts)),
         "new_tokens": sum(len(g.tokens) for g in generations),
+        "touched": sum(uncut(engine, row.messages) is not None for row in batch),
         "warmup": warmup,
     }

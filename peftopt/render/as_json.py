@@ -45,6 +45,7 @@ def _variant(found: dict[str, Any]) -> VariantDecision:
             "figures": {name: interval for name, v in found["figures"].items() if (interval := _interval(v))},
             "notes": tuple(found["notes"]),
             "certificates": tuple(found["certificates"]),
+            "remarks": tuple(found["remarks"]),
         }
     )
 

@@ -69,8 +69,8 @@ def _variant(decision: Decision, variant: VariantDecision, flips: Sequence[table
     decided = f": {variant.outcome} by {escape(variant.decided_by)}" if variant.decided_by else ""
     header = ["prompt", "change", "expected", decision.baseline, variant.name]
     body = [[f.row, f.change, f.expected, f.before, f.after] for f in flips]
-    certificates = "\n".join(f"- {escape(line)}" for line in variant.certificates)
-    parts = [_table(table.rule_rows(variant)), certificates, _code_table(header, body)]
+    lines = "\n".join(f"- {escape(line)}" for line in (*variant.certificates, *variant.remarks))
+    parts = [_table(table.rule_rows(variant)), lines, _code_table(header, body)]
     return _section(title + decided, "\n\n".join(filter(None, parts)), titled=True)
 
 

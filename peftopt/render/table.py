@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from peftopt.evidence import TWIN
 from peftopt.records import Decision, Interval, Json, Measurement, VariantDecision, Verdict
-from peftopt.rules import FEWEST_FOR_P95
-from peftopt.stats import LOOKS, MOST_BLOCKS
+from peftopt.stats import LOOKS, MOST_BLOCKS, fewest_for
 from peftopt.thresholds import format_value
 
 MISSING = "—"
@@ -66,14 +65,22 @@ def further(decision: Decision) -> Table:
         ("variant", lambda v: _name(decision, v)),
         (f"TTFT P50@{main}", _figure_column(f"ttft.p50@{main}")),
         (f"TTFT P95@{main}", _figure_column(f"ttft.p95@{main}")),
+        (f"P99@{main}", _figure_column(f"latency.p99@{main}")),
         (f"TPOT P50@{main}", _figure_column(f"tpot.p50@{main}")),
         (f"of memory bandwidth@{main}", _figure_column(f"bandwidth@{main}")),
         (f"CPU time@{main}", lambda v: speed(v.figures.get(f"cpu.ratio@{main}"))),
         ("same answer", _figure_column("greedy_match")),
         ("same next token", _figure_column("top1")),
+        ("in the worst prompt", _figure_column("top1.min")),
         ("KL per token", _figure_column("kl")),
+        ("P95 of prompts", _figure_column("kl.p95")),
+        ("worst prompt", _figure_column("kl.max")),
+        ("worst token", _figure_column("kl.token")),
+        ("adapter's shift kept", _figure_column("delta_survival")),
         ("answer length", _figure_column("length")),
+        *((f"answer length@{w}", _figure_column(f"length.ratio@{w}")) for w in workloads(decision)),
         ("answers flipped", _flipped),
+        *((f"warm-up@{w}", _warm_up_column(w)) for w in workloads(decision)),
         ("GPU memory reserved", _figure_column("gpu_memory_reserved")),
     ]
     header, body = _filled(decision, columns)
@@ -140,7 +147,22 @@ def _flipped(variant: VariantDecision) -> str:
     worse, better = (variant.figures.get(f"flips_{way}") for way in ("worse", "better"))
     if worse is None or better is None or not math.isfinite(worse.estimate + better.estimate):
         return MISSING
-    return f"{worse.estimate:.0f} worse, {better.estimate:.0f} better"
+    text, p = f"{worse.estimate:.0f} worse, {better.estimate:.0f} better", variant.figures.get("flips_p")
+    return f"{text}, p = {p.estimate:.2g}" if p and worse.estimate else text
+
+
+def _warm_up_column(workload: str) -> Callable[[VariantDecision], str]:
+    """ "1 request, 2.4x": how many requests of a launch are slower than the rest, and by how much the first is."""
+
+    def cell(variant: VariantDecision) -> str:
+        found, first = (variant.figures.get(f"{name}@{workload}") for name in ("warm_up", "first_request"))
+        if found is None or first is None or not math.isfinite(found.estimate + first.estimate):
+            return MISSING
+        if not found.estimate:
+            return "none"
+        return f"{found.estimate:.0f} request{'s' * (found.estimate != 1)}, the first {first.estimate:.2g}x"
+
+    return cell
 
 
 def _speed_column(decision: Decision, workload: str) -> Callable[[VariantDecision], str]:
@@ -192,8 +214,8 @@ def figure(name: str, value: Interval | None) -> str:
     if name.partition("@")[0] == "critical_errors":
         return critical(value)
     middle = _text(name, value.estimate)
-    if ".p95" in name and not _bounded(value):
-        return f"{middle} (too few requests for P95)"
+    if (tail := re.search(r"(?:latency|ttft|tpot)\.(p95|p99)", name)) and not _bounded(value):
+        return f"too few requests for {tail[1].upper()}: {value.n}"
     if math.isnan(value.low) or math.isnan(value.high) or value.low == value.high:
         return middle
     return f"{middle} ({_range(middle, _text(name, value.low), _text(name, value.high))})"
@@ -231,7 +253,9 @@ def _count(value: Interval | None) -> str:
 _READ_AS = {
     **{"ms": "latency.p50", "s": "load_time", "bytes": "memory", "share": "accuracy"},
     **{"tokens/s": "throughput", "nats": "kl", "bandwidth": "accuracy"},
-    **{"gpu_memory_allocated": "memory", "gpu_memory_reserved": "memory", "tpot.p95": "tpot.p50"},
+    **{"gpu_memory_allocated": "memory", "gpu_memory_reserved": "memory"},
+    **{"tpot.p95": "tpot.p50", "tpot.p99": "tpot.p50", "top1.min": "top1"},
+    **dict.fromkeys(("kl.p95", "kl.max", "kl.token"), "kl"),
 }
 """A unit, or a figure no recipe can name -> a metric that is written the same way; all others are ratios."""
 
@@ -285,8 +309,9 @@ def reason(verdict: Verdict) -> str:
     needed = verdict.blocks_needed
     if verdict.outcome != "inconclusive" or needed is None:
         return verdict.reason or MISSING
-    more = max(needed - (verdict.value.n if verdict.value else 0), 1)
-    still = f"about {more} more blocks needed" if needed < MOST_BLOCKS else "too close to the limit to tell"
+    more, minutes = max(needed - (verdict.value.n if verdict.value else 0), 1), verdict.minutes_needed
+    took = f" (about {max(minutes, 1):.0f} min)" if minutes is not None and math.isfinite(minutes) else ""
+    still = f"about {more} more blocks needed{took}" if needed < MOST_BLOCKS else "too close to the limit to tell"
     return f"{verdict.reason}; {still}" if verdict.reason else still
 
 
@@ -309,7 +334,7 @@ def warnings(decision: Decision) -> list[str]:
         for name, value in v.figures.items()
         if name.startswith("latency.p95@") and not _bounded(value)
     ]
-    few = f"too few requests for P95 ({FEWEST_FOR_P95} needed): {', '.join(tails)}"
+    few = f"too few requests for P95 ({fewest_for(0.95)} needed): {', '.join(tails)}"
     notes = [f"{v.name}: {note}" for v in decision.variants for note in v.notes]
     return [clean(line) for line in [*decision.warnings, *notes, *[few][: len(tails)]]]
 
@@ -427,7 +452,7 @@ def effort(decision: Decision, measurements: Sequence[Measurement]) -> Table:
         turns = [m for m in mine if m.probe == "speed"]
         counts = (
             len({str(m.values.get("block")) for m in turns}),
-            len({m.launch for m in mine if m.probe in ("launch", "speed")}),
+            sum(m.probe == "launch" for m in mine),
             sum(1 for turn in turns for _ in _timed(turn)),
             len({str(m.values.get("row")) for m in mine if m.probe == "quality"}),
         )
@@ -443,10 +468,11 @@ def facts(decision: Decision, measurements: Sequence[Measurement]) -> list[tuple
     launches = [m.values for m in measurements if m.probe == "launch"]
     reached = ", ".join(str(look) for look in LOOKS if look <= blocks) or "none yet"
     planned = ", ".join(map(str, LOOKS))
+    clock = "process CPU time judged; wall clock shown beside it" if decision.clock == "cpu" else "wall clock judged"
     found = {
         "judged": f"{decision.minimize}, against {decision.baseline}",
-        "clock": "process CPU time judged; wall clock shown beside it" if decision.clock == "cpu" else "wall clock",
-        "looks": f"{reached} (planned: {planned} blocks)" if blocks else "",
+        "clock": f"{clock} ({decision.clock_reason})" if decision.clock_reason else clock,
+        "looks": f"{reached} (planned: {planned} blocks); bets judge after every block" if blocks else "",
         "threads": _distinct(values.get("threads") for values in launches),
         "device": _distinct(values.get("device") for values in launches),
         "load average": f"{statistics.median(loads):.1f} (median), {max(loads):.1f} (highest)" if loads else "",

@@ -1,0 +1,479 @@
+"""How often a verdict is wrong, right or open: the rules of peftopt on simulated machines, beside the usual ones.
+
+    python benchmarks/decision.py             # the noise worlds: a few minutes on one core
+    python benchmarks/decision.py --live      # copies of a real engine on this machine, through the real pipeline
+
+A world is log t = variant + drift + slow sine + AR(1) + noisy neighbour (all the machine's), launch effect, jitter and
+spikes. The truth is a gain of 12 %, exactly 15 % or 18 %, and the rule "more than 15 % faster". Accepting the first or
+rejecting the last is wrong; so is accepting the second more often than a rule's stated error. Every figure comes with
+its Monte-Carlo error. What judges is peftopt's own code (stats.race, and for the race of twelve need.blocks), no copy.
+
+Blocks of one process share its launch effect, so they say less than as many fresh processes, and no rule here
+knows which blocks do: `--relaunch` and `--launch` show how far the error grows with it.
+
+`--live` runs a tiny model against copies of itself, some of which really do 12 % or 18 % more work at every token, and
+counts the verdicts of "15 % faster" (of the identical ones) and of "less than 15 % slower" (of the others).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from scipy.special import stdtrit
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from peftopt import need, rules, stats
+from peftopt import plan as planning
+from peftopt.evidence import Evidence
+from peftopt.records import (
+    Measure,
+    Measurement,
+    Metric,
+    Outcome,
+    Plan,
+    Recipe,
+    Rule,
+    Step,
+    Variant,
+    Verdict,
+    Workload,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = math.log(0.85)
+REQUESTS, RUNS, LONGEST = 3, 20, 200
+
+
+@dataclass(frozen=True)
+class World:
+    """Standard deviations and shifts of log time.
+
+    `busy` is the chance per turn that the neighbour arrives and that it leaves; `spikes` the chance and mean
+    size per request; `relaunch` the blocks between fresh processes.
+    """
+
+    name: str
+    drift: float
+    sine: float
+    wander: float
+    neighbour: float
+    busy: tuple[float, float]
+    launch: float
+    jitter: float
+    spikes: tuple[float, float]
+    relaunch: int = Measure.relaunch
+
+
+WORLDS = (
+    World("quiet", 0.01, 0.006, 0.005, 0.0, (0.0, 1.0), 0.002, 0.0105, (0.02, 0.05)),
+    World("CI", 0.05, 0.03, 0.015, 0.112, (0.1, 0.5), 0.006, 0.025, (0.05, 0.1)),
+    World("hostile", 0.1, 0.08, 0.05, 0.24, (0.15, 0.35), 0.012, 0.055, (0.1, 0.2)),
+    World("overloaded", 0.3, 0.2, 0.3, 0.85, (0.3, 0.3), 0.05, 0.45, (0.3, 0.6)),
+)
+"""The neighbour that comes and goes between turns makes the tails."""
+
+
+def machine(world: World, turns: int, rng: np.random.Generator) -> np.ndarray:
+    """What the machine adds to the log time of each of its turns."""
+    when = np.arange(turns)
+    drift = rng.uniform(-world.drift, world.drift) * when / 120
+    sine = world.sine * np.sin(2 * math.pi * (when / rng.uniform(30, 90) + rng.uniform()))
+    wander, neighbour = np.empty(turns), np.empty(turns)
+    arrives, leaves = world.busy
+    state, busy = rng.normal(), rng.uniform() < arrives / (arrives + leaves)
+    for turn, (shock, chance) in enumerate(zip(rng.normal(size=turns), rng.uniform(size=turns), strict=True)):
+        state = 0.9 * state + math.sqrt(1 - 0.81) * shock
+        busy = chance >= leaves if busy else chance < arrives
+        wander[turn], neighbour[turn] = state, busy
+    return drift + sine + world.wander * wander + world.neighbour * neighbour
+
+
+def turns(world: World, launches: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The median of a turn's requests without the machine; `launches` numbers the process of each turn."""
+    effect = world.launch * rng.normal(size=launches.max() + 1)[launches]
+    shape = (len(launches), REQUESTS)
+    chance, size = world.spikes
+    spikes = (rng.uniform(size=shape) < chance) * rng.exponential(size, shape)
+    result: np.ndarray = effect + np.median(world.jitter * rng.normal(size=shape) + spikes, axis=1)
+    return result
+
+
+def interleaved(world: World, gain: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Log times of the reference and the variant in blocks of random order."""
+    blocks = np.arange(LONGEST)
+    process = blocks // world.relaunch
+    load = machine(world, 2 * LONGEST, rng).reshape(-1, 2)
+    first = rng.integers(0, 2, LONGEST)
+    reference = load[blocks, first] + turns(world, process, rng)
+    variant = load[blocks, 1 - first] + turns(world, process, rng)
+    return reference, variant + math.log1p(-gain)
+
+
+def sequential(world: World, gain: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Log times of all runs of the reference, then all of the variant, each from one launch."""
+    load = machine(world, 2 * RUNS, rng)
+    one = np.zeros(RUNS, dtype=int)
+    variant = load[RUNS:] + turns(world, one, rng) + math.log1p(-gain)
+    return load[:RUNS] + turns(world, one, rng), variant
+
+
+Judge = Callable[[np.ndarray, np.ndarray], Outcome]
+
+
+def medians(reference: np.ndarray, variant: np.ndarray) -> Outcome:
+    gap = np.median(variant[:RUNS]) - np.median(reference[:RUNS])
+    return "accepted" if gap < LIMIT else "rejected"
+
+
+def one_run(reference: np.ndarray, variant: np.ndarray) -> Outcome:
+    return "accepted" if variant[0] - reference[0] < LIMIT else "rejected"
+
+
+def t_after_every_pair(reference: np.ndarray, variant: np.ndarray) -> Outcome:
+    d = variant - reference
+    n = np.arange(1, len(d) + 1)
+    centre = np.cumsum(d) / n
+    spread = np.sqrt(np.maximum(np.cumsum(d**2) / n - centre**2, 0) / np.maximum(n - 1, 1))
+    half = stdtrit(np.maximum(n - 1, 1), 0.975) * spread
+    clear = np.flatnonzero((np.abs(centre - LIMIT) > half) & (n >= 5))
+    if not len(clear):
+        return "inconclusive"
+    return "accepted" if centre[clear[0]] < LIMIT else "rejected"
+
+
+def default(reference: np.ndarray, variant: np.ndarray) -> Outcome:
+    """As a recipe runs by default: up to 60 blocks, and no further than the planner sees a point in."""
+    d = variant - reference
+    for look in stats.LOOKS:
+        if (found := stats.race(d[:look], LIMIT)).outcome != "inconclusive":
+            return found.outcome
+        if stats.out_of_reach(d[:look], LIMIT, stats.LOOKS[-1]):
+            return "inconclusive"
+    return "inconclusive"
+
+
+def five_looks(reference: np.ndarray, variant: np.ndarray) -> Outcome:
+    return stats.race((variant - reference)[: stats.LOOKS[-1]], LIMIT).outcome
+
+
+def resumed(reference: np.ndarray, variant: np.ndarray) -> Outcome:
+    return stats.race(variant - reference, LIMIT).outcome
+
+
+def betting(reference: np.ndarray, variant: np.ndarray) -> Outcome:
+    return stats.race(variant - reference, LIMIT, open_ended=True).outcome
+
+
+RULES: dict[str, tuple[Callable[..., tuple[np.ndarray, np.ndarray]], Judge]] = {
+    "one run each": (interleaved, one_run),
+    "median of 20, one after the other": (sequential, medians),
+    "median of 20, interleaved": (interleaved, medians),
+    "95 % t interval after every pair": (interleaved, t_after_every_pair),
+    "peftopt, 60 blocks": (interleaved, five_looks),
+    "peftopt, 60 blocks, planner stops": (interleaved, default),
+    f"peftopt, --more to {LONGEST} blocks": (interleaved, resumed),
+    f"peftopt, open-ended to {LONGEST} blocks": (interleaved, betting),
+}
+OURS = [name for name in RULES if name.startswith("peftopt")]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Outcomes at a gain of 12, exactly 15 and 18 %, of so many replications each."""
+
+    n: int
+    low: Counter[Outcome]
+    exact: Counter[Outcome]
+    high: Counter[Outcome]
+
+    def shares(self) -> dict[str, tuple[float, int]]:
+        """Each share, and how many trials it is of."""
+        decided = 2 * self.n - self.low["inconclusive"] - self.high["inconclusive"]
+        return {
+            "accepts 12 %": (self.low["accepted"] / self.n, self.n),
+            "accepts 15 %": (self.exact["accepted"] / self.n, self.n),
+            "rejects 18 %": (self.high["rejected"] / self.n, self.n),
+            "wrong": ((self.low["accepted"] + self.high["rejected"]) / 2 / self.n, 2 * self.n),
+            "right": ((self.low["rejected"] + self.high["accepted"]) / 2 / self.n, 2 * self.n),
+            "decided": (decided / 2 / self.n, 2 * self.n),
+        }
+
+
+def simulate(world: World, replications: int, seed: int) -> dict[str, Counts]:
+    """What each rule makes of `replications` machines of this world."""
+    found: dict[str, list[Counter[Outcome]]] = {name: [] for name in RULES}
+    for gain in (0.12, 0.15, 0.18):
+        rng = np.random.default_rng([seed, round(gain * 100)])
+        drawn = [{how: how(world, gain, rng) for how in (interleaved, sequential)} for _ in range(replications)]
+        for name, (how, rule) in RULES.items():
+            found[name].append(Counter(rule(*data[how]) for data in drawn))
+    return {name: Counts(replications, *counters) for name, counters in found.items()}
+
+
+def shown(share: float, n: int) -> str:
+    """A share and its standard error; 0 of n says no more than "below 3 / n"."""
+    error = math.sqrt(share * (1 - share) / n) if 0 < share < 1 else 3 / n
+    return f"{share:.2%} ±{error:.2%}"
+
+
+# ---- twelve variants in one race ---------------------------------------------------------------
+
+VARIANTS, FIXED = 12, 40
+
+
+def twelve() -> Plan:
+    """A plan of twelve merges under one rule. What they differ in does not matter here."""
+    eager = Step("eager", "engine", "")
+    names = [f"v{n}" for n in range(VARIANTS)]
+    variants = {"adapter": Variant("adapter", (), eager)}
+    variants |= {name: Variant(name, (Step("merge", "transform", "merge", {"n": name}),), eager) for name in names}
+    return a_plan(variants, (Rule("merge", "gain", 0.15),), FIXED)
+
+
+def a_plan(variants: dict[str, Variant], table: tuple[Rule, ...], most: int, **measure: object) -> Plan:
+    recipe = Recipe(
+        name="decision",
+        path="decision.yaml",
+        base="",
+        adapter="",
+        variants=variants,
+        baseline="adapter",
+        workloads={"chat": Workload("chat", "prompts.jsonl", 16)},
+        quality=None,
+        calibration=None,
+        rules=table,
+        require=(),
+        minimize=Metric("latency.p50", "chat"),
+        measure=replace(Measure(max_blocks=most), **measure),
+    )
+    return planning.plan(recipe, {"base": "", "adapter": "", "calibration": ""}, {})
+
+
+def race_of_twelve(plan: Plan, world: World, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(turns run, undecided, wrong) of the race, and undecided of a fixed design of 40 blocks on the same machine."""
+    gains = rng.uniform(0, 0.35, VARIANTS)
+    arms = ["adapter", *(f"v{n}" for n in range(VARIANTS))]
+    load = machine(world, FIXED * len(arms), rng).reshape(FIXED, len(arms))
+    process = np.arange(FIXED) // world.relaunch
+    own = {arm: turns(world, process, rng) for arm in arms}
+    truth = dict(zip(arms, [0.0, *np.log1p(-gains)], strict=True))
+    order = np.array([rng.permutation(len(arms)) for _ in range(FIXED)])
+    logs = {arm: load[np.arange(FIXED), order[:, n]] + own[arm] + truth[arm] for n, arm in enumerate(arms)}
+    measured: list[Measurement] = []
+    for block in range(FIXED):
+        if not (wants := need.blocks(Evidence(plan, measured), "chat")):
+            break
+        for arm in sorted(wants):
+            ms = 100 * math.exp(logs[arm][block])
+            request = {"request_duration_ms": ms, "ttft_ms": ms, "tpot_ms": ms, "cpu_ms": ms, "new_tokens": 16}
+            values = {"block": block, "requests": [{**request, "warmup": False}]}
+            measured.append(Measurement("speed", arm, "chat", values=values))
+    evidence, recipe = Evidence(plan, measured), plan.recipe
+    found = {v: rules.table_verdicts(evidence, recipe.variants[v])[0].outcome for v in arms[1:]}
+    wrong = sum(found[v] == ("rejected" if truth[v] < LIMIT else "accepted") for v in found)
+    level = 1 - stats.ALPHA / VARIANTS
+    intervals = (stats.hodges_lehmann(logs[v] - logs["adapter"], level) for v in arms[1:])
+    fixed = sum(stats.judge(i, LIMIT) == "inconclusive" for i in intervals)
+    return len(measured), list(found.values()).count("inconclusive"), wrong, fixed
+
+
+# ---- this machine, live ------------------------------------------------------------------------
+
+SLOWED = '''
+"""Makes the eager engine of a worker do more work at every token, if its parameters say so. Only benchmarks use it."""
+import dataclasses, importlib, time
+
+real = importlib.import_module
+
+
+def import_module(name, package=None):
+    found = real(name, package)
+    if name == "peftopt.engines.eager" and not hasattr(found, "Slowed"):
+        slow_down(found)
+    return found
+
+
+def slow_down(eager):
+    @dataclasses.dataclass(frozen=True)
+    class Slowed(eager.Params):
+        slowdown: float = 0.0
+
+    class Clock(eager._Clock):
+        def __init__(self):
+            super().__init__()
+            self.last = time.process_time_ns()
+
+        def put(self, value):
+            until = time.process_time_ns()
+            until += (until - self.last) * share[0]
+            while time.process_time_ns() < until:
+                pass
+            super().put(value)
+            self.last = time.process_time_ns()
+
+    def open(model, params):
+        share[0] = params.slowdown
+        return opened(model, params)
+
+    share, opened = [0.0], eager.open
+    eager.Slowed, eager.Params, eager._Clock, eager.open = Slowed, Slowed, Clock, open
+
+
+importlib.import_module = import_module
+'''
+
+
+class Silent:
+    """A listener that keeps the warnings."""
+
+    def done(self, *_: object, **__: object) -> None: ...
+    def warn(self, text: str) -> None: ...
+    def progress(self, title: str, total: int) -> object:
+        import contextlib
+
+        return contextlib.nullcontext(lambda done, what: None)
+
+
+def live(rounds: int, most: int, clock: str, seed: int) -> None:
+    """Copies of a tiny model and its adapter, raced on this machine; the slowed ones spin for a share of each token."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from conftest import make_base, make_lora
+
+    from peftopt import runner
+    from peftopt.decide import decide
+
+    def arm(technique: str, n: int, slowdown: float) -> Variant:
+        name = f"{technique}-{n}"
+        params = {"device": "cpu", "slowdown": slowdown + n * 1e-9}  # two variants are never the same chain
+        return Variant(name, (), Step("eager", "engine", technique, params))
+
+    baseline = Variant("adapter", (), Step("eager", "engine", "", {"device": "cpu"}))
+    kinds = {"identical": 0.0, "slowed 12 %": 0.12, "slowed 18 %": 0.18}
+    words = dict(zip(kinds, ("identical", "slow12", "slow18"), strict=True))
+    variants = [arm(words[kind], n, slowdown) for kind, slowdown in kinds.items() for n in range(2)]
+    table = (Rule("identical", "gain", 0.15), Rule("slow12", "not_slower", 0.15), Rule("slow18", "not_slower", 0.15))
+    right: dict[str, Outcome] = {"identical": "rejected", "slowed 12 %": "accepted", "slowed 18 %": "rejected"}
+    outcomes: dict[str, Counter[Outcome]] = {kind: Counter() for kind in kinds}
+    withheld, seen = 0, Counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_base(folder / "base", "bfloat16")
+        make_lora(folder / "base", folder / "lora")
+        (folder / "sitecustomize.py").write_text(SLOWED)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))
+        lines = (f'{{"id": "{n}", "prompt": "the lazy dog counts {n} stars"}}\n' for n in range(40))
+        (folder / "prompts.jsonl").write_text("".join(lines))
+        measure = {"requests": 3, "relaunch": most, "threads": 1, "clock": clock}
+        plan = a_plan({v.name: v for v in (baseline, *variants)}, table, most, **measure)
+        chat = Workload("chat", str(folder / "prompts.jsonl"), 16)
+        recipe = replace(plan.recipe, base=str(folder / "base"), adapter=str(folder / "lora"), workloads={"chat": chat})
+        print(
+            f"{rounds} rounds of up to {most} blocks, {clock} clock, load average {os.getloadavg()[0]:.1f}", flush=True
+        )
+        for number in range(rounds):
+            run = runner.prepare(replace(recipe, seed=seed + number), "", folder / "results", Silent(), fresh=True)
+            runner.execute(run)
+            decision = decide(run.plan, run.measurements, {})
+            withheld += any("A/A" in warning for warning in decision.warnings)
+            seen.update(decision.warnings)
+            for kind, word in words.items():
+                for v in decision.variants:
+                    judged: list[Verdict] = [x for x in v.verdicts if x.rule.startswith(f"{word}.")]
+                    outcomes[kind].update(x.outcome for x in judged)
+            print(f"  round {number + 1}: load {os.getloadavg()[0]:.1f}, clock {decision.clock}", flush=True)
+    print(f"\n{'':16}{'right':>8}{'wrong':>8}{'open':>8}")
+    for kind, counts in outcomes.items():
+        good = right[kind]
+        wrong = sum(n for outcome, n in counts.items() if outcome not in (good, "inconclusive"))
+        print(f"{kind:16}{counts[good]:>8}{wrong:>8}{counts['inconclusive']:>8}")
+    print(f"\nthe A/A arm withheld every accept in {withheld} of {rounds} rounds")
+    for warning, n in seen.most_common(5):
+        print(f"  {n}x {warning}")
+
+
+# ---- the tables --------------------------------------------------------------------------------
+
+
+def goals(found: dict[str, dict[str, Counts]]) -> Iterator[tuple[str, str, float, int, bool]]:
+    """The rows of "What must hold": (goal, figure asked for, what was found, of how many, whether it holds)."""
+    looks, more, bets = (OURS[n] for n in (0, 2, 3))
+
+    def share(world: str, rule: str, which: str) -> tuple[float, int]:
+        return found[world][rule].shares()[which]
+
+    for rule, most in ((bets, 0.01), (looks, 0.015), (more, 0.015)):
+        for world in found:
+            value, n = share(world, rule, "accepts 15 %")
+            yield f"false accept at exactly 15 %, {world}, {rule}", f"<= {most:.1%}", value, n, value <= most
+    wanted = [
+        ("CI", looks, "wrong", 0.0015, "<="),
+        ("CI", looks, "decided", 0.99, ">="),
+        ("hostile", bets, "right", 0.85, ">="),
+        ("hostile", bets, "wrong", 0.0015, "<="),
+        ("hostile", more, "right", 0.85, ">="),
+        ("hostile", more, "wrong", 0.0015, "<="),
+        ("overloaded", looks, "wrong", 0.01, "<="),
+        ("overloaded", bets, "wrong", 0.01, "<="),
+    ]
+    for world, rule, which, limit, op in wanted:
+        if world in found:
+            value, n = share(world, rule, which)
+            holds = value <= limit if op == "<=" else value >= limit
+            yield f"{which}, true 12 or 18 %, {world}, {rule}", f"{op} {limit:.2%}", value, n, holds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--replications", type=int, default=1000)
+    parser.add_argument("--races", type=int, default=60, help="races of twelve variants")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--world", action="append", choices=[w.name for w in WORLDS], help="default: all")
+    parser.add_argument("--relaunch", type=int, default=Measure.relaunch, help="blocks between fresh processes")
+    parser.add_argument("--launch", type=float, default=1.0, help="factor on every launch effect")
+    parser.add_argument("--live", action="store_true", help="race copies of a real engine on this machine")
+    parser.add_argument("--rounds", type=int, default=8, help="of --live")
+    parser.add_argument("--blocks", type=int, default=16, help="most of each round of --live", choices=stats.LOOKS)
+    parser.add_argument("--clock", choices=["wall", "cpu", "auto"], default="wall", help="of --live")
+    options = parser.parse_args()
+    if options.live:
+        live(options.rounds, options.blocks, options.clock, options.seed)
+        return
+    began, found = time.monotonic(), {}
+    worlds = [replace(w, relaunch=options.relaunch, launch=w.launch * options.launch) for w in WORLDS]
+    for world in (w for w in worlds if not options.world or w.name in options.world):
+        rng = np.random.default_rng(options.seed)
+        gaps = [np.std(np.subtract(*interleaved(world, 0.15, rng))) for _ in range(100)]
+        found[world.name] = simulate(world, options.replications, options.seed)
+        print(f"\n{world.name}: paired log-ratio sd {np.mean(gaps):.3f}")
+        columns = ("accepts 12 %", "accepts 15 %", "rejects 18 %", "decided")
+        print(f"{'rule':38}" + "".join(f"{column:>17}" for column in columns))
+        for name, counts in found[world.name].items():
+            print(f"{name:38}" + "".join(f"{shown(*counts.shares()[column]):>17}" for column in columns), flush=True)
+    print(f"\n{'what must hold':74}{'asked':>11}{'found':>17}")
+    for goal, asked, value, n, holds in goals(found):
+        print(f"{goal:74}{asked:>11}{shown(value, n):>17}  {'yes' if holds else 'NO'}")
+    if options.races:
+        rng, plan = np.random.default_rng(options.seed), twelve()
+        raced = np.array([race_of_twelve(plan, worlds[1], rng) for _ in range(options.races)])
+        share = raced[:, 0] / (FIXED * (VARIANTS + 1))
+        error = share.std() / math.sqrt(len(share))
+        print(f"\ntwelve variants, gains of 0 to 35 %, CI, {options.races} races of at most {FIXED} blocks:")
+        print(f"  turns of the fixed design's: {share.mean():.0%} ±{error:.1%} (asked: 75 % at most)")
+        print(f"  undecided of {VARIANTS}: {raced[:, 1].mean():.2f}; by the fixed design {raced[:, 3].mean():.2f}")
+        print(f"  wrong: {raced[:, 2].sum()} of {VARIANTS * options.races} verdicts")
+    print(f"\n{options.replications} replications a cell, {time.monotonic() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

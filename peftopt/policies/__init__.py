@@ -1,0 +1,66 @@
+"""Policies, one file each: what is changed of a request before an engine sees it. The file's name is its recipe name.
+
+A policy file has a one-line docstring (its help), `TECHNIQUE` ("truncate" or "shorten"), a frozen dataclass `Params`,
+and
+
+    def apply(request: Request, params: Params, count: Callable[[Messages], int]) -> Request
+
+where `count` gives the tokens of a prompt, chat template included. A request that needs no change comes back as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftopt import plugins
+from peftopt.engines import Engine, Generation
+from peftopt.records import Json
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and the most tokens that its answer may take."""
+
+    messages: Messages
+    new_tokens: int
+
+
+class Policed:
+    """An engine behind policies. What they say of lengths holds for answers that stop by themselves: where exactly so
+    many tokens are asked for, to compare speed, every variant generates them."""
+
+    def __init__(self, engine: Engine, policies: Sequence[Mapping[str, Json]]) -> None:
+        """`policies`: {"plugin": name, "params": {…}} each, applied in order."""
+        sources = [(plugins.module("policy", p["plugin"]), p["params"]) for p in policies]
+        self._policies = [(source.apply, source.Params(**params)) for source, params in sources]
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def encode(self, messages: Messages, answer: str | None = None) -> tuple[list[int], list[int]]:
+        return self._engine.encode(self._policed(Request(messages, 0)).messages, answer)
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        most = self._policed(Request((), new_tokens)).new_tokens if stop else new_tokens
+        return self._engine.generate(prompts, most, stop)
+
+    def uncut(self, messages: Messages) -> int | None:
+        """How many tokens a prompt had before it was cut; None for one that is not."""
+        if self._policed(Request(messages, 0)).messages == messages:
+            return None
+        return len(self._engine.encode(messages)[0])
+
+    def _policed(self, request: Request) -> Request:
+        for apply, params in self._policies:
+            request = apply(request, params, lambda messages: len(self._engine.encode(messages)[0]))
+        return request
+
+
+def uncut(engine: Engine, messages: Messages) -> int | None:
+    """`Policed.uncut`, of any engine: one without policies cuts nothing."""
+    return engine.uncut(messages) if isinstance(engine, Policed) else None

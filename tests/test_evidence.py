@@ -1,0 +1,255 @@
+"""What the machine did to a measurement, which clock judges, and what is left of the adapter."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_decide import decide, of, plan_of, quality, speed, whole
+
+from peftopt import machine
+from peftopt.evidence import TWIN, Evidence
+from peftopt.records import Json, Measurement
+
+
+def around(measurements: list[Measurement], **state: Json) -> list[Measurement]:
+    """The same turns with a state of the machine around each."""
+    return [Measurement(m.probe, m.variant, m.workload, 1, {**m.values, "machine": state}) for m in measurements]
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({"cores": 4, "foreign_cores": 3.2}, None),  # three processors are free for others
+        ({"cores": 4, "foreign_cores": 3.4}, "other processes"),
+        ({"cores": 4, "steal": 0.03}, "host took 3%"),
+        ({"throttled": 0.2}, "quota withheld 20%"),
+        ({"heat_events": 1.0}, "slowed down for heat"),
+        ({"gpu_foreign": 1, "gpu_slowed": False}, "another process was on the GPU"),
+        ({"gpu_foreign": 0, "gpu_slowed": True}, "the GPU slowed down"),
+        ({"load": 40.0}, None),  # an average of the last minute says little of this turn
+        ({}, None),
+    ],
+)
+def test_blocks_are_flagged_for_what_was_at_work_in_them(state: dict[str, Json], reason: str | None) -> None:
+    plan = plan_of("merged", threads=1)
+    found = Evidence(plan, around(speed(plan, {"merged": 0.8}, 12), **state)).disturbed("chat")
+    assert len(found) == (12 if reason else 0)
+    assert all(reason and reason in text for reasons in found.values() for text in reasons)
+
+
+def test_a_disturbed_race_is_warned_of_and_named_where_it_stays_open() -> None:
+    plan = plan_of("merged", threads=1)
+    turns = around(speed(plan, {"merged": 0.85}, 24, noise=0.2), cores=1, foreign_cores=0.9)
+    decision = decide(plan, turns, {})
+    assert any("24 of 24 blocks of chat were disturbed" in w for w in decision.warnings)
+    verdict = next(v for v in of(decision, "merged").verdicts if v.rule == "merge.gain")
+    assert "24 of 24 blocks were disturbed (other processes took processors it needed)" in verdict.reason
+
+
+def test_what_others_took_is_what_we_did_not() -> None:
+    before = {"clock": 10.0, "busy": 100.0, "steal": 1.0, "throttled": 0.0, "events": 0.0}
+    after = {"clock": 12.0, "busy": 103.5, "steal": 1.0, "throttled": 0.0, "events": 2.0}
+    found = machine.disturbance(before, after, own_s=2.0, pids=set())
+    assert (found["foreign_cores"], found["seconds"], found["heat_events"]) == (0.75, 2.0, 2.0)
+    assert machine.disturbance(before, after, own_s=9.0, pids=set())["foreign_cores"] == 0
+    assert {"load", "cores", "steal", "throttled"} <= found.keys()
+    assert machine.disturbance(machine.moment(), machine.moment(), 0.0, set())["seconds"] < 5
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "ours", "foreign"),
+    [
+        ({5, 6}, {5, 6}, 0),
+        ({5, 6, 7}, {5, 6}, 1),
+        ({901, 902}, {5, 6}, 0),
+        ({901, 902, 903}, {5, 6}, 1),
+        (set(), {5}, 0),
+    ],
+)
+def test_foreign_gpu_processes_are_told_from_ours_also_under_other_numbers(
+    on_gpu: set[int], ours: set[int], foreign: int
+) -> None:
+    lines = ["61, 0x0000000000000004", "70, 0x0000000000000001"]
+    assert machine.gpu_state(lines, on_gpu, ours) == {
+        "gpu_foreign": foreign,
+        "gpu_slowed": False,
+        "gpu_temperature_c": 70,
+    }
+    assert machine.gpu_state(["61, 0x0000000000000040"], set(), set())["gpu_slowed"]
+
+
+# ---- order and warm-up -----------------------------------------------------------------------------
+
+
+def in_order(blocks: int, later: float, seed: int = 0) -> list[Measurement]:
+    """Blocks in random order in which the last turn takes `later` times the first."""
+    dice, found = random.Random(seed), []
+    for block in range(blocks):
+        arms = dice.sample(["adapter", "adapter" + TWIN, "merged", "int8"], 4)
+        for order, arm in enumerate(arms):
+            ms = 100 * (0.7 if arm == "merged" else 1) * later ** (order / 3) * (1 + dice.gauss(0, 0.01))
+            request = {"request_duration_ms": ms, "ttft_ms": ms, "tpot_ms": ms, "cpu_ms": ms, "new_tokens": 16}
+            values = {"block": block, "order": order, "requests": [{**request, "warmup": False}]}
+            found.append(Measurement("speed", arm, "chat", values=values))
+    return found
+
+
+def test_an_order_that_matters_is_measured_and_one_that_does_not_is_not_claimed() -> None:
+    plan = plan_of("merged", "int8")
+    matters = Evidence(plan, in_order(16, 1.1)).order_effect("chat")
+    assert matters and matters.low < 1.1 < matters.high and matters.low > 1.05
+    none = Evidence(plan, in_order(16, 1.0)).order_effect("chat")
+    assert none and none.low < 1 < none.high
+    assert Evidence(plan, in_order(3, 1.1)).order_effect("chat") is None
+    assert any("x the first" in w for w in decide(plan, in_order(16, 1.1), {}).warnings)
+    assert not any("order" in w for w in decide(plan, in_order(16, 1.0), {}).warnings)
+
+
+def launched(cold: list[float], warmup: int, launches: int = 4, blocks: int = 5) -> list[Measurement]:
+    """Launches whose first requests take `cold` times the rest; later warm-ups are cut to four tokens."""
+    dice, found = random.Random(1), []
+    for launch in range(launches):
+        found.append(Measurement("launch", "merged", "chat", values={"model_loading_time": 1.0}))
+        factors = [*cold]
+        for block in range(blocks):
+            requests = []
+            for n in range(warmup + 1):
+                whole = n >= warmup or not block
+                ms = (100 if whole else 25) * (factors.pop(0) if factors and whole else 1) * (1 + dice.gauss(0, 0.01))
+                times = {"request_duration_ms": ms, "ttft_ms": ms, "tpot_ms": ms, "cpu_ms": ms}
+                requests.append({**times, "new_tokens": 16 if whole else 4, "warmup": n < warmup})
+            values = {"block": launch * blocks + block, "requests": requests}
+            found.append(Measurement("speed", "merged", "chat", values=values))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cold", "warmup", "found", "warned"),
+    [([], 1, 0, False), ([3.0], 1, 1, False), ([3.0, 1.3], 1, 2, True), ([3.0, 1.3], 2, 2, False), ([2.0], 0, 1, True)],
+)
+def test_warm_up_is_found_not_assumed(cold: list[float], warmup: int, found: int, warned: bool) -> None:
+    plan = plan_of("merged", warmup=warmup)
+    measurements = launched(cold, warmup)
+    seen = Evidence(plan, measurements).warm_up("merged", "chat")
+    assert seen is not None and seen[0] == found
+    assert seen[1] == pytest.approx(cold[0] if cold else 1.0, rel=0.05)
+    notes = [n for n in of(decide(plan, measurements, {}), "merged").notes if "warming up" in n]
+    assert bool(notes) == warned
+    assert not notes or f"measure.warmup: {found}" in notes[0]
+
+
+# ---- the clock -------------------------------------------------------------------------------------
+
+
+def on_two_clocks(wall: float, cpu: float, device: str = "cpu", threads: int = 1) -> list[Measurement]:
+    """An A/A arm whose two copies differ by about this much on either clock."""
+    dice = random.Random(3)
+    values = {"device": device, "threads": threads, "model_loading_time": 1.0}
+    found = [Measurement("launch", arm, "chat", values=values) for arm in ("adapter", "adapter" + TWIN)]
+    for block in range(10):
+        for arm in ("adapter", "adapter" + TWIN):
+            ms, cpu_ms = (100 * (1 + dice.uniform(-x, x)) for x in (wall, cpu))
+            request = {"request_duration_ms": ms, "ttft_ms": ms, "tpot_ms": ms, "cpu_ms": cpu_ms, "new_tokens": 16}
+            found.append(
+                Measurement("speed", arm, "chat", values={"block": block, "requests": [{**request, "warmup": False}]})
+            )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("seen", "clock", "why"),
+    [
+        (on_two_clocks(0.3, 0.01), "cpu", "two copies of adapter differed"),
+        (on_two_clocks(0.01, 0.01), "wall", "two copies of adapter differed"),
+        (on_two_clocks(0.3, 0.01, device="cuda"), "wall", "not done on this process's CPU"),
+        (on_two_clocks(0.3, 0.01, threads=2), "wall", "several threads"),
+        (on_two_clocks(0.3, 0.01)[:8], "wall", "not yet 6 blocks"),
+    ],
+)
+def test_auto_takes_the_cpu_clock_where_it_means_the_same_and_is_quieter(
+    seen: list[Measurement], clock: str, why: str
+) -> None:
+    found = Evidence(plan_of("merged", clock="auto"), seen).clock
+    assert found[0] == clock and why in found[1]
+
+
+def test_no_variants_figures_have_a_say_in_the_clock() -> None:
+    plan = plan_of("merged", clock="auto")
+    seen = on_two_clocks(0.3, 0.01)
+    more = [Measurement("speed", "merged", m.workload, 1, m.values) for m in seen if m.probe == "speed"]
+    assert Evidence(plan, seen + more).clock == Evidence(plan, seen).clock
+
+
+# ---- answers ---------------------------------------------------------------------------------------
+
+
+def shifted(kept: float, n: int = 40) -> Mapping[str, Mapping[str, Json]]:
+    return {f"p{i}": {"shift": 50.0 + i, "kept": kept * (50.0 + i) + (-1) ** i} for i in range(n)}
+
+
+def test_an_adapter_that_is_lost_rejects_and_one_that_is_kept_is_told() -> None:
+    plan = plan_of("merged")
+    base = [m for m in whole(plan, {"merged": 0.5}) if m.variant != "merged" or m.probe == "speed"]
+    kept = of(decide(plan, base + quality("merged", **shifted(0.97)), {}), "merged")
+    assert kept.outcome == "accepted" and any("97% of the adapter's shift" in line for line in kept.remarks)
+    assert kept.figures["delta_survival"].low < 0.97 < kept.figures["delta_survival"].high
+    lost = of(decide(plan, base + quality("merged", **shifted(0.01)), {}), "merged")
+    assert lost.decided_by == "artifact.intact" and "not at work" in lost.verdicts[0].reason
+
+
+def test_flips_and_the_worst_slice_are_told_with_their_exact_p() -> None:
+    plan = plan_of("merged")
+    wrong = {f"p{n}": {"correct": False, "slices": ["long"]} for n in range(200, 205)}
+    tagged = {f"p{n}": {"slices": ["long"]} for n in range(205, 230)} | {"p1": {"slices": ["short"]}}
+    base = [m for m in whole(plan, {"merged": 0.5}) if m.variant != "merged" or m.probe == "speed"]
+    found = of(decide(plan, base + quality("merged", **wrong, **tagged), {}), "merged")
+    assert "answers: 5 got worse and 0 better; one-sided exact p = 0.031" in found.remarks
+    assert "worst slice: long, 5 worse and 0 better of 30; p = 0.031" in found.remarks
+    assert found.figures["flips"].estimate == 5 / 400 and found.figures["flips_p"].estimate == 2**-5
+
+
+def test_tails_of_the_divergence_are_kept() -> None:
+    plan = plan_of("merged")
+    bad = {"p7": {"kl": 3.1, "kl_worst": 2.9, "agree": 20}}
+    base = [m for m in whole(plan, {"merged": 0.5}) if m.variant != "merged" or m.probe == "speed"]
+    figures = of(decide(plan, base + quality("merged", **bad), {}), "merged").figures
+    assert figures["kl.max"].estimate == pytest.approx(0.1) and figures["kl.token"].estimate == 2.9
+    assert figures["top1.min"].estimate == pytest.approx(20 / 31)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=12), st.floats(-50, 50), st.floats(-9, 9))
+def test_a_slope_is_a_slope(x: list[float], slope: float, start: float) -> None:
+    from peftopt.stats import slope as found
+
+    x = [n + v / 1000 for n, v in enumerate([*x, 1.0])]
+    assert found(x, [start + slope * v for v in x]) == pytest.approx(slope, abs=1e-6)
+
+
+def by_launch(spread: float, relaunch: int = 4, blocks: int = 24) -> list[Measurement]:
+    """Blocks whose launches differ by `spread` standard deviations of a block."""
+    dice, found, effect = random.Random(2), [], dict[str, float]()
+    for block in range(blocks):
+        for arm in ("adapter", "merged", "int8"):
+            if block % relaunch == 0:
+                found.append(Measurement("launch", arm, "chat", values={"model_loading_time": 1.0}))
+                effect[arm] = dice.gauss(0, 0.02 * spread)
+            ms = 100 * (1 + effect[arm] + dice.gauss(0, 0.02))
+            request = {"request_duration_ms": ms, "ttft_ms": ms, "tpot_ms": ms, "cpu_ms": ms, "new_tokens": 16}
+            values = {"block": block, "requests": [{**request, "warmup": False}]}
+            found.append(Measurement("speed", arm, "chat", values=values))
+    return found
+
+
+def test_launches_that_differ_are_told_from_launches_that_do_not() -> None:
+    plan = plan_of("merged", "int8", relaunch=4)
+    found = Evidence(plan, by_launch(2.0)).launch_effect("chat")
+    assert found is not None and 1 < found < 4
+    assert Evidence(plan, by_launch(0.0)).launch_effect("chat") is None
+    assert any("launches of chat differ" in w for w in decide(plan, by_launch(2.0), {}).warnings)
+    assert Evidence(plan, by_launch(2.0, relaunch=1)).launch_effect("chat") is None, (
+        "one block each: nothing to compare"
+    )
