@@ -58,11 +58,11 @@ def routes(task: str) -> list[Route]:
         Route("gptq", "gptq", calibration=task),
         Route("gptq mixed 0.2", "gptq", {"mixed": 0.2}, task),
         Route("awq", "awq", calibration=task),
-        Route("nf4, adapter apart", "nf4", apart=True),
-        Route("gptq, adapter apart", "gptq", calibration=task, apart=True),
+        Route("nf4 (adapter apart)", "nf4", apart=True),
+        Route("gptq (adapter apart)", "gptq", calibration=task, apart=True),
     ]
     generic = [
-        Route(f"{r.name}, generic", r.plugin, r.params, "generic")
+        Route(f"{r.name} (generic)", r.plugin, r.params, "generic")
         for r in found
         if r.plugin in ("gptq", "awq") and not r.apart and not r.params
     ]
@@ -75,7 +75,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--schema")
     parser.add_argument("--rows", type=int, default=96, help="checked rows per route")
-    parser.add_argument("--blocks", type=int, default=10, help="interleaved blocks of the decode race")
+    parser.add_argument("--blocks", type=int, default=10, help="interleaved blocks of the decode race; 0 = none")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens of a timed request")
     parser.add_argument("--only", default="", help="names of routes, separated by commas")
     parser.add_argument("--folder", type=Path, help="keep the models here, and reuse those that are there")
@@ -105,7 +105,7 @@ def main() -> None:
             say(f"judged {name}, load {os.getloadavg()[0]:.1f}")
     for name in models:
         figures[name] |= quality(answers[name], answers["adapter"], answers["base"]) | {"bytes": size(models[name])}
-    raced = [name for name in models if name != "adapter" and "generic" not in name]
+    raced = [name for name in models if name != "adapter" and "generic" not in name and arguments.blocks]
     for at in range(0, len(raced), TOGETHER):
         field_ = {name: models[name] for name in ("adapter", *raced[at : at + TOGETHER])}
         for name, ratio in race(field_, rows, arguments).items():
