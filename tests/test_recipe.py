@@ -454,3 +454,8 @@ def test_the_page_on_recipes_shows_one_that_parses() -> None:
     recipe, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
     assert limits(read(recipe))["merge.gain"] == 0.15
     assert limits(read(GOOD + table))["gptq.smaller"] == 0.25
+
+
+def test_generic_calibration_is_a_word_and_no_path() -> None:
+    texts = [read(GOOD.replace("data/calibration.jsonl", name)).calibration for name in ("generic", "./generic")]
+    assert texts == ["generic", "/work/recipes/generic"]
