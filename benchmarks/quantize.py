@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=10, help="interleaved blocks of the decode race; 0 = none")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens of a timed request")
     parser.add_argument("--only", default="", help="names of routes, separated by commas")
-    parser.add_argument("--folder", type=Path, help="keep the models here, and reuse those that are there")
+    parser.add_argument("--folder", type=Path, help="keep models and answers here, and reuse what is there")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     home = arguments.folder or Path(tempfile.mkdtemp(prefix="peftopt-quantize-"))
@@ -93,16 +93,20 @@ def main() -> None:
     models = {"adapter": unmerged, "merged": merged}
     figures: dict[str, dict[str, Any]] = {name: {} for name in models}
     for route in wanted:
-        out = home / "".join(c if c.isalnum() else "_" for c in route.name)
+        out = home / in_a_path(route.name)
         models[route.name], figures[route.name] = make(out, route, unmerged if route.apart else merged)
         say(f"made {route.name}: {figures[route.name].get('seconds', math.nan):.0f} s, load {os.getloadavg()[0]:.1f}")
     base = Model(unmerged.path)
-    reference = home / "reference.npz"
-    answers = {"adapter": judged(unmerged, rows, schema, None, reference)}
-    for name, model in {**models, "base": base}.items():
-        if name != "adapter":
-            answers[name] = judged(model, rows, schema, reference, None)
-            say(f"judged {name}, load {os.getloadavg()[0]:.1f}")
+    reference = home / f"reference-{len(rows)}.npz"
+    answers = {}
+    for name, model in {**models, "base": base}.items():  # the adapter first: it is what the others are compared with
+        kept = home / f"{in_a_path(name)}.answers-{len(rows)}.json"
+        if not kept.exists():
+            is_reference = name == "adapter"
+            found = judged(model, rows, schema, *((None, reference) if is_reference else (reference, None)))
+            kept.write_text(json.dumps(found))
+        answers[name] = json.loads(kept.read_text())
+        say(f"judged {name}, load {os.getloadavg()[0]:.1f}")
     for name in models:
         figures[name] |= quality(answers[name], answers["adapter"], answers["base"]) | {"bytes": size(models[name])}
     raced = [name for name in models if name != "adapter" and "generic" not in name and arguments.blocks]
@@ -126,6 +130,10 @@ def make(out: Path, route: Route, model: Model) -> tuple[Model, dict[str, Any]]:
         out.with_suffix(".json").write_text(json.dumps(facts))
     facts = json.loads(out.with_suffix(".json").read_text())
     return Model(str(out), tuple(facts["model"]["adapters"])), facts
+
+
+def in_a_path(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def size(model: Model) -> int:
