@@ -59,7 +59,7 @@ def _modifier() -> Any:
     class AWQModifier(awq.AWQModifier):  # type: ignore[misc]
         def _set_resolved_mappings(self, model: Any) -> None:
             super()._set_resolved_mappings(model)
-            found = self._resolved_mappings
+            found = self._resolved_mappings  # type: ignore[has-type]
             self._resolved_mappings = [
                 m for m in found if any(hasattr(b, "quantization_scheme") for b in m.balance_layers)
             ]
