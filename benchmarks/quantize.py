@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -58,11 +59,11 @@ def routes(task: str) -> list[Route]:
         Route("gptq", "gptq", calibration=task),
         Route("gptq mixed 0.2", "gptq", {"mixed": 0.2}, task),
         Route("awq", "awq", calibration=task),
-        Route("nf4, adapter apart", "nf4", apart=True),
-        Route("gptq, adapter apart", "gptq", calibration=task, apart=True),
+        Route("nf4 (adapter apart)", "nf4", apart=True),
+        Route("gptq (adapter apart)", "gptq", calibration=task, apart=True),
     ]
     generic = [
-        Route(f"{r.name}, generic", r.plugin, r.params, "generic")
+        Route(f"{r.name} (generic)", r.plugin, r.params, "generic")
         for r in found
         if r.plugin in ("gptq", "awq") and not r.apart and not r.params
     ]
@@ -75,10 +76,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--schema")
     parser.add_argument("--rows", type=int, default=96, help="checked rows per route")
-    parser.add_argument("--blocks", type=int, default=10, help="interleaved blocks of the decode race")
+    parser.add_argument("--blocks", type=int, default=10, help="interleaved blocks of the decode race; 0 = none")
     parser.add_argument("--new-tokens", type=int, default=16, help="tokens of a timed request")
+    parser.add_argument("--pairs", type=int, default=2, help="how often the overhead is measured; 0 = not at all")
     parser.add_argument("--only", default="", help="names of routes, separated by commas")
-    parser.add_argument("--folder", type=Path, help="keep the models here, and reuse those that are there")
+    parser.add_argument("--folder", type=Path, help="keep models and answers here, and reuse what is there")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     home = arguments.folder or Path(tempfile.mkdtemp(prefix="peftopt-quantize-"))
@@ -93,25 +95,29 @@ def main() -> None:
     models = {"adapter": unmerged, "merged": merged}
     figures: dict[str, dict[str, Any]] = {name: {} for name in models}
     for route in wanted:
-        out = home / "".join(c if c.isalnum() else "_" for c in route.name)
+        out = home / in_a_path(route.name)
         models[route.name], figures[route.name] = make(out, route, unmerged if route.apart else merged)
         say(f"made {route.name}: {figures[route.name].get('seconds', math.nan):.0f} s, load {os.getloadavg()[0]:.1f}")
     base = Model(unmerged.path)
-    reference = home / "reference.npz"
-    answers = {"adapter": judged(unmerged, rows, schema, None, reference)}
-    for name, model in {**models, "base": base}.items():
-        if name != "adapter":
-            answers[name] = judged(model, rows, schema, reference, None)
-            say(f"judged {name}, load {os.getloadavg()[0]:.1f}")
+    reference = home / f"reference-{len(rows)}.npz"
+    answers = {}
+    for name, model in {**models, "base": base}.items():  # the adapter first: it is what the others are compared with
+        kept = home / f"{in_a_path(name)}.answers-{len(rows)}.json"
+        if not kept.exists():
+            is_reference = name == "adapter"
+            found = judged(model, rows, schema, *((None, reference) if is_reference else (reference, None)))
+            kept.write_text(json.dumps(found))
+        answers[name] = json.loads(kept.read_text())
+        say(f"judged {name}, load {os.getloadavg()[0]:.1f}")
     for name in models:
         figures[name] |= quality(answers[name], answers["adapter"], answers["base"]) | {"bytes": size(models[name])}
-    raced = [name for name in models if name != "adapter" and "generic" not in name]
+    raced = [name for name in models if name != "adapter" and "generic" not in name and arguments.blocks]
     for at in range(0, len(raced), TOGETHER):
         field_ = {name: models[name] for name in ("adapter", *raced[at : at + TOGETHER])}
         for name, ratio in race(field_, rows, arguments).items():
             figures[name]["decode"] = ratio
     show(figures)
-    overhead(wanted, home, merged)
+    overhead(wanted, home, merged, arguments.pairs)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, default=asdict, indent=1))
     if not arguments.folder:
@@ -126,6 +132,10 @@ def make(out: Path, route: Route, model: Model) -> tuple[Model, dict[str, Any]]:
         out.with_suffix(".json").write_text(json.dumps(facts))
     facts = json.loads(out.with_suffix(".json").read_text())
     return Model(str(out), tuple(facts["model"]["adapters"])), facts
+
+
+def in_a_path(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name)
 
 
 def size(model: Model) -> int:
@@ -216,30 +226,43 @@ encode.save_pretrained(sys.argv[3])
 """GPTQ as llm-compressor's own examples call it."""
 
 
-def overhead(wanted: list[Route], home: Path, merged: Model, pairs: int = 2) -> None:
-    """`peftopt quantize --method gptq` over the bare library call, whole processes, in turns."""
+def overhead(wanted: list[Route], home: Path, merged: Model, pairs: int) -> None:
+    """`peftopt quantize --method gptq` over the bare library call, whole processes in turns: wall and CPU seconds.
+
+    Ours opens the result in a fresh process and lets it answer, which the bare call does not.
+    """
     route = next((r for r in wanted if r.name == "gptq"), None)
     if route is None:
         return
-    made = json.loads((Path(home) / "gptq" / "quantization.json").read_text())
-    size_ = str(made["params"]["group_size"])
+    made = json.loads((home / "gptq" / "quantization.json").read_text())
     environment = {**os.environ, "OMP_NUM_THREADS": str(machine.cores())}
-    times: dict[str, list[float]] = {"bare": [], "peftopt": [], "transform": []}
     for _ in range(pairs):
         with tempfile.TemporaryDirectory(dir=home) as scratch:
-            bare = [sys.executable, "-c", BARE, merged.path, route.calibration, f"{scratch}/bare", size_]
+            bare = [sys.executable, "-c", BARE, merged.path, route.calibration, f"{scratch}/bare"]
             verb = [sys.executable, "-m", "peftopt.cli", "quantize", "--method", "gptq", "--model", merged.path]
             verb += ["--calibration", route.calibration, "--out", f"{scratch}/ours", "--json"]
-            for name, line in (("bare", bare), ("peftopt", verb)):
-                started = time.perf_counter()
-                done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
-                times[name].append(time.perf_counter() - started)
-            times["transform"].append(json.loads(done.stdout)["seconds"])
-    shown = {name: ", ".join(f"{s:.1f}" for s in found) for name, found in times.items()}
-    ratios = [a / b for a, b in zip(times["peftopt"], times["bare"], strict=True)]
-    say(f"bare library call, whole process: {shown['bare']} s")
-    say(f"peftopt quantize, the whole command: {shown['peftopt']} s: {min(ratios):.2f}-{max(ratios):.2f}x")
-    say(f"of that, the transform alone: {shown['transform']} s")
+            (wall, cpu, _), (our_wall, our_cpu, said) = (
+                timed(line, environment) for line in ([*bare, str(made["params"]["group_size"])], verb)
+            )
+            say(
+                f"bare library call: {wall:.0f} s, {cpu:.0f} CPU-s; peftopt quantize with its check in a fresh process:"
+            )
+            say(f"  {our_wall:.0f} s ({our_wall / wall:.2f}x), {our_cpu:.0f} CPU-s ({our_cpu / cpu:.2f}x)")
+            say(f"  of that, the transform alone: {json.loads(said)['seconds']:.0f} s")
+
+
+def timed(line: list[str], environment: dict[str, str]) -> tuple[float, float, str]:
+    """Wall seconds, CPU seconds of the whole process tree, and what it printed."""
+
+    def cpu() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    started, before = time.perf_counter(), cpu()
+    done = subprocess.run(
+        line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+    )
+    return time.perf_counter() - started, cpu() - before, done.stdout
 
 
 def show(figures: dict[str, dict[str, Any]]) -> None:

@@ -13,7 +13,10 @@ from typing import Any
 
 from peftopt.records import Json
 
-LIBRARIES = ("torch", "transformers", "peft", "safetensors", "torchao", "llmcompressor", "compressed-tensors")
+LIBRARIES = (
+    *("torch", "transformers", "peft", "safetensors"),
+    *("torchao", "bitsandbytes", "llmcompressor", "compressed-tensors"),
+)
 
 
 def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:

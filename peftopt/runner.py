@@ -254,10 +254,12 @@ def build(run: Run) -> None:
 def _joint(show: Callable[[int, str], None]) -> Callable[[Build, dict[str, Json]], None]:
     """One bar for builds that go on side by side, in percent of each: what their workers report, added up."""
     percent: dict[str, int] = {}
+    lock = threading.Lock()
 
     def hear(build: Build, at: dict[str, Json]) -> None:
-        percent[build.id] = PERCENT * at["done"] // max(1, at["total"])
-        show(sum(percent.values()), f"{build.step.plugin}: {at['phase']} {at['what']}")
+        with lock:
+            percent[build.id] = PERCENT * at["done"] // max(1, at["total"])
+            show(sum(percent.values()), f"{build.step.plugin}: {at['phase']} {at['what']}")
 
     return hear
 

@@ -42,10 +42,12 @@ def test_each_way_to_fail_has_its_name(tmp_path: Path, script: str, reason: str)
 
 def test_records_are_heard_before_the_answer(tmp_path: Path) -> None:
     heard: list[dict[str, int]] = []
-    script = """read line; echo '{"record": {"n": 1}}'; echo '{"record": {"n": 2}}'; echo '{"done": {"rows": 2}}'"""
+    progress: list[dict[str, int]] = []
+    script = """read line; echo '{"record": {"n": 1}}'; echo '{"progress": {"done": 1}}'; echo '{"record": {"n": 2}}';
+    echo '{"done": {"rows": 2}}'"""
     with fake(tmp_path, script) as child:
-        assert child.ask("quality", 30, heard.append) == {"rows": 2}
-    assert heard == [{"n": 1}, {"n": 2}]
+        assert child.ask("quality", 30, heard.append, progress.append) == {"rows": 2}
+    assert (heard, progress) == ([{"n": 1}, {"n": 2}], [{"done": 1}])
 
 
 def test_grandchildren_go_with_the_worker(tmp_path: Path) -> None:

@@ -139,6 +139,18 @@ def test_broken_prompts_are_named_by_line(
     assert says in errors(capsys)
 
 
+def test_a_quantized_base_is_measured_where_no_variant_transforms_it(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe.parent / "base" / "config.json"
+    settings = {"quantization_config": {"quant_method": "torchao"}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+    lines = recipe.read_text().splitlines()
+    recipe.write_text("\n".join(line for line in lines if "[merge" not in line) + "\ncalibration: generic\n")
+    assert command("check", recipe) == 0
+    assert "base + adapter" in capsys.readouterr().out
+
+
 def test_calibration_rows_may_not_be_evaluated(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.write_text(recipe.read_text() + "calibration: eval.jsonl\n")
     assert command("check", recipe) == 2

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import make_lora
+from safetensors.torch import load_file
 
 from peftopt import plugins, provenance
 from peftopt.errors import BadInput
@@ -29,11 +30,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def run(name: str, model: Model, out: Path, texts: Sequence[str] = ()) -> Model:
-    """Run a transform with its default parameters."""
+def run(name: str, model: Model, out: Path, texts: Sequence[str] = (), **params: Any) -> Model:
+    """Run a transform, with its default parameters but for `params`."""
     plugin = plugins.module("transform", name)
     out.mkdir(parents=True, exist_ok=True)
-    result: Model = plugin.transform(model, plugin.Params(), out, texts, 0)
+    result: Model = plugin.transform(model, plugin.Params(**params), out, texts, 0)
     return result
 
 
@@ -115,10 +116,15 @@ def test_a_transform_leaves_its_input_and_the_working_folder_alone(
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
     before = snapshot(tiny_base), snapshot(tiny_lora)
-    run(name, Model(str(tiny_base), (str(tiny_lora),)), tmp_path / "out", calibration_texts)
+    params = {"keep": "mlp.down_proj"} if name in QUANTIZERS else {}
+    run(name, Model(str(tiny_base), (str(tiny_lora),)), tmp_path / "out", calibration_texts, **params)
     assert (snapshot(tiny_base), snapshot(tiny_lora)) == before
     assert list(elsewhere.iterdir()) == []
     assert capfd.readouterr().out == "", "stdout is the worker's protocol"
+    if name in QUANTIZERS:
+        stored = load_file(tmp_path / "out" / "model.safetensors")
+        kept = {key: str(tensor.dtype) for key, tensor in stored.items() if "down_proj" in key}
+        assert kept == {f"model.layers.{n}.mlp.down_proj.weight": "torch.bfloat16" for n in range(2)}
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
@@ -175,8 +181,6 @@ def test_a_merge_is_the_same_model(built: Any, tiny_base: Path, tiny_lora: Path)
 
 
 def test_a_merge_keeps_dtype_and_tied_embeddings(built: Any, tiny_base: Path) -> None:
-    from safetensors.torch import load_file
-
     out = Path(built("merge").path)
     base, merged = load_file(tiny_base / "model.safetensors"), load_file(out / "model.safetensors")
     assert {k: (v.dtype, v.shape) for k, v in base.items()} == {k: (v.dtype, v.shape) for k, v in merged.items()}
@@ -196,7 +200,7 @@ def test_a_merge_into_one_side_of_tied_embeddings_leaves_the_other(
 
 def edited(lora: Path, out: Path, change: Any) -> Path:
     """A copy of an adapter whose tensors went through `change`."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     shutil.copytree(lora, out)
     save_file(change(load_file(lora / "adapter_model.safetensors")), out / "adapter_model.safetensors")

@@ -17,9 +17,11 @@ from test_run import command
 from peftopt import building, corpus, plugins, provenance
 from peftopt.engines import Generation, Scores
 from peftopt.errors import BadInput, WorkerFailed
+from peftopt.hf import tokenizer_home
 from peftopt.probes import alive
 from peftopt.records import GENERIC, Model
-from peftopt.transforms import _layers, _sensitivity
+from peftopt.transforms import _compressor, _layers, _sensitivity
+from peftopt.worker import _rendered
 
 LAYERS = {
     f"model.layers.{n}.{name}": (64, 128 if name == "mlp.down_proj" else 64)
@@ -219,6 +221,27 @@ def test_the_generic_texts_are_of_many_kinds_and_long_enough() -> None:
     assert path.stat().st_size < 100_000 and sum(len(r.expected.split()) for r in rows) > 2000
     first = {r.slices[0] for r in rows[:16]}
     assert first == {"prose", "explanation", "code", "maths", "language", "dialogue"}, "the first rows are what is used"
+
+
+def test_calibration_goes_through_the_tokenizer_that_the_adapter_was_trained_with(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    lora = shutil.copytree(tiny_lora, tmp_path / "lora")
+    own = AutoTokenizer.from_pretrained(tiny_base)
+    own.add_tokens(["<<own>>"])  # for which the base has no embedding
+    own.chat_template = "{% for m in messages %}<<own>>{{ m.content }}{% endfor %}"
+    own.save_pretrained(lora)
+    model = Model(str(tiny_base), (str(lora),))
+    (text,) = _rendered(
+        [corpus.Row("1", ({"role": "user", "content": "the fox " * 600},), "runs")], tokenizer_home(model)
+    )
+    assert text.startswith("<<own>>the fox") and text.endswith("<<own>>runs")
+    settings = {"samples": 1, "max_tokens": 2000}
+    (row,), used, _ = _compressor._encoded(model, [text], settings, 64)
+    assert own.decode(row["input_ids"][0]) == text.replace("<<own>>", "")
+    assert used["tokens"] == row["input_ids"].numel() == row["attention_mask"].numel()
 
 
 # ---- what was written has to work ---------------------------------------------------------------

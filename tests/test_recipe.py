@@ -502,3 +502,8 @@ def test_a_variant_on_a_server_needs_its_url_and_the_wall_clock(tmp_path: Path) 
         assert found.variants["served"].engine.params["model"] == "support"
         with pytest.raises(BadInput, match=says):
             preflight.check(found)
+
+
+def test_generic_calibration_is_a_word_and_no_path() -> None:
+    texts = [read(GOOD.replace("data/calibration.jsonl", name)).calibration for name in ("generic", "./generic")]
+    assert texts == ["generic", "/work/recipes/generic"]

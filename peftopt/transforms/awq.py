@@ -43,13 +43,28 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
 
     def recipe(scheme: dict[str, Any]) -> list[Any]:
         from llmcompressor.modifiers.quantization import QuantizationModifier
-        from llmcompressor.modifiers.transform.awq import AWQModifier
 
         _spare_pinning()
-        return [AWQModifier(n_grid=params.n_grid), QuantizationModifier(**scheme)]
+        return [_modifier()(n_grid=params.n_grid), QuantizationModifier(**scheme)]
 
     weights = {"num_bits": params.bits, "type": "int", "symmetric": False}
     return _compressor.quantize(model, params, out, seed, "awq", recipe, weights, texts=texts)
+
+
+def _modifier() -> Any:
+    """AWQModifier that scales nothing for layers that are kept: llm-compressor 0.14 does where the layer before them is
+    quantized, and then divides by the number of weights to quantize, which is none."""
+    from llmcompressor.modifiers.transform import awq
+
+    class AWQModifier(awq.AWQModifier):  # type: ignore[misc]
+        def _set_resolved_mappings(self, model: Any) -> None:
+            super()._set_resolved_mappings(model)
+            found = self._resolved_mappings  # type: ignore[has-type]
+            self._resolved_mappings = [
+                m for m in found if any(hasattr(b, "quantization_scheme") for b in m.balance_layers)
+            ]
+
+    return AWQModifier
 
 
 def _spare_pinning() -> None:
