@@ -20,10 +20,11 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +47,6 @@ from peftopt.records import (
     Rule,
     Step,
     Variant,
-    Verdict,
     Workload,
 )
 
@@ -229,7 +229,7 @@ def shown(share: float, n: int) -> str:
 
 # ---- twelve variants in one race ---------------------------------------------------------------
 
-VARIANTS, FIXED = 12, 40
+VARIANTS, FIXED, RACED = 12, 40, 60
 
 
 def twelve() -> Plan:
@@ -238,7 +238,7 @@ def twelve() -> Plan:
     names = [f"v{n}" for n in range(VARIANTS)]
     variants = {"adapter": Variant("adapter", (), eager)}
     variants |= {name: Variant(name, (Step("merge", "transform", "merge", {"n": name}),), eager) for name in names}
-    return a_plan(variants, (Rule("merge", "gain", 0.15),), FIXED)
+    return a_plan(variants, (Rule("merge", "gain", 0.15),), RACED)
 
 
 def a_plan(variants: dict[str, Variant], table: tuple[Rule, ...], most: int, **measure: object) -> Plan:
@@ -264,14 +264,14 @@ def race_of_twelve(plan: Plan, world: World, rng: np.random.Generator) -> tuple[
     """(turns run, undecided, wrong) of the race, and undecided of a fixed design of 40 blocks on the same machine."""
     gains = rng.uniform(0, 0.35, VARIANTS)
     arms = ["adapter", *(f"v{n}" for n in range(VARIANTS))]
-    load = machine(world, FIXED * len(arms), rng).reshape(FIXED, len(arms))
-    process = np.arange(FIXED) // world.relaunch
+    load = machine(world, RACED * len(arms), rng).reshape(RACED, len(arms))
+    process = np.arange(RACED) // world.relaunch
     own = {arm: turns(world, process, rng) for arm in arms}
     truth = dict(zip(arms, [0.0, *np.log1p(-gains)], strict=True))
-    order = np.array([rng.permutation(len(arms)) for _ in range(FIXED)])
-    logs = {arm: load[np.arange(FIXED), order[:, n]] + own[arm] + truth[arm] for n, arm in enumerate(arms)}
+    order = np.array([rng.permutation(len(arms)) for _ in range(RACED)])
+    logs = {arm: load[np.arange(RACED), order[:, n]] + own[arm] + truth[arm] for n, arm in enumerate(arms)}
     measured: list[Measurement] = []
-    for block in range(FIXED):
+    for block in range(RACED):
         if not (wants := need.blocks(Evidence(plan, measured), "chat")):
             break
         for arm in sorted(wants):
@@ -283,7 +283,7 @@ def race_of_twelve(plan: Plan, world: World, rng: np.random.Generator) -> tuple[
     found = {v: rules.table_verdicts(evidence, recipe.variants[v])[0].outcome for v in arms[1:]}
     wrong = sum(found[v] == ("rejected" if truth[v] < LIMIT else "accepted") for v in found)
     level = 1 - stats.ALPHA / VARIANTS
-    intervals = (stats.hodges_lehmann(logs[v] - logs["adapter"], level) for v in arms[1:])
+    intervals = (stats.hodges_lehmann((logs[v] - logs["adapter"])[:FIXED], level) for v in arms[1:])
     fixed = sum(stats.judge(i, LIMIT) == "inconclusive" for i in intervals)
     return len(measured), list(found.values()).count("inconclusive"), wrong, fixed
 
@@ -339,6 +339,7 @@ class Silent:
 
     def done(self, *_: object, **__: object) -> None: ...
     def warn(self, text: str) -> None: ...
+    def tell(self, text: str) -> None: ...
     def progress(self, title: str, total: int) -> object:
         import contextlib
 
@@ -359,13 +360,14 @@ def live(rounds: int, most: int, clock: str, seed: int) -> None:
         return Variant(name, (), Step("eager", "engine", technique, params))
 
     baseline = Variant("adapter", (), Step("eager", "engine", "", {"device": "cpu"}))
-    kinds = {"identical": 0.0, "slowed 12 %": 0.12, "slowed 18 %": 0.18}
-    words = dict(zip(kinds, ("identical", "slow12", "slow18"), strict=True))
-    variants = [arm(words[kind], n, slowdown) for kind, slowdown in kinds.items() for n in range(2)]
-    table = (Rule("identical", "gain", 0.15), Rule("slow12", "not_slower", 0.15), Rule("slow18", "not_slower", 0.15))
+    kinds = {"identical": ("gain", 0.0), "slowed 12 %": ("not_slower", 0.12), "slowed 18 %": ("not_slower", 0.18)}
     right: dict[str, Outcome] = {"identical": "rejected", "slowed 12 %": "accepted", "slowed 18 %": "rejected"}
-    outcomes: dict[str, Counter[Outcome]] = {kind: Counter() for kind in kinds}
-    withheld, seen = 0, Counter()
+    names = {kind: re.sub("[^a-z0-9]", "", kind) for kind in kinds}
+    variants = [arm(names[kind], n, slowdown) for kind, (_, slowdown) in kinds.items() for n in range(2)]
+    table = tuple(Rule(names[kind], rule, 0.15) for kind, (rule, _) in kinds.items())
+    outcomes: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    withheld: Counter[str] = Counter()
+    warned: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_base(folder / "base", "bfloat16")
@@ -378,27 +380,27 @@ def live(rounds: int, most: int, clock: str, seed: int) -> None:
         plan = a_plan({v.name: v for v in (baseline, *variants)}, table, most, **measure)
         chat = Workload("chat", str(folder / "prompts.jsonl"), 16)
         recipe = replace(plan.recipe, base=str(folder / "base"), adapter=str(folder / "lora"), workloads={"chat": chat})
-        print(
-            f"{rounds} rounds of up to {most} blocks, {clock} clock, load average {os.getloadavg()[0]:.1f}", flush=True
-        )
+        print(f"{rounds} rounds of up to {most} blocks raced on the {clock} clock, judged on both", flush=True)
         for number in range(rounds):
             run = runner.prepare(replace(recipe, seed=seed + number), "", folder / "results", Silent(), fresh=True)
             runner.execute(run)
-            decision = decide(run.plan, run.measurements, {})
-            withheld += any("A/A" in warning for warning in decision.warnings)
-            seen.update(decision.warnings)
-            for kind, word in words.items():
-                for v in decision.variants:
-                    judged: list[Verdict] = [x for x in v.verdicts if x.rule.startswith(f"{word}.")]
-                    outcomes[kind].update(x.outcome for x in judged)
-            print(f"  round {number + 1}: load {os.getloadavg()[0]:.1f}, clock {decision.clock}", flush=True)
-    print(f"\n{'':16}{'right':>8}{'wrong':>8}{'open':>8}")
-    for kind, counts in outcomes.items():
-        good = right[kind]
-        wrong = sum(n for outcome, n in counts.items() if outcome not in (good, "inconclusive"))
-        print(f"{kind:16}{counts[good]:>8}{wrong:>8}{counts['inconclusive']:>8}")
-    print(f"\nthe A/A arm withheld every accept in {withheld} of {rounds} rounds")
-    for warning, n in seen.most_common(5):
+            loads = [m.values["machine"]["load"] for m in run.measurements if m.probe == "speed"]
+            print(f"\nround {number + 1}: load average {min(loads):.1f} to {max(loads):.1f}")
+            for judge in ("wall", "cpu"):
+                judged = replace(run.recipe, measure=replace(run.recipe.measure, clock=judge))
+                decision = decide(replace(run.plan, recipe=judged), run.measurements, {})
+                withheld[judge] += any("A/A" in warning for warning in decision.warnings)
+                warned.update({re.sub("[0-9.]+", "N", warning): 1 for warning in decision.warnings})
+                for kind, (rule, _) in kinds.items():
+                    verdicts = (v for d in decision.variants for v in d.verdicts)
+                    found = [v.outcome for v in verdicts if v.rule == f"{names[kind]}.{rule}"]
+                    said = ("right" if o == right[kind] else "open" if o == "inconclusive" else "wrong" for o in found)
+                    outcomes[kind, judge].update(said)
+            print(f"{'so far':18}{'right':>8}{'wrong':>8}{'open':>8}   clock")
+            for (kind, judge), counts in outcomes.items():
+                print(f"{kind:18}{counts['right']:>8}{counts['wrong']:>8}{counts['open']:>8}   {judge}", flush=True)
+    print(f"\nthe A/A arm withheld every accept in {dict(withheld)} of {rounds} rounds; warnings of both:")
+    for warning, n in warned.most_common(5):
         print(f"  {n}x {warning}")
 
 
@@ -468,8 +470,8 @@ def main() -> None:
         raced = np.array([race_of_twelve(plan, worlds[1], rng) for _ in range(options.races)])
         share = raced[:, 0] / (FIXED * (VARIANTS + 1))
         error = share.std() / math.sqrt(len(share))
-        print(f"\ntwelve variants, gains of 0 to 35 %, CI, {options.races} races of at most {FIXED} blocks:")
-        print(f"  turns of the fixed design's: {share.mean():.0%} ±{error:.1%} (asked: 75 % at most)")
+        print(f"\ntwelve variants, gains of 0 to 35 %, CI, {options.races} races of at most {RACED} blocks:")
+        print(f"  turns of a fixed design's of {FIXED} blocks: {share.mean():.0%} ±{error:.1%} (asked: 75 % at most)")
         print(f"  undecided of {VARIANTS}: {raced[:, 1].mean():.2f}; by the fixed design {raced[:, 3].mean():.2f}")
         print(f"  wrong: {raced[:, 2].sum()} of {VARIANTS * options.races} verdicts")
     print(f"\n{options.replications} replications a cell, {time.monotonic() - began:.0f} s")

@@ -43,6 +43,10 @@ class Console:
             took = "cached" if seconds is None else f"{seconds:.1f} s"
             self.err.print(f"  {escape(step):<8} {escape(what)} [dim]{took} {escape(note)}[/dim]")
 
+    def tell(self, text: str) -> None:
+        if not self.quiet:
+            self.err.print(f"  {escape(text)}", soft_wrap=True)
+
     def warn(self, text: str) -> None:
         self.err.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
 

@@ -63,7 +63,7 @@ class Evidence:
                 case "speed":
                     block, requests = m.values["block"], m.values["requests"]
                     timed = [r for r in requests if not r["warmup"]]
-                    if not timed or not all(_is_time(r[key]) for r in timed for key in _ALWAYS):
+                    if not timed or not all(_is_time(r["request_duration_ms"]) for r in timed):
                         self.broken.append(f"{m.variant}@{m.workload}")  # as good as not measured
                         continue
                     self.turns[m.variant, m.workload][block] = timed
@@ -127,7 +127,8 @@ class Evidence:
     def _logs(self, variant: str, against: str, workload: str, field: str) -> dict[int, float]:
         ours, theirs = self.turns.get((variant, workload), {}), self.turns.get((against, workload), {})
         shared = sorted(ours.keys() & theirs.keys())
-        return {b: math.log(_median(ours[b], field) / _median(theirs[b], field)) for b in shared}
+        medians = {b: (_median(ours[b], field), _median(theirs[b], field)) for b in shared}
+        return {b: math.log(a / c) for b, (a, c) in medians.items() if _is_time(a) and _is_time(c)}
 
     def field(self, metric: str) -> str:
         """The field of a request that a race on this metric compares, on the clock that judges."""
@@ -482,16 +483,12 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
-_ALWAYS = ("request_duration_ms", "cpu_ms")
-"""The times that every request has."""
-
-
 def _is_time(value: Json) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
 def _median(turn: Sequence[Mapping[str, Json]], field: str) -> float:
-    return stats.median([r[field] for r in turn])
+    return stats.median([r[field] for r in turn if _is_time(r[field])])
 
 
 def _exactly(value: float) -> Interval:

@@ -65,7 +65,8 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
     blocks = f"{n} blocks, by bets" if result.test == "bets" else f"{n} blocks"
     seen = f"{metric} is {ratio.estimate:.2f}x {against}'s ({ratio.low:.2f} to {ratio.high:.2f}, {blocks})"
     open_ = result.outcome == "inconclusive"
-    hopeless = open_ and stats.out_of_reach(logs, math.log(limit), evidence.budget, case.family)
+    hopeless = open_ and len(logs) < evidence.budget
+    hopeless = hopeless and stats.out_of_reach(logs, math.log(limit), evidence.budget, case.family)
     reasons = {
         "accepted": f"{seen}: {goal}",
         "rejected": f"{seen}: not {goal}",

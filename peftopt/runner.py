@@ -59,6 +59,9 @@ class Listener(Protocol):
 
     def warn(self, text: str) -> None: ...
 
+    def tell(self, text: str) -> None:
+        """Something worth knowing that is no warning."""
+
     def progress(self, title: str, total: int) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
         """A bar; the function it gives sets how many of `total` are done and what is going on."""
 
@@ -163,35 +166,41 @@ def reopen(folder: Path, listener: Listener) -> Run:
 
 
 def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None) -> None:
-    """Let the undecided races of a run go on: as far as the planner says, or for so many blocks or minutes at most.
+    """Let the undecided races of a run go on: until the nearest to a decision should have one, as the planner says, or
+    for so many blocks or minutes at most.
 
     What was spent of the error budget stays spent (stats.race). Where that can hardly decide any, nothing is measured.
     """
     evidence = run.evidence
     races = need.open_races(evidence)
     if not races:
-        run.listener.warn("no race is open: more blocks would change no verdict")
+        run.listener.tell("no race is open: more blocks would change no verdict")
         return
-    longest = max(races, key=lambda v: v.blocks_needed or 0)
-    have = evidence.blocks(run.recipe.baseline, longest.workload)
-    each = evidence.minutes_per_block(longest.workload)
-    limits = [n for n in (blocks, int(minutes / each) if minutes and each else None) if n is not None]
-    total = have + min(limits) if limits else longest.blocks_needed or 0
+    nearest = min(races, key=lambda v: v.blocks_needed or 0)
+    have = evidence.blocks(run.recipe.baseline, nearest.workload)
+    each = evidence.minutes_per_block(nearest.workload)
+    if minutes is not None and not each:
+        raise BadInput("this run does not tell how long a block takes", "say how many with --blocks")
+    limits = [n for n in (blocks, None if minutes is None else int(minutes / (each or 1))) if n is not None]
+    needed = nearest.blocks_needed or 0
+    total = have + min(limits) if limits else needed
     granted = Measurement("more", "", values={"max_blocks": total})
     still = need.open_races(Evidence(run.plan, [*run.measurements, granted]))
     if total >= stats.MOST_BLOCKS or total <= have or all(v.hopeless for v in still):
-        n, minutes_ = longest.blocks_needed or 0, longest.minutes_needed
-        asked = f"about {n - have} more" if n < stats.MOST_BLOCKS else "too many to count"
-        took = f", {minutes_:.0f} minutes" if minutes_ and n < stats.MOST_BLOCKS else ""
+        asked = f"about {needed - have} more" if needed < stats.MOST_BLOCKS else "too many"
         offered = f"; {total - have} can hardly suffice" if limits else ""
-        run.listener.warn(f"{longest.rule} would take {asked} blocks{took}{offered}: nothing was measured")
+        run.listener.warn(f"{nearest.rule} would take {asked} blocks{_about(needed - have, each)}{offered}")
+        run.listener.warn("nothing was measured")
         return
     run.log("more", "", granted.values)
-    about = f", about {(total - have) * each:.0f} minutes" if each else ""
-    run.listener.warn(f"up to {total - have} more blocks{about}")
+    run.listener.tell(f"up to {total - have} more blocks{_about(total - have, each)}")
     for workload in run.recipe.workloads.values():
         race(run, workload)
         _check_baseline(run)
+
+
+def _about(blocks: int, each: float | None) -> str:
+    return f", about {max(blocks * each, 1):.0f} minutes" if each and blocks < stats.MOST_BLOCKS // 2 else ""
 
 
 def execute(run: Run) -> None:

@@ -109,7 +109,7 @@ def race(d: Iterable[float], limit: float, family: int = 1, open_ended: bool = F
     look = reached[-1] if reached else 0
     seen = x[:look] if reached else x
     interval = hodges_lehmann(seen, levels[look or LOOKS[0]])
-    return Race("inconclusive", interval, look, _blocks_needed(seen, interval.estimate, limit, family))
+    return Race("inconclusive", interval, look, _blocks_needed(x, _centre(x), limit, family))
 
 
 def out_of_reach(d: Iterable[float], limit: float, most: int, family: int = 1) -> bool:
@@ -141,7 +141,6 @@ def bet(d: Iterable[float], limit: float, alpha: float = 0.01, family: int = 1) 
     every limit at which neither has won. `look` is the block that decided; `family` only tells the planner.
     Source: Waudby-Smith and Ramdas 2023, "Estimating means of bounded random variables by betting".
     """
-    import numpy as np
 
     x, limit = _finite(d), float(limit)
     level = 1 - 2 * alpha
@@ -165,7 +164,7 @@ def bet(d: Iterable[float], limit: float, alpha: float = 0.01, family: int = 1) 
 
     high = edge(-1, limit if outcome == "accepted" else ceiling, floor)
     low = edge(1, limit if outcome == "rejected" else floor, ceiling)
-    interval = Interval(float(np.median(_walsh(x))), low, high, look, level)
+    interval = Interval(_centre(x), low, high, look, level)
     needed = _blocks_needed(x, interval.estimate, limit, family) if outcome == "inconclusive" else None
     return Race(outcome, interval, look, needed, "bets")
 
@@ -335,6 +334,13 @@ def _walsh(x: Array) -> Array:
     i, j = np.triu_indices(len(x))
     averages: Array = x[i] / 2 + x[j] / 2
     return averages
+
+
+def _centre(x: Array) -> float:
+    """The Hodges-Lehmann estimate; nan of nothing."""
+    import numpy as np
+
+    return float(np.median(_walsh(x))) if len(x) else math.nan
 
 
 @lru_cache(maxsize=1024)

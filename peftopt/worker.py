@@ -63,7 +63,7 @@ class Worker:
         return {
             "model": dataclasses.asdict(result),
             "seconds": seconds,
-            **_examined(Path(out)),
+            **_examined(Path(out), opened),
             **({"quantization": made} if made else {}),
             **memory.peak(),
         }
@@ -155,15 +155,17 @@ class Worker:
         return {} if getattr(self.engine, "remote", False) else memory.peak()
 
 
-def _examined(out: Path) -> dict[str, Json]:
-    """What is wrong with the files: as the transform's own certificate says, where it left one, else by a scan."""
+def _examined(out: Path, source: Model) -> dict[str, Json]:
+    """What is wrong with the files: as the transform's own certificate says, where it left one, else by a scan; and
+    what of their words is not the source's."""
     from peftopt.probes import weights
 
+    foreign = weights.foreign_words(out, source)
     if not (out / CERTIFICATE).is_file():
-        return {"tier0": weights.scan(out)}
+        return {"tier0": weights.scan(out) + foreign}
     found = json.loads((out / CERTIFICATE).read_text(encoding="utf-8"))
     failed = [f"certificate: {check['name']}: {check['detail']}" for check in found["checks"] if not check["passed"]]
-    return {"tier0": failed, "certificate": found}
+    return {"tier0": failed + foreign, "certificate": found}
 
 
 def _model(values: dict[str, Json]) -> Model:

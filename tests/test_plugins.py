@@ -88,12 +88,15 @@ def test_a_plugin_describes_itself(name: str) -> None:
 def test_a_transform_leaves_a_whole_finite_folder(name: str, built: Any, tiny_base: Path) -> None:
     from transformers import AutoTokenizer
 
+    from peftopt.probes.weights import foreign_words
+
     out = Path(built(name).path)
     assert logits(out).isfinite().all()
     assert list(out.glob("*.safetensors")) and not list(out.glob("*.bin"))
     for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (out / file).read_bytes() == (tiny_base / file).read_bytes(), file
     assert AutoTokenizer.from_pretrained(out).chat_template
+    assert foreign_words(out, Model(str(tiny_base))) == []
     assert (out / "parity.json").is_file() is (name == "merge"), "a certificate is of the weights beside it"
     made = provenance.read(out)
     assert (made is not None) is (name in QUANTIZERS), "and so is a provenance"
@@ -250,6 +253,23 @@ def test_a_merge_that_cannot_be_is_refused(tiny_base: Path, tiny_lora: Path, bui
     config = PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16)
     get_peft_model(model, config).save_pretrained(tmp_path / "p-tuning")
     refused("no weight delta", tmp_path / "p-tuning")
+
+
+def test_words_that_are_not_the_adapters_are_told(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    from peftopt.probes.weights import foreign_words
+
+    source = Model(str(tiny_base), (str(tiny_lora),))
+    made = Path(shutil.copytree(tiny_base, tmp_path / "made"))
+    assert foreign_words(made, source) == []
+    (made / "chat_template.jinja").write_text("{{ messages }}")
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({**config, "eos_token_id": 0}))
+    (made / "tokenizer.json").unlink()
+    assert foreign_words(made, source) == [
+        "tokenizer.json is not the adapter's",
+        "chat_template.jinja is not the adapter's",
+        "config.json: the end of sequence is 0, the base's is 2",
+    ]
 
 
 # ---- engines -----------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +102,48 @@ def test_the_reference_file_gives_a_variant_its_kl_and_agreement(tmp_path: objec
     found = {a["row"]: a for a in answers}
     assert found["r8"]["agree"] == 4 and found["r8"]["kl"] == pytest.approx(0, abs=1e-6)
     assert found["r9"]["agree"] == 1 and found["r9"]["kl"] > 1
+
+
+class Shifted(Script):
+    """A script whose likelihoods lie `added` above those of its base."""
+
+    def __init__(self, texts: dict[int, list[int]], added: float) -> None:
+        super().__init__(texts)
+        self.added = added
+
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        added, self.added = self.added, 0.0
+        yield
+        self.added = added
+
+    def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        found = super().score(prompts, answers)
+        return [replace(s, logprobs=[-2.0 + self.added * (-1) ** n for n in range(len(s.logprobs))]) for s in found]
+
+
+@pytest.mark.parametrize(("added", "kept"), [(1.0, 1.0), (0.5, 0.5), (0.0, 0.0)])
+def test_what_is_left_of_the_adapters_shift_is_told_though_likelihoods_rise_as_much_as_they_fall(
+    tmp_path: object, added: float, kept: float
+) -> None:
+    path, answers = f"{tmp_path}/reference.npz", []
+    rows = [Row(f"r{n}", ({"role": "user", "content": "9"},), "1 2 3") for n in range(quality.BASE_ROWS + 2)]
+    quality.ask(Shifted({9: [1, 2, 3]}, 1.0), rows, None, 8, 4, write_reference=path)  # type: ignore[arg-type]
+    quality.ask(Shifted({9: [1, 2, 3]}, added), rows, None, 8, 4, path, tell=answers.append)  # type: ignore[arg-type]
+    asked = [a for a in answers if "shift" in a]
+    assert len(asked) == quality.BASE_ROWS and asked[0]["shift"] == pytest.approx(4)
+    assert sum(a["kept"] for a in asked) / sum(a["shift"] for a in asked) == pytest.approx(kept)
+
+
+def test_an_answer_that_ran_on_is_scored_as_it_is(tmp_path: object) -> None:
+    """Without an expected answer the reference's own is the draft, and one that was cut off has no end of sequence."""
+    path, row = f"{tmp_path}/reference.npz", Row("r", ({"role": "user", "content": "9"},))
+    for new_tokens, scored in ((2, 2), (8, 4)):
+        answers: list[dict[str, float]] = []
+        quality.ask(Script({9: [1, 2, 3]}), [row], None, new_tokens, 4, write_reference=path)  # type: ignore[arg-type]
+        other = Script({9: [1, 2, 3]})
+        quality.ask(other, [row], None, new_tokens, 4, path, tell=answers.append)  # type: ignore[arg-type]
+        assert answers[0]["scored_tokens"] == answers[0]["agree"] == scored
 
 
 def logits(seed: int) -> np.ndarray:

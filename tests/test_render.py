@@ -243,6 +243,7 @@ def hostile() -> tuple[Decision, list[Measurement]]:
             techniques=(HOSTILE,),
             notes=(HOSTILE,),
             certificates=(HOSTILE,),
+            remarks=(HOSTILE,),
             verdicts=tuple(map(spoil_record, v.verdicts)),
         )
         for v in decision.variants
@@ -538,6 +539,7 @@ variants = st.builds(
     figures=st.dictionaries(names, intervals, max_size=8),
     notes=st.tuples() | st.tuples(words),
     certificates=st.tuples() | st.tuples(words),
+    remarks=st.tuples() | st.tuples(words),
 )
 jsons = st.recursive(
     st.none() | st.booleans() | st.integers() | numbers | words,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from peftopt import runner, stats
+from peftopt import need, runner, stats
 from peftopt.cli import main
 from peftopt.records import Rule
 
@@ -213,39 +213,42 @@ def test_other_thresholds_change_the_verdict_without_measuring(
 
 
 class Heard:
-    """A listener that remembers the warnings."""
+    """A listener that remembers what it was told."""
 
     def __init__(self) -> None:
-        self.warnings: list[str] = []
+        self.said: list[str] = []
 
     def done(self, *_: object, **__: object) -> None:
         pass
 
     def warn(self, text: str) -> None:
-        self.warnings.append(text)
+        self.said.append(text)
+
+    tell = warn
 
     def progress(self, title: str, total: int) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext(lambda done, what: None)
 
 
-def test_more_blocks_are_added_to_an_undecided_run_and_only_where_they_may_decide(
-    ran: tuple[Path, Path, int], tmp_path: Path
+def test_more_blocks_are_granted_to_an_undecided_run_where_they_may_decide_it(
+    ran: tuple[Path, Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, results, _ = ran
     shutil.copytree(results, tmp_path / "results", symlinks=True)
-    heard = Heard()
+    heard, raced = Heard(), []
+    monkeypatch.setattr(runner, "race", lambda run, workload: raced.append(need.blocks(run.evidence, workload.name)))
     run = runner.reopen(run_folder(tmp_path / "results"), heard)
     median = stats.median(run.evidence.paired("merged", "adapter", "chat", "request_duration_ms"))
     undecided = (Rule("merge", "gain", 1 - math.exp(median)),)  # nobody can tell on which side of it the truth is
     run.plan = replace(run.plan, recipe=replace(run.recipe, rules=undecided))
-    blocks = run.evidence.blocks("merged", "chat")
     runner.add_blocks(run, minutes=0.0)
-    assert run.evidence.blocks("merged", "chat") == blocks and "nothing was measured" in heard.warnings[-1]
-    runner.add_blocks(run, blocks=2)
-    assert run.evidence.budget == blocks + 2 and "up to 2 more blocks" in heard.warnings[-1]
-    assert run.evidence.blocks("merged", "chat") == blocks + 2
-    numbers = [m["values"]["block"] for m in lines(tmp_path / "results", "speed") if m["variant"] == "merged"]
-    assert blocks + 1 in numbers, "they follow the first ones in the same file"
+    assert heard.said[-1] == "nothing was measured" and not raced
+    runner.add_blocks(run, blocks=3000)
+    assert "up to 3000 more blocks, about" in heard.said[-1] and raced[0] >= {"adapter", "merged"}
+    assert runner.reopen(run.folder, heard).evidence.budget == run.evidence.blocks("merged", "chat") + 3000
+    run.plan = replace(run.plan, recipe=replace(run.recipe, rules=()))
+    runner.add_blocks(run)
+    assert "no race is open" in heard.said[-1] and len(raced) == len(run.recipe.workloads)
 
 
 def test_a_run_whose_files_changed_or_that_is_decided_gets_no_more_blocks(

@@ -1,8 +1,13 @@
-"""Tier 0 on the files themselves: weights that are not finite. Logits can look fine while a weight is NaN."""
+"""Tier 0 on the files themselves: weights that are not finite, words that are not the adapter's. Logits can look fine
+while a weight is NaN."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from peftopt.hf import tokenizer_home
+from peftopt.records import Json, Model
 
 
 def scan(folder: Path) -> list[str]:
@@ -39,3 +44,26 @@ def _scan_gguf(file: Path) -> list[str]:
         return [f"{file.name} holds a value that is not finite, or cannot be loaded"]
     llama_cpp.llama_model_free(model)
     return []
+
+
+WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
+"""Files that say what a model's tokens mean and how a chat is written: they must be the adapter's own."""
+
+
+def foreign_words(folder: Path, model: Model) -> list[str]:
+    """What of a folder's tokenizer, chat template and end of sequence is not that of the model it was made from."""
+    home = Path(tokenizer_home(model))
+    wrong = [f"{name} is not the adapter's" for name in WORDS if _bytes(folder / name) != _bytes(home / name)]
+    for name in ("config.json", "generation_config.json"):
+        was, is_ = (_json(path / name).get("eos_token_id") for path in (Path(model.path), folder))
+        if was != is_:
+            wrong.append(f"{name}: the end of sequence is {is_}, the base's is {was}")
+    return wrong
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
+
+
+def _json(path: Path) -> dict[str, Json]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
