@@ -448,6 +448,39 @@ def _tell_trial(console: Any, trial: Any, slos: Any) -> None:
     )
 
 
+@app.command("import")
+def import_(
+    file: Annotated[
+        list[Path], typer.Argument(help="Results of vllm bench serve, GuideLLM, AIPerf or lm-evaluation-harness.")
+    ],
+    variant: Annotated[str, typer.Option(help="The variant they measured. [the file's name]")] = "",
+    out: Annotated[Path | None, typer.Option(help="Append them to this measurements.jsonl.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read other meters' results into the same records, and say what they lack."""
+    from peftopt import load as loading
+    from peftopt import meters, render
+    from peftopt.console import Console
+
+    console, raw = Console(), True
+    for path in file:
+        for found in meters.read(path):
+            kept = loading.keep(out, found, variant or path.stem)
+            raw = raw and bool(found.requests or found.values.get("samples"))
+            if as_json:
+                print(json.dumps(render.as_json.plain(kept), allow_nan=False))
+                continue
+            console.say(f"{path}: {found.source}, {found.title}", "bold")
+            if found.requests:
+                console.table(render.load.HEADER, render.load.rows(meters.as_loaded(found)))
+            else:
+                shown = found.reported or {k: v for k, v in found.values.items() if k != "samples"}
+                console.pairs("as it reports", {k: v for k, v in shown.items() if v is not None})
+            for what in found.lacks:
+                console.warn(f"it lacks {what}")
+    raise typer.Exit(ACCEPTED if raw else INCONCLUSIVE)
+
+
 # ---- around it -----------------------------------------------------------------------------------
 
 
