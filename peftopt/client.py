@@ -194,6 +194,19 @@ class Client:
         reply.done = reply.done or time.perf_counter_ns()
         return reply
 
+    async def post(self, path: str, body: bytes) -> Json:
+        """A whole answer as parsed JSON, or as text what went wrong."""
+        import httpx
+
+        try:
+            async with asyncio.timeout(self.target.timeout_s):
+                answer = await self._http.post(self.target.url + path, content=body)
+            return answer.json() if answer.status_code == 200 else f"HTTP {answer.status_code}: {_said(answer.text)}"
+        except TimeoutError:
+            return f"no answer within {self.target.timeout_s:g} s"
+        except (httpx.HTTPError, ValueError) as error:
+            return _named(error)
+
     async def _follow(self, response: httpx.Response, reply: Reply) -> None:
         reply.status = response.status_code
         kind = response.headers.get("content-type", "")
