@@ -549,6 +549,80 @@ def _tell_trial(console: Any, trial: Any, slos: Any) -> None:
     )
 
 
+@app.command()
+def canary(
+    url: Annotated[str, typer.Argument(help="URL of a server with several adapters.")],
+    prompts: Annotated[Path, typer.Option(help="JSON-lines prompts on which the models should differ.")],
+    model: Annotated[list[str], typer.Option(help="Served names to tell apart, the base among them; repeat.")],
+    fingerprints: Annotated[int, typer.Option(help="Prompts to use.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Times that all are asked at once.")] = 3,
+    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Catch answers of the wrong adapter: each model alone against itself in mixed batches, by log-probabilities."""
+    from peftopt import canary as watching
+    from peftopt import corpus
+    from peftopt.client import Target
+    from peftopt.console import Console
+
+    if len(set(model)) < 2:
+        raise BadInput("a canary tells models apart: it needs two or more", "add --model for the base and each adapter")
+    rows = corpus.read(str(prompts))[:fingerprints]
+    console, target = Console(quiet), Target(url, key_env=api_key_env, timeout_s=timeout)
+    names = list(dict.fromkeys(model))
+    with console.progress("canary", watching.ALONE * len(names) + rounds) as show:
+        found = watching.watch(target, names, {row.id: row.messages for row in rows}, rounds, show)
+    if as_json:
+        values = {"asked": found.asked, "failed": found.failed, "alike": found.alike, "noise": found.known.noise}
+        print(json.dumps({**values, "wrong": [asdict(w) for w in found.wrong]}))
+    else:
+        noise = ", ".join(f"{name} {nats:.3f}" for name, nats in found.known.noise.items())
+        lines = {"own noise": f"{noise} nats", "mixed answers": f"{found.asked}, of which {len(found.wrong)} wrong"}
+        console.pairs("canary", lines)
+        for pair in found.alike:
+            console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: nothing can be said of them")
+        if found.failed:
+            console.warn(f"{found.failed} requests failed")
+        for wrong in list(dict.fromkeys(map(str, found.wrong)))[:10]:
+            console.say(wrong, "red")
+    raise typer.Exit(found.outcome)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[
+        list[Path], typer.Argument(help="Results of vllm bench serve, GuideLLM, AIPerf or lm-evaluation-harness.")
+    ],
+    variant: Annotated[str, typer.Option(help="The variant they measured. [the file's name]")] = "",
+    out: Annotated[Path | None, typer.Option(help="Append them to this measurements.jsonl.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read other meters' results into the same records, and say what they lack."""
+    from peftopt import load as loading
+    from peftopt import meters, render
+    from peftopt.console import Console
+
+    console, raw = Console(), True
+    for path in file:
+        for found in meters.read(path):
+            kept = loading.keep(out, found, variant or path.stem)
+            raw = raw and bool(found.requests or found.values.get("samples"))
+            if as_json:
+                print(json.dumps(render.as_json.plain(kept), allow_nan=False))
+                continue
+            console.say(f"{path}: {found.source}, {found.title}", "bold")
+            if found.requests:
+                console.table(render.load.HEADER, render.load.rows(meters.as_loaded(found)))
+            else:
+                shown = found.reported or {k: v for k, v in found.values.items() if k != "samples"}
+                console.pairs("as it reports", {k: v for k, v in shown.items() if v is not None})
+            for what in found.lacks:
+                console.warn(f"it lacks {what}")
+    raise typer.Exit(ACCEPTED if raw else INCONCLUSIVE)
+
+
 # ---- around it -----------------------------------------------------------------------------------
 
 

@@ -59,6 +59,10 @@ class Reply:
     def new_tokens(self) -> int:
         return self.counted if self.counted is not None else len(self.ids) or len(self.times)
 
+    def fail(self, error: str) -> None:
+        """What happens after the answer is complete is no failure of the request."""
+        self.error = "" if self.done else error
+
     def add(self, event: Event, now: int) -> None:
         if event.is_token:
             self.times.append(now)
@@ -180,15 +184,28 @@ class Client:
                 await self._follow(response, reply)
         except (TimeoutError, httpx.TimeoutException):
             n = len(reply.times)
-            reply.error = f"stalled after {n} tokens, for {limit:g} s in all" if n else f"no answer within {limit:g} s"
+            reply.fail(f"stalled after {n} tokens, for {limit:g} s in all" if n else f"no answer within {limit:g} s")
         except httpx.ConnectError as error:
-            reply.error = f"cannot connect: {_named(error)}"
+            reply.fail(f"cannot connect: {_named(error)}")
         except httpx.HTTPError as error:
-            reply.error = f"connection lost after {len(reply.times)} tokens: {_named(error)}"
+            reply.fail(f"connection lost after {len(reply.times)} tokens: {_named(error)}")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            reply.error = f"garbage in the answer: {_named(error)}"
-        reply.done = time.perf_counter_ns()
+            reply.fail(f"garbage in the answer: {_named(error)}")
+        reply.done = reply.done or time.perf_counter_ns()
         return reply
+
+    async def post(self, path: str, body: bytes) -> Json:
+        """A whole answer as parsed JSON, or as text what went wrong."""
+        import httpx
+
+        try:
+            async with asyncio.timeout(self.target.timeout_s):
+                answer = await self._http.post(self.target.url + path, content=body)
+            return answer.json() if answer.status_code == 200 else f"HTTP {answer.status_code}: {_said(answer.text)}"
+        except TimeoutError:
+            return f"no answer within {self.target.timeout_s:g} s"
+        except (httpx.HTTPError, ValueError) as error:
+            return _named(error)
 
     async def _follow(self, response: httpx.Response, reply: Reply) -> None:
         reply.status = response.status_code
@@ -203,10 +220,11 @@ class Client:
         else:
             async for now, message in _messages(response):
                 if message == "[DONE]":
-                    break
-                reply.add(self.protocol.read(json.loads(message)), now)
-                if reply.error:
-                    return
+                    reply.done = now  # and on to the end of the response, so that its connection is used again
+                elif not reply.done:
+                    reply.add(self.protocol.read(json.loads(message)), now)
+                    if reply.error:
+                        return
             if not reply.finish:
                 reply.error = f"the stream ended early, after {len(reply.times)} tokens"
 

@@ -22,6 +22,7 @@ from peftopt import corpus, goodput, prometheus, store, traffic
 from peftopt.client import Client, Reply, Target
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput, MissingEnvironment
 from peftopt.goodput import Request, Slo
+from peftopt.meters import Found
 from peftopt.protocols import Prompt
 from peftopt.records import Json, Measurement
 from peftopt.traffic import Traced
@@ -427,12 +428,28 @@ def outcome(loaded: Loaded, slos: Sequence[Slo], searched: bool) -> int:
     return ACCEPTED if share.low >= goodput.ATTAINED else INCONCLUSIVE
 
 
-def append(path: Path, variant: str, values: Mapping[str, Json], source: str = "peftopt") -> None:
-    """Add a run to a file of measurements, on disk before this returns."""
+def append(path: Path, variant: str, values: Mapping[str, Json]) -> None:
+    """Add a run to a file of measurements, on disk before this returns: the raw requests, and no figures, which are
+    made of them."""
     kept = {key: value for key, value in values.items() if key not in ("figures", "by_model")}
-    at = datetime.now(UTC).isoformat(timespec="milliseconds")
+    _append(path, Measurement("load", variant, values={"source": "peftopt", **kept}, at=_today()))
+
+
+def keep(path: Path | None, found: Found, variant: str) -> Measurement:
+    """Another meter's run as a record, added to a file of measurements where one is given."""
+    record = found.measurement(variant, _today())
+    if path:
+        _append(path, record)
+    return record
+
+
+def _today() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _append(path: Path, record: Measurement) -> None:
     try:
-        store.append(path, Measurement("load", variant, values={"source": source, **kept}, at=at))
+        store.append(path, record)
     except OSError as error:
         raise MissingEnvironment(f"cannot write {path}: {error.strerror}", "choose another --out") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ vllm:request_queue_time_seconds_count{{engine="0",model_name="base"}} {count}
 
 class Server:
     """`gap` seconds between tokens, after `first` seconds; `slots` requests at once, others wait; a strict one refuses
-    fields beyond OpenAI's, and `ids=False` prompts of token ids."""
+    fields beyond OpenAI's, and `ids=False` prompts of token ids. A leaky one computes base-model requests with an
+    adapter's weights when they share a batch with its requests, as vLLM 0.32 on CPU did."""
 
     def __init__(
         self,
@@ -39,8 +41,10 @@ class Server:
         strict: bool = False,
         ids: bool = True,
         models: tuple[str, ...] = (*GOOD, *FAULTS),
+        leaky: bool = False,
     ) -> None:
         self.gap, self.first, self.strict, self.ids, self.models = gap, first, strict, ids, models
+        self.leaky, self.batch = leaky, Counter[str]()
         self.slots = asyncio.Semaphore(slots)
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[str] = []
@@ -102,6 +106,8 @@ class Server:
             await asyncio.sleep(30)
         if name == "plain":
             return self.whole(writer, 200, {"choices": [{"text": "all at once", "finish_reason": "stop"}]})
+        if body.get("logprobs"):
+            return await self.fingerprint(name, body, writer)
         if path.startswith("/mii"):
             await asyncio.sleep(self.first)
             finish = "length" if end == n else "stop"
@@ -135,6 +141,24 @@ class Server:
         writer.write(b"0\r\n\r\n")
         await writer.drain()
         return True
+
+    async def fingerprint(self, name: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
+        """Log-probabilities that depend on the model and the prompt, with a little noise."""
+        self.batch[name] += 1
+        await asyncio.sleep(self.first)
+        others = [other for other, n in self.batch.items() if n and other != "base"]
+        self.batch[name] -= 1
+        if self.leaky and name == "base" and others:
+            name = others[0]
+        text, noise = body["messages"][-1]["content"], 0.004 * (len(self.bodies) % 3)
+        content = []
+        for i in range(body["max_tokens"]):
+            level = (zlib.crc32(f"{name}{text}{i}".encode()) % 1000) / 500 + noise
+            top = [{"token": f"t{j}", "logprob": -0.1 - level * (j + 1)} for j in range(body["top_logprobs"])]
+            content.append({"token": "t0", "logprob": top[0]["logprob"], "top_logprobs": top})
+        message = {"role": "assistant", "content": "x"}
+        choice = {"message": message, "logprobs": {"content": content}, "finish_reason": "length"}
+        return self.whole(writer, 200, {"choices": [choice]})
 
     def token(self, path: str, name: str, i: int, end: int, n: int, body: dict[str, Any]) -> dict[str, Any]:
         last = i == end - 1

@@ -1,0 +1,65 @@
+"""GuideLLM's benchmarks.json, one run for each rate of a sweep.
+
+Source: src/guidellm/benchmark/schemas and src/guidellm/schemas of GuideLLM, report format 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from peftopt.goodput import Request
+from peftopt.meters import GAPS, SCHEDULED, Found, from_zero
+from peftopt.records import Json
+
+NAME, VERSIONS = "GuideLLM", "report format 1"
+
+_ALL = ("successful", "errored", "incomplete")
+
+
+def recognises(data: Json) -> bool:
+    return (
+        isinstance(data, Mapping)
+        and isinstance(data.get("benchmarks"), list)
+        and ("args" in data or "metadata" in data)
+    )
+
+
+def read(data: Json) -> list[Found]:
+    version = (data.get("metadata") or {}).get("version")
+    if version != 1:
+        raise ValueError(f"report format {version}, not 1")
+    return [_run(run, str(data["metadata"].get("guidellm_version", "?"))) for run in data["benchmarks"]]
+
+
+def _run(run: Mapping[str, Json], version: str) -> Found:
+    rows = [(status, row) for status in _ALL for row in run["requests"].get(status) or []]
+    requests = [_request(row, status) for status, row in rows]
+    targeted = rows and all(row["info"]["timings"].get("targeted_start") for _, row in rows)
+    totals = (run.get("metrics") or {}).get("request_totals") or {}
+    total = sum(totals.get(status) or 0 for status in _ALL)
+    lacks = [GAPS, *([] if targeted else [SCHEDULED])]
+    if total > len(rows):
+        lacks.append(f"requests: {len(rows)} of {total} were kept, so counts and rates are of a sample")
+    strategy = (run.get("config") or {}).get("strategy") or {}
+    rate = f" {strategy['rate']}/s" if strategy.get("rate") else ""
+    title = f"{strategy.get('type_', 'run')}{rate}, {len(rows)} requests"
+    return Found(title, f"{NAME} {version}", tuple(lacks), from_zero(requests))
+
+
+def _request(row: Mapping[str, Json], status: str) -> Request:
+    info, times = row["info"], row["info"]["timings"]
+    sent = times.get("request_start") or times["resolve_start"]
+    done = times.get("request_end") or times.get("resolve_end") or sent
+    error = {"errored": info.get("error") or "errored", "incomplete": "incomplete"}.get(status, "")
+    return Request(
+        id=str(row["request_id"]),
+        model="",
+        scheduled=times.get("targeted_start") or sent,
+        sent=sent,
+        done=done,
+        first=times.get("first_token_iteration", times.get("first_iteration")),
+        last=times.get("last_token_iteration", times.get("last_iteration")),
+        prompt_tokens=row.get("prompt_tokens"),
+        new_tokens=row.get("output_tokens") or 0,
+        error=str(error).strip().splitlines()[-1] if error else "",
+    )

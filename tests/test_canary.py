@@ -1,0 +1,71 @@
+"""The canary sings when a served name answers as another, and only then."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from servers import served
+from test_run import command
+
+from peftopt import fingerprint
+from peftopt.fingerprint import Known, judge
+
+logprobs = st.dictionaries(st.sampled_from("abcdefg"), st.floats(-20, 0), min_size=1, max_size=5)
+prints = st.lists(st.tuples(st.sampled_from("abcdefg"), logprobs), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(prints, prints)
+def test_distance_is_one(a: list, b: list) -> None:
+    assert fingerprint.distance(a, a) == 0
+    assert fingerprint.distance(a, b) == fingerprint.distance(b, a) >= 0
+
+
+def test_after_they_part_nothing_is_compared() -> None:
+    a = [("x", {"x": -0.1}), ("y", {"y": -0.1})]
+    b = [("z", {"x": -0.1, "z": -0.1}), ("y", {"y": -9.0})]
+    assert fingerprint.distance(a, b) < 1
+
+
+def test_an_answer_is_its_models_or_anothers_or_nobodys() -> None:
+    def level(nats: float) -> list:
+        return [("x", {"x": -nats, "y": -2.0})]
+
+    known = Known({"base": {"p": level(0.1)}, "support": {"p": level(1.5)}}, {"base": 0.01, "support": 0.02})
+    assert known.alike() == [] and known.apart("base", "support") == ["p"]
+    assert judge(known, "base", "p", level(0.11)) is None
+    assert judge(known, "base", "p", level(1.5)).like == "support"
+    assert judge(known, "base", "p", level(9.0)).like == ""
+    twins = Known({"a": {"p": level(0.1)}, "b": {"p": level(0.1)}}, {"a": 0.0, "b": 0.0})
+    assert twins.alike() == [("a", "b")]
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"id": str(n), "prompt": f"count to {n}"}) + "\n" for n in range(4)))
+    return path
+
+
+@pytest.mark.parametrize(("leaky", "code"), [(False, 0), (True, 1)])
+def test_the_verb(leaky: bool, code: int, questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with served(leaky=leaky, first=0.02) as server:
+        flags = ["--prompts", questions, "--model", "base", "--model", "support", "--model", "sales"]
+        assert command("canary", server.url, *flags, "--quiet") == code
+        out = capsys.readouterr().out
+        assert ("base: answered as s" in out) is leaky and "support: answered" not in out
+        assert command("canary", server.url, *flags, "--json", "--rounds", "1", "--quiet") == code
+        found = json.loads(capsys.readouterr().out)
+        assert found["asked"] == 12 and {w["model"] for w in found["wrong"]} == ({"base"} if leaky else set())
+
+
+def test_what_it_cannot_do_is_said(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with served() as server:
+        assert command("canary", server.url, "--prompts", questions, "--model", "base") == 2
+        assert "two or more" in " ".join(capsys.readouterr().err.split())
+        assert command("canary", server.url, "--prompts", questions, "--model", "base", "--model", "broken") == 4
+        assert "no fingerprint" in " ".join(capsys.readouterr().err.split())

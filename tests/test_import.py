@@ -1,0 +1,209 @@
+"""Other meters' results become our records; what they lack is said, and what is broken is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_run import command
+
+from peftopt import meters, store
+from peftopt.errors import BadInput
+
+VLLM = {
+    "date": "20261124-101500",
+    "backend": "openai-chat",
+    "model_id": "support",
+    "num_prompts": 3,
+    "request_rate": 2.0,
+    "burstiness": 1.0,
+    "max_concurrency": None,
+    "duration": 2.5,
+    "completed": 2,
+    "failed": 1,
+    "request_throughput": 0.8,
+    "output_throughput": 2.4,
+    "total_token_throughput": 9.0,
+    "mean_ttft_ms": 150.0,
+    "input_lens": [11, 12, 13],
+    "output_lens": [3, 3, 0],
+    "ttfts": [0.1, 0.2, 0.0],
+    "itls": [[0.02, 0.03], [0.04, 0.04], []],
+    "latencies": [0.15, 0.28, 0.0],
+    "start_times": [100.0, 100.5, 101.0],
+    "queue_times": [0.0, 0.0, 0.0],
+    "errors": ["", "", "Traceback (most recent call last):\n  x\nConnectionError: reset\n"],
+}
+
+
+def guidellm(version: int = 1) -> dict[str, Any]:
+    def row(number: int, targeted: float | None, error: str | None = None) -> dict[str, Any]:
+        timings = {
+            "targeted_start": targeted,
+            "request_start": 1000.5 + number,
+            "first_token_iteration": 1000.7 + number,
+            "last_token_iteration": 1001.1 + number,
+            "request_end": 1001.2 + number,
+            "resolve_end": 1001.3 + number,
+        }
+        info = {"request_id": str(number), "status": "errored" if error else "completed", "timings": timings}
+        return {"request_id": str(number), "info": {**info, "error": error}, "prompt_tokens": 7, "output_tokens": 5}
+
+    requests = {
+        "successful": [row(0, 1000.0)],
+        "errored": [row(1, 1001.0, "HTTP 500")],
+        "incomplete": [],
+        "total": None,
+    }
+    totals = {"successful": 4, "errored": 1, "incomplete": 0, "total": 5}
+    strategy = {"type_": "poisson", "rate": 2.0}
+    run = {"config": {"strategy": strategy}, "metrics": {"request_totals": totals}, "requests": requests}
+    return {"metadata": {"version": version, "guidellm_version": "0.8.0"}, "args": {}, "benchmarks": [run]}
+
+
+def aiperf(**about: Any) -> str:
+    metadata = {
+        "session_num": 0,
+        "x_request_id": "7609a2e7",
+        "request_start_ns": 1759813207532900363,
+        "request_end_ns": 1759813207838764604,
+        "benchmark_phase": "profiling",
+        "was_cancelled": False,
+        **about,
+    }
+    metrics = {
+        "input_sequence_length": {"value": 550, "unit": "tokens"},
+        "time_to_first_token": {"value": 255.0, "unit": "ms"},
+        "inter_chunk_latency": {"value": [5.0, 6.0, 4.0], "unit": "ms"},
+        "inter_token_latency": {"value": 5.0, "unit": "ms"},
+        "output_sequence_length": {"value": 4, "unit": "tokens"},
+    }
+    cancelled = {"code": 499, "type": "RequestCancellationError", "message": "cancelled after 0.0 s"}
+    rows = [
+        {"metadata": metadata, "metrics": metrics, "error": None},
+        {"metadata": metadata, "metrics": {"error_isl": {"value": 550, "unit": "tokens"}}, "error": cancelled},
+    ]
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+LM_EVAL = {
+    "results": {"gsm8k": {"alias": "gsm8k", "exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.05}},
+    "n-samples": {"gsm8k": {"original": 1319, "effective": 100}},
+    "lm_eval_version": "0.4.13",
+    "config": {},
+}
+SAMPLES = [
+    {"doc_id": n, "doc": {}, "resps": [["x"]], "filter": "none", "metrics": ["acc"], "doc_hash": f"h{n}", "acc": n % 2}
+    for n in range(4)
+]
+
+
+def write(path: Path, data: object) -> Path:
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    return path
+
+
+def test_vllm_bench_serve_with_its_raw_samples(tmp_path: Path) -> None:
+    (found,) = meters.read(write(tmp_path / "r.json", VLLM))
+    first, _, failed = found.requests
+    assert (first.scheduled, first.ttft_ms, first.tpot_ms) == pytest.approx((0, 100, 25))
+    assert first.gaps_ms == pytest.approx((20, 30)) and first.request_duration_ms == pytest.approx(150)
+    assert failed.error == "ConnectionError: reset" and failed.ttft_ms is None
+    assert meters.as_loaded(found)["figures"]["failed"] == 1
+    assert meters.as_loaded(found)["figures"]["ttft_mean_ms"] == pytest.approx(VLLM["mean_ttft_ms"])
+    assert any("scheduled" in what for what in found.lacks)
+    assert found.reported["mean_ttft_ms"] == 150.0
+
+
+def test_vllm_bench_serve_without_them_and_appended(tmp_path: Path) -> None:
+    bare = {k: v for k, v in VLLM.items() if k not in ("ttfts", "itls", "errors", "input_lens", "output_lens")}
+    found = meters.read(write(tmp_path / "r.json", "\n".join([json.dumps(bare), json.dumps(VLLM)])))
+    assert len(found) == 2 and not found[0].requests and found[1].requests
+    assert any("--save-detailed" in what for what in found[0].lacks)
+
+
+def test_guidellm_counts_from_the_targeted_time(tmp_path: Path) -> None:
+    (found,) = meters.read(write(tmp_path / "benchmarks.json", guidellm()))
+    good, bad = found.requests
+    assert (good.ttft_ms, good.queue_time_ms, good.tpot_ms) == pytest.approx((700, 500, 100))
+    assert bad.error == "HTTP 500" and bad.scheduled == 1.0
+    assert found.title == "poisson 2.0/s, 2 requests" and found.source == "GuideLLM 0.8.0"
+    assert any("2 of 5 were kept" in what for what in found.lacks) and any("ITL" in what for what in found.lacks)
+    with pytest.raises(BadInput, match="report format 2, not 1"):
+        meters.read(write(tmp_path / "newer.json", guidellm(version=2)))
+
+
+def test_aiperf_records_and_summary(tmp_path: Path) -> None:
+    (found,) = meters.read(write(tmp_path / "profile_export.jsonl", aiperf()))
+    good, bad = found.requests
+    assert (good.ttft_ms, good.tpot_ms, good.new_tokens) == pytest.approx((255, 5, 4))
+    assert good.gaps_ms == (5.0, 6.0, 4.0) and "499 RequestCancellationError" in bad.error
+    assert any("scheduled" in what for what in found.lacks)
+    issued = 1759813207532900363 - 100_000_000
+    (found,) = meters.read(write(tmp_path / "issued.jsonl", aiperf(credit_issued_ns=issued)))
+    assert found.requests[0].ttft_ms == pytest.approx(355, abs=0.01) and found.lacks == ()
+    summary = {"schema_version": "1.0", "aiperf_version": "0.13.0", "request_latency": {"unit": "ms", "avg": 3.5}}
+    (found,) = meters.read(write(tmp_path / "summary.json", summary))
+    assert found.reported == {"request_latency_avg": 3.5} and "raw samples" in found.lacks[0]
+    with pytest.raises(BadInput, match=r"schema 2\.0"):
+        meters.read(write(tmp_path / "newer.json", {**summary, "schema_version": "2.0"}))
+
+
+def test_lm_evaluation_harness(tmp_path: Path) -> None:
+    (scores,) = meters.read(write(tmp_path / "results.json", LM_EVAL))
+    assert scores.values == {
+        "task": "gsm8k",
+        "metric": "exact_match",
+        "filter": "strict-match",
+        "value": 0.5,
+        "stderr": 0.05,
+        "n": 100,
+    }
+    assert "does not pair" in scores.lacks[0]
+    (samples,) = meters.read(write(tmp_path / "samples.jsonl", "\n".join(map(json.dumps, SAMPLES))))
+    assert samples.values["value"] == 0.5 and samples.values["samples"][1] == {"id": "h1", "value": 1}
+    with pytest.raises(BadInput, match=r"0\.5\.0, not 0\.4"):
+        meters.read(write(tmp_path / "newer.json", {**LM_EVAL, "lm_eval_version": "0.5.0"}))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "no result of a meter"),
+        ("{", "neither JSON nor JSON lines"),
+        ("[]", "no result of a meter"),
+        ('{"a": 1}', "no result of a meter"),
+        ('"text"', "no result of a meter"),
+        (json.dumps({**VLLM, "itls": []}), "is not whole"),
+        (json.dumps({**guidellm(), "benchmarks": [{}]}), "is not whole"),
+        (json.dumps({**guidellm(), "benchmarks": []}), "holds no runs"),
+        (aiperf(request_end_ns="soon"), "is not whole"),
+        (json.dumps({**LM_EVAL, "results": {"gsm8k": 7}}), "is not whole"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=says) as refused:
+        meters.read(write(tmp_path / "r.json", text))
+    assert refused.value.hint
+
+
+def test_the_verb_keeps_them_and_is_inconclusive_without_raw_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "measurements.jsonl"
+    raw, scores = write(tmp_path / "vllm.json", VLLM), write(tmp_path / "results.json", LM_EVAL)
+    assert command("import", raw, "--variant", "merged", "--out", out) == 0
+    printed = capsys.readouterr()
+    assert "vllm bench serve" in printed.out and "it lacks scheduled times" in " ".join(printed.err.split())
+    assert command("import", raw, scores, "--out", out, "--json") == 3
+    kept = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [k["probe"] for k in kept] == ["load", "task"]
+    assert [(m.probe, m.variant) for m in store.read(out)] == [
+        ("load", "merged"),
+        ("load", "vllm"),
+        ("task", "results"),
+    ]
+    assert store.read(out)[0].values["requests"][0]["ttft_ms"] == pytest.approx(100)
+    assert command("import", tmp_path / "none.json") == 2
