@@ -18,6 +18,9 @@ Rows = Mapping[str, Mapping[str, Json]]
 FIELDS = {"latency": "request_duration_ms", "ttft": "ttft_ms", "tpot": "tpot_ms", "throughput": "request_duration_ms"}
 """Which of a request's durations a timed metric looks at. Lengths are fixed, so throughput is inverse duration."""
 
+ENGINE_FIGURES = ("compile_time", "warm_start", "graphs", "graph_breaks", "recompiles", "uncompiled")
+"""What an engine may say of getting ready: seconds, and counts per process."""
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -39,6 +42,7 @@ class Evidence:
         self.failures: dict[str, Mapping[str, Json]] = {}
         self.launches: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
         self.memory: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
+        self.engines: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
         self.loads: list[Mapping[str, Json]] = []
         for m in measurements:
             match m.probe:
@@ -56,6 +60,8 @@ class Evidence:
                     self.launches[m.variant].append(m.values)
                 case "memory":
                     self.memory[m.variant].append(m.values)
+                case "engine":
+                    self.engines[m.variant].append(m.values)
 
     def certificates(self, variant: str) -> list[str]:
         """What the artifacts that a variant is made of were checked for, in the order they were made."""
@@ -222,6 +228,9 @@ class Evidence:
         ):
             if peaks := [v[key] for v in self.memory.get(variant, ()) if key in v]:
                 found[name] = _range(peaks)
+        for name in ENGINE_FIGURES:
+            if seen := [v[name] for v in self.engines.get(variant, ()) if name in v]:
+                found[name] = _range(seen)
         return found
 
     def size(self, variant: str) -> int | None:

@@ -220,6 +220,7 @@ class Measurement:
     speed    block, order, requests: [{request_duration_ms, queue_time_ms, generation_latency_ms, ttft_ms, tpot_ms,
              cpu_ms, prompt_tokens, new_tokens, warmup}], machine: {load, steal_s, mhz, …}
     quality  row, output, new_tokens, score, correct, valid, critical (tag), flags, nll, tokens, kl, top1, slices
+    engine   what an engine says of getting ready, at the end of a worker's life: compile_time (s), graphs, log, …
     memory   peak_memory_bytes (at the end of a worker's life), gpu_*
     failure  stage, reason, detail
     """

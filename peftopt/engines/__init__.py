@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from peftopt.records import Json
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -76,3 +78,11 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model's memory."""
+
+
+class Ready(Protocol):
+    """What an engine may offer besides: an account of how it got ready, asked for at the end of a worker's life."""
+
+    def facts(self) -> Mapping[str, Json]:
+        """Numbers by name ("compile_time" and "warm_start" in seconds, "graphs", "graph_breaks", "recompiles",
+        "uncompiled" requests) become figures of the report; the sentences under "log" are shown with them."""

@@ -34,14 +34,14 @@ class Transformers:
 
     scores = True
 
-    def __init__(self, model: Model, device: str) -> None:
+    def __init__(self, model: Model, device: str, unpacked: bool = False) -> None:
         import torch
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         self._tokenizer = hf.tokenizer(hf.tokenizer_home(model))
-        loaded = hf.load(model.path, unpacked=bool(model.adapters))
+        loaded = hf.load(model.path, unpacked=unpacked or bool(model.adapters))
         started = time.perf_counter()
         for index, adapter in enumerate(model.adapters):
             # PEFT's default would hold the adapter in fp32 on a bf16 base, and convert at every layer and token. A
@@ -92,7 +92,6 @@ class Transformers:
                 attention_mask=mask,
                 max_new_tokens=new_tokens,
                 streamer=clock,
-                **self._cache(ids.shape[1] + new_tokens),
             )
         rows = output[:, ids.shape[1] :].tolist()
         return [_trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
@@ -134,10 +133,6 @@ class Transformers:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _cache(self, length: int) -> dict[str, Any]:
-        """Arguments of `generate` that shape the key-value cache, for at most `length` tokens."""
-        return {}
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
         """Token ids and attention mask, each [prompts, longest prompt], on the model's device."""
