@@ -273,8 +273,9 @@ def compile_(
         ours = [corpus.Row("compile", ({"role": "user", "content": "Say hello."},))]
         rows = corpus.read(str(prompts)) if prompts else ours
         loads = [oneshot.Traffic(rows, b, new_tokens) for b in batch]
-    first, *others = adapter or [None]
-    found = oneshot.compile_model(_model(model, first), params, loads, threads, list(map(str, others)))
+    served, others = (adapter or [])[:1], (adapter or [])[1:]
+    opened = _model(model, served[0] if served else None)
+    found = oneshot.compile_model(opened, params, loads, threads, list(map(str, others)))
     _print(f"compiled {model}", _compile_lines(found), found, as_json)
 
 

@@ -278,7 +278,7 @@ class Compiled(eager.Transformers):
         graphs = self._device.type == "cuda" and self._params.mode in ("reduce-overhead", "max-autotune")
         return self._params.fullgraph and not self._params.dynamic and not graphs and self._backend == "inductor"
 
-    def _ready(self, shape: Shape, state: _State) -> Callable[..., Any]:
+    def _ready(self, shape: Shape, state: _State) -> Any:
         """The step for a shape, run once. Raises BadInput for a model that torch.compile cannot take in one graph."""
         import torch
 
@@ -410,15 +410,14 @@ def _bind_linears(model: Any) -> None:
 
     import torch
 
-    module: Any
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            weight = module.weight
-            packed = type(weight).__name__ == "Int8Tensor"
-            if packed and (weight.act_quant_kwargs is not None or weight.scale.numel() != len(weight)):
-                continue  # activations in INT8 too, or groups: torchao's own way
-            module.int8 = (weight.qdata, weight.scale.flatten()) if packed else None
-            module.forward = types.MethodType(_linear, module)
+    linears: list[Any] = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    for linear in linears:
+        weight = linear.weight
+        packed = type(weight).__name__ == "Int8Tensor"
+        if packed and (weight.act_quant_kwargs is not None or weight.scale.numel() != len(weight)):
+            continue  # activations in INT8 too, or groups: torchao's own way
+        linear.int8 = (weight.qdata, weight.scale.flatten()) if packed else None
+        linear.forward = types.MethodType(_linear, linear)
 
 
 def _fused(
@@ -485,7 +484,8 @@ def _dynamo_counts() -> tuple[Counter[str], Counter[str], Counter[str]]:
 def _lora_shape(model: Any) -> list[Any]:
     """What of its LoRAs is part of a graph: the shapes of their weights, and the scalings, which are numbers in it."""
     shapes = [tuple(value.shape) for name, value in model.named_parameters() if ".lora_" in name]
-    return [*shapes, *(dict(module.scaling) for module in model.modules() if hasattr(module, "scaling"))]
+    scalings = [getattr(module, "scaling", None) for module in model.modules()]
+    return [*shapes, *(dict(scaling) for scaling in scalings if isinstance(scaling, dict))]
 
 
 # ---- small parts -------------------------------------------------------------------------------------
