@@ -51,7 +51,7 @@ class Engine(Protocol):
     """A model that is loaded and answers. One request may hold several prompts: a batch."""
 
     scores: bool
-    """Whether `score` works; an endpoint or a compiled decoder only generates."""
+    """Whether `score` works; an endpoint only generates."""
 
     adapter_switch_time: float | None
     """Seconds it took to attach the adapters; None when there are none."""

@@ -123,11 +123,12 @@ class Compiled(eager.Transformers):
             columns, times = [tokens.tolist()], [time.perf_counter_ns()]
             eos = self.eos if stop else frozenset()
             going = [row for row in range(len(prompts)) if columns[0][row] not in eos]
-            while going and len(columns) < new_tokens:
-                step(self._inner, *state)
-                columns.append(state.token[:, 0].tolist())  # on CUDA this waits for the step to be over
-                times.append(time.perf_counter_ns())
-                going = [row for row in going if columns[-1][row] not in eos]
+            with self._decoding():
+                while going and len(columns) < new_tokens:
+                    step(self._inner, *state)
+                    columns.append(state.token[:, 0].tolist())  # on CUDA this waits for the step to be over
+                    times.append(time.perf_counter_ns())
+                    going = [row for row in going if columns[-1][row] not in eos]
         rows = list(zip(*columns, strict=True))[: len(prompts)]
         return [eager._trimmed(list(row), times, eos) for row in rows]
 
@@ -144,11 +145,12 @@ class Compiled(eager.Transformers):
         with torch.inference_mode():
             step, state = self._step(shape)
             logits, columns = self._prefill(_filled_up(prompts, shape), state), []
-            for column in range(longest):
-                columns.append(eager._scored(logits[: len(answers)], given[: len(answers), column].tolist()))
-                if column + 1 < longest:
-                    state.token.copy_(given[:, column : column + 1])
-                    logits = step(self._inner, *state)
+            with self._decoding():
+                for column in range(longest):
+                    columns.append(eager._scored(logits[: len(answers)], given[: len(answers), column].tolist()))
+                    if column + 1 < longest:
+                        state.token.copy_(given[:, column : column + 1])
+                        logits = step(self._inner, *state)
         return [_row(columns[: len(answer)], row) for row, answer in enumerate(answers)]
 
     def switch(self, adapter: str) -> float:
@@ -338,6 +340,10 @@ class Compiled(eager.Transformers):
         }
         return Path(home) / "steps" / f"{identity.of_value(shaping)[:32]}.step"
 
+    def _decoding(self) -> contextlib.AbstractContextManager[None]:
+        """A graph compiled ahead of time has its attention in it; one with guards looks at the model's setting."""
+        return contextlib.nullcontext() if self._ahead else self._attending()
+
     @contextlib.contextmanager
     def _attending(self) -> Iterator[None]:
         """The model with the attention that is compiled; outside, prompts run with its own."""
@@ -477,7 +483,7 @@ def _dynamo_counts() -> tuple[Counter[str], Counter[str], Counter[str]]:
     """Graphs, breaks by cause and recompiles by reason, of this process so far."""
     from torch._dynamo.utils import counters, get_compilation_metrics
 
-    reasons = Counter(m.recompile_reason for m in get_compilation_metrics() if m.recompile_reason)
+    reasons = Counter(m.recompile_reason.splitlines()[0] for m in get_compilation_metrics() if m.recompile_reason)
     return Counter(graphs=counters["stats"]["unique_graphs"]), Counter(counters["graph_break"]), reasons
 
 
