@@ -317,23 +317,73 @@ def _params(plugin: Plugin, options: dict[str, str], settings: Sequence[str]) ->
 @app.command("compile")
 def compile_(
     model: ModelFolder,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter on top of the model.")] = None,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="Adapter on top of the model, unmerged; repeat it to measure switching to the others."),
+    ] = None,
+    workload: Annotated[
+        Path | None, typer.Option(help="A recipe: warm the shapes of its workloads, with its engine's parameters.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts; one of ours by default.")] = None,
     batch: Annotated[list[int], typer.Option(help="Batch sizes to compile for; repeat the option.")] = [1],  # noqa: B006
     new_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 32,
+    threads: Annotated[int, typer.Option(help="Threads per process; 0 = all cores.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """torch.compile a model and keep the compile cache beside it; says what cold and warm starts cost."""
-    from peftopt import oneshot, preflight
+    from peftopt import corpus, oneshot, preflight
 
     preflight.check_base(model, quantized=True)
-    found = oneshot.compile_model(_model(model, adapter), {}, batch, new_tokens)
-    lines = {
-        "cold start": f"{found['cold_s']:.1f} s (load, compile, first answers)",
-        "warm start": f"{found['warm_s']:.1f} s (from the cache)",
-        **{f"batch {b}": f"{found[f'tpot_ms@{b}']:.1f} ms a token" for b in batch},
-        "compile cache": f"{found['cache']} ({found['cache_bytes'] / 1e6:.1f} MB)",
+    params: dict[str, Any] = {}
+    if workload is not None:
+        recipe, _ = _recipe(workload)
+        steps = [v.engine for v in recipe.variants.values() if v.engine.plugin == "compiled"]
+        params = dict(steps[0].params) if steps else {}
+        threads = threads or recipe.measure.threads
+        loads = [
+            oneshot.Traffic(corpus.read(w.prompts, w.slice), w.batch, w.new_tokens) for w in recipe.workloads.values()
+        ]
+    else:
+        ours = [corpus.Row("compile", ({"role": "user", "content": "Say hello."},))]
+        rows = corpus.read(str(prompts)) if prompts else ours
+        loads = [oneshot.Traffic(rows, b, new_tokens) for b in batch]
+    served, others = (adapter or [])[:1], (adapter or [])[1:]
+    opened = _model(model, served[0] if served else None)
+    found = oneshot.compile_model(opened, params, loads, threads, list(map(str, others)))
+    _print(f"compiled {model}", _compile_lines(found), found, as_json)
+
+
+def _compile_lines(found: dict[str, Any]) -> dict[str, str]:
+    from peftopt.thresholds import format_value
+
+    def start(name: str) -> str:
+        parts = ", ".join(f"{part} {found[name][part]:.1f}" for part in ("imports", "load", "graphs", "answers"))
+        return f"{found[name]['total']:.1f} s to an answer in every shape ({parts})"
+
+    cold, warm, facts = found["cold"], found["warm"], found["cold"]["facts"]
+    per_shape = {
+        f"batch {t['batch']}, {t['new_tokens']} tokens": (
+            f"{t['tpot_ms']:.1f} ms a token, eager {t['eager_tpot_ms']:.1f}; "
+            + (f"pays after {t['break_even']:.0f} requests" if t["break_even"] is not None else "does not pay")
+        )
+        for t in found["traffic"]
     }
-    _print(f"compiled {model}", lines, found, as_json)
+    return {
+        "cold start": start("cold"),
+        "warm start": f"{start('warm')}, {cold['total'] / warm['total']:.1f}x faster than cold",
+        "eager start": start("eager"),
+        **per_shape,
+        "against eager": f"KL {found['kl']:.2g} nats a token, {found['greedy_match']:.0%} of {found['prompts']} greedy "
+        "answers the same",
+        **{
+            f"switch to {s['adapter']}": f"{s['adapter_switch_time']:.2f} s, {s['recompiles']} recompiles, then "
+            f"{s['first_answers_s']:.1f} s to an answer in every shape"
+            for s in found["switches"]
+        },
+        "graphs": f"{facts['graphs']}, {facts['graph_breaks']} graph breaks, {facts['recompiles']} recompiles",
+        "engine": "; ".join([*facts["log"], *warm["facts"]["log"]]),
+        "compile cache": f"{found['cache']} ({format_value('size', found['cache_bytes'])})",
+    }
 
 
 @app.command()
@@ -382,8 +432,8 @@ def bench(
         raise BadInput(f"{len(engine)} engines for {len(model)} models", "give one --engine, or one for each --model")
     models = [Model(str(m), (str(adapter),) if adapter and n == 0 else ()) for n, m in enumerate(model)]
     arms = [
-        oneshot.Arm(f"{n} {Path(m.path).name}{' + adapter' * bool(m.adapters)}", m, name)
-        for n, (m, name) in enumerate(zip(models, engines, strict=True), 1)
+        oneshot.Arm(f"{n} {Path(m.path).name}{' + adapter' * bool(m.adapters)}, {runs}", m, runs)
+        for n, (m, runs) in enumerate(zip(models, engines, strict=True), 1)
     ]
     found = oneshot.bench(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
     for arm in found:
@@ -399,6 +449,7 @@ def bench(
         "P95 ms",
         "TTFT ms",
         "TPOT ms",
+        "CPU ms",
         "tokens/s",
         "memory",
         "load s",
@@ -419,6 +470,7 @@ def _bench_row(found: dict[str, Any]) -> list[str]:
         f"{found['p95_ms'].estimate:.0f}" if n >= fewest_for(0.95) else "too few requests",
         f"{found['ttft_ms'].estimate:.0f}",
         f"{found['tpot_ms'].estimate:.1f}",
+        f"{found['cpu_ms'].estimate:.0f}",
         f"{found['throughput'].estimate:.1f}",
         format_value("memory", found["peak_memory_bytes"]),
         f"{found['model_loading_time']:.1f}",

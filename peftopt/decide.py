@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from peftopt import stats
 from peftopt.evidence import TWIN, Evidence, exp
 from peftopt.records import Decision, Interval, Json, Measurement, Outcome, Plan, Variant, VariantDecision, Verdict
-from peftopt.rules import rule_name, verdicts
+from peftopt.rules import parent_of, rule_name, verdicts
 
 _NEVER_ALONE = ("artifact.", "require: kl ", "require: top1 ")
 """What may reject a variant but not accept it: near the baseline, divergence says nothing of the answers' worth."""
@@ -42,7 +42,7 @@ def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) ->
         outcome=outcome,
         decided_by=rule,
         verdicts=found,
-        figures=evidence.figures(variant.name),
+        figures={**evidence.figures(variant.name), **_break_even(evidence, variant)},
         notes=tuple(notes),
         certificates=tuple(evidence.certificates(variant.name)),
         remarks=tuple(_remarks(evidence, variant)),
@@ -115,6 +115,24 @@ def _subset_note(evidence: Evidence, variant: str) -> list[str]:
         return []
     same = sum(theirs[row]["correct"] for row in ours) / len(ours)
     return [f"answered {len(ours)} of {len(theirs)} prompts; on those {evidence.baseline} is right in {same:.1%}"]
+
+
+def _break_even(evidence: Evidence, variant: Variant) -> dict[str, Interval]:
+    """Requests of the minimized workload after which a cold compile has paid for itself, against the same variant
+    without it. Not there where it saves nothing."""
+    recipe = evidence.plan.recipe
+    name = f"latency.p50@{recipe.minimize.workload}"
+    ours, spent = evidence.figures(variant.name).get(name), evidence.figures(variant.name).get("compile_time")
+    theirs = evidence.figures(parent_of(recipe, variant, variant.engine)).get(name)
+    if ours is None or theirs is None or spent is None:
+        return {}
+
+    def requests(saved_ms: float) -> float:
+        return 1e3 * spent.estimate / saved_ms if saved_ms > 0 else math.inf
+
+    low, high = requests(theirs.high - ours.low), requests(theirs.low - ours.high)
+    middle = requests(theirs.estimate - ours.estimate)
+    return {"break_even": Interval(middle, low, high, ours.n)} if math.isfinite(middle) else {}
 
 
 def decide(plan: Plan, measurements: Sequence[Measurement], machine: Mapping[str, Json]) -> Decision:

@@ -26,6 +26,8 @@ FIELDS = {"latency": "request_duration_ms", "ttft": "ttft_ms", "tpot": "tpot_ms"
 """Which of a request's durations a timed metric looks at. Lengths are fixed, so throughput is inverse duration."""
 
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+ENGINE_FIGURES = ("compile_time", "warm_start", "graphs", "graph_breaks", "recompiles", "uncompiled")
+"""What an engine may say of getting ready: seconds, and counts per process."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Evidence:
         self.failures: dict[str, Mapping[str, Json]] = {}
         self.launches: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
         self.memory: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
+        self.engines: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
         self.surveyed: Mapping[str, Json] = {}
         self.machine: dict[tuple[str, int], list[Mapping[str, Json]]] = defaultdict(list)
         self.budget = plan.recipe.measure.max_blocks
@@ -90,6 +93,8 @@ class Evidence:
                     self.budget = max(self.budget, m.values["max_blocks"])
                 case "memory":
                     self.memory[m.variant].append(m.values)
+                case "engine":
+                    self.engines[m.variant].append(m.values)
 
     def certificates(self, variant: str) -> list[str]:
         """How the artifacts that a variant is made of were made and checked, in the order they were made."""
@@ -466,6 +471,9 @@ class Evidence:
         ):
             if peaks := [v[key] for v in self.memory.get(variant, ()) if key in v]:
                 found[name] = _range(peaks)
+        for name in ENGINE_FIGURES:
+            if seen := [v[name] for v in self.engines.get(variant, ()) if name in v]:
+                found[name] = _range(seen)
         return found
 
     def size(self, variant: str) -> int | None:

@@ -156,6 +156,13 @@ def free_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
+def processor() -> str:
+    """The processor's name and the instructions it has: code built for one may not run on another."""
+    info = Path("/proc/cpuinfo")
+    flags = [line for line in info.read_text().splitlines() if line.startswith("flags")] if info.exists() else []
+    return f"{_cpu_name()} {flags[0] if flags else platform.machine()}"
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []

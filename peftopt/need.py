@@ -61,7 +61,7 @@ def open_races(evidence: Evidence) -> list[Verdict]:
 def answers(recipe: Recipe, variant: Variant) -> int | None:
     """How many prompts the variant has to answer; None = all there are.
 
-    An engine that is a technique of its own only generates, which is slow: there, no more than the rules take.
+    An engine that is a technique of its own goes token by token, to score as well: no more than the rules take.
     """
     if not variant.engine.technique:
         return None

@@ -10,19 +10,24 @@ import random
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from peftopt import building, corpus, environments, machine, plugins, preflight, stats, store
 from peftopt.building import Progress
 from peftopt.child import Child
+from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed
 from peftopt.evidence import exp
 from peftopt.records import GENERIC, Interval, Json, Model
 
 DEADLINE_S = 3600.0
+
+ASKED = 8
+"""Prompts on which a compiled model's answers are compared with the eager one's."""
 
 
 def transform(
@@ -220,6 +225,7 @@ def _figures(values: dict[str, Json], reference: list[list[dict[str, Json]]]) ->
         "p95_ms": stats.quantile([r["request_duration_ms"] for r in requests], 0.95),
         "ttft_ms": stats.quantile([r["ttft_ms"] for r in requests], 0.5),
         "tpot_ms": stats.quantile([r["tpot_ms"] for r in requests if r["tpot_ms"]] or [math.nan], 0.5),
+        "cpu_ms": stats.quantile([r["cpu_ms"] for r in requests], 0.5),
         "throughput": stats.quantile([1e3 * r["new_tokens"] / r["request_duration_ms"] for r in requests], 0.5),
         "ratio": None,
     }
@@ -233,22 +239,131 @@ def _figures(values: dict[str, Json], reference: list[list[dict[str, Json]]]) ->
     return {**values, **found}
 
 
-def compile_model(model: Model, params: Mapping[str, Json], batches: Sequence[int], new_tokens: int) -> dict[str, Json]:
-    """Compile once cold, then open again warm; the cache stays beside the model. Times in seconds."""
+@dataclass(frozen=True)
+class Traffic:
+    """What a compiled model will be asked: the shapes to warm. `rows` are prompts, `batch` of them in a request."""
+
+    rows: Sequence[Row]
+    batch: int
+    new_tokens: int
+
+
+def compile_model(
+    model: Model,
+    params: Mapping[str, Json],
+    traffic: Sequence[Traffic],
+    threads: int = 0,
+    others: Sequence[str] = (),
+) -> dict[str, Json]:
+    """Compile once cold, start again warm, and compare with the eager engine; the cache stays beside the model.
+
+    Times in seconds, from the start of a process to its first answer in every shape: `cold`, `warm` and `eager` each
+    hold `total`, `imports`, `load`, `graphs`, `answers`. Also what the engine says of itself (graphs, breaks,
+    recompiles, log), `kl` in nats per token and `greedy_match` against eager, and for each of `traffic` the time per
+    token and the requests after which compiling has paid. `switches`: to each of the `others` (adapters) in turn, with
+    what it took and what was compiled again for it.
+    """
     cache = compile_cache(model)
-    found: dict[str, Json] = {"cache": str(cache)}
-    row = corpus.Row("compile", ({"role": "user", "content": "Say hello."},))
-    for pass_ in ("cold", "warm"):
-        log = Path(tempfile.mkdtemp(prefix="peftopt-")) / "compile.log"
-        with Child(log, machine.cores(), cache) as child:
-            launch = child.ask(
-                "open", DEADLINE_S, plugin="compiled", params=dict(params), model=asdict(_absolute(model))
-            )
-            first = 0.0
-            for batch in batches:
-                prompts = [[row.as_json()] * batch] * 3
-                answer = child.ask("speed", DEADLINE_S, batches=prompts, new_tokens=new_tokens, warmup=1)
-                first += answer["requests"][0]["request_duration_ms"] / 1e3
-                found[f"tpot_ms@{batch}"] = answer["requests"][-1]["tpot_ms"]
-        found[f"{pass_}_s"] = launch["model_loading_time"] + first
-    return {**found, "cache_bytes": store.size(Path(found["cache"]))}
+    shutil.rmtree(cache, ignore_errors=True)  # a cold start is part of the answer
+    folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
+    reference = str(folder / "reference.npz")
+    starts = {
+        "eager": ("eager", {}, {"write_reference": reference}),
+        "cold": ("compiled", params, {}),
+        "warm": ("compiled", params, {"reference": reference}),
+    }
+    found = {
+        name: _start(model, *start, traffic, folder / f"{name}.log", cache, threads, others if name == "warm" else ())
+        for name, start in starts.items()
+    }
+    eager, cold, warm = found["eager"], found["cold"], found["warm"]
+    ours, theirs = warm.pop("given"), eager.pop("given")
+    cold.pop("given")
+    pairs = [(ours[row], theirs[row]) for row in ours]
+    return {
+        **found,
+        "switches": warm["switches"],
+        "cache": str(cache),
+        "cache_bytes": store.size(cache),
+        "kl": sum(a["kl"] for a, _ in pairs) / sum(a["scored_tokens"] for a, _ in pairs),
+        "greedy_match": sum(a["tokens"] == b["tokens"] for a, b in pairs) / len(pairs),
+        "prompts": len(pairs),
+        "traffic": [
+            {
+                "batch": each.batch,
+                "new_tokens": each.new_tokens,
+                "tpot_ms": warm["tpot_ms"][n],
+                "eager_tpot_ms": eager["tpot_ms"][n],
+                "break_even": _pays_after(
+                    cold["facts"].get("compile_time", 0.0), eager["request_s"][n], warm["request_s"][n]
+                ),
+            }
+            for n, each in enumerate(traffic)
+        ],
+    }
+
+
+def _pays_after(spent: float, before: float, after: float) -> float | None:
+    """Requests whose saved seconds make up for those spent; None where none are saved."""
+    return spent / (before - after) if before > after else None
+
+
+def _start(
+    model: Model,
+    engine: str,
+    params: Mapping[str, Json],
+    references: Mapping[str, Json],
+    traffic: Sequence[Traffic],
+    log: Path,
+    cache: Path,
+    threads: int,
+    others: Sequence[str],
+) -> dict[str, Json]:
+    """One process from its start to an answer in every shape, and then what else is asked of it."""
+    started = time.perf_counter()
+    with Child(log, threads or machine.cores(), cache) as child:
+        launch = child.ask("open", DEADLINE_S, plugin=engine, params=dict(params), model=asdict(_absolute(model)))
+        first = [_speed(child, each, 1)[0] for each in traffic]
+        total = time.perf_counter() - started
+        facts = child.ask("facts", 30)
+        timed = [_speed(child, each, 3) for each in traffic]
+        answered: dict[str, Json] = {}
+        least = min(traffic, key=lambda each: each.batch)
+        child.ask(
+            "quality",
+            DEADLINE_S,
+            lambda record: answered.update({record["row"]: record}),
+            rows=[replace(row, expected="").as_json() for row in least.rows[:ASKED]],
+            schema=None,
+            new_tokens=least.new_tokens,
+            batch=least.batch,
+            **references,
+        )
+        switches = []
+        for adapter in others:
+            took = child.ask("switch", DEADLINE_S, adapter=str(Path(adapter).resolve()))
+            again = sum(_speed(child, each, 1)[0]["request_duration_ms"] for each in traffic) / 1e3
+            after = child.ask("facts", 30)
+            switches.append({"adapter": adapter, **took, "first_answers_s": again, "recompiles": after["recompiles"]})
+    graphs = facts.get("compile_time", 0.0) + facts.get("warm_start", 0.0)
+    answers = sum(r["request_duration_ms"] for r in first) / 1e3 - graphs
+    parts = {"load": launch["model_loading_time"], "graphs": graphs, "answers": answers}
+    return {
+        "total": total,
+        "imports": total - sum(parts.values()),
+        **parts,
+        "facts": facts,
+        "tpot_ms": [stats.median([r["tpot_ms"] or math.nan for r in turn]) for turn in timed],
+        "request_s": [stats.median([r["request_duration_ms"] for r in turn]) / 1e3 for turn in timed],
+        "given": answered,
+        "switches": switches,
+    }
+
+
+def _speed(child: Child, each: Traffic, requests: int) -> list[dict[str, Json]]:
+    """Timed requests: the longest prompts first, since they decide how long a cache has to be."""
+    rows = sorted(each.rows, key=lambda row: -sum(len(m["content"]) for m in row.messages))
+    picks = [rows[n % len(rows)] for n in range(each.batch * requests)]
+    batches = [[row.as_json() for row in picks[n : n + each.batch]] for n in range(0, len(picks), each.batch)]
+    answer = child.ask("speed", DEADLINE_S, batches=batches, new_tokens=each.new_tokens, warmup=0)
+    return list(answer["requests"])

@@ -257,6 +257,7 @@ class Measurement:
     quality  row, output, new_tokens, score, correct, valid, critical (tag), flags, nll, tokens, slices; kl, kl_worst
              and agree against the reference; shift and kept (see Evidence.survival); uncut_tokens where a policy cut
     more     max_blocks: blocks that were granted to a race after its recipe
+    engine   what an engine says of getting ready, at the end of a worker's life: compile_time (s), graphs, log, …
     memory   peak_memory_bytes (at the end of a worker's life), gpu_*
     load     source, requests: [{id, model, scheduled, sent, first, last, done (s since the start), ttft_ms, tpot_ms,
              gaps_ms, queue_time_ms, generation_latency_ms, request_duration_ms, prompt_tokens, new_tokens, error,

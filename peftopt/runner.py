@@ -371,9 +371,16 @@ def answer(run: Run) -> None:
         others = sorted((v for v in run.alive() if v != baseline), key=lambda v: v.engine == baseline.engine)
         with _lanes(run, len(others) + 1) as (pool, threads):
             jobs = [pool.submit(_answer, run, baseline, null, 2, max(1, quality.batch // 2), threads, count)]
-            jobs += [pool.submit(_answer, run, v, parts[v.name], 1, quality.batch, threads, count) for v in others]
+            jobs += [pool.submit(_answer, run, v, parts[v.name], 1, _batch(run, v), threads, count) for v in others]
             for job in jobs:
                 job.result()
+
+
+def _batch(run: Run, variant: Variant) -> int:
+    """Prompts to ask at once. An engine that compiles for each batch size is asked in one that the race uses too."""
+    assert run.recipe.quality is not None
+    most = run.recipe.quality.batch
+    return min(most, max(w.batch for w in run.recipe.workloads.values())) if variant.engine.technique else most
 
 
 def _whole_batches(rows: int | None, batch: int) -> int | None:
@@ -481,6 +488,9 @@ def _started(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Chi
     with Child(log, threads, cache, environments.interpreter(plugins.catalogue()[variant.engine.plugin])) as child:
         child.ask("prepare", run.recipe.measure.deadline_s, plugin=variant.engine.plugin)
         yield child
+        with contextlib.suppress(WorkerFailed):  # a worker that is gone has been recorded as what it died of
+            if facts := child.ask("facts", 30):
+                run.log("engine", variant.name, {"why": why, **facts})
 
 
 def _open(run: Run, variant: Variant, child: Child) -> dict[str, Json]:

@@ -148,6 +148,14 @@ class Worker:
 
         return {"read_bytes_per_s": bandwidth.measure()}
 
+    def switch(self, adapter: str) -> dict[str, Json]:
+        """Another adapter in the place of the one that is served. Time in seconds."""
+        return {"adapter_switch_time": self.engine.switch(adapter)}
+
+    def facts(self) -> dict[str, Json]:
+        """What the engine says of its own getting ready, where it does: see peftopt.engines.Engine."""
+        return dict(self.engine.facts()) if hasattr(self.engine, "facts") else {}
+
     def memory(self) -> dict[str, Json]:
         """Peaks since this process started; nothing of a server, whose memory is another process's."""
         from peftopt.probes import memory

@@ -237,10 +237,20 @@ def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(
 ) -> None:
     monkeypatch.chdir(recipe.parent)
     before = {f.name: f.read_bytes() for f in (recipe.parent / "base").iterdir()}
-    assert command("compile", "--model", "base", "--new-tokens", 3, "--json") == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert Path(facts["cache"]) == recipe.parent / "base.compiled" and facts["cache_bytes"] > 0
-    assert facts["cold_s"] > 0 and facts["warm_s"] > 0 and facts["tpot_ms@1"] > 0
+    arguments = ("--model", "base", "--prompts", "eval.jsonl", "--new-tokens", 3, "--threads", 1)
+    assert command("compile", *arguments, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert Path(found["cache"]) == recipe.parent / "base.compiled" and found["cache_bytes"] > 0
+    for start in ("eager", "cold", "warm"):
+        parts = [found[start][part] for part in ("imports", "load", "graphs", "answers")]
+        assert found[start]["total"] == pytest.approx(sum(parts)) and min(parts[0], parts[1], parts[3]) > 0
+    cold, warm = found["cold"]["facts"], found["warm"]["facts"]
+    assert (cold["graphs"], cold["graph_breaks"], cold["recompiles"]) == (1, 0, 0)
+    assert "warm_start" not in cold and "compile_time" not in warm, "the second process compiled nothing"
+    assert warm["log"] == ["batch 1, cache 128: started from the compile cache"]
+    assert found["kl"] < 0.01 and found["greedy_match"] > 0.5 and found["prompts"] == 6
+    (one,) = found["traffic"]
+    assert one["tpot_ms"] > 0 and one["eager_tpot_ms"] > 0
     assert {f.name: f.read_bytes() for f in (recipe.parent / "base").iterdir()} == before
 
 

@@ -33,6 +33,7 @@ from peftopt.records import (
     VariantDecision,
     Workload,
 )
+from peftopt.render import table
 from peftopt.rules import parent_of
 from peftopt.thresholds import parse
 
@@ -594,3 +595,24 @@ def test_a_cap_is_proposed_from_the_baselines_own_lengths() -> None:
     measurements = whole(plan, {"merged": 0.7}) + quality("adapter", **long)
     remarks = of(decide(plan, measurements, {}), "adapter").remarks
     assert len(remarks) == 1 and "max_new_tokens: 31 would cut off 0.8%" in remarks[0] and "200 tokens" in remarks[0]
+
+
+def test_what_compiling_cost_is_a_figure_with_its_break_even_and_a_line_of_the_report() -> None:
+    plan = plan_of("merged", "compiled")
+    found = whole(plan, {"merged": 0.8, "compiled": 0.6})
+    for spent, started in ((40.0, 0.0), (0.0, 2.0)):
+        seconds = {k: v for k, v in (("compile_time", spent), ("warm_start", started)) if v}
+        said = {"graphs": 2, "graph_breaks": 0, "recompiles": 1, "uncompiled": 3, "log": ["recompiled: batch 8"]}
+        found.append(Measurement("engine", "compiled", values={**seconds, **said}))
+    decision = decide(plan, found, {})
+    figures, parents = of(decision, "compiled").figures, of(decision, "merged").figures
+    assert (figures["compile_time"].estimate, figures["warm_start"].estimate, figures["graphs"].high) == (40, 2, 2)
+    assert "break_even" not in parents
+    saved = parents["latency.p50@chat"].estimate - figures["latency.p50@chat"].estimate
+    assert figures["break_even"].estimate == pytest.approx(40_000 / saved)
+    assert figures["break_even"].low < figures["break_even"].estimate < figures["break_even"].high
+    slower = decide(plan, [*whole(plan, {"merged": 0.8, "compiled": 1.1}), found[-2]], {})
+    assert "break_even" not in of(slower, "compiled").figures, "what saves nothing is never paid for"
+    cells = dict(zip(*(table.further(decision)[0], table.further(decision)[1][-1]), strict=True))
+    assert cells["compile time"] == "40.0 s" and cells["requests answered uncompiled"] == "3"
+    assert ("compiled's engine", "recompiled: batch 8") in table.facts(decision, found)

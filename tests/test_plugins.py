@@ -14,7 +14,7 @@ from conftest import make_lora
 from safetensors.torch import load_file
 
 from peftopt import plugins, provenance
-from peftopt.errors import BadInput
+from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.records import Model
 
 CATALOGUE = plugins.catalogue()
@@ -290,8 +290,7 @@ def opened(tiny_base_fp32: Path, tiny_lora: Path, built: Any) -> Any:
     def get(name: str) -> Any:
         if name not in done:
             plugin = plugins.module("engine", name)
-            adapters = () if CATALOGUE[name].technique == "compile" else (str(tiny_lora),)
-            done[name] = plugin.open(Model(str(tiny_base_fp32), adapters), plugin.Params())
+            done[name] = plugin.open(Model(str(tiny_base_fp32), (str(tiny_lora),)), plugin.Params())
         return done[name]
 
     return get
@@ -313,29 +312,66 @@ def test_a_batch_answers_as_one_by_one(name: str, opened: Any) -> None:
     assert len({tuple(answer) for answer in together}) > 1, "the tiny model must tell prompts apart"
 
 
-def test_compiled_answers_as_eager(opened: Any, tiny_base_fp32: Path) -> None:
-    eager = plugins.module("engine", "eager")
-    plain = eager.open(Model(str(tiny_base_fp32)), eager.Params())
-    assert ask(opened("compiled"), 16) == ask(plain, 16)
-    with pytest.raises(BadInput, match="mode"):
-        compiled = plugins.module("engine", "compiled")
-        compiled.open(Model(str(tiny_base_fp32)), compiled.Params(mode="fast"))
+def test_compiled_answers_and_scores_as_eager(opened: Any) -> None:
+    eager, compiled = opened("eager"), opened("compiled")
+    assert ask(compiled, 16) == ask(eager, 16)
+    prompts = [eager.encode([{"role": "user", "content": text}])[0] for text in PROMPTS]
+    answers = [[7, 9, 11, 2], [8, 2], [30] * 6]
+    for ours, theirs in zip(compiled.score(prompts, answers), eager.score(prompts, answers), strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        assert (ours.best, ours.finite) == (theirs.best, True)
 
 
-def test_compiled_does_not_recompile_for_another_prompt_length(opened: Any) -> None:
-    from torch._dynamo.utils import counters
-
+def test_compiled_counts_what_it_compiles_and_bounds_it(opened: Any, tiny_base_fp32: Path) -> None:
     engine = opened("compiled")
-    ask(engine, 16, batch=False)
-    before = counters["stats"]["unique_graphs"]
-    assert before > 0, "the decode step was compiled at all"
+    ask(engine, 16), ask(engine, 16, batch=False)
+    facts = engine.facts()
+    assert facts["graphs"] == 2 and facts["compile_time"] > 0
+    assert facts["graph_breaks"] == facts["recompiles"] == facts["uncompiled"] == 0
     for length in (3, 40, 100):
         engine.generate([list(range(5, 5 + length))], 20, stop=False)
-    assert counters["stats"]["unique_graphs"] == before
+    assert engine.facts()["graphs"] == 2, "prompts of any length run through the same graphs"
+    plugin = plugins.module("engine", "compiled")
+    small = plugin.open(Model(str(tiny_base_fp32)), plugin.Params(cache_len=16))
+    plain = plugins.module("engine", "eager")
+    assert ask(small, 8) == ask(plain.open(Model(str(tiny_base_fp32)), plain.Params()), 8)
+    facts = small.facts()
+    assert (facts["graphs"], facts["uncompiled"]) == (0, 1)
+    assert "longer than the cache of 16 tokens" in facts["log"][0]
 
 
-def test_stop_true_ends_each_row_at_its_own_end_of_sequence(opened: Any) -> None:
-    engine = opened("eager")
+def test_tensorrt_is_refused_where_there_is_no_gpu(tiny_base: Path) -> None:
+    plugin = plugins.module("engine", "tensorrt")
+    assert "torch_tensorrt" in CATALOGUE["tensorrt"].needs
+    if pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("there is one here")
+    with pytest.raises(MissingEnvironment, match="NVIDIA"):
+        plugin.open(Model(str(tiny_base)), plugin.Params())
+
+
+@pytest.mark.parametrize("wrong", [{"mode": "fast"}, {"attention": "flash"}])
+def test_compiled_refuses_what_it_does_not_know(wrong: dict[str, str], tiny_base: Path) -> None:
+    plugin = plugins.module("engine", "compiled")
+    with pytest.raises(BadInput, match=next(iter(wrong))) as refused:
+        plugin.open(Model(str(tiny_base)), plugin.Params(**wrong))
+    assert refused.value.hint.startswith("use one of")
+
+
+def test_a_compiled_step_is_kept_and_a_model_that_fits_another_shape_is_not_given_it(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plugin = plugins.module("engine", "compiled")
+    bare = plugin.open(Model(str(tiny_base)), plugin.Params())
+    adapted = plugin.open(Model(str(tiny_base), (str(tiny_lora),)), plugin.Params())
+    names = {e._kept(shape).name for e in (bare, adapted) for shape in ((1, 128), (2, 128), (1, 256))}
+    assert len(names) == 6
+    assert bare._kept((1, 128)) == plugin.open(Model(str(tiny_base)), plugin.Params())._kept((1, 128))
+
+
+@pytest.mark.parametrize("name", LOCAL_ENGINES)
+def test_stop_true_ends_each_row_at_its_own_end_of_sequence(name: str, opened: Any) -> None:
+    engine = opened(name)
     prompts = [engine.encode([{"role": "user", "content": text}])[0] for text in PROMPTS]
     free = engine.generate(prompts, 24, stop=False)
     end = free[0].tokens[5]  # make a token that the first row says the end of sequence
@@ -351,8 +387,9 @@ def test_stop_true_ends_each_row_at_its_own_end_of_sequence(opened: Any) -> None
     assert answers[0].stopped
 
 
-def test_score_agrees_with_generate_whatever_the_batch(opened: Any) -> None:
-    engine = opened("eager")
+@pytest.mark.parametrize("name", LOCAL_ENGINES)
+def test_score_agrees_with_generate_whatever_the_batch(name: str, opened: Any) -> None:
+    engine = opened(name)
     prompts = [engine.encode([{"role": "user", "content": text}])[0] for text in PROMPTS]
     answers = [a.tokens[:n] for a, n in zip(engine.generate(prompts, 12, stop=False), (12, 5, 1), strict=True)]
     for prompt, answer, scores in zip(prompts, answers, engine.score(prompts, answers), strict=True):
@@ -381,3 +418,22 @@ def test_the_adapter_is_served_in_the_dtype_of_its_base(tiny_base: Path, tiny_lo
     engine = eager.open(Model(str(tiny_base), (str(tiny_lora),)), eager.Params())
     assert {p.dtype for p in engine._model.parameters()} == {torch.bfloat16}
     engine.close()
+
+
+def test_switching_to_an_adapter_of_the_same_shape_compiles_nothing_again(
+    opened: Any, tiny_base: Path, tiny_base_fp32: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    make_lora(tiny_base, tmp_path / "other", std=0.3)
+    make_lora(tiny_base, tmp_path / "scaled", lora_alpha=16)
+    plain = plugins.module("engine", "eager")
+    engine, before = opened("compiled"), opened("compiled").facts()
+    assert ask(engine, 8) == ask(opened("eager"), 8)
+    for adapter, again in (("other", 0), ("scaled", before["graphs"])):
+        engine.switch(str(tmp_path / adapter))
+        assert engine.facts()["recompiles"] == again
+        if not again:
+            theirs = plain.open(Model(str(tiny_base_fp32), (str(tmp_path / adapter),)), plain.Params())
+            assert ask(engine, 8) == ask(theirs, 8) != ask(opened("eager"), 8)
+    with pytest.raises(BadInput, match="only a model with one adapter"):
+        plugin = plugins.module("engine", "compiled")
+        plugin.open(Model(str(tiny_base_fp32)), plugin.Params()).switch(str(tiny_lora))

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from peftopt.records import Json
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -53,9 +55,6 @@ class Engine(Protocol):
     scores: bool
     """Whether `score` works; an endpoint may only generate."""
 
-    own_decoder: bool
-    """Whether `generate` runs other code than `score` does, so that it has more to prove."""
-
     device: str
     """Where it computes, in torch's words: "cpu", "cuda"."""
 
@@ -87,3 +86,11 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model's memory."""
+
+
+class Ready(Protocol):
+    """What an engine may offer besides: an account of how it got ready, asked for at the end of a worker's life."""
+
+    def facts(self) -> Mapping[str, Json]:
+        """Numbers by name ("compile_time" and "warm_start" in seconds, "graphs", "graph_breaks", "recompiles",
+        "uncompiled" requests) become figures of the report; the sentences under "log" are shown with them."""

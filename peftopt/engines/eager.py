@@ -39,9 +39,9 @@ def open(model: Model, params: Params) -> Transformers:
 class Transformers(Text):
     """A loaded model that answers through `generate`; see `peftopt.engines.Engine` for what each method promises."""
 
-    scores, own_decoder = True, False
+    scores = True
 
-    def __init__(self, model: Model, device: str) -> None:
+    def __init__(self, model: Model, device: str, unpacked: bool = False) -> None:
         import torch
 
         if device == "auto":
@@ -49,7 +49,7 @@ class Transformers(Text):
         self._device = torch.device(device)
         self.device, self.threads = str(self._device), torch.get_num_threads()
         tokenizer = hf.tokenizer(hf.tokenizer_home(model))
-        loaded = hf.load(model.path, unpacked=bool(model.adapters))
+        loaded = hf.load(model.path, unpacked=unpacked or bool(model.adapters))
         started = time.perf_counter()
         for index, adapter in enumerate(model.adapters):
             # PEFT's default would hold the adapter in fp32 on a bf16 base, and convert at every layer and token. A
@@ -80,7 +80,6 @@ class Transformers(Text):
                 attention_mask=mask,
                 max_new_tokens=new_tokens,
                 streamer=clock,
-                **self._cache(ids.shape[1] + new_tokens),
             )
         rows = output[:, ids.shape[1] :].tolist()
         return [_trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
@@ -127,10 +126,6 @@ class Transformers(Text):
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def _cache(self, length: int) -> dict[str, Any]:
-        """Arguments of `generate` that shape the key-value cache, for at most `length` tokens."""
-        return {}
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
         """Token ids and attention mask, each [prompts, longest prompt], on the model's device."""

@@ -48,7 +48,7 @@ def open(model: Model, params: Params) -> Served:
 class Served:
     """A server that answers; see `peftopt.engines.Engine` for what each method promises. It only generates."""
 
-    scores, own_decoder, adapter_switch_time = False, True, None
+    scores, adapter_switch_time = False, None
     remote = True
     """Time, memory and CPU of the model are another process's: only what a client sees can be measured here."""
 

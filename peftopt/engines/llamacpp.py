@@ -57,7 +57,7 @@ class LlamaCpp(Text):
     """A loaded model that decodes through llama.cpp's batches; see `peftopt.engines.Engine` for what each method
     promises. One prompt is one sequence, each with a key-value cache of its own."""
 
-    scores, own_decoder = True, False
+    scores = True
 
     def __init__(self, model: Model, params: Params) -> None:
         self._lib = library()

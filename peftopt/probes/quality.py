@@ -3,8 +3,7 @@
 Greedy answers are found by verifying a draft (the expected answer): one forward pass tells where the model first
 disagrees with it, and only from there is anything decoded. That is greedy speculative decoding (Leviathan et al.
 2023), so the answer is the model's own; it costs a prefill instead of a decode for every prompt that is right.
-Some rows tagged critical are decoded token by token as well as scored, as a server would do it: all of them where
-the engine decodes by other code than it scores with.
+Some rows tagged critical are decoded token by token as well as scored, as a server would do it.
 """
 
 from __future__ import annotations
@@ -160,7 +159,7 @@ def ask(
 
     waiting: list[Waiting] = []
     critical = [row.id for row in rows if row.critical]
-    decoded = set(critical if engine.own_decoder else critical[:DECODED])
+    decoded = set(critical[:DECODED])
     for group in batches(_by_length(_asked(engine, row, known) for row in rows), batch):
         drafted = _drafted(engine, group, new_tokens)
         base |= _without_adapters(engine, [a for a in drafted if a.row.id in asked_base])

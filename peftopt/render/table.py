@@ -82,6 +82,9 @@ def further(decision: Decision) -> Table:
         ("answers flipped", _flipped),
         *((f"warm-up@{w}", _warm_up_column(w)) for w in workloads(decision)),
         ("GPU memory reserved", _figure_column("gpu_memory_reserved")),
+        ("compile time", _figure_column("compile_time")),
+        ("start from the compile cache", _figure_column("warm_start")),
+        *((title, _count_column(name)) for name, title in _COUNTS.items()),
     ]
     header, body = _filled(decision, columns)
     return header, body if len(header) > 1 else []
@@ -141,6 +144,30 @@ def _fit(header: Sequence[str], body: list[list[str]], gap: int = 2) -> list[lis
 
 def _figure_column(name: str) -> Callable[[VariantDecision], str]:
     return lambda v: figure(name, v.figures.get(name))
+
+
+_COUNTS = {
+    "graphs": "graphs",
+    "graph_breaks": "graph breaks",
+    "recompiles": "recompiles",
+    "uncompiled": "requests answered uncompiled",
+    "break_even": "requests to break even",
+}
+
+
+def _count_column(name: str) -> Callable[[VariantDecision], str]:
+    """A count: the most of any launch, or of a break-even the estimate and its range."""
+
+    def cell(variant: VariantDecision) -> str:
+        value = variant.figures.get(name)
+        if value is None or math.isnan(value.estimate):
+            return MISSING
+        if name != "break_even":
+            return f"{value.high:.0f}"
+        worst = f"{value.high:,.0f}" if math.isfinite(value.high) else "never"
+        return f"{value.estimate:,.0f} ({value.low:,.0f} to {worst})"
+
+    return cell
 
 
 def _flipped(variant: VariantDecision) -> str:
@@ -253,6 +280,7 @@ def _count(value: Interval | None) -> str:
 _READ_AS = {
     **{"ms": "latency.p50", "s": "load_time", "bytes": "memory", "share": "accuracy"},
     **{"tokens/s": "throughput", "nats": "kl", "bandwidth": "accuracy"},
+    **{"compile_time": "load_time", "warm_start": "load_time"},
     **{"gpu_memory_allocated": "memory", "gpu_memory_reserved": "memory"},
     **{"tpot.p95": "tpot.p50", "tpot.p99": "tpot.p50", "top1.min": "top1"},
     **dict.fromkeys(("kl.p95", "kl.max", "kl.token"), "kl"),
@@ -476,9 +504,19 @@ def facts(decision: Decision, measurements: Sequence[Measurement]) -> list[tuple
         "threads": _distinct(values.get("threads") for values in launches),
         "device": _distinct(values.get("device") for values in launches),
         "load average": f"{statistics.median(loads):.1f} (median), {max(loads):.1f} (highest)" if loads else "",
+        **_engines(measurements),
         **{str(key): _flat(value) for key, value in decision.machine.items()},
     }
     return [(clean(key), clean(text)) for key, text in found.items() if text]
+
+
+def _engines(measurements: Sequence[Measurement]) -> dict[str, str]:
+    """What each variant's engine said of getting ready, the same sentence of several launches once."""
+    said: dict[str, dict[str, None]] = defaultdict(dict)
+    for m in measurements:
+        if m.probe == "engine":
+            said[f"{m.variant}'s engine"] |= dict.fromkeys(_strings(m.values.get("log")))
+    return {name: "; ".join(lines) for name, lines in said.items()}
 
 
 def block_ratios(decision: Decision, measurements: Sequence[Measurement], workload: str) -> dict[str, list[float]]:
