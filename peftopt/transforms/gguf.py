@@ -142,7 +142,8 @@ def library() -> Any:
 
     import llama_cpp
 
-    logging.getLogger("llama-cpp-python").setLevel(logging.WARNING)
+    # the bindings' levels are one off: they take llama.cpp's information for warnings, and its warnings for errors
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
     llama_cpp.llama_backend_init()
     return llama_cpp
 
