@@ -1,10 +1,10 @@
 """What each way to quantize costs and keeps, on a model merged with its adapter (docs/decisions/quantizers.md).
 
-Per route: seconds, CPU seconds and peak memory of `peftopt quantize`, size on disk; against the unmerged adapter, on
-checked rows: perplexity ratio, KL divergence, delta survival (1 - KL(adapter || route) / KL(adapter || base): 1 is the adapter's
-own predictions, 0 the base's), accuracy; and the time of a decode step over that of the unmerged adapter's, from
-interleaved blocks with an exact interval. All through the package's own workers and probes. Also the overhead of
-`peftopt quantize` over the bare library call, and the same routes calibrated on generic texts.
+Per route: seconds, CPU seconds and peak memory of `peftopt quantize`, size on disk. Against the unmerged adapter, on
+checked rows: perplexity ratio, KL divergence, accuracy, and delta survival, which is 1 - KL(adapter || route) /
+KL(adapter || base): 1 for the adapter's own predictions, 0 for the base's. The time of a decode step over that of the
+unmerged adapter's, from interleaved blocks with an exact interval. All through the package's own workers and probes.
+Also the overhead of `peftopt quantize` over the bare library call, and the same routes calibrated on generic texts.
 Run: python benchmarks/quantize.py --base FOLDER --adapter FOLDER --prompts F.jsonl --calibration F.jsonl [--rows 96]
 """
 
