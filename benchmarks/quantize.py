@@ -1,10 +1,10 @@
 """What each way to quantize costs and keeps, on a model merged with its adapter (docs/decisions/quantizers.md).
 
-Per route: seconds and peak memory of `peftopt quantize`, size on disk; against the unmerged adapter, on checked rows:
-perplexity ratio, KL divergence, delta survival (1 - KL(adapter || route) / KL(adapter || base): 1 is the adapter's
-own predictions, 0 the base's), accuracy; and the time of a decode step over that of the unmerged adapter's, from
-interleaved blocks with an exact interval. All through the package's own workers and probes. Also the overhead of
-`peftopt quantize` over the bare library call, and the same routes calibrated on generic texts.
+Per route: seconds, CPU seconds and peak memory of `peftopt quantize`, size on disk. Against the unmerged adapter, on
+checked rows: perplexity ratio, KL divergence, accuracy, and delta survival, which is 1 - KL(adapter || route) /
+KL(adapter || base): 1 for the adapter's own predictions, 0 for the base's. The time of a decode step over that of the
+unmerged adapter's, from interleaved blocks with an exact interval. All through the package's own workers and probes.
+Also the overhead of `peftopt quantize` over the bare library call, and the same routes calibrated on generic texts.
 Run: python benchmarks/quantize.py --base FOLDER --adapter FOLDER --prompts F.jsonl --calibration F.jsonl [--rows 96]
 """
 
@@ -266,20 +266,21 @@ def timed(line: list[str], environment: dict[str, str]) -> tuple[float, float, s
 
 
 def show(figures: dict[str, dict[str, Any]]) -> None:
-    header = ("route", "s", "peak GB", "MB", "perplexity", "KL", "survives", "accuracy", "decode")
+    header = ("route", "s", "CPU s", "peak GB", "MB", "perplexity", "KL", "survives", "accuracy", "decode")
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
     for name, f in figures.items():
         cells = [
             name,
             f"{f['seconds']:.0f}" if "seconds" in f else "",
+            f"{f['cpu_seconds']:.0f}" if "cpu_seconds" in f else "",
             f"{f['peak_memory_bytes'] / 1e9:.2f}" if "peak_memory_bytes" in f else "",
             f"{f['bytes'] / 1e6:.0f}",
             interval(f["perplexity"], ".3f") if name != "adapter" else "1",
             f"{f['kl'].estimate:.2g}" if "kl" in f else "0",
             f"{f['survival']:.1%}" if "survival" in f else "",
             interval(f["accuracy"], ".1%"),
-            interval(f["decode"], ".2f") + "x" if "decode" in f else "1x",
+            interval(f["decode"], ".2f") + "x" if "decode" in f else "",
         ]
         print("| " + " | ".join(cells) + " |")
 

@@ -53,16 +53,17 @@ class Worker:
         source = module("transform", plugin)
         opened = _model(model)
         texts = _rendered(map(row_from, rows), tokenizer_home(opened)) if rows else []
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         with progress.heard(lambda at: self.tell("progress", at)):
             result = source.transform(opened, source.Params(**params), Path(out), texts, seed)
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         if made := provenance.read(Path(out)):
             used = made["calibration"] and {"source": calibration, **made["calibration"]}
             made = provenance.add(Path(out), calibration=used)
         return {
             "model": dataclasses.asdict(result),
             "seconds": seconds,
+            "cpu_seconds": cpu,
             **_examined(Path(out), opened),
             **({"quantization": made} if made else {}),
             **memory.peak(),
