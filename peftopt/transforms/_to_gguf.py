@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-UNKNOWN_TOKENIZER = "peftopt: llama.cpp does not know this tokenizer"
-
 
 def main(script: str, *arguments: str) -> None:
     """`script` is a converter in llama.cpp's source folder."""
@@ -26,8 +24,7 @@ def main(script: str, *arguments: str) -> None:
         try:
             return str(pre_tokenizer(self, tokenizer))
         except NotImplementedError:
-            print(UNKNOWN_TOKENIZER, file=sys.stderr)
-            return "default"
+            return "default"  # whether it splits text alike is tried afterwards
 
     def where_there_is_one(self: Any) -> Any:
         if not (self.dir_model / "tokenizer.model").is_file():
