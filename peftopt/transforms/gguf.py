@@ -169,7 +169,7 @@ def _note(out: Path, params: Params) -> None:
             f"{params.type} needs rows of a multiple of {block} weights; {misfits} of {sum(widths.values())} matrices "
             f"have rows of {narrow}, for which llama.cpp chose larger types: {used}"
         )
-    if not _splits_alike(out):
+    if not _tokenizer_fits(out):
         notices.append(
             "llama.cpp's own tokenizer splits text in another way than this model's: peftopt encodes with the "
             "tokenizer.json beside the GGUF, and so should whoever serves it"
@@ -185,13 +185,21 @@ def _note(out: Path, params: Params) -> None:
     (out / "quantization.json").write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
 
 
-def _splits_alike(out: Path) -> bool:
+def _tokenizer_fits(out: Path) -> bool:
+    """As `splits_alike`, in a process of its own: llama.cpp aborts on a vocabulary that lacks bytes of a text."""
+    code = f"import sys; from {__name__} import splits_alike as alike; sys.exit(not alike(sys.argv[1]))"
+    variables = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(out)], env=variables, stdout=sys.stderr, check=False)
+    return done.returncode == 0
+
+
+def splits_alike(folder: str) -> bool:
     """Whether llama.cpp, as its converter understood the tokenizer, gives the ids that the tokenizer gives: the
     converters go by hashes and by single settings, and take byte-pair tokenizers for SentencePiece without a word."""
-    llama_cpp, encode = library(), hf.tokenizer(str(out))
+    llama_cpp, encode = library(), hf.tokenizer(folder)
     settings = llama_cpp.llama_model_default_params()
     settings.vocab_only = True
-    model = llama_cpp.llama_model_load_from_file(str(out / WEIGHTS).encode(), settings)
+    model = llama_cpp.llama_model_load_from_file(str(Path(folder) / WEIGHTS).encode(), settings)
     if not model:
         return False
     vocabulary = llama_cpp.llama_model_get_vocab(model)
