@@ -16,6 +16,7 @@ from peftopt import environments, hf, provenance
 from peftopt.adapter import open_adapter, plain_pairs
 from peftopt.checkpoint import open_model
 from peftopt.errors import BadInput, WorkerFailed
+from peftopt.merging.certificate import TEXTS
 from peftopt.records import Model
 from peftopt.transforms import _to_gguf
 
@@ -68,7 +69,7 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     out.mkdir(parents=True, exist_ok=True)
     plain = params.type in PLAIN
     made = out / (WEIGHTS if plain else "plain.gguf")
-    said = _convert("convert_hf_to_gguf.py", made, model.path, params.type if plain else _own_type(model.path))
+    _convert("convert_hf_to_gguf.py", made, model.path, params.type if plain else _own_type(model.path))
     if not plain:
         _quantize(made, out / WEIGHTS, params)
         made.unlink()
@@ -79,7 +80,7 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "gguf", "type": params.type}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _note(out, params, seed, said)
+    _note(out, params, seed)
     return Model(str(out), model.adapters)
 
 
@@ -116,11 +117,9 @@ def _own_type(folder: str) -> str:
     return {frozenset({"BF16"}): "bf16", frozenset({"F16"}): "f16"}.get(frozenset(kinds), "f32")
 
 
-def _convert(script: str, out: Path, source: str, kind: str, base: str = "") -> str:
-    """Run a converter in the main environment, which has the torch that it takes. Returns what it said.
-
-    Raises BadInput with its last line when it fails.
-    """
+def _convert(script: str, out: Path, source: str, kind: str, base: str = "") -> None:
+    """Run a converter in the main environment, which has the torch that it takes. Raises BadInput with its last line
+    when it fails."""
     command = [environments.python(environments.MAIN), "-m", _to_gguf.__name__]
     command += [str(Path(sys.prefix) / "llama.cpp" / script), source, "--outfile", str(out), "--outtype", kind]
     command += ["--base", base] if base else []
@@ -133,7 +132,6 @@ def _convert(script: str, out: Path, source: str, kind: str, base: str = "") -> 
             raise WorkerFailed("missing library", f"llama.cpp's converter needs {library}", f"pip install {library}")
         hint = "llama.cpp must know the architecture; run this model on a transformers engine instead"
         raise BadInput(f"llama.cpp's {script} cannot convert {source}: {last[:300]}", hint)
-    return done.stderr
 
 
 def library() -> Any:
@@ -160,7 +158,7 @@ def _quantize(source: Path, out: Path, params: Params) -> None:
         raise RuntimeError(f"llama.cpp could not quantize {source} to {params.type}; its log says why")
 
 
-def _note(out: Path, params: Params, seed: int, said: str) -> None:
+def _note(out: Path, params: Params, seed: int) -> None:
     """quantization.json: what made the folder, and what a user must know of it."""
     kinds, widths = _matrices(out / WEIGHTS)
     block, notices = TYPES[params.type], []
@@ -171,13 +169,41 @@ def _note(out: Path, params: Params, seed: int, said: str) -> None:
             f"{params.type} needs rows of a multiple of {block} weights; {misfits} of {sum(widths.values())} matrices "
             f"have rows of {narrow}, for which llama.cpp chose larger types: {used}"
         )
-    if _to_gguf.UNKNOWN_TOKENIZER in said:
+    if not _tokenizer_fits(out):
         notices.append(
-            "llama.cpp does not know this tokenizer: peftopt encodes with the tokenizer.json beside the GGUF, but a "
-            "llama.cpp server would split text in another way"
+            "llama.cpp's own tokenizer splits text in another way than this model's: peftopt encodes with the "
+            "tokenizer.json beside the GGUF, and so should whoever serves it"
         )
     matrices = dict(sorted(kinds.items()))
     provenance.write(out, "gguf", ["llama-cpp-python"], asdict(params), seed, notices=notices, matrices=matrices)
+
+
+def _tokenizer_fits(out: Path) -> bool:
+    """As `splits_alike`, in a process of its own: llama.cpp aborts on a vocabulary that lacks bytes of a text."""
+    code = f"import sys; from {__name__} import splits_alike as alike; sys.exit(not alike(sys.argv[1]))"
+    variables = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(out)], env=variables, stdout=sys.stderr, check=False)
+    return done.returncode == 0
+
+
+def splits_alike(folder: str) -> bool:
+    """Whether llama.cpp, as its converter understood the tokenizer, gives the ids that the tokenizer gives: the
+    converters go by hashes and by single settings, and take byte-pair tokenizers for SentencePiece without a word."""
+    llama_cpp, encode = library(), hf.tokenizer(folder)
+    settings = llama_cpp.llama_model_default_params()
+    settings.vocab_only = True
+    model = llama_cpp.llama_model_load_from_file(str(Path(folder) / WEIGHTS).encode(), settings)
+    if not model:
+        return False
+    vocabulary = llama_cpp.llama_model_get_vocab(model)
+    alike = True
+    for text in TEXTS:
+        raw = text.encode()
+        room = (llama_cpp.llama_token * (len(raw) + 8))()
+        count = llama_cpp.llama_tokenize(vocabulary, raw, len(raw), room, len(room), False, True)
+        alike &= list(room[: max(count, 0)]) == encode(text, add_special_tokens=False).input_ids
+    llama_cpp.llama_model_free(model)
+    return alike
 
 
 def _matrices(file: Path) -> tuple[dict[str, int], dict[int, int]]:
