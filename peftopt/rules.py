@@ -63,7 +63,9 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
         return Verdict("", "inconclusive", f"{metric} was not measured against {against}", against, workload=workload)
     ratio = exp(result.interval)
     blocks = f"{n} blocks, by bets" if result.test == "bets" else f"{n} blocks"
-    seen = f"{metric} is {ratio.estimate:.2f}x {against}'s ({ratio.low:.2f} to {ratio.high:.2f}, {blocks})"
+    bounded = math.isfinite(ratio.low) and math.isfinite(ratio.high) and ratio.low > 0
+    span = f"{ratio.low:.2f} to {ratio.high:.2f}" if bounded else "no interval yet"
+    seen = f"{metric} is {ratio.estimate:.2f}x {against}'s ({span}, {blocks})"
     open_ = result.outcome == "inconclusive"
     hopeless = open_ and len(logs) < evidence.budget
     hopeless = hopeless and stats.out_of_reach(logs, math.log(limit), evidence.budget, case.family)

@@ -113,7 +113,8 @@ def race(d: Iterable[float], limit: float, family: int = 1, open_ended: bool = F
 
 
 def out_of_reach(d: Iterable[float], limit: float, most: int, family: int = 1) -> bool:
-    """Whether `most` blocks would hardly decide the race, even if the truth lay at the far end of its 99 % interval.
+    """Whether `most` blocks would hardly decide the race, even if the truth lay at the far end of its 99 % interval and
+    half of what the planner then asks for were enough.
 
     A race that its budget cannot decide is better not run to the end. Stopping makes no wrong verdict, only none.
     """
@@ -122,7 +123,7 @@ def out_of_reach(d: Iterable[float], limit: float, most: int, family: int = 1) -
         return False
     interval = hodges_lehmann(x, 0.99)
     needed = (_blocks_needed(x, end, limit, family) for end in (interval.low, interval.high))
-    return all(n is not None and n > most for n in needed)
+    return all(n is not None and n > 2 * most for n in needed)
 
 
 def judge(interval: Interval, limit: float) -> Outcome:

@@ -177,7 +177,7 @@ def test_adding_blocks_until_it_suits_spends_no_more_than_the_budget() -> None:
 
 
 def test_a_race_beyond_its_budget_is_known_early_and_a_near_one_is_run() -> None:
-    d = np.random.default_rng(2).normal(0, 0.1, 30)
+    d = np.random.default_rng(2).normal(0, 0.1, 55)
     assert not stats.out_of_reach(d[:9], 0.0, 60)
     assert stats.out_of_reach(d, float(np.mean(d)), 60)
     assert not stats.out_of_reach(d, float(np.mean(d)) + 0.1, 60)
