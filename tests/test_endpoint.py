@@ -224,15 +224,14 @@ def test_what_is_wrong_is_said_when_it_is_opened(tiny_base: Path) -> None:
 def test_a_recipe_runs_a_variant_on_a_server(
     tiny_base: Path, tiny_lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole job, with the server beside the adapter in process: raced, answered and decided on."""
+    """The whole job, with the server beside the adapter in process: raced and decided on."""
     questions = prompts(tmp_path / "eval.jsonl", 4, "eval")
     with served() as server:
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(
             f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\n"
             f"workloads:\n  chat: {{prompts: {questions}, new_tokens: 4}}\n"
-            f"quality: {{prompts: {questions}, new_tokens: 8}}\n"
-            "measure: {requests: 1, max_blocks: 10, relaunch: 20}\n"
+            "require: [throughput@chat >= 1 tokens/s]\nmeasure: {requests: 1, max_blocks: 10, relaunch: 20}\n"
             f"variants:\n  adapter: []\n  served: [{{engine: {{endpoint: {{url: '{server.url}', model: support}}}}}}]\n"
             "minimize: latency.p50@chat\n"
         )
@@ -240,5 +239,5 @@ def test_a_recipe_runs_a_variant_on_a_server(
     assert "trying once more" not in capsys.readouterr().err, "workers outlive the thread that started them"
     (run,) = (tmp_path / "results" / "runs").iterdir()
     kept = [m for m in store.read(run / "measurements.jsonl") if m.variant == "served"]
-    assert {m.probe for m in kept} >= {"speed", "quality"} and "failure" not in {m.probe for m in kept}
+    assert {m.probe for m in kept} == {"launch", "speed", "memory"}
     assert all("peak_memory_bytes" not in m.values for m in kept if m.probe == "memory")
