@@ -3,8 +3,10 @@
 They take turns in random order, a first pass discarded (it fills the prefix cache for both). Prints, for each figure,
 both medians and the ratio of ours to theirs with its exact interval over the paired rounds; the aim is within 3 %.
 
+Each meter runs in a process of its own that lives for all rounds, so that neither pays for imports.
+
     python benchmarks/load.py --url http://localhost:8000 --model NAME --tokenizer FOLDER --prompts FILE.jsonl \\
-        --vllm PATH_OF_THE_VLLM_COMMAND --concurrency 1 --concurrency 4 --rate 2
+        --vllm PYTHON_OF_THE_VLLM_ENVIRONMENT --concurrency 1 --concurrency 4 --rate 2
 """
 
 from __future__ import annotations
@@ -54,14 +56,15 @@ def main() -> None:
     ours, theirs = folder / "ours.jsonl", folder / "theirs.jsonl"
     ours.write_text("".join(json.dumps({"id": str(n), "prompt": t}) + "\n" for n, t in enumerate(texts)))
     theirs.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
+    meters = {"ours": Meter(sys.executable, OUR_CODE), "theirs": Meter(a.vllm, THEIR_CODE)}
     dice = random.Random(0)
     shapes = [("users", c) for c in a.concurrency] + [("a second", r) for r in a.rate]
     for kind, number in shapes:
         found: dict[str, list[dict[str, float]]] = {"ours": [], "theirs": []}
         for _ in range(a.rounds + 1):
             for who in dice.sample(sorted(found), 2):
-                run = _ours if who == "ours" else _theirs
-                found[who].append(run(a, ours if who == "ours" else theirs, kind, number, folder))
+                run, prompts = (_ours, ours) if who == "ours" else (_theirs, theirs)
+                found[who].append(run(a, meters[who], prompts, kind, number, folder / f"{who}.json"))
         print(f"{number:g} {kind}, {len(texts)} requests of {a.new_tokens} tokens, {a.rounds} rounds")
         for figure in OURS:
             pairs = [(o[figure], t[figure]) for o, t in zip(found["ours"][1:], found["theirs"][1:], strict=True)]
@@ -74,26 +77,61 @@ def main() -> None:
             )
 
 
-def _ours(a: argparse.Namespace, prompts: Path, kind: str, number: float, folder: Path) -> dict[str, float]:
+class Meter:
+    """A process that does one load for each line of arguments it is sent, and says when it is done."""
+
+    def __init__(self, python: str, code: str) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process: subprocess.Popen[str] = subprocess.Popen([python, "-c", code], **pipes)  # type: ignore[call-overload]
+
+    def run(self, arguments: list[object]) -> None:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps([str(a) for a in arguments]) + "\n")
+        self.process.stdin.flush()
+        while (line := self.process.stdout.readline()) != "done\n":
+            assert line, "the meter ended"
+
+
+OUR_CODE = """
+import json, sys, contextlib
+from peftopt.cli import main
+for line in sys.stdin:
+    out, *arguments = json.loads(line)
+    with open(out, "w") as file, contextlib.redirect_stdout(file), contextlib.suppress(SystemExit):
+        main(arguments)
+    print("done", flush=True)
+"""
+THEIR_CODE = """
+import argparse, json, sys
+from vllm.benchmarks.serve import add_cli_args, main
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+for line in sys.stdin:
+    main(parser.parse_args(json.loads(line)))
+    print("\\ndone", flush=True)
+"""
+
+
+def _ours(a: argparse.Namespace, meter: Meter, prompts: Path, kind: str, number: float, out: Path) -> dict[str, float]:
     shape = ["--concurrency", int(number)] if kind == "users" else ["--rate", number, "--arrivals", "constant"]
-    command = [sys.executable, "-m", "peftopt.cli", "load", a.url, "--model", a.model, "--prompts", prompts, *shape]
-    command += ["--requests", a.requests, "--new-tokens", a.new_tokens, "--json", "--quiet", "--patient"]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
-    figures = json.loads(done.stdout)["figures"]
+    command = [out, "load", a.url, "--model", a.model, "--prompts", prompts, "--requests", a.requests, *shape]
+    meter.run([*command, "--new-tokens", a.new_tokens, "--json", "--quiet", "--patient"])
+    figures = json.loads(out.read_text())["figures"]
     assert figures["failed"] == 0, figures["errors"]
     return {name: figures[key] for name, key in OURS.items()}
 
 
-def _theirs(a: argparse.Namespace, prompts: Path, kind: str, number: float, folder: Path) -> dict[str, float]:
+def _theirs(
+    a: argparse.Namespace, meter: Meter, prompts: Path, kind: str, number: float, out: Path
+) -> dict[str, float]:
     shape = ["--max-concurrency", int(number)] if kind == "users" else ["--request-rate", number]
-    command = [a.vllm, "bench", "serve", "--backend", "openai-chat", "--endpoint", "/v1/chat/completions"]
-    command += ["--base-url", a.url, "--model", a.model, "--tokenizer", a.tokenizer, "--num-prompts", a.requests]
-    command += ["--dataset-name", "custom", "--dataset-path", prompts, "--custom-output-len", a.new_tokens]
-    command += ["--skip-chat-template", "--disable-shuffle", "--ignore-eos", "--burstiness", CONSTANT, *shape]
-    command += ["--temperature", 0, "--save-result", "--save-detailed", "--result-dir", folder]
-    command += ["--result-filename", "result.json", "--disable-tqdm"]
-    subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
-    found = json.loads((folder / "result.json").read_text())
+    command = ["--backend", "openai-chat", "--endpoint", "/v1/chat/completions", "--base-url", a.url]
+    command += ["--model", a.model, "--tokenizer", a.tokenizer, "--num-prompts", a.requests, "--dataset-name", "custom"]
+    command += ["--dataset-path", prompts, "--custom-output-len", a.new_tokens, "--skip-chat-template"]
+    command += ["--disable-shuffle", "--ignore-eos", "--burstiness", CONSTANT, *shape, "--temperature", 0]
+    command += ["--save-result", "--save-detailed", "--result-dir", out.parent, "--result-filename", out.name]
+    meter.run([*command, "--disable-tqdm"])
+    found = json.loads(out.read_text())
     assert found["completed"] == a.requests, found["errors"]
     return {name: found[key] for name, key in THEIRS.items()}
 

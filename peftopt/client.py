@@ -134,6 +134,8 @@ class Client:
     async def served(self, names: Sequence[str]) -> list[str]:
         """The names to send requests to: `names`, each of which must be served, or else the only one there is."""
         known = [str(m["id"]) for m in await self.models()]
+        if not names and self.target.protocol == "tgi":
+            return [""]  # a name would be an adapter's
         if not names:
             if len(known) > 1:
                 raise BadInput(f"{self.target.url} serves several models", f"name one: {', '.join(known[:20])}")

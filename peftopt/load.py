@@ -432,6 +432,7 @@ def append(path: Path, variant: str, values: Mapping[str, Json]) -> None:
     """Add a run to a file of measurements, on disk before this returns: the raw requests, and no figures, which are
     made of them."""
     kept = {key: value for key, value in values.items() if key not in ("figures", "by_model")}
+    kept["trials"] = [{key: trial[key] for key in ("rate", "held", "stopped")} for trial in values["trials"]]
     _append(path, Measurement("load", variant, values={"source": "peftopt", **kept}, at=_today()))
 
 

@@ -536,6 +536,8 @@ class _Field:
     def __init__(self, run: Run, workload: Workload) -> None:
         self.run, self.workload = run, workload
         self.stack = contextlib.ExitStack()
+        # kept for as long as its workers: the kernel ends a worker with the thread that started it
+        self.pool = self.stack.enter_context(ThreadPoolExecutor(len(run.recipe.variants) + 1))
         self.started: dict[str, Child] = {}
         self.children: dict[str, Child] = {}
 
@@ -595,8 +597,7 @@ class _Field:
             with contextlib.suppress(WorkerFailed):
                 self.started[arm] = self._worker(arm)
 
-        with ThreadPoolExecutor(max(1, len(arms))) as pool:
-            list(pool.map(start, arms))
+        list(self.pool.map(start, arms))
 
     def _worker(self, arm: str) -> Child:
         threads = self.run.recipe.measure.threads or machine.cores()

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from servers import FAULTS, Server, served
+from test_run import command, prompts
 
-from peftopt import plugins
+from peftopt import plugins, store
 from peftopt.client import Client, Reply, Target
 from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
@@ -195,6 +196,8 @@ def test_lengths_that_cannot_be_fixed_are_refused(tiny_base: Path) -> None:
             tgi.generate([prompt], 8, stop=False)
         assert tgi.generate([prompt], 8, stop=True)[0].stopped
         tgi.close()
+        opened(tiny_base, server, protocol="tgi", model="").close()
+        assert "adapter_id" not in server.bodies[-1]["parameters"], "its list names the base, which is no adapter"
 
 
 def test_what_is_wrong_is_said_when_it_is_opened(tiny_base: Path) -> None:
@@ -216,3 +219,25 @@ def test_what_is_wrong_is_said_when_it_is_opened(tiny_base: Path) -> None:
         engine = opened(tiny_base, server, model="")
         assert server.bodies[-1]["model"] == "only"
         engine.close()
+
+
+def test_a_recipe_runs_a_variant_on_a_server(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole job, with the server beside the adapter in process: raced and decided on."""
+    questions = prompts(tmp_path / "eval.jsonl", 4, "eval")
+    with served() as server:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\n"
+            f"workloads:\n  chat: {{prompts: {questions}, new_tokens: 4}}\n"
+            "require: [throughput@chat >= 1 tokens/s]\nmeasure: {requests: 1, max_blocks: 10, relaunch: 20}\n"
+            f"variants:\n  adapter: []\n  served: [{{engine: {{endpoint: {{url: '{server.url}', model: support}}}}}}]\n"
+            "minimize: latency.p50@chat\n"
+        )
+        assert command("run", recipe, "--results", tmp_path / "results", "--quiet") in (0, 1, 3)
+    assert "trying once more" not in capsys.readouterr().err, "workers outlive the thread that started them"
+    (run,) = (tmp_path / "results" / "runs").iterdir()
+    kept = [m for m in store.read(run / "measurements.jsonl") if m.variant == "served"]
+    assert {m.probe for m in kept} == {"launch", "speed", "memory"}
+    assert all("peak_memory_bytes" not in m.values for m in kept if m.probe == "memory")
