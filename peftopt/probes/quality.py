@@ -64,8 +64,10 @@ class Reference:
 
         self.arrays = np.load(path)
 
-    def tokens(self, row: Row) -> list[int]:
-        return [int(t) for t in self.arrays[_key(row) + ".tokens"]]
+    def draft(self, row: Row, eos: int) -> list[int]:
+        """The reference's own answer as it was scored: closed by `eos`, unless it was cut before it came to an end."""
+        tokens = [int(t) for t in self.arrays[_key(row) + ".tokens"]]
+        return [*tokens, *[eos] * (len(self.arrays[_key(row) + ".ids"]) - len(tokens))]
 
     def divergence(self, row: Row, scores: Scores) -> tuple[float, int]:
         """Summed KL(reference || variant) in nats and the count of positions with the same most likely token."""
@@ -214,7 +216,7 @@ def _decode(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[A
 def _asked(engine: Engine, row: Row, known: Reference | None) -> Asked:
     prompt, draft = engine.encode(row.messages, row.expected or None)
     if not row.expected:
-        draft = [*known.tokens(row), min(engine.eos)] if known else []
+        draft = known.draft(row, min(engine.eos)) if known else []
     return Asked(row, prompt, draft)
 
 
