@@ -92,6 +92,15 @@ def test_the_reference_file_gives_a_variant_its_kl_and_agreement(tmp_path: objec
     assert found["r9"]["agree"] == 1 and found["r9"]["kl"] > 1
 
 
+def test_a_reference_answer_that_was_cut_short_is_compared_as_far_as_it_went(tmp_path: object) -> None:
+    path = f"{tmp_path}/reference.npz"
+    rows = [Row("r", ({"role": "user", "content": "9"},))]
+    quality.ask(Script({9: [1, 2, 3, 4]}), rows, None, 3, 4, write_reference=path)  # type: ignore[arg-type]
+    answers: list[dict[str, float]] = []
+    quality.ask(Script({9: [1, 2, 5]}), rows, None, 3, 4, reference=path, tell=answers.append)  # type: ignore[arg-type]
+    assert (answers[0]["scored_tokens"], answers[0]["agree"], answers[0]["tokens"]) == (3, 2, [1, 2, 5])
+
+
 def logits(seed: int) -> np.ndarray:
     drawn = np.random.default_rng(seed).normal(size=(5, 40)) * 2
     return drawn - np.log(np.exp(drawn).sum(axis=1, keepdims=True))
