@@ -403,8 +403,8 @@ def _linear(linear: Any, x: Any) -> Any:
         out = (out if scale is None else out * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
     elif scale is None:
         return torch.nn.functional.linear(x, weight, linear.bias)
-    elif rows <= FEW_ROWS and x.dtype == torch.bfloat16:
-        out = torch._weight_int8pack_mm(x.reshape(rows, -1), weight, scale.to(x.dtype)).view(*x.shape[:-1], -1)
+    elif rows <= FEW_ROWS and x.dtype == scale.dtype == torch.bfloat16:
+        out = torch._weight_int8pack_mm(x.reshape(rows, -1), weight, scale).view(*x.shape[:-1], -1)
     else:
         out = torch.nn.functional.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
     return out if linear.bias is None else out + linear.bias
@@ -425,7 +425,8 @@ def _bind_linears(model: Any) -> None:
         packed = type(weight).__name__ == "Int8Tensor"
         if packed and (weight.act_quant_kwargs is not None or weight.scale.numel() != len(weight)):
             continue  # activations in INT8 too, or groups: torchao's own way
-        linear.int8 = (weight.qdata, weight.scale.flatten()) if packed else None
+        # The scales in the weight's dtype, as torchao multiplies by them; Inductor's lowering needs them ready.
+        linear.int8 = (weight.qdata, weight.scale.flatten().to(weight.dtype)) if packed else None
         linear.forward = types.MethodType(_linear, linear)
 
 
