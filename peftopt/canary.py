@@ -21,7 +21,7 @@ TOKENS, TOP = 6, 5
 """Tokens of a fingerprint, and the log-probabilities kept at each: five are what every server gives."""
 
 ALONE = 3
-"""Times that each model is asked alone, one request at a time."""
+"""Times that each model is asked while no other is: once one request at a time, then all its prompts at once."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,17 @@ async def _alone(
     prompts: Mapping[str, Sequence[Mapping[str, str]]],
     show: Callable[[int, str], None],
 ) -> Known:
-    """Each model's fingerprints when nothing else runs, and its noise: how far its repeats lie from the first."""
+    """Each model's fingerprints when nothing else runs, and its noise: how far its own batches lie from them."""
     prints: dict[str, dict[str, Print]] = {}
     noise = dict.fromkeys(names, 0.0)
     for n, name in enumerate(names):
         prints[name] = {}
         for again in range(ALONE):
-            for id_, messages in prompts.items():
-                answer = await _ask(client, name, messages)
+            asked = [_ask(client, name, messages) for messages in prompts.values()]
+            answers = await asyncio.gather(*asked) if again else [await one for one in asked]
+            for id_, answer in zip(prompts, answers, strict=True):
                 if isinstance(answer, str):
-                    raise WorkerFailed("no fingerprint", f"{name}: {answer}", "the server must give log-probabilities")
+                    raise WorkerFailed("no fingerprint", f"{name}: {answer}", "it takes a server of log-probabilities")
                 first = prints[name].setdefault(id_, answer)
                 noise[name] = max(noise[name], fingerprint.distance(first, answer))
             show(n * ALONE + again + 1, f"{name} alone")

@@ -1,12 +1,13 @@
 """Which of several served models answered, told by its log-probabilities. Pure.
 
 A fingerprint is what a model says to one prompt: its first tokens, each with the log-probabilities of the most
-likely ones. One server gives the same model a slightly different one each time (batching changes the order of
-sums), so each model is asked repeatedly: how far it lies from itself is its noise.
+likely ones. Batching changes the order of sums and with it a fingerprint, a little, so each model is also asked in
+batches of its own: how far it then lies from itself is its noise. Another model lies nats away.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ def distance(a: Print, b: Print) -> float:
         if mine and theirs:
             floors = min(mine.values()), min(theirs.values())
             gaps = [abs(mine.get(t, floors[0]) - theirs.get(t, floors[1])) for t in mine.keys() | theirs.keys()]
-            worst = max(worst, sum(gaps) / len(gaps))
+            worst = max(worst, math.fsum(gaps) / len(gaps))
         if token != other:
             break
     return worst
@@ -40,14 +41,22 @@ def distance(a: Print, b: Print) -> float:
 @dataclass(frozen=True)
 class Known:
     """What the served models say to each prompt when each is asked alone: `prints[model][prompt]`, and how far each
-    lies from itself: `noise[model]` (nats)."""
+    lies from itself in batches of its own: `noise[model]` (nats)."""
 
     prints: Mapping[str, Mapping[str, Print]]
     noise: Mapping[str, float]
 
     def margin(self, model: str) -> float:
-        """Further from its own fingerprint than this, an answer is not the model's."""
+        """Twice the noise: what says nothing."""
         return max(LEAST, CLEAR / 2 * self.noise[model])
+
+    def reach(self, model: str, prompt: str) -> float:
+        """Further from its own fingerprint than this, an answer is not the model's: half way to the nearest other
+        model that this prompt tells from it, as no noise gets."""
+        own, others = self.prints[model][prompt], [self.prints[m][prompt] for m in self.prints if m != model]
+        margin = self.margin(model)
+        ways = [d / 2 for other in others if (d := distance(own, other)) > 2 * margin]
+        return max(margin, min(ways, default=margin))
 
     def apart(self, one: str, other: str) -> list[str]:
         """The prompts that tell two models apart, the clearest first."""
@@ -69,18 +78,18 @@ class Wrong:
     prompt: str
     like: str
     distance: float
-    margin: float
+    reach: float
 
     def __str__(self) -> str:
         whose = f"answered as {self.like} would" if self.like else "answered as no served model does alone"
-        return f"{self.model}: {whose} ({self.distance:.2f} nats off, its own noise allows {self.margin:.2f})"
+        return f"{self.model}: {whose} ({self.distance:.2f} nats off, {self.reach:.2f} would still be its own)"
 
 
 def judge(known: Known, model: str, prompt: str, answer: Print) -> Wrong | None:
     """None for an answer that is the model's own; else whose it is."""
-    own, margin = distance(answer, known.prints[model][prompt]), known.margin(model)
-    if own <= margin:
+    own, reach = distance(answer, known.prints[model][prompt]), known.reach(model, prompt)
+    if own <= reach:
         return None
     others = {m: distance(answer, known.prints[m][prompt]) for m in known.prints if m != model}
     nearest = min(others, key=lambda m: others[m], default="")
-    return Wrong(model, prompt, nearest if nearest and others[nearest] < own / 2 else "", own, margin)
+    return Wrong(model, prompt, nearest if nearest and others[nearest] < own / 2 else "", own, reach)

@@ -38,6 +38,9 @@ def test_an_answer_is_its_models_or_anothers_or_nobodys() -> None:
     known = Known({"base": {"p": level(0.1)}, "support": {"p": level(1.5)}}, {"base": 0.01, "support": 0.02})
     assert known.alike() == [] and known.apart("base", "support") == ["p"]
     assert judge(known, "base", "p", level(0.11)) is None
+    assert judge(known, "base", "p", level(0.5)) is None, (
+        "far from its noise, and yet nearer to itself than to any other"
+    )
     assert judge(known, "base", "p", level(1.5)).like == "support"
     assert judge(known, "base", "p", level(9.0)).like == ""
     twins = Known({"a": {"p": level(0.1)}, "b": {"p": level(0.1)}}, {"a": 0.0, "b": 0.0})
