@@ -52,7 +52,7 @@ def ids(engine: Any) -> list[list[int]]:
 def test_the_folder_says_what_made_it_and_keeps_what_serving_needs(model: Model, tiny_base_fp32: Path) -> None:
     out = Path(model.path)
     said = json.loads((out / "quantization.json").read_text())
-    assert said.keys() >= {"method", "library", "version", "params", "notices"}
+    assert said.keys() >= {"method", "libraries", "params", "notices", "verified"}
     assert said["method"] == "gguf" and said["params"]["type"] == "f32"
     assert "splits text in another way" in said["notices"][0]
     for file in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):

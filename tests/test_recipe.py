@@ -484,7 +484,10 @@ def test_any_value_under_any_key_is_a_recipe_or_an_error_for_people(value: objec
 
 def test_the_page_on_recipes_shows_one_that_parses() -> None:
     page = (ROOT / "docs/recipes.md").read_text()
-    recipe, quality, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
+    recipe, served, quality, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
+    text = "model: {base: b, adapter: a}\nworkloads: {chat: {prompts: p.jsonl}}\nvariants:\n  adapter: []\n"
+    text += served + "minimize: latency.p50@chat\n"
+    assert parse(text, "r.yaml", plugins.catalogue(), TRADEOFFS).variants["served"].engine.plugin == "endpoint"
     assert limits(read(recipe))["merge.gain"] == 0.15
     asked = read(GOOD + quality).quality
     assert asked and asked.invariants == Invariants(r"[A-Z]{2}-\d+", ("spam", "ham"), "kept", "kept", "kept")

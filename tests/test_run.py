@@ -203,7 +203,8 @@ def test_other_thresholds_change_the_verdict_without_measuring(
         return {v["rule"]: v for v in merged["verdicts"]}
 
     before = lines(tmp_path / "results", "speed")
-    assert decided("{merge: {gain: 95 %, parity: 100 %}}")["merge.gain"]["outcome"] == "rejected"
+    asked = decided("{merge: {gain: 95 %, parity: 100 %}}")["merge.gain"]
+    assert asked["limit"] == pytest.approx(0.05) and asked["outcome"] != "accepted"
     assert decided("{merge: {gain: 0 %, parity: 100 %}}")["merge.parity"]["outcome"] == "accepted"
     assert "merge.gain" not in decided("{merge: {gain: off}}")
     assert lines(tmp_path / "results", "speed") == before

@@ -49,6 +49,7 @@ class Served:
     """A server that answers; see `peftopt.engines.Engine` for what each method promises. It only generates."""
 
     scores, adapter_switch_time = False, None
+    device, threads = "server", 0
     remote = True
     """Time, memory and CPU of the model are another process's: only what a client sees can be measured here."""
 
