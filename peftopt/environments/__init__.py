@@ -78,7 +78,9 @@ def python(name: str) -> str:
 def interpreter(plugin: Plugin) -> str:
     """The Python that runs a plug-in. Raises WorkerFailed when it, or a library that it needs, is not there."""
     if plugin.environment == MAIN and (modules := plugins.missing(plugin)):
-        raise WorkerFailed("missing library", ", ".join(modules), "pip install 'peftopt[quantize]'")
+        own = plugin.technique == "quantize"
+        what = "'peftopt[quantize]'" if own else " ".join(name.replace("_", "-") for name in modules)
+        raise WorkerFailed("missing library", ", ".join(modules), f"pip install {what}")
     return python(plugin.environment)
 
 
