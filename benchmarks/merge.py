@@ -466,13 +466,13 @@ def main() -> None:
     here = machine.describe()
     told = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
     print(f"{here['cpu']}, {here['cores']} cores, {here['memory_gib']} GiB; Python {here['python']}, {told}")
-    raw: dict[str, Any] = {"machine": here, "before": machine.moment(), "arguments": {**vars(arguments)}}
+    raw: dict[str, Any] = {"machine": here, "load": [os.getloadavg()[0]], "arguments": {**vars(arguments)}}
     try:
         with tempfile.TemporaryDirectory(prefix="merge-", dir=arguments.work) as name:
             measure(Path(name).resolve(), arguments, {p: pythons[p] for p in peers}, raw)
     finally:
-        raw["after"] = machine.moment()
-        print(f"\nload average {raw['before']['load']:.1f} before, {raw['after']['load']:.1f} after")
+        raw["load"].append(os.getloadavg()[0])
+        print("\nload average {:.1f} before, {:.1f} after".format(*raw["load"]))
         if arguments.json:
             arguments.json.write_text(json.dumps(raw, indent=1, default=str) + "\n", encoding="utf-8")
 
