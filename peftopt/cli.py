@@ -214,13 +214,6 @@ def _preview(params: dict[str, Any], model: Model, as_json: bool) -> None:
         console.warn(f"no delta at all in {len(still)} of {len(found)}: {', '.join(still[:3])}")
 
 
-def _preview_row(tensor: dict[str, Any]) -> list[str]:
-    from peftopt.thresholds import format_value
-
-    shape = "x".join(map(str, tensor["shape"]))
-    return [tensor["name"], shape, tensor["dtype"], format_value("size", tensor["bytes"]), f"{tensor['ratio']:.2e}"]
-
-
 @app.command()
 def quantize(
     method: Annotated[

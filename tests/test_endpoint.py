@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +100,8 @@ SAYS = {
 def test_a_fault_is_an_answer_with_its_reason(fault: str) -> None:
     assert set(FAULTS) - {"refused"} < set(SAYS)
     with served() as server:
-        started = time.monotonic()
         reply = ask(server, fault, limit=1 if fault in ("silent", "stall") else 30)
     assert SAYS[fault] in reply.error
-    assert time.monotonic() - started < 20, "no hang"
 
 
 def test_a_server_that_is_not_there() -> None:

@@ -312,10 +312,8 @@ def test_faults_are_counted_beside_what_works(fault: str) -> None:
 
 def test_a_server_without_an_answer_is_not_loaded_to_the_end() -> None:
     with served() as server:
-        started = time.monotonic()
         found = loaded(server.url, models=("broken",), requests=5000)
     assert "requests all failed: HTTP 503" in found.played.stopped and found.played.unsent > 4000
-    assert time.monotonic() - started < 20
     assert load.outcome(found, [], False) == 4, "nothing measured is never accepted"
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from peftopt import hf
 from peftopt.client import Client, Reply, Target
 from peftopt.engines import Generation, Scores
+from peftopt.engines._text import Text
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.protocols import Prompt
 from peftopt.records import Model
@@ -45,7 +46,7 @@ def open(model: Model, params: Params) -> Served:
     return Served(model, params)
 
 
-class Served:
+class Served(Text):
     """A server that answers; see `peftopt.engines.Engine` for what each method promises. It only generates."""
 
     scores, adapter_switch_time = False, None
@@ -55,10 +56,10 @@ class Served:
 
     def __init__(self, model: Model, params: Params) -> None:
         target = Target(params.url, params.protocol, params.model, params.api_key_env, params.timeout_s)
-        self._tokenizer = hf.tokenizer(hf.tokenizer_home(model))
-        if (end := self._tokenizer.eos_token_id) is None:
+        tokenizer = hf.tokenizer(hf.tokenizer_home(model))
+        if tokenizer.eos_token_id is None:
             raise BadInput("the tokenizer has no end-of-sequence token", "set eos_token in its tokenizer_config.json")
-        self._end = int(end)
+        super().__init__(tokenizer, [int(tokenizer.eos_token_id)])
         self._client = Client(target)
         self._loop = asyncio.Runner()
         self._messages: dict[tuple[int, ...], Sequence[Mapping[str, str]]] = {}
@@ -82,27 +83,10 @@ class Served:
                 f"{self._client.target.url} does not answer: {reply.error}", "check the protocol and the name"
             )
 
-    @property
-    def special_tokens(self) -> frozenset[int]:
-        added = self._tokenizer.added_tokens_decoder.items()
-        return frozenset(self._tokenizer.all_special_ids) | {id_ for id_, token in added if token.special}
-
-    @property
-    def eos(self) -> frozenset[int]:
-        return frozenset([self._end])
-
     def encode(self, messages: Sequence[Mapping[str, str]], answer: str | None = None) -> tuple[list[int], list[int]]:
-        if self._tokenizer.chat_template:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-            prompt = self._tokenizer(text, add_special_tokens=False).input_ids
-        else:
-            prompt = self._tokenizer("\n".join(message["content"] for message in messages)).input_ids
+        prompt, ids = super().encode(messages, answer)
         self._messages[tuple(prompt)] = messages  # a protocol of chats wants them back
-        ids = [] if answer is None else [*self._tokenizer(answer, add_special_tokens=False).input_ids, self._end]
         return prompt, ids
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         """One request for each prompt, all at once: how they are batched is the server's business."""
@@ -153,9 +137,9 @@ class Served:
         stopped = stop and reply.finish == "stop"
         tokens = list(reply.ids) or self._tokenizer(reply.text, add_special_tokens=False).input_ids
         if not stop:
-            tokens = (tokens + [self._end] * new_tokens)[:new_tokens]
-        elif stopped and tokens[-1:] != [self._end]:
-            tokens.append(self._end)
+            tokens = (tokens + self._end * new_tokens)[:new_tokens]
+        elif stopped and tokens[-1:] != self._end:
+            tokens += self._end
         return Generation(tokens, _spread(reply.times or [reply.done], len(tokens)), stopped)
 
 
