@@ -371,16 +371,9 @@ def answer(run: Run) -> None:
         others = sorted((v for v in run.alive() if v != baseline), key=lambda v: v.engine == baseline.engine)
         with _lanes(run, len(others) + 1) as (pool, threads):
             jobs = [pool.submit(_answer, run, baseline, null, 2, max(1, quality.batch // 2), threads, count)]
-            jobs += [pool.submit(_answer, run, v, parts[v.name], 1, _batch(run, v), threads, count) for v in others]
+            jobs += [pool.submit(_answer, run, v, parts[v.name], 1, quality.batch, threads, count) for v in others]
             for job in jobs:
                 job.result()
-
-
-def _batch(run: Run, variant: Variant) -> int:
-    """Prompts to ask at once. An engine that compiles for each batch size is asked in one that the race uses too."""
-    assert run.recipe.quality is not None
-    most = run.recipe.quality.batch
-    return min(most, max(w.batch for w in run.recipe.workloads.values())) if variant.engine.technique else most
 
 
 def _whole_batches(rows: int | None, batch: int) -> int | None:
@@ -452,11 +445,23 @@ def _answer(
                     write_reference=str(reference) if is_reference else None,
                     invariants=asdict(quality.invariants),
                 )
+            if variant.engine.technique and not need.hopeless(run.evidence, variant.name):
+                _compile(run, variant, child)
 
     if left and _try_twice(run, variant.name, "quality", attempt):
         stopped = f", stopped after {n} prompts" if n < len(rows) else ""
         run.listener.done("answer", label + stopped, time.perf_counter() - started)
     count(label, len(rows))
+
+
+def _compile(run: Run, variant: Variant, child: Child) -> None:
+    """One request of each workload's shape, untimed: what the race's workers will need is in the compile cache then,
+    and was compiled while others answered, not while they waited."""
+    for workload in run.recipe.workloads.values():
+        rows = corpus.read(workload.prompts, workload.slice)
+        batches = _batches(rows, workload, 0, run.recipe)[:1]
+        deadline = run.recipe.measure.deadline_s
+        child.ask("speed", deadline, batches=batches, new_tokens=workload.new_tokens, warmup=1)
 
 
 def _try_twice(run: Run, variant: str, stage: str, attempt: Callable[[], None]) -> bool:
