@@ -66,7 +66,7 @@ def watch(
             dice, wrong, failed, asked = random.Random(seed), [], 0, 0
             for number in range(rounds):
                 order = dice.sample(jobs, len(jobs))
-                answers = await asyncio.gather(*(_ask(client, name, prompts[id_]) for name, id_ in order))
+                answers = await asyncio.gather(*(ask(client, name, prompts[id_]) for name, id_ in order))
                 for (name, id_), answer in zip(order, answers, strict=True):
                     if isinstance(answer, str):
                         failed += 1
@@ -92,7 +92,7 @@ async def _alone(
     for n, name in enumerate(names):
         prints[name] = {}
         for again in range(ALONE):
-            asked = [_ask(client, name, messages) for messages in prompts.values()]
+            asked = [ask(client, name, messages) for messages in prompts.values()]
             answers = await asyncio.gather(*asked) if again else [await one for one in asked]
             for id_, answer in zip(prompts, answers, strict=True):
                 if isinstance(answer, str):
@@ -103,7 +103,7 @@ async def _alone(
     return Known(prints, noise)
 
 
-async def _ask(client: Client, model: str, messages: Sequence[Mapping[str, str]]) -> Print | str:
+async def ask(client: Client, model: str, messages: Sequence[Mapping[str, str]]) -> Print | str:
     """A fingerprint, or what went wrong."""
     body = {
         "model": model,

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.records import Json
@@ -280,11 +281,15 @@ class Draft:
         """What was written, read back."""
         os.preadv(self._handles[entry.file], [into], entry.start + at)
 
-    def digest(self, name: str) -> None:
-        """Read a complete tensor back and note its XXH3-128 in `digests`: what any reader of its bytes will get."""
+    def hasher(self) -> Any:
+        """XXH3-128, for the bytes of one tensor from its first to its last."""
         import xxhash
 
-        entry, hasher, buffer = self.entries[name], xxhash.xxh3_128(), memoryview(bytearray(DIGEST_BYTES))
+        return xxhash.xxh3_128()
+
+    def digest(self, name: str) -> None:
+        """Read a complete tensor back and note its XXH3-128 in `digests`: what any reader of its bytes will get."""
+        entry, hasher, buffer = self.entries[name], self.hasher(), memoryview(bytearray(DIGEST_BYTES))
         for at in range(0, entry.nbytes, DIGEST_BYTES):
             block = buffer[: min(DIGEST_BYTES, entry.nbytes - at)]
             self.read(entry, at, block)

@@ -26,6 +26,9 @@ from peftopt.errors import (
 )
 
 if TYPE_CHECKING:
+    from peftopt.client import Target
+    from peftopt.console import Console
+    from peftopt.lifecycle import Prompts
     from peftopt.records import Decision, Measurement, Model, Plugin, Recipe
 
 app = typer.Typer(
@@ -595,44 +598,141 @@ def _tell_trial(console: Any, trial: Any, slos: Any) -> None:
 
 
 @app.command()
+def serve(
+    base: BaseFolder,
+    adapter: Annotated[list[str], typer.Option(help="Adapter folder, or NAME=FOLDER; repeat for several.")] = [],  # noqa: B006
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 8000,
+    slots: Annotated[int, typer.Option(help="Adapters in one batch (vLLM: max-loras). [all of them]")] = 0,
+    compile_: Annotated[bool, typer.Option("--compile", help="Let vLLM compile the model: a slower start.")] = False,
+    prefix_caching: Annotated[bool, typer.Option("--prefix-caching", help="Keep prompts' keys and values.")] = False,
+    args: Annotated[str, typer.Option(help="More of `vllm serve`'s own options, as on its command line.")] = "",
+) -> None:
+    """Serve a base and its adapters with vLLM until Ctrl-C, as the engine `vllm` does: for load and canary."""
+    import os
+
+    from peftopt import environments, preflight
+    from peftopt.console import Console
+    from peftopt.engines import vllm
+    from peftopt.records import Model
+
+    preflight.check_base(base, quantized=True)
+    named = dict(_named(text) for text in adapter)
+    if len(named) < len(adapter) or vllm.BASE in named:
+        raise BadInput(f"two adapters, or an adapter and the base ({vllm.BASE}), have one name", "give NAME=FOLDER")
+    for folder in named.values():
+        preflight.check_adapter(folder, base, [])
+    model = Model(str(base.resolve()), tuple(map(str, named.values())))
+    params = vllm.Params(compile=compile_, prefix_caching=prefix_caching, max_loras=slots, args=args)
+    python = environments.python(vllm.ENVIRONMENT)
+    vllm.check_port(port)
+    command, variables = vllm.command(model, params, port, tuple(named), python)
+    Console().say(f"http://127.0.0.1:{port} will serve {', '.join([vllm.BASE, *named])}; Ctrl-C ends it")
+    os.execve(command[0], command, {**os.environ, **variables})
+
+
+@app.command()
 def canary(
     url: Annotated[str, typer.Argument(help="URL of a server with several adapters.")],
     prompts: Annotated[Path, typer.Option(help="JSON-lines prompts on which the models should differ.")],
-    model: Annotated[list[str], typer.Option(help="Served names to tell apart, the base among them; repeat.")],
+    model: Annotated[list[str], typer.Option(help="Served names to tell apart, the base among them; repeat.")] = [],  # noqa: B006
+    swap: Annotated[
+        list[Path],
+        typer.Option(help="Adapter folder; give two, to be loaded in turn under one name and path (vLLM)."),
+    ] = [],  # noqa: B006
     fingerprints: Annotated[int, typer.Option(help="Prompts to use.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Times that all are asked at once.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Times that all are asked at once, or that both are loaded.")] = 3,
     api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Catch answers of the wrong adapter: each model alone against itself in mixed batches, by log-probabilities."""
-    from peftopt import canary as watching
+    """Catch answers of the wrong adapter, by log-probabilities: in mixed batches, and after reloads (--swap)."""
     from peftopt import corpus
     from peftopt.client import Target
     from peftopt.console import Console
 
-    if len(set(model)) < 2:
+    if not swap and len(set(model)) < 2:
         raise BadInput("a canary tells models apart: it needs two or more", "add --model for the base and each adapter")
-    rows = corpus.read(str(prompts))[:fingerprints]
+    if swap and len(swap) != 2:
+        raise BadInput(f"--swap takes two adapters in turn, found {len(swap)}", "give --swap FOLDER --swap OTHER")
+    rows = corpus.read(str(prompts))
     console, target = Console(quiet), Target(url, key_env=api_key_env, timeout_s=timeout)
-    names = list(dict.fromkeys(model))
+    outcomes = []
+    if len(set(model)) > 1:
+        asked = {row.id: row.messages for row in rows[:fingerprints]}
+        outcomes.append(_watch_mixed(console, target, list(dict.fromkeys(model)), asked, rounds, as_json))
+    if swap:
+        # The longest, since a prefix cache keeps whole blocks of tokens.
+        rows = sorted(rows, key=lambda row: -sum(len(m["content"]) for m in row.messages))
+        asked = {row.id: row.messages for row in rows[len(rows) // 10 :][:fingerprints]}
+        outcomes.append(_watch_reloads(console, target, (swap[0], swap[1]), asked, rounds, as_json))
+    raise typer.Exit(max(outcomes, key=(ACCEPTED, INCONCLUSIVE, ENVIRONMENT, REJECTED).index))
+
+
+def _watch_mixed(
+    console: Console, target: Target, names: list[str], prompts: Prompts, rounds: int, as_json: bool
+) -> int:
+    """Every model alone and in mixed batches, printed; the exit code."""
+    from peftopt import canary as watching
+
     with console.progress("canary", watching.ALONE * len(names) + rounds) as show:
-        found = watching.watch(target, names, {row.id: row.messages for row in rows}, rounds, show)
+        found = watching.watch(target, names, prompts, rounds, show)
     if as_json:
         values = {"asked": found.asked, "failed": found.failed, "alike": found.alike, "noise": found.known.noise}
         print(json.dumps({**values, "wrong": [asdict(w) for w in found.wrong]}))
-    else:
-        noise = ", ".join(f"{name} {nats:.3f}" for name, nats in found.known.noise.items())
-        lines = {"own noise": f"{noise} nats", "mixed answers": f"{found.asked}, of which {len(found.wrong)} wrong"}
-        console.pairs("canary", lines)
-        for pair in found.alike:
-            console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: nothing can be said of them")
-        if found.failed:
-            console.warn(f"{found.failed} requests failed")
-        for wrong in list(dict.fromkeys(map(str, found.wrong)))[:10]:
-            console.say(wrong, "red")
-    raise typer.Exit(found.outcome)
+        return found.outcome
+    noise = ", ".join(f"{name} {nats:.3f}" for name, nats in found.known.noise.items())
+    lines = {"own noise": f"{noise} nats", "mixed answers": f"{found.asked}, of which {len(found.wrong)} wrong"}
+    console.pairs("canary", lines)
+    for pair in found.alike:
+        console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: nothing can be said of them")
+    if found.failed:
+        console.warn(f"{found.failed} requests failed")
+    for wrong in list(dict.fromkeys(map(str, found.wrong)))[:10]:
+        console.say(wrong, "red")
+    return found.outcome
+
+
+def _watch_reloads(
+    console: Console, target: Target, folders: tuple[Path, Path], prompts: Prompts, rounds: int, as_json: bool
+) -> int:
+    """Two adapters in turn under one name, printed; the exit code."""
+    from peftopt import lifecycle, stats
+
+    with console.progress("reloads", 2 + 2 * rounds) as show:
+        found = lifecycle.live(target, folders, prompts, rounds, show)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return found.outcome
+
+    def times(seconds: Sequence[float]) -> str:
+        return f"{1e3 * stats.median(seconds):.0f} ms (first {1e3 * seconds[0]:.0f}, last {1e3 * seconds[-1]:.0f})"
+
+    console.pairs(
+        "reloads",
+        {
+            "loads": f"{len(found.load_s)} of two adapters in turn, under one name and path",
+            "load": times(found.load_s),
+            "first request": times(found.first_s),
+            "the same again": times(found.warm_s),
+            "unload": times(found.unload_s),
+            "answers": f"{found.asked}, of which {len(found.wrong)} of the weights before",
+        },
+    )
+    if found.alike:
+        console.warn("no prompt tells the two adapters apart: nothing can be said")
+    if found.kept:
+        console.say(f"still served after its unload: {found.kept} times", "red")
+    for wrong in list(dict.fromkeys(map(str, found.wrong)))[:10]:
+        console.say(wrong, "red")
+    return found.outcome
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """NAME=FOLDER, or a folder that is called by its own name."""
+    name, equals, folder = text.rpartition("=")
+    path = Path(folder if equals else text)
+    return name or path.resolve().name, path
 
 
 @app.command("import")

@@ -198,16 +198,31 @@ class Client:
 
     async def post(self, path: str, body: bytes) -> Json:
         """A whole answer as parsed JSON, or as text what went wrong."""
+        status, text = await self._whole(path, body)
+        try:
+            return json.loads(text) if status == 200 else f"HTTP {status}: {_said(text)}" if status else text
+        except ValueError as error:
+            return _named(error)
+
+    async def lora(self, verb: str, name: str, folder: str = "") -> str:
+        """ "load" an adapter from a folder that the server sees, or "unload" it, through vLLM's runtime API (SGLang has
+        it too); "" when it is done, else what went wrong."""
+        body = {"lora_name": name, **({"lora_path": folder} if folder else {})}
+        status, text = await self._whole(f"/v1/{verb}_lora_adapter", json.dumps(body).encode())
+        return "" if status == 200 else f"HTTP {status}: {_said(text)}" if status else text
+
+    async def _whole(self, path: str, body: bytes) -> tuple[int, str]:
+        """(status, text) of an answer; (0, reason) without one."""
         import httpx
 
         try:
             async with asyncio.timeout(self.target.timeout_s):
                 answer = await self._http.post(self.target.url + path, content=body)
-            return answer.json() if answer.status_code == 200 else f"HTTP {answer.status_code}: {_said(answer.text)}"
+            return answer.status_code, answer.text
         except TimeoutError:
-            return f"no answer within {self.target.timeout_s:g} s"
-        except (httpx.HTTPError, ValueError) as error:
-            return _named(error)
+            return 0, f"no answer within {self.target.timeout_s:g} s"
+        except httpx.HTTPError as error:
+            return 0, _named(error)
 
     async def _follow(self, response: httpx.Response, reply: Reply) -> None:
         reply.status = response.status_code

@@ -161,7 +161,10 @@ class Worker:
         """Peaks since this process started; nothing of a server, whose memory is another process's."""
         from peftopt.probes import memory
 
-        return {} if getattr(self.engine, "remote", False) else memory.peak()
+        if getattr(self.engine, "remote", False):
+            return {}
+        serving = self.engine.processes() if hasattr(self.engine, "processes") else []
+        return memory.peak(serving)
 
 
 def _examined(out: Path, source: Model) -> dict[str, Json]:

@@ -43,6 +43,7 @@ LAYERS = (
     "meters",
     "load",
     "canary",
+    "lifecycle",
     "checkpoint",
     "adapter",
     "plugins",

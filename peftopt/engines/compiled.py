@@ -215,7 +215,7 @@ class Compiled(eager.Transformers):
         for the last few. None for what has to run uncompiled: bounded shapes are bounded compiling."""
         batch = 2 ** (rows - 1).bit_length()
         room = self._params.cache_len or max(SHORTEST, 2 ** (length - 1).bit_length())
-        fits = [s for s in self._steps if s[1] >= length and (s[0] == batch or s[0] > batch and not timed)]
+        fits = [s for s in self._steps if s[1] >= length and (s[0] == batch or (s[0] > batch and not timed))]
         if fits:
             return min(fits)
         if length > min(room, self._longest):
@@ -438,8 +438,8 @@ def _bind_linears(model: Any) -> None:
 
 
 def _share_layers(model: Any) -> None:
-    """Mark the decoder's layers as regions that torch.compile traces once and uses for each. A layer becomes an instance
-    of a subclass of its class, so that no other model in this process is touched."""
+    """Mark the decoder's layers as regions that torch.compile traces once and uses for each. A layer becomes an
+    instance of a subclass of its class, so that no other model in this process is touched."""
     import torch
 
     made: dict[type, type] = {}

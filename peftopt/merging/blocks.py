@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 BLOCK = 1 << 19
 """Elements in a block: 3 MB of buffers a thread. Much larger leaves the cache, much smaller pays for the calls."""
 
-PIECE = 1 << 24
-"""Elements that one thread takes at a time, so that one huge embedding does not end as one thread's work."""
+PIECE = 1 << 26
+"""Elements that one thread takes at a time, so that one huge embedding does not end as one thread's work. A tensor of
+one piece gets its digest while its blocks are in the cache; others are read back."""
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -55,6 +56,9 @@ def dtype_of(name: str) -> torch.dtype:
 DOUBT = 2.0**-23
 """How far fp32 is taken to be off, in units of a block's largest weight, old or new: twice its unit roundoff."""
 
+SLACK = 1.125
+"""How much larger than the largest old weight of a block the largest new one may be, before the block is done again."""
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -72,7 +76,10 @@ class Written:
 @dataclass(frozen=True)
 class Delta:
     """What is added to some rows of a weight, as one product b @ a of shapes [rows, r] and [r, in]: both in the dtype
-    that the sum is computed in, and in fp64, `exact_a` as [in, r]."""
+    that the sum is computed in, and in fp64, `exact_a` as [in, r].
+
+    The former have one rank more, of ones, which shifts the whole sum by what is put into b's last column.
+    """
 
     b: torch.Tensor
     a: torch.Tensor
@@ -89,10 +96,21 @@ class Delta:
 
         a = torch.cat([read(p.adapter.weights, p.a).double() for p in pairs])
         b = torch.cat([read(p.adapter.weights, p.b, rows).double() * p.scale for p in pairs], dim=1)
-        return cls(b.to(dtype), a.to(dtype), b.numpy(), a.t().contiguous().numpy())
+        wide_a, wide_b = torch.ones(len(a) + 1, a.shape[1], dtype=dtype), torch.ones(len(b), len(a) + 1, dtype=dtype)
+        wide_a[:-1], wide_b[:, :-1] = a, b
+        return cls(wide_b, wide_a, b.numpy(), a.t().contiguous().numpy())
 
     def rows(self, start: int, stop: int) -> Delta:
         return Delta(self.b[start:stop], self.a, self.exact_b[start:stop], self.exact_a)
+
+    def add_to(self, weight: torch.Tensor, shift: float) -> None:
+        """weight += b @ a + shift, in the weight's dtype."""
+        self.b[:, -1] = shift
+        weight.addmm_(self.b, self.a)
+
+    def norm(self) -> float:
+        """Its Frobenius norm."""
+        return float((self.b[:, :-1] @ self.a[:-1]).norm())
 
     def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Single elements of it, in fp64."""
@@ -161,7 +179,8 @@ class Blocks:
             delta, weight = (sum(squares[side] for _, squares in found) ** 0.5 for side in (0, 1))
             norms_found = (delta, weight) if norms else (None, None)
             yield Written(entry.name, any(changed for changed, _ in found), *norms_found)
-            settling.append(self._settler.submit(draft.digest, entry.name))
+            if entry.name not in draft.digests:
+                settling.append(self._settler.submit(draft.digest, entry.name))
             left[file := draft.entries[entry.name].file] -= 1
             if not left[file]:
                 settling.append(self._settler.submit(draft.settle, file))
@@ -178,6 +197,7 @@ class Blocks:
         target = draft.entries[entry.name]
         delta = Delta.of(pairs, piece, _wide(entry)) if pairs else None
         changed, squares = False, (0.0, 0.0)
+        hasher = draft.hasher() if len(piece) * width == entry.items else None
         rows, size = max(1, BLOCK // max(1, width)), ITEM_BYTES[entry.dtype]
         for start in range(piece.start, piece.stop, rows):
             at, nbytes = start * width * size, min(rows, piece.stop - start) * width * size
@@ -187,7 +207,11 @@ class Blocks:
                 out, differs, block = self._add(entry, target, raw, own, width, norms)
                 changed, squares = changed or differs, (squares[0] + block[0], squares[1] + block[1])
             draft.write(target, start * width * ITEM_BYTES[target.dtype], out.numpy().data)
+            if hasher:
+                hasher.update(out.numpy().data)
             base.forget(entry, at, nbytes)
+        if hasher:
+            draft.digests[entry.name] = hasher.hexdigest()
         return changed, squares
 
     def _add(
@@ -203,44 +227,43 @@ class Blocks:
             check_finite(before, entry.name)
             return raw, False, (0.0, 0.0)
         wide = self._buffer("wide", len(before) * _wide(entry).itemsize).view(_wide(entry))
-        wide.copy_(before)
-        squares = (0.0, 0.0)
-        if delta is not None:
-            if norms:
-                squares = float((delta.b @ delta.a).norm()) ** 2, float(wide.norm()) ** 2
-            wide.view(-1, width).addmm_(delta.b, delta.a)
         out = self._buffer("out", len(before) * ITEM_BYTES[target.dtype])
-        after = out.view(dtype_of(target.dtype))
-        after.copy_(wide)
-        check_finite(after, entry.name)
-        if delta is not None and after.itemsize == 2:
-            at = self._doubtful(before, wide, after)
-            exact = before[torch.from_numpy(at)].double().numpy() + delta.at(at // width, at % width)
-            after[torch.from_numpy(at)] = torch.from_numpy(rounded_to_odd(exact)).to(after.dtype)
+        after, squares = out.view(dtype_of(target.dtype)), (0.0, 0.0)
+        if delta is None or after.itemsize != 2:
+            wide.copy_(before)
+            if delta is not None:
+                delta.add_to(wide.view(-1, width), 0.0)
+            after.copy_(wide)
+            check_finite(after, entry.name)
+        else:
+            self._round_sum(entry.name, before, delta, wide, after, width)
+        if delta is not None and norms:
+            squares = delta.norm() ** 2, float(before.to(wide.dtype).norm()) ** 2
         differs = entry.dtype != target.dtype or not torch.equal(before, after)
         return out, differs, squares
 
-    def _doubtful(self, before: Any, wide: Any, rounded: Any) -> Any:
-        """Where fp32's own error may have crossed from one value of the output's dtype to the next: flat indices.
+    def _round_sum(self, name: str, before: Any, delta: Delta, wide: Any, after: Any, width: int) -> None:
+        """The nearest to before + delta in the dtype of `after`, which is of two bytes; `wide` is there to compute in.
 
-        It is an error of the terms, so it is large for sums in which large terms cancel.
+        Two sums are rounded, one that is less than the true one by more than fp32's error, and one that is more. Where
+        they round alike, so does the truth; the few others are computed in fp64. The error is one of the terms, so it
+        is large for sums in which large terms cancel.
         """
-        import numpy as np
         import torch
 
-        doubt = DOUBT * max(largest(before), largest(rounded))
-        moved = self._buffer("moved", len(wide) * wide.itemsize).view(wide.dtype)  # torch would allocate one each time
-        sides = []
-        for name, step in (("below", -doubt), ("above", doubt)):
-            torch.add(wide, step, out=moved)
-            side = self._buffer(name, len(wide) * rounded.itemsize).view(rounded.dtype)
-            sides.append(side.copy_(moved).view(torch.int16).numpy())
-        below, above = sides
-        # Few differ, so they are looked for four at a time, and one at a time in the words that differ.
-        whole = len(wide) // 4 * 4
-        words = np.flatnonzero(below[:whole].view(np.int64) != above[:whole].view(np.int64))
-        at = np.concatenate([(words[:, None] * 4 + np.arange(4)).ravel(), np.arange(whole, len(wide))])
-        return at[below[at] != above[at]]
+        bound = largest(before)
+        while True:
+            doubt = DOUBT * SLACK * bound
+            wide.copy_(before)
+            delta.add_to(wide.view(-1, width), -doubt)
+            after.copy_(wide)
+            if (most := check_finite(after, name)) <= SLACK * bound:
+                break
+            bound = most
+        above = self._buffer("above", len(wide) * after.itemsize).view(after.dtype).copy_(wide.add_(2 * doubt))
+        at = _differing(after.view(torch.int16).numpy(), above.view(torch.int16).numpy())
+        exact = before[torch.from_numpy(at)].double().numpy() + delta.at(at // width, at % width)
+        after[torch.from_numpy(at)] = torch.from_numpy(rounded_to_odd(exact)).to(after.dtype)
 
     def _buffer(self, name: str, nbytes: int) -> Any:
         """A byte tensor of this thread, allocated once and used again for every block."""
@@ -271,6 +294,18 @@ class Blocks:
         after.copy_(block)
         check_finite(after, target.name)
         draft.write(target, at * size, out.numpy().data)
+
+
+def _differing(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Where two arrays of two bytes an element differ. Few do, so they are looked for four at a time, and one at a time
+    in the words that differ."""
+    import numpy as np
+
+    whole = len(one) // 4 * 4
+    words = np.flatnonzero(one[:whole].view(np.int64) != other[:whole].view(np.int64))
+    at = np.concatenate([(words[:, None] * 4 + np.arange(4)).ravel(), np.arange(whole, len(one))])
+    found: np.ndarray = at[one[at] != other[at]]
+    return found
 
 
 def row_width(entry: Entry) -> int:
@@ -337,13 +372,16 @@ def largest(values: torch.Tensor) -> float:
     return float(torch.from_numpy(np.array([bits], dtype=signed.dtype)).view(values.dtype))
 
 
-def check_finite(values: torch.Tensor, name: str) -> None:
-    """Raises BadInput when a weight is NaN or infinite."""
-    if values.is_floating_point() and not math.isfinite(largest(values)):
+def check_finite(values: torch.Tensor, name: str) -> float:
+    """The largest magnitude. Raises BadInput when a weight is NaN or infinite."""
+    if not values.is_floating_point():
+        return 0.0
+    if not math.isfinite(most := largest(values)):
         raise BadInput(
             f"the weight {name} holds NaN or infinity",
             "the base or the adapter is broken, or the adapter's scaling is too large for the dtype: check them",
         )
+    return most
 
 
 def threads() -> int:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from peftopt.records import Json
 
 
-def peak() -> dict[str, Json]:
+def peak(serving: Sequence[int] = ()) -> dict[str, Json]:
     """Bytes: `peak_memory_bytes` resident on the host since the process started, its own or of a process that it
     started, whichever is more; on CUDA also what the caching allocator handed out (`gpu_memory_allocated`) and held
-    (`gpu_memory_reserved`) at most."""
+    (`gpu_memory_reserved`) at most. `serving`: processes that hold the model in this one's place; their peaks are
+    added up, so what they share counts more than once."""
+    if serving:
+        return {"peak_memory_bytes": sum(map(_host_peak, serving))}
     started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"peak_memory_bytes": max(_host_peak(), started), **gpu()}
 
@@ -28,13 +32,16 @@ def gpu() -> dict[str, Json]:
     }
 
 
-def _host_peak() -> int:
+def _host_peak(pid: int = 0) -> int:
     """VmHWM: unlike getrusage's figure it does not start from the parent's size at fork."""
-    status = Path("/proc/self/status")
+    status = Path(f"/proc/{pid or 'self'}/status")
     if status.exists():
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     import psutil
 
-    return int(psutil.Process().memory_info().rss)
+    try:
+        return int(psutil.Process(pid or None).memory_info().rss)
+    except psutil.Error:
+        return 0  # gone meanwhile

@@ -1,0 +1,274 @@
+"""vLLM's own OpenAI server, started and stopped here: a merged model, or LoRA unmerged on its base."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from peftopt.adapter import CONFIG
+from peftopt.engines import TOP_K, Scores, endpoint
+from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
+from peftopt.records import Json, Model
+
+TECHNIQUE = ""
+ENVIRONMENT = "vllm"
+NEEDS = ("vllm", "httpx", "transformers")
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for --max-lora-rank (vllm/config/lora.py)."""
+BASE = "base"
+"""The name under which the base, or a merged model, is served; adapters have their folders' names."""
+LAST_LINES = 15
+STOP_S = 20.0
+
+
+@dataclass(frozen=True)
+class Params:
+    """`compile`: let vLLM compile the model (it starts some minutes later; with LoRA on a CPU it never does, so compare
+    like with like). `prefix_caching`: off, since a benchmark that asks a prompt twice would find its answer half made.
+    `max_model_len` tokens, 0 the model's own; `max_num_seqs` requests in one batch, 0 vLLM's own; `max_loras` adapters
+    in one batch, 0 all of them.
+    `kv_cache_gb`: memory for keys and values on a CPU; `gpu_memory` the share of a GPU that one server takes, 0 vLLM's
+    own: variants stay loaded side by side, so give each its part. `start_s`: seconds until it must be ready.
+    `args`: more of `vllm serve`'s own, as on its command line.
+    """
+
+    compile: bool = False
+    prefix_caching: bool = False
+    max_model_len: int = 0
+    max_num_seqs: int = 0
+    max_loras: int = 0
+    kv_cache_gb: int = 1
+    gpu_memory: float = 0.0
+    start_s: float = 600.0
+    args: str = ""
+
+
+prepare = endpoint.prepare
+
+
+def open(model: Model, params: Params) -> Vllm:
+    """Start a server and wait until it answers. Raises BadInput for adapters that it cannot serve, WorkerFailed
+    with its last lines when it does not start."""
+    return Vllm(model, params)
+
+
+class Vllm(endpoint.Served):
+    """A server of our own: it also scores (by its prompt log-probabilities), and its memory is counted."""
+
+    scores = True
+    remote = False
+
+    def __init__(self, model: Model, params: Params) -> None:
+        if len(model.adapters) > 1:
+            raise BadInput("vLLM applies one adapter to a request", "merge several into one first: merge")
+        self._home = model
+        port = free_port()
+        serving, variables = command(model, params, port, tuple(name_of(a) for a in model.adapters))
+        self._server = Server(serving, variables, f"http://127.0.0.1:{port}", Path(f"vllm-{os.getpid()}.log"))
+        try:
+            self._seconds = self._server.ready(params.start_s)
+            name = name_of(model.adapters[0]) if model.adapters else BASE
+            super().__init__(model, endpoint.Params(url=self._server.url, model=name, timeout_s=600.0))
+        except BaseException:
+            self._server.stop()
+            raise
+        self.threads = int(os.environ.get("OMP_NUM_THREADS", 0))
+        self.device = "cuda" if _has_cuda() else "cpu"
+
+    def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        """From the server's prompt log-probabilities, a request at a time: with LoRA, vLLM 0.32 cannot batch them."""
+        return [self._score(list(p), list(a)) for p, a in zip(prompts, answers, strict=True)]
+
+    def _score(self, prompt: list[int], answer: list[int]) -> Scores:
+        body = {
+            "model": self._model,
+            "prompt": prompt + answer,
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": TOP_K,
+        }
+        reply = self._loop.run(self._client.post("/v1/completions", json.dumps(body).encode()))
+        if isinstance(reply, str):
+            raise WorkerFailed("request failed", reply, f"its log: {self._server.log}")
+        positions = reply["choices"][0]["prompt_logprobs"][len(prompt) :]
+        return scores(positions, answer)
+
+    def switch(self, adapter: str) -> float:
+        """Load another LoRA and unload the one before, through vLLM's runtime API; seconds until both are done."""
+        if not self._home.adapters:
+            raise BadInput("only a model with an adapter can switch it", "open the base with one --adapter on top")
+        started = time.perf_counter()
+        # A name of its own: under an old one vLLM would serve what it has cached of the old adapter's answers.
+        name = f"{name_of(adapter)}-{time.time_ns()}"
+        self._lora("load", name, str(Path(adapter).resolve()))
+        self._lora("unload", self._model)
+        self._model = name
+        return time.perf_counter() - started
+
+    def processes(self) -> list[int]:
+        """The server's processes: what of the memory is the model's."""
+        return self._server.processes()
+
+    def facts(self) -> dict[str, Json]:
+        compiled = "compiled" if self._server.compiled else "eager"
+        return {"log": [f"vLLM {version('vllm')}, {compiled}: ready after {self._seconds:.0f} s"]}
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):  # a server that has died cannot be said goodbye to
+            super().close()
+        self._server.stop()
+
+    def _lora(self, verb: str, name: str, folder: str = "") -> None:
+        if error := self._loop.run(self._client.lora(verb, name, folder)):
+            raise WorkerFailed("request failed", f"{verb} {name}: {error}", f"its log: {self._server.log}")
+
+
+class Server:
+    """A server process in this process's group: it ends with `stop`, and with the group."""
+
+    def __init__(self, command: Sequence[str], variables: Mapping[str, str], url: str, log: Path) -> None:
+        self.url, self.log = url, log.resolve()
+        self.compiled = "--enforce-eager" not in command
+        with self.log.open("wb") as out:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, **variables}
+            )
+
+    def ready(self, limit_s: float) -> float:
+        """Wait until it answers; seconds that took. Raises WorkerFailed with its last lines if it dies or is late."""
+        import httpx
+
+        started = time.monotonic()
+        with httpx.Client(trust_env=False, timeout=5.0) as http:
+            while time.monotonic() - started < limit_s:
+                if self._process.poll() is not None:
+                    raise WorkerFailed(
+                        "server died", f"exit status {self._process.returncode}\n{self._last()}", self._where
+                    )
+                with contextlib.suppress(httpx.HTTPError):
+                    if http.get(f"{self.url}/health").status_code == 200:
+                        return time.monotonic() - started
+                time.sleep(0.25)
+        raise WorkerFailed("timeout", f"the server was not ready after {limit_s:g} s\n{self._last()}", self._where)
+
+    def processes(self) -> list[int]:
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            own = psutil.Process(self._process.pid)
+            return [own.pid, *(child.pid for child in own.children(recursive=True))]
+        return []
+
+    def stop(self) -> None:
+        """Ask it to end, and end what is left of it."""
+        import psutil
+
+        family = self.processes()
+        self._process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(STOP_S)
+        for pid in family:
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(pid).kill()
+        self._process.wait()
+
+    @property
+    def _where(self) -> str:
+        return f"its whole log: {self.log}"
+
+    def _last(self) -> str:
+        """The last lines of the log, without those that only say that a process died because another did."""
+        with self.log.open(errors="replace") as lines:
+            return "\n".join(deque((line.rstrip() for line in lines if line.strip()), maxlen=LAST_LINES))
+
+
+def command(
+    model: Model, params: Params, port: int, names: Sequence[str], python: str = sys.executable
+) -> tuple[list[str], dict[str, str]]:
+    """`vllm serve` for a model and its adapters, and the environment variables it takes."""
+    args = ["serve", model.path, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", BASE]
+    args += ["--max-logprobs", str(TOP_K), "--disable-uvicorn-access-log"]
+    args += [] if params.compile else ["--enforce-eager"]
+    args += ["--enable-prefix-caching" if params.prefix_caching else "--no-enable-prefix-caching"]
+    for flag, value in (("--max-model-len", params.max_model_len), ("--max-num-seqs", params.max_num_seqs)):
+        args += [flag, str(value)] if value else []
+    args += ["--gpu-memory-utilization", str(params.gpu_memory)] if params.gpu_memory else []
+    if model.adapters:
+        rank = max(lora_rank(adapter) for adapter in model.adapters)
+        args += ["--enable-lora", "--max-lora-rank", str(next(r for r in RANKS if r >= rank))]
+        args += ["--max-loras", str(params.max_loras or len(model.adapters))]
+        args += ["--lora-modules", *(f"{n}={Path(a).resolve()}" for n, a in zip(names, model.adapters, strict=True))]
+    variables = {
+        "VLLM_CPU_KVCACHE_SPACE": str(params.kv_cache_gb),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    return [python, "-m", "vllm.entrypoints.cli.main", *args, *shlex.split(params.args)], variables
+
+
+def lora_rank(adapter: str) -> int:
+    """The highest rank of an adapter. Raises BadInput for one that vLLM cannot serve."""
+    found = json.loads((Path(adapter) / CONFIG).read_text(encoding="utf-8"))
+    odd = [name for name in ("use_dora", "modules_to_save", "layer_replication") if found.get(name)]
+    if found.get("peft_type") != "LORA" or odd:
+        what = f"{found.get('peft_type')} adapters" if not odd else f"LoRA with {', '.join(odd)}"
+        raise BadInput(f"vLLM cannot serve {what} ({adapter})", "merge it, or use the eager engine")
+    rank = max([int(found.get("r", 0)), *map(int, (found.get("rank_pattern") or {}).values())])
+    if rank > RANKS[-1]:
+        raise BadInput(f"vLLM serves LoRA up to rank {RANKS[-1]}, and {adapter} has {rank}", "merge it")
+    return rank
+
+
+def name_of(adapter: str) -> str:
+    """The name an adapter is served under."""
+    return Path(adapter).resolve().name
+
+
+def check_port(port: int) -> None:
+    """Raises MissingEnvironment for a port that somebody listens on."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise MissingEnvironment(f"port {port} is taken: {error.strerror}", "choose another: --port") from error
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def scores(positions: Sequence[Mapping[str, Mapping[str, Json]]], answer: Sequence[int]) -> Scores:
+    """Scores of an answer from vLLM's prompt log-probabilities of its tokens: by token id, {logprob, rank}; the given
+    token is among them whatever its rank."""
+    given = [float(at[str(token)]["logprob"]) for at, token in zip(positions, answer, strict=True)]
+    top = [sorted((float(-v["logprob"]), int(t)) for t, v in at.items() if v["rank"] <= TOP_K) for at in positions]
+    width = min(map(len, top))
+    ids = [[token for _, token in at[:width]] for at in top]
+    logprobs = [[-nats for nats, _ in at[:width]] for at in top]
+    return Scores(given, [at[0] for at in ids], ids, logprobs, finite=all(map(_finite, given)))
+
+
+def _finite(x: float) -> bool:
+    return x - x == 0
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,195 @@
+"""The engine `vllm` keeps the engines' contract on the real server; its command line and its refusals need none."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from remote_engine import Remote
+from test_run import command
+
+from peftopt import environments, plugins
+from peftopt.engines import TOP_K, vllm
+from peftopt.errors import BadInput
+from peftopt.records import Model
+
+ROOT = Path(__file__).parent.parent
+BASE, ADAPTER = ROOT / "models" / "smollm2-135m-instruct", ROOT / "demo" / "adapter"
+LACKING, HOW = environments.lacking(plugins.catalogue()["vllm"])
+real = pytest.mark.skipif(bool(LACKING) or not BASE.exists(), reason=HOW or "make models")
+
+QUESTIONS = ("My blender JU-88649 never came. I want my 821.49 EUR back!", "Hola, ¿dónde está mi silla?", "Hi")
+
+
+def arguments(model: Model, **params: Any) -> str:
+    return " ".join(vllm.command(model, vllm.Params(**params), 8123, [vllm.name_of(a) for a in model.adapters])[0])
+
+
+# ---- without a server --------------------------------------------------------------------------
+
+
+def test_its_command_line_names_the_model_its_adapter_and_a_rank_that_vllm_knows(
+    tiny_base: Path, tiny_lora: Path
+) -> None:
+    merged = arguments(Model(str(tiny_base)))
+    assert f"serve {tiny_base} " in merged and "--port 8123" in merged and "--enforce-eager" in merged
+    assert "lora" not in merged and "--no-enable-prefix-caching" in merged
+    served = arguments(Model(str(tiny_base), (str(tiny_lora),)), compile=True, max_loras=2, max_num_seqs=8)
+    assert "--enable-lora --max-lora-rank 8 --max-loras 2" in served, "rank 4 is not one of vLLM's"
+    assert f"--lora-modules {tiny_lora.name}={tiny_lora}" in served
+    assert "--enforce-eager" not in served and "--max-num-seqs 8" in served
+    assert arguments(Model(str(tiny_base)), args="--dtype float32").endswith("--dtype float32")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"r": 1000}, "rank 512")],
+)
+def test_an_adapter_that_vllm_cannot_serve_is_refused_before_it_starts(
+    change: dict[str, Any], says: str, tiny_base: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_lora, tmp_path / "odd")
+    config = tmp_path / "odd" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(BadInput, match=says) as caught:
+        arguments(Model(str(tiny_base), (str(tmp_path / "odd"),)))
+    assert "merge it" in caught.value.hint
+    with pytest.raises(BadInput, match="one adapter"):
+        vllm.open(Model(str(tiny_base), (str(tiny_lora), str(tiny_lora))), vllm.Params())
+
+
+def test_prompt_log_probabilities_become_scores() -> None:
+    first = {"7": {"logprob": -0.1, "rank": 1}, "9": {"logprob": -2.5, "rank": 2}, "4": {"logprob": -9.0, "rank": 300}}
+    second = {"2": {"logprob": -0.7, "rank": 2}, "3": {"logprob": -0.6, "rank": 1}}
+    found = vllm.scores([first, second], [4, 2])
+    assert found.logprobs == [-9.0, -0.7] and found.best == [7, 3] and found.finite
+    assert found.top_ids == [[7, 9], [3, 2]] and found.top_logprobs == [[-0.1, -2.5], [-0.6, -0.7]]
+
+
+def test_serve_refuses_what_cannot_be_served(
+    tiny_base: Path,
+    tiny_lora: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    twice = ("--adapter", tiny_lora, "--adapter", tiny_lora)
+    assert command("serve", "--base", tiny_base, *twice) == 2
+    assert "NAME=FOLDER" in capsys.readouterr().err
+    monkeypatch.setenv("PEFTOPT_ENVIRONMENTS", str(tmp_path))
+    assert command("serve", "--base", tiny_base) == 4
+    assert "peftopt env install vllm" in capsys.readouterr().err
+    (tmp_path / "vllm" / "bin").mkdir(parents=True)
+    (tmp_path / "vllm" / "bin" / "python").symlink_to(sys.executable)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert command("serve", "--base", tiny_base, "--port", taken.getsockname()[1]) == 4
+    assert "is taken" in capsys.readouterr().err
+
+
+# ---- the real server ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("logs"))
+        remote = Remote("vllm", Model(str(BASE), (str(ADAPTER),)), max_model_len=1024)
+    yield remote
+    remote.close()
+
+
+@pytest.fixture(scope="module")
+def eager() -> Any:
+    plugin = plugins.module("engine", "eager")
+    return plugin.open(Model(str(BASE), (str(ADAPTER),)), plugin.Params())
+
+
+def ids(engine: Any) -> list[list[int]]:
+    return [engine.encode([{"role": "user", "content": text}])[0] for text in QUESTIONS]
+
+
+@real
+def test_words_and_predictions_are_those_of_transformers(engine: Any, eager: Any) -> None:
+    assert ids(engine) == ids(eager)
+    assert (engine.eos, engine.special_tokens) == (eager.eos, eager.special_tokens)
+    questions = ids(engine)
+    answers = [g.tokens for g in eager.generate(questions, 12, False)]
+    found, theirs = engine.score(questions, answers), eager.score(questions, answers)
+    gaps = [abs(a - b) for f, t in zip(found, theirs, strict=True) for a, b in zip(f.logprobs, t.logprobs, strict=True)]
+    assert sum(gaps) / len(gaps) < 0.1, "bf16 summed in another order; another adapter is nats away"
+    same = [a == b for f, t in zip(found, theirs, strict=True) for a, b in zip(f.best, t.best, strict=True)]
+    assert sum(same) / len(same) > 0.9
+    for one in found:
+        assert one.finite and [row[0] for row in one.top_ids] == one.best
+        assert all(len(row) == TOP_K and row == sorted(row, reverse=True) for row in one.top_logprobs)
+
+
+@real
+def test_a_batch_is_exactly_as_long_as_asked_and_ends_by_itself_where_it_may(engine: Any) -> None:
+    for answer in engine.generate(ids(engine), 24, False):
+        assert len(answer.tokens) == len(answer.times) == 24 and not answer.stopped
+        assert answer.times == sorted(answer.times)
+    (answer,) = engine.generate(ids(engine)[:1], 64, True)
+    assert answer.stopped and answer.tokens[-1] in engine.eos
+    assert json.loads(engine.decode(answer.tokens))["order"] == "JU-88649", "the adapter is at work"
+
+
+@real
+def test_another_adapter_takes_its_place(engine: Any, tmp_path: Path) -> None:
+    from conftest import make_lora
+
+    (question, *_), target = ids(engine), tmp_path / "other"
+    make_lora(BASE, target, std=0.05)
+    (before,) = engine.generate([question], 12, False)
+    try:
+        assert engine.switch(str(target)) > 0
+        (other,) = engine.generate([question], 12, False)
+    finally:
+        engine.switch(str(ADAPTER))
+    (after,) = engine.generate([question], 12, False)
+    assert other.tokens != before.tokens == after.tokens
+
+
+@real
+def test_the_server_is_counted_while_it_lives_and_gone_afterwards(engine: Any) -> None:
+    processes = engine.processes()
+    assert sum(psutil.Process(pid).memory_info().rss for pid in processes) > BASE.stat().st_size
+    engine._call("call", "close")
+    assert not any(map(psutil.pid_exists, processes))
+
+
+@real
+def test_a_server_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match=r"server died.*unrecognized arguments: --no-such-thing"):
+        Remote("vllm", Model(str(BASE)), args="--no-such-thing")
+    assert not [p for p in psutil.process_iter(["cmdline"]) if "--no-such-thing" in (p.info["cmdline"] or ())]
+
+
+@real
+def test_serve_answers_until_it_is_interrupted(tmp_path: Path) -> None:
+    port, program = vllm.free_port(), Path(sys.executable).with_name("peftopt")
+    serving = [program, "serve", "--base", BASE, "--adapter", f"support={ADAPTER}", "--port", port]
+    with subprocess.Popen([*map(str, serving)], cwd=tmp_path) as process:
+        names: list[str] = []
+        while process.poll() is None and not names:
+            with contextlib.suppress(httpx.HTTPError):
+                listed = httpx.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False).json()
+                names = [model["id"] for model in listed["data"]]
+            time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert names == ["base", "support"]
