@@ -1,0 +1,67 @@
+"""The command line. Each verb parses, calls one function, prints. Heavy imports stay inside the verbs."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from peftopt import __version__
+from peftopt.cli.shared import app
+from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, PeftoptError
+
+for _module in ("job", "techniques", "servers", "around", "env"):  # in the order of --help
+    importlib.import_module(f"peftopt.cli.{_module}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"peftopt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the verb."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; every PeftoptError becomes its message and its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a CI timeout is an interrupt like Ctrl-C
+    try:
+        code = app(arguments, standalone_mode=False)
+    except PeftoptError as error:
+        from peftopt.console import Console
+
+        Console().error(error)
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except Exception as error:  # noqa: BLE001 (the last resort, so that a bug has its own exit code)
+        code = _unexpected(error)
+    if code == INTERRUPTED:  # typer may have made an exit code of the interrupt already
+        print("interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
+    sys.exit(code or 0)
+
+
+def _unexpected(error: Exception) -> int:
+    """Usage errors are the user's (2); a broken pipe is the reader's; anything else is a bug (5)."""
+    import traceback
+
+    usage_error = typer.BadParameter.__base__  # typer carries its own click, and does not export the class
+    if usage_error and isinstance(error, usage_error):
+        error.show()  # type: ignore[attr-defined]
+        return BAD_INPUT
+    if isinstance(error, BrokenPipeError):
+        return ACCEPTED
+    traceback.print_exception(error)
+    print("this is a bug in peftopt; please report it with the lines above", file=sys.stderr)
+    return BUG

@@ -1,0 +1,5 @@
+"""python -m peftopt.cli"""
+
+from peftopt.cli import main
+
+main()

@@ -1,0 +1,106 @@
+"""Around the job: check, new, doctor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftopt.cli.shared import AsJson, Results, app, read_recipe
+from peftopt.errors import ENVIRONMENT, BadInput
+
+
+@app.command()
+def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], results: Results = Path("results")) -> None:
+    """Say everything that is wrong with a recipe and its files, and what it would do; runs nothing."""
+    from peftopt import environments, plugins, preflight, store
+    from peftopt import plan as planning
+    from peftopt.console import Console
+
+    parsed, _ = read_recipe(recipe)
+    preflight.check(parsed)
+    store.Store(results.resolve()).check_writable()
+    console = Console()
+    sources = {"base": "", "adapter": "", "calibration": ""}
+    plan = planning.plan(parsed, sources, environments.versions())
+    console.say(f"{recipe}: {len(parsed.variants)} variants, {len(plan.builds)} artifacts to build or reuse")
+    for variant in parsed.variants.values():
+        chain = [step.plugin for step in (*variant.steps, *variant.policies)] or ["base + adapter"]
+        steps = (*variant.steps, variant.engine)
+        needs = [environments.lacking(plugins.catalogue()[s.plugin]) for s in steps]
+        note = "".join(f"  needs {', '.join(what)}: {how}" for what, how in _once(needs))
+        mark = "  (baseline)" if variant.name == parsed.baseline else ""
+        console.say(f"  {variant.name:<16} {' -> '.join(chain)}, on {variant.engine.plugin}{mark}{note}")
+
+
+def _once(needs: list[tuple[list[str], str]]) -> list[tuple[list[str], str]]:
+    """What is lacking, each said once."""
+    return [need for n, need in enumerate(needs) if need[0] and need not in needs[:n]]
+
+
+@app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="The recipe to write; must not exist.")] = Path("recipe.yaml"),
+    like: Annotated[
+        str, typer.Option(help="quick, demo, cpu-fastest, bulk-cpu, chat-gpu, many-adapters or limits.")
+    ] = "quick",
+    base: Annotated[str, typer.Option(help="Base model folder, as the recipe should name it.")] = "",
+    adapter: Annotated[str, typer.Option(help="Adapter folder.")] = "",
+    prompts: Annotated[str, typer.Option(help="Evaluation prompts (JSON lines).")] = "",
+) -> None:
+    """Write a recipe to start from."""
+    from peftopt import store
+
+    folder = Path(__file__).parent.parent / "recipes"
+    starters = {f.stem: f for f in sorted(folder.glob("*.yaml")) if f.stem != "tradeoffs"}
+    if like not in starters:
+        raise BadInput(f"no starter named {like!r}", f"known: {', '.join(starters)}")
+    if file.exists():
+        raise BadInput(f"{file} exists already", "choose another name")
+    text = _adapt(starters[like].read_text(encoding="utf-8"), base, adapter, prompts)
+    try:
+        store.write(file, text)
+    except OSError as error:
+        raise BadInput(f"cannot write {file}: {error.strerror}", "choose another place") from error
+    print(f"wrote {file}; next: edit it, then `peftopt check {file}` and `peftopt run {file}`")
+
+
+def _adapt(text: str, base: str, adapter: str, prompts: str) -> str:
+    """A starter recipe with the user's own paths in it."""
+    import re
+
+    for key, value in (("base", base), ("adapter", adapter), ("prompts", prompts)):
+        if value:
+            text = re.sub(rf"\b{key}: [^,}}\s]+", f"{key}: {value}", text)
+    return text
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine is, which plug-ins can run here, and what to install for the others."""
+    from peftopt import environments, machine, plugins
+    from peftopt.console import Console
+
+    found = machine.describe()
+    needs = {p.name: environments.lacking(p) for p in plugins.catalogue().values()}
+    state = {name: what for name, (what, _) in needs.items()}
+    if as_json:
+        print(json.dumps({**found, "missing": state}))
+    else:
+        console = Console()
+        versions = found.pop("versions")
+        gpu = found.pop("gpu") or ["none: measurements are of the CPU"]
+        console.pairs("machine", {**found, "gpu": ", ".join(gpu)})
+        console.pairs("versions", versions)
+        console.say("plug-ins", "bold")
+        rows = [
+            [p.name, p.kind, "ready" if not state[p.name] else f"needs {', '.join(state[p.name])}", p.help]
+            for p in plugins.catalogue().values()
+        ]
+        console.table(["name", "kind", "state", "what it does"], rows)
+        for how in sorted({how for _, how in needs.values() if how}):
+            console.say(f"install what is missing with: {how}")
+    if state["eager"] or state["merge"]:
+        raise typer.Exit(ENVIRONMENT)

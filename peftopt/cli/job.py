@@ -1,0 +1,78 @@
+"""The whole job: run, decide, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftopt.cli.shared import (
+    AsJson,
+    Quiet,
+    Results,
+    RunFolder,
+    app,
+    conclude,
+    find_run,
+    read_recipe,
+    read_text,
+    write_reports,
+)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML); `peftopt new` writes one.")],
+    results: Results = Path("results"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start a new run, do not go on with an unfinished one.")
+    ] = False,
+    more: Annotated[
+        bool, typer.Option("--more", help="Add blocks to the last run of this recipe, if it is undecided.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build every variant, measure it against the adapter, decide, and write the report."""
+    from peftopt import runner
+    from peftopt.console import Console
+
+    console = Console(quiet)
+    parsed, text = read_recipe(recipe)
+    prepared = runner.prepare(parsed, text, results, console, fresh, more)
+    if more and (prepared.folder / "decision.json").exists():
+        runner.add_blocks(prepared)
+    else:
+        runner.execute(prepared)
+    conclude(prepared.folder, console, as_json)
+
+
+@app.command()
+def decide(
+    run_folder: RunFolder = None,
+    results: Results = Path("results"),
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Judge by the thresholds of this recipe, changed since; the newest run of its name."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a run again from its files alone: no model, no GPU."""
+    from peftopt.console import Console
+
+    parsed = read_recipe(recipe)[0] if recipe else None
+    conclude(find_run(run_folder, results, parsed.name if parsed else ""), Console(), as_json, parsed)
+
+
+@app.command()
+def report(run_folder: RunFolder = None, results: Results = Path("results")) -> None:
+    """Write a run's reports again from decision.json and its measurements, and print the Markdown one."""
+    from peftopt import store
+    from peftopt.console import Console
+
+    folder = find_run(run_folder, results)
+    console = Console()
+    write_reports(folder, store.read(folder / "measurements.jsonl", console.warn))
+    print(read_text(folder / "report.md"))
+    console.err.print(f"report: {folder / 'report.html'}", soft_wrap=True)

@@ -1,0 +1,314 @@
+"""Running servers: load, serve, canary, import."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftopt.cli.shared import AsJson, BaseFolder, Quiet, app, read_recipe
+from peftopt.cli.techniques import weighted
+from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput
+
+if TYPE_CHECKING:
+    from peftopt.client import Target
+    from peftopt.console import Console
+    from peftopt.lifecycle import Prompts
+
+
+@app.command()
+def load(
+    target: Annotated[str, typer.Argument(help="URL of a server, or a recipe whose variants run on an endpoint.")],
+    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts; a recipe has its own.")] = None,
+    model: Annotated[
+        list[str],
+        typer.Option(help="Served name of a model or an adapter, or NAME=WEIGHT; repeat for a mix. [the only one]"),
+    ] = [],  # noqa: B006
+    rate: Annotated[float, typer.Option(help="Requests a second that come in, whatever has gone out.")] = 1.0,
+    arrivals: Annotated[str, typer.Option(help="poisson, gamma (burstier) or constant.")] = "poisson",
+    burstiness: Annotated[float, typer.Option(help="Shape of gamma gaps: 1 is Poisson, less is burstier.")] = 0.3,
+    concurrency: Annotated[int, typer.Option(help="Users in a closed loop instead: each asks when answered.")] = 0,
+    trace: Annotated[
+        Path | None, typer.Option(help='Replay JSON lines {"offset_s": 1.2, "id": "7"}, or with prompt_tokens.')
+    ] = None,
+    mix: Annotated[
+        str, typer.Option(help="How requests fall on several names: uniform, round-robin or zipf.")
+    ] = "uniform",
+    duration: Annotated[float, typer.Option(help="Seconds in which requests come in.")] = 60.0,
+    requests: Annotated[int, typer.Option(help="Send so many instead.")] = 0,
+    new_tokens: Annotated[int, typer.Option(help="Tokens every answer gets, exactly where the server can.")] = 64,
+    natural: Annotated[
+        bool, typer.Option("--natural", help="Let answers end by themselves; new-tokens is a cap.")
+    ] = False,
+    slo: Annotated[
+        list[str], typer.Option(help="Service level of each request, such as 'ttft <= 500 ms'; repeat for several.")
+    ] = [],  # noqa: B006
+    find: Annotated[
+        bool, typer.Option("--find-rate", help="Search the highest rate at which 95 % of requests meet every --slo.")
+    ] = False,
+    protocol: Annotated[str, typer.Option(help="chat, completions, tgi or mii.")] = "chat",
+    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
+    slots: Annotated[
+        int, typer.Option(help="Requests the engine runs at once (vLLM: max-num-seqs), for its fill.")
+    ] = 0,
+    patient: Annotated[bool, typer.Option("--patient", help="Do not stop a saturated run.")] = False,
+    seed: int = 0,
+    out: Annotated[Path | None, typer.Option(help="Append the run to this measurements.jsonl.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Load a running server and say what its users would see: TTFT, TPOT, throughput, goodput, failures."""
+    from peftopt import goodput, render
+    from peftopt import load as loading
+    from peftopt.console import Console
+
+    try:
+        slos = [goodput.slo(text) for text in slo]
+    except ValueError as error:
+        raise BadInput(f"--slo {error}") from error
+    if find and not slos:
+        raise BadInput("--find-rate needs a service level", "add --slo 'ttft <= 500 ms'")
+    if find and (trace or concurrency):
+        raise BadInput("--find-rate sets the rate itself", "leave out --trace and --concurrency")
+    given = {"protocol": protocol, "key_env": api_key_env, "timeout_s": timeout}
+    targets, file = _load_targets(target, given, prompts)
+    console, outcomes = Console(quiet), []
+    for name, where in targets.items():
+        kind = loading.Traffic(
+            **loading.read_traffic(file, trace),
+            weights=dict(map(weighted, model)) or ({where.model: 1.0} if where.model else {}),
+            new_tokens=new_tokens,
+            fixed=not natural,
+            arrivals=arrivals,
+            burstiness=burstiness,
+            mix=mix,
+            requests=requests,
+            duration_s=duration,
+            concurrency=concurrency,
+            seed=seed,
+        )
+        kind.check(rate)
+        title = name or "load"
+        with console.progress(title, kind.expected(rate)) as show:
+            if find:
+                found = loading.find_rate(where, kind, rate, slos, show, lambda t: _tell_trial(console, t, slos))
+            else:
+                found = loading.run(where, kind, rate, show, patient)
+        values = loading.as_json(found, slos)
+        if out:
+            loading.append(out, name or where.url, values)
+        if as_json:
+            print(json.dumps(render.as_json.plain({"variant": name, "url": where.url, **values}), allow_nan=False))
+        else:
+            console.table(render.load.HEADER, render.load.rows(values))
+            console.pairs(title, render.load.lines(values, slots))
+            for note in found.notes:
+                console.warn(note)
+        outcomes.append(loading.outcome(found, slos, find))
+    raise typer.Exit(max(outcomes, key=[ACCEPTED, INCONCLUSIVE, REJECTED, ENVIRONMENT, INTERRUPTED].index))
+
+
+def _load_targets(target: str, given: dict[str, Any], prompts: Path | None) -> tuple[dict[str, Any], str | None]:
+    """Variant name -> where it is served, and the prompts to send there."""
+    from peftopt.client import Target
+
+    if "://" in target or not Path(target).exists():
+        return {"": Target(target, **given)}, str(prompts) if prompts else None
+    recipe, _ = read_recipe(Path(target))
+    served = {v.name: v.engine.params for v in recipe.variants.values() if v.engine.plugin == "endpoint"}
+    if not served:
+        raise BadInput(f"{target} has no variant on a server", "add one: served: [{engine: {endpoint: {url: …}}}]")
+    found = {
+        name: Target(p["url"], p["protocol"], p["model"], p["api_key_env"], p["timeout_s"])
+        for name, p in served.items()
+    }
+    return found, str(prompts or recipe.workloads[recipe.minimize.workload].prompts)
+
+
+def _tell_trial(console: Any, trial: Any, slos: Any) -> None:
+    from peftopt import goodput
+
+    share = goodput.attained(trial.played.requests, slos)
+    why = f", stopped: {trial.played.stopped}" if trial.played.stopped else ""
+    word = "holds" if trial.held else "does not hold"
+    console.done(
+        "rate",
+        f"{trial.rate:.3g}/s {word}: {share.estimate:.1%} of {share.n}{why}",
+        max((r.done for r in trial.played.requests), default=0.0),
+    )
+
+
+@app.command()
+def serve(
+    base: BaseFolder,
+    adapter: Annotated[list[str], typer.Option(help="Adapter folder, or NAME=FOLDER; repeat for several.")] = [],  # noqa: B006
+    port: Annotated[int, typer.Option(help="Port on this machine.")] = 8000,
+    slots: Annotated[int, typer.Option(help="Adapters in one batch (vLLM: max-loras). [all of them]")] = 0,
+    compile_: Annotated[bool, typer.Option("--compile", help="Let vLLM compile the model: a slower start.")] = False,
+    prefix_caching: Annotated[bool, typer.Option("--prefix-caching", help="Keep prompts' keys and values.")] = False,
+    args: Annotated[str, typer.Option(help="More of `vllm serve`'s own options, as on its command line.")] = "",
+) -> None:
+    """Serve a base and its adapters with vLLM until Ctrl-C, as the engine `vllm` does: for load and canary."""
+    import os
+
+    from peftopt import environments, preflight
+    from peftopt.console import Console
+    from peftopt.engines import vllm
+    from peftopt.records import Model
+
+    preflight.check_base(base, quantized=True)
+    named = dict(_named(text) for text in adapter)
+    if len(named) < len(adapter) or vllm.BASE in named:
+        raise BadInput(f"two adapters, or an adapter and the base ({vllm.BASE}), have one name", "give NAME=FOLDER")
+    for folder in named.values():
+        preflight.check_adapter(folder, base, [])
+    model = Model(str(base.resolve()), tuple(map(str, named.values())))
+    params = vllm.Params(compile=compile_, prefix_caching=prefix_caching, max_loras=slots, args=args)
+    python = environments.python(vllm.ENVIRONMENT)
+    vllm.check_port(port)
+    command, variables = vllm.command(model, params, port, tuple(named), python)
+    Console().say(f"http://127.0.0.1:{port} will serve {', '.join([vllm.BASE, *named])}; Ctrl-C ends it")
+    os.execve(command[0], command, {**os.environ, **variables})
+
+
+@app.command()
+def canary(
+    url: Annotated[str, typer.Argument(help="URL of a server with several adapters.")],
+    prompts: Annotated[Path, typer.Option(help="JSON-lines prompts on which the models should differ.")],
+    model: Annotated[list[str], typer.Option(help="Served names to tell apart, the base among them; repeat.")] = [],  # noqa: B006
+    swap: Annotated[
+        list[Path],
+        typer.Option(help="Adapter folder; give two, to be loaded in turn under one name and path (vLLM)."),
+    ] = [],  # noqa: B006
+    fingerprints: Annotated[int, typer.Option(help="Prompts to use.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Times that all are asked at once, or that both are loaded.")] = 3,
+    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Catch answers of the wrong adapter, by log-probabilities: in mixed batches, and after reloads (--swap)."""
+    from peftopt import corpus
+    from peftopt.client import Target
+    from peftopt.console import Console
+
+    if not swap and len(set(model)) < 2:
+        raise BadInput("a canary tells models apart: it needs two or more", "add --model for the base and each adapter")
+    if swap and len(swap) != 2:
+        raise BadInput(f"--swap takes two adapters in turn, found {len(swap)}", "give --swap FOLDER --swap OTHER")
+    rows = corpus.read(str(prompts))
+    console, target = Console(quiet), Target(url, key_env=api_key_env, timeout_s=timeout)
+    outcomes = []
+    if len(set(model)) > 1:
+        asked = {row.id: row.messages for row in rows[:fingerprints]}
+        outcomes.append(_watch_mixed(console, target, list(dict.fromkeys(model)), asked, rounds, as_json))
+    if swap:
+        # The longest, since a prefix cache keeps whole blocks of tokens.
+        rows = sorted(rows, key=lambda row: -sum(len(m["content"]) for m in row.messages))
+        asked = {row.id: row.messages for row in rows[len(rows) // 10 :][:fingerprints]}
+        outcomes.append(_watch_reloads(console, target, (swap[0], swap[1]), asked, rounds, as_json))
+    raise typer.Exit(max(outcomes, key=(ACCEPTED, INCONCLUSIVE, ENVIRONMENT, REJECTED).index))
+
+
+def _watch_mixed(
+    console: Console, target: Target, names: list[str], prompts: Prompts, rounds: int, as_json: bool
+) -> int:
+    """Every model alone and in mixed batches, printed; the exit code."""
+    from peftopt import canary as watching
+
+    with console.progress("canary", watching.ALONE * len(names) + rounds) as show:
+        found = watching.watch(target, names, prompts, rounds, show)
+    if as_json:
+        values = {"asked": found.asked, "failed": found.failed, "alike": found.alike, "noise": found.known.noise}
+        print(json.dumps({**values, "wrong": [asdict(w) for w in found.wrong]}))
+        return found.outcome
+    noise = ", ".join(f"{name} {nats:.3f}" for name, nats in found.known.noise.items())
+    lines = {"own noise": f"{noise} nats", "mixed answers": f"{found.asked}, of which {len(found.wrong)} wrong"}
+    console.pairs("canary", lines)
+    for pair in found.alike:
+        console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: nothing can be said of them")
+    if found.failed:
+        console.warn(f"{found.failed} requests failed")
+    for wrong in list(dict.fromkeys(map(str, found.wrong)))[:10]:
+        console.say(wrong, "red")
+    return found.outcome
+
+
+def _watch_reloads(
+    console: Console, target: Target, folders: tuple[Path, Path], prompts: Prompts, rounds: int, as_json: bool
+) -> int:
+    """Two adapters in turn under one name, printed; the exit code."""
+    from peftopt import lifecycle, stats
+
+    with console.progress("reloads", 2 + 2 * rounds) as show:
+        found = lifecycle.live(target, folders, prompts, rounds, show)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return found.outcome
+
+    def times(seconds: Sequence[float]) -> str:
+        return f"{1e3 * stats.median(seconds):.0f} ms (first {1e3 * seconds[0]:.0f}, last {1e3 * seconds[-1]:.0f})"
+
+    console.pairs(
+        "reloads",
+        {
+            "loads": f"{len(found.load_s)} of two adapters in turn, under one name and path",
+            "load": times(found.load_s),
+            "first request": times(found.first_s),
+            "the same again": times(found.warm_s),
+            "unload": times(found.unload_s),
+            "answers": f"{found.asked}, of which {len(found.wrong)} of the weights before",
+        },
+    )
+    if found.alike:
+        console.warn("no prompt tells the two adapters apart: nothing can be said")
+    if found.kept:
+        console.say(f"still served after its unload: {found.kept} times", "red")
+    for wrong in list(dict.fromkeys(map(str, found.wrong)))[:10]:
+        console.say(wrong, "red")
+    return found.outcome
+
+
+def _named(text: str) -> tuple[str, Path]:
+    """NAME=FOLDER, or a folder that is called by its own name."""
+    name, equals, folder = text.rpartition("=")
+    path = Path(folder if equals else text)
+    return name or path.resolve().name, path
+
+
+@app.command("import")
+def import_(
+    file: Annotated[
+        list[Path], typer.Argument(help="Results of vllm bench serve, GuideLLM, AIPerf or lm-evaluation-harness.")
+    ],
+    variant: Annotated[str, typer.Option(help="The variant they measured. [the file's name]")] = "",
+    out: Annotated[Path | None, typer.Option(help="Append them to this measurements.jsonl.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read other meters' results into the same records, and say what they lack."""
+    from peftopt import load as loading
+    from peftopt import meters, render
+    from peftopt.console import Console
+
+    console, raw = Console(), True
+    for path in file:
+        for found in meters.read(path):
+            kept = loading.keep(out, found, variant or path.stem)
+            raw = raw and bool(found.requests or found.values.get("samples"))
+            if as_json:
+                print(json.dumps(render.as_json.plain(kept), allow_nan=False))
+                continue
+            console.say(f"{path}: {found.source}, {found.title}", "bold")
+            if found.requests:
+                console.table(render.load.HEADER, render.load.rows(meters.as_loaded(found)))
+            else:
+                shown = found.reported or {k: v for k, v in found.values.items() if k != "samples"}
+                console.pairs("as it reports", {k: v for k, v in shown.items() if v is not None})
+            for what in found.lacks:
+                console.warn(f"it lacks {what}")
+    raise typer.Exit(ACCEPTED if raw else INCONCLUSIVE)

@@ -1,0 +1,166 @@
+"""What verbs have in common: the app, their options, and how results reach the screen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
+
+if TYPE_CHECKING:
+    from peftopt.records import Decision, Measurement, Model, Recipe
+
+
+app = typer.Typer(
+    help="Make a PEFT model fast in production: merge, quantize, compile, benchmark, decide.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 accepted or done, 1 rejected, 2 bad input, 3 inconclusive, 4 environment, 5 bug, "
+    "130 interrupted.",
+)
+
+
+EXIT = {"accepted": ACCEPTED, "rejected": REJECTED, "inconclusive": INCONCLUSIVE, "not judged": ENVIRONMENT}
+
+Results = Annotated[Path, typer.Option(help="Folder of artifacts and runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+BaseFolder = Annotated[Path, typer.Option("--base", help="Folder of the base model (safetensors).")]
+ModelFolder = Annotated[Path, typer.Option("--model", help="Folder of a model (safetensors).")]
+Out = Annotated[Path, typer.Option("--out", help="New folder to write; it appears whole or not at all.")]
+RunFolder = Annotated[Path | None, typer.Argument(help="A folder below results/runs; the newest by default.")]
+
+
+def read_recipe(path: Path) -> tuple[Recipe, str]:
+    from peftopt import plugins
+    from peftopt import recipe as recipes
+
+    text = read_text(path)
+    defaults = (Path(__file__).parent.parent / "recipes" / "tradeoffs.yaml").read_text(encoding="utf-8")
+
+    def read(name: str) -> str:
+        return Path(name).read_text(encoding="utf-8")
+
+    return recipes.parse(text, str(path.resolve()), plugins.catalogue(), defaults, read), text
+
+
+def read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > 100_000_000:
+            raise BadInput(f"{path} is {path.stat().st_size / 1e6:.0f} MB", "a text file is expected here")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text", "save it as UTF-8") from error
+
+
+def find_run(given: Path | None, results: Path, recipe: str = "") -> Path:
+    """The run the user names, or the newest one, of that recipe where one is named."""
+    if given is not None:
+        return given
+    pattern = f"*-{recipe}-*" if recipe else "*"
+    runs = sorted(f for f in (results / "runs").glob(pattern) if (f / "plan.json").exists())
+    if not runs:
+        what = f" of {recipe}" if recipe else ""
+        raise BadInput(f"no runs{what} in {results / 'runs'}", "run a recipe first: peftopt run RECIPE")
+    return runs[-1]
+
+
+def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = None) -> None:
+    """Decide from the run folder's files, write the reports, print the table, exit with the outcome; by the thresholds
+    of another recipe where one is given."""
+    from dataclasses import replace
+
+    from peftopt import plan as planning
+    from peftopt import render, store
+    from peftopt.decide import decide as judge
+
+    plan = store.read_plan(folder / "plan.json")
+    changed = planning.changes(plan.recipe, recipe) if recipe else []
+    plan = planning.rejudged(plan, recipe) if recipe else plan
+    measurements = store.read(folder / "measurements.jsonl", console.warn)
+    decision: Decision = judge(plan, measurements, json.loads(read_text(folder / "machine.json")))
+    if changed:
+        warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
+        decision = replace(decision, warnings=(warning, *decision.warnings))
+    store.write(folder / "decision.json", render.as_json.render(decision))
+    write_reports(folder, measurements)
+    if as_json:
+        print(read_text(folder / "decision.json"))
+    else:
+        header, rows = render.table.rows(decision, compact=True)
+        console.table(header, rows, [v.outcome for v in decision.variants])
+        for warning in decision.warnings:
+            console.warn(warning)
+        console.say(decision.sentence, "bold")
+        console.say(f"report: {folder / 'report.html'}")
+    raise typer.Exit(EXIT[decision.outcome])
+
+
+def write_reports(folder: Path, measurements: Sequence[Measurement]) -> None:
+    """Every report is rendered from decision.json as it is on disk, so that a later `report` gives the same bytes."""
+    from peftopt import render, store
+
+    decision = render.as_json.decision_from_json(read_text(folder / "decision.json"))
+    for name, text in render.reports(decision, measurements).items():
+        store.write(folder / name, text)
+
+
+def transform(
+    plugin: str, params: dict[str, Any], model: Model, out: Path, calibration: str | None, seed: int, as_json: bool
+) -> None:
+    from peftopt import oneshot
+    from peftopt.console import Console
+    from peftopt.thresholds import format_value
+
+    found = oneshot.transform(plugin, params, model, out, calibration, seed, Console().progress)
+    lines = {
+        "time": f"{found['seconds']:.1f} s",
+        "size": format_value("size", found["size_bytes"]),
+        "peak memory": format_value("memory", found["peak_memory_bytes"]),
+        **certified(found),
+        **_provenance(found),
+        **({"adapter": f"{model.adapters[0]}, kept apart"} if found["model"]["adapters"] else {}),
+    }
+    print_lines(f"wrote {out}", lines, found, as_json)
+
+
+def certified(found: dict[str, Any]) -> dict[str, str]:
+    if "certificate" not in found:
+        return {"weights": "all finite"}
+    from peftopt.merging import certificate
+
+    return {"certificate": certificate.summary(found["certificate"])}
+
+
+def _provenance(found: dict[str, Any]) -> dict[str, str]:
+    """What a quantizer's run should tell its user: what it calibrated on, what it chose, that its output works."""
+    made = found.get("quantization") or {}
+    lines = {}
+    if used := made.get("calibration"):
+        lines["calibration"] = f"{used['tokens']} tokens of {used['rows']} rows ({used['source']})"
+    if notices := made.get("notices"):
+        lines["notice"] = "; ".join(notices)
+    return lines | ({"verified": made["verified"]} if "verified" in made else {})
+
+
+def print_lines(title: str, lines: dict[str, str], found: Any, as_json: bool) -> None:
+    from peftopt.console import Console
+
+    if as_json:
+        print(json.dumps(found, default=plain))
+    else:
+        Console().pairs(title, lines)
+
+
+def plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
