@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 GOOD = ("base", "support", "sales")
@@ -31,7 +32,9 @@ vllm:request_queue_time_seconds_count{{engine="0",model_name="base"}} {count}
 class Server:
     """`gap` seconds between tokens, after `first` seconds; `slots` requests at once, others wait; a strict one refuses
     fields beyond OpenAI's, and `ids=False` prompts of token ids. A leaky one computes base-model requests with an
-    adapter's weights when they share a batch with its requests, as vLLM 0.32 on CPU did."""
+    adapter's weights when they share a batch with its requests, as vLLM 0.32 on CPU did; a stale one answers a name that
+    it has heard before with the weights that were loaded then, and a sticky one after its unload too. One that does not
+    take `loads` knows no way to load adapters."""
 
     def __init__(
         self,
@@ -42,8 +45,14 @@ class Server:
         ids: bool = True,
         models: tuple[str, ...] = (*GOOD, *FAULTS),
         leaky: bool = False,
+        loads: bool = True,
+        stale: bool = False,
+        sticky: bool = False,
     ) -> None:
         self.gap, self.first, self.strict, self.ids, self.models = gap, first, strict, ids, models
+        self.loads, self.stale, self.sticky = loads, stale, sticky
+        self.loaded: dict[str, str] = {}
+        self.first_weights: dict[str, str] = {}
         self.leaky, self.batch = leaky, Counter[str]()
         self.slots = asyncio.Semaphore(slots)
         self.bodies: list[dict[str, Any]] = []
@@ -78,10 +87,13 @@ class Server:
             return self.whole(writer, 200, text, "text/plain")
         if method != "POST":
             return self.whole(writer, 404, {"detail": "Not Found"})
+        if path.endswith("_lora_adapter"):
+            found = self.lora(path, body) if self.loads else (404, json.dumps({"detail": "Not Found"}))
+            return self.whole(writer, *found, "text/plain")
         self.bodies.append(body)
         name = str(body.get("model") or body.get("parameters", {}).get("adapter_id") or "base")
         self.seen[name] += 1
-        if name not in self.models:
+        if name not in self.models and name not in self.loaded:
             error = {"message": f"The model `{name}` does not exist.", "type": "NotFoundError", "code": 404}
             return self.whole(writer, 404, {"error": error})
         if self.strict and "ignore_eos" in body:
@@ -94,6 +106,22 @@ class Server:
                 return await self.generate(path, name, body, writer)
         finally:
             self.running -= 1
+
+    def lora(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
+        """vLLM's runtime API: its answers are plain text."""
+        name = body["lora_name"]
+        if "unload" in path:
+            if name not in self.loaded:
+                return 404, json.dumps({"error": {"message": f"The lora adapter '{name}' cannot be found."}})
+            if not self.sticky:
+                del self.loaded[name]
+            return 200, f"Success: LoRA adapter '{name}' removed successfully."
+        weights = Path(body["lora_path"], "adapter_model.safetensors")
+        if not weights.exists():
+            return 404, json.dumps({"error": {"message": f"No adapter found for {body['lora_path']}"}})
+        now = weights.read_text()
+        self.loaded[name] = self.first_weights.setdefault(name, now) if self.stale else now
+        return 200, f"Success: LoRA adapter '{name}' added successfully."
 
     async def generate(self, path: str, name: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         self.most = max(self.most, self.running)
@@ -150,6 +178,7 @@ class Server:
         self.batch[name] -= 1
         if self.leaky and name == "base" and others:
             name = others[0]
+        name = self.loaded.get(name, name)
         text, noise = body["messages"][-1]["content"], 0.004 * (len(self.bodies) % 3)
         content = []
         for i in range(body["max_tokens"]):

@@ -72,3 +72,51 @@ def test_what_it_cannot_do_is_said(questions: Path, capsys: pytest.CaptureFixtur
         assert "two or more" in " ".join(capsys.readouterr().err.split())
         assert command("canary", server.url, "--prompts", questions, "--model", "base", "--model", "broken") == 4
         assert "no fingerprint" in " ".join(capsys.readouterr().err.split())
+
+
+# ---- reloads -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> list[object]:
+    flags: list[object] = []
+    for name in ("support", "sales"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_text(f"the weights of {name}")
+        flags += ["--swap", tmp_path / name]
+    return flags
+
+
+@pytest.mark.parametrize(("fault", "code"), [({}, 0), ({"stale": True}, 1), ({"sticky": True}, 1)])
+def test_two_adapters_in_turn_under_one_name(
+    fault: dict[str, bool], code: int, questions: Path, adapters: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served(**fault) as server:
+        flags = ["--prompts", questions, *adapters, "--rounds", "2", "--quiet"]
+        assert command("canary", server.url, *flags, "--json") == code
+        found = json.loads(capsys.readouterr().out)
+        assert len(found["load_s"]) == len(found["first_s"]) == len(found["unload_s"]) == 4 and min(found["load_s"]) > 0
+        assert found["asked"] == 4 * 5, "every prompt once, and the first one again, warm"
+        # A stale server answers the first weights for ever: those are right every other time.
+        assert len(found["wrong"]) == (10 if "stale" in fault else 0)
+        assert all(w["like"] for w in found["wrong"])
+        assert found["kept"] == (4 if "sticky" in fault else 0)
+        assert command("canary", server.url, *flags) == code
+        assert ("answered as" in capsys.readouterr().out) is ("stale" in fault)
+
+
+def test_reloads_that_cannot_be_are_said(
+    questions: Path, adapters: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served(loads=False) as server:
+        assert command("canary", server.url, "--prompts", questions, *adapters) == 4
+        assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in " ".join(capsys.readouterr().err.split())
+        assert command("canary", server.url, "--prompts", questions, *adapters[:2]) == 2
+        assert "takes two" in capsys.readouterr().err
+    with served() as server:
+        twins = ["--swap", adapters[1], "--swap", adapters[1]]
+        assert command("canary", server.url, "--prompts", questions, *twins, "--quiet") == 3
+        assert "tells the two adapters apart" in capsys.readouterr().err
+        nowhere = ["--swap", tmp_path / "nowhere", "--swap", adapters[1]]
+        assert command("canary", server.url, "--prompts", questions, *nowhere) == 4
+        assert "No adapter found" in " ".join(capsys.readouterr().err.split())
