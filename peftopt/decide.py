@@ -75,6 +75,7 @@ def _remarks(evidence: Evidence, variant: Variant) -> Iterator[str]:
         yield f"worst slice: {tag}, {lost} worse and {won} better of {asked}; p = {stats.flips(lost, won):.2g}"
     if kept := evidence.survival(variant.name):
         yield f"{kept.estimate:.0%} of the adapter's shift from the base is left ({kept.low:.0%} to {kept.high:.0%})"
+    yield from _merged_or_apart(evidence, variant)
     touched = evidence.touched(variant.name)
     if any(step.technique == "truncate" for step in variant.policies):
         worse, better = evidence.flips(variant.name, touched)
@@ -87,6 +88,25 @@ def _remarks(evidence: Evidence, variant: Variant) -> Iterator[str]:
         rows, asked = evidence.cut(variant.name)
         which = f" ({', '.join(rows[:5])}{', …' * (len(rows) > 5)})" if rows else ""
         yield f"cuts off {len(rows)} of {asked} answers{which}"
+
+
+def _merged_or_apart(evidence: Evidence, variant: Variant) -> Iterator[str]:
+    """Where the same quantizer is tried on the merged model and below an adapter that stays apart: which of the two
+    keeps more of the fine-tune."""
+    apart = tuple(step for step in variant.steps if step.technique != "merge")
+    if apart == variant.steps or not any(step.technique == "quantize" for step in apart):
+        return
+    for other in evidence.plan.recipe.variants.values():
+        if (other.steps, other.engine, other.policies) != (apart, variant.engine, variant.policies):
+            continue
+        if more := evidence.survival(variant.name, against=other.name):
+            better = variant.name if more.estimate > 0 else other.name
+            found = f"{better} keeps more of the fine-tune" if more.low * more.high > 0 else "no difference shown"
+            yield (
+                f"merged before it was quantized it keeps {abs(more.estimate):.1%} of the adapter's shift "
+                f"{'more' if more.estimate >= 0 else 'less'} than {other.name}, where the adapter stays apart "
+                f"({more.low:+.1%} to {more.high:+.1%}): {found}"
+            )
 
 
 FEW_CUT = 0.01

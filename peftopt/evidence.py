@@ -327,17 +327,21 @@ class Evidence:
         worst = max(found, key=lambda f: (f[1] - f[2]) / f[3], default=None)
         return worst if worst and worst[1] > worst[2] else None
 
-    def survival(self, variant: str) -> Interval | None:
-        """How much of the adapter's shift from the base is left in the variant; None where the base was not asked.
+    def survival(self, variant: str, against: str = "") -> Interval | None:
+        """How much of the adapter's shift from the base is left in the variant, or how much more than in another one;
+        None where the base was not asked.
 
         Over the tokens of the scored answers, a = log p(adapter) - log p(base) and v the same of the variant:
         sum(a v) / sum(a^2), the variant's shift along the adapter's. 1 is all of it and 0 none; noise that knows
         nothing of the adapter, such as rounding, does not move it. Prompts are clusters.
         """
-        rows = [r for r in self.rows(variant).values() if "kept" in r and math.isfinite(r["kept"])]
-        if not any(r["shift"] for r in rows):
+        rows = {k: r for k, r in self.rows(variant).items() if "kept" in r and math.isfinite(r["kept"])}
+        others = {k: r["kept"] for k, r in self.rows(against).items() if "kept" in r} if against else {}
+        shared = [k for k in rows if not against or math.isfinite(others.get(k, math.nan))]
+        if not any(rows[k]["shift"] for k in shared):
             return None
-        return stats.ratio_of_means([r["kept"] for r in rows], [r["shift"] for r in rows])
+        kept = [rows[k]["kept"] - others.get(k, 0.0) for k in shared]
+        return stats.ratio_of_means(kept, [rows[k]["shift"] for k in shared])
 
     def cut(self, variant: str) -> tuple[list[str], int]:
         """Prompts whose answer was cut off, where the baseline's ended by itself in time; and how many were asked."""

@@ -43,6 +43,7 @@ CHAINS: Mapping[str, Variant] = {
     "adapter": Variant("adapter", (), EAGER),
     "merged": Variant("merged", (MERGE,), EAGER),
     "int8": Variant("int8", (MERGE, INT8), EAGER),
+    "apart": Variant("apart", (INT8,), EAGER),
     "compiled": Variant("compiled", (MERGE,), COMPILED),
     "int8_compiled": Variant("int8_compiled", (MERGE, INT8), COMPILED),
 }

@@ -201,6 +201,28 @@ def test_an_adapter_that_is_lost_rejects_and_one_that_is_kept_is_told() -> None:
     assert lost.decided_by == "artifact.intact" and "not at work" in lost.verdicts[0].reason
 
 
+@pytest.mark.parametrize(
+    ("merged", "apart", "says"),
+    [
+        (0.95, 0.90, "(+4.1% to +5.9%): int8 keeps more of the fine-tune"),
+        (0.90, 0.95, "(-5.9% to -4.1%): apart keeps more of the fine-tune"),
+        (0.95, 0.95, "no difference shown"),
+    ],
+)
+def test_merged_or_apart_below_a_quantizer_is_a_finding(merged: float, apart: float, says: str) -> None:
+    plan = plan_of("merged", "int8", "apart")
+    seen = [m for m in whole(plan, {"merged": 0.5, "int8": 0.5, "apart": 0.5}) if m.probe == "speed"]
+    dice = random.Random(1)
+    rows = {name: shifted(kept) for name, kept in (("int8", merged), ("apart", apart))}
+    for row in rows["int8"].values():
+        row["kept"] += dice.gauss(0, 1.5)
+    seen += [m for name, found in rows.items() for m in quality(name, **found)]
+    decision = decide(plan, seen, {})
+    (line,) = [r for r in of(decision, "int8").remarks if "apart" in r]
+    assert says.split(": ")[-1] in line and "merged before it was quantized" in line
+    assert not [r for name in ("apart", "merged") for r in of(decision, name).remarks if "stays apart" in r]
+
+
 def test_flips_and_the_worst_slice_are_told_with_their_exact_p() -> None:
     plan = plan_of("merged")
     wrong = {f"p{n}": {"correct": False, "slices": ["long"]} for n in range(200, 205)}
