@@ -28,12 +28,12 @@ def _needs_block(evidence: Evidence, variant: Variant, workload: str) -> bool:
     if variant.name in evidence.failures:
         return False
     n = evidence.blocks(variant.name, workload)
-    if n < FEWEST:
-        return True
-    if n >= evidence.budget:
-        return False
     found = table_verdicts(evidence, variant)
-    if any(v.outcome == "rejected" for v in found):
+    rejected = any(v.outcome == "rejected" for v in found)
+    if n < FEWEST:
+        # What is minimized is told of every variant; elsewhere what is rejected already costs no more time.
+        return not rejected or workload == evidence.plan.recipe.minimize.workload
+    if n >= evidence.budget or rejected:
         return False
     if _lacks_requests(evidence, variant, workload):
         return True

@@ -32,9 +32,9 @@ vllm:request_queue_time_seconds_count{{engine="0",model_name="base"}} {count}
 class Server:
     """`gap` seconds between tokens, after `first` seconds; `slots` requests at once, others wait; a strict one refuses
     fields beyond OpenAI's, and `ids=False` prompts of token ids. A leaky one computes base-model requests with an
-    adapter's weights when they share a batch with its requests, as vLLM 0.32 on CPU did; a stale one answers a name that
-    it has heard before with the weights that were loaded then, and a sticky one after its unload too. One without
-    `loads` knows no way to load adapters."""
+    adapter's weights when they share a batch with its requests, as vLLM 0.32 on CPU did; a stale one answers a name
+    that it has heard before with the weights that were loaded then, and a sticky one after its unload too. Without
+    `loads` it knows no way to load adapters."""
 
     def __init__(
         self,

@@ -314,6 +314,14 @@ def test_a_workload_that_decides_nothing_gets_the_fewest_blocks() -> None:
     assert blocks_needed(Evidence(plan, six), "bulk") == frozenset()
 
 
+def test_only_what_is_minimized_is_measured_of_what_is_rejected_already() -> None:
+    plan = plan_of("merged", "int8")
+    wrong = builds(plan) + quality("adapter") + quality("int8", p1={"correct": False, "flags": ["empty answer"]})
+    assert of(decide(plan, wrong, {}), "int8").outcome == "rejected"
+    assert blocks_needed(Evidence(plan, wrong), "chat") == {"adapter", "merged", "int8"}
+    assert blocks_needed(Evidence(plan, wrong), "bulk") == {"adapter", "merged"}
+
+
 def test_only_what_more_answers_cannot_mend_is_hopeless() -> None:
     plan = plan_of("merged", "int8")
     base = builds(plan) + quality("adapter") + quality("adapter", launch=2)

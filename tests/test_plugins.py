@@ -322,6 +322,24 @@ def test_compiled_answers_and_scores_as_eager(opened: Any) -> None:
         assert (ours.best, ours.finite) == (theirs.best, True)
 
 
+def test_regions_are_the_same_model_and_no_graph_is_made_for_the_last_few_rows(
+    tiny_base_fp32: Path, tiny_lora: Path
+) -> None:
+    model = Model(str(tiny_base_fp32), (str(tiny_lora),))
+    eager, compiled = (plugins.module("engine", name) for name in LOCAL_ENGINES[::-1])
+    plain, engine = eager.open(model, eager.Params()), compiled.open(model, compiled.Params(regions=True))
+    assert type(engine._inner.model.layers[0]).__name__ == type(plain._owners[-1].model.layers[0]).__name__
+    assert ask(engine, 16) == ask(plain, 16)
+    prompt = engine.encode([{"role": "user", "content": PROMPTS[0]}])[0]
+    (ours,), (theirs,) = (each.score([prompt], [[7, 9, 11, 2]]) for each in (engine, plain))
+    assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    engine.generate([prompt], 4, stop=True)
+    facts = engine.facts()
+    assert (facts["graphs"], facts["graph_breaks"], facts["uncompiled"]) == (1, 0, 0)
+    engine.generate([prompt], 4, stop=False)
+    assert engine.facts()["graphs"] == 2, "what is timed has the shape it asks for"
+
+
 def test_compiled_counts_what_it_compiles_and_bounds_it(opened: Any, tiny_base_fp32: Path) -> None:
     engine = opened("compiled")
     ask(engine, 16), ask(engine, 16, batch=False)
