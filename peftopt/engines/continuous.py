@@ -1,0 +1,105 @@
+"""transformers' continuous batching, in process: a paged cache, and rows that join and leave a running batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftopt.engines import Generation, Scores, eager
+from peftopt.errors import BadInput, WorkerFailed
+from peftopt.records import Model
+
+TECHNIQUE = ""
+NEEDS = eager.NEEDS
+SILENT_S = 600.0
+"""Without a finished row for so long, it is taken to be stuck."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """`cache_tokens`: tokens that the paged cache holds, over all rows; `block` tokens a page; `step_tokens`: the most
+    tokens, of prompts and of rows that go on, in one forward pass. `prefix_sharing`: rows with the same first page
+    share it; off, since a benchmark that asks a prompt twice would find its answer half made. `device` as in `eager`.
+    """
+
+    cache_tokens: int = 8192
+    block: int = 32
+    step_tokens: int = 512
+    prefix_sharing: bool = False
+    device: str = "auto"
+
+
+prepare = eager.prepare
+
+
+def open(model: Model, params: Params) -> Continuous:
+    """Load the model and its adapters. Raises BadInput for a folder or an adapter that cannot be served this way."""
+    return Continuous(model, params)
+
+
+class Continuous(eager.Transformers):
+    """Rows go through transformers' manager, which runs in a thread of this process while it generates."""
+
+    def __init__(self, model: Model, params: Params) -> None:
+        super().__init__(model, params.device)
+        if self._one_by_one:
+            raise BadInput("prompt methods (p-tuning, prefix, …) cannot be batched so", "use the eager engine")
+        self._params = params
+        self._inner = self._owners[-1]  # below PEFT's wrapper, whose own forward adds nothing to LoRA's layers
+        self._manager: Any = None
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        room = self._params.cache_tokens
+        if (longest := max(map(len, prompts)) + new_tokens) > room:
+            raise BadInput(f"a row of {longest} tokens does not fit a cache of {room}", "raise cache_tokens")
+        manager = self._running()
+        eos = sorted(self.eos) if stop else -1
+        names = [
+            manager.add_request(list(p), max_new_tokens=new_tokens, record_timestamps=True, eos_token_id=eos)
+            for p in prompts
+        ]
+        done: dict[str, Any] = {}
+        while len(done) < len(names):
+            answer = manager.get_result(timeout=SILENT_S)
+            if answer is None or answer.error:
+                raise WorkerFailed("request failed", answer.error if answer else "continuous batching has stopped")
+            done[answer.request_id] = answer
+        return [self._generation(done[name], stop) for name in names]
+
+    def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        """As `eager`, whose attention is put back for it: nothing is generated here, so nothing is batched."""
+        self._rest()
+        return super().score(prompts, answers)
+
+    def close(self) -> None:
+        self._rest()
+        self._inner = None
+        super().close()
+
+    def _generation(self, answer: Any, stop: bool) -> Generation:
+        times = [round(seconds * 1e9) for seconds in answer.timestamps]
+        return eager._trimmed(list(answer.generated_tokens), times, self.eos if stop else frozenset())
+
+    def _running(self) -> Any:
+        """The manager, at work."""
+        from transformers import ContinuousBatchingConfig
+
+        if self._manager is None:
+            params = self._params
+            settings = ContinuousBatchingConfig(
+                block_size=params.block,
+                num_blocks=-(-params.cache_tokens // params.block),
+                max_batch_tokens=params.step_tokens,
+                allow_block_sharing=params.prefix_sharing,
+            )
+            self._manager = self._inner.init_continuous_batching(self._stopping, settings)
+            self._manager.start()
+        return self._manager
+
+    def _rest(self) -> None:
+        """End the manager's thread, and give the model its own attention back."""
+        if self._manager is not None:
+            self._manager.stop()
+            self._manager.destroy()
+            self._manager = None
