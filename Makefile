@@ -1,6 +1,7 @@
 # make demo   the main job on a real model        make test   lint, types and tests
 # make setup  builds .venv with pinned versions   make clean  removes what these made
-# make engines  installs the engines that have an environment of their own (compiles llama.cpp: some minutes)
+# make engines  installs the engines that have an environment of their own (compiles llama.cpp, downloads vLLM: some
+#               minutes, 3 GB); make test-engines runs their tests on the real thing
 PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
@@ -8,7 +9,7 @@ MODEL := models/smollm2-135m-instruct
 # A verdict is a result, whichever it is: 0 accepted, 1 rejected, 3 undecided. Anything else went wrong.
 decide = $(BIN)/peftopt run $(1); code=$$?; case $$code in 0|1|3) ;; *) exit $$code ;; esac
 
-.PHONY: setup engines demo quick test clean
+.PHONY: setup engines demo quick test test-engines clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -22,6 +23,10 @@ $(MODEL)/model.safetensors: | .venv/ready
 
 engines: setup
 	$(BIN)/peftopt env install llamacpp
+	$(BIN)/peftopt env install vllm
+
+test-engines: engines $(MODEL)/model.safetensors
+	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_llamacpp.py tests/test_vllm.py
 
 demo: setup $(MODEL)/model.safetensors
 	$(call decide,recipes/demo.yaml)
