@@ -445,7 +445,7 @@ def _answer(
                     write_reference=str(reference) if is_reference else None,
                     invariants=asdict(quality.invariants),
                 )
-            if variant.engine.technique and not need.hopeless(run.evidence, variant.name):
+            if variant.engine.technique:
                 _compile(run, variant, child)
 
     if left and _try_twice(run, variant.name, "quality", attempt):
