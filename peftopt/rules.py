@@ -155,6 +155,9 @@ def critical_errors(case: Case) -> Verdict:
         row, flag = errors[0]
         outcome: Outcome = "rejected"
         reason = f"{len(errors)} critical errors in {n} prompts that the adapter does not make, first {row}: {flag}"
+        theirs = {row for row, _ in case.evidence.critical_errors(case.parent)[0]} if case.parent else set()
+        if shared := sum(row in theirs for row, _ in errors):
+            reason += f"; {case.parent}, without this step, makes {shared} of them too"
     elif n >= needed:
         outcome, reason = "accepted", f"0 critical errors in {n} prompts: below {bound:.2%} at 95 %"
     else:
