@@ -8,7 +8,6 @@ its stdin.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import os
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from peftopt import progress, provenance
+from peftopt import machine, progress, provenance
 from peftopt.corpus import Row, row_from
 from peftopt.errors import MissingEnvironment, PeftoptError, WorkerFailed
 from peftopt.hf import tokenizer, tokenizer_home
@@ -213,12 +212,6 @@ def _failure(error: BaseException) -> dict[str, str]:
     return {"reason": "error", "detail": f"{type(error).__name__}: {error}"[:500], "hint": ""}
 
 
-def _die_with_parent() -> None:
-    """Ask Linux for a SIGKILL when the parent dies, so a killed run leaves no worker behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 def serve(jobs: TextIO, channel: TextIO) -> None:
     """Answer jobs until there are no more."""
 
@@ -239,7 +232,7 @@ def serve(jobs: TextIO, channel: TextIO) -> None:
 
 def main() -> None:
     """stdout is the protocol, so whatever a library prints goes to stderr, the worker's log."""
-    _die_with_parent()
+    machine.die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

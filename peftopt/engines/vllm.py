@@ -14,9 +14,11 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from peftopt import machine
 from peftopt.adapter import CONFIG
 from peftopt.engines import TOP_K, Scores, endpoint
 from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
@@ -143,7 +145,12 @@ class Server:
         self.compiled = "--enforce-eager" not in command
         with self.log.open("wb") as out:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env={**os.environ, **variables}
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env={**os.environ, **variables},
+                preexec_fn=partial(machine.die_with_parent, signal.SIGTERM),
             )
 
     def ready(self, limit_s: float) -> float:
@@ -175,14 +182,18 @@ class Server:
         """Ask it to end, and end what is left of it."""
         import psutil
 
-        family = self.processes()
+        family = []
+        with contextlib.suppress(psutil.Error):
+            family = psutil.Process(self._process.pid).children(recursive=True)
         self._process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(STOP_S)
-        for pid in family:
+        for process in family:
             with contextlib.suppress(psutil.Error):
-                psutil.Process(pid).kill()
+                process.kill()
+        self._process.kill()
         self._process.wait()
+        psutil.wait_procs(family, STOP_S)
 
     @property
     def _where(self) -> str:
