@@ -81,13 +81,15 @@ class Wrong:
     reach: float
 
     def __str__(self) -> str:
-        whose = f"answered as {self.like} would" if self.like else "answered as no served model does alone"
+        whose = f"answered as {self.like} would" if self.like else "answered as none of the models does alone"
         return f"{self.model}: {whose} ({self.distance:.2f} nats off, {self.reach:.2f} would still be its own)"
 
 
-def judge(known: Known, model: str, prompt: str, answer: Print) -> Wrong | None:
-    """None for an answer that is the model's own; else whose it is."""
-    own, reach = distance(answer, known.prints[model][prompt]), known.reach(model, prompt)
+def judge(known: Known, model: str, prompt: str, answer: Print, alone: bool = False) -> Wrong | None:
+    """None for an answer that is the model's own; else whose it is. One that was given `alone`, as the fingerprint was,
+    has nothing but the model's noise to excuse it: half an answer of another's, from a cache, is found that way."""
+    own = distance(answer, known.prints[model][prompt])
+    reach = known.margin(model) if alone else known.reach(model, prompt)
     if own <= reach:
         return None
     others = {m: distance(answer, known.prints[m][prompt]) for m in known.prints if m != model}

@@ -106,7 +106,7 @@ async def _turn(
         started = time.perf_counter()
         answer = await _fingerprint(client, NAME, messages)
         times.append(time.perf_counter() - started)
-        if seen := fingerprint.judge(known, own, id_, answer):
+        if seen := fingerprint.judge(known, own, id_, answer, alone=True):
             wrong.append(seen)
     unload = await _timed(_unloaded(client, NAME))
     kept = not isinstance(await ask(client, NAME, prompts[first_id]), str)
