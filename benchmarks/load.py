@@ -3,7 +3,8 @@
 They take turns in random order, a first pass discarded (it fills the prefix cache for both). Prints, for each figure,
 both medians and the ratio of ours to theirs with its exact interval over the paired rounds; the aim is within 3 %.
 
-Each meter runs in a process of its own that lives for all rounds, so that neither pays for imports.
+vLLM's meter needs pandas beside vLLM. Each meter runs in a process of its own that lives for all rounds, so that
+neither pays for imports.
 
     python benchmarks/load.py --url http://localhost:8000 --model NAME --tokenizer FOLDER --prompts FILE.jsonl \\
         --vllm PYTHON_OF_THE_VLLM_ENVIRONMENT --concurrency 1 --concurrency 4 --rate 2
