@@ -20,6 +20,7 @@ from xxhash import xxh3_128_hexdigest
 from peftopt.adapter import NO_DELTA
 from peftopt.checkpoint import Draft, open_model, read_header
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.merging import blocks
 from peftopt.merging.blocks import largest, rounded_to_odd
 from peftopt.records import Model
 from peftopt.transforms import merge
@@ -381,6 +382,34 @@ def exact_sums(base: Path, adapter: Path) -> dict[str, Any]:
         name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
         sums[name] += config["lora_alpha"] / config["r"] * (b @ a)
     return sums
+
+
+def test_a_delta_that_outgrows_its_weight_is_rounded_to_the_nearest_too() -> None:
+    import torch
+
+    torch.manual_seed(0)
+    rows, width, rank = 1024, 512, 4
+    b, a = torch.randn(rows, rank).double(), torch.randn(rank, width).double()
+    ones = torch.ones(rows, 1), torch.ones(1, width)
+    wide = torch.cat([b.float(), ones[0]], 1), torch.cat([a.float(), ones[1]])
+    exact_b, exact_a = (side.float().double() for side in (b, a))
+    delta = blocks.Delta(*wide, exact_b.numpy(), exact_a.t().contiguous().numpy())
+    before = torch.zeros(rows * width, dtype=torch.bfloat16)
+    after, room = torch.empty_like(before), torch.empty(rows * width)
+    blocks.Blocks(1)._round_sum("w", before, delta, room, after, width)
+    wrong = after != round_once((exact_b @ exact_a).view(-1), after.dtype)
+    assert int(wrong.sum()) == 0, "where the old weights are all zero they say nothing of fp32's error"
+
+
+def test_a_tensor_of_several_pieces_comes_out_as_one_of_one(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bases("llama")
+    adapter = make_adapter(base, tmp_path / "adapter", peft_config(TYPES["lora"][0], **TYPES["lora"][1]))
+    whole = merged(base, adapter, out=tmp_path / "whole", dtype="bf16")
+    monkeypatch.setattr(blocks, "PIECE", 256)
+    pieces = merged(base, adapter, out=tmp_path / "pieces", dtype="bf16")  # its digests too are those of the files
+    assert (whole / "model.safetensors").read_bytes() == (pieces / "model.safetensors").read_bytes()
 
 
 def test_a_lora_is_rounded_to_the_nearest_of_the_exact_sum_where_weight_and_delta_cancel(

@@ -187,7 +187,8 @@ def test_serve_answers_until_it_is_interrupted(tmp_path: Path) -> None:
     serving = [program, "serve", "--base", BASE, "--adapter", f"support={ADAPTER}", "--port", port]
     with subprocess.Popen([*map(str, serving)], cwd=tmp_path) as process:
         names: list[str] = []
-        while process.poll() is None and not names:
+        deadline = time.monotonic() + 300  # so that a server that never answers is a failure, and no hang
+        while process.poll() is None and not names and time.monotonic() < deadline:
             with contextlib.suppress(httpx.HTTPError):
                 listed = httpx.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False).json()
                 names = [model["id"] for model in listed["data"]]
