@@ -61,7 +61,7 @@ def watch(
     async def session() -> Found:
         async with Client(target) as client:
             names = await client.served(models)
-            known = await _alone(client, names, prompts, show)
+            known = await alone(client, names, prompts, show)
             jobs = [(name, id_) for name in names for id_ in prompts]
             dice, wrong, failed, asked = random.Random(seed), [], 0, 0
             for number in range(rounds):
@@ -80,27 +80,37 @@ def watch(
     return asyncio.run(session())
 
 
-async def _alone(
+async def alone(
     client: Client,
     names: Sequence[str],
     prompts: Mapping[str, Sequence[Mapping[str, str]]],
     show: Callable[[int, str], None],
+    batches: bool = True,
 ) -> Known:
-    """Each model's fingerprints when nothing else runs, and its noise: how far its own batches lie from them."""
+    """Each model's fingerprints when nothing else runs, and its noise: how far it lies from them when it is asked
+    again, in batches of its own or else one request at a time, as at first. Raises WorkerFailed without an answer."""
     prints: dict[str, dict[str, Print]] = {}
     noise = dict.fromkeys(names, 0.0)
     for n, name in enumerate(names):
         prints[name] = {}
         for again in range(ALONE):
-            asked = [ask(client, name, messages) for messages in prompts.values()]
-            answers = await asyncio.gather(*asked) if again else [await one for one in asked]
+            if batches and again:
+                answers = await asyncio.gather(*(fingerprinted(client, name, m) for m in prompts.values()))
+            else:
+                answers = [await fingerprinted(client, name, m) for m in prompts.values()]
             for id_, answer in zip(prompts, answers, strict=True):
-                if isinstance(answer, str):
-                    raise WorkerFailed("no fingerprint", f"{name}: {answer}", "it takes a server of log-probabilities")
                 first = prints[name].setdefault(id_, answer)
                 noise[name] = max(noise[name], fingerprint.distance(first, answer))
             show(n * ALONE + again + 1, f"{name} alone")
     return Known(prints, noise)
+
+
+async def fingerprinted(client: Client, model: str, messages: Sequence[Mapping[str, str]]) -> Print:
+    """A fingerprint. Raises WorkerFailed without one."""
+    answer = await ask(client, model, messages)
+    if isinstance(answer, str):
+        raise WorkerFailed("no fingerprint", f"{model}: {answer}", "it takes a server of log-probabilities")
+    return answer
 
 
 async def ask(client: Client, model: str, messages: Sequence[Mapping[str, str]]) -> Print | str:

@@ -243,9 +243,10 @@ def _watch_reloads(
     console: Console, target: Target, folders: tuple[Path, Path], prompts: Prompts, rounds: int, as_json: bool
 ) -> int:
     """Two adapters in turn under one name, printed; the exit code."""
+    from peftopt import canary as watching
     from peftopt import lifecycle, stats
 
-    with console.progress("reloads", 2 + 2 * rounds) as show:
+    with console.progress("reloads", 2 * (watching.ALONE + rounds)) as show:
         found = lifecycle.live(target, folders, prompts, rounds, show)
     if as_json:
         print(json.dumps(asdict(found)))
@@ -262,7 +263,7 @@ def _watch_reloads(
             "first request": times(found.first_s),
             "the same again": times(found.warm_s),
             "unload": times(found.unload_s),
-            "answers": f"{found.asked}, of which {len(found.wrong)} of the weights before",
+            "answers": f"{found.asked}, of which {len(found.wrong)} not of the weights just loaded",
         },
     )
     if found.alike:

@@ -89,7 +89,11 @@ class Engine(Protocol):
 
 
 class Ready(Protocol):
-    """What an engine may offer besides: an account of how it got ready, asked for at the end of a worker's life."""
+    """What an engine may offer besides: an account of how it got ready, asked for at the end of a worker's life.
+
+    One that is served by other processes has `processes()`, their ids, whose memory is the model's; or `remote = True`
+    where they are not ours to look at. `switch(adapter)` puts another adapter in the place of its own, in seconds.
+    """
 
     def facts(self) -> Mapping[str, Json]:
         """Numbers by name ("compile_time" and "warm_start" in seconds, "graphs", "graph_breaks", "recompiles",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import signal
@@ -200,7 +201,7 @@ class Server:
         return f"its whole log: {self.log}"
 
     def _last(self) -> str:
-        """The last lines of the log, without those that only say that a process died because another did."""
+        """The last lines of the log."""
         with self.log.open(errors="replace") as lines:
             return "\n".join(deque((line.rstrip() for line in lines if line.strip()), maxlen=LAST_LINES))
 
@@ -272,11 +273,7 @@ def scores(positions: Sequence[Mapping[str, Mapping[str, Json]]], answer: Sequen
     width = min(map(len, top))
     ids = [[token for _, token in at[:width]] for at in top]
     logprobs = [[-nats for nats, _ in at[:width]] for at in top]
-    return Scores(given, [at[0] for at in ids], ids, logprobs, finite=all(map(_finite, given)))
-
-
-def _finite(x: float) -> bool:
-    return x - x == 0
+    return Scores(given, [at[0] for at in ids], ids, logprobs, finite=all(map(math.isfinite, given)))
 
 
 def _has_cuda() -> bool:
