@@ -148,7 +148,7 @@ def serve(
     base: BaseFolder,
     adapter: Annotated[list[str], typer.Option(help="Adapter folder, or NAME=FOLDER; repeat for several.")] = [],  # noqa: B006
     port: Annotated[int, typer.Option(help="Port on this machine.")] = 8000,
-    slots: Annotated[int, typer.Option(help="Adapters in one batch (vLLM: max-loras). [all of them]")] = 0,
+    slots: Annotated[int, typer.Option(help="Adapters in one batch (vLLM: max-loras); 0 = all.")] = 0,
     compile_: Annotated[bool, typer.Option("--compile", help="Let vLLM compile the model: a slower start.")] = False,
     prefix_caching: Annotated[bool, typer.Option("--prefix-caching", help="Keep prompts' keys and values.")] = False,
     args: Annotated[str, typer.Option(help="More of `vllm serve`'s own options, as on its command line.")] = "",
