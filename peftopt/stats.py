@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, np.dtype[np.float64]]
 
 LOOKS = (10, 16, 24, 40, 60)
-"""Numbers of blocks at which a race is judged, and at no others."""
+"""Numbers of blocks at which a race is judged, and at no others; see `looks` for the first."""
 
 ALPHA = 0.02
 """Two-sided error of a whole race, however long it goes on."""
@@ -76,9 +76,11 @@ def hodges_lehmann(d: Iterable[float], level: float) -> Interval:
     return Interval(float(np.median(averages)), float(low), float(high), len(x), level)
 
 
-def next_look(n: int, max_blocks: int = LOOKS[-1], looks: Sequence[int] = LOOKS) -> int | None:
-    """The planned number of blocks that follows `n`, or None when the race has no look left."""
-    return next((look for look in looks if n < look <= max_blocks), None)
+def looks(family: int = 1) -> tuple[int, ...]:
+    """LOOKS for so many variants. The first comes as soon as it can decide anything: n blocks that all point one way
+    have a probability of 2 / 2^n, which must not exceed what the first look may err."""
+    first = 1 + math.ceil(math.log2(family / (LOOK_SHARES[0] * ALPHA)))
+    return (min(max(first, LOOKS[0]), LOOKS[1] - 1), *LOOKS[1:])
 
 
 def race(d: Iterable[float], limit: float, family: int = 1, open_ended: bool = False) -> Race:
@@ -95,8 +97,9 @@ def race(d: Iterable[float], limit: float, family: int = 1, open_ended: bool = F
     if open_ended:
         return bet(x, limit, ALPHA / 2 / family, family)
     alpha = BETS_SHARE * ALPHA / 2 / family
-    levels = {look: 1 - share * ALPHA / family for look, share in zip(LOOKS, LOOK_SHARES, strict=True)}
-    reached = [look for look in LOOKS if look <= len(x)]
+    planned = looks(family)
+    levels = {look: 1 - share * ALPHA / family for look, share in zip(planned, LOOK_SHARES, strict=True)}
+    reached = [look for look in planned if look <= len(x)]
     _, won = _bets(x, _past_scale(x), limit, alpha)
     for look in reached:
         if won < look:
@@ -108,7 +111,7 @@ def race(d: Iterable[float], limit: float, family: int = 1, open_ended: bool = F
         return bet(x, limit, alpha, family)
     look = reached[-1] if reached else 0
     seen = x[:look] if reached else x
-    interval = hodges_lehmann(seen, levels[look or LOOKS[0]])
+    interval = hodges_lehmann(seen, levels[look or planned[0]])
     return Race("inconclusive", interval, look, _blocks_needed(x, _centre(x), limit, family))
 
 

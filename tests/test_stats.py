@@ -100,19 +100,13 @@ def test_nothing_says_nothing() -> None:
 # ---- races -------------------------------------------------------------------------------------
 
 
-def test_the_looks() -> None:
-    assert [stats.next_look(n) for n in (0, 9, 10, 23, 24, 59, 60, 99)] == [
-        10,
-        10,
-        16,
-        24,
-        40,
-        60,
-        None,
-        None,
-    ]
-    assert stats.next_look(16, max_blocks=24) == 24
-    assert stats.next_look(24, max_blocks=24) is None
+@given(st.integers(1, 32))
+def test_the_first_look_comes_as_soon_as_it_can_decide_and_no_sooner(family: int) -> None:
+    first, *rest = stats.looks(family)
+    assert tuple(rest) == stats.LOOKS[1:] and stats.LOOKS[0] <= first < rest[0]
+    one_way = [-0.5 - 0.001 * i for i in range(first)]
+    assert stats.race(one_way, math.log(0.85), family).outcome == "accepted"
+    assert stats.race(one_way[:-1], math.log(0.85), family).outcome == "inconclusive"
 
 
 def test_a_clear_gain_is_accepted_at_the_first_look() -> None:

@@ -494,13 +494,12 @@ def facts(decision: Decision, measurements: Sequence[Measurement]) -> list[tuple
     blocks = len({str(m.values.get("block")) for m in turns})
     loads = [x for m in turns if (x := number(_mapping(m.values.get("machine")).get("load"))) is not None]
     launches = [m.values for m in measurements if m.probe == "launch"]
-    reached = ", ".join(str(look) for look in LOOKS if look <= blocks) or "none yet"
-    planned = ", ".join(map(str, LOOKS))
+    planned = f"as soon as a look can decide (from {LOOKS[0]} on), {', '.join(map(str, LOOKS[1:]))}"
     clock = "process CPU time judged; wall clock shown beside it" if decision.clock == "cpu" else "wall clock judged"
     found = {
         "judged": f"{decision.minimize}, against {decision.baseline}",
         "clock": f"{clock} ({decision.clock_reason})" if decision.clock_reason else clock,
-        "looks": f"{reached} (planned: {planned} blocks); bets judge after every block" if blocks else "",
+        "looks": f"planned: {planned} blocks; bets judge after every block" if blocks else "",
         "threads": _distinct(values.get("threads") for values in launches),
         "device": _distinct(values.get("device") for values in launches),
         "load average": f"{statistics.median(loads):.1f} (median), {max(loads):.1f} (highest)" if loads else "",
