@@ -15,6 +15,11 @@ setup: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,demo]'
+	touch $@
+
+# apart: what only tests need is not there to be imported by what is timed
+.venv/tested: .venv/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,demo,dev]'
 	touch $@
 
@@ -25,7 +30,7 @@ engines: setup
 	$(BIN)/peftopt env install llamacpp
 	$(BIN)/peftopt env install vllm
 
-test-engines: engines $(MODEL)/model.safetensors
+test-engines: engines .venv/tested $(MODEL)/model.safetensors
 	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_llamacpp.py tests/test_vllm.py
 
 demo: setup $(MODEL)/model.safetensors
@@ -34,7 +39,7 @@ demo: setup $(MODEL)/model.safetensors
 quick: setup $(MODEL)/model.safetensors
 	$(call decide,recipes/quick.yaml)
 
-test: setup $(MODEL)/model.safetensors
+test: .venv/tested $(MODEL)/model.safetensors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

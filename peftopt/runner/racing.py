@@ -1,0 +1,135 @@
+"""The race: blocks in random order, each variant launched afresh every few of them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from peftopt import corpus, machine, need
+from peftopt.child import Child
+from peftopt.corpus import Row
+from peftopt.errors import WorkerFailed
+from peftopt.evidence import TWIN
+from peftopt.records import Json, Recipe, Variant, Workload
+from peftopt.runner.run import Run, load, try_twice, worker
+
+
+def race(run: Run, workload: Workload) -> None:
+    """Blocks in random order until every variant is decided, its references and the A/A arm alongside."""
+    recipe, rows = run.recipe, corpus.read(workload.prompts, workload.slice)
+    started, first = time.perf_counter(), _next_block(run, workload)
+    with run.listener.progress(f"race {workload.name}", run.evidence.budget) as show:
+        while wants := need.blocks(run.evidence, workload.name):
+            show(_next_block(run, workload), f"{len(wants)} variants")
+            with _Field(run, workload) as field_:
+                for _ in range(recipe.measure.relaunch):
+                    if not (wants := need.blocks(run.evidence, workload.name)):
+                        break
+                    field_.block(_next_block(run, workload), wants, rows)
+                    show(_next_block(run, workload), f"{len(wants)} variants")
+    blocks = _next_block(run, workload) - first
+    run.listener.done("race", f"{workload.name}, {blocks} blocks", time.perf_counter() - started)
+
+
+def _next_block(run: Run, workload: Workload) -> int:
+    turns = run.evidence.turns.get((run.recipe.baseline, workload.name), {})
+    return max(turns, default=-1) + 1
+
+
+class _Field:
+    """The workers of some consecutive blocks: each variant launched fresh once, then resident."""
+
+    def __init__(self, run: Run, workload: Workload) -> None:
+        self.run, self.workload = run, workload
+        self.stack = contextlib.ExitStack()
+        # kept for as long as its workers: the kernel ends a worker with the thread that started it
+        self.pool = self.stack.enter_context(ThreadPoolExecutor(len(run.recipe.variants) + 1))
+        self.started: dict[str, Child] = {}
+        self.children: dict[str, Child] = {}
+
+    def __enter__(self) -> _Field:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for arm, child in self.children.items():
+            with contextlib.suppress(WorkerFailed):
+                self.run.log("memory", arm, child.ask("memory", 30), self.workload.name)
+        self.stack.close()
+
+    def block(self, number: int, wants: frozenset[str], rows: Sequence[Row]) -> None:
+        """One block: each arm once, in an order drawn from the seed and the block's number."""
+        recipe = self.run.recipe
+        arms = sorted(wants)
+        if self.workload.name == recipe.minimize.workload or any(v.policies for v in recipe.variants.values()):
+            arms.append(recipe.baseline + TWIN)
+        random.Random(f"{recipe.seed}/{self.workload.name}/{number}").shuffle(arms)
+        batches = draw(rows, self.workload, number, recipe)
+        self._start([arm for arm in arms if arm not in self.children])
+        for order, arm in enumerate(arms):
+            if self._variant(arm).name not in self.run.evidence.failures:
+                self._turn(arm, number, order, batches)
+
+    def _turn(self, arm: str, number: int, order: int, batches: list[list[Json]]) -> None:
+        measure = self.run.recipe.measure
+
+        def attempt() -> None:
+            child = self._child(arm)
+            pids = {pid for c in self.children.values() for pid in c.processes()}
+            before, cpu = machine.moment(), child.cpu_s()
+            try:
+                answer = child.ask(
+                    "speed",
+                    measure.deadline_s,
+                    batches=batches,
+                    new_tokens=self.workload.new_tokens,
+                    warmup=measure.warmup,
+                    stop=self.workload.lengths == "natural",
+                )
+            except WorkerFailed:
+                self.children.pop(arm, None)
+                raise
+            after, cpu = machine.moment(), child.cpu_s() - cpu
+            disturbance = machine.disturbance(before, after, cpu, pids)
+            values = {"block": number, "order": order, "machine": disturbance, **answer}
+            self.run.log("speed", arm, values, self.workload.name)
+
+        try_twice(self.run, arm.removesuffix(TWIN), f"speed ({self.workload.name})", attempt)
+
+    def _start(self, arms: Sequence[str]) -> None:
+        """Start these workers side by side: they import for longer than they load. One that cannot start is tried
+        again, and put on record, at its turn."""
+
+        def start(arm: str) -> None:
+            with contextlib.suppress(WorkerFailed):
+                self.started[arm] = self._worker(arm)
+
+        list(self.pool.map(start, arms))
+
+    def _worker(self, arm: str) -> Child:
+        threads = self.run.recipe.measure.threads or machine.cores()
+        fresh = worker(self.run, self._variant(arm), f"speed-{self.workload.name}", threads)
+        return self.stack.enter_context(fresh)
+
+    def _child(self, arm: str) -> Child:
+        """The arm's worker; its model is loaded when it first runs."""
+        if arm not in self.children:
+            child = self.started.pop(arm, None) or self._worker(arm)
+            self.run.log("launch", arm, load(self.run, self._variant(arm), child), self.workload.name)
+            self.children[arm] = child
+        return self.children[arm]
+
+    def _variant(self, arm: str) -> Variant:
+        return self.run.recipe.variants[arm.removesuffix(TWIN)]
+
+
+def draw(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> list[list[Json]]:
+    """The block's requests: the same prompts for every variant, others in the next block."""
+    count = recipe.measure.warmup + recipe.measure.requests
+    deck = list(rows)
+    random.Random(f"{recipe.seed}/{workload.name}/prompts").shuffle(deck)
+    start = block * count * workload.batch
+    picks = [deck[(start + i) % len(deck)] for i in range(count * workload.batch)]
+    return [[r.as_json() for r in picks[i : i + workload.batch]] for i in range(0, len(picks), workload.batch)]

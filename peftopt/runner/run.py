@@ -1,0 +1,133 @@
+"""A run: its folder, what it knows so far, and the workers that measure its variants."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from peftopt import environments, plugins, store
+from peftopt import plan as planning
+from peftopt.child import Child
+from peftopt.errors import WorkerFailed
+from peftopt.evidence import Evidence
+from peftopt.records import Json, Measurement, Model, Plan, Recipe, Variant
+
+RETRIED = ("killed", "died")
+"""Deaths that are retried once in a clean process: a neighbour or a driver may have caused them."""
+
+
+class Listener(Protocol):
+    """Who hears how the run goes: the console, or nobody."""
+
+    def done(self, step: str, what: str, seconds: float | None, note: str = "") -> None:
+        """One step is over; seconds None means that it was cached."""
+
+    def warn(self, text: str) -> None: ...
+
+    def tell(self, text: str) -> None:
+        """Something worth knowing that is no warning."""
+
+    def progress(self, title: str, total: int) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
+        """A bar; the function it gives sets how many of `total` are done and what is going on."""
+
+
+@dataclass
+class Run:
+    """One run's folder and what it knows so far. `log` is the only way in for a measurement."""
+
+    plan: Plan
+    store: store.Store
+    folder: Path
+    listener: Listener
+    measurements: list[Measurement] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def log(self, probe: str, variant: str, values: Json, workload: str = "", launch: int = 0) -> None:
+        at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        measurement = Measurement(probe, variant, workload, launch, values, at)
+        with self.lock:
+            store.append(self.folder / "measurements.jsonl", measurement)
+            self.measurements.append(measurement)
+
+    def fail(self, variant: str, stage: str, error: WorkerFailed) -> None:
+        values = {"stage": stage, "reason": error.reason, "detail": error.detail, "hint": error.hint}
+        self.log("failure", variant, values)
+        self.listener.warn(f"{variant}: {stage} failed, {error}")
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def evidence(self) -> Evidence:
+        with self.lock:
+            return Evidence(self.plan, self.measurements)
+
+    def model(self, variant: Variant) -> Model:
+        """What the variant's engine opens."""
+        return self.artifact_model(self.plan.models[variant.name])
+
+    def artifact_model(self, artifact_id: str) -> Model:
+        if artifact_id == planning.SOURCE:
+            return Model(self.recipe.base, (self.recipe.adapter,))
+        found = json.loads((self.store.folder(artifact_id) / store.MANIFEST).read_text())
+        return Model(str(self.store.folder(artifact_id) / store.MODEL), tuple(found["adapters"]))
+
+    def alive(self) -> list[Variant]:
+        failed = self.evidence.failures
+        return [v for v in self.recipe.variants.values() if v.name not in failed]
+
+
+def check_baseline(run: Run) -> None:
+    """Without the baseline there is nothing to compare with, so the run ends here."""
+    if failure := run.evidence.failures.get(run.recipe.baseline):
+        raise WorkerFailed(
+            f"the baseline {run.recipe.baseline} could not be measured",
+            f"{failure['stage']} failed, {failure['reason']}: {failure['detail']}",
+            failure["hint"],
+        )
+
+
+def try_twice(run: Run, variant: str, stage: str, attempt: Callable[[], None]) -> bool:
+    """A worker that was killed gets one more try in a clean process; then it is a failure on record."""
+    for last in (False, True):
+        try:
+            attempt()
+            return True
+        except WorkerFailed as error:
+            if last or not error.reason.startswith(RETRIED):
+                run.fail(variant, stage, error)
+                return False
+            run.listener.warn(f"{variant}: {error}; trying once more")
+    return False
+
+
+@contextlib.contextmanager
+def worker(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Child]:
+    """A fresh worker that has imported what the variant's engine needs."""
+    cache = run.store.cache(run.plan.models[variant.name])
+    log = run.folder / "logs" / f"{why}-{variant.name}.log"
+    with Child(log, threads, cache, environments.interpreter(plugins.catalogue()[variant.engine.plugin])) as child:
+        child.ask("prepare", run.recipe.measure.deadline_s, plugin=variant.engine.plugin)
+        yield child
+        with contextlib.suppress(WorkerFailed):  # a worker that is gone has been recorded as what it died of
+            if facts := child.ask("facts", 30):
+                run.log("engine", variant.name, {"why": why, **facts})
+
+
+def load(run: Run, variant: Variant, child: Child) -> dict[str, Json]:
+    """Load the variant's model into a worker; returns the facts of the launch."""
+    return child.ask(
+        "open",
+        run.recipe.measure.deadline_s,
+        plugin=variant.engine.plugin,
+        params=dict(variant.engine.params),
+        model=asdict(run.model(variant)),
+        policies=[{"plugin": p.plugin, "params": dict(p.params)} for p in variant.policies],
+    )
