@@ -25,7 +25,7 @@ def check(recipe: Recipe) -> None:
     for workload in recipe.workloads.values():
         corpus.read(workload.prompts, workload.slice)
     if recipe.quality:
-        rows = corpus.read(recipe.quality.prompts)
+        rows = corpus.read(recipe.quality.prompts, recipe.quality.slice)
         if recipe.calibration:
             texts = corpus.read(str(corpus.calibration_file(recipe.calibration)))
             corpus.check_apart(rows, texts, recipe.calibration)

@@ -169,7 +169,8 @@ class _Reading(Reading):
             "calibration": self.calibration,
             "workloads": self.named(lambda name: self.record(Workload, requests | timed, name=name)),
             "quality": self.record(
-                Quality, {**requests, "schema": self.file, "rows": whole(0), "invariants": self.invariants}
+                Quality,
+                {**requests, "slice": text_of, "schema": self.file, "rows": whole(0), "invariants": self.invariants},
             ),
             "measure": self.measure,
             "variants": self.named(self.variant),

@@ -121,7 +121,8 @@ NO_INVARIANTS = Invariants()
 class Quality:
     """Answers that are checked: prompts with `expected`, decoded until they stop by themselves.
 
-    `rows` is the most prompts to ask, those tagged critical first and long ones last; 0 = all.
+    `slice` restricts them to those with this tag ("" = all); `rows` is the most to ask, those tagged critical first and
+    long ones last; 0 = all.
     """
 
     prompts: str
@@ -129,6 +130,7 @@ class Quality:
     new_tokens: int = 256
     batch: int = 16
     rows: int = 0
+    slice: str = ""
     invariants: Invariants = NO_INVARIANTS
 
 

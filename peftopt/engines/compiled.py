@@ -152,7 +152,8 @@ class Compiled(eager.Transformers):
         given = torch.tensor([[*a, *[0] * (longest - len(a))] for a in filled], device=self._device)
         with torch.inference_mode():
             step, state = self._step(shape)
-            logits, columns = self._prefill(_filled_up(prompts, shape), state), []
+            shared = eager._shared_prefix(prompts)
+            logits, columns = self._prefill(_filled_up(prompts, shape), state, shared), []
             with self._decoding():
                 for column in range(longest):
                     columns.append(eager._scored(logits[: len(answers)], given[: len(answers), column].tolist()))
@@ -251,24 +252,31 @@ class Compiled(eager.Transformers):
         keys, values = [slots(layer.keys) for layer in probe.layers], [slots(layer.values) for layer in probe.layers]
         return _State(whole(rows, 1), whole(rows, room), whole(rows, 1), whole(1), keys, values)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], state: _State) -> Any:
+    def _prefill(self, prompts: Sequence[Sequence[int]], state: _State, shared: int = 0) -> Any:
         """Run the prompts eagerly, and put their keys and values in place; logits [rows, vocabulary] of the next token.
 
-        Not compiled: it is all matrix products, which a graph does not make faster, and so any length will do.
+        Not compiled: it is all matrix products, which a graph does not make faster, and so any length will do. The
+        first `shared` tokens of all prompts are run once.
         """
+        import torch
         from transformers import DynamicCache
 
-        ids, mask = self._left_padded(prompts)
+        ids, mask = self._left_padded([prompt[shared:] for prompt in prompts])
         cache = DynamicCache(config=self._inner.config)
+        if shared:
+            prefix = torch.tensor([prompts[0][:shared]], device=self._device)
+            self._inner(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(len(prompts))
+            mask = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, shared), mask], dim=1)
         out = self._inner(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, shared:],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        length = ids.shape[1]
+        length = mask.shape[1]
         for layer, keys, values in zip(cache.layers, state.keys, state.values, strict=True):
             keys[:, :, :length].copy_(layer.keys)
             values[:, :, :length].copy_(layer.values)

@@ -17,7 +17,7 @@ from peftopt.child import Child
 from peftopt.corpus import Row
 from peftopt.errors import WorkerFailed
 from peftopt.merging import certificate
-from peftopt.records import GENERIC, Build, Json, Model, Quality, Variant
+from peftopt.records import GENERIC, Build, Json, Model, Quality, Variant, Workload
 from peftopt.runner.racing import draw
 from peftopt.runner.run import Run, check_baseline, load, try_twice, worker
 from peftopt.runner.schedule import Job, work
@@ -148,7 +148,7 @@ def _answers(run: Run, threads: int, hearers: _Hearers, stack: contextlib.ExitSt
     quality = run.recipe.quality
     if quality is None:
         return
-    rows = _exam(corpus.read(quality.prompts), quality.rows)
+    rows = _exam(corpus.read(quality.prompts, quality.slice), quality.rows)
     baseline = run.recipe.variants[run.recipe.baseline]
     made = {name: frozenset({at} - {planning.SOURCE}) for name, at in run.plan.models.items()}
 
@@ -264,12 +264,14 @@ class _Exam:
                 )
 
     def _compile(self) -> None:
-        """One request of each workload's shape, untimed."""
-        recipe = self.run.recipe
+        """One request of each workload's shape and one of the answers', untimed."""
+        recipe, quality = self.run.recipe, self.quality
+        own = Workload("", quality.prompts, new_tokens=quality.new_tokens, batch=self.batch, slice=quality.slice)
         with self._opened() as child:
-            for workload in recipe.workloads.values():
+            for workload in (*recipe.workloads.values(), own):
                 batches = draw(corpus.read(workload.prompts, workload.slice), workload, 0, recipe)[:1]
-                child.ask("speed", recipe.measure.deadline_s, batches=batches, new_tokens=workload.new_tokens, warmup=1)
+                deadline = recipe.measure.deadline_s
+                child.ask("speed", deadline, batches=batches, new_tokens=workload.new_tokens, warmup=1)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Child]:
