@@ -13,7 +13,7 @@ import time
 from math import exp, log
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as workers have it
 
 
 def main() -> None:

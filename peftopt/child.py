@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from peftopt import environments
+from peftopt import environments, machine
 from peftopt.errors import WorkerFailed
 from peftopt.records import Json
 
@@ -163,11 +163,11 @@ class Child:
 
 
 def _environment(threads: int, cache: Path | None) -> dict[str, str]:
-    """Threads are set per process, and idle ones sleep: spinning OpenMP threads ruin a shared machine's timing."""
+    """Threads are set per process, and so is how they wait."""
     own = {
+        **machine.waiting(),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

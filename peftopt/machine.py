@@ -44,12 +44,24 @@ def describe() -> dict[str, Json]:
     return {
         "cpu": _cpu_name(),
         "cores": cores(),
+        "openmp": waiting(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpu": gpus(),
         "system": platform.system(),
         "python": platform.python_version(),
         "versions": versions(),
     }
+
+
+def waiting() -> dict[str, str]:
+    """How threads of GNU OpenMP, which torch computes with, wait at a barrier, as environment variables: the user's
+    own, or awake for some microseconds, then asleep.
+
+    Asleep at once, each token takes 1.4 to 1.8 times as long, an unmerged adapter's more than a merged model's; the
+    default is as fast, and collapses when any other process wants a core (docs/decisions/processes.md).
+    """
+    own = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ}
+    return own or {"GOMP_SPINCOUNT": "2000"}
 
 
 def gpus() -> list[str]:
@@ -97,6 +109,7 @@ def disturbance(before: dict[str, float], after: dict[str, float], own_s: float,
     found: dict[str, Json] = {
         "load": os.getloadavg()[0],
         "cores": cores(),
+        "openmp": waiting(),
         "seconds": round(seconds, 4),
         "foreign_cores": round(max(0.0, gone["busy"] - own_s) / seconds, 3),
         "steal": round(gone["steal"] / seconds / cores(), 4),

@@ -61,8 +61,8 @@ as in the other engines."""
 MEGABYTES = 350
 
 CMAKE = "-DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF"
-"""Not OpenMP: its threads sleep at each barrier under the passive wait policy that measured processes have, and
-llama.cpp has some five hundred of them per token. Its own threads spin within a token and end with it."""
+"""Not OpenMP: its threads soon sleep at a barrier, as measured processes have it, and llama.cpp has some
+five hundred of them per token. Its own threads spin within a token and end with it."""
 
 CONVERTERS = "llama.cpp"
 """The folder, in the environment's, of the converters that belong to this version of the library."""
