@@ -23,7 +23,7 @@ OWN_FILES = ("config.json", "parity.json", PROVENANCE, "recipe.yaml")
 """What each transform writes for itself: a certificate or a provenance is of the weights beside it, and of no others
 (recipe.yaml is llm-compressor's)."""
 
-WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"}
+WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".xml", ".h5", ".msgpack", ".onnx"}
 
 
 @contextlib.contextmanager

@@ -58,7 +58,12 @@ def schema(path: str) -> Mapping[str, Json]:
     return value
 
 
-GGUF = "model.gguf"
+OTHERS = {
+    "gguf": ("model.gguf", "GGUF", "gguf", "llamacpp"),
+    "openvino": ("openvino_model.xml", "OpenVINO", "openvino_ir", "openvino"),
+}
+"""Formats other than safetensors: the file of the weights, what it is called, the transform that writes it, and the
+engine that runs it."""
 
 
 def check_base(folder: Path, quantized: bool = False, weights: str = "safetensors") -> None:
@@ -80,14 +85,17 @@ def check_base(folder: Path, quantized: bool = False, weights: str = "safetensor
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         what = ", ".join(names) or "none named"
         raise BadInput(f"{folder} is no causal language model (architectures: {what})", "supported: …ForCausalLM")
-    if weights == "gguf":
-        if not (folder / GGUF).is_file():
-            hint = f"make one: peftopt quantize --method gguf --model {folder} --out …"
-            raise BadInput(f"{folder} holds no {GGUF}", hint)
-    elif (folder / GGUF).is_file() and not list(folder.glob("*.safetensors")):
-        raise BadInput(f"{folder} holds GGUF weights, which transformers engines do not run", "use --engine llamacpp")
-    else:
-        open_model(folder)
+    if weights in OTHERS:
+        file, _, writer, _ = OTHERS[weights]
+        if not (folder / file).is_file():
+            hint = f"make one: peftopt quantize --method {writer} --model {folder} --out …"
+            raise BadInput(f"{folder} holds no {file}", hint)
+        return
+    for file, called, _, engine in OTHERS.values():
+        if (folder / file).is_file() and not list(folder.glob("*.safetensors")):
+            hint = f"use --engine {engine}"
+            raise BadInput(f"{folder} holds {called} weights, which transformers engines do not run", hint)
+    open_model(folder)
 
 
 READERS = {

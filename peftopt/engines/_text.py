@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from peftopt.errors import BadInput
 
 
 class Text:
@@ -33,3 +37,14 @@ class Text:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def ends(folder: Path, tokenizer: Any) -> list[int]:
+    """The ids that end an answer, where transformers looks for them: in the generation config (without one, in the
+    model's), else of the tokenizer."""
+    home = next(f for name in ("generation_config.json", "config.json") if (f := folder / name).is_file())
+    ids = json.loads(home.read_text(encoding="utf-8")).get("eos_token_id")
+    ids = tokenizer.eos_token_id if ids is None else ids
+    if ids is None:
+        raise BadInput("the model has no end-of-sequence token", "set eos_token_id in its generation_config.json")
+    return list(ids) if isinstance(ids, list) else [ids]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftopt import hf
-from peftopt.engines import TOP_K, Generation, Scores
-from peftopt.engines._text import Text
+from peftopt.engines import Generation, Scores
+from peftopt.engines._logits import scored, scores_of
+from peftopt.engines._text import Text, ends
 from peftopt.errors import BadInput
 from peftopt.records import Model
 from peftopt.transforms.gguf import WEIGHTS, library, lora_file, lora_scale
@@ -63,7 +63,7 @@ class LlamaCpp(Text):
         self._lib = library()
         folder = Path(model.path)
         tokenizer = hf.tokenizer(hf.tokenizer_home(model))
-        super().__init__(tokenizer, _eos(folder, tokenizer))
+        super().__init__(tokenizer, ends(folder, tokenizer))
         self.threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1
         self.device = "cuda" if params.gpu_layers and self._lib.llama_supports_gpu_offload() else "cpu"
         settings = self._lib.llama_model_default_params()
@@ -108,15 +108,12 @@ class LlamaCpp(Text):
         given = np.array([token for answer in answers for token in answer])
         chunks, done = [], 0
         for logits in self._decode(turns):
-            chunks.append(_scored(logits, given[done : done + len(logits)]))
+            chunks.append(scored(logits, given[done : done + len(logits)]))
             done += len(logits)
-        own, top, logs, finite = map(np.concatenate, zip(*chunks, strict=True))
-        ends = np.cumsum([len(answer) for answer in answers])
-        parts = [slice(end - len(answer), end) for end, answer in zip(ends, answers, strict=True)]
-        return [
-            Scores(own[p].tolist(), top[p, 0].tolist(), top[p].tolist(), logs[p].tolist(), bool(finite[p].all()))
-            for p in parts
-        ]
+        whole = [np.concatenate(each) for each in zip(*chunks, strict=True)]
+        stops = np.cumsum([len(answer) for answer in answers])
+        parts = [slice(stop - len(answer), stop) for stop, answer in zip(stops, answers, strict=True)]
+        return [scores_of(*(each[part] for each in whole)) for part in parts]
 
     def close(self) -> None:
         if self._context is not None:
@@ -234,30 +231,3 @@ def _load(lib: Any, file: Path, settings: Any) -> Any:
     if found is None:
         raise BadInput(f"llama.cpp cannot load {file}", "it may be damaged, or from another version: make it again")
     return found
-
-
-def _eos(folder: Path, tokenizer: Any) -> list[int]:
-    """The ids that end an answer, where transformers looks for them: in the generation config (without one, in the
-    model's), else of the tokenizer."""
-    home = next(f for name in ("generation_config.json", "config.json") if (f := folder / name).is_file())
-    ids = json.loads(home.read_text(encoding="utf-8")).get("eos_token_id")
-    ids = tokenizer.eos_token_id if ids is None else ids
-    if ids is None:
-        raise BadInput("the model has no end-of-sequence token", "set eos_token_id in its generation_config.json")
-    return list(ids) if isinstance(ids, list) else [ids]
-
-
-def _scored(logits: np.ndarray, given: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Of answer tokens from their logits [tokens, vocabulary]: log-probabilities [n], the likeliest tokens and their
-    log-probabilities [n, k], and whether all logits are finite [n]."""
-    import numpy as np
-
-    highest = logits.max(axis=1, keepdims=True)
-    total = highest + np.log(np.exp(logits - highest).sum(axis=1, keepdims=True, dtype=np.float64))
-    count = min(TOP_K, logits.shape[1])
-    top = np.argpartition(logits, -count, axis=1)[:, -count:]
-    values = np.take_along_axis(logits, top, axis=1)
-    order = np.lexsort((top, -values))  # most likely first, of equals the lower id, as argmax has it
-    top, values = (np.take_along_axis(each, order, axis=1) for each in (top, values))
-    own = np.take_along_axis(logits, given[:, None], axis=1) - total
-    return own[:, 0], top, values - total, np.isfinite(logits).all(axis=1)
