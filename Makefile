@@ -1,7 +1,7 @@
 # make demo   the main job on a real model        make test   lint, types and tests
 # make setup  builds .venv with pinned versions   make clean  removes what these made
-# make engines  installs the engines that have an environment of their own (compiles llama.cpp, downloads vLLM: some
-#               minutes, 3 GB); make test-engines runs their tests on the real thing
+# make engines  installs the engines that have an environment of their own (compiles llama.cpp, downloads OpenVINO and
+#               vLLM: some minutes, 5 GB); make test-engines runs their tests on the real thing
 PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
@@ -28,10 +28,11 @@ $(MODEL)/model.safetensors: | .venv/ready
 
 engines: setup
 	$(BIN)/peftopt env install llamacpp
+	$(BIN)/peftopt env install openvino
 	$(BIN)/peftopt env install vllm
 
 test-engines: engines .venv/tested $(MODEL)/model.safetensors
-	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_llamacpp.py tests/test_vllm.py
+	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_llamacpp.py tests/test_openvino.py tests/test_vllm.py
 
 demo: setup $(MODEL)/model.safetensors
 	$(call decide,recipes/demo.yaml)

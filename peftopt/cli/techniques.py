@@ -167,7 +167,10 @@ def quantize(
         list[str],
         typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter of the method; repeat for more."),
     ] = [],  # noqa: B006
-    type_: Annotated[str, typer.Option("--type", metavar="TYPE", help="gguf: q4_k_m, q4_1, q8_0, bf16, … .")] = "",
+    type_: Annotated[
+        str,
+        typer.Option("--type", metavar="TYPE", help="gguf: q4_k_m, q8_0, bf16, …; openvino_ir: int8, int4, bf16, … ."),
+    ] = "",
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -301,7 +304,10 @@ def bench(
     prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter on top of the first model, unmerged.")] = None,
     engine: Annotated[
-        list[str], typer.Option(help="eager, compiled or llamacpp (see `peftopt doctor`); one for all, or one a model.")
+        list[str],
+        typer.Option(
+            help="eager, compiled, llamacpp, openvino, … (see `peftopt doctor`); one for all, or one a model."
+        ),
     ] = ["eager"],  # noqa: B006
     new_tokens: Annotated[int, typer.Option(help="Tokens every answer gets, exactly.")] = 32,
     batch: Annotated[int, typer.Option(help="Prompts per request.")] = 1,
