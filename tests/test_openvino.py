@@ -61,11 +61,24 @@ def test_what_cannot_be_done_is_refused(
         oneshot.transform("openvino_ir", {}, Model(model.path), tmp_path / "twice", None, 0)
     with pytest.raises(BadInput, match="cannot apply an adapter"):
         oneshot.transform("openvino_ir", {}, Model(str(tiny_base), (str(tiny_lora),)), tmp_path / "on", None, 0)
-    with pytest.raises(BadInput, match="int4"):
+    with pytest.raises(BadInput, match="no type 'int3'"):
         oneshot.transform("openvino_ir", {"type": "int3"}, Model(str(tiny_base)), tmp_path / "no", None, 0)
     questions = prompts(tmp_path / "eval.jsonl", 4, "eval")
     assert command("bench", "--model", model.path, "--prompts", questions) == 2
     assert "use --engine openvino" in capsys.readouterr().err
+
+
+def test_a_weight_that_is_not_finite_is_found(tiny_base_fp32: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_base_fp32, tmp_path / "nan")
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    next(w for name, w in weights.items() if name.endswith("down_proj.weight"))[1, 2] = float("nan")
+    save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match="not finite"):
+        oneshot.transform("openvino_ir", {"type": "bf16"}, Model(str(tmp_path / "nan")), tmp_path / "out", None, 0)
 
 
 def test_four_bits_by_hand_beside_eight(

@@ -123,7 +123,8 @@ class _Graph:
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
         self._names = {name for port in compiled.inputs for name in port.names}
-        self._rows, self._request = 0, None
+        self._rows = 0
+        self._request: Any = None
 
     def start(self, rows: int) -> None:
         """Forget what was seen. Another number of rows gets another request: in one that grows, OpenVINO 2026.4 answers
@@ -140,9 +141,9 @@ class _Graph:
         positions = (mask.cumsum(axis=1) - 1).clip(min=0)[:, -ids.shape[1] :]
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         given["beam_idx"] = np.arange(len(ids), dtype=np.int32)
-        request: Any = self._request
-        request.infer({name: value for name, value in given.items() if name in self._names}, share_inputs=True)
-        found: np.ndarray = request.get_tensor("logits").data
+        named = {name: value for name, value in given.items() if name in self._names}
+        self._request.infer(named, share_inputs=True)
+        found: np.ndarray = self._request.get_tensor("logits").data
         return found
 
 

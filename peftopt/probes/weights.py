@@ -14,6 +14,8 @@ def scan(folder: Path) -> list[str]:
     """What is wrong with the weight files of a model folder, one sentence each; empty when nothing is."""
     if packed := sorted(folder.glob("*.gguf")):
         return [line for file in packed for line in _scan_gguf(file)]
+    if graphs := sorted(folder.glob("openvino_*model.xml")):
+        return [line for file in graphs for line in _scan_openvino(file)]
     import torch
     from safetensors import safe_open
 
@@ -44,6 +46,21 @@ def _scan_gguf(file: Path) -> list[str]:
         return [f"{file.name} holds a value that is not finite, or cannot be loaded"]
     llama_cpp.llama_model_free(model)
     return []
+
+
+def _scan_openvino(file: Path) -> list[str]:
+    """Constants of a graph: weights, scales, and single numbers, of which an infinity may be meant."""
+    import numpy as np
+    import openvino
+
+    wrong = []
+    for node in openvino.Core().read_model(file).get_ordered_ops():
+        if node.get_type_name() != "Constant" or not node.get_element_type().is_real():
+            continue
+        values = node.get_data(dtype=np.float32)
+        if values.size > 1 and not np.isfinite([values.min(), values.max()]).all():
+            wrong.append(f"{file.name}: {node.get_friendly_name()} holds a value that is not finite")
+    return wrong
 
 
 WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
