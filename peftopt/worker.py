@@ -79,9 +79,9 @@ class Worker:
         source = module("transform", plugin)
         return {"tensors": source.preview(_model(model), source.Params(**params))}
 
-    def prepare(self, plugin: str) -> dict[str, Json]:
+    def prepare(self, plugin: str, model: dict[str, Json]) -> dict[str, Json]:
         """Import what an engine needs, so that `model_loading_time` is the model's alone."""
-        module("engine", plugin).prepare()
+        module("engine", plugin).prepare(_model(model))
         return {}
 
     def open(

@@ -4,7 +4,7 @@ An engine file has a one-line docstring (its help), `TECHNIQUE` ("" or "compile"
 environment of its own `ENVIRONMENT`, where it opens other weights than safetensors their `FORMAT`, a frozen dataclass
 `Params`, and
 
-    def prepare() -> None                                   # imports what `open` needs, and no more
+    def prepare(model: Model) -> None                       # imports what `open` needs, and no more
     def open(model: Model, params: Params) -> Engine
 
 Heavy imports stay inside functions.

@@ -25,10 +25,12 @@ class Params:
     device: str = "auto"
 
 
-def prepare() -> None:
+def prepare(model: Model) -> None:
     """Import PyTorch, transformers and PEFT: seconds of work that are no model's."""
-    import peft  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+    if model.adapters:  # else three of seven seconds for nothing
+        import peft  # noqa: F401
 
 
 def open(model: Model, params: Params) -> Transformers:

@@ -35,7 +35,7 @@ class Params:
     timeout_s: float = 120.0
 
 
-def prepare() -> None:
+def prepare(model: Model) -> None:
     """Import the HTTP client and the tokenizers."""
     import httpx  # noqa: F401
     from transformers import AutoTokenizer  # noqa: F401

@@ -41,7 +41,7 @@ class Params:
     gpu_layers: int = 0
 
 
-def prepare() -> None:
+def prepare(model: Model) -> None:
     """Import llama.cpp and the tokenizers."""
     import transformers  # noqa: F401
 

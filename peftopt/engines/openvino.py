@@ -34,7 +34,7 @@ class Params:
     precision: str = ""
 
 
-def prepare() -> None:
+def prepare(model: Model) -> None:
     """Import OpenVINO and the tokenizers."""
     import openvino  # noqa: F401
     import transformers  # noqa: F401

@@ -114,7 +114,8 @@ def worker(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Child
     cache = run.store.cache(run.plan.models[variant.name])
     log = run.folder / "logs" / f"{why}-{variant.name}.log"
     with Child(log, threads, cache, environments.interpreter(plugins.catalogue()[variant.engine.plugin])) as child:
-        child.ask("prepare", run.recipe.measure.deadline_s, plugin=variant.engine.plugin)
+        deadline, model = run.recipe.measure.deadline_s, asdict(run.model(variant))
+        child.ask("prepare", deadline, plugin=variant.engine.plugin, model=model)
         yield child
         with contextlib.suppress(WorkerFailed):  # a worker that is gone has been recorded as what it died of
             if facts := child.ask("facts", 30):
