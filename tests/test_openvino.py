@@ -20,6 +20,7 @@ from test_run import command, prompts
 
 from peftopt import environments, oneshot, plugins
 from peftopt.errors import BadInput
+from peftopt.probes import bandwidth
 from peftopt.records import Model
 
 LACKING, HOW = environments.lacking(plugins.catalogue()["openvino"])
@@ -45,6 +46,11 @@ def engine(model: Model) -> Any:
 def eager(tiny_base_fp32: Path) -> Any:
     plugin = plugins.module("engine", "eager")
     return plugin.open(Model(str(tiny_base_fp32)), plugin.Params())
+
+
+def test_the_floor_counts_its_weights(model: Model) -> None:
+    reads = bandwidth.reads(model)
+    assert reads["weight_bytes"] == (Path(model.path) / "openvino_model.bin").stat().st_size > 0
 
 
 def test_words_and_answers_are_those_of_transformers(engine: Any, eager: Any) -> None:

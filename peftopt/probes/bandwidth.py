@@ -34,7 +34,7 @@ def reads(model: Model) -> dict[str, Json]:
     format's, not the engine's; input embeddings that are a matrix apart are counted though a step
     reads one row. `kv_bytes` is 0 where the config has other names for its layers and heads."""
     folder = Path(model.path)
-    files = [f for suffix in ("*.safetensors", "*.gguf") for f in folder.glob(suffix)]
+    files = [f for suffix in ("*.safetensors", "*.gguf", "openvino_*.bin") for f in folder.glob(suffix)]
     files += [f for adapter in model.adapters for f in Path(adapter).glob("*.safetensors")]
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     heads = config.get("num_attention_heads") or 1
