@@ -390,7 +390,7 @@ def test_reports_say_what_a_reader_needs_in_order(name: str) -> None:
         "22 % SLOWER",
         "about 32 more blocks needed",
         "Right answers by slice",
-        "planned: 10, 16, 24, 40, 60 blocks",
+        "(from 10 on), 16, 24, 40, 60 blocks",
         "torch 2.9.1",
         "No module named",
         "How to read this",
