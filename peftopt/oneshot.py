@@ -191,7 +191,7 @@ def bench(
             log = folder / f"{arm.name}.log"
             child = stack.enter_context(Child(log, threads or machine.cores(), cache, python))
             model = asdict(_absolute(arm.model))
-            child.ask("prepare", DEADLINE_S, plugin=arm.engine)
+            child.ask("prepare", DEADLINE_S, plugin=arm.engine, model=model)
             found[arm.name] |= child.ask("open", DEADLINE_S, plugin=arm.engine, params={}, model=model)
             if arm.engine == "eager" and preflight.quantized_elsewhere(Path(arm.model.path)):
                 found[arm.name] |= child.ask("alive", DEADLINE_S, rows=building.PROMPTS)
