@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from peftopt import environments
+from peftopt import environments, machine
 from peftopt.child import Child
 from peftopt.errors import WorkerFailed
 
@@ -48,6 +48,21 @@ def test_records_are_heard_before_the_answer(tmp_path: Path) -> None:
     with fake(tmp_path, script) as child:
         assert child.ask("quality", 30, heard.append, progress.append) == {"rows": 2}
     assert (heard, progress) == ([{"n": 1}, {"n": 2}], [{"done": 1}])
+
+
+@pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_of_a_worker_wait_as_the_user_says_or_briefly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: dict[str, str]
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    script = """read line; echo "{\\"done\\": {\\"seen\\": \\"$OMP_WAIT_POLICY/$GOMP_SPINCOUNT\\"}}" """
+    with fake(tmp_path, script) as child:
+        seen = child.ask("open", 30)["seen"]
+    assert seen == {(): "/2000", ("OMP_WAIT_POLICY",): "passive/", ("GOMP_SPINCOUNT",): "/7"}[tuple(own)]
+    assert machine.describe()["openmp"] == (own or {"GOMP_SPINCOUNT": "2000"})
 
 
 def test_grandchildren_go_with_the_worker(tmp_path: Path) -> None:

@@ -149,10 +149,10 @@ def test_measure_and_quality_are_read_into_their_records() -> None:
         GOOD
         + "measure: {requests: 2, warmup: 0, relaunch: 8, max_blocks: 24, clock: cpu, "
         + "threads: 2, deadline: 10 min}\n"
-        + "quality: {prompts: q.jsonl, schema: s.json, new_tokens: 80, batch: 4}\nseed: 7\n"
+        + "quality: {prompts: q.jsonl, schema: s.json, new_tokens: 80, batch: 4, slice: short}\nseed: 7\n"
     )
     assert recipe.measure == Measure(2, 0, 8, 24, "cpu", 2, 600.0)
-    assert recipe.quality == Quality("/work/recipes/q.jsonl", "/work/recipes/s.json", 80, 4)
+    assert recipe.quality == Quality("/work/recipes/q.jsonl", "/work/recipes/s.json", 80, 4, slice="short")
     assert recipe.seed == 7
 
 
