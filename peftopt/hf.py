@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import shutil
 import warnings
@@ -225,6 +226,14 @@ def copy_extras(source: str, out: Path) -> None:
             shutil.copytree(file, out / file.name, dirs_exist_ok=True)
         elif file.is_file() and kept and not file.name.startswith("."):
             shutil.copyfile(file, out / file.name)
+
+
+def copy_all_but_weights(source: str, out: Path, quantization: dict[str, str]) -> None:
+    """What `copy_extras` copies, and the config with a note of how the weights beside it are quantized."""
+    copy_extras(source, out)
+    settings = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    settings["quantization_config"] = quantization
+    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 TOKENIZER_FILES = (

@@ -37,6 +37,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads() -> int:
+    """Threads that this process was given to compute with; without word of it, all cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or 0) or cores()
+
+
 def describe() -> dict[str, Json]:
     """The machine in words and numbers, for the report."""
     import psutil

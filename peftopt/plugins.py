@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
-from peftopt.records import Plugin
+from peftopt.records import SAFETENSORS, Plugin
 
 FOLDERS = {"transform": "transforms", "engine": "engines", "policy": "policies"}
 
@@ -45,5 +45,6 @@ def _describe(kind: str, name: str) -> Plugin:
         environment=getattr(source, "ENVIRONMENT", "main"),
         calibrates=getattr(source, "CALIBRATES", False),
         reader=getattr(source, "READER", "eager"),
-        format=getattr(source, "FORMAT", "safetensors"),
+        format=getattr(source, "FORMAT", SAFETENSORS),
+        weights=getattr(source, "WEIGHTS", "") if kind == "transform" else "",
     )

@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from peftopt import corpus
+from peftopt import corpus, plugins
 from peftopt.adapter import EMBEDDINGS, PREFIX, Adapter, check_mergeable, open_adapter
 from peftopt.checkpoint import open_model
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.provenance import read as read_provenance
-from peftopt.records import Json, Recipe
+from peftopt.records import SAFETENSORS, Json, Recipe
 
 
 def check(recipe: Recipe) -> None:
@@ -58,15 +58,7 @@ def schema(path: str) -> Mapping[str, Json]:
     return value
 
 
-OTHERS = {
-    "gguf": ("model.gguf", "GGUF", "gguf", "llamacpp"),
-    "openvino": ("openvino_model.xml", "OpenVINO", "openvino_ir", "openvino"),
-}
-"""Formats other than safetensors: the file of the weights, what it is called, the transform that writes it, and the
-engine that runs it."""
-
-
-def check_base(folder: Path, quantized: bool = False, weights: str = "safetensors") -> None:
+def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS) -> None:
     """A causal language model with weights of that format, with no code of its own and, unless `quantized`, not
     quantized yet."""
     if not folder.is_dir():
@@ -85,17 +77,18 @@ def check_base(folder: Path, quantized: bool = False, weights: str = "safetensor
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         what = ", ".join(names) or "none named"
         raise BadInput(f"{folder} is no causal language model (architectures: {what})", "supported: …ForCausalLM")
-    if weights in OTHERS:
-        file, _, writer, _ = OTHERS[weights]
-        if not (folder / file).is_file():
-            hint = f"make one: peftopt quantize --method {writer} --model {folder} --out …"
-            raise BadInput(f"{folder} holds no {file}", hint)
-        return
-    for file, called, _, engine in OTHERS.values():
-        if (folder / file).is_file() and not list(folder.glob("*.safetensors")):
-            hint = f"use --engine {engine}"
-            raise BadInput(f"{folder} holds {called} weights, which transformers engines do not run", hint)
-    open_model(folder)
+    for plugin in plugins.catalogue().values():
+        if not plugin.weights:
+            continue
+        there = (folder / plugin.weights).is_file()
+        if plugin.format == weights and not there:
+            hint = f"make one: peftopt quantize --method {plugin.name} --model {folder} --out …"
+            raise BadInput(f"{folder} holds no {plugin.weights}", hint)
+        if plugin.format != weights and there and not list(folder.glob("*.safetensors")):
+            hint = f"use --engine {plugin.reader}"
+            raise BadInput(f"{folder} holds {plugin.format} weights, not {weights}", hint)
+    if weights == SAFETENSORS:
+        open_model(folder)
 
 
 READERS = {

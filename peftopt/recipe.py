@@ -32,14 +32,25 @@ from peftopt.reading import (
     whole,
     words,
 )
-from peftopt.records import GENERIC, Invariants, Measure, Plugin, Quality, Recipe, Rule, Step, Variant, Workload
+from peftopt.records import (
+    GENERIC,
+    SAFETENSORS,
+    Invariants,
+    Measure,
+    Plugin,
+    Quality,
+    Recipe,
+    Rule,
+    Step,
+    Variant,
+    Workload,
+)
 from peftopt.stats import LOOKS
 
 _JUDGED_ON_ANSWERS = ("ratio", "share", "nats")
 """The units of the figures that need a `quality` section."""
 
 DEFAULT_ENGINE, DEFAULT_BASELINE = "eager", "adapter"
-SAFETENSORS = "safetensors"
 
 Rows = Mapping[str, Mapping[str, Any] | None]
 

@@ -16,6 +16,9 @@ NAME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
 GENERIC = "generic"
 """Stands for the texts that come with peftopt where a file of calibration rows is asked for."""
 
+SAFETENSORS = "safetensors"
+"""The format of weights that transformers opens; a plug-in may have another."""
+
 Json = Any
 Outcome = Literal["accepted", "rejected", "inconclusive", "not judged"]
 Stage = Literal["build", "launch", "speed", "quality"]
@@ -39,7 +42,8 @@ class Plugin:
     `kind` is "transform", "engine" or "policy"; `technique` names its row of the trade-off table ("merge", "quantize",
     "compile", "truncate", "shorten" or "" for none); `params` is its frozen dataclass, whose fields and defaults are
     its schema; `needs` are the modules it imports; `environment` is whose Python runs it; `reader` the engine that
-    opens what a quantizer wrote; `format` the kind of weights that a transform writes or an engine opens.
+    opens what a quantizer wrote; `format` the kind of weights that a transform writes or an engine opens; `weights`
+    the file that a transform of another format than safetensors writes.
     """
 
     name: str
@@ -51,7 +55,8 @@ class Plugin:
     environment: str = "main"
     calibrates: bool = False
     reader: str = "eager"
-    format: str = "safetensors"
+    format: str = SAFETENSORS
+    weights: str = ""
 
 
 @dataclass(frozen=True)

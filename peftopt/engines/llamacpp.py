@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftopt import hf
+from peftopt import hf, machine
 from peftopt.engines import Generation, Scores
 from peftopt.engines._logits import scored, scores_of
 from peftopt.engines._text import Text, ends
@@ -64,7 +63,7 @@ class LlamaCpp(Text):
         folder = Path(model.path)
         tokenizer = hf.tokenizer(hf.tokenizer_home(model))
         super().__init__(tokenizer, ends(folder, tokenizer))
-        self.threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1
+        self.threads = machine.threads()
         self.device = "cuda" if params.gpu_layers and self._lib.llama_supports_gpu_offload() else "cpu"
         settings = self._lib.llama_model_default_params()
         settings.n_gpu_layers = params.gpu_layers

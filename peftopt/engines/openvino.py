@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftopt import hf
+from peftopt import hf, machine
 from peftopt.engines import Generation, Scores, eager
 from peftopt.engines._logits import scored, scores_of
 from peftopt.engines._text import Text, ends
 from peftopt.errors import BadInput
 from peftopt.records import Model
+from peftopt.transforms.openvino_ir import WEIGHTS, refuse_adapters
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +23,6 @@ TECHNIQUE = ""
 NEEDS = ()
 ENVIRONMENT = "openvino"
 FORMAT = "openvino"
-
-WEIGHTS = "openvino_model.xml"
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,7 @@ def open(model: Model, params: Params) -> OpenVino:
     """Load the model. Raises BadInput for adapters on top, and for a folder without OpenVINO's files."""
     if params.precision not in ("", "bf16", "f16", "f32"):
         raise BadInput(f"precision: {params.precision!r} is unknown", "use bf16, f16 or f32")
-    if model.adapters:
-        raise BadInput("OpenVINO cannot apply an adapter at run time", "merge it first: [merge, openvino_ir, …]")
+    refuse_adapters(model)
     if not (Path(model.path) / WEIGHTS).is_file():
         hint = f"make one: peftopt quantize --method openvino_ir --model {model.path} --out …"
         raise BadInput(f"{model.path} holds no {WEIGHTS}", hint)
@@ -64,7 +61,7 @@ class OpenVino(Text):
     def __init__(self, model: Model, params: Params) -> None:
         tokenizer = hf.tokenizer(model.path)
         super().__init__(tokenizer, ends(Path(model.path), tokenizer))
-        self.threads = int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1
+        self.threads = machine.threads()
         self._file = Path(model.path) / WEIGHTS
         self._settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": self.threads, "CACHE_DIR": ""}
         if params.precision:

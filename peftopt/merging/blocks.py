@@ -9,7 +9,6 @@ while the next one is made.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from peftopt import machine
 from peftopt.adapter import Pair
 from peftopt.checkpoint import ITEM_BYTES, Checkpoint, Draft, Entry
 from peftopt.errors import BadInput
@@ -386,4 +386,4 @@ def check_finite(values: torch.Tensor, name: str) -> float:
 
 def threads() -> int:
     """As many as the machine gives, and no more than four: beyond that the disk is the limit."""
-    return min(4, int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0)))
+    return min(4, machine.threads())

@@ -17,7 +17,7 @@ from peftopt.child import Child
 from peftopt.corpus import Row
 from peftopt.errors import WorkerFailed
 from peftopt.merging import certificate
-from peftopt.records import GENERIC, Build, Json, Model, Quality, Variant, Workload
+from peftopt.records import GENERIC, Build, Json, Model, Quality, Variant
 from peftopt.runner.racing import draw
 from peftopt.runner.run import Run, check_baseline, load, try_twice, worker
 from peftopt.runner.schedule import Job, work
@@ -43,8 +43,8 @@ def make_ready(run: Run) -> None:
     threads = max(1, machine.cores() // lanes)
     with contextlib.ExitStack() as stack, run.listener.progress("prepare", 100) as show:
         hearers = _Hearers(show)
-        jobs = {**dict(_builds(run, threads, hearers)), **dict(_answers(run, threads, hearers, stack))}
-        work(jobs, lanes)
+        jobs = [*_builds(run, threads, hearers), *_answers(run, threads, hearers, stack)]
+        work(dict(jobs), lanes)
 
 
 def _lanes(run: Run) -> int:
@@ -265,13 +265,15 @@ class _Exam:
 
     def _compile(self) -> None:
         """One request of each workload's shape and one of the answers', untimed."""
-        recipe, quality = self.run.recipe, self.quality
-        own = Workload("", quality.prompts, new_tokens=quality.new_tokens, batch=self.batch, slice=quality.slice)
+        recipe = self.run.recipe
+        shapes = [
+            (draw(corpus.read(workload.prompts, workload.slice), workload, 0, recipe)[0], workload.new_tokens)
+            for workload in recipe.workloads.values()
+        ]
+        shapes.append(([row.as_json() for row in self.rows[: self.batch]], self.quality.new_tokens))
         with self._opened() as child:
-            for workload in (*recipe.workloads.values(), own):
-                batches = draw(corpus.read(workload.prompts, workload.slice), workload, 0, recipe)[:1]
-                deadline = recipe.measure.deadline_s
-                child.ask("speed", deadline, batches=batches, new_tokens=workload.new_tokens, warmup=1)
+            for batch, new_tokens in shapes:
+                child.ask("speed", recipe.measure.deadline_s, batches=[batch], new_tokens=new_tokens, warmup=1)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Child]:

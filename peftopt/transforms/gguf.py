@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -12,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peftopt import environments, hf, provenance
+from peftopt import environments, hf, machine, provenance
 from peftopt.adapter import open_adapter, plain_pairs
 from peftopt.checkpoint import open_model
 from peftopt.errors import BadInput, WorkerFailed
@@ -76,10 +75,7 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     for adapter in adapters:
         (out / "adapters").mkdir(exist_ok=True)
         _convert("convert_lora_to_gguf.py", lora_file(out, adapter.folder), str(adapter.folder), "f32", base=model.path)
-    hf.copy_extras(model.path, out)
-    config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "gguf", "type": params.type}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    hf.copy_all_but_weights(model.path, out, {"quant_method": "gguf", "type": params.type})
     _note(out, params, seed)
     return Model(str(out), model.adapters)
 
@@ -150,7 +146,7 @@ def _quantize(source: Path, out: Path, params: Params) -> None:
     llama_cpp = library()
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{params.type.upper()}")
-    settings.nthread = int(os.environ.get("OMP_NUM_THREADS", "0"))
+    settings.nthread = machine.threads()
     if params.head:
         kind = getattr(llama_cpp, f"GGML_TYPE_{params.head.upper()}")
         settings.output_tensor_type = settings.token_embedding_type = kind

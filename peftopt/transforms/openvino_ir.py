@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +17,8 @@ NEEDS = ()
 ENVIRONMENT = "openvino"
 FORMAT = "openvino"
 READER = "openvino"
+
+WEIGHTS = "openvino_model.xml"
 
 TYPES = {"f32": 32, "bf16": 16, "f16": 16, "int8": 8, "int4": 4}
 
@@ -44,8 +45,7 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
         raise BadInput(f"openvino_ir has no type {params.type!r}", f"use {', '.join(TYPES)}")
     if params.group_size and params.type != "int4":
         raise BadInput(f"group_size is for int4, not {params.type}", "leave it out")
-    if model.adapters:
-        raise BadInput("OpenVINO cannot apply an adapter at run time", "merge it first: [merge, openvino_ir, …]")
+    refuse_adapters(model)
     hf.unquantized_config(model, "convert")
     notices: list[str] = []
     if params.type == "int4":
@@ -55,12 +55,15 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     out.mkdir(parents=True, exist_ok=True)
     with hf.quiet():
         _export(model.path, params, out)
-    hf.copy_extras(model.path, out)
-    config = json.loads((Path(model.path) / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": "openvino", "type": params.type}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    hf.copy_all_but_weights(model.path, out, {"quant_method": "openvino", "type": params.type})
     provenance.write(out, "openvino_ir", ["openvino", "nncf", "optimum-intel"], asdict(params), seed, notices=notices)
     return Model(str(out))
+
+
+def refuse_adapters(model: Model) -> None:
+    """Raises BadInput for a model with adapters on top."""
+    if model.adapters:
+        raise BadInput("OpenVINO cannot apply an adapter at run time", "merge it first: [merge, openvino_ir, …]")
 
 
 def _export(source: str, params: Params, out: Path) -> None:
