@@ -26,8 +26,12 @@ FIELDS = {"latency": "request_duration_ms", "ttft": "ttft_ms", "tpot": "tpot_ms"
 """Which of a request's durations a timed metric looks at. Lengths are fixed, so throughput is inverse duration."""
 
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-ENGINE_FIGURES = ("compile_time", "warm_start", "graphs", "graph_breaks", "recompiles", "uncompiled")
-"""What an engine may say of getting ready: seconds, and counts per process."""
+ENGINE_FIGURES = ("compile_time", "warm_start", "graphs", "graph_breaks", "recompiles", "uncompiled", "gpu_busy")
+"""What an engine may say of getting ready: seconds, and counts per process; and the share of a request in which
+kernels ran on the GPU."""
+
+READ = {"cpu": "read_bytes_per_s", "cuda": "gpu_read_bytes_per_s"}
+"""Device -> what the survey calls the speed of its memory."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,8 @@ class Evidence:
 
     def disturbed(self, workload: str) -> dict[int, list[str]]:
         """Blocks in which something else was at work, and what it was."""
-        threads = self.plan.recipe.measure.threads
+        devices = {launch.get("device") for launches in self.launches.values() for launch in launches}
+        threads = 1 if devices == {"cuda"} else self.plan.recipe.measure.threads  # one thread feeds a GPU
         found = {}
         for (name, block), moments in sorted(self.machine.items()):
             if name == workload and (reasons := dict.fromkeys(r for m in moments for r in _disturbances(m, threads))):
@@ -400,9 +405,9 @@ class Evidence:
         return found
 
     def _bandwidth_shares(self, variant: str, requests: Sequence[Mapping[str, Json]]) -> list[float]:
-        """Of each request, the time per token that reading memory alone would take over the time it took, on a CPU."""
-        speed = self.surveyed.get("read_bytes_per_s")
-        launch = next((v for v in self.launches.get(variant, ()) if v.get("device") == "cpu"), {})
+        """Of each request, the time per token that reading memory alone would take over the time it took."""
+        launch = next((v for v in self.launches.get(variant, ()) if v.get("device") in READ), {})
+        speed = self.surveyed.get(READ.get(launch.get("device", ""), ""))
         if not speed or "weight_bytes" not in launch:
             return []
         # on average a step finds the whole prompt in the cache, and half of the answer
@@ -475,6 +480,12 @@ class Evidence:
         ):
             if peaks := [v[key] for v in self.memory.get(variant, ()) if key in v]:
                 found[name] = _range(peaks)
+        if idle := [
+            1 - v["gpu_memory_allocated"] / v["gpu_memory_reserved"]
+            for v in self.memory.get(variant, ())
+            if v.get("gpu_memory_reserved")
+        ]:
+            found["fragmentation"] = _range(idle)
         for name in ENGINE_FIGURES:
             if seen := [v[name] for v in self.engines.get(variant, ()) if name in v]:
                 found[name] = _range(seen)

@@ -88,21 +88,29 @@ def tokenizer(folder: str) -> Any:
     return found
 
 
-def load(folder: str, unpacked: bool = False, **kwargs: Any) -> Any:
-    """The model of a folder in its own dtype, in eval mode, on the CPU. Raises BadInput when it cannot be read.
+def load(folder: str, unpacked: bool = False, device: str = "cpu", **kwargs: Any) -> Any:
+    """The model of a folder in its own dtype, in eval mode, on `device`. Raises BadInput when it cannot be read.
 
     `unpacked`: open packed weights (GPTQ, AWQ) now, not at the first forward pass as transformers does by default;
     PEFT can wrap only layers that have a weight.
     """
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    packed = (getattr(config(folder), "quantization_config", None) or {}).get("quant_method") == "compressed-tensors"
-    if packed and unpacked:
+    packing = (getattr(config(folder), "quantization_config", None) or {}).get("quant_method")
+    if packing == "compressed-tensors" and unpacked:
         kwargs["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    if packing == "bitsandbytes" and device != "cpu":
+        kwargs["device_map"] = {"": device}  # its 8-bit weights cannot be moved once they are there
     try:
         with quiet():
             kwargs = {"dtype": "auto", "local_files_only": True, **kwargs}
-            return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+            loaded = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+            if packing == "compressed-tensors" and unpacked:
+                # Unpacking leaves a hook on every module that looks for its weights at each call; no graph can hold it.
+                from compressed_tensors.offload import remove_dispatch
+
+                remove_dispatch(loaded)
+            return loaded if "device_map" in kwargs else loaded.to(device)
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot load {folder}: {_first_line(error)}", "check that the folder is whole") from error
 

@@ -170,10 +170,12 @@ def gpu_state(states: list[str], on_gpu: set[int], pids: set[int]) -> dict[str, 
 
 
 def free_memory() -> int:
-    """Bytes that new processes can take without swapping."""
+    """Bytes that new processes can take without swapping; on a machine with NVIDIA GPUs no more than the fullest of
+    them has left."""
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    mib = [int(line.split()[0]) for line in _nvidia_smi("--query-gpu=memory.free") if line.split()[0].isdigit()]
+    return min([int(psutil.virtual_memory().available), *(free * 2**20 for free in mib)])
 
 
 def processor() -> str:

@@ -146,7 +146,7 @@ class Worker:
         """How fast this machine reads memory: see probes/bandwidth.py."""
         from peftopt.probes import bandwidth
 
-        return {"read_bytes_per_s": bandwidth.measure()}
+        return bandwidth.survey()
 
     def switch(self, adapter: str) -> dict[str, Json]:
         """Another adapter in the place of the one that is served. Time in seconds."""
@@ -155,6 +155,12 @@ class Worker:
     def facts(self) -> dict[str, Json]:
         """What the engine says of its own getting ready, where it does: see peftopt.engines.Engine."""
         return dict(self.engine.facts()) if hasattr(self.engine, "facts") else {}
+
+    def kernels(self, batch: list[Json], new_tokens: int) -> dict[str, Json]:
+        """Which kernels a request runs on the GPU: see probes/kernels.py."""
+        from peftopt.probes import kernels
+
+        return kernels.used(self.engine, [row_from(row) for row in batch], new_tokens)
 
     def memory(self) -> dict[str, Json]:
         """Peaks since this process started; nothing of a server, whose memory is another process's."""

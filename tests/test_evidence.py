@@ -41,6 +41,28 @@ def test_blocks_are_flagged_for_what_was_at_work_in_them(state: dict[str, Json],
     assert all(reason and reason in text for reasons in found.values() for text in reasons)
 
 
+def test_on_a_gpu_one_processor_is_enough_and_its_own_memory_is_the_floor() -> None:
+    plan = plan_of("merged")
+    turns = around(speed(plan, {"merged": 0.8}, 12), cores=16, foreign_cores=3.0)
+    assert len(Evidence(plan, turns).disturbed("chat")) == 12, "on a CPU every processor computes"
+    launches = [
+        Measurement("launch", arm, "chat", values={"device": "cuda", "model_loading_time": 1.0, **weights})
+        for arm, weights in (("adapter", {}), ("merged", {"weight_bytes": 4e9, "kv_bytes": 0}))
+    ]
+    memory = Measurement("memory", "merged", values={"gpu_memory_allocated": 3e8, "gpu_memory_reserved": 4e8})
+    survey = Measurement("machine", "", values={"read_bytes_per_s": 1e10, "gpu_read_bytes_per_s": 4e12})
+    engine = Measurement("engine", "merged", values={"why": "kernels", "gpu_busy": 0.25, "log": []})
+    for request in (r for turn in turns for r in turn.values["requests"]):
+        request["prompt_tokens"] = 0
+    found = Evidence(plan, [survey, *launches, *turns, memory, engine])
+    assert not found.disturbed("chat")
+    figures = found.figures("merged")
+    assert figures["fragmentation"].estimate == pytest.approx(0.25)
+    assert figures["gpu_busy"].estimate == 0.25
+    tpot = figures["tpot.p50@chat"].estimate
+    assert figures["bandwidth@chat"].estimate == pytest.approx(1.0 / tpot, rel=0.01)
+
+
 def test_a_disturbed_race_is_warned_of_and_named_where_it_stays_open() -> None:
     plan = plan_of("merged", threads=1)
     turns = around(speed(plan, {"merged": 0.85}, 24, noise=0.2), cores=1, foreign_cores=0.9)

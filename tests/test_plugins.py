@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from peftopt import plugins, provenance
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.probes import kernels
 from peftopt.records import Model
 
 CATALOGUE = plugins.catalogue()
@@ -356,6 +357,47 @@ def test_compiled_counts_what_it_compiles_and_bounds_it(opened: Any, tiny_base_f
     facts = small.facts()
     assert (facts["graphs"], facts["uncompiled"]) == (0, 1)
     assert "longer than the cache of 16 tokens" in facts["log"][0]
+
+
+@pytest.mark.parametrize("method", ["gptq", "fp8", "w8a8"])
+def test_packed_weights_are_compiled_in_one_graph(method: str, built: Any) -> None:
+    plugin = plugins.module("engine", "compiled")
+    engine = plugin.open(built(method), plugin.Params())
+    assert all(len(tokens) == 12 for tokens in ask(engine, 12))
+    assert (engine.facts()["graphs"], engine.facts()["graph_breaks"]) == (1, 0)
+
+
+def test_a_torch_that_cannot_compile_ahead_compiles_at_the_first_request(
+    tiny_base_fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin, plain = plugins.module("engine", "compiled"), plugins.module("engine", "eager")
+    model = Model(str(tiny_base_fp32))
+    expected = ask(plain.open(model, plain.Params()), 8)
+    monkeypatch.setattr(plugin, "_can_compile_ahead", lambda: False)
+    engine = plugin.open(model, plugin.Params())
+    assert ask(engine, 8) == expected
+    assert engine.facts()["graphs"] >= 1 and engine.facts()["compile_time"] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("void at::native::vectorized_elementwise_kernel<4, X<float>>(int)", "vectorized_elementwise_kernel"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<at::native::X, 2>(int)", "CatArrayBatchedCopy"),
+        ("triton_red_fused__to_copy_mul_sum_view_2", "triton_red_fused__to_copy_mul_sum_view_2"),
+        ("Memcpy DtoH (Device -> Pageable)", "Memcpy DtoH"),
+    ],
+)
+def test_kernels_are_named_without_their_types(name: str, said: str) -> None:
+    assert kernels.plain(name) == said
+
+
+def test_kernels_are_summed_by_name_and_set_against_the_request() -> None:
+    found = kernels.summary([("void a<1>()", 0.2), ("void a<2>()", 0.1), ("b", 0.1)], seconds=2.0)
+    assert found["gpu_busy"] == pytest.approx(0.2)
+    assert [(k["name"], round(k["share"], 2)) for k in found["kernels"]] == [("a", 0.75), ("b", 0.25)]
+    assert found["log"] == ["its GPU computes for 20% of a request's time: a 75%, b 25%"]
+    assert kernels.summary([], 1.0) == {}
 
 
 def test_tensorrt_is_refused_where_there_is_no_gpu(tiny_base: Path) -> None:

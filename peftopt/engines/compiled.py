@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from peftopt.records import Json, Model
 TECHNIQUE = "compile"
 NEEDS = eager.NEEDS
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+RECORDING = ("reduce-overhead", "max-autotune")
+"""Modes that send a step to the GPU as one CUDA graph."""
 ATTENTIONS = ("auto", "fused", "sdpa", "eager")
 SHORTEST = 128
 """Tokens; the least length of a cache that sizes itself."""
@@ -34,8 +37,9 @@ FUSED = "peftopt_fused"
 
 @dataclass(frozen=True)
 class Params:
-    """`mode` of torch.compile ("reduce-overhead" records CUDA graphs). `fullgraph`: refuse a model that breaks the
-    graph; false counts the breaks. `dynamic`: one graph for all batch sizes and cache lengths, a slower one.
+    """`mode` of torch.compile ("reduce-overhead" and "max-autotune" record CUDA graphs). `fullgraph`: refuse a model
+    that breaks the graph; false counts the breaks. `dynamic`: one graph for all batch sizes and cache lengths, a slower
+    one.
 
     `cache_len`: tokens the cache holds; a longer request is answered uncompiled, and counted. 0 takes the next power
     of two. `graphs`: the most shapes to compile for; further ones are answered uncompiled too.
@@ -105,8 +109,7 @@ class Compiled(eager.Transformers):
         if params.attention == "auto":
             fused = self._inner.config.get_text_config().model_type in PLAIN
             self._attention = ("fused" if fused else "eager") if self._device.type == "cpu" else ""
-        if self._device.type == "cpu":
-            _bind_linears(self._inner)
+        _bind_linears(self._inner)
         if params.regions:
             _share_layers(self._inner)
         self._steps: dict[Shape, tuple[Callable[..., Any], _State]] = {}
@@ -250,6 +253,9 @@ class Compiled(eager.Transformers):
             return torch.zeros(rows, like.shape[1], room, like.shape[3], dtype=like.dtype, device=self._device)
 
         keys, values = [slots(layer.keys) for layer in probe.layers], [slots(layer.values) for layer in probe.layers]
+        if not self._ahead:  # torch records no CUDA graph that writes to inputs which might move
+            for each in (*keys, *values):
+                torch._dynamo.mark_static_address(each)
         return _State(whole(rows, 1), whole(rows, room), whole(rows, 1), whole(1), keys, values)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], state: _State, shared: int = 0) -> Any:
@@ -292,10 +298,10 @@ class Compiled(eager.Transformers):
 
     @property
     def _ahead(self) -> bool:
-        """Whether graphs are compiled ahead of time. CUDA graphs and graphs with breaks or free sizes only come
-        just in time, with their guards."""
-        graphs = self._device.type == "cuda" and self._params.mode in ("reduce-overhead", "max-autotune")
-        return self._params.fullgraph and not self._params.dynamic and not graphs and self._backend == "inductor"
+        """Whether graphs are compiled ahead of time. Those with breaks or free sizes only come just in time, with their
+        guards; and so do all with a torch older than 2.10."""
+        whole = self._params.fullgraph and not self._params.dynamic and self._backend == "inductor"
+        return whole and _can_compile_ahead()
 
     def _ready(self, shape: Shape, state: _State) -> Any:
         """The step for a shape, run once. Raises BadInput for a model that torch.compile cannot take in one graph."""
@@ -317,8 +323,10 @@ class Compiled(eager.Transformers):
                     step = torch.compiler.load_compiled_function(handle)
                 step.disable_guard_check()
             else:
-                # A mode and options exclude each other, but a mode is no more than options.
+                # A mode and options exclude each other, but a mode is no more than options. CUDA graphs we record
+                # ourselves: torch's own would look at every call whether its inputs are still the same.
                 options = {**OPTIONS, **torch._inductor.list_mode_options(self._params.mode)}
+                options["triton.cudagraphs"] = False
                 options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
                 step = build(_step, fullgraph=True, dynamic=False, options=options)
                 step = step.aot_compile(((self._inner, *state), {}))
@@ -327,6 +335,8 @@ class Compiled(eager.Transformers):
                     step.save_compiled_function(str(file))
                 step.disable_guard_check()
             step(self._inner, *state)
+            if self._ahead and self._device.type == "cuda" and self._params.mode in RECORDING:
+                step = _recorded(step, self._inner, state)
         seconds = time.perf_counter() - started
         self._seconds["warm_start" if warm else "compile_time"] += seconds
         how = "started from the compile cache" if warm else f"compiled in {seconds:.1f} s"
@@ -406,9 +416,25 @@ def _step(model: Any, token: Any, mask: Any, position: Any, slot: Any, keys: lis
     return logits
 
 
+def _recorded(step: Callable[..., Any], model: Any, state: _State) -> Callable[..., Any]:
+    """A compiled step as one CUDA graph: a single call sends all its kernels. It works on `state` where that lies."""
+    import torch
+
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step(model, *state)
+
+    def replay(*_: Any) -> Any:
+        graph.replay()
+        return logits
+
+    return replay
+
+
 def _linear(linear: Any, x: Any) -> Any:
-    """x @ W.T + b on a CPU. For one row in a graph it is written as the sum of products that it is, because Inductor
-    makes one pass over the weights of that, two to three times faster than PyTorch's matrix product of one row."""
+    """x @ W.T + b. For one row in a graph it is written as the sum of products that it is, because Inductor makes one
+    pass over the weights of that, on a CPU two to three times faster than PyTorch's matrix product of one row."""
     import torch
 
     rows = x.numel() // x.shape[-1]
@@ -418,7 +444,7 @@ def _linear(linear: Any, x: Any) -> Any:
         out = (out if scale is None else out * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
     elif scale is None:
         return torch.nn.functional.linear(x, weight, linear.bias)
-    elif rows <= FEW_ROWS and x.dtype == scale.dtype == torch.bfloat16:
+    elif rows <= FEW_ROWS and x.dtype == scale.dtype == torch.bfloat16 and x.device.type == "cpu":
         out = torch._weight_int8pack_mm(x.reshape(rows, -1), weight, scale).view(*x.shape[:-1], -1)
     else:
         out = torch.nn.functional.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
@@ -499,6 +525,16 @@ def _longest(config: Any) -> int:
     assert all(isinstance(layer, DynamicLayer) for layer in layers)
     windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
     return int(min([*windows, getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31]))
+
+
+@lru_cache
+def _can_compile_ahead() -> bool:
+    """Whether this torch can; up to 2.11 it has to be told that it may."""
+    import torch
+
+    if hasattr(torch._dynamo.config, "enable_aot_compile"):
+        torch._dynamo.config.enable_aot_compile = True
+    return hasattr(torch.compiler, "load_compiled_function")
 
 
 @contextlib.contextmanager

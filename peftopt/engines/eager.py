@@ -51,7 +51,7 @@ class Transformers(Text):
         self._device = torch.device(device)
         self.device, self.threads = str(self._device), torch.get_num_threads()
         tokenizer = hf.tokenizer(hf.tokenizer_home(model))
-        loaded = hf.load(model.path, unpacked=unpacked or bool(model.adapters))
+        loaded = hf.load(model.path, unpacked=unpacked or bool(model.adapters), device=self.device)
         started = time.perf_counter()
         for index, adapter in enumerate(model.adapters):
             # PEFT's default would hold the adapter in fp32 on a bf16 base, and convert at every layer and token. A
@@ -60,7 +60,7 @@ class Transformers(Text):
         if len(model.adapters) > 1:
             loaded.base_model.set_adapter([f"adapter{index}" for index in range(len(model.adapters))])
         self.adapter_switch_time = time.perf_counter() - started if model.adapters else None
-        self._model = loaded.to(self._device)
+        self._model = loaded
         self._owners = [loaded, loaded.get_base_model()] if model.adapters else [loaded]
         self._one_by_one = bool(model.adapters) and loaded.active_peft_config.is_prompt_learning
         self._stopping, self._endless = _greedy(self._model.generation_config, tokenizer)

@@ -15,17 +15,25 @@ KV_BYTES = 2
 """Of one cached number: every engine here keeps 16 bits."""
 
 
-def measure() -> float:
-    """Bytes per second that a plain sum over a large array reads, with this process's threads: the best of a second's
-    passes, since a neighbour can only slow one down (as in McCalpin's STREAM)."""
+def measure(device: str = "cpu") -> float:
+    """Bytes per second that a plain sum over a large array reads, on a CPU with this process's threads: the best of a
+    second's passes, since a neighbour can only slow one down (as in McCalpin's STREAM)."""
     import torch
 
-    numbers = torch.ones(BYTES // 4, dtype=torch.float32)
+    numbers = torch.ones(BYTES // 4, dtype=torch.float32, device=device)
     best, until = float("inf"), time.perf_counter() + SECONDS
     while (started := time.perf_counter()) < until:
-        numbers.sum()
+        numbers.sum().item()  # a GPU is done when the number is here
         best = min(best, time.perf_counter() - started)
     return BYTES / best
+
+
+def survey() -> dict[str, Json]:
+    """`read_bytes_per_s` of the CPU, and `gpu_read_bytes_per_s` where there is a CUDA GPU."""
+    import torch
+
+    gpu: dict[str, Json] = {"gpu_read_bytes_per_s": measure("cuda")} if torch.cuda.is_available() else {}
+    return {"read_bytes_per_s": measure(), **gpu}
 
 
 def reads(model: Model) -> dict[str, Json]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from peftopt.corpus import Row
 from peftopt.engines import Engine
 from peftopt.policies import uncut
+from peftopt.probes import cuda_of
 from peftopt.records import Json
 
 WARMUP_TOKENS = 4
@@ -27,6 +29,7 @@ def turn(
     `fresh` worker are they as long as the others, so that whatever is compiled for that length is compiled there.
 
     All durations in milliseconds, wall clock, measured from the submission; `cpu_ms` is the process's CPU time.
+    On CUDA `gpu_ms` is the time between two events around the generation, the GPU's own clock.
     TTFT ends with the first token of the batch, TPOT is the mean gap after it (Vocabulary: MLPerf, vLLM).
     Every request generates exactly `new_tokens` tokens per prompt, so no variant wins by being terse; with `stop`
     answers end by themselves, as a user meets them, and `new_tokens` in the record tells how long they were.
@@ -45,7 +48,8 @@ def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool
     submitted, cpu = time.perf_counter_ns(), time.process_time_ns()
     prompts = [engine.encode(row.messages)[0] for row in batch]
     started = time.perf_counter_ns()
-    generations = engine.generate(prompts, new_tokens, stop=stop)
+    with _gpu_clock(engine) as gpu:
+        generations = engine.generate(prompts, new_tokens, stop=stop)
     cpu = time.process_time_ns() - cpu
     # A batch begins with its first token and is done with its longest answer; a server ends rows at times of their own.
     first, last = min(g.times[0] for g in generations), max(g.times[-1] for g in generations)
@@ -57,9 +61,25 @@ def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool
         "ttft_ms": (first - submitted) / 1e6,
         "tpot_ms": (last - first) / 1e6 / gaps if gaps else None,
         "cpu_ms": cpu / 1e6,
+        **gpu,
         "batch": len(batch),
         "prompt_tokens": sum(map(len, prompts)),
         "new_tokens": sum(len(g.tokens) for g in generations),
         "touched": sum(uncut(engine, row.messages) is not None for row in batch),
         "warmup": warmup,
     }
+
+
+@contextlib.contextmanager
+def _gpu_clock(engine: Engine) -> Iterator[dict[str, Json]]:
+    """Holds `gpu_ms` afterwards, where the engine computes on CUDA in this process."""
+    found: dict[str, Json] = {}
+    if (torch := cuda_of(engine)) is None:
+        yield found
+        return
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    yield found
+    last.record()
+    last.synchronize()
+    found["gpu_ms"] = first.elapsed_time(last)

@@ -48,9 +48,9 @@ def make_ready(run: Run) -> None:
 
 
 def _lanes(run: Run) -> int:
-    """How many jobs at a time: one for each CPU core is the best use of them; on a GPU, or short of memory, one."""
+    """How many jobs at a time: one for each CPU core is the best use of them, a GPU's too, as far as memory goes."""
     each = 6 * store.size(Path(run.recipe.base)) + 2**30
-    return 1 if machine.gpus() else max(1, min(machine.cores(), machine.free_memory() // each))
+    return max(1, min(machine.cores(), machine.free_memory() // each))
 
 
 class _Hearers:
@@ -262,6 +262,18 @@ class _Exam:
                     write_reference=str(self.reference) if self.is_reference else None,
                     invariants=asdict(quality.invariants),
                 )
+            if self.launch == 1:
+                self._name_kernels(child)
+
+    def _name_kernels(self, child: Child) -> None:
+        """Where there is a GPU, have the report say what ran on it: a request like those of the race."""
+        recipe = self.run.recipe
+        if not machine.gpus():
+            return
+        asked = recipe.workloads[recipe.minimize.workload]
+        batch = draw(corpus.read(asked.prompts, asked.slice), asked, 0, recipe)[0]
+        if found := child.ask("kernels", recipe.measure.deadline_s, batch=batch, new_tokens=asked.new_tokens):
+            self.run.log("engine", self.variant.name, found)
 
     def _compile(self) -> None:
         """One request of each workload's shape and one of the answers', untimed."""
