@@ -70,6 +70,9 @@ def _remarks(evidence: Evidence, variant: Variant) -> Iterator[str]:
     worse, better = evidence.flips(variant.name)
     if worse:
         yield f"answers: {worse} got worse and {better} better; one-sided exact p = {stats.flips(worse, better):.2g}"
+    for name, (worse, better, asked) in evidence.task_flips(variant.name).items():
+        p = f"one-sided exact p = {stats.flips(worse, better):.2g}"
+        yield f"{name}: {worse} got worse and {better} better of {asked}; {p}"
     if worst := evidence.worst_slice(variant.name):
         tag, lost, won, asked = worst
         yield f"worst slice: {tag}, {lost} worse and {won} better of {asked}; p = {stats.flips(lost, won):.2g}"

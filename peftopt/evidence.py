@@ -10,6 +10,7 @@ from functools import cached_property
 
 from peftopt import stats
 from peftopt.records import Interval, Json, Measurement, Metric, Plan
+from peftopt.thresholds import TASK
 
 TWIN = "~aa"
 """Suffix of the A/A arm: a hidden second copy of the baseline that must not differ from it."""
@@ -55,6 +56,8 @@ class Evidence:
         self.launches: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
         self.memory: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
         self.engines: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
+        self.tasks: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+        """Variant -> metric ("task.NAME") -> row -> score."""
         self.surveyed: Mapping[str, Json] = {}
         self.machine: dict[tuple[str, int], list[Mapping[str, Json]]] = defaultdict(list)
         self.budget = plan.recipe.measure.max_blocks
@@ -82,6 +85,9 @@ class Evidence:
                         self._launched_blocks[m.variant, m.workload][-1].append(block)
                 case "quality":
                     self.answers[m.variant, m.launch][m.values["row"]] = m.values
+                case "task":
+                    scores = {row["id"]: row["value"] for row in m.values["samples"]}
+                    self.tasks[m.variant][TASK + m.values["task"]] = scores
                 case "machine":
                     self.surveyed = m.values
                 case "build":
@@ -370,6 +376,7 @@ class Evidence:
         for workload in self.plan.recipe.workloads:
             found |= self._speed_figures(variant, workload)
         found |= self._quality_figures(variant)
+        found |= self._task_figures(variant)
         found |= self._footprint(variant)
         return found
 
@@ -464,6 +471,24 @@ class Evidence:
             found["flips_p"] = _exactly(stats.flips(worse, better))
             if kept := self.survival(variant):
                 found["delta_survival"] = kept
+        return found
+
+    def _task_figures(self, variant: str) -> dict[str, Interval]:
+        """Mean scores; of tasks whose rows are right or wrong the exact interval."""
+        found = {}
+        for name, scores in self.tasks[variant].items():
+            values = list(scores.values())
+            sure = set(values) <= {0.0, 1.0}
+            found[name] = stats.proportion(int(sum(values)), len(values)) if sure else stats.mean(values)
+        return found
+
+    def task_flips(self, variant: str) -> dict[str, tuple[int, int, int]]:
+        """Of each task's rows: worse than the baseline's, better, and how many both were asked."""
+        found = {}
+        for name, ours in self.tasks[variant].items():
+            theirs = self.tasks[self.baseline].get(name, {})
+            gains = [ours[row] - theirs[row] for row in ours.keys() & theirs.keys()]
+            found[name] = sum(g < 0 for g in gains), sum(g > 0 for g in gains), len(gains)
         return found
 
     def _footprint(self, variant: str) -> dict[str, Interval]:

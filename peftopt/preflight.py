@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from peftopt import corpus, plugins
+from peftopt import corpus, environments, plugins
 from peftopt.adapter import EMBEDDINGS, PREFIX, Adapter, check_mergeable, open_adapter
 from peftopt.checkpoint import open_model
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.provenance import read as read_provenance
-from peftopt.records import SAFETENSORS, Json, Recipe
+from peftopt.records import SAFETENSORS, YAML, Json, Recipe, task_name
 
 
 def check(recipe: Recipe) -> None:
@@ -31,6 +32,31 @@ def check(recipe: Recipe) -> None:
             corpus.check_apart(rows, texts, recipe.calibration)
         if recipe.quality.schema:
             schema(recipe.quality.schema)
+        _check_tasks(recipe, recipe.quality.tasks)
+
+
+def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
+    """The harness is there, in the environment of every engine; a task file is named as its task is."""
+    if not tasks:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingEnvironment(
+            "quality.tasks needs lm-evaluation-harness, which is not installed", "pip install 'peftopt[eval]'"
+        )
+    for name, variant in recipe.variants.items():
+        if (home := variant.engine.environment) != environments.MAIN:
+            raise BadInput(
+                f"quality.tasks cannot be asked of variant {name}: its engine lives in the environment {home}",
+                "put tasks into a recipe of transformers engines; the same weights answer alike",
+            )
+    for task in (t for t in tasks if t.endswith(YAML)):
+        try:
+            found = re.search(r"^task:\s*['\"]?([^'\"\s#]+)", Path(task).read_text(encoding="utf-8"), re.MULTILINE)
+        except (OSError, UnicodeError) as error:
+            raise BadInput(f"cannot read the task file {task}: {error}", "give the path of its YAML file") from error
+        if not found or found[1] != task_name(task):
+            said = f"names its task {found[1]}" if found else "names no task"
+            raise BadInput(f"{task} {said}", f"write task: {task_name(task)} into it, as the file is called")
 
 
 def _check_endpoints(recipe: Recipe) -> None:

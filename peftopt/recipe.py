@@ -34,7 +34,9 @@ from peftopt.reading import (
 )
 from peftopt.records import (
     GENERIC,
+    NAME,
     SAFETENSORS,
+    YAML,
     Invariants,
     Measure,
     Plugin,
@@ -44,6 +46,7 @@ from peftopt.records import (
     Step,
     Variant,
     Workload,
+    task_name,
 )
 from peftopt.stats import LOOKS
 
@@ -181,7 +184,11 @@ class _Reading(Reading):
             "workloads": self.named(lambda name: self.record(Workload, requests | timed, name=name)),
             "quality": self.record(
                 Quality,
-                {**requests, "slice": text_of, "schema": self.file, "rows": whole(0), "invariants": self.invariants},
+                {
+                    **requests,
+                    **{"slice": text_of, "schema": self.file, "rows": whole(0), "invariants": self.invariants},
+                    **{"tasks": self.tasks, "task_rows": whole(1)},
+                },
             ),
             "measure": self.measure,
             "variants": self.named(self.variant),
@@ -208,6 +215,18 @@ class _Reading(Reading):
 
     def calibration(self, node: yaml.Node, at: str) -> str:
         return GENERIC if text_of(node) == GENERIC else self.file(node, at)
+
+    def tasks(self, node: yaml.Node, at: str) -> tuple[str, ...]:
+        """Names of tasks that lm-evaluation-harness knows, or paths of task files."""
+        given = self.list_of(lambda n, at: self.file(n, at) if text_of(n).endswith(YAML) else text_of(n))(node, at)
+        if odd := [name for name in map(task_name, given) if not NAME.fullmatch(name)]:
+            raise Wrong(f"a task cannot be named {show(odd[0])} here", "use letters, digits, - and _")
+        return tuple(given)
+
+    def check_task(self, metric: str, tasks: Sequence[str], at: str) -> None:
+        if (name := metric.removeprefix(thresholds.TASK)) not in (known := [*map(task_name, tasks)]):
+            hint = nearest(name, known) if known else f"add quality: {{tasks: [{name}]}}"
+            self.note(at, f"no task named {show(name)} in quality.tasks", hint)
 
     def measure(self, node: yaml.Node, at: str) -> Measure:
         values = self.keys(_MEASURE)(node, at)
@@ -351,7 +370,7 @@ class _Reading(Reading):
     def check_metrics(self, found: Mapping[str, Any]) -> None:
         minimize, known = found.get("minimize"), found.get("workloads")
         limits = [limit and limit.metric for limit in found["require"] or ()]
-        if minimize and not (minimize.workload and thresholds.METRICS[minimize.name].better == "lower"):
+        if minimize and not (minimize.workload and thresholds.better(minimize) == "lower"):
             self.note("minimize", f"{minimize.name} cannot be raced", "a time such as latency.p50@chat")
         for at, metric in [("minimize", minimize), *((f"require[{n}]", m) for n, m in enumerate(limits, 1))]:
             if metric and metric.workload and known and metric.workload not in known:
@@ -359,5 +378,7 @@ class _Reading(Reading):
             workload = (known or {}).get(metric.workload) if metric else None
             if metric and metric.name == "throughput" and workload and workload.lengths == "natural":
                 self.note(at, "throughput needs answers of one length: a longer one would win", "lengths: fixed")
-            if metric and thresholds.METRICS[metric.name].unit in _JUDGED_ON_ANSWERS and not self.lines.get("quality"):
+            if metric and thresholds.unit_of(metric) in _JUDGED_ON_ANSWERS and not self.lines.get("quality"):
                 self.note(at, f"{metric.name} is measured on checked answers", "add quality: {prompts: …}")
+            elif metric and metric.name.startswith(thresholds.TASK) and found.get("quality"):
+                self.check_task(metric.name, found["quality"].tasks, at)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 FORMAT = 1
 """Version of every line in measurements.jsonl and of decision.json."""
 
+YAML = (".yaml", ".yml")
 NAME = re.compile(r"(?!\.)[A-Za-z0-9_.-]{1,64}")
 """What a variant or a workload may be called: safe in a path, a report and a metric's name."""
 
@@ -127,7 +129,8 @@ class Quality:
     """Answers that are checked: prompts with `expected`, decoded until they stop by themselves.
 
     `slice` restricts them to those with this tag ("" = all); `rows` is the most to ask, those tagged critical first and
-    long ones last; 0 = all.
+    long ones last; 0 = all. `tasks` of lm-evaluation-harness are asked beside them, names or paths of YAML files, each
+    with at most `task_rows` rows (0 = all).
     """
 
     prompts: str
@@ -137,6 +140,13 @@ class Quality:
     rows: int = 0
     slice: str = ""
     invariants: Invariants = NO_INVARIANTS
+    tasks: tuple[str, ...] = ()
+    task_rows: int = 0
+
+
+def task_name(given: str) -> str:
+    """What a task is called in metrics: a name of lm-evaluation-harness's, or that of a task file without its end."""
+    return Path(given).stem if given.endswith(YAML) else given
 
 
 @dataclass(frozen=True)
@@ -270,7 +280,7 @@ class Measurement:
     load     source, requests: [{id, model, scheduled, sent, first, last, done (s since the start), ttft_ms, tpot_ms,
              gaps_ms, queue_time_ms, generation_latency_ms, request_duration_ms, prompt_tokens, new_tokens, error,
              warmup}], own_delay, engine, stopped, unsent, notes; of other meters also lacks and what they report
-    task     source, task, metric, value, stderr, n, samples: [{id, value}] (lm-evaluation-harness)
+    task     source, task, metric, value, stderr, n, samples: [{id, value}] (lm-evaluation-harness, run or imported)
     failure  stage, reason, detail
     """
 

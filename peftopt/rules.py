@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from peftopt import stats
 from peftopt.evidence import FIELDS, QUANTILES, Evidence, exp
 from peftopt.records import Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
-from peftopt.thresholds import METRICS, format_value
+from peftopt.thresholds import TASK, format_value, unit_of
 
 SKIPPED = ("missing library", "missing environment", "refused")
 """Failures that say nothing of the variant: it was not tried."""
@@ -312,7 +312,7 @@ def requirement(evidence: Evidence, variant: str, threshold: Threshold) -> Verdi
         return Verdict(rule, "inconclusive", reason, value=value, limit=threshold.limit, clock=clock)
     reason = f"{threshold.metric}{whose} is {_show(threshold, value)} (n={value.n})"
     against = evidence.baseline if threshold.relative else ""
-    unit = "x" if threshold.relative else METRICS[threshold.metric.name].unit
+    unit = "x" if threshold.relative else unit_of(threshold.metric)
     return Verdict(rule, outcome, reason, against, value, unit, threshold.limit, clock)
 
 
@@ -354,6 +354,12 @@ def relative(evidence: Evidence, variant: str, metric: Metric) -> Interval | Non
         if not any(theirs[r][key] for r in shared):
             return None
         return stats.ratio_of_means([ours[r][key] for r in shared], [theirs[r][key] for r in shared])
+    if metric.name.startswith(TASK):
+        mine, reference = (evidence.tasks[v].get(metric.name, {}) for v in (variant, evidence.baseline))
+        shared = sorted(mine.keys() & reference.keys())
+        if not any(reference[r] for r in shared):
+            return None
+        return stats.ratio_of_means([mine[r] for r in shared], [reference[r] for r in shared])
     own, base = evidence.figure(variant, metric), evidence.figure(evidence.baseline, metric)
     if own is None or base is None or not base.estimate:
         return None

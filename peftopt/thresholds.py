@@ -61,6 +61,17 @@ METRICS: Mapping[str, Spec] = {
 }
 """Every metric a recipe can name, in the order in which help and hints list them."""
 
+TASK = "task."
+"""What a metric's name begins with that stands for the score of one of `quality.tasks`, under the task's own name."""
+
+
+def spec_of(name: str) -> Spec | None:
+    """What a name stands for; None for one that no recipe can use."""
+    if name.startswith(TASK) and NAME.fullmatch(name.removeprefix(TASK)):
+        return Spec("share", False, "higher", "mean score in a task of lm-evaluation-harness")
+    return METRICS.get(name)
+
+
 UNITS: Mapping[Unit, Mapping[str, str]] = {
     "ms": {"us": "1e-3", "µs": "1e-3", "ms": "1", "s": "1e3", "min": "60e3"},
     "s": {"us": "1e-6", "µs": "1e-6", "ms": "1e-3", "s": "1", "min": "60"},
@@ -98,11 +109,12 @@ class BadThreshold(ValueError):
 def parse_metric(text: str) -> Metric:
     """The metric in "latency.p50@chat"; raises BadThreshold for an unknown name or a wrong "@"."""
     name, at, workload = (part.strip() for part in text.strip().partition("@"))
-    if name not in METRICS:
+    spec = spec_of(name)
+    if spec is None:
         raise BadThreshold(f"no metric named {_show(name)}", _nearest(name))
-    if METRICS[name].per_workload and not workload:
+    if spec.per_workload and not workload:
         raise BadThreshold(f"{name} needs a workload", f"write {name}@ and the name of a workload")
-    if at and not METRICS[name].per_workload:
+    if at and not spec.per_workload:
         raise BadThreshold(f"{name} is a figure of the whole variant, not of a workload", f"write {name}")
     if workload and not NAME.fullmatch(workload):
         raise BadThreshold(f"no workload can be named {_show(workload)}", "use letters, digits, - and _")
@@ -118,7 +130,7 @@ def parse(text: str) -> Threshold:
         raise BadThreshold(f"{found} in {_show(text)}", "write it like latency.p95@chat <= 400 ms")
     metric, op, amount = parse_metric(parts[0]), _OPERATORS[parts[1]], parts[2].strip()
     limit, relative = _limit(metric, amount)
-    spec = METRICS[metric.name]
+    spec = _spec(metric.name)
     if spec.better == ("higher" if op in ("<=", "<") else "lower"):
         hint = f"write {metric} {_FLIPPED[op]} {amount}"
         raise BadThreshold(f"{spec.better} {metric.name} is better, so {op} would demand a bad one", hint)
@@ -133,7 +145,7 @@ def format_value(metric: str, value: float, relative: bool = False) -> str:
     `value` is in the metric's base unit, or a ratio when `relative`; a name that METRICS lacks ("speed@chat")
     is a ratio too.
     """
-    spec = METRICS.get(metric.partition("@")[0])
+    spec = spec_of(metric.partition("@")[0])
     unit = "ratio" if relative or spec is None else spec.unit
     if not math.isfinite(value):
         return "n/a" if math.isnan(value) else "∞" if value > 0 else "-∞"
@@ -148,12 +160,28 @@ def format_value(metric: str, value: float, relative: bool = False) -> str:
     return f"{_digits(value)} {unit}"
 
 
+def unit_of(metric: Metric) -> Unit:
+    """The base unit of a metric's figures."""
+    return _spec(metric.name).unit
+
+
+def better(metric: Metric) -> Better:
+    """Which way a metric is good."""
+    return _spec(metric.name).better
+
+
 # ---- parts -------------------------------------------------------------------------------------
+
+
+def _spec(name: str) -> Spec:
+    spec = spec_of(name)
+    assert spec is not None, name  # whoever has a Metric got it from parse_metric
+    return spec
 
 
 def _limit(metric: Metric, text: str) -> tuple[float, bool]:
     """The limit in the metric's base unit, and whether it is relative to the baseline."""
-    spec = METRICS[metric.name]
+    spec = _spec(metric.name)
     op, share = (">=", "0.98x") if spec.better == "higher" else ("<=", "0.85x")
     hint = f"write {metric} {op} {_EXAMPLES[spec.unit]}"
     if not spec.compared and spec.unit != "ratio":
@@ -177,9 +205,10 @@ def _limit(metric: Metric, text: str) -> tuple[float, bool]:
 
 
 def _wrong_unit(name: str, unit: str) -> str:
-    if METRICS[name].unit == "ratio":
+    own = _spec(name).unit
+    if own == "ratio":
         return f"{name} is measured against the baseline, so its limit ends in x"
-    allowed = f"{name} is measured in {', '.join(u for u in UNITS[METRICS[name].unit] if u)}"
+    allowed = f"{name} is measured in {', '.join(u for u in UNITS[own] if u)}"
     if not unit:
         return f"the limit has no unit: {allowed}"
     known = any(unit in units for units in UNITS.values())

@@ -142,6 +142,13 @@ class Worker:
         )
         return {"rows": len(rows)}
 
+    def task(self, task: str, rows: int) -> dict[str, Json]:
+        """One task of lm-evaluation-harness: see probes/tasks.py."""
+        from peftopt.probes import tasks
+
+        with progress.heard(lambda at: self.tell("progress", at)):
+            return tasks.run(self.engine, task, rows)
+
     def bandwidth(self) -> dict[str, Json]:
         """How fast this machine reads memory: see probes/bandwidth.py."""
         from peftopt.probes import bandwidth

@@ -16,7 +16,19 @@ from peftopt import plugins, preflight
 from peftopt.errors import BadInput, BadRecipe
 from peftopt.reading import MAX_CHARACTERS
 from peftopt.recipe import parse
-from peftopt.records import Invariants, Measure, Metric, Plugin, Quality, Recipe, Rule, Step, Variant, Workload
+from peftopt.records import (
+    Invariants,
+    Measure,
+    Metric,
+    Plugin,
+    Quality,
+    Recipe,
+    Rule,
+    Step,
+    Variant,
+    Workload,
+    task_name,
+)
 
 ROOT = Path(__file__).parent.parent
 TRADEOFFS = (ROOT / "recipes/tradeoffs.yaml").read_text()
@@ -370,6 +382,8 @@ def test_missing_sections_are_named() -> None:
         ("minimize:", "quality: {prompts: q, invariants: {language: deu}}\nminimize:", 13, "two letters", "de"),
         ("minimize:", "measure: {deadline: 5 h}\nminimize:", 13, "must be 1 s to a day", "" ),
         ("minimize:", "measure: {deadline_s: 5}\nminimize:", 13, "unknown key", "did you mean 'deadline'?"),
+        ("minimize:", "quality: {prompts: q, tasks: [a b]}\nminimize:", 13, "cannot be named 'a b'", "letters"),
+        ("  - latency.p95@chat <= 400 ms", "  - task.arc >= 90 %", 12, "on checked answers", "add quality"),
         ("minimize:", "quality: {}\nminimize:", 13, "quality: 'prompts' is missing", ""),
         ("minimize:", "tradeoffs: mine.yaml\nminimize:", 13, "must be default or a mapping", ""),
         ("  - latency.p95@chat <= 400 ms", "  perplexity: 1", 11, "require: must be a list", ""),
@@ -484,14 +498,28 @@ def test_any_value_under_any_key_is_a_recipe_or_an_error_for_people(value: objec
 
 def test_the_page_on_recipes_shows_one_that_parses() -> None:
     page = (ROOT / "docs/recipes.md").read_text()
-    recipe, served, quality, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
+    recipe, served, quality, tasks, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
     text = "model: {base: b, adapter: a}\nworkloads: {chat: {prompts: p.jsonl}}\nvariants:\n  adapter: []\n"
     text += served + "minimize: latency.p50@chat\n"
     assert parse(text, "r.yaml", plugins.catalogue(), TRADEOFFS).variants["served"].engine.plugin == "endpoint"
     assert limits(read(recipe))["merge.gain"] == 0.15
     asked = read(GOOD + quality).quality
     assert asked and asked.invariants == Invariants(r"[A-Z]{2}-\d+", ("spam", "ham"), "kept", "kept", "kept")
+    assert (found := read(GOOD + tasks).quality) and found.task_rows == 200
+    assert [task_name(task) for task in found.tasks] == ["support"]
     assert limits(read(GOOD + table))["gptq.smaller"] == 0.25
+
+
+def test_a_task_that_is_required_has_to_be_asked() -> None:
+    text = GOOD.replace("minimize:", "quality: {prompts: q.jsonl, tasks: [arc_easy, t/support.yaml]}\nminimize:")
+    for name in ("arc_easy", "support"):
+        good = read(text.replace("  - latency.p95@chat <= 400 ms", f"  - task.{name} >= 0.98x"))
+        assert good.require[0].metric == Metric(f"task.{name}") and good.require[0].relative
+        assert good.quality and good.quality.tasks == ("arc_easy", "/work/recipes/t/support.yaml")
+    with pytest.raises(BadRecipe) as refused:
+        read(text.replace("  - latency.p95@chat <= 400 ms", "  - task.suport >= 0.98x"))
+    ((line, message, hint),) = refused.value.problems
+    assert (line, "no task named 'suport'" in message, "support" in hint) == (12, True, True)
 
 
 def test_a_variant_on_a_server_needs_its_url_and_the_wall_clock(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ from peftopt.thresholds import METRICS, UNITS, BadThreshold, format_value, parse
         ("accuracy ≥ 0.95", Metric("accuracy"), ">=", 0.95, False),
         ("critical_errors <= 0", Metric("critical_errors"), "<=", 0, False),
         ("size < 200 MB", Metric("size"), "<", 200e6, False),
+        ("task.arc_easy >= 0.98x", Metric("task.arc_easy"), ">=", 0.98, True),
+        ("task.support >= 90 %", Metric("task.support"), ">=", 0.9, False),
         ("gpu_memory <= 2 GiB", Metric("gpu_memory"), "<=", 2**31, False),
         ("perplexity <= 1.02×", Metric("perplexity"), "<=", 1.02, True),
         ("kl <= 5e-2 nats", Metric("kl"), "<=", 0.05, False),

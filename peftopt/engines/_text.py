@@ -19,6 +19,11 @@ class Text:
         self.eos = frozenset(eos)
 
     @property
+    def tokenizer(self) -> Any:
+        """The model's own, as transformers opens it."""
+        return self._tokenizer
+
+    @property
     def special_tokens(self) -> frozenset[int]:
         added = self._tokenizer.added_tokens_decoder.items()
         return frozenset(self._tokenizer.all_special_ids) | {id_ for id_, token in added if token.special}

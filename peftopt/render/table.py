@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from peftopt.evidence import TWIN
 from peftopt.records import Decision, Interval, Json, Measurement, VariantDecision, Verdict
 from peftopt.stats import LOOKS, MOST_BLOCKS, fewest_for
-from peftopt.thresholds import format_value
+from peftopt.thresholds import TASK, format_value
 
 MISSING = "—"
 WIDTH = 120
@@ -116,10 +116,16 @@ def _full(decision: Decision) -> list[Column]:
         ("size on disk", _figure_column("size")),
         ("load time", _figure_column("load_time")),
         ("accuracy", _figure_column("accuracy")),
+        *((name, _figure_column(name)) for name in _tasks(decision)),
         ("schema validity", _figure_column("validity")),
         ("perplexity", _figure_column("perplexity")),
         ("critical errors", _figure_column("critical_errors")),
     ]
+
+
+def _tasks(decision: Decision) -> list[str]:
+    """The tasks that any variant was asked, by their metric names."""
+    return sorted({name for v in decision.variants for name in v.figures if name.startswith(TASK)})
 
 
 def _compact(decision: Decision) -> list[Column]:

@@ -17,10 +17,11 @@ from peftopt.child import Child
 from peftopt.corpus import Row
 from peftopt.errors import WorkerFailed
 from peftopt.merging import certificate
-from peftopt.records import GENERIC, Build, Json, Model, Quality, Variant
+from peftopt.records import GENERIC, Build, Json, Model, Quality, Variant, task_name
 from peftopt.runner.racing import draw
 from peftopt.runner.run import Run, check_baseline, load, try_twice, worker
 from peftopt.runner.schedule import Job, work
+from peftopt.thresholds import TASK
 
 CHUNK = 96
 """Prompts answered between two looks at whether a variant has already failed."""
@@ -221,6 +222,13 @@ class _Exam:
             answered = {}
         return [row for row in self.rows if row.id not in answered]
 
+    def tasks(self) -> list[str]:
+        """The tasks that are still to be asked: of a variant that lives, once."""
+        evidence = self.run.evidence
+        if self.launch != 1 or self.variant.name in evidence.failures:
+            return []
+        return [t for t in self.quality.tasks if TASK + task_name(t) not in evidence.tasks[self.variant.name]]
+
     def compile(self) -> None:
         """Load the model, and compile what the race will need: it is in the compile cache then, and was compiled while
         others answered. The worker is kept for the answers."""
@@ -241,8 +249,23 @@ class _Exam:
             if try_twice(self.run, self.variant.name, "quality", partial(self._ask, tell)):
                 stopped = f", stopped after {n} prompts" if n < len(self.rows) else ""
                 self.run.listener.done("answer", self.name + stopped, time.perf_counter() - started)
+        for task in self.tasks():
+            started = time.perf_counter()
+            if try_twice(self.run, self.variant.name, f"task {task_name(task)}", partial(self._ask_task, task)):
+                self.run.listener.done("task", f"{task_name(task)}, {self.name}", time.perf_counter() - started)
         self.close()
         self.hear(1, self.name)
+
+    def _ask_task(self, task: str) -> None:
+        if need.hopeless(self.run.evidence, self.variant.name):
+            return
+
+        def hear(at: dict[str, Json]) -> None:
+            self.hear(at["done"] / max(1, at["total"]), f"{self.name}: {task_name(task)}")
+
+        deadline, rows = self.run.recipe.measure.deadline_s, self.quality.task_rows
+        with self._opened() as child:
+            self.run.log("task", self.variant.name, child.ask("task", deadline, hear=hear, task=task, rows=rows))
 
     def _ask(self, tell: Callable[[dict[str, Json]], None]) -> None:
         quality, left = self.quality, self.left()

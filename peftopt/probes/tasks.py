@@ -1,0 +1,157 @@
+"""A task of lm-evaluation-harness, asked of an open engine: the harness's questions and scores, our answers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peftopt import progress
+from peftopt.engines import Engine
+from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.records import YAML, Json, task_name
+
+NEEDS = "lm_eval"
+BATCH = 16
+"""Requests of about one length that are answered together."""
+
+LONGEST = 2048
+"""Tokens of a text whose likelihood is asked for as a whole; a longer one goes in windows."""
+
+
+def run(engine: Engine, given: str, rows: int) -> dict[str, Json]:
+    """The task's score of each row, by its first metric, as a `task` record holds them.
+
+    `given` is a name that the harness knows, or the path of a task file; data files that it names are looked for
+    beside it. At most `rows` rows (0 = all). The chat template is applied where there is one, and answers are greedy.
+    Source: lm_eval.evaluator.simple_evaluate, lm-evaluation-harness 0.4. Raises BadInput for a task that the harness
+    cannot load, and MissingEnvironment without the harness.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ModuleNotFoundError as error:
+        raise MissingEnvironment("lm-evaluation-harness is not installed", "pip install 'peftopt[eval]'") from error
+
+    name, home = task_name(given), Path(given).parent if given.endswith(YAML) else None
+    asked = _harness(engine)
+    with contextlib.chdir(home or Path.cwd()):
+        try:
+            found = lm_eval.simple_evaluate(
+                asked,
+                tasks=[name],
+                limit=rows or None,
+                task_manager=TaskManager(include_path=str(home) if home else None, include_defaults=home is None),
+                apply_chat_template=bool(asked.tokenizer.chat_template),
+                bootstrap_iters=0,
+            )
+        except (KeyError, ValueError, OSError) as error:
+            hint = "`lm_eval ls tasks` lists what it knows; data from a hub has to be in the cache already"
+            raise BadInput(f"lm-evaluation-harness cannot run {given}: {error}", hint) from error
+    return {"source": f"lm-evaluation-harness {lm_eval.__version__}", "task": name, **scores(found["samples"])}
+
+
+def scores(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Json]:
+    """What each row got, from the harness's log of (sub)task -> samples: of its first metric and first filter.
+
+    A row's id holds the name of its subtask. Raises BadInput where no metric is a number per row.
+    """
+    found: dict[str, float] = {}
+    metric = ""
+    for subtask, rows in samples.items():
+        first = rows[0].get("filter", "none") if rows else "none"
+        for row in rows:
+            numbers = [m for m in row.get("metrics", ()) if isinstance(row.get(m), int | float)]
+            if row.get("filter", "none") == first and numbers:
+                metric = metric or numbers[0]
+                found[f"{subtask}/{row['doc_id']}"] = float(row[metric if metric in numbers else numbers[0]])
+    if not found:
+        raise BadInput("none of the task's metrics is a number for each row", "choose a task with acc or exact_match")
+    mean = sum(found.values()) / len(found)
+    rows_found = [{"id": id_, "value": value} for id_, value in found.items()]
+    return {"metric": metric, "value": mean, "n": len(found), "samples": rows_found}
+
+
+def _harness(engine: Engine) -> Any:
+    """The engine as one of the harness's models."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    class Asked(TemplateLM):  # type: ignore[misc]
+        """See lm_eval.api.model.LM for what each method promises."""
+
+        tokenizer = engine.tokenizer
+        tokenizer_name = str(getattr(tokenizer, "name_or_path", ""))
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(self.tokenizer.eos_token_id)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            add = not self.tokenizer.chat_template if add_special_tokens is None else add_special_tokens
+            return list(self.tokenizer(string, add_special_tokens=add).input_ids)
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            text = self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+            return str(text)
+
+        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+            pairs = [(context, answer) for _, context, answer in requests]
+            return _in_batches(pairs, lambda pair: len(pair[0]) + len(pair[1]), self._likelihoods)
+
+        def _likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+            if not engine.scores:
+                hint = "choose a task that generates"
+                raise BadInput("this engine only generates, and the task asks for likelihoods", hint)
+            found = engine.score([context for context, _ in pairs], [answer for _, answer in pairs])
+            return [(sum(s.logprobs), s.best == list(answer)) for s, (_, answer) in zip(found, pairs, strict=True)]
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            return [self._rolling(request.args[0]) for request in requests]
+
+        def _rolling(self, text: str) -> float:
+            tokens = self.tok_encode(text, add_special_tokens=False)
+            windows = get_rolling_token_windows(tokens, self.prefix_token_id, LONGEST, 1)
+            asked = [(context, answer) for context, answer in map(make_disjoint_window, windows)]
+            return sum(logprob for logprob, _ in self._likelihoods(asked))
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            wanted = [(self.tok_encode(context), dict(settings)) for context, settings in (r.args for r in requests)]
+            if any(settings.get("do_sample") and settings.get("temperature") for _, settings in wanted):
+                raise BadInput("the task samples its answers, and here they are greedy", "set do_sample: false in it")
+            return _in_batches(wanted, lambda each: len(each[0]), self._answers)
+
+        def _answers(self, wanted: Sequence[tuple[list[int], dict[str, Any]]]) -> list[str]:
+            most = max(int(settings.get("max_gen_toks", 256)) for _, settings in wanted)
+            found = engine.generate([prompt for prompt, _ in wanted], most, stop=True)
+            return [
+                _until(engine.decode(g.tokens), settings.get("until") or ())
+                for g, (_, settings) in zip(found, wanted, strict=True)
+            ]
+
+    return Asked()
+
+
+def _in_batches(asked: Sequence[Any], length: Any, answer: Any) -> list[Any]:
+    """Answers in the order of the questions, those of about one length asked together, the longest first."""
+    found: list[Any] = [None] * len(asked)
+    order = sorted(range(len(asked)), key=lambda n: -length(asked[n]))
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        for n, said in zip(chosen, answer([asked[n] for n in chosen]), strict=True):
+            found[n] = said
+        progress.report("tasks", min(start + BATCH, len(order)), len(order))
+    return found
+
+
+def _until(text: str, stops: str | Sequence[str]) -> str:
+    """A text up to the first of the strings that end it."""
+    for stop in [stops] if isinstance(stops, str) else stops:
+        text = text.split(stop)[0] if stop else text
+    return text
