@@ -3,16 +3,21 @@
 They take turns in random order, a first pass discarded (it fills the prefix cache for both). Prints, for each figure,
 both medians and the ratio of ours to theirs with its exact interval over the paired rounds; the aim is within 3 %.
 
+An engine's own noise can hide 3 %. `--paced` puts a server in its place that streams each token at a set time (the one
+of the tests, in a process of its own): what the meters differ by then is the meters'.
+
 vLLM's meter needs pandas beside vLLM. Each meter runs in a process of its own that lives for all rounds, so that
 neither pays for imports.
 
     python benchmarks/load.py --url http://localhost:8000 --model NAME --tokenizer FOLDER --prompts FILE.jsonl \\
         --vllm PYTHON_OF_THE_VLLM_ENVIRONMENT --concurrency 1 --concurrency 4 --rate 2
+    python benchmarks/load.py --paced --tokenizer FOLDER --prompts FILE.jsonl --vllm PYTHON --concurrency 4 --rate 2
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import math
 import random
@@ -40,16 +45,37 @@ CONSTANT = 1e6
 """vLLM's burstiness at which its gamma gaps are all the same, as ours are with --arrivals constant."""
 
 
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+PACED = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from servers import served
+with served(first=0.3, gap=0.06) as server:  # seconds, about what vLLM takes here
+    print(server.url, flush=True)
+    time.sleep(86400)
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("url", "model", "tokenizer", "prompts", "vllm"):
+    for name in ("tokenizer", "prompts", "vllm"):
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--url")
+    parser.add_argument("--model", default="base")
+    parser.add_argument("--paced", action="store_true", help="against a server that streams tokens at set times")
     parser.add_argument("--concurrency", type=int, action="append", default=[])
     parser.add_argument("--rate", type=float, action="append", default=[])
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=8)
     a = parser.parse_args()
+    if bool(a.url) == a.paced:
+        parser.error("give either --url or --paced")
+    if a.paced:
+        paced = subprocess.Popen([sys.executable, "-c", PACED, str(TESTS)], stdout=subprocess.PIPE, text=True)
+        atexit.register(paced.kill)
+        assert paced.stdout
+        a.url = paced.stdout.readline().strip()
 
     folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
     rows = corpus.read(a.prompts)[: a.requests]

@@ -125,7 +125,8 @@ class Server:
 
     async def generate(self, path: str, name: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         self.most = max(self.most, self.running)
-        n = body.get("max_tokens") or body.get("max_new_tokens") or body.get("parameters", {}).get("max_new_tokens", 8)
+        asked = ("max_tokens", "max_completion_tokens", "max_new_tokens")
+        n = next((body[k] for k in asked if body.get(k)), body.get("parameters", {}).get("max_new_tokens", 8))
         fixed = body.get("ignore_eos", False)
         end = n if fixed else min(n, 5)
         if name == "broken" or (name == "refused" and self.seen[name] % 2 == 0):

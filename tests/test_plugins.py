@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import make_lora
 from safetensors.torch import load_file
 
 from peftopt import plugins, provenance
+from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment
-from peftopt.probes import kernels
+from peftopt.probes import kernels, speed
 from peftopt.records import Model
 
 CATALOGUE = plugins.catalogue()
@@ -377,6 +382,35 @@ def test_a_torch_that_cannot_compile_ahead_compiles_at_the_first_request(
     engine = plugin.open(model, plugin.Params())
     assert ask(engine, 8) == expected
     assert engine.facts()["graphs"] >= 1 and engine.facts()["compile_time"] > 0
+
+
+def test_the_cpu_time_of_a_request_holds_that_of_who_serves_it(opened: Any) -> None:
+    class Served:
+        """An engine whose model is in another process: here one that counts for ever."""
+
+        def __init__(self, pid: int) -> None:
+            self.pid, self.inner = pid, opened("eager")
+
+        def processes(self) -> list[int]:
+            return [self.pid]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+        def generate(self, *asked: Any, **kwargs: Any) -> Any:
+            deadline = time.monotonic() + 60
+            start = psutil.Process(self.pid).cpu_times().user
+            while psutil.Process(self.pid).cpu_times().user < start + 0.3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return self.inner.generate(*asked, **kwargs)
+
+    row = Row("a", ({"role": "user", "content": "hi"},))
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            (request,) = speed.turn(Served(busy.pid), [[row]], 2, 0)
+        finally:
+            busy.kill()
+    assert request["cpu_ms"] >= 290
 
 
 @pytest.mark.parametrize(

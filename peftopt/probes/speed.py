@@ -28,8 +28,9 @@ def turn(
     """Time each batch as one request, one after the other (a closed loop); the first `warmup` are marked so. Only in a
     `fresh` worker are they as long as the others, so that whatever is compiled for that length is compiled there.
 
-    All durations in milliseconds, wall clock, measured from the submission; `cpu_ms` is the process's CPU time.
-    On CUDA `gpu_ms` is the time between two events around the generation, the GPU's own clock.
+    All durations in milliseconds, wall clock, measured from the submission; `cpu_ms` is the CPU time of the process,
+    and of those that serve the model for it. On CUDA `gpu_ms` is the time between two events around the
+    generation, by the GPU's own clock.
     TTFT ends with the first token of the batch, TPOT is the mean gap after it (Vocabulary: MLPerf, vLLM).
     Every request generates exactly `new_tokens` tokens per prompt, so no variant wins by being terse; with `stop`
     answers end by themselves, as a user meets them, and `new_tokens` in the record tells how long they were.
@@ -45,12 +46,13 @@ def turn(
 
 
 def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool, stop: bool) -> dict[str, Json]:
+    served = _served_cpu_ns(engine)
     submitted, cpu = time.perf_counter_ns(), time.process_time_ns()
     prompts = [engine.encode(row.messages)[0] for row in batch]
     started = time.perf_counter_ns()
     with _gpu_clock(engine) as gpu:
         generations = engine.generate(prompts, new_tokens, stop=stop)
-    cpu = time.process_time_ns() - cpu
+    cpu = time.process_time_ns() - cpu + _served_cpu_ns(engine) - served
     # A batch begins with its first token and is done with its longest answer; a server ends rows at times of their own.
     first, last = min(g.times[0] for g in generations), max(g.times[-1] for g in generations)
     gaps = max(len(g.times) for g in generations) - 1
@@ -68,6 +70,20 @@ def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool
         "touched": sum(uncut(engine, row.messages) is not None for row in batch),
         "warmup": warmup,
     }
+
+
+def _served_cpu_ns(engine: Engine) -> int:
+    """CPU time so far of the processes that serve the model in this one's place; 0 where none do."""
+    if not hasattr(engine, "processes"):
+        return 0
+    import psutil
+
+    total = 0.0
+    for pid in engine.processes():
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(pid).cpu_times()
+            total += times.user + times.system
+    return round(total * 1e9)
 
 
 @contextlib.contextmanager
