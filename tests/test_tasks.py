@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,15 @@ def test_a_task_that_was_not_asked_leaves_its_requirement_open() -> None:
 
 
 def test_a_recipe_asks_its_tasks(
-    folder: Path, tiny_base: Path, tiny_lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tiny_base: Path, tiny_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tmp_path / "tasks.yaml"
+    monkeypatch.chdir(tmp_path)  # the recipe is named from here, so all its paths are too
+    recipe = Path("tasks.yaml")
+    for file in folder.iterdir():
+        shutil.copy(file, tmp_path) if file.is_file() else None
     asked = prompts(tmp_path / "prompts.jsonl", 8, "chat")
     text = RECIPE.format(base=tiny_base, adapter=tiny_lora, prompts=asked)
-    text = text.replace("batch: 4}", f"batch: 4, tasks: [{folder / 'choice.yaml'}], task_rows: 12}}")
+    text = text.replace("batch: 4}", "batch: 4, tasks: [choice.yaml], task_rows: 12}")
     text = text.replace("  int8: [merge, int8]\n", "").replace("minimize:", "require: [task.choice >= 0.5x]\nminimize:")
     recipe.write_text(text)
     assert command("run", recipe, "--results", tmp_path / "results") in (0, 1, 3)

@@ -34,7 +34,7 @@ def run(engine: Engine, given: str, rows: int) -> dict[str, Json]:
     except ModuleNotFoundError as error:
         raise MissingEnvironment("lm-evaluation-harness is not installed", "pip install 'peftopt[eval]'") from error
 
-    name, home = task_name(given), Path(given).parent if given.endswith(YAML) else None
+    name, home = task_name(given), Path(given).resolve().parent if given.endswith(YAML) else None
     asked = _harness(engine)
     with contextlib.chdir(home or Path.cwd()):
         try:

@@ -17,7 +17,7 @@ from peftopt.child import Child
 from peftopt.corpus import Row
 from peftopt.errors import WorkerFailed
 from peftopt.merging import certificate
-from peftopt.records import GENERIC, Build, Json, Model, Quality, Variant, task_name
+from peftopt.records import GENERIC, YAML, Build, Json, Model, Quality, Variant, task_name
 from peftopt.runner.racing import draw
 from peftopt.runner.run import Run, check_baseline, load, try_twice, worker
 from peftopt.runner.schedule import Job, work
@@ -264,6 +264,7 @@ class _Exam:
             self.hear(at["done"] / max(1, at["total"]), f"{self.name}: {task_name(task)}")
 
         deadline, rows = self.run.recipe.measure.deadline_s, self.quality.task_rows
+        task = str(Path(task).resolve()) if task.endswith(YAML) else task  # workers stand in a folder of their own
         with self._opened() as child:
             self.run.log("task", self.variant.name, child.ask("task", deadline, hear=hear, task=task, rows=rows))
 
