@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 from peftopt import stats
 from peftopt.records import Interval, Json
@@ -245,6 +246,31 @@ def saturated(arrived: Sequence[float], finished: Sequence[float], now: float, b
     if came < FEWEST_TO_JUDGE or now < SOONEST_S or not finished or finished[0] > middle:
         return False
     return growth > GROWING * came and growth > SIGMAS * math.sqrt(came / min(burstiness, 1.0))
+
+
+# ---- the cliff ---------------------------------------------------------------------------------
+
+CLIFF = 1.25
+"""How many times longer users must wait with one adapter more for the step to be called a cliff."""
+
+
+def waited(requests: Sequence[Request]) -> Interval:
+    """Median time to the first token in ms, of the whole request where nothing streams; failed ones wait for ever."""
+    found = figures(requests)
+    value: Interval = found.get("ttft_p50_ms") or found.get("latency_p50_ms") or Interval(math.inf, 0.0, math.inf, 0)
+    return value
+
+
+def cliff(waits: Sequence[Interval]) -> int | None:
+    """After how many adapters users wait much longer: `waits` with 1, 2, … adapters in turn. None where they do not.
+
+    One more adapter than an engine has slots for makes its requests wait for another's to end, or for weights to be
+    swapped; what only grows with the number is no cliff. The step must be `CLIFF`-fold, and its intervals apart.
+    """
+    for size, (before, after) in enumerate(pairwise(waits), 1):
+        if after.estimate >= CLIFF * before.estimate and after.low > before.high:
+            return size
+    return None
 
 
 # ---- the highest rate --------------------------------------------------------------------------

@@ -301,14 +301,15 @@ class Trial:
 
 @dataclass
 class Loaded:
-    """A server under load: one run, or in a search all its trials and the `highest` rate that held (None: none did).
-    `notes` say what a reader must know."""
+    """A server under load: one run, or in a search all its trials and the `highest` rate that held (None: none did), or
+    the runs with 1, 2, … adapters (`sets`). `notes` say what a reader must know."""
 
     played: Played
     warmed: list[Request]
     notes: list[str]
     trials: list[Trial] = field(default_factory=list)
     highest: float | None = None
+    sets: list[Played] = field(default_factory=list)
 
 
 def run(target: Target, traffic_: Traffic, rate: float, show: Show, patient: bool = False) -> Loaded:
@@ -354,6 +355,28 @@ def find_rate(
                     best = [t for t in trials if t.rate == found.value]
                     last = best[-1].played if best else played
                     return Loaded(last, warmed, notes, trials, found.value)
+
+    return asyncio.run(session())
+
+
+def find_cliff(target: Target, traffic_: Traffic, rate: float, show: Show, tell: Callable[[Played], None]) -> Loaded:
+    """The same load on the first served name alone, on two of them, and so on: where users begin to wait, the engine
+    has fewer slots than adapters (see goodput.cliff). `tell` hears of each run. Raises as `run` does."""
+
+    async def session() -> Loaded:
+        async with Client(target) as client:
+            names, warmed = await _ready(client, traffic_)
+            found = Loaded(Played(), warmed, [])
+            for size in range(1, len(names) + 1):
+                planned = traffic_.planned(rate, names[:size])
+                found.played = await _play(client, traffic_, planned, show, patient=True)
+                found.sets.append(found.played)
+                tell(found.played)
+                found.notes = _notes(client, traffic_, found.played)
+                if found.played.stopped:
+                    break
+                await settle(client)
+            return found
 
     return asyncio.run(session())
 
@@ -431,7 +454,7 @@ def outcome(loaded: Loaded, slos: Sequence[Slo], searched: bool) -> int:
 def append(path: Path, variant: str, values: Mapping[str, Json]) -> None:
     """Add a run to a file of measurements, on disk before this returns: the raw requests, and no figures, which are
     made of them."""
-    kept = {key: value for key, value in values.items() if key not in ("figures", "by_model")}
+    kept = {key: value for key, value in values.items() if key not in ("figures", "by_model", "adapters", "cliff")}
     kept["trials"] = [{key: trial[key] for key in ("rate", "held", "stopped")} for trial in values["trials"]]
     _append(path, Measurement("load", variant, values={"source": "peftopt", **kept}, at=_today()))
 
@@ -471,6 +494,8 @@ def as_json(loaded: Loaded, slos: Sequence[Slo]) -> dict[str, Json]:
             for t in loaded.trials
         ],
         "highest_rate": loaded.highest,
+        "adapters": [goodput.waited(played.requests) for played in loaded.sets],
+        "cliff": goodput.cliff([goodput.waited(played.requests) for played in loaded.sets]),
         "requests": [r.as_json() for r in whole],
     }
 

@@ -25,6 +25,7 @@ from peftopt.errors import BadInput
 from peftopt.goodput import Request, slo
 from peftopt.load import Traffic
 from peftopt.protocols import Prompt
+from peftopt.records import Interval
 
 settings.register_profile("load", deadline=None)
 settings.load_profile("load")
@@ -380,6 +381,7 @@ def test_a_recipe_names_its_servers(questions: Path, tmp_path: Path, capsys: pyt
     ("flags", "says"),
     [
         (["--slo", "fast"], "no service level"),
+        (["--find-cliff", "--model", "base"], "needs several adapters"),
         (["--find-rate"], "needs a service level"),
         (["--arrivals", "bursty"], "known: poisson, gamma, constant"),
         (["--rate", "0"], "more than 0"),
@@ -423,3 +425,39 @@ def test_bad_traffic_is_refused() -> None:
         Traffic({}, {}, 4).check(1.0)
     with pytest.raises(BadInput, match="which no prompt has"):
         Traffic(PROMPTS, {}, 4, trace=(traffic.Traced(0.0, "nobody"),)).check(1.0)
+
+
+# ---- more adapters than slots ------------------------------------------------------------------
+
+
+def waits(*medians: float, spread: float = 0.05) -> list[Interval]:
+    return [Interval(m, m * (1 - spread), m * (1 + spread), 100) for m in medians]
+
+
+def test_a_cliff_is_a_step_that_is_large_and_sure() -> None:
+    assert goodput.cliff(waits(100, 102, 104, 300, 310)) == 3
+    assert goodput.cliff(waits(100, 120, 144, 170)) is None, "what only grows is no cliff"
+    assert goodput.cliff(waits(100, 180, spread=0.5)) is None, "nor is what may be noise"
+    assert goodput.cliff(waits(100)) is None and goodput.cliff([]) is None
+    gone = Interval(math.inf, 90.0, math.inf, 100)
+    assert goodput.cliff([*waits(100), gone]) is None and goodput.cliff([*waits(50), gone]) == 1
+
+
+@pytest.mark.parametrize(("resident", "cliff"), [(2, 2), (5, None)])
+def test_the_number_of_adapters_from_which_users_wait_is_found(
+    resident: int, cliff: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"id": "1", "messages": [{"role": "user", "content": "count"}]}\n')
+    names = ("a", "b", "c", "d")
+    with served(models=names, resident=resident, swap=0.2, first=0.02, gap=0.001) as server:
+        options = [option for name in names for option in ("--model", name)]
+        options += ["--prompts", prompts, "--concurrency", 1, "--requests", 12, "--new-tokens", 4]
+        options += ["--mix", "round-robin", "--find-cliff"]
+        assert command("load", server.url, *options, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["cliff"], len(found["adapters"])) == (cliff, 4)
+        assert command("load", server.url, *options) == 0
+    said = capsys.readouterr()
+    text = " ".join((said.out + said.err).split())
+    assert ("beyond 2: give the engine more slots" if cliff else "none up to 4 adapters") in text

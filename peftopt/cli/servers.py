@@ -50,6 +50,10 @@ def load(
     find: Annotated[
         bool, typer.Option("--find-rate", help="Search the highest rate at which 95 % of requests meet every --slo.")
     ] = False,
+    cliff: Annotated[
+        bool,
+        typer.Option("--find-cliff", help="Repeat with 1, 2, … of the --model names: where do users begin to wait?"),
+    ] = False,
     protocol: Annotated[str, typer.Option(help="chat, completions, tgi or mii.")] = "chat",
     api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
@@ -76,6 +80,8 @@ def load(
     if find and (trace or concurrency):
         raise BadInput("--find-rate sets the rate itself", "leave out --trace and --concurrency")
     given = {"protocol": protocol, "key_env": api_key_env, "timeout_s": timeout}
+    if cliff and (find or trace or len(model) < 2):
+        raise BadInput("--find-cliff needs several adapters, at one rate or concurrency", "add --model NAME for each")
     targets, file = _load_targets(target, given, prompts)
     console, outcomes = Console(quiet), []
     for name, where in targets.items():
@@ -97,6 +103,8 @@ def load(
         with console.progress(title, kind.expected(rate)) as show:
             if find:
                 found = loading.find_rate(where, kind, rate, slos, show, lambda t: _tell_trial(console, t, slos))
+            elif cliff:
+                found = loading.find_cliff(where, kind, rate, show, lambda played: _tell_set(console, played))
             else:
                 found = loading.run(where, kind, rate, show, patient)
         values = loading.as_json(found, slos)
@@ -141,6 +149,15 @@ def _tell_trial(console: Any, trial: Any, slos: Any) -> None:
         f"{trial.rate:.3g}/s {word}: {share.estimate:.1%} of {share.n}{why}",
         max((r.done for r in trial.played.requests), default=0.0),
     )
+
+
+def _tell_set(console: Any, played: Any) -> None:
+    from peftopt import goodput
+
+    names = len({r.model for r in played.requests})
+    wait = goodput.waited(played.requests)
+    text = f"{names} adapter{'s' * (names > 1)}: P50 {wait.estimate:,.0f} ms ({wait.low:,.0f} to {wait.high:,.0f})"
+    console.done("load", text, max((r.done for r in played.requests), default=0.0))
 
 
 @app.command()

@@ -45,6 +45,15 @@ def lines(found: Mapping[str, Json], slots: int = 0) -> dict[str, str]:
         said["highest rate"] = f"{found['highest_rate']:.3g} requests/s hold, verified by repeats"
     elif found["trials"]:
         said["highest rate"] = "none that was tried holds"
+    if found.get("adapters"):
+        said["waiting"] = ", ".join(
+            f"{size} adapters {_ms({'wait': wait}, 'wait')} ms" for size, wait in enumerate(found["adapters"], 1)
+        ).replace("1 adapters", "1 adapter", 1)
+        said["cliff"] = (
+            f"beyond {found['cliff']}: give the engine more slots (vLLM: --max-loras), or a server fewer adapters"
+            if found["cliff"]
+            else f"none up to {len(found['adapters'])} adapters"
+        )
     colds = {name: v["cold_ttft_ms"] for name, v in found["by_model"].items() if v.get("cold_ttft_ms")}
     if colds:
         said["first request"] = (
