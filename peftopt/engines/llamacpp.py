@@ -12,6 +12,7 @@ from peftopt import hf, machine
 from peftopt.engines import Generation, Scores
 from peftopt.engines._logits import scored, scores_of
 from peftopt.engines._text import Text, ends
+from peftopt.environments.llamacpp import model_settings
 from peftopt.errors import BadInput
 from peftopt.records import Model
 from peftopt.transforms.gguf import WEIGHTS, library, lora_file, lora_scale
@@ -65,7 +66,7 @@ class LlamaCpp(Text):
         super().__init__(tokenizer, ends(folder, tokenizer))
         self.threads = machine.threads()
         self.device = "cuda" if params.gpu_layers and self._lib.llama_supports_gpu_offload() else "cpu"
-        settings = self._lib.llama_model_default_params()
+        settings = model_settings(self._lib)
         settings.n_gpu_layers = params.gpu_layers
         self._model = _load(self._lib, folder / WEIGHTS, settings)
         self._vocabulary = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))

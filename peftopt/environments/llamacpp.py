@@ -7,6 +7,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from peftopt.errors import MissingEnvironment
 
@@ -68,6 +69,14 @@ CONVERTERS = "llama.cpp"
 """The folder, in the environment's, of the converters that belong to this version of the library."""
 
 KEPT = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
+
+
+def model_settings(library: Any) -> Any:
+    """llama.cpp's own for opening a model, but never AMX: in virtual machines that announce it, its kernels may die of
+    SIGILL at their first tile instruction (seen with 0.3.36). `library` is the module llama_cpp."""
+    settings = library.llama_model_default_params()
+    settings.use_extra_bufts = b"AMX_INT8 = 1" not in library.llama_print_system_info()
+    return settings
 
 
 def check() -> None:
