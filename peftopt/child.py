@@ -125,14 +125,7 @@ class Child:
 
     def cpu_s(self) -> float:
         """Seconds of CPU time that the worker and its descendants have taken."""
-        import psutil
-
-        total = 0.0
-        for pid in self.processes():
-            with contextlib.suppress(psutil.Error):
-                times = psutil.Process(pid).cpu_times()
-                total += times.user + times.system
-        return total
+        return machine.cpu_s(self.processes())
 
     def kill(self) -> None:
         """End the whole process group now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,18 @@ def gpu_state(states: list[str], on_gpu: set[int], pids: set[int]) -> dict[str, 
     heat = [int(degrees) for degrees, _ in fields if degrees.isdigit()]
     found: dict[str, Json] = {"gpu_foreign": foreign, "gpu_slowed": any(mask & SLOWED for mask in masks)}
     return {**found, "gpu_temperature_c": max(heat)} if heat else found
+
+
+def cpu_s(pids: Iterable[int]) -> float:
+    """Seconds of CPU time that these processes have taken so far; one that is gone counts no more."""
+    import psutil
+
+    total = 0.0
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            times = psutil.Process(pid).cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def free_memory() -> int:

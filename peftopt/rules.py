@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from peftopt import stats
 from peftopt.evidence import FIELDS, QUANTILES, Evidence, exp
 from peftopt.records import Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
-from peftopt.thresholds import TASK, format_value, unit_of
+from peftopt.thresholds import TASK, format_value, known
 
 SKIPPED = ("missing library", "missing environment", "refused")
 """Failures that say nothing of the variant: it was not tried."""
@@ -312,7 +312,7 @@ def requirement(evidence: Evidence, variant: str, threshold: Threshold) -> Verdi
         return Verdict(rule, "inconclusive", reason, value=value, limit=threshold.limit, clock=clock)
     reason = f"{threshold.metric}{whose} is {_show(threshold, value)} (n={value.n})"
     against = evidence.baseline if threshold.relative else ""
-    unit = "x" if threshold.relative else unit_of(threshold.metric)
+    unit = "x" if threshold.relative else known(threshold.metric).unit
     return Verdict(rule, outcome, reason, against, value, unit, threshold.limit, clock)
 
 

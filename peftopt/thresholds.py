@@ -109,12 +109,12 @@ class BadThreshold(ValueError):
 def parse_metric(text: str) -> Metric:
     """The metric in "latency.p50@chat"; raises BadThreshold for an unknown name or a wrong "@"."""
     name, at, workload = (part.strip() for part in text.strip().partition("@"))
-    spec = spec_of(name)
-    if spec is None:
+    found = spec_of(name)
+    if found is None:
         raise BadThreshold(f"no metric named {_show(name)}", _nearest(name))
-    if spec.per_workload and not workload:
+    if found.per_workload and not workload:
         raise BadThreshold(f"{name} needs a workload", f"write {name}@ and the name of a workload")
-    if at and not spec.per_workload:
+    if at and not found.per_workload:
         raise BadThreshold(f"{name} is a figure of the whole variant, not of a workload", f"write {name}")
     if workload and not NAME.fullmatch(workload):
         raise BadThreshold(f"no workload can be named {_show(workload)}", "use letters, digits, - and _")
@@ -130,7 +130,7 @@ def parse(text: str) -> Threshold:
         raise BadThreshold(f"{found} in {_show(text)}", "write it like latency.p95@chat <= 400 ms")
     metric, op, amount = parse_metric(parts[0]), _OPERATORS[parts[1]], parts[2].strip()
     limit, relative = _limit(metric, amount)
-    spec = _spec(metric.name)
+    spec = known(metric)
     if spec.better == ("higher" if op in ("<=", "<") else "lower"):
         hint = f"write {metric} {_FLIPPED[op]} {amount}"
         raise BadThreshold(f"{spec.better} {metric.name} is better, so {op} would demand a bad one", hint)
@@ -160,28 +160,19 @@ def format_value(metric: str, value: float, relative: bool = False) -> str:
     return f"{_digits(value)} {unit}"
 
 
-def unit_of(metric: Metric) -> Unit:
-    """The base unit of a metric's figures."""
-    return _spec(metric.name).unit
-
-
-def better(metric: Metric) -> Better:
-    """Which way a metric is good."""
-    return _spec(metric.name).better
+def known(metric: Metric) -> Spec:
+    """What a metric stands for; it has one, since only parse_metric makes metrics."""
+    found = spec_of(metric.name)
+    assert found is not None, metric
+    return found
 
 
 # ---- parts -------------------------------------------------------------------------------------
 
 
-def _spec(name: str) -> Spec:
-    spec = spec_of(name)
-    assert spec is not None, name  # whoever has a Metric got it from parse_metric
-    return spec
-
-
 def _limit(metric: Metric, text: str) -> tuple[float, bool]:
     """The limit in the metric's base unit, and whether it is relative to the baseline."""
-    spec = _spec(metric.name)
+    spec = known(metric)
     op, share = (">=", "0.98x") if spec.better == "higher" else ("<=", "0.85x")
     hint = f"write {metric} {op} {_EXAMPLES[spec.unit]}"
     if not spec.compared and spec.unit != "ratio":
@@ -193,7 +184,7 @@ def _limit(metric: Metric, text: str) -> tuple[float, bool]:
     if relative and spec.compared:
         raise BadThreshold(f"{metric.name} already compares with the baseline, so x means nothing here", hint)
     if not relative and match[2] not in UNITS[spec.unit]:
-        raise BadThreshold(_wrong_unit(metric.name, match[2]), hint)
+        raise BadThreshold(_wrong_unit(metric, match[2]), hint)
     limit = float(Decimal(match[1]) * Decimal("1" if relative else UNITS[spec.unit][match[2]]))
     if math.isinf(limit):
         raise BadThreshold(f"{_show(text)} is too large", hint)
@@ -204,15 +195,15 @@ def _limit(metric: Metric, text: str) -> tuple[float, bool]:
     return limit, relative
 
 
-def _wrong_unit(name: str, unit: str) -> str:
-    own = _spec(name).unit
+def _wrong_unit(metric: Metric, unit: str) -> str:
+    name, own = metric.name, known(metric).unit
     if own == "ratio":
         return f"{name} is measured against the baseline, so its limit ends in x"
     allowed = f"{name} is measured in {', '.join(u for u in UNITS[own] if u)}"
     if not unit:
         return f"the limit has no unit: {allowed}"
-    known = any(unit in units for units in UNITS.values())
-    return f"{_show(unit)} is {'the wrong kind of' if known else 'no known'} unit: {allowed}"
+    elsewhere = any(unit in units for units in UNITS.values())
+    return f"{_show(unit)} is {'the wrong kind of' if elsewhere else 'no known'} unit: {allowed}"
 
 
 def _nearest(name: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from peftopt import answers, identity, policies
 from peftopt.corpus import Row
@@ -182,7 +182,14 @@ def ask(
         Reference.write(write_reference, found, base)
 
 
-Sized = TypeVar("Sized", "Asked", "Waiting")
+class HasLength(Protocol):
+    """What is asked in batches: `length` in tokens."""
+
+    @property
+    def length(self) -> int: ...
+
+
+Sized = TypeVar("Sized", bound=HasLength)
 
 
 def batches(asked: Iterable[Sized], batch: int) -> Iterator[list[Sized]]:

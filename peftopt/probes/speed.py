@@ -7,6 +7,7 @@ import gc
 import time
 from collections.abc import Iterator, Sequence
 
+from peftopt import machine
 from peftopt.corpus import Row
 from peftopt.engines import Engine
 from peftopt.policies import uncut
@@ -46,13 +47,14 @@ def turn(
 
 
 def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool, stop: bool) -> dict[str, Json]:
-    served = _served_cpu_ns(engine)
+    serving = engine.processes() if hasattr(engine, "processes") else ()
+    served = machine.cpu_s(serving)
     submitted, cpu = time.perf_counter_ns(), time.process_time_ns()
     prompts = [engine.encode(row.messages)[0] for row in batch]
     started = time.perf_counter_ns()
     with _gpu_clock(engine) as gpu:
         generations = engine.generate(prompts, new_tokens, stop=stop)
-    cpu = time.process_time_ns() - cpu + _served_cpu_ns(engine) - served
+    cpu = time.process_time_ns() - cpu + round((machine.cpu_s(serving) - served) * 1e9)
     # A batch begins with its first token and is done with its longest answer; a server ends rows at times of their own.
     first, last = min(g.times[0] for g in generations), max(g.times[-1] for g in generations)
     gaps = max(len(g.times) for g in generations) - 1
@@ -70,20 +72,6 @@ def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool
         "touched": sum(uncut(engine, row.messages) is not None for row in batch),
         "warmup": warmup,
     }
-
-
-def _served_cpu_ns(engine: Engine) -> int:
-    """CPU time so far of the processes that serve the model in this one's place; 0 where none do."""
-    if not hasattr(engine, "processes"):
-        return 0
-    import psutil
-
-    total = 0.0
-    for pid in engine.processes():
-        with contextlib.suppress(psutil.Error):
-            times = psutil.Process(pid).cpu_times()
-            total += times.user + times.system
-    return round(total * 1e9)
 
 
 @contextlib.contextmanager

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peftopt import progress
 from peftopt.engines import Engine
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.probes import quality
 from peftopt.records import YAML, Json, task_name
 
-NEEDS = "lm_eval"
 BATCH = 16
-"""Requests of about one length that are answered together."""
+"""Requests that are answered together, as many as their length allows."""
 
 LONGEST = 2048
 """Tokens of a text whose likelihood is asked for as a whole; a longer one goes in windows."""
@@ -138,16 +139,23 @@ def _harness(engine: Engine) -> Any:
     return Asked()
 
 
-def _in_batches(asked: Sequence[Any], length: Any, answer: Any) -> list[Any]:
-    """Answers in the order of the questions, those of about one length asked together, the longest first."""
-    found: list[Any] = [None] * len(asked)
-    order = sorted(range(len(asked)), key=lambda n: -length(asked[n]))
-    for start in range(0, len(order), BATCH):
-        chosen = order[start : start + BATCH]
-        for n, said in zip(chosen, answer([asked[n] for n in chosen]), strict=True):
-            found[n] = said
-        progress.report("tasks", min(start + BATCH, len(order)), len(order))
-    return found
+@dataclass(frozen=True)
+class _Question:
+    """What is asked, which number it has in the task, and its length in tokens."""
+
+    number: int
+    asked: Any
+    length: int
+
+
+def _in_batches(asked: Sequence[Any], length: Callable[[Any], int], answer: Callable[[list[Any]], Any]) -> list[Any]:
+    """Answers in the order of the questions, those of about one length asked together."""
+    questions = [_Question(n, one, length(one)) for n, one in enumerate(asked)]
+    found: dict[int, Any] = {}
+    for group in quality.batches(sorted(questions, key=lambda q: q.length), BATCH):
+        found |= zip((q.number for q in group), answer([q.asked for q in group]), strict=True)
+        progress.report("tasks", len(found), len(asked))
+    return [found[n] for n in range(len(asked))]
 
 
 def _until(text: str, stops: str | Sequence[str]) -> str:
