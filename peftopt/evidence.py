@@ -85,7 +85,7 @@ class Evidence:
                         self._launched_blocks[m.variant, m.workload][-1].append(block)
                 case "quality":
                     self.answers[m.variant, m.launch][m.values["row"]] = m.values
-                case "task":
+                case "task" if "samples" in m.values and "task" in m.values:  # an imported one may lack either
                     scores = {row["id"]: row["value"] for row in m.values["samples"]}
                     self.tasks[m.variant][TASK + m.values["task"]] = scores
                 case "machine":

@@ -450,14 +450,15 @@ def test_the_number_of_adapters_from_which_users_wait_is_found(
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"id": "1", "messages": [{"role": "user", "content": "count"}]}\n')
     names = ("a", "b", "c", "d")
-    with served(models=names, resident=resident, swap=0.2, first=0.02, gap=0.001) as server:
+    # waits of which what a busy machine adds is a small part
+    with served(models=names, resident=resident, swap=0.4, first=0.1, gap=0.001) as server:
         options = [option for name in names for option in ("--model", name)]
         options += ["--prompts", prompts, "--concurrency", 1, "--requests", 12, "--new-tokens", 4]
-        options += ["--mix", "round-robin", "--find-cliff"]
-        assert command("load", server.url, *options, "--json") == 0
-        found = json.loads(capsys.readouterr().out)
-        assert (found["cliff"], len(found["adapters"])) == (cliff, 4)
+        options += ["--mix", "round-robin", "--find-cliff", "--out", tmp_path / "measurements.jsonl"]
         assert command("load", server.url, *options) == 0
     said = capsys.readouterr()
     text = " ".join((said.out + said.err).split())
+    for line in ("1 adapter: P50", "2 adapters: P50", "4 adapters: P50"):
+        assert line in text
+    assert store.read(tmp_path / "measurements.jsonl")
     assert ("beyond 2: give the engine more slots" if cliff else "none up to 4 adapters") in text

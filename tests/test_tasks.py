@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,15 @@ def test_a_required_task_is_judged_row_by_row() -> None:
 def test_a_task_that_was_not_asked_leaves_its_requirement_open() -> None:
     plan = plan_of("merged", require=["task.support >= 0.97x"])
     decision = decide(plan, whole(plan, {"merged": 0.5}), {})
+    assert of(decision, "merged").verdicts[-1].outcome == "inconclusive"
+
+
+@pytest.mark.parametrize("lacks", ["task", "samples"])
+def test_imported_scores_without_a_name_or_rows_stand_in_no_one_s_way(lacks: str) -> None:
+    plan = plan_of("merged", require=["task.support >= 0.97x"])
+    imported = scored("merged", set())
+    imported = replace(imported, values={k: v for k, v in imported.values.items() if k != lacks})
+    decision = decide(plan, [*whole(plan, {"merged": 0.5}), imported], {})
     assert of(decision, "merged").verdicts[-1].outcome == "inconclusive"
 
 

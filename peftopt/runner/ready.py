@@ -223,11 +223,11 @@ class _Exam:
         return [row for row in self.rows if row.id not in answered]
 
     def tasks(self) -> list[str]:
-        """The tasks that are still to be asked: of a variant that lives, once."""
-        evidence = self.run.evidence
-        if self.launch != 1 or self.variant.name in evidence.failures:
+        """The tasks that are still to be asked: once, of a variant that nothing has rejected for good."""
+        evidence, name = self.run.evidence, self.variant.name
+        if not self.quality.tasks or self.launch != 1 or name in evidence.failures or need.hopeless(evidence, name):
             return []
-        return [t for t in self.quality.tasks if TASK + task_name(t) not in evidence.tasks[self.variant.name]]
+        return [t for t in self.quality.tasks if TASK + task_name(t) not in evidence.tasks[name]]
 
     def compile(self) -> None:
         """Load the model, and compile what the race will need: it is in the compile cache then, and was compiled while
@@ -250,6 +250,8 @@ class _Exam:
                 stopped = f", stopped after {n} prompts" if n < len(self.rows) else ""
                 self.run.listener.done("answer", self.name + stopped, time.perf_counter() - started)
         for task in self.tasks():
+            if self.variant.name in self.run.evidence.failures:
+                break
             started = time.perf_counter()
             if try_twice(self.run, self.variant.name, f"task {task_name(task)}", partial(self._ask_task, task)):
                 self.run.listener.done("task", f"{task_name(task)}, {self.name}", time.perf_counter() - started)
@@ -257,9 +259,6 @@ class _Exam:
         self.hear(1, self.name)
 
     def _ask_task(self, task: str) -> None:
-        if need.hopeless(self.run.evidence, self.variant.name):
-            return
-
         def hear(at: dict[str, Json]) -> None:
             self.hear(at["done"] / max(1, at["total"]), f"{self.name}: {task_name(task)}")
 
