@@ -8,7 +8,18 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from peftopt import stats
 from peftopt.evidence import TWIN, Evidence, exp
-from peftopt.records import Decision, Interval, Json, Measurement, Outcome, Plan, Variant, VariantDecision, Verdict
+from peftopt.records import (
+    Decision,
+    Interval,
+    Json,
+    Measurement,
+    Metric,
+    Outcome,
+    Plan,
+    Variant,
+    VariantDecision,
+    Verdict,
+)
 from peftopt.rules import parent_of, rule_name, verdicts
 
 _NEVER_ALONE = ("artifact.", "require: kl ", "require: top1 ")
@@ -198,7 +209,7 @@ def _minimized(evidence: Evidence, variant: str) -> float:
 def _judged(evidence: Evidence, variant: str) -> Interval:
     """The ratio to the baseline on what the recipe minimizes, on the clock that judges."""
     metric = evidence.plan.recipe.minimize
-    logs = evidence.paired(variant, evidence.baseline, metric.workload, evidence.field(metric.name))
+    logs = evidence.paired(variant, evidence.baseline, metric.workload, evidence.field(metric))
     return exp(stats.hodges_lehmann(logs, 0.95))
 
 
@@ -215,7 +226,7 @@ def a_a(evidence: Evidence) -> Interval | None:
     """The A/A arm's interval when it excludes zero: the baseline differs from itself, so nothing can be accepted."""
     recipe = evidence.plan.recipe
     for workload in recipe.workloads:
-        field = evidence.field(recipe.minimize.name)
+        field = evidence.field(Metric(recipe.minimize.name, workload))
         logs = evidence.paired(recipe.baseline + TWIN, recipe.baseline, workload, field)
         interval = stats.hodges_lehmann(logs, 1 - stats.ALPHA / len(stats.LOOKS))
         if logs and (interval.low > 0 or interval.high < 0):
@@ -249,8 +260,12 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
                 f"({order.low:.2f} to {order.high:.2f}); it is random, so this is noise and no bias, but let the "
                 "machine cool or settle between turns"
             )
-    if evidence.broken:
-        found.append(f"turns with a time that is none were left out: {', '.join(sorted(set(evidence.broken)))}")
+    found += [f"{where}: a turn was left out: {why}" for where, why in sorted(evidence.left_out.items())]
+    found += [
+        f"{where} was loaded apart: what differed between runs is not seen by pairs in random order"
+        + "".join(f"; it lacks {what}" for what in lacks)
+        for where, lacks in sorted(evidence.apart.items())
+    ]
     for name, failure in evidence.failures.items():
         hint = f"; {failure['hint']}" if failure.get("hint") else ""
         found.append(f"{name}: {failure['stage']} failed, {failure['reason']}: {failure['detail']}{hint}")

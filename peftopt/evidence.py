@@ -62,8 +62,10 @@ class Evidence:
         self.machine: dict[tuple[str, int], list[Mapping[str, Json]]] = defaultdict(list)
         self.budget = plan.recipe.measure.max_blocks
         """Blocks that a race may have: the recipe's, or what was granted since."""
-        self.broken: list[str] = []
-        """Turns that hold a time that is none."""
+        self.left_out: dict[str, str] = {}
+        """Variant@workload -> why a turn of it is as good as not measured."""
+        self.apart: dict[str, tuple[str, ...]] = {}
+        """Variant@workload -> what its loads lack, where they were run apart from the race."""
         self._orders: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
         self._loading: list[tuple[str, Mapping[str, Json]]] = []
         self._launched_blocks: dict[tuple[str, str], list[list[int]]] = defaultdict(list)
@@ -73,8 +75,8 @@ class Evidence:
                 case "speed":
                     block, requests = m.values["block"], m.values["requests"]
                     timed = [r for r in requests if not r["warmup"]]
-                    if not timed or not all(_is_time(r["request_duration_ms"]) for r in timed):
-                        self.broken.append(f"{m.variant}@{m.workload}")  # as good as not measured
+                    if why := _useless(timed):
+                        self.left_out[f"{m.variant}@{m.workload}"] = why
                         continue
                     self.turns[m.variant, m.workload][block] = timed
                     self.machine[m.workload, block].append(m.values.get("machine", {}))
@@ -83,6 +85,8 @@ class Evidence:
                     if launches := self._launched[m.variant, m.workload]:
                         launches[-1] += requests
                         self._launched_blocks[m.variant, m.workload][-1].append(block)
+                case "load" if m.workload in plan.recipe.workloads:
+                    self._take_load(m)
                 case "quality":
                     self.answers[m.variant, m.launch][m.values["row"]] = m.values
                 case "task" if "samples" in m.values and "task" in m.values:  # an imported one may lack either
@@ -105,6 +109,19 @@ class Evidence:
                     self.memory[m.variant].append(m.values)
                 case "engine":
                     self.engines[m.variant].append(m.values)
+
+    def _take_load(self, m: Measurement) -> None:
+        """A load that was run apart, by `peftopt load` or another meter, is the variant's next block."""
+        at, workload = f"{m.variant}@{m.workload}", self.plan.recipe.workloads[m.workload]
+        self.apart[at] = tuple(m.values.get("lacks", ()))
+        timed = [dict(r) for r in m.values.get("requests", ()) if not r["warmup"]]
+        fixed = workload.new_tokens if workload.lengths == "fixed" else 0
+        if why := m.values.get("stopped") or _useless(timed, fixed):
+            self.left_out[at] = why
+            return
+        turn_ms = 1e3 * (max(r["done"] for r in timed) - min(r["scheduled"] for r in timed))
+        turns = self.turns[m.variant, m.workload]
+        turns[max(turns, default=-1) + 1] = [{**r, "turn_ms": turn_ms} for r in timed]
 
     def certificates(self, variant: str) -> list[str]:
         """How the artifacts that a variant is made of were made and checked, in the order they were made."""
@@ -145,9 +162,15 @@ class Evidence:
         medians = {b: (_median(ours[b], field), _median(theirs[b], field)) for b in shared}
         return {b: math.log(a / c) for b, (a, c) in medians.items() if _is_time(a) and _is_time(c)}
 
-    def field(self, metric: str) -> str:
+    def field(self, metric: Metric) -> str:
         """The field of a request that a race on this metric compares, on the clock that judges."""
-        return "cpu_ms" if self.clock[0] == "cpu" else FIELDS[metric.split(".")[0]]
+        return "cpu_ms" if self.clock[0] == "cpu" else self.wall_field(metric)
+
+    def wall_field(self, metric: Metric) -> str:
+        """The same on the wall clock. Requests of a load overlap, so that its throughput is a matter of all of them."""
+        if metric.name == "throughput" and self.plan.recipe.workloads[metric.workload].loaded:
+            return "turn_ms"
+        return FIELDS[metric.name.split(".")[0]]
 
     @cached_property
     def clock(self) -> tuple[str, str]:
@@ -166,7 +189,7 @@ class Evidence:
             return "wall", "auto: with several threads CPU time is not what a user waits for"
         twin, workload = self.baseline + TWIN, recipe.minimize.workload
         spreads = []
-        for field in (FIELDS[recipe.minimize.name.split(".")[0]], "cpu_ms"):
+        for field in (self.wall_field(recipe.minimize), "cpu_ms"):
             logs = self.paired(twin, self.baseline, workload, field)[:FEWEST]
             spreads.append(stats.median(abs(x) for x in logs))
         wall, cpu = spreads
@@ -210,7 +233,7 @@ class Evidence:
 
         A variant's place in a block is random, so this is noise and no bias; but noise that one can do something about.
         """
-        field = self.field(self.plan.recipe.minimize.name)
+        field = self.field(Metric(self.plan.recipe.minimize.name, workload))
         arms = {name for name, workload_ in self.turns if workload_ == workload}
         logs = {name: self._logs(name, self.baseline, workload, field) for name in arms}
         centres = {name: stats.median(found.values()) for name, found in logs.items()}
@@ -228,7 +251,7 @@ class Evidence:
         Blocks of one launch share what differs between launches, so they say less than as many independent ones, and
         the rules take them for independent. Shown means an F test over the paired logs of all variants at 1 %.
         """
-        field = self.field(self.plan.recipe.minimize.name)
+        field = self.field(Metric(self.plan.recipe.minimize.name, workload))
         between = within = 0.0
         groups = blocks = 0
         for name in {name for name, workload_ in self.turns if workload_ == workload} - {self.baseline}:
@@ -252,6 +275,8 @@ class Evidence:
         A request counts as warm-up while the median over launches is more than 5 % and three median deviations above
         the median of each launch's later half; what follows the first request that does not is no warm-up.
         """
+        if self.plan.recipe.workloads[workload].loaded:
+            return None  # the first requests of a load find an idle server: they are faster
         launches = [self._whole(requests, workload) for requests in self._launched.get((variant, workload), ())]
         launches = [times for times in launches if len(times) >= 4]
         if not launches:
@@ -392,10 +417,9 @@ class Evidence:
             samples = [r[field] for r in requests if r[field] is not None]
             for name, q in QUANTILES.items() if samples else ():
                 found[f"{metric}.{name}@{workload}"] = stats.quantile(samples, q)
-        if shares := self._bandwidth_shares(variant, requests):
+        if not self.plan.recipe.workloads[workload].loaded and (shares := self._bandwidth_shares(variant, requests)):
             found[f"bandwidth@{workload}"] = stats.quantile(shares, 0.5)
-        rates = [1e3 * r["new_tokens"] / r["request_duration_ms"] for r in requests]
-        found[f"throughput@{workload}"] = stats.quantile(rates, 0.5)
+        found[f"throughput@{workload}"] = stats.quantile(self._rates(variant, workload), 0.5)
         for name, field in (("latency.ratio", "request_duration_ms"), ("cpu.ratio", "cpu_ms")):
             if variant != self.baseline:
                 logs = self.paired(variant, self.baseline, workload, field)
@@ -410,6 +434,13 @@ class Evidence:
         if found_ := self.warm_up(variant, workload):
             found[f"warm_up@{workload}"], found[f"first_request@{workload}"] = map(_exactly, found_)
         return found
+
+    def _rates(self, variant: str, workload: str) -> list[float]:
+        """Tokens per second: of each request, or where they overlap, of each turn."""
+        if not self.plan.recipe.workloads[workload].loaded:
+            return [1e3 * r["new_tokens"] / r["request_duration_ms"] for r in self.requests(variant, workload)]
+        turns = self.turns[variant, workload].values()
+        return [1e3 * sum(r["new_tokens"] for r in turn) / turn[0]["turn_ms"] for turn in turns]
 
     def _bandwidth_shares(self, variant: str, requests: Sequence[Mapping[str, Json]]) -> list[float]:
         """Of each request, the time per token that reading memory alone would take over the time it took."""
@@ -535,8 +566,22 @@ def _is_time(value: Json) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
+def _useless(timed: Sequence[Mapping[str, Json]], new_tokens: int = 0) -> str:
+    """Why these requests say nothing of a variant's speed, "" where they do; of a load that ran apart they must all
+    be answered, with `new_tokens` each where that is fixed."""
+    if not timed:
+        return "no raw requests, and figures without them have no intervals"
+    if failed := [r["error"] for r in timed if r.get("error")]:
+        return f"{len(failed)} of {len(timed)} requests failed: {failed[0]}"
+    if not all(_is_time(r["request_duration_ms"]) for r in timed):
+        return "a time that is none"
+    if new_tokens and (odd := [r["new_tokens"] for r in timed if r["new_tokens"] != new_tokens]):
+        return f"answers of {odd[0]} tokens, where the workload has {new_tokens}"
+    return ""
+
+
 def _median(turn: Sequence[Mapping[str, Json]], field: str) -> float:
-    return stats.median([r[field] for r in turn if _is_time(r[field])])
+    return stats.median([r[field] for r in turn if _is_time(r.get(field))])
 
 
 def _exactly(value: float) -> Interval:

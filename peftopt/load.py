@@ -92,6 +92,13 @@ async def play(
     return run.played
 
 
+async def whole(client: Client, planned: Sequence[Planned], fixed: bool, concurrency: int = 0) -> Played:
+    """Send the plan as `play` does, to its end whatever happens: signals are somebody else's to handle."""
+    run = _Run(client, planned, fixed, concurrency, 1.0, True, lambda done, what: None)
+    await run.whole()
+    return run.played
+
+
 class _Run:
     """One run in progress. State: what was sent and what is under way."""
 
@@ -451,17 +458,17 @@ def outcome(loaded: Loaded, slos: Sequence[Slo], searched: bool) -> int:
     return ACCEPTED if share.low >= goodput.ATTAINED else INCONCLUSIVE
 
 
-def append(path: Path, variant: str, values: Mapping[str, Json]) -> None:
+def append(path: Path, variant: str, values: Mapping[str, Json], workload: str = "") -> None:
     """Add a run to a file of measurements, on disk before this returns: the raw requests, and no figures, which are
     made of them."""
     kept = {key: value for key, value in values.items() if key not in ("figures", "by_model", "adapters", "cliff")}
     kept["trials"] = [{key: trial[key] for key in ("rate", "held", "stopped")} for trial in values["trials"]]
-    _append(path, Measurement("load", variant, values={"source": "peftopt", **kept}, at=_today()))
+    _append(path, Measurement("load", variant, workload, values={"source": "peftopt", **kept}, at=_today()))
 
 
-def keep(path: Path | None, found: Found, variant: str) -> Measurement:
+def keep(path: Path | None, found: Found, variant: str, workload: str = "") -> Measurement:
     """Another meter's run as a record, added to a file of measurements where one is given."""
-    record = found.measurement(variant, _today())
+    record = found.measurement(variant, _today(), workload)
     if path:
         _append(path, record)
     return record

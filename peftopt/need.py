@@ -44,7 +44,7 @@ def _lacks_requests(evidence: Evidence, variant: Variant, workload: str) -> bool
     """Whether a tail that is required takes more requests, and the budget holds as many."""
     recipe = evidence.plan.recipe
     limits = [fewest_requests(t.metric) for t in recipe.require if t.metric.workload == workload]
-    possible = [n for n in limits if n <= recipe.measure.requests * evidence.budget]
+    possible = [n for n in limits if n <= recipe.timed_requests(workload) * evidence.budget]
     return len(evidence.requests(variant.name, workload)) < max(possible, default=0)
 
 

@@ -31,6 +31,12 @@ def plan(recipe: Recipe, sources: Mapping[str, str], versions: Mapping[str, Mapp
     return Plan(recipe, tuple(builds.values()), models)
 
 
+def elsewhere(recipe: Recipe) -> Plan:
+    """The plan of a recipe whose variants were all measured by other meters: nothing is known of what they are made of,
+    so artifacts are named by their chains alone."""
+    return plan(recipe, dict.fromkeys(("base", "adapter", "calibration"), ""), {})
+
+
 def rejudged(plan: Plan, recipe: Recipe) -> Plan:
     """The plan with the thresholds of `recipe`, over what was measured; variants may be left out.
 

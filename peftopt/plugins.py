@@ -47,4 +47,5 @@ def _describe(kind: str, name: str) -> Plugin:
         reader=getattr(source, "READER", "eager"),
         format=getattr(source, "FORMAT", SAFETENSORS),
         weights=getattr(source, "WEIGHTS", "") if kind == "transform" else "",
+        serves=getattr(source, "SERVES", False),
     )

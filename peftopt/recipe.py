@@ -81,6 +81,7 @@ def parse(
 # ---- the tables --------------------------------------------------------------------------------
 
 _TOKENS = or_off(quantity({"": 1, "tokens": 1}, 1, 1e9, "a number such as 2048 tokens, or off"))
+_RATE = quantity({"": 1}, 0.001, 100_000, "requests a second, such as 2.5")
 _SECONDS = quantity({"": 1, "s": 1, "min": 1 / 60}, 1, 86_400, "1 s to a day, such as 600 s or 10 min")
 
 RULES: Mapping[str, Mapping[str, Reader]] = {
@@ -177,6 +178,7 @@ class _Reading(Reading):
         """Everything a Recipe holds, by field name; complete when no problem was noted."""
         requests = {"prompts": self.file, "new_tokens": whole(1), "batch": whole(1)}
         timed = {"slice": text_of, "lengths": words({"fixed": "fixed", "natural": "natural"})}
+        timed |= {"users": whole(1, 10_000), "rate": _RATE, "requests": whole(4)}
         sections: Mapping[str, Reader] = {
             "model": self.keys({"base": self.file, "adapter": self.file}, ["base", "adapter"]),
             "seed": whole(0, 2**32 - 1),
@@ -205,6 +207,7 @@ class _Reading(Reading):
         }
         found |= self.keys(sections, ["model", "workloads", "variants", "minimize"])(node, at)
         self.check_variants(found)
+        self.check_loads(found)
         self.check_metrics(found)
         model, own = found.pop("model", None) or {}, found.pop("tradeoffs", None) or {}
         default = self.table(default_tradeoffs, "recipes/tradeoffs.yaml")
@@ -366,6 +369,24 @@ class _Reading(Reading):
                 hint = f"{' or '.join(fitting)}, as {written_as}"
                 self.note(at, f"engine {step.plugin} opens {plugin.format}, and gets {written}", hint)
             written = plugin.format
+
+    def check_loads(self, found: Mapping[str, Any]) -> None:
+        """Users and rates are for servers."""
+        for workload in filter(None, (found.get("workloads") or {}).values()):
+            at = f"workloads.{workload.name}"
+            if not workload.loaded:
+                if f"{at}.requests" in self.lines:
+                    self.note(at, "requests are those of a load", "add users or rate, or write measure: {requests: …}")
+                continue
+            if workload.users and workload.rate:
+                self.note(at, "users and a rate exclude one another", "users ask when answered; a rate comes anyway")
+            if workload.batch > 1:
+                self.note(at, "under load the server makes its batches itself", f"users: {workload.batch}, no batch")
+            variants = filter(None, (found.get("variants") or {}).values())
+            if unserved := [v.name for v in variants if not self.catalogue[v.engine.plugin].serves]:
+                servers = " or ".join(p.name for p in self.catalogue.values() if p.serves)
+                hint = f"give every variant an engine that serves ({servers}), or leave users and rate out"
+                self.note(at, f"no load can be sent to {', '.join(unserved)}: not a server", hint)
 
     def check_metrics(self, found: Mapping[str, Any]) -> None:
         minimize, known = found.get("minimize"), found.get("workloads")

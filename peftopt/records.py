@@ -45,7 +45,8 @@ class Plugin:
     "compile", "truncate", "shorten" or "" for none); `params` is its frozen dataclass, whose fields and defaults are
     its schema; `needs` are the modules it imports; `environment` is whose Python runs it; `reader` the engine that
     opens what a quantizer wrote; `format` the kind of weights that a transform writes or an engine opens; `weights`
-    the file that a transform of another format than safetensors writes.
+    the file that a transform of another format than safetensors writes; `serves` whether an engine is a server, which
+    can be put under load.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Plugin:
     reader: str = "eager"
     format: str = SAFETENSORS
     weights: str = ""
+    serves: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ class Workload:
     for all; or "natural", where answers stop by themselves, `new_tokens` at the latest.
 
     `slice` keeps only the prompts that carry this tag ("" = all of them).
+
+    Under load a server is sent `requests` in a turn, by so many `users` in a closed loop, each asking when answered; or
+    as they come at random (Poisson), `rate` a second. 0 and 0 = one batch after the other.
     """
 
     name: str
@@ -102,6 +107,13 @@ class Workload:
     batch: int = 1
     slice: str = ""
     lengths: str = "fixed"
+    users: int = 0
+    rate: float = 0.0
+    requests: int = 32
+
+    @property
+    def loaded(self) -> bool:
+        return bool(self.users or self.rate)
 
 
 @dataclass(frozen=True)
@@ -221,6 +233,11 @@ class Recipe:
     measure: Measure
     seed: int = 0
 
+    def timed_requests(self, workload: str) -> int:
+        """Timed requests in a turn of this workload."""
+        found = self.workloads[workload]
+        return found.requests if found.loaded else self.measure.requests
+
 
 # ---- what a run leaves -------------------------------------------------------------------------
 
@@ -269,7 +286,8 @@ class Measurement:
     launch   model_loading_time (s), adapter_switch_time (s), memory_bytes, gpu_memory_allocated, gpu_memory_reserved,
              threads, device, size_bytes; weight_bytes and kv_bytes (per cached token) that a decode step reads
     speed    block, order, requests: [{request_duration_ms, queue_time_ms, generation_latency_ms, ttft_ms, tpot_ms,
-             cpu_ms, gpu_ms (CUDA events), prompt_tokens, new_tokens, touched (prompts that a policy changed), warmup}],
+             cpu_ms, gpu_ms (CUDA events), prompt_tokens, new_tokens, touched (prompts that a policy changed), warmup;
+             under load also turn_ms, from the first to the last of a turn}], engine: the server's own account then,
              machine: {load, cores, foreign_cores, steal, throttled, mhz, …}: see machine.disturbance
     quality  row, output, new_tokens, score, correct, valid, critical (tag), flags, nll, tokens, slices; kl, kl_worst
              and agree against the reference; shift and kept (see Evidence.survival); uncut_tokens where a policy cut

@@ -56,7 +56,7 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
     if workload is None:
         return Verdict("", "inconclusive", _NOWHERE[case.step.technique], against)
     metric = Metric(recipe.minimize.name, workload)
-    logs = evidence.paired(case.variant, against, workload, evidence.field(metric.name))
+    logs = evidence.paired(case.variant, against, workload, evidence.field(metric))
     result = stats.race(logs, math.log(limit), case.family, recipe.measure.max_blocks > stats.LOOKS[-1])
     n = result.interval.n
     if not n:
@@ -305,10 +305,12 @@ def requirement(evidence: Evidence, variant: str, threshold: Threshold) -> Verdi
     clock = "wall" if threshold.metric.workload else ""
     outcome = against_limit(value, threshold.op, threshold.limit)
     if not threshold.relative and value.n < (fewest := fewest_requests(threshold.metric)):
-        measure, share = evidence.plan.recipe.measure, threshold.metric.name.rpartition(".")[2].upper()
+        recipe, workload = evidence.plan.recipe, threshold.metric.workload
+        share = threshold.metric.name.rpartition(".")[2].upper()
         reason = f"too few requests for {share}: {value.n} of {fewest}"
-        if measure.requests * evidence.budget < fewest:
-            reason += f"; measure.requests: {-(-fewest // evidence.budget)} would give them in {evidence.budget} blocks"
+        if recipe.timed_requests(workload) * evidence.budget < fewest:
+            key = f"workloads.{workload}" if recipe.workloads[workload].loaded else "measure"
+            reason += f"; {key}.requests: {-(-fewest // evidence.budget)} would give them in {evidence.budget} blocks"
         return Verdict(rule, "inconclusive", reason, value=value, limit=threshold.limit, clock=clock)
     reason = f"{threshold.metric}{whose} is {_show(threshold, value)} (n={value.n})"
     against = evidence.baseline if threshold.relative else ""
@@ -333,13 +335,12 @@ def _scored_twin(evidence: Evidence, variant: str) -> str | None:
 
 def relative(evidence: Evidence, variant: str, metric: Metric) -> Interval | None:
     """A figure as a ratio to the baseline's: paired by block or by prompt where it can be."""
-    family = metric.name.split(".")[0]
     if metric.workload:
         if variant == evidence.baseline:
             return Interval(1.0, 1.0, 1.0, evidence.blocks(variant, metric.workload))
         if metric.name.endswith(TAILS):
             return _tail_ratio(evidence, variant, metric)
-        logs = evidence.paired(variant, evidence.baseline, metric.workload, FIELDS[family])
+        logs = evidence.paired(variant, evidence.baseline, metric.workload, evidence.wall_field(metric))
         if not logs:
             return None
         if metric.name == "throughput":

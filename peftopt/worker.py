@@ -107,13 +107,27 @@ class Worker:
             **memory.gpu(),
         }
 
-    def speed(self, batches: list[list[Json]], new_tokens: int, warmup: int, stop: bool = False) -> dict[str, Json]:
-        """One turn of a block: see probes/speed.py."""
-        from peftopt.probes import speed
+    def speed(
+        self,
+        batches: list[list[Json]],
+        new_tokens: int,
+        warmup: int,
+        stop: bool = False,
+        users: int = 0,
+        rate: float = 0.0,
+        seed: int = 0,
+    ) -> dict[str, Json]:
+        """One turn of a block: see probes/speed.py, and with users or a rate probes/rush.py."""
+        from peftopt.probes import rush, speed
 
         rows = [[row_from(row) for row in batch] for batch in batches]
         fresh, self.fresh = self.fresh, False
-        return {"requests": speed.turn(self.engine, rows, new_tokens, warmup, fresh, stop)}
+        if not users and not rate:
+            return {"requests": speed.turn(self.engine, rows, new_tokens, warmup, fresh, stop)}
+        alone = speed.turn(self.engine, rows[:warmup], new_tokens, warmup, fresh, stop)
+        timed = [row for batch in rows[warmup:] for row in batch]
+        requests, engine = rush.turn(self.engine, timed, new_tokens, stop, users, rate, seed)
+        return {"requests": alone + requests, "engine": engine}
 
     def quality(
         self,

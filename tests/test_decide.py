@@ -484,6 +484,60 @@ def test_too_few_requests_for_a_tail_says_what_would_give_enough() -> None:
     assert {v.outcome for v in of(found, "merged").verdicts if v.rule.startswith("require")} == {"accepted"}
 
 
+def loads(ratios: Mapping[str, float], runs: int = 12, **odd: Json) -> list[Measurement]:
+    """Runs of `peftopt load`, each of 8 requests that took `ratio` times 100 ms; `odd` is of every first request."""
+    dice, found = random.Random(3), []
+    for _ in range(runs):
+        for name, ratio in {"adapter": 1.0, **ratios}.items():
+            requests = []
+            for n in range(8):
+                ms = 100 * ratio * dice.uniform(0.95, 1.05)
+                request = {"id": str(n), "scheduled": n / 50, "done": n / 50 + ms / 1e3, "request_duration_ms": ms}
+                request |= {"ttft_ms": ms / 4, "tpot_ms": ms / 100, "new_tokens": 64, "error": "", "warmup": False}
+                requests.append({**request, **(odd if n == 0 else {})})
+            values = {"source": "a meter", "lacks": ["gaps"], "requests": requests}
+            found.append(Measurement("load", name, "bulk", values=values))
+    return found
+
+
+def loaded_plan(*require: str) -> Plan:
+    plan = plan_of("merged", require=require)
+    workloads = {"bulk": Workload("bulk", "p.jsonl", users=4)}
+    rules = tuple(replace(rule, limit=None) if rule.name == "parity" else rule for rule in RULES)
+    recipe = replace(plan.recipe, workloads=workloads, minimize=Metric("ttft.p50", "bulk"), rules=rules)
+    return replace(plan, recipe=recipe)
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.7, "accepted"), (0.95, "rejected")])
+def test_loads_that_were_run_apart_are_blocks_and_say_what_they_lack(ratio: float, expected: str) -> None:
+    plan = loaded_plan("throughput@bulk >= 100 tokens/s", "latency.p95@bulk <= 200 ms")
+    decision = decide(plan, [*builds(plan), *loads({"merged": ratio})], {})
+    assert outcome(decision, "merged", "merge.gain") == expected
+    assert outcome(decision, "merged", "require: latency.p95@bulk <= 200 ms") == "accepted"
+    # 8 requests of 64 tokens from the first's start to the last's end, some 0.2 s
+    assert of(decision, "merged").figures["throughput@bulk"].estimate == pytest.approx(8 * 64 / 0.22, rel=0.1)
+    assert any("merged@bulk was loaded apart" in w and "it lacks gaps" in w for w in decision.warnings)
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        ({"error": "HTTP 500"}, "1 of 8 requests failed: HTTP 500"),
+        ({"new_tokens": 12}, "answers of 12 tokens, where the workload has 64"),
+        ({"request_duration_ms": math.nan}, "a time that is none"),
+    ],
+)
+def test_a_load_that_went_wrong_is_as_good_as_none(odd: Mapping[str, Json], says: str) -> None:
+    plan = loaded_plan()
+    decision = decide(plan, [*builds(plan), *loads({"merged": 0.5}, **odd)], {})
+    assert outcome(decision, "merged", "merge.gain") == "inconclusive"
+    assert any(f"merged@bulk: a turn was left out: {says}" in w for w in decision.warnings)
+    bare = [Measurement("load", v, "bulk", values={"reported": {"mean_ttft_ms": 1}}) for v in ("adapter", "merged")]
+    decision = decide(plan, [*builds(plan), *bare], {})
+    assert outcome(decision, "merged", "merge.gain") == "inconclusive"
+    assert any("no raw requests" in w for w in decision.warnings)
+
+
 def test_a_race_that_its_budget_cannot_decide_stops_and_goes_on_when_more_is_granted() -> None:
     plan = plan_of("merged", max_blocks=45)
     near = whole(plan, {"merged": 0.855}, noise=0.1)  # 40 blocks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from peftopt import plugins, store
 from peftopt.client import Client, Reply, Target
 from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
-from peftopt.probes import speed
+from peftopt.probes import rush, speed
 from peftopt.protocols import Prompt
 from peftopt.records import Model
 
@@ -173,6 +174,26 @@ def test_a_batch_travels_at_once_and_is_timed_to_its_last_token(tiny_base: Path)
         engine.close()
 
 
+def test_users_ask_when_answered_and_a_rate_comes_anyway(tiny_base: Path) -> None:
+    rows = [Row(f"row {n}", tuple(HELLO)) for n in range(12)]
+    with served(first=0.02) as server:
+        engine = opened(tiny_base, server)
+        requests, account = rush.turn(engine, rows, 6, False, users=3, rate=0.0, seed=1)
+        assert server.most == 3 and account
+        assert [r["id"] for r in requests] == [row.id for row in rows]
+        assert {r["new_tokens"] for r in requests} == {6} and len({r["turn_ms"] for r in requests}) == 1
+        assert all(20 <= r["ttft_ms"] < r["request_duration_ms"] < r["turn_ms"] for r in requests)
+        early, late = (rush.turn(engine, rows, 6, False, 0, rate, 1)[0] for rate in (1000.0, 50.0))
+        assert [r["scheduled"] / 20 for r in late] == pytest.approx([r["scheduled"] for r in early])
+        with pytest.raises(BadInput, match="gave 5 tokens, not 9"):
+            engine._client.extensions = False
+            rush.turn(engine, rows, 9, False, 2, 0.0, 1)
+        engine._model = "refused"
+        with pytest.raises(WorkerFailed, match="6 of 12 under load: HTTP 503"):
+            rush.turn(engine, rows, 6, False, 4, 0.0, 1)
+        engine.close()
+
+
 def test_a_server_without_token_ids_gets_text(tiny_base: Path) -> None:
     with served(ids=False) as server:
         engine = opened(tiny_base, server)
@@ -216,6 +237,30 @@ def test_what_is_wrong_is_said_when_it_is_opened(tiny_base: Path) -> None:
         engine = opened(tiny_base, server, model="")
         assert server.bodies[-1]["model"] == "only"
         engine.close()
+
+
+def test_a_recipe_puts_its_servers_under_load(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    questions = prompts(tmp_path / "eval.jsonl", 4, "eval")
+    with served(gap=0.004) as now, served(gap=0.001) as then:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(
+            f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\n"
+            f"workloads:\n  peak: {{prompts: {questions}, new_tokens: 4, users: 3, requests: 6}}\n"
+            "require: [throughput@peak >= 1 tokens/s, throughput@peak >= 0.1x]\n"
+            "measure: {warmup: 1, max_blocks: 10, relaunch: 20}\nvariants:\n"
+            f"  adapter: [{{engine: {{endpoint: {{url: '{now.url}', model: support}}}}}}]\n"
+            f"  quick: [{{engine: {{endpoint: {{url: '{then.url}', model: support}}}}}}]\n"
+            "minimize: ttft.p50@peak\n"
+        )
+        assert command("run", recipe, "--results", tmp_path / "results", "--quiet") in (0, 1, 3)
+    assert (now.most, then.most) == (3, 3)
+    (run,) = (tmp_path / "results" / "runs").iterdir()
+    (turn, *_) = [m for m in store.read(run / "measurements.jsonl") if m.probe == "speed" and m.variant == "quick"]
+    warm, *timed = turn.values["requests"]
+    assert warm["warmup"] and len(timed) == 6 and not any(r["warmup"] for r in timed) and turn.values["engine"]
+    decision = json.loads((run / "decision.json").read_text())
+    quick = next(v for v in decision["variants"] if v["name"] == "quick")
+    assert {v["outcome"] for v in quick["verdicts"] if v["rule"].startswith("require")} == {"accepted"}
 
 
 def test_a_recipe_runs_a_variant_on_a_server(

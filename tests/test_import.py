@@ -189,6 +189,37 @@ def test_what_cannot_be_read_is_refused(text: str, says: str, tmp_path: Path) ->
     assert refused.value.hint
 
 
+def test_a_teams_own_meter_feeds_the_decision(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_base: Path, tiny_lora: Path
+) -> None:
+    """Ten runs of each variant by vllm bench serve, and a recipe that says what they were: no run of ours."""
+    out = tmp_path / "theirs" / "measurements.jsonl"
+    out.parent.mkdir()
+    for number in range(20):
+        slow = 1 + number % 2
+        run = {**VLLM, "completed": 3, "failed": 0, "errors": ["", "", ""], "output_lens": [3, 3, 3]}
+        run |= {"latencies": [0.1 * slow + number / 1e4] * 3, "ttfts": [0.05 * slow] * 3, "itls": [[0.02, 0.03]] * 3}
+        name = ("merged", "adapter")[number % 2]
+        file = write(tmp_path / "run.json", run)
+        assert command("import", file, "--variant", name, "--workload", "peak", "--out", out) == 0
+    capsys.readouterr()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\n"
+        "workloads:\n  peak: {prompts: none.jsonl, new_tokens: 3, rate: 2}\n"
+        "variants:\n  adapter: [{engine: vllm}]\n  merged: [merge, {engine: vllm}]\n"
+        "tradeoffs: {merge: {parity: off}}\nminimize: latency.p50@peak\n"
+    )
+    assert command("decide", out.parent) == 2
+    assert command("decide", out.parent, "--recipe", recipe, "--json") == 3
+    (merged,) = [v for v in json.loads(capsys.readouterr().out)["variants"] if v["name"] == "merged"]
+    assert {v["rule"]: v["outcome"] for v in merged["verdicts"]} == {
+        "artifact.intact": "inconclusive",
+        "merge.gain": "accepted",
+    }
+    assert "was loaded apart" in (out.parent / "report.md").read_text()
+
+
 def test_the_verb_keeps_them_and_is_inconclusive_without_raw_samples(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

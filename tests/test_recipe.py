@@ -80,6 +80,7 @@ CATALOGUE = {
         Plugin("cap", "policy", "", "shorten", Most),
         Plugin("eager", "engine", "", "", Nothing),
         Plugin("compiled", "engine", "", "compile", Mode),
+        Plugin("vllm", "engine", "", "", Nothing, serves=True),
     )
 }
 
@@ -175,6 +176,18 @@ def test_a_workload_may_keep_one_slice_of_its_prompts() -> None:
 @pytest.mark.parametrize(("written", "seconds"), [("600", 600), ("600 s", 600), ("1.5 min", 90), ("90s", 90)])
 def test_a_deadline_has_a_unit_or_is_in_seconds(written: str, seconds: float) -> None:
     assert read(GOOD + f"measure: {{deadline: {written}}}\n").measure.deadline_s == pytest.approx(seconds)
+
+
+def test_a_workload_may_be_a_load_on_servers() -> None:
+    served = "variants:\n  adapter: [{engine: vllm}]\n  merged: [merge, {engine: vllm}]\n"
+    text = GOOD.split("variants:")[0] + served + "minimize: ttft.p50@chat\n"
+    recipe = read(text.replace("batch: 8", "rate: 2.5, requests: 40"))
+    chat = recipe.workloads["chat"]
+    assert chat.loaded and (chat.rate, chat.users, recipe.timed_requests("chat")) == (2.5, 0, 40)
+    assert read(text.replace("batch: 8", "users: 4")).timed_requests("chat") == 32
+    assert read(text).timed_requests("chat") == 3 and not read(text).workloads["chat"].loaded
+    assert "exclude one another" in problem(text.replace("batch: 8", "users: 4, rate: 1"))[1]
+    assert "makes its batches itself" in problem(text.replace("batch: 8", "batch: 8, users: 4"))[1]
 
 
 def test_a_quantizer_may_leave_the_adapter_apart() -> None:
@@ -377,6 +390,9 @@ def test_missing_sections_are_named() -> None:
         ("minimize:", "measure: {max_blocks: 20}\nminimize:", 13, "must be one of 10, 16, 24, 40, 60", ""),
         ("minimize:", "measure: {clock: sun}\nminimize:", 13, "must be one of wall, cpu, auto", ""),
         ("batch: 8", "batch: 8, lengths: odd", 4, "must be one of fixed, natural", ""),
+        ("batch: 8", "requests: 40", 4, "requests are those of a load", "add users or rate"),
+        ("batch: 8", "users: 4", 4, "no load can be sent to adapter, merged, gptq4", "(vllm)"),
+        ("batch: 8", "rate: 0", 4, "workloads.chat.rate: must be requests a second", ""),
         ("minimize:", "quality: {prompts: q, invariants: {regex: '('}}\nminimize:", 13, "no regular expression", "re"),
         ("minimize:", "quality: {prompts: q, invariants: {numbers: 1}}\nminimize:", 13, "must be one of kept", ""),
         ("minimize:", "quality: {prompts: q, invariants: {language: deu}}\nminimize:", 13, "two letters", "de"),

@@ -54,7 +54,10 @@ def decide(
     results: Results = Path("results"),
     recipe: Annotated[
         Path | None,
-        typer.Option(help="Judge by the thresholds of this recipe, changed since; the newest run of its name."),
+        typer.Option(
+            help="Judge by the thresholds of this recipe, changed since; the newest run of its name. A folder of "
+            "imported measurements needs one."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

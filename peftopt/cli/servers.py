@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from peftopt.console import Console
     from peftopt.lifecycle import Prompts
 
+Workload = Annotated[str, typer.Option(help="The recipe's workload that this was: `decide` takes it as a block of it.")]
+
 
 @app.command()
 def load(
@@ -63,6 +65,8 @@ def load(
     patient: Annotated[bool, typer.Option("--patient", help="Do not stop a saturated run.")] = False,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="Append the run to this measurements.jsonl.")] = None,
+    variant: Annotated[str, typer.Option(help="The variant that is served, for `decide`. [the URL]")] = "",
+    workload: Workload = "",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -109,7 +113,7 @@ def load(
                 found = loading.run(where, kind, rate, show, patient)
         values = loading.as_json(found, slos)
         if out:
-            loading.append(out, name or where.url, values)
+            loading.append(out, variant or name or where.url, values, workload)
         if as_json:
             print(json.dumps(render.as_json.plain({"variant": name, "url": where.url, **values}), allow_nan=False))
         else:
@@ -305,6 +309,7 @@ def import_(
         list[Path], typer.Argument(help="Results of vllm bench serve, GuideLLM, AIPerf or lm-evaluation-harness.")
     ],
     variant: Annotated[str, typer.Option(help="The variant they measured. [the file's name]")] = "",
+    workload: Workload = "",
     out: Annotated[Path | None, typer.Option(help="Append them to this measurements.jsonl.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -316,7 +321,7 @@ def import_(
     console, raw = Console(), True
     for path in file:
         for found in meters.read(path):
-            kept = loading.keep(out, found, variant or path.stem)
+            kept = loading.keep(out, found, variant or path.stem, workload)
             raw = raw and bool(found.requests or found.values.get("samples"))
             if as_json:
                 print(json.dumps(render.as_json.plain(kept), allow_nan=False))

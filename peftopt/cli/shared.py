@@ -77,18 +77,22 @@ def find_run(given: Path | None, results: Path, recipe: str = "") -> Path:
 
 def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = None) -> None:
     """Decide from the run folder's files, write the reports, print the table, exit with the outcome; by the thresholds
-    of another recipe where one is given."""
+    of another recipe where one is given, and by that recipe alone where no run of peftopt's measured."""
     from dataclasses import replace
 
     from peftopt import plan as planning
     from peftopt import render, store
     from peftopt.decide import decide as judge
 
-    plan = store.read_plan(folder / "plan.json")
-    changed = planning.changes(plan.recipe, recipe) if recipe else []
-    plan = planning.rejudged(plan, recipe) if recipe else plan
+    changed, machine = [], {}
+    if recipe and not (folder / "plan.json").exists() and (folder / "measurements.jsonl").exists():
+        plan = planning.elsewhere(recipe)
+    else:
+        plan, machine = store.read_plan(folder / "plan.json"), json.loads(read_text(folder / "machine.json"))
+        changed = planning.changes(plan.recipe, recipe) if recipe else []
+        plan = planning.rejudged(plan, recipe) if recipe else plan
     measurements = store.read(folder / "measurements.jsonl", console.warn)
-    decision: Decision = judge(plan, measurements, json.loads(read_text(folder / "machine.json")))
+    decision: Decision = judge(plan, measurements, machine)
     if changed:
         warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
         decision = replace(decision, warnings=(warning, *decision.warnings))

@@ -95,7 +95,9 @@ class Ready(Protocol):
     """What an engine may offer besides: an account of how it got ready, asked for at the end of a worker's life.
 
     One that is served by other processes has `processes()`, their ids, whose memory is the model's; or `remote = True`
-    where they are not ours to look at. `switch(adapter)` puts another adapter in the place of its own, in seconds.
+    where they are not ours to look at; one that can be put under load says `SERVES = True` in its file and has
+    `load(prompts, new_tokens, stop, at, users)`: see engines/endpoint.py. `switch(adapter)` puts another adapter in the
+    place of its own, in seconds.
     """
 
     def facts(self) -> Mapping[str, Json]:

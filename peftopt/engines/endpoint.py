@@ -15,11 +15,13 @@ from peftopt.client import Client, Reply, Target
 from peftopt.engines import Generation, Scores
 from peftopt.engines._text import Text
 from peftopt.errors import BadInput, WorkerFailed
+from peftopt.load import Planned, Played, whole
 from peftopt.protocols import Prompt
 from peftopt.records import Model
 
 TECHNIQUE = ""
 NEEDS = ("httpx", "transformers")
+SERVES = True
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,25 @@ class Served(Text):
             )
         return [self._generation(reply, new_tokens, stop) for reply in self._ask(prompts, new_tokens, stop)]
 
+    def load(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool, at: Sequence[float], users: int
+    ) -> Played:
+        """Send prompts under load, each at its time in `at` (seconds from the start), or by so many `users`, each
+        asking when answered. Raises WorkerFailed when one fails, BadInput for an answer that is not `new_tokens` long.
+        """
+        planned = [
+            Planned(when, str(n), self._model, self._prompt(prompt), new_tokens)
+            for n, (when, prompt) in enumerate(zip(at, prompts, strict=True))
+        ]
+        played = self._loop.run(whole(self._client, planned, not stop, users))
+        if failed := [r.error for r in played.requests if r.error]:
+            why = f"{len(failed)} of {len(planned)} under load: {failed[0]}"
+            raise WorkerFailed("request failed", why, f"the server at {self._client.target.url}")
+        if not stop:
+            for request in played.requests:
+                self._check_length(request.new_tokens, new_tokens)
+        return played
+
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
         raise NotImplementedError("a served model only generates")
 
@@ -124,16 +145,8 @@ class Served(Text):
         """
         if reply.error:
             raise WorkerFailed("request failed", reply.error, f"the server at {self._client.target.url}")
-        if not stop and reply.new_tokens != new_tokens:
-            raise BadInput(
-                f"{self._client.target.url} gave {reply.new_tokens} tokens, not {new_tokens}: "
-                + (
-                    f"it refuses ignore_eos ({self._client.refused})"
-                    if self._client.refused
-                    else "it knows no ignore_eos"
-                ),
-                "a speed comparison needs equal lengths, which vLLM, SGLang and llama.cpp's server can give",
-            )
+        if not stop:
+            self._check_length(reply.new_tokens, new_tokens)
         stopped = stop and reply.finish == "stop"
         tokens = list(reply.ids) or self._tokenizer(reply.text, add_special_tokens=False).input_ids
         if not stop:
@@ -141,6 +154,15 @@ class Served(Text):
         elif stopped and tokens[-1:] != self._end:
             tokens += self._end
         return Generation(tokens, _spread(reply.times or [reply.done], len(tokens)), stopped)
+
+    def _check_length(self, given: int, asked: int) -> None:
+        if given != asked:
+            refused = self._client.refused
+            why = f"it refuses ignore_eos ({refused})" if refused else "it knows no ignore_eos"
+            raise BadInput(
+                f"{self._client.target.url} gave {given} tokens, not {asked}: {why}",
+                "a speed comparison needs equal lengths, which vLLM, SGLang and llama.cpp's server can give",
+            )
 
 
 def _spread(times: list[int], n: int) -> list[int]:

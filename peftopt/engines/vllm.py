@@ -27,6 +27,7 @@ from peftopt.records import Json, Model
 
 TECHNIQUE = ""
 ENVIRONMENT = "vllm"
+SERVES = True
 NEEDS = ("vllm", "httpx", "transformers")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank (vllm/config/lora.py)."""

@@ -40,12 +40,12 @@ class Found:
     probe: str = "load"
     values: Mapping[str, Json] = field(default_factory=dict)
 
-    def measurement(self, variant: str, at: str) -> Measurement:
+    def measurement(self, variant: str, at: str, workload: str = "") -> Measurement:
         """The record to keep."""
         values: dict[str, Json] = {"source": self.source, "title": self.title, "lacks": list(self.lacks), **self.values}
         if self.probe == "load":
             values |= {"requests": [r.as_json() for r in self.requests], "reported": dict(self.reported)}
-        return Measurement(self.probe, variant, values=values, at=at)
+        return Measurement(self.probe, variant, workload if self.probe == "load" else "", values=values, at=at)
 
 
 def modules() -> list[ModuleType]:

@@ -46,8 +46,13 @@ class Policed:
         return self._engine.encode(self._policed(Request(messages, 0)).messages, answer)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
-        most = self._policed(Request((), new_tokens)).new_tokens if stop else new_tokens
-        return self._engine.generate(prompts, most, stop)
+        return self._engine.generate(prompts, self._most(new_tokens, stop), stop)
+
+    def load(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool, **arrivals: Any) -> Any:
+        return self._engine.load(prompts, self._most(new_tokens, stop), stop, **arrivals)  # type: ignore[attr-defined]
+
+    def _most(self, new_tokens: int, stop: bool) -> int:
+        return self._policed(Request((), new_tokens)).new_tokens if stop else new_tokens
 
     def uncut(self, messages: Messages) -> int | None:
         """How many tokens a prompt had before it was cut; None for one that is not."""

@@ -87,6 +87,7 @@ class _Field:
                     new_tokens=self.workload.new_tokens,
                     warmup=measure.warmup,
                     stop=self.workload.lengths == "natural",
+                    **self._load(number),
                 )
             except WorkerFailed:
                 self.children.pop(arm, None)
@@ -97,6 +98,13 @@ class _Field:
             self.run.log("speed", arm, values, self.workload.name)
 
         try_twice(self.run, arm.removesuffix(TWIN), f"speed ({self.workload.name})", attempt)
+
+    def _load(self, number: int) -> dict[str, Json]:
+        """How a block's requests come in, the same way for every variant; {} = one batch after the other."""
+        if not self.workload.loaded:
+            return {}
+        seed = random.Random(f"{self.run.recipe.seed}/{self.workload.name}/{number}/arrivals").getrandbits(32)
+        return {"users": self.workload.users, "rate": self.workload.rate, "seed": seed}
 
     def _start(self, arms: Sequence[str]) -> None:
         """Start these workers side by side: they import for longer than they load. One that cannot start is tried
@@ -127,7 +135,7 @@ class _Field:
 
 def draw(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> list[list[Json]]:
     """The block's requests: the same prompts for every variant, others in the next block."""
-    count = recipe.measure.warmup + recipe.measure.requests
+    count = recipe.measure.warmup + recipe.timed_requests(workload.name)
     deck = list(rows)
     random.Random(f"{recipe.seed}/{workload.name}/prompts").shuffle(deck)
     start = block * count * workload.batch

@@ -1,0 +1,45 @@
+"""One variant's turn under load: its server is sent requests as users would send them, every one kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from peftopt import machine, traffic
+from peftopt.corpus import Row
+from peftopt.policies import uncut
+from peftopt.records import Json
+
+
+def turn(
+    engine: Any, rows: Sequence[Row], new_tokens: int, stop: bool, users: int, rate: float, seed: int
+) -> tuple[list[dict[str, Json]], dict[str, Json]]:
+    """Send one request for each row, by `users` in a closed loop or at random times, `rate` a second on average
+    (`seed` draws them); the requests in the order they were due, and the server's own account (prometheus.summary).
+
+    All durations in milliseconds from when a request was due, so that what it waited for is in it; `turn_ms` is the
+    time from the first to the last of all, the same in each, and `cpu_ms` a request's part of the CPU time of this
+    process and the server's. Terms: vLLM's and MLPerf's, as in probes/speed.py.
+    """
+    serving = engine.processes() if hasattr(engine, "processes") else ()
+    prompts = [engine.encode(row.messages)[0] for row in rows]
+    touched = [uncut(engine, row.messages) is not None for row in rows]
+    at = [0.0] * len(rows) if users else traffic.arrivals("poisson", rate, len(rows), seed)
+    served, cpu = machine.cpu_s(serving), time.process_time()
+    played = engine.load(prompts, new_tokens, stop, at=at, users=users)
+    cpu = time.process_time() - cpu + machine.cpu_s(serving) - served
+    turn_ms = 1e3 * (max(r.done for r in played.requests) - min(r.scheduled for r in played.requests))
+    requests = [
+        {
+            **request.as_json(),
+            "id": rows[number := int(request.id)].id,
+            "cpu_ms": 1e3 * cpu / len(rows),
+            "turn_ms": turn_ms,
+            "batch": 1,
+            "prompt_tokens": len(prompts[number]),
+            "touched": int(touched[number]),
+        }
+        for request in played.requests
+    ]
+    return requests, played.engine
