@@ -261,12 +261,23 @@ def waited(requests: Sequence[Request]) -> Interval:
     return value
 
 
-def cliff(waits: Sequence[Interval]) -> int | None:
-    """After how many adapters users wait much longer: `waits` with 1, 2, … adapters in turn. None where they do not.
+QUEUED = (0.1, 0.2)
+"""The shares of users' wait for a first token: below the first the engine's queue is as good as empty, from the second
+on it is what they wait for."""
+
+
+def cliff(waits: Sequence[Interval], queues_ms: Sequence[float | None] = ()) -> int | None:
+    """After how many adapters users wait much longer: `waits` with 1, 2, … adapters in turn, and the mean time in the
+    engine's queue, where it tells. None where they do not.
 
     One more adapter than an engine has slots for makes its requests wait for another's to end, or for weights to be
-    swapped; what only grows with the number is no cliff. The step must be `CLIFF`-fold, and its intervals apart.
+    swapped; what only grows with the number is no cliff. Waiting for a slot fills the queue, from next to nothing to a
+    share of `QUEUED`; swapping shows in users' waits alone, whose step must be `CLIFF`-fold, and its intervals apart.
     """
+    shares = [q / w.estimate for q, w in zip(queues_ms, waits, strict=False) if q is not None and w.estimate]
+    for size, (empty, full) in enumerate(pairwise(shares) if len(shares) == len(waits) else (), 1):
+        if empty < QUEUED[0] and full >= QUEUED[1]:
+            return size
     for size, (before, after) in enumerate(pairwise(waits), 1):
         if after.estimate >= CLIFF * before.estimate and after.low > before.high:
             return size

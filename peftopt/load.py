@@ -461,7 +461,8 @@ def outcome(loaded: Loaded, slos: Sequence[Slo], searched: bool) -> int:
 def append(path: Path, variant: str, values: Mapping[str, Json], workload: str = "") -> None:
     """Add a run to a file of measurements, on disk before this returns: the raw requests, and no figures, which are
     made of them."""
-    kept = {key: value for key, value in values.items() if key not in ("figures", "by_model", "adapters", "cliff")}
+    made = ("figures", "by_model", "adapters", "queues_ms", "cliff")
+    kept = {key: value for key, value in values.items() if key not in made}
     kept["trials"] = [{key: trial[key] for key in ("rate", "held", "stopped")} for trial in values["trials"]]
     _append(path, Measurement("load", variant, workload, values={"source": "peftopt", **kept}, at=_today()))
 
@@ -501,8 +502,9 @@ def as_json(loaded: Loaded, slos: Sequence[Slo]) -> dict[str, Json]:
             for t in loaded.trials
         ],
         "highest_rate": loaded.highest,
-        "adapters": [goodput.waited(played.requests) for played in loaded.sets],
-        "cliff": goodput.cliff([goodput.waited(played.requests) for played in loaded.sets]),
+        "adapters": (waits := [goodput.waited(played.requests) for played in loaded.sets]),
+        "queues_ms": (queues := [played.engine.get("queue_ms") for played in loaded.sets]),
+        "cliff": goodput.cliff(waits, queues),
         "requests": [r.as_json() for r in whole],
     }
 

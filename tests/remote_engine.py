@@ -41,6 +41,8 @@ class Remote:
             return frozenset(self._call("get", name))
         if name in ("scores", "threads", "device", "adapter_switch_time"):
             return self._call("get", name)
+        if name == "close_engine":
+            return lambda: self._call("call", "close")
         return lambda *arguments: self._call("set" if name == "pretend_eos" else "call", name, *arguments)
 
     def encode(self, *arguments: Any) -> tuple[list[int], list[int]]:

@@ -1,6 +1,7 @@
 """A small server in process, with faults to order: what it does to a request is the request's model name.
 
-It speaks OpenAI's two forms, TGI's /generate_stream and MII's REST form, as their published schemas have them.
+It speaks OpenAI's two forms, llama.cpp's /completion, TGI's /generate_stream and MII's REST form, as their published
+schemas have them.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ class Server:
 
     async def generate(self, path: str, name: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         self.most = max(self.most, self.running)
-        asked = ("max_tokens", "max_completion_tokens", "max_new_tokens")
+        asked = ("max_tokens", "max_completion_tokens", "max_new_tokens", "n_predict")
         n = next((body[k] for k in asked if body.get(k)), body.get("parameters", {}).get("max_new_tokens", 8))
         fixed = body.get("ignore_eos", False)
         end = n if fixed else min(n, 5)
@@ -170,7 +171,10 @@ class Server:
                 return False
             self.event(writer, self.token(path, name, i, end, n, body))
             await writer.drain()
-        if not path.startswith("/generate"):
+        if path == "/completion":
+            ended = {"stop_type": "limit" if end == n else "eos", "tokens_predicted": end, "tokens_evaluated": 7}
+            self.event(writer, {"index": 0, "content": "", "tokens": [], "stop": True, **ended})
+        elif not path.startswith("/generate"):
             usage = {"prompt_tokens": 7, "completion_tokens": end, "total_tokens": 7 + end}
             self.event(writer, {"choices": [], "usage": usage})
             self.chunk(writer, "data: [DONE]\n\n")
@@ -208,6 +212,8 @@ class Server:
             return {"index": i + 1, "token": token, "generated_text": word * end if last else None} | (
                 {"details": details} if last else {"details": None}
             )
+        if path == "/completion":
+            return {"index": 0, "content": word, "tokens": [10 + i], "stop": False}
         if "chat" in path:
             return {"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": finish, **ids}]}
         return {"choices": [{"index": 0, "text": word, "finish_reason": finish, **ids}]}

@@ -54,6 +54,23 @@ def test_openai_gives_each_token_its_time_and_a_fixed_length(protocol: str) -> N
     assert body["temperature"] == 0 and body["stream_options"] == {"include_usage": True}
 
 
+def test_llamacpp_as_its_own_form_has_it(tiny_base: Path) -> None:
+    with served() as server:
+        reply = ask(server, "support", "llamacpp")
+        assert (reply.error, reply.finish, reply.new_tokens, reply.prompt_tokens) == ("", "length", 8, 7)
+        assert reply.ids == list(range(10, 18)) and len(reply.times) == 8
+        body = server.bodies[-1]
+        assert body["n_predict"] == 8 and body["ignore_eos"] and body["return_tokens"] and body["top_k"] == 1
+        assert ask(server, "support", "llamacpp", stop=True).finish == "stop"
+        engine = opened(tiny_base, server, protocol="llamacpp")
+        assert engine.generate([engine.encode(HELLO)[0]], 8, stop=False)[0].tokens == list(range(10, 18))
+        assert server.bodies[-1]["prompt"] == engine.encode(HELLO)[0]
+        lost = Reply(sent=0, done=9, times=[1, 2], text="five", ids=[3], finish="length", counted=2, status=200)
+        found = engine._generation(lost, 2, stop=False)
+        assert len(found.tokens) == 2 and found.tokens[0] == engine._tokenizer("five").input_ids[0], "ids are missing"
+        engine.close()
+
+
 def test_tgi_and_mii_as_their_schemas_have_them() -> None:
     with served() as server:
         reply = ask(server, "support", "tgi")
@@ -144,7 +161,7 @@ def test_a_target_that_cannot_be_one(url: str, protocol: str, says: str) -> None
 # ---- the engine --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", ["completions", "chat", "mii"])
+@pytest.mark.parametrize("protocol", ["completions", "chat", "llamacpp", "mii"])
 def test_the_engine_keeps_the_contract(tiny_base: Path, protocol: str) -> None:
     with served() as server:
         engine = opened(tiny_base, server, protocol=protocol)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from remote_engine import Remote
 from test_plugins import PROMPTS, ask
@@ -121,6 +122,34 @@ def test_an_adapter_that_was_not_converted_is_refused(model: Model, tiny_base: P
     make_lora(tiny_base, tmp_path / "other", std=0.2)
     with pytest.raises(RuntimeError, match=r"BadInput.*no GGUF form of adapter"):
         Remote("llamacpp", Model(model.path, (str(tmp_path / "other"),)))
+
+
+@pytest.fixture(scope="module")
+def server(model: Model) -> Any:
+    remote = Remote("llamacpp_server", model, slots=2, context=1024)
+    yield remote
+    remote.close()
+
+
+def test_its_server_answers_as_the_library_does(server: Any, engine: Any) -> None:
+    assert ids(server) == ids(engine) and server.scores is False
+    assert ask(server, 16) == ask(engine, 16), "its adapter on top, one request waiting for a slot"
+    for answer in server.generate(ids(server), 24, False):
+        assert len(answer.tokens) == len(answer.times) == 24 and answer.times == sorted(answer.times)
+    assert len(server.processes()) == 1 and server.device == "cpu"
+    assert "2 slots" in server.facts()["log"][0]
+    played = server.load(ids(server), 8, False, [0.0, 0.0, 0.01], 0)
+    assert [r["new_tokens"] for r in played["requests"]] == [8, 8, 8] and not played["stopped"]
+    (pid,) = server.processes()
+    server.close_engine()
+    assert not psutil.pid_exists(pid)
+
+
+def test_a_server_that_cannot_start_says_why(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"server died.*unknown argument|invalid argument"):
+        Remote("llamacpp_server", model, args="--no-such-option")
+    with pytest.raises(RuntimeError, match=r"BadInput.*holds no"):
+        Remote("llamacpp_server", Model(str(tmp_path)))
 
 
 def test_four_bits_by_hand_beside_the_adapter_in_transformers(

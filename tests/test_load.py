@@ -439,6 +439,9 @@ def test_a_cliff_is_a_step_that_is_large_and_sure() -> None:
     assert goodput.cliff(waits(100, 120, 144, 170)) is None, "what only grows is no cliff"
     assert goodput.cliff(waits(100, 180, spread=0.5)) is None, "nor is what may be noise"
     assert goodput.cliff(waits(100)) is None and goodput.cliff([]) is None
+    assert goodput.cliff(waits(2188, 2105, 1665, 2809), [8, 12, 1200, 1562]) == 2, "the queue tells, where waits do not"
+    assert goodput.cliff(waits(100, 100, 100), [40, 45, 60]) is None, "it was full with one adapter already"
+    assert goodput.cliff(waits(100, 100, 300), [1, None, 90]) == 2, "an engine that does not always tell is not asked"
     gone = Interval(math.inf, 90.0, math.inf, 100)
     assert goodput.cliff([*waits(100), gone]) is None and goodput.cliff([*waits(50), gone]) == 1
 

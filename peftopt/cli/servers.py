@@ -56,7 +56,7 @@ def load(
         bool,
         typer.Option("--find-cliff", help="Repeat with 1, 2, … of the --model names: where do users begin to wait?"),
     ] = False,
-    protocol: Annotated[str, typer.Option(help="chat, completions, tgi or mii.")] = "chat",
+    protocol: Annotated[str, typer.Option(help="chat, completions, llamacpp, tgi or mii.")] = "chat",
     api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
     slots: Annotated[
@@ -180,6 +180,7 @@ def serve(
     from peftopt import environments, preflight
     from peftopt.console import Console
     from peftopt.engines import vllm
+    from peftopt.engines._server import check_port
     from peftopt.records import Model
 
     preflight.check_base(base, quantized=True)
@@ -191,7 +192,7 @@ def serve(
     model = Model(str(base.resolve()), tuple(map(str, named.values())))
     params = vllm.Params(compile=compile_, prefix_caching=prefix_caching, max_loras=slots, args=args)
     python = environments.python(vllm.ENVIRONMENT)
-    vllm.check_port(port)
+    check_port(port)
     command, variables = vllm.command(model, params, port, tuple(named), python)
     Console().say(f"http://127.0.0.1:{port} will serve {', '.join([vllm.BASE, *named])}; Ctrl-C ends it")
     os.execve(command[0], command, {**os.environ, **variables})

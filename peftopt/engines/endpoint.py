@@ -27,8 +27,9 @@ SERVES = True
 @dataclass(frozen=True)
 class Params:
     """`url` of the server, without /v1; `model`: the served name, "" where there is only one; `protocol`:
-    "completions" (prompts as token ids where the server takes them), "chat" (the server's own chat template), "tgi" or
-    "mii"; `api_key_env`: the environment variable that holds the key; `timeout_s` for one whole request."""
+    "completions" (prompts as token ids where the server takes them), "chat" (the server's own chat template),
+    "llamacpp" (llama.cpp's own, token ids both ways), "tgi" or "mii"; `api_key_env`: the environment variable that
+    holds the key; `timeout_s` for one whole request."""
 
     url: str = ""
     model: str = ""
@@ -65,7 +66,7 @@ class Served(Text):
         self._client = Client(target)
         self._loop = asyncio.Runner()
         self._messages: dict[tuple[int, ...], Sequence[Mapping[str, str]]] = {}
-        self._takes_ids = params.protocol == "completions"
+        self._takes_ids = self._client.protocol.TAKES_IDS
         try:
             (self._model,) = self._loop.run(self._client.served([params.model] if params.model else []))
             self._greet()
@@ -148,7 +149,8 @@ class Served(Text):
         if not stop:
             self._check_length(reply.new_tokens, new_tokens)
         stopped = stop and reply.finish == "stop"
-        tokens = list(reply.ids) or self._tokenizer(reply.text, add_special_tokens=False).input_ids
+        whole = reply.ids and len(reply.ids) >= reply.new_tokens
+        tokens = list(reply.ids) if whole else self._tokenizer(reply.text, add_special_tokens=False).input_ids
         if not stop:
             tokens = (tokens + self._end * new_tokens)[:new_tokens]
         elif stopped and tokens[-1:] != self._end:

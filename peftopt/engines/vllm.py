@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import shlex
-import signal
-import socket
-import subprocess
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from peftopt import machine
 from peftopt.adapter import CONFIG
 from peftopt.engines import TOP_K, Scores, endpoint
-from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
+from peftopt.engines._server import Started, free_port
+from peftopt.errors import BadInput, WorkerFailed
 from peftopt.records import Json, Model
 
 TECHNIQUE = ""
@@ -33,8 +26,6 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank (vllm/config/lora.py)."""
 BASE = "base"
 """The name under which the base, or a merged model, is served; adapters have their folders' names."""
-LAST_LINES = 15
-STOP_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -68,27 +59,18 @@ def open(model: Model, params: Params) -> Vllm:
     return Vllm(model, params)
 
 
-class Vllm(endpoint.Served):
-    """A server of our own: it also scores (by its prompt log-probabilities), and its memory is counted."""
+class Vllm(Started):
+    """It also scores, by its prompt log-probabilities."""
 
     scores = True
-    remote = False
 
     def __init__(self, model: Model, params: Params) -> None:
         if len(model.adapters) > 1:
             raise BadInput("vLLM applies one adapter to a request", "merge several into one first: merge")
-        self._home = model
-        port = free_port()
-        serving, variables = command(model, params, port, tuple(name_of(a) for a in model.adapters))
-        self._server = Server(serving, variables, f"http://127.0.0.1:{port}", Path(f"vllm-{os.getpid()}.log"))
-        try:
-            self._seconds = self._server.ready(params.start_s)
-            name = name_of(model.adapters[0]) if model.adapters else BASE
-            super().__init__(model, endpoint.Params(url=self._server.url, model=name, timeout_s=600.0))
-        except BaseException:
-            self._server.stop()
-            raise
-        self.threads = int(os.environ.get("OMP_NUM_THREADS", 0))
+        self._home, self._params = model, params
+        port, names = free_port(), tuple(name_of(a) for a in model.adapters)
+        serving, variables = command(model, params, port, names)
+        super().__init__(model, serving, variables, port, names[0] if names else BASE, params.start_s)
         self.device = "cuda" if _has_cuda() else "cpu"
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
@@ -121,90 +103,13 @@ class Vllm(endpoint.Served):
         self._model = name
         return time.perf_counter() - started
 
-    def processes(self) -> list[int]:
-        """The server's processes: what of the memory is the model's."""
-        return self._server.processes()
-
     def facts(self) -> dict[str, Json]:
-        compiled = "compiled" if self._server.compiled else "eager"
+        compiled = "compiled" if self._params.compile else "eager"
         return {"log": [f"vLLM {version('vllm')}, {compiled}: ready after {self._seconds:.0f} s"]}
-
-    def close(self) -> None:
-        with contextlib.suppress(Exception):  # a server that has died cannot be said goodbye to
-            super().close()
-        self._server.stop()
 
     def _lora(self, verb: str, name: str, folder: str = "") -> None:
         if error := self._loop.run(self._client.lora(verb, name, folder)):
             raise WorkerFailed("request failed", f"{verb} {name}: {error}", f"its log: {self._server.log}")
-
-
-class Server:
-    """A server process in this process's group: it ends with `stop`, and with the group."""
-
-    def __init__(self, command: Sequence[str], variables: Mapping[str, str], url: str, log: Path) -> None:
-        self.url, self.log = url, log.resolve()
-        self.compiled = "--enforce-eager" not in command
-        with self.log.open("wb") as out:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env={**os.environ, **variables},
-                preexec_fn=partial(machine.die_with_parent, signal.SIGTERM),
-            )
-
-    def ready(self, limit_s: float) -> float:
-        """Wait until it answers; seconds that took. Raises WorkerFailed with its last lines if it dies or is late."""
-        import httpx
-
-        started = time.monotonic()
-        with httpx.Client(trust_env=False, timeout=5.0) as http:
-            while time.monotonic() - started < limit_s:
-                if self._process.poll() is not None:
-                    raise WorkerFailed(
-                        "server died", f"exit status {self._process.returncode}\n{self._last()}", self._where
-                    )
-                with contextlib.suppress(httpx.HTTPError):
-                    if http.get(f"{self.url}/health").status_code == 200:
-                        return time.monotonic() - started
-                time.sleep(0.25)
-        raise WorkerFailed("timeout", f"the server was not ready after {limit_s:g} s\n{self._last()}", self._where)
-
-    def processes(self) -> list[int]:
-        import psutil
-
-        with contextlib.suppress(psutil.Error):
-            own = psutil.Process(self._process.pid)
-            return [own.pid, *(child.pid for child in own.children(recursive=True))]
-        return []
-
-    def stop(self) -> None:
-        """Ask it to end, and end what is left of it."""
-        import psutil
-
-        family = []
-        with contextlib.suppress(psutil.Error):
-            family = psutil.Process(self._process.pid).children(recursive=True)
-        self._process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_S)
-        for process in family:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        self._process.kill()
-        self._process.wait()
-        psutil.wait_procs(family, STOP_S)
-
-    @property
-    def _where(self) -> str:
-        return f"its whole log: {self.log}"
-
-    def _last(self) -> str:
-        """The last lines of the log."""
-        with self.log.open(errors="replace") as lines:
-            return "\n".join(deque((line.rstrip() for line in lines if line.strip()), maxlen=LAST_LINES))
 
 
 def command(
@@ -247,23 +152,6 @@ def lora_rank(adapter: str) -> int:
 def name_of(adapter: str) -> str:
     """The name an adapter is served under."""
     return Path(adapter).resolve().name
-
-
-def check_port(port: int) -> None:
-    """Raises MissingEnvironment for a port that somebody listens on."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise MissingEnvironment(f"port {port} is taken: {error.strerror}", "choose another: --port") from error
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def scores(positions: Sequence[Mapping[str, Mapping[str, Json]]], answer: Sequence[int]) -> Scores:

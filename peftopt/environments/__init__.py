@@ -1,12 +1,12 @@
 """Whose Python runs a plug-in: the main one, or an environment with pins of its own in the user's cache.
 
 One file each; the file's name is the environment's. It has a one-line docstring (its help), `REQUIREMENTS` (pinned),
-`MEGABYTES` (about what it takes on the disk), and optionally
+`MEGABYTES` (about what it takes on the disk), and optionally `BUILDERS` (what is there only while it is built) and
 
     def check() -> None             raises MissingEnvironment when this machine lacks what building it takes
-    def build(folder, pip) -> None  installs what is in `REQUIREMENTS` where `pip install` alone would not do
+    def build(folder, module) -> None  installs what is in `REQUIREMENTS` where `pip install` alone would not do
 
-`pip(*arguments, **variables)` runs the pip of the new environment, which is at `folder`, with environment variables.
+`module("pip", *arguments, **variables)` runs a module in the new environment, which is at `folder`, with variables.
 """
 
 from __future__ import annotations
@@ -126,14 +126,14 @@ def install(name: str, force: bool, tell: Callable[[str], None]) -> Environment:
             tell("making the virtual environment")
             _run([sys.executable, "-m", "venv", str(temporary)], tell)
 
-            def pip(*arguments: str, **variables: str) -> None:
-                _run([str(temporary / "bin" / "python"), "-m", "pip", *arguments], tell, variables)
+            def module(*command: str, **variables: str) -> None:
+                _run([str(temporary / "bin" / "python"), "-m", *command], tell, variables)
 
             if hasattr(source, "build"):
-                source.build(temporary, pip)
+                source.build(temporary, module)
             else:
-                pip("install", *source.REQUIREMENTS)
-            (temporary / PINS).write_text(json.dumps({"requirements": source.REQUIREMENTS}, indent=1))
+                module("pip", "install", *source.REQUIREMENTS)
+            (temporary / PINS).write_text(json.dumps({"requirements": _pins(source)}, indent=1))
             _readdress(temporary, root() / name)
             remove(name, missing_ok=True)
             temporary.rename(root() / name)
@@ -174,7 +174,11 @@ def _outdated(name: str) -> bool:
     pins = root() / name / PINS
     if not pins.exists() or name not in names():
         return False
-    return bool(json.loads(pins.read_text())["requirements"] != list(_source(name).REQUIREMENTS))
+    return bool(json.loads(pins.read_text())["requirements"] != _pins(_source(name)))
+
+
+def _pins(source: ModuleType) -> list[str]:
+    return [*source.REQUIREMENTS, *getattr(source, "BUILDERS", ())]
 
 
 def _size(folder: Path) -> int:

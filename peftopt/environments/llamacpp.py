@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python: the `gguf` transform and the `llamacpp` engine, built for this very CPU."""
+"""llama.cpp, by llama-cpp-python and as a server, built for this very CPU: the `gguf` transform and its engines."""
 
 from __future__ import annotations
 
@@ -61,9 +61,27 @@ as in the other engines."""
 
 MEGABYTES = 350
 
-CMAKE = "-DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF"
+CMAKE = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=ON",
+    "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
+    "-DCMAKE_INSTALL_RPATH=$ORIGIN",
+    "-DGGML_OPENMP=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
+)
 """Not OpenMP: its threads soon sleep at a barrier, as measured processes have it, and llama.cpp has some
-five hundred of them per token. Its own threads spin within a token and end with it."""
+five hundred of them per token. Its own threads spin within a token and end with it. No web page, which it would
+download, and no TLS: the server is for this machine."""
+
+BUILDERS = ("cmake==4.4.5", "ninja==1.13.2")
+"""What builds it, gone when it is built."""
+
+SERVER = "lib/llama-server"
+"""The server, in the folder of the library's package, beside the libraries that both use."""
 
 CONVERTERS = "llama.cpp"
 """The folder, in the environment's, of the converters that belong to this version of the library."""
@@ -71,11 +89,16 @@ CONVERTERS = "llama.cpp"
 KEPT = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/", "LICENSE")
 
 
+def has_amx(library: Any) -> bool:
+    """Whether it would use AMX, which it must not: in virtual machines that announce it, its kernels may die of SIGILL
+    at their first tile instruction (seen with 0.3.36). `library` is the module llama_cpp."""
+    return b"AMX_INT8 = 1" in library.llama_print_system_info()
+
+
 def model_settings(library: Any) -> Any:
-    """llama.cpp's own for opening a model, but never AMX: in virtual machines that announce it, its kernels may die of
-    SIGILL at their first tile instruction (seen with 0.3.36). `library` is the module llama_cpp."""
+    """llama.cpp's own for opening a model, but never AMX."""
     settings = library.llama_model_default_params()
-    settings.use_extra_bufts = b"AMX_INT8 = 1" not in library.llama_print_system_info()
+    settings.use_extra_bufts = not has_amx(library)
     return settings
 
 
@@ -89,18 +112,32 @@ def check() -> None:
         )
 
 
-def build(folder: Path, pip: Callable[..., None]) -> None:
-    """Download the library's sources, keep their converters, and install from the very same file."""
+def build(folder: Path, module: Callable[..., None]) -> None:
+    """Download the library's sources, and make of them what is needed: the converters that belong to this version,
+    llama.cpp's libraries and server, and the Python package on those."""
     sources = folder / "sources"
     library, *others = REQUIREMENTS
-    pip("download", "--no-deps", "--no-binary", LIBRARY, "--dest", str(sources), library)
+    module("pip", "download", "--no-deps", "--no-binary", LIBRARY, "--dest", str(sources), library)
     (archive,) = sources.glob("*.tar.gz")
-    inside = f"{archive.name.removesuffix('.tar.gz')}/vendor/llama.cpp/"
     with tarfile.open(archive) as tar:
-        for member in tar:
-            name = member.name.removeprefix(inside)
-            if member.name.startswith(inside) and name.startswith(KEPT):
-                member.name = name
-                tar.extract(member, folder / CONVERTERS, filter="data")
-    pip("install", str(archive), *others, CMAKE_ARGS=f"{CMAKE} {os.environ.get('CMAKE_ARGS', '')}".strip())
+        tar.extractall(sources, filter="data")
+    inside = sources / archive.name.removesuffix(".tar.gz") / "vendor" / "llama.cpp"
+    for kept in KEPT:
+        target = folder / CONVERTERS / kept
+        (shutil.copytree if kept.endswith("/") else shutil.copy)(inside / kept, _with_parent(target))
+    module("pip", "install", *BUILDERS)
+    made, own = sources / "made", os.environ.get("CMAKE_ARGS", "").split()
+    ninja = f"-DCMAKE_MAKE_PROGRAM={folder / 'bin' / 'ninja'}"
+    module("cmake", "-S", str(inside), "-B", str(made), "-G", "Ninja", ninja, *CMAKE, *own)
+    module("cmake", "--build", str(made), "--target", "llama-server")
+    module("pip", "install", str(archive), *others, CMAKE_ARGS="-DLLAMA_BUILD=OFF")
+    (package,) = folder.glob("lib/python*/site-packages/llama_cpp")
+    for file in (*made.glob("bin/*.so*"), *made.glob("bin/*.dylib"), made / "bin" / "llama-server"):
+        shutil.copy2(file, _with_parent(package / "lib" / file.name), follow_symlinks=False)
+    module("pip", "uninstall", "--yes", *(pin.partition("==")[0] for pin in BUILDERS))
     shutil.rmtree(sources)
+
+
+def _with_parent(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path

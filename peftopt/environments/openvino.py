@@ -73,7 +73,7 @@ need not fit this torch and then break transformers. transformers is older than 
 MEGABYTES = 1600
 
 
-def build(folder: Path, pip: Callable[..., None]) -> None:
+def build(folder: Path, module: Callable[..., None]) -> None:
     """torch with whatever it takes on this machine, then exactly what is listed."""
-    pip("install", TORCH)
-    pip("install", "--no-deps", *REQUIREMENTS)
+    module("pip", "install", TORCH)
+    module("pip", "install", "--no-deps", *REQUIREMENTS)

@@ -165,14 +165,14 @@ REQUIREMENTS = CUDA if HAS_GPU else CPU
 MEGABYTES = 9000 if HAS_GPU else 2400
 
 
-def build(folder: Path, pip: Callable[..., None]) -> None:
+def build(folder: Path, module: Callable[..., None]) -> None:
     """Install; for a CPU torch with whatever it takes on this machine, then exactly what is listed, and the name under
     which vLLM looks for its own version."""
     if HAS_GPU:
-        pip("install", *REQUIREMENTS)
+        module("pip", "install", *REQUIREMENTS)
         return
-    pip("install", next(pin for pin in CPU if pin.startswith("torch==")))
-    pip("install", "--no-deps", *REQUIREMENTS)
+    module("pip", "install", next(pin for pin in CPU if pin.startswith("torch==")))
+    module("pip", "install", "--no-deps", *REQUIREMENTS)
     (packages,) = folder.glob("lib/python*/site-packages")
     version = CPU[0].partition("==")[2]
     stub = packages / f"vllm-{version}+cpu.dist-info"

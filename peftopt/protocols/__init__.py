@@ -1,7 +1,8 @@
 """Wire formats of servers, one file each: what a request's body is, and what each message of its answer says. Pure.
 
 A protocol file has a one-line docstring, `PATH` (below the server's URL), `STREAMS` (whether the answer comes as
-server-sent events), `FIXED_LENGTH` (whether it has a way to say "exactly so many tokens"), and
+server-sent events), `FIXED_LENGTH` (whether it has a way to say "exactly so many tokens"), `TAKES_IDS` (whether a
+prompt may be token ids), and
 
     def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]
     def read(data: Json) -> Event
@@ -18,7 +19,7 @@ from types import ModuleType
 
 from peftopt.records import Json
 
-NAMES = ("completions", "chat", "tgi", "mii")
+NAMES = ("completions", "chat", "llamacpp", "tgi", "mii")
 """Every protocol that a recipe or a command line can name."""
 
 

@@ -9,7 +9,7 @@ from peftopt.protocols import Event, Prompt, error_of
 from peftopt.protocols.completions import counts, shared
 from peftopt.records import Json
 
-PATH, STREAMS, FIXED_LENGTH = "/v1/chat/completions", True, True
+PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/v1/chat/completions", True, True, False
 
 
 def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from peftopt.protocols import Event, Prompt, error_of
 from peftopt.records import Json
 
-PATH, STREAMS, FIXED_LENGTH = "/v1/completions", True, True
+PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/v1/completions", True, True, True
 
 
 def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:

@@ -12,7 +12,7 @@ import json
 from peftopt.protocols import Event, Prompt, error_of
 from peftopt.records import Json
 
-PATH, STREAMS, FIXED_LENGTH = "", False, True
+PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "", False, True, False
 
 
 def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:

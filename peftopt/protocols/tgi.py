@@ -9,7 +9,7 @@ from __future__ import annotations
 from peftopt.protocols import Event, Prompt, error_of
 from peftopt.records import Json
 
-PATH, STREAMS, FIXED_LENGTH = "/generate_stream", True, False
+PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/generate_stream", True, False, False
 
 _FINISH = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
 

@@ -49,6 +49,8 @@ def lines(found: Mapping[str, Json], slots: int = 0) -> dict[str, str]:
         said["waiting"] = ", ".join(
             f"{size} adapters {_ms({'wait': wait}, 'wait')} ms" for size, wait in enumerate(found["adapters"], 1)
         ).replace("1 adapters", "1 adapter", 1)
+        if None not in found["queues_ms"]:
+            said["of it in the queue"] = ", ".join(f"{ms:,.0f} ms" for ms in found["queues_ms"])
         said["cliff"] = (
             f"beyond {found['cliff']}: give the engine more slots (vLLM: --max-loras), or a server fewer adapters"
             if found["cliff"]

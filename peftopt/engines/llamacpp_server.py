@@ -1,0 +1,81 @@
+"""llama.cpp's own OpenAI server, started and stopped here: GGUF weights, a LoRA unmerged on them, requests batched."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from peftopt import machine
+from peftopt.engines import endpoint
+from peftopt.engines._server import Started, free_port
+from peftopt.environments.llamacpp import LIBRARY, SERVER, has_amx
+from peftopt.errors import BadInput
+from peftopt.records import Json, Model
+from peftopt.transforms.gguf import WEIGHTS, library, lora_file, lora_scale
+
+TECHNIQUE = ""
+NEEDS = ()
+ENVIRONMENT = "llamacpp"
+FORMAT = "gguf"
+SERVES = True
+NAME = "model"
+"""What it is served as."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """`slots`: requests that it works on at once; others wait. `context`: tokens that each has room for.
+    `cache_prompt`: off, since a benchmark that asks a prompt twice would find its answer half made. `gpu_layers`:
+    layers on a GPU, where the environment was built for one; -1 = all. `start_s`: seconds until it must be ready.
+    `args`: more of `llama-server`'s own, as on its command line."""
+
+    slots: int = 8
+    context: int = 4096
+    cache_prompt: bool = False
+    gpu_layers: int = 0
+    start_s: float = 600.0
+    args: str = ""
+
+
+prepare = endpoint.prepare
+
+
+def open(model: Model, params: Params) -> LlamaCppServer:
+    """Start a server and wait until it answers. Raises BadInput for a folder without a GGUF, WorkerFailed with its last
+    lines when it does not start."""
+    return LlamaCppServer(model, params)
+
+
+class LlamaCppServer(Started):
+    """It only generates: it tells no likelihoods of a given answer. The engine `llamacpp` gives those, of the same
+    weights."""
+
+    def __init__(self, model: Model, params: Params) -> None:
+        if not (Path(model.path) / WEIGHTS).is_file():
+            hint = f"make one: peftopt quantize --method gguf --model {model.path} --out …"
+            raise BadInput(f"{model.path} holds no {WEIGHTS}", hint)
+        self._slots, port, binary = params.slots, free_port(), Path(library().__file__).parent / SERVER
+        serving = command(model, params, port, str(binary), machine.threads(), has_amx(library()))
+        super().__init__(model, serving, {}, port, NAME, params.start_s, "llamacpp")
+        self.threads = machine.threads()
+        self.device = "cuda" if params.gpu_layers and library().llama_supports_gpu_offload() else "cpu"
+
+    def facts(self) -> dict[str, Json]:
+        ready = f"ready after {self._seconds:.1f} s"
+        return {"log": [f"llama.cpp's server ({LIBRARY} {version(LIBRARY)}), {self._slots} slots: {ready}"]}
+
+
+def command(model: Model, params: Params, port: int, binary: str, threads: int, amx: bool) -> list[str]:
+    """`llama-server` for a model and its adapters, each with its own scale."""
+    folder = Path(model.path)
+    args = ["--model", str(folder / WEIGHTS), "--alias", NAME, "--host", "127.0.0.1", "--port", str(port)]
+    args += ["--parallel", str(params.slots), "--ctx-size", str(params.slots * params.context), "--fit", "off"]
+    args += ["--threads", str(threads), "--threads-batch", str(threads), "--n-gpu-layers", str(params.gpu_layers)]
+    args += ["--cache-prompt" if params.cache_prompt else "--no-cache-prompt", "--cache-ram", "0"]
+    args += ["--metrics", "--no-ui"]
+    args += ["--no-repack"] if amx else []
+    scaled = [f"{lora_file(folder, Path(a))}:{lora_scale(Path(a))}" for a in model.adapters]
+    args += ["--lora-scaled", ",".join(scaled)] if scaled else []
+    return [binary, *args, *shlex.split(params.args)]
