@@ -31,6 +31,10 @@ ENGINE_FIGURES = ("compile_time", "warm_start", "graphs", "graph_breaks", "recom
 """What an engine may say of getting ready: seconds, and counts per process; and the share of a request in which
 kernels ran on the GPU."""
 
+SERVER_FIGURES = {"queue_ms": "server_queue", "running": "server_batch", "kv_cache": "server_kv_cache"}
+"""What a server says of a load on it -> the figure that becomes of it: the mean time of a request in its queue, in ms;
+requests in a batch and the share of its key-value cache that is taken, means over a turn."""
+
 READ = {"cpu": "read_bytes_per_s", "cuda": "gpu_read_bytes_per_s"}
 """Device -> what the survey calls the speed of its memory."""
 
@@ -59,6 +63,8 @@ class Evidence:
         self.tasks: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
         """Variant -> metric ("task.NAME") -> row -> score."""
         self.surveyed: Mapping[str, Json] = {}
+        self.accounts: dict[tuple[str, str], list[Mapping[str, Json]]] = defaultdict(list)
+        """(variant, workload) -> what the server said of each load on it."""
         self.machine: dict[tuple[str, int], list[Mapping[str, Json]]] = defaultdict(list)
         self.budget = plan.recipe.measure.max_blocks
         """Blocks that a race may have: the recipe's, or what was granted since."""
@@ -80,6 +86,7 @@ class Evidence:
                         continue
                     self.turns[m.variant, m.workload][block] = timed
                     self.machine[m.workload, block].append(m.values.get("machine", {}))
+                    self.accounts[m.variant, m.workload].append(m.values.get("engine", {}))
                     if "order" in m.values:
                         self._orders[m.workload, block][m.variant] = m.values["order"]
                     if launches := self._launched[m.variant, m.workload]:
@@ -120,6 +127,7 @@ class Evidence:
             self.left_out[at] = why
             return
         turn_ms = 1e3 * (max(r["done"] for r in timed) - min(r["scheduled"] for r in timed))
+        self.accounts[m.variant, m.workload].append(m.values.get("engine", {}))
         turns = self.turns[m.variant, m.workload]
         turns[max(turns, default=-1) + 1] = [{**r, "turn_ms": turn_ms} for r in timed]
 
@@ -431,6 +439,10 @@ class Evidence:
             source = variant if variant != self.baseline else variant + TWIN
             if drift := self.paired(source, self.baseline, workload, "new_tokens"):
                 found[f"length.ratio@{workload}"] = exp(stats.hodges_lehmann(drift, 0.95))
+        for name, title in SERVER_FIGURES.items():
+            told = [account[name] for account in self.accounts[variant, workload] if name in account]
+            if means := [each["mean"] if isinstance(each, Mapping) else each for each in told]:
+                found[f"{title}@{workload}"] = _range(means)
         if found_ := self.warm_up(variant, workload):
             found[f"warm_up@{workload}"], found[f"first_request@{workload}"] = map(_exactly, found_)
         return found

@@ -68,6 +68,9 @@ def further(decision: Decision) -> Table:
         (f"P99@{main}", _figure_column(f"latency.p99@{main}")),
         (f"TPOT P50@{main}", _figure_column(f"tpot.p50@{main}")),
         (f"of memory bandwidth@{main}", _figure_column(f"bandwidth@{main}")),
+        *((f"in the server's queue@{w}", _figure_column(f"server_queue@{w}")) for w in workloads(decision)),
+        *((f"requests in a batch@{w}", _mean_column(f"server_batch@{w}")) for w in workloads(decision)),
+        *((f"KV cache taken@{w}", _figure_column(f"server_kv_cache@{w}")) for w in workloads(decision)),
         (f"CPU time@{main}", lambda v: speed(v.figures.get(f"cpu.ratio@{main}"))),
         ("same answer", _figure_column("greedy_match")),
         ("same next token", _figure_column("top1")),
@@ -174,6 +177,14 @@ def _count_column(name: str) -> Callable[[VariantDecision], str]:
             return f"{value.high:.0f}"
         worst = f"{value.high:,.0f}" if math.isfinite(value.high) else "never"
         return f"{value.estimate:,.0f} ({value.low:,.0f} to {worst})"
+
+    return cell
+
+
+def _mean_column(name: str) -> Callable[[VariantDecision], str]:
+    def cell(variant: VariantDecision) -> str:
+        value = variant.figures.get(name)
+        return MISSING if value is None else f"{value.estimate:.1f} ({value.low:.1f}–{value.high:.1f})"
 
     return cell
 
@@ -290,6 +301,7 @@ _READ_AS = {
     **{"tokens/s": "throughput", "nats": "kl", "bandwidth": "accuracy"},
     **{"compile_time": "load_time", "warm_start": "load_time"},
     **{"fragmentation": "accuracy", "gpu_busy": "accuracy"},
+    **{"server_queue": "latency.p50", "server_kv_cache": "accuracy"},
     **{"gpu_memory_allocated": "memory", "gpu_memory_reserved": "memory"},
     **{"tpot.p95": "tpot.p50", "tpot.p99": "tpot.p50", "top1.min": "top1"},
     **dict.fromkeys(("kl.p95", "kl.max", "kl.token"), "kl"),

@@ -7,6 +7,7 @@ Nothing here judges: which variants still need blocks or answers is asked of `ne
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from peftopt.child import Child
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.evidence import Evidence
 from peftopt.records import Measurement, Plan, Recipe
-from peftopt.runner.racing import race
+from peftopt.runner.racing import Field, race
 from peftopt.runner.ready import make_ready
 from peftopt.runner.run import Listener, Run, check_baseline
 
@@ -116,8 +117,12 @@ def _about(blocks: int, each: float | None) -> str:
 def execute(run: Run) -> None:
     """Everything that leaves measurements, in the order of time."""
     survey(run)
-    make_ready(run)
-    for workload in run.recipe.workloads.values():
+    first, *others = run.recipe.workloads.values()
+    with contextlib.closing(Field(run, first)) as field:
+        make_ready(run, field.start)
+        race(run, first, field)
+    check_baseline(run)
+    for workload in others:
         race(run, workload)
         check_baseline(run)
 

@@ -17,14 +17,16 @@ from peftopt.records import Json, Recipe, Variant, Workload
 from peftopt.runner.run import Run, load, try_twice, worker
 
 
-def race(run: Run, workload: Workload) -> None:
-    """Blocks in random order until every variant is decided, its references and the A/A arm alongside."""
+def race(run: Run, workload: Workload, ahead: Field | None = None) -> None:
+    """Blocks in random order until every variant is decided, its references and the A/A arm alongside. The workers of
+    the first blocks may have been started `ahead`."""
     recipe, rows = run.recipe, corpus.read(workload.prompts, workload.slice)
     started, first = time.perf_counter(), _next_block(run, workload)
     with run.listener.progress(f"race {workload.name}", run.evidence.budget) as show:
         while wants := need.blocks(run.evidence, workload.name):
             show(_next_block(run, workload), f"{len(wants)} variants")
-            with _Field(run, workload) as field_:
+            with ahead or Field(run, workload) as field_:
+                ahead = None
                 for _ in range(recipe.measure.relaunch):
                     if not (wants := need.blocks(run.evidence, workload.name)):
                         break
@@ -39,7 +41,11 @@ def _next_block(run: Run, workload: Workload) -> int:
     return max(turns, default=-1) + 1
 
 
-class _Field:
+ROOM = 2 * 2**30
+"""Bytes that must be free for each worker that is started ahead, while others are at work."""
+
+
+class Field:
     """The workers of some consecutive blocks: each variant launched fresh once, then resident."""
 
     def __init__(self, run: Run, workload: Workload) -> None:
@@ -50,27 +56,40 @@ class _Field:
         self.started: dict[str, Child] = {}
         self.children: dict[str, Child] = {}
 
-    def __enter__(self) -> _Field:
+    def __enter__(self) -> Field:
         return self
+
+    def start(self) -> None:
+        """Start the workers of the first block now, where there is room: they import for longer than they load."""
+        if wants := need.blocks(self.run.evidence, self.workload.name):
+            arms = self._arms(wants)
+            self._start(arms if machine.free_memory() > ROOM * len(arms) else [])
 
     def __exit__(self, *error: object) -> None:
         for arm, child in self.children.items():
             with contextlib.suppress(WorkerFailed):
                 self.run.log("memory", arm, child.ask("memory", 30), self.workload.name)
+        self.close()
+
+    def close(self) -> None:
+        """Let the workers go, if that has not been done."""
         self.stack.close()
 
     def block(self, number: int, wants: frozenset[str], rows: Sequence[Row]) -> None:
         """One block: each arm once, in an order drawn from the seed and the block's number."""
         recipe = self.run.recipe
-        arms = sorted(wants)
-        if self.workload.name == recipe.minimize.workload or any(v.policies for v in recipe.variants.values()):
-            arms.append(recipe.baseline + TWIN)
+        arms = self._arms(wants)
         random.Random(f"{recipe.seed}/{self.workload.name}/{number}").shuffle(arms)
         batches = draw(rows, self.workload, number, recipe)
-        self._start([arm for arm in arms if arm not in self.children])
+        self._start([arm for arm in arms if arm not in {**self.children, **self.started}])
         for order, arm in enumerate(arms):
             if self._variant(arm).name not in self.run.evidence.failures:
                 self._turn(arm, number, order, batches)
+
+    def _arms(self, wants: frozenset[str]) -> list[str]:
+        recipe = self.run.recipe
+        timed = self.workload.name == recipe.minimize.workload or any(v.policies for v in recipe.variants.values())
+        return sorted(wants) + ([recipe.baseline + TWIN] if timed else [])
 
     def _turn(self, arm: str, number: int, order: int, batches: list[list[Json]]) -> None:
         measure = self.run.recipe.measure
@@ -107,8 +126,7 @@ class _Field:
         return {"users": self.workload.users, "rate": self.workload.rate, "seed": seed}
 
     def _start(self, arms: Sequence[str]) -> None:
-        """Start these workers side by side: they import for longer than they load. One that cannot start is tried
-        again, and put on record, at its turn."""
+        """Start these workers side by side. One that cannot start is tried again, and put on record, at its turn."""
 
         def start(arm: str) -> None:
             with contextlib.suppress(WorkerFailed):

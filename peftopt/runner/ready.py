@@ -26,17 +26,18 @@ from peftopt.thresholds import TASK
 CHUNK = 96
 """Prompts answered between two looks at whether a variant has already failed."""
 
-CHECKED = "baseline checked"
+CHECKED, AHEAD = "baseline checked", "ahead of the race"
 
 Hear = Callable[[float, str], None]
 """Told what share of a job is done, and what is going on."""
 
 
-def make_ready(run: Run) -> None:
+def make_ready(run: Run, ahead: Callable[[], None]) -> None:
     """Build or reuse every artifact, and have every variant answer the quality prompts.
 
     What others need goes first: builds, the baseline's answers (the reference of all others) and its second run, since
-    errors that it shares are not a variant's. Raises WorkerFailed when there is no baseline to compare with.
+    errors that it shares are not a variant's. What can be done `ahead` of the race, once all is built, is done where
+    nothing else waits to be done. Raises WorkerFailed when there is no baseline to compare with.
     """
     source = store.size(Path(run.recipe.base)) + store.size(Path(run.recipe.adapter))
     run.log("build", "", {"id": planning.SOURCE, "size_bytes": source, "tier0": [], "seconds": 0, "cached": True})
@@ -44,8 +45,8 @@ def make_ready(run: Run) -> None:
     threads = max(1, machine.cores() // lanes)
     with contextlib.ExitStack() as stack, run.listener.progress("prepare", 100) as show:
         hearers = _Hearers(show)
-        jobs = [*_builds(run, threads, hearers), *_answers(run, threads, hearers, stack)]
-        work(dict(jobs), lanes)
+        jobs = dict([*_builds(run, threads, hearers), *_answers(run, threads, hearers, stack)])
+        work({**jobs, AHEAD: Job(ahead, frozenset({build.id for build in run.plan.builds} & jobs.keys()))}, lanes)
 
 
 def _lanes(run: Run) -> int:
