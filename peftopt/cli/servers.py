@@ -28,7 +28,9 @@ def load(
     prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts; a recipe has its own.")] = None,
     model: Annotated[
         list[str],
-        typer.Option(help="Served name of a model or an adapter, or NAME=WEIGHT; repeat for a mix. [the only one]"),
+        typer.Option(
+            help="Served name of a model or an adapter, or NAME=WEIGHT; repeat for a mix; by default the only one."
+        ),
     ] = [],  # noqa: B006
     rate: Annotated[float, typer.Option(help="Requests a second that come in, whatever has gone out.")] = 1.0,
     arrivals: Annotated[str, typer.Option(help="poisson, gamma (burstier) or constant.")] = "poisson",
@@ -65,7 +67,7 @@ def load(
     patient: Annotated[bool, typer.Option("--patient", help="Do not stop a saturated run.")] = False,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="Append the run to this measurements.jsonl.")] = None,
-    variant: Annotated[str, typer.Option(help="The variant that is served, for `decide`. [the URL]")] = "",
+    variant: Annotated[str, typer.Option(help="The variant that is served, for `decide`; by default the URL.")] = "",
     workload: Workload = "",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -309,7 +311,7 @@ def import_(
     file: Annotated[
         list[Path], typer.Argument(help="Results of vllm bench serve, GuideLLM, AIPerf or lm-evaluation-harness.")
     ],
-    variant: Annotated[str, typer.Option(help="The variant they measured. [the file's name]")] = "",
+    variant: Annotated[str, typer.Option(help="The variant they measured; by default the file's name.")] = "",
     workload: Workload = "",
     out: Annotated[Path | None, typer.Option(help="Append them to this measurements.jsonl.")] = None,
     as_json: AsJson = False,

@@ -40,7 +40,7 @@ def merge(
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; the base's own by default.")] = "",
     certify: Annotated[
         str,
-        typer.Option(help="blocks (while streaming), or full (the saved model's predictions too). [over 1 GB: blocks]"),
+        typer.Option(help="blocks (while streaming) or full (the saved model's predictions too; default up to 1 GB)."),
     ] = "",
     prompts: Annotated[
         Path | None, typer.Option(help="JSON-lines prompts for the full certificate; some of ours by default.")
