@@ -297,7 +297,8 @@ class Measurement:
     memory   peak_memory_bytes (at the end of a worker's life), gpu_*
     load     source, requests: [{id, model, scheduled, sent, first, last, done (s since the start), ttft_ms, tpot_ms,
              gaps_ms, queue_time_ms, generation_latency_ms, request_duration_ms, prompt_tokens, new_tokens, error,
-             warmup}], own_delay, engine, stopped, unsent, notes; of other meters also lacks and what they report
+             warmup}], own_delay, engine, stopped, unsent, notes; of other meters also lacks and what they report; with
+             a workload it is the variant's next block of it
     task     source, task, metric, value, stderr, n, samples: [{id, value}] (lm-evaluation-harness, run or imported)
     failure  stage, reason, detail
     """

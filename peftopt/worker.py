@@ -117,8 +117,8 @@ class Worker:
         rate: float = 0.0,
         seed: int = 0,
     ) -> dict[str, Json]:
-        """One turn of a block: see probes/speed.py, and with users or a rate probes/rush.py."""
-        from peftopt.probes import rush, speed
+        """One turn of a block: see probes/speed.py, and with users or a rate probes/load.py."""
+        from peftopt.probes import load, speed
 
         rows = [[row_from(row) for row in batch] for batch in batches]
         fresh, self.fresh = self.fresh, False
@@ -126,7 +126,7 @@ class Worker:
             return {"requests": speed.turn(self.engine, rows, new_tokens, warmup, fresh, stop)}
         alone = speed.turn(self.engine, rows[:warmup], new_tokens, warmup, fresh, stop)
         timed = [row for batch in rows[warmup:] for row in batch]
-        requests, engine = rush.turn(self.engine, timed, new_tokens, stop, users, rate, seed)
+        requests, engine = load.turn(self.engine, timed, new_tokens, stop, users, rate, seed)
         return {"requests": alone + requests, "engine": engine}
 
     def quality(

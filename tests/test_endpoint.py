@@ -15,7 +15,7 @@ from peftopt import plugins, store
 from peftopt.client import Client, Reply, Target
 from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
-from peftopt.probes import rush, speed
+from peftopt.probes import load, speed
 from peftopt.protocols import Prompt
 from peftopt.records import Model
 
@@ -195,19 +195,19 @@ def test_users_ask_when_answered_and_a_rate_comes_anyway(tiny_base: Path) -> Non
     rows = [Row(f"row {n}", tuple(HELLO)) for n in range(12)]
     with served(first=0.02) as server:
         engine = opened(tiny_base, server)
-        requests, account = rush.turn(engine, rows, 6, False, users=3, rate=0.0, seed=1)
+        requests, account = load.turn(engine, rows, 6, False, users=3, rate=0.0, seed=1)
         assert server.most == 3 and account
         assert [r["id"] for r in requests] == [row.id for row in rows]
         assert {r["new_tokens"] for r in requests} == {6} and len({r["turn_ms"] for r in requests}) == 1
         assert all(20 <= r["ttft_ms"] < r["request_duration_ms"] < r["turn_ms"] for r in requests)
-        early, late = (rush.turn(engine, rows, 6, False, 0, rate, 1)[0] for rate in (1000.0, 50.0))
+        early, late = (load.turn(engine, rows, 6, False, 0, rate, 1)[0] for rate in (1000.0, 50.0))
         assert [r["scheduled"] / 20 for r in late] == pytest.approx([r["scheduled"] for r in early])
         with pytest.raises(BadInput, match="gave 5 tokens, not 9"):
             engine._client.extensions = False
-            rush.turn(engine, rows, 9, False, 2, 0.0, 1)
+            load.turn(engine, rows, 9, False, 2, 0.0, 1)
         engine._model = "refused"
         with pytest.raises(WorkerFailed, match="6 of 12 under load: HTTP 503"):
-            rush.turn(engine, rows, 6, False, 4, 0.0, 1)
+            load.turn(engine, rows, 6, False, 4, 0.0, 1)
         engine.close()
 
 
