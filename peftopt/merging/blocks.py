@@ -77,15 +77,15 @@ class Written:
 @dataclass(frozen=True)
 class Delta:
     """What is added to some rows of a weight, as one product b @ a of shapes [rows, r] and [r, in]: both in the dtype
-    that the sum is computed in, and in fp64, `exact_a` as [in, r].
+    that the sum is computed in, and in fp64, `exact_a` as [in, r]. All in torch, so that other threads run meanwhile.
 
     The former have one rank more, of ones, which shifts the whole sum by what is put into b's last column.
     """
 
     b: torch.Tensor
     a: torch.Tensor
-    exact_b: np.ndarray
-    exact_a: np.ndarray
+    exact_b: torch.Tensor
+    exact_a: torch.Tensor
 
     @classmethod
     def of(cls, pairs: Sequence[Pair], rows: range, dtype: torch.dtype) -> Delta:
@@ -99,7 +99,7 @@ class Delta:
         b = torch.cat([read(p.adapter.weights, p.b, rows).double() * p.scale for p in pairs], dim=1)
         wide_a, wide_b = torch.ones(len(a) + 1, a.shape[1], dtype=dtype), torch.ones(len(b), len(a) + 1, dtype=dtype)
         wide_a[:-1], wide_b[:, :-1] = a, b
-        return cls(wide_b, wide_a, b.numpy(), a.t().contiguous().numpy())
+        return cls(wide_b, wide_a, b, a.t().contiguous())
 
     def rows(self, start: int, stop: int) -> Delta:
         return Delta(self.b[start:stop], self.a, self.exact_b[start:stop], self.exact_a)
@@ -113,12 +113,9 @@ class Delta:
         """Its Frobenius norm."""
         return float((self.b[:, :-1] @ self.a[:-1]).norm())
 
-    def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Single elements of it, in fp64."""
-        import numpy as np
-
-        found: np.ndarray = np.einsum("ij,ij->i", self.exact_b[rows], self.exact_a[columns])
-        return found
+        return (self.exact_b[rows] * self.exact_a[columns]).sum(1)
 
 
 class Blocks:
@@ -205,8 +202,8 @@ class Blocks:
             raw = out = torch.frombuffer(base.view(entry, at, nbytes), dtype=torch.uint8)
             if entry.dtype in FLOATS:
                 own = delta and delta.rows(start - piece.start, start - piece.start + rows)
-                out, differs, block = self._add(entry, target, raw, own, width, norms)
-                changed, squares = changed or differs, (squares[0] + block[0], squares[1] + block[1])
+                out, changed, block = self._add(entry, target, raw, own, width, norms, changed)
+                squares = squares[0] + block[0], squares[1] + block[1]
             draft.write(target, start * width * ITEM_BYTES[target.dtype], out.numpy().data)
             if hasher:
                 hasher.update(out.numpy().data)
@@ -216,9 +213,10 @@ class Blocks:
         return changed, squares
 
     def _add(
-        self, entry: Entry, target: Entry, raw: Any, delta: Delta | None, width: int, norms: bool
+        self, entry: Entry, target: Entry, raw: Any, delta: Delta | None, width: int, norms: bool, changed: bool
     ) -> tuple[Any, bool, tuple[float, float]]:
-        """One block, as bytes: widened, the delta added, rounded once, checked."""
+        """One block, as bytes: widened, the delta added, rounded once, checked. Whether one of the tensor's blocks has
+        `changed` so far is not asked again of the others."""
         import torch
 
         if raw.data_ptr() % ITEM_BYTES[entry.dtype]:
@@ -226,7 +224,7 @@ class Blocks:
         before = raw.view(dtype_of(entry.dtype))
         if delta is None and entry.dtype == target.dtype:
             check_finite(before, entry.name)
-            return raw, False, (0.0, 0.0)
+            return raw, changed, (0.0, 0.0)
         wide = self._buffer("wide", len(before) * _wide(entry).itemsize).view(_wide(entry))
         out = self._buffer("out", len(before) * ITEM_BYTES[target.dtype])
         after, squares = out.view(dtype_of(target.dtype)), (0.0, 0.0)
@@ -240,8 +238,8 @@ class Blocks:
             self._round_sum(entry.name, before, delta, wide, after, width)
         if delta is not None and norms:
             squares = delta.norm() ** 2, float(before.to(wide.dtype).norm()) ** 2
-        differs = entry.dtype != target.dtype or not torch.equal(before, after)
-        return out, differs, squares
+        changed = changed or entry.dtype != target.dtype or not torch.equal(before, after)
+        return out, changed, squares
 
     def _round_sum(self, name: str, before: Any, delta: Delta, wide: Any, after: Any, width: int) -> None:
         """The nearest to before + delta in the dtype of `after`, which is of two bytes; `wide` is there to compute in.
@@ -262,9 +260,9 @@ class Blocks:
                 break
             bound = most
         above = self._buffer("above", len(wide) * after.itemsize).view(after.dtype).copy_(wide.add_(2 * doubt))
-        at = _differing(after.view(torch.int16).numpy(), above.view(torch.int16).numpy())
-        exact = before[torch.from_numpy(at)].double().numpy() + delta.at(at // width, at % width)
-        after[torch.from_numpy(at)] = torch.from_numpy(rounded_to_odd(exact)).to(after.dtype)
+        at = _differing(after.view(torch.int16), above.view(torch.int16))
+        exact = before[at].double() + delta.at(at // width, at % width)
+        after[at] = torch.from_numpy(rounded_to_odd(exact.numpy())).to(after.dtype)
 
     def _buffer(self, name: str, nbytes: int) -> Any:
         """A byte tensor of this thread, allocated once and used again for every block."""
@@ -297,16 +295,15 @@ class Blocks:
         draft.write(target, at * size, out.numpy().data)
 
 
-def _differing(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Where two arrays of two bytes an element differ. Few do, so they are looked for four at a time, and one at a time
-    in the words that differ."""
-    import numpy as np
+def _differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Where two tensors of two bytes an element differ. Few do, so they are looked for four at a time, and one at a
+    time in the words that differ."""
+    import torch
 
     whole = len(one) // 4 * 4
-    words = np.flatnonzero(one[:whole].view(np.int64) != other[:whole].view(np.int64))
-    at = np.concatenate([(words[:, None] * 4 + np.arange(4)).ravel(), np.arange(whole, len(one))])
-    found: np.ndarray = at[one[at] != other[at]]
-    return found
+    words = (one[:whole].view(torch.int64) != other[:whole].view(torch.int64)).nonzero()
+    at = torch.cat([(words * 4 + torch.arange(4)).view(-1), torch.arange(whole, len(one))])
+    return at[one[at] != other[at]]
 
 
 def row_width(entry: Entry) -> int:
