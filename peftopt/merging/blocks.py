@@ -79,13 +79,15 @@ class Delta:
     """What is added to some rows of a weight, as one product b @ a of shapes [rows, r] and [r, in]: both in the dtype
     that the sum is computed in, and in fp64, `exact_a` as [in, r]. All in torch, so that other threads run meanwhile.
 
-    The former have one rank more, of ones, which shifts the whole sum by what is put into b's last column.
+    The former have one rank more, of ones, which shifts the whole sum by what is put into b's last column. No element
+    of the product is larger than `most`.
     """
 
     b: torch.Tensor
     a: torch.Tensor
     exact_b: torch.Tensor
     exact_a: torch.Tensor
+    most: float = math.inf
 
     @classmethod
     def of(cls, pairs: Sequence[Pair], rows: range, dtype: torch.dtype) -> Delta:
@@ -99,10 +101,11 @@ class Delta:
         b = torch.cat([read(p.adapter.weights, p.b, rows).double() * p.scale for p in pairs], dim=1)
         wide_a, wide_b = torch.ones(len(a) + 1, a.shape[1], dtype=dtype), torch.ones(len(b), len(a) + 1, dtype=dtype)
         wide_a[:-1], wide_b[:, :-1] = a, b
-        return cls(wide_b, wide_a, b, a.t().contiguous())
+        most = float(b.norm(dim=1).max() * a.norm(dim=0).max())  # Cauchy and Schwarz
+        return cls(wide_b, wide_a, b, a.t().contiguous(), most)
 
     def rows(self, start: int, stop: int) -> Delta:
-        return Delta(self.b[start:stop], self.a, self.exact_b[start:stop], self.exact_a)
+        return Delta(self.b[start:stop], self.a, self.exact_b[start:stop], self.exact_a, self.most)
 
     def add_to(self, weight: torch.Tensor, shift: float) -> None:
         """weight += b @ a + shift, in the weight's dtype."""
@@ -256,6 +259,8 @@ class Blocks:
             wide.copy_(before)
             delta.add_to(wide.view(-1, width), -doubt)
             after.copy_(wide)
+            if bound + delta.most <= min(SLACK * bound, torch.finfo(after.dtype).max):
+                break  # nothing can have outgrown it, or be infinite: nobody has to look
             if (most := check_finite(after, name)) <= SLACK * bound:
                 break
             bound = most
