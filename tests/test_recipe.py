@@ -514,15 +514,18 @@ def test_any_value_under_any_key_is_a_recipe_or_an_error_for_people(value: objec
 
 def test_the_page_on_recipes_shows_one_that_parses() -> None:
     page = (ROOT / "docs/recipes.md").read_text()
-    recipe, served, quality, tasks, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
+    recipe, served, load, quality, tasks, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
     text = "model: {base: b, adapter: a}\nworkloads: {chat: {prompts: p.jsonl}}\nvariants:\n  adapter: []\n"
     text += served + "minimize: latency.p50@chat\n"
     assert parse(text, "r.yaml", plugins.catalogue(), TRADEOFFS).variants["served"].engine.plugin == "endpoint"
+    text = "model: {base: b, adapter: a}\nvariants:\n  adapter: [{engine: vllm}]\n" + load + "minimize: ttft.p50@day\n"
+    found = parse(text, "r.yaml", plugins.catalogue(), TRADEOFFS).workloads
+    assert (found["peak"].users, found["day"].rate) == (8, 2.5) and all(w.loaded for w in found.values())
     assert limits(read(recipe))["merge.gain"] == 0.15
     asked = read(GOOD + quality).quality
     assert asked and asked.invariants == Invariants(r"[A-Z]{2}-\d+", ("spam", "ham"), "kept", "kept", "kept")
-    assert (found := read(GOOD + tasks).quality) and found.task_rows == 200
-    assert [task_name(task) for task in found.tasks] == ["support"]
+    assert (examined := read(GOOD + tasks).quality) and examined.task_rows == 200
+    assert [task_name(task) for task in examined.tasks] == ["support"]
     assert limits(read(GOOD + table))["gptq.smaller"] == 0.25
 
 

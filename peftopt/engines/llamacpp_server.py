@@ -1,4 +1,4 @@
-"""llama.cpp's own OpenAI server, started and stopped here: GGUF weights, a LoRA unmerged on them, requests batched."""
+"""llama.cpp's own server, started and stopped here: GGUF weights, LoRA unmerged, many requests at once."""
 
 from __future__ import annotations
 
