@@ -393,7 +393,7 @@ def test_a_delta_that_outgrows_its_weight_is_rounded_to_the_nearest_too() -> Non
     ones = torch.ones(rows, 1), torch.ones(1, width)
     wide = torch.cat([b.float(), ones[0]], 1), torch.cat([a.float(), ones[1]])
     exact_b, exact_a = (side.float().double() for side in (b, a))
-    delta = blocks.Delta(*wide, exact_b, exact_a.t().contiguous())
+    delta = blocks.Delta(*wide, exact_b.numpy(), exact_a.t().contiguous().numpy())
     before = torch.zeros(rows * width, dtype=torch.bfloat16)
     after, room = torch.empty_like(before), torch.empty(rows * width)
     blocks.Blocks(1)._round_sum("w", before, delta, room, after, width)

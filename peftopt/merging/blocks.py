@@ -77,7 +77,7 @@ class Written:
 @dataclass(frozen=True)
 class Delta:
     """What is added to some rows of a weight, as one product b @ a of shapes [rows, r] and [r, in]: both in the dtype
-    that the sum is computed in, and in fp64, `exact_a` as [in, r]. All in torch, so that other threads run meanwhile.
+    that the sum is computed in, and in fp64, `exact_a` as [in, r].
 
     The former have one rank more, of ones, which shifts the whole sum by what is put into b's last column. No element
     of the product is larger than `most`.
@@ -85,8 +85,8 @@ class Delta:
 
     b: torch.Tensor
     a: torch.Tensor
-    exact_b: torch.Tensor
-    exact_a: torch.Tensor
+    exact_b: np.ndarray
+    exact_a: np.ndarray
     most: float = math.inf
 
     @classmethod
@@ -102,7 +102,7 @@ class Delta:
         wide_a, wide_b = torch.ones(len(a) + 1, a.shape[1], dtype=dtype), torch.ones(len(b), len(a) + 1, dtype=dtype)
         wide_a[:-1], wide_b[:, :-1] = a, b
         most = float(b.norm(dim=1).max() * a.norm(dim=0).max())  # Cauchy and Schwarz
-        return cls(wide_b, wide_a, b, a.t().contiguous(), most)
+        return cls(wide_b, wide_a, b.numpy(), a.t().contiguous().numpy(), most)
 
     def rows(self, start: int, stop: int) -> Delta:
         return Delta(self.b[start:stop], self.a, self.exact_b[start:stop], self.exact_a, self.most)
@@ -116,9 +116,12 @@ class Delta:
         """Its Frobenius norm."""
         return float((self.b[:, :-1] @ self.a[:-1]).norm())
 
-    def at(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
         """Single elements of it, in fp64."""
-        return (self.exact_b[rows] * self.exact_a[columns]).sum(1)
+        import numpy as np
+
+        found: np.ndarray = np.einsum("ij,ij->i", self.exact_b[rows], self.exact_a[columns])
+        return found
 
 
 class Blocks:
@@ -265,9 +268,9 @@ class Blocks:
                 break
             bound = most
         above = self._buffer("above", len(wide) * after.itemsize).view(after.dtype).copy_(wide.add_(2 * doubt))
-        at = _differing(after.view(torch.int16), above.view(torch.int16))
-        exact = before[at].double() + delta.at(at // width, at % width)
-        after[at] = torch.from_numpy(rounded_to_odd(exact.numpy())).to(after.dtype)
+        at = _differing(after.view(torch.int16).numpy(), above.view(torch.int16).numpy())
+        exact = before[torch.from_numpy(at)].double().numpy() + delta.at(at // width, at % width)
+        after[torch.from_numpy(at)] = torch.from_numpy(rounded_to_odd(exact)).to(after.dtype)
 
     def _buffer(self, name: str, nbytes: int) -> Any:
         """A byte tensor of this thread, allocated once and used again for every block."""
@@ -300,15 +303,16 @@ class Blocks:
         draft.write(target, at * size, out.numpy().data)
 
 
-def _differing(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Where two tensors of two bytes an element differ. Few do, so they are looked for four at a time, and one at a
-    time in the words that differ."""
-    import torch
+def _differing(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Where two arrays of two bytes an element differ. Few do, so they are looked for four at a time, and one at a time
+    in the words that differ."""
+    import numpy as np
 
     whole = len(one) // 4 * 4
-    words = (one[:whole].view(torch.int64) != other[:whole].view(torch.int64)).nonzero()
-    at = torch.cat([(words * 4 + torch.arange(4)).view(-1), torch.arange(whole, len(one))])
-    return at[one[at] != other[at]]
+    words = np.flatnonzero(one[:whole].view(np.int64) != other[:whole].view(np.int64))
+    at = np.concatenate([(words[:, None] * 4 + np.arange(4)).ravel(), np.arange(whole, len(one))])
+    found: np.ndarray = at[one[at] != other[at]]
+    return found
 
 
 def row_width(entry: Entry) -> int:
