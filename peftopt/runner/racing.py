@@ -61,9 +61,9 @@ class Field:
 
     def start(self) -> None:
         """Start the workers of the first block now, where there is room: they import for longer than they load."""
-        if wants := need.blocks(self.run.evidence, self.workload.name):
-            arms = self._arms(wants)
-            self._start(arms if machine.free_memory() > ROOM * len(arms) else [])
+        wants = need.blocks(self.run.evidence, self.workload.name)
+        if wants and machine.free_memory() > ROOM * len(arms := self._arms(wants)):
+            self._start(arms)
 
     def __exit__(self, *error: object) -> None:
         for arm, child in self.children.items():
@@ -81,7 +81,7 @@ class Field:
         arms = self._arms(wants)
         random.Random(f"{recipe.seed}/{self.workload.name}/{number}").shuffle(arms)
         batches = draw(rows, self.workload, number, recipe)
-        self._start([arm for arm in arms if arm not in {**self.children, **self.started}])
+        self._start([arm for arm in arms if arm not in self.children.keys() | self.started.keys()])
         for order, arm in enumerate(arms):
             if self._variant(arm).name not in self.run.evidence.failures:
                 self._turn(arm, number, order, batches)
