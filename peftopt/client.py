@@ -179,11 +179,15 @@ class Client:
         reply = Reply(sent=time.perf_counter_ns())
         limit = self.target.timeout_s
         try:
-            async with (
-                asyncio.timeout(limit),
-                self._http.stream("POST", self.target.url + self.protocol.PATH, content=body) as response,
-            ):
-                await self._follow(response, reply)
+            async with asyncio.timeout(limit):
+                try:
+                    await self._answered(body, reply)
+                except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                    if reply.status:
+                        raise
+                    # A server may let go of a connection that it had kept just when it is used again (llama.cpp's
+                    # does, after some requests): every client tries anew then, and what it took is in the times.
+                    await self._answered(body, reply)
         except (TimeoutError, httpx.TimeoutException):
             n = len(reply.times)
             reply.fail(f"stalled after {n} tokens, for {limit:g} s in all" if n else f"no answer within {limit:g} s")
@@ -195,6 +199,10 @@ class Client:
             reply.fail(f"garbage in the answer: {_named(error)}")
         reply.done = reply.done or time.perf_counter_ns()
         return reply
+
+    async def _answered(self, body: bytes, reply: Reply) -> None:
+        async with self._http.stream("POST", self.target.url + self.protocol.PATH, content=body) as response:
+            await self._follow(response, reply)
 
     async def post(self, path: str, body: bytes) -> Json:
         """A whole answer as parsed JSON, or as text what went wrong."""

@@ -36,7 +36,7 @@ class Server:
     adapter's weights when they share a batch with its requests, as vLLM 0.32 on CPU did; a stale one answers a name
     that it has heard before with the weights that were loaded then, and a sticky one after its unload too. Without
     `loads` it knows no way to load adapters. The weights of the `resident` names that were asked last are at hand; any
-    other's first token takes `swap` seconds more."""
+    other's first token takes `swap` seconds more. A connection is let go of, without a word, after `keeps` requests."""
 
     def __init__(
         self,
@@ -52,7 +52,9 @@ class Server:
         sticky: bool = False,
         resident: int = 1000,
         swap: float = 0.0,
+        keeps: int = 1000,
     ) -> None:
+        self.keeps = keeps
         self.gap, self.first, self.strict, self.ids, self.models = gap, first, strict, ids, models
         self.loads, self.stale, self.sticky = loads, stale, sticky
         self.resident, self.swap = deque[str](maxlen=resident), swap
@@ -68,8 +70,11 @@ class Server:
         self.url = ""
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        kept = 0
         try:
             while head := await reader.readuntil(b"\r\n\r\n"):
+                if (kept := kept + 1) > self.keeps:
+                    break
                 text = head.decode()
                 method, path, _ = text.split("\r\n")[0].split(" ")
                 length = next((int(x[15:]) for x in text.lower().split("\r\n") if x.startswith("content-length:")), 0)

@@ -122,6 +122,18 @@ def test_a_fault_is_an_answer_with_its_reason(fault: str) -> None:
     assert SAYS[fault] in reply.error
 
 
+@pytest.mark.parametrize(("keeps", "error"), [(2, ""), (0, "connection lost after 0 tokens")])
+def test_a_connection_that_the_server_let_go_of_is_made_anew_once(keeps: int, error: str) -> None:
+    async def five() -> list[Reply]:
+        async with Client(Target(server.url, "completions")) as client:
+            return [await client.ask(Prompt(HELLO), "support", 3) for _ in range(5)]
+
+    with served(keeps=keeps) as server:
+        replies = asyncio.run(five())
+    assert all(reply.error.startswith(error) and bool(reply.error) == bool(error) for reply in replies)
+    assert [reply.new_tokens for reply in replies] == ([0] * 5 if error else [3] * 5)
+
+
 def test_a_server_that_is_not_there() -> None:
     with served() as server:
         pass
