@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from peftopt import stats
+from peftopt import goodput, stats
 from peftopt.records import Interval, Json, Measurement, Metric, Plan
 from peftopt.thresholds import TASK
 
@@ -126,7 +126,7 @@ class Evidence:
         if why := m.values.get("stopped") or _useless(timed, fixed):
             self.left_out[at] = why
             return
-        turn_ms = 1e3 * (max(r["done"] for r in timed) - min(r["scheduled"] for r in timed))
+        turn_ms = goodput.span_ms(timed)
         self.accounts[m.variant, m.workload].append(m.values.get("engine", {}))
         turns = self.turns[m.variant, m.workload]
         turns[max(turns, default=-1) + 1] = [{**r, "turn_ms": turn_ms} for r in timed]

@@ -72,6 +72,11 @@ class Request:
         return {**asdict(self), **{name: getattr(self, name) for name in names}}
 
 
+def span_ms(requests: Sequence[Mapping[str, Json]]) -> float:
+    """From when the first request was due to when the last was done; of requests as records."""
+    return 1e3 * (max(r["done"] for r in requests) - min(r["scheduled"] for r in requests))
+
+
 # ---- service levels ----------------------------------------------------------------------------
 
 LEVELS: Mapping[str, str] = {

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from peftopt import machine, traffic
+from peftopt import goodput, machine, traffic
 from peftopt.corpus import Row
 from peftopt.policies import uncut
 from peftopt.records import Json
@@ -29,17 +29,9 @@ def turn(
     served, cpu = machine.cpu_s(serving), time.process_time()
     played = engine.load(prompts, new_tokens, stop, at=at, users=users)
     cpu = time.process_time() - cpu + machine.cpu_s(serving) - served
-    turn_ms = 1e3 * (max(r.done for r in played.requests) - min(r.scheduled for r in played.requests))
-    requests = [
-        {
-            **request.as_json(),
-            "id": rows[number := int(request.id)].id,
-            "cpu_ms": 1e3 * cpu / len(rows),
-            "turn_ms": turn_ms,
-            "batch": 1,
-            "prompt_tokens": len(prompts[number]),
-            "touched": int(touched[number]),
-        }
-        for request in played.requests
-    ]
+    requests = [request.as_json() for request in played.requests]
+    whole = {"cpu_ms": 1e3 * cpu / len(rows), "turn_ms": goodput.span_ms(requests), "batch": 1}
+    for request in requests:
+        row = int(request["id"])
+        request |= {"id": rows[row].id, "prompt_tokens": len(prompts[row]), "touched": int(touched[row]), **whole}
     return requests, played.engine
