@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,6 +72,7 @@ class Evidence:
         """Variant@workload -> why a turn of it is as good as not measured."""
         self.apart: dict[str, tuple[str, ...]] = {}
         """Variant@workload -> what its loads lack, where they were run apart from the race."""
+        self._loads = Counter[tuple[str, str]]()
         self._orders: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
         self._loading: list[tuple[str, Mapping[str, Json]]] = []
         self._launched_blocks: dict[tuple[str, str], list[list[int]]] = defaultdict(list)
@@ -118,7 +119,11 @@ class Evidence:
                     self.engines[m.variant].append(m.values)
 
     def _take_load(self, m: Measurement) -> None:
-        """A load that was run apart, by `peftopt load` or another meter, is the variant's next block."""
+        """A load that was run apart, by `peftopt load` or another meter, is the variant's next block: also one that is
+        left out has its place, or later ones would be compared with others than they ran beside."""
+        raced = max((block for name, block in self.machine if name == m.workload), default=-1) + 1
+        block = raced + self._loads[m.variant, m.workload]
+        self._loads[m.variant, m.workload] += 1
         at, workload = f"{m.variant}@{m.workload}", self.plan.recipe.workloads[m.workload]
         self.apart[at] = tuple(m.values.get("lacks", ()))
         timed = [dict(r) for r in m.values.get("requests", ()) if not r["warmup"]]
@@ -128,8 +133,7 @@ class Evidence:
             return
         turn_ms = goodput.span_ms(timed)
         self.accounts[m.variant, m.workload].append(m.values.get("engine", {}))
-        turns = self.turns[m.variant, m.workload]
-        turns[max(turns, default=-1) + 1] = [{**r, "turn_ms": turn_ms} for r in timed]
+        self.turns[m.variant, m.workload][block] = [{**r, "turn_ms": turn_ms} for r in timed]
 
     def certificates(self, variant: str) -> list[str]:
         """How the artifacts that a variant is made of were made and checked, in the order they were made."""

@@ -74,7 +74,7 @@ class Request:
 
 def span_ms(requests: Sequence[Mapping[str, Json]]) -> float:
     """From when the first request was due to when the last was done; of requests as records."""
-    return 1e3 * (max(r["done"] for r in requests) - min(r["scheduled"] for r in requests))
+    return 1e3 * float(max(r["done"] for r in requests) - min(r["scheduled"] for r in requests))
 
 
 # ---- service levels ----------------------------------------------------------------------------

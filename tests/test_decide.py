@@ -519,6 +519,18 @@ def test_loads_that_were_run_apart_are_blocks_and_say_what_they_lack(ratio: floa
     assert any("merged@bulk was loaded apart" in w and "it lacks gaps" in w for w in decision.warnings)
 
 
+def test_a_load_that_is_left_out_keeps_its_place() -> None:
+    """On a machine that was ever slower, pairs of loads that ran beside one another still tell the ratio."""
+    found, runs = [], loads({"merged": 0.7})
+    for number, m in enumerate(runs):
+        slower, failed = 1.5 ** (number // 2), number == 1  # merged's first
+        requests = [{**r, "request_duration_ms": r["request_duration_ms"] * slower} for r in m.values["requests"]]
+        requests[0]["error"] = "HTTP 500" if failed else ""
+        found.append(replace(m, values={**m.values, "requests": requests}))
+    logs = Evidence(loaded_plan(), found).paired("merged", "adapter", "bulk", "request_duration_ms")
+    assert len(logs) == 11 and all(abs(log - math.log(0.7)) < 0.11 for log in logs)
+
+
 @pytest.mark.parametrize(
     ("odd", "says"),
     [
