@@ -125,7 +125,8 @@ def read_plan(path: Path) -> Plan:
     try:
         return cattrs.structure(json.loads(path.read_text(encoding="utf-8")), Plan)
     except OSError as error:
-        raise BadInput(f"no run at {path.parent}: {error.strerror}", "give a folder below results/runs") from error
+        hint = "give a folder below results/runs, or for imported measurements their recipe too: --recipe"
+        raise BadInput(f"no run at {path.parent}: {error.strerror}", hint) from error
     except (ValueError, cattrs.BaseValidationError) as error:
         raise BadInput(f"{path} is not a plan of this peftopt", "run the recipe again") from error
 

@@ -210,7 +210,7 @@ def test_a_teams_own_meter_feeds_the_decision(
         "variants:\n  adapter: [{engine: vllm}]\n  merged: [merge, {engine: vllm}]\n"
         "tradeoffs: {merge: {parity: off}}\nminimize: latency.p50@peak\n"
     )
-    assert command("decide", out.parent) == 2
+    assert command("decide", out.parent) == 2 and "--recipe" in capsys.readouterr().err
     assert command("decide", out.parent, "--recipe", recipe, "--json") == 3
     (merged,) = [v for v in json.loads(capsys.readouterr().out)["variants"] if v["name"] == "merged"]
     assert {v["rule"]: v["outcome"] for v in merged["verdicts"]} == {
