@@ -18,6 +18,7 @@ counts the verdicts of "15 % faster" (of the identical ones) and of "less than 1
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
@@ -241,7 +243,7 @@ def twelve() -> Plan:
     return a_plan(variants, (Rule("merge", "gain", 0.15),), RACED)
 
 
-def a_plan(variants: dict[str, Variant], table: tuple[Rule, ...], most: int, **measure: object) -> Plan:
+def a_plan(variants: dict[str, Variant], table: tuple[Rule, ...], most: int, **measure: Any) -> Plan:
     recipe = Recipe(
         name="decision",
         path="decision.yaml",
@@ -340,16 +342,14 @@ class Silent:
     def done(self, *_: object, **__: object) -> None: ...
     def warn(self, text: str) -> None: ...
     def tell(self, text: str) -> None: ...
-    def progress(self, title: str, total: int) -> object:
-        import contextlib
-
+    def progress(self, title: str, total: int) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
         return contextlib.nullcontext(lambda done, what: None)
 
 
 def live(rounds: int, most: int, clock: str, seed: int) -> None:
     """Copies of a tiny model and its adapter, raced on this machine; the slowed ones spin for a share of each token."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import make_base, make_lora
+    from conftest import make_base, make_lora  # type: ignore[import-not-found]
 
     from peftopt import runner
     from peftopt.decide import decide

@@ -16,6 +16,7 @@ kernel's ru_maxrss: the largest of a tree's processes, with the pages of mapped 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import random
@@ -164,7 +165,7 @@ def _write(file: Path, tensors: Mapping[str, tuple[int, ...]]) -> None:
         handle.write(len(text).to_bytes(8, "little") + text)
         for size in tensors.values():
             values = torch.ones(size) if len(size) == 1 else torch.randn(size).mul_(0.02)
-            handle.write(values.bfloat16().view(torch.uint8).numpy())
+            handle.write(values.bfloat16().view(torch.uint8).numpy().tobytes())
 
 
 def _bytes(tensors: Mapping[str, tuple[int, ...]]) -> int:
@@ -462,6 +463,7 @@ def main() -> None:
     if unknown := set(peers) - pythons.keys():
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
 
+    assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(line_buffering=True)  # so that a log shows how far it is
     here = machine.describe()
     told = ", ".join(f"{name} {version}" for name, version in here["versions"].items())
@@ -554,8 +556,8 @@ def _typical(runs: Sequence[Run]) -> dict[str, float]:
 
 def print_peers(found: Mapping[str, Mapping[str, Mapping[str, Any]]], total: Mapping[str, int]) -> None:
     ours = found["peftopt"]
-    columns = (("first", "seconds", "ended s"), ("first", "synced", "synced s"), ("first", "rss", "peak MB"))
-    columns += (("second", "rss", f"MB at {total['second'] / 1e9:.1f} GB"),)
+    columns = [("first", "seconds", "ended s"), ("first", "synced", "synced s"), ("first", "rss", "peak MB")]
+    columns += [("second", "rss", f"MB at {total['second'] / 1e9:.1f} GB")]
     header, rows = [""], [[name] for name in found]
     for size, kind, title in columns:
         header += [title, "/ peftopt"]

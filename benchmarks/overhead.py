@@ -38,7 +38,7 @@ def main() -> None:
     engine._owners = [bare]
     rows = corpus.read(arguments.prompts, "short")
     dice = random.Random(0)
-    n = arguments.new_tokens
+    n = int(arguments.new_tokens)
 
     def measured(row: corpus.Row) -> float:
         request = speed.turn(engine, [[row]], n, 0)[0]

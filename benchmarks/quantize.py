@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from peftopt import corpus, machine, oneshot, preflight, stats, store
 from peftopt.child import Child
 from peftopt.evidence import exp
-from peftopt.records import Model
+from peftopt.records import Interval, Model
 
 TOGETHER = 6
 """Models that race the adapter at a time: all of them are in memory meanwhile."""
@@ -168,8 +168,8 @@ def quality(ours: dict[str, Any], adapter: dict[str, Any], base: dict[str, Any])
     shared = sorted(ours)
     tokens = [adapter[r]["scored_tokens"] for r in shared]
     found = {"accuracy": stats.proportion(sum(ours[r]["correct"] for r in shared), len(shared))}
-    nlls = [[records[r]["nll"] for r in shared] for records in (ours, adapter)]
-    found["perplexity"] = stats.perplexity_ratio(*nlls, tokens)
+    mine, theirs = ([records[r]["nll"] for r in shared] for records in (ours, adapter))
+    found["perplexity"] = stats.perplexity_ratio(mine, theirs, tokens)
     if all("kl" in ours[r] for r in shared):
         found["kl"] = stats.ratio_of_means([ours[r]["kl"] for r in shared], tokens)
         found["survival"] = 1 - sum(ours[r]["kl"] for r in shared) / sum(base[r]["kl"] for r in shared)
@@ -182,7 +182,7 @@ def race(models: dict[str, Model], rows: list[corpus.Row], arguments: argparse.N
     logs: dict[str, list[float]] = {name: [] for name in models}
     folder, dice = Path(tempfile.mkdtemp()), random.Random(0)
     with ExitStack() as stack:
-        children = {}
+        children: dict[str, Child] = {}
         for name, model in models.items():
             child = stack.enter_context(Child(folder / f"{len(children)}.log", 1))
             child.ask("open", 900, plugin="eager", params={}, model=asdict(model))
@@ -285,7 +285,7 @@ def show(figures: dict[str, dict[str, Any]]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
-def interval(found: stats.Interval, form: str) -> str:
+def interval(found: Interval, form: str) -> str:
     return f"{found.estimate:{form}} ({found.low:{form}}–{found.high:{form}})"
 
 

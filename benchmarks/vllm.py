@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from peftopt import corpus, environments, load, stats
 from peftopt.client import Target
 from peftopt.engines import vllm
+from peftopt.engines._server import Server, free_port
 from peftopt.errors import WorkerFailed
 from peftopt.evidence import exp
 from peftopt.protocols import Prompt
@@ -61,10 +62,10 @@ def started(name: str, what: str, longest: int, logs: Path, stack: contextlib.Ex
     folder, _, adapter = what.partition("+")
     model = Model(str(Path(folder).resolve()), (adapter,) if adapter else ())
     names = [vllm.name_of(each) for each in model.adapters]
-    port = vllm.free_port()
+    port = free_port()
     params = vllm.Params(max_model_len=longest)
     command, variables = vllm.command(model, params, port, names, environments.python("vllm"))
-    server = vllm.Server(command, variables, f"http://127.0.0.1:{port}", logs / f"{name}.log")
+    server = Server(command, variables, f"http://127.0.0.1:{port}", logs / f"{name}.log")
     stack.callback(server.stop)
     began = time.perf_counter()
     try:

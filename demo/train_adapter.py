@@ -164,7 +164,7 @@ def train(model: Any, examples: list[Example], settings: Settings, pad: int, log
             group["lr"] = settings.learning_rate * rate(min(progress, 1.0), settings.warmup)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed), disable_input_dtype_casting(model, mixed):
             loss = batch_loss(model, batch, shared, pad)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, settings.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

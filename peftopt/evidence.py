@@ -555,7 +555,7 @@ class Evidence:
         if idle := [
             1 - v["gpu_memory_allocated"] / v["gpu_memory_reserved"]
             for v in self.memory.get(variant, ())
-            if v.get("gpu_memory_reserved")
+            if v.get("gpu_memory_reserved") and "gpu_memory_allocated" in v  # a server's driver tells only the first
         ]:
             found["fragmentation"] = _range(idle)
         for name in ENGINE_FIGURES:

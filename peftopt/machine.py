@@ -183,6 +183,18 @@ def cpu_s(pids: Iterable[int]) -> float:
     return total
 
 
+def gpu_memory(pids: Iterable[int]) -> int | None:
+    """Bytes that these processes hold on NVIDIA GPUs now; None without one, or where the driver does not tell."""
+    return gpu_held(_nvidia_smi("--query-compute-apps=pid,used_memory"), set(pids))
+
+
+def gpu_held(lines: list[str], pids: set[int]) -> int | None:
+    """From nvidia-smi's lines "4711, 512 MiB", "4712, [N/A]"; None when none of these is among them."""
+    fields = [[part.strip() for part in line.split(",")] for line in lines]
+    mib = [int(used.split()[0]) for pid, used in fields if pid.isdigit() and int(pid) in pids and used[0].isdigit()]
+    return sum(mib) * 2**20 if mib else None
+
+
 def free_memory() -> int:
     """Bytes that new processes can take without swapping; on a machine with NVIDIA GPUs no more than the fullest of
     them has left."""

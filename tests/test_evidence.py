@@ -104,6 +104,14 @@ def test_foreign_gpu_processes_are_told_from_ours_also_under_other_numbers(
     assert machine.gpu_state(["61, 0x0000000000000040"], set(), set())["gpu_slowed"]
 
 
+def test_memory_on_a_gpu_is_that_of_the_processes_that_serve() -> None:
+    lines = ["901, 512 MiB", "902, 70000 MiB", "903, [N/A]"]
+    assert machine.gpu_held(lines, {901, 902, 903}) == (512 + 70000) * 2**20
+    assert machine.gpu_held(lines, {903}) is None, "the driver does not tell"
+    assert machine.gpu_held(lines, {5}) is None
+    assert machine.gpu_held([], {901}) is None
+
+
 # ---- order and warm-up -----------------------------------------------------------------------------
 
 

@@ -52,6 +52,14 @@ def test_its_command_line_names_the_model_its_adapter_and_a_rank_that_vllm_knows
     assert arguments(Model(str(tiny_base)), args="--dtype float32").endswith("--dtype float32")
 
 
+def test_a_server_takes_so_much_memory_for_keys_and_values_or_a_share_of_a_gpu(tiny_base: Path) -> None:
+    beside_others = arguments(Model(str(tiny_base)), kv_cache_gb=4)
+    assert "--kv-cache-memory-bytes 4294967296" in beside_others
+    assert "--gpu-memory-utilization 0.01" in beside_others, "vLLM's own share would refuse the second one on a GPU"
+    alone = arguments(Model(str(tiny_base)), gpu_memory=0.9)
+    assert "--gpu-memory-utilization 0.9" in alone and "--kv-cache" not in alone
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3"), ({"r": 1000}, "rank 512")],

@@ -64,8 +64,9 @@ class Engine(Protocol):
     adapter_switch_time: float | None
     """Seconds it took to attach the adapters; None when there are none."""
 
-    tokenizer: Any
-    """The model's tokenizer, as transformers opens it."""
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, as transformers opens it."""
 
     def encode(self, messages: Sequence[Mapping[str, str]], answer: str | None = None) -> tuple[list[int], list[int]]:
         """Token ids of the prompt (chat template and generation prompt applied) and of the answer with its EOS."""

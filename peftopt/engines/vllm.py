@@ -34,9 +34,9 @@ class Params:
     like with like). `prefix_caching`: off, since a benchmark that asks a prompt twice would find its answer half made.
     `max_model_len` tokens, 0 the model's own; `max_num_seqs` requests in one batch, 0 vLLM's own; `max_loras` adapters
     in one batch, 0 all of them.
-    `kv_cache_gb`: memory for keys and values on a CPU; `gpu_memory` the share of a GPU that one server takes, 0 vLLM's
-    own: variants stay loaded side by side, so give each its part. `start_s`: seconds until it must be ready.
-    `args`: more of `vllm serve`'s own, as on its command line.
+    `kv_cache_gb`: memory for keys and values, GiB: variants stay loaded side by side, so each takes so much and no
+    share of the machine. `gpu_memory`: the share of a GPU that a server takes instead, for a variant alone on one.
+    `start_s`: seconds until it must be ready. `args`: more of `vllm serve`'s own, as on its command line.
     """
 
     compile: bool = False
@@ -122,14 +122,16 @@ def command(
     args += ["--enable-prefix-caching" if params.prefix_caching else "--no-enable-prefix-caching"]
     for flag, value in (("--max-model-len", params.max_model_len), ("--max-num-seqs", params.max_num_seqs)):
         args += [flag, str(value)] if value else []
-    args += ["--gpu-memory-utilization", str(params.gpu_memory)] if params.gpu_memory else []
+    if params.gpu_memory:
+        args += ["--gpu-memory-utilization", str(params.gpu_memory)]
+    else:  # then the share is only asked about at the start, when another variant may hold most of the machine
+        args += ["--kv-cache-memory-bytes", str(params.kv_cache_gb * 2**30), "--gpu-memory-utilization", "0.01"]
     if model.adapters:
         rank = max(lora_rank(adapter) for adapter in model.adapters)
         args += ["--enable-lora", "--max-lora-rank", str(next(r for r in RANKS if r >= rank))]
         args += ["--max-loras", str(params.max_loras or len(model.adapters))]
         args += ["--lora-modules", *(f"{n}={Path(a).resolve()}" for n, a in zip(names, model.adapters, strict=True))]
     variables = {
-        "VLLM_CPU_KVCACHE_SPACE": str(params.kv_cache_gb),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
     }

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from peftopt import machine
 from peftopt.records import Json
 
 
@@ -14,9 +15,11 @@ def peak(serving: Sequence[int] = ()) -> dict[str, Json]:
     """Bytes: `peak_memory_bytes` resident on the host since the process started, its own or of a process that it
     started, whichever is more; on CUDA also what the caching allocator handed out (`gpu_memory_allocated`) and held
     (`gpu_memory_reserved`) at most. `serving`: processes that hold the model in this one's place; their peaks are
-    added up, so what they share counts more than once."""
+    added up, so what they share counts more than once, and of a GPU the driver tells what they hold now (reserved)."""
     if serving:
-        return {"peak_memory_bytes": sum(map(_host_peak, serving))}
+        found: dict[str, Json] = {"peak_memory_bytes": sum(map(_host_peak, serving))}
+        held = machine.gpu_memory(serving)
+        return found if held is None else {**found, "gpu_memory_reserved": held}
     started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"peak_memory_bytes": max(_host_peak(), started), **gpu()}
 
