@@ -276,12 +276,12 @@ def _sentence(evidence: Evidence, chosen: VariantDecision | None, candidates: Se
     recipe = evidence.plan.recipe
     if chosen:
         ratio = _judged(evidence, chosen.name)
-        percent = abs(1 - ratio.estimate)
-        word = "lower" if ratio.estimate < 1 else "higher"
+        percent = f"{abs(1 - ratio.estimate):.0%}"
+        gain = "about" if percent == "0%" else f"{percent} {'lower' if ratio.estimate < 1 else 'higher'} than"
         undecided = [d.name for d in candidates if d.outcome == "inconclusive"]
         rest = f" ({', '.join(undecided)} undecided)" if undecided else ""
         return (
-            f"Ship {chosen.name}: {recipe.minimize} is {percent:.0%} {word} than the {recipe.baseline}'s "
+            f"Ship {chosen.name}: {recipe.minimize} is {gain} the {recipe.baseline}'s "
             f"({ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}, {ratio.n} blocks, "
             f"{_CLOCKS[evidence.clock[0]]}), decided by {chosen.decided_by}{rest}."
         )

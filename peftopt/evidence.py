@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from peftopt import goodput, stats
@@ -428,10 +428,10 @@ class Evidence:
         for metric, field in (("latency", "request_duration_ms"), ("ttft", "ttft_ms"), ("tpot", "tpot_ms")):
             samples = [r[field] for r in requests if r[field] is not None]
             for name, q in QUANTILES.items() if samples else ():
-                found[f"{metric}.{name}@{workload}"] = stats.quantile(samples, q)
+                found[f"{metric}.{name}@{workload}"] = _amount(samples, q)
         if not self.plan.recipe.workloads[workload].loaded and (shares := self._bandwidth_shares(variant, requests)):
-            found[f"bandwidth@{workload}"] = stats.quantile(shares, 0.5)
-        found[f"throughput@{workload}"] = stats.quantile(self._rates(variant, workload), 0.5)
+            found[f"bandwidth@{workload}"] = _amount(shares, 0.5)
+        found[f"throughput@{workload}"] = _amount(self._rates(variant, workload), 0.5)
         for name, field in (("latency.ratio", "request_duration_ms"), ("cpu.ratio", "cpu_ms")):
             if variant != self.baseline:
                 logs = self.paired(variant, self.baseline, workload, field)
@@ -626,6 +626,12 @@ def _disturbances(moment: Mapping[str, Json], threads: int) -> Iterator[str]:
     cores, foreign = moment.get("cores", 0), moment.get("foreign_cores")
     if foreign is not None and foreign > cores - (threads or cores) + 0.25:
         yield "other processes took processors it needed"
+
+
+def _amount(samples: Sequence[float], q: float) -> Interval:
+    """The quantile of times, rates or shares: from too few for a lower bound, it is at least nothing."""
+    found = stats.quantile(samples, q)
+    return replace(found, low=max(0.0, found.low))
 
 
 def _range(values: Sequence[float]) -> Interval:

@@ -145,6 +145,14 @@ def test_the_sentence_names_the_choice_and_its_rule() -> None:
     assert kept.sentence.startswith("Keep the adapter as served") and "merge.gain" in kept.sentence
 
 
+def test_a_choice_that_gains_no_time_is_not_called_higher_or_lower() -> None:
+    plan = plan_of("merged", "int8")
+    rules = [Rule("int8", "not_slower", None), Rule("int8", "critical_errors", 0.01)]
+    plan = replace(plan, recipe=replace(plan.recipe, rules=tuple(rules)))
+    said = decide(plan, whole(plan, {"merged": 2.0, "int8": 1.0}, noise=0.0), {}).sentence
+    assert said.startswith("Ship int8: latency.p50@chat is about the adapter's (1.00x")
+
+
 def test_a_merge_that_is_another_model_is_rejected_by_parity() -> None:
     plan = plan_of("merged")
     changed = {f"p{n}": {"tokens": [9, *range(1, 30)]} for n in range(0, 400, 2)}

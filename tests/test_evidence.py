@@ -104,12 +104,24 @@ def test_foreign_gpu_processes_are_told_from_ours_also_under_other_numbers(
     assert machine.gpu_state(["61, 0x0000000000000040"], set(), set())["gpu_slowed"]
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 5])
+def test_times_and_rates_of_few_requests_are_at_least_nothing(blocks: int) -> None:
+    plan = plan_of("merged")
+    figures = Evidence(plan, speed(plan, {"merged": 0.8}, blocks)).figures("merged")
+    assert figures["latency.p50@chat"].low == figures["throughput@chat"].low == 0, "and not minus infinity"
+    assert all(interval.low >= 0 for interval in figures.values())
+
+
 def test_memory_on_a_gpu_is_that_of_the_processes_that_serve() -> None:
     lines = ["901, 512 MiB", "902, 70000 MiB", "903, [N/A]"]
     assert machine.gpu_held(lines, {901, 902, 903}) == (512 + 70000) * 2**20
     assert machine.gpu_held(lines, {903}) is None, "the driver does not tell"
     assert machine.gpu_held(lines, {5}) is None
     assert machine.gpu_held([], {901}) is None
+    plan = plan_of("merged")
+    figures = Evidence(plan, [Measurement("memory", "merged", values={"gpu_memory_reserved": 4e9})]).figures("merged")
+    assert figures["gpu_memory_reserved"].estimate == 4e9
+    assert "fragmentation" not in figures, "nobody has told what of it is in use"
 
 
 # ---- order and warm-up -----------------------------------------------------------------------------
