@@ -1,7 +1,9 @@
-"""The race's workers: which are started ahead of it, and when there is no room for that."""
+"""The race's workers: which are started ahead of it, when there is no room for that, and servers side by side."""
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ from test_decide import plan_of, whole
 from peftopt import machine
 from peftopt.errors import WorkerFailed
 from peftopt.evidence import TWIN, Evidence
-from peftopt.records import Variant
+from peftopt.records import Step, Variant
 from peftopt.runner import racing
 
 
@@ -65,3 +67,60 @@ def test_no_worker_starts_ahead_where_memory_is_short_or_nothing_is_to_be_raced(
     monkeypatch.setattr(machine, "free_memory", lambda: racing.ROOM)
     field.start()
     assert not field.started
+
+
+@pytest.fixture
+def served(field: racing.Field, monkeypatch: pytest.MonkeyPatch) -> racing.Field:
+    """The same variants, each on a server, and nothing but their starts taken down."""
+    run: Any = field.run
+    chains = {name: replace(v, engine=Step("vllm", "engine", "")) for name, v in run.recipe.variants.items()}
+    run.recipe = replace(run.recipe, variants=chains)
+    run.log = lambda *_: None
+    monkeypatch.setattr(racing, "worker", lambda run, variant, log, threads: Started(variant.name))
+    return field
+
+
+def test_servers_start_side_by_side_where_there_are_processors_for_them(
+    served: racing.Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = threading.Barrier(2, timeout=20)
+
+    def load(run: Any, variant: Variant, child: Any) -> dict[str, Any]:
+        together.wait()
+        return {}
+
+    monkeypatch.setattr(racing, "load", load)
+    monkeypatch.setattr(machine, "cores", lambda: 2 * racing.CORES)
+    served._serve(["adapter", "merged", "adapter" + TWIN, "int8"])
+    assert len(served.children) == 4 and not together.broken
+
+
+def test_servers_start_one_by_one_at_their_turns_where_processors_are_few(
+    served: racing.Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(racing, "load", lambda *_: {})
+    monkeypatch.setattr(machine, "cores", lambda: 2 * racing.CORES - 1)
+    served._serve(["adapter", "merged"])
+    assert not served.children
+    served._child("merged")
+    assert served.children.keys() == {"merged"}
+
+
+def test_a_server_that_did_not_start_beside_others_says_why_at_its_turn_and_may_try_again(
+    served: racing.Field, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def load(run: Any, variant: Variant, child: Any) -> dict[str, Any]:
+        tries.append(variant.name)
+        if variant.name == "merged" and tries.count("merged") == 1:
+            raise WorkerFailed("killed", "by a neighbour")
+        return {}
+
+    monkeypatch.setattr(racing, "load", load)
+    monkeypatch.setattr(machine, "cores", lambda: 4 * racing.CORES)
+    served._serve(["adapter", "merged"])
+    assert served.children.keys() == {"adapter"}
+    with pytest.raises(WorkerFailed, match="neighbour"):
+        served._child("merged")
+    assert served._child("merged") and tries.count("merged") == 2

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from peftopt import corpus, machine, need
+from peftopt import corpus, machine, need, plugins
 from peftopt.child import Child
 from peftopt.corpus import Row
 from peftopt.errors import WorkerFailed
@@ -44,6 +44,9 @@ def _next_block(run: Run, workload: Workload) -> int:
 ROOM = 2 * 2**30
 """Bytes that must be free for each worker that is started ahead, while others are at work."""
 
+CORES = 4
+"""Processors that a server keeps busy while it starts: several processes that import, and a compiler's."""
+
 
 class Field:
     """The workers of some consecutive blocks: each variant launched fresh once, then resident."""
@@ -55,6 +58,8 @@ class Field:
         self.pool = self.stack.enter_context(ThreadPoolExecutor(len(run.recipe.variants) + 1))
         self.started: dict[str, Child] = {}
         self.children: dict[str, Child] = {}
+        self.broken: dict[str, WorkerFailed] = {}
+        """Why a server did not start: told of at its turn."""
 
     def __enter__(self) -> Field:
         return self
@@ -82,6 +87,7 @@ class Field:
         random.Random(f"{recipe.seed}/{self.workload.name}/{number}").shuffle(arms)
         batches = draw(rows, self.workload, number, recipe)
         self._start([arm for arm in arms if arm not in self.children.keys() | self.started.keys()])
+        self._serve([arm for arm in arms if arm not in self.children and self._is_server(arm)])
         for order, arm in enumerate(arms):
             if self._variant(arm).name not in self.run.evidence.failures:
                 self._turn(arm, number, order, batches)
@@ -134,6 +140,24 @@ class Field:
 
         list(self.pool.map(start, arms))
 
+    def _serve(self, arms: Sequence[str]) -> None:
+        """Start these servers side by side, as many as there are processors for: each takes a minute or more. A model
+        in process loads alone, at its turn: how long that takes is a figure."""
+        if (lanes := machine.cores() // CORES) < 2:
+            return
+
+        def open_(arm: str) -> None:
+            try:
+                self._child(arm)
+            except WorkerFailed as error:
+                self.broken[arm] = error
+
+        for first in range(0, len(arms), lanes):
+            list(self.pool.map(open_, arms[first : first + lanes]))
+
+    def _is_server(self, arm: str) -> bool:
+        return plugins.catalogue()[self._variant(arm).engine.plugin].serves
+
     def _worker(self, arm: str) -> Child:
         threads = self.run.recipe.measure.threads or machine.cores()
         fresh = worker(self.run, self._variant(arm), f"speed-{self.workload.name}", threads)
@@ -141,6 +165,8 @@ class Field:
 
     def _child(self, arm: str) -> Child:
         """The arm's worker; its model is loaded when it first runs."""
+        if error := self.broken.pop(arm, None):
+            raise error
         if arm not in self.children:
             child = self.started.pop(arm, None) or self._worker(arm)
             self.run.log("launch", arm, load(self.run, self._variant(arm), child), self.workload.name)
