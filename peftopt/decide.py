@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from peftopt import stats
 from peftopt.evidence import TWIN, Evidence, exp
+from peftopt.figures import figures
 from peftopt.records import (
     Decision,
     Interval,
@@ -43,7 +44,7 @@ def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) ->
     notes = []
     if outcome == "accepted" and twin_differs and variant.name != evidence.baseline:
         outcome, rule = "inconclusive", "measurement.a_a"
-    ratio = evidence.figures(variant.name).get(f"latency.ratio@{evidence.plan.recipe.minimize.workload}")
+    ratio = figures(evidence, variant.name).get(f"latency.ratio@{evidence.plan.recipe.minimize.workload}")
     if ratio and ratio.low > 1 and variant.name != evidence.baseline:
         notes.append(f"slower than {evidence.baseline} here: {ratio.estimate:.2f}x its latency")
     notes += [*_subset_note(evidence, variant.name), *_warm_up_notes(evidence, variant.name)]
@@ -53,7 +54,7 @@ def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) ->
         outcome=outcome,
         decided_by=rule,
         verdicts=found,
-        figures={**evidence.figures(variant.name), **_break_even(evidence, variant)},
+        figures={**figures(evidence, variant.name), **_break_even(evidence, variant)},
         notes=tuple(notes),
         certificates=tuple(evidence.certificates(variant.name)),
         remarks=tuple(_remarks(evidence, variant)),
@@ -156,8 +157,8 @@ def _break_even(evidence: Evidence, variant: Variant) -> dict[str, Interval]:
     without it. Not there where it saves nothing."""
     recipe = evidence.plan.recipe
     name = f"latency.p50@{recipe.minimize.workload}"
-    ours, spent = evidence.figures(variant.name).get(name), evidence.figures(variant.name).get("compile_time")
-    theirs = evidence.figures(parent_of(recipe, variant, variant.engine)).get(name)
+    ours, spent = figures(evidence, variant.name).get(name), figures(evidence, variant.name).get("compile_time")
+    theirs = figures(evidence, parent_of(recipe, variant, variant.engine)).get(name)
     if ours is None or theirs is None or spent is None:
         return {}
 

@@ -1,11 +1,11 @@
-"""The measurements of a run, arranged by what a rule or a report asks of them, and the figures they give. Pure."""
+"""The measurements of a run, arranged by what a rule or a report asks of them. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 from peftopt import goodput, stats
@@ -25,18 +25,6 @@ NOISIER = 2.0
 
 FIELDS = {"latency": "request_duration_ms", "ttft": "ttft_ms", "tpot": "tpot_ms", "throughput": "request_duration_ms"}
 """Which of a request's durations a timed metric looks at. Lengths are fixed, so throughput is inverse duration."""
-
-QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
-ENGINE_FIGURES = ("compile_time", "warm_start", "graphs", "graph_breaks", "recompiles", "uncompiled", "gpu_busy")
-"""What an engine may say of getting ready: seconds, and counts per process; and the share of a request in which
-kernels ran on the GPU."""
-
-SERVER_FIGURES = {"queue_ms": "server_queue", "running": "server_batch", "kv_cache": "server_kv_cache"}
-"""What a server says of a load on it -> the figure that becomes of it: the mean time of a request in its queue, in ms;
-requests in a batch and the share of its key-value cache that is taken, means over a turn."""
-
-READ = {"cpu": "read_bytes_per_s", "cuda": "gpu_read_bytes_per_s"}
-"""Device -> what the survey calls the speed of its memory."""
 
 
 @dataclass(frozen=True)
@@ -405,130 +393,6 @@ class Evidence:
         """Lengths of the baseline's own answers in tokens, end of sequence included; those it was cut off at too."""
         return sorted(answer["new_tokens"] for answer in self.rows(self.baseline).values())
 
-    # ---- figures ----------------------------------------------------------------------------
-
-    def figures(self, variant: str) -> dict[str, Interval]:
-        """Everything that was measured of a variant, by metric name; what was not measured is not there."""
-        found: dict[str, Interval] = {}
-        for workload in self.plan.recipe.workloads:
-            found |= self._speed_figures(variant, workload)
-        found |= self._quality_figures(variant)
-        found |= self._task_figures(variant)
-        found |= self._footprint(variant)
-        return found
-
-    def figure(self, variant: str, metric: Metric) -> Interval | None:
-        return self.figures(variant).get(str(metric))
-
-    def _speed_figures(self, variant: str, workload: str) -> dict[str, Interval]:
-        requests = self.requests(variant, workload)
-        if not requests:
-            return {}
-        found = {}
-        for metric, field in (("latency", "request_duration_ms"), ("ttft", "ttft_ms"), ("tpot", "tpot_ms")):
-            samples = [r[field] for r in requests if r[field] is not None]
-            for name, q in QUANTILES.items() if samples else ():
-                found[f"{metric}.{name}@{workload}"] = _amount(samples, q)
-        if not self.plan.recipe.workloads[workload].loaded and (shares := self._bandwidth_shares(variant, requests)):
-            found[f"bandwidth@{workload}"] = _amount(shares, 0.5)
-        found[f"throughput@{workload}"] = _amount(self._rates(variant, workload), 0.5)
-        for name, field in (("latency.ratio", "request_duration_ms"), ("cpu.ratio", "cpu_ms")):
-            if variant != self.baseline:
-                logs = self.paired(variant, self.baseline, workload, field)
-            else:  # the baseline's own line is its A/A arm
-                logs = self.paired(variant + TWIN, variant, workload, field)
-            if logs:
-                found[f"{name}@{workload}"] = exp(stats.hodges_lehmann(logs, 0.95))
-        if self.plan.recipe.workloads[workload].lengths == "natural":
-            source = variant if variant != self.baseline else variant + TWIN
-            if drift := self.paired(source, self.baseline, workload, "new_tokens"):
-                found[f"length.ratio@{workload}"] = exp(stats.hodges_lehmann(drift, 0.95))
-        for name, title in SERVER_FIGURES.items():
-            told = [account[name] for account in self.accounts[variant, workload] if name in account]
-            if means := [each["mean"] if isinstance(each, Mapping) else each for each in told]:
-                found[f"{title}@{workload}"] = _range(means)
-        if found_ := self.warm_up(variant, workload):
-            found[f"warm_up@{workload}"], found[f"first_request@{workload}"] = map(_exactly, found_)
-        return found
-
-    def _rates(self, variant: str, workload: str) -> list[float]:
-        """Tokens per second: of each request, or where they overlap, of each turn."""
-        if not self.plan.recipe.workloads[workload].loaded:
-            return [1e3 * r["new_tokens"] / r["request_duration_ms"] for r in self.requests(variant, workload)]
-        turns = self.turns[variant, workload].values()
-        return [1e3 * sum(r["new_tokens"] for r in turn) / turn[0]["turn_ms"] for turn in turns]
-
-    def _bandwidth_shares(self, variant: str, requests: Sequence[Mapping[str, Json]]) -> list[float]:
-        """Of each request, the time per token that reading memory alone would take over the time it took."""
-        launch = next((v for v in self.launches.get(variant, ()) if v.get("device") in READ), {})
-        speed = self.surveyed.get(READ.get(launch.get("device", ""), ""))
-        if not speed or "weight_bytes" not in launch:
-            return []
-        # on average a step finds the whole prompt in the cache, and half of the answer
-        bytes_ = [
-            launch["weight_bytes"] + launch["kv_bytes"] * (r["prompt_tokens"] + r["new_tokens"] / 2) for r in requests
-        ]
-        return [1e3 * b / speed / r["tpot_ms"] for b, r in zip(bytes_, requests, strict=True) if r["tpot_ms"]]
-
-    def _quality_figures(self, variant: str) -> dict[str, Interval]:
-        is_baseline = variant == self.baseline
-        reference = self.rows(self.baseline)
-        ours = self.rows(variant)
-        again = self.rows(variant, 2) if is_baseline else ours
-        if not ours:
-            return {}
-        n = len(ours)
-        found = {
-            "accuracy": stats.proportion(sum(r["correct"] for r in ours.values()), n),
-            "score": stats.mean([r["score"] for r in ours.values()]),
-            "validity": stats.proportion(sum(r["valid"] for r in ours.values()), n),
-        }
-        shared = sorted(again.keys() & reference.keys())
-        if not shared:
-            return found
-        same = sum(again[r]["tokens"] == reference[r]["tokens"] for r in shared)
-        found["greedy_match"] = stats.proportion(same, len(shared))
-        lengths = [again[r]["new_tokens"] for r in shared], [reference[r]["new_tokens"] for r in shared]
-        found["length"] = stats.ratio_of_means(*lengths)
-        scored = [r for r in shared if "kl" in again[r]]
-        if not all(math.isfinite(again[r][key]) for r in scored for key in ("kl", "nll")):
-            found |= dict.fromkeys(("kl", "top1", "perplexity"), Interval(math.nan, -math.inf, math.inf, len(scored)))
-        elif scored:
-            tokens = [reference[r]["scored_tokens"] for r in scored]
-            found["kl"] = stats.ratio_of_means([again[r]["kl"] for r in scored], tokens)
-            found["top1"] = stats.ratio_of_means([again[r]["agree"] for r in scored], tokens)
-            means = [again[r]["kl"] / n for r, n in zip(scored, tokens, strict=True) if n]
-            if means:
-                found["kl.p95"], found["kl.max"] = stats.quantile(means, 0.95), _most(means)
-            if worst := [again[r]["kl_worst"] for r in scored if "kl_worst" in again[r]]:
-                found["kl.token"] = _most(worst)
-            found["top1.min"] = _exactly(
-                min(again[r]["agree"] / max(n, 1) for r, n in zip(scored, tokens, strict=True))
-            )
-            found["perplexity"] = stats.perplexity_ratio(
-                [again[r]["nll"] for r in scored], [reference[r]["nll"] for r in scored], tokens
-            )
-        if not is_baseline:
-            errors, asked = self.critical_errors(variant)
-            found["critical_errors"] = Interval(len(errors) / asked, 0.0, stats.upper_bound(len(errors), asked), asked)
-            worse, better = self.flips(variant)
-            found["flips"] = stats.proportion(worse, len(shared))
-            found["flips_worse"] = Interval(worse, worse, worse, len(shared))
-            found["flips_better"] = Interval(better, better, better, len(shared))
-            found["flips_p"] = _exactly(stats.flips(worse, better))
-            if kept := self.survival(variant):
-                found["delta_survival"] = kept
-        return found
-
-    def _task_figures(self, variant: str) -> dict[str, Interval]:
-        """Mean scores; of tasks whose rows are right or wrong the exact interval."""
-        found = {}
-        for name, scores in self.tasks[variant].items():
-            values = list(scores.values())
-            sure = set(values) <= {0.0, 1.0}
-            found[name] = stats.proportion(int(sum(values)), len(values)) if sure else stats.mean(values)
-        return found
-
     def task_flips(self, variant: str) -> dict[str, tuple[int, int, int]]:
         """Of each task's rows: worse than the baseline's, better, and how many both were asked."""
         found = {}
@@ -536,31 +400,6 @@ class Evidence:
             theirs = self.tasks[self.baseline].get(name, {})
             gains = [ours[row] - theirs[row] for row in ours.keys() & theirs.keys()]
             found[name] = sum(g < 0 for g in gains), sum(g > 0 for g in gains), len(gains)
-        return found
-
-    def _footprint(self, variant: str) -> dict[str, Interval]:
-        found = {}
-        if size := self.size(variant):
-            found["size"] = _exactly(size)
-        if launches := self.launches.get(variant):
-            found["load_time"] = _range([v["model_loading_time"] for v in launches])
-        for name, key in (
-            ("memory", "peak_memory_bytes"),
-            ("gpu_memory", "gpu_memory_allocated"),
-            ("gpu_memory_allocated", "gpu_memory_allocated"),
-            ("gpu_memory_reserved", "gpu_memory_reserved"),
-        ):
-            if peaks := [v[key] for v in self.memory.get(variant, ()) if key in v]:
-                found[name] = _range(peaks)
-        if idle := [
-            1 - v["gpu_memory_allocated"] / v["gpu_memory_reserved"]
-            for v in self.memory.get(variant, ())
-            if v.get("gpu_memory_reserved") and "gpu_memory_allocated" in v  # a server's driver tells only the first
-        ]:
-            found["fragmentation"] = _range(idle)
-        for name in ENGINE_FIGURES:
-            if seen := [v[name] for v in self.engines.get(variant, ()) if name in v]:
-                found[name] = _range(seen)
         return found
 
     def size(self, variant: str) -> int | None:
@@ -600,15 +439,6 @@ def _median(turn: Sequence[Mapping[str, Json]], field: str) -> float:
     return stats.median([r[field] for r in turn if _is_time(r.get(field))])
 
 
-def _exactly(value: float) -> Interval:
-    return Interval(value, value, value, 1)
-
-
-def _most(values: Sequence[float]) -> Interval:
-    worst = max(values)
-    return Interval(worst, worst, worst, len(values))
-
-
 _DISTURBED: Mapping[str, tuple[float, str]] = {
     "steal": (0.01, "the host took {:.0%} of the CPU time"),
     "throttled": (0.01, "a quota withheld {:.0%} of the CPU time"),
@@ -626,14 +456,3 @@ def _disturbances(moment: Mapping[str, Json], threads: int) -> Iterator[str]:
     cores, foreign = moment.get("cores", 0), moment.get("foreign_cores")
     if foreign is not None and foreign > cores - (threads or cores) + 0.25:
         yield "other processes took processors it needed"
-
-
-def _amount(samples: Sequence[float], q: float) -> Interval:
-    """The quantile of times, rates or shares: from too few for a lower bound, it is at least nothing."""
-    found = stats.quantile(samples, q)
-    return replace(found, low=max(0.0, found.low))
-
-
-def _range(values: Sequence[float]) -> Interval:
-    """Median and range of a few launches: too few for an interval, so the range is shown as it is."""
-    return Interval(stats.median(values), min(values), max(values), len(values), level=math.nan)

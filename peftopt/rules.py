@@ -11,7 +11,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from peftopt import stats
-from peftopt.evidence import FIELDS, QUANTILES, Evidence, exp
+from peftopt.evidence import FIELDS, Evidence, exp
+from peftopt.figures import figure, figures
+from peftopt.goodput import QUANTILES
 from peftopt.records import Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
 from peftopt.thresholds import TASK, format_value, known
 
@@ -298,8 +300,7 @@ def requirement(evidence: Evidence, variant: str, threshold: Threshold) -> Verdi
     measured, whose = variant, ""
     if threshold.metric.name in LIKELIHOODS and (twin := _scored_twin(evidence, variant)):
         measured, whose = twin, f" of {twin}, the same weights on an engine that scores,"
-    figure = relative if threshold.relative else Evidence.figure
-    value = figure(evidence, measured, threshold.metric)
+    value = (relative if threshold.relative else figure)(evidence, measured, threshold.metric)
     if value is None:
         return Verdict(rule, "inconclusive", f"{threshold.metric} was not measured")
     clock = "wall" if threshold.metric.workload else ""
@@ -326,11 +327,11 @@ def fewest_requests(metric: Metric) -> int:
 
 def _scored_twin(evidence: Evidence, variant: str) -> str | None:
     """Another variant with the same weights that has likelihoods, for one whose engine only generates."""
-    if "perplexity" in evidence.figures(variant):
+    if "perplexity" in figures(evidence, variant):
         return None
     models = evidence.plan.models
     twins = (name for name, model in models.items() if model == models[variant] and name != variant)
-    return next((name for name in twins if "perplexity" in evidence.figures(name)), None)
+    return next((name for name in twins if "perplexity" in figures(evidence, name)), None)
 
 
 def relative(evidence: Evidence, variant: str, metric: Metric) -> Interval | None:
@@ -347,7 +348,7 @@ def relative(evidence: Evidence, variant: str, metric: Metric) -> Interval | Non
             logs = [-x for x in logs]
         return exp(stats.hodges_lehmann(logs, 0.95))
     if metric.name in ("perplexity", "length"):  # ratios by nature
-        return evidence.figure(variant, metric)
+        return figure(evidence, variant, metric)
     if metric.name in ("accuracy", "validity"):
         key = {"accuracy": "correct", "validity": "valid"}[metric.name]
         ours, theirs = evidence.rows(variant), evidence.rows(evidence.baseline)
@@ -361,7 +362,7 @@ def relative(evidence: Evidence, variant: str, metric: Metric) -> Interval | Non
         if not any(reference[r] for r in shared):
             return None
         return stats.ratio_of_means([mine[r] for r in shared], [reference[r] for r in shared])
-    own, base = evidence.figure(variant, metric), evidence.figure(evidence.baseline, metric)
+    own, base = figure(evidence, variant, metric), figure(evidence, evidence.baseline, metric)
     if own is None or base is None or not base.estimate:
         return None
     return Interval(own.estimate / base.estimate, own.low / base.estimate, own.high / base.estimate, own.n)

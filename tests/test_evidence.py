@@ -12,6 +12,7 @@ from test_decide import decide, of, plan_of, quality, speed, whole
 
 from peftopt import machine
 from peftopt.evidence import TWIN, Evidence
+from peftopt.figures import figures as figures_of
 from peftopt.records import Json, Measurement
 
 
@@ -56,7 +57,7 @@ def test_on_a_gpu_one_processor_is_enough_and_its_own_memory_is_the_floor() -> N
         request["prompt_tokens"] = 0
     found = Evidence(plan, [survey, *launches, *turns, memory, engine])
     assert not found.disturbed("chat")
-    figures = found.figures("merged")
+    figures = figures_of(found, "merged")
     assert figures["fragmentation"].estimate == pytest.approx(0.25)
     assert figures["gpu_busy"].estimate == 0.25
     tpot = figures["tpot.p50@chat"].estimate
@@ -107,7 +108,7 @@ def test_foreign_gpu_processes_are_told_from_ours_also_under_other_numbers(
 @pytest.mark.parametrize("blocks", [1, 3, 5])
 def test_times_and_rates_of_few_requests_are_at_least_nothing(blocks: int) -> None:
     plan = plan_of("merged")
-    figures = Evidence(plan, speed(plan, {"merged": 0.8}, blocks)).figures("merged")
+    figures = figures_of(Evidence(plan, speed(plan, {"merged": 0.8}, blocks)), "merged")
     assert figures["latency.p50@chat"].low == figures["throughput@chat"].low == 0, "and not minus infinity"
     assert all(interval.low >= 0 for interval in figures.values())
 
@@ -119,7 +120,8 @@ def test_memory_on_a_gpu_is_that_of_the_processes_that_serve() -> None:
     assert machine.gpu_held(lines, {5}) is None
     assert machine.gpu_held([], {901}) is None
     plan = plan_of("merged")
-    figures = Evidence(plan, [Measurement("memory", "merged", values={"gpu_memory_reserved": 4e9})]).figures("merged")
+    held = Measurement("memory", "merged", values={"gpu_memory_reserved": 4e9})
+    figures = figures_of(Evidence(plan, [held]), "merged")
     assert figures["gpu_memory_reserved"].estimate == 4e9
     assert "fragmentation" not in figures, "nobody has told what of it is in use"
 

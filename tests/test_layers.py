@@ -28,6 +28,7 @@ LAYERS = (
     "recipe",
     "plan",
     "evidence",
+    "figures",
     "rules",
     "need",
     "decide",
