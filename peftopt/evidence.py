@@ -94,6 +94,8 @@ class Evidence:
                     self.builds[m.values["id"]] = m.values
                 case "failure":
                     self.failures[m.variant] = m.values
+                case "retry":
+                    self.failures.pop(m.variant, None)
                 case "launch":
                     self.launches[m.variant].append(m.values)
                     self._launched[m.variant, m.workload].append([])

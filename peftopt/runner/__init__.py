@@ -35,10 +35,10 @@ def prepare(
     runs = home.root / "runs"
     mine = sorted(runs.glob(f"*-{recipe.name}-{key}"))
     unfinished = [f for f in mine if not (f / "decision.json").exists()]
-    if (unfinished or (more and mine)) and not fresh:
-        folder = (unfinished or mine)[-1]
-        if more and not unfinished:
-            return reopen(folder, listener)
+    if mine and more and not unfinished and not fresh:
+        return reopen(mine[-1], listener)
+    if unfinished and not fresh:
+        folder = unfinished[-1]
         listener.warn(f"going on with the unfinished run {folder.name}")
     else:
         folder = runs / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{recipe.name}-{key}"
@@ -46,7 +46,9 @@ def prepare(
         store.write(folder / "recipe.yaml", text)
         store.write(folder / "plan.json", json.dumps(asdict(plan), indent=1))
         store.write(folder / "machine.json", json.dumps(machine.describe(), indent=1))
-    return Run(plan, home, folder, listener, store.read(folder / "measurements.jsonl", listener.warn))
+    run = Run(plan, home, folder, listener, store.read(folder / "measurements.jsonl", listener.warn))
+    run.retry()
+    return run
 
 
 def _planned(recipe: Recipe) -> tuple[Plan, str]:

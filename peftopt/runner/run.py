@@ -60,6 +60,12 @@ class Run:
         self.log("failure", variant, values)
         self.listener.warn(f"{variant}: {stage} failed, {error}")
 
+    def retry(self) -> None:
+        """Try again what failed before the run stopped: whoever starts it again has done something about it."""
+        for variant, failure in list(self.evidence.failures.items()):
+            self.log("retry", variant, {})
+            self.listener.tell(f"{variant}: {failure['stage']} failed before ({failure['reason']}); trying again")
+
     @property
     def recipe(self) -> Recipe:
         return self.plan.recipe
