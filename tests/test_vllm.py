@@ -52,6 +52,27 @@ def test_its_command_line_names_the_model_its_adapter_and_a_rank_that_vllm_knows
     assert arguments(Model(str(tiny_base)), args="--dtype float32").endswith("--dtype float32")
 
 
+@pytest.mark.parametrize(
+    ("quantization", "says"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "no kernels for bitsandbytes on a CPU"),
+        ({"config_groups": {"group_0": {"weights": {"type": "float", "num_bits": 8}}}}, "no kernels for FP8 on a CPU"),
+    ],
+)
+def test_a_format_without_kernels_on_a_cpu_is_refused_before_a_server_starts(
+    quantization: dict[str, Any], says: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {**json.loads((tiny_base / "config.json").read_text()), "quantization_config": quantization}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(vllm, "_has_cuda", lambda: False)
+    with pytest.raises(BadInput, match=says):
+        vllm.open(Model(str(tmp_path)), vllm.Params())
+    assert vllm.without_kernels(str(tiny_base)) == ""
+    integers = {"config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}}}
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": integers}))
+    assert vllm.without_kernels(str(tmp_path)) == ""
+
+
 def test_a_server_takes_so_much_memory_for_keys_and_values_or_a_share_of_a_gpu(tiny_base: Path) -> None:
     beside_others = arguments(Model(str(tiny_base)), kv_cache_gb=4)
     assert "--kv-cache-memory-bytes 4294967296" in beside_others

@@ -67,11 +67,14 @@ class Vllm(Started):
     def __init__(self, model: Model, params: Params) -> None:
         if len(model.adapters) > 1:
             raise BadInput("vLLM applies one adapter to a request", "merge several into one first: merge")
+        device = "cuda" if _has_cuda() else "cpu"
+        if device == "cpu" and (format_ := without_kernels(model.path)):
+            raise BadInput(f"vLLM has no kernels for {format_} on a CPU", "int8, w8a8, gptq and awq run there")
         self._home, self._params = model, params
         port, names = free_port(), tuple(name_of(a) for a in model.adapters)
         serving, variables = command(model, params, port, names)
         super().__init__(model, serving, variables, port, names[0] if names else BASE, params.start_s)
-        self.device = "cuda" if _has_cuda() else "cpu"
+        self.device = device
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
         """From the server's prompt log-probabilities, a request at a time: with LoRA, vLLM 0.32 cannot batch them."""
@@ -136,6 +139,17 @@ def command(
         "VLLM_NO_USAGE_STATS": "1",
     }
     return [python, "-m", "vllm.entrypoints.cli.main", *args, *shlex.split(params.args)], variables
+
+
+def without_kernels(model: str) -> str:
+    """The format of a checkpoint that vLLM cannot run on a CPU, "" for others: 0.32 refuses bitsandbytes there after
+    half a minute, and loads FP8 to answer nothing within its five minutes for a step."""
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    quantized = config.get("quantization_config") or {}
+    if quantized.get("quant_method") == "bitsandbytes":
+        return "bitsandbytes"
+    weights = [group.get("weights") or {} for group in (quantized.get("config_groups") or {}).values()]
+    return next((f"FP{w['num_bits']}" for w in weights if w.get("type") == "float"), "")
 
 
 def lora_rank(adapter: str) -> int:
