@@ -156,7 +156,8 @@ def critical_errors(case: Case) -> Verdict:
     if errors:
         row, flag = errors[0]
         outcome: Outcome = "rejected"
-        reason = f"{len(errors)} critical errors in {n} prompts that the adapter does not make, first {row}: {flag}"
+        count = "1 critical error" if len(errors) == 1 else f"{len(errors)} critical errors"
+        reason = f"{count} in {n} prompts that the adapter does not make, first {row}: {flag}"
         theirs = {row for row, _ in case.evidence.critical_errors(case.parent)[0]} if case.parent else set()
         if shared := sum(row in theirs for row, _ in errors):
             reason += f"; {case.parent}, without this step, makes {shared} of them too"
