@@ -83,6 +83,12 @@ def looks(family: int = 1) -> tuple[int, ...]:
     return (min(max(first, LOOKS[0]), LOOKS[1] - 1), *LOOKS[1:])
 
 
+def next_look(blocks: int) -> int:
+    """The planned look at so many blocks, or the first after them: between two of them a race is judged by bets alone,
+    which decide later. Past the last, the blocks themselves."""
+    return next((look for look in LOOKS if look >= blocks), blocks)
+
+
 def race(d: Iterable[float], limit: float, family: int = 1, open_ended: bool = False) -> Race:
     """Is the variant below `limit`? `d` is log(variant / reference) per block, in order; `limit` a log ratio.
 

@@ -151,6 +151,11 @@ def test_a_laxer_limit_is_never_harder_to_meet(d: list[float], limit: float, mor
     assert order.index(strict) <= order.index(lax)
 
 
+@pytest.mark.parametrize(("needed", "granted"), [(11, 16), (16, 16), (25, 40), (60, 60), (61, 61), (300, 300)])
+def test_blocks_are_granted_up_to_a_look_that_can_use_them(needed: int, granted: int) -> None:
+    assert stats.next_look(needed) == granted
+
+
 def test_a_race_goes_on_after_its_last_look_and_bets_decide_it() -> None:
     """sigma is three times the distance to the limit: sixty blocks leave it open."""
     d = np.random.default_rng(0).normal(-0.04, 0.12, 400)

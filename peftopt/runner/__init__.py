@@ -79,8 +79,8 @@ def reopen(folder: Path, listener: Listener) -> Run:
 
 
 def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None) -> None:
-    """Let the undecided races of a run go on: until the nearest to a decision should have one, as the planner says, or
-    for so many blocks or minutes at most.
+    """Let the undecided races of a run go on: to the planned look at which the nearest to a decision should have one,
+    as the planner says, or for so many blocks or minutes at most.
 
     What was spent of the error budget stays spent (stats.race). Where that can hardly decide any, nothing is measured.
     """
@@ -96,7 +96,7 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
         raise BadInput("this run does not tell how long a block takes", "say how many with --blocks")
     limits = [n for n in (blocks, None if minutes is None else int(minutes / (each or 1))) if n is not None]
     needed = nearest.blocks_needed or 0
-    total = have + min(limits) if limits else needed
+    total = have + min(limits) if limits else stats.next_look(needed)
     granted = Measurement("more", "", values={"max_blocks": total})
     still = need.open_races(Evidence(run.plan, [*run.measurements, granted]))
     if total >= stats.MOST_BLOCKS or total <= have or all(v.hopeless for v in still):
