@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ class Remote:
         python = environments.interpreter(plugins.catalogue()[name])
         variables = {**os.environ, "PYTHONPATH": str(Path(plugins.__file__).parent.parent)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([python, __file__], text=True, env=variables, **pipes)
+        self.folder = tempfile.TemporaryDirectory()  # as in a run, servers leave their logs where they stand
+        self.process = subprocess.Popen([python, __file__], text=True, env=variables, cwd=self.folder.name, **pipes)
         self._call(name, dataclasses.asdict(model), params)
 
     def _call(self, *message: Any) -> Any:
@@ -58,6 +60,7 @@ class Remote:
         self.process.stdin.close()
         self.process.wait(20)
         self.process.stdout.close()
+        self.folder.cleanup()
 
 
 def plain(value: Any) -> Any:

@@ -12,12 +12,16 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from peftopt import need, runner, stats
 from peftopt.cli import main
+from peftopt.evidence import TWIN
 from peftopt.records import Rule
+from peftopt.runner.racing import Field
 
 FIELDS = {"request_duration_ms", "queue_time_ms", "generation_latency_ms", "ttft_ms", "tpot_ms", "cpu_ms"}
 
@@ -68,6 +72,13 @@ def ran(tiny_base: Path, tiny_lora: Path, tmp_path_factory: pytest.TempPathFacto
     questions = prompts(folder / "eval.jsonl", 12, "eval")
     recipe.write_text(RECIPE.format(base=tiny_base, adapter=tiny_lora, prompts=questions))
     return recipe, folder / "results", command("run", recipe, "--results", folder / "results", "--quiet")
+
+
+@pytest.fixture
+def copied(ran: tuple[Path, Path, int], tmp_path: Path) -> tuple[Path, Path, Path]:
+    """(recipe, results, run folder) of a copy of the finished run, which a test may spoil."""
+    shutil.copytree(ran[1], tmp_path / "results", symlinks=True)
+    return ran[0], tmp_path / "results", run_folder(tmp_path / "results")
 
 
 def run_folder(results: Path) -> Path:
@@ -155,33 +166,29 @@ def test_a_second_run_builds_nothing(ran: tuple[Path, Path, int], capsys: pytest
     assert len(list((results / "runs").iterdir())) == 2
 
 
-def test_an_unfinished_run_goes_on_where_it_stopped(ran: tuple[Path, Path, int], tmp_path: Path) -> None:
-    recipe, results, _ = ran
-    shutil.copytree(results, tmp_path / "results", symlinks=True)
-    folder = run_folder(tmp_path / "results")
+def test_an_unfinished_run_goes_on_where_it_stopped(copied: tuple[Path, Path, Path]) -> None:
+    recipe, results, folder = copied
     (folder / "decision.json").unlink()
     log = folder / "measurements.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-3]) + b'{"format": 1, "torn')
     before = log.read_bytes().rpartition(b"\n")[0]
-    assert command("run", recipe, "--results", tmp_path / "results", "-q") in (0, 1, 3)
-    assert run_folder(tmp_path / "results") == folder and (folder / "decision.json").exists()
+    assert command("run", recipe, "--results", results, "-q") in (0, 1, 3)
+    assert run_folder(results) == folder and (folder / "decision.json").exists()
     assert log.read_bytes().startswith(before)
-    answers = [(m["variant"], m["launch"], m["values"]["row"]) for m in lines(tmp_path / "results", "quality")]
+    answers = [(m["variant"], m["launch"], m["values"]["row"]) for m in lines(results, "quality")]
     assert len(answers) == len(set(answers))
 
 
 def test_what_failed_before_a_run_stopped_is_tried_again(
-    ran: tuple[Path, Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copied: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, results, _ = ran
-    shutil.copytree(results, tmp_path / "results", symlinks=True)
-    folder = run_folder(tmp_path / "results")
+    recipe, results, folder = copied
     (folder / "decision.json").unlink()
     why = {"stage": "speed (bulk)", "reason": "refused", "detail": "no usable tokenizer", "hint": ""}
     failure = {"format": 1, "probe": "failure", "variant": "adapter", "values": why}
     with (folder / "measurements.jsonl").open("a") as log:
         log.write(json.dumps(failure) + "\n")
-    assert command("run", recipe, "--results", tmp_path / "results") in (0, 1, 3), "and not 4: its baseline is there"
+    assert command("run", recipe, "--results", results) in (0, 1, 3), "and not 4: its baseline is there"
     assert "adapter: speed (bulk) failed before (refused); trying again" in " ".join(capsys.readouterr().err.split())
     assert not any("tokenizer" in w for w in json.loads((folder / "decision.json").read_text())["warnings"])
 
@@ -248,13 +255,11 @@ class Heard:
 
 
 def test_more_blocks_are_granted_to_an_undecided_run_where_they_may_decide_it(
-    ran: tuple[Path, Path, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copied: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, results, _ = ran
-    shutil.copytree(results, tmp_path / "results", symlinks=True)
     heard, raced = Heard(), []
     monkeypatch.setattr(runner, "race", lambda run, workload: raced.append(need.blocks(run.evidence, workload.name)))
-    run = runner.reopen(run_folder(tmp_path / "results"), heard)
+    run = runner.reopen(copied[2], heard)
     median = stats.median(run.evidence.paired("merged", "adapter", "chat", "request_duration_ms"))
     undecided = (Rule("merge", "gain", 1 - math.exp(median)),)  # nobody can tell on which side of it the truth is
     run.plan = replace(run.plan, recipe=replace(run.recipe, rules=undecided))
@@ -268,12 +273,31 @@ def test_more_blocks_are_granted_to_an_undecided_run_where_they_may_decide_it(
     assert "no race is open" in heard.said[-1] and len(raced) == len(run.recipe.workloads)
 
 
+def test_more_blocks_reach_a_planned_look(copied: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    open_ = SimpleNamespace(blocks_needed=11, workload="chat", rule="merge.gain", hopeless=False)
+    monkeypatch.setattr(need, "open_races", lambda evidence: [open_])
+    monkeypatch.setattr(runner, "race", lambda run, workload: None)
+    run = runner.reopen(copied[2], Heard())
+    runner.add_blocks(run)
+    assert run.evidence.budget == 16, "at 11 blocks nothing would be judged but by bets"
+
+
+def test_the_workers_of_a_race_start_ahead_of_it_and_end_with_it(copied: tuple[Path, Path, Path]) -> None:
+    run = runner.reopen(copied[2], Heard())
+    run.measurements.clear()
+    with Field(run, run.recipe.workloads["chat"]) as field:
+        field.start()
+        assert field.started.keys() == {"adapter", "adapter" + TWIN, "merged", "int8"}
+        assert not field.children, "none has loaded its model"
+        workers = [pid for worker in field.started.values() for pid in worker.processes()]
+        assert len(workers) >= 4 and all(map(psutil.pid_exists, workers))
+    assert not any(map(psutil.pid_exists, workers))
+
+
 def test_a_run_whose_files_changed_or_that_is_decided_gets_no_more_blocks(
-    ran: tuple[Path, Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    copied: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, results, _ = ran
-    shutil.copytree(results, tmp_path / "results", symlinks=True)
-    folder = run_folder(tmp_path / "results")
+    folder = copied[2]
     (folder / "machine.json").write_text(json.dumps({"cpu": "another"}))
     assert command("bench", "--more", folder) == 2
     assert "measured on another machine" in capsys.readouterr().err
