@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from peftopt import identity
@@ -52,7 +53,7 @@ class Adapter:
         """Its PEFT type, in PEFT's capitals: "LORA"."""
         return str(self.config.get("peft_type", "unknown")).upper()
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         return identity.of_file(self.folder / WEIGHTS)
 

@@ -141,7 +141,7 @@ class Checkpoint:
     def view(self, entry: Entry, at: int, nbytes: int) -> memoryview:
         """The tensor's bytes from offset `at`, mapped: no copy. `forget` them when they were used."""
         if entry.file not in self._maps:
-            # Private and writable only because torch warns of memory that it may not write to; nobody writes.
+            # Private and writable only because numba compiles anew for memory that it may not write to; nobody writes.
             flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
             whole = mmap.mmap(self._handle(entry.file), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
             self._maps.setdefault(entry.file, whole)

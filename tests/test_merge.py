@@ -6,6 +6,8 @@ import contextlib
 import json
 import math
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +20,9 @@ from hypothesis import strategies as st
 from xxhash import xxh3_128_hexdigest
 
 from peftopt.adapter import NO_DELTA
-from peftopt.checkpoint import Draft, open_model, read_header
+from peftopt.checkpoint import Draft, Entry, open_model, read_header
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.merging import blocks
-from peftopt.merging.blocks import largest, rounded_to_odd
 from peftopt.records import Model
 from peftopt.transforms import merge
 
@@ -367,7 +368,7 @@ def round_once(exact: Any, dtype: Any) -> Any:
     """fp64 to the nearest of a half precision."""
     import torch
 
-    return torch.from_numpy(rounded_to_odd(exact.numpy())).to(dtype)
+    return torch.from_numpy(blocks.rounded_to_odd(exact.numpy())).to(dtype)
 
 
 def exact_sums(base: Path, adapter: Path) -> dict[str, Any]:
@@ -384,21 +385,33 @@ def exact_sums(base: Path, adapter: Path) -> dict[str, Any]:
     return sums
 
 
-def test_a_delta_that_outgrows_its_weight_is_rounded_to_the_nearest_too() -> None:
+@settings(deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["BF16", "F16", "F32"]),
+    st.sampled_from(["BF16", "F16"]),
+    st.integers(1, 40),
+    st.floats(-6, 2),
+    st.floats(-6, 2),
+)
+def test_every_sum_is_rounded_to_the_nearest(
+    seed: int, given_: str, wanted: str, rank: int, weight: float, delta: float
+) -> None:
+    import numpy as np
     import torch
 
-    torch.manual_seed(0)
-    rows, width, rank = 1024, 512, 4
-    b, a = torch.randn(rows, rank).double(), torch.randn(rank, width).double()
-    ones = torch.ones(rows, 1), torch.ones(1, width)
-    wide = torch.cat([b.float(), ones[0]], 1), torch.cat([a.float(), ones[1]])
-    exact_b, exact_a = (side.float().double() for side in (b, a))
-    delta = blocks.Delta(*wide, exact_b.numpy(), exact_a.t().contiguous().numpy())
-    before = torch.zeros(rows * width, dtype=torch.bfloat16)
-    after, room = torch.empty_like(before), torch.empty(rows * width)
-    blocks.Blocks(1)._round_sum("w", before, delta, room, after, width)
-    wrong = after != round_once((exact_b @ exact_a).view(-1), after.dtype)
-    assert int(wrong.sum()) == 0, "where the old weights are all zero they say nothing of fp32's error"
+    dice = np.random.default_rng(seed)
+    rows, width = 5, 77
+    before = (dice.standard_normal((rows, width)) * 10**weight).astype(blocks.dtype_of(given_))
+    before[dice.random((rows, width)) < 0.1] = 0  # where the old weights say nothing of fp32's error
+    b, a = dice.standard_normal((rows, rank)) * 10**delta, dice.standard_normal((rank, width))
+    b[0] = 0
+    loop = blocks.Blocks(1)
+    entries = [Entry("w", name, (rows, width)) for name in (given_, wanted)]
+    found = loop._sum(entries[0], entries[1], before, blocks.Delta.product(b, a))
+    exact = before.astype(np.float64) + b @ a
+    wanted_ = round_once(torch.from_numpy(exact), getattr(torch, blocks.dtype_of(wanted).name))
+    assert (torch.from_numpy(found.view(np.int16)).view(wanted_.dtype) == wanted_).all()
 
 
 def test_a_tensor_of_several_pieces_comes_out_as_one_of_one(
@@ -410,6 +423,20 @@ def test_a_tensor_of_several_pieces_comes_out_as_one_of_one(
     monkeypatch.setattr(blocks, "PIECE", 256)
     pieces = merged(base, adapter, out=tmp_path / "pieces", dtype="bf16")  # its digests too are those of the files
     assert (whole / "model.safetensors").read_bytes() == (pieces / "model.safetensors").read_bytes()
+
+
+def test_lora_is_merged_and_certified_without_loading_torch(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    script = f"""
+import sys
+from pathlib import Path
+from peftopt.records import Model
+from peftopt.transforms import merge
+merge.transform(Model({str(tiny_base)!r}, ({str(tiny_lora)!r},)), merge.Params(certify="blocks"), Path("out"), [], 0)
+print(sorted({{"torch", "transformers", "peft"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert certificate(tmp_path / "out")["passed"]
 
 
 def test_a_lora_is_rounded_to_the_nearest_of_the_exact_sum_where_weight_and_delta_cancel(
@@ -449,15 +476,15 @@ def test_rounding_once_gives_the_nearest_value(value: float, dtype: str) -> None
 
 @given(
     st.lists(st.floats(width=16), min_size=1, max_size=9),
-    st.sampled_from(["bfloat16", "float16", "float32", "float64"]),
+    st.sampled_from(["BF16", "F16", "F32", "F64"]),
 )
 def test_the_largest_magnitude_is_found_in_the_bits(values: list[float], dtype: str) -> None:
-    import torch
+    import numpy as np
 
-    given_ = torch.tensor(values, dtype=getattr(torch, dtype))
-    found = largest(given_)
-    if given_.isfinite().all():
-        assert found == given_.abs().max()
+    given_ = np.array(values).astype(blocks.dtype_of(dtype))
+    found = blocks.largest(given_)
+    if np.isfinite(given_).all():
+        assert found == np.abs(given_).max()
     else:
         assert not math.isfinite(found)
 

@@ -1,9 +1,9 @@
 """Tensors from checkpoint to checkpoint in blocks of a million elements: little memory, one rounding.
 
-A block is widened to fp32 in a buffer that stays in the processor's cache, given its delta by one `addmm_`, rounded
-once to the output's dtype, checked for values that are not finite, and written to its place. The few elements that
-fp32's own error could round the other way are computed again in fp64. A file that is complete settles on the disk
-while the next one is made.
+Of a strip of a block, the product of B and A is made in fp32; then a compiled loop (kernel.py) adds the weight, rounds
+once to the output's dtype, and computes in fp64 the few elements that fp32's own error could round the other way. A
+block is checked for values that are not finite, and written to its place; a file that is complete settles on the disk
+while the next one is made. Nothing here loads torch, but for what `put` is given.
 """
 
 from __future__ import annotations
@@ -23,44 +23,47 @@ from peftopt.errors import BadInput
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
 BLOCK = 1 << 20
-"""Elements in a block: 8 MB of buffers a thread. Half as many take a seventh longer, since threads wait for each other
-at every call into torch; twice as many are little faster, and take more memory."""
+"""Elements in a block: as many as keep a thread busy for a millisecond, since threads wait for each other between."""
+
+STRIP = 512
+"""Columns of a block that are worked on at a time, so that their product stays in the second-level cache."""
 
 PIECE = 1 << 26
 """Elements that one thread takes at a time, so that one huge embedding does not end as one thread's work. A tensor of
 one piece gets its digest while its blocks are in the cache; others are read back."""
 
-
-def dtype_of(name: str) -> torch.dtype:
-    """torch's dtype for the format's word. Raises KeyError for one that torch does not have."""
-    import torch
-
-    return {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "F8_E5M2": torch.float8_e5m2,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "I16": torch.int16,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-        "BOOL": torch.bool,
-    }[name]
-
-
-DOUBT = 2.0**-23
-"""How far fp32 is taken to be off, in units of a block's largest weight, old or new: twice its unit roundoff."""
-
-SLACK = 1.125
-"""How much larger than the largest old weight of a block the largest new one may be, before the block is done again."""
+HELD = 1 << 23
+"""Bytes of the base that stay mapped before a thread lets go of them."""
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+HALVES = {"F16": "int16", "BF16": "uint16"}
+"""The dtypes of two bytes, and as what their bits go to the compiled loop."""
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """numpy's dtype for the format's word, from ml_dtypes where numpy has none; `.name` is torch's word for it. Raises
+    KeyError for one that neither has."""
+    import ml_dtypes
+    import numpy as np
+
+    known: dict[str, type[Any]] = {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }
+    found: np.dtype[Any] = np.dtype(known[name])
+    return found
 
 
 @dataclass(frozen=True)
@@ -76,56 +79,52 @@ class Written:
 
 @dataclass(frozen=True)
 class Delta:
-    """What is added to some rows of a weight, as one product b @ a of shapes [rows, r] and [r, in]: both in the dtype
-    that the sum is computed in, and in fp64, `exact_a` as [in, r].
+    """What is added to some rows of a weight, as one product b @ a of shapes [rows, r] and [r, in]: in fp32; in fp64,
+    `exact_a` as [in, r]; and how far each row [rows] of the fp32 product may be off."""
 
-    The former have one rank more, of ones, which shifts the whole sum by what is put into b's last column. No element
-    of the product is larger than `most`.
-    """
-
-    b: torch.Tensor
-    a: torch.Tensor
+    b: np.ndarray
+    a: np.ndarray
     exact_b: np.ndarray
     exact_a: np.ndarray
-    most: float = math.inf
+    slack: np.ndarray
 
     @classmethod
-    def of(cls, pairs: Sequence[Pair], rows: range, dtype: torch.dtype) -> Delta:
+    def of(cls, pairs: Sequence[Pair], rows: range, width: int) -> Delta:
         """All pairs as one: A stacked [sum of r, in], scale * B side by side [rows, sum of r].
 
         PEFT calls this combination "cat": the delta is the exact weighted sum of the adapters' deltas.
         """
-        import torch
-
-        a = torch.cat([read(p.adapter.weights, p.a).double() for p in pairs])
-        b = torch.cat([read(p.adapter.weights, p.b, rows).double() * p.scale for p in pairs], dim=1)
-        wide_a, wide_b = torch.ones(len(a) + 1, a.shape[1], dtype=dtype), torch.ones(len(b), len(a) + 1, dtype=dtype)
-        wide_a[:-1], wide_b[:, :-1] = a, b
-        most = float(b.norm(dim=1).max() * a.norm(dim=0).max())  # Cauchy and Schwarz
-        return cls(wide_b, wide_a, b.numpy(), a.t().contiguous().numpy(), most)
-
-    def rows(self, start: int, stop: int) -> Delta:
-        return Delta(self.b[start:stop], self.a, self.exact_b[start:stop], self.exact_a, self.most)
-
-    def add_to(self, weight: torch.Tensor, shift: float) -> None:
-        """weight += b @ a + shift, in the weight's dtype."""
-        self.b[:, -1] = shift
-        weight.addmm_(self.b, self.a)
-
-    def norm(self) -> float:
-        """Its Frobenius norm."""
-        return float((self.b[:, :-1] @ self.a[:-1]).norm())
-
-    def at(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Single elements of it, in fp64."""
         import numpy as np
 
-        found: np.ndarray = np.einsum("ij,ij->i", self.exact_b[rows], self.exact_a[columns])
+        a = [read(p.adapter.weights, p.a).astype(np.float64) for p in pairs]
+        b = [read(p.adapter.weights, p.b, rows).astype(np.float64) * p.scale for p in pairs]
+        return cls.product(np.hstack([np.empty((len(rows), 0)), *b]), np.vstack([np.empty((0, width)), *a]))
+
+    @classmethod
+    def product(cls, b: np.ndarray, a: np.ndarray) -> Delta:
+        """Of two fp64 matrices. Its error is bounded by |b| |a|, and that by Cauchy and Schwarz: r roundings for a sum
+        of r products in any order, one each for b and a, and three to spare (Higham, "Accuracy and Stability of
+        Numerical Algorithms", 3.1)."""
+        import numpy as np
+
+        from peftopt.merging.kernel import UNIT
+
+        most = np.linalg.norm(b, axis=1) * np.linalg.norm(a, axis=0).max(initial=0.0)
+        with np.errstate(over="ignore"):  # what is not finite is found in the sums
+            slack = ((len(a) + 5) * UNIT * most).astype(np.float32)
+            return cls(b.astype(np.float32), a.astype(np.float32), b, np.ascontiguousarray(a.T), slack)
+
+    def rows(self, start: int, stop: int) -> Delta:
+        return Delta(self.b[start:stop], self.a, self.exact_b[start:stop], self.exact_a, self.slack[start:stop])
+
+    def whole(self) -> np.ndarray:
+        """In fp64, [rows, in]."""
+        found: np.ndarray = self.exact_b @ self.exact_a.T
         return found
 
 
 class Blocks:
-    """The loops. `threads` work side by side, each with its own buffers; torch's own threads rest during a transfer."""
+    """The loops. `threads` work side by side, each with its own buffers; those of the matrix library rest."""
 
     def __init__(self, threads: int) -> None:
         self.threads = max(1, threads)
@@ -154,14 +153,11 @@ class Blocks:
         `pairs` maps a tensor's name to the pairs that add up. Raises BadInput naming the first tensor that comes
         out with a value that is not finite.
         """
-        import torch
+        import numpy  # noqa: F401 (brings the matrix library, whose threads would get into each other's way)
+        import threadpoolctl
 
-        own = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with threadpoolctl.threadpool_limits(1, "blas"):
             yield from self._transfer(base, draft, entries, pairs, norms)
-        finally:
-            torch.set_num_threads(own)
 
     def _transfer(
         self,
@@ -195,92 +191,82 @@ class Blocks:
         self, base: Checkpoint, draft: Draft, entry: Entry, piece: range, pairs: Sequence[Pair], norms: bool
     ) -> tuple[bool, tuple[float, float]]:
         """Rows `piece` of a tensor; whether anything changed, and the sums of squares of delta and weight."""
-        import torch
+        import numpy as np
 
         width = row_width(entry)
         target = draft.entries[entry.name]
-        delta = Delta.of(pairs, piece, _wide(entry)) if pairs else None
-        changed, squares = False, (0.0, 0.0)
+        delta = Delta.of(pairs, piece, width) if pairs or entry.dtype != target.dtype else None
+        changed, squares = entry.dtype != target.dtype, (0.0, 0.0)
         hasher = draft.hasher() if len(piece) * width == entry.items else None
-        rows, size = max(1, BLOCK // max(1, width)), ITEM_BYTES[entry.dtype]
+        rows, size, held = max(1, BLOCK // max(1, width)), ITEM_BYTES[entry.dtype], 0
         for start in range(piece.start, piece.stop, rows):
             at, nbytes = start * width * size, min(rows, piece.stop - start) * width * size
-            raw = out = torch.frombuffer(base.view(entry, at, nbytes), dtype=torch.uint8)
+            raw = out = np.asarray(base.view(entry, at, nbytes))
             if entry.dtype in FLOATS:
-                own = delta and delta.rows(start - piece.start, start - piece.start + rows)
-                out, changed, block = self._add(entry, target, raw, own, width, norms, changed)
-                squares = squares[0] + block[0], squares[1] + block[1]
-            draft.write(target, start * width * ITEM_BYTES[target.dtype], out.numpy().data)
+                before = (raw.copy() if raw.ctypes.data % size else raw).view(dtype_of(entry.dtype)).reshape(-1, width)
+                if delta is None:
+                    check_finite(before, entry.name)
+                else:
+                    own = delta.rows(start - piece.start, start - piece.start + len(before))
+                    out = self._sum(entry, target, before, own)
+                    # Whether one of the tensor's blocks has changed is not asked again of the others.
+                    changed = changed or not np.array_equal(out, before.view(out.dtype))
+                    if norms:
+                        parts = np.linalg.norm(own.whole()), np.linalg.norm(before.astype(np.float64))
+                        squares = squares[0] + float(parts[0]) ** 2, squares[1] + float(parts[1]) ** 2
+            written = out.reshape(-1).view(np.uint8).data
+            draft.write(target, start * width * ITEM_BYTES[target.dtype], written)
             if hasher:
-                hasher.update(out.numpy().data)
-            base.forget(entry, at, nbytes)
+                hasher.update(written)
+            held += nbytes
+            if held >= HELD or start + rows >= piece.stop:
+                base.forget(entry, at + nbytes - held, held)
+                held = 0
         if hasher:
             draft.digests[entry.name] = hasher.hexdigest()
         return changed, squares
 
-    def _add(
-        self, entry: Entry, target: Entry, raw: Any, delta: Delta | None, width: int, norms: bool, changed: bool
-    ) -> tuple[Any, bool, tuple[float, float]]:
-        """One block, as bytes: widened, the delta added, rounded once, checked. Whether one of the tensor's blocks has
-        `changed` so far is not asked again of the others."""
-        import torch
+    def _sum(self, entry: Entry, target: Entry, before: np.ndarray, delta: Delta) -> np.ndarray:
+        """before + delta [rows, in] in the dtype of `target`, rounded once, checked; two bytes as their bits."""
+        import numpy as np
 
-        if raw.data_ptr() % ITEM_BYTES[entry.dtype]:
-            raw = raw.clone()  # tensors may start anywhere in a file
-        before = raw.view(dtype_of(entry.dtype))
-        if delta is None and entry.dtype == target.dtype:
-            check_finite(before, entry.name)
-            return raw, changed, (0.0, 0.0)
-        wide = self._buffer("wide", len(before) * _wide(entry).itemsize).view(_wide(entry))
-        out = self._buffer("out", len(before) * ITEM_BYTES[target.dtype])
-        after, squares = out.view(dtype_of(target.dtype)), (0.0, 0.0)
-        if delta is None or after.itemsize != 2:
-            wide.copy_(before)
-            if delta is not None:
-                delta.add_to(wide.view(-1, width), 0.0)
-            after.copy_(wide)
-            check_finite(after, entry.name)
+        if target.dtype in HALVES and entry.dtype != "F64":
+            return self._round_sum(entry, target, before, delta)
+        if "F64" in (entry.dtype, target.dtype):
+            out = narrowed(before.astype(np.float64) + delta.whole(), target.dtype)
         else:
-            self._round_sum(entry.name, before, delta, wide, after, width)
-        if delta is not None and norms:
-            squares = delta.norm() ** 2, float(before.to(wide.dtype).norm()) ** 2
-        changed = changed or entry.dtype != target.dtype or not torch.equal(before, after)
-        return out, changed, squares
+            out = before.astype(np.float32) + delta.b @ delta.a
+        check_finite(out, entry.name)
+        return out.view(HALVES.get(target.dtype, out.dtype))
 
-    def _round_sum(self, name: str, before: Any, delta: Delta, wide: Any, after: Any, width: int) -> None:
-        """The nearest to before + delta in the dtype of `after`, which is of two bytes; `wide` is there to compute in.
+    def _round_sum(self, entry: Entry, target: Entry, before: np.ndarray, delta: Delta) -> np.ndarray:
+        """The same for two bytes, to the nearest: see kernel.add_rounded."""
+        import numpy as np
 
-        Two sums are rounded, one that is less than the true one by more than fp32's error, and one that is more. Where
-        they round alike, so does the truth; the few others are computed in fp64. The error is one of the terms, so it
-        is large for sums in which large terms cancel.
-        """
-        import torch
+        from peftopt.merging import kernel
 
-        bound = largest(before)
-        while True:
-            doubt = DOUBT * SLACK * bound
-            wide.copy_(before)
-            delta.add_to(wide.view(-1, width), -doubt)
-            after.copy_(wide)
-            if bound + delta.most <= min(SLACK * bound, torch.finfo(after.dtype).max):
-                break  # nothing can have outgrown it, or be infinite: nobody has to look
-            if (most := check_finite(after, name)) <= SLACK * bound:
-                break
-            bound = most
-        above = self._buffer("above", len(wide) * after.itemsize).view(after.dtype).copy_(wide.add_(2 * doubt))
-        at = _differing(after.view(torch.int16).numpy(), above.view(torch.int16).numpy())
-        exact = before[torch.from_numpy(at)].double().numpy() + delta.at(at // width, at % width)
-        after[torch.from_numpy(at)] = torch.from_numpy(rounded_to_odd(exact)).to(after.dtype)
+        rows, width = before.shape
+        given = before.view(HALVES[entry.dtype]) if entry.dtype in HALVES else before
+        after, most = self._buffer("after", before.shape, HALVES[target.dtype]), np.uint32(0)
+        for left in range(0, width, STRIP):
+            strip = delta.a[:, left : left + STRIP]
+            product = np.matmul(delta.b, strip, out=self._buffer("product", (rows, strip.shape[1]), np.float32))
+            sums = kernel.add_rounded(given, product, delta.slack, delta.exact_b, delta.exact_a, left, after)
+            most = max(most, sums)
+        check_finite(narrowed(np.array([most], np.uint32).view(np.float32), target.dtype), entry.name)
+        return after
 
-    def _buffer(self, name: str, nbytes: int) -> Any:
-        """A byte tensor of this thread, allocated once and used again for every block."""
-        import torch
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array of this thread, whose memory is used again for every block."""
+        import numpy as np
 
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         have = getattr(self._local, name, None)
         if have is None or len(have) < nbytes:
-            have = torch.empty(max(nbytes, BLOCK * 4), dtype=torch.uint8)
+            have = np.empty(nbytes, np.uint8)
             setattr(self._local, name, have)
-        return have[:nbytes]
+        found: np.ndarray = have[:nbytes].view(dtype).reshape(shape)
+        return found
 
     # ---- whole tensors -----------------------------------------------------------------------
 
@@ -294,37 +280,18 @@ class Blocks:
         draft.digest(name)
 
     def _put_block(self, draft: Draft, target: Entry, flat: Any, at: int) -> None:
-        block = flat[at : at + BLOCK]
-        size = ITEM_BYTES[target.dtype]
-        out = self._buffer("out", len(block) * size)
-        after = out.view(dtype_of(target.dtype))
-        after.copy_(block)
-        check_finite(after, target.name)
-        draft.write(target, at * size, out.numpy().data)
+        import torch
 
-
-def _differing(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Where two arrays of two bytes an element differ. Few do, so they are looked for four at a time, and one at a time
-    in the words that differ."""
-    import numpy as np
-
-    whole = len(one) // 4 * 4
-    words = np.flatnonzero(one[:whole].view(np.int64) != other[:whole].view(np.int64))
-    at = np.concatenate([(words[:, None] * 4 + np.arange(4)).ravel(), np.arange(whole, len(one))])
-    found: np.ndarray = at[one[at] != other[at]]
-    return found
+        dtype = dtype_of(target.dtype)
+        after = flat[at : at + BLOCK].to(getattr(torch, dtype.name)).view(torch.uint8).numpy()
+        if target.dtype in FLOATS:
+            check_finite(after.view(dtype), target.name)
+        draft.write(target, at * dtype.itemsize, after.data)
 
 
 def row_width(entry: Entry) -> int:
     """Elements of a row: a matrix goes by rows, anything else is one long row of single elements."""
     return entry.shape[-1] if len(entry.shape) == 2 and entry.shape[-1] else 1
-
-
-def _wide(entry: Entry) -> torch.dtype:
-    """What a tensor is computed in."""
-    import torch
-
-    return torch.float64 if entry.dtype == "F64" else torch.float32
 
 
 def _pieces(entry: Entry) -> Iterator[range]:
@@ -335,23 +302,40 @@ def _pieces(entry: Entry) -> Iterator[range]:
         yield range(start, min(start + step, total))
 
 
-def read(source: Checkpoint | Draft, entry: Entry, rows: range | None = None) -> Any:
+def read(source: Checkpoint | Draft, entry: Entry, rows: range | None = None) -> np.ndarray:
     """A tensor, or some rows of a matrix, in its own dtype."""
-    import torch
+    import numpy as np
 
     width = row_width(entry)
     rows = range(entry.items // width) if rows is None else rows
     size = ITEM_BYTES[entry.dtype]
-    data = torch.empty(len(rows) * width * size, dtype=torch.uint8)
-    source.read(entry, rows.start * width * size, data.numpy().data)
+    data = np.empty(len(rows) * width * size, np.uint8)
+    source.read(entry, rows.start * width * size, data.data)
     shape = entry.shape if len(rows) * width == entry.items else (len(rows), width)
-    return data.view(dtype_of(entry.dtype)).view(shape)
+    return data.view(dtype_of(entry.dtype)).reshape(shape)
+
+
+def read_tensor(source: Checkpoint | Draft, entry: Entry) -> Any:
+    """A tensor as torch's, in its own dtype."""
+    import numpy as np
+    import torch
+
+    found = read(source, entry)
+    return torch.from_numpy(found.reshape(-1).view(np.uint8)).view(getattr(torch, found.dtype.name)).view(entry.shape)
+
+
+def narrowed(wide: np.ndarray, name: str) -> np.ndarray:
+    """fp32 or fp64 rounded once to the format's dtype of this name. Casting fp64 to a half precision goes through fp32,
+    and rounds a near tie twice."""
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        return (rounded_to_odd(wide) if wide.itemsize == 8 and name in HALVES else wide).astype(dtype_of(name))
 
 
 def rounded_to_odd(exact: np.ndarray) -> np.ndarray:
-    """fp64 to fp32 in such a way that rounding it to a half precision gives the nearest to the fp64 value. torch's own
-    way through fp32 rounds a near tie twice (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums").
-    """
+    """fp64 to fp32 in such a way that rounding it to a half precision gives the nearest to the fp64 value (Boldo and
+    Melquiond, "Emulation of a FMA and correctly rounded sums")."""
     import numpy as np
 
     with np.errstate(over="ignore"):
@@ -361,34 +345,29 @@ def rounded_to_odd(exact: np.ndarray) -> np.ndarray:
     return bits.view(np.float32)
 
 
-def largest(values: torch.Tensor) -> float:
+def largest(values: np.ndarray) -> float:
     """The largest magnitude; infinite or NaN where one of the values is.
 
     The bits of floats, read as integers, lie in the order of the magnitudes on either side of zero, and are looked
     through at half the cost: signed for the largest positive one, unsigned for the largest negative one.
     """
     import numpy as np
-    import torch
 
-    if not values.numel():
+    if not values.size:
         return 0.0
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[values.itemsize]
-    signed = values.view(whole).numpy()
+    signed = values.view(f"i{values.itemsize}")
     unsigned = int(signed.view(f"u{values.itemsize}").max())
-    bits = max(int(signed.max()), unsigned & torch.iinfo(whole).max)
-    return float(torch.from_numpy(np.array([bits], dtype=signed.dtype)).view(values.dtype))
+    bits = max(int(signed.max()), unsigned & np.iinfo(signed.dtype).max)
+    return float(np.array([bits], dtype=signed.dtype).view(values.dtype)[0])
 
 
-def check_finite(values: torch.Tensor, name: str) -> float:
-    """The largest magnitude. Raises BadInput when a weight is NaN or infinite."""
-    if not values.is_floating_point():
-        return 0.0
-    if not math.isfinite(most := largest(values)):
+def check_finite(values: np.ndarray, name: str) -> None:
+    """Raises BadInput when a weight is NaN or infinite."""
+    if not math.isfinite(largest(values)):
         raise BadInput(
             f"the weight {name} holds NaN or infinity",
             "the base or the adapter is broken, or the adapter's scaling is too large for the dtype: check them",
         )
-    return most
 
 
 def threads() -> int:

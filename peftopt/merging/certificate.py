@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftopt import __version__, hf, identity
 from peftopt.adapter import Adapter, Pair
@@ -20,6 +20,9 @@ from peftopt.checkpoint import Checkpoint, Draft, open_model
 from peftopt.merging.blocks import FLOATS, dtype_of, read, row_width
 from peftopt.merging.training import TrainingBase, is_packed
 from peftopt.records import FORMAT, Json
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FILE = "parity.json"
 ULPS = 1.0
@@ -116,6 +119,8 @@ def sample_lora(
     base: Checkpoint, draft: Draft, pairs: Mapping[str, Sequence[Pair]], samples: int = 16
 ) -> list[tuple[str, float, int]]:
     """Errors of what is on disk against W + sum of scale * B A in fp64, on some rows of some tensors, evenly spread."""
+    import numpy as np
+
     names = sorted(pairs)
     errors = []
     for n, name in enumerate(names[:: max(1, len(names) // samples)][:samples]):
@@ -123,28 +128,29 @@ def sample_lora(
         count = max(1, min(65_536 // row_width(entry), entry.shape[0]))
         start = (entry.shape[0] - count) * n // samples  # from the first rows of one to the last of another
         rows = range(start, start + count)
-        weight = exact = read(base, entry, rows).double()
+        weight = exact = read(base, entry, rows).astype(np.float64)
         for pair in pairs[name]:
-            b = read(pair.adapter.weights, pair.b, rows).double()
-            exact = exact + pair.scale * (b @ read(pair.adapter.weights, pair.a).double())
-        errors.append((name, ulps(read(draft, target, rows), exact, weight), weight.numel()))
+            b = read(pair.adapter.weights, pair.b, rows).astype(np.float64)
+            exact = exact + pair.scale * (b @ read(pair.adapter.weights, pair.a).astype(np.float64))
+        errors.append((name, ulps(read(draft, target, rows), exact, weight), weight.size))
     return errors
 
 
-def ulps(found: Any, exact: Any, weight: Any) -> float:
+def ulps(found: np.ndarray, exact: np.ndarray, weight: np.ndarray) -> float:
     """The largest distance of `found` from `exact` (fp64), in units in the last place of found's dtype at `exact`.
 
     The unit holds fp32's own rounding of sums as large as the largest weight here, which is what an element keeps
     where terms cancel; in half precision that is next to nothing.
     """
-    import torch
+    import ml_dtypes
+    import numpy as np
 
-    if not found.numel():
+    if not found.size:
         return 0.0
-    exact, eps = exact.reshape(found.shape), torch.finfo(found.dtype).eps
-    unit = torch.exp2(torch.floor(torch.log2(exact.abs().clamp_min(torch.finfo(found.dtype).tiny)))) * eps
-    unit = unit + torch.finfo(torch.float32).eps * 32 * weight.abs().max()
-    return float(((found.double() - exact).abs() / unit).max())
+    exact, limits = exact.reshape(found.shape), ml_dtypes.finfo(found.dtype)
+    unit = np.exp2(np.floor(np.log2(np.maximum(np.abs(exact), float(limits.tiny))))) * float(limits.eps)
+    unit += float(np.finfo(np.float32).eps) * 32 * np.abs(weight).max()
+    return float((np.abs(found.astype(np.float64) - exact) / unit).max())
 
 
 # ---- on the saved folder -------------------------------------------------------------------------
@@ -332,12 +338,14 @@ def _predict(model: Any, asked: Sequence[Asked]) -> Predictions:
 
 
 def _dtype(out: Path) -> Any:
-    """The floating dtype that most of a folder's weights have."""
+    """torch's dtype, of the floating ones, that most of a folder's weights have."""
+    import torch
+
     with open_model(out) as written:
         totals: dict[str, int] = {}
         for entry in (e for e in written.entries.values() if e.dtype in FLOATS):
             totals[entry.dtype] = totals.get(entry.dtype, 0) + entry.items
-    return dtype_of(max(totals, key=lambda name: totals[name]))
+    return getattr(torch, dtype_of(max(totals, key=lambda name: totals[name])).name)
 
 
 def _decoder(out: Path) -> Any:

@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,7 @@ from peftopt.adapter import Adapter, Pair, is_embedding, plain_pairs, targets
 from peftopt.checkpoint import SINGLE, Draft, Entry, open_model
 from peftopt.errors import BadInput
 from peftopt.merging import certificate
-from peftopt.merging.blocks import FLOATS, Blocks, Written, read, threads
+from peftopt.merging.blocks import FLOATS, Blocks, Written, read_tensor, threads
 from peftopt.merging.certificate import Check
 from peftopt.merging.training import TrainingBase
 from peftopt.records import Json
@@ -95,7 +97,8 @@ class Merge:
         """The merged folder, with all that was checked while it streamed by."""
         _give_memory_back()
         pairs = self.pairs()
-        with Blocks(threads()) as blocks:
+        with Blocks(threads()) as blocks, ThreadPoolExecutor(1) as beside:
+            beside.map(attrgetter("sha256"), self.adapters)  # asked for when all is written, and known by then
             if pairs is not None:
                 self.method = "LoRA in blocks, fp32, rounded once"
                 written, samples = self._blocks(blocks, out, pairs)
@@ -129,7 +132,7 @@ class Merge:
             for name, value in packed.items():
                 blocks.put(draft, name, value)
             self.digests = draft.digests
-        same = {name for name in packed if packed[name].equal(read(self.base, self.base.entries[name]))}
+        same = {name for name in packed if packed[name].equal(read_tensor(self.base, self.base.entries[name]))}
         weights = [Written(name, name not in same) for name in packed if self.training.is_packed(self.base, name)]
         self._check_written(weights, [], out)
         self._extras(out, packed=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from peftopt.checkpoint import Draft
 from peftopt.merging import certificate
-from peftopt.merging.blocks import Blocks, Written, read
+from peftopt.merging.blocks import Blocks, Written, read, read_tensor
 from peftopt.merging.modules import Hollow, Tensors
 from peftopt.records import Json
 
@@ -99,7 +99,8 @@ class Rewrite:
         for name, value in exact.items():
             target = draft.entries.get(name)
             if target is not None and target.shape == tuple(value.shape):
-                error = certificate.ulps(read(draft, target), value, self.hollow.value(name).double())
+                weight = self.hollow.value(name).double()
+                error = certificate.ulps(read(draft, target), value.numpy(), weight.numpy())
                 yield name, error, value.numel()
 
     def _flush(self, blocks: Blocks, draft: Draft, waiting: Tensors, last: bool = False) -> Iterator[Written]:
@@ -129,4 +130,6 @@ class Rewrite:
         target = draft.entries[key]
         if target.shape != self.hollow.base.entries[key].shape:
             return False
-        return torch.equal(read(draft, target), self.hollow.training.tensor(self.hollow.base, key).to(value.dtype))
+        return torch.equal(
+            read_tensor(draft, target), self.hollow.training.tensor(self.hollow.base, key).to(value.dtype)
+        )

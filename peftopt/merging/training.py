@@ -11,7 +11,7 @@ from typing import Any
 
 from peftopt.checkpoint import Checkpoint
 from peftopt.errors import MissingEnvironment
-from peftopt.merging.blocks import read
+from peftopt.merging.blocks import read_tensor
 
 SCHEMES = ("nf4", "fp4")
 STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.")
@@ -39,7 +39,7 @@ class TrainingBase:
 
     def tensor(self, base: Checkpoint, name: str) -> Any:
         """A tensor of the checkpoint, dequantized where it is packed."""
-        found = read(base, base.entries[name])
+        found = read_tensor(base, base.entries[name])
         if not self.is_packed(base, name):
             return found
         return _bitsandbytes().dequantize_4bit(found, self._state(base, name))
@@ -54,7 +54,7 @@ class TrainingBase:
         return {name: packed, **{f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}}
 
     def _state(self, base: Checkpoint, name: str) -> Any:
-        parts = {key: read(base, base.entries[key]) for key in base.entries if key.startswith(f"{name}.")}
+        parts = {key: read_tensor(base, base.entries[key]) for key in base.entries if key.startswith(f"{name}.")}
         return _bitsandbytes().QuantState.from_dict(parts, device="cpu")
 
     def is_packed(self, base: Checkpoint, name: str) -> bool:
