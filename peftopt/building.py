@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -48,43 +49,71 @@ def transform(
     was written and does not work. `out` may be half written then.
     """
     found = plugins.catalogue()[plugin]
-    if found.technique == "quantize":
+    quantizes = found.technique == "quantize"
+    if quantizes:
         check_room(out.parent, store.size(Path(model.path)))  # what it writes is smaller, and by how much not yet known
-    with Child(log, threads, python=environments.interpreter(found)) as child, watch(child):
-        facts = child.ask(
-            "transform",
-            deadline_s,
-            hear=hear,
-            plugin=plugin,
-            params=dict(params),
-            model=asdict(model),
-            out=str(out),
-            rows=list(rows),
-            seed=seed,
-            calibration=calibration,
-        )
-    if found.technique == "quantize" and not facts["tier0"]:
-        made = Model(str(out), tuple(facts["model"]["adapters"]))
-        hear({"phase": "verifying", "done": 0, "total": 1, "what": "in a fresh process"})
-        verified = _verified(found, made, model, rows, log.with_suffix(".verify.log"), threads, deadline_s)
-        facts["quantization"] = provenance.add(out, verified=verified)
+    with contextlib.ExitStack() as stack:
+        opener = stack.enter_context(_opener(found, model, log, threads, deadline_s)) if quantizes else None
+        with Child(log, threads, python=environments.interpreter(found)) as child, watch(child):
+            facts = child.ask(
+                "transform",
+                deadline_s,
+                hear=hear,
+                plugin=plugin,
+                params=dict(params),
+                model=asdict(model),
+                out=str(out),
+                rows=list(rows),
+                seed=seed,
+                calibration=calibration,
+            )
+        if opener and not facts["tier0"]:
+            made = Model(str(out), tuple(facts["model"]["adapters"]))
+            hear({"phase": "verifying", "done": 0, "total": 1, "what": "in a fresh process"})
+            verified = _verified(opener, found, made, model, rows, log, threads, deadline_s)
+            facts["quantization"] = provenance.add(out, verified=verified)
     return facts
 
 
+@contextlib.contextmanager
+def _opener(plugin: Plugin, model: Model, log: Path, threads: int, deadline_s: float) -> Iterator[Callable[[], Child]]:
+    """A fresh process to open the result in, which imports what the reader needs while the quantizer works. What keeps
+    it from starting is raised when it is asked for."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as beside:
+
+        def start() -> Child:
+            python = environments.interpreter(plugins.catalogue()[plugin.reader])
+            child = stack.enter_context(Child(log.with_suffix(".verify.log"), threads, python=python))
+            child.ask("prepare", deadline_s, plugin=plugin.reader, model=asdict(model))
+            return child
+
+        yield beside.submit(start).result
+
+
 def _verified(
-    plugin: Plugin, made: Model, parent: Model, rows: Sequence[Json], log: Path, threads: int, deadline_s: float
+    opener: Callable[[], Child],
+    plugin: Plugin,
+    made: Model,
+    parent: Model,
+    rows: Sequence[Json],
+    log: Path,
+    threads: int,
+    deadline_s: float,
 ) -> str:
     """What a fresh process says of the written model, in a few words; of one whose reader is not installed, that."""
     asked = list(rows[:VERIFIED_ON]) or PROMPTS
 
-    def problem(model: Model, engine: str) -> str:
-        with Child(log, threads, python=environments.interpreter(plugins.catalogue()[engine])) as child:
-            child.ask("open", deadline_s, plugin=engine, params={}, model=asdict(model))
-            return str(child.ask("alive", deadline_s, rows=asked)["problem"])
+    def problem(child: Child, model: Model, engine: str) -> str:
+        child.ask("open", deadline_s, plugin=engine, params={}, model=asdict(model))
+        return str(child.ask("alive", deadline_s, rows=asked)["problem"])
+
+    def usual() -> str:
+        """A base model may repeat itself as it is: only what quantizing brought about counts."""
+        with Child(log.with_suffix(".parent.log"), threads) as child:
+            return problem(child, parent, "eager")
 
     try:
-        # A base model may repeat itself as it is: only what quantizing brought about counts.
-        if (found := problem(made, plugin.reader)) and found != problem(parent, "eager"):
+        if (found := problem(opener(), made, plugin.reader)) and found != usual():
             raise WorkerFailed(
                 "unusable", f"the model that {plugin.name} wrote {found}", "try more bits, or keep layers"
             )

@@ -285,8 +285,9 @@ def test_an_answer_that_is_none_is_called_so(engine: Any, says: str) -> None:
 
 def test_a_model_that_does_not_work_in_a_fresh_process_is_refused(mixed: Path, tiny_base: Path, tmp_path: Path) -> None:
     def check(folder: Path) -> str:
-        gptq = plugins.catalogue()["gptq"]
-        return building._verified(gptq, Model(str(folder)), Model(str(tiny_base)), (), tmp_path / "log", 1, 120)
+        gptq, (made, parent) = plugins.catalogue()["gptq"], (Model(str(folder)), Model(str(tiny_base)))
+        with building._opener(gptq, made, tmp_path / "log", 1, 120) as opener:
+            return building._verified(opener, gptq, made, parent, (), tmp_path / "log", 1, 120)
 
     dead = shutil.copytree(mixed, tmp_path / "dead")
     tensors = load_file(dead / "model.safetensors")
