@@ -3,7 +3,8 @@
 Per route: seconds, CPU seconds and peak memory of `peftopt quantize`, size on disk. Against the unmerged adapter, on
 checked rows: perplexity ratio, KL divergence, accuracy, and delta survival, which is 1 - KL(adapter || route) /
 KL(adapter || base): 1 for the adapter's own predictions, 0 for the base's. The time of a decode step over that of the
-unmerged adapter's, from interleaved blocks with an exact interval. All through the package's own workers and probes.
+unmerged adapter's, and answered tokens per second of eight requests at once, prompts included, over the adapter's: from
+interleaved blocks with an exact interval. All through the package's own workers and probes.
 Also the overhead of `peftopt quantize` over the bare library call, and the same routes calibrated on generic texts.
 Run: python benchmarks/quantize.py --base FOLDER --adapter FOLDER --prompts F.jsonl --calibration F.jsonl [--rows 96]
 """
@@ -114,8 +115,8 @@ def main() -> None:
     raced = [name for name in models if name != "adapter" and "generic" not in name and arguments.blocks]
     for at in range(0, len(raced), TOGETHER):
         field_ = {name: models[name] for name in ("adapter", *raced[at : at + TOGETHER])}
-        for name, ratio in race(field_, rows, arguments).items():
-            figures[name]["decode"] = ratio
+        for name, ratios in race(field_, rows, arguments).items():
+            figures[name] |= ratios
     show(figures)
     overhead(wanted, home, merged, arguments.pairs)
     if arguments.json:
@@ -176,10 +177,11 @@ def quality(ours: dict[str, Any], adapter: dict[str, Any], base: dict[str, Any])
     return found
 
 
-def race(models: dict[str, Model], rows: list[corpus.Row], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time per decoded token over the unmerged adapter's, in interleaved blocks, all models resident."""
+def race(models: dict[str, Model], rows: list[corpus.Row], arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Time per decoded token at batch 1, and tokens per second at batch 8, over the unmerged adapter's, in interleaved
+    blocks, all models resident."""
     short = [row for row in rows if "short" in row.slices] or rows
-    logs: dict[str, list[float]] = {name: [] for name in models}
+    logs: dict[str, dict[str, list[float]]] = {name: {"decode": [], "throughput": []} for name in models}
     folder, dice = Path(tempfile.mkdtemp()), random.Random(0)
     with ExitStack() as stack:
         children: dict[str, Child] = {}
@@ -189,14 +191,25 @@ def race(models: dict[str, Model], rows: list[corpus.Row], arguments: argparse.N
             children[name] = child
         for block in range(arguments.blocks):
             picks = [[dice.choice(short).as_json()] for _ in range(3)]
-            turn = {}
+            eight = [row.as_json() for row in dice.choices(short, k=8)]
+            turn: dict[str, dict[str, float]] = {}
             for name in dice.sample(sorted(children), len(children)):
-                answer = children[name].ask("speed", 900, batches=picks, new_tokens=arguments.new_tokens, warmup=1)
-                turn[name] = stats.median([r["tpot_ms"] for r in answer["requests"] if not r["warmup"]])
-            for name, value in turn.items():
-                logs[name].append(math.log(value / turn["adapter"]))
+                asked = {"new_tokens": arguments.new_tokens, "warmup": 1}
+                alone = children[name].ask("speed", 900, batches=picks, **asked)["requests"]
+                at_once = children[name].ask("speed", 900, batches=[picks[0], eight], **asked)["requests"][-1]
+                turn[name] = {
+                    "decode": stats.median([r["tpot_ms"] for r in alone if not r["warmup"]]),
+                    "throughput": at_once["new_tokens"] / at_once["request_duration_ms"],
+                }
+            for name, values in turn.items():
+                for kind, value in values.items():
+                    logs[name][kind].append(math.log(value / turn["adapter"][kind]))
             say(f"block {block + 1} of {arguments.blocks}, load {os.getloadavg()[0]:.1f}")
-    return {name: exp(stats.hodges_lehmann(found, 0.95)) for name, found in logs.items() if name != "adapter"}
+    return {
+        name: {kind: exp(stats.hodges_lehmann(values, 0.95)) for kind, values in found.items()}
+        for name, found in logs.items()
+        if name != "adapter"
+    }
 
 
 BARE = """
@@ -266,7 +279,19 @@ def timed(line: list[str], environment: dict[str, str]) -> tuple[float, float, s
 
 
 def show(figures: dict[str, dict[str, Any]]) -> None:
-    header = ("route", "s", "CPU s", "peak GB", "MB", "perplexity", "KL", "survives", "accuracy", "decode")
+    header = (
+        "route",
+        "s",
+        "CPU s",
+        "peak GB",
+        "MB",
+        "perplexity",
+        "KL",
+        "survives",
+        "accuracy",
+        "decode",
+        "throughput",
+    )
     print("| " + " | ".join(header) + " |")
     print("|" + "---|" * len(header))
     for name, f in figures.items():
@@ -280,7 +305,7 @@ def show(figures: dict[str, dict[str, Any]]) -> None:
             f"{f['kl'].estimate:.2g}" if "kl" in f else "0",
             f"{f['survival']:.1%}" if "survival" in f else "",
             interval(f["accuracy"], ".1%"),
-            interval(f["decode"], ".2f") + "x" if "decode" in f else "",
+            *(interval(f[kind], ".2f") + "x" if kind in f else "" for kind in ("decode", "throughput")),
         ]
         print("| " + " | ".join(cells) + " |")
 
