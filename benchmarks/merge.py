@@ -43,6 +43,9 @@ RANK, ALPHA, VOCAB, SEED = 16, 32, 32_000, 0
 ELEMENTS = 24_000_000
 """About how many merged weights are recomputed in fp64."""
 
+START = "import numpy and numba"
+"""What a worker does before it can merge."""
+
 INDEX = "model.safetensors.index.json"
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
@@ -369,10 +372,10 @@ def rounds(folder: Path, count: int) -> tuple[dict[str, list[Run]], Path]:
     arms = {
         "cp -r": ["cp", "-r", str(folder / "base"), str(out)],
         "peftopt merge": merge_command(folder, out),
-        "import torch": [sys.executable, "-c", "import torch"],
+        START: [sys.executable, "-c", "import peftopt.merging.kernel"],
         "peftopt --version": [sys.executable, "-m", "peftopt.cli", "--version"],
     }
-    for name in ("import torch", "peftopt --version"):
+    for name in (START, "peftopt --version"):
         run(arms[name], folder)  # compiles and caches what is imported
     found: dict[str, list[Run]] = {name: [] for name in arms}
     dice = random.Random(SEED)
@@ -431,7 +434,7 @@ def print_times(found: Mapping[str, Sequence[Run]]) -> dict[str, float]:
     """Times and ratios to cp; returns the ratios."""
     ended = {name: [r.seconds for r in runs] for name, runs in found.items()}
     synced = {name: [r.synced for r in runs] for name, runs in found.items()}
-    start_up = [a + b for a, b in zip(ended["import torch"], ended["peftopt --version"], strict=True)]
+    start_up = [a + b for a, b in zip(ended[START], ended["peftopt --version"], strict=True)]
     ended["start-up (both)"] = synced["start-up (both)"] = start_up
     for times in (ended, synced):
         times["merge, no start-up"] = [a - b for a, b in zip(times["peftopt merge"], start_up, strict=True)]
@@ -508,7 +511,7 @@ def measure(work: Path, arguments: argparse.Namespace, peers: Mapping[str, str],
         modular[f"{name}, DoRA"] = [run(merge_command(folder, folder / "out", "dora"), folder, folder / "base")]
         shutil.rmtree(folder / "out")
     raw["dora"] = {name: asdict(one) for name, [one] in modular.items()}
-    print_memory({"first": found["peftopt merge"], "second": small} | modular, found["import torch"], total)
+    print_memory({"first": found["peftopt merge"], "second": small} | modular, found[START], total)
 
     raw["accuracy"] = {"torch's rounding": apart(errors, first, None), "peftopt": apart(errors, first, merged)}
     shutil.rmtree(merged)
@@ -532,17 +535,17 @@ def measure(work: Path, arguments: argparse.Namespace, peers: Mapping[str, str],
     print_accuracy(raw["accuracy"])
 
 
-def print_memory(runs: Mapping[str, Sequence[Run]], torch: Sequence[Run], total: Mapping[str, int]) -> None:
-    """What peftopt's worker reports of itself, beside a process that only imports torch."""
+def print_memory(runs: Mapping[str, Sequence[Run]], started: Sequence[Run], total: Mapping[str, int]) -> None:
+    """What peftopt's worker reports of itself, beside a process that only imports what it needs."""
     answers = {name: [json.loads(r.stdout) for r in given] for name, given in runs.items()}
-    print(f"  of which in the worker, its import of torch included: {_worker(answers['first'])}")
-    bare = max(r.rss for r in torch)
-    rows = [["import torch alone", "", *[_mb(f([r.rss for r in torch])) for f in (median, max)], ""]]
+    print(f"  of which in the worker, its imports included: {_worker(answers['first'])}")
+    bare = max(r.rss for r in started)
+    rows = [[f"{START} alone", "", *[_mb(f([r.rss for r in started])) for f in (median, max)], ""]]
     for name, given in answers.items():
         values = [a["peak_memory_bytes"] for a in given]
         size = f"{total[name.partition(',')[0]] / 1e9:.2f} GB"
         rows.append([f"peftopt merge, {name}", size, _mb(median(values)), _mb(max(values)), _mb(max(values) - bare)])
-    table("Peak memory in MB, of peftopt's worker", ["", "checkpoint", "median", "most", "over torch"], rows)
+    table("Peak memory in MB, of peftopt's worker", ["", "checkpoint", "median", "most", "over that"], rows)
 
 
 def _worker(answers: Sequence[Mapping[str, Any]]) -> str:
