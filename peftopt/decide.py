@@ -106,13 +106,24 @@ def _remarks(evidence: Evidence, variant: Variant) -> Iterator[str]:
 
 
 def _merged_or_apart(evidence: Evidence, variant: Variant) -> Iterator[str]:
-    """Where the same quantizer is tried on the merged model and below an adapter that stays apart: which of the two
-    keeps more of the fine-tune."""
+    """Where the recipe has the same variant with the adapter apart: what merging gains there, in that engine and with
+    those weights, which the ratio to the baseline mixes with what they bring; and, where both are quantized, which of
+    the two keeps more of the fine-tune."""
     apart = tuple(step for step in variant.steps if step.technique != "merge")
-    if apart == variant.steps or not any(step.technique == "quantize" for step in apart):
+    if apart == variant.steps:
         return
     for other in evidence.plan.recipe.variants.values():
-        if (other.steps, other.engine, other.policies) != (apart, variant.engine, variant.policies):
+        like = (other.steps, other.engine, other.policies) == (apart, variant.engine, variant.policies)
+        if not like or other.name == evidence.baseline:
+            continue
+        metric = evidence.plan.recipe.minimize
+        if logs := evidence.paired(variant.name, other.name, metric.workload, evidence.field(metric)):
+            gain = exp(stats.hodges_lehmann(logs, 0.95))
+            yield (
+                f"merging alone: {metric} is {gain.estimate:.2f}x that of {other.name}, where the adapter stays apart "
+                f"({gain.low:.2f} to {gain.high:.2f}, {gain.n} blocks)"
+            )
+        if not any(step.technique == "quantize" for step in apart):
             continue
         if more := evidence.survival(variant.name, against=other.name):
             better = variant.name if more.estimate > 0 else other.name

@@ -262,9 +262,18 @@ def test_merged_or_apart_below_a_quantizer_is_a_finding(merged: float, apart: fl
         row["kept"] += dice.gauss(0, 1.5)
     seen += [m for name, found in rows.items() for m in quality(name, **found)]
     decision = decide(plan, seen, {})
-    (line,) = [r for r in of(decision, "int8").remarks if "apart" in r]
+    (line,) = [r for r in of(decision, "int8").remarks if "fine-tune" in r or "no difference" in r]
     assert says.split(": ")[-1] in line and "merged before it was quantized" in line
     assert not [r for name in ("apart", "merged") for r in of(decision, name).remarks if "stays apart" in r]
+
+
+def test_what_merging_alone_gains_is_told_where_the_adapter_stays_apart_in_the_same_engine() -> None:
+    plan = plan_of("merged", "int8", "apart")
+    decision = decide(plan, speed(plan, {"merged": 0.5, "int8": 0.3, "apart": 0.4}), {})
+    (line,) = [r for r in of(decision, "int8").remarks if "merging alone" in r]
+    assert "latency.p50@chat is 0.75x that of apart" in line
+    others = [r for name in ("adapter", "merged", "apart") for r in of(decision, name).remarks]
+    assert not any("merging alone" in r for r in others), "against the baseline the ratio says it already"
 
 
 def test_flips_and_the_worst_slice_are_told_with_their_exact_p() -> None:
