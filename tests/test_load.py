@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import served
-from test_run import command
+from test_run import command, prompts
 
-from peftopt import goodput, load, prometheus, store, traffic
+from peftopt import corpus, goodput, hf, load, prometheus, store, traffic
 from peftopt.client import Target
 from peftopt.errors import BadInput
 from peftopt.goodput import Request, slo
@@ -365,16 +367,112 @@ def test_the_verb_prints_figures_and_keeps_raw_samples(
     assert kept.probe == "load" and len(kept.values["requests"]) == 42
 
 
-def test_a_recipe_names_its_servers(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with served() as server:
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(
-            "model: {base: b, adapter: a}\nworkloads: {chat: {prompts: prompts.jsonl}}\nvariants:\n  adapter: []\n"
-            f"  served: [{{engine: {{endpoint: {{url: '{server.url}', model: sales}}}}}}]\nminimize: latency.p50@chat\n"
+@pytest.fixture
+def recipe(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a recipe of one variant on a server, and with `workload` more of its workload's keys; half of the prompts
+    are in the slice."""
+    asked = prompts(tmp_path / "prompts.jsonl", 10, "chat")
+
+    def write(url: str, workload: str) -> Path:
+        endpoint = json.dumps({"url": url, "model": "sales"})
+        path = tmp_path / "recipe.yaml"
+        path.write_text(
+            f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\nseed: 3\n"
+            f"workloads:\n  chat: {{prompts: {asked.name}, {workload}}}\n"
+            f"  long: {{prompts: {asked.name}, slice: odd}}\n"
+            f"variants:\n  served: [{{engine: {{endpoint: {endpoint}}}}}]\nbaseline: served\n"
+            "minimize: latency.p50@chat\n"
         )
-        assert command("load", recipe, "--requests", "5", "--rate", "50", "--new-tokens", "4", "--json") == 0
+        return path
+
+    return write
+
+
+def test_a_recipe_says_what_is_sent_to_its_servers(
+    recipe: Callable[..., Path], tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its slice and no other prompt, encoded as in a race; its length, its users, its number of requests."""
+    encode = hf.tokenizer(str(tiny_base))
+    rows = corpus.read(str(tmp_path / "prompts.jsonl"), "short")
+    wanted = {
+        tuple(encode.apply_chat_template(list(r.messages), add_generation_prompt=True, return_dict=False)) for r in rows
+    }
+    out = tmp_path / "measurements.jsonl"
+    with served(first=0.02) as server:
+        file = recipe(server.url, "new_tokens: 3, slice: short, users: 2, requests: 12")
+        assert command("load", file, "--json", "--out", out, "--results", tmp_path / "results") == 0
         values = json.loads(capsys.readouterr().out)
-        assert values["variant"] == "served" and server.seen == {"sales": 6}
+        sent = server.bodies[2:]  # the engine's greeting, and the warm-up
+        assert server.seen == {"sales": 14} and server.most == 2
+        assert {tuple(body["prompt"]) for body in sent} == wanted and len(wanted) == 5
+        assert {(body["max_tokens"], body.get("ignore_eos")) for body in sent} == {(3, True)}
+        assert values["variant"] == "served" and len(values["requests"]) == 13
+        assert not (tmp_path / "results" / "runs").exists(), "a load is no run"
+
+        server.bodies.clear()
+        over = ["--rate", "40", "--requests", "6", "--new-tokens", "4", "--natural", "--workload", "long", "--out", out]
+        assert command("load", file, *over, "--results", tmp_path / "results") == 0
+        assert {(body["max_tokens"], body.get("ignore_eos")) for body in server.bodies[2:]} == {(4, None)}
+        assert not {tuple(body["prompt"]) for body in server.bodies[1:]} & wanted, "the other workload's slice"
+        assert command("load", file, "--rate", "40", "--requests", "4", "--out", out) == 0
+    kept = store.read(out)
+    assert [m.variant for m in kept] == ["served"] * 3
+    assert [m.workload for m in kept] == ["chat", "long", ""], "a load that the options changed is no block by itself"
+
+
+def test_the_seed_of_a_recipe_draws_its_loads(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sent(*flags: object) -> list[str]:
+        assert command("load", file, "--json", *flags) == 0
+        return [r["id"] for r in json.loads(capsys.readouterr().out)["requests"]]
+
+    with served() as server:
+        file = recipe(server.url, "new_tokens: 2, rate: 100, requests: 10")
+        own = sent()
+        assert own == sent("--seed", "3") != sent("--seed", "4")
+
+
+def test_load_is_a_way_to_bench(recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with served() as server:
+        file = recipe(server.url, "new_tokens: 2, users: 1, requests: 4")
+        asked = file.with_name("prompts.jsonl")
+        for target in (["--load", file], [f"--load={file}"]):
+            assert command("bench", *target, "--json") == 0
+            assert json.loads(capsys.readouterr().out)["variant"] == "served"
+        flags = ["--prompts", asked, "--model", "support", "--requests", "5", "--rate", "50", "--new-tokens", "4"]
+        assert command("bench", *flags, "--load", server.url, "--json") == 0
+        values = json.loads(capsys.readouterr().out)
+        assert values["figures"]["requests"] == 5 and server.seen["support"] == 6
+        assert command("bench", "--load") == 2
+        assert "requires an argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "sales"], "a recipe's variants name what they serve"),
+        (["--protocol", "chat"], "a recipe's variants say it themselves"),
+        (["--variant", "servd"], "did you mean 'served'"),
+        (["--workload", "chatt"], "did you mean 'chat'"),
+    ],
+)
+def test_what_a_recipe_says_itself_is_refused(
+    flags: list[str], says: str, recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("load", recipe("http://127.0.0.1:9", "new_tokens: 2"), *flags) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_recipe_without_a_server_is_told_which_engines_are(
+    recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = recipe("http://127.0.0.1:9", "new_tokens: 2")
+    file.write_text(re.sub("  served: .*\n", "  served: []\n", file.read_text()))
+    assert command("load", file) == 2
+    assert "endpoint or llamacpp_server or vllm" in " ".join(capsys.readouterr().err.split())
+    assert command("load", recipe("http://127.0.0.1:9", "new_tokens: 2")) == 4
+    assert "no server at http://127.0.0.1:9" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

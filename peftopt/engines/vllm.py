@@ -70,7 +70,7 @@ class Vllm(Started):
         device = "cuda" if _has_cuda() else "cpu"
         if device == "cpu" and (format_ := without_kernels(model.path)):
             raise BadInput(f"vLLM has no kernels for {format_} on a CPU", "int8, w8a8, gptq and awq run there")
-        self._home, self._params = model, params
+        self._home, self._params, self.slots = model, params, params.max_num_seqs
         port, names = free_port(), tuple(name_of(a) for a in model.adapters)
         serving, variables = command(model, params, port, names)
         super().__init__(model, serving, variables, port, names[0] if names else BASE, params.start_s)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from peftopt import environments, plugins, store
+from peftopt import corpus, environments, identity, plugins, preflight, store
 from peftopt import plan as planning
 from peftopt.child import Child
 from peftopt.errors import WorkerFailed
@@ -88,6 +88,26 @@ class Run:
     def alive(self) -> list[Variant]:
         failed = self.evidence.failures
         return [v for v in self.recipe.variants.values() if v.name not in failed]
+
+
+def planned(recipe: Recipe) -> tuple[Plan, str]:
+    """The recipe's plan on its files as they are now, and the hash that names what it measures. Raises BadInput for
+    files that cannot work."""
+    preflight.check(recipe)
+    sources = {
+        "base": identity.of_folder(Path(recipe.base)),
+        "adapter": identity.of_folder(Path(recipe.adapter)),
+        "calibration": identity.of_file(corpus.calibration_file(recipe.calibration)) if recipe.calibration else "",
+    }
+    plan = planning.plan(recipe, sources, environments.versions())
+    return plan, identity.of_value([asdict(plan), sources, _content(recipe)])[:8]
+
+
+def _content(recipe: Recipe) -> list[str]:
+    """Hashes of the prompts: the same recipe over other rows is another run."""
+    files = {w.prompts for w in recipe.workloads.values()}
+    files |= {recipe.quality.prompts} if recipe.quality else set()
+    return [identity.of_file(Path(f)) for f in sorted(files)]
 
 
 def check_baseline(run: Run) -> None:
