@@ -46,7 +46,7 @@ class Plugin:
     its schema; `needs` are the modules it imports; `environment` is whose Python runs it; `reader` the engine that
     opens what a quantizer wrote; `format` the kind of weights that a transform writes or an engine opens; `weights`
     the file that a transform of another format than safetensors writes; `serves` whether an engine is a server, which
-    can be put under load.
+    can be put under load; `device` what it computes on where that is not any machine ("cuda").
     """
 
     name: str
@@ -61,6 +61,7 @@ class Plugin:
     format: str = SAFETENSORS
     weights: str = ""
     serves: bool = False
+    device: str = ""
 
 
 @dataclass(frozen=True)
