@@ -92,6 +92,8 @@ class Server:
         if path == "/v1/models":
             listed = [{"id": m, "object": "model", "owned_by": "vllm"} for m in self.models]
             return self.whole(writer, 200, {"object": "list", "data": listed})
+        if path == "/health":
+            return self.whole(writer, 200, {})
         if path == "/metrics":
             text = METRICS.format(running=self.running, queued=0.01 * len(self.bodies), count=len(self.bodies))
             return self.whole(writer, 200, text, "text/plain")
@@ -181,7 +183,8 @@ class Server:
             self.event(writer, {"index": 0, "content": "", "tokens": [], "stop": True, **ended})
         elif not path.startswith("/generate"):
             usage = {"prompt_tokens": 7, "completion_tokens": end, "total_tokens": 7 + end}
-            self.event(writer, {"choices": [], "usage": usage})
+            kind = "chat.completion.chunk" if "chat" in path else "text_completion"
+            self.event(writer, {"object": kind, "choices": [], "usage": usage})
             self.chunk(writer, "data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
         await writer.drain()
@@ -219,9 +222,12 @@ class Server:
             )
         if path == "/completion":
             return {"index": 0, "content": word, "tokens": [10 + i], "stop": False}
+        about = {"id": "cmpl-1", "created": 1, "model": name}
         if "chat" in path:
-            return {"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": finish, **ids}]}
-        return {"choices": [{"index": 0, "text": word, "finish_reason": finish, **ids}]}
+            choice = {"index": 0, "delta": {"content": word}, "finish_reason": finish, **ids}
+            return {**about, "object": "chat.completion.chunk", "choices": [choice]}
+        choice = {"index": 0, "text": word, "finish_reason": finish, **ids}
+        return {**about, "object": "text_completion", "choices": [choice]}
 
     def whole(self, writer: asyncio.StreamWriter, status: int, data: Any, kind: str = "application/json") -> bool:
         text = data if kind == "text/plain" else json.dumps(data)

@@ -433,6 +433,10 @@ def import_(
     workload: Annotated[
         str, typer.Option(help="The recipe's workload that this was: `decide` takes it as a block of it.")
     ] = "",
+    task: Annotated[
+        str,
+        typer.Option(help="The task that samples of lm-evaluation-harness are of; by default the file's name says."),
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Append them to this measurements.jsonl.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -443,9 +447,9 @@ def import_(
 
     console, raw = Console(), True
     for path in file:
-        for found in meters.read(path):
+        for found in meters.read(path, task):
             kept = loading.keep(out, found, variant or path.stem, workload)
-            raw = raw and bool(found.requests or found.values.get("samples"))
+            raw = raw and found.raw
             if as_json:
                 print(json.dumps(render.as_json.plain(kept), allow_nan=False))
                 continue
