@@ -325,7 +325,10 @@ def canary(
     model: Annotated[list[str], typer.Option(help="Served names to tell apart, the base among them; repeat.")] = [],  # noqa: B006
     swap: Annotated[
         list[Path],
-        typer.Option(help="Adapter folder; give two, to be loaded in turn under one name and path (vLLM)."),
+        typer.Option(
+            help="Adapter folder; give two, to be loaded in turn under one name and path (vLLM). The --model names, or "
+            "all that are served, are watched meanwhile."
+        ),
     ] = [],  # noqa: B006
     fingerprints: Annotated[int, typer.Option(help="Prompts to use.")] = 8,
     rounds: Annotated[int, typer.Option(help="Times that all are asked at once, or that both are loaded.")] = 3,
@@ -353,7 +356,7 @@ def canary(
         # The longest, since a prefix cache keeps whole blocks of tokens.
         rows = sorted(rows, key=lambda row: -sum(len(m["content"]) for m in row.messages))
         asked = {row.id: row.messages for row in rows[len(rows) // 10 :][:fingerprints]}
-        outcomes.append(_watch_reloads(console, target, (swap[0], swap[1]), asked, rounds, as_json))
+        outcomes.append(_watch_reloads(console, target, (swap[0], swap[1]), model, asked, rounds, as_json))
     raise typer.Exit(max(outcomes, key=(ACCEPTED, INCONCLUSIVE, ENVIRONMENT, REJECTED).index))
 
 
@@ -382,14 +385,20 @@ def _watch_mixed(
 
 
 def _watch_reloads(
-    console: Console, target: Target, folders: tuple[Path, Path], prompts: Prompts, rounds: int, as_json: bool
+    console: Console,
+    target: Target,
+    folders: tuple[Path, Path],
+    residents: list[str],
+    prompts: Prompts,
+    rounds: int,
+    as_json: bool,
 ) -> int:
     """Two adapters in turn under one name, printed; the exit code."""
     from peftopt import canary as watching
     from peftopt import lifecycle, stats
 
-    with console.progress("reloads", 2 * (watching.ALONE + rounds)) as show:
-        found = lifecycle.live(target, folders, prompts, rounds, show)
+    with console.progress("reloads", watching.ALONE * (2 + len(residents)) + 2 * rounds) as show:
+        found = lifecycle.live(target, folders, list(dict.fromkeys(residents)), prompts, rounds, show)
     if as_json:
         print(json.dumps(asdict(found)))
         return found.outcome
@@ -405,15 +414,21 @@ def _watch_reloads(
             "first request": times(found.first_s),
             "the same again": times(found.warm_s),
             "unload": times(found.unload_s),
-            "answers": f"{found.asked}, of which {len(found.wrong)} not of the weights just loaded",
+            "watched beside them": ", ".join(found.residents),
+            "answers": f"{found.asked} in all",
+            "stale": f"{len(found.stale)} of the reloaded name, not of the weights just loaded",
+            "wrong": f"{len(found.wrong)} of another model that is served",
         },
     )
-    if found.alike:
-        console.warn("no prompt tells the two adapters apart: nothing can be said")
+    for pair in found.alike:
+        console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: nothing can be said of them")
+    if found.failed:
+        console.warn(f"{found.failed} requests failed")
     if found.kept:
         console.say(f"still served after its unload: {found.kept} times", "red")
-    for wrong in list(dict.fromkeys(map(str, found.wrong)))[:10]:
-        console.say(wrong, "red")
+    for title, answers in (("stale", found.stale), ("wrong", found.wrong)):
+        for answer in list(dict.fromkeys(map(str, answers)))[:10]:
+            console.say(f"{title}: {answer}", "red")
     return found.outcome
 
 
