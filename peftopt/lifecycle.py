@@ -153,8 +153,8 @@ class _Life:
     def _judge(self, name: str, id_: str, answer: fingerprint.Print, alone: bool) -> None:
         self.found.asked += 1
         if seen := fingerprint.judge(self.known, name, id_, answer, alone):
-            # An answer of the reloaded name that is no other served model's is a remnant of what it was before.
-            remnant = name in self.named and (seen.like in self.named or (alone and not seen.like))
+            # An answer of the reloaded name that is not another served model's is a remnant of what it was before.
+            remnant = name in self.named and seen.like not in self.found.residents
             said = replace(seen, model=NAME if name in self.named else name, like=self.named.get(seen.like, seen.like))
             (self.found.stale if remnant else self.found.wrong).append(said)
 
