@@ -162,6 +162,8 @@ def _footprint(evidence: Evidence, variant: str) -> dict[str, Interval]:
         ("memory", "peak_memory_bytes"),
         ("gpu_memory", "gpu_memory_allocated"),
         ("gpu_memory_allocated", "gpu_memory_allocated"),
+        if switches := [t for v in launches if (t := v.get("adapter_switch_time")) is not None]:
+            found["adapter_switch_time"] = _range(switches)
         ("gpu_memory_reserved", "gpu_memory_reserved"),
     ):
         if peaks := [v[key] for v in evidence.memory.get(variant, ()) if key in v]:

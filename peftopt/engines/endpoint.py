@@ -52,7 +52,8 @@ def open(model: Model, params: Params) -> Served:
 class Served(Text):
     """A server that answers; see `peftopt.engines.Engine` for what each method promises. It only generates."""
 
-    scores, adapter_switch_time = False, None
+    scores = False
+    adapter_switch_time: float | None = None
     device, threads = "server", 0
     slots = 0
     """Requests that the server works on at once; 0 = not known."""

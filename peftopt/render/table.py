@@ -88,6 +88,7 @@ def further(decision: Decision) -> Table:
         ("reserved but unused", _figure_column("fragmentation")),
         ("GPU busy", _figure_column("gpu_busy")),
         ("compile time", _figure_column("compile_time")),
+        ("adapter switch", _figure_column("adapter_switch_time")),
         ("start from the compile cache", _figure_column("warm_start")),
         *((title, _count_column(name)) for name, title in _COUNTS.items()),
     ]
@@ -299,7 +300,7 @@ def _count(value: Interval | None) -> str:
 _READ_AS = {
     **{"ms": "latency.p50", "s": "load_time", "bytes": "memory", "share": "accuracy"},
     **{"tokens/s": "throughput", "nats": "kl", "bandwidth": "accuracy"},
-    **{"compile_time": "load_time", "warm_start": "load_time"},
+    **{"compile_time": "load_time", "warm_start": "load_time", "adapter_switch_time": "load_time"},
     **{"fragmentation": "accuracy", "gpu_busy": "accuracy"},
     **{"server_queue": "latency.p50", "server_kv_cache": "accuracy"},
     **{"gpu_memory_allocated": "memory", "gpu_memory_reserved": "memory"},
