@@ -208,7 +208,9 @@ def test_users_ask_when_answered_and_a_rate_comes_anyway(tiny_base: Path) -> Non
     with served(first=0.02) as server:
         engine = opened(tiny_base, server)
         requests, account = load.turn(engine, rows, 6, False, users=3, rate=0.0, seed=1)
-        assert server.most == 3 and account
+        assert server.most == 3 and account and "slots" not in account, "another's server has not told them"
+        engine.slots = 6  # as a server that is started here knows them
+        assert load.turn(engine, rows, 6, False, users=3, rate=0.0, seed=1)[1]["slots"] == 6
         assert [r["id"] for r in requests] == [row.id for row in rows]
         assert {r["new_tokens"] for r in requests} == {6} and len({r["turn_ms"] for r in requests}) == 1
         assert all(20 <= r["ttft_ms"] < r["request_duration_ms"] < r["turn_ms"] for r in requests)

@@ -248,7 +248,20 @@ def test_prometheus_by_the_names_of_several_engines() -> None:
     assert prometheus.moment(totals) == {"running": 7.0, "kv_cache": 0.5}
     found = prometheus.summary([{"running": 2.0}, {"running": 4.0}], {}, totals)
     assert found["running"] == {"mean": 3.0, "peak": 4.0, "n": 2} and found["queue_ms"] == pytest.approx(250)
-    assert prometheus.summary([], {}, {}) == {}
+    assert prometheus.summary([], {}, {}) == {} and prometheus.fill(found) is None, "of how many slots?"
+    assert prometheus.fill({**found, "slots": 4}) == 0.75
+
+
+def test_llamacpp_counts_its_busy_slots_at_every_step_since_its_start() -> None:
+    """As its server of July 2026 prints them: a mean over all steps, so the difference of two sums is a run's."""
+    before, after = (
+        prometheus.totals(f"llamacpp:n_decode_total {steps}\nllamacpp:n_busy_slots_per_decode {busy}\n")
+        for steps, busy in ((10, 1.0), (30, 2.0))
+    )
+    found = prometheus.summary([{"running": 1.0}], before, after)
+    assert found["busy"] == pytest.approx((30 * 2.0 - 10 * 1.0) / 20)
+    assert prometheus.fill({**found, "slots": 4}) == pytest.approx(2.5 / 4), "rather than looks at the running requests"
+    assert "busy" not in prometheus.summary([], before, before)
 
 
 # ---- against a server --------------------------------------------------------------------------

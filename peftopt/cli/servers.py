@@ -164,6 +164,8 @@ def load(
                 else:
                     seen = loading.run(sent.target, kind, at, show, patient)
             values = loading.as_json(seen, slos)
+            if values["engine"] and (n := slots or sent.slots):
+                values["engine"]["slots"] = n
             if out:
                 loading.append(out, sent.variant or sent.target.url, values, sent.workload)
             if as_json:
@@ -171,7 +173,7 @@ def load(
                 print(json.dumps(render.as_json.plain({**named, **values}), allow_nan=False))
             else:
                 console.table(render.load.HEADER, render.load.rows(values))
-                console.pairs(title, render.load.lines(values, slots or sent.slots))
+                console.pairs(title, render.load.lines(values))
                 for note in seen.notes:
                     console.warn(note)
             outcomes.append(loading.outcome(seen, slos, find))
