@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 GOOD = ("base", "support", "sales")
-FAULTS = ("silent", "stall", "reset", "garbage", "early", "plain", "broken", "refused", "said")
+FAULTS = ("silent", "stall", "reset", "garbage", "early", "plain", "broken", "refused", "burst", "said")
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{{engine="0",model_name="base"}} {running}
@@ -141,7 +141,8 @@ class Server:
         n = next((body[k] for k in asked if body.get(k)), body.get("parameters", {}).get("max_new_tokens", 8))
         fixed = body.get("ignore_eos", False)
         end = n if fixed else min(n, 5)
-        if name == "broken" or (name == "refused" and self.seen[name] % 2 == 0):
+        count = self.seen[name]
+        if name == "broken" or (name == "refused" and count % 2 == 0) or (name == "burst" and 4 <= count < 10):
             return self.whole(writer, 503, {"error": {"message": "the engine is overloaded"}})
         if name not in self.resident:
             self.resident.append(name)

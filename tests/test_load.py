@@ -326,6 +326,35 @@ def test_faults_are_counted_beside_what_works(fault: str) -> None:
     assert goodput.attained(found.played.requests, [slo("ttft <= 10 s")]).estimate == 0.5
 
 
+def test_a_burst_of_5xx_among_good_answers_is_counted_and_the_run_goes_on() -> None:
+    """Six in a row fail, of a request in warm-up and twenty that count."""
+    with served() as server:
+        found = loaded(server.url, models=("burst",), arrivals="constant")
+    requests = found.played.requests
+    assert len(requests) == 20 and not found.played.unsent and not found.played.stopped
+    failed = [r.error for r in requests if r.error]
+    assert failed == ["HTTP 503: the engine is overloaded"] * 6
+    assert [bool(r.error) for r in requests[:2]] == [False, False] and not any(r.error for r in requests[8:])
+    figures = load.as_json(found, [slo("ttft <= 10 s")])["figures"]
+    assert (figures["failed"], figures["answered"]) == (6, 14)
+    assert figures["attained"].estimate == 0.7, "a failed request meets no level"
+    assert math.isinf(figures["ttft_p95_ms"].estimate), "and stands in every tail"
+
+
+def test_the_progress_line_shows_the_rate_what_is_in_flight_the_tail_and_failures() -> None:
+    seen: list[tuple[int, str]] = []
+    with served(first=0.2) as server:
+        kind = Traffic(
+            PROMPTS, {"support": 1.0, "refused": 1.0}, 4, requests=30, mix="round-robin", arrivals="constant"
+        )
+        load.run(Target(server.url), kind, 15.0, lambda done, what: seen.append((done, what)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen) and seen[-1][0] <= 30
+    shape = re.compile(r"\d+\.\d/s, \d+ in flight(, P95 \d+ ms)?(, \d+ failed)?")
+    assert all(shape.fullmatch(what) for _, what in seen), seen
+    later = seen[-1][1]
+    assert "P95" in later and "failed" in later and any(", 0 in flight" not in what for _, what in seen)
+
+
 def test_a_server_without_an_answer_is_not_loaded_to_the_end() -> None:
     with served() as server:
         found = loaded(server.url, models=("broken",), requests=5000)
