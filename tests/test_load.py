@@ -449,6 +449,8 @@ def test_a_recipe_says_what_is_sent_to_its_servers(
         assert {tuple(body["prompt"]) for body in sent} == wanted and len(wanted) == 5
         assert {(body["max_tokens"], body.get("ignore_eos")) for body in sent} == {(3, True)}
         assert values["variant"] == "served" and len(values["requests"]) == 13
+        drawn = [Counter(traffic.in_order([row.id for row in rows], 12, seed)) for seed in (3, 0)]
+        assert Counter(r["id"] for r in values["requests"][1:]) == drawn[0] != drawn[1], "by the recipe's seed"
         assert not (tmp_path / "results" / "runs").exists(), "a load is no run"
 
         server.bodies.clear()
@@ -462,26 +464,12 @@ def test_a_recipe_says_what_is_sent_to_its_servers(
     assert [m.workload for m in kept] == ["chat", "long", ""], "a load that the options changed is no block by itself"
 
 
-def test_the_seed_of_a_recipe_draws_its_loads(
-    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def sent(*flags: object) -> list[str]:
-        assert command("load", file, "--json", *flags) == 0
-        return [r["id"] for r in json.loads(capsys.readouterr().out)["requests"]]
-
-    with served() as server:
-        file = recipe(server.url, "new_tokens: 2, rate: 100, requests: 10")
-        own = sent()
-        assert own == sent("--seed", "3") != sent("--seed", "4")
-
-
 def test_load_is_a_way_to_bench(recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     with served() as server:
         file = recipe(server.url, "new_tokens: 2, users: 1, requests: 4")
         asked = file.with_name("prompts.jsonl")
-        for target in (["--load", file], [f"--load={file}"]):
-            assert command("bench", *target, "--json") == 0
-            assert json.loads(capsys.readouterr().out)["variant"] == "served"
+        assert command("bench", f"--load={file}", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["variant"] == "served"
         flags = ["--prompts", asked, "--model", "support", "--requests", "5", "--rate", "50", "--new-tokens", "4"]
         assert command("bench", *flags, "--load", server.url, "--json") == 0
         values = json.loads(capsys.readouterr().out)
