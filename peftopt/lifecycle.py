@@ -59,6 +59,17 @@ class Lived:
         return INCONCLUSIVE if self.alike or self.failed else ACCEPTED
 
 
+def residents(target: Target, named: Sequence[str]) -> list[str]:
+    """Who is watched: the names that the user gives, or all that the server lists. Raises BadInput for a name that is
+    not served."""
+
+    async def session() -> list[str]:
+        async with Client(target) as client:
+            return await client.served(list(named) or [str(m["id"]) for m in await client.models()])
+
+    return asyncio.run(session())
+
+
 def live(
     target: Target,
     folders: tuple[Path, Path],
@@ -68,7 +79,7 @@ def live(
     show: Callable[[int, str], None],
 ) -> Lived:
     """Load two adapters in turn under one name and path, `rounds` times; the server must see this machine's files.
-    `residents`: served names to watch beside them, () = all that the server lists.
+    `residents`: the served names to watch beside them.
 
     Raises WorkerFailed for a server that has no way to load adapters, or does not take these.
     """
@@ -77,24 +88,23 @@ def live(
 
     async def session() -> Lived:
         async with Client(target) as client:
-            others = await client.served(list(residents) or [str(m["id"]) for m in await client.models()])
             for name, folder in zip(names, folders, strict=True):
                 await _loaded(client, name, folder)
             known = await canary.alone(client, names, prompts, show, batches=False)
             for name in names:
                 await _unloaded(client, name)
-            beside = await canary.alone(client, others, prompts, lambda n, what: show(2 * canary.ALONE + n, what))
+            beside = await canary.alone(client, residents, prompts, lambda n, what: show(2 * canary.ALONE + n, what))
             # The two first: an answer that is theirs and a resident's, which may be the same adapter, is theirs.
             known = Known({**known.prints, **beside.prints}, {**known.noise, **beside.noise})
             # One of the two may be a resident's twin; that says nothing against either.
             alike = [pair for pair in known.alike() if len(set(pair) & set(names)) != 1]
             named = {name: folder.name for name, folder in zip(names, folders, strict=True)}
-            found = Lived(others, [(named.get(a, a), named.get(b, b)) for a, b in alike])
+            found = Lived(list(residents), [(named.get(a, a), named.get(b, b)) for a, b in alike])
             life = _Life(client, found, known, named, prompts)
             with tempfile.TemporaryDirectory(prefix="peftopt-canary-") as place:
                 for n in range(2 * rounds):
                     await life.turn(names[n % 2], folders[n % 2], Path(place, "adapter"))
-                    done = canary.ALONE * (2 + len(others)) + n + 1
+                    done = canary.ALONE * (2 + len(residents)) + n + 1
                     show(done, f"{found.asked} answers, {len(found.stale)} stale, {len(found.wrong)} wrong")
             return found
 

@@ -527,6 +527,11 @@ def test_what_cannot_be_is_said(
     assert says in err and "Traceback" not in err
 
 
+def test_a_recipe_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("load", tmp_path / "nowhere.yaml") == 2
+    assert "no recipe is there" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_server_that_is_not_there_is_said(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("load", "http://127.0.0.1:9", "--prompts", questions) == 4
     assert "no server at http://127.0.0.1:9" in " ".join(capsys.readouterr().err.split())

@@ -130,7 +130,10 @@ def load(
     names = {"protocol": protocol, "key_env": api_key_env, "timeout_s": timeout}
     names = {name: value for name, value in names.items() if value is not None}
     console, outcomes = Console(quiet), []
-    if "://" in target or not Path(target).exists():
+    if "://" not in target and not Path(target).exists():
+        hint = "give a recipe's path, or a server's URL like http://localhost:8000"
+        raise BadInput(f"{target} is no URL, and no recipe is there", hint)
+    if "://" in target:
         found = _one_server(target, names, prompts, shape, variant, workload)
     else:
         if odd := [name for name, value in (("protocol", protocol), ("api-key-env", api_key_env)) if value is not None]:
@@ -390,7 +393,7 @@ def _watch_reloads(
     console: Console,
     target: Target,
     folders: tuple[Path, Path],
-    residents: list[str],
+    model: list[str],
     prompts: Prompts,
     rounds: int,
     as_json: bool,
@@ -399,8 +402,9 @@ def _watch_reloads(
     from peftopt import canary as watching
     from peftopt import lifecycle, stats
 
+    residents = lifecycle.residents(target, list(dict.fromkeys(model)))
     with console.progress("reloads", watching.ALONE * (2 + len(residents)) + 2 * rounds) as show:
-        found = lifecycle.live(target, folders, list(dict.fromkeys(residents)), prompts, rounds, show)
+        found = lifecycle.live(target, folders, residents, prompts, rounds, show)
     if as_json:
         print(json.dumps(asdict(found)))
         return found.outcome
