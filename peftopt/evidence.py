@@ -86,8 +86,8 @@ class Evidence:
                 case "quality":
                     self.answers[m.variant, m.launch][m.values["row"]] = m.values
                 case "task" if "samples" in m.values and "task" in m.values:  # an imported one may lack either
-                    scores = {row["id"]: row["value"] for row in m.values["samples"]}
-                    self.tasks[m.variant][TASK + m.values["task"]] = scores
+                    scores = self.tasks[m.variant].setdefault(TASK + m.values["task"], {})
+                    scores |= {row["id"]: row["value"] for row in m.values["samples"]}  # a group's come file by file
                 case "machine":
                     self.surveyed = m.values
                 case "build":

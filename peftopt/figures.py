@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from peftopt import stats
+from peftopt import prometheus, stats
 from peftopt.evidence import TWIN, Evidence, exp
 from peftopt.goodput import QUANTILES
 from peftopt.records import Interval, Json, Metric
@@ -67,6 +67,10 @@ def _speed(evidence: Evidence, variant: str, workload: str) -> dict[str, Interva
         told = [account[name] for account in evidence.accounts[variant, workload] if name in account]
         if means := [each["mean"] if isinstance(each, Mapping) else each for each in told]:
             found[f"{title}@{workload}"] = _range(means)
+    if filled := [
+        share for each in evidence.accounts[variant, workload] if (share := prometheus.fill(each)) is not None
+    ]:
+        found[f"server_fill@{workload}"] = _range(filled)
     if found_ := evidence.warm_up(variant, workload):
         found[f"warm_up@{workload}"], found[f"first_request@{workload}"] = map(_exactly, found_)
     return found
@@ -158,6 +162,8 @@ def _footprint(evidence: Evidence, variant: str) -> dict[str, Interval]:
         found["size"] = _exactly(size)
     if launches := evidence.launches.get(variant):
         found["load_time"] = _range([v["model_loading_time"] for v in launches])
+        if switches := [t for v in launches if (t := v.get("adapter_switch_time")) is not None]:
+            found["adapter_switch_time"] = _range(switches)
     for name, key in (
         ("memory", "peak_memory_bytes"),
         ("gpu_memory", "gpu_memory_allocated"),

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from peftopt import corpus, goodput, prometheus, store, traffic
+from peftopt import goodput, prometheus, store, traffic
 from peftopt.client import Client, Reply, Target
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput, MissingEnvironment
 from peftopt.goodput import Request, Slo
 from peftopt.meters import Found
 from peftopt.protocols import Prompt
-from peftopt.records import Json, Measurement
+from peftopt.records import Json, Measurement, Workload
 from peftopt.traffic import Traced
 
 LAG_EVERY_S, LOOK_EVERY_S, SCRAPE_EVERY_S = 0.05, 0.5, 0.5
@@ -426,9 +426,16 @@ def _notes(client: Client, traffic_: Traffic, played: Played) -> list[str]:
     return notes
 
 
-def read_traffic(prompts: str | None, trace: Path | None) -> dict[str, Json]:
-    """The prompts and the trace of a Traffic, from their files. Raises BadInput naming the line that is broken."""
-    rows = corpus.read(prompts) if prompts else []
+def of_workload(workload: Workload, seed: int) -> dict[str, Json]:
+    """What a recipe's workload says of a Traffic, and its `rate` where requests come at one. Batches that are asked one
+    after the other are a closed loop of as many users."""
+    arriving = {"rate": workload.rate} if workload.rate else {"concurrency": workload.users or workload.batch}
+    fixed = workload.lengths == "fixed"
+    return {"new_tokens": workload.new_tokens, "fixed": fixed, "requests": workload.requests, "seed": seed, **arriving}
+
+
+def read_trace(trace: Path | None) -> tuple[Traced, ...]:
+    """The trace of a Traffic, from its file; () without one. Raises BadInput naming the line that is broken."""
     try:
         traced = traffic.trace(trace.read_text(encoding="utf-8").splitlines()) if trace else []
     except OSError as error:
@@ -437,7 +444,7 @@ def read_traffic(prompts: str | None, trace: Path | None) -> dict[str, Json]:
         raise BadInput(f"{trace}: {error}", 'a line looks like {"offset_s": 1.25, "id": "row-7"}') from error
     if trace and not traced:
         raise BadInput(f"{trace} holds no requests", "add at least one JSON line")
-    return {"prompts": {row.id: Prompt(messages=row.messages) for row in rows}, "trace": tuple(traced)}
+    return tuple(traced)
 
 
 def outcome(loaded: Loaded, slos: Sequence[Slo], searched: bool) -> int:

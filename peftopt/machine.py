@@ -76,6 +76,11 @@ def gpus() -> list[str]:
     return _nvidia_smi("--query-gpu=name,memory.total")
 
 
+def lacks(device: str) -> str:
+    """What a plug-in that computes on this device misses here, "" for nothing; as the driver tells, without torch."""
+    return "an NVIDIA GPU" if device == "cuda" and not gpus() else ""
+
+
 def _nvidia_smi(query: str) -> list[str]:
     """The lines of one query; none without a driver."""
     if not (tool := shutil.which("nvidia-smi")):

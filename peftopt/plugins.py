@@ -5,12 +5,54 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 from peftopt.records import SAFETENSORS, Plugin
 
 FOLDERS = {"transform": "transforms", "engine": "engines", "policy": "policies"}
+
+
+@dataclass(frozen=True)
+class Other:
+    """What has no plug-in of its own: peftopt meets it `through` one, on a machine with `device`; one that is not
+    `offered` it does not."""
+
+    name: str
+    kind: str
+    through: str
+    help: str
+    device: str = ""
+    offered: bool = True
+
+
+OTHERS = (
+    Other(
+        "deepspeed-mii",
+        "server",
+        "endpoint",
+        "DeepSpeed-MII: you start it, here or on another machine; peftopt asks it, {engine: {endpoint: {url: "
+        "http://HOST:28080/mii/NAME, protocol: mii}}}. It does not stream, so there is no time to first token.",
+        "cuda",
+    ),
+    Other(
+        "exllama",
+        "kernels",
+        "vllm",
+        "ExLlama's kernels for GPTQ in float16, in vLLM: [merge, gptq, {engine: {vllm: {args: --dtype float16 "
+        "--linear-backend exllama}}}]; by itself vLLM takes Marlin's. GPTQModel has them too, for others' checkpoints.",
+        "cuda",
+    ),
+    Other(
+        "aotinductor",
+        "compiler",
+        "compiled",
+        "A package of what `compiled` runs, for programs without Python, with the weights in it a second time; "
+        "`compiled` keeps its compiled graph beside the model instead (docs/decisions/compile.md).",
+        offered=False,
+    ),
+)
 
 
 def module(kind: str, name: str) -> ModuleType:
@@ -48,4 +90,5 @@ def _describe(kind: str, name: str) -> Plugin:
         format=getattr(source, "FORMAT", SAFETENSORS),
         weights=getattr(source, "WEIGHTS", "") if kind == "transform" else "",
         serves=getattr(source, "SERVES", False),
+        device=getattr(source, "DEVICE", ""),
     )

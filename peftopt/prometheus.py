@@ -22,9 +22,12 @@ GAUGES: Mapping[str, Sequence[str]] = {
         "tgi_queue_size",
         "llamacpp:requests_deferred",
     ),
-    "kv_cache": ("vllm:kv_cache_usage_perc", "sglang:token_usage", "llamacpp:kv_cache_usage_ratio"),
+    "kv_cache": ("vllm:kv_cache_usage_perc", "sglang:token_usage"),
 }
 """Requests in the running batch and in the queue; the share of the KV cache that is taken, 0..1."""
+
+BUSY, DECODES = "llamacpp:n_busy_slots_per_decode", "llamacpp:n_decode_total"
+"""Requests in a decode step, and how many steps there were, both since the server's start."""
 
 QUEUES = ("vllm:request_queue_time_seconds", "sglang:queue_time_seconds", "tgi_request_queue_duration")
 """Histograms of the seconds that a request waited inside the engine."""
@@ -54,7 +57,8 @@ def moment(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def summary(moments: Sequence[Mapping[str, float]], first: Mapping[str, float], last: Mapping[str, float]) -> Json:
-    """Mean and peak of each gauge over a run, and the mean time in the engine's queue, in ms. {} without metrics."""
+    """Mean and peak of each gauge over a run, the mean time in the engine's queue, in ms, and where it is told for
+    every step the mean number of requests in one ("busy"). {} without metrics."""
     found: dict[str, Json] = {}
     for name in GAUGES:
         if values := [m[name] for m in moments if name in m]:
@@ -63,4 +67,14 @@ def summary(moments: Sequence[Mapping[str, float]], first: Mapping[str, float], 
         count = last.get(f"{name}_count", 0) - first.get(f"{name}_count", 0)
         if count > 0:
             found["queue_ms"] = 1e3 * (last[f"{name}_sum"] - first.get(f"{name}_sum", 0)) / count
+    if (steps := last.get(DECODES, 0) - first.get(DECODES, 0)) > 0 and BUSY in last:
+        before, after = (at.get(BUSY, 0) * at.get(DECODES, 0) for at in (first, last))
+        found["busy"] = (after - before) / steps
     return found
+
+
+def fill(account: Mapping[str, Json]) -> float | None:
+    """The share of the engine's slots that a batch took, of a summary with the number of "slots"; None without both."""
+    if not account.get("slots") or not account.keys() & {"busy", "running"}:
+        return None
+    return float(account["busy"] if "busy" in account else account["running"]["mean"]) / int(account["slots"])

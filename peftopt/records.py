@@ -46,7 +46,7 @@ class Plugin:
     its schema; `needs` are the modules it imports; `environment` is whose Python runs it; `reader` the engine that
     opens what a quantizer wrote; `format` the kind of weights that a transform writes or an engine opens; `weights`
     the file that a transform of another format than safetensors writes; `serves` whether an engine is a server, which
-    can be put under load.
+    can be put under load; `device` what it computes on where that is not any machine ("cuda").
     """
 
     name: str
@@ -61,6 +61,7 @@ class Plugin:
     format: str = SAFETENSORS
     weights: str = ""
     serves: bool = False
+    device: str = ""
 
 
 @dataclass(frozen=True)
@@ -283,8 +284,9 @@ class Measurement:
     build    seconds, cached, size_bytes, peak_memory_bytes; tier0: list of errors; certificate: a merge's, in a line;
              quantization: a quantizer's provenance, in a line
     machine  read_bytes_per_s, gpu_read_bytes_per_s: how fast memory is read, once per run
-    launch   model_loading_time (s), adapter_switch_time (s), memory_bytes, gpu_memory_allocated, gpu_memory_reserved,
-             threads, device, size_bytes; weight_bytes and kv_bytes (per cached token) that a decode step reads
+    launch   model_loading_time (s), adapter_switch_time (s; on vLLM a load and an unload while it runs), memory_bytes,
+             gpu_memory_allocated, gpu_memory_reserved, threads, device, size_bytes; weight_bytes and kv_bytes (per
+             cached token) that a decode step reads
     speed    block, order, requests: [{request_duration_ms, queue_time_ms, generation_latency_ms, ttft_ms, tpot_ms,
              cpu_ms, gpu_ms (CUDA events), prompt_tokens, new_tokens, touched (prompts that a policy changed), warmup;
              under load also turn_ms, from the first to the last of a turn}], engine: the server's own account then,

@@ -129,6 +129,18 @@ class Worker:
         requests, engine = load.turn(self.engine, timed, new_tokens, stop, users, rate, seed)
         return {"requests": alone + requests, "engine": engine}
 
+    def served(self, rows: list[Json], new_tokens: int, stop: bool) -> dict[str, Json]:
+        """Where the open server is, and these prompts as it takes them: for a load that is sent from elsewhere."""
+        from peftopt.policies import most
+
+        asked = {row.id: self.engine.prompt(self.engine.encode(row.messages)[0]) for row in map(row_from, rows)}
+        return {
+            "target": dataclasses.asdict(self.engine.target),
+            "prompts": {id_: dataclasses.asdict(prompt) for id_, prompt in asked.items()},
+            "new_tokens": most(self.engine, new_tokens, stop),
+            "slots": self.engine.slots,
+        }
+
     def quality(
         self,
         rows: list[Json],

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 GOOD = ("base", "support", "sales")
-FAULTS = ("silent", "stall", "reset", "garbage", "early", "plain", "broken", "refused", "said")
+FAULTS = ("silent", "stall", "reset", "garbage", "early", "plain", "broken", "refused", "burst", "said")
 METRICS = """# HELP vllm:num_requests_running Number of requests in model execution batches.
 # TYPE vllm:num_requests_running gauge
 vllm:num_requests_running{{engine="0",model_name="base"}} {running}
@@ -92,6 +92,8 @@ class Server:
         if path == "/v1/models":
             listed = [{"id": m, "object": "model", "owned_by": "vllm"} for m in self.models]
             return self.whole(writer, 200, {"object": "list", "data": listed})
+        if path == "/health":
+            return self.whole(writer, 200, {})
         if path == "/metrics":
             text = METRICS.format(running=self.running, queued=0.01 * len(self.bodies), count=len(self.bodies))
             return self.whole(writer, 200, text, "text/plain")
@@ -139,7 +141,8 @@ class Server:
         n = next((body[k] for k in asked if body.get(k)), body.get("parameters", {}).get("max_new_tokens", 8))
         fixed = body.get("ignore_eos", False)
         end = n if fixed else min(n, 5)
-        if name == "broken" or (name == "refused" and self.seen[name] % 2 == 0):
+        count = self.seen[name]
+        if name == "broken" or (name == "refused" and count % 2 == 0) or (name == "burst" and 4 <= count < 10):
             return self.whole(writer, 503, {"error": {"message": "the engine is overloaded"}})
         if name not in self.resident:
             self.resident.append(name)
@@ -181,7 +184,8 @@ class Server:
             self.event(writer, {"index": 0, "content": "", "tokens": [], "stop": True, **ended})
         elif not path.startswith("/generate"):
             usage = {"prompt_tokens": 7, "completion_tokens": end, "total_tokens": 7 + end}
-            self.event(writer, {"choices": [], "usage": usage})
+            kind = "chat.completion.chunk" if "chat" in path else "text_completion"
+            self.event(writer, {"object": kind, "choices": [], "usage": usage})
             self.chunk(writer, "data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
         await writer.drain()
@@ -219,9 +223,12 @@ class Server:
             )
         if path == "/completion":
             return {"index": 0, "content": word, "tokens": [10 + i], "stop": False}
+        about = {"id": "cmpl-1", "created": 1, "model": name}
         if "chat" in path:
-            return {"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": finish, **ids}]}
-        return {"choices": [{"index": 0, "text": word, "finish_reason": finish, **ids}]}
+            choice = {"index": 0, "delta": {"content": word}, "finish_reason": finish, **ids}
+            return {**about, "object": "chat.completion.chunk", "choices": [choice]}
+        choice = {"index": 0, "text": word, "finish_reason": finish, **ids}
+        return {**about, "object": "text_completion", "choices": [choice]}
 
     def whole(self, writer: asyncio.StreamWriter, status: int, data: Any, kind: str = "application/json") -> bool:
         text = data if kind == "text/plain" else json.dumps(data)

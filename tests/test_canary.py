@@ -87,22 +87,44 @@ def adapters(tmp_path: Path) -> list[object]:
     return flags
 
 
-@pytest.mark.parametrize(("fault", "code"), [({}, 0), ({"stale": True}, 1), ({"sticky": True}, 1)])
+@pytest.mark.parametrize(
+    ("fault", "code"), [({}, 0), ({"stale": True}, 1), ({"sticky": True}, 1), ({"leaky": True}, 1)]
+)
 def test_two_adapters_in_turn_under_one_name(
     fault: dict[str, bool], code: int, questions: Path, adapters: list, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with served(**fault) as server:
+    with served(**fault, models=("base", "support"), first=0.02) as server:
         flags = ["--prompts", questions, *adapters, "--rounds", "2", "--quiet"]
         assert command("canary", server.url, *flags, "--json") == code
         found = json.loads(capsys.readouterr().out)
         assert len(found["load_s"]) == len(found["first_s"]) == len(found["unload_s"]) == 4 and min(found["load_s"]) > 0
-        assert found["asked"] == 4 * 5, "every prompt once, and the first one again, warm"
+        assert found["residents"] == ["base", "support"], "all that is served"
+        # of the reloaded name every prompt once, the first again, and all in the mixed batch; of the others all, alone
+        # and mixed, after the load and after the unload
+        assert found["asked"] == 4 * ((4 + 1 + 4) + 2 * (2 + 2) * 4) and not found["failed"]
         # A stale server answers the first weights for ever: those are right every other time.
-        assert len(found["wrong"]) == (10 if "stale" in fault else 0)
-        assert all(w["like"] for w in found["wrong"])
+        assert len(found["stale"]) == (2 * 9 if "stale" in fault else 0)
+        assert {(w["model"], w["like"]) for w in found["stale"]} == (
+            {("peftopt-canary", "support")} if "stale" in fault else set()
+        )
+        # A leaky one computes the base with whatever else is in the batch.
+        assert {w["model"] for w in found["wrong"]} == ({"base"} if "leaky" in fault else set())
+        assert len(found["wrong"]) <= 4 * 2 * 4, "never when the base is asked alone"
         assert found["kept"] == (4 if "sticky" in fault else 0)
-        assert command("canary", server.url, *flags) == code
-        assert ("answered as" in capsys.readouterr().out) is ("stale" in fault)
+        assert command("canary", server.url, *flags[:-1]) == code
+        said, shown = capsys.readouterr()
+        assert "16/16" in shown, "two adapters and two residents three times each, and four turns"
+        assert ("stale: peftopt-canary: answered as support would" in said) is ("stale" in fault)
+        assert ("wrong: base: answered as" in said) is ("leaky" in fault)
+
+
+def test_only_the_named_are_watched_beside_a_reload(
+    questions: Path, adapters: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served() as server:
+        flags = ["--prompts", questions, *adapters, "--rounds", "1", "--quiet", "--json", "--model", "support"]
+        assert command("canary", server.url, *flags) == 0
+        assert json.loads(capsys.readouterr().out)["residents"] == ["support"] and "base" not in server.seen
 
 
 def test_reloads_that_cannot_be_are_said(
@@ -113,10 +135,10 @@ def test_reloads_that_cannot_be_are_said(
         assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in " ".join(capsys.readouterr().err.split())
         assert command("canary", server.url, "--prompts", questions, *adapters[:2]) == 2
         assert "takes two" in capsys.readouterr().err
-    with served() as server:
+    with served(models=("base",)) as server:
         twins = ["--swap", adapters[1], "--swap", adapters[1]]
         assert command("canary", server.url, "--prompts", questions, *twins, "--quiet") == 3
-        assert "tells the two adapters apart" in capsys.readouterr().err
+        assert "tells support and support apart" in capsys.readouterr().err
         nowhere = ["--swap", tmp_path / "nowhere", "--swap", adapters[1]]
         assert command("canary", server.url, "--prompts", questions, *nowhere) == 4
         assert "No adapter found" in " ".join(capsys.readouterr().err.split())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 import venv
 from pathlib import Path
 
+import psutil
 import pytest
 
 from peftopt import environments, machine
@@ -98,3 +101,41 @@ def test_a_worker_runs_in_another_environments_python(tmp_path: Path, monkeypatc
         assert child.ask("memory", 60)["peak_memory_bytes"] > 0
         child.ask("open", 60, plugin="eager", params={}, model={"path": "x", "adapters": []})
     assert (caught.value.reason, caught.value.hint) == ("missing library", "pip install torch")
+
+
+LOADED = """
+import signal, subprocess, sys, time
+from pathlib import Path
+from peftopt import machine
+from peftopt.engines._server import Server
+
+if sys.argv[1] == "parent":
+    subprocess.run([sys.executable, __file__, "worker", sys.argv[2]])
+machine.die_with_parent(signal.SIGKILL)  # as a worker does
+server = Server([sys.executable, "-c", "import time; time.sleep(600)"], {}, "http://127.0.0.1:9", Path(sys.argv[2]))
+print(server.processes()[0], flush=True)
+time.sleep(600)
+"""
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_killed_parent_leaves_no_server_behind(tmp_path: Path) -> None:
+    """The parent has no chance to say goodbye; its worker goes with it, and the worker's server with that."""
+    script = tmp_path / "loaded.py"
+    script.write_text(LOADED)
+    command = [sys.executable, str(script), "parent", str(tmp_path / "server.log")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        server = psutil.Process(int(parent.stdout.readline()))
+        assert lives(server)
+        parent.kill()
+        until = time.monotonic() + 20
+        while lives(server) and time.monotonic() < until:
+            time.sleep(0.05)
+    assert not lives(server), "it outlived the process that it was started for"

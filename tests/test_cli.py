@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -211,6 +212,54 @@ def test_doctor_names_every_plug_in(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["cores"] >= 1 and "torch" in found["versions"]
     assert command("doctor") == 0
     assert "merge" in capsys.readouterr().out
+
+
+def driver(folder: Path, *cards: str) -> Path:
+    """A folder with an `nvidia-smi` that tells of these cards."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\ncase $1 in *name*) printf '%s\\n' " + " ".join(f"'{card}'" for card in cards) + ";; esac\n"
+    )
+    tool.chmod(0o755)
+    return folder
+
+
+def test_what_needs_a_gpu_is_not_ready_without_one_whatever_is_installed(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "torch_tensorrt.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert command("doctor", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["missing"]["tensorrt"] == found["others"]["deepspeed-mii"] == ["an NVIDIA GPU"]
+    assert found["others"]["exllama"] == ["an NVIDIA GPU"] and "aotinductor" not in found["others"]
+    assert command("doctor") == 0
+    said = capsys.readouterr().out
+    assert re.search(r"tensorrt +engine +needs an NVIDIA GPU", said)
+    assert "torch-tensorrt" not in said.partition("install what is missing")[2], "no package helps"
+    assert re.search(r"aotinductor +compiler +not offered", said) and "protocol: mii" in said
+    assert "--linear-backend exllama" in " ".join(said.split())
+    text = recipe.read_text().replace("int8: [merge, int8]", "int8: [merge, {engine: tensorrt}]")
+    recipe.with_name("trt.yaml").write_text(text)
+    results = tmp_path / "results"
+    assert command("check", recipe.with_name("trt.yaml"), "--results", results) == 0
+    assert "on tensorrt  needs an NVIDIA GPU" in capsys.readouterr().out
+    assert command("run", recipe.with_name("trt.yaml"), "--results", results) == 4
+    assert "variant int8: tensorrt needs an NVIDIA GPU" in " ".join(capsys.readouterr().err.split())
+    assert not (results / "runs").exists(), "refused before work"
+
+
+def test_with_a_gpu_what_is_left_to_install_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(driver(tmp_path, "NVIDIA H100, 81559 MiB")), prepend=":")
+    monkeypatch.setenv("PEFTOPT_ENVIRONMENTS", str(tmp_path / "none"))
+    assert command("doctor", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpu"] == ["NVIDIA H100, 81559 MiB"]
+    assert found["missing"]["tensorrt"] == ["torch_tensorrt"] and found["others"]["deepspeed-mii"] == []
+    assert found["others"]["exllama"] == ["environment vllm"]
 
 
 def test_merge_then_quantize_then_bench_by_hand(

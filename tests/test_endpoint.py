@@ -16,7 +16,7 @@ from peftopt.client import Client, Reply, Target
 from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
 from peftopt.probes import load, speed
-from peftopt.protocols import Prompt
+from peftopt.protocols import Prompt, tgi
 from peftopt.records import Model
 
 HELLO = [{"role": "user", "content": "the quick fox"}]
@@ -90,6 +90,54 @@ def test_tgi_and_mii_as_their_schemas_have_them() -> None:
         assert (whole.error, whole.finish, whole.new_tokens, whole.text) == ("", "length", 8, " x" * 8)
 
 
+def form(required: str, optional: str = "", **parts: Any) -> dict[str, Any]:
+    """A closed object of a published schema, from "name:type" words; `parts` are fields of a form of their own."""
+    words = dict(word.split(":") for word in f"{required} {optional}".split())
+    fields = {name: parts.get(name) or {"type": kind.split("|")} for name, kind in words.items()}
+    names = [word.split(":")[0] for word in required.split()]
+    return {"type": "object", "required": names, "properties": fields, "additionalProperties": False}
+
+
+TGI_PARAMETERS = form(
+    "",
+    "adapter_id:string best_of:integer decoder_input_details:boolean details:boolean do_sample:boolean "
+    "frequency_penalty:number grammar:object max_new_tokens:integer repetition_penalty:number return_full_text:boolean "
+    "seed:integer stop:array temperature:number top_k:integer top_n_tokens:integer top_p:number truncate:integer "
+    "typical_p:number watermark:boolean",
+)
+TGI_DETAILS = form("finish_reason:string generated_tokens:integer input_length:integer", "seed:integer|null")
+TGI_TOKEN = form("id:integer text:string logprob:number|null special:boolean")
+TGI = {
+    "GenerateRequest": form("inputs:string", "parameters:object", parameters=TGI_PARAMETERS),
+    "StreamResponse": form(
+        "index:integer token:object",
+        "generated_text:string|null details:object|null top_tokens:array",
+        token=TGI_TOKEN,
+        details={"anyOf": [{"type": "null"}, TGI_DETAILS]},
+    ),
+    "ErrorResponse": form("error:string error_type:string"),
+}
+"""What docs/openapi.json of text-generation-inference 2.4.1 says of /generate_stream, in words of our own."""
+
+
+@pytest.mark.parametrize("adapter", ["", "support"])
+def test_what_is_sent_to_tgi_and_what_the_fake_one_answers_fit_its_published_definitions(adapter: str) -> None:
+    from jsonschema import validate
+
+    prompt = Prompt(HELLO)
+    for stop, extensions in ((True, True), (False, True), (True, False)):
+        validate(tgi.body(prompt, adapter, 8, stop, extensions), TGI["GenerateRequest"])
+    fake = Server()
+    messages = [fake.token("/generate_stream", "support", i, 5, 8, {}) for i in range(5)]
+    for message in messages:
+        validate(message, TGI["StreamResponse"])
+    last = tgi.read(messages[-1])
+    assert last.finish in ("stop", "length") and last.new_tokens == 5
+    told = {"error": "Model is overloaded", "error_type": "overloaded"}
+    validate(told, TGI["ErrorResponse"])
+    assert tgi.read(told).error == "Model is overloaded"
+
+
 def test_a_server_that_refuses_ignore_eos_is_asked_without_it_from_then_on() -> None:
     async def twice(server: Server) -> tuple[str, list[Reply]]:
         async with Client(Target(server.url)) as client:
@@ -116,7 +164,7 @@ SAYS = {
 
 @pytest.mark.parametrize("fault", SAYS)
 def test_a_fault_is_an_answer_with_its_reason(fault: str) -> None:
-    assert set(FAULTS) - {"refused"} < set(SAYS)
+    assert set(FAULTS) - {"refused", "burst"} < set(SAYS)
     with served() as server:
         reply = ask(server, fault, limit=1 if fault in ("silent", "stall") else 30)
     assert SAYS[fault] in reply.error
@@ -208,7 +256,9 @@ def test_users_ask_when_answered_and_a_rate_comes_anyway(tiny_base: Path) -> Non
     with served(first=0.02) as server:
         engine = opened(tiny_base, server)
         requests, account = load.turn(engine, rows, 6, False, users=3, rate=0.0, seed=1)
-        assert server.most == 3 and account
+        assert server.most == 3 and account and "slots" not in account, "another's server has not told them"
+        engine.slots = 6  # as a server that is started here knows them
+        assert load.turn(engine, rows, 6, False, users=3, rate=0.0, seed=1)[1]["slots"] == 6
         assert [r["id"] for r in requests] == [row.id for row in rows]
         assert {r["new_tokens"] for r in requests} == {6} and len({r["turn_ms"] for r in requests}) == 1
         assert all(20 <= r["ttft_ms"] < r["request_duration_ms"] < r["turn_ms"] for r in requests)

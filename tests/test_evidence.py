@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,7 @@ from peftopt import machine
 from peftopt.evidence import TWIN, Evidence
 from peftopt.figures import figures as figures_of
 from peftopt.records import Json, Measurement
+from peftopt.render import table
 
 
 def around(measurements: list[Measurement], **state: Json) -> list[Measurement]:
@@ -127,6 +129,27 @@ def test_memory_on_a_gpu_is_that_of_the_processes_that_serve() -> None:
 
 
 # ---- order and warm-up -----------------------------------------------------------------------------
+
+
+def test_what_a_server_fills_of_its_slots_and_an_adapters_switch_are_figures_of_the_report() -> None:
+    plan = plan_of("merged")
+    told = {"running": {"mean": 1.5, "peak": 2.0, "n": 9}, "slots": 4}
+    measured = [
+        replace(m, values={**m.values, "engine": told}) if m.probe == "speed" else m
+        for m in whole(plan, {"merged": 0.5})
+    ]
+    launch = {"model_loading_time": 1.0, "device": "cpu", "threads": 1}
+    for name, seconds in (("adapter", 0.028), ("merged", None)):
+        measured.append(Measurement("launch", name, "chat", values={**launch, "adapter_switch_time": seconds}))
+    decision = decide(plan, measured, {})
+    figures = {v.name: v.figures for v in decision.variants}
+    assert figures["merged"]["server_fill@chat"].estimate == 0.375
+    assert (
+        figures["adapter"]["adapter_switch_time"].estimate == 0.028 and "adapter_switch_time" not in figures["merged"]
+    )
+    header, rows = table.further(decision)
+    cells = dict(zip(header, next(row for row in rows if row[0].startswith("adapter")), strict=True))
+    assert cells["of its slots@chat"] == "37.5 %" and cells["adapter switch"] == "0.0280 s"
 
 
 def in_order(blocks: int, later: float, seed: int = 0) -> list[Measurement]:

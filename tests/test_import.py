@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_run import command
+from test_tasks import CHOICE
 
 from peftopt import meters, store
 from peftopt.errors import BadInput
+
+DATA = Path(__file__).parent / "data"
 
 VLLM = {
     "date": "20261124-101500",
@@ -131,8 +135,24 @@ def test_guidellm_counts_from_the_targeted_time(tmp_path: Path) -> None:
     assert bad.error == "HTTP 500" and bad.scheduled == 1.0
     assert found.title == "poisson 2.0/s, 2 requests" and found.source == "GuideLLM 0.8.0"
     assert any("2 of 5 were kept" in what for what in found.lacks) and any("ITL" in what for what in found.lacks)
-    with pytest.raises(BadInput, match="report format 2, not 1"):
-        meters.read(write(tmp_path / "newer.json", guidellm(version=2)))
+    with pytest.raises(BadInput, match="report format 3, not 1 or 2"):
+        meters.read(write(tmp_path / "newer.json", guidellm(version=3)))
+
+
+def test_guidellm_s_second_report_format_as_0_8_1_wrote_it() -> None:
+    """Trimmed from real files: at a constant rate, by two users, and at a Poisson rate by workers that began early."""
+    constant, users, early = meters.read(DATA / "guidellm-0.8.1.json")
+    assert constant.source == "GuideLLM 0.8.1" and constant.title == "constant 5.0/s, 3 requests"
+    assert [r.scheduled for r in constant.requests] == pytest.approx([0, 0.2, 0.4], abs=1e-5)
+    first = constant.requests[0]
+    assert (first.prompt_tokens, first.new_tokens, first.error) == (7, 5, "")
+    assert first.queue_time_ms == pytest.approx(9.2, abs=0.1) and first.ttft_ms == pytest.approx(61, abs=1)
+    assert first.tpot_ms == pytest.approx(20.5, abs=0.2), "4 gaps of 20 ms"
+    assert not any("scheduled" in what for what in constant.lacks) and any("3 of 12" in what for what in constant.lacks)
+    assert users.title == "concurrent, 2 requests" and users.requests[1].ttft_ms == pytest.approx(65.5, abs=1)
+    assert any("scheduled" in what for what in early.lacks), "its due times are on another clock"
+    assert [r.queue_time_ms for r in early.requests] == [0, 0, 0] and early.requests[0].ttft_ms < 100
+    assert "503" in early.requests[2].error
 
 
 def test_aiperf_records_and_summary(tmp_path: Path) -> None:
@@ -151,6 +171,18 @@ def test_aiperf_records_and_summary(tmp_path: Path) -> None:
         meters.read(write(tmp_path / "newer.json", {**summary, "schema_version": "2.0"}))
 
 
+def test_aiperf_0_13_as_it_wrote_its_records_and_its_summary() -> None:
+    (found,) = meters.read(DATA / "aiperf-0.13.0.jsonl")
+    first, _, failed = found.requests
+    assert (first.new_tokens, first.error) == (5, "") and found.lacks == ()
+    assert first.queue_time_ms == pytest.approx(1.39, abs=0.01) and first.ttft_ms == pytest.approx(55.8, abs=0.1)
+    assert first.tpot_ms == pytest.approx(20.35, abs=0.01) and len(first.gaps_ms) == 4
+    assert failed.error.startswith("503 Status") and failed.ttft_ms is None
+    (summary,) = meters.read(DATA / "aiperf-0.13.0.json")
+    assert summary.source == "AIPerf 0.13.0" and summary.reported["time_to_first_token_count"] == 4
+    assert not summary.raw
+
+
 def test_lm_evaluation_harness(tmp_path: Path) -> None:
     (scores,) = meters.read(write(tmp_path / "results.json", LM_EVAL))
     assert scores.values == {
@@ -162,8 +194,21 @@ def test_lm_evaluation_harness(tmp_path: Path) -> None:
         "n": 100,
     }
     assert "does not pair" in scores.lacks[0]
-    (samples,) = meters.read(write(tmp_path / "samples.jsonl", "\n".join(map(json.dumps, SAMPLES))))
-    assert samples.values["value"] == 0.5 and samples.values["samples"][1] == {"id": "h1", "value": 1}
+    assert not scores.raw
+    text = "\n".join(map(json.dumps, SAMPLES))
+    (samples,) = meters.read(write(tmp_path / "samples_mmlu_law_2026-11-26T10-11-12.345678.jsonl", text))
+    assert samples.values["task"] == "mmlu_law" and samples.values["value"] == 0.5 and samples.raw
+    assert samples.values["samples"][1] == {"id": "mmlu_law/1", "value": 1}, "as a run names its rows"
+    (renamed,) = meters.read(write(tmp_path / "samples.jsonl", text))
+    assert "task" not in renamed.values and "--task" in renamed.lacks[0]
+    (part,) = meters.read(tmp_path / "samples_mmlu_law_2026-11-26T10-11-12.345678.jsonl", "mmlu")
+    assert part.values["task"] == "mmlu" and part.values["samples"][1]["id"] == "mmlu_law/1", "a file of a group"
+    two = [{**row, "metrics": ["acc", "acc_norm"], "acc_norm": 1} for row in SAMPLES]
+    first, second = meters.read(write(tmp_path / "two.jsonl", "\n".join(map(json.dumps, two))), "law")
+    assert first.values["samples"] and (second.values["metric"], second.values["value"]) == ("acc_norm", 1)
+    assert "samples" not in second.values, "a run judges a task by its first metric, and so does this"
+    with pytest.raises(BadInput, match="number for each row"):
+        meters.read(write(tmp_path / "none.jsonl", "\n".join([json.dumps({**SAMPLES[0], "acc": "yes"})] * 2)))
     with pytest.raises(BadInput, match=r"0\.5\.0, not 0\.4"):
         meters.read(write(tmp_path / "newer.json", {**LM_EVAL, "lm_eval_version": "0.5.0"}))
 
@@ -218,6 +263,70 @@ def test_a_teams_own_meter_feeds_the_decision(
         "merge.gain": "accepted",
     }
     assert "was loaded apart" in (out.parent / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def harness_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples that the harness itself wrote of a task of ours, answered by its model that answers at random."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.tasks import TaskManager
+
+    home = tmp_path_factory.mktemp("harness")
+    rows = [{"question": f"q{n}", "choices": ["a", "b"], "label": n % 2} for n in range(6)]
+    (home / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (home / "support_desk.yaml").write_text(CHOICE.replace("task: choice", "task: support_desk"))
+    with contextlib.chdir(home):
+        found = lm_eval.simple_evaluate(
+            "dummy",
+            tasks=["support_desk"],
+            task_manager=TaskManager(include_path=str(home), include_defaults=False),
+            bootstrap_iters=0,
+        )
+        tracker = EvaluationTracker(output_path=str(home / "out"))
+        tracker.save_results_aggregated(results=found, samples=found["samples"])
+        tracker.save_results_samples("support_desk", found["samples"]["support_desk"])
+    (written,) = (home / "out").rglob("samples_*.jsonl")
+    return written
+
+
+def test_a_teams_own_harness_feeds_the_decision(
+    harness_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_base: Path, tiny_lora: Path
+) -> None:
+    """Two variants and the adapter, 200 rows each, in files as the harness writes and names them."""
+    (found,) = meters.read(harness_file)
+    assert found.values["task"] == "support_desk"
+    assert [row["id"] for row in found.values["samples"]] == [f"support_desk/{n}" for n in range(6)]
+
+    real = json.loads(harness_file.read_text().splitlines()[0])
+    out = tmp_path / "theirs" / "measurements.jsonl"
+    out.parent.mkdir()
+    for name, wrong in (("adapter", range(20)), ("merged", range(20)), ("int8", range(60))):
+        rows = [{**real, "doc_id": n, "acc": float(n not in wrong)} for n in range(200)]
+        file = tmp_path / name / harness_file.name
+        file.parent.mkdir()
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert command("import", file, "--variant", name, "--out", out) == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\nworkloads: {{chat: {{prompts: none.jsonl}}}}\n"
+        "quality: {prompts: none.jsonl, tasks: [support_desk]}\n"
+        "variants: {adapter: [], merged: [merge], int8: [merge, int8]}\n"
+        "require: [task.support_desk >= 0.98x]\nminimize: latency.p50@chat\n"
+    )
+    capsys.readouterr()
+    command("decide", out.parent, "--recipe", recipe, "--json")
+    variants = json.loads(capsys.readouterr().out)["variants"]
+    required = {
+        v["name"]: next(r for r in v["verdicts"] if r["rule"] == "require: task.support_desk >= 0.98x")
+        for v in variants
+        if v["name"] != "adapter"
+    }
+    assert {name: verdict["outcome"] for name, verdict in required.items()} == {
+        "merged": "accepted",
+        "int8": "rejected",
+    }
+    assert required["int8"]["value"]["n"] == 200
 
 
 def test_the_verb_keeps_them_and_is_inconclusive_without_raw_samples(

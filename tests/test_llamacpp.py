@@ -12,7 +12,7 @@ from remote_engine import Remote
 from test_plugins import PROMPTS, ask
 from test_run import command, prompts
 
-from peftopt import corpus, environments, oneshot, plugins
+from peftopt import corpus, environments, oneshot, plugins, store
 from peftopt.engines import TOP_K
 from peftopt.errors import BadInput
 from peftopt.records import Model
@@ -193,3 +193,31 @@ def test_four_bits_by_hand_beside_the_adapter_in_transformers(
     assert "use --engine llamacpp" in capsys.readouterr().err
     assert command("quantize", "--method", "gguf", "--type", "q4_7", "--model", tiny_base, "--out", "x") == 2
     assert "q4_1" in capsys.readouterr().err
+
+
+def test_a_recipe_s_own_servers_are_started_for_a_load_one_after_the_other(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, recipe, results = prompts(tmp_path / "eval.jsonl", 6, "chat"), tmp_path / "load.yaml", tmp_path / "results"
+    recipe.write_text(
+        f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\n"
+        f"workloads:\n  peak: {{prompts: {asked}, slice: short, new_tokens: 200, batch: 2}}\n"
+        "variants:\n  adapter: []\n"
+        "  apart: [{gguf: {type: f16}}, {engine: {llamacpp_server: {slots: 2, context: 512}}}]\n"
+        "  one: [merge, {gguf: {type: f16}}, {engine: {llamacpp_server: {slots: 3, context: 512}}}]\n"
+        "minimize: latency.p50@peak\n"
+    )
+    out = tmp_path / "measurements.jsonl"
+    assert command("load", recipe, "--results", results, "--out", out) == 0
+    printed = capsys.readouterr()
+    assert "of 2 slots" in printed.out and "of 3 slots" in printed.out, "a server of ours has told its slots"
+    kept = store.read(out)
+    assert [(m.variant, m.workload, len(m.values["requests"])) for m in kept] == [
+        ("apart", "peak", 33),
+        ("one", "peak", 33),
+    ]
+    assert {r["id"] for m in kept for r in m.values["requests"]} == {"chat-1", "chat-3", "chat-5"}
+    left = [p for p in psutil.process_iter(["cmdline"]) if str(results) in " ".join(p.info["cmdline"] or ())]
+    assert not left, "the servers are gone"
+    assert command("load", recipe, "--results", results, "--variant", "one", "--requests", "3") == 0
+    assert "cached" in capsys.readouterr().err, "what a load has built, the next finds"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import served
-from test_run import command
+from test_run import command, prompts
 
-from peftopt import goodput, load, prometheus, store, traffic
+from peftopt import corpus, goodput, hf, load, prometheus, store, traffic
 from peftopt.client import Target
 from peftopt.errors import BadInput
 from peftopt.goodput import Request, slo
@@ -246,7 +248,20 @@ def test_prometheus_by_the_names_of_several_engines() -> None:
     assert prometheus.moment(totals) == {"running": 7.0, "kv_cache": 0.5}
     found = prometheus.summary([{"running": 2.0}, {"running": 4.0}], {}, totals)
     assert found["running"] == {"mean": 3.0, "peak": 4.0, "n": 2} and found["queue_ms"] == pytest.approx(250)
-    assert prometheus.summary([], {}, {}) == {}
+    assert prometheus.summary([], {}, {}) == {} and prometheus.fill(found) is None, "of how many slots?"
+    assert prometheus.fill({**found, "slots": 4}) == 0.75
+
+
+def test_llamacpp_counts_its_busy_slots_at_every_step_since_its_start() -> None:
+    """As its server of July 2026 prints them: a mean over all steps, so the difference of two sums is a run's."""
+    before, after = (
+        prometheus.totals(f"llamacpp:n_decode_total {steps}\nllamacpp:n_busy_slots_per_decode {busy}\n")
+        for steps, busy in ((10, 1.0), (30, 2.0))
+    )
+    found = prometheus.summary([{"running": 1.0}], before, after)
+    assert found["busy"] == pytest.approx((30 * 2.0 - 10 * 1.0) / 20)
+    assert prometheus.fill({**found, "slots": 4}) == pytest.approx(2.5 / 4), "rather than looks at the running requests"
+    assert "busy" not in prometheus.summary([], before, before)
 
 
 # ---- against a server --------------------------------------------------------------------------
@@ -311,6 +326,35 @@ def test_faults_are_counted_beside_what_works(fault: str) -> None:
     assert goodput.attained(found.played.requests, [slo("ttft <= 10 s")]).estimate == 0.5
 
 
+def test_a_burst_of_5xx_among_good_answers_is_counted_and_the_run_goes_on() -> None:
+    """Six in a row fail, of a request in warm-up and twenty that count."""
+    with served() as server:
+        found = loaded(server.url, models=("burst",), arrivals="constant")
+    requests = found.played.requests
+    assert len(requests) == 20 and not found.played.unsent and not found.played.stopped
+    failed = [r.error for r in requests if r.error]
+    assert failed == ["HTTP 503: the engine is overloaded"] * 6
+    assert [bool(r.error) for r in requests[:2]] == [False, False] and not any(r.error for r in requests[8:])
+    figures = load.as_json(found, [slo("ttft <= 10 s")])["figures"]
+    assert (figures["failed"], figures["answered"]) == (6, 14)
+    assert figures["attained"].estimate == 0.7, "a failed request meets no level"
+    assert math.isinf(figures["ttft_p95_ms"].estimate), "and stands in every tail"
+
+
+def test_the_progress_line_shows_the_rate_what_is_in_flight_the_tail_and_failures() -> None:
+    seen: list[tuple[int, str]] = []
+    with served(first=0.2) as server:
+        kind = Traffic(
+            PROMPTS, {"support": 1.0, "refused": 1.0}, 4, requests=30, mix="round-robin", arrivals="constant"
+        )
+        load.run(Target(server.url), kind, 15.0, lambda done, what: seen.append((done, what)))
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen) and seen[-1][0] <= 30
+    shape = re.compile(r"\d+\.\d/s, \d+ in flight(, P95 \d+ ms)?(, \d+ failed)?")
+    assert all(shape.fullmatch(what) for _, what in seen), seen
+    later = seen[-1][1]
+    assert "P95" in later and "failed" in later and any(", 0 in flight" not in what for _, what in seen)
+
+
 def test_a_server_without_an_answer_is_not_loaded_to_the_end() -> None:
     with served() as server:
         found = loaded(server.url, models=("broken",), requests=5000)
@@ -365,16 +409,100 @@ def test_the_verb_prints_figures_and_keeps_raw_samples(
     assert kept.probe == "load" and len(kept.values["requests"]) == 42
 
 
-def test_a_recipe_names_its_servers(questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with served() as server:
-        recipe = tmp_path / "recipe.yaml"
-        recipe.write_text(
-            "model: {base: b, adapter: a}\nworkloads: {chat: {prompts: prompts.jsonl}}\nvariants:\n  adapter: []\n"
-            f"  served: [{{engine: {{endpoint: {{url: '{server.url}', model: sales}}}}}}]\nminimize: latency.p50@chat\n"
+@pytest.fixture
+def recipe(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a recipe of one variant on a server, and with `workload` more of its workload's keys; half of the prompts
+    are in the slice."""
+    asked = prompts(tmp_path / "prompts.jsonl", 10, "chat")
+
+    def write(url: str, workload: str) -> Path:
+        endpoint = json.dumps({"url": url, "model": "sales"})
+        path = tmp_path / "recipe.yaml"
+        path.write_text(
+            f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\nseed: 3\n"
+            f"workloads:\n  chat: {{prompts: {asked.name}, {workload}}}\n"
+            f"  long: {{prompts: {asked.name}, slice: odd}}\n"
+            f"variants:\n  served: [{{engine: {{endpoint: {endpoint}}}}}]\nbaseline: served\n"
+            "minimize: latency.p50@chat\n"
         )
-        assert command("load", recipe, "--requests", "5", "--rate", "50", "--new-tokens", "4", "--json") == 0
+        return path
+
+    return write
+
+
+def test_a_recipe_says_what_is_sent_to_its_servers(
+    recipe: Callable[..., Path], tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its slice and no other prompt, encoded as in a race; its length, its users, its number of requests."""
+    encode = hf.tokenizer(str(tiny_base))
+    rows = corpus.read(str(tmp_path / "prompts.jsonl"), "short")
+    wanted = {
+        tuple(encode.apply_chat_template(list(r.messages), add_generation_prompt=True, return_dict=False)) for r in rows
+    }
+    out = tmp_path / "measurements.jsonl"
+    with served(first=0.02) as server:
+        file = recipe(server.url, "new_tokens: 3, slice: short, users: 2, requests: 12")
+        assert command("load", file, "--json", "--out", out, "--results", tmp_path / "results") == 0
         values = json.loads(capsys.readouterr().out)
-        assert values["variant"] == "served" and server.seen == {"sales": 6}
+        sent = server.bodies[2:]  # the engine's greeting, and the warm-up
+        assert server.seen == {"sales": 14} and server.most == 2
+        assert {tuple(body["prompt"]) for body in sent} == wanted and len(wanted) == 5
+        assert {(body["max_tokens"], body.get("ignore_eos")) for body in sent} == {(3, True)}
+        assert values["variant"] == "served" and len(values["requests"]) == 13
+        drawn = [Counter(traffic.in_order([row.id for row in rows], 12, seed)) for seed in (3, 0)]
+        assert Counter(r["id"] for r in values["requests"][1:]) == drawn[0] != drawn[1], "by the recipe's seed"
+        assert not (tmp_path / "results" / "runs").exists(), "a load is no run"
+
+        server.bodies.clear()
+        over = ["--rate", "40", "--requests", "6", "--new-tokens", "4", "--natural", "--workload", "long", "--out", out]
+        assert command("load", file, *over, "--results", tmp_path / "results") == 0
+        assert {(body["max_tokens"], body.get("ignore_eos")) for body in server.bodies[2:]} == {(4, None)}
+        assert not {tuple(body["prompt"]) for body in server.bodies[1:]} & wanted, "the other workload's slice"
+        assert command("load", file, "--rate", "40", "--requests", "4", "--out", out) == 0
+    kept = store.read(out)
+    assert [m.variant for m in kept] == ["served"] * 3
+    assert [m.workload for m in kept] == ["chat", "long", ""], "a load that the options changed is no block by itself"
+
+
+def test_load_is_a_way_to_bench(recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with served() as server:
+        file = recipe(server.url, "new_tokens: 2, users: 1, requests: 4")
+        asked = file.with_name("prompts.jsonl")
+        assert command("bench", f"--load={file}", "--json") == 0
+        assert json.loads(capsys.readouterr().out)["variant"] == "served"
+        flags = ["--prompts", asked, "--model", "support", "--requests", "5", "--rate", "50", "--new-tokens", "4"]
+        assert command("bench", *flags, "--load", server.url, "--json") == 0
+        values = json.loads(capsys.readouterr().out)
+        assert values["figures"]["requests"] == 5 and server.seen["support"] == 6
+        assert command("bench", "--load") == 2
+        assert "requires an argument" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "sales"], "a recipe's variants name what they serve"),
+        (["--protocol", "chat"], "a recipe's variants say it themselves"),
+        (["--variant", "servd"], "did you mean 'served'"),
+        (["--workload", "chatt"], "did you mean 'chat'"),
+    ],
+)
+def test_what_a_recipe_says_itself_is_refused(
+    flags: list[str], says: str, recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("load", recipe("http://127.0.0.1:9", "new_tokens: 2"), *flags) == 2
+    assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_recipe_without_a_server_is_told_which_engines_are(
+    recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = recipe("http://127.0.0.1:9", "new_tokens: 2")
+    file.write_text(re.sub("  served: .*\n", "  served: []\n", file.read_text()))
+    assert command("load", file) == 2
+    assert "endpoint or llamacpp_server or vllm" in " ".join(capsys.readouterr().err.split())
+    assert command("load", recipe("http://127.0.0.1:9", "new_tokens: 2")) == 4
+    assert "no server at http://127.0.0.1:9" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -397,6 +525,11 @@ def test_what_cannot_be_is_said(
         assert command("load", server.url, "--prompts", questions, "--requests", "5", *flags) == 2
     err = " ".join(capsys.readouterr().err.split())
     assert says in err and "Traceback" not in err
+
+
+def test_a_recipe_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("load", tmp_path / "nowhere.yaml") == 2
+    assert "no recipe is there" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_server_that_is_not_there_is_said(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,18 +208,46 @@ def test_a_server_that_does_not_start_says_why() -> None:
     assert not [p for p in psutil.process_iter(["cmdline"]) if "--no-such-thing" in (p.info["cmdline"] or ())]
 
 
+@contextlib.contextmanager
+def serving(folder: Path, *flags: object) -> Iterator[str]:
+    """The URL of `peftopt serve` on the model and its adapter, once it answers; ended as by Ctrl-C."""
+    port, program = vllm.free_port(), Path(sys.executable).with_name("peftopt")
+    command_ = [program, "serve", "--base", BASE, "--adapter", f"support={ADAPTER}", "--port", port, *flags]
+    with subprocess.Popen([*map(str, command_)], cwd=folder) as process:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300  # one that never answers is no hang
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+                        break
+                time.sleep(0.5)
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
 @real
 def test_serve_answers_until_it_is_interrupted(tmp_path: Path) -> None:
-    port, program = vllm.free_port(), Path(sys.executable).with_name("peftopt")
-    serving = [program, "serve", "--base", BASE, "--adapter", f"support={ADAPTER}", "--port", port]
-    with subprocess.Popen([*map(str, serving)], cwd=tmp_path) as process:
-        names: list[str] = []
-        deadline = time.monotonic() + 300  # so that a server that never answers is a failure, and no hang
-        while process.poll() is None and not names and time.monotonic() < deadline:
-            with contextlib.suppress(httpx.HTTPError):
-                listed = httpx.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False).json()
-                names = [model["id"] for model in listed["data"]]
-            time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        process.wait(60)
-    assert names == ["base", "support"]
+    with serving(tmp_path) as url:
+        listed = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]
+    assert [model["id"] for model in listed] == ["base", "support"]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(url, trust_env=False)
+
+
+@real
+def test_the_canary_catches_both_faults_of_this_vllm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where all slots are taken it computes the base's requests with the adapter's weights of their batch; with prefix
+    caching it answers a reloaded adapter's requests from blocks of the one before."""
+    from conftest import make_lora
+
+    make_lora(BASE, tmp_path / "other", std=0.05)
+    swap = ["--swap", ADAPTER, "--swap", tmp_path / "other"]
+    few = ["--prompts", ROOT / "demo" / "data" / "eval.jsonl", "--fingerprints", 1, "--rounds", 1]
+    with serving(tmp_path, "--slots", 1, "--prefix-caching") as url:
+        assert command("canary", url, *few, *swap, "--json", "--quiet") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["residents"] == ["base", "support"] and not found["alike"] and not found["kept"]
+    assert {answer["model"] for answer in found["stale"]} == {"peftopt-canary"}
+    assert {answer["model"] for answer in found["wrong"]} == {"base"}, "and no adapter's answer was another's"

@@ -30,7 +30,7 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
         chain = [step.plugin for step in (*variant.steps, *variant.policies)] or ["base + adapter"]
         steps = (*variant.steps, variant.engine)
         needs = [environments.lacking(plugins.catalogue()[s.plugin]) for s in steps]
-        note = "".join(f"  needs {', '.join(what)}: {how}" for what, how in _once(needs))
+        note = "".join(f"  needs {', '.join(what)}{how and f': {how}'}" for what, how in _once(needs))
         mark = "  (baseline)" if variant.name == parsed.baseline else ""
         console.say(f"  {variant.name:<16} {' -> '.join(chain)}, on {variant.engine.plugin}{mark}{note}")
 
@@ -83,11 +83,12 @@ def doctor(as_json: AsJson = False) -> None:
     from peftopt import environments, machine, plugins
     from peftopt.console import Console
 
-    found = machine.describe()
-    needs = {p.name: environments.lacking(p) for p in plugins.catalogue().values()}
+    found, known = machine.describe(), plugins.catalogue()
+    needs = {p.name: environments.lacking(p) for p in known.values()}
     state = {name: what for name, (what, _) in needs.items()}
+    others = {o.name: [d] if (d := machine.lacks(o.device)) else state[o.through] for o in plugins.OTHERS if o.offered}
     if as_json:
-        print(json.dumps({**found, "missing": state}))
+        print(json.dumps({**found, "missing": state, "others": others}))
     else:
         console = Console()
         versions = found.pop("versions")
@@ -95,12 +96,16 @@ def doctor(as_json: AsJson = False) -> None:
         console.pairs("machine", {**found, "gpu": ", ".join(gpu)})
         console.pairs("versions", versions)
         console.say("plug-ins", "bold")
-        rows = [
-            [p.name, p.kind, "ready" if not state[p.name] else f"needs {', '.join(state[p.name])}", p.help]
-            for p in plugins.catalogue().values()
-        ]
-        console.table(["name", "kind", "state", "what it does"], rows)
+        header = ["name", "kind", "state", "what it does"]
+        console.table(header, [[p.name, p.kind, _ready(state[p.name]), p.help] for p in known.values()])
+        console.say("through one of them, or not at all", "bold")
+        met = [[o.name, o.kind, _ready(others[o.name]) if o.offered else "not offered", o.help] for o in plugins.OTHERS]
+        console.table([*header[:3], "what peftopt would run"], met)
         for how in sorted({how for _, how in needs.values() if how}):
             console.say(f"install what is missing with: {how}")
     if state["eager"] or state["merge"]:
         raise typer.Exit(ENVIRONMENT)
+
+
+def _ready(lacking: list[str]) -> str:
+    return f"needs {', '.join(lacking)}" if lacking else "ready"

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftopt.cli.shared import AsJson, BaseFolder, Quiet, app, read_recipe
+from peftopt.cli.shared import AsJson, BaseFolder, Quiet, Results, app, read_recipe
 from peftopt.cli.techniques import weighted
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput
 
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
     from peftopt.client import Target
     from peftopt.console import Console
     from peftopt.lifecycle import Prompts
-
-Workload = Annotated[str, typer.Option(help="The recipe's workload that this was: `decide` takes it as a block of it.")]
+    from peftopt.protocols import Prompt
+    from peftopt.records import Recipe, Workload
 
 
 @app.command()
 def load(
-    target: Annotated[str, typer.Argument(help="URL of a server, or a recipe whose variants run on an endpoint.")],
+    target: Annotated[
+        str, typer.Argument(help="URL of a server, or a recipe: its variants that are servers, in turn.")
+    ],
     prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts; a recipe has its own.")] = None,
     model: Annotated[
         list[str],
@@ -32,22 +35,41 @@ def load(
             help="Served name of a model or an adapter, or NAME=WEIGHT; repeat for a mix; by default the only one."
         ),
     ] = [],  # noqa: B006
-    rate: Annotated[float, typer.Option(help="Requests a second that come in, whatever has gone out.")] = 1.0,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Requests a second that come in, whatever has gone out.", show_default="1, or the recipe's"),
+    ] = None,
     arrivals: Annotated[str, typer.Option(help="poisson, gamma (burstier) or constant.")] = "poisson",
     burstiness: Annotated[float, typer.Option(help="Shape of gamma gaps: 1 is Poisson, less is burstier.")] = 0.3,
-    concurrency: Annotated[int, typer.Option(help="Users in a closed loop instead: each asks when answered.")] = 0,
+    concurrency: Annotated[
+        int | None,
+        typer.Option(help="Users in a closed loop instead: each asks when answered.", show_default="the recipe's"),
+    ] = None,
     trace: Annotated[
         Path | None, typer.Option(help='Replay JSON lines {"offset_s": 1.2, "id": "7"}, or with prompt_tokens.')
     ] = None,
     mix: Annotated[
         str, typer.Option(help="How requests fall on several names: uniform, round-robin or zipf.")
     ] = "uniform",
-    duration: Annotated[float, typer.Option(help="Seconds in which requests come in.")] = 60.0,
-    requests: Annotated[int, typer.Option(help="Send so many instead.")] = 0,
-    new_tokens: Annotated[int, typer.Option(help="Tokens every answer gets, exactly where the server can.")] = 64,
+    duration: Annotated[
+        float | None,
+        typer.Option(help="Seconds in which requests come in.", show_default="60, or the recipe's requests"),
+    ] = None,
+    requests: Annotated[int | None, typer.Option(help="Send so many instead.")] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens every answer gets, exactly where the server can.", show_default="64, or the recipe's"
+        ),
+    ] = None,
     natural: Annotated[
-        bool, typer.Option("--natural", help="Let answers end by themselves; new-tokens is a cap.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--natural/--fixed",
+            help="Let answers end by themselves; new-tokens is a cap.",
+            show_default="fixed, or the recipe's",
+        ),
+    ] = None,
     slo: Annotated[
         list[str], typer.Option(help="Service level of each request, such as 'ttft <= 500 ms'; repeat for several.")
     ] = [],  # noqa: B006
@@ -58,21 +80,36 @@ def load(
         bool,
         typer.Option("--find-cliff", help="Repeat with 1, 2, … of the --model names: where do users begin to wait?"),
     ] = False,
-    protocol: Annotated[str, typer.Option(help="chat, completions, llamacpp, tgi or mii.")] = "chat",
-    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "",
-    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
+    protocol: Annotated[
+        str | None, typer.Option(help="chat, completions, llamacpp, tgi or mii.", show_default="chat")
+    ] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the API key.")] = None,
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds that one request may take.", show_default="120, or the recipe's"),
+    ] = None,
     slots: Annotated[
-        int, typer.Option(help="Requests the engine runs at once (vLLM: max-num-seqs), for its fill.")
+        int,
+        typer.Option(help="Requests the engine runs at once (vLLM: max-num-seqs), for its fill; known of a recipe's."),
     ] = 0,
     patient: Annotated[bool, typer.Option("--patient", help="Do not stop a saturated run.")] = False,
-    seed: int = 0,
+    seed: Annotated[int | None, typer.Option(show_default="0, or the recipe's")] = None,
     out: Annotated[Path | None, typer.Option(help="Append the run to this measurements.jsonl.")] = None,
-    variant: Annotated[str, typer.Option(help="The variant that is served, for `decide`; by default the URL.")] = "",
-    workload: Workload = "",
+    variant: Annotated[
+        str, typer.Option(help="The variant that is served, for `decide`; by default the URL. Of a recipe: only this.")
+    ] = "",
+    workload: Annotated[
+        str,
+        typer.Option(
+            help="The recipe's workload that this was: `decide` takes it as a block of it. Of a recipe: the one to "
+            "send, by default what it minimizes."
+        ),
+    ] = "",
+    results: Results = Path("results"),
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Load a running server and say what its users would see: TTFT, TPOT, throughput, goodput, failures."""
+    """Load a server, or a recipe's, and say what its users would see: TTFT, TPOT, throughput, goodput, failures."""
     from peftopt import goodput, render
     from peftopt import load as loading
     from peftopt.console import Console
@@ -85,63 +122,149 @@ def load(
         raise BadInput("--find-rate needs a service level", "add --slo 'ttft <= 500 ms'")
     if find and (trace or concurrency):
         raise BadInput("--find-rate sets the rate itself", "leave out --trace and --concurrency")
-    given = {"protocol": protocol, "key_env": api_key_env, "timeout_s": timeout}
     if cliff and (find or trace or len(model) < 2):
         raise BadInput("--find-cliff needs several adapters, at one rate or concurrency", "add --model NAME for each")
-    targets, file = _load_targets(target, given, prompts)
+    shape = {"rate": rate, "concurrency": concurrency, "requests": requests, "duration_s": duration}
+    shape |= {"new_tokens": new_tokens, "fixed": None if natural is None else not natural, "seed": seed}
+    shape = {name: value for name, value in shape.items() if value is not None}
+    names = {"protocol": protocol, "key_env": api_key_env, "timeout_s": timeout}
+    names = {name: value for name, value in names.items() if value is not None}
     console, outcomes = Console(quiet), []
-    for name, where in targets.items():
-        kind = loading.Traffic(
-            **loading.read_traffic(file, trace),
-            weights=dict(map(weighted, model)) or ({where.model: 1.0} if where.model else {}),
-            new_tokens=new_tokens,
-            fixed=not natural,
-            arrivals=arrivals,
-            burstiness=burstiness,
-            mix=mix,
-            requests=requests,
-            duration_s=duration,
-            concurrency=concurrency,
-            seed=seed,
-        )
-        kind.check(rate)
-        title = name or "load"
-        with console.progress(title, kind.expected(rate)) as show:
-            if find:
-                found = loading.find_rate(where, kind, rate, slos, show, lambda t: _tell_trial(console, t, slos))
-            elif cliff:
-                found = loading.find_cliff(where, kind, rate, show, lambda played: _tell_set(console, played))
+    if "://" not in target and not Path(target).exists():
+        hint = "give a recipe's path, or a server's URL like http://localhost:8000"
+        raise BadInput(f"{target} is no URL, and no recipe is there", hint)
+    if "://" in target:
+        found = _one_server(target, names, prompts, shape, variant, workload)
+    else:
+        if odd := [name for name, value in (("protocol", protocol), ("api-key-env", api_key_env)) if value is not None]:
+            raise BadInput(f"--{odd[0]}: a recipe's variants say it themselves", "leave it out, or give a server's URL")
+        if model:
+            raise BadInput("--model: a recipe's variants name what they serve", "choose one of them: --variant NAME")
+        recipe, sending = _chosen(Path(target), variant, workload)
+        keep = workload or ("" if prompts or trace or find or shape.keys() - {"seed"} else sending.name)
+        own = _own_shape(sending, recipe.seed, shape, bool(trace or find))
+        found = _servers(recipe, sending, prompts, {**own, **shape}, names, keep, results, console)
+    with contextlib.closing(found) as loads:
+        for sent in loads:
+            rest = {"rate": 1.0, "new_tokens": 64, **sent.shape}
+            at = rest.pop("rate")
+            kind = loading.Traffic(
+                prompts=sent.prompts,
+                trace=loading.read_trace(trace),
+                weights=dict(map(weighted, model)) or ({sent.target.model: 1.0} if sent.target.model else {}),
+                arrivals=arrivals,
+                burstiness=burstiness,
+                mix=mix,
+                **rest,
+            )
+            kind.check(at)
+            title = sent.variant or "load"
+            with console.progress(title, kind.expected(at)) as show:
+                if find:
+                    seen = loading.find_rate(sent.target, kind, at, slos, show, lambda t: _tell_trial(console, t, slos))
+                elif cliff:
+                    seen = loading.find_cliff(sent.target, kind, at, show, lambda played: _tell_set(console, played))
+                else:
+                    seen = loading.run(sent.target, kind, at, show, patient)
+            values = loading.as_json(seen, slos)
+            if values["engine"] and (n := slots or sent.slots):
+                values["engine"]["slots"] = n
+            if out:
+                loading.append(out, sent.variant or sent.target.url, values, sent.workload)
+            if as_json:
+                named = {"variant": sent.variant, "url": sent.target.url}
+                print(json.dumps(render.as_json.plain({**named, **values}), allow_nan=False))
             else:
-                found = loading.run(where, kind, rate, show, patient)
-        values = loading.as_json(found, slos)
-        if out:
-            loading.append(out, variant or name or where.url, values, workload)
-        if as_json:
-            print(json.dumps(render.as_json.plain({"variant": name, "url": where.url, **values}), allow_nan=False))
-        else:
-            console.table(render.load.HEADER, render.load.rows(values))
-            console.pairs(title, render.load.lines(values, slots))
-            for note in found.notes:
-                console.warn(note)
-        outcomes.append(loading.outcome(found, slos, find))
+                console.table(render.load.HEADER, render.load.rows(values))
+                console.pairs(title, render.load.lines(values))
+                for note in seen.notes:
+                    console.warn(note)
+            outcomes.append(loading.outcome(seen, slos, find))
+            if outcomes[-1] == INTERRUPTED:
+                break
     raise typer.Exit(max(outcomes, key=[ACCEPTED, INCONCLUSIVE, REJECTED, ENVIRONMENT, INTERRUPTED].index))
 
 
-def _load_targets(target: str, given: dict[str, Any], prompts: Path | None) -> tuple[dict[str, Any], str | None]:
-    """Variant name -> where it is served, and the prompts to send there."""
-    from peftopt.client import Target
+@dataclass(frozen=True)
+class _Sent:
+    """Where one load goes and what it is made of: `shape` are fields of a load.Traffic, and its `rate`."""
 
-    if "://" in target or not Path(target).exists():
-        return {"": Target(target, **given)}, str(prompts) if prompts else None
-    recipe, _ = read_recipe(Path(target))
-    served = {v.name: v.engine.params for v in recipe.variants.values() if v.engine.plugin == "endpoint"}
-    if not served:
-        raise BadInput(f"{target} has no variant on a server", "add one: served: [{engine: {endpoint: {url: …}}}]")
-    found = {
-        name: Target(p["url"], p["protocol"], p["model"], p["api_key_env"], p["timeout_s"])
-        for name, p in served.items()
+    target: Target
+    prompts: Mapping[str, Prompt]
+    shape: Mapping[str, Any]
+    variant: str
+    workload: str
+    slots: int = 0
+
+
+def _one_server(
+    url: str, names: dict[str, Any], prompts: Path | None, shape: dict[str, Any], variant: str, workload: str
+) -> Generator[_Sent]:
+    from peftopt import corpus
+    from peftopt.client import Target
+    from peftopt.protocols import Prompt
+
+    rows = corpus.read(str(prompts)) if prompts else []
+    asked = {row.id: Prompt(messages=row.messages) for row in rows}
+    yield _Sent(Target(url, **names), asked, shape, variant, workload)
+
+
+def _chosen(file: Path, variant: str, workload: str) -> tuple[Recipe, Workload]:
+    """The recipe with only the variants to load, and the workload to send."""
+    from peftopt import plugins
+    from peftopt.reading import nearest
+
+    recipe, _ = read_recipe(file)
+    known = plugins.catalogue()
+    serving = {name: v for name, v in recipe.variants.items() if known[v.engine.plugin].serves}
+    if not serving:
+        kinds = " or ".join(p.name for p in known.values() if p.serves)
+        raise BadInput(f"{file} has no variant on a server", f"give one an engine that serves: {kinds}")
+    if variant and variant not in serving:
+        raise BadInput(f"--variant {variant}: {file} has no such variant on a server", nearest(variant, serving))
+    if workload and workload not in recipe.workloads:
+        raise BadInput(f"--workload {workload}: {file} has no such workload", nearest(workload, recipe.workloads))
+    chosen = {variant: serving[variant]} if variant else serving
+    return replace(recipe, variants=chosen), recipe.workloads[workload or recipe.minimize.workload]
+
+
+def _own_shape(workload: Workload, seed: int, given: Mapping[str, Any], timed: bool) -> dict[str, Any]:
+    """What the workload says of a load, as far as the options do not take its place: a rate, or what is `timed`
+    otherwise, that of its users; a duration that of its number of requests."""
+    from peftopt import load as loading
+
+    own = loading.of_workload(workload, seed)
+    instead = {
+        "concurrency": timed or "rate" in given,
+        "rate": "concurrency" in given,
+        "requests": "duration_s" in given,
     }
-    return found, str(prompts or recipe.workloads[recipe.minimize.workload].prompts)
+    return {name: value for name, value in own.items() if not instead.get(name)}
+
+
+def _servers(
+    recipe: Recipe,
+    workload: Workload,
+    prompts: Path | None,
+    shape: dict[str, Any],
+    names: dict[str, Any],
+    keep: str,
+    results: Path,
+    console: Console,
+) -> Generator[_Sent]:
+    """A recipe's servers, each up while its load is sent. `keep`: the workload that the loads are blocks of; one that
+    the options make another is none, unless the user says so."""
+    import tempfile
+
+    from peftopt import corpus
+    from peftopt.runner import serving
+
+    rows = corpus.read(str(prompts)) if prompts else corpus.read(workload.prompts, workload.slice)
+    run = serving.stage(recipe, results, Path(tempfile.mkdtemp(prefix="peftopt-")), console)
+    for variant in run.recipe.variants.values():
+        with serving.serving(run, variant, rows, shape["new_tokens"], not shape["fixed"]) as server:
+            sent = {**shape, "new_tokens": server.new_tokens}
+            yield _Sent(replace(server.target, **names), server.prompts, sent, variant.name, keep, server.slots)
 
 
 def _tell_trial(console: Any, trial: Any, slos: Any) -> None:
@@ -207,7 +330,10 @@ def canary(
     model: Annotated[list[str], typer.Option(help="Served names to tell apart, the base among them; repeat.")] = [],  # noqa: B006
     swap: Annotated[
         list[Path],
-        typer.Option(help="Adapter folder; give two, to be loaded in turn under one name and path (vLLM)."),
+        typer.Option(
+            help="Adapter folder; give two, to be loaded in turn under one name and path (vLLM). The --model names, or "
+            "all that are served, are watched meanwhile."
+        ),
     ] = [],  # noqa: B006
     fingerprints: Annotated[int, typer.Option(help="Prompts to use.")] = 8,
     rounds: Annotated[int, typer.Option(help="Times that all are asked at once, or that both are loaded.")] = 3,
@@ -235,7 +361,7 @@ def canary(
         # The longest, since a prefix cache keeps whole blocks of tokens.
         rows = sorted(rows, key=lambda row: -sum(len(m["content"]) for m in row.messages))
         asked = {row.id: row.messages for row in rows[len(rows) // 10 :][:fingerprints]}
-        outcomes.append(_watch_reloads(console, target, (swap[0], swap[1]), asked, rounds, as_json))
+        outcomes.append(_watch_reloads(console, target, (swap[0], swap[1]), model, asked, rounds, as_json))
     raise typer.Exit(max(outcomes, key=(ACCEPTED, INCONCLUSIVE, ENVIRONMENT, REJECTED).index))
 
 
@@ -264,14 +390,21 @@ def _watch_mixed(
 
 
 def _watch_reloads(
-    console: Console, target: Target, folders: tuple[Path, Path], prompts: Prompts, rounds: int, as_json: bool
+    console: Console,
+    target: Target,
+    folders: tuple[Path, Path],
+    model: list[str],
+    prompts: Prompts,
+    rounds: int,
+    as_json: bool,
 ) -> int:
     """Two adapters in turn under one name, printed; the exit code."""
     from peftopt import canary as watching
     from peftopt import lifecycle, stats
 
-    with console.progress("reloads", 2 * (watching.ALONE + rounds)) as show:
-        found = lifecycle.live(target, folders, prompts, rounds, show)
+    residents = lifecycle.residents(target, list(dict.fromkeys(model)))
+    with console.progress("reloads", watching.ALONE * (2 + len(residents)) + 2 * rounds) as show:
+        found = lifecycle.live(target, folders, residents, prompts, rounds, show)
     if as_json:
         print(json.dumps(asdict(found)))
         return found.outcome
@@ -287,15 +420,21 @@ def _watch_reloads(
             "first request": times(found.first_s),
             "the same again": times(found.warm_s),
             "unload": times(found.unload_s),
-            "answers": f"{found.asked}, of which {len(found.wrong)} not of the weights just loaded",
+            "watched beside them": ", ".join(found.residents),
+            "answers": f"{found.asked} in all",
+            "stale": f"{len(found.stale)} of the reloaded name, not of the weights just loaded",
+            "wrong": f"{len(found.wrong)} of another model that is served",
         },
     )
-    if found.alike:
-        console.warn("no prompt tells the two adapters apart: nothing can be said")
+    for pair in found.alike:
+        console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: nothing can be said of them")
+    if found.failed:
+        console.warn(f"{found.failed} requests failed")
     if found.kept:
         console.say(f"still served after its unload: {found.kept} times", "red")
-    for wrong in list(dict.fromkeys(map(str, found.wrong)))[:10]:
-        console.say(wrong, "red")
+    for title, answers in (("stale", found.stale), ("wrong", found.wrong)):
+        for answer in list(dict.fromkeys(map(str, answers)))[:10]:
+            console.say(f"{title}: {answer}", "red")
     return found.outcome
 
 
@@ -312,7 +451,13 @@ def import_(
         list[Path], typer.Argument(help="Results of vllm bench serve, GuideLLM, AIPerf or lm-evaluation-harness.")
     ],
     variant: Annotated[str, typer.Option(help="The variant they measured; by default the file's name.")] = "",
-    workload: Workload = "",
+    workload: Annotated[
+        str, typer.Option(help="The recipe's workload that this was: `decide` takes it as a block of it.")
+    ] = "",
+    task: Annotated[
+        str,
+        typer.Option(help="The task that samples of lm-evaluation-harness are of; by default the file's name says."),
+    ] = "",
     out: Annotated[Path | None, typer.Option(help="Append them to this measurements.jsonl.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -323,9 +468,9 @@ def import_(
 
     console, raw = Console(), True
     for path in file:
-        for found in meters.read(path):
+        for found in meters.read(path, task):
             kept = loading.keep(out, found, variant or path.stem, workload)
-            raw = raw and bool(found.requests or found.values.get("samples"))
+            raw = raw and found.raw
             if as_json:
                 print(json.dumps(render.as_json.plain(kept), allow_nan=False))
                 continue

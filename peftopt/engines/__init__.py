@@ -1,8 +1,8 @@
 """Engines, one file each: ways of running a Model. The file's name is its name in recipes.
 
 An engine file has a one-line docstring (its help), `TECHNIQUE` ("" or "compile"), `NEEDS`, where it runs in an
-environment of its own `ENVIRONMENT`, where it opens other weights than safetensors their `FORMAT`, a frozen dataclass
-`Params`, and
+environment of its own `ENVIRONMENT`, where it opens other weights than safetensors their `FORMAT`, where not every
+machine will do its `DEVICE` ("cuda"), a frozen dataclass `Params`, and
 
     def prepare(model: Model) -> None                       # imports what `open` needs, and no more
     def open(model: Model, params: Params) -> Engine

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftopt import hf
 from peftopt.client import Client, Reply, Target
@@ -52,8 +52,11 @@ def open(model: Model, params: Params) -> Served:
 class Served(Text):
     """A server that answers; see `peftopt.engines.Engine` for what each method promises. It only generates."""
 
-    scores, adapter_switch_time = False, None
+    scores = False
+    adapter_switch_time: float | None = None
     device, threads = "server", 0
+    slots = 0
+    """Requests that the server works on at once; 0 = not known."""
     remote = True
     """Time, memory and CPU of the model are another process's: only what a client sees can be measured here."""
 
@@ -91,6 +94,16 @@ class Served(Text):
         self._messages[tuple(prompt)] = messages  # a protocol of chats wants them back
         return prompt, ids
 
+    @property
+    def target(self) -> Target:
+        """Where the model is served: what a client of one's own takes."""
+        return replace(self._client.target, model=self._model)
+
+    def prompt(self, ids: Sequence[int]) -> Prompt:
+        """An encoded prompt in the forms that the server takes."""
+        text = "" if self._takes_ids else self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return Prompt(self._messages.get(tuple(ids), ()), text, tuple(ids) if self._takes_ids else ())
+
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         """One request for each prompt, all at once: how they are batched is the server's business."""
         if not stop and not self._client.protocol.FIXED_LENGTH:
@@ -107,7 +120,7 @@ class Served(Text):
         asking when answered. Raises WorkerFailed when one fails, BadInput for an answer that is not `new_tokens` long.
         """
         planned = [
-            Planned(when, str(n), self._model, self._prompt(prompt), new_tokens)
+            Planned(when, str(n), self._model, self.prompt(prompt), new_tokens)
             for n, (when, prompt) in enumerate(zip(at, prompts, strict=True))
         ]
         played = self._loop.run(whole(self._client, planned, not stop, users))
@@ -129,14 +142,10 @@ class Served(Text):
     def _ask(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Reply]:
         async def together() -> list[Reply]:
             return await asyncio.gather(
-                *(self._client.ask(self._prompt(p), self._model, new_tokens, stop) for p in prompts)
+                *(self._client.ask(self.prompt(p), self._model, new_tokens, stop) for p in prompts)
             )
 
         return self._loop.run(together())
-
-    def _prompt(self, ids: Sequence[int]) -> Prompt:
-        text = "" if self._takes_ids else self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
-        return Prompt(self._messages.get(tuple(ids), ()), text, tuple(ids) if self._takes_ids else ())
 
     def _generation(self, reply: Reply, new_tokens: int, stop: bool) -> Generation:
         """The answer as tokens: the server's ids, or where it tells none, its text encoded here.

@@ -56,7 +56,7 @@ class LlamaCppServer(Started):
         if not (Path(model.path) / WEIGHTS).is_file():
             hint = f"make one: peftopt quantize --method gguf --model {model.path} --out …"
             raise BadInput(f"{model.path} holds no {WEIGHTS}", hint)
-        self._slots, port, binary = params.slots, free_port(), Path(library().__file__).parent / SERVER
+        self.slots, port, binary = params.slots, free_port(), Path(library().__file__).parent / SERVER
         serving = command(model, params, port, str(binary), machine.threads(), has_amx(library()))
         super().__init__(model, serving, {}, port, NAME, params.start_s, "llamacpp")
         self.threads = machine.threads()
@@ -64,7 +64,7 @@ class LlamaCppServer(Started):
 
     def facts(self) -> dict[str, Json]:
         ready = f"ready after {self._seconds:.1f} s"
-        return {"log": [f"llama.cpp's server ({LIBRARY} {version(LIBRARY)}), {self._slots} slots: {ready}"]}
+        return {"log": [f"llama.cpp's server ({LIBRARY} {version(LIBRARY)}), {self.slots} slots: {ready}"]}
 
 
 def command(model: Model, params: Params, port: int, binary: str, threads: int, amx: bool) -> list[str]:

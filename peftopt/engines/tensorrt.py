@@ -10,6 +10,7 @@ from peftopt.records import Model
 
 TECHNIQUE = "compile"
 NEEDS = (*compiled.NEEDS, "torch_tensorrt")
+DEVICE = "cuda"
 
 
 @dataclass(frozen=True)

@@ -70,11 +70,13 @@ class Vllm(Started):
         device = "cuda" if _has_cuda() else "cpu"
         if device == "cpu" and (format_ := without_kernels(model.path)):
             raise BadInput(f"vLLM has no kernels for {format_} on a CPU", "int8, w8a8, gptq and awq run there")
-        self._home, self._params = model, params
+        self._home, self._params, self.slots = model, params, params.max_num_seqs
         port, names = free_port(), tuple(name_of(a) for a in model.adapters)
         serving, variables = command(model, params, port, names)
         super().__init__(model, serving, variables, port, names[0] if names else BASE, params.start_s)
         self.device = device
+        if model.adapters:
+            _, self.adapter_switch_time = self._exchange(model.adapters[0])
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
         """From the server's prompt log-probabilities, a request at a time: with LoRA, vLLM 0.32 cannot batch them."""
@@ -98,13 +100,18 @@ class Vllm(Started):
         """Load another LoRA and unload the one before, through vLLM's runtime API; seconds until both are done."""
         if not self._home.adapters:
             raise BadInput("only a model with an adapter can switch it", "open the base with one --adapter on top")
+        self._model, seconds = self._exchange(adapter, self._model)
+        return seconds
+
+    def _exchange(self, adapter: str, leaving: str = "") -> tuple[str, float]:
+        """Load a LoRA on the running server and unload `leaving`, or the same one again; its name, and how long both
+        took."""
         started = time.perf_counter()
         # A name of its own: under an old one vLLM would serve what it has cached of the old adapter's answers.
         name = f"{name_of(adapter)}-{time.time_ns()}"
         self._lora("load", name, str(Path(adapter).resolve()))
-        self._lora("unload", self._model)
-        self._model = name
-        return time.perf_counter() - started
+        self._lora("unload", leaving or name)
+        return name, time.perf_counter() - started
 
     def facts(self) -> dict[str, Json]:
         compiled = "compiled" if self._params.compile else "eager"

@@ -76,7 +76,11 @@ def python(name: str) -> str:
 
 
 def interpreter(plugin: Plugin) -> str:
-    """The Python that runs a plug-in. Raises WorkerFailed when it, or a library that it needs, is not there."""
+    """The Python that runs a plug-in. Raises WorkerFailed when its device, a library that it needs or its Python is not
+    there."""
+    if device := machine.lacks(plugin.device):
+        hint = f"run it on a machine with one; here {plugin.name} has nothing to run on"
+        raise WorkerFailed("missing environment", f"{plugin.name} needs {device}", hint)
     if plugin.environment == MAIN and (modules := plugins.missing(plugin)):
         own = plugin.technique == "quantize"
         what = "'peftopt[quantize]'" if own else " ".join(name.replace("_", "-") for name in modules)
@@ -85,7 +89,10 @@ def interpreter(plugin: Plugin) -> str:
 
 
 def lacking(plugin: Plugin) -> tuple[list[str], str]:
-    """What a plug-in lacks on this machine, and the command that brings it; ([], "") when it can run."""
+    """What a plug-in lacks on this machine, and the command that brings it, "" where none does; ([], "") when it can
+    run."""
+    if device := machine.lacks(plugin.device):
+        return [device], ""
     try:
         interpreter(plugin)
     except WorkerFailed as error:

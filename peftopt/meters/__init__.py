@@ -2,8 +2,8 @@
 
 A meter's file has a one-line docstring, `NAME`, `VERSIONS` (the format versions it was checked against), and
 
-    def recognises(data: Json) -> bool            data is a parsed JSON file, or the list of its lines
-    def read(data: Json) -> list[Found]           raises ValueError, KeyError or TypeError for a broken file
+    def recognises(data: Json) -> bool                    data is a parsed JSON file, or the list of its lines
+    def read(data: Json, about: About) -> list[Found]     raises ValueError, KeyError or TypeError for a broken file
 
 What a meter does not tell is no number here: it is said in `lacks`.
 """
@@ -29,6 +29,14 @@ RAW = "raw samples: its figures have no intervals, so nothing can be decided on 
 
 
 @dataclass(frozen=True)
+class About:
+    """What is known of a result file beside what it holds: its `name`, and the `task` that the user says it is of."""
+
+    name: str = ""
+    task: str = ""
+
+
+@dataclass(frozen=True)
 class Found:
     """One run of another meter. `requests` where it kept them, else what it `reported`; `probe` is "load" or "task"."""
 
@@ -39,6 +47,11 @@ class Found:
     reported: Mapping[str, Json] = field(default_factory=dict)
     probe: str = "load"
     values: Mapping[str, Json] = field(default_factory=dict)
+
+    @property
+    def raw(self) -> bool:
+        """Whether something can be decided on it."""
+        return not any(what.startswith(RAW) for what in self.lacks)
 
     def measurement(self, variant: str, at: str, workload: str = "") -> Measurement:
         """The record to keep."""
@@ -53,8 +66,9 @@ def modules() -> list[ModuleType]:
     return [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
 
 
-def read(path: Path) -> list[Found]:
-    """The runs in a result file, whichever meter wrote it. Raises BadInput for a file that none can read."""
+def read(path: Path, task: str = "") -> list[Found]:
+    """The runs in a result file, whichever meter wrote it; `task` as in About. Raises BadInput for a file that none can
+    read."""
     known = modules()
     try:
         data = _parsed(path.read_text(encoding="utf-8"))
@@ -67,7 +81,7 @@ def read(path: Path) -> list[Found]:
         hint = f"known: {'; '.join(f'{m.NAME} ({m.VERSIONS})' for m in known)}"
         raise BadInput(f"{path} is no result of a meter that can be read", hint)
     try:
-        found: list[Found] = meter.read(data)
+        found: list[Found] = meter.read(data, About(path.name, task))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         hint = f"format versions that can be read: {meter.VERSIONS}"
         raise BadInput(f"{path} looks like {meter.NAME}, but is not whole: {error!r}", hint) from error

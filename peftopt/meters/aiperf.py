@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftopt.goodput import Request
-from peftopt.meters import GAPS, RAW, SCHEDULED, Found, from_zero
+from peftopt.meters import GAPS, RAW, SCHEDULED, About, Found, from_zero
 from peftopt.records import Json
 
 NAME, VERSIONS = "AIPerf", "records of AIPerf 0.5 to 0.13, summary schema 1.x"
@@ -22,7 +22,7 @@ def recognises(data: Json) -> bool:
     return bool(data) and all(isinstance(r, Mapping) and r.keys() >= {"metadata", "metrics"} for r in data)
 
 
-def read(data: Json) -> list[Found]:
+def read(data: Json, about: About) -> list[Found]:
     return [_summary(data)] if isinstance(data, Mapping) else [_records(data)]
 
 

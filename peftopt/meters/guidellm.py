@@ -1,6 +1,6 @@
 """GuideLLM's benchmarks.json, one run for each rate of a sweep.
 
-Source: src/guidellm/benchmark/schemas and src/guidellm/schemas of GuideLLM, report format 1.
+Source: src/guidellm/benchmark/schemas and src/guidellm/schemas of GuideLLM, report formats 1 and 2 (0.8.1).
 """
 
 from __future__ import annotations
@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftopt.goodput import Request
-from peftopt.meters import GAPS, SCHEDULED, Found, from_zero
+from peftopt.meters import GAPS, SCHEDULED, About, Found, from_zero
 from peftopt.records import Json
 
-NAME, VERSIONS = "GuideLLM", "report format 1"
+NAME, VERSIONS = "GuideLLM", "report formats 1 and 2"
+
+OTHER_CLOCK_S = 86_400.0
+"""A request that would have waited longer than this was due on another clock: 0.8.1's workers that begin before the
+start is set count from 0."""
 
 _ALL = ("successful", "errored", "incomplete")
 
@@ -24,17 +28,17 @@ def recognises(data: Json) -> bool:
     )
 
 
-def read(data: Json) -> list[Found]:
+def read(data: Json, about: About) -> list[Found]:
     version = (data.get("metadata") or {}).get("version")
-    if version != 1:
-        raise ValueError(f"report format {version}, not 1")
+    if version not in (1, 2):
+        raise ValueError(f"report format {version}, not 1 or 2")
     return [_run(run, str(data["metadata"].get("guidellm_version", "?"))) for run in data["benchmarks"]]
 
 
 def _run(run: Mapping[str, Json], version: str) -> Found:
     rows = [(status, row) for status in _ALL for row in run["requests"].get(status) or []]
     requests = [_request(row, status) for status, row in rows]
-    targeted = rows and all(row["info"]["timings"].get("targeted_start") for _, row in rows)
+    targeted = rows and all(_due(row["info"]["timings"]) for _, row in rows)
     totals = (run.get("metrics") or {}).get("request_totals") or {}
     total = sum(totals.get(status) or 0 for status in _ALL)
     lacks = [GAPS, *([] if targeted else [SCHEDULED])]
@@ -48,13 +52,13 @@ def _run(run: Mapping[str, Json], version: str) -> Found:
 
 def _request(row: Mapping[str, Json], status: str) -> Request:
     info, times = row["info"], row["info"]["timings"]
-    sent = times.get("request_start") or times["resolve_start"]
+    sent = _sent(times)
     done = times.get("request_end") or times.get("resolve_end") or sent
     error = {"errored": info.get("error") or "errored", "incomplete": "incomplete"}.get(status, "")
     return Request(
         id=str(row["request_id"]),
         model="",
-        scheduled=times.get("targeted_start") or sent,
+        scheduled=_due(times) or sent,
         sent=sent,
         done=done,
         first=times.get("first_token_iteration", times.get("first_iteration")),
@@ -63,3 +67,13 @@ def _request(row: Mapping[str, Json], status: str) -> Request:
         new_tokens=row.get("output_tokens") or 0,
         error=str(error).strip().splitlines()[-1] if error else "",
     )
+
+
+def _sent(times: Mapping[str, Json]) -> float:
+    return float(times.get("request_start") or times["resolve_start"])
+
+
+def _due(times: Mapping[str, Json]) -> float | None:
+    """When a request was due; None where that is not told on the clock of the others."""
+    due = times.get("targeted_start")
+    return due if due and abs(_sent(times) - due) < OTHER_CLOCK_S else None

@@ -1,17 +1,23 @@
-"""lm-evaluation-harness: results_*.json (scores of tasks), or samples_*.jsonl (each answer, with --log_samples).
+"""lm-evaluation-harness: results_*.json (scores of tasks), or samples_TASK_*.jsonl (each answer, with --log_samples).
 
+Only the file's name tells whose samples they are.
 Source: lm_eval/evaluator.py and lm_eval/loggers/evaluation_tracker.py of lm-evaluation-harness 0.4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 from peftopt import stats
-from peftopt.meters import RAW, Found
+from peftopt.errors import BadInput
+from peftopt.meters import RAW, About, Found
 from peftopt.records import Json
 
 NAME, VERSIONS = "lm-evaluation-harness", "0.4.x"
+
+FILE = re.compile(r"samples_(.+)_\d{4}-\d\d-\d\dT[\d.-]+\.jsonl")
+"""What the harness calls a task's samples: the task's name and when it was asked."""
 
 
 def recognises(data: Json) -> bool:
@@ -20,8 +26,8 @@ def recognises(data: Json) -> bool:
     return bool(data) and all(isinstance(r, Mapping) and r.keys() >= {"doc_id", "resps", "metrics"} for r in data)
 
 
-def read(data: Json) -> list[Found]:
-    return _results(data) if isinstance(data, Mapping) else _samples(data)
+def read(data: Json, about: About) -> list[Found]:
+    return _results(data) if isinstance(data, Mapping) else _samples(data, about)
 
 
 def _results(data: Mapping[str, Json]) -> list[Found]:
@@ -43,15 +49,50 @@ def _results(data: Mapping[str, Json]) -> list[Found]:
     return found
 
 
-def _samples(rows: list[Mapping[str, Json]]) -> list[Found]:
-    found = []
+def _samples(rows: list[Mapping[str, Json]], about: About) -> list[Found]:
+    """The scores that decide, as `peftopt run` takes them of a task, and then what else was scored. A task of several
+    (a group) has a file for each: given as one `task`, their rows are that task's."""
+    told = FILE.fullmatch(about.name)
+    subtask = told[1] if told else about.task
+    task = about.task or subtask
+    try:
+        decides = scores({subtask: rows})
+    except BadInput as error:
+        raise ValueError(error.message) from error
+    lacks = () if task else ("the task's name, so no recipe can require it: give --task NAME",)
+    named = {"task": task} if task else {}
+    values = {**named, "filter": rows[0].get("filter", "none"), **decides}
+    found = [Found(f"{task} {decides['metric']}".strip(), f"{NAME} 0.4", lacks, probe="task", values=values)]
     names = dict.fromkeys((row.get("filter", "none"), metric) for row in rows for metric in row["metrics"])
     for filter_, metric in names:
-        own = [row for row in rows if row.get("filter", "none") == filter_ and isinstance(row.get(metric), int | float)]
-        if not own:
-            continue
-        samples = [{"id": str(row.get("doc_hash") or row["doc_id"]), "value": row[metric]} for row in own]
-        mean = stats.mean([s["value"] for s in samples])
-        values = {"metric": metric, "filter": filter_, "value": mean.estimate, "n": mean.n, "samples": samples}
-        found.append(Found(f"{metric} ({filter_})", f"{NAME} 0.4", (), probe="task", values=values))
+        own = [row[metric] for row in rows if row.get("filter", "none") == filter_ and _is_number(row.get(metric))]
+        if own and (filter_, metric) != (values["filter"], decides["metric"]):
+            mean = stats.mean(own)
+            values_ = {**named, "metric": metric, "filter": filter_, "value": mean.estimate, "n": mean.n}
+            found.append(Found(f"{task} {metric} ({filter_})", f"{NAME} 0.4", (), probe="task", values=values_))
     return found
+
+
+def scores(samples: Mapping[str, Sequence[Mapping[str, Json]]]) -> dict[str, Json]:
+    """What each row got, from the harness's log of (sub)task -> samples: of its first metric and first filter.
+
+    A row's id holds the name of its subtask. Raises BadInput where no metric is a number per row.
+    """
+    found: dict[str, float] = {}
+    metric = ""
+    for subtask, rows in samples.items():
+        first = rows[0].get("filter", "none") if rows else "none"
+        for row in rows:
+            numbers = [m for m in row.get("metrics", ()) if _is_number(row.get(m))]
+            if row.get("filter", "none") == first and numbers:
+                metric = metric or numbers[0]
+                found[f"{subtask}/{row['doc_id']}"] = float(row[metric if metric in numbers else numbers[0]])
+    if not found:
+        raise BadInput("none of the task's metrics is a number for each row", "choose a task with acc or exact_match")
+    mean = sum(found.values()) / len(found)
+    rows_found = [{"id": id_, "value": value} for id_, value in found.items()]
+    return {"metric": metric, "value": mean, "n": len(found), "samples": rows_found}
+
+
+def _is_number(value: Json) -> bool:
+    return isinstance(value, int | float)

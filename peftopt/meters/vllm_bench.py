@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftopt.goodput import Request
-from peftopt.meters import RAW, SCHEDULED, Found, from_zero
+from peftopt.meters import RAW, SCHEDULED, About, Found, from_zero
 from peftopt.records import Json
 
 NAME, VERSIONS = "vllm bench serve", "vLLM 0.9 to 0.32"
@@ -21,7 +21,7 @@ def recognises(data: Json) -> bool:
     return bool(runs) and all(isinstance(run, Mapping) and run.keys() >= _KEYS for run in runs)
 
 
-def read(data: Json) -> list[Found]:
+def read(data: Json, about: About) -> list[Found]:
     return [_run(run) for run in (data if isinstance(data, list) else [data])]
 
 

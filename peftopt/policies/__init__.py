@@ -46,12 +46,13 @@ class Policed:
         return self._engine.encode(self._policed(Request(messages, 0)).messages, answer)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
-        return self._engine.generate(prompts, self._most(new_tokens, stop), stop)
+        return self._engine.generate(prompts, self.most(new_tokens, stop), stop)
 
     def load(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool, **arrivals: Any) -> Any:
-        return self._engine.load(prompts, self._most(new_tokens, stop), stop, **arrivals)  # type: ignore[attr-defined]
+        return self._engine.load(prompts, self.most(new_tokens, stop), stop, **arrivals)  # type: ignore[attr-defined]
 
-    def _most(self, new_tokens: int, stop: bool) -> int:
+    def most(self, new_tokens: int, stop: bool) -> int:
+        """The most tokens that an answer may have."""
         return self._policed(Request((), new_tokens)).new_tokens if stop else new_tokens
 
     def uncut(self, messages: Messages) -> int | None:
@@ -64,6 +65,11 @@ class Policed:
         for apply, params in self._policies:
             request = apply(request, params, lambda messages: len(self._engine.encode(messages)[0]))
         return request
+
+
+def most(engine: Engine, new_tokens: int, stop: bool) -> int:
+    """`Policed.most`, of any engine: one without policies bounds nothing."""
+    return engine.most(new_tokens, stop) if isinstance(engine, Policed) else new_tokens
 
 
 def uncut(engine: Engine, messages: Messages) -> int | None:

@@ -16,7 +16,8 @@ def turn(
     engine: Any, rows: Sequence[Row], new_tokens: int, stop: bool, users: int, rate: float, seed: int
 ) -> tuple[list[dict[str, Json]], dict[str, Json]]:
     """Send one request for each row, by `users` in a closed loop or at random times, `rate` a second on average
-    (`seed` draws them); the requests in the order they were due, and the server's own account (prometheus.summary).
+    (`seed` draws them); the requests in the order they were due, and the server's own account (prometheus.summary),
+    with its `slots` where they are known.
 
     All durations in milliseconds from when a request was due, so that what it waited for is in it; `turn_ms` is the
     time from the first to the last of all, the same in each, and `cpu_ms` a request's part of the CPU time of this
@@ -34,4 +35,5 @@ def turn(
     for request in requests:
         row = int(request["id"])
         request |= {"id": rows[row].id, "prompt_tokens": len(prompts[row]), "touched": int(touched[row]), **whole}
-    return requests, played.engine
+    slots = {"slots": engine.slots} if getattr(engine, "slots", 0) and played.engine else {}
+    return requests, {**played.engine, **slots}

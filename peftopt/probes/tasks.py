@@ -11,6 +11,7 @@ from typing import Any
 from peftopt import progress
 from peftopt.engines import Engine
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.meters.lm_eval import scores
 from peftopt.probes import quality
 from peftopt.records import YAML, Json, task_name
 
@@ -51,27 +52,6 @@ def run(engine: Engine, given: str, rows: int) -> dict[str, Json]:
             hint = "`lm_eval ls tasks` lists what it knows; data from a hub has to be in the cache already"
             raise BadInput(f"lm-evaluation-harness cannot run {given}: {error}", hint) from error
     return {"source": f"lm-evaluation-harness {lm_eval.__version__}", "task": name, **scores(found["samples"])}
-
-
-def scores(samples: dict[str, list[dict[str, Any]]]) -> dict[str, Json]:
-    """What each row got, from the harness's log of (sub)task -> samples: of its first metric and first filter.
-
-    A row's id holds the name of its subtask. Raises BadInput where no metric is a number per row.
-    """
-    found: dict[str, float] = {}
-    metric = ""
-    for subtask, rows in samples.items():
-        first = rows[0].get("filter", "none") if rows else "none"
-        for row in rows:
-            numbers = [m for m in row.get("metrics", ()) if isinstance(row.get(m), int | float)]
-            if row.get("filter", "none") == first and numbers:
-                metric = metric or numbers[0]
-                found[f"{subtask}/{row['doc_id']}"] = float(row[metric if metric in numbers else numbers[0]])
-    if not found:
-        raise BadInput("none of the task's metrics is a number for each row", "choose a task with acc or exact_match")
-    mean = sum(found.values()) / len(found)
-    rows_found = [{"id": id_, "value": value} for id_, value in found.items()]
-    return {"metric": metric, "value": mean, "n": len(found), "samples": rows_found}
 
 
 def _harness(engine: Engine) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from peftopt import prometheus
 from peftopt.records import Interval, Json
 from peftopt.thresholds import format_value
 
@@ -31,7 +32,7 @@ def rows(found: Mapping[str, Json]) -> list[list[str]]:
     ]
 
 
-def lines(found: Mapping[str, Json], slots: int = 0) -> dict[str, str]:
+def lines(found: Mapping[str, Json]) -> dict[str, str]:
     """What the table has no room for, by its title."""
     said = {}
     figures, engine = found["figures"], found["engine"]
@@ -62,7 +63,8 @@ def lines(found: Mapping[str, Json], slots: int = 0) -> dict[str, str]:
             ", ".join(f"{name} {ms:.0f} ms" for name, ms in list(colds.items())[:8]) + " to its first token"
         )
     if "running" in engine:
-        fill = f", {100 * engine['running']['mean'] / slots:.0f} % of {slots} slots" if slots else ""
+        share = prometheus.fill(engine)
+        fill = "" if share is None else f", {100 * share:.0f} % of {engine['slots']} slots"
         said["batch"] = (
             f"{engine['running']['mean']:.1f} requests on average, {engine['running']['peak']:.0f} at most{fill}"
         )

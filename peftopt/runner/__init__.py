@@ -13,15 +13,14 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from peftopt import corpus, environments, identity, machine, need, preflight, stats, store
-from peftopt import plan as planning
+from peftopt import machine, need, stats, store
 from peftopt.child import Child
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.evidence import Evidence
-from peftopt.records import Measurement, Plan, Recipe
+from peftopt.records import Measurement, Recipe
 from peftopt.runner.racing import Field, race
 from peftopt.runner.ready import make_ready
-from peftopt.runner.run import Listener, Run, check_baseline
+from peftopt.runner.run import Listener, Run, check_baseline, planned
 
 
 def prepare(
@@ -30,7 +29,7 @@ def prepare(
     """Check the recipe's files, make the plan and open its run folder: an unfinished run of the same plan goes on, and
     with `more` a finished one too."""
     home = store.Store(results.resolve(), listener.warn)
-    plan, key = _planned(recipe)
+    plan, key = planned(recipe)
     home.check_writable()
     runs = home.root / "runs"
     mine = sorted(runs.glob(f"*-{recipe.name}-{key}"))
@@ -51,22 +50,10 @@ def prepare(
     return run
 
 
-def _planned(recipe: Recipe) -> tuple[Plan, str]:
-    """The recipe's plan on its files as they are now, and the hash that names what it measures."""
-    preflight.check(recipe)
-    sources = {
-        "base": identity.of_folder(Path(recipe.base)),
-        "adapter": identity.of_folder(Path(recipe.adapter)),
-        "calibration": identity.of_file(corpus.calibration_file(recipe.calibration)) if recipe.calibration else "",
-    }
-    plan = planning.plan(recipe, sources, environments.versions())
-    return plan, identity.of_value([asdict(plan), sources, _content(recipe)])[:8]
-
-
 def reopen(folder: Path, listener: Listener) -> Run:
     """A run that may get more blocks. Raises BadInput where they would measure something else than its first ones."""
     plan = store.read_plan(folder / "plan.json")
-    now, key = _planned(plan.recipe)
+    now, key = planned(plan.recipe)
     if [b.id for b in now.builds] != [b.id for b in plan.builds] or not folder.resolve().name.endswith(f"-{key}"):
         hint = "run the recipe again: a new run measures everything as it is now"
         raise BadInput(f"the models, prompts or libraries of {folder} have changed since it ran", hint)
@@ -139,10 +126,3 @@ def survey(run: Run) -> None:
             run.log("machine", "", child.ask("bandwidth", 60))
     except WorkerFailed as error:
         run.listener.warn(f"memory bandwidth is not known: {error}")
-
-
-def _content(recipe: Recipe) -> list[str]:
-    """Hashes of the prompts: the same recipe over other rows is another run."""
-    files = {w.prompts for w in recipe.workloads.values()}
-    files |= {recipe.quality.prompts} if recipe.quality else set()
-    return [identity.of_file(Path(f)) for f in sorted(files)]

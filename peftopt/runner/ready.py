@@ -76,11 +76,15 @@ class _Hearers:
 
 
 def _builds(run: Run, threads: int, hearers: _Hearers) -> Iterator[tuple[str, Job]]:
-    named = run.recipe.calibration
-    calibration = corpus.read(str(corpus.calibration_file(named))) if named else []
+    calibration = _calibration(run)
     for build in run.plan.builds:
         do = partial(_build, run, calibration, threads, build, hearers.of(build.id))
         yield build.id, Job(do, frozenset({build.parent} - {planning.SOURCE}))
+
+
+def _calibration(run: Run) -> list[Row]:
+    named = run.recipe.calibration
+    return corpus.read(str(corpus.calibration_file(named))) if named else []
 
 
 def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hear: Hear) -> None:
@@ -127,6 +131,15 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
     run.log("build", users[0], {"id": build.id, "plugin": build.step.plugin, "cached": artifact.cached, **facts})
     note = facts.get("quantization") or ""
     run.listener.done("build", build.step.plugin, None if artifact.cached else artifact.seconds, note)
+
+
+def build_alone(run: Run, build: Build, threads: int) -> None:
+    """Build or reuse one artifact, with a bar of its own. Raises WorkerFailed when it cannot be made."""
+    with run.listener.progress(f"build {build.step.plugin}", 100) as show:
+        _build(run, _calibration(run), threads, build, lambda share, what: show(int(100 * share), what))
+    for variant in _users(run, build):
+        if failure := run.evidence.failures.get(variant):
+            raise WorkerFailed(failure["reason"], failure["detail"], failure["hint"])
 
 
 def _users(run: Run, build: Build) -> list[str]:

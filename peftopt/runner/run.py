@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from peftopt import environments, plugins, store
+from peftopt import corpus, environments, identity, machine, plugins, preflight, store
 from peftopt import plan as planning
 from peftopt.child import Child
-from peftopt.errors import WorkerFailed
+from peftopt.errors import MissingEnvironment, WorkerFailed
 from peftopt.evidence import Evidence
 from peftopt.records import Json, Measurement, Model, Plan, Recipe, Variant
 
@@ -88,6 +88,38 @@ class Run:
     def alive(self) -> list[Variant]:
         failed = self.evidence.failures
         return [v for v in self.recipe.variants.values() if v.name not in failed]
+
+
+def planned(recipe: Recipe) -> tuple[Plan, str]:
+    """The recipe's plan on its files as they are now, and the hash that names what it measures. Raises BadInput for
+    files that cannot work."""
+    preflight.check(recipe)
+    _check_devices(recipe)
+    sources = {
+        "base": identity.of_folder(Path(recipe.base)),
+        "adapter": identity.of_folder(Path(recipe.adapter)),
+        "calibration": identity.of_file(corpus.calibration_file(recipe.calibration)) if recipe.calibration else "",
+    }
+    plan = planning.plan(recipe, sources, environments.versions())
+    return plan, identity.of_value([asdict(plan), sources, _content(recipe)])[:8]
+
+
+def _check_devices(recipe: Recipe) -> None:
+    """Raises MissingEnvironment for a variant that this machine has no device for: no installing helps, and what the
+    others would be compared with is not there."""
+    known = plugins.catalogue()
+    for variant in recipe.variants.values():
+        for plugin in (known[step.plugin] for step in (*variant.steps, variant.engine)):
+            if device := machine.lacks(plugin.device):
+                hint = "run the recipe on a machine with one, or take the variant out"
+                raise MissingEnvironment(f"variant {variant.name}: {plugin.name} needs {device}", hint)
+
+
+def _content(recipe: Recipe) -> list[str]:
+    """Hashes of the prompts: the same recipe over other rows is another run."""
+    files = {w.prompts for w in recipe.workloads.values()}
+    files |= {recipe.quality.prompts} if recipe.quality else set()
+    return [identity.of_file(Path(f)) for f in sorted(files)]
 
 
 def check_baseline(run: Run) -> None:
