@@ -22,7 +22,7 @@ from peftopt.child import Child
 from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed
 from peftopt.evidence import exp
-from peftopt.records import GENERIC, Interval, Json, Model
+from peftopt.records import GENERIC, Interval, Json, Model, Step
 
 DEADLINE_S = 3600.0
 
@@ -47,7 +47,10 @@ def transform(
     """
     environments.interpreter(plugins.catalogue()[plugin])
     _check(plugin, model)
-    rows = [row.as_json() for row in corpus.read(str(corpus.calibration_file(texts)))] if texts else []
+    given = corpus.read(str(corpus.calibration_file(texts))) if texts else []
+    step = Step(plugin, "transform", plugins.catalogue()[plugin].technique, params)
+    preflight.check_step(step, Path(model.path), (), given)
+    rows = [row.as_json() for row in given]
     temporary = _beside(out)
     log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{plugin}.log"
     try:

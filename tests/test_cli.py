@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ from conftest import make_lora
 from safetensors.torch import load_file, save_file
 from test_run import RECIPE, command, prompts
 
-from peftopt import plugins
+from peftopt import environments, machine, plugins
+from peftopt.records import Plugin
 
 
 @pytest.fixture
@@ -190,6 +193,54 @@ def test_bad_usage_is_exit_2_and_no_traceback(
     assert command(*arguments) == 2
     assert errors(capsys)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ("[merge, {gptq: {group_size: 128}}]", "variant odd: gptq: group_size: 128 does not divide the input width"),
+        ("[merge, {awq: {group_size: 128, keep: o_proj}}]", "variant odd: awq: group_size: 128 does not divide"),
+        ("[merge, {gptq: {samples: 2}}]", "variant odd: gptq: the calibration text is too short"),
+        ("[merge, {w8a8: {max_tokens: 8}}]", "tokens in 32 rows, and it takes 512"),
+        ("[merge, fp8, {engine: vllm}]", "variant odd: vllm: vLLM has no kernels for FP8 on a CPU"),
+        ("[merge, nf4, {engine: vllm}]", "vLLM has no kernels for bitsandbytes on a CPU"),
+    ],
+)
+def test_what_cannot_be_built_or_run_is_said_before_anything_is(
+    steps: str, says: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environments, "lacking", lambda _: ([], ""))
+    monkeypatch.setattr(machine, "gpus", list)
+    texts = prompts(recipe.parent / "calibration.jsonl", 40, "calibration").name
+    text = recipe.read_text().replace("int8: [merge, int8]", f"odd: {steps}") + f"calibration: {texts}\n"
+    recipe.write_text(text)
+    results = recipe.parent / "results"
+    for verb in ("check", "run"):
+        assert command(verb, recipe, "--results", results) == 2
+        assert says in errors(capsys)
+    assert not list(results.glob("artifacts/*"))
+
+
+def test_calibration_text_is_counted_without_torch(recipe: Path) -> None:
+    texts = prompts(recipe.parent / "calibration.jsonl", 4, "calibration").name
+    recipe.write_text(recipe.read_text().replace("int8]", "w8a8]") + f"calibration: {texts}\n")
+    code = "import sys; from peftopt.cli import main; main()"
+    run = [sys.executable, "-X", "importtime", "-c", code, "check", recipe]
+    said = subprocess.run(run, stderr=subprocess.PIPE, text=True, check=False).stderr
+    assert "the calibration text is too short" in " ".join(said.split()) and "| torch" not in said
+
+
+def test_what_a_step_needs_and_is_not_installed_is_said_before_anything_is_built(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(plugin: Plugin) -> tuple[list[str], str]:
+        return (["torchao"], "pip install torchao") if plugin.name == "int8" else ([], "")
+
+    monkeypatch.setattr(environments, "lacking", lacking)
+    for verb in ("check", "run"):
+        assert command(verb, recipe, "--results", recipe.parent / "results") == 4
+        said = errors(capsys)
+        assert "int8 needs torchao (variant int8" in said and "pip install torchao" in said
 
 
 def test_new_writes_a_recipe_with_the_users_paths_once(

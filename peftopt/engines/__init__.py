@@ -7,7 +7,8 @@ environment of its own `ENVIRONMENT`, where it opens other weights than safetens
     def prepare(model: Model) -> None                       # imports what `open` needs, and no more
     def open(model: Model, params: Params) -> Engine
 
-Heavy imports stay inside functions.
+and, where something can be told to be impossible before anything is built, `check` as transforms have it. Heavy imports
+stay inside functions.
 """
 
 from __future__ import annotations
