@@ -16,6 +16,8 @@ from peftopt.transforms import _layers, _sensitivity
 
 NEEDS = ("torch", "transformers", "llmcompressor", "compressed_tensors", "accelerate")
 
+TEMPLATE = 24
+"""Tokens that a chat template puts around a message, at most."""
 FEWEST_TOKENS = 512
 """Calibration tokens below which the statistics of a layer's inputs are those of a few sentences."""
 
@@ -35,7 +37,7 @@ def check(bits: int = 4, group_size: int = 0, mixed: float = 0.0, samples: int =
 
 def check_inputs(folder: Path, params: Any, rows: Sequence[Row]) -> None:
     """Raises BadInput for a group size that does not divide the layers' inputs, and for calibration rows that are too
-    short even before the chat template is around them, from files alone: neither torch nor a weight is touched."""
+    short with any chat template around them, from files alone: neither torch nor a weight is touched."""
     settings = asdict(params)
     if "group_size" in settings:
         _layers.check_group_size(folder, settings["group_size"], settings["keep"])
@@ -46,7 +48,8 @@ def check_inputs(folder: Path, params: Any, rows: Sequence[Row]) -> None:
 
     encode, used = Tokenizer.from_file(str(file)), rows[: settings["samples"]]
     texts = ["\n".join([*(m["content"] for m in row.messages), row.expected]) for row in used]
-    counts = [len(found.ids) for found in encode.encode_batch(texts, add_special_tokens=False)]
+    found = encode.encode_batch(texts, add_special_tokens=False)
+    counts = [len(f.ids) + TEMPLATE * (len(row.messages) + 1) for f, row in zip(found, used, strict=True)]
     _check_tokens(sum(min(count, settings["max_tokens"]) for count in counts), len(used))
 
 
