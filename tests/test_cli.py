@@ -14,7 +14,8 @@ from conftest import make_lora
 from safetensors.torch import load_file, save_file
 from test_run import RECIPE, command, prompts
 
-from peftopt import environments, machine, plugins
+from peftopt import console, environments, machine, plugins, store
+from peftopt.engines import compiled
 from peftopt.records import Plugin
 
 
@@ -181,6 +182,7 @@ def test_results_that_cannot_be_written_are_an_environment_error(
         ("merge", "--base", "missing", "--adapter", "missing", "--out", "o"),
         ("bench", "--model", "missing", "--prompts", "missing.jsonl"),
         ("compile", "--model", "missing"),
+        ("compile", "--model", "missing", "--set", "regions=perhaps"),
         ("new", "x.yaml", "--like", "nothing"),
         ("no-such-verb",),
         ("run",),
@@ -255,6 +257,23 @@ def test_new_writes_a_recipe_with_the_users_paths_once(
     assert command("new", "mine.yaml") == 2
 
 
+def test_off_a_terminal_progress_is_lines_with_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 10.0, 600.0, 700.0, 700.0])
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
+    with console.Console().progress("race", 20) as show:
+        for done in (1, 5, 6, 10, 20):
+            show(done, "merged")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "race 5/20, 30 s left merged",
+        "race 6/20, 23 min left merged",
+        "race 10/20, 12 min left merged",
+        "race 20/20 merged",
+    ]
+
+
 def test_doctor_names_every_plug_in(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("doctor", "--json") == 0
     found = json.loads(capsys.readouterr().out)
@@ -288,7 +307,14 @@ def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(
 ) -> None:
     monkeypatch.chdir(recipe.parent)
     before = {f.name: f.read_bytes() for f in (recipe.parent / "base").iterdir()}
+    make_lora(recipe.parent / "base", recipe.parent / "other", std=0.2)
     arguments = ("--model", "base", "--prompts", "eval.jsonl", "--new-tokens", 3, "--threads", 1)
+    arguments += ("--adapter", "lora", "--adapter", "other", "--set", "prompt_buckets=40, 80", "--set", "cache_len=96")
+    cache = recipe.parent / "base.compiled"
+    older = compiled._graphs_of(store.claim(cache)) / "for-an-adapter.step", cache / "steps" / "old" / "x.step"
+    for file in older:
+        file.parent.mkdir(parents=True)
+        file.touch()
     assert command("compile", *arguments, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert Path(found["cache"]) == recipe.parent / "base.compiled" and found["cache_bytes"] > 0
@@ -296,10 +322,14 @@ def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(
         parts = [found[start][part] for part in ("imports", "load", "graphs", "answers")]
         assert found[start]["total"] == pytest.approx(sum(parts)) and min(parts[0], parts[1], parts[3]) > 0
     cold, warm = found["cold"]["facts"], found["warm"]["facts"]
-    assert (cold["graphs"], cold["graph_breaks"], cold["recompiles"]) == (1, 0, 0)
+    assert (cold["graphs"], cold["graph_breaks"], cold["recompiles"]) == (2, 0, 0)
     assert "warm_start" not in cold and "compile_time" not in warm, "the second process compiled nothing"
-    assert warm["log"] == ["batch 1, cache 128: started from the compile cache"]
+    shapes = ("batch 1, cache 96", "batch 1, cache 96, prompts up to 40")
+    assert warm["log"] == [f"{shape}: started from the compile cache" for shape in shapes]
+    assert [file.exists() for file in older] == [True, False], "what is valid for others stays"
     assert found["kl"] < 0.01 and found["greedy_match"] > 0.5 and found["prompts"] == 6
+    (switch,) = found["switches"]
+    assert (switch["adapter"], switch["recompiles"]) == ("other", 0) and switch["adapter_switch_time"] > 0
     (one,) = found["traffic"]
     assert one["tpot_ms"] > 0 and one["eager_tpot_ms"] > 0
     assert {f.name: f.read_bytes() for f in (recipe.parent / "base").iterdir()} == before

@@ -162,6 +162,7 @@ _COUNTS = {
     "graph_breaks": "graph breaks",
     "recompiles": "recompiles",
     "uncompiled": "requests answered uncompiled",
+    "eager_prompts": "requests with an eager prompt",
     "break_even": "requests to break even",
 }
 
