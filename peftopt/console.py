@@ -52,7 +52,7 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """A bar with an estimate on a terminal; off a terminal, a line whenever a tenth is done."""
+        """A bar with an estimate on a terminal; off a terminal, a line with one whenever a tenth is done."""
         if self.quiet:
             yield lambda done, what: None
         elif not self.err.is_terminal:
@@ -87,14 +87,16 @@ class Console:
         self.done(title, "ready", time.perf_counter() - started)
 
     def _lines(self, title: str, total: int) -> Callable[[int, str], None]:
-        shown = 0
+        shown, started = 0, time.perf_counter()
 
         def show(done: int, what: str) -> None:
             nonlocal shown
             with self.lock:
                 if done * 10 // max(total, 1) > shown:
                     shown = done * 10 // max(total, 1)
-                    self.err.print(f"  {escape(title):<14} {done}/{total} [dim]{escape(what)}[/dim]")
+                    seconds = (time.perf_counter() - started) * (total - done) / done
+                    left = f", {_about(seconds)} left" if done < total else ""
+                    self.err.print(f"  {escape(title):<14} {done}/{total}{left} [dim]{escape(what)}[/dim]")
 
         return show
 
@@ -127,3 +129,7 @@ class Console:
             if hint:
                 self.err.print(f"[cyan]hint:[/cyan] {escape(hint)}", soft_wrap=True)
         sys.stderr.flush()
+
+
+def _about(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -11,7 +11,16 @@ from peftopt.evidence import TWIN, Evidence, exp
 from peftopt.goodput import QUANTILES
 from peftopt.records import Interval, Json, Metric
 
-ENGINE_FIGURES = ("compile_time", "warm_start", "graphs", "graph_breaks", "recompiles", "uncompiled", "gpu_busy")
+ENGINE_FIGURES = (
+    "compile_time",
+    "warm_start",
+    "graphs",
+    "graph_breaks",
+    "recompiles",
+    "uncompiled",
+    "eager_prompts",
+    "gpu_busy",
+)
 """What an engine may say of getting ready: seconds, and counts per process; and the share of a request in which
 kernels ran on the GPU."""
 

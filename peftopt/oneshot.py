@@ -20,9 +20,10 @@ from peftopt import building, corpus, environments, machine, plugins, preflight,
 from peftopt.building import Progress
 from peftopt.child import Child
 from peftopt.corpus import Row
+from peftopt.engines import compiled
 from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed
 from peftopt.evidence import exp
-from peftopt.records import GENERIC, Interval, Json, Model
+from peftopt.records import GENERIC, Interval, Json, Model, Step
 
 DEADLINE_S = 3600.0
 
@@ -47,7 +48,10 @@ def transform(
     """
     environments.interpreter(plugins.catalogue()[plugin])
     _check(plugin, model)
-    rows = [row.as_json() for row in corpus.read(str(corpus.calibration_file(texts)))] if texts else []
+    given = corpus.read(str(corpus.calibration_file(texts))) if texts else []
+    step = Step(plugin, "transform", plugins.catalogue()[plugin].technique, params)
+    preflight.check_step(step, Path(model.path), (), given)
+    rows = [row.as_json() for row in given]
     temporary = _beside(out)
     log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{plugin}.log"
     try:
@@ -213,9 +217,10 @@ def _absolute(model: Model) -> Model:
 
 
 def compile_cache(model: Model) -> Path:
-    """Where `peftopt compile` left its cache: beside the model, so the model's own files stay as they are."""
+    """Where `peftopt compile` leaves its cache: beside the model, so the model's own files stay as they are. Raises
+    BadInput for one that is not ours."""
     folder = Path(model.path).resolve()
-    return folder.with_name(folder.name + ".compiled")
+    return store.claim(folder.with_name(folder.name + ".compiled"))
 
 
 def _figures(values: dict[str, Json], reference: list[list[dict[str, Json]]]) -> dict[str, Json]:
@@ -255,7 +260,8 @@ def compile_model(
     threads: int = 0,
     others: Sequence[str] = (),
 ) -> dict[str, Json]:
-    """Compile once cold, start again warm, and compare with the eager engine; the cache stays beside the model.
+    """Compile once cold, start again warm, and compare with the eager engine; the cache stays beside the model, with
+    what it holds for other shapes and adapters, unless a changed peftopt, library or processor has no use for it.
 
     Times in seconds, from the start of a process to its first answer in every shape: `cold`, `warm` and `eager` each
     hold `total`, `imports`, `load`, `graphs`, `answers`. Also what the engine says of itself (graphs, breaks,
@@ -264,7 +270,9 @@ def compile_model(
     what it took and what was compiled again for it.
     """
     cache = compile_cache(model)
-    shutil.rmtree(cache, ignore_errors=True)  # a cold start is part of the answer
+    _remove_orphans(cache)
+    compiled.drop_outdated(cache)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{cache.name}.{os.getpid()}.", dir=cache.parent))
     folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
     reference = str(folder / "reference.npz")
     starts = {
@@ -272,10 +280,17 @@ def compile_model(
         "cold": ("compiled", params, {}),
         "warm": ("compiled", params, {"reference": reference}),
     }
-    found = {
-        name: _start(model, *start, traffic, folder / f"{name}.log", cache, threads, others if name == "warm" else ())
-        for name, start in starts.items()
-    }
+    found = {}
+    try:
+        for name, start in starts.items():
+            # A cold start is part of the answer, so it gets an empty cache, and its graphs join the others afterwards.
+            where = fresh if name == "cold" else cache
+            switched = others if name == "warm" else ()
+            found[name] = _start(model, *start, traffic, folder / f"{name}.log", where, threads, switched)
+            if name == "cold":
+                store.absorb(fresh, cache)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     eager, cold, warm = found["eager"], found["cold"], found["warm"]
     ours, theirs = warm.pop("given"), eager.pop("given")
     cold.pop("given")
@@ -323,6 +338,9 @@ def _start(
     started = time.perf_counter()
     with Child(log, threads or machine.cores(), cache) as child:
         launch = child.ask("open", DEADLINE_S, plugin=engine, params=dict(params), model=asdict(_absolute(model)))
+        for each in traffic:
+            rows = [row.as_json() for row in each.rows]
+            child.ask("warm", DEADLINE_S, rows=rows, batch=each.batch, new_tokens=each.new_tokens)
         first = [_speed(child, each, 1)[0] for each in traffic]
         total = time.perf_counter() - started
         facts = child.ask("facts", 30)
@@ -346,7 +364,7 @@ def _start(
             after = child.ask("facts", 30)
             switches.append({"adapter": adapter, **took, "first_answers_s": again, "recompiles": after["recompiles"]})
     graphs = facts.get("compile_time", 0.0) + facts.get("warm_start", 0.0)
-    answers = sum(r["request_duration_ms"] for r in first) / 1e3 - graphs
+    answers = sum(r["request_duration_ms"] for r in first) / 1e3
     parts = {"load": launch["model_loading_time"], "graphs": graphs, "answers": answers}
     return {
         "total": total,

@@ -11,9 +11,10 @@ from pathlib import Path
 from peftopt import corpus, environments, plugins
 from peftopt.adapter import EMBEDDINGS, PREFIX, Adapter, check_mergeable, open_adapter
 from peftopt.checkpoint import open_model
+from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.provenance import read as read_provenance
-from peftopt.records import SAFETENSORS, YAML, Json, Recipe, task_name
+from peftopt.records import SAFETENSORS, YAML, Json, Recipe, Step, task_name
 
 
 def check(recipe: Recipe) -> None:
@@ -23,16 +24,46 @@ def check(recipe: Recipe) -> None:
     check_base(Path(recipe.base), quantized=not transforms)
     merges = [v.name for v in recipe.variants.values() if any(s.technique == "merge" for s in v.steps)]
     check_adapter(Path(recipe.adapter), Path(recipe.base), merges)
+    _check_libraries(recipe)
+    texts = corpus.read(str(corpus.calibration_file(recipe.calibration))) if recipe.calibration else []
+    for name, variant in recipe.variants.items():
+        for n, step in enumerate((*variant.steps, variant.engine)):
+            check_step(step, Path(recipe.base), variant.steps[:n], texts, f"variant {name}: ")
     for workload in recipe.workloads.values():
         corpus.read(workload.prompts, workload.slice)
     if recipe.quality:
         rows = corpus.read(recipe.quality.prompts, recipe.quality.slice)
         if recipe.calibration:
-            texts = corpus.read(str(corpus.calibration_file(recipe.calibration)))
             corpus.check_apart(rows, texts, recipe.calibration)
         if recipe.quality.schema:
             schema(recipe.quality.schema)
         _check_tasks(recipe, recipe.quality.tasks)
+
+
+def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Row], who: str = "") -> None:
+    """Ask a plug-in whether it can do its step on that base at all: see peftopt.transforms."""
+    source = plugins.module(step.kind, step.plugin)
+    if not hasattr(source, "check"):
+        return
+    try:
+        source.check(base, source.Params(**step.params), before, rows)
+    except BadInput as error:
+        raise BadInput(f"{who}{step.plugin}: {error.message}", error.hint) from error
+
+
+def _check_libraries(recipe: Recipe) -> None:
+    """Raises MissingEnvironment for what steps and engines need and this machine lacks, all of it at once."""
+    found: dict[str, list[str]] = {}
+    hints: dict[str, None] = {}
+    for name, variant in recipe.variants.items():
+        for step in (*variant.steps, variant.engine):
+            what, hint = environments.lacking(plugins.catalogue()[step.plugin])
+            if what:
+                found.setdefault(f"{step.plugin} needs {', '.join(what)}", []).append(name)
+                hints[hint] = None
+    if found:
+        lacks = "; ".join(f"{what} (variant {', '.join(dict.fromkeys(names))})" for what, names in found.items())
+        raise MissingEnvironment(f"not installed: {lacks}", f"{'; '.join(hints)}; or leave those variants out")
 
 
 def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:

@@ -42,8 +42,8 @@ class Store:
         return self.root / "artifacts" / artifact_id[:2] / artifact_id
 
     def cache(self, artifact_id: str) -> Path:
-        """Where an engine may keep what it compiles for this model (not part of the artifact)."""
-        return self.root / "cache" / (artifact_id[:16] or "source")
+        """Where an engine may keep what it compiles for this model (not part of the artifact); see `claim`."""
+        return claim(self.root / "cache" / (artifact_id[:16] or "source"))
 
     def find(self, build: Build) -> Artifact | None:
         """The artifact, its files checked against their hash; a damaged one is set aside and counts as missing."""
@@ -168,6 +168,50 @@ def write(path: Path, text: str) -> None:
         os.fsync(handle.fileno())
     temporary.replace(path)
     _sync(path.parent)
+
+
+MARK = "written-on"
+"""A compile cache's note of the machine that it was made on."""
+
+
+def claim(folder: Path) -> Path:
+    """A folder for compiled graphs, made where there is none. Whoever loads a graph runs it, and torch keeps them as
+    pickles: so raises BadInput for a folder that another user or another machine has filled."""
+    mark, here = folder / MARK, _machine()
+    if folder.is_dir() and any(folder.iterdir()):
+        owner, written = folder.stat().st_uid, mark.read_text(encoding="utf-8") if mark.is_file() else ""
+        if owner != os.getuid() or written != here:
+            whose = "belongs to another user" if owner != os.getuid() else "was not written on this machine"
+            hint = "what a compile cache holds is run: remove the folder, and it is compiled again here"
+            raise BadInput(f"the compile cache {folder} {whose}", hint)
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(mark, here)
+    except OSError as error:
+        raise MissingEnvironment(
+            f"cannot keep compiled graphs in {folder}: {error.strerror}", "make its folder writable"
+        ) from error
+    return folder
+
+
+def _machine() -> str:
+    """What tells this machine from others."""
+    import uuid
+
+    with contextlib.suppress(OSError):
+        if found := Path("/etc/machine-id").read_text(encoding="utf-8").strip():
+            return found
+    return f"{uuid.getnode():x}"
+
+
+def absorb(folder: Path, into: Path) -> None:
+    """Move the files of a folder into another on the same disk, each whole, over those of the same name."""
+    for file in [f for f in folder.rglob("*") if f.is_file()]:
+        target = into / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def size(folder: Path) -> int:

@@ -107,6 +107,13 @@ class Worker:
             **memory.gpu(),
         }
 
+    def warm(self, rows: list[Json], batch: int, new_tokens: int, timed: bool = True) -> dict[str, Json]:
+        """Have an engine that compiles do so for every shape that batches out of these rows can have."""
+        if hasattr(self.engine, "warm"):
+            lengths = [len(self.engine.encode(row_from(row).messages)[0]) for row in rows]
+            self.engine.warm(lengths, batch, new_tokens, timed)
+        return {}
+
     def speed(
         self,
         batches: list[list[Json]],

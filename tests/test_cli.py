@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,9 @@ from conftest import make_lora
 from safetensors.torch import load_file, save_file
 from test_run import RECIPE, command, prompts
 
-from peftopt import plugins
+from peftopt import console, environments, machine, plugins, store
+from peftopt.engines import compiled
+from peftopt.records import Plugin
 
 
 @pytest.fixture
@@ -179,6 +183,7 @@ def test_results_that_cannot_be_written_are_an_environment_error(
         ("merge", "--base", "missing", "--adapter", "missing", "--out", "o"),
         ("bench", "--model", "missing", "--prompts", "missing.jsonl"),
         ("compile", "--model", "missing"),
+        ("compile", "--model", "missing", "--set", "regions=perhaps"),
         ("new", "x.yaml", "--like", "nothing"),
         ("no-such-verb",),
         ("run",),
@@ -193,6 +198,54 @@ def test_bad_usage_is_exit_2_and_no_traceback(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ("[merge, {gptq: {group_size: 128}}]", "variant odd: gptq: group_size: 128 does not divide the input width"),
+        ("[merge, {awq: {group_size: 128, keep: o_proj}}]", "variant odd: awq: group_size: 128 does not divide"),
+        ("[merge, {gptq: {samples: 2}}]", "variant odd: gptq: the calibration text is too short"),
+        ("[merge, {w8a8: {max_tokens: 8}}]", "tokens in 32 rows, and it takes 512"),
+        ("[merge, fp8, {engine: vllm}]", "variant odd: vllm: vLLM has no kernels for FP8 on a CPU"),
+        ("[merge, nf4, {engine: vllm}]", "vLLM has no kernels for bitsandbytes on a CPU"),
+    ],
+)
+def test_what_cannot_be_built_or_run_is_said_before_anything_is(
+    steps: str, says: str, recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environments, "lacking", lambda _: ([], ""))
+    monkeypatch.setattr(machine, "gpus", list)
+    texts = prompts(recipe.parent / "calibration.jsonl", 40, "calibration").name
+    text = recipe.read_text().replace("int8: [merge, int8]", f"odd: {steps}") + f"calibration: {texts}\n"
+    recipe.write_text(text)
+    results = recipe.parent / "results"
+    for verb in ("check", "run"):
+        assert command(verb, recipe, "--results", results) == 2
+        assert says in errors(capsys)
+    assert not list(results.glob("artifacts/*"))
+
+
+def test_calibration_text_is_counted_without_torch(recipe: Path) -> None:
+    texts = prompts(recipe.parent / "calibration.jsonl", 4, "calibration").name
+    recipe.write_text(recipe.read_text().replace("int8]", "w8a8]") + f"calibration: {texts}\n")
+    code = "import sys; from peftopt.cli import main; main()"
+    run = [sys.executable, "-X", "importtime", "-c", code, "check", recipe]
+    said = subprocess.run(run, stderr=subprocess.PIPE, text=True, check=False).stderr
+    assert "the calibration text is too short" in " ".join(said.split()) and "| torch" not in said
+
+
+def test_what_a_step_needs_and_is_not_installed_is_said_before_anything_is_built(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacking(plugin: Plugin) -> tuple[list[str], str]:
+        return (["torchao"], "pip install torchao") if plugin.name == "int8" else ([], "")
+
+    monkeypatch.setattr(environments, "lacking", lacking)
+    for verb in ("check", "run"):
+        assert command(verb, recipe, "--results", recipe.parent / "results") == 4
+        said = errors(capsys)
+        assert "int8 needs torchao (variant int8" in said and "pip install torchao" in said
+
+
 def test_new_writes_a_recipe_with_the_users_paths_once(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +256,23 @@ def test_new_writes_a_recipe_with_the_users_paths_once(
     text = (recipe.parent / "mine.yaml").read_text()
     assert "base: base" in text and "adapter: lora" in text and "prompts: eval.jsonl" in text
     assert command("new", "mine.yaml") == 2
+
+
+def test_off_a_terminal_progress_is_lines_with_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter([0.0, 10.0, 600.0, 700.0, 700.0])
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
+    with console.Console().progress("race", 20) as show:
+        for done in (1, 5, 6, 10, 20):
+            show(done, "merged")
+    lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "race 5/20, 30 s left merged",
+        "race 6/20, 23 min left merged",
+        "race 10/20, 12 min left merged",
+        "race 20/20 merged",
+    ]
 
 
 def test_doctor_names_every_plug_in(capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +356,14 @@ def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(
 ) -> None:
     monkeypatch.chdir(recipe.parent)
     before = {f.name: f.read_bytes() for f in (recipe.parent / "base").iterdir()}
+    make_lora(recipe.parent / "base", recipe.parent / "other", std=0.2)
     arguments = ("--model", "base", "--prompts", "eval.jsonl", "--new-tokens", 3, "--threads", 1)
+    arguments += ("--adapter", "lora", "--adapter", "other", "--set", "prompt_buckets=40, 80", "--set", "cache_len=96")
+    cache = recipe.parent / "base.compiled"
+    older = compiled._graphs_of(store.claim(cache)) / "for-an-adapter.step", cache / "steps" / "old" / "x.step"
+    for file in older:
+        file.parent.mkdir(parents=True)
+        file.touch()
     assert command("compile", *arguments, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert Path(found["cache"]) == recipe.parent / "base.compiled" and found["cache_bytes"] > 0
@@ -294,10 +371,14 @@ def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(
         parts = [found[start][part] for part in ("imports", "load", "graphs", "answers")]
         assert found[start]["total"] == pytest.approx(sum(parts)) and min(parts[0], parts[1], parts[3]) > 0
     cold, warm = found["cold"]["facts"], found["warm"]["facts"]
-    assert (cold["graphs"], cold["graph_breaks"], cold["recompiles"]) == (1, 0, 0)
+    assert (cold["graphs"], cold["graph_breaks"], cold["recompiles"]) == (2, 0, 0)
     assert "warm_start" not in cold and "compile_time" not in warm, "the second process compiled nothing"
-    assert warm["log"] == ["batch 1, cache 128: started from the compile cache"]
+    shapes = ("batch 1, cache 96", "batch 1, cache 96, prompts up to 40")
+    assert warm["log"] == [f"{shape}: started from the compile cache" for shape in shapes]
+    assert [file.exists() for file in older] == [True, False], "what is valid for others stays"
     assert found["kl"] < 0.01 and found["greedy_match"] > 0.5 and found["prompts"] == 6
+    (switch,) = found["switches"]
+    assert (switch["adapter"], switch["recompiles"]) == ("other", 0) and switch["adapter_switch_time"] > 0
     (one,) = found["traffic"]
     assert one["tpot_ms"] > 0 and one["eager_tpot_ms"] > 0
     assert {f.name: f.read_bytes() for f in (recipe.parent / "base").iterdir()} == before

@@ -81,6 +81,8 @@ def test_a_recorded_step_starts_from_the_compile_cache(tiny_base: Path, tmp_path
 @pytest.mark.parametrize("method", ["int8", "bnb8", "nf4", "fp8"])
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
 def test_quantized_weights_answer_on_the_gpu(method: str, engine: str, tiny_base: Path, tmp_path: Path) -> None:
+    if (method, engine) == ("bnb8", "compiled"):
+        pytest.skip("refused: see tests/test_plugins.py")
     for library in plugins.catalogue()[method].needs:
         pytest.importorskip(library)
     model = quantized(method, tiny_base, tmp_path / method)

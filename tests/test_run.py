@@ -316,14 +316,13 @@ def test_a_variant_that_cannot_be_built_is_a_record_and_the_run_goes_on(
     ran: tuple[Path, Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, results, _ = ran
-    text = recipe.read_text().replace("int8: [merge, int8]", "gptq4: [merge, {gptq: {group_size: 128}}]")
-    text += f"calibration: {prompts(tmp_path / 'calibration.jsonl', 4, 'calibration')}\n"
+    text = recipe.read_text().replace("int8: [merge, int8]", "gptq4: [merge, {int8: {keep: no_such_layer}}]")
     (tmp_path / "odd.yaml").write_text(text)
     shutil.copytree(results / "artifacts", tmp_path / "results" / "artifacts")
     assert command("run", tmp_path / "odd.yaml", "--results", tmp_path / "results", "--quiet") in (0, 1, 3)
     failed = lines(tmp_path / "results", "failure")
     assert [(m["variant"], m["values"]["reason"]) for m in failed] == [("gptq4", "refused")]
-    assert "128" in failed[0]["values"]["detail"]
+    assert "no_such_layer" in failed[0]["values"]["detail"]
     decision = json.loads((run_folder(tmp_path / "results") / "decision.json").read_text())
     outcomes = {v["name"]: v["outcome"] for v in decision["variants"]}
     assert outcomes["gptq4"] == "not judged" and outcomes["merged"] != "not judged"

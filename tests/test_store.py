@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,34 @@ def test_the_temporary_folder_of_a_dead_builder_is_removed(tmp_path: Path) -> No
     with home.locked(BUILD):
         home.build(BUILD, make)
     assert not orphan.exists()
+
+
+def test_a_compile_cache_is_used_by_who_filled_it_and_by_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = store.claim(tmp_path / "model.compiled")
+    (folder / "steps").mkdir()
+    assert store.claim(folder) == folder
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="another user"):
+        patch.setattr(os, "getuid", lambda: -1)
+        store.claim(folder)
+    with monkeypatch.context() as patch, pytest.raises(BadInput, match="not written on this machine") as refused:
+        patch.setattr(store, "_machine", lambda: "elsewhere")
+        store.claim(folder)
+    assert "remove the folder" in refused.value.hint
+    (tmp_path / "downloaded.compiled" / "steps").mkdir(parents=True)
+    with pytest.raises(BadInput, match="not written on this machine"):
+        store.claim(tmp_path / "downloaded.compiled")
+
+
+def test_one_cache_takes_in_another(tmp_path: Path) -> None:
+    for name, text in (("old/a/1", "old"), ("old/b/2", "stays"), ("new/a/1", "new"), ("new/c/d/3", "new")):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    store.absorb(tmp_path / "new", tmp_path / "old")
+    found = {str(f.relative_to(tmp_path)): f.read_text() for f in tmp_path.rglob("*") if f.is_file()}
+    assert found == {"old/a/1": "new", "old/b/2": "stays", "old/c/d/3": "new"} and not (tmp_path / "new").exists()
 
 
 def test_a_torn_last_line_is_dropped_with_notice_and_the_rest_kept(tmp_path: Path) -> None:

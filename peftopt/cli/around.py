@@ -15,7 +15,7 @@ from peftopt.errors import ENVIRONMENT, BadInput
 @app.command()
 def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], results: Results = Path("results")) -> None:
     """Say everything that is wrong with a recipe and its files, and what it would do; runs nothing."""
-    from peftopt import environments, plugins, preflight, store
+    from peftopt import environments, preflight, store
     from peftopt import plan as planning
     from peftopt.console import Console
 
@@ -28,16 +28,8 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
     console.say(f"{recipe}: {len(parsed.variants)} variants, {len(plan.builds)} artifacts to build or reuse")
     for variant in parsed.variants.values():
         chain = [step.plugin for step in (*variant.steps, *variant.policies)] or ["base + adapter"]
-        steps = (*variant.steps, variant.engine)
-        needs = [environments.lacking(plugins.catalogue()[s.plugin]) for s in steps]
-        note = "".join(f"  needs {', '.join(what)}{how and f': {how}'}" for what, how in _once(needs))
         mark = "  (baseline)" if variant.name == parsed.baseline else ""
-        console.say(f"  {variant.name:<16} {' -> '.join(chain)}, on {variant.engine.plugin}{mark}{note}")
-
-
-def _once(needs: list[tuple[list[str], str]]) -> list[tuple[list[str], str]]:
-    """What is lacking, each said once."""
-    return [need for n, need in enumerate(needs) if need[0] and need not in needs[:n]]
+        console.say(f"  {variant.name:<16} {' -> '.join(chain)}, on {variant.engine.plugin}{mark}")
 
 
 @app.command()

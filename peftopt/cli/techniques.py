@@ -239,13 +239,23 @@ def compile_(
     batch: Annotated[list[int], typer.Option(help="Batch sizes to compile for; repeat the option.")] = [1],  # noqa: B006
     new_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 32,
     threads: Annotated[int, typer.Option(help="Threads per process; 0 = all cores.")] = 0,
+    settings: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A parameter of the compiled engine, such as mode, cache_len, prompt_buckets, regions, fullgraph or "
+            "dynamic; repeat for more.",
+        ),
+    ] = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
     """torch.compile a model and keep the compile cache beside it; says what cold and warm starts cost."""
-    from peftopt import corpus, oneshot, preflight
+    from peftopt import corpus, oneshot, plugins, preflight
 
     preflight.check_base(model, quantized=True)
     params: dict[str, Any] = {}
+    asked = _params(plugins.catalogue()["compiled"], {}, settings)
     if workload is not None:
         recipe, _ = read_recipe(workload)
         steps = [v.engine for v in recipe.variants.values() if v.engine.plugin == "compiled"]
@@ -260,7 +270,7 @@ def compile_(
         loads = [oneshot.Traffic(rows, b, new_tokens) for b in batch]
     served, others = (adapter or [])[:1], (adapter or [])[1:]
     opened = _model(model, served[0] if served else None)
-    found = oneshot.compile_model(opened, params, loads, threads, list(map(str, others)))
+    found = oneshot.compile_model(opened, {**params, **asked}, loads, threads, list(map(str, others)))
     print_lines(f"compiled {model}", _compile_lines(found), found, as_json)
 
 

@@ -7,7 +7,8 @@ machine will do its `DEVICE` ("cuda"), a frozen dataclass `Params`, and
     def prepare(model: Model) -> None                       # imports what `open` needs, and no more
     def open(model: Model, params: Params) -> Engine
 
-Heavy imports stay inside functions.
+and, where something can be told to be impossible before anything is built, `check` as transforms have it. Heavy imports
+stay inside functions.
 """
 
 from __future__ import annotations
@@ -98,9 +99,11 @@ class Ready(Protocol):
     One that is served by other processes has `processes()`, their ids, whose memory is the model's; or `remote = True`
     where they are not ours to look at; one that can be put under load says `SERVES = True` in its file and has
     `load(prompts, new_tokens, stop, at, users)`: see engines/endpoint.py. `switch(adapter)` puts another adapter in the
-    place of its own, in seconds.
+    place of its own, in seconds. `warm(lengths, rows, new_tokens, timed)` compiles for whatever batches of so many
+    `rows`, out of prompts of those lengths, may need: every shape where they are `timed`, else one that holds them all.
     """
 
     def facts(self) -> Mapping[str, Json]:
         """Numbers by name ("compile_time" and "warm_start" in seconds, "graphs", "graph_breaks", "recompiles",
-        "uncompiled" requests) become figures of the report; the sentences under "log" are shown with them."""
+        "uncompiled" requests, "eager_prompts") become figures of the report; the sentences under "log" are shown with
+        them."""

@@ -1,4 +1,4 @@
-"""A decode loop of our own around one compiled step: static key-value cache, arg-max inside the graph."""
+"""A decode loop of our own around a compiled prompt and a compiled step: static cache, arg-max in the graph."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +26,11 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 RECORDING = ("reduce-overhead", "max-autotune")
 """Modes that send a step to the GPU as one CUDA graph."""
 ATTENTIONS = ("auto", "fused", "sdpa", "eager")
+AUTO, EAGERLY = "auto", "none"
 SHORTEST = 128
 """Tokens; the least length of a cache that sizes itself."""
+SELDOM = 0.01
+"""Of a workload's requests: lengths that no more of them have are not compiled for."""
 FEW_ROWS = 16
 """Rows up to which INT8 weights are multiplied as they are; for more it pays to unpack them first."""
 OPTIONS = {"cpp.dynamic_threads": True, "realize_reads_threshold": 0, "realize_opcount_threshold": 4}
@@ -43,10 +47,13 @@ class Params:
 
     `cache_len`: tokens the cache holds; a longer request is answered uncompiled, and counted. 0 takes the next power
     of two. `graphs`: the most shapes to compile for; further ones are answered uncompiled too.
+    `prompt_buckets`: the lengths that prompts are padded to, each compiled for: "128, 192"; "auto" takes powers of two
+    and the lengths half way between them; "none" runs prompts eagerly. So do prompts longer than the longest, and
+    those of further lengths after `prompt_graphs` of them; they are counted.
     `regions`: trace and compile a layer once and use it for all: half the time to compile, and some 4 % slower tokens,
     since nothing is fused across layers.
-    `attention`: "fused" (written out for one token), "sdpa", "eager" or "auto": on a CPU "fused" where the architecture
-    is known to allow it, else "eager"; elsewhere the model's own.
+    `attention`, of the step: "fused" (written out for one token), "sdpa", "eager" or "auto": on a CPU "fused" where the
+    architecture is known to allow it, else "eager"; elsewhere the model's own. Prompts always run with the model's own.
     `device` as in `eager`.
     """
 
@@ -55,6 +62,8 @@ class Params:
     dynamic: bool = False
     cache_len: int = 0
     graphs: int = 4
+    prompt_buckets: str = AUTO
+    prompt_graphs: int = 4
     regions: bool = False
     attention: str = "auto"
     device: str = "auto"
@@ -68,7 +77,24 @@ def open(model: Model, params: Params) -> Compiled:
     for name, value, known in (("mode", params.mode, MODES), ("attention", params.attention, ATTENTIONS)):
         if value not in known:
             raise BadInput(f"{name}: {value!r} is unknown", f"use one of {', '.join(known)}")
+    buckets(params.prompt_buckets, 1)
     return Compiled(model, params)
+
+
+def buckets(asked: str, room: int) -> list[int]:
+    """The lengths that prompts are padded to in a cache of `room` tokens, ascending. Raises BadInput for no lengths."""
+    if asked == EAGERLY:
+        return []
+    if asked == AUTO:
+        lengths = [room, *(size for power in range(5, 31) for size in (2**power, 3 * 2 ** (power - 1)))]
+    else:
+        try:
+            lengths = [int(text) for text in asked.split(",")]
+        except ValueError:
+            lengths = [0]
+        if min(lengths) < 2:
+            raise BadInput(f"prompt_buckets: {asked!r} holds no lengths", 'write "128, 256", or auto, or none')
+    return sorted({length for length in lengths if length <= room})
 
 
 PLAIN = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "olmo2", "gemma")
@@ -76,6 +102,9 @@ PLAIN = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "olmo2", "gemm
 
 Shape = tuple[int, int]
 """Rows and cache length of a graph."""
+
+PromptShape = tuple[int, int, int]
+"""Rows, cache length, and the length that prompts are padded to."""
 
 
 class _State(NamedTuple):
@@ -90,8 +119,19 @@ class _State(NamedTuple):
     values: list[Any]
 
 
+class _Prompt(NamedTuple):
+    """What a prompt's graph works on: `ids`, `mask` and `position` [rows, bucket], padded on the left to the longest
+    prompt and on the right to the bucket; `last` [1], the place of the last token."""
+
+    ids: Any
+    mask: Any
+    position: Any
+    last: Any
+
+
 class Compiled(eager.Transformers):
-    """The prompt runs eagerly, as in `eager`; each further token is one call of a graph compiled for its shape.
+    """The prompt is one call of a graph compiled for its rows and its length, padded to a bucket; each further token is
+    one call of another.
 
     Where the graph is whole, it is compiled ahead of time, and kept in TORCHINDUCTOR_CACHE_DIR where that is set: a
     later process starts from it without tracing anything. Its guards are left out, since we know the shapes.
@@ -101,6 +141,9 @@ class Compiled(eager.Transformers):
         super().__init__(model, params.device, unpacked=True)
         if self._one_by_one:
             raise BadInput("prompt methods (p-tuning, prefix, …) cannot be compiled here", "use the eager engine")
+        if any(type(module).__name__ == "Linear8bitLt" for module in self._model.modules()):
+            what = "LLM.int8() (bnb8) sets its weights anew at every call, which no graph can hold"
+            raise BadInput(what, "quantize with int8 to compile, or use the eager engine")
         self._params, self._backend = params, backend
         self._inner = self._owners[-1]  # below PEFT's wrapper, whose own forward adds nothing to LoRA's layers
         self._longest = _longest(self._inner.config)
@@ -113,7 +156,10 @@ class Compiled(eager.Transformers):
         if params.regions:
             _share_layers(self._inner)
         self._steps: dict[Shape, tuple[Callable[..., Any], _State]] = {}
-        self._any_shape: Callable[..., Any] | None = None
+        self._prompts: dict[PromptShape, tuple[Callable[..., Any], _Prompt]] = {}
+        self._warmed: set[Shape] = set()
+        self._any_shape: dict[Callable[..., Any], Callable[..., Any]] = {}
+        self._eager_prompts: Counter[str] = Counter()
         self._uncompiled: Counter[str] = Counter()
         self._recompiled: Counter[str] = Counter()
         self._log: list[str] = []
@@ -126,11 +172,12 @@ class Compiled(eager.Transformers):
         import torch
 
         shape = self._shape(len(prompts), max(map(len, prompts)) + new_tokens, timed=not stop)
-        if shape is None:
+        if isinstance(shape, str):
+            self._uncompiled[shape] += 1
             return super().generate(prompts, new_tokens, stop)
         with torch.inference_mode():
             step, state = self._step(shape)
-            tokens = self._prefill(_filled_up(prompts, shape), state).argmax(-1)
+            tokens = self._prefill(_filled_up(prompts, shape), shape, state, timed=not stop).argmax(-1)
             columns, times = [tokens.tolist()], [time.perf_counter_ns()]
             eos = self.eos if stop else frozenset()
             going = [row for row in range(len(prompts)) if columns[0][row] not in eos]
@@ -144,19 +191,24 @@ class Compiled(eager.Transformers):
         return [eager._trimmed(list(row), times, eos) for row in rows]
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
-        """Feed the answers to the compiled step, token by token: these are the predictions of the graph itself."""
+        """Feed the answers to the compiled step, token by token: these are the predictions of the graphs themselves."""
         import torch
 
         longest = max(map(len, answers))
         shape = self._shape(len(prompts), max(map(len, prompts)) + longest, timed=False)
-        if shape is None:
+        if isinstance(shape, str):
+            self._uncompiled[shape] += 1
             return super().score(prompts, answers)
         filled = _filled_up(answers, shape)
         given = torch.tensor([[*a, *[0] * (longest - len(a))] for a in filled], device=self._device)
         with torch.inference_mode():
             step, state = self._step(shape)
-            shared = eager._shared_prefix(prompts)
-            logits, columns = self._prefill(_filled_up(prompts, shape), state, shared), []
+            logits, columns = (
+                self._prefill(
+                    _filled_up(prompts, shape), shape, state, timed=False, shared=eager._shared_prefix(prompts)
+                ),
+                [],
+            )
             with self._decoding():
                 for column in range(longest):
                     columns.append(eager._scored(logits[: len(answers)], given[: len(answers), column].tolist()))
@@ -164,6 +216,25 @@ class Compiled(eager.Transformers):
                         state.token.copy_(given[:, column : column + 1])
                         logits = step(self._inner, *state)
         return [_row(columns[: len(answer)], row) for row, answer in enumerate(answers)]
+
+    def warm(self, lengths: Sequence[int], rows: int, new_tokens: int, timed: bool) -> None:
+        """Get ready for requests of `rows` prompts out of some of these lengths: compile, or load what an earlier
+        process compiled, for every bucket that the longest of them is likely to fall in. The largest serves what is
+        left, and what is not `timed`."""
+        import torch
+
+        self._warmed.clear()
+        seldom = math.ceil(len(lengths) * SELDOM ** (1 / rows))  # that many of all are no batch's longest
+        for longest in reversed(sorted(lengths)[max(min(rows, len(lengths)), seldom) - 1 :]):
+            if isinstance(shape := self._shape(rows, longest + new_tokens, timed), str):
+                continue
+            with torch.inference_mode():
+                self._step(shape)
+                if not isinstance(bucket := self._bucket(shape, longest, timed), str):
+                    self._prompt(bucket)
+            if not timed:
+                break
+        self._warmed |= self._steps.keys()
 
     def switch(self, adapter: str) -> float:
         """Serve another LoRA from now on; seconds it took. Raises BadInput for one that this engine cannot take.
@@ -182,8 +253,10 @@ class Compiled(eager.Transformers):
             hotswap_adapter(self._model, adapter, adapter_name="adapter0", torch_device=str(self._device))
         self._adapters = (adapter,)
         if _lora_shape(self._inner) != before:
-            self._recompiled["an adapter of another rank or scaling"] += len(self._steps)
+            self._recompiled["an adapter of another rank or scaling"] += len(self._steps) + len(self._prompts)
             self._steps.clear()
+            self._prompts.clear()
+            self._warmed.clear()
         return time.perf_counter() - started
 
     def facts(self) -> dict[str, Json]:
@@ -192,49 +265,82 @@ class Compiled(eager.Transformers):
         graphs, breaks, recompiles = (now - then for now, then in zip(_dynamo_counts(), self._before, strict=True))
         recompiles += self._recompiled
         uncompiled = [f"{n} requests answered uncompiled: {why}" for why, n in self._uncompiled.items()]
+        uncompiled += [f"{n} requests with an eager prompt: {why}" for why, n in self._eager_prompts.items()]
         return {
             **{name: seconds for name, seconds in self._seconds.items() if seconds},
-            "graphs": max(len(self._steps) if self._ahead else graphs.total(), 0),
+            "graphs": max(len(self._steps) + len(self._prompts) if self._ahead else graphs.total(), 0),
             "graph_breaks": breaks.total(),
             "recompiles": recompiles.total(),
             "uncompiled": self._uncompiled.total(),
+            "eager_prompts": self._eager_prompts.total(),
             "log": [
                 *self._log,
                 *(f"graph break ({n}): {why}" for why, n in breaks.items()),
-                *(f"recompiled: {why}" for why in recompiles),
+                *(f"recompiled ({n}): {why}" for why, n in recompiles.items()),
                 *uncompiled,
             ],
         }
 
     def close(self) -> None:
-        self._inner, self._any_shape = None, None
-        self._steps.clear()
+        self._inner = None
+        for graphs in (self._steps, self._prompts, self._any_shape):
+            graphs.clear()
         super().close()
 
     # ---- shapes ---------------------------------------------------------------------------------
 
-    def _shape(self, rows: int, length: int, timed: bool) -> Shape | None:
+    def _shape(self, rows: int, length: int, timed: bool) -> Shape | str:
         """The shape that answers so many rows of at most `length` tokens: rows padded to a power of two, the cache to
         its set length or a power of two. What is not `timed` takes a graph for more rows rather than have one compiled
-        for the last few. None for what has to run uncompiled: bounded shapes are bounded compiling."""
+        for the last few. Or why it has to run uncompiled: bounded shapes are bounded compiling."""
         batch = 2 ** (rows - 1).bit_length()
         room = self._params.cache_len or max(SHORTEST, 2 ** (length - 1).bit_length())
         fits = [s for s in self._steps if s[1] >= length and (s[0] == batch or (s[0] > batch and not timed))]
         if fits:
             return min(fits)
         if length > min(room, self._longest):
-            self._uncompiled[f"longer than the cache of {min(room, self._longest)} tokens"] += 1
-        elif len(self._steps) >= self._params.graphs:
-            self._uncompiled[f"more shapes than graphs: {self._params.graphs}"] += 1
-        else:
-            return batch, min(room, self._longest)
-        return None
+            return f"longer than the cache of {min(room, self._longest)} tokens"
+        if len(self._steps) >= self._params.graphs:
+            return f"more shapes than graphs: {self._params.graphs}"
+        return batch, min(room, self._longest)
+
+    def _bucket(self, shape: Shape, length: int, timed: bool) -> PromptShape | str:
+        """The graph for prompts of that length, in front of a step of that shape. What is not `timed` takes one for
+        longer prompts rather than have another compiled. Or why the prompts have to run eagerly, "" where they are
+        meant to."""
+        asked = self._params.prompt_buckets
+        enough = [bucket for bucket in buckets(asked, shape[1]) if bucket >= length]
+        there = [bucket for bucket in enough if (*shape, bucket) in self._prompts]
+        if not enough:
+            return "" if asked == EAGERLY else f"longer than the longest of prompt_buckets: {asked}"
+        full = len(self._prompts) >= self._params.prompt_graphs or shape in self._warmed
+        if there and (there[0] == enough[0] or full or not timed):
+            return *shape, there[0]
+        if len(self._prompts) >= self._params.prompt_graphs:
+            return f"more lengths than prompt_graphs: {self._params.prompt_graphs}"
+        return *shape, enough[0]
 
     def _step(self, shape: Shape) -> tuple[Callable[..., Any], _State]:
         if shape not in self._steps:
             state = self._empty(shape)
-            self._steps[shape] = self._ready(shape, state), state
+            with self._attending():
+                what = f"batch {shape[0]}, cache {shape[1]}"
+                self._steps[shape] = self._ready(_step, shape, state, self._attention, what), state
         return self._steps[shape]
+
+    def _prompt(self, shape: PromptShape) -> tuple[Callable[..., Any], _Prompt]:
+        import torch
+
+        if shape not in self._prompts:
+            rows, room, bucket = shape
+            ids, mask, position = (torch.ones(rows, bucket, dtype=torch.long, device=self._device) for _ in range(3))
+            prompt = _Prompt(ids, mask, position, torch.zeros(1, dtype=torch.long, device=self._device))
+            state = self._steps[rows, room][1]
+            what = f"batch {rows}, cache {room}, prompts up to {bucket}"
+            own = self._inner.config._attn_implementation
+            graph = self._ready(_read, shape, (*prompt, state.keys, state.values), own, what)
+            self._prompts[shape] = graph, prompt
+        return self._prompts[shape]
 
     def _empty(self, shape: Shape) -> _State:
         """The tensors that a graph of this shape works on, made once: CUDA graphs need them to stay where they are."""
@@ -258,12 +364,41 @@ class Compiled(eager.Transformers):
                 torch._dynamo.mark_static_address(each)
         return _State(whole(rows, 1), whole(rows, room), whole(rows, 1), whole(1), keys, values)
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], state: _State, shared: int = 0) -> Any:
-        """Run the prompts eagerly, and put their keys and values in place; logits [rows, vocabulary] of the next token.
+    def _prefill(
+        self, prompts: Sequence[Sequence[int]], shape: Shape, state: _State, timed: bool, shared: int = 0
+    ) -> Any:
+        """Run the prompts, and put their keys and values in place; logits [rows, vocabulary] of the next token.
 
-        Not compiled: it is all matrix products, which a graph does not make faster, and so any length will do. The
-        first `shared` tokens of all prompts are run once.
+        Where they run eagerly, the first `shared` tokens of all of them are run once.
         """
+        longest = max(map(len, prompts))
+        if isinstance(bucket := self._bucket(shape, longest, timed), tuple):
+            ids, mask = self._left_padded(prompts)
+            logits = self._read_compiled(ids, mask, bucket, state)
+        else:
+            self._eager_prompts.update([bucket] if bucket else [])
+            logits, mask = self._read_eagerly(prompts, state, shared)
+        state.mask[:, :longest].copy_(mask)
+        state.mask[:, longest:].fill_(1)
+        state.position.copy_(mask.sum(1, keepdim=True))
+        state.slot.fill_(longest)
+        state.token.copy_(logits.argmax(-1, keepdim=True))
+        return logits
+
+    def _read_compiled(self, ids: Any, mask: Any, bucket: PromptShape, state: _State) -> Any:
+        """No token sees the padding on its right, and the steps overwrite what that leaves in the cache."""
+        graph, prompt = self._prompt(bucket)
+        longest = ids.shape[1]
+        prompt.ids[:, :longest].copy_(ids)
+        prompt.ids[:, longest:].fill_(0)
+        prompt.mask[:, :longest].copy_(mask)
+        prompt.mask[:, longest:].fill_(1)
+        prompt.position.copy_((prompt.mask.cumsum(1) - 1).clamp(min=0))
+        prompt.last.fill_(longest - 1)
+        return graph(self._inner, *prompt, state.keys, state.values)
+
+    def _read_eagerly(self, prompts: Sequence[Sequence[int]], state: _State, shared: int) -> tuple[Any, Any]:
+        """Logits and the mask [rows, longest prompt]."""
         import torch
         from transformers import DynamicCache
 
@@ -282,17 +417,8 @@ class Compiled(eager.Transformers):
             use_cache=True,
             logits_to_keep=1,
         )
-        length = mask.shape[1]
-        for layer, keys, values in zip(cache.layers, state.keys, state.values, strict=True):
-            keys[:, :, :length].copy_(layer.keys)
-            values[:, :, :length].copy_(layer.values)
-        state.mask[:, :length].copy_(mask)
-        state.mask[:, length:].fill_(1)
-        state.position.copy_(mask.sum(1, keepdim=True))
-        state.slot.fill_(length)
-        logits = out.logits[:, -1]
-        state.token.copy_(logits.argmax(-1, keepdim=True))
-        return logits
+        _keep(cache, state.keys, state.values)
+        return out.logits[:, -1], mask
 
     # ---- compiling ------------------------------------------------------------------------------
 
@@ -303,48 +429,73 @@ class Compiled(eager.Transformers):
         whole = self._params.fullgraph and not self._params.dynamic and self._backend == "inductor"
         return whole and _can_compile_ahead()
 
-    def _ready(self, shape: Shape, state: _State) -> Any:
-        """The step for a shape, run once. Raises BadInput for a model that torch.compile cannot take in one graph."""
+    def _ready(
+        self,
+        function: Callable[..., Any],
+        shape: Shape | PromptShape,
+        arguments: Sequence[Any],
+        attention: str,
+        what: str,
+    ) -> Callable[..., Any]:
+        """The graph of a function of the model and `arguments`, run once. Raises BadInput for a model that
+        torch.compile cannot take in one graph."""
+        started = time.perf_counter()
+        file = self._kept(function, shape, attention)
+        graph, how = None, "compile_time"
+        if file is not None and file.exists():
+            try:
+                graph, how = self._loaded(file, arguments), "warm_start"
+            except Exception as error:  # noqa: BLE001 (whatever torch makes of a broken file)
+                self._log.append(f"{what}: the kept graph cannot be used ({type(error).__name__}), so compiled again")
+        if graph is None:
+            with _refusing():
+                graph = self._compiled(function, arguments)
+                graph(self._inner, *arguments)
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                whole = file.with_name(f"{file.name}.{os.getpid()}")  # a process that is killed leaves no half graph
+                graph.save_compiled_function(str(whole))
+                whole.replace(file)
+        if self._ahead and self._device.type == "cuda" and self._params.mode in RECORDING:
+            graph = _recorded(graph, self._inner, arguments)
+        seconds = time.perf_counter() - started
+        self._seconds[how] += seconds
+        said = "started from the compile cache" if how == "warm_start" else f"compiled in {seconds:.1f} s"
+        self._log.append(f"{what}: {said}")
+        return graph
+
+    def _loaded(self, file: Path, arguments: Sequence[Any]) -> Any:
+        import torch
+
+        with file.open("rb") as handle:
+            graph: Any = torch.compiler.load_compiled_function(handle)
+        graph.disable_guard_check()
+        graph(self._inner, *arguments)
+        return graph
+
+    def _compiled(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
         import torch
 
         build: Any = torch.compile  # its types promise no more than the function it is given
-        step: Any
-        started = time.perf_counter()
-        file = self._kept(shape)
-        warm = file is not None and file.exists()
-        with self._attending(), _refusing():
-            if not self._ahead:
-                settings: dict[str, Any] = {"fullgraph": self._params.fullgraph, "dynamic": self._params.dynamic}
-                settings |= {"mode": self._params.mode} if self._backend == "inductor" else {"backend": self._backend}
-                self._any_shape = self._any_shape or build(_step, **settings)
-                step = self._any_shape
-            elif file is not None and warm:
-                with file.open("rb") as handle:
-                    step = torch.compiler.load_compiled_function(handle)
-                step.disable_guard_check()
-            else:
-                # A mode and options exclude each other, but a mode is no more than options. CUDA graphs we record
-                # ourselves: torch's own would look at every call whether its inputs are still the same.
-                options = {**OPTIONS, **torch._inductor.list_mode_options(self._params.mode)}
-                options["triton.cudagraphs"] = False
-                options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-                step = build(_step, fullgraph=True, dynamic=False, options=options)
-                step = step.aot_compile(((self._inner, *state), {}))
-                if file is not None:
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    step.save_compiled_function(str(file))
-                step.disable_guard_check()
-            step(self._inner, *state)
-            if self._ahead and self._device.type == "cuda" and self._params.mode in RECORDING:
-                step = _recorded(step, self._inner, state)
-        seconds = time.perf_counter() - started
-        self._seconds["warm_start" if warm else "compile_time"] += seconds
-        how = "started from the compile cache" if warm else f"compiled in {seconds:.1f} s"
-        self._log.append(f"batch {shape[0]}, cache {shape[1]}: {how}")
-        return step
+        if not self._ahead:
+            settings: dict[str, Any] = {"fullgraph": self._params.fullgraph, "dynamic": self._params.dynamic}
+            settings |= {"mode": self._params.mode} if self._backend == "inductor" else {"backend": self._backend}
+            if function not in self._any_shape:
+                self._any_shape[function] = build(function, **settings)
+            return self._any_shape[function]
+        # A mode and options exclude each other, but a mode is no more than options. CUDA graphs we record ourselves:
+        # torch's own would look at every call whether its inputs are still the same.
+        options = {**OPTIONS, **torch._inductor.list_mode_options(self._params.mode)}
+        options["triton.cudagraphs"] = False
+        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
+        lazy: Any = build(function, fullgraph=True, dynamic=False, options=options)
+        graph: Any = lazy.aot_compile(((self._inner, *arguments), {}))
+        graph.disable_guard_check()
+        return graph
 
-    def _kept(self, shape: Shape) -> Path | None:
-        """Where the compiled step for this shape is kept. Weights are inputs of a graph: their values do not matter."""
+    def _kept(self, function: Callable[..., Any], shape: Shape | PromptShape, attention: str) -> Path | None:
+        """Where the compiled function for this shape is kept. Weights are inputs of a graph: their values do not
+        matter."""
         home = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         if not home or not self._ahead:
             return None
@@ -356,17 +507,14 @@ class Compiled(eager.Transformers):
             "shape": shape,
             "mode": self._params.mode,
             "regions": self._params.regions,
-            "options": OPTIONS,
-            "attention": self._attention,
+            "attention": attention,
             "config": self._inner.config.to_json_string(),
             "adapters": [identity.of_file(Path(a) / "adapter_config.json") for a in self._adapters],
             "tensors": tensors,
-            "versions": machine.versions(),
+            "function": function.__name__,
             "device": str(self._device),
-            "processor": machine.processor(),
-            "code": [inspect.getsource(part) for part in (_step, _linear, _fused, _share_layers)],
         }
-        return Path(home) / "steps" / f"{identity.of_value(shaping)[:32]}.step"
+        return _graphs_of(Path(home)) / f"{identity.of_value(shaping)[:32]}.step"
 
     def _decoding(self) -> contextlib.AbstractContextManager[None]:
         """A graph compiled ahead of time has its attention in it; one with guards looks at the model's setting."""
@@ -416,14 +564,40 @@ def _step(model: Any, token: Any, mask: Any, position: Any, slot: Any, keys: lis
     return logits
 
 
-def _recorded(step: Callable[..., Any], model: Any, state: _State) -> Callable[..., Any]:
-    """A compiled step as one CUDA graph: a single call sends all its kernels. It works on `state` where that lies."""
+def _read(model: Any, ids: Any, mask: Any, position: Any, last: Any, keys: list[Any], values: list[Any]) -> Any:
+    """The prompts, whose shapes are those of `_Prompt`: fills the cache's first places, and returns the logits
+    [rows, vocabulary] of each prompt's next token."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    cache = Cache(layers=[DynamicLayer() for _ in keys])
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask if len(ids) > 1 else None,  # a lone prompt has no padding before it
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=last,
+    ).logits[:, -1]
+    _keep(cache, keys, values)
+    return logits
+
+
+def _keep(cache: Any, keys: list[Any], values: list[Any]) -> None:
+    """Copy a cache that has grown into the first places of a static one."""
+    for layer, key, value in zip(cache.layers, keys, values, strict=True):
+        length = layer.keys.shape[2]
+        key[:, :, :length].copy_(layer.keys)
+        value[:, :, :length].copy_(layer.values)
+
+
+def _recorded(compiled: Callable[..., Any], model: Any, arguments: Sequence[Any]) -> Callable[..., Any]:
+    """A compiled function as one CUDA graph: a single call sends all its kernels, to work on tensors where they lie."""
     import torch
 
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        logits = step(model, *state)
+        logits = compiled(model, *arguments)
 
     def replay(*_: Any) -> Any:
         graph.replay()
@@ -447,7 +621,8 @@ def _linear(linear: Any, x: Any) -> Any:
     elif rows <= FEW_ROWS and x.dtype == scale.dtype == torch.bfloat16 and x.device.type == "cpu":
         out = torch._weight_int8pack_mm(x.reshape(rows, -1), weight, scale).view(*x.shape[:-1], -1)
     else:
-        out = torch.nn.functional.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+        # Scaled in fp32, the same number: else Inductor puts `_weight_int8pack_mm`, made for few rows, in its place.
+        out = (torch.nn.functional.linear(x, weight.to(x.dtype)).float() * scale.float()).to(x.dtype)
     return out if linear.bias is None else out + linear.bias
 
 
@@ -527,6 +702,29 @@ def _longest(config: Any) -> int:
     return int(min([*windows, getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31]))
 
 
+GRAPHS = "steps"
+"""The folder of kept graphs in a compile cache; below it, one folder for each state of what they were made by."""
+
+
+@lru_cache
+def _graphs_of(cache: Path) -> Path:
+    """Where graphs made by this code, with these libraries, on this processor are kept."""
+    made_by = {
+        "versions": machine.versions(),
+        "processor": machine.processor(),
+        "options": OPTIONS,
+        "code": [inspect.getsource(part) for part in (_step, _read, _keep, _linear, _fused, _share_layers)],
+    }
+    return cache / GRAPHS / identity.of_value(made_by)[:16]
+
+
+def drop_outdated(cache: Path) -> None:
+    """Remove the graphs that nothing can be started from any more."""
+    for folder in (cache / GRAPHS).glob("*"):
+        if folder != _graphs_of(cache):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @lru_cache
 def _can_compile_ahead() -> bool:
     """Whether this torch can; up to 2.11 it has to be told that it may."""
@@ -544,7 +742,7 @@ def _refusing() -> Iterator[None]:
 
     try:
         yield
-    except torch._dynamo.exc.Unsupported as error:
+    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
         cause = " ".join(str(error).split())[:300]
         hint = "fullgraph: false compiles around the breaks and counts them; or use the eager engine"
         raise BadInput(f"torch.compile cannot take this model in one graph: {cause}", hint) from error

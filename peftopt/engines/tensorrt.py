@@ -29,5 +29,7 @@ def open(model: Model, params: Params) -> compiled.Compiled:
         raise MissingEnvironment("TensorRT builds for NVIDIA GPUs, and PyTorch sees none", "use engine: compiled here")
     import torch_tensorrt  # noqa: F401 (importing it registers the backend)
 
-    settings = compiled.Params(fullgraph=False, cache_len=params.cache_len, graphs=params.graphs)
+    settings = compiled.Params(
+        fullgraph=False, cache_len=params.cache_len, graphs=params.graphs, prompt_buckets=compiled.EAGERLY
+    )
     return compiled.Compiled(model, settings, backend="torch_tensorrt")

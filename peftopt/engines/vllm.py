@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from peftopt import machine
 from peftopt.adapter import CONFIG
+from peftopt.corpus import Row
 from peftopt.engines import TOP_K, Scores, endpoint
 from peftopt.engines._server import Started, free_port
 from peftopt.errors import BadInput, WorkerFailed
-from peftopt.records import Json, Model
+from peftopt.records import Json, Model, Step
 
 TECHNIQUE = ""
 ENVIRONMENT = "vllm"
@@ -52,6 +54,20 @@ class Params:
 
 prepare = endpoint.prepare
 
+KERNELS_ON_GPUS = {"bnb8": "bitsandbytes", "nf4": "bitsandbytes", "fp8": "FP8"}
+"""Quantizers whose output vLLM runs on GPUs only, and what it is called: see `without_kernels`."""
+
+
+def check(base: Path, params: Params, before: Sequence[Step], rows: Sequence[Row]) -> None:
+    """Raises BadInput for a format that vLLM has no kernels for on a CPU: the last quantizer's, or the base's."""
+    formats = [KERNELS_ON_GPUS.get(step.plugin, "") for step in before if step.technique == "quantize"]
+    if not machine.gpus() and (format_ := formats[-1] if formats else without_kernels(str(base))):
+        raise _no_kernels(format_)
+
+
+def _no_kernels(format_: str) -> BadInput:
+    return BadInput(f"vLLM has no kernels for {format_} on a CPU", "int8, w8a8, gptq and awq run there")
+
 
 def open(model: Model, params: Params) -> Vllm:
     """Start a server and wait until it answers. Raises BadInput for adapters that it cannot serve, WorkerFailed
@@ -69,7 +85,7 @@ class Vllm(Started):
             raise BadInput("vLLM applies one adapter to a request", "merge several into one first: merge")
         device = "cuda" if _has_cuda() else "cpu"
         if device == "cpu" and (format_ := without_kernels(model.path)):
-            raise BadInput(f"vLLM has no kernels for {format_} on a CPU", "int8, w8a8, gptq and awq run there")
+            raise _no_kernels(format_)
         self._home, self._params, self.slots = model, params, params.max_num_seqs
         port, names = free_port(), tuple(name_of(a) for a in model.adapters)
         serving, variables = command(model, params, port, names)

@@ -164,6 +164,7 @@ _COUNTS = {
     "graph_breaks": "graph breaks",
     "recompiles": "recompiles",
     "uncompiled": "requests answered uncompiled",
+    "eager_prompts": "requests with an eager prompt",
     "break_even": "requests to break even",
 }
 

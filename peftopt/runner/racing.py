@@ -14,13 +14,13 @@ from peftopt.corpus import Row
 from peftopt.errors import WorkerFailed
 from peftopt.evidence import TWIN
 from peftopt.records import Json, Recipe, Variant, Workload
-from peftopt.runner.run import Run, load, try_twice, worker
+from peftopt.runner.run import Run, load, try_twice, warm, worker
 
 
 def race(run: Run, workload: Workload, ahead: Field | None = None) -> None:
     """Blocks in random order until every variant is decided, its references and the A/A arm alongside. The workers of
     the first blocks may have been started `ahead`."""
-    recipe, rows = run.recipe, corpus.read(workload.prompts, workload.slice)
+    recipe = run.recipe
     started, first = time.perf_counter(), _next_block(run, workload)
     with run.listener.progress(f"race {workload.name}", run.evidence.budget) as show:
         while wants := need.blocks(run.evidence, workload.name):
@@ -30,7 +30,7 @@ def race(run: Run, workload: Workload, ahead: Field | None = None) -> None:
                 for _ in range(recipe.measure.relaunch):
                     if not (wants := need.blocks(run.evidence, workload.name)):
                         break
-                    field_.block(_next_block(run, workload), wants, rows)
+                    field_.block(_next_block(run, workload), wants)
                     show(_next_block(run, workload), f"{len(wants)} variants")
     blocks = _next_block(run, workload) - first
     run.listener.done("race", f"{workload.name}, {blocks} blocks", time.perf_counter() - started)
@@ -53,6 +53,7 @@ class Field:
 
     def __init__(self, run: Run, workload: Workload) -> None:
         self.run, self.workload = run, workload
+        self.rows = corpus.read(workload.prompts, workload.slice)
         self.stack = contextlib.ExitStack()
         # kept for as long as its workers: the kernel ends a worker with the thread that started it
         self.pool = self.stack.enter_context(ThreadPoolExecutor(len(run.recipe.variants) + 1))
@@ -80,12 +81,12 @@ class Field:
         """Let the workers go, if that has not been done."""
         self.stack.close()
 
-    def block(self, number: int, wants: frozenset[str], rows: Sequence[Row]) -> None:
+    def block(self, number: int, wants: frozenset[str]) -> None:
         """One block: each arm once, in an order drawn from the seed and the block's number."""
         recipe = self.run.recipe
         arms = self._arms(wants)
         random.Random(f"{recipe.seed}/{self.workload.name}/{number}").shuffle(arms)
-        batches = draw(rows, self.workload, number, recipe)
+        batches = draw(self.rows, self.workload, number, recipe)
         self._start([arm for arm in arms if arm not in self.children.keys() | self.started.keys()])
         self._serve([arm for arm in arms if arm not in self.children and self._is_server(arm)])
         for order, arm in enumerate(arms):
@@ -170,6 +171,8 @@ class Field:
         if arm not in self.children:
             child = self.started.pop(arm, None) or self._worker(arm)
             self.run.log("launch", arm, load(self.run, self._variant(arm), child), self.workload.name)
+            if self._variant(arm).engine.technique:  # nothing may be compiled, or loaded, inside a timed request
+                warm(self.run, child, self.rows, self.workload.batch, self.workload.new_tokens)
             self.children[arm] = child
         return self.children[arm]
 

@@ -19,7 +19,7 @@ from peftopt.errors import WorkerFailed
 from peftopt.merging import certificate
 from peftopt.records import GENERIC, YAML, Build, Json, Model, Quality, Variant, task_name
 from peftopt.runner.racing import draw
-from peftopt.runner.run import Run, check_baseline, load, try_twice, worker
+from peftopt.runner.run import Run, check_baseline, load, try_twice, warm, worker
 from peftopt.runner.schedule import Job, work
 from peftopt.thresholds import TASK
 
@@ -313,16 +313,13 @@ class _Exam:
             self.run.log("engine", self.variant.name, found)
 
     def _compile(self) -> None:
-        """One request of each workload's shape and one of the answers', untimed."""
+        """Every shape of the workloads, and one that holds the answers."""
         recipe = self.run.recipe
-        shapes = [
-            (draw(corpus.read(workload.prompts, workload.slice), workload, 0, recipe)[0], workload.new_tokens)
-            for workload in recipe.workloads.values()
-        ]
-        shapes.append(([row.as_json() for row in self.rows[: self.batch]], self.quality.new_tokens))
         with self._opened() as child:
-            for batch, new_tokens in shapes:
-                child.ask("speed", recipe.measure.deadline_s, batches=[batch], new_tokens=new_tokens, warmup=1)
+            for workload in recipe.workloads.values():
+                rows = corpus.read(workload.prompts, workload.slice)
+                warm(self.run, child, rows, workload.batch, workload.new_tokens)
+            warm(self.run, child, self.rows, self.batch, self.quality.new_tokens, timed=False)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Child]:

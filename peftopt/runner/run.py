@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Protocol
 from peftopt import corpus, environments, identity, machine, plugins, preflight, store
 from peftopt import plan as planning
 from peftopt.child import Child
+from peftopt.corpus import Row
 from peftopt.errors import MissingEnvironment, WorkerFailed
 from peftopt.evidence import Evidence
 from peftopt.records import Json, Measurement, Model, Plan, Recipe, Variant
@@ -170,3 +171,9 @@ def load(run: Run, variant: Variant, child: Child) -> dict[str, Json]:
         model=asdict(run.model(variant)),
         policies=[{"plugin": p.plugin, "params": dict(p.params)} for p in variant.policies],
     )
+
+
+def warm(run: Run, child: Child, rows: Sequence[Row], batch: int, new_tokens: int, timed: bool = True) -> None:
+    """Have a worker whose engine compiles get ready for batches out of these rows."""
+    asked = [row.as_json() for row in rows]
+    child.ask("warm", run.recipe.measure.deadline_s, rows=asked, batch=batch, new_tokens=new_tokens, timed=timed)

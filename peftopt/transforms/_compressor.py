@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from peftopt import hf, progress, provenance
+from peftopt.corpus import Row
 from peftopt.errors import BadInput
 from peftopt.records import Json, Model
 from peftopt.transforms import _layers, _sensitivity
 
 NEEDS = ("torch", "transformers", "llmcompressor", "compressed_tensors", "accelerate")
 
+TEMPLATE = 24
+"""Tokens that a chat template puts around a message, at most."""
 FEWEST_TOKENS = 512
 """Calibration tokens below which the statistics of a layer's inputs are those of a few sentences."""
 
@@ -30,6 +33,32 @@ def check(bits: int = 4, group_size: int = 0, mixed: float = 0.0, samples: int =
         raise ValueError("mixed must be a share of the weights below 1, such as 0.2, and needs bits: 4")
     if samples < 1 or max_tokens < 1:
         raise ValueError("samples and max_tokens must be at least 1; 32 samples of 512 tokens are a good start")
+
+
+def check_inputs(folder: Path, params: Any, rows: Sequence[Row]) -> None:
+    """Raises BadInput for a group size that does not divide the layers' inputs, and for calibration rows that are too
+    short with any chat template around them, from files alone: neither torch nor a weight is touched."""
+    settings = asdict(params)
+    if "group_size" in settings:
+        _layers.check_group_size(folder, settings["group_size"], settings["keep"])
+    file = folder / "tokenizer.json"
+    if "samples" not in settings or not rows or not file.is_file():
+        return
+    from tokenizers import Tokenizer
+
+    encode, used = Tokenizer.from_file(str(file)), rows[: settings["samples"]]
+    texts = ["\n".join([*(m["content"] for m in row.messages), row.expected]) for row in used]
+    found = encode.encode_batch(texts, add_special_tokens=False)
+    counts = [len(f.ids) + TEMPLATE * (len(row.messages) + 1) for f, row in zip(found, used, strict=True)]
+    _check_tokens(sum(min(count, settings["max_tokens"]) for count in counts), len(used))
+
+
+def _check_tokens(tokens: int, rows: int) -> None:
+    if tokens < FEWEST_TOKENS:
+        raise BadInput(
+            f"the calibration text is too short: {tokens} tokens in {rows} rows, and it takes {FEWEST_TOKENS}",
+            "give more rows like the real traffic (or more of their tokens: samples, max_tokens), or generic",
+        )
 
 
 def quantize(
@@ -127,11 +156,7 @@ def _encoded(
         rows.append({name: value[:, inside] for name, value in row.items()})
     rows = [row for row in rows if row["input_ids"].numel()]
     tokens = sum(row["input_ids"].numel() for row in rows)
-    if tokens < FEWEST_TOKENS:
-        raise BadInput(
-            f"the calibration text is too short: {tokens} tokens in {len(used)} rows, and it takes {FEWEST_TOKENS}",
-            "give more rows like the real traffic, or --calibration generic",
-        )
+    _check_tokens(tokens, len(used))
     few = f"{tokens} calibration tokens for inputs up to {widest} wide: more texts would make a better model"
     return rows, provenance.calibrated(used, tokens), [few] * (tokens < widest)
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
+from peftopt.adapter import EMBEDDINGS
+from peftopt.checkpoint import open_model
 from peftopt.errors import BadInput
 
 GROUP_SIZES = (32, 64, 128)
@@ -40,6 +43,17 @@ def linear(config: Any) -> tuple[dict[str, tuple[int, int]], list[str]]:
     if not layers:
         raise BadInput(f"{type(empty).__name__} has no linear layers", "its layers are of a kind that is not quantized")
     return layers, heads
+
+
+def check_group_size(folder: Path, wanted: int, keep: str) -> None:
+    """Raises BadInput where `group_size` would, from the headers of the weights alone: of a model whose layers are all
+    named as projections. Others are looked at once they are built."""
+    matrices = {n: e.shape for n, e in open_model(folder).entries.items() if len(e.shape) == 2}
+    names = {name.removesuffix(".weight"): shape for name, shape in matrices.items()}
+    layers = {n: (shape[0], shape[1]) for n, shape in names.items() if n.rpartition(".")[2] not in EMBEDDINGS}
+    if layers and all(name.endswith("_proj") for name in layers):
+        spared, _ = kept(layers, keep)
+        group_size({name: shape for name, shape in layers.items() if name not in spared}, wanted)
 
 
 def units(layers: Shapes) -> list[list[str]]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftopt.records import Model
+from peftopt.corpus import Row
+from peftopt.records import Model, Step
 from peftopt.transforms import _compressor
 
 TECHNIQUE = "quantize"
@@ -33,6 +34,11 @@ class Params:
         if self.bits != 4:
             raise ValueError(f"bits must be 4 for awq, not {self.bits}; gptq and int8 have 8")
         _compressor.check(self.bits, self.group_size, self.mixed, self.samples, self.max_tokens)
+
+
+def check(base: Path, params: Params, before: Sequence[Step], rows: Sequence[Row]) -> None:
+    """What is wrong that files tell: see `_compressor.check_inputs`."""
+    _compressor.check_inputs(base, params, rows)
 
 
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from peftopt import hf, provenance
+from peftopt.corpus import Row
 from peftopt.errors import BadInput
-from peftopt.records import Model
+from peftopt.records import Model, Step
 from peftopt.transforms import _layers
 
 TECHNIQUE = "quantize"
@@ -32,6 +33,20 @@ class Params:
     group_size: int = 0
 
 
+def check(base: Path, params: Params, before: Sequence[Step], rows: Sequence[Row]) -> None:
+    """Raises BadInput for an unknown type, and for a group size that does not divide the layers' widths."""
+    _check_type(params)
+    if params.type == "int4":
+        _layers.check_group_size(base, params.group_size, "")
+
+
+def _check_type(params: Params) -> None:
+    if params.type not in TYPES:
+        raise BadInput(f"openvino_ir has no type {params.type!r}", f"use {', '.join(TYPES)}")
+    if params.group_size and params.type != "int4":
+        raise BadInput(f"group_size is for int4, not {params.type}", "leave it out")
+
+
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:
     """Trace the model and compress its weights with NNCF, as `optimum-cli export openvino --weight-format` does.
 
@@ -41,10 +56,7 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     """
     from transformers import AutoConfig
 
-    if params.type not in TYPES:
-        raise BadInput(f"openvino_ir has no type {params.type!r}", f"use {', '.join(TYPES)}")
-    if params.group_size and params.type != "int4":
-        raise BadInput(f"group_size is for int4, not {params.type}", "leave it out")
+    _check_type(params)
     refuse_adapters(model)
     hf.unquantized_config(model, "convert")
     notices: list[str] = []

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftopt.records import Model
+from peftopt.corpus import Row
+from peftopt.records import Model, Step
 from peftopt.transforms import _compressor
 
 TECHNIQUE = "quantize"
@@ -31,6 +32,11 @@ class Params:
         if not 0 <= self.smoothing <= 1:
             raise ValueError(f"smoothing must be between 0 (none) and 1, not {self.smoothing}")
         _compressor.check(samples=self.samples, max_tokens=self.max_tokens)
+
+
+def check(base: Path, params: Params, before: Sequence[Step], rows: Sequence[Row]) -> None:
+    """What is wrong that files tell: see `_compressor.check_inputs`."""
+    _compressor.check_inputs(base, params, rows)
 
 
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:
