@@ -24,7 +24,7 @@ def check(recipe: Recipe) -> None:
     check_base(Path(recipe.base), quantized=not transforms)
     merges = [v.name for v in recipe.variants.values() if any(s.technique == "merge" for s in v.steps)]
     check_adapter(Path(recipe.adapter), Path(recipe.base), merges)
-    _check_libraries(recipe)
+    _check_needs(recipe)
     texts = corpus.read(str(corpus.calibration_file(recipe.calibration))) if recipe.calibration else []
     for name, variant in recipe.variants.items():
         for n, step in enumerate((*variant.steps, variant.engine)):
@@ -51,8 +51,9 @@ def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Ro
         raise BadInput(f"{who}{step.plugin}: {error.message}", error.hint) from error
 
 
-def _check_libraries(recipe: Recipe) -> None:
-    """Raises MissingEnvironment for what steps and engines need and this machine lacks, all of it at once."""
+def _check_needs(recipe: Recipe) -> None:
+    """Raises MissingEnvironment for what steps and engines need and this machine lacks (libraries, environments,
+    devices), all of it at once."""
     found: dict[str, list[str]] = {}
     hints: dict[str, None] = {}
     for name, variant in recipe.variants.items():
@@ -60,10 +61,11 @@ def _check_libraries(recipe: Recipe) -> None:
             what, hint = environments.lacking(plugins.catalogue()[step.plugin])
             if what:
                 found.setdefault(f"{step.plugin} needs {', '.join(what)}", []).append(name)
-                hints[hint] = None
+                hints |= {hint: None} if hint else {}
     if found:
         lacks = "; ".join(f"{what} (variant {', '.join(dict.fromkeys(names))})" for what, names in found.items())
-        raise MissingEnvironment(f"not installed: {lacks}", f"{'; '.join(hints)}; or leave those variants out")
+        elsewhere = "leave those variants out, or run the recipe on a machine that has it"
+        raise MissingEnvironment(f"not on this machine: {lacks}", "; or ".join([*hints, elsewhere]))
 
 
 def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:

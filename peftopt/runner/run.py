@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from peftopt import corpus, environments, identity, machine, plugins, preflight, store
+from peftopt import corpus, environments, identity, plugins, preflight, store
 from peftopt import plan as planning
 from peftopt.child import Child
 from peftopt.corpus import Row
-from peftopt.errors import MissingEnvironment, WorkerFailed
+from peftopt.errors import WorkerFailed
 from peftopt.evidence import Evidence
 from peftopt.records import Json, Measurement, Model, Plan, Recipe, Variant
 
@@ -95,7 +95,6 @@ def planned(recipe: Recipe) -> tuple[Plan, str]:
     """The recipe's plan on its files as they are now, and the hash that names what it measures. Raises BadInput for
     files that cannot work."""
     preflight.check(recipe)
-    _check_devices(recipe)
     sources = {
         "base": identity.of_folder(Path(recipe.base)),
         "adapter": identity.of_folder(Path(recipe.adapter)),
@@ -103,17 +102,6 @@ def planned(recipe: Recipe) -> tuple[Plan, str]:
     }
     plan = planning.plan(recipe, sources, environments.versions())
     return plan, identity.of_value([asdict(plan), sources, _content(recipe)])[:8]
-
-
-def _check_devices(recipe: Recipe) -> None:
-    """Raises MissingEnvironment for a variant that this machine has no device for: no installing helps, and what the
-    others would be compared with is not there."""
-    known = plugins.catalogue()
-    for variant in recipe.variants.values():
-        for plugin in (known[step.plugin] for step in (*variant.steps, variant.engine)):
-            if device := machine.lacks(plugin.device):
-                hint = "run the recipe on a machine with one, or take the variant out"
-                raise MissingEnvironment(f"variant {variant.name}: {plugin.name} needs {device}", hint)
 
 
 def _content(recipe: Recipe) -> list[str]:
