@@ -316,7 +316,7 @@ def test_a_variant_that_cannot_be_built_is_a_record_and_the_run_goes_on(
     ran: tuple[Path, Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, results, _ = ran
-    text = recipe.read_text().replace("int8: [merge, int8]", "gptq4: [merge, {int8: {keep: no_such_layer}}]")
+    text = recipe.read_text().replace("int8: [merge, int8]", "gptq4: [merge, {fp8: {keep: no_such_layer}}]")
     (tmp_path / "odd.yaml").write_text(text)
     shutil.copytree(results / "artifacts", tmp_path / "results" / "artifacts")
     assert command("run", tmp_path / "odd.yaml", "--results", tmp_path / "results", "--quiet") in (0, 1, 3)
