@@ -95,9 +95,15 @@ def test_a_module_imports_only_from_above(path: Path) -> None:
     assert {name for name in used & set(LAYERS) if LAYERS.index(name) > own} == set()
 
 
+COMPILED = "merging/kernel.py"
+"""Its functions are numba's when it is imported, which happens inside functions only."""
+
+
 @pytest.mark.parametrize("path", modules(), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_heavy_libraries_are_imported_only_inside_functions(path: Path) -> None:
-    assert HEAVY & {name.split(".")[0] for name in imports(path, True)} == set()
+    used = set(imports(path, True))
+    assert path == ROOT / COMPILED or HEAVY & {name.split(".")[0] for name in used} == set()
+    assert "peftopt.merging.kernel" not in used
 
 
 @pytest.mark.parametrize("path", [p for p in modules() if layer(p) in PURE], ids=lambda p: p.stem)

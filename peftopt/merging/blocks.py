@@ -1,6 +1,6 @@
-"""Tensors from checkpoint to checkpoint in blocks of a million elements: little memory, one rounding.
+"""Tensors from checkpoint to checkpoint in blocks of a quarter of a million elements: little memory, one rounding.
 
-Of a strip of a block, the product of B and A is made in fp32; then a compiled loop (kernel.py) adds the weight, rounds
+Of some rows of a block, the product of B and A is made in fp32; then a compiled loop (kernel.py) adds the weight, rounds
 once to the output's dtype, and computes in fp64 the few elements that fp32's own error could round the other way. A
 block is checked for values that are not finite, and written to its place; a file that is complete settles on the disk
 while the next one is made. Nothing here loads torch, but for what `put` is given.
@@ -24,11 +24,12 @@ from peftopt.errors import BadInput
 if TYPE_CHECKING:
     import numpy as np
 
-BLOCK = 1 << 20
-"""Elements in a block: as many as keep a thread busy for a millisecond, since threads wait for each other between."""
+BLOCK = 1 << 18
+"""Elements in a block: what is read and written of it stays in the second-level cache, and a thread is busy with it long
+enough that threads seldom wait for each other in between."""
 
-STRIP = 512
-"""Columns of a block that are worked on at a time, so that their product stays in the second-level cache."""
+STRIP = 1 << 17
+"""Elements of a block that are worked on at a time: rows whose product stays in the second-level cache."""
 
 PIECE = 1 << 26
 """Elements that one thread takes at a time, so that one huge embedding does not end as one thread's work. A tensor of
@@ -245,14 +246,16 @@ class Blocks:
 
         from peftopt.merging import kernel
 
-        rows, width = before.shape
         given = before.view(HALVES[entry.dtype]) if entry.dtype in HALVES else before
         after, most = self._buffer("after", before.shape, HALVES[target.dtype]), np.uint32(0)
-        for left in range(0, width, STRIP):
-            strip = delta.a[:, left : left + STRIP]
-            product = np.matmul(delta.b, strip, out=self._buffer("product", (rows, strip.shape[1]), np.float32))
-            sums = kernel.add_rounded(given, product, delta.slack, delta.exact_b, delta.exact_a, left, after)
-            most = max(most, sums)
+        rows, width = before.shape
+        step = max(1, STRIP // max(1, width))
+        for at in range(0, rows, step):
+            some = delta.rows(at, at + step)
+            product = np.matmul(some.b, some.a, out=self._buffer("product", (len(some.b), width), np.float32))
+            strip = slice(at, at + step)
+            largest = kernel.add_rounded(given[strip], product, some.slack, some.exact_b, some.exact_a, after[strip])
+            most = max(most, largest)
         check_finite(narrowed(np.array([most], np.uint32).view(np.float32), target.dtype), entry.name)
         return after
 

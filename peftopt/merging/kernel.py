@@ -101,35 +101,33 @@ def _nearest(context: Any, value: Any, like: Any) -> Any:
 
 
 @_compiled
-def add_rounded(before, delta, slack, exact_b, exact_a, left, after):  # type: ignore[no-untyped-def]
-    """after = before + delta, rounded to the nearest, in the columns from `left` on for which there is a delta.
+def add_rounded(before, delta, slack, exact_b, exact_a, after):  # type: ignore[no-untyped-def]
+    """after = before + delta, rounded to the nearest. All three are [rows, in].
 
-    `before` and `after` are [rows, in]; delta [rows, columns] is fp32, and no element of a row is off by more than
-    `slack` [rows]. Where the sum rounds alike with all errors taken off and added, so does the truth; elsewhere it is
-    computed from exact_b [rows, r] and exact_a [in, r]. Returns the bits of the largest magnitude among the fp32 sums:
-    those of infinity or NaN where one is not finite.
+    `delta` is fp32, and no element of a row is off by more than `slack` [rows]. Where the sum rounds alike with all
+    errors taken off and added, so does the truth; elsewhere it is computed from exact_b [rows, r] and exact_a [in, r].
+    Returns the bits of the largest magnitude among the fp32 sums: those of infinity or NaN where one is not finite.
     """
-    columns = delta.shape[1]
-    words = np.zeros(columns // 8 + 1, np.uint64)  # the doubts of eight elements each
+    words = np.zeros(before.shape[1] // 8 + 1, np.uint64)  # the doubts of eight elements each
     doubtful = words.view(np.uint8)
     largest = np.uint32(0)
     for row in range(len(before)):
-        old, new = before[row, left : left + columns], after[row, left : left + columns]
+        old, new = before[row], after[row]
         largest = max(largest, _round(old, delta[row], slack[row], new, doubtful))
         for word in range(len(words)):
             if words[word]:
-                for j in range(word * 8, min(word * 8 + 8, columns)):
+                for j in range(word * 8, min(word * 8 + 8, len(old))):
                     if doubtful[j]:
                         exact = np.float64(_wide(old[j]))
                         for k in range(exact_a.shape[1]):
-                            exact += exact_b[row, k] * exact_a[left + j, k]
+                            exact += exact_b[row, k] * exact_a[j, k]
                         new[j] = _nearest(exact, new[j])
     return largest
 
 
 @_compiled
 def _round(before, delta, slack, after, doubtful):  # type: ignore[no-untyped-def]
-    """One strip, apart from what it is part of: so it is compiled to vector instructions."""
+    """One row, apart from what it is part of: so it is compiled to vector instructions."""
     largest = np.uint32(0)
     for j in range(before.size):
         value = _wide(before[j]) + delta[j]
