@@ -1,9 +1,9 @@
 """Tensors from checkpoint to checkpoint in blocks of a quarter of a million elements: little memory, one rounding.
 
-Of some rows of a block, the product of B and A is made in fp32; then a compiled loop (kernel.py) adds the weight, rounds
-once to the output's dtype, and computes in fp64 the few elements that fp32's own error could round the other way. A
-block is checked for values that are not finite, and written to its place; a file that is complete settles on the disk
-while the next one is made. Nothing here loads torch, but for what `put` is given.
+Of some rows of a block, the product of B and A is made in fp32; then a compiled loop (kernel.py) adds the weight,
+rounds once to the output's dtype, and computes in fp64 the few elements that fp32's own error could round the other
+way. A block is checked for values that are not finite, and written to its place; a file that is complete settles on the
+disk while the next one is made. Nothing here loads torch, but for what `put` is given.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 BLOCK = 1 << 18
-"""Elements in a block: what is read and written of it stays in the second-level cache, and a thread is busy with it long
-enough that threads seldom wait for each other in between."""
+"""Elements in a block: what is read and written of it stays in the second-level cache, and a thread is busy with it for
+long enough, since threads wait for each other in between."""
 
 STRIP = 1 << 17
 """Elements of a block that are worked on at a time: rows whose product stays in the second-level cache."""
