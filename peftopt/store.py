@@ -170,39 +170,23 @@ def write(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-MARK = "written-on"
-"""A compile cache's note of the machine that it was made on."""
+ROOT = 0
+"""The user whose files nobody else can have put there, such as those of a container's image."""
 
 
 def claim(folder: Path) -> Path:
     """A folder for compiled graphs, made where there is none. Whoever loads a graph runs it, and torch keeps them as
-    pickles: so raises BadInput for a folder that another user or another machine has filled."""
-    mark, here = folder / MARK, _machine()
-    if folder.is_dir() and any(folder.iterdir()):
-        owner, written = folder.stat().st_uid, mark.read_text(encoding="utf-8") if mark.is_file() else ""
-        if owner != os.getuid() or written != here:
-            whose = "belongs to another user" if owner != os.getuid() else "was not written on this machine"
-            hint = "what a compile cache holds is run: remove the folder, and it is compiled again here"
-            raise BadInput(f"the compile cache {folder} {whose}", hint)
-        return folder
+    pickles: so raises BadInput for a folder that another user owns."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write(mark, here)
     except OSError as error:
         raise MissingEnvironment(
             f"cannot keep compiled graphs in {folder}: {error.strerror}", "make its folder writable"
         ) from error
+    if folder.stat().st_uid not in (os.getuid(), ROOT):
+        hint = "what a compile cache holds is run: remove the folder, and it is compiled again here"
+        raise BadInput(f"the compile cache {folder} belongs to another user", hint)
     return folder
-
-
-def _machine() -> str:
-    """What tells this machine from others."""
-    import uuid
-
-    with contextlib.suppress(OSError):
-        if found := Path("/etc/machine-id").read_text(encoding="utf-8").strip():
-            return found
-    return f"{uuid.getnode():x}"
 
 
 def absorb(folder: Path, into: Path) -> None:
