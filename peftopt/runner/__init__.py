@@ -93,14 +93,19 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
         run.listener.warn("nothing was measured")
         return
     run.log("more", "", granted.values)
-    run.listener.tell(f"up to {total - have} more blocks{_about(total - have, each)}")
+    run.listener.tell(f"up to {_some(total - have, 'more block')}{_about(total - have, each)}")
     for workload in run.recipe.workloads.values():
         race(run, workload)
         check_baseline(run)
 
 
 def _about(blocks: int, each: float | None) -> str:
-    return f", about {max(blocks * each, 1):.0f} minutes" if each and blocks < stats.MOST_BLOCKS // 2 else ""
+    known = each and blocks < stats.MOST_BLOCKS // 2
+    return f", about {_some(max(round(blocks * each), 1), 'minute')}" if each and known else ""
+
+
+def _some(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def execute(run: Run) -> None:
