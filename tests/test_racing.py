@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from test_decide import plan_of, whole
+from test_run import prompts
 
 from peftopt import machine
 from peftopt.errors import WorkerFailed
@@ -32,8 +33,10 @@ class Started:
 
 
 @pytest.fixture
-def field(monkeypatch: pytest.MonkeyPatch) -> racing.Field:
+def field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> racing.Field:
     plan = plan_of("merged", "int8")
+    chat = replace(plan.recipe.workloads["chat"], prompts=str(prompts(tmp_path / "p.jsonl", 4, "chat")))
+    plan = replace(plan, recipe=replace(plan.recipe, workloads={**plan.recipe.workloads, "chat": chat}))
     run: Any = SimpleNamespace(plan=plan, recipe=plan.recipe, evidence=Evidence(plan, []), folder=Path())
 
     def worker(run: Any, variant: Variant, log: str, threads: int) -> Started:
