@@ -20,7 +20,7 @@ from peftopt import building, corpus, environments, machine, plugins, preflight,
 from peftopt.building import Progress
 from peftopt.child import Child
 from peftopt.corpus import Row
-from peftopt.engines import compiled
+from peftopt.engines import _graphs
 from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed
 from peftopt.evidence import exp
 from peftopt.records import GENERIC, Interval, Json, Model, Step
@@ -271,7 +271,7 @@ def compile_model(
     """
     cache = compile_cache(model)
     _remove_orphans(cache)
-    compiled.drop_outdated(cache)
+    _graphs.drop_outdated(cache)
     fresh = Path(tempfile.mkdtemp(prefix=f".{cache.name}.{os.getpid()}.", dir=cache.parent))
     folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
     reference = str(folder / "reference.npz")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_run import RECIPE, command, prompts
 
 from peftopt import console, environments, machine, plugins, store
-from peftopt.engines import compiled
+from peftopt.engines import _graphs
 from peftopt.records import Plugin
 
 
@@ -360,7 +360,7 @@ def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(
     arguments = ("--model", "base", "--prompts", "eval.jsonl", "--new-tokens", 3, "--threads", 1)
     arguments += ("--adapter", "lora", "--adapter", "other", "--set", "prompt_buckets=40, 80", "--set", "cache_len=96")
     cache = recipe.parent / "base.compiled"
-    older = compiled._graphs_of(store.claim(cache)) / "for-an-adapter.step", cache / "steps" / "old" / "x.step"
+    older = _graphs.graphs_of(store.claim(cache)) / "for-an-adapter.step", cache / "steps" / "old" / "x.step"
     for file in older:
         file.parent.mkdir(parents=True)
         file.touch()

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import make_lora
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from test_rounding import round_once
 from xxhash import xxh3_128_hexdigest
 
 from peftopt.adapter import NO_DELTA
-from peftopt.checkpoint import Draft, Entry, open_model, read_header
+from peftopt.checkpoint import Draft, open_model
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.merging import blocks
 from peftopt.records import Model
@@ -364,13 +360,6 @@ def test_adapters_that_do_not_add_up_are_refused(bases: Callable[[str], Path], t
             merged(base, lora, lora, out=tmp_path / "out3", weights=weights)
 
 
-def round_once(exact: Any, dtype: Any) -> Any:
-    """fp64 to the nearest of a half precision."""
-    import torch
-
-    return torch.from_numpy(blocks.rounded_to_odd(exact.numpy())).to(dtype)
-
-
 def exact_sums(base: Path, adapter: Path) -> dict[str, Any]:
     """The merged weights in fp64: W + alpha / r * B A."""
     from safetensors.torch import load_file
@@ -383,35 +372,6 @@ def exact_sums(base: Path, adapter: Path) -> dict[str, Any]:
         name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
         sums[name] += config["lora_alpha"] / config["r"] * (b @ a)
     return sums
-
-
-@settings(deadline=None)
-@given(
-    st.integers(0, 2**32 - 1),
-    st.sampled_from(["BF16", "F16", "F32"]),
-    st.sampled_from(["BF16", "F16"]),
-    st.integers(1, 40),
-    st.floats(-6, 2),
-    st.floats(-6, 2),
-)
-def test_every_sum_is_rounded_to_the_nearest(
-    seed: int, given_: str, wanted: str, rank: int, weight: float, delta: float
-) -> None:
-    import numpy as np
-    import torch
-
-    dice = np.random.default_rng(seed)
-    rows, width = 5, 77
-    before = (dice.standard_normal((rows, width)) * 10**weight).astype(blocks.dtype_of(given_))
-    before[dice.random((rows, width)) < 0.1] = 0  # where the old weights say nothing of fp32's error
-    b, a = dice.standard_normal((rows, rank)) * 10**delta, dice.standard_normal((rank, width))
-    b[0] = 0
-    loop = blocks.Blocks(1)
-    entries = [Entry("w", name, (rows, width)) for name in (given_, wanted)]
-    found = loop._sum(entries[0], entries[1], before, blocks.Delta.product(b, a))
-    exact = before.astype(np.float64) + b @ a
-    wanted_ = round_once(torch.from_numpy(exact), getattr(torch, blocks.dtype_of(wanted).name))
-    assert (torch.from_numpy(found.view(np.int16)).view(wanted_.dtype) == wanted_).all()
 
 
 def test_a_tensor_of_several_pieces_comes_out_as_one_of_one(
@@ -456,45 +416,6 @@ def test_a_lora_is_rounded_to_the_nearest_of_the_exact_sum_where_weight_and_delt
     found = load_file(merged(base, adapter, out=tmp_path / "out", dtype="bf16") / "model.safetensors")
     for name, exact in exact_sums(base, adapter).items():
         assert (found[name] == round_once(exact, found[name].dtype)).all(), name
-
-
-@given(st.floats(-1e30, 1e30) | st.floats(-1.0, 1.0), st.sampled_from(["bfloat16", "float16"]))
-def test_rounding_once_gives_the_nearest_value(value: float, dtype: str) -> None:
-    import torch
-
-    kind = getattr(torch, dtype)
-    exact = torch.tensor([value], dtype=torch.float64)
-    found = round_once(exact, kind)
-    if found.isinf().all():
-        assert abs(value) > torch.finfo(kind).max
-        return
-    near = found.view(torch.int16) + torch.tensor([-1, 0, 1], dtype=torch.int16)
-    others = near.view(kind).double()
-    others = others[others.isfinite()]
-    assert (found.double() - exact).abs() <= (others - exact).abs().min()
-
-
-@given(
-    st.lists(st.floats(width=16), min_size=1, max_size=9),
-    st.sampled_from(["BF16", "F16", "F32", "F64"]),
-)
-def test_the_largest_magnitude_is_found_in_the_bits(values: list[float], dtype: str) -> None:
-    import numpy as np
-
-    given_ = np.array(values).astype(blocks.dtype_of(dtype))
-    found = blocks.largest(given_)
-    if np.isfinite(given_).all():
-        assert found == np.abs(given_).max()
-    else:
-        assert not math.isfinite(found)
-
-
-def test_rounding_once_does_not_round_a_near_tie_twice() -> None:
-    import torch
-
-    above_a_tie = torch.tensor([1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-8 - 2.0**-40], dtype=torch.float64)
-    assert round_once(above_a_tie, torch.bfloat16).tolist() == [1 + 2.0**-7, 1.0]
-    assert above_a_tie.bfloat16().tolist() == [1.0, 1.0], "as torch does, through fp32"
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -781,54 +702,6 @@ def test_a_preview_shows_each_delta_and_writes_nothing(tiny_base: Path, tiny_lor
     make_lora(tiny_base, tmp_path / "zero", std=0)
     still = merge.preview(Model(str(tiny_base), (str(tmp_path / "zero"),)), merge.Params())
     assert [t["delta_norm"] for t in still] == [0.0] * 14
-
-
-# ---- the format --------------------------------------------------------------------------------
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.binary(max_size=200) | st.binary(max_size=60).map(lambda b: len(b).to_bytes(8, "little") + b))
-def test_garbage_is_never_a_safetensors_file(data: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "x.safetensors"
-        file.write_bytes(data)
-        with contextlib.suppress(BadInput):
-            entries, _ = read_header(file)
-            assert sum(e.nbytes for e in entries) <= len(data)
-
-
-HEADERS = st.dictionaries(
-    st.text(max_size=3),
-    st.fixed_dictionaries(
-        {
-            "dtype": st.sampled_from(["F32", "BF16", "U8", "X"]),
-            "shape": st.lists(st.integers(-1, 4), max_size=3),
-            "data_offsets": st.lists(st.integers(-1, 40), min_size=2, max_size=2),
-        }
-    ),
-    max_size=3,
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(HEADERS, st.integers(0, 64))
-def test_a_header_is_read_as_the_reference_implementation_reads_it(header: dict[str, Any], size: int) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    text = json.dumps(header).encode()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "x.safetensors"
-        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
-        try:
-            with safe_open(file, framework="np") as reference:
-                names = set(reference.keys())
-        except SafetensorError:
-            names = None
-        try:
-            found = {e.name for e in read_header(file)[0]}
-        except BadInput:
-            found = None
-        assert found == names
 
 
 # ---- 4-bit bases -------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from peftopt import plugins, provenance
 from peftopt.corpus import Row
+from peftopt.engines import _graphs, _traced
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.probes import kernels, speed
 from peftopt.records import Model
@@ -434,7 +435,7 @@ def test_an_engine_is_warm_for_all_that_batches_of_some_prompts_need(tiny_base: 
 
     def made(timed: bool, rows: int) -> list[tuple[int, ...]]:
         engine, done = plugin.open(Model(str(tiny_base)), plugin.Params(cache_len=256)), []
-        engine._ready = lambda _function, shape, *_: done.append(shape)
+        engine._graphs.ready = lambda _function, shape, *_: done.append(shape)
         engine.warm([20, 40, 50, 90, 400], rows, 8, timed)
         assert engine.facts()["uncompiled"] == 0, "nothing has been asked yet"
         return sorted(done)
@@ -496,7 +497,7 @@ def test_a_torch_that_cannot_compile_ahead_compiles_at_the_first_request(
     plugin, plain = plugins.module("engine", "compiled"), plugins.module("engine", "eager")
     model = Model(str(tiny_base_fp32))
     expected = ask(plain.open(model, plain.Params()), 8)
-    monkeypatch.setattr(plugin, "_can_compile_ahead", lambda: False)
+    monkeypatch.setattr(_graphs, "_can_compile_ahead", lambda: False)
     engine = plugin.open(model, plugin.Params())
     assert ask(engine, 8) == expected
     assert engine.facts()["graphs"] >= 1 and engine.facts()["compile_time"] > 0
@@ -578,8 +579,8 @@ def test_a_compiled_step_is_kept_and_a_model_that_fits_another_shape_is_not_give
     adapted = plugin.open(Model(str(tiny_base), (str(tiny_lora),)), plugin.Params())
 
     def kept(engine: Any, *shape: int) -> str:
-        function = plugin._step if len(shape) == 2 else plugin._read
-        return str(engine._kept(function, shape, "sdpa").name)
+        function = _traced.step if len(shape) == 2 else _traced.read
+        return str(engine._graphs._kept(function, shape, engine._adapters).name)
 
     shapes = ((1, 128), (2, 128), (1, 256), (1, 128, 32), (1, 128, 64), (1, 256, 32))
     assert len({kept(engine, *shape) for engine in (bare, adapted) for shape in shapes}) == 2 * len(shapes)

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
-import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from peftopt import hf, identity, machine
-from peftopt.engines import Generation, Scores, eager
+from peftopt import hf
+from peftopt.engines import Generation, Scores, _graphs, _traced, eager
 from peftopt.errors import BadInput
 from peftopt.records import Json, Model
 
 TECHNIQUE = "compile"
 NEEDS = eager.NEEDS
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-RECORDING = ("reduce-overhead", "max-autotune")
-"""Modes that send a step to the GPU as one CUDA graph."""
 ATTENTIONS = ("auto", "fused", "sdpa", "eager")
 AUTO, EAGERLY = "auto", "none"
 SHORTEST = 128
 """Tokens; the least length of a cache that sizes itself."""
 SELDOM = 0.01
 """Of a workload's requests: lengths that no more of them have are not compiled for."""
-FEW_ROWS = 16
-"""Rows up to which INT8 weights are multiplied as they are; for more it pays to unpack them first."""
-OPTIONS = {"cpp.dynamic_threads": True, "realize_reads_threshold": 0, "realize_opcount_threshold": 4}
-"""Inductor's: kernels that serve any number of threads; and what several loops read is computed once, before them. By
-default the normalized input of a projection was computed again for each of its outputs."""
-FUSED = "peftopt_fused"
 
 
 @dataclass(frozen=True)
@@ -107,7 +94,7 @@ PromptShape = tuple[int, int, int]
 """Rows, cache length, and the length that prompts are padded to."""
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """What a step works on, in place: `token` and `position` [rows, 1], `mask` [rows, cache] with 0 for padding on the
     left, `slot` [1], the next token's place in the cache, and per layer `keys`, `values` [rows, heads, cache, size]."""
 
@@ -119,7 +106,7 @@ class _State(NamedTuple):
     values: list[Any]
 
 
-class _Prompt(NamedTuple):
+class Prompt(NamedTuple):
     """What a prompt's graph works on: `ids`, `mask` and `position` [rows, bucket], padded on the left to the longest
     prompt and on the right to the bucket; `last` [1], the place of the last token."""
 
@@ -144,7 +131,7 @@ class Compiled(eager.Transformers):
         if any(type(module).__name__ == "Linear8bitLt" for module in self._model.modules()):
             what = "LLM.int8() (bnb8) sets its weights anew at every call, which no graph can hold"
             raise BadInput(what, "quantize with int8 to compile, or use the eager engine")
-        self._params, self._backend = params, backend
+        self._params = params
         self._inner = self._owners[-1]  # below PEFT's wrapper, whose own forward adds nothing to LoRA's layers
         self._longest = _longest(self._inner.config)
         self._adapters = model.adapters
@@ -152,19 +139,17 @@ class Compiled(eager.Transformers):
         if params.attention == "auto":
             fused = self._inner.config.get_text_config().model_type in PLAIN
             self._attention = ("fused" if fused else "eager") if self._device.type == "cpu" else ""
-        _bind_linears(self._inner)
+        _traced.bind_linears(self._inner)
         if params.regions:
-            _share_layers(self._inner)
-        self._steps: dict[Shape, tuple[Callable[..., Any], _State]] = {}
-        self._prompts: dict[PromptShape, tuple[Callable[..., Any], _Prompt]] = {}
+            _traced.share_layers(self._inner)
+        self._graphs = _graphs.Graphs(self._inner, params, self._device, backend)
+        self._steps: dict[Shape, tuple[Callable[..., Any], State]] = {}
+        self._prompts: dict[PromptShape, tuple[Callable[..., Any], Prompt]] = {}
         self._warmed: set[Shape] = set()
-        self._any_shape: dict[Callable[..., Any], Callable[..., Any]] = {}
         self._eager_prompts: Counter[str] = Counter()
         self._uncompiled: Counter[str] = Counter()
         self._recompiled: Counter[str] = Counter()
-        self._log: list[str] = []
-        self._seconds = {"compile_time": 0.0, "warm_start": 0.0}
-        self._before = _dynamo_counts()
+        self._before = _graphs.dynamo_counts()
 
     # ---- what it answers ------------------------------------------------------------------------
 
@@ -203,12 +188,8 @@ class Compiled(eager.Transformers):
         given = torch.tensor([[*a, *[0] * (longest - len(a))] for a in filled], device=self._device)
         with torch.inference_mode():
             step, state = self._step(shape)
-            logits, columns = (
-                self._prefill(
-                    _filled_up(prompts, shape), shape, state, timed=False, shared=eager._shared_prefix(prompts)
-                ),
-                [],
-            )
+            shared, columns = eager._shared_prefix(prompts), []
+            logits = self._prefill(_filled_up(prompts, shape), shape, state, timed=False, shared=shared)
             with self._decoding():
                 for column in range(longest):
                     columns.append(eager._scored(logits[: len(answers)], given[: len(answers), column].tolist()))
@@ -262,19 +243,21 @@ class Compiled(eager.Transformers):
     def facts(self) -> dict[str, Json]:
         """How it got ready: seconds to compile and to load what was compiled before, graphs, breaks and recompiles
         with their reasons, requests answered uncompiled; `log` says the same to a reader."""
-        graphs, breaks, recompiles = (now - then for now, then in zip(_dynamo_counts(), self._before, strict=True))
+        graphs, breaks, recompiles = (
+            now - then for now, then in zip(_graphs.dynamo_counts(), self._before, strict=True)
+        )
         recompiles += self._recompiled
         uncompiled = [f"{n} requests answered uncompiled: {why}" for why, n in self._uncompiled.items()]
         uncompiled += [f"{n} requests with an eager prompt: {why}" for why, n in self._eager_prompts.items()]
         return {
-            **{name: seconds for name, seconds in self._seconds.items() if seconds},
-            "graphs": max(len(self._steps) + len(self._prompts) if self._ahead else graphs.total(), 0),
+            **{name: seconds for name, seconds in self._graphs.seconds.items() if seconds},
+            "graphs": max(len(self._steps) + len(self._prompts) if self._graphs.ahead else graphs.total(), 0),
             "graph_breaks": breaks.total(),
             "recompiles": recompiles.total(),
             "uncompiled": self._uncompiled.total(),
             "eager_prompts": self._eager_prompts.total(),
             "log": [
-                *self._log,
+                *self._graphs.log,
                 *(f"graph break ({n}): {why}" for why, n in breaks.items()),
                 *(f"recompiled ({n}): {why}" for why, n in recompiles.items()),
                 *uncompiled,
@@ -283,8 +266,9 @@ class Compiled(eager.Transformers):
 
     def close(self) -> None:
         self._inner = None
-        for graphs in (self._steps, self._prompts, self._any_shape):
-            graphs.clear()
+        self._graphs.close()
+        self._steps.clear()
+        self._prompts.clear()
         super().close()
 
     # ---- shapes ---------------------------------------------------------------------------------
@@ -320,29 +304,30 @@ class Compiled(eager.Transformers):
             return f"more lengths than prompt_graphs: {self._params.prompt_graphs}"
         return *shape, enough[0]
 
-    def _step(self, shape: Shape) -> tuple[Callable[..., Any], _State]:
+    def _step(self, shape: Shape) -> tuple[Callable[..., Any], State]:
         if shape not in self._steps:
             state = self._empty(shape)
             with self._attending():
                 what = f"batch {shape[0]}, cache {shape[1]}"
-                self._steps[shape] = self._ready(_step, shape, state, self._attention, what), state
+                graph = self._graphs.ready(_traced.step, shape, state, self._adapters, what)
+            self._steps[shape] = graph, state
         return self._steps[shape]
 
-    def _prompt(self, shape: PromptShape) -> tuple[Callable[..., Any], _Prompt]:
+    def _prompt(self, shape: PromptShape) -> tuple[Callable[..., Any], Prompt]:
         import torch
 
         if shape not in self._prompts:
             rows, room, bucket = shape
             ids, mask, position = (torch.ones(rows, bucket, dtype=torch.long, device=self._device) for _ in range(3))
-            prompt = _Prompt(ids, mask, position, torch.zeros(1, dtype=torch.long, device=self._device))
+            prompt = Prompt(ids, mask, position, torch.zeros(1, dtype=torch.long, device=self._device))
             state = self._steps[rows, room][1]
             what = f"batch {rows}, cache {room}, prompts up to {bucket}"
-            own = self._inner.config._attn_implementation
-            graph = self._ready(_read, shape, (*prompt, state.keys, state.values), own, what)
+            arguments = (*prompt, state.keys, state.values)
+            graph = self._graphs.ready(_traced.read, shape, arguments, self._adapters, what)
             self._prompts[shape] = graph, prompt
         return self._prompts[shape]
 
-    def _empty(self, shape: Shape) -> _State:
+    def _empty(self, shape: Shape) -> State:
         """The tensors that a graph of this shape works on, made once: CUDA graphs need them to stay where they are."""
         import torch
         from transformers import DynamicCache
@@ -359,13 +344,13 @@ class Compiled(eager.Transformers):
             return torch.zeros(rows, like.shape[1], room, like.shape[3], dtype=like.dtype, device=self._device)
 
         keys, values = [slots(layer.keys) for layer in probe.layers], [slots(layer.values) for layer in probe.layers]
-        if not self._ahead:  # torch records no CUDA graph that writes to inputs which might move
+        if not self._graphs.ahead:  # torch records no CUDA graph that writes to inputs which might move
             for each in (*keys, *values):
                 torch._dynamo.mark_static_address(each)
-        return _State(whole(rows, 1), whole(rows, room), whole(rows, 1), whole(1), keys, values)
+        return State(whole(rows, 1), whole(rows, room), whole(rows, 1), whole(1), keys, values)
 
     def _prefill(
-        self, prompts: Sequence[Sequence[int]], shape: Shape, state: _State, timed: bool, shared: int = 0
+        self, prompts: Sequence[Sequence[int]], shape: Shape, state: State, timed: bool, shared: int = 0
     ) -> Any:
         """Run the prompts, and put their keys and values in place; logits [rows, vocabulary] of the next token.
 
@@ -385,7 +370,7 @@ class Compiled(eager.Transformers):
         state.token.copy_(logits.argmax(-1, keepdim=True))
         return logits
 
-    def _read_compiled(self, ids: Any, mask: Any, bucket: PromptShape, state: _State) -> Any:
+    def _read_compiled(self, ids: Any, mask: Any, bucket: PromptShape, state: State) -> Any:
         """No token sees the padding on its right, and the steps overwrite what that leaves in the cache."""
         graph, prompt = self._prompt(bucket)
         longest = ids.shape[1]
@@ -397,7 +382,7 @@ class Compiled(eager.Transformers):
         prompt.last.fill_(longest - 1)
         return graph(self._inner, *prompt, state.keys, state.values)
 
-    def _read_eagerly(self, prompts: Sequence[Sequence[int]], state: _State, shared: int) -> tuple[Any, Any]:
+    def _read_eagerly(self, prompts: Sequence[Sequence[int]], state: State, shared: int) -> tuple[Any, Any]:
         """Logits and the mask [rows, longest prompt]."""
         import torch
         from transformers import DynamicCache
@@ -417,273 +402,26 @@ class Compiled(eager.Transformers):
             use_cache=True,
             logits_to_keep=1,
         )
-        _keep(cache, state.keys, state.values)
+        _traced.keep(cache, state.keys, state.values)
         return out.logits[:, -1], mask
 
-    # ---- compiling ------------------------------------------------------------------------------
-
-    @property
-    def _ahead(self) -> bool:
-        """Whether graphs are compiled ahead of time. Those with breaks or free sizes only come just in time, with their
-        guards; and so do all with a torch older than 2.10."""
-        whole = self._params.fullgraph and not self._params.dynamic and self._backend == "inductor"
-        return whole and _can_compile_ahead()
-
-    def _ready(
-        self,
-        function: Callable[..., Any],
-        shape: Shape | PromptShape,
-        arguments: Sequence[Any],
-        attention: str,
-        what: str,
-    ) -> Callable[..., Any]:
-        """The graph of a function of the model and `arguments`, run once. Raises BadInput for a model that
-        torch.compile cannot take in one graph."""
-        started = time.perf_counter()
-        file = self._kept(function, shape, attention)
-        graph, how = None, "compile_time"
-        if file is not None and file.exists():
-            try:
-                graph, how = self._loaded(file, arguments), "warm_start"
-            except Exception as error:  # noqa: BLE001 (whatever torch makes of a broken file)
-                self._log.append(f"{what}: the kept graph cannot be used ({type(error).__name__}), so compiled again")
-        if graph is None:
-            with _refusing():
-                graph = self._compiled(function, arguments)
-                graph(self._inner, *arguments)
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                whole = file.with_name(f"{file.name}.{os.getpid()}")  # a process that is killed leaves no half graph
-                graph.save_compiled_function(str(whole))
-                whole.replace(file)
-        if self._ahead and self._device.type == "cuda" and self._params.mode in RECORDING:
-            graph = _recorded(graph, self._inner, arguments)
-        seconds = time.perf_counter() - started
-        self._seconds[how] += seconds
-        said = "started from the compile cache" if how == "warm_start" else f"compiled in {seconds:.1f} s"
-        self._log.append(f"{what}: {said}")
-        return graph
-
-    def _loaded(self, file: Path, arguments: Sequence[Any]) -> Any:
-        import torch
-
-        with file.open("rb") as handle:
-            graph: Any = torch.compiler.load_compiled_function(handle)
-        graph.disable_guard_check()
-        graph(self._inner, *arguments)
-        return graph
-
-    def _compiled(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Any:
-        import torch
-
-        build: Any = torch.compile  # its types promise no more than the function it is given
-        if not self._ahead:
-            settings: dict[str, Any] = {"fullgraph": self._params.fullgraph, "dynamic": self._params.dynamic}
-            settings |= {"mode": self._params.mode} if self._backend == "inductor" else {"backend": self._backend}
-            if function not in self._any_shape:
-                self._any_shape[function] = build(function, **settings)
-            return self._any_shape[function]
-        # A mode and options exclude each other, but a mode is no more than options. CUDA graphs we record ourselves:
-        # torch's own would look at every call whether its inputs are still the same.
-        options = {**OPTIONS, **torch._inductor.list_mode_options(self._params.mode)}
-        options["triton.cudagraphs"] = False
-        options["guard_filter_fn"] = torch.compiler.skip_all_guards_unsafe
-        lazy: Any = build(function, fullgraph=True, dynamic=False, options=options)
-        graph: Any = lazy.aot_compile(((self._inner, *arguments), {}))
-        graph.disable_guard_check()
-        return graph
-
-    def _kept(self, function: Callable[..., Any], shape: Shape | PromptShape, attention: str) -> Path | None:
-        """Where the compiled function for this shape is kept. Weights are inputs of a graph: their values do not
-        matter."""
-        home = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-        if not home or not self._ahead:
-            return None
-        tensors = [
-            (n, str(t.dtype), tuple(t.shape))
-            for n, t in [*self._inner.named_parameters(), *self._inner.named_buffers()]
-        ]
-        shaping = {
-            "shape": shape,
-            "mode": self._params.mode,
-            "regions": self._params.regions,
-            "attention": attention,
-            "config": self._inner.config.to_json_string(),
-            "adapters": [identity.of_file(Path(a) / "adapter_config.json") for a in self._adapters],
-            "tensors": tensors,
-            "function": function.__name__,
-            "device": str(self._device),
-        }
-        return _graphs_of(Path(home)) / f"{identity.of_value(shaping)[:32]}.step"
+    # ---- attention ------------------------------------------------------------------------------
 
     def _decoding(self) -> contextlib.AbstractContextManager[None]:
         """A graph compiled ahead of time has its attention in it; one with guards looks at the model's setting."""
-        return contextlib.nullcontext() if self._ahead else self._attending()
+        return contextlib.nullcontext() if self._graphs.ahead else self._attending()
 
     @contextlib.contextmanager
     def _attending(self) -> Iterator[None]:
         """The model with the attention that is compiled; outside, prompts run with its own."""
         own = self._inner.config._attn_implementation
         if self._attention == "fused":
-            _register_fused()
+            _traced.register_fused()
         try:
-            self._inner.set_attn_implementation(FUSED if self._attention == "fused" else self._attention or own)
+            self._inner.set_attn_implementation(_traced.FUSED if self._attention == "fused" else self._attention or own)
             yield
         finally:
             self._inner.set_attn_implementation(own)
-
-
-# ---- the step: what is traced ------------------------------------------------------------------------
-
-
-def _step(model: Any, token: Any, mask: Any, position: Any, slot: Any, keys: list[Any], values: list[Any]) -> Any:
-    """One token for every row; the shapes are those of `_State`, all of which but the mask it moves on by one.
-
-    Returns the logits [rows, vocabulary]: they cost nothing more, and scoring looks at them.
-    """
-    from transformers.cache_utils import Cache, StaticLayer
-
-    layers = []
-    for key, value in zip(keys, values, strict=True):
-        layer = StaticLayer(max_cache_len=key.shape[2])
-        # A copy, since a layer counts on by itself; nobody reads its count, so no graph holds it.
-        layer.keys, layer.values, layer.cumulative_length = key, value, slot[0] + 0
-        layer.device, layer.is_initialized = key.device, True
-        layers.append(layer)
-    logits = model(
-        input_ids=token,
-        attention_mask=mask,
-        position_ids=position,
-        past_key_values=Cache(layers=layers),
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    token.copy_(logits.argmax(-1, keepdim=True))
-    position.add_(1)
-    slot.add_(1)
-    return logits
-
-
-def _read(model: Any, ids: Any, mask: Any, position: Any, last: Any, keys: list[Any], values: list[Any]) -> Any:
-    """The prompts, whose shapes are those of `_Prompt`: fills the cache's first places, and returns the logits
-    [rows, vocabulary] of each prompt's next token."""
-    from transformers.cache_utils import Cache, DynamicLayer
-
-    cache = Cache(layers=[DynamicLayer() for _ in keys])
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask if len(ids) > 1 else None,  # a lone prompt has no padding before it
-        position_ids=position,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=last,
-    ).logits[:, -1]
-    _keep(cache, keys, values)
-    return logits
-
-
-def _keep(cache: Any, keys: list[Any], values: list[Any]) -> None:
-    """Copy a cache that has grown into the first places of a static one."""
-    for layer, key, value in zip(cache.layers, keys, values, strict=True):
-        length = layer.keys.shape[2]
-        key[:, :, :length].copy_(layer.keys)
-        value[:, :, :length].copy_(layer.values)
-
-
-def _recorded(compiled: Callable[..., Any], model: Any, arguments: Sequence[Any]) -> Callable[..., Any]:
-    """A compiled function as one CUDA graph: a single call sends all its kernels, to work on tensors where they lie."""
-    import torch
-
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = compiled(model, *arguments)
-
-    def replay(*_: Any) -> Any:
-        graph.replay()
-        return logits
-
-    return replay
-
-
-def _linear(linear: Any, x: Any) -> Any:
-    """x @ W.T + b. For one row in a graph it is written as the sum of products that it is, because Inductor makes one
-    pass over the weights of that, on a CPU two to three times faster than PyTorch's matrix product of one row."""
-    import torch
-
-    rows = x.numel() // x.shape[-1]
-    weight, scale = (linear.weight, None) if linear.int8 is None else linear.int8
-    if rows == 1 and torch.compiler.is_compiling():
-        out = (x.reshape(1, -1).float() * weight.float()).sum(-1)
-        out = (out if scale is None else out * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
-    elif scale is None:
-        return torch.nn.functional.linear(x, weight, linear.bias)
-    elif rows <= FEW_ROWS and x.dtype == scale.dtype == torch.bfloat16 and x.device.type == "cpu":
-        out = torch._weight_int8pack_mm(x.reshape(rows, -1), weight, scale).view(*x.shape[:-1], -1)
-    else:
-        # Scaled in fp32, the same number: else Inductor puts `_weight_int8pack_mm`, made for few rows, in its place.
-        out = (torch.nn.functional.linear(x, weight.to(x.dtype)).float() * scale.float()).to(x.dtype)
-    return out if linear.bias is None else out + linear.bias
-
-
-def _bind_linears(model: Any) -> None:
-    """Let every plain linear layer, also those with torchao's INT8 weights, compute through `_linear`.
-
-    Weights, names and adapters stay as they are. An Int8Tensor is taken apart once: a graph would do so at every call.
-    """
-    import types
-
-    import torch
-
-    linears: list[Any] = [module for module in model.modules() if type(module) is torch.nn.Linear]
-    for linear in linears:
-        weight = linear.weight
-        packed = type(weight).__name__ == "Int8Tensor"
-        if packed and (weight.act_quant_kwargs is not None or weight.scale.numel() != len(weight)):
-            continue  # activations in INT8 too, or groups: torchao's own way
-        # The scales in the weight's dtype, as torchao multiplies by them; Inductor's lowering needs them ready.
-        linear.int8 = (weight.qdata, weight.scale.flatten().to(weight.dtype)) if packed else None
-        linear.forward = types.MethodType(_linear, linear)
-
-
-def _share_layers(model: Any) -> None:
-    """Mark the decoder's layers as regions that torch.compile traces once and uses for each. A layer becomes an
-    instance of a subclass of its class, so that no other model in this process is touched."""
-    import torch
-
-    made: dict[type, type] = {}
-    for stack in (module for module in model.modules() if isinstance(module, torch.nn.ModuleList)):
-        for layer in stack:
-            if not hasattr(layer, "self_attn"):
-                continue
-            if (own := type(layer)) not in made:
-                region = torch.compiler.nested_compile_region(own.forward)
-                made[own] = type(own.__name__, (own,), {"forward": region})
-            layer.__class__ = made[own]
-
-
-def _fused(
-    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any
-) -> tuple[Any, None]:
-    """Attention of one new token, written out so that Inductor makes loops over the cache of it, without copying keys
-    for the query heads that share them. Shapes: query [b, heads, 1, d], key and value [b, groups, cache, d]."""
-    import torch
-
-    rows, heads, _, size = query.shape
-    groups = key.shape[1]
-    query = query.reshape(rows, groups, heads // groups, 1, size).float()
-    scores = (query * key[:, :, None].float()).sum(-1) * scaling + attention_mask[:, :, None, 0].float()
-    weights = torch.softmax(scores, -1)[..., None]
-    out = (weights * value[:, :, None].float()).sum(3)
-    return out.to(value.dtype).reshape(rows, 1, heads, -1), None
-
-
-def _register_fused() -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
-
-    AttentionInterface.register(FUSED, _fused)
-    AttentionMaskInterface.register(FUSED, eager_mask)
 
 
 # ---- what can be compiled ----------------------------------------------------------------------------
@@ -700,60 +438,6 @@ def _longest(config: Any) -> int:
     assert all(isinstance(layer, DynamicLayer) for layer in layers)
     windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
     return int(min([*windows, getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31]))
-
-
-GRAPHS = "steps"
-"""The folder of kept graphs in a compile cache; below it, one folder for each state of what they were made by."""
-
-
-@lru_cache
-def _graphs_of(cache: Path) -> Path:
-    """Where graphs made by this code, with these libraries, on this processor are kept."""
-    made_by = {
-        "versions": machine.versions(),
-        "processor": machine.processor(),
-        "options": OPTIONS,
-        "code": [inspect.getsource(part) for part in (_step, _read, _keep, _linear, _fused, _share_layers)],
-    }
-    return cache / GRAPHS / identity.of_value(made_by)[:16]
-
-
-def drop_outdated(cache: Path) -> None:
-    """Remove the graphs that nothing can be started from any more."""
-    for folder in (cache / GRAPHS).glob("*"):
-        if folder != _graphs_of(cache):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@lru_cache
-def _can_compile_ahead() -> bool:
-    """Whether this torch can; up to 2.11 it has to be told that it may."""
-    import torch
-
-    if hasattr(torch._dynamo.config, "enable_aot_compile"):
-        torch._dynamo.config.enable_aot_compile = True
-    return hasattr(torch.compiler, "load_compiled_function")
-
-
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    """A model that Dynamo cannot take in one graph, as bad input that names the cause."""
-    import torch
-
-    try:
-        yield
-    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
-        cause = " ".join(str(error).split())[:300]
-        hint = "fullgraph: false compiles around the breaks and counts them; or use the eager engine"
-        raise BadInput(f"torch.compile cannot take this model in one graph: {cause}", hint) from error
-
-
-def _dynamo_counts() -> tuple[Counter[str], Counter[str], Counter[str]]:
-    """Graphs, breaks by cause and recompiles by reason, of this process so far."""
-    from torch._dynamo.utils import counters, get_compilation_metrics
-
-    reasons = Counter(m.recompile_reason.splitlines()[0] for m in get_compilation_metrics() if m.recompile_reason)
-    return Counter(graphs=counters["stats"]["unique_graphs"]), Counter(counters["graph_break"]), reasons
 
 
 def _lora_shape(model: Any) -> list[Any]:

@@ -234,7 +234,9 @@ class Blocks:
         if target.dtype in HALVES and entry.dtype != "F64":
             return self._round_sum(entry, target, before, delta)
         if "F64" in (entry.dtype, target.dtype):
-            out = narrowed(before.astype(np.float64) + delta.whole(), target.dtype)
+            exact = before.astype(np.float64) + delta.whole()
+            check_finite(exact, entry.name)
+            out = narrowed(exact, target.dtype)
         else:
             out = before.astype(np.float32) + delta.b @ delta.a
         check_finite(out, entry.name)
@@ -256,7 +258,8 @@ class Blocks:
             strip = slice(at, at + step)
             largest = kernel.add_rounded(given[strip], product, some.slack, some.exact_b, some.exact_a, after[strip])
             most = max(most, largest)
-        check_finite(narrowed(np.array([most], np.uint32).view(np.float32), target.dtype), entry.name)
+        with np.errstate(over="ignore"):
+            check_finite(np.array([most], np.uint32).view(np.float32).astype(dtype_of(target.dtype)), entry.name)
         return after
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -327,25 +330,19 @@ def read_tensor(source: Checkpoint | Draft, entry: Entry) -> Any:
     return torch.from_numpy(found.reshape(-1).view(np.uint8)).view(getattr(torch, found.dtype.name)).view(entry.shape)
 
 
-def narrowed(wide: np.ndarray, name: str) -> np.ndarray:
-    """fp32 or fp64 rounded once to the format's dtype of this name. Casting fp64 to a half precision goes through fp32,
-    and rounds a near tie twice."""
+def narrowed(exact: np.ndarray, name: str) -> np.ndarray:
+    """fp64, finite, rounded once to the format's dtype of this name. numpy casts to a half precision through fp32, and
+    so rounds a near tie twice."""
     import numpy as np
 
-    with np.errstate(over="ignore"):
-        return (rounded_to_odd(wide) if wide.itemsize == 8 and name in HALVES else wide).astype(dtype_of(name))
+    from peftopt.merging import kernel
 
-
-def rounded_to_odd(exact: np.ndarray) -> np.ndarray:
-    """fp64 to fp32 in such a way that rounding it to a half precision gives the nearest to the fp64 value (Boldo and
-    Melquiond, "Emulation of a FMA and correctly rounded sums")."""
-    import numpy as np
-
-    with np.errstate(over="ignore"):
-        single = exact.astype(np.float32)
-    past = np.abs(single) > np.abs(exact)
-    bits: np.ndarray = (single.view(np.int32) - past) | (single != exact)
-    return bits.view(np.float32)
+    if name not in HALVES:
+        with np.errstate(over="ignore"):
+            return exact.astype(dtype_of(name))
+    after = np.empty(exact.shape, HALVES[name])
+    kernel.round_to_nearest(exact.reshape(-1), after.reshape(-1))
+    return after.view(dtype_of(name))
 
 
 def largest(values: np.ndarray) -> float:

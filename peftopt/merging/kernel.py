@@ -126,6 +126,13 @@ def add_rounded(before, delta, slack, exact_b, exact_a, after):  # type: ignore[
 
 
 @_compiled
+def round_to_nearest(exact, after):  # type: ignore[no-untyped-def]
+    """fp64, finite, to the nearest of two bytes; both are flat."""
+    for j in range(exact.size):
+        after[j] = _nearest(exact[j], after[j])
+
+
+@_compiled
 def _round(before, delta, slack, after, doubtful):  # type: ignore[no-untyped-def]
     """One row, apart from what it is part of: so it is compiled to vector instructions."""
     largest = np.uint32(0)

@@ -1,0 +1,144 @@
+"""What the compiled engine has traced: the prompt, the step, and the parts of a model that are written for Inductor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+FEW_ROWS = 16
+"""Rows up to which INT8 weights are multiplied as they are; for more it pays to unpack them first."""
+FUSED = "peftopt_fused"
+"""What `_fused` attention is registered as."""
+
+
+def step(model: Any, token: Any, mask: Any, position: Any, slot: Any, keys: list[Any], values: list[Any]) -> Any:
+    """One token for every row; the shapes are those of `compiled.State`, all of which but the mask it moves on by one.
+
+    Returns the logits [rows, vocabulary]: they cost nothing more, and scoring looks at them.
+    """
+    from transformers.cache_utils import Cache, StaticLayer
+
+    layers = []
+    for key, value in zip(keys, values, strict=True):
+        layer = StaticLayer(max_cache_len=key.shape[2])
+        # A copy, since a layer counts on by itself; nobody reads its count, so no graph holds it.
+        layer.keys, layer.values, layer.cumulative_length = key, value, slot[0] + 0
+        layer.device, layer.is_initialized = key.device, True
+        layers.append(layer)
+    logits = model(
+        input_ids=token,
+        attention_mask=mask,
+        position_ids=position,
+        past_key_values=Cache(layers=layers),
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    token.copy_(logits.argmax(-1, keepdim=True))
+    position.add_(1)
+    slot.add_(1)
+    return logits
+
+
+def read(model: Any, ids: Any, mask: Any, position: Any, last: Any, keys: list[Any], values: list[Any]) -> Any:
+    """The prompts, whose shapes are those of `compiled.Prompt`: fills the cache's first places, and returns the logits
+    [rows, vocabulary] of each prompt's next token."""
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    cache = Cache(layers=[DynamicLayer() for _ in keys])
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask if len(ids) > 1 else None,  # a lone prompt has no padding before it
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=last,
+    ).logits[:, -1]
+    keep(cache, keys, values)
+    return logits
+
+
+def keep(cache: Any, keys: list[Any], values: list[Any]) -> None:
+    """Copy a cache that has grown into the first places of a static one."""
+    for layer, key, value in zip(cache.layers, keys, values, strict=True):
+        length = layer.keys.shape[2]
+        key[:, :, :length].copy_(layer.keys)
+        value[:, :, :length].copy_(layer.values)
+
+
+def _linear(linear: Any, x: Any) -> Any:
+    """x @ W.T + b. For one row in a graph it is written as the sum of products that it is, because Inductor makes one
+    pass over the weights of that, on a CPU two to three times faster than PyTorch's matrix product of one row."""
+    import torch
+
+    rows = x.numel() // x.shape[-1]
+    weight, scale = (linear.weight, None) if linear.int8 is None else linear.int8
+    if rows == 1 and torch.compiler.is_compiling():
+        out = (x.reshape(1, -1).float() * weight.float()).sum(-1)
+        out = (out if scale is None else out * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
+    elif scale is None:
+        return torch.nn.functional.linear(x, weight, linear.bias)
+    elif rows <= FEW_ROWS and x.dtype == scale.dtype == torch.bfloat16 and x.device.type == "cpu":
+        out = torch._weight_int8pack_mm(x.reshape(rows, -1), weight, scale).view(*x.shape[:-1], -1)
+    else:
+        # Scaled in fp32, the same number: else Inductor puts `_weight_int8pack_mm`, made for few rows, in its place.
+        out = (torch.nn.functional.linear(x, weight.to(x.dtype)).float() * scale.float()).to(x.dtype)
+    return out if linear.bias is None else out + linear.bias
+
+
+def bind_linears(model: Any) -> None:
+    """Let every plain linear layer, also those with torchao's INT8 weights, compute through `_linear`.
+
+    Weights, names and adapters stay as they are. An Int8Tensor is taken apart once: a graph would do so at every call.
+    """
+    import types
+
+    import torch
+
+    linears: list[Any] = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    for linear in linears:
+        weight = linear.weight
+        packed = type(weight).__name__ == "Int8Tensor"
+        if packed and (weight.act_quant_kwargs is not None or weight.scale.numel() != len(weight)):
+            continue  # activations in INT8 too, or groups: torchao's own way
+        # The scales in the weight's dtype, as torchao multiplies by them; Inductor's lowering needs them ready.
+        linear.int8 = (weight.qdata, weight.scale.flatten().to(weight.dtype)) if packed else None
+        linear.forward = types.MethodType(_linear, linear)
+
+
+def share_layers(model: Any) -> None:
+    """Mark the decoder's layers as regions that torch.compile traces once and uses for each. A layer becomes an
+    instance of a subclass of its class, so that no other model in this process is touched."""
+    import torch
+
+    made: dict[type, type] = {}
+    for stack in (module for module in model.modules() if isinstance(module, torch.nn.ModuleList)):
+        for layer in stack:
+            if not hasattr(layer, "self_attn"):
+                continue
+            if (own := type(layer)) not in made:
+                region = torch.compiler.nested_compile_region(own.forward)
+                made[own] = type(own.__name__, (own,), {"forward": region})
+            layer.__class__ = made[own]
+
+
+def _fused(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any
+) -> tuple[Any, None]:
+    """Attention of one new token, written out so that Inductor makes loops over the cache of it, without copying keys
+    for the query heads that share them. Shapes: query [b, heads, 1, d], key and value [b, groups, cache, d]."""
+    import torch
+
+    rows, heads, _, size = query.shape
+    groups = key.shape[1]
+    query = query.reshape(rows, groups, heads // groups, 1, size).float()
+    scores = (query * key[:, :, None].float()).sum(-1) * scaling + attention_mask[:, :, None, 0].float()
+    weights = torch.softmax(scores, -1)[..., None]
+    out = (weights * value[:, :, None].float()).sum(3)
+    return out.to(value.dtype).reshape(rows, 1, heads, -1), None
+
+
+def register_fused() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(FUSED, _fused)
+    AttentionMaskInterface.register(FUSED, eager_mask)

@@ -1,0 +1,60 @@
+"""The safetensors format: read as the reference implementation reads it, and garbage never."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftopt.checkpoint import read_header
+from peftopt.errors import BadInput
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200) | st.binary(max_size=60).map(lambda b: len(b).to_bytes(8, "little") + b))
+def test_garbage_is_never_a_safetensors_file(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.safetensors"
+        file.write_bytes(data)
+        with contextlib.suppress(BadInput):
+            entries, _ = read_header(file)
+            assert sum(e.nbytes for e in entries) <= len(data)
+
+
+HEADERS = st.dictionaries(
+    st.text(max_size=3),
+    st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from(["F32", "BF16", "U8", "X"]),
+            "shape": st.lists(st.integers(-1, 4), max_size=3),
+            "data_offsets": st.lists(st.integers(-1, 40), min_size=2, max_size=2),
+        }
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(HEADERS, st.integers(0, 64))
+def test_a_header_is_read_as_the_reference_implementation_reads_it(header: dict[str, Any], size: int) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    text = json.dumps(header).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "x.safetensors"
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+        try:
+            with safe_open(file, framework="np") as reference:
+                names = set(reference.keys())
+        except SafetensorError:
+            names = None
+        try:
+            found = {e.name for e in read_header(file)[0]}
+        except BadInput:
+            found = None
+        assert found == names
