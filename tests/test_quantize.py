@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,16 @@ def test_a_model_that_does_not_work_in_a_fresh_process_is_refused(mixed: Path, t
     (dead / "model.safetensors").write_bytes(b"")
     with pytest.raises(WorkerFailed, match="unusable: the model that gptq wrote does not work"):
         check(dead)
+
+
+def test_a_model_whose_reader_is_not_installed_is_written_and_said_to_be_unverified(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEFTOPT_ENVIRONMENTS", str(tmp_path / "none"))
+    elsewhere, model = replace(plugins.catalogue()["gptq"], reader="llamacpp"), Model(str(tiny_base))
+    with building._opener(elsewhere, model, tmp_path / "log", 1, 120) as opener:
+        said = building._verified(opener, elsewhere, model, model, (), tmp_path / "log", 1, 120)
+    assert said.startswith("not verified: its reader llamacpp needs llamacpp is not at")
 
 
 def test_nothing_is_left_where_a_quantized_model_did_not_work(
