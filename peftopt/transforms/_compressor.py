@@ -11,7 +11,7 @@ from typing import Any
 from peftopt import hf, progress, provenance
 from peftopt.corpus import Row
 from peftopt.errors import BadInput
-from peftopt.records import Json, Model
+from peftopt.records import Json, Model, Step
 from peftopt.transforms import _layers, _sensitivity
 
 NEEDS = ("torch", "transformers", "llmcompressor", "compressed_tensors", "accelerate")
@@ -35,7 +35,7 @@ def check(bits: int = 4, group_size: int = 0, mixed: float = 0.0, samples: int =
         raise ValueError("samples and max_tokens must be at least 1; 32 samples of 512 tokens are a good start")
 
 
-def check_inputs(folder: Path, params: Any, rows: Sequence[Row]) -> None:
+def check_inputs(folder: Path, params: Any, before: Sequence[Step], rows: Sequence[Row]) -> None:
     """Raises BadInput for a group size that does not divide the layers' inputs, and for calibration rows that are too
     short with any chat template around them, from files alone: neither torch nor a weight is touched."""
     settings = asdict(params)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftopt.corpus import Row
-from peftopt.records import Model, Step
+from peftopt.records import Model
 from peftopt.transforms import _compressor
 
 TECHNIQUE = "quantize"
@@ -34,9 +33,7 @@ class Params:
         _compressor.check(samples=self.samples, max_tokens=self.max_tokens)
 
 
-def check(base: Path, params: Params, before: Sequence[Step], rows: Sequence[Row]) -> None:
-    """What is wrong that files tell: see `_compressor.check_inputs`."""
-    _compressor.check_inputs(base, params, rows)
+check = _compressor.check_inputs
 
 
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:
