@@ -161,6 +161,7 @@ def _environment(threads: int, cache: Path | None) -> dict[str, str]:
         **machine.waiting(),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",  # numpy's: what computes are torch's threads or ours, and its own get in their way
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -589,7 +589,8 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(
     base = with_value(tiny_base, tmp_path / "base", "model.safetensors", tensor, float("nan"))
     with pytest.raises(BadInput, match=rf"weight \S*{tensor}\S* holds NaN"):
         merged(base, tiny_lora, out=tmp_path / "out")
-    huge = with_value(tiny_lora, tmp_path / "lora", "adapter_model.safetensors", "lora_B", 3e38)
+    large = with_value(tiny_lora, tmp_path / "large", "adapter_model.safetensors", "lora_A", 1e20)
+    huge = with_value(large, tmp_path / "lora", "adapter_model.safetensors", "lora_B", 1e20)
     with pytest.raises(BadInput, match="holds NaN or infinity"):
         merged(tiny_base, huge, out=tmp_path / "out2")
 

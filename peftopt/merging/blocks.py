@@ -1,25 +1,28 @@
 """Tensors from checkpoint to checkpoint in blocks of a quarter of a million elements: little memory, one rounding.
 
-Of some rows of a block, the product of B and A is made in fp32; then a compiled loop (kernel.py) adds the weight,
-rounds once to the output's dtype, and computes in fp64 the few elements that fp32's own error could round the other
-way. A block is checked for values that are not finite, and written to its place; a file that is complete settles on the
-disk while the next one is made. Nothing here loads torch, but for what `put` is given.
+A compiled loop (kernel.py) makes the product of B and A in fp32, adds the weight, rounds once to the output's dtype,
+and computes in fp64 the few elements that fp32's own error could round the other way. A block is checked for values
+that are not finite, and written to its place; it settles on the disk while more are made. Nothing here loads torch, but
+for what `put` is given.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftopt import machine
 from peftopt.adapter import Pair
 from peftopt.checkpoint import ITEM_BYTES, Checkpoint, Draft, Entry
 from peftopt.errors import BadInput
+from peftopt.merging.lanes import Lanes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,9 +31,6 @@ BLOCK = 1 << 18
 """Elements in a block: what is read and written of it stays in the second-level cache, and a thread is busy with it for
 long enough, since threads wait for each other in between."""
 
-STRIP = 1 << 17
-"""Elements of a block that are worked on at a time: rows whose product stays in the second-level cache."""
-
 PIECE = 1 << 26
 """Elements that one thread takes at a time, so that one huge embedding does not end as one thread's work. A tensor of
 one piece gets its digest while its blocks are in the cache; others are read back."""
@@ -38,9 +38,15 @@ one piece gets its digest while its blocks are in the cache; others are read bac
 HELD = 1 << 23
 """Bytes of the base that stay mapped before a thread lets go of them."""
 
+SETTLED = 1 << 27
+"""Bytes written to a file before the disk is waited for, beside the work: so there is little to wait for at the end."""
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 HALVES = {"F16": "int16", "BF16": "uint16"}
 """The dtypes of two bytes, and as what their bits go to the compiled loop."""
+
+OVERFLOW = {"F16": 0x477FF000, "BF16": 0x7F7F8000}
+"""The bits of the smallest fp32 magnitude that is rounded to infinity."""
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -80,47 +86,51 @@ class Written:
 
 @dataclass(frozen=True)
 class Delta:
-    """What is added to some rows of a weight, as one product b @ a of shapes [rows, r] and [r, in]: in fp32; in fp64,
-    `exact_a` as [in, r]; and how far each row [rows] of the fp32 product may be off."""
+    """What is added to some rows of a weight, as one product b @ a of shapes [rows, r] and [r, in], r a multiple of the
+    loop's. `b` as the adapter has it, in fp32 if that holds it; `a` in fp32, with the adapter's scale; `exact_a` the
+    same in fp64, as [in, r]; `slack` is how far each row [rows] of the product in fp32 may be off."""
 
     b: np.ndarray
     a: np.ndarray
-    exact_b: np.ndarray
     exact_a: np.ndarray
     slack: np.ndarray
 
     @classmethod
-    def of(cls, pairs: Sequence[Pair], rows: range, width: int) -> Delta:
-        """All pairs as one: A stacked [sum of r, in], scale * B side by side [rows, sum of r].
+    def of(cls, pairs: Sequence[Pair], rows: range) -> Delta:
+        """All pairs as one: scale * A stacked [sum of r, in], B side by side [rows, sum of r].
 
         PEFT calls this combination "cat": the delta is the exact weighted sum of the adapters' deltas.
         """
         import numpy as np
 
-        a = [read(p.adapter.weights, p.a).astype(np.float64) for p in pairs]
-        b = [read(p.adapter.weights, p.b, rows).astype(np.float64) * p.scale for p in pairs]
-        return cls.product(np.hstack([np.empty((len(rows), 0)), *b]), np.vstack([np.empty((0, width)), *a]))
+        a = [read(p.adapter.weights, p.a).astype(np.float64) * p.scale for p in pairs]
+        b = [_widened(read(p.adapter.weights, p.b, rows)) for p in pairs]
+        return cls.product(np.hstack(b) if len(b) > 1 else b[0], np.vstack(a))
 
     @classmethod
     def product(cls, b: np.ndarray, a: np.ndarray) -> Delta:
-        """Of two fp64 matrices. Its error is bounded by |b| |a|, and that by Cauchy and Schwarz: r roundings for a sum
-        of r products in any order, one each for b and a, and three to spare (Higham, "Accuracy and Stability of
+        """Of b in fp32 or fp64, and a in fp64. The error is bounded by |b| |a|, and that by Cauchy and Schwarz: the
+        roundings of the loop's sums, one each for b and a, and three to spare (Higham, "Accuracy and Stability of
         Numerical Algorithms", 3.1)."""
         import numpy as np
 
-        from peftopt.merging.kernel import UNIT
+        from peftopt.merging.kernel import RANKS, UNIT, roundings
 
-        most = np.linalg.norm(b, axis=1) * np.linalg.norm(a, axis=0).max(initial=0.0)
-        with np.errstate(over="ignore"):  # what is not finite is found in the sums
-            slack = ((len(a) + 5) * UNIT * most).astype(np.float32)
-            return cls(b.astype(np.float32), a.astype(np.float32), b, np.ascontiguousarray(a.T), slack)
+        if more := -len(a) % RANKS:
+            b, a = np.pad(b, ((0, 0), (0, more))), np.pad(a, ((0, more), (0, 0)))
+        fast = aligned(a.shape, np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found in the sums
+            fast[...] = a
+            most = np.sqrt(np.einsum("ij,ij->i", b, b)) * np.sqrt(np.einsum("ij,ij->j", a, a).max(initial=0.0))
+            slack = ((roundings(len(a)) + 5) * UNIT * most).astype(np.float32)
+        return cls(b, fast, np.ascontiguousarray(a.T), slack)
 
     def rows(self, start: int, stop: int) -> Delta:
-        return Delta(self.b[start:stop], self.a, self.exact_b[start:stop], self.exact_a, self.slack[start:stop])
+        return Delta(self.b[start:stop], self.a, self.exact_a, self.slack[start:stop])
 
     def whole(self) -> np.ndarray:
         """In fp64, [rows, in]."""
-        found: np.ndarray = self.exact_b @ self.exact_a.T
+        found: np.ndarray = self.b.astype(self.exact_a.dtype) @ self.exact_a.T
         return found
 
 
@@ -132,12 +142,12 @@ class Blocks:
         self._local = threading.local()
 
     def __enter__(self) -> Blocks:
-        self._pool, self._settler = ThreadPoolExecutor(self.threads), ThreadPoolExecutor(1)
+        self._lanes, self._settler = Lanes(self.threads), ThreadPoolExecutor(1)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pool in (self._pool, self._settler):
-            pool.shutdown(cancel_futures=True)
+        self._lanes.close()
+        self._settler.shutdown(cancel_futures=True)
 
     # ---- the jobs ----------------------------------------------------------------------------
 
@@ -151,42 +161,36 @@ class Blocks:
     ) -> Iterator[Written]:
         """Bring these tensors of the base into the draft, those named in `pairs` with their LoRA deltas added.
 
-        `pairs` maps a tensor's name to the pairs that add up. Raises BadInput naming the first tensor that comes
-        out with a value that is not finite.
+        `pairs` maps a tensor's name to the pairs that add up. Yields tensors as they are finished, in any order. Raises
+        BadInput naming the first that comes out with a value that is not finite.
         """
-        import numpy  # noqa: F401 (brings the matrix library, whose threads would get into each other's way)
-        import threadpoolctl
 
-        with threadpoolctl.threadpool_limits(1, "blas"):
-            yield from self._transfer(base, draft, entries, pairs, norms)
+        def job(entry: Entry, piece: range) -> Callable[[], tuple[bool, tuple[float, float]]]:
+            return partial(self._piece, base, draft, entry, piece, pairs.get(entry.name, ()), norms)
 
-    def _transfer(
-        self,
-        base: Checkpoint,
-        draft: Draft,
-        entries: Sequence[Entry],
-        pairs: Mapping[str, Sequence[Pair]],
-        norms: bool,
-    ) -> Iterator[Written]:
-        jobs = []
-        for entry in entries:
-            deltas = pairs.get(entry.name, ())
-            pieces = list(_pieces(entry))
-            jobs.append((entry, [self._pool.submit(self._piece, base, draft, entry, p, deltas, norms) for p in pieces]))
-        left = Counter(draft.entries[entry.name].file for entry in entries)
-        settling = []
-        for entry, running in jobs:
-            found = [piece.result() for piece in running]
-            delta, weight = (sum(squares[side] for _, squares in found) ** 0.5 for side in (0, 1))
-            norms_found = (delta, weight) if norms else (None, None)
-            yield Written(entry.name, any(changed for changed, _ in found), *norms_found)
-            if entry.name not in draft.digests:
-                settling.append(self._settler.submit(draft.digest, entry.name))
-            left[file := draft.entries[entry.name].file] -= 1
-            if not left[file]:
-                settling.append(self._settler.submit(draft.settle, file))
-        for done in settling:
-            done.result()
+        pieces = [(entry, piece) for entry in entries for piece in _pieces(entry)]
+        targets = [draft.entries[entry.name] for entry, _ in pieces]
+        running = self._lanes.submit((t.file, job(*piece)) for t, piece in zip(targets, pieces, strict=True))
+        of = dict(zip(running, targets, strict=True))
+        left, unsettled, settling = Counter(t.name for t in targets), Counter[Path](), []
+        found: dict[str, list[tuple[bool, tuple[float, float]]]] = defaultdict(list)
+        for done in as_completed(running):
+            target = of[done]
+            found[target.name].append(done.result())
+            left[target.name] -= 1
+            if left[target.name]:
+                continue
+            if target.name not in draft.digests:
+                settling.append(self._settler.submit(draft.digest, target.name))
+            unsettled[target.file] += target.nbytes
+            if unsettled[target.file] > SETTLED:
+                settling.append(self._settler.submit(draft.settle, target.file))
+                unsettled[target.file] = 0
+            changed, squares = zip(*found.pop(target.name), strict=True)
+            both = [math.sqrt(sum(each)) for each in zip(*squares, strict=True)] if norms else ()
+            yield Written(target.name, any(changed), *both)
+        for settled in settling:
+            settled.result()
 
     def _piece(
         self, base: Checkpoint, draft: Draft, entry: Entry, piece: range, pairs: Sequence[Pair], norms: bool
@@ -196,7 +200,7 @@ class Blocks:
 
         width = row_width(entry)
         target = draft.entries[entry.name]
-        delta = Delta.of(pairs, piece, width) if pairs or entry.dtype != target.dtype else None
+        delta = Delta.of(pairs, piece) if pairs else None
         changed, squares = entry.dtype != target.dtype, (0.0, 0.0)
         hasher = draft.hasher() if len(piece) * width == entry.items else None
         rows, size, held = max(1, BLOCK // max(1, width)), ITEM_BYTES[entry.dtype], 0
@@ -206,7 +210,8 @@ class Blocks:
             if entry.dtype in FLOATS:
                 before = (raw.copy() if raw.ctypes.data % size else raw).view(dtype_of(entry.dtype)).reshape(-1, width)
                 if delta is None:
-                    check_finite(before, entry.name)
+                    out = before if entry.dtype == target.dtype else narrowed(before, target.dtype)
+                    check_finite(out, entry.name)
                 else:
                     own = delta.rows(start - piece.start, start - piece.start + len(before))
                     out = self._sum(entry, target, before, own)
@@ -234,32 +239,22 @@ class Blocks:
         if target.dtype in HALVES and entry.dtype != "F64":
             return self._round_sum(entry, target, before, delta)
         if "F64" in (entry.dtype, target.dtype):
-            exact = before.astype(np.float64) + delta.whole()
-            check_finite(exact, entry.name)
-            out = narrowed(exact, target.dtype)
+            out = narrowed(before.astype(np.float64) + delta.whole(), target.dtype)
         else:
-            out = before.astype(np.float32) + delta.b @ delta.a
+            out = before.astype(np.float32) + delta.b.astype(np.float32) @ delta.a
         check_finite(out, entry.name)
         return out.view(HALVES.get(target.dtype, out.dtype))
 
     def _round_sum(self, entry: Entry, target: Entry, before: np.ndarray, delta: Delta) -> np.ndarray:
         """The same for two bytes, to the nearest: see kernel.add_rounded."""
-        import numpy as np
-
         from peftopt.merging import kernel
 
         given = before.view(HALVES[entry.dtype]) if entry.dtype in HALVES else before
-        after, most = self._buffer("after", before.shape, HALVES[target.dtype]), np.uint32(0)
-        rows, width = before.shape
-        step = max(1, STRIP // max(1, width))
-        for at in range(0, rows, step):
-            some = delta.rows(at, at + step)
-            product = np.matmul(some.b, some.a, out=self._buffer("product", (len(some.b), width), np.float32))
-            strip = slice(at, at + step)
-            largest = kernel.add_rounded(given[strip], product, some.slack, some.exact_b, some.exact_a, after[strip])
-            most = max(most, largest)
-        with np.errstate(over="ignore"):
-            check_finite(np.array([most], np.uint32).view(np.float32).astype(dtype_of(target.dtype)), entry.name)
+        after = self._buffer("after", before.shape, HALVES[target.dtype])
+        tile = self._buffer("tile", (kernel.TILE,), "float32")
+        most = kernel.add_rounded(given, delta.b, delta.a, delta.exact_a, delta.slack, after, tile)
+        if most >= OVERFLOW[target.dtype]:
+            raise _not_finite(entry.name)
         return after
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -269,7 +264,7 @@ class Blocks:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         have = getattr(self._local, name, None)
         if have is None or len(have) < nbytes:
-            have = np.empty(nbytes, np.uint8)
+            have = aligned((nbytes,), np.uint8)
             setattr(self._local, name, have)
         found: np.ndarray = have[:nbytes].view(dtype).reshape(shape)
         return found
@@ -282,7 +277,9 @@ class Blocks:
         if tuple(tensor.shape) != target.shape:
             raise BadInput(f"{name} came out as {list(tensor.shape)}, its place is {list(target.shape)}")
         flat = tensor.contiguous().view(-1)
-        list(self._pool.map(lambda at: self._put_block(draft, target, flat, at), range(0, len(flat), BLOCK)))
+        blocks = (partial(self._put_block, draft, target, flat, at) for at in range(0, len(flat), BLOCK))
+        for done in self._lanes.submit((target.file, block) for block in blocks):
+            done.result()
         draft.digest(name)
 
     def _put_block(self, draft: Draft, target: Entry, flat: Any, at: int) -> None:
@@ -293,6 +290,26 @@ class Blocks:
         if target.dtype in FLOATS:
             check_finite(after.view(dtype), target.name)
         draft.write(target, at * dtype.itemsize, after.data)
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An empty array that begins with a line of the cache."""
+    import numpy as np
+
+    from peftopt.merging.kernel import LINE
+
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    spare = np.empty(nbytes + LINE, np.uint8)
+    start = -spare.ctypes.data % LINE
+    found: np.ndarray = spare[start : start + nbytes].view(dtype).reshape(shape)
+    return found
+
+
+def _widened(values: np.ndarray) -> np.ndarray:
+    """Exactly, in fp32 or fp64."""
+    import numpy as np
+
+    return values if values.dtype == np.float64 else values.astype(np.float32)
 
 
 def row_width(entry: Entry) -> int:
@@ -331,13 +348,13 @@ def read_tensor(source: Checkpoint | Draft, entry: Entry) -> Any:
 
 
 def narrowed(exact: np.ndarray, name: str) -> np.ndarray:
-    """fp64, finite, rounded once to the format's dtype of this name. numpy casts to a half precision through fp32, and
-    so rounds a near tie twice."""
+    """Rounded once to the format's dtype of this name; what is NaN or infinite stays so. numpy casts fp64 to a half
+    precision through fp32, and so rounds a near tie twice."""
     import numpy as np
 
     from peftopt.merging import kernel
 
-    if name not in HALVES:
+    if name not in HALVES or exact.dtype != np.float64 or not math.isfinite(largest(exact)):
         with np.errstate(over="ignore"):
             return exact.astype(dtype_of(name))
     after = np.empty(exact.shape, HALVES[name])
@@ -364,10 +381,14 @@ def largest(values: np.ndarray) -> float:
 def check_finite(values: np.ndarray, name: str) -> None:
     """Raises BadInput when a weight is NaN or infinite."""
     if not math.isfinite(largest(values)):
-        raise BadInput(
-            f"the weight {name} holds NaN or infinity",
-            "the base or the adapter is broken, or the adapter's scaling is too large for the dtype: check them",
-        )
+        raise _not_finite(name)
+
+
+def _not_finite(name: str) -> BadInput:
+    return BadInput(
+        f"the weight {name} holds NaN or infinity",
+        "the base or the adapter is broken, or the adapter's scaling is too large for the dtype: check them",
+    )
 
 
 def threads() -> int:

@@ -142,10 +142,10 @@ class Merge:
     ) -> tuple[list[Written], list[tuple[str, float, int]]]:
         with Draft(out, self._layout({}, {}), self.base) as draft:
             entries = list(self.base.entries.values())
-            written = list(blocks.transfer(self.base, draft, entries, pairs))
+            written = {w.name: w for w in blocks.transfer(self.base, draft, entries, pairs)}
             samples = certificate.sample_lora(self.base, draft, pairs)
             self.digests = draft.digests
-        return [w for w in written if w.name in pairs], samples
+        return [written[name] for name in pairs], samples
 
     def _modules(self, blocks: Blocks, out: Path) -> tuple[list[Written], list[tuple[str, float, int]]]:
         from peftopt.merging.modular import Rewrite
@@ -241,8 +241,10 @@ class Merge:
         if pairs is not None:
             draft = _Nowhere({e.name: self._slot(e, e.shape) for e in self.base.entries.values()})
             with Blocks(threads()) as blocks:
-                for w in blocks.transfer(self.base, draft, [self.base.entries[n] for n in pairs], pairs, norms=True):  # type: ignore[arg-type]
-                    yield _line(self.base.entries[w.name], w.delta_norm or 0.0, w.weight_norm or 0.0)
+                entries = [self.base.entries[name] for name in pairs]
+                found = {w.name: w for w in blocks.transfer(self.base, draft, entries, pairs, norms=True)}  # type: ignore[arg-type]
+            for entry in entries:
+                yield _line(entry, found[entry.name].delta_norm or 0.0, found[entry.name].weight_norm or 0.0)
             return
         hollow = self._hollow()
         for values in hollow.changes():
