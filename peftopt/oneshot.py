@@ -184,7 +184,9 @@ def bench(
     rows = corpus.read(prompts)
     known = plugins.catalogue()
     for arm in arms:
-        preflight.check_base(Path(arm.model.path), quantized=True, weights=known[arm.engine].format)
+        engine = known[arm.engine]
+        ours = engine.environment == environments.MAIN
+        preflight.check_base(Path(arm.model.path), quantized=True, weights=engine.format, ours=ours)
     folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
     found: dict[str, dict[str, Json]] = {arm.name: {"name": arm.name, "turns": []} for arm in arms}
     with ExitStack() as stack:

@@ -21,7 +21,8 @@ def check(recipe: Recipe) -> None:
     """Raises BadInput for the first thing in the recipe's files that cannot work, saying what to do."""
     _check_endpoints(recipe)
     transforms = any(variant.steps for variant in recipe.variants.values())
-    check_base(Path(recipe.base), quantized=not transforms)
+    ours = any(variant.engine.environment == environments.MAIN for variant in recipe.variants.values())
+    check_base(Path(recipe.base), quantized=not transforms, ours=ours)
     merges = [v.name for v in recipe.variants.values() if any(s.technique == "merge" for s in v.steps)]
     check_adapter(Path(recipe.adapter), Path(recipe.base), merges)
     _check_needs(recipe)
@@ -117,9 +118,9 @@ def schema(path: str) -> Mapping[str, Json]:
     return value
 
 
-def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS) -> None:
+def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS, ours: bool = True) -> None:
     """A causal language model with weights of that format, with no code of its own and, unless `quantized`, not
-    quantized yet."""
+    quantized yet. `ours`: an engine of this environment opens it, so what reads its weights must be here."""
     if not folder.is_dir():
         raise BadInput(f"no model folder at {folder}", "model.base names a folder with config.json and safetensors")
     if not (folder / "config.json").is_file():
@@ -131,7 +132,8 @@ def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS
         method = settings.get("quant_method", "unknown")
         if not quantized:
             raise BadInput(f"{folder} is already quantized ({method})", "start from the full-precision base")
-        _check_reader(folder, method)
+        if ours:
+            _check_reader(folder, method)
     names = config.get("architectures") or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         what = ", ".join(names) or "none named"

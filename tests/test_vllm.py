@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import packed
 import psutil
 import pytest
 from remote_engine import Remote
 from test_run import command
 
-from peftopt import corpus, environments, plugins
+from peftopt import corpus, environments, plugins, preflight
 from peftopt.engines import TOP_K, vllm
 from peftopt.errors import BadInput
 from peftopt.records import Model
@@ -175,6 +176,25 @@ def test_a_batch_is_exactly_as_long_as_asked_and_ends_by_itself_where_it_may(eng
     assert answer.stopped and answer.tokens[-1] in engine.eos
     found, wanted = json.loads(engine.decode(answer.tokens)), json.loads(row.expected)
     assert (found.keys(), found["order"]) == (wanted.keys(), wanted["order"]), "the adapter is at work"
+
+
+@real
+@pytest.mark.parametrize("made", [packed.autogptq, packed.autoawq])
+def test_checkpoints_of_autogptq_and_autoawq_are_read_by_vllm_itself(made: Any, tmp_path: Path) -> None:
+    """transformers needs GPTQModel for them, which need not be here."""
+    folder, same = made(BASE, tmp_path)
+    preflight.check_base(folder, quantized=True, ours=False)
+    plugin = plugins.module("engine", "eager")
+    plain = plugin.open(Model(str(same)), plugin.Params())
+    remote = Remote("vllm", Model(str(folder)), max_model_len=1024)
+    try:
+        questions = ids(plain)
+        answers = [g.tokens for g in plain.generate(questions, 24, False)]
+        found, theirs = remote.score(questions, answers), plain.score(questions, answers)
+    finally:
+        remote.close()
+    pairs = [pair for f, t in zip(found, theirs, strict=True) for pair in zip(f.logprobs, t.logprobs, strict=True)]
+    assert sum(abs(a - b) for a, b in pairs) / len(pairs) < 0.1, "fp16 scales, and sums in another order"
 
 
 @real

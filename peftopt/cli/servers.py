@@ -308,7 +308,7 @@ def serve(
     from peftopt.engines._server import check_port
     from peftopt.records import Model
 
-    preflight.check_base(base, quantized=True)
+    preflight.check_base(base, quantized=True, ours=False)
     named = dict(_named(text) for text in adapter)
     if len(named) < len(adapter) or vllm.BASE in named:
         raise BadInput(f"two adapters, or an adapter and the base ({vllm.BASE}), have one name", "give NAME=FOLDER")

@@ -6,6 +6,7 @@ that it is first called with (two seconds), and keeps the code on the disk for o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,10 @@ from llvmlite import binding, ir
 from numba import config, njit, types
 from numba.extending import intrinsic as _intrinsic
 
-if config.CPU_FEATURES is None and (_features := binding.get_host_cpu_features()).get("avx512f"):
+with contextlib.suppress(RuntimeError):  # an unknown processor
     # LLVM takes half of what AVX-512 has, lest the processor slow down. Today's do not, and the loop runs faster.
-    config.CPU_FEATURES = f"{_features.flatten()},-prefer-256-bit"
+    if config.CPU_FEATURES is None and (_features := binding.get_host_cpu_features()).get("avx512f"):
+        config.CPU_FEATURES = f"{_features.flatten()},-prefer-256-bit"
 
 UNIT = 2.0**-24
 """fp32's unit roundoff."""
