@@ -176,6 +176,9 @@ def gpu_state(states: list[str], on_gpu: set[int], pids: set[int]) -> dict[str, 
     return {**found, "gpu_temperature_c": max(heat)} if heat else found
 
 
+REST_S, REST_LOOK_S = 3.0, 0.05
+
+
 def cpu_s(pids: Iterable[int]) -> float:
     """Seconds of CPU time that these processes have taken so far; one that is gone counts no more."""
     import psutil
@@ -186,6 +189,17 @@ def cpu_s(pids: Iterable[int]) -> float:
             times = psutil.Process(pid).cpu_times()
             total += times.user + times.system
     return total
+
+
+def rest(pids: Iterable[int], limit_s: float = REST_S) -> bool:
+    """Wait until these processes compute nothing, at most for `limit_s` seconds; whether they came to rest."""
+    family, until = list(pids), time.monotonic() + limit_s
+    while time.monotonic() < until:
+        before = cpu_s(family)
+        time.sleep(REST_LOOK_S)
+        if cpu_s(family) - before <= REST_LOOK_S * 0.2:
+            return True
+    return False
 
 
 def gpu_memory(pids: Iterable[int]) -> int | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -73,6 +76,18 @@ def test_a_disturbed_race_is_warned_of_and_named_where_it_stays_open() -> None:
     assert any("24 of 24 blocks of chat were disturbed" in w for w in decision.warnings)
     verdict = next(v for v in of(decision, "merged").verdicts if v.rule == "merge.gain")
     assert "24 of 24 blocks were disturbed (other processes took processors it needed)" in verdict.reason
+
+
+def test_a_process_is_waited_for_until_it_rests() -> None:
+    code = "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        while not machine.cpu_s([process.pid]):
+            time.sleep(0.01)
+        assert not machine.rest([process.pid], limit_s=0.2), "it is busy"
+        assert machine.rest([process.pid], limit_s=60)
+        assert machine.cpu_s([process.pid]) > 0.3, "and was, to its end"
+        process.kill()
+    assert machine.rest([process.pid]), "what is gone rests"
 
 
 def test_what_others_took_is_what_we_did_not() -> None:

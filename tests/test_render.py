@@ -331,6 +331,18 @@ def test_further_figures_stand_apart_from_those_that_decide() -> None:
     assert table.further(dataclasses.replace(a_decision(), variants=a_decision().variants[-1:]))[1] == []
 
 
+def test_times_are_shown_for_every_workload_where_there_are_several() -> None:
+    header, body = table.by_workload(a_decision())
+    assert [row[:2] for row in body[:2]] == [["chat", "adapter (baseline)"], ["chat", "merged (chosen)"]]
+    assert {row[0] for row in body} == {"chat", "bulk"}
+    cells = dict(zip(header, next(row for row in body if row[:2] == ["bulk", "merged (chosen)"]), strict=True))
+    assert "tokens/s" in cells["throughput"]
+    alone = [
+        dataclasses.replace(v, figures={"latency.p50@chat": interval(1.0, 1.0, 1.0)}) for v in a_decision().variants
+    ]
+    assert table.by_workload(dataclasses.replace(a_decision(), variants=tuple(alone)))[1] == []
+
+
 def test_the_compact_table_fits_a_terminal() -> None:
     header, body = table.rows(a_decision(), compact=True)
     widths = [max(len(row[n]) for row in [header, *body]) for n in range(len(header))]

@@ -73,6 +73,7 @@ def render(decision: Decision, measurements: Sequence[Measurement]) -> str:
         plots=[p for w in table.workloads(decision) if (p := plot(decision, measurements, w))],
         rules={v.name: table.rule_rows(v) for v in decision.variants},
         flips=table.flips(decision, measurements),
+        by_workload=table.by_workload(decision),
         further=table.further(decision),
         slices=table.slices(decision, measurements),
         effort=table.effort(decision, measurements),

@@ -41,6 +41,7 @@ def _evidence(decision: Decision, measurements: Sequence[Measurement], examples:
     flips = table.flips(decision, measurements, examples)
     return [
         *(_variant(decision, variant, flips[variant.name]) for variant in decision.variants),
+        _section("By workload", _table(table.by_workload(decision))),
         _section("More figures", _table(table.further(decision))),
         _section("Right answers by slice", _table(table.slices(decision, measurements))),
         _section("How it was measured", _method(decision, measurements)),

@@ -58,6 +58,19 @@ def rows(decision: Decision, compact: bool = False) -> Table:
     return header, _fit(header, body)
 
 
+def by_workload(decision: Decision) -> Table:
+    """Times and throughput of every variant under every workload; no rows where there is one workload."""
+    header = ["workload", "variant", "TTFT P50", "TPOT P50", "P50", "P95", "throughput"]
+    metrics = ("ttft.p50", "tpot.p50", "latency.p50", "latency.p95", "throughput")
+    names = workloads(decision)
+    rows = [
+        [clean(w), clean(_name(decision, v)), *(figure(f"{m}@{w}", v.figures.get(f"{m}@{w}")) for m in metrics)]
+        for w in names
+        for v in decision.variants
+    ]
+    return header, [row for row in rows if set(row[2:]) != {MISSING}] if len(names) > 1 else []
+
+
 def further(decision: Decision) -> Table:
     """What no rule asks for but an expert looks at; no rows when none of it was measured."""
     main = (workloads(decision) or [""])[0]

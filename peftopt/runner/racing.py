@@ -122,6 +122,8 @@ class Field:
             disturbance = machine.disturbance(before, after, cpu, pids)
             values = {"block": number, "order": order, "machine": disturbance, **answer}
             self.run.log("speed", arm, values, self.workload.name)
+            # vLLM's workers look for work for another second, on processors that the next turn is timed on
+            machine.rest(child.processes())
 
         try_twice(self.run, arm.removesuffix(TWIN), f"speed ({self.workload.name})", attempt)
 
