@@ -11,8 +11,9 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftopt.checkpoint import read_header
+from peftopt.checkpoint import Checkpoint, Draft, read_header
 from peftopt.errors import BadInput
+from peftopt.merging import blocks
 
 
 @settings(max_examples=300, deadline=None)
@@ -58,3 +59,38 @@ def test_a_header_is_read_as_the_reference_implementation_reads_it(header: dict[
         except BadInput:
             found = None
         assert found == names
+
+
+SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.dictionaries(st.text("abc", min_size=1), SHAPES, min_size=1), min_size=1, max_size=3), st.integers(1, 3)
+)
+def test_what_no_adapter_touches_is_copied_byte_for_byte_with_its_digest(
+    shards: list[dict[str, tuple[int, ...]]], threads: int
+) -> None:
+    import numpy as np
+    import xxhash
+    from safetensors.numpy import load_file, save_file
+
+    piece, blocks.PIECE = blocks.PIECE, 8  # so that a tensor is more than one thread's work
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder, dice = Path(name), np.random.default_rng(0)
+            for n, shapes in enumerate(shards):
+                values = {f"{n}{key}": dice.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+                save_file({key: np.asarray(value) for key, value in values.items()}, folder / f"{n}.safetensors")
+            files = sorted(folder.glob("*.safetensors"))
+            with Checkpoint(files) as base, blocks.Blocks(threads) as loops:
+                with Draft(folder / "out", base.files, base) as draft:
+                    written = list(loops.transfer(base, draft, list(base.entries.values()), {}))
+                assert sorted(w.name for w in written) == sorted(base.entries)
+                assert not any(w.changed for w in written)
+                for file in files:
+                    assert (folder / "out" / file.name).read_bytes() == file.read_bytes()
+                    for key, value in load_file(file).items():
+                        assert draft.digests[key] == xxhash.xxh3_128_hexdigest(value.tobytes())
+    finally:
+        blocks.PIECE = piece

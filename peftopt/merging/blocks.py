@@ -318,10 +318,10 @@ def row_width(entry: Entry) -> int:
 
 
 def _pieces(entry: Entry) -> Iterator[range]:
-    """The rows of a tensor in pieces of about PIECE elements."""
+    """The rows of a tensor in pieces of about PIECE elements; of an empty one, one without rows."""
     width = row_width(entry)
     total, step = entry.items // width, max(1, PIECE // width)
-    for start in range(0, total, step):
+    for start in range(0, max(1, total), step):
         yield range(start, min(start + step, total))
 
 
