@@ -119,6 +119,12 @@ def attained(requests: Sequence[Request], slos: Sequence[Slo]) -> Interval:
     return stats.proportion(sum(all(s.met(r) for s in slos) for r in requests), len(requests))
 
 
+def apart(requests: Sequence[Request]) -> bool:
+    """Whether each was answered before the next was due: then no lower rate serves them better."""
+    due = sorted(requests, key=lambda r: r.scheduled)
+    return all(one.done <= other.scheduled for one, other in pairwise(due))
+
+
 def _value(request: Request, metric: str) -> float | None:
     match metric:
         case "ttft":

@@ -380,6 +380,18 @@ def test_the_highest_rate_is_searched_with_fresh_traffic_each_time() -> None:
     assert len({tuple(r.id for r in t.played.requests) for t in trials}) > 1
 
 
+def test_the_search_ends_where_a_request_alone_misses_the_level() -> None:
+    with served(first=0.04, gap=0.0) as server:
+        kind = Traffic(PROMPTS, {"support": 1.0}, new_tokens=2, requests=4, arrivals="constant")
+        found = load.find_rate(
+            Target(server.url), kind, 80.0, [slo("ttft <= 20 ms")], lambda done, what: None, lambda trial: None
+        )
+    assert found.highest is None and 1 <= len(found.trials) <= 5, (
+        "at 80 requests a second they overlap, at 5 they do not"
+    )
+    assert any("a request alone misses" in note for note in found.notes)
+
+
 # ---- the command line --------------------------------------------------------------------------
 
 
