@@ -353,10 +353,10 @@ def find_rate(
                 trials.append(Trial(rate, not played.stopped and share >= goodput.ATTAINED, played))
                 tell(trials[-1])
                 notes = _notes(client, traffic_, played)
+                if played.stopped == "interrupted":
+                    return Loaded(played, warmed, notes, trials)
                 if not share and goodput.apart(played.requests):
                     notes = [*notes, "a request alone misses the service level: no rate can hold it"]
-                    return Loaded(played, warmed, notes, trials)
-                if played.stopped == "interrupted":
                     return Loaded(played, warmed, notes, trials)
                 await settle(client)
                 try:

@@ -121,7 +121,8 @@ class Delta:
         fast = aligned(a.shape, np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is found in the sums
             fast[...] = a
-            most = np.sqrt(np.einsum("ij,ij->i", b, b)) * np.sqrt(np.einsum("ij,ij->j", a, a).max(initial=0.0))
+            rows = np.einsum("ij,ij->i", b, b, dtype=np.float64)  # squares that fp32 would lose
+            most = np.sqrt(rows * np.einsum("ij,ij->j", a, a).max(initial=0.0))
             slack = ((roundings(len(a)) + 5) * UNIT * most).astype(np.float32)
         return cls(b, fast, np.ascontiguousarray(a.T), slack)
 
