@@ -28,14 +28,15 @@ _NEVER_ALONE = ("artifact.", "require: kl ", "require: top1 ")
 
 
 def _outcome(found: Sequence[Verdict]) -> tuple[Outcome, str]:
-    """A variant is as good as its worst verdict; the rule that decided is the first of those."""
+    """A variant is as good as its worst verdict; what decided is the first of those rules, "" where none had a say."""
     order: tuple[Outcome, ...] = ("rejected", "inconclusive")
     for outcome in order:
         for verdict in found:
             if verdict.outcome == outcome:
                 return outcome, verdict.rule
     accepting = [v.rule for v in found if v.outcome == "accepted" and not v.rule.startswith(_NEVER_ALONE)]
-    return ("accepted", accepting[0]) if accepting else ("not judged", found[0].rule if found else "")
+    unjudged = [v.rule for v in found if v.outcome == "not judged"]
+    return ("accepted", accepting[0]) if accepting else ("not judged", unjudged[0] if unjudged else "")
 
 
 def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) -> VariantDecision:
@@ -297,7 +298,7 @@ def _sentence(evidence: Evidence, chosen: VariantDecision | None, candidates: Se
             f"({ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}, {ratio.n} blocks, "
             f"{_CLOCKS[evidence.clock[0]]}), decided by {chosen.decided_by}{rest}."
         )
-    why = "; ".join(f"{d.name} {d.outcome} by {d.decided_by}" for d in candidates)
+    why = "; ".join(f"{d.name} {d.outcome}{f' by {d.decided_by}' if d.decided_by else ''}" for d in candidates)
     if any(d.outcome == "inconclusive" for d in candidates):
         return f"Undecided, so keep the {recipe.baseline} as served: {why}."
     return f"Keep the {recipe.baseline} as served: no variant was accepted ({why})."

@@ -447,6 +447,16 @@ def test_likelihoods_that_are_not_finite_meet_no_requirement() -> None:
     }
 
 
+def test_a_variant_that_no_rule_covers_is_not_judged_by_the_check_of_its_files() -> None:
+    recipe = plan_of("merged").recipe
+    twin = replace(recipe.variants["adapter"], name="twin")
+    recipe = replace(recipe, variants={**recipe.variants, "twin": twin})
+    plan = planning.plan(recipe, {"base": "b", "adapter": "a", "calibration": ""}, {})
+    decision = decide(plan, whole(plan, {"merged": 1.5, "twin": 0.5}), {})
+    assert (of(decision, "twin").outcome, of(decision, "twin").decided_by) == ("not judged", "")
+    assert "twin not judged" in decision.sentence and "twin not judged by" not in decision.sentence
+
+
 def test_kl_may_reject_a_variant_but_not_accept_it() -> None:
     plan = plan_of("merged", require=["kl <= 0.1 nats"])
     for name, half in (("merge", "gain"), ("merge", "parity")):
