@@ -163,10 +163,10 @@ def add_rounded(before, b, a, exact_a, slack, after, tile):  # type: ignore[no-u
                     if words[word]:
                         for j in range(word * 8, min(word * 8 + 8, columns)):
                             if doubtful[j]:
-                                exact = np.float64(_wide(old[j]))
+                                exact = 0.0  # the delta first: many small terms would be lost in a large weight
                                 for k in range(exact_a.shape[1]):
                                     exact += np.float64(b[row, k]) * exact_a[left + j, k]
-                                new[j] = _nearest(exact, new[j])
+                                new[j] = _nearest(np.float64(_wide(old[j])) + exact, new[j])
     return largest
 
 
