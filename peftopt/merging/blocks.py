@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
@@ -165,18 +165,17 @@ class Blocks:
         `pairs` maps a tensor's name to the pairs that add up. Yields tensors as they are finished, in any order. Raises
         BadInput naming the first that comes out with a value that is not finite.
         """
-
-        def job(entry: Entry, piece: range) -> Callable[[], tuple[bool, tuple[float, float]]]:
-            return partial(self._piece, base, draft, entry, piece, pairs.get(entry.name, ()), norms)
-
-        pieces = [(entry, piece) for entry in entries for piece in _pieces(entry)]
-        targets = [draft.entries[entry.name] for entry, _ in pieces]
-        running = self._lanes.submit((t.file, job(*piece)) for t, piece in zip(targets, pieces, strict=True))
-        of = dict(zip(running, targets, strict=True))
-        left, unsettled, settling = Counter(t.name for t in targets), Counter[Path](), []
+        targets, jobs = [], []
+        for entry in entries:
+            for piece in _pieces(entry):
+                targets.append(draft.entries[entry.name])
+                jobs.append(partial(self._piece, base, draft, entry, piece, pairs.get(entry.name, ()), norms))
+        futures = self._lanes.submit((t.file, job) for t, job in zip(targets, jobs, strict=True))
+        running = dict(zip(futures, targets, strict=True))
+        left, unsettled, settling = Counter(t.name for t in running.values()), Counter[Path](), []
         found: dict[str, list[tuple[bool, tuple[float, float]]]] = defaultdict(list)
         for done in as_completed(running):
-            target = of[done]
+            target = running[done]
             found[target.name].append(done.result())
             left[target.name] -= 1
             if left[target.name]:

@@ -6,6 +6,7 @@ own for as long as there are files enough, and only then helps with another's.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -24,8 +25,10 @@ class Lanes:
         self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(threads)
 
     def close(self) -> None:
-        """Wait for the jobs that are being done, and leave the others."""
+        """Wait for the jobs that are being done, and cancel the others."""
         with self._lock:
+            for future, _ in itertools.chain.from_iterable(self._left.values()):
+                future.cancel()
             self._left.clear()
         self._pool.shutdown()
 
