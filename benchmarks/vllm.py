@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peftopt import corpus, environments, load, stats
+from peftopt import corpus, environments, load, machine, stats
 from peftopt.client import Target
 from peftopt.engines import vllm
 from peftopt.engines._server import Server, free_port
@@ -48,17 +48,17 @@ def main() -> None:
     prompts = {row.id: Prompt(row.messages) for row in rows}
     logs = Path(tempfile.mkdtemp(prefix="peftopt-"))
     with contextlib.ExitStack() as stack:
-        targets = {}
+        servers = {}
         for text in a.variant:
             name, _, what = text.partition("=")
             with contextlib.suppress(WorkerFailed):
-                targets[name] = started(name, what, a.max_model_len, logs, stack)
+                servers[name] = started(name, what, a.max_model_len, logs, stack)
         for users in a.concurrency or [1, 4, 8]:
-            measure(targets, prompts, users, a)
+            measure(servers, prompts, users, a)
 
 
-def started(name: str, what: str, longest: int, logs: Path, stack: contextlib.ExitStack) -> Target:
-    """A server for a variant, ended with the stack."""
+def started(name: str, what: str, longest: int, logs: Path, stack: contextlib.ExitStack) -> tuple[Target, Server]:
+    """A server for a variant, ended with the stack, and how to ask it."""
     folder, _, adapter = what.partition("+")
     model = Model(str(Path(folder).resolve()), (adapter,) if adapter else ())
     names = [vllm.name_of(each) for each in model.adapters]
@@ -74,19 +74,21 @@ def started(name: str, what: str, longest: int, logs: Path, stack: contextlib.Ex
         print(f"{name}: not loaded by vLLM: {' '.join(str(error).split())[-300:]}", flush=True)
         raise
     print(f"{name}: ready after {time.perf_counter() - began:.0f} s", flush=True)
-    return Target(server.url, "chat", names[0] if names else vllm.BASE)
+    return Target(server.url, "chat", names[0] if names else vllm.BASE), server
 
 
-def measure(targets: dict[str, Target], prompts: dict[str, Prompt], users: int, a: argparse.Namespace) -> None:
+def measure(
+    servers: dict[str, tuple[Target, Server]], prompts: dict[str, Prompt], users: int, a: argparse.Namespace
+) -> None:
     """Rounds in random order at one number of users; the first, a warm-up, is left out."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in targets}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
     dice = random.Random(users)
     for _ in range(a.rounds + 1):
-        for name in dice.sample(sorted(targets), len(targets)):
-            traffic = load.Traffic(
-                prompts, {targets[name].model: 1.0}, a.new_tokens, requests=a.requests, concurrency=users
-            )
-            values = load.as_json(load.run(targets[name], traffic, 1.0, lambda *_: None, patient=True), [])
+        for name in dice.sample(sorted(servers), len(servers)):
+            target, server = servers[name]
+            traffic = load.Traffic(prompts, {target.model: 1.0}, a.new_tokens, requests=a.requests, concurrency=users)
+            values = load.as_json(load.run(target, traffic, 1.0, lambda *_: None, patient=True), [])
+            machine.rest(server.processes())
             assert values["figures"]["failed"] == 0, values["figures"]
             found[name].append(values["figures"])
     print(f"{users} users, {a.requests} requests of {a.new_tokens} tokens, {a.rounds} rounds")

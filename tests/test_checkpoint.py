@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -75,22 +76,19 @@ def test_what_no_adapter_touches_is_copied_byte_for_byte_with_its_digest(
     import xxhash
     from safetensors.numpy import load_file, save_file
 
-    piece, blocks.PIECE = blocks.PIECE, 8  # so that a tensor is more than one thread's work
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            folder, dice = Path(name), np.random.default_rng(0)
-            for n, shapes in enumerate(shards):
-                values = {f"{n}{key}": dice.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
-                save_file({key: np.asarray(value) for key, value in values.items()}, folder / f"{n}.safetensors")
-            files = sorted(folder.glob("*.safetensors"))
-            with Checkpoint(files) as base, blocks.Blocks(threads) as loops:
-                with Draft(folder / "out", base.files, base) as draft:
-                    written = list(loops.transfer(base, draft, list(base.entries.values()), {}))
-                assert sorted(w.name for w in written) == sorted(base.entries)
-                assert not any(w.changed for w in written)
-                for file in files:
-                    assert (folder / "out" / file.name).read_bytes() == file.read_bytes()
-                    for key, value in load_file(file).items():
-                        assert draft.digests[key] == xxhash.xxh3_128_hexdigest(value.tobytes())
-    finally:
-        blocks.PIECE = piece
+    with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "PIECE", 8)  # so that a tensor is more than one thread's work
+        folder, dice = Path(name), np.random.default_rng(0)
+        for n, shapes in enumerate(shards):
+            values = {f"{n}{key}": np.asarray(dice.random(shape), np.float32) for key, shape in shapes.items()}
+            save_file(values, folder / f"{n}.safetensors")
+        files = sorted(folder.glob("*.safetensors"))
+        with Checkpoint(files) as base, blocks.Blocks(threads) as loops:
+            with Draft(folder / "out", base.files, base) as draft:
+                written = list(loops.transfer(base, draft, list(base.entries.values()), {}))
+            assert sorted(w.name for w in written) == sorted(base.entries)
+            assert not any(w.changed for w in written)
+            for file in files:
+                assert (folder / "out" / file.name).read_bytes() == file.read_bytes()
+                for key, value in load_file(file).items():
+                    assert draft.digests[key] == xxhash.xxh3_128_hexdigest(value.tobytes())
