@@ -82,13 +82,16 @@ def test_a_disturbed_race_is_warned_of_and_named_where_it_stays_open() -> None:
 def test_a_process_is_waited_for_until_it_rests(tmp_path: Path) -> None:
     flag = tmp_path / "enough"
     code = f"import os, time\nwhile not os.path.exists({str(flag)!r}): pass\ntime.sleep(600)"
-    with subprocess.Popen([sys.executable, "-c", code]) as process:
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
         while not machine.cpu_s([process.pid]):
             time.sleep(0.01)
         assert any(not machine.rest([process.pid], limit_s=0.2) for _ in range(50)), "it is busy, when it is let"
         flag.touch()
         assert machine.rest([process.pid], limit_s=60)
+    finally:
         process.kill()
+        process.wait()
     assert machine.rest([process.pid]), "what is gone rests"
 
 

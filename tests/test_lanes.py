@@ -32,7 +32,7 @@ def test_every_job_is_done_once_and_its_result_is_in_its_place(threads: int, fil
 
 def test_two_threads_do_not_write_to_one_file_while_another_waits() -> None:
     lanes, lock, now, met = Lanes(2), threading.Lock(), Counter[str](), []
-    left = Counter({"a": 6, "b": 6, "c": 6})
+    left = Counter({"a": 12, "b": 3, "c": 3})
 
     def job(file: str) -> None:
         with lock:
@@ -44,7 +44,7 @@ def test_two_threads_do_not_write_to_one_file_while_another_waits() -> None:
         with lock:
             now[file] -= 1
 
-    for future in lanes.submit((Path(file), partial(job, file)) for file in "aaaaaabbbbbbcccccc"):
+    for future in lanes.submit((Path(file), partial(job, file)) for file in "aaaaaaaaaaaabbbccc"):
         future.result()
     lanes.close()
     assert len(met) == 18 and not any(met)

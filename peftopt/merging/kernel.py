@@ -154,7 +154,6 @@ def add_rounded(before, b, a, exact_a, slack, after, tile):  # type: ignore[no-u
                 tile[j] = 0
             for k in range(0, len(a), RANKS):
                 _accumulate(factors, a, k, left, left + columns, tile)
-            words[-(-columns // 8) - 1] = 0  # the last may not be filled
             for i in range(here):
                 row = top + i
                 old, new = before[row, left : left + columns], after[row, left : left + columns]
