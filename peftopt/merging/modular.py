@@ -91,7 +91,9 @@ class Rewrite:
 
     def _sampled(self, units: Sequence[str]) -> set[str]:
         sizes = {unit: sum(self.hollow.params[name].numel() for name in self.hollow.units[unit]) for unit in units}
-        small = [unit for unit in units if sizes[unit] <= SAMPLED_ELEMENTS]
+        # fp64 takes twice the room: of no more than half the elements, it is no more than what the largest takes anyway
+        half = [unit for unit in units if sizes[unit] <= max(sizes.values(), default=0) // 2]
+        small = [unit for unit in half or units if sizes[unit] <= SAMPLED_ELEMENTS]
         return set(small[:: max(1, len(small) // SAMPLED_MODULES)][:SAMPLED_MODULES])
 
     def _errors(self, draft: Draft, exact: Tensors) -> Iterator[tuple[str, float, int]]:
