@@ -139,6 +139,11 @@ def parse(text: str) -> Threshold:
     return Threshold(metric, op, limit, relative, text)
 
 
+def counted(n: int, what: str) -> str:
+    """ "1 block", "2 blocks"."""
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
 def format_value(metric: str, value: float, relative: bool = False) -> str:
     """A figure for people: "41.2 ms", "163 MB", "1.02x", "99.1 %".
 

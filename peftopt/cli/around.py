@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peftopt.cli.shared import AsJson, Results, app, read_recipe
 from peftopt.errors import ENVIRONMENT, BadInput
+
+if TYPE_CHECKING:
+    from peftopt.records import Step
 
 
 @app.command()
@@ -18,6 +21,7 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
     from peftopt import environments, preflight, store
     from peftopt import plan as planning
     from peftopt.console import Console
+    from peftopt.thresholds import counted
 
     parsed, _ = read_recipe(recipe)
     preflight.check(parsed)
@@ -25,11 +29,26 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
     console = Console()
     sources = {"base": "", "adapter": "", "calibration": ""}
     plan = planning.plan(parsed, sources, environments.versions())
-    console.say(f"{recipe}: {len(parsed.variants)} variants, {len(plan.builds)} artifacts to build or reuse")
+    variants, artifacts = counted(len(parsed.variants), "variant"), counted(len(plan.builds), "artifact")
+    console.say(f"{recipe}: {variants}, {artifacts} to build or reuse")
+    width = max(map(len, parsed.variants))
     for variant in parsed.variants.values():
-        chain = [step.plugin for step in (*variant.steps, *variant.policies)] or ["base + adapter"]
+        chain = [_words(step) for step in (*variant.steps, *variant.policies)] or ["base + adapter"]
         mark = "  (baseline)" if variant.name == parsed.baseline else ""
-        console.say(f"  {variant.name:<16} {' -> '.join(chain)}, on {variant.engine.plugin}{mark}")
+        console.say(f"  {variant.name:<{width}}  {' -> '.join(chain)}, on {_words(variant.engine)}{mark}")
+
+
+def _words(step: Step) -> str:
+    """A step by its plug-in's name, and what differs from its defaults."""
+    from peftopt import plugins
+
+    usual = vars(plugins.catalogue()[step.plugin].params())
+    chosen = ", ".join(
+        f"{name} {value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in step.params.items()
+        if value != usual[name]
+    )
+    return f"{step.plugin} ({chosen})" if chosen else step.plugin
 
 
 @app.command()

@@ -282,10 +282,11 @@ def _tell_trial(console: Any, trial: Any, slos: Any) -> None:
 
 def _tell_set(console: Any, played: Any) -> None:
     from peftopt import goodput
+    from peftopt.thresholds import counted
 
     names = len({r.model for r in played.requests})
     wait = goodput.waited(played.requests)
-    text = f"{names} adapter{'s' * (names > 1)}: P50 {wait.estimate:,.0f} ms ({wait.low:,.0f} to {wait.high:,.0f})"
+    text = f"{counted(names, 'adapter')}: P50 {wait.estimate:,.0f} ms ({wait.low:,.0f} to {wait.high:,.0f})"
     console.done("load", text, max((r.done for r in played.requests), default=0.0))
 
 

@@ -21,6 +21,7 @@ from peftopt.records import Measurement, Recipe
 from peftopt.runner.racing import Field, race
 from peftopt.runner.ready import make_ready
 from peftopt.runner.run import Listener, Run, check_baseline, planned
+from peftopt.thresholds import counted
 
 
 def prepare(
@@ -93,7 +94,7 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
         run.listener.warn("nothing was measured")
         return
     run.log("more", "", granted.values)
-    run.listener.tell(f"up to {_some(total - have, 'more block')}{_about(total - have, each)}")
+    run.listener.tell(f"up to {counted(total - have, 'more block')}{_about(total - have, each)}")
     for workload in run.recipe.workloads.values():
         race(run, workload)
         check_baseline(run)
@@ -101,11 +102,7 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
 
 def _about(blocks: int, each: float | None) -> str:
     known = each and blocks < stats.MOST_BLOCKS // 2
-    return f", about {_some(max(round(blocks * each), 1), 'minute')}" if each and known else ""
-
-
-def _some(n: int, what: str) -> str:
-    return f"{n} {what}{'s' * (n != 1)}"
+    return f", about {counted(max(round(blocks * each), 1), 'minute')}" if each and known else ""
 
 
 def execute(run: Run) -> None:
