@@ -33,7 +33,7 @@ from peftopt.records import (
     VariantDecision,
     Workload,
 )
-from peftopt.render import table
+from peftopt.render import measured, table
 from peftopt.rules import parent_of
 from peftopt.thresholds import parse
 
@@ -708,4 +708,4 @@ def test_what_compiling_cost_is_a_figure_with_its_break_even_and_a_line_of_the_r
     assert "break_even" not in of(slower, "compiled").figures, "what saves nothing is never paid for"
     cells = dict(zip(*(table.further(decision)[0], table.further(decision)[1][-1]), strict=True))
     assert cells["compile time"] == "40.0 s" and cells["requests answered uncompiled"] == "3"
-    assert ("compiled's engine", "recompiled: batch 8") in table.facts(decision, found)
+    assert ("compiled's engine", "recompiled: batch 8") in measured.facts(decision, found)

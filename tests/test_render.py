@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from peftopt.errors import BadInput
 from peftopt.records import Decision, Interval, Json, Measurement, VariantDecision, Verdict
-from peftopt.render import as_json, html, junit, markdown, reports, table
+from peftopt.render import answers, as_json, html, junit, markdown, measured, reports, table, words
 
 HOSTILE = "<script>alert(1)</script> | `rm -rf` | [x](http://evil.example/a) ![y](//evil.example) @team\n\x00\u202e**"
 
@@ -290,24 +290,24 @@ class Page(HTMLParser):
 
 
 def test_speed_is_said_plainly() -> None:
-    assert table.speed(interval(0.81, 0.78, 0.84)) == "0.81x (0.78–0.84), 19 % faster"
-    assert table.speed(interval(1.22, 1.18, 1.26)) == "1.22x (1.18–1.26), 22 % SLOWER"
-    assert table.speed(interval(0.97, 0.94, 1.01)) == "0.97x (0.94–1.01), no difference shown"
-    assert table.speed(interval(1.22, 1.18, 1.26), compact=True) == "1.22x SLOWER (1.18–1.26)"
-    assert table.speed(interval(3.4, 3.1, 3.8)) == "3.40x (3.10–3.80), 240 % SLOWER"
-    assert table.speed(interval(0.9, 0.5, math.inf)).endswith("–∞), no difference shown")
-    assert table.speed(None) == table.speed(interval(math.nan)) == table.MISSING
+    assert words.speed(interval(0.81, 0.78, 0.84)) == "0.81x (0.78–0.84), 19 % faster"
+    assert words.speed(interval(1.22, 1.18, 1.26)) == "1.22x (1.18–1.26), 22 % SLOWER"
+    assert words.speed(interval(0.97, 0.94, 1.01)) == "0.97x (0.94–1.01), no difference shown"
+    assert words.speed(interval(1.22, 1.18, 1.26), compact=True) == "1.22x SLOWER (1.18–1.26)"
+    assert words.speed(interval(3.4, 3.1, 3.8)) == "3.40x (3.10–3.80), 240 % SLOWER"
+    assert words.speed(interval(0.9, 0.5, math.inf)).endswith("–∞), no difference shown")
+    assert words.speed(None) == words.speed(interval(math.nan)) == words.MISSING
 
 
 def test_figures_carry_their_interval_unit_and_n() -> None:
-    assert table.figure("latency.p50@chat", interval(41.2, 40.1, 42.4)) == "41.2 ms (40.1–42.4)"
-    assert table.figure("memory", interval(163e6)) == "163 MB"
-    assert table.figure("memory", interval(1.1e9, 980e6, 1.2e9)) == "1.10 GB (980 MB–1.20 GB)"
-    assert table.figure("gpu_memory_allocated", interval(163e6)) == "163 MB"
-    assert table.figure("critical_errors", interval(0.0, 0.0, 0.00932, 320)) == "0 of 320, < 0.93 %"
-    assert table.figure("critical_errors", interval(3 / 320, 0.0, 0.024, 320)) == "3 of 320, < 2.4 %"
-    assert "too few requests for P95" in table.figure("latency.p95@chat", interval(41.2, 40.1, math.inf))
-    assert table.figure("kl", interval(0.01, -0.001, 0.02)) == "0.0100 nats (-0.00100 to 0.0200)"
+    assert words.figure("latency.p50@chat", interval(41.2, 40.1, 42.4)) == "41.2 ms (40.1–42.4)"
+    assert words.figure("memory", interval(163e6)) == "163 MB"
+    assert words.figure("memory", interval(1.1e9, 980e6, 1.2e9)) == "1.10 GB (980 MB–1.20 GB)"
+    assert words.figure("gpu_memory_allocated", interval(163e6)) == "163 MB"
+    assert words.figure("critical_errors", interval(0.0, 0.0, 0.00932, 320)) == "0 of 320, < 0.93 %"
+    assert words.figure("critical_errors", interval(3 / 320, 0.0, 0.024, 320)) == "3 of 320, < 2.4 %"
+    assert "too few requests for P95" in words.figure("latency.p95@chat", interval(41.2, 40.1, math.inf))
+    assert words.figure("kl", interval(0.01, -0.001, 0.02)) == "0.0100 nats (-0.00100 to 0.0200)"
 
 
 def test_the_table_has_a_row_per_variant_and_marks_the_baseline_and_the_choice() -> None:
@@ -319,7 +319,7 @@ def test_the_table_has_a_row_per_variant_and_marks_the_baseline_and_the_choice()
     cells = dict(zip(header, body[2], strict=True))
     assert cells["speed@chat vs adapter"] == "1.22x (1.18–1.26), 22 % SLOWER"
     assert cells["verdict"] == "rejected (int8.critical_errors)"
-    assert set(body[4][2:]) == {table.MISSING}
+    assert set(body[4][2:]) == {words.MISSING}
 
 
 def test_further_figures_stand_apart_from_those_that_decide() -> None:
@@ -358,18 +358,18 @@ def test_the_clock_that_judges_gives_the_speed() -> None:
 
 def test_an_inconclusive_verdict_says_what_would_settle_it() -> None:
     verdict = a_decision().variants[3].verdicts[1]
-    assert table.reason(verdict).endswith("cannot tell yet; about 32 more blocks needed")
+    assert words.reason(verdict).endswith("cannot tell yet; about 32 more blocks needed")
 
 
 def test_flips_show_the_gravest_first_and_at_most_five() -> None:
-    found = table.flips(a_decision(), the_measurements())
+    found = answers.flips(a_decision(), the_measurements())
     assert found["adapter"] == []
     assert 1 <= len(found["int8"]) <= 5
     assert found["int8"][0].change == "loop"
 
 
 def test_slices_show_the_change_to_the_baseline() -> None:
-    header, body = table.slices(a_decision(), the_measurements())
+    header, body = answers.slices(a_decision(), the_measurements())
     assert header == ["slice", "adapter", "merged", "int8"]
     assert [row[0] for row in body] == ["all", "long context", "numbers"]
     assert body[0][1] == "100 % (40 of 40)"
@@ -377,7 +377,7 @@ def test_slices_show_the_change_to_the_baseline() -> None:
 
 
 def test_block_ratios_pair_within_blocks_and_the_baseline_with_its_twin() -> None:
-    found = table.block_ratios(a_decision(), the_measurements(), "chat")
+    found = measured.block_ratios(a_decision(), the_measurements(), "chat")
     assert {name: len(ratios) for name, ratios in found.items()} == {
         "adapter": 8,
         "merged": 24,
@@ -522,57 +522,57 @@ def test_other_files_are_refused(text: str) -> None:
 # ---- whatever the figures are ------------------------------------------------------------------
 
 numbers = st.floats(-1e300, 1e300) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1.0, 0.81])
-words = st.text(max_size=12) | st.sampled_from([HOSTILE, "chat", "a|b", ""])
+texts = st.text(max_size=12) | st.sampled_from([HOSTILE, "chat", "a|b", ""])
 outcomes = st.sampled_from(["accepted", "rejected", "inconclusive", "not judged"])
 intervals = st.builds(Interval, numbers, numbers, numbers, st.integers(0, 10**6), numbers)
-names = words | st.sampled_from(
+names = texts | st.sampled_from(
     [*figures(interval(1.0), 1.0), "critical_errors", "kl", "tpot.p95@chat", "gpu_memory_allocated"]
 )
 verdicts = st.builds(
     Verdict,
-    rule=words | st.sampled_from(["merge.gain", "int8.critical_errors", "require: latency.p95@chat <= 4 ms"]),
+    rule=texts | st.sampled_from(["merge.gain", "int8.critical_errors", "require: latency.p95@chat <= 4 ms"]),
     outcome=outcomes,
-    reason=words,
-    against=words,
+    reason=texts,
+    against=texts,
     value=st.none() | intervals,
     unit=st.sampled_from(["", "x", "share", "ms", "bytes", "tokens/s", "s", "nats", "ratio", "furlongs"]),
     limit=st.none() | numbers,
-    clock=words,
+    clock=texts,
     blocks_needed=st.none() | st.integers(0, 10**4),
 )
-chosen_names = st.sampled_from(["adapter", "merged", HOSTILE]) | words
+chosen_names = st.sampled_from(["adapter", "merged", HOSTILE]) | texts
 variants = st.builds(
     VariantDecision,
     name=chosen_names,
-    techniques=st.tuples(words),
+    techniques=st.tuples(texts),
     outcome=outcomes,
-    decided_by=words,
+    decided_by=texts,
     verdicts=st.lists(verdicts, max_size=3).map(tuple),
     figures=st.dictionaries(names, intervals, max_size=8),
-    notes=st.tuples() | st.tuples(words),
-    certificates=st.tuples() | st.tuples(words),
-    remarks=st.tuples() | st.tuples(words),
+    notes=st.tuples() | st.tuples(texts),
+    certificates=st.tuples() | st.tuples(texts),
+    remarks=st.tuples() | st.tuples(texts),
 )
 jsons = st.recursive(
-    st.none() | st.booleans() | st.integers() | numbers | words,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | numbers | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=6,
 )
 decisions = st.builds(
     Decision,
-    recipe=words,
+    recipe=texts,
     baseline=chosen_names,
     minimize=st.sampled_from(["latency.p50@chat", "throughput@bulk", "memory", ""]),
     clock=st.sampled_from(["wall", "cpu"]),
     chosen=st.none() | chosen_names,
     outcome=outcomes,
-    sentence=words,
+    sentence=texts,
     variants=st.lists(variants, max_size=4).map(tuple),
-    warnings=st.lists(words, max_size=2).map(tuple),
-    machine=st.dictionaries(words, jsons, max_size=3),
+    warnings=st.lists(texts, max_size=2).map(tuple),
+    machine=st.dictionaries(texts, jsons, max_size=3),
     format=st.just(1),
 )
-measured = st.builds(
+recorded = st.builds(
     Measurement,
     probe=st.sampled_from(["speed", "quality", "failure", "launch", "memory"]),
     variant=chosen_names | st.just("adapter~aa"),
@@ -586,7 +586,7 @@ measured = st.builds(
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(decisions, st.lists(measured, max_size=8))
+@given(decisions, st.lists(recorded, max_size=8))
 def test_no_decision_breaks_a_report(decision: Decision, measurements: list[Measurement]) -> None:
     texts = {**reports(decision, measurements), "decision.json": as_json.render(decision)}
     texts |= {"table": "\n".join(map("".join, table.rows(decision, compact=True)[1]))}

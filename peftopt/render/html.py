@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import PurePath
 
 from peftopt.records import Decision, Interval, Measurement, VariantDecision
-from peftopt.render import table
+from peftopt.render import answers, measured, table, words
 
 OUTPUT = 600
 DETAIL = 4_000
@@ -59,7 +59,7 @@ def render(decision: Decision, measurements: Sequence[Measurement]) -> str:
     from markupsafe import Markup
 
     def shown(value: object) -> object:
-        return value if isinstance(value, Markup) else table.clean(value)
+        return value if isinstance(value, Markup) else words.clean(value)
 
     environment = Environment(
         autoescape=True, finalize=shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -72,18 +72,18 @@ def render(decision: Decision, measurements: Sequence[Measurement]) -> str:
         table=table.rows(decision),
         plots=[p for w in table.workloads(decision) if (p := plot(decision, measurements, w))],
         rules={v.name: table.rule_rows(v) for v in decision.variants},
-        flips=table.flips(decision, measurements),
+        flips=answers.flips(decision, measurements),
         by_workload=table.by_workload(decision),
         further=table.further(decision),
-        slices=table.slices(decision, measurements),
-        effort=table.effort(decision, measurements),
-        facts=table.facts(decision, measurements),
-        failures=table.failures(measurements),
+        slices=answers.slices(decision, measurements),
+        effort=measured.effort(decision, measurements),
+        facts=measured.facts(decision, measurements),
+        failures=measured.failures(measurements),
         how_to_read=table.HOW_TO_READ,
-        missing=table.MISSING,
+        missing=words.MISSING,
         row_height=ROW,
-        clip=lambda text: table.clip(text, OUTPUT),
-        detail=lambda text: table.clip(text, DETAIL),
+        clip=lambda text: words.clip(text, OUTPUT),
+        detail=lambda text: words.clip(text, DETAIL),
         slug=lambda outcome: outcome.replace(" ", "-"),
     )
 
@@ -97,7 +97,7 @@ def plot(decision: Decision, measurements: Sequence[Measurement], workload: str)
     drawn = [(v, ratio) for v in decision.variants if _drawable(ratio := v.figures.get(name))]
     if not drawn:
         return None
-    blocks = table.block_ratios(decision, measurements, workload)
+    blocks = measured.block_ratios(decision, measurements, workload)
     limits = {v.name: _limit(decision, v, workload) for v, _ in drawn}
     edges = [x for _, r in drawn if r for x in (r.estimate, r.low, r.high) if _positive(x)]
     central = sorted(x for v, _ in drawn for x in blocks.get(v.name, []))
@@ -107,7 +107,7 @@ def plot(decision: Decision, measurements: Sequence[Measurement], workload: str)
         PlotRow(
             name=v.name + " (baseline)" * (v.name == decision.baseline),
             outcome="baseline" if v.name == decision.baseline else v.outcome,
-            text=table.speed(ratio, compact=True),
+            text=words.speed(ratio, compact=True),
             top=n * ROW,
             x=scale.at(ratio.estimate),
             low=scale.at(ratio.low),

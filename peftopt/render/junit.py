@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from xml.etree import ElementTree
 
 from peftopt.records import Decision, Measurement, Outcome, VariantDecision
-from peftopt.render import table
+from peftopt.render import words
 
 Case = tuple[str, Outcome, str]
 
@@ -32,19 +32,19 @@ def render(decision: Decision, measurements: Sequence[Measurement] = ()) -> str:
 def _cases(variant: VariantDecision, baseline: bool) -> Iterator[Case]:
     """The verdicts, and the variant's outcome where none of them decided it (nothing judged, A/A failed)."""
     for verdict in variant.verdicts:
-        yield verdict.rule, verdict.outcome, table.reason(verdict)
+        yield verdict.rule, verdict.outcome, words.reason(verdict)
     if all(verdict.rule != variant.decided_by for verdict in variant.verdicts) and not baseline:
         yield variant.decided_by or "outcome", variant.outcome, "; ".join(variant.notes) or "see the warnings"
 
 
 def _suite(suites: ElementTree.Element, recipe: str, name: str, cases: Sequence[Case]) -> None:
-    suite = ElementTree.SubElement(suites, "testsuite", name=table.clean(name), tests=str(len(cases)))
+    suite = ElementTree.SubElement(suites, "testsuite", name=words.clean(name), tests=str(len(cases)))
     for count, counted in COUNTED.items():
         suite.set(count, str(sum(TAGS.get(outcome) == counted for _, outcome, _ in cases)))
     for rule, outcome, reason in cases:
-        names = {"classname": table.clean(f"{recipe}.{name}"), "name": table.clean(rule)}
+        names = {"classname": words.clean(f"{recipe}.{name}"), "name": words.clean(rule)}
         case = ElementTree.SubElement(suite, "testcase", names)
         if tag := TAGS.get(outcome):
-            ElementTree.SubElement(case, tag, message=table.clean(reason), type=outcome)
+            ElementTree.SubElement(case, tag, message=words.clean(reason), type=outcome)
         else:
-            ElementTree.SubElement(case, "system-out").text = table.clean(reason)
+            ElementTree.SubElement(case, "system-out").text = words.clean(reason)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from peftopt.records import Decision, Measurement, Outcome, VariantDecision
-from peftopt.render import table
+from peftopt.render import answers, measured, table, words
 
 MOST = 65_000
 """GitHub refuses comments of more than 65,536 characters."""
@@ -23,9 +23,9 @@ def render(decision: Decision, measurements: Sequence[Measurement]) -> str:
     """As much of the report as a comment can hold: all of it, or without example answers, or the table alone."""
     head = _head(decision)
     shortened = "Shortened: the rest is in report.html."
-    full, plain = ([*head, *_evidence(decision, measurements, examples)] for examples in (table.EXAMPLES, 0))
+    full, plain = ([*head, *_evidence(decision, measurements, examples)] for examples in (answers.EXAMPLES, 0))
     texts = ["\n\n".join(filter(None, parts)) + "\n" for parts in (full, plain, [*head, shortened])]
-    return next((text for text in texts if len(text) <= MOST), table.clip(texts[-1], MOST))
+    return next((text for text in texts if len(text) <= MOST), words.clip(texts[-1], MOST))
 
 
 def _head(decision: Decision) -> list[str]:
@@ -38,21 +38,21 @@ def _head(decision: Decision) -> list[str]:
 
 
 def _evidence(decision: Decision, measurements: Sequence[Measurement], examples: int) -> list[str]:
-    flips = table.flips(decision, measurements, examples)
+    flips = answers.flips(decision, measurements, examples)
     return [
         *(_variant(decision, variant, flips[variant.name]) for variant in decision.variants),
         _section("By workload", _table(table.by_workload(decision))),
         _section("More figures", _table(table.further(decision))),
-        _section("Right answers by slice", _table(table.slices(decision, measurements))),
+        _section("Right answers by slice", _table(answers.slices(decision, measurements))),
         _section("How it was measured", _method(decision, measurements)),
-        _heading("Failures", _table(table.failures(measurements), DETAIL)),
+        _heading("Failures", _table(measured.failures(measurements), DETAIL)),
         _section("How to read this", "\n".join(f"- {escape(line)}" for line in table.HOW_TO_READ)),
     ]
 
 
 def escape(text: object) -> str:
     """Text that shows as it is: no markup, no mention, no link, on one line."""
-    return _MARKUP.sub(lambda found: "".join(map(_entity, found[0])), table.clean(text))
+    return _MARKUP.sub(lambda found: "".join(map(_entity, found[0])), words.clean(text))
 
 
 def _entity(character: str) -> str:
@@ -64,7 +64,7 @@ def _warnings(decision: Decision) -> str:
     return "\n".join(["> [!WARNING]", *lines]) if lines else ""
 
 
-def _variant(decision: Decision, variant: VariantDecision, flips: Sequence[table.Flip]) -> str:
+def _variant(decision: Decision, variant: VariantDecision, flips: Sequence[answers.Flip]) -> str:
     chain = " → ".join(variant.techniques)
     title = f"{MARKS[variant.outcome]} <b>{escape(variant.name)}</b>{f' ({escape(chain)})' if chain else ''}"
     decided = f": {variant.outcome} by {escape(variant.decided_by)}" if variant.decided_by else ""
@@ -76,8 +76,8 @@ def _variant(decision: Decision, variant: VariantDecision, flips: Sequence[table
 
 
 def _method(decision: Decision, measurements: Sequence[Measurement]) -> str:
-    facts = "\n".join(f"- {escape(key)}: {escape(text)}" for key, text in table.facts(decision, measurements))
-    return f"{_table(table.effort(decision, measurements))}\n\n{facts}"
+    facts = "\n".join(f"- {escape(key)}: {escape(text)}" for key, text in measured.facts(decision, measurements))
+    return f"{_table(measured.effort(decision, measurements))}\n\n{facts}"
 
 
 def _section(title: str, body: str, titled: bool = False) -> str:
@@ -89,14 +89,14 @@ def _heading(title: str, body: str) -> str:
     return f"### {title}\n\n{body}" if body else ""
 
 
-def _table(cells: table.Table, most: int = MOST) -> str:
+def _table(cells: words.Table, most: int = MOST) -> str:
     header, body = cells
-    return _lines(header, ([escape(table.clip(cell, most)) for cell in row] for row in body)) if body else ""
+    return _lines(header, ([escape(words.clip(cell, most)) for cell in row] for row in body)) if body else ""
 
 
 def _code_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """As a table of raw text: inside <code> GitHub links nothing."""
-    cells = ([f"<code>{escape(table.clip(c, OUTPUT))}</code>" if c else "" for c in row] for row in body)
+    cells = ([f"<code>{escape(words.clip(c, OUTPUT))}</code>" if c else "" for c in row] for row in body)
     return _lines(header, cells) if body else ""
 
 

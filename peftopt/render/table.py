@@ -1,23 +1,18 @@
-"""Figures, verdicts and raw records as plain words: what every report and the console show alike. Pure."""
+"""The tables of a decision: its variants' figures, their rules, and what the reader must be told. Pure."""
 
 from __future__ import annotations
 
 import math
-import re
-import statistics
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from peftopt.evidence import TWIN
-from peftopt.records import Decision, Interval, Json, Measurement, VariantDecision, Verdict
-from peftopt.stats import LOOKS, MOST_BLOCKS, fewest_for
-from peftopt.thresholds import TASK, format_value
+from peftopt.records import Decision, Interval, VariantDecision, Verdict
+from peftopt.render import words
+from peftopt.render.words import MISSING, Table, clean, clip
+from peftopt.stats import fewest_for
+from peftopt.thresholds import TASK, counted
 
-MISSING = "—"
 WIDTH = 120
 """Characters the compact table fits in."""
-EXAMPLES = 5
 HOW_TO_READ = (
     "0.81x (0.78–0.84) is a ratio to the baseline and its 95 % interval, the range of true ratios that the data "
     "allow. Below 1 is faster; an interval that holds 1 shows no difference. A raced rule has a wider interval, "
@@ -28,23 +23,7 @@ HOW_TO_READ = (
     "Critical errors carry their n: 0 of 320 shows a rate below 0.93 %, no less; “below 1 %” takes 299 prompts.",
 )
 
-Table = tuple[list[str], list[list[str]]]
-"""A header and its rows, every cell a plain string: escaping is the renderer's."""
 Column = tuple[str, Callable[[VariantDecision], str]]
-
-_ILLEGAL = re.compile("[^\t\n\r -~\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def clean(text: object) -> str:
-    """`text` without control characters, lone surrogates and bidirectional overrides: no report may hold them."""
-    return _ILLEGAL.sub("\ufffd", str(text))
-
-
-def clip(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: max(length - 1, 0)] + "…"
-
-
-# ---- the table of variants ---------------------------------------------------------------------
 
 
 def rows(decision: Decision, compact: bool = False) -> Table:
@@ -64,7 +43,7 @@ def by_workload(decision: Decision) -> Table:
     metrics = ("ttft.p50", "tpot.p50", "latency.p50", "latency.p95", "throughput")
     names = workloads(decision)
     rows = [
-        [clean(w), clean(_name(decision, v)), *(figure(f"{m}@{w}", v.figures.get(f"{m}@{w}")) for m in metrics)]
+        [clean(w), clean(_name(decision, v)), *(words.figure(f"{m}@{w}", v.figures.get(f"{m}@{w}")) for m in metrics)]
         for w in names
         for v in decision.variants
     ]
@@ -85,7 +64,7 @@ def further(decision: Decision) -> Table:
         *((f"requests in a batch@{w}", _mean_column(f"server_batch@{w}")) for w in workloads(decision)),
         *((f"of its slots@{w}", _figure_column(f"server_fill@{w}")) for w in workloads(decision)),
         *((f"KV cache taken@{w}", _figure_column(f"server_kv_cache@{w}")) for w in workloads(decision)),
-        (f"CPU time@{main}", lambda v: speed(v.figures.get(f"cpu.ratio@{main}"))),
+        (f"CPU time@{main}", lambda v: words.speed(v.figures.get(f"cpu.ratio@{main}"))),
         ("same answer", _figure_column("greedy_match")),
         ("same next token", _figure_column("top1")),
         ("in the worst prompt", _figure_column("top1.min")),
@@ -124,7 +103,7 @@ def _full(decision: Decision) -> list[Column]:
     return [
         ("variant", lambda v: _name(decision, v)),
         ("verdict", lambda v: f"{v.outcome} ({v.decided_by})" if v.decided_by else v.outcome),
-        (f"speed@{main} vs {decision.baseline}", lambda v: speed(_ratio(decision, v, main))),
+        (f"speed@{main} vs {decision.baseline}", lambda v: words.speed(_ratio(decision, v, main))),
         *((f"speed@{w}", _speed_column(decision, w)) for w in others),
         (f"P50@{main}", _figure_column(f"latency.p50@{main}")),
         (f"P95@{main}", _figure_column(f"latency.p95@{main}")),
@@ -151,12 +130,12 @@ def _compact(decision: Decision) -> list[Column]:
     quality = "accuracy" if any("accuracy" in v.figures for v in decision.variants) else "perplexity"
     return [
         ("variant", lambda v: clip(v.name, 20) + " *" * (v.name == decision.baseline)),
-        (clip(f"speed@{main}", 20), lambda v: speed(_ratio(decision, v, main), compact=True)),
-        ("P50", lambda v: estimate("latency.p50", v.figures.get(f"latency.p50@{main}"))),
-        ("memory", lambda v: estimate("memory", v.figures.get("memory"))),
-        ("size", lambda v: estimate("size", v.figures.get("size"))),
-        (quality, lambda v: estimate(quality, v.figures.get(quality))),
-        ("critical", lambda v: _count(v.figures.get("critical_errors"))),
+        (clip(f"speed@{main}", 20), lambda v: words.speed(_ratio(decision, v, main), compact=True)),
+        ("P50", lambda v: words.estimate("latency.p50", v.figures.get(f"latency.p50@{main}"))),
+        ("memory", lambda v: words.estimate("memory", v.figures.get("memory"))),
+        ("size", lambda v: words.estimate("size", v.figures.get("size"))),
+        (quality, lambda v: words.estimate(quality, v.figures.get(quality))),
+        ("critical", lambda v: words.count(v.figures.get("critical_errors"))),
         ("verdict", lambda v: v.outcome),
         ("decided by", lambda v: v.decided_by or MISSING),
     ]
@@ -169,7 +148,7 @@ def _fit(header: Sequence[str], body: list[list[str]], gap: int = 2) -> list[lis
 
 
 def _figure_column(name: str) -> Callable[[VariantDecision], str]:
-    return lambda v: figure(name, v.figures.get(name))
+    return lambda v: words.figure(name, v.figures.get(name))
 
 
 _COUNTS = {
@@ -222,13 +201,13 @@ def _warm_up_column(workload: str) -> Callable[[VariantDecision], str]:
             return MISSING
         if not found.estimate:
             return "none"
-        return f"{found.estimate:.0f} request{'s' * (found.estimate != 1)}, the first {first.estimate:.2g}x"
+        return f"{counted(round(found.estimate), 'request')}, the first {first.estimate:.2g}x"
 
     return cell
 
 
 def _speed_column(decision: Decision, workload: str) -> Callable[[VariantDecision], str]:
-    return lambda v: speed(_ratio(decision, v, workload))
+    return lambda v: words.speed(_ratio(decision, v, workload))
 
 
 def _name(decision: Decision, variant: VariantDecision) -> str:
@@ -266,85 +245,6 @@ def ratio_name(decision: Decision, workload: str) -> str:
     return cpu if judged else f"latency.ratio@{workload}"
 
 
-# ---- one figure --------------------------------------------------------------------------------
-
-
-def figure(name: str, value: Interval | None) -> str:
-    """ "41.2 ms (40.1–42.0)": an estimate and its interval, in the words its metric is read in."""
-    if value is None or not math.isfinite(value.estimate):
-        return MISSING
-    if name.partition("@")[0] == "critical_errors":
-        return critical(value)
-    middle = _text(name, value.estimate)
-    if (tail := re.search(r"(?:latency|ttft|tpot)\.(p95|p99)", name)) and not _bounded(value):
-        return f"too few requests for {tail[1].upper()}: {value.n}"
-    if math.isnan(value.low) or math.isnan(value.high) or value.low == value.high:
-        return middle
-    return f"{middle} ({_range(middle, _text(name, value.low), _text(name, value.high))})"
-
-
-def estimate(name: str, value: Interval | None) -> str:
-    return MISSING if value is None or not math.isfinite(value.estimate) else _text(name, value.estimate)
-
-
-def speed(ratio: Interval | None, compact: bool = False) -> str:
-    """ "0.81x (0.78–0.84), 19 % faster"; "SLOWER" is said as plainly."""
-    shown = figure("latency.ratio", ratio)
-    if ratio is None or shown == MISSING:
-        return MISSING
-    change = f"{shown}, {100 * abs(ratio.estimate - 1):.{int(abs(ratio.estimate - 1) < 0.05)}f} %"
-    if ratio.low > 1:
-        return shown.replace(" (", " SLOWER (", 1) if compact else f"{change} SLOWER"
-    if compact:
-        return shown
-    return f"{change} faster" if ratio.high < 1 else f"{shown}, no difference shown"
-
-
-def critical(value: Interval) -> str:
-    """ "0 of 320, < 0.93 %": what was seen, and the upper bound that the sample size supports."""
-    bound = f", < {value.high * 100:.2g} %" if math.isfinite(value.high) else ""
-    return _count(value) + bound
-
-
-def _count(value: Interval | None) -> str:
-    if value is None or not math.isfinite(value.estimate):
-        return MISSING
-    return f"{round(value.estimate * value.n)} of {value.n}"
-
-
-_READ_AS = {
-    **{"ms": "latency.p50", "s": "load_time", "bytes": "memory", "share": "accuracy"},
-    **{"tokens/s": "throughput", "nats": "kl", "bandwidth": "accuracy"},
-    **{"compile_time": "load_time", "warm_start": "load_time", "adapter_switch_time": "load_time"},
-    **{"fragmentation": "accuracy", "gpu_busy": "accuracy"},
-    **{"server_queue": "latency.p50", "server_kv_cache": "accuracy", "server_fill": "accuracy"},
-    **{"gpu_memory_allocated": "memory", "gpu_memory_reserved": "memory"},
-    **{"tpot.p95": "tpot.p50", "tpot.p99": "tpot.p50", "top1.min": "top1"},
-    **dict.fromkeys(("kl.p95", "kl.max", "kl.token"), "kl"),
-}
-"""A unit, or a figure no recipe can name -> a metric that is written the same way; all others are ratios."""
-
-
-def _text(name: str, value: float) -> str:
-    name = name.partition("@")[0]
-    return format_value(_READ_AS.get(name, name), value)
-
-
-def _bounded(value: Interval) -> bool:
-    return math.isfinite(value.low) and math.isfinite(value.high)
-
-
-def _range(middle: str, low: str, high: str) -> str:
-    """ "0.78–0.84": the unit is said once, where all three share it."""
-    parts = [re.fullmatch(r"(-?[\d.,]+|-?∞)(.*)", text) for text in (middle, low, high)]
-    units = {part[2] for part in parts if part and "∞" not in part[1]}
-    if all(parts) and len(units) == 1:
-        low, high = low.removesuffix(unit := units.pop()), high.removesuffix(unit)
-    return f"{low} to {high}" if low.startswith("-") else f"{low}–{high}"
-
-
-# ---- verdicts ----------------------------------------------------------------------------------
-
 RULE_HEADER = ["rule", "outcome", "figure", "limit", "n", "against", "clock", "reason"]
 
 
@@ -360,35 +260,13 @@ def _rule_row(verdict: Verdict) -> list[str]:
     return [
         verdict.rule,
         verdict.outcome,
-        figure(_metric(verdict), value),
-        MISSING if verdict.limit is None else _text(_metric(verdict), verdict.limit),
+        words.figure(words.metric_of(verdict), value),
+        MISSING if verdict.limit is None else words.written(words.metric_of(verdict), verdict.limit),
         MISSING if value is None else str(value.n),
         verdict.against or MISSING,
         verdict.clock or MISSING,
-        reason(verdict),
+        words.reason(verdict),
     ]
-
-
-def reason(verdict: Verdict) -> str:
-    """The verdict's sentence, and for an inconclusive one what would settle it."""
-    needed = verdict.blocks_needed
-    if verdict.outcome != "inconclusive" or needed is None:
-        return verdict.reason or MISSING
-    more, minutes = max(needed - (verdict.value.n if verdict.value else 0), 1), verdict.minutes_needed
-    took = f" (about {max(minutes, 1):.0f} min)" if minutes is not None and math.isfinite(minutes) else ""
-    still = f"about {more} more blocks needed{took}" if needed < MOST_BLOCKS else "too close to the limit to tell"
-    return f"{verdict.reason}; {still}" if verdict.reason else still
-
-
-def _metric(verdict: Verdict) -> str:
-    """The name that says how to write the figure: of a requirement its metric, else the unit."""
-    if verdict.rule.endswith(".critical_errors"):
-        return "critical_errors"
-    required = re.match(r"require: ([\w.]+)", verdict.rule)
-    return required[1] if required and verdict.unit != "x" else verdict.unit
-
-
-# ---- what the reader must be told --------------------------------------------------------------
 
 
 def warnings(decision: Decision) -> list[str]:
@@ -397,212 +275,8 @@ def warnings(decision: Decision) -> list[str]:
         f"{v.name}@{name.partition('@')[2]}"
         for v in decision.variants
         for name, value in v.figures.items()
-        if name.startswith("latency.p95@") and not _bounded(value)
+        if name.startswith("latency.p95@") and not words.bounded(value)
     ]
     few = f"too few requests for P95 ({fewest_for(0.95)} needed): {', '.join(tails)}"
     notes = [f"{v.name}: {note}" for v in decision.variants for note in v.notes]
     return [clean(line) for line in [*decision.warnings, *notes, *[few][: len(tails)]]]
-
-
-def failures(measurements: Sequence[Measurement]) -> Table:
-    """What did not run, and why."""
-    said = ["stage", "reason", "detail"]
-    found = [[m.variant, *(m.values.get(key) or MISSING for key in said)] for m in measurements if m.probe == "failure"]
-    return ["variant", *said], [list(map(clean, row)) for row in found]
-
-
-# ---- answers -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Flip:
-    """An answer that changed: the baseline's and the variant's, and what is wrong or right about it now.
-
-    `gravity`: 1 broken as in no run of the baseline, 2 a critical prompt now wrong, 3 another, 4 now right.
-    """
-
-    gravity: int
-    row: str
-    change: str
-    expected: str
-    before: str
-    after: str
-
-
-def flips(decision: Decision, measurements: Sequence[Measurement], most: int = EXAMPLES) -> dict[str, list[Flip]]:
-    """Example answers that flipped, by variant, the gravest first."""
-    answers = _answers(measurements)
-    before = answers.get(decision.baseline, {})
-    found: dict[str, list[Flip]] = {v.name: [] for v in decision.variants}
-    for name in found.keys() & answers.keys() - {decision.baseline}:
-        pairs = [(before[row], after) for row, after in answers[name].items() if row in before]
-        flipped = [flip for pair in pairs if (flip := _flip(*pair))]
-        found[name] = sorted(flipped, key=lambda flip: flip.gravity)[:most]
-    return found
-
-
-_Answers = dict[str, dict[str, list[Mapping[str, Json]]]]
-
-
-def _answers(measurements: Sequence[Measurement]) -> _Answers:
-    """variant -> row -> its answers, one per run."""
-    found: _Answers = defaultdict(lambda: defaultdict(list))
-    for m in measurements:
-        if m.probe == "quality":
-            found[m.variant][str(m.values.get("row"))].append(m.values)
-    return found
-
-
-def _flip(before: Sequence[Mapping[str, Json]], after: Sequence[Mapping[str, Json]]) -> Flip | None:
-    old, new = before[0], after[0]
-    known = {flag for answer in before for flag in _strings(answer.get("flags"))}
-    if broken := [flag for flag in _strings(new.get("flags")) if flag not in known]:
-        gravity, change = 1, ", ".join(broken)
-    elif bool(old.get("correct")) == bool(new.get("correct")):
-        return None
-    elif new.get("correct"):
-        gravity, change = 4, "now right"
-    else:
-        gravity, change = (2, "critical prompt now wrong") if new.get("critical") else (3, "now wrong")
-    shown = (old.get("row"), change, old.get("expected", ""), old.get("output", ""), new.get("output", ""))
-    return Flip(gravity, *map(clean, shown))
-
-
-def slices(decision: Decision, measurements: Sequence[Measurement]) -> Table:
-    """Share of right answers by slice: a row each, a column per variant, with the change to the baseline."""
-    answers = _answers(measurements)
-    names = [v.name for v in decision.variants if v.name in answers]
-    counts = {name: _slice_counts(answers[name]) for name in names}
-    base = counts.get(decision.baseline, {})
-    keys = sorted({key for found in counts.values() for key in found} - {_ALL})
-    header = [clean(cell) for cell in ("slice", *names)]
-    if not keys:
-        return header, []
-    body = [
-        [key, *(_slice_cell(counts[n].get(key), base.get(key) if n != decision.baseline else None) for n in names)]
-        for key in (_ALL, *keys)
-    ]
-    return header, [list(map(clean, row)) for row in body]
-
-
-_ALL = "all"
-
-
-def _slice_counts(answers: Mapping[str, list[Mapping[str, Json]]]) -> dict[str, tuple[int, int]]:
-    """slice -> (right, asked), from the first run of each row."""
-    found: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
-    for runs in answers.values():
-        for key in {_ALL, *_strings(runs[0].get("slices"))}:
-            right, asked = found[key]
-            found[key] = right + bool(runs[0].get("correct")), asked + 1
-    return found
-
-
-def _slice_cell(mine: tuple[int, int] | None, base: tuple[int, int] | None) -> str:
-    if mine is None:
-        return MISSING
-    share = 100 * mine[0] / mine[1]
-    change = "" if base is None else f", {share - 100 * base[0] / base[1]:+.0f}"
-    return f"{share:.0f} % ({mine[0]} of {mine[1]}{change})"
-
-
-# ---- how it was measured -----------------------------------------------------------------------
-
-
-def effort(decision: Decision, measurements: Sequence[Measurement]) -> Table:
-    """How much was measured of each variant."""
-    body = []
-    for name in [v.name for v in decision.variants]:
-        mine = [m for m in measurements if m.variant == name]
-        turns = [m for m in mine if m.probe == "speed"]
-        counts = (
-            len({str(m.values.get("block")) for m in turns}),
-            sum(m.probe == "launch" for m in mine),
-            sum(1 for turn in turns for _ in _timed(turn)),
-            len({str(m.values.get("row")) for m in mine if m.probe == "quality"}),
-        )
-        body.append([clean(name), *(str(count or MISSING) for count in counts)])
-    return ["variant", "blocks", "launches", "timed requests", "answers checked"], body
-
-
-def facts(decision: Decision, measurements: Sequence[Measurement]) -> list[tuple[str, str]]:
-    """How it was measured, in pairs of a label and its text; the machine's own words last."""
-    turns = [m for m in measurements if m.probe == "speed"]
-    blocks = len({str(m.values.get("block")) for m in turns})
-    loads = [x for m in turns if (x := number(_mapping(m.values.get("machine")).get("load"))) is not None]
-    launches = [m.values for m in measurements if m.probe == "launch"]
-    planned = f"as soon as a look can decide (from {LOOKS[0]} on), {', '.join(map(str, LOOKS[1:]))}"
-    clock = "process CPU time judged; wall clock shown beside it" if decision.clock == "cpu" else "wall clock judged"
-    found = {
-        "judged": f"{decision.minimize}, against {decision.baseline}",
-        "clock": f"{clock} ({decision.clock_reason})" if decision.clock_reason else clock,
-        "looks": f"planned: {planned} blocks; bets judge after every block" if blocks else "",
-        "threads": _distinct(values.get("threads") for values in launches),
-        "device": _distinct(values.get("device") for values in launches),
-        "load average": f"{statistics.median(loads):.1f} (median), {max(loads):.1f} (highest)" if loads else "",
-        **_engines(measurements),
-        **{str(key): _flat(value) for key, value in decision.machine.items()},
-    }
-    return [(clean(key), clean(text)) for key, text in found.items() if text]
-
-
-def _engines(measurements: Sequence[Measurement]) -> dict[str, str]:
-    """What each variant's engine said of getting ready, the same sentence of several launches once."""
-    said: dict[str, dict[str, None]] = defaultdict(dict)
-    for m in measurements:
-        if m.probe == "engine":
-            said[f"{m.variant}'s engine"] |= dict.fromkeys(_strings(m.values.get("log")))
-    return {name: "; ".join(lines) for name, lines in said.items()}
-
-
-def block_ratios(decision: Decision, measurements: Sequence[Measurement], workload: str) -> dict[str, list[float]]:
-    """Variant over baseline in each block that has both, from the medians of their timed requests.
-
-    The baseline's own are those of its hidden second copy.
-    """
-    field = "cpu_ms" if ratio_name(decision, workload).startswith("cpu") else "request_duration_ms"
-    samples: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for m in measurements:
-        if m.probe == "speed" and m.workload == workload:
-            times = [t for r in _timed(m) if (t := number(r.get(field))) is not None and t > 0]
-            samples[m.variant][str(m.values.get("block"))].extend(times)
-    medians = {v: {b: statistics.median(t) for b, t in blocks.items() if t} for v, blocks in samples.items()}
-    base = medians.get(decision.baseline, {})
-    sources = {v.name: v.name + TWIN * (v.name == decision.baseline) for v in decision.variants}
-    return {
-        name: [time / base[block] for block, time in medians.get(source, {}).items() if block in base]
-        for name, source in sources.items()
-    }
-
-
-def number(value: Json) -> float | None:
-    """`value` if it is a finite number: records are read from files that may hold anything."""
-    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
-
-
-def _timed(turn: Measurement) -> Iterator[Mapping[str, Json]]:
-    requests = turn.values.get("requests")
-    for request in requests if isinstance(requests, list | tuple) else ():
-        if isinstance(request, Mapping) and not request.get("warmup"):
-            yield request
-
-
-def _mapping(value: Json) -> Mapping[str, Json]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _strings(value: Json) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list | tuple) else []
-
-
-def _distinct(values: Iterable[Json]) -> str:
-    return ", ".join(sorted({str(value) for value in values if value not in (None, "")}))
-
-
-def _flat(value: Json) -> str:
-    """A nested value on one line: "torch 2.6.0, peft 0.18.0"."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {text}" for key, item in value.items() if (text := _flat(item)))
-    if isinstance(value, list | tuple):
-        return ", ".join(filter(None, map(_flat, value)))
-    return "" if value is None else str(value)
