@@ -42,6 +42,7 @@ LAYERS = (
     "corpus",
     "client",
     "meters",
+    "player",
     "load",
     "canary",
     "lifecycle",

@@ -15,7 +15,7 @@ from peftopt.client import Client, Reply, Target
 from peftopt.engines import Generation, Scores
 from peftopt.engines._text import Text
 from peftopt.errors import BadInput, WorkerFailed
-from peftopt.load import Planned, Played, whole
+from peftopt.player import Planned, Played, whole
 from peftopt.protocols import Prompt
 from peftopt.records import Model
 
