@@ -249,14 +249,15 @@ def overhead(wanted: list[Route], home: Path, merged: Model, pairs: int) -> None
         return
     made = json.loads((home / "gptq" / "quantization.json").read_text())
     environment = {**os.environ, "OMP_NUM_THREADS": str(machine.cores())}
-    for _ in range(pairs):
+    for pair in range(pairs):
         with tempfile.TemporaryDirectory(dir=home) as scratch:
             bare = [sys.executable, "-c", BARE, merged.path, route.calibration, f"{scratch}/bare"]
             verb = [sys.executable, "-m", "peftopt.cli", "quantize", "--method", "gptq", "--model", merged.path]
             verb += ["--calibration", route.calibration, "--out", f"{scratch}/ours", "--json"]
-            (wall, cpu, _), (our_wall, our_cpu, said) = (
-                timed(line, environment) for line in ([*bare, str(made["params"]["group_size"])], verb)
-            )
+            lines = {"bare": [*bare, str(made["params"]["group_size"])], "ours": verb}
+            order = sorted(lines, reverse=bool(pair % 2))  # each goes first in turn: a machine gets warm, or busy
+            took = {name: timed(lines[name], environment) for name in order}
+            (wall, cpu, _), (our_wall, our_cpu, said) = took["bare"], took["ours"]
             say(
                 f"bare library call: {wall:.0f} s, {cpu:.0f} CPU-s; peftopt quantize with its check in a fresh process:"
             )

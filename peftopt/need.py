@@ -6,6 +6,10 @@ from peftopt import stats
 from peftopt.evidence import FEWEST, Evidence
 from peftopt.records import Recipe, Variant, Verdict
 from peftopt.rules import family, fewest_requests, parent_of, rule_name, table_verdicts, verdicts
+from peftopt.thresholds import counted
+
+RACED, ANSWERED = ("gain", "not_slower"), ("parity", "critical_errors")
+"""Rules that take blocks, and rules that take answers."""
 
 FEWEST_ANSWERS = 128
 """Prompts that a variant answers when no rule of its own needs more."""
@@ -71,6 +75,42 @@ def answers(recipe: Recipe, variant: Variant) -> int | None:
             if rule.technique == rule_name(step) and rule.name == "critical_errors" and rule.limit:
                 needed = max(needed, stats.needed_n(rule.limit, family(recipe, rule)))
     return needed
+
+
+def out_of_reach(recipe: Recipe, prompts: int) -> list[str]:
+    """What this recipe cannot decide however clear its figures turn out, and what it would take: a sentence each.
+
+    `prompts` is how many it can ask of a variant; they matter where its answers are checked at all.
+    """
+    facing = [(f"{r.technique}.{r.name}", r, family(recipe, r)) for r in recipe.rules if r.limit is not None]
+    asked = [(name, rule, variants) for name, rule, variants in facing if variants]
+    most = recipe.measure.max_blocks
+    late = {name: first for name, rule, n in asked if rule.name in RACED and (first := stats.looks(n)[0]) > most}
+    found = []
+    if late:
+        found.append(
+            f"{', '.join(late)}: a race of so many variants is first judged after {max(late.values())} blocks, and "
+            f"measure.max_blocks is {most}: give {stats.next_look(max(late.values()))}"
+        )
+    answered = [name for name, rule, _ in asked if rule.name in ANSWERED]
+    if answered and not recipe.quality:
+        found.append(f"{', '.join(answered)}: no answers are checked, since the recipe has no quality section")
+    for name, rule, n in asked if recipe.quality else ():
+        if rule.name != "critical_errors" or not rule.limit or (needed := stats.needed_n(rule.limit, n)) <= prompts:
+            continue
+        claim, bound = (
+            f"to claim {rule.limit:.2%} of {counted(n, 'variant')}",
+            stats.upper_bound(0, prompts, 1 - 0.05 / n),
+        )
+        found.append(
+            f"{name}: {claim} takes {needed} prompts without an error; there are {prompts}, which can claim {bound:.2%}"
+        )
+    for threshold in recipe.require:
+        metric, workload = threshold.metric, threshold.metric.workload
+        fewest = 0 if threshold.relative else fewest_requests(metric)
+        if workload and (possible := recipe.timed_requests(workload) * most) < fewest:
+            found.append(f"require: {threshold.text}: takes {fewest} requests, and {most} blocks have {possible}")
+    return found
 
 
 def hopeless(evidence: Evidence, variant: str) -> bool:

@@ -339,6 +339,7 @@ def _start(
     """One process from its start to an answer in every shape, and then what else is asked of it."""
     started = time.perf_counter()
     with Child(log, threads or machine.cores(), cache) as child:
+        child.ask("prepare", DEADLINE_S, plugin=engine, model=asdict(_absolute(model)))
         launch = child.ask("open", DEADLINE_S, plugin=engine, params=dict(params), model=asdict(_absolute(model)))
         for each in traffic:
             rows = [row.as_json() for row in each.rows]

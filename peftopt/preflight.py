@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from peftopt import corpus, environments, plugins
+from peftopt import corpus, environments, need, plugins
 from peftopt.adapter import EMBEDDINGS, PREFIX, Adapter, check_mergeable, open_adapter
 from peftopt.checkpoint import open_model
 from peftopt.corpus import Row
@@ -39,6 +39,13 @@ def check(recipe: Recipe) -> None:
         if recipe.quality.schema:
             schema(recipe.quality.schema)
         _check_tasks(recipe, recipe.quality.tasks)
+
+
+def foreseen(recipe: Recipe) -> list[str]:
+    """What the recipe cannot decide with the prompts and blocks that it has: see `need.out_of_reach`."""
+    quality = recipe.quality
+    prompts = len(corpus.read(quality.prompts, quality.slice)) if quality else 0
+    return need.out_of_reach(recipe, min(prompts, quality.rows or prompts) if quality else 0)
 
 
 def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Row], who: str = "") -> None:

@@ -123,10 +123,24 @@ def _troubles(evidence: Evidence, workload: str) -> str:
 
 def gain(case: Case) -> Verdict:
     """Latency drops by more than the limit. A merge is judged as a whole variant against the unmerged adapter,
-    since that is what is given up for it; any other technique against the same variant without it."""
-    against = case.baseline if case.step.technique == "merge" else case.parent
+    since that is what is given up for it, but by itself where a quantizer after it may cost speed, being a memory win;
+    any other technique against the same variant without it."""
     goal = f"{case.limit:.0%} faster or better" if case.limit else "faster"
-    return _speed(case, against, 1 - case.limit, goal)
+    if case.step.technique != "merge":
+        return _speed(case, case.parent, 1 - case.limit, goal)
+    recipe = case.evidence.plan.recipe
+    slower = any(_may_be_slower(recipe, step) for step in recipe.variants[case.variant].techniques)
+    alone = _prefix(recipe, case.variant, case.step) if slower else None
+    if alone is None or alone == case.variant:
+        return _speed(case, case.baseline, 1 - case.limit, goal)
+    found = _speed(replace(case, variant=alone), case.baseline, 1 - case.limit, goal)
+    return replace(found, reason=f"{alone}: {found.reason}")
+
+
+def _may_be_slower(recipe: Recipe, step: Step) -> bool:
+    """Whether the recipe takes the step as a memory win: it asks that it be smaller, not that it be as fast."""
+    limits = {rule.name: rule.limit for rule in recipe.rules if rule.technique == rule_name(step)}
+    return limits.get("smaller") is not None and limits.get("not_slower") is None
 
 
 def not_slower(case: Case) -> Verdict:

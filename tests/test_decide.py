@@ -17,7 +17,7 @@ from peftopt.errors import BadInput
 from peftopt.evidence import TWIN, Evidence
 from peftopt.need import answers as answers_needed
 from peftopt.need import blocks as blocks_needed
-from peftopt.need import hopeless, open_races
+from peftopt.need import hopeless, open_races, out_of_reach
 from peftopt.records import (
     Decision,
     Json,
@@ -35,6 +35,7 @@ from peftopt.records import (
 )
 from peftopt.render import measured, table
 from peftopt.rules import parent_of
+from peftopt.stats import looks, needed_n, upper_bound
 from peftopt.thresholds import parse
 
 EAGER, COMPILED = Step("eager", "engine", ""), Step("compiled", "engine", "compile")
@@ -136,6 +137,34 @@ def test_a_merge_is_accepted_only_for_more_than_15_percent(ratio: float, expecte
     assert of(decision, "merged").decided_by == "merge.gain"
 
 
+def test_what_a_recipe_cannot_decide_is_known_before_anything_is_measured() -> None:
+    recipe = plan_of("merged", "int8", "compiled", "int8_compiled", require=["latency.p95@chat <= 400 ms"]).recipe
+    assert out_of_reach(recipe, 400) == []
+    late, tail = out_of_reach(replace(recipe, measure=replace(recipe.measure, max_blocks=11, requests=1)), 400)
+    assert looks(4)[0] == 12 and looks(2)[0] == 11  # four variants merge, two are quantized
+    assert late.startswith("merge.gain: a race of so many variants is first judged after 12 blocks")
+    assert tail == "require: latency.p95@chat <= 400 ms: takes 72 requests, and 11 blocks have 11"
+    (few,) = out_of_reach(recipe, 96)
+    assert "int8.critical_errors" in few and f"takes {needed_n(0.01, 2)} prompts" in few
+    assert f"can claim {upper_bound(0, 96, 0.975):.2%}" in few
+    (none,) = out_of_reach(replace(recipe, quality=None), 0)
+    assert none.startswith("merge.parity, int8.critical_errors, compile.parity: no answers are checked")
+
+
+@given(st.integers(1, 60), st.integers(1, 800), st.integers(1, 4))
+@settings(deadline=None)
+def test_what_is_not_out_of_reach_can_be_decided(blocks: int, prompts: int, requests: int) -> None:
+    """The clearest figures there can be: half the time, and no error."""
+    plan = plan_of("merged", "int8", max_blocks=blocks, requests=requests)
+    answers = [m for name in ("adapter", "merged", "int8") for m in quality(name, prompts)]
+    answers += quality("adapter", prompts, launch=2)
+    found = speed(plan, {"merged": 0.5, "int8": 0.25}, blocks=blocks) + answers + builds(plan)
+    open_ = " ".join(out_of_reach(plan.recipe, prompts))
+    for rule in ("merge.gain", "int8.not_slower", "int8.critical_errors"):
+        told = outcome(decide(plan, found, {}), "int8", rule)
+        assert (told == "accepted") == (rule not in open_), (rule, told)
+
+
 def test_the_sentence_names_the_choice_and_its_rule() -> None:
     plan = plan_of("merged")
     accepted = decide(plan, whole(plan, {"merged": 0.7}), {})
@@ -219,10 +248,16 @@ def test_int8_that_is_slower_than_bf16_is_rejected_and_the_report_says_so() -> N
     assert any("slower than adapter" in note for note in of(decision, "int8").notes)
 
 
+def for_memory(plan: Plan) -> Plan:
+    """The plan under `int8: {gain: memory, smaller: 25 %}`."""
+    others = [rule for rule in RULES if rule.name not in ("not_slower", "smaller")]
+    rules = (*others, Rule("int8", "not_slower", None), Rule("int8", "smaller", 0.25))
+    return replace(plan, recipe=replace(plan.recipe, rules=rules))
+
+
 def test_int8_declared_a_memory_win_may_be_slower_than_its_parent() -> None:
     plan = plan_of("merged", "int8")
-    rules = [Rule("int8", "not_slower", None), Rule("int8", "smaller", 0.25), Rule("int8", "critical_errors", 0.01)]
-    plan = replace(plan, recipe=replace(plan.recipe, rules=tuple(rules)))
+    plan = for_memory(plan)
     measurements = whole(plan, {"merged": 0.7, "int8": 1.3})
     assert outcome(decide(plan, measurements, {}), "int8", "int8.smaller") == "rejected"  # same size as merged
     sizes = {b.id: 100 if b.step == INT8 else 260 for b in plan.builds}
@@ -230,6 +265,20 @@ def test_int8_declared_a_memory_win_may_be_slower_than_its_parent() -> None:
     decision = decide(plan, measurements + smaller, {})
     assert outcome(decision, "int8", "int8.smaller") == "accepted"
     assert of(decision, "int8").outcome == "accepted"
+
+
+@pytest.mark.parametrize(("merged", "expected"), [(0.7, "accepted"), (0.95, "rejected")])
+def test_the_merge_before_a_memory_win_is_judged_by_itself(merged: float, expected: str) -> None:
+    plan = plan_of("merged", "int8")
+    measurements = whole(plan, {"merged": merged, "int8": 1.3})
+    assert outcome(decide(plan, measurements, {}), "int8", "merge.gain") == "rejected"  # it was to be faster
+    decision = decide(for_memory(plan), measurements, {})
+    assert outcome(decision, "int8", "merge.gain") == expected
+    reason = next(v.reason for v in of(decision, "int8").verdicts if v.rule == "merge.gain")
+    assert reason.startswith("merged: latency.p50@chat is")
+    without = plan_of("int8")  # nothing but the whole variant is there to tell
+    found = decide(for_memory(without), whole(without, {"int8": 1.3}), {})
+    assert outcome(found, "int8", "merge.gain") == "rejected"
 
 
 def test_weights_that_are_not_finite_reject_whatever_the_figures_say() -> None:

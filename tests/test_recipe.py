@@ -201,6 +201,14 @@ def test_every_shipped_recipe_parses_and_says_when_to_use_it(path: Path) -> None
     assert "Use it" in path.read_text().split("model:")[0]
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_a_shipped_recipe_can_decide_all_that_it_asks(path: Path) -> None:
+    """Those that check no answers are there to compare, and say so."""
+    recipe = parse(path.read_text(), str(path), plugins.catalogue(), TRADEOFFS)
+    open_ = preflight.foreseen(recipe)
+    assert open_ == [] if recipe.quality else any("no answers are checked" in line for line in open_)
+
+
 # ---- the trade-off table -----------------------------------------------------------------------
 
 

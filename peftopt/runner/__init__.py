@@ -13,7 +13,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from peftopt import machine, need, stats, store
+from peftopt import machine, need, preflight, stats, store
 from peftopt.child import Child
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.evidence import Evidence
@@ -46,6 +46,8 @@ def prepare(
         store.write(folder / "recipe.yaml", text)
         store.write(folder / "plan.json", json.dumps(asdict(plan), indent=1))
         store.write(folder / "machine.json", json.dumps(machine.describe(), indent=1))
+        for line in preflight.foreseen(recipe):
+            listener.warn(f"cannot be decided: {line}")
     run = Run(plan, home, folder, listener, store.read(folder / "measurements.jsonl", listener.warn))
     run.retry()
     return run
