@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from peftopt.errors import BadInput
 from peftopt.records import Decision, Interval, Json, Measurement, VariantDecision, Verdict
-from peftopt.render import answers, as_json, html, junit, markdown, measured, reports, table, words
+from peftopt.render import answers, as_json, html, junit, load, markdown, measured, reports, table, words
 
 HOSTILE = "<script>alert(1)</script> | `rm -rf` | [x](http://evil.example/a) ![y](//evil.example) @team\n\x00\u202e**"
 
@@ -341,6 +341,13 @@ def test_times_are_shown_for_every_workload_where_there_are_several() -> None:
         dataclasses.replace(v, figures={"latency.p50@chat": interval(1.0, 1.0, 1.0)}) for v in a_decision().variants
     ]
     assert table.by_workload(dataclasses.replace(a_decision(), variants=tuple(alone)))[1] == []
+
+
+def test_the_median_of_two_requests_says_so_in_the_place_of_an_endless_interval() -> None:
+    times = {"ttft_p50_ms": interval(792.0, -math.inf, math.inf, 2), "ttft_p95_ms": interval(800.0, 1.0, math.inf, 2)}
+    figures = {"requests": 2, "failed": 0, "output_tokens_per_s": 4.0, "request_rate": 0.25, **times}
+    ((name, *cells),) = load.rows({"by_model": {"adapter": figures}, "figures": figures})
+    assert name == "adapter" and cells[2:4] == ["792 (n=2)", "too few"]
 
 
 def test_the_compact_table_fits_a_terminal() -> None:

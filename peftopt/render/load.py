@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from peftopt import prometheus
 from peftopt.records import Interval, Json
-from peftopt.thresholds import format_value
+from peftopt.render.words import bounded
+from peftopt.stats import fewest_for
+from peftopt.thresholds import counted, format_value
 
 HEADER = (
     "model",
@@ -21,7 +23,6 @@ HEADER = (
     "tokens/s",
     "req/s",
 )
-FEWEST_FOR_P95 = 72
 
 
 def rows(found: Mapping[str, Json]) -> list[list[str]]:
@@ -48,8 +49,9 @@ def lines(found: Mapping[str, Json]) -> dict[str, str]:
         said["highest rate"] = "none that was tried holds"
     if found.get("adapters"):
         said["waiting"] = ", ".join(
-            f"{size} adapters {_ms({'wait': wait}, 'wait')} ms" for size, wait in enumerate(found["adapters"], 1)
-        ).replace("1 adapters", "1 adapter", 1)
+            f"{counted(size, 'adapter')} {_ms({'wait': wait}, 'wait')} ms"
+            for size, wait in enumerate(found["adapters"], 1)
+        )
         if None not in found["queues_ms"]:
             said["of it in the queue"] = ", ".join(f"{ms:,.0f} ms" for ms in found["queues_ms"])
         said["cliff"] = (
@@ -105,11 +107,13 @@ def _ms(f: Mapping[str, Json], name: str) -> str:
     value: Interval | None = f.get(name)
     if value is None:
         return "—"
-    if "p95" in name and value.n < FEWEST_FOR_P95:
+    if "p95" in name and value.n < fewest_for(0.95):
         return "too few"
     low, estimate, high = (
         format_value("latency.p50", x).removesuffix(" ms") for x in (value.low, value.estimate, value.high)
     )
+    if not bounded(value):
+        return f"{estimate} (n={value.n})"
     return f"{estimate} ({low}–{high})" if value.high > value.low else estimate
 
 
