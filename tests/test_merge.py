@@ -19,6 +19,7 @@ from peftopt.adapter import NO_DELTA
 from peftopt.checkpoint import Draft, open_model
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.merging import blocks
+from peftopt.merging.modules import Hollow
 from peftopt.records import Model
 from peftopt.transforms import merge
 
@@ -695,6 +696,22 @@ def test_a_wrong_block_on_disk_fails_the_fp64_samples(tiny_base: Path, tiny_lora
         assert parity.recomputed(parity.sample_lora(base, draft, pairs)).passed
         list(loop.transfer(base, draft, list(base.entries.values()), {}))  # the base, undoing the merge
         assert not parity.recomputed(parity.sample_lora(base, draft, pairs)).passed
+
+
+def test_what_is_merged_again_in_fp64_takes_no_more_room_than_the_largest_module(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, sizes = Hollow.merged, {True: [0], False: [0]}
+
+    def watched(hollow: Hollow, unit: str, exact: bool = False) -> Any:
+        found = plain(hollow, unit, exact)
+        sizes[exact].append(sum(value.nbytes for value in found.values()))
+        return found
+
+    monkeypatch.setattr(Hollow, "merged", watched)
+    config = peft_config("Lora", r=4, use_dora=True, target_modules="all-linear")
+    merged(bases("llama"), make_adapter(bases("llama"), tmp_path / "dora", config), out=tmp_path / "out")
+    assert 0 < max(sizes[True]) <= max(sizes[False])
 
 
 def test_a_preview_shows_each_delta_and_writes_nothing(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
