@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from peftopt import stats
 from peftopt.evidence import FEWEST, Evidence
 from peftopt.records import Recipe, Variant, Verdict
@@ -77,40 +79,36 @@ def answers(recipe: Recipe, variant: Variant) -> int | None:
     return needed
 
 
-def out_of_reach(recipe: Recipe, prompts: int) -> list[str]:
+def undecidable(recipe: Recipe, prompts: int) -> Iterator[str]:
     """What this recipe cannot decide however clear its figures turn out, and what it would take: a sentence each.
 
     `prompts` is how many it can ask of a variant; they matter where its answers are checked at all.
     """
-    facing = [(f"{r.technique}.{r.name}", r, family(recipe, r)) for r in recipe.rules if r.limit is not None]
-    asked = [(name, rule, variants) for name, rule, variants in facing if variants]
+    asked = [(f"{r.technique}.{r.name}", r, family(recipe, r)) for r in recipe.rules if r.limit is not None]
+    asked = [(name, rule, variants) for name, rule, variants in asked if variants]
     most = recipe.measure.max_blocks
     late = {name: first for name, rule, n in asked if rule.name in RACED and (first := stats.looks(n)[0]) > most}
-    found = []
     if late:
-        found.append(
-            f"{', '.join(late)}: a race of so many variants is first judged after {max(late.values())} blocks, and "
-            f"measure.max_blocks is {most}: give {stats.next_look(max(late.values()))}"
+        first = max(late.values())
+        yield (
+            f"{', '.join(late)}: a race of so many variants is first judged after {first} blocks, and "
+            f"measure.max_blocks is {most}: give {stats.next_look(first)}"
         )
-    answered = [name for name, rule, _ in asked if rule.name in ANSWERED]
-    if answered and not recipe.quality:
-        found.append(f"{', '.join(answered)}: no answers are checked, since the recipe has no quality section")
+    if not recipe.quality and (answered := [name for name, rule, _ in asked if rule.name in ANSWERED]):
+        yield f"{', '.join(answered)}: no answers are checked, since the recipe has no quality section"
     for name, rule, n in asked if recipe.quality else ():
         if rule.name != "critical_errors" or not rule.limit or (needed := stats.needed_n(rule.limit, n)) <= prompts:
             continue
-        claim, bound = (
-            f"to claim {rule.limit:.2%} of {counted(n, 'variant')}",
-            stats.upper_bound(0, prompts, 1 - 0.05 / n),
-        )
-        found.append(
-            f"{name}: {claim} takes {needed} prompts without an error; there are {prompts}, which can claim {bound:.2%}"
+        bound = stats.upper_bound(0, prompts, 1 - 0.05 / n)
+        yield (
+            f"{name}: to claim {rule.limit:.2%} of {counted(n, 'variant')} takes {needed} prompts without an error; "
+            f"there are {prompts}, which can claim {bound:.2%}"
         )
     for threshold in recipe.require:
         metric, workload = threshold.metric, threshold.metric.workload
         fewest = 0 if threshold.relative else fewest_requests(metric)
         if workload and (possible := recipe.timed_requests(workload) * most) < fewest:
-            found.append(f"require: {threshold.text}: takes {fewest} requests, and {most} blocks have {possible}")
-    return found
+            yield f"require: {threshold.text}: takes {fewest} requests, and {most} blocks have {possible}"
 
 
 def hopeless(evidence: Evidence, variant: str) -> bool:

@@ -42,10 +42,12 @@ def check(recipe: Recipe) -> None:
 
 
 def foreseen(recipe: Recipe) -> list[str]:
-    """What the recipe cannot decide with the prompts and blocks that it has: see `need.out_of_reach`."""
-    quality = recipe.quality
-    prompts = len(corpus.read(quality.prompts, quality.slice)) if quality else 0
-    return need.out_of_reach(recipe, min(prompts, quality.rows or prompts) if quality else 0)
+    """What the recipe cannot decide with the prompts and blocks that it has: see `need.undecidable`."""
+    prompts = 0
+    if quality := recipe.quality:
+        prompts = len(corpus.read(quality.prompts, quality.slice))
+        prompts = min(prompts, quality.rows or prompts)
+    return list(need.undecidable(recipe, prompts))
 
 
 def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Row], who: str = "") -> None:

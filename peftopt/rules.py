@@ -15,7 +15,7 @@ from peftopt.evidence import FIELDS, Evidence, exp
 from peftopt.figures import figure, figures
 from peftopt.goodput import QUANTILES
 from peftopt.records import Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
-from peftopt.thresholds import TASK, format_value, known
+from peftopt.thresholds import TASK, counted, format_value, known
 
 SKIPPED = ("missing library", "missing environment", "refused")
 """Failures that say nothing of the variant: it was not tried."""
@@ -170,7 +170,7 @@ def critical_errors(case: Case) -> Verdict:
     if errors:
         row, flag = errors[0]
         outcome: Outcome = "rejected"
-        count = "1 critical error" if len(errors) == 1 else f"{len(errors)} critical errors"
+        count = counted(len(errors), "critical error")
         reason = f"{count} in {n} prompts that the adapter does not make, first {row}: {flag}"
         theirs = {row for row, _ in case.evidence.critical_errors(case.parent)[0]} if case.parent else set()
         if shared := sum(row in theirs for row, _ in errors):

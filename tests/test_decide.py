@@ -17,7 +17,7 @@ from peftopt.errors import BadInput
 from peftopt.evidence import TWIN, Evidence
 from peftopt.need import answers as answers_needed
 from peftopt.need import blocks as blocks_needed
-from peftopt.need import hopeless, open_races, out_of_reach
+from peftopt.need import hopeless, open_races, undecidable
 from peftopt.records import (
     Decision,
     Json,
@@ -139,27 +139,27 @@ def test_a_merge_is_accepted_only_for_more_than_15_percent(ratio: float, expecte
 
 def test_what_a_recipe_cannot_decide_is_known_before_anything_is_measured() -> None:
     recipe = plan_of("merged", "int8", "compiled", "int8_compiled", require=["latency.p95@chat <= 400 ms"]).recipe
-    assert out_of_reach(recipe, 400) == []
-    late, tail = out_of_reach(replace(recipe, measure=replace(recipe.measure, max_blocks=11, requests=1)), 400)
+    assert list(undecidable(recipe, 400)) == []
+    late, tail = undecidable(replace(recipe, measure=replace(recipe.measure, max_blocks=11, requests=1)), 400)
     assert looks(4)[0] == 12 and looks(2)[0] == 11  # four variants merge, two are quantized
     assert late.startswith("merge.gain: a race of so many variants is first judged after 12 blocks")
     assert tail == "require: latency.p95@chat <= 400 ms: takes 72 requests, and 11 blocks have 11"
-    (few,) = out_of_reach(recipe, 96)
+    (few,) = undecidable(recipe, 96)
     assert "int8.critical_errors" in few and f"takes {needed_n(0.01, 2)} prompts" in few
     assert f"can claim {upper_bound(0, 96, 0.975):.2%}" in few
-    (none,) = out_of_reach(replace(recipe, quality=None), 0)
+    (none,) = undecidable(replace(recipe, quality=None), 0)
     assert none.startswith("merge.parity, int8.critical_errors, compile.parity: no answers are checked")
 
 
 @given(st.integers(1, 60), st.integers(1, 800), st.integers(1, 4))
 @settings(deadline=None)
-def test_what_is_not_out_of_reach_can_be_decided(blocks: int, prompts: int, requests: int) -> None:
+def test_what_is_not_foreseen_as_undecidable_can_be_decided(blocks: int, prompts: int, requests: int) -> None:
     """The clearest figures there can be: half the time, and no error."""
     plan = plan_of("merged", "int8", max_blocks=blocks, requests=requests)
     answers = [m for name in ("adapter", "merged", "int8") for m in quality(name, prompts)]
     answers += quality("adapter", prompts, launch=2)
     found = speed(plan, {"merged": 0.5, "int8": 0.25}, blocks=blocks) + answers + builds(plan)
-    open_ = " ".join(out_of_reach(plan.recipe, prompts))
+    open_ = " ".join(undecidable(plan.recipe, prompts))
     for rule in ("merge.gain", "int8.not_slower", "int8.critical_errors"):
         told = outcome(decide(plan, found, {}), "int8", rule)
         assert (told == "accepted") == (rule not in open_), (rule, told)

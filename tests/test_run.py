@@ -19,6 +19,7 @@ import pytest
 
 from peftopt import need, runner, stats
 from peftopt.cli import main
+from peftopt.cli.shared import read_recipe
 from peftopt.evidence import TWIN
 from peftopt.records import Rule
 from peftopt.runner.racing import Field
@@ -88,6 +89,20 @@ def run_folder(results: Path) -> Path:
 def lines(results: Path, probe: str) -> list[dict]:
     text = (run_folder(results) / "measurements.jsonl").read_text()
     return [m for m in map(json.loads, text.splitlines()) if m["probe"] == probe]
+
+
+def test_a_run_says_first_what_its_prompts_and_blocks_cannot_decide(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(
+        RECIPE.format(base=tiny_base, adapter=tiny_lora, prompts=prompts(tmp_path / "eval.jsonl", 12, "eval"))
+    )
+    heard = Heard()
+    runner.prepare(*read_recipe(path), tmp_path / "results", heard)
+    late, few = (line for line in heard.said if line.startswith("cannot be decided"))
+    assert "merge.gain: a race of so many variants is first judged after 11 blocks" in late
+    assert "int8.critical_errors" in few and "there are 12" in few
 
 
 def test_a_run_leaves_its_plan_its_samples_and_its_reports(ran: tuple[Path, Path, int]) -> None:
