@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from peftopt import stats
-from peftopt.evidence import TWIN, Evidence, exp
+from peftopt.evidence import TWIN, Evidence
 from peftopt.figures import figures
 from peftopt.records import (
     Decision,
@@ -21,10 +22,12 @@ from peftopt.records import (
     VariantDecision,
     Verdict,
 )
-from peftopt.rules import parent_of, rule_name, verdicts
+from peftopt.rules import family, parent_of, protects, rule_name, verdicts
+from peftopt.thresholds import counted
 
-_NEVER_ALONE = ("artifact.", "require: kl ", "require: top1 ")
-"""What may reject a variant but not accept it: near the baseline, divergence says nothing of the answers' worth."""
+_NEVER_ALONE = ("artifact.", "variant.", "require: kl ", "require: top1 ")
+"""What may reject a variant but not accept it: that nothing is broken is no gain, and near the baseline divergence says
+nothing of the answers' worth."""
 
 
 def _outcome(found: Sequence[Verdict]) -> tuple[Outcome, str]:
@@ -54,7 +57,7 @@ def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) ->
         techniques=tuple(rule_name(s) for s in variant.techniques),
         outcome=outcome,
         decided_by=rule,
-        verdicts=found,
+        verdicts=tuple(replace(v, protects=protects(v.rule)) for v in found),
         figures={**figures(evidence, variant.name), **_break_even(evidence, variant)},
         notes=tuple(notes),
         certificates=tuple(evidence.certificates(variant.name)),
@@ -118,8 +121,7 @@ def _merged_or_apart(evidence: Evidence, variant: Variant) -> Iterator[str]:
         if not like or other.name == evidence.baseline:
             continue
         metric = evidence.plan.recipe.minimize
-        if logs := evidence.paired(variant.name, other.name, metric.workload, evidence.field(metric)):
-            gain = exp(stats.hodges_lehmann(logs, 0.95))
+        if gain := evidence.ratio(variant.name, other.name, metric.workload, evidence.field(metric)):
             yield (
                 f"merging alone: {metric} is {gain.estimate:.2f}x that of {other.name}, where the adapter stays apart "
                 f"({gain.low:.2f} to {gain.high:.2f}, {gain.n} blocks)"
@@ -188,7 +190,8 @@ def decide(plan: Plan, measurements: Sequence[Measurement], machine: Mapping[str
     recipe = plan.recipe
     warnings = _warnings(evidence)
     twin_differs = a_a(evidence) is not None
-    decided = tuple(_decide_variant(evidence, v, twin_differs) for v in recipe.variants.values())
+    judged = [v for v in recipe.variants.values() if v.name not in plan.left_out]
+    decided = tuple(_decide_variant(evidence, v, twin_differs) for v in judged)
     candidates = [d for d in decided if d.name != recipe.baseline]
     accepted = [d for d in candidates if d.outcome == "accepted"]
     chosen = min(accepted, key=lambda d: _minimized(evidence, d.name), default=None)
@@ -220,10 +223,11 @@ def _minimized(evidence: Evidence, variant: str) -> float:
 
 
 def _judged(evidence: Evidence, variant: str) -> Interval:
-    """The ratio to the baseline on what the recipe minimizes, on the clock that judges."""
-    metric = evidence.plan.recipe.minimize
-    logs = evidence.paired(variant, evidence.baseline, metric.workload, evidence.field(metric))
-    return exp(stats.hodges_lehmann(logs, 0.95))
+    """The ratio to the baseline on what the recipe minimizes, on the clock that judges. Its level is shared by all
+    variants that may be chosen, so it holds for the best of them too, after choosing."""
+    metric, level = evidence.plan.recipe.minimize, 1 - 0.05 / family(evidence.plan.recipe)
+    found = evidence.ratio(variant, evidence.baseline, metric.workload, evidence.field(metric), level)
+    return found or Interval(math.nan, 0.0, math.inf, 0, level)
 
 
 _CLOCKS = {"wall": "wall clock", "cpu": "process CPU time"}
@@ -240,10 +244,10 @@ def a_a(evidence: Evidence) -> Interval | None:
     recipe = evidence.plan.recipe
     for workload in recipe.workloads:
         field = evidence.field(Metric(recipe.minimize.name, workload))
-        logs = evidence.paired(recipe.baseline + TWIN, recipe.baseline, workload, field)
-        interval = stats.hodges_lehmann(logs, 1 - stats.ALPHA / len(stats.LOOKS))
-        if logs and (interval.low > 0 or interval.high < 0):
-            return exp(interval)
+        twin, level = recipe.baseline + TWIN, 1 - stats.ALPHA / len(stats.LOOKS)
+        ratio = evidence.ratio(twin, recipe.baseline, workload, field, level)
+        if ratio and (ratio.low > 1 or ratio.high < 1):
+            return ratio
     return None
 
 
@@ -274,6 +278,10 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
                 "machine cool or settle between turns"
             )
     found += [f"{where}: a turn was left out: {why}" for where, why in sorted(evidence.left_out.items())]
+    for (variant, workload), failed in sorted(evidence.failed.items()):
+        turns = counted(len(failed), "turn")
+        why = next(iter(failed.values()))
+        found.append(f"{variant}@{workload}: {turns} failed and count as slower than any that did not: {why}")
     found += [
         f"{where} was loaded apart: what differed between runs is not seen by pairs in random order"
         + "".join(f"; it lacks {what}" for what in lacks)
@@ -283,6 +291,12 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
         hint = f"; {failure['hint']}" if failure.get("hint") else ""
         found.append(f"{name}: {failure['stage']} failed, {failure['reason']}: {failure['detail']}{hint}")
     return tuple(found)
+
+
+def _bounds(ratio: Interval) -> str:
+    if not (math.isfinite(ratio.high) and ratio.low > 0):
+        return f"{ratio.estimate:.2f}x, too few launches or blocks for an interval"
+    return f"{ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
 
 
 def _sentence(evidence: Evidence, chosen: VariantDecision | None, candidates: Sequence[VariantDecision]) -> str:
@@ -295,7 +309,7 @@ def _sentence(evidence: Evidence, chosen: VariantDecision | None, candidates: Se
         rest = f" ({', '.join(undecided)} undecided)" if undecided else ""
         return (
             f"Ship {chosen.name}: {recipe.minimize} is {gain} the {recipe.baseline}'s "
-            f"({ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}, {ratio.n} blocks, "
+            f"({_bounds(ratio)}, {ratio.n} blocks, "
             f"{_CLOCKS[evidence.clock[0]]}), decided by {chosen.decided_by}{rest}."
         )
     why = "; ".join(f"{d.name} {d.outcome}{f' by {d.decided_by}' if d.decided_by else ''}" for d in candidates)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,12 +27,57 @@ FIELDS = {"latency": "request_duration_ms", "ttft": "ttft_ms", "tpot": "tpot_ms"
 """Which of a request's durations a timed metric looks at. Lengths are fixed, so throughput is inverse duration."""
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """Where two sets of answers part: per prompt, 1 if they do, and the tokens compared up to there."""
+FAILED = math.log(1e3)
+"""The log ratio of a turn that failed to one that did not: worse than any that was answered. Ranks judge, so its size
+has no say."""
 
-    parted: Mapping[str, int]
-    tokens: Mapping[str, int]
+INTERRUPTED = "interrupted"
+"""Why a load stopped that its user ended: it says nothing of the variant."""
+
+Series = Mapping[int, float]
+"""A log ratio for each block, in order."""
+
+
+@dataclass(frozen=True)
+class CriticalError:
+    """A Tier 1 error of a variant that the baseline makes in neither of its runs.
+
+    `near_tie`: the adapter's own choice of that token turns on less than its run-to-run noise. `asked_once`: the
+    baseline was asked this prompt in one run only, so it may make the error itself.
+    """
+
+    row: str
+    flag: str
+    near_tie: bool
+    asked_once: bool
+
+    @property
+    def counts(self) -> bool:
+        return not (self.near_tie or self.asked_once)
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Answers that part from the reference's within the first `tokens`: of `n` prompts, those where only the variant's
+    does (`worse`), and those where only the adapter's own second run does (`better`)."""
+
+    tokens: int
+    worse: int
+    better: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """How far a variant's predictions and answers are from the reference's, beside the adapter's own second run.
+
+    `scored` holds for each prompt (tokens at which the most likely one differs, beyond the second run's; tokens
+    scored); it is empty where an engine only generates. `partings` are at doubling numbers of tokens.
+    """
+
+    scored: Sequence[tuple[int, int]]
+    partings: Sequence[Parting]
+    n: int
 
 
 class Evidence:
@@ -58,31 +103,33 @@ class Evidence:
         """Blocks that a race may have: the recipe's, or what was granted since."""
         self.left_out: dict[str, str] = {}
         """Variant@workload -> why a turn of it is as good as not measured."""
+        self.failed: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+        """(variant, workload) -> block -> what failed in its turn; a result against the variant."""
         self.apart: dict[str, tuple[str, ...]] = {}
         """Variant@workload -> what its loads lack, where they were run apart from the race."""
-        self._loads = Counter[tuple[str, str]]()
+        self._launch_of: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+        self._partial: dict[tuple[str, str], dict[int, list[Mapping[str, Json]]]] = defaultdict(dict)
+        loads: dict[str, list[Measurement]] = defaultdict(list)
         self._orders: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
         self._loading: list[tuple[str, Mapping[str, Json]]] = []
-        self._launched_blocks: dict[tuple[str, str], list[list[int]]] = defaultdict(list)
         self._launched: dict[tuple[str, str], list[list[Mapping[str, Json]]]] = defaultdict(list)
         for m in measurements:
             match m.probe:
                 case "speed":
                     block, requests = m.values["block"], m.values["requests"]
+                    if launched := len(self._launched[m.variant, m.workload]):
+                        self._launch_of[m.variant, m.workload][block] = launched
                     timed = [r for r in requests if not r["warmup"]]
-                    if why := _useless(timed):
-                        self.left_out[f"{m.variant}@{m.workload}"] = why
+                    if not self._take_turn(m.variant, m.workload, block, timed):
                         continue
-                    self.turns[m.variant, m.workload][block] = timed
                     self.machine[m.workload, block].append(m.values.get("machine", {}))
                     self.accounts[m.variant, m.workload].append(m.values.get("engine", {}))
                     if "order" in m.values:
                         self._orders[m.workload, block][m.variant] = m.values["order"]
                     if launches := self._launched[m.variant, m.workload]:
                         launches[-1] += requests
-                        self._launched_blocks[m.variant, m.workload][-1].append(block)
                 case "load" if m.workload in plan.recipe.workloads:
-                    self._take_load(m)
+                    loads[m.workload].append(m)
                 case "quality":
                     self.answers[m.variant, m.launch][m.values["row"]] = m.values
                 case "task" if "samples" in m.values and "task" in m.values:  # an imported one may lack either
@@ -99,7 +146,6 @@ class Evidence:
                 case "launch":
                     self.launches[m.variant].append(m.values)
                     self._launched[m.variant, m.workload].append([])
-                    self._launched_blocks[m.variant, m.workload].append([])
                     self._loading.append((m.workload, m.values))
                 case "more":
                     self.budget = max(self.budget, m.values["max_blocks"])
@@ -108,22 +154,49 @@ class Evidence:
                 case "engine":
                     self.engines[m.variant].append(m.values)
 
-    def _take_load(self, m: Measurement) -> None:
-        """A load that was run apart, by `peftopt load` or another meter, is the variant's next block: also one that is
-        left out has its place, or later ones would be compared with others than they ran beside."""
-        raced = max((block for name, block in self.machine if name == m.workload), default=-1) + 1
-        block = raced + self._loads[m.variant, m.workload]
-        self._loads[m.variant, m.workload] += 1
-        at, workload = f"{m.variant}@{m.workload}", self.plan.recipe.workloads[m.workload]
-        self.apart[at] = tuple(m.values.get("lacks", ()))
-        timed = [dict(r) for r in m.values.get("requests", ()) if not r["warmup"]]
-        fixed = workload.new_tokens if workload.lengths == "fixed" else 0
-        if why := m.values.get("stopped") or _useless(timed, fixed):
-            self.left_out[at] = why
-            return
-        turn_ms = goodput.span_ms(timed)
-        self.accounts[m.variant, m.workload].append(m.values.get("engine", {}))
-        self.turns[m.variant, m.workload][block] = [{**r, "turn_ms": turn_ms} for r in timed]
+        for workload, found in loads.items():
+            self._take_loads(workload, found)
+
+    def _take_turn(
+        self, variant: str, workload: str, block: int, timed: Sequence[Mapping[str, Json]], new_tokens: int = 0
+    ) -> bool:
+        """Whether the turn was measured. One in which requests failed is kept as a failure, any other is left out."""
+        if failed := [r for r in timed if r.get("error")]:
+            words = f"{len(failed)} of {len(timed)} requests failed: {failed[0]['error']}"
+            self.failed[variant, workload][block] = words
+            self._partial[variant, workload][block] = list(timed)
+            return False
+        if why := _useless(timed, new_tokens):
+            self.left_out[f"{variant}@{workload}"] = why
+            return False
+        self.turns[variant, workload][block] = list(timed)
+        return True
+
+    def _take_loads(self, name: str, loads: Sequence[Measurement]) -> None:
+        """Loads that were run apart, by `peftopt load` or another meter. In the order of time, every variant's first
+        load since its last one opens a new block: so loads are pairs where they alternate, and only there. One that
+        is left out has its place too, or later ones would be compared with others than they ran beside."""
+        if all(m.values.get("started") for m in loads):
+            loads = sorted(loads, key=lambda m: str(m.values["started"]))
+        block = max((block for workload, block in self.machine if workload == name), default=-1)
+        seen: set[str] | None = None
+        workload = self.plan.recipe.workloads[name]
+        for m in loads:
+            if seen is None or m.variant in seen:
+                block, seen = block + 1, set()
+            seen.add(m.variant)
+            self.apart[f"{m.variant}@{name}"] = tuple(m.values.get("lacks", ()))
+            timed = [dict(r) for r in m.values.get("requests", ()) if not r["warmup"]]
+            if why := m.values.get("stopped"):
+                if why == INTERRUPTED:
+                    self.left_out[f"{m.variant}@{name}"] = why
+                else:
+                    self.failed[m.variant, name][block] = why
+                continue
+            if self._take_turn(m.variant, name, block, timed, workload.new_tokens * (workload.lengths == "fixed")):
+                turn_ms = goodput.span_ms(timed)
+                self.turns[m.variant, name][block] = [{**r, "turn_ms": turn_ms} for r in timed]
+                self.accounts[m.variant, name].append(m.values.get("engine", {}))
 
     def certificates(self, variant: str) -> list[str]:
         """How the artifacts that a variant is made of were made and checked, in the order they were made."""
@@ -156,13 +229,91 @@ class Evidence:
 
     def paired(self, variant: str, against: str, workload: str, field: str) -> list[float]:
         """log(variant / against) of the block medians of a request's field, one per shared block, in order."""
-        return list(self._logs(variant, against, workload, field).values())
+        return list(self.series(variant, against, workload, field).values())
 
-    def _logs(self, variant: str, against: str, workload: str, field: str) -> dict[int, float]:
+    def series(self, variant: str, against: str, workload: str, field: str) -> Series:
+        """The same by block. A turn that failed is worse than any that did not; where both failed, none says more."""
+        found = dict(self._logs(variant, against, workload, field))
+        ours, theirs = ((v, workload) for v in (variant, against))
+        for block in self.failed.get(ours, {}).keys() & self.turns.get(theirs, {}).keys():
+            found[block] = FAILED
+        for block in self.failed.get(theirs, {}).keys() & self.turns.get(ours, {}).keys():
+            found[block] = -FAILED
+        return dict(sorted(found.items()))
+
+    def _logs(self, variant: str, against: str, workload: str, field: str) -> Series:
+        """The log ratio of each block in which both were measured."""
         ours, theirs = self.turns.get((variant, workload), {}), self.turns.get((against, workload), {})
         shared = sorted(ours.keys() & theirs.keys())
         medians = {b: (_median(ours[b], field), _median(theirs[b], field)) for b in shared}
         return {b: math.log(a / c) for b, (a, c) in medians.items() if _is_time(a) and _is_time(c)}
+
+    def launches_of(self, variant: str, against: str, workload: str, blocks: Iterable[int]) -> list[int] | None:
+        """For each block the number of the launches it shares, of either variant; None where launches were not logged.
+
+        A block belongs with the one before as long as one of the two workers is still the same."""
+        logged = [found for v in (variant, against) if (found := self._launch_of.get((v, workload)))]
+        if not logged:
+            return None
+        numbers: list[int] = []
+        before: tuple[int | None, ...] = ()
+        for block in blocks:
+            now = tuple(found.get(block) for found in logged)
+            shares = any(a == b for a, b in zip(before, now, strict=False))
+            numbers.append(numbers[-1] + (not shares) if numbers else 0)
+            before = now
+        return numbers
+
+    def ratio(self, variant: str, against: str, workload: str, field: str, level: float = 0.95) -> Interval | None:
+        """variant / against of a request's field, paired by block, with bounds that respect launches; None of no
+        block."""
+        series = self.series(variant, against, workload, field)
+        if not series:
+            return None
+        return exp(stats.paired(series.values(), level, self.launches_of(variant, against, workload, series)))
+
+    def resolution(self, variants: Iterable[str], workload: str, field: str) -> float:
+        """How far a coarse clock may have moved the log ratio of two variants; 0 for a clock that tells times apart."""
+        found = 0.0
+        for variant in variants:
+            times = [r[field] for r in self.requests(variant, workload) if _is_time(r.get(field))]
+            found += stats.resolution(times)
+        return found
+
+    def launched_turns(
+        self, variant: str, workload: str, blocks: int | None = None
+    ) -> list[list[Sequence[Mapping[str, Json]]]]:
+        """The timed requests of the first `blocks` blocks (None = all), turn by turn, in groups that share their fate:
+        a launch, or a block where launches were not logged. Failed turns are among them."""
+        key = (variant, workload)
+        turns = {**self.turns.get(key, {}), **self._partial.get(key, {})}
+        launch_of = self._launch_of.get(key, {})
+        groups: dict[int, list[Sequence[Mapping[str, Json]]]] = defaultdict(list)
+        for block in sorted(turns)[:blocks]:
+            groups[launch_of.get(block, block)].append(turns[block])
+        return list(groups.values())
+
+    def launch_count(self, variant: str, workload: str, blocks: int | None = None) -> int:
+        """How many such groups there are."""
+        return len(self.launched_turns(variant, workload, blocks))
+
+    def samples(self, variant: str, workload: str, field: str, blocks: int | None = None) -> list[list[float]]:
+        """A field of all these requests, in those groups. A failed request took forever."""
+        return [
+            [
+                math.inf if request.get("error") else request[field]
+                for turn in turns
+                for request in turn
+                if request.get("error") or request.get(field) is not None
+            ]
+            for turns in self.launched_turns(variant, workload, blocks)
+        ]
+
+    def loads(self, variant: str, workload: str) -> int:
+        """How many loads that were run apart the variant has on the workload."""
+        if f"{variant}@{workload}" not in self.apart:
+            return 0
+        return len(self.turns.get((variant, workload), {})) + len(self.failed.get((variant, workload), {}))
 
     def field(self, metric: Metric) -> str:
         """The field of a request that a race on this metric compares, on the clock that judges."""
@@ -258,8 +409,11 @@ class Evidence:
         groups = blocks = 0
         for name in {name for name, workload_ in self.turns if workload_ == workload} - {self.baseline}:
             logs = self._logs(name, self.baseline, workload, field)
-            mine = [[logs[b] for b in found if b in logs] for found in self._launched_blocks.get((name, workload), ())]
-            mine = [found for found in mine if found]
+            labels = self.launches_of(name, self.baseline, workload, logs) or range(len(logs))
+            launched: dict[int, list[float]] = defaultdict(list)
+            for label, value in zip(labels, logs.values(), strict=True):
+                launched[label].append(value)
+            mine = list(launched.values())
             if len(mine) < 2 or len(logs) <= len(mine):
                 continue
             centre = sum(map(sum, mine)) / sum(map(len, mine))
@@ -307,45 +461,75 @@ class Evidence:
         """A variant's judged answers by prompt. The baseline's second launch is its null."""
         return self.answers.get((variant, launch), {})
 
-    def divergence(self, ours: Rows, theirs: Rows) -> Divergence:
-        """Compare answers token by token up to where they part: after that the prompts are no longer the same."""
-        parted, tokens = {}, {}
+    def partings(self, ours: Rows, theirs: Rows) -> dict[str, float]:
+        """After how many tokens two sets of answers part, by prompt; inf where they do not. What comes after a parting
+        are answers to different prompts, so it is not compared."""
+        found = {}
         for row in ours.keys() & theirs.keys():
             a, b = ours[row]["tokens"], theirs[row]["tokens"]
             common = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            parted[row] = int(a != b or ours[row]["stopped"] != theirs[row]["stopped"])
-            tokens[row] = common + 1
-        return Divergence(parted, tokens)
+            parted = a != b or ours[row]["stopped"] != theirs[row]["stopped"]
+            found[row] = common + 1 if parted else math.inf
+        return found
 
-    def excess_divergence(self, variant: str, against: str) -> Interval | None:
-        """Share of tokens at which the variant leaves the reference, beyond the baseline's own run-to-run null."""
-        seen = self.divergence(self.rows(variant), self.rows(against))
-        null = self.divergence(self.rows(self.baseline, 2), self.rows(self.baseline, 1))
-        shared = sorted(seen.parted.keys() & null.parted.keys())
-        if not shared:
-            return None
-        excess = [seen.parted[r] - null.parted[r] for r in shared]
-        compared = [seen.tokens[r] for r in shared]
-        if not any(excess):  # no spread to estimate from: bound the rate of what was never seen
-            worst = stats.upper_bound(0, len(shared)) * len(shared) / sum(compared)
-            return Interval(0.0, 0.0, worst, len(shared))
-        return stats.ratio_of_means(excess, compared)
-
-    def critical_errors(self, variant: str) -> tuple[list[tuple[str, str]], int]:
-        """(prompt, error) for each Tier 1 error the baseline shows in neither of its runs, and how many prompts."""
+    def disagreement(self, variant: str, against: str, rows: Iterable[str] | None = None) -> Disagreement:
+        """How far the variant is from `against`, beside how far the baseline's second run is from its first, at the
+        same positions; among `rows` where they are given."""
         first, second = self.rows(self.baseline, 1), self.rows(self.baseline, 2)
-        errors, n = [], 0
+        ours, reference = self.rows(variant), self.rows(against)
+        seen, null = self.partings(ours, reference), self.partings(second, first)
+        shared = sorted(seen.keys() & null.keys() & set(seen if rows is None else rows))
+        longest = max((len(answers[r]["tokens"]) + 1 for r in shared for answers in (ours, reference)), default=0)
+        partings = []
+        for tokens in _doubling(longest):
+            worse = sum(seen[r] <= tokens < null[r] for r in shared)
+            better = sum(null[r] <= tokens < seen[r] for r in shared)
+            partings.append(Parting(tokens, worse, better, len(shared)))
+        sides = [ours, second] if against == self.baseline else [ours, second, reference]
+        scored = []
+        for row in shared:
+            if any("agree" not in answers[row] for answers in sides):
+                continue
+            n = first[row]["scored_tokens"]
+            own, *others = (n - answers[row]["agree"] for answers in sides)
+            scored.append((own - max(others), n))
+        return Disagreement(tuple(scored), tuple(partings), len(shared))
+
+    def critical_errors(self, variant: str, parent: str = "") -> tuple[list[CriticalError], int]:
+        """The Tier 1 errors of a variant that the baseline makes in neither of its runs, nor `parent` where one is
+        given, one for each prompt; and how many different prompts were asked."""
+        first, second = self.rows(self.baseline, 1), self.rows(self.baseline, 2)
+        theirs = self.rows(parent) if parent and parent != self.baseline else {}
+        errors, prompts = [], set()
         for row, answer in self.rows(variant).items():
             if row not in first:
                 continue
-            n += 1
-            known = set(first[row]["flags"]) | set(second.get(row, first[row])["flags"])
-            fresh = [flag for flag in answer["flags"] if flag not in known]
-            was_right = first[row]["correct"] and second.get(row, first[row])["correct"]
-            if answer["critical"] and was_right and not answer["correct"]:
-                fresh.append("critical prompt answered wrong")
-            errors += [(row, flag) for flag in fresh[:1]]
-        return errors, n
+            prompts.add(answer.get("prompt", row))
+            runs = [answers[row] for answers in (first, second) if row in answers]
+            known = [*runs, *([theirs[row]] if row in theirs else [])]
+            excused = {flag for other in known for flag in other["flags"]}
+            fresh = [(flag, False) for flag in answer["flags"] if flag not in excused]
+            if answer["critical"] and not answer["correct"] and all(other["correct"] for other in known):
+                fresh.append(("critical prompt answered wrong", _near_tie(answer, second.get(row, {}))))
+            errors += [CriticalError(row, flag, tie, row not in second) for flag, tie in fresh[:1]]
+        return errors, len(prompts)
+
+    def lost(self, variant: str) -> tuple[int, int, int]:
+        """Of the prompts that the baseline's first run gets right: those wrong in the variant alone, those wrong in the
+        baseline's second run alone, and how many there are."""
+        ours, second = self.rows(variant), self.rows(self.baseline, 2)
+        right = [r for r, answer in self.rows(self.baseline).items() if answer["correct"] and r in ours and r in second]
+        worse = sum(second[r]["correct"] and not ours[r]["correct"] for r in right)
+        better = sum(ours[r]["correct"] and not second[r]["correct"] for r in right)
+        return worse, better, len(right)
+
+    def slices(self, variant: str) -> dict[str, list[str]]:
+        """The prompts that carry each tag."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for row, answer in self.rows(variant).items():
+            for tag in answer["slices"]:
+                found[tag].append(row)
+        return dict(sorted(found.items()))
 
     def flips(self, variant: str, rows: Iterable[str] | None = None) -> tuple[int, int]:
         """Prompts right before and wrong after, and the reverse; among `rows` where they are given."""
@@ -357,11 +541,7 @@ class Evidence:
 
     def worst_slice(self, variant: str) -> tuple[str, int, int, int] | None:
         """The slice that lost most of its answers: (its tag, worse, better, asked); None where none lost any."""
-        slices: dict[str, list[str]] = defaultdict(list)
-        for row, answer in self.rows(variant).items():
-            for tag in answer["slices"]:
-                slices[tag].append(row)
-        found = [(tag, *self.flips(variant, rows), len(rows)) for tag, rows in sorted(slices.items())]
+        found = [(tag, *self.flips(variant, rows), len(rows)) for tag, rows in self.slices(variant).items()]
         worst = max(found, key=lambda f: (f[1] - f[2]) / f[3], default=None)
         return worst if worst and worst[1] > worst[2] else None
 
@@ -423,13 +603,31 @@ def _is_time(value: Json) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
+def _doubling(most: int) -> Iterator[int]:
+    """1, 2, 4, …, and `most` itself."""
+    at = 1
+    while at < most:
+        yield at
+        at *= 2
+    if most:
+        yield most
+
+
+def _near_tie(answer: Mapping[str, Json], second: Mapping[str, Json]) -> bool:
+    """Whether the first token at which the answer leaves the reference's was one between which the reference itself
+    hardly chose: its margin there is within what changes from one of its runs to the next."""
+    parting, noise = answer.get("parting"), second.get("noise")
+    if not parting or not noise:
+        return False
+    at, margin = parting
+    return bool(at < len(noise) and margin <= noise[at])
+
+
 def _useless(timed: Sequence[Mapping[str, Json]], new_tokens: int = 0) -> str:
-    """Why these requests say nothing of a variant's speed, "" where they do; of a load that ran apart they must all
-    be answered, with `new_tokens` each where that is fixed."""
+    """Why these requests say nothing of a variant's speed, "" where they do; of a load that ran apart they must have
+    `new_tokens` each where that is fixed."""
     if not timed:
         return "no raw requests, and figures without them have no intervals"
-    if failed := [r["error"] for r in timed if r.get("error")]:
-        return f"{len(failed)} of {len(timed)} requests failed: {failed[0]}"
     if not all(_is_time(r["request_duration_ms"]) for r in timed):
         return "a time that is none"
     if new_tokens and (odd := [r["new_tokens"] for r in timed if r["new_tokens"] != new_tokens]):

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 from peftopt import stats
 from peftopt.evidence import FEWEST, Evidence
-from peftopt.records import Recipe, Variant, Verdict
-from peftopt.rules import family, fewest_requests, parent_of, rule_name, table_verdicts, verdicts
+from peftopt.records import Recipe, Rule, Variant, Verdict
+from peftopt.rules import ANY_CRITICAL, WHOLE, family, fewest_requests, parent_of, rule_name, verdicts
 from peftopt.thresholds import counted
 
-RACED, ANSWERED = ("gain", "not_slower"), ("parity", "critical_errors")
+RACED, ANSWERED = ("gain", "not_slower"), ("parity", "critical_errors", "lost")
 """Rules that take blocks, and rules that take answers."""
+
+FEWEST_LAUNCHES = 3
+"""Launches from which Student's t can clear a limit that lies far off."""
 
 FEWEST_ANSWERS = 128
 """Prompts that a variant answers when no rule of its own needs more."""
@@ -34,24 +37,16 @@ def _needs_block(evidence: Evidence, variant: Variant, workload: str) -> bool:
     if variant.name in evidence.failures:
         return False
     n = evidence.blocks(variant.name, workload)
-    found = table_verdicts(evidence, variant)
+    found = verdicts(evidence, variant)
     rejected = any(v.outcome == "rejected" for v in found)
     if n < FEWEST:
         # What is minimized is told of every variant; elsewhere what is rejected already costs no more time.
         return not rejected or workload == evidence.plan.recipe.minimize.workload
     if n >= evidence.budget or rejected:
         return False
-    if _lacks_requests(evidence, variant, workload):
-        return True
+    if variant.name == evidence.baseline:
+        return False
     return any(v.workload == workload and v.outcome == "inconclusive" and not v.hopeless for v in found)
-
-
-def _lacks_requests(evidence: Evidence, variant: Variant, workload: str) -> bool:
-    """Whether a tail that is required takes more requests, and the budget holds as many."""
-    recipe = evidence.plan.recipe
-    limits = [fewest_requests(t.metric) for t in recipe.require if t.metric.workload == workload]
-    possible = [n for n in limits if n <= recipe.timed_requests(workload) * evidence.budget]
-    return len(evidence.requests(variant.name, workload)) < max(possible, default=0)
 
 
 def open_races(evidence: Evidence) -> list[Verdict]:
@@ -71,12 +66,10 @@ def answers(recipe: Recipe, variant: Variant) -> int | None:
     """
     if not variant.engine.technique:
         return None
-    needed = FEWEST_ANSWERS
-    for step in variant.techniques:
-        for rule in recipe.rules:
-            if rule.technique == rule_name(step) and rule.name == "critical_errors" and rule.limit:
-                needed = max(needed, stats.needed_n(rule.limit, family(recipe, rule)))
-    return needed
+    names = {WHOLE, *(rule_name(step) for step in variant.techniques)}
+    rules = [*recipe.rules, *([] if any(r.technique == WHOLE for r in recipe.rules) else [ANY_CRITICAL])]
+    claims = [r.limit for r in rules if r.technique in names and r.name == "critical_errors" and r.limit]
+    return max([FEWEST_ANSWERS, *(stats.needed_n(limit, family(recipe)) for limit in claims)])
 
 
 def undecidable(recipe: Recipe, prompts: int) -> Iterator[str]:
@@ -84,31 +77,45 @@ def undecidable(recipe: Recipe, prompts: int) -> Iterator[str]:
 
     `prompts` is how many it can ask of a variant; they matter where its answers are checked at all.
     """
-    asked = [(f"{r.technique}.{r.name}", r, family(recipe, r)) for r in recipe.rules if r.limit is not None]
-    asked = [(name, rule, variants) for name, rule, variants in asked if variants]
-    most = recipe.measure.max_blocks
-    late = {name: first for name, rule, n in asked if rule.name in RACED and (first := stats.looks(n)[0]) > most}
-    if late:
-        first = max(late.values())
+    techniques = {rule_name(step) for variant in recipe.variants.values() for step in variant.techniques}
+    asked = [r for r in recipe.rules if r.limit is not None and r.technique in {WHOLE, *techniques}]
+    if not any(r.technique == WHOLE for r in recipe.rules):
+        asked.append(ANY_CRITICAL)
+    most, variants = recipe.measure.max_blocks, family(recipe)
+    first = stats.looks(variants)[0]
+    raced = [_name(r) for r in asked if r.name in RACED]
+    if raced and first > most:
         yield (
-            f"{', '.join(late)}: a race of so many variants is first judged after {first} blocks, and "
+            f"{', '.join(raced)}: a race of so many variants is first judged after {first} blocks, and "
             f"measure.max_blocks is {most}: give {stats.next_look(first)}"
         )
-    if not recipe.quality and (answered := [name for name, rule, _ in asked if rule.name in ANSWERED]):
-        yield f"{', '.join(answered)}: no answers are checked, since the recipe has no quality section"
-    for name, rule, n in asked if recipe.quality else ():
-        if rule.name != "critical_errors" or not rule.limit or (needed := stats.needed_n(rule.limit, n)) <= prompts:
-            continue
-        bound = stats.upper_bound(0, prompts, 1 - 0.05 / n)
+    if raced and (launches := -(-most // recipe.measure.relaunch)) < FEWEST_LAUNCHES:
+        relaunch = max(1, most // FEWEST_LAUNCHES)
         yield (
-            f"{name}: to claim {rule.limit:.2%} of {counted(n, 'variant')} takes {needed} prompts without an error; "
-            f"there are {prompts}, which can claim {bound:.2%}"
+            f"{', '.join(raced)}: {most} blocks come from {counted(launches, 'launch', 'launches')}, which cannot show "
+            f"what differs between launches: give measure.relaunch: {relaunch}"
+        )
+    if not recipe.quality and (answered := [_name(r) for r in asked if r.name in ANSWERED and r.technique != WHOLE]):
+        yield f"{', '.join(answered)}: no answers are checked, since the recipe has no quality section"
+    for rule in asked if recipe.quality else ():
+        if rule.name != "critical_errors" or not rule.limit:
+            continue
+        if (needed := stats.needed_n(rule.limit, variants)) <= prompts:
+            continue
+        bound = stats.upper_bound(0, prompts, 1 - 0.05 / variants)
+        yield (
+            f"{_name(rule)}: to claim {rule.limit:.2%} of {counted(variants, 'variant')} takes {needed} prompts "
+            f"without an error; there are {prompts}, which can claim {bound:.2%}"
         )
     for threshold in recipe.require:
         metric, workload = threshold.metric, threshold.metric.workload
-        fewest = 0 if threshold.relative else fewest_requests(metric)
+        fewest = 0 if threshold.relative else fewest_requests(metric, recipe)
         if workload and (possible := recipe.timed_requests(workload) * most) < fewest:
             yield f"require: {threshold.text}: takes {fewest} requests, and {most} blocks have {possible}"
+
+
+def _name(rule: Rule) -> str:
+    return f"{rule.technique}.{rule.name}"
 
 
 def hopeless(evidence: Evidence, variant: str) -> bool:

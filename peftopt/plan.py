@@ -38,7 +38,8 @@ def elsewhere(recipe: Recipe) -> Plan:
 
 
 def rejudged(plan: Plan, recipe: Recipe) -> Plan:
-    """The plan with the thresholds of `recipe`, over what was measured; variants may be left out.
+    """The plan with the thresholds of `recipe`, over what was measured. Variants may be left out: they are not judged
+    again, but parents and error rates stay those of the run, or leaving one out would change verdicts on the others.
 
     Raises BadInput for a recipe that asks for what the plan's run did not measure.
     """
@@ -53,13 +54,12 @@ def rejudged(plan: Plan, recipe: Recipe) -> Plan:
             raise BadInput(f"that run did not measure {metric}", hint)
     judged = replace(
         old,
-        variants=recipe.variants,
         rules=recipe.rules,
         require=recipe.require,
         minimize=recipe.minimize,
         measure=replace(old.measure, clock=recipe.measure.clock),
     )
-    return replace(plan, recipe=judged, models={name: plan.models[name] for name in recipe.variants})
+    return replace(plan, recipe=judged, left_out=tuple(name for name in old.variants if name not in recipe.variants))
 
 
 def changes(old: Recipe, new: Recipe) -> list[str]:
@@ -73,6 +73,7 @@ def changes(old: Recipe, new: Recipe) -> list[str]:
     texts = [{t.text for t in recipe.require} for recipe in (old, new)]
     found += [f"no longer {text}" for text in sorted(texts[0] - texts[1])]
     found += [f"now {text}" for text in sorted(texts[1] - texts[0])]
+    found += [f"leaves out {name}" for name in old.variants if name not in new.variants]
     others = (("minimize", old.minimize, new.minimize), ("clock", old.measure.clock, new.measure.clock))
     return found + [f"{name} {was} -> {is_}" for name, was, is_ in others if was != is_]
 

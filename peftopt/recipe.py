@@ -84,15 +84,18 @@ _TOKENS = or_off(quantity({"": 1, "tokens": 1}, 1, 1e9, "a number such as 2048 t
 _RATE = quantity({"": 1}, 0.001, 100_000, "requests a second, such as 2.5")
 _SECONDS = quantity({"": 1, "s": 1, "min": 1 / 60}, 1, 86_400, "1 s to a day, such as 600 s or 10 min")
 
+_CRITICAL = share(0.0001, 0.99)  # no sample shows a rate of 0
+
 RULES: Mapping[str, Mapping[str, Reader]] = {
-    "merge": {"gain": share(0, 0.99), "parity": share(0, 1)},
+    "variant": {"critical_errors": _CRITICAL},
+    "merge": {"gain": share(0, 0.99), "parity": share(0, 1), "lost": share(0, 1), "critical_errors": _CRITICAL},
     "quantize": {
-        "critical_errors": share(0.0001, 0.99),  # no sample shows a rate of 0
+        "critical_errors": _CRITICAL,
         "not_slower": share(0, 1),
         "smaller": share(0, 0.99),
         "gain": words({"speed": "speed", "memory": "memory"}),
     },
-    "compile": {"gain": share(0, 0.99), "parity": share(0, 1)},
+    "compile": {"gain": share(0, 0.99), "parity": share(0, 1), "critical_errors": _CRITICAL},
     "truncate": {"over": _TOKENS, "gain": share(0, 0.99), "lost": share(0, 1)},
     "shorten": {"by": words({"max_new_tokens": 1.0, "off": None}), "gain": share(0, 0.99), "cut": share(0, 1)},
 }

@@ -275,6 +275,8 @@ class Plan:
     builds: tuple[Build, ...]
     models: Mapping[str, str]
     """variant name -> id of the build whose model it opens, "" for the adapter on its base."""
+    left_out: tuple[str, ...] = ()
+    """Variants that were measured and are not judged again; they stay what others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -291,8 +293,9 @@ class Measurement:
              cpu_ms, gpu_ms (CUDA events), prompt_tokens, new_tokens, touched (prompts that a policy changed), warmup;
              under load also turn_ms, from the first to the last of a turn}], engine: the server's own account then,
              machine: {load, cores, foreign_cores, steal, throttled, mhz, …}: see machine.disturbance
-    quality  row, output, new_tokens, score, correct, valid, critical (tag), flags, nll, tokens, slices; kl, kl_worst
-             and agree against the reference; shift and kept (see Evidence.survival); uncut_tokens where a policy cut
+    quality  row, output, new_tokens, score, correct, valid, critical (tag), flags, nll, tokens, slices; kl, kl_worst,
+             agree, parting and noise against the reference (see probes.quality.Reference); shift and kept (see
+             Evidence.survival); uncut_tokens where a policy cut
     more     max_blocks: blocks that were granted to a race after its recipe
     engine   what an engine says of getting ready, at the end of a worker's life: compile_time (s), graphs, log, …;
              on a GPU once also gpu_busy (share of a request) and kernels: [{name, share}]
@@ -350,6 +353,8 @@ class Verdict:
     workload: str = ""
     minutes_needed: float | None = None
     hopeless: bool = False
+    protects: str = ""
+    """What the rule keeps from being shipped, in a few words."""
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peftopt import stats
-from peftopt.evidence import FIELDS, Evidence, exp
-from peftopt.figures import figure, figures
+from peftopt.evidence import CriticalError, Disagreement, Evidence, exp
+from peftopt.figures import figure, figures, timed
 from peftopt.goodput import QUANTILES
 from peftopt.records import Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
 from peftopt.thresholds import TASK, counted, format_value, known
@@ -27,6 +28,20 @@ LOST = 0.1
 """What must be left of the adapter's shift from the base for it to count as applied at all."""
 
 TAILS = ("p95", "p99")
+
+WHOLE = "variant"
+"""The row of the trade-off table that every variant faces as a whole, whatever it is made of."""
+
+ANY_CRITICAL = Rule(WHOLE, "critical_errors", 0.05)
+"""That row for a table that does not have it: nobody ships a broken model because a table is old."""
+
+PARTED = 0.1
+"""The share of prompts that may leave the reference's answer earlier than the adapter's own second run does, beside
+those that the limit on tokens allows: what a hundred prompts can show."""
+
+FALSE_REJECT = 0.0025
+"""The chance that one of the four tests of parity turns down a model that differs from the adapter no more than the
+adapter's second run does."""
 
 TOUCHED = 0.5
 """The share of a workload's requests that a policy must change for its latency to be judged there."""
@@ -58,13 +73,26 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
     if workload is None:
         return Verdict("", "inconclusive", _NOWHERE[case.step.technique], against)
     metric = Metric(recipe.minimize.name, workload)
-    logs = evidence.paired(case.variant, against, workload, evidence.field(metric))
-    result = stats.race(logs, math.log(limit), case.family, recipe.measure.max_blocks > stats.LOOKS[-1])
+    field = evidence.field(metric)
+    series = evidence.series(case.variant, against, workload, field)
+    logs = list(series.values())
+    result = stats.race(
+        logs,
+        math.log(limit),
+        case.family,
+        recipe.measure.max_blocks > stats.LOOKS[-1],
+        evidence.launches_of(case.variant, against, workload, series),
+        evidence.resolution((case.variant, against), workload, field),
+    )
     n = result.interval.n
     if not n:
         return Verdict("", "inconclusive", f"{metric} was not measured against {against}", against, workload=workload)
     ratio = exp(result.interval)
-    blocks = f"{n} blocks, by bets" if result.test == "bets" else f"{n} blocks"
+    blocks = counted(n, "block")
+    if result.launches < n:
+        blocks += f" of {counted(result.launches, 'launch', 'launches')}"
+    if result.test == "bets":
+        blocks += ", by bets"
     bounded = math.isfinite(ratio.low) and math.isfinite(ratio.high) and ratio.low > 0
     span = f"{ratio.low:.2f} to {ratio.high:.2f}" if bounded else "no interval yet"
     seen = f"{metric} is {ratio.estimate:.2f}x {against}'s ({span}, {blocks})"
@@ -74,7 +102,8 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
     reasons = {
         "accepted": f"{seen}: {goal}",
         "rejected": f"{seen}: not {goal}",
-        "inconclusive": f"{seen}: cannot tell yet whether {goal}{_troubles(evidence, workload)}"
+        "inconclusive": f"{seen}: cannot tell yet whether {goal}"
+        + f"{_unseen(case, against, workload, result)}{_troubles(evidence, workload)}"
         + f"; the {evidence.budget} blocks it may have can hardly suffice" * hopeless,
     }
     needed, each = result.blocks_needed, evidence.minutes_per_block(workload)
@@ -92,6 +121,24 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
         minutes_needed=(needed - len(logs)) * each if open_ and needed and each else None,
         hopeless=hopeless,
     )
+
+
+def _unseen(case: Case, against: str, workload: str, result: stats.Race) -> str:
+    """What keeps these blocks from deciding although they are clear, and what to do about it."""
+    evidence = case.evidence
+    reasons = ""
+    if needed := result.launches_needed:
+        reasons += (
+            f"; {counted(result.launches, 'launch', 'launches')} cannot show what differs between launches, "
+            f"about {needed} would: lower measure.relaunch"
+        )
+    resolution = evidence.resolution((case.variant, against), workload, evidence.field(Metric("latency", workload)))
+    if resolution > math.log1p(0.01):
+        reasons += f"; the clock's steps are {math.expm1(resolution):.0%} of what it times: use longer requests"
+    loads = [evidence.loads(v, workload) for v in (case.variant, against)]
+    if max(loads) > result.interval.n and min(loads):
+        reasons += f"; of {max(loads)} loads {result.interval.n} are pairs: let the loads of both alternate"
+    return reasons
 
 
 def raced_on(evidence: Evidence, variant: str, step: Step) -> str | None:
@@ -160,27 +207,57 @@ def smaller(case: Case) -> Verdict:
 
 
 def critical_errors(case: Case) -> Verdict:
-    """None was seen, in enough prompts to bound their rate below the limit. One is enough to reject."""
-    errors, n = case.evidence.critical_errors(case.variant)
+    """The step makes no critical error that neither the adapter, in either run, nor the variant without the step makes;
+    in enough prompts to bound their rate below the limit. One is enough to reject."""
+    variant, parent = _judged(case)
+    if variant is None:
+        return Verdict("", "not judged", _NOT_ALONE, case.baseline)
+    return _critical(case, variant, parent)
+
+
+def _critical(case: Case, variant: str, parent: str) -> Verdict:
+    evidence, baseline = case.evidence, case.baseline
+    errors, n = evidence.critical_errors(variant, parent)
     if not n:
-        return Verdict("", "inconclusive", "no answers were checked", case.baseline)
-    bound = stats.upper_bound(len(errors), n, 1 - 0.05 / case.family)
-    value = Interval(len(errors) / n, 0.0, bound, n)
+        return Verdict("", "inconclusive", "no answers were checked", parent)
+    counted_, once = [e for e in errors if e.counts], [e for e in errors if e.asked_once and not e.near_tie]
+    bound = stats.upper_bound(len(counted_), n, 1 - 0.05 / case.family)
     needed = stats.needed_n(case.limit, case.family)
-    if errors:
-        row, flag = errors[0]
+    makers = baseline if parent == baseline else f"{baseline} or {parent}"
+    if counted_:
         outcome: Outcome = "rejected"
-        count = counted(len(errors), "critical error")
-        reason = f"{count} in {n} prompts that the adapter does not make, first {row}: {flag}"
-        theirs = {row for row, _ in case.evidence.critical_errors(case.parent)[0]} if case.parent else set()
-        if shared := sum(row in theirs for row, _ in errors):
-            reason += f"; {case.parent}, without this step, makes {shared} of them too"
+        reason = f"{counted(len(counted_), 'critical error')} in {n} prompts that {makers} does not make, "
+        reason += f"first {_named(counted_)}"
+    elif once:
+        outcome = "inconclusive"
+        reason = f"{counted(len(once), 'critical error')} in prompts that {baseline} was asked only once, first "
+        reason += f"{_named(once)}: it may make them too"
     elif n >= needed:
         outcome, reason = "accepted", f"0 critical errors in {n} prompts: below {bound:.2%} at 95 %"
     else:
         outcome = "inconclusive"
         reason = f"0 critical errors in {n} prompts; a claim of {case.limit:.1%} needs {needed}"
-    return Verdict("", outcome, reason, case.baseline, value, "share", case.limit)
+    if ties := [e.row for e in errors if e.near_tie]:
+        reason += f"; {', '.join(ties[:3])} flipped at a near tie, which {baseline}'s own noise decides"
+    if variant != case.variant:
+        reason = f"{variant}: {reason}"
+    value = Interval(len(counted_) / n, 0.0, bound, n)
+    return Verdict("", outcome, reason, parent, value, "share", case.limit)
+
+
+def _named(errors: Sequence[CriticalError]) -> str:
+    return f"{errors[0].row}: {errors[0].flag}"
+
+
+_NOT_ALONE = "no variant of the recipe is the merge alone"
+
+
+def _judged(case: Case) -> tuple[str | None, str]:
+    """(the variant on which a technique's answers are judged, the one it is compared with). A merge is judged by itself
+    on the variant that is nothing but the merge, if the recipe has it, not by what was done to it afterwards."""
+    if case.step.technique != "merge":
+        return case.variant, case.parent
+    return _prefix(case.evidence.plan.recipe, case.variant, case.step), case.baseline
 
 
 def over(case: Case) -> Verdict:
@@ -195,7 +272,25 @@ def over(case: Case) -> Verdict:
 
 
 def lost(case: Case) -> Verdict:
-    """Of the answers to the prompts that were cut, few are lost: right before, wrong now."""
+    """Few right answers are lost: of all prompts, or for a policy that cuts them of those that it cut."""
+    return _cut_answers_lost(case) if case.step.technique == "truncate" else _answers_lost(case)
+
+
+def _answers_lost(case: Case) -> Verdict:
+    """Of the adapter's right answers few are wrong now, beyond those that its own second run loses."""
+    variant, against = _judged(case)
+    if variant is None:
+        return Verdict("", "not judged", _NOT_ALONE, case.baseline)
+    worse, better, right = case.evidence.lost(variant)
+    if not right:
+        return Verdict("", "not judged", f"{case.baseline} was not right twice in any prompt", against)
+    value = stats.excess(worse, better, right, 1 - 0.1 / case.family)  # 5 % on the side that is judged
+    reason = f"{worse} of {right} right answers are lost, and {better} in {case.baseline}'s second run alone"
+    reason = f"{variant}: {reason}" if variant != case.variant else reason
+    return Verdict("", against_limit(value, "<=", case.limit), reason, against, value, "share", case.limit)
+
+
+def _cut_answers_lost(case: Case) -> Verdict:
     touched = case.evidence.touched(case.variant)
     known = case.evidence.rows(case.baseline)
     right = [row for row in touched if row in known and known[row]["correct"]]
@@ -225,34 +320,103 @@ def by(case: Case) -> Verdict:
 
 
 def parity(case: Case) -> Verdict:
-    """It is still the same model: beyond the adapter's own null, few tokens change."""
+    """It is still the same model. Where the engine scores: beyond the adapter's own second run, at the same positions,
+    few tokens have another most likely one. In every engine: answers do not part from the reference's earlier than
+    those of the second run do, but for what the limit on tokens allows. Both hold in every slice of the prompts."""
     evidence = case.evidence
-    variant, against = case.variant, case.parent
-    if case.step.technique == "merge":  # the merge itself is judged, not what was done to it afterwards
-        merged = _prefix(evidence.plan.recipe, variant, case.step)
-        if merged is None:
-            return Verdict("", "not judged", "no variant of the recipe is the merge alone", case.baseline)
-        variant, against = merged, case.baseline
-    interval = evidence.excess_divergence(variant, against)
-    if interval is None:
-        return Verdict("", "inconclusive", f"its answers were not compared with {against}'s", against)
+    variant, against = _judged(case)
+    if variant is None:
+        return Verdict("", "not judged", _NOT_ALONE, case.baseline)
+    found = evidence.disagreement(variant, against)
+    if not found.n:
+        return Verdict("", "inconclusive", f"its answers were not compared with two runs of {case.baseline}'s", against)
+    parts = [_predictions(found, case.limit, case.family), _answers(found, case.limit, case.family)]
+    slices = evidence.slices(variant)
+    for tag, rows in slices.items():
+        within = evidence.disagreement(variant, against, rows)
+        for part in (_predictions(within, case.limit, 1, len(slices)), _answers(within, case.limit, 1, len(slices))):
+            if part and part.outcome == "rejected":
+                parts.append(replace(part, reason=f"in slice {tag} {part.reason}"))
+    judged = [part for part in parts if part]
+    worst = next((p for o in ("rejected", "inconclusive") for p in judged if p.outcome == o), judged[0])
     whose = "" if variant == case.variant else f"{variant}: "
-    seen = f"{whose}{max(interval.estimate, 0):.2%} of tokens differ from {against}'s beyond its own null"
-    outcome = against_limit(interval, "<=", case.limit)
-    return Verdict("", outcome, f"{seen} ({interval.n} prompts)", against, interval, "share", case.limit)
+    return replace(worst, reason=f"{whose}{worst.reason} ({found.n} prompts)", against=against, limit=case.limit)
+
+
+def _predictions(found: Disagreement, limit: float, family: int, slices: int = 1) -> Verdict | None:
+    """The share of scored tokens whose most likely one changes, in excess of the second run's; prompts are clusters."""
+    if not found.scored:
+        return None
+    excess, tokens = zip(*found.scored, strict=True)
+    value = stats.ratio_of_means(excess, tokens, 1 - 0.1 / family)  # 5 % on the side that is judged
+    sure = stats.ratio_of_means(excess, tokens, 1 - 2 * FALSE_REJECT / slices)
+    worse = [x for x in excess if x > 0]
+    # few prompts that differ have no spread to speak of: what the count of them leaves open is more
+    count = stats.upper_bound(len(worse), len(excess), 1 - 0.05 / family) * len(excess)
+    most = count * max(1.0, sum(worse) / max(len(worse), 1)) / max(sum(tokens), 1)
+    value = replace(value, high=max(value.high, most))
+    outcome: Outcome = "rejected" if sure.low > limit else "accepted" if value.high <= limit else "inconclusive"
+    reason = f"{max(value.estimate, 0):.2%} of tokens differ from the reference's beyond its own second run"
+    return Verdict("", outcome, f"{reason}, at most {value.high:.2%}", value=value, unit="share")
+
+
+def _answers(found: Disagreement, limit: float, family: int, slices: int = 1) -> Verdict | None:
+    """How many answers have parted from the reference's after so many tokens, in excess of the second run's.
+
+    A model at the limit would leave the reference in `limit` of all tokens, so in 1 - (1 - limit)^k of answers within k
+    tokens: more than that is rejected, at whichever k. Accepted is what is surely not PARTED more than that at any k.
+    """
+    verdicts = []
+    for parting in found.partings:
+        counts = parting.worse, parting.better, parting.n
+        value = stats.excess(*counts, 1 - 0.1 / family)
+        sure = stats.excess(*counts, 1 - 2 * FALSE_REJECT / slices / len(found.partings))
+        allowed = -math.expm1(parting.tokens * math.log1p(-limit)) if limit < 1 else 1.0
+        clear = value.high <= allowed + PARTED
+        outcome: Outcome = "rejected" if sure.low > allowed else "accepted" if clear else "inconclusive"
+        reason = (
+            f"within {counted(parting.tokens, 'token')} {parting.worse} of {parting.n} answers part from the "
+            f"reference's, and {parting.better} in its own second run alone"
+        )
+        verdicts.append(Verdict("", outcome, reason, value=value, unit="share"))
+    order = ("rejected", "inconclusive")
+    return next((v for o in order for v in verdicts if v.outcome == o), verdicts[-1] if verdicts else None)
 
 
 RULES = {
     "gain": gain,
     "parity": parity,
     "critical_errors": critical_errors,
+    "lost": lost,
     "not_slower": not_slower,
     "smaller": smaller,
     "over": over,
-    "lost": lost,
     "by": by,
     "cut": cut,
 }
+
+PROTECTS = {
+    "artifact.runs": "a variant that cannot be served",
+    "artifact.intact": "damaged weights, and a model in which the adapter is not at work",
+    "measurement.a_a": "a machine on which even a copy of the baseline looks faster or slower than itself",
+    "gain": "giving something up for a gain that is noise",
+    "parity": "a model that is no longer the adapter you evaluated",
+    "critical_errors": "answers that break your service: empty, endless, unreadable, or wrong where it must be right",
+    "lost": "a quiet loss of right answers",
+    "not_slower": "a smaller model that is slower",
+    "smaller": "a slower model that saves nothing",
+    "over": "cutting inputs that would have fitted",
+    "by": "shortening answers in a way that clients cannot see",
+    "cut": "answers that end in the middle",
+    "require": "missing what you promised your users",
+}
+"""What each rule keeps from being shipped: by name, by the half after the dot, or by "require"."""
+
+
+def protects(rule: str) -> str:
+    """What a verdict of this rule protects against, for the report; "" for a rule of another version."""
+    half = "require" if rule.startswith("require: ") else rule.rpartition(".")[2]
+    return PROTECTS.get(rule) or PROTECTS.get(half, "")
 
 
 def rule_name(step: Step) -> str:
@@ -294,50 +458,122 @@ def table_verdicts(evidence: Evidence, variant: Variant) -> list[Verdict]:
             name = f"{rule.technique}.{rule.name}"
             if rule.limit is None:
                 continue
-            case = Case(
-                evidence, variant.name, step, rule.limit, parent_of(recipe, variant, step), family(recipe, rule)
-            )
+            case = Case(evidence, variant.name, step, rule.limit, parent_of(recipe, variant, step), family(recipe))
             verdicts.append(replace(RULES[rule.name](case), rule=name))
     return verdicts
 
 
-def family(recipe: Recipe, rule: Rule) -> int:
-    """How many variants face this rule: the error rate holds over all of them together."""
-    return sum(any(rule_name(s) == rule.technique for s in v.techniques) for v in recipe.variants.values())
+def family(recipe: Recipe) -> int:
+    """How many variants may be chosen: the error rates hold over all of them together, whatever their rules are
+    called. They stay those that were run, also when the run is judged again for some of them."""
+    return max(len(recipe.variants) - 1, 1)
+
+
+def whole(evidence: Evidence, variant: Variant) -> list[Verdict]:
+    """The row that every variant faces as a whole, against the adapter: all its critical errors, whoever made them."""
+    recipe = evidence.plan.recipe
+    rule = next((r for r in recipe.rules if r.technique == WHOLE), ANY_CRITICAL)
+    if rule.limit is None or recipe.quality is None or not evidence.rows(evidence.baseline):
+        return []
+    case = Case(evidence, variant.name, variant.engine, rule.limit, evidence.baseline, family(recipe))
+    return [replace(_critical(case, variant.name, evidence.baseline), rule=f"{WHOLE}.{rule.name}")]
 
 
 # ---- requirements: a whole variant against the SLA ----------------------------------------------
 
 
 def requirement(evidence: Evidence, variant: str, threshold: Threshold) -> Verdict:
-    """Judge one line of `require:`."""
-    rule = f"require: {threshold.text}"
+    """Judge one line of `require:`. A variant passes when it meets all of them, so only the number of variants, and of
+    looks at growing blocks, share the error: 2.5 % a side for a requirement."""
+    rule, metric = f"require: {threshold.text}", threshold.metric
+    recipe = evidence.plan.recipe
+    if metric.name == "critical_errors" and variant != evidence.baseline:
+        whole_variant = recipe.variants[variant].engine
+        case = Case(evidence, variant, whole_variant, threshold.limit, evidence.baseline, family(recipe))
+        return replace(_critical(case, variant, evidence.baseline), rule=rule)
+    if metric.workload:
+        return _timed_requirement(evidence, variant, threshold)
     measured, whose = variant, ""
-    if threshold.metric.name in LIKELIHOODS and (twin := _scored_twin(evidence, variant)):
+    if metric.name in LIKELIHOODS and (twin := _scored_twin(evidence, variant)):
         measured, whose = twin, f" of {twin}, the same weights on an engine that scores,"
-    value = (relative if threshold.relative else figure)(evidence, measured, threshold.metric)
+    level = 1 - stats.REQUIRE_ALPHA / family(recipe)
+    value = (relative if threshold.relative else figure)(evidence, measured, metric, level)
     if value is None:
-        return Verdict(rule, "inconclusive", f"{threshold.metric} was not measured")
-    clock = "wall" if threshold.metric.workload else ""
-    outcome = against_limit(value, threshold.op, threshold.limit)
-    if not threshold.relative and value.n < (fewest := fewest_requests(threshold.metric)):
-        recipe, workload = evidence.plan.recipe, threshold.metric.workload
-        share = threshold.metric.name.rpartition(".")[2].upper()
-        reason = f"too few requests for {share}: {value.n} of {fewest}"
-        if recipe.timed_requests(workload) * evidence.budget < fewest:
-            key = f"workloads.{workload}" if recipe.workloads[workload].loaded else "measure"
-            reason += f"; {key}.requests: {-(-fewest // evidence.budget)} would give them in {evidence.budget} blocks"
-        return Verdict(rule, "inconclusive", reason, value=value, limit=threshold.limit, clock=clock)
-    reason = f"{threshold.metric}{whose} is {_show(threshold, value)} (n={value.n})"
+        return Verdict(rule, "inconclusive", f"{metric} was not measured")
+    reason = f"{metric}{whose} is {_show(threshold, value)} (n={value.n})"
+    if value.n == 1 and not math.isfinite(value.high):
+        reason += ": one launch has no interval"
     against = evidence.baseline if threshold.relative else ""
-    unit = "x" if threshold.relative else known(threshold.metric).unit
-    return Verdict(rule, outcome, reason, against, value, unit, threshold.limit, clock)
+    outcome = against_limit(value, threshold.op, threshold.limit)
+    return Verdict(rule, outcome, reason, against, value, _unit(threshold), threshold.limit)
 
 
-def fewest_requests(metric: Metric) -> int:
-    """Requests below which the metric has no two-sided 95 % interval: 72 for a P95, 368 for a P99."""
+def _timed_requirement(evidence: Evidence, variant: str, threshold: Threshold) -> Verdict:
+    """A requirement on times, judged at planned numbers of blocks."""
+    rule, metric, recipe = f"require: {threshold.text}", threshold.metric, evidence.plan.recipe
+    blocks, most = evidence.blocks(variant, metric.workload), recipe.measure.max_blocks
+    against = evidence.baseline if threshold.relative else ""
+    common = Verdict(
+        rule, "inconclusive", "", against, None, _unit(threshold), threshold.limit, "wall", workload=metric.workload
+    )
+    if not blocks:
+        return replace(common, reason=f"{metric} was not measured", workload="")
+    for look, share in stats.planned_looks(blocks, most) or [(blocks, 0.0)]:
+        level = required_level(recipe, share) if share else 1.0
+        value = (timed_ratio if threshold.relative else timed)(evidence, variant, metric, level, look)
+        if value is None:
+            return replace(common, reason=f"{metric} was not measured", workload="")
+        n = counted(value.n, "block" if threshold.relative else "request")
+        launches = evidence.launch_count(variant, metric.workload, look)
+        reason = f"{metric} is {_show(threshold, value)} ({n} of {counted(launches, 'launch', 'launches')})"
+        outcome = against_limit(value, threshold.op, threshold.limit) if share else "inconclusive"
+        if outcome != "inconclusive":
+            return replace(common, outcome=outcome, reason=reason, value=value)
+    if not threshold.relative and value.n < (fewest := fewest_requests(metric, recipe)):
+        tail = metric.name.rpartition(".")[2].upper()
+        reason = f"too few requests for {tail}: {value.n} of {fewest}"
+        if recipe.timed_requests(metric.workload) * evidence.budget < fewest:
+            key = f"workloads.{metric.workload}" if recipe.workloads[metric.workload].loaded else "measure"
+            reason += f"; {key}.requests: {-(-fewest // evidence.budget)} would give them in {evidence.budget} blocks"
+        needed = max(-(-fewest // recipe.timed_requests(metric.workload)), most)
+    elif launches < 2:
+        reason += "; one launch has no interval: lower measure.relaunch"
+        needed = 2 * recipe.measure.relaunch
+    else:
+        needed = _blocks_for(value, threshold.limit, look)
+    needed = min(max(needed, blocks + 1), stats.MOST_BLOCKS)
+    each = evidence.minutes_per_block(metric.workload)
+    minutes = (needed - blocks) * each if each else None
+    return replace(common, reason=reason, value=value, blocks_needed=needed, minutes_needed=minutes)
+
+
+def required_level(recipe: Recipe, share: float = 1.0) -> float:
+    """The level of a requirement's interval at a look that has this share of its error."""
+    return 1 - stats.REQUIRE_ALPHA * share / family(recipe)
+
+
+def _blocks_for(value: Interval, limit: float, blocks: int) -> int:
+    """About how many blocks would clear the limit, as intervals shrink with the root of their number."""
+    side = value.high - value.estimate if value.estimate < limit else value.estimate - value.low
+    gap = abs(value.estimate - limit)
+    if not math.isfinite(side) or gap <= 0:
+        return 2 * blocks
+    return math.ceil(min(blocks * (side / gap) ** 2, stats.MOST_BLOCKS))
+
+
+def _unit(threshold: Threshold) -> str:
+    return "x" if threshold.relative else known(threshold.metric).unit
+
+
+def fewest_requests(metric: Metric, recipe: Recipe) -> int:
+    """Requests below which the metric has no two-sided interval at the recipe's last look: 72 for a P95 of independent
+    requests at 95 %, more for several variants."""
     name = metric.name.rpartition(".")[2]
-    return stats.fewest_for(QUANTILES[name]) if name in TAILS else 0
+    if name not in TAILS:
+        return 0
+    most = recipe.measure.max_blocks
+    _, share = stats.planned_looks(most, most)[-1]
+    return stats.fewest_for(QUANTILES[name], required_level(recipe, share))
 
 
 def _scored_twin(evidence: Evidence, variant: str) -> str | None:
@@ -349,50 +585,64 @@ def _scored_twin(evidence: Evidence, variant: str) -> str | None:
     return next((name for name in twins if "perplexity" in figures(evidence, name)), None)
 
 
-def relative(evidence: Evidence, variant: str, metric: Metric) -> Interval | None:
-    """A figure as a ratio to the baseline's: paired by block or by prompt where it can be."""
-    if metric.workload:
-        if variant == evidence.baseline:
-            return Interval(1.0, 1.0, 1.0, evidence.blocks(variant, metric.workload))
-        if metric.name.endswith(TAILS):
-            return _tail_ratio(evidence, variant, metric)
-        logs = evidence.paired(variant, evidence.baseline, metric.workload, evidence.wall_field(metric))
-        if not logs:
-            return None
-        if metric.name == "throughput":
-            logs = [-x for x in logs]
-        return exp(stats.hodges_lehmann(logs, 0.95))
+def timed_ratio(evidence: Evidence, variant: str, metric: Metric, level: float, blocks: int) -> Interval | None:
+    """A timed metric as a ratio to the baseline's, over the first `blocks`: paired by block where it can be."""
+    if variant == evidence.baseline:
+        return Interval(1.0, 1.0, 1.0, blocks)
+    if metric.name.endswith(TAILS):
+        return _tail_ratio(evidence, variant, metric, level, blocks)
+    field = evidence.wall_field(metric)
+    series = dict(list(evidence.series(variant, evidence.baseline, metric.workload, field).items())[:blocks])
+    if not series:
+        return None
+    launches = evidence.launches_of(variant, evidence.baseline, metric.workload, series)
+    sign = -1 if metric.name == "throughput" else 1
+    return exp(stats.paired([sign * x for x in series.values()], level, launches))
+
+
+def relative(evidence: Evidence, variant: str, metric: Metric, level: float = 0.95) -> Interval | None:
+    """A metric of a whole variant as a ratio to the baseline's: paired by prompt where it can be."""
     if metric.name in ("perplexity", "length"):  # ratios by nature
-        return figure(evidence, variant, metric)
+        return figure(evidence, variant, metric, level)
     if metric.name in ("accuracy", "validity"):
         key = {"accuracy": "correct", "validity": "valid"}[metric.name]
-        ours, theirs = evidence.rows(variant), evidence.rows(evidence.baseline)
-        shared = sorted(ours.keys() & theirs.keys())
-        if not any(theirs[r][key] for r in shared):
-            return None
-        return stats.ratio_of_means([ours[r][key] for r in shared], [theirs[r][key] for r in shared])
+        scores = [{row: float(a[key]) for row, a in evidence.rows(v).items()} for v in (variant, evidence.baseline)]
+        return _score_ratio(scores[0], scores[1], level)
     if metric.name.startswith(TASK):
         mine, reference = (evidence.tasks[v].get(metric.name, {}) for v in (variant, evidence.baseline))
-        shared = sorted(mine.keys() & reference.keys())
-        if not any(reference[r] for r in shared):
-            return None
-        return stats.ratio_of_means([mine[r] for r in shared], [reference[r] for r in shared])
-    own, base = figure(evidence, variant, metric), figure(evidence, evidence.baseline, metric)
+        return _score_ratio(mine, reference, level)
+    both = (1 + level) / 2
+    own, base = (figure(evidence, v, metric, both) for v in (variant, evidence.baseline))
     if own is None or base is None or not base.estimate:
         return None
-    return Interval(own.estimate / base.estimate, own.low / base.estimate, own.high / base.estimate, own.n)
+    low, high = max(own.low, 0.0) / base.high, own.high / base.low if base.low > 0 else math.inf
+    return Interval(own.estimate / base.estimate, low, high, min(own.n, base.n), level)
 
 
-def _tail_ratio(evidence: Evidence, variant: str, metric: Metric) -> Interval | None:
-    """A block holds too few requests for its tail to be paired: the bounds are those of two exact intervals."""
-    family, _, name = metric.name.rpartition(".")
-    found = [evidence.requests(v, metric.workload) for v in (variant, evidence.baseline)]
-    own, base = (stats.quantile([r[FIELDS[family]] for r in rs], QUANTILES[name], 0.975) for rs in found)
-    if not own.n or not base.n:
+def _score_ratio(ours: Mapping[str, float], theirs: Mapping[str, float], level: float) -> Interval | None:
+    """Mean score over the baseline's on the same rows: exact for rows that are right or wrong, and for rows that all
+    kept their score; else by the delta method."""
+    shared = sorted(ours.keys() & theirs.keys())
+    if not any(theirs[row] for row in shared):
+        return None
+    mine, reference = [ours[row] for row in shared], [theirs[row] for row in shared]
+    if mine != reference and not {*mine, *reference} <= {0.0, 1.0}:
+        return stats.ratio_of_means(mine, reference, level)
+    pairs = Counter((bool(a), bool(b)) for a, b in zip(mine, reference, strict=True))
+    lost, won = pairs[False, True], pairs[True, False]
+    return stats.kept(lost, lost + pairs[True, True], won, won + pairs[False, False], level)
+
+
+def _tail_ratio(evidence: Evidence, variant: str, metric: Metric, level: float, blocks: int) -> Interval | None:
+    """A block holds too few requests for its tail to be paired: the bounds are those of two intervals that share the
+    error."""
+    both = (1 + level) / 2
+    own, base = (timed(evidence, v, metric, both, blocks) for v in (variant, evidence.baseline))
+    if own is None or base is None:
         return None
     low = own.low / base.high if own.low > 0 else 0.0
     high = own.high / base.low if base.low > 0 else math.inf
-    return Interval(own.estimate / base.estimate, low, high, min(own.n, base.n))
+    return Interval(own.estimate / base.estimate, low, high, min(own.n, base.n), level)
 
 
 def against_limit(value: Interval, op: str, limit: float) -> Outcome:
@@ -428,8 +678,9 @@ def verdicts(evidence: Evidence, variant: Variant) -> tuple[Verdict, ...]:
         return (Verdict("artifact.runs", outcome, reason),)
     require = evidence.plan.recipe.require
     if variant.name == evidence.baseline:  # which is not measured against itself
-        return tuple(requirement(evidence, variant.name, t) for t in require if not t.relative)
-    found = [_intact(evidence, variant), *table_verdicts(evidence, variant)]
+        own = [t for t in require if not t.relative and not known(t.metric).compared]
+        return tuple(requirement(evidence, variant.name, t) for t in own)
+    found = [_intact(evidence, variant), *table_verdicts(evidence, variant), *whole(evidence, variant)]
     return (*found, *(requirement(evidence, variant.name, t) for t in require))
 
 

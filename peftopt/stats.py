@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +39,24 @@ REACH = 1.5
 MOST_BLOCKS = 9_999
 """Where the planner stops counting: the limit lies at the estimate, and no number of blocks will tell."""
 
+COARSE = 0.1
+"""The share of repeated times from which a clock counts as coarse."""
+
+REQUIRE_ALPHA = 0.05
+"""Two-sided error of one requirement (`require:`), over all the looks at it."""
+
+Launches = Sequence[int] | None
+"""For each block the number of the launch it belongs to, in order; None where each block is a launch of its own."""
+
 
 @dataclass(frozen=True)
 class Race:
     """What the blocks say of one limit.
 
-    `look` is the number of blocks it was judged at (0: none yet); `interval` is theirs, on the log scale.
-    `blocks_needed` is the planner's total for an inconclusive race, None when decided or without data.
-    `test` is what judged: a planned "look", or the "bets".
+    `look` is the number of blocks it was judged at (0: none yet); `interval` is theirs, on the log scale, and holds
+    whether blocks or launches vary more. `blocks_needed` is the planner's total for an inconclusive race, None when
+    decided or without data. `test` is what judged: a planned "look", or the "bets". `launches` is how many launches
+    the blocks come from, `launches_needed` the planner's total where blocks alone would have decided.
     """
 
     outcome: Outcome
@@ -54,6 +64,8 @@ class Race:
     look: int
     blocks_needed: int | None
     test: str = "look"
+    launches: int = 0
+    launches_needed: int | None = None
 
 
 # ---- speed: paired blocks ----------------------------------------------------------------------
@@ -89,36 +101,105 @@ def next_look(blocks: int) -> int:
     return next((look for look in LOOKS if look >= blocks), blocks)
 
 
-def race(d: Iterable[float], limit: float, family: int = 1, open_ended: bool = False) -> Race:
+def race(
+    d: Iterable[float],
+    limit: float,
+    family: int = 1,
+    open_ended: bool = False,
+    launches: Launches = None,
+    resolution: float = 0.0,
+) -> Race:
     """Is the variant below `limit`? `d` is log(variant / reference) per block, in order; `limit` a log ratio.
 
-    Judged at the planned looks, each with an exact interval, and by bets, which may be judged at any block; whatever
+    Judged at the planned looks, each with an interval, and by bets, which may be judged at any launch; whatever
     decides first is final. Each has its share of ALPHA from the start, so blocks may be added to an inconclusive race
     as often as one likes: all looks and bets at all variants of the `family` together err ALPHA at most (Bonferroni).
     `open_ended`: a race that was planned to go on past the looks is judged by bets alone, which then have all of ALPHA.
+
+    Blocks of one launch share its fate. So a look needs two intervals that both clear the limit, one over blocks and
+    one over launches (see `paired`), and bets are placed on launches. `resolution` is how far a coarse clock may have
+    moved a log ratio: the interval must clear the limit by as much.
     """
     x = _finite(d)
+    groups = _groups(launches, len(x))
     if family < 1:
         raise ValueError(f"family must be 1 or more variants, found {family}")
-    if open_ended:
-        return bet(x, limit, ALPHA / 2 / family, family)
-    alpha = BETS_SHARE * ALPHA / 2 / family
-    planned = looks(family)
-    levels = {look: 1 - share * ALPHA / family for look, share in zip(planned, LOOK_SHARES, strict=True)}
-    reached = [look for look in planned if look <= len(x)]
-    _, won = _bets(x, _past_scale(x), limit, alpha)
+    alpha = (1 if open_ended else BETS_SHARE) * ALPHA / 2 / family
+    centres, ends = _centres(x, groups)
+    won = _bets(centres, _past_scale(centres), limit, alpha, resolution)[1]
+    won_at = ends[won - 1] if won <= len(centres) else len(x) + 1
+    reached = [] if open_ended else [look for look in looks(family) if look <= len(x)]
     for look in reached:
-        if won < look:
+        if won_at < look:
             break
-        interval = hodges_lehmann(x[:look], levels[look])
-        if (outcome := judge(interval, limit)) != "inconclusive":
-            return Race(outcome, interval, look, None)
-    if won <= len(x) or len(x) > LOOKS[-1]:
-        return bet(x, limit, alpha, family)
+        interval = paired(x[:look], _level(look, family), groups[:look])
+        if (outcome := judge(interval, limit, resolution)) != "inconclusive":
+            return Race(outcome, interval, look, None, launches=len(set(groups[:look])))
+    if open_ended or won_at <= len(x) or len(x) > LOOKS[-1]:
+        found = bet(centres, limit, alpha, family, resolution)
+        decided = ends[found.look - 1] if found.look else 0
+        interval = replace(found.interval, n=decided)
+        needed = found.blocks_needed and _blocks_needed(x, _centre(x), limit, family)
+        return replace(found, look=decided, interval=interval, blocks_needed=needed, launches=found.look)
     look = reached[-1] if reached else 0
-    seen = x[:look] if reached else x
-    interval = hodges_lehmann(seen, levels[look or planned[0]])
-    return Race("inconclusive", interval, look, _blocks_needed(x, _centre(x), limit, family))
+    seen, level = x[: look or len(x)], _level(look or looks(family)[0], family)
+    interval = paired(seen, level, groups[: len(seen)])
+    needed = _blocks_needed(x, _centre(x), limit, family)
+    alone = judge(hodges_lehmann(seen, level), limit, resolution)
+    more = None if alone == "inconclusive" else _launches_needed(seen, groups[: len(seen)], limit, level)
+    return Race("inconclusive", interval, look, needed, launches=len(set(groups[: len(seen)])), launches_needed=more)
+
+
+def paired(d: Iterable[float], level: float, launches: Launches = None) -> Interval:
+    """The centre of log ratios of blocks, with an interval that holds where launches vary as well as blocks do.
+
+    It spans two: the exact Wilcoxon interval over blocks, and one over the centres of launches, which is the exact one
+    too where there are enough of them for `level`, else Student's t. One launch has no interval: what differs between
+    launches was not seen. Source: Kalibera and Jones 2013 (repeat at the level at which the variance arises).
+    """
+    x = _finite(d)
+    groups = _groups(launches, len(x))
+    over_blocks = hodges_lehmann(x, level)
+    if len(set(groups)) == len(x):
+        return over_blocks
+    centres, _ = _centres(x, groups, whole=False)
+    over_launches = hodges_lehmann(centres, level)
+    if not math.isfinite(over_launches.low):
+        over_launches = mean(centres, level)
+    low, high = min(over_blocks.low, over_launches.low), max(over_blocks.high, over_launches.high)
+    return replace(over_blocks, low=low, high=high)
+
+
+def resolution(times: Iterable[float]) -> float:
+    """The step of the clock that took these times, relative to their median; 0 where it tells them apart.
+
+    A clock counts as coarse when a tenth of its readings repeat others. Its step is the least gap between two of them.
+    """
+    import numpy as np
+
+    x = np.sort(_finite(times))
+    gaps = np.diff(x)
+    fine = gaps[gaps > 1e-9 * x[1:]] if len(x) else gaps
+    if not len(fine) or len(gaps) - len(fine) < COARSE * len(x):
+        return 0.0
+    return float(fine.min() / np.median(x))
+
+
+def planned_looks(blocks: int, most: int) -> list[tuple[int, float]]:
+    """The looks at a requirement that so many blocks reach, each with the share of its error; the first that decides
+    is final, and more blocks spend nothing twice.
+
+    Looks are those of LOOKS below `most`, which the recipe plans for, and `most` itself, which has all that is left
+    but BETS_SHARE; blocks that are granted later are judged at doubled numbers, each with half the share of the last.
+    """
+    part = 0.5 if most > LOOKS[-1] else 1.0
+    found = [(look, part * share) for look, share in zip(LOOKS, LOOK_SHARES, strict=True) if look < most]
+    found.append((most, 1 - BETS_SHARE - sum(share for _, share in found)))
+    look, share = 2 * most, BETS_SHARE / 2
+    while look <= blocks:
+        found.append((look, share))
+        look, share = 2 * look, share / 2
+    return [each for each in found if each[0] <= blocks]
 
 
 def out_of_reach(d: Iterable[float], limit: float, most: int, family: int = 1) -> bool:
@@ -135,14 +216,15 @@ def out_of_reach(d: Iterable[float], limit: float, most: int, family: int = 1) -
     return all(n is not None and n > 2 * most for n in needed)
 
 
-def judge(interval: Interval, limit: float) -> Outcome:
-    """Accepted when the whole interval lies below the limit, rejected when above, inconclusive otherwise."""
-    if interval.high < limit:
+def judge(interval: Interval, limit: float, resolution: float = 0.0) -> Outcome:
+    """Accepted when the whole interval lies below the limit, by more than the clock's `resolution`; rejected when it
+    lies above, inconclusive otherwise."""
+    if interval.high < limit - resolution:
         return "accepted"
-    return "rejected" if interval.low > limit else "inconclusive"
+    return "rejected" if interval.low > limit + resolution else "inconclusive"
 
 
-def bet(d: Iterable[float], limit: float, alpha: float = 0.01, family: int = 1) -> Race:
+def bet(d: Iterable[float], limit: float, alpha: float = 0.01, family: int = 1, resolution: float = 0.0) -> Race:
     """`race` for runs that stop or resume at any block: errs `alpha` a side at most, however often judged.
 
     A gambler stakes on each next block falling below the limit, and a second one on above. If the truth is
@@ -155,7 +237,7 @@ def bet(d: Iterable[float], limit: float, alpha: float = 0.01, family: int = 1) 
     x, limit = _finite(d), float(limit)
     level = 1 - 2 * alpha
     scale = _past_scale(x)
-    outcome, won = _bets(x, scale, limit, alpha)
+    outcome, won = _bets(x, scale, limit, alpha, resolution)
     look = min(won, len(x))
     if not look:
         return Race("inconclusive", _unknown(0, level), 0, None, "bets")
@@ -172,8 +254,8 @@ def bet(d: Iterable[float], limit: float, alpha: float = 0.01, family: int = 1) 
             won, lost = (middle, lost) if _first_win(x, scale, middle, side, alpha) <= look else (won, middle)
         return won
 
-    high = edge(-1, limit if outcome == "accepted" else ceiling, floor)
-    low = edge(1, limit if outcome == "rejected" else floor, ceiling)
+    high = edge(-1, limit - resolution if outcome == "accepted" else ceiling, floor)
+    low = edge(1, limit + resolution if outcome == "rejected" else floor, ceiling)
     interval = Interval(_centre(x), low, high, look, level)
     needed = _blocks_needed(x, interval.estimate, limit, family) if outcome == "inconclusive" else None
     return Race(outcome, interval, look, needed, "bets")
@@ -189,19 +271,39 @@ def quantile(samples: Iterable[float], q: float, level: float = 0.95) -> Interva
     Source: David and Nagaraja 2003, "Order Statistics", section 7.1.
     """
     import numpy as np
-    from scipy.special import bdtr
 
     x = np.sort(_finite(samples))
-    if not 0 < q < 1:
-        raise ValueError(f"q must lie between 0 and 1, found {q}")
-    if not len(x):
-        return _unknown(0, level)
-    at_most = bdtr(np.arange(len(x)), len(x), q)  # P(k or fewer of the samples lie below the quantile)
-    lower = int(np.searchsorted(at_most, (1 - level) / 2, side="right"))
-    upper = int(np.searchsorted(at_most, 1 - (1 - level) / 2, side="left"))
-    low = float(x[lower - 1]) if lower else -math.inf
-    high = float(x[upper]) if upper < len(x) else math.inf
-    return Interval(float(np.quantile(x, q)), low, high, len(x), level)
+    return _quantile_of(x, len(x), q, level)
+
+
+def quantile_of_groups(groups: Iterable[Iterable[float]], q: float, level: float = 0.95) -> Interval:
+    """`quantile` of samples whose groups (launches, or blocks) share their fate; inf stands for a failed request.
+
+    Samples of one group say less than as many independent ones. The design effect at the quantile, from the spread of
+    the groups' shares below it, says how much less; with few groups that is itself uncertain, so the effective number
+    of samples is also cut by a ratio of t quantiles. One group has no interval.
+    Source: Woodruff 1952 (inverting the share); Korn and Graubard 1998 (effective number of samples).
+    """
+    import numpy as np
+    from scipy.special import stdtrit
+
+    parts = [np.array(list(group), dtype=float) for group in groups]
+    parts = [part for part in parts if len(part)]
+    x = np.sort(np.concatenate(parts)) if parts else np.array([])
+    if np.isnan(x).any():
+        raise ValueError("samples must be numbers")
+    if len(parts) < 2:
+        return replace(_quantile_of(x, len(x), q, level), low=-math.inf, high=math.inf)
+    n, tail = len(x), (1 + level) / 2
+    centre = x[min(math.ceil(q * n), n) - 1]
+    below = np.array([(part <= centre).sum() for part in parts])
+    sizes = np.array([len(part) for part in parts])
+    share = below.sum() / n
+    between = len(parts) / (len(parts) - 1) * np.square(below - share * sizes).sum()
+    alone = n * share * (1 - share)
+    effect = max(between / alone, 1.0) if alone else 1.0
+    few = (stdtrit(n - 1, tail) / stdtrit(len(parts) - 1, tail)) ** 2
+    return _quantile_of(x, math.floor(n / effect * few), q, level)
 
 
 def fewest_for(q: float, level: float = 0.95) -> int:
@@ -252,6 +354,30 @@ def flips(worse: int, better: int) -> float:
     if min(worse, better) < 0:
         raise ValueError(f"counts must be 0 or more, found {worse} and {better}")
     return float(bdtrc(worse - 1, worse + better, 0.5)) if worse else 1.0
+
+
+def excess(worse: int, better: int, n: int, level: float = 0.95) -> Interval:
+    """The share of `n` pairs in which only the variant failed, less the share in which only the reference did.
+
+    Bounds are those of two exact intervals that share the error, so they hold for any n, also where none failed.
+    Source: Clopper and Pearson 1934; Bonferroni over the two.
+    """
+    both = (1 + level) / 2
+    ours, theirs = proportion(worse, n, both), proportion(better, n, both)
+    estimate = (worse - better) / n if n else math.nan
+    return Interval(estimate, ours.low - theirs.high, ours.high - theirs.low, n, level)
+
+
+def kept(lost: int, right: int, won: int, wrong: int, level: float = 0.95) -> Interval:
+    """A share of right answers as a ratio to the reference's: of its `right` ones `lost` are wrong now, of its `wrong`
+    ones `won` are right now. Exact given what the reference got right: two intervals that share the error."""
+    if not right:
+        return _unknown(0, level)
+    both = (1 + level) / 2
+    down, up = proportion(lost, right, both), proportion(won, wrong, both)
+    gain = wrong / right
+    low, high = 1 - down.high + gain * up.low, 1 - down.low + gain * (up.high if wrong else 0.0)
+    return Interval((right - lost + won) / right, low, high, right + wrong, level)
 
 
 # ---- quality: means over prompts ---------------------------------------------------------------
@@ -330,6 +456,26 @@ def _finite(samples: Iterable[float]) -> Array:
     return x
 
 
+def _quantile_of(ordered: Array, effective: int, q: float, level: float) -> Interval:
+    """The q-quantile of ordered samples, with the bounds that so many independent ones would give."""
+    import numpy as np
+    from scipy.special import bdtr
+
+    if not 0 < q < 1:
+        raise ValueError(f"q must lie between 0 and 1, found {q}")
+    n = len(ordered)
+    if not n:
+        return _unknown(0, level)
+    at_most = bdtr(np.arange(effective), effective, q)  # P(k or fewer of the samples lie below the quantile)
+    lower = int(np.searchsorted(at_most, (1 - level) / 2, side="right"))
+    upper = int(np.searchsorted(at_most, 1 - (1 - level) / 2, side="left")) + 1
+    low = float(ordered[lower * n // effective - 1]) if lower else -math.inf
+    high = float(ordered[-(-upper * n // effective) - 1]) if upper <= effective else math.inf
+    finite = ordered[np.isfinite(ordered)]
+    middle = np.quantile(ordered, q) if len(finite) == n else ordered[math.ceil(q * n) - 1]
+    return Interval(float(middle), low, high, n, level)
+
+
 def _unknown(n: int, level: float) -> Interval:
     return Interval(math.nan, -math.inf, math.inf, n, level)
 
@@ -370,6 +516,51 @@ def _signed_rank_cut(n: int, tail: float) -> int:
     return int(np.searchsorted(np.cumsum(probability), tail, side="right"))
 
 
+def _level(look: int, family: int) -> float:
+    """The level of the interval at a planned look."""
+    share = LOOK_SHARES[looks(family).index(look)]
+    return 1 - share * ALPHA / family
+
+
+def _groups(launches: Launches, blocks: int) -> Sequence[int]:
+    """The launch of each block."""
+    groups = range(blocks) if launches is None else launches
+    if len(groups) != blocks:
+        raise ValueError(f"{blocks} blocks need as many launch numbers, found {len(groups)}")
+    return groups
+
+
+def _centres(x: Array, groups: Sequence[int], whole: bool = True) -> tuple[Array, list[int]]:
+    """(the centre of each launch's blocks, how many blocks there were when it ended), in order.
+
+    `whole`: without a last launch that is still going on, which has fewer blocks than others had.
+    """
+    import numpy as np
+
+    at: dict[int, list[int]] = {}
+    for block, group in enumerate(groups):
+        at.setdefault(group, []).append(block)
+    found = sorted(at.values(), key=lambda blocks: blocks[-1])
+    if whole and len(found) > 1 and len(found[-1]) < max(map(len, found)):
+        found.pop()
+    return np.array([_centre(x[blocks]) for blocks in found]), [blocks[-1] + 1 for blocks in found]
+
+
+def _launches_needed(x: Array, groups: Sequence[int], limit: float, level: float) -> int:
+    """The fewest launches whose t interval would clear the limit, if they vary as those seen do, or as blocks where
+    one launch is all there is."""
+    import numpy as np
+    from scipy.special import stdtrit
+
+    centres, _ = _centres(x, groups, whole=False)
+    spread = float(np.std(centres if len(centres) > 1 else x, ddof=1))
+    delta = abs(_centre(x) - limit)
+    return next(
+        (n for n in range(len(centres) + 1, 200) if stdtrit(n - 1, (1 + level) / 2) * spread < delta * math.sqrt(n)),
+        200,
+    )
+
+
 def _deviation(x: Array) -> float:
     """The median absolute deviation from the median; 0 of nothing."""
     import numpy as np
@@ -391,9 +582,9 @@ def _past_scale(x: Array) -> Array:
     return REACH * medians(np.abs(x - medians(np.broadcast_to(x, past.shape))[:, None]))
 
 
-def _bets(x: Array, scale: Array, limit: float, alpha: float) -> tuple[Outcome, int]:
+def _bets(x: Array, scale: Array, limit: float, alpha: float, resolution: float = 0.0) -> tuple[Outcome, int]:
     """What the gamblers say, and the block at which the first of them has won; n + 1 for never."""
-    below, above = (_first_win(x, scale, limit, side, alpha) for side in (-1, 1))
+    below, above = (_first_win(x, scale, limit + side * resolution, side, alpha) for side in (-1, 1))
     if below == above:
         return "inconclusive", len(x) + 1
     return ("accepted", below) if below < above else ("rejected", above)

@@ -139,9 +139,11 @@ def parse(text: str) -> Threshold:
     return Threshold(metric, op, limit, relative, text)
 
 
-def counted(n: int, what: str) -> str:
-    """ "1 block", "2 blocks"."""
-    return f"{n} {what}{'s' * (n != 1)}"
+def counted(n: int, what: str, several: str = "") -> str:
+    """ "1 block", "2 blocks", "2 launches"."""
+    if n == 1:
+        return f"1 {what}"
+    return f"{n} {several or what + 's'}"
 
 
 def format_value(metric: str, value: float, relative: bool = False) -> str:

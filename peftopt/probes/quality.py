@@ -84,6 +84,29 @@ class Reference:
         kl = kl_divergence(ids, logprobs, np.array(scores.top_ids), np.array(scores.top_logprobs))
         return float(kl.sum()), float(kl.max(initial=0.0)), int((ids[:, 0] == np.array(scores.best)).sum())
 
+    def parting(self, row: Row, scores: Scores) -> tuple[int, float] | None:
+        """(the first position at which the most likely token is not the reference's, by how many nats the reference
+        prefers its own there); None where they agree throughout."""
+        import numpy as np
+
+        ids, logprobs = self.arrays[_key(row) + ".ids"], self.arrays[_key(row) + ".logprobs"]
+        apart = np.flatnonzero(ids[:, 0] != np.array(scores.best))
+        if not len(apart):
+            return None
+        at = int(apart[0])
+        return at, float(logprobs[at, 0] - _logprob(ids[at], logprobs[at], scores.best[at]))
+
+    def noise(self, row: Row, scores: Scores) -> list[float]:
+        """By how many nats the reference's preference for its first token over its second changes in these scores, at
+        each position: of its own second run, the noise in its choice."""
+        ids, logprobs = self.arrays[_key(row) + ".ids"], self.arrays[_key(row) + ".logprobs"]
+        changes = []
+        for at, (first, second) in enumerate(ids[:, :2]):
+            again = (scores.top_ids[at], scores.top_logprobs[at])
+            gap = _logprob(*again, first) - _logprob(*again, second)
+            changes.append(round(abs(float(gap - (logprobs[at, 0] - logprobs[at, 1]))), 5))
+        return changes
+
     def survival(self, row: Row, scores: Scores) -> tuple[float, float] | None:
         """sum(a v) and sum(a^2) over the answer's tokens: a, v the log-probability that the adapter, and the variant,
         added to what the base gives the token. None for a row that the base was not asked."""
@@ -111,6 +134,11 @@ class Reference:
         temporary = Path(path).with_suffix(".tmp.npz")
         np.savez(temporary, **arrays)
         temporary.replace(path)
+
+
+def _logprob(ids: Sequence[int], logprobs: Sequence[float], token: int) -> float:
+    """The token's log-probability among the most likely ones; for one that is not among them, that of the last."""
+    return next((float(p) for i, p in zip(ids, logprobs, strict=True) if i == token), float(logprobs[-1]))
 
 
 def kl_divergence(p_ids: np.ndarray, p_log: np.ndarray, q_ids: np.ndarray, q_log: np.ndarray) -> np.ndarray:
@@ -306,6 +334,7 @@ def _record(
             record["flags"].append("non-finite logits")
         if known is not None:
             record["kl"], record["kl_worst"], record["agree"] = known.divergence(row, scores)
+            record["parting"], record["noise"] = known.parting(row, scores), known.noise(row, scores)
             if shares := known.survival(row, scores):
                 record["kept"], record["shift"] = shares
     if uncut := policies.uncut(engine, row.messages):

@@ -82,10 +82,11 @@ class Field:
         self.stack.close()
 
     def block(self, number: int, wants: frozenset[str]) -> None:
-        """One block: each arm once, in an order drawn from the seed and the block's number."""
+        """One block: each arm once, in an order drawn afresh and kept with its turns. The recipe's seed has no say in
+        it: with the same order in every run, what the order does to a variant would be a bias."""
         recipe = self.run.recipe
         arms = self._arms(wants)
-        random.Random(f"{recipe.seed}/{self.workload.name}/{number}").shuffle(arms)
+        random.SystemRandom().shuffle(arms)
         batches = draw(self.rows, self.workload, number, recipe)
         self._start([arm for arm in arms if arm not in self.children.keys() | self.started.keys()])
         self._serve([arm for arm in arms if arm not in self.children and self._is_server(arm)])

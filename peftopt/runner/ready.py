@@ -177,7 +177,7 @@ def _answers(run: Run, threads: int, hearers: _Hearers, stack: contextlib.ExitSt
 
     yield baseline.name, Job(exam(baseline, None).answer, made[baseline.name])
     yield CHECKED, Job(partial(check_baseline, run), frozenset({baseline.name}))
-    yield f"{baseline.name} again", Job(exam(baseline, need.FEWEST_ANSWERS, 2).answer, frozenset({CHECKED}))
+    yield f"{baseline.name} again", Job(exam(baseline, None, 2).answer, frozenset({CHECKED}))
     others = [v for v in run.recipe.variants.values() if v != baseline]
     for variant in sorted(others, key=lambda v: v.engine == baseline.engine):
         mine = exam(variant, need.answers(run.recipe, variant))
