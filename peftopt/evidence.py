@@ -57,26 +57,35 @@ class CriticalError:
 
 
 @dataclass(frozen=True)
-class Parting:
-    """Answers that part from the reference's within the first `tokens`: of `n` prompts, those where only the variant's
-    does (`worse`), and those where only the adapter's own second run does (`better`)."""
-
-    tokens: int
-    worse: int
-    better: int
-    n: int
-
-
-@dataclass(frozen=True)
 class Disagreement:
     """How far a variant's predictions and answers are from the reference's, beside the adapter's own second run.
 
     `scored` holds for each prompt (tokens at which the most likely one differs, beyond the second run's; tokens
-    scored); it is empty where an engine only generates. `partings` are at doubling numbers of tokens.
+    scored); it is empty where an engine only generates. `partings` holds for each prompt after how many tokens the
+    variant's answer leaves the reference's, and the second run's the first's; inf where they do not.
     """
 
     scored: Sequence[tuple[int, int]]
-    partings: Sequence[Parting]
+    partings: Sequence[tuple[float, float]]
+    longest: int
+    """Tokens of the longest answer, its end included."""
+
+    def within(self, start: int, end: int) -> Parted:
+        """What happens after `start` tokens and within `end` to answers that had not parted before."""
+        left = [(ours, again) for ours, again in self.partings if ours > start and again > start]
+        worse = sum(ours <= end < again for ours, again in left)
+        better = sum(again <= end < ours for ours, again in left)
+        return Parted(worse, better, sum(again <= end for _, again in left), len(left))
+
+
+@dataclass(frozen=True)
+class Parted:
+    """Of `n` prompts: those whose answer parts in the variant only (`worse`), in the adapter's second run only
+    (`better`), in that run at all (`again`)."""
+
+    worse: int
+    better: int
+    again: int
     n: int
 
 
@@ -480,11 +489,6 @@ class Evidence:
         seen, null = self.partings(ours, reference), self.partings(second, first)
         shared = sorted(seen.keys() & null.keys() & set(seen if rows is None else rows))
         longest = max((len(answers[r]["tokens"]) + 1 for r in shared for answers in (ours, reference)), default=0)
-        partings = []
-        for tokens in _doubling(longest):
-            worse = sum(seen[r] <= tokens < null[r] for r in shared)
-            better = sum(null[r] <= tokens < seen[r] for r in shared)
-            partings.append(Parting(tokens, worse, better, len(shared)))
         sides = [ours, second] if against == self.baseline else [ours, second, reference]
         scored = []
         for row in shared:
@@ -493,7 +497,7 @@ class Evidence:
             n = first[row]["scored_tokens"]
             own, *others = (n - answers[row]["agree"] for answers in sides)
             scored.append((own - max(others), n))
-        return Disagreement(tuple(scored), tuple(partings), len(shared))
+        return Disagreement(tuple(scored), tuple((seen[row], null[row]) for row in shared), longest)
 
     def critical_errors(self, variant: str, parent: str = "") -> tuple[list[CriticalError], int]:
         """The Tier 1 errors of a variant that the baseline makes in neither of its runs, nor `parent` where one is
@@ -601,16 +605,6 @@ def _exp(x: float) -> float:
 
 def _is_time(value: Json) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value > 0
-
-
-def _doubling(most: int) -> Iterator[int]:
-    """1, 2, 4, …, and `most` itself."""
-    at = 1
-    while at < most:
-        yield at
-        at *= 2
-    if most:
-        yield most
 
 
 def _near_tie(answer: Mapping[str, Json], second: Mapping[str, Json]) -> bool:

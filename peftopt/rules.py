@@ -328,19 +328,25 @@ def parity(case: Case) -> Verdict:
     if variant is None:
         return Verdict("", "not judged", _NOT_ALONE, case.baseline)
     found = evidence.disagreement(variant, against)
-    if not found.n:
+    if not found.partings:
         return Verdict("", "inconclusive", f"its answers were not compared with two runs of {case.baseline}'s", against)
-    parts = [_predictions(found, case.limit, case.family), _answers(found, case.limit, case.family)]
+    predictions = _predictions(found, case.limit, case.family)
+    sound = predictions is not None and predictions.outcome == "accepted"
+    parts = [predictions, _answers(found, case.limit, case.family, sound)]
     slices = evidence.slices(variant)
     for tag, rows in slices.items():
         within = evidence.disagreement(variant, against, rows)
-        for part in (_predictions(within, case.limit, 1, len(slices)), _answers(within, case.limit, 1, len(slices))):
+        for part in (
+            _predictions(within, case.limit, 1, len(slices)),
+            _answers(within, case.limit, 1, sound, len(slices)),
+        ):
             if part and part.outcome == "rejected":
                 parts.append(replace(part, reason=f"in slice {tag} {part.reason}"))
     judged = [part for part in parts if part]
     worst = next((p for o in ("rejected", "inconclusive") for p in judged if p.outcome == o), judged[0])
     whose = "" if variant == case.variant else f"{variant}: "
-    return replace(worst, reason=f"{whose}{worst.reason} ({found.n} prompts)", against=against, limit=case.limit)
+    reason = f"{whose}{worst.reason} ({len(found.partings)} prompts)"
+    return replace(worst, reason=reason, against=against, limit=case.limit)
 
 
 def _predictions(found: Disagreement, limit: float, family: int, slices: int = 1) -> Verdict | None:
@@ -360,27 +366,39 @@ def _predictions(found: Disagreement, limit: float, family: int, slices: int = 1
     return Verdict("", outcome, f"{reason}, at most {value.high:.2%}", value=value, unit="share")
 
 
-def _answers(found: Disagreement, limit: float, family: int, slices: int = 1) -> Verdict | None:
-    """How many answers have parted from the reference's after so many tokens, in excess of the second run's.
+def _answers(found: Disagreement, limit: float, family: int, sound: bool, slices: int = 1) -> Verdict:
+    """How many answers part from the reference's within so many tokens, in excess of the second run's.
 
-    A model at the limit would leave the reference in `limit` of all tokens, so in 1 - (1 - limit)^k of answers within k
-    tokens: more than that is rejected, at whichever k. Accepted is what is surely not PARTED more than that at any k.
+    A model at the limit leaves the reference in `limit` of all tokens, so in 1 - (1 - limit)^k of answers within k
+    tokens. What surely exceeds that is rejected, from the start or among answers that are left after half of the
+    tokens. What surely stays below it, or below PARTED, is accepted; where predictions are `sound`, what seems to.
     """
-    verdicts = []
-    for parting in found.partings:
-        counts = parting.worse, parting.better, parting.n
-        value = stats.excess(*counts, 1 - 0.1 / family)
-        sure = stats.excess(*counts, 1 - 2 * FALSE_REJECT / slices / len(found.partings))
-        allowed = -math.expm1(parting.tokens * math.log1p(-limit)) if limit < 1 else 1.0
-        clear = value.high <= allowed + PARTED
-        outcome: Outcome = "rejected" if sure.low > allowed else "accepted" if clear else "inconclusive"
+    doubled = [2**n for n in range(found.longest.bit_length() + 1)]
+    planned = [(0, end) for k in doubled for end in (k, k + k // 2)] + [(k // 2, k) for k in doubled[1:]]
+    seen = {(0, int(ours)) for ours, _ in found.partings if math.isfinite(ours)}
+    verdicts: list[tuple[float, Verdict]] = []
+    for start, end in [*planned, *sorted(seen)]:
+        part = found.within(start, end)
+        if not part.n:
+            continue
+        counts = part.worse, part.better, part.n
+        allowed = -math.expm1((end - start) * math.log1p(-limit)) if limit < 1 else 1.0
+        allowed *= 1 - part.again / part.n
+        value = stats.excess(*counts, 1 - 0.1 / family)  # 5 % on the side that is judged
+        sure = stats.excess(*counts, 1 - 2 * FALSE_REJECT / slices / len(planned))
+        few = 2 * part.n < len(found.partings)
+        clear = few or (value.estimate if sound else value.high) <= max(allowed, PARTED)
+        bad = (start, end) in planned and sure.low > allowed
+        outcome: Outcome = "rejected" if bad else "accepted" if clear else "inconclusive"
+        when = f"tokens {start + 1} to {end}" if start else f"the first {counted(end, 'token')}"
         reason = (
-            f"within {counted(parting.tokens, 'token')} {parting.worse} of {parting.n} answers part from the "
-            f"reference's, and {parting.better} in its own second run alone"
+            f"within {when} {part.worse} of {part.n} answers part from the reference's, and {part.better} in its own "
+            "second run alone"
         )
-        verdicts.append(Verdict("", outcome, reason, value=value, unit="share"))
+        verdicts.append((value.high, Verdict("", outcome, reason, value=value, unit="share")))
     order = ("rejected", "inconclusive")
-    return next((v for o in order for v in verdicts if v.outcome == o), verdicts[-1] if verdicts else None)
+    most = max(verdicts, key=lambda each: each[0])[1]
+    return next((v for o in order for _, v in verdicts if v.outcome == o), most)
 
 
 RULES = {
@@ -518,11 +536,13 @@ def _timed_requirement(evidence: Evidence, variant: str, threshold: Threshold) -
     )
     if not blocks:
         return replace(common, reason=f"{metric} was not measured", workload="")
+    look, value, launches, reason = 0, Interval(math.nan, 0.0, math.inf, 0), 0, ""
     for look, share in stats.planned_looks(blocks, most) or [(blocks, 0.0)]:
         level = required_level(recipe, share) if share else 1.0
-        value = (timed_ratio if threshold.relative else timed)(evidence, variant, metric, level, look)
-        if value is None:
+        found = (timed_ratio if threshold.relative else timed)(evidence, variant, metric, level, look)
+        if found is None:
             return replace(common, reason=f"{metric} was not measured", workload="")
+        value = found
         n = counted(value.n, "block" if threshold.relative else "request")
         launches = evidence.launch_count(variant, metric.workload, look)
         reason = f"{metric} is {_show(threshold, value)} ({n} of {counted(launches, 'launch', 'launches')})"

@@ -356,14 +356,17 @@ def flips(worse: int, better: int) -> float:
     return float(bdtrc(worse - 1, worse + better, 0.5)) if worse else 1.0
 
 
+MOSTLY = 0.8
+"""Of the error of an interval for a difference, what the larger part has: the variant's own failures."""
+
+
 def excess(worse: int, better: int, n: int, level: float = 0.95) -> Interval:
     """The share of `n` pairs in which only the variant failed, less the share in which only the reference did.
 
     Bounds are those of two exact intervals that share the error, so they hold for any n, also where none failed.
     Source: Clopper and Pearson 1934; Bonferroni over the two.
     """
-    both = (1 + level) / 2
-    ours, theirs = proportion(worse, n, both), proportion(better, n, both)
+    ours, theirs = proportion(worse, n, 1 - MOSTLY * (1 - level)), proportion(better, n, 1 - (1 - MOSTLY) * (1 - level))
     estimate = (worse - better) / n if n else math.nan
     return Interval(estimate, ours.low - theirs.high, ours.high - theirs.low, n, level)
 
@@ -373,8 +376,7 @@ def kept(lost: int, right: int, won: int, wrong: int, level: float = 0.95) -> In
     ones `won` are right now. Exact given what the reference got right: two intervals that share the error."""
     if not right:
         return _unknown(0, level)
-    both = (1 + level) / 2
-    down, up = proportion(lost, right, both), proportion(won, wrong, both)
+    down, up = proportion(lost, right, 1 - MOSTLY * (1 - level)), proportion(won, wrong, 1 - (1 - MOSTLY) * (1 - level))
     gain = wrong / right
     low, high = 1 - down.high + gain * up.low, 1 - down.low + gain * (up.high if wrong else 0.0)
     return Interval((right - lost + won) / right, low, high, right + wrong, level)
