@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from peftopt import stats
 from peftopt.evidence import FEWEST, Evidence
 from peftopt.records import Recipe, Rule, Variant, Verdict
-from peftopt.rules import ANY_CRITICAL, WHOLE, family, fewest_requests, parent_of, rule_name, verdicts
+from peftopt.rules import ANY_CRITICAL, PARTED, WHOLE, family, fewest_requests, parent_of, rule_name, verdicts
 from peftopt.thresholds import counted
 
 RACED, ANSWERED = ("gain", "not_slower"), ("parity", "critical_errors", "lost")
@@ -98,20 +98,45 @@ def undecidable(recipe: Recipe, prompts: int) -> Iterator[str]:
     if not recipe.quality and (answered := [_name(r) for r in asked if r.name in ANSWERED and r.technique != WHOLE]):
         yield f"{', '.join(answered)}: no answers are checked, since the recipe has no quality section"
     for rule in asked if recipe.quality else ():
-        if rule.name != "critical_errors" or not rule.limit:
-            continue
-        if (needed := stats.needed_n(rule.limit, variants)) <= prompts:
-            continue
-        bound = stats.upper_bound(0, prompts, 1 - 0.05 / variants)
-        yield (
-            f"{_name(rule)}: to claim {rule.limit:.2%} of {counted(variants, 'variant')} takes {needed} prompts "
-            f"without an error; there are {prompts}, which can claim {bound:.2%}"
-        )
+        if rule.limit and (line := _unclaimable(rule, rule.limit, prompts, variants)):
+            yield line
     for threshold in recipe.require:
         metric, workload = threshold.metric, threshold.metric.workload
         fewest = 0 if threshold.relative else fewest_requests(metric, recipe)
         if workload and (possible := recipe.timed_requests(workload) * most) < fewest:
             yield f"require: {threshold.text}: takes {fewest} requests, and {most} blocks have {possible}"
+
+
+def _unclaimable(rule: Rule, limit: float, prompts: int, variants: int) -> str:
+    """What so few prompts cannot claim of answers even where nothing is wrong with any, and how many would."""
+    if rule.name == "critical_errors":
+        needed, bound = stats.needed_n(limit, variants), stats.upper_bound(0, prompts, 1 - 0.05 / variants)
+        what = "without a critical error"
+    elif rule.name == "lost" and rule.technique == "merge":
+        needed, bound = _needed(limit, variants), _most(prompts, variants)
+        what = "that the adapter answers right and none of which is lost"
+    elif rule.name == "parity":
+        limit = max(limit, PARTED)
+        needed, bound = _needed(limit, variants), _most(prompts, variants)
+        what = "whose answers do not part from the adapter's"
+    else:
+        return ""
+    if needed <= prompts:
+        return ""
+    return (
+        f"{_name(rule)}: to claim {limit:.2%} of {counted(variants, 'variant')} takes {needed} prompts {what}; there "
+        f"are {prompts}, which can claim {bound:.2%}"
+    )
+
+
+def _most(prompts: int, variants: int) -> float:
+    """The highest excess share that so many prompts leave open when none differs."""
+    return stats.excess(0, 0, prompts, 1 - 0.1 / variants).high if prompts else 1.0
+
+
+def _needed(limit: float, variants: int) -> int:
+    """The fewest prompts that leave no more than `limit` open when none differs."""
+    return next((n for n in range(1, 100_000) if _most(n, variants) <= limit), 100_000)
 
 
 def _name(rule: Rule) -> str:

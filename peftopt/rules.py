@@ -281,6 +281,8 @@ def _answers_lost(case: Case) -> Verdict:
     variant, against = _judged(case)
     if variant is None:
         return Verdict("", "not judged", _NOT_ALONE, case.baseline)
+    if not case.evidence.rows(variant):
+        return Verdict("", "inconclusive", "no answers were checked", against)
     worse, better, right = case.evidence.lost(variant)
     if not right:
         return Verdict("", "not judged", f"{case.baseline} was not right twice in any prompt", against)

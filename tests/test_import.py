@@ -253,7 +253,7 @@ def test_a_teams_own_meter_feeds_the_decision(
         f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\n"
         "workloads:\n  peak: {prompts: none.jsonl, new_tokens: 3, rate: 2}\n"
         "variants:\n  adapter: [{engine: vllm}]\n  merged: [merge, {engine: vllm}]\n"
-        "tradeoffs: {merge: {parity: off}}\nminimize: latency.p50@peak\n"
+        "tradeoffs: {merge: {parity: off, lost: off, critical_errors: off}}\nminimize: latency.p50@peak\n"
     )
     assert command("decide", out.parent) == 2 and "--recipe" in capsys.readouterr().err
     assert command("decide", out.parent, "--recipe", recipe, "--json") == 3
@@ -293,7 +293,7 @@ def harness_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_teams_own_harness_feeds_the_decision(
     harness_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_base: Path, tiny_lora: Path
 ) -> None:
-    """Two variants and the adapter, 200 rows each, in files as the harness writes and names them."""
+    """Two variants and the adapter, 400 rows each, in files as the harness writes and names them."""
     (found,) = meters.read(harness_file)
     assert found.values["task"] == "support_desk"
     assert [row["id"] for row in found.values["samples"]] == [f"support_desk/{n}" for n in range(6)]
@@ -301,8 +301,8 @@ def test_a_teams_own_harness_feeds_the_decision(
     real = json.loads(harness_file.read_text().splitlines()[0])
     out = tmp_path / "theirs" / "measurements.jsonl"
     out.parent.mkdir()
-    for name, wrong in (("adapter", range(20)), ("merged", range(20)), ("int8", range(60))):
-        rows = [{**real, "doc_id": n, "acc": float(n not in wrong)} for n in range(200)]
+    for name, wrong in (("adapter", range(40)), ("merged", range(40)), ("int8", range(120))):
+        rows = [{**real, "doc_id": n, "acc": float(n not in wrong)} for n in range(400)]
         file = tmp_path / name / harness_file.name
         file.parent.mkdir()
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -326,7 +326,7 @@ def test_a_teams_own_harness_feeds_the_decision(
         "merged": "accepted",
         "int8": "rejected",
     }
-    assert required["int8"]["value"]["n"] == 200
+    assert required["int8"]["value"]["n"] == 400
 
 
 def test_the_verb_keeps_them_and_is_inconclusive_without_raw_samples(

@@ -217,6 +217,10 @@ def test_the_default_table_is_expanded_for_every_quantizer() -> None:
     assert limits(read(GOOD)) == {
         "merge.gain": 0.15,
         "merge.parity": 0.01,
+        "merge.lost": 0.05,
+        "variant.critical_errors": 0.05,
+        "merge.critical_errors": 0.05,
+        "compile.critical_errors": 0.05,
         **{f"{name}.{half}": limit for name in ("awq", "gptq", "int8") for half, limit in quantizer.items()},
         "compile.gain": 0.0,
         "compile.parity": 0.01,
@@ -293,7 +297,7 @@ def test_a_limit_that_nothing_can_meet_is_refused(row: str) -> None:
         ("{quantise: {smaller: off}}", "did you mean 'quantize'?"),
         ("{int4: {smaller: off}}", "did you mean 'int8'?"),
         ("{quantize: {smaler: off}}", "did you mean 'smaller'?"),
-        ("{merge: {not_slower: off}}", "known: gain, parity"),
+        ("{merge: {not_slower: off}}", "known: critical_errors, gain, lost, parity"),
     ],
 )
 def test_an_unknown_rule_is_refused_with_the_nearest(table: str, hint: str) -> None:

@@ -245,7 +245,7 @@ def ratio_name(decision: Decision, workload: str) -> str:
     return cpu if judged else f"latency.ratio@{workload}"
 
 
-RULE_HEADER = ["rule", "outcome", "figure", "limit", "n", "against", "clock", "reason"]
+RULE_HEADER = ["rule", "outcome", "figure", "limit", "n", "against", "clock", "reason", "protects against"]
 
 
 def rule_rows(variant: VariantDecision) -> Table:
@@ -266,6 +266,7 @@ def _rule_row(verdict: Verdict) -> list[str]:
         verdict.against or MISSING,
         verdict.clock or MISSING,
         words.reason(verdict),
+        verdict.protects or MISSING,
     ]
 
 

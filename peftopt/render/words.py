@@ -35,8 +35,13 @@ def figure(name: str, value: Interval | None) -> str:
         return critical(value)
     middle = written(name, value.estimate)
     if (tail := re.search(r"(?:latency|ttft|tpot)\.(p95|p99)", name)) and not bounded(value):
-        return f"too few requests or launches for {tail[1].upper()}: {value.n}"
-    if math.isnan(value.low) or math.isnan(value.high) or value.low == value.high or not math.isfinite(value.high):
+        return f"too few requests for {tail[1].upper()}, or launches: {value.n}"
+    if (
+        math.isnan(value.low)
+        or math.isnan(value.high)
+        or value.low == value.high
+        or not (value.low > 0 or math.isfinite(value.high))
+    ):
         return middle
     return f"{middle} ({_range(middle, written(name, value.low), written(name, value.high))})"
 
