@@ -8,8 +8,9 @@ spikes. The truth is a gain of 12 %, exactly 15 % or 18 %, and the rule "more th
 rejecting the last is wrong; so is accepting the second more often than a rule's stated error. Every figure comes with
 its Monte-Carlo error. What judges is peftopt's own code (stats.race, and for the race of twelve need.blocks), no copy.
 
-Blocks of one process share its launch effect, so they say less than as many fresh processes, and no rule here
-knows which blocks do: `--relaunch` and `--launch` show how far the error grows with it.
+Blocks of one process share its launch effect, so they say less than as many fresh processes: `--relaunch` and
+`--launch` show what the usual rules and peftopt's make of it. `--trust` builds worlds that try to fool a verdict
+otherwise: broken models, coarse clocks, limits at their true value, many variants (benchmarks/trust.py).
 
 `--live` runs a tiny model against copies of itself, some of which really do 12 % or 18 % more work at every token, and
 counts the verdicts of "15 % faster" (of the identical ones) and of "less than 15 % slower" (of the others).
@@ -35,6 +36,8 @@ import numpy as np
 from scipy.special import stdtrit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import trust
 
 from peftopt import need, rules, stats
 from peftopt import plan as planning
@@ -130,19 +133,24 @@ def sequential(world: World, gain: float, rng: np.random.Generator) -> tuple[np.
     return load[:RUNS] + turns(world, one, rng), variant
 
 
-Judge = Callable[[np.ndarray, np.ndarray], Outcome]
+Judge = Callable[[np.ndarray, np.ndarray, int], Outcome]
+"""(log times of the reference, of the variant, blocks of a launch) -> what a rule makes of them."""
 
 
-def medians(reference: np.ndarray, variant: np.ndarray) -> Outcome:
+def launches(blocks: int, relaunch: int) -> list[int]:
+    return [block // relaunch for block in range(blocks)]
+
+
+def medians(reference: np.ndarray, variant: np.ndarray, relaunch: int) -> Outcome:
     gap = np.median(variant[:RUNS]) - np.median(reference[:RUNS])
     return "accepted" if gap < LIMIT else "rejected"
 
 
-def one_run(reference: np.ndarray, variant: np.ndarray) -> Outcome:
+def one_run(reference: np.ndarray, variant: np.ndarray, relaunch: int) -> Outcome:
     return "accepted" if variant[0] - reference[0] < LIMIT else "rejected"
 
 
-def t_after_every_pair(reference: np.ndarray, variant: np.ndarray) -> Outcome:
+def t_after_every_pair(reference: np.ndarray, variant: np.ndarray, relaunch: int) -> Outcome:
     d = variant - reference
     n = np.arange(1, len(d) + 1)
     centre = np.cumsum(d) / n
@@ -154,27 +162,29 @@ def t_after_every_pair(reference: np.ndarray, variant: np.ndarray) -> Outcome:
     return "accepted" if centre[clear[0]] < LIMIT else "rejected"
 
 
-def default(reference: np.ndarray, variant: np.ndarray) -> Outcome:
+def default(reference: np.ndarray, variant: np.ndarray, relaunch: int) -> Outcome:
     """As a recipe runs by default: up to 60 blocks, and no further than the planner sees a point in."""
     d = variant - reference
     for look in stats.LOOKS:
-        if (found := stats.race(d[:look], LIMIT)).outcome != "inconclusive":
+        if (found := stats.race(d[:look], LIMIT, launches=launches(look, relaunch))).outcome != "inconclusive":
             return found.outcome
         if stats.out_of_reach(d[:look], LIMIT, stats.LOOKS[-1]):
             return "inconclusive"
     return "inconclusive"
 
 
-def five_looks(reference: np.ndarray, variant: np.ndarray) -> Outcome:
-    return stats.race((variant - reference)[: stats.LOOKS[-1]], LIMIT).outcome
+def five_looks(reference: np.ndarray, variant: np.ndarray, relaunch: int) -> Outcome:
+    last = stats.LOOKS[-1]
+    return stats.race((variant - reference)[:last], LIMIT, launches=launches(last, relaunch)).outcome
 
 
-def resumed(reference: np.ndarray, variant: np.ndarray) -> Outcome:
-    return stats.race(variant - reference, LIMIT).outcome
+def resumed(reference: np.ndarray, variant: np.ndarray, relaunch: int) -> Outcome:
+    return stats.race(variant - reference, LIMIT, launches=launches(len(variant), relaunch)).outcome
 
 
-def betting(reference: np.ndarray, variant: np.ndarray) -> Outcome:
-    return stats.race(variant - reference, LIMIT, open_ended=True).outcome
+def betting(reference: np.ndarray, variant: np.ndarray, relaunch: int) -> Outcome:
+    labels = launches(len(variant), relaunch)
+    return stats.race(variant - reference, LIMIT, open_ended=True, launches=labels).outcome
 
 
 RULES: dict[str, tuple[Callable[..., tuple[np.ndarray, np.ndarray]], Judge]] = {
@@ -219,7 +229,7 @@ def simulate(world: World, replications: int, seed: int) -> dict[str, Counts]:
         rng = np.random.default_rng([seed, round(gain * 100)])
         drawn = [{how: how(world, gain, rng) for how in (interleaved, sequential)} for _ in range(replications)]
         for name, (how, rule) in RULES.items():
-            found[name].append(Counter(rule(*data[how]) for data in drawn))
+            found[name].append(Counter(rule(*data[how], world.relaunch) for data in drawn))
     return {name: Counts(replications, *counters) for name, counters in found.items()}
 
 
@@ -277,6 +287,8 @@ def race_of_twelve(plan: Plan, world: World, rng: np.random.Generator) -> tuple[
         if not (wants := need.blocks(Evidence(plan, measured), "chat")):
             break
         for arm in sorted(wants):
+            if block % world.relaunch == 0:
+                measured.append(Measurement("launch", arm, "chat", values={"model_loading_time": 1.0}))
             ms = 100 * math.exp(logs[arm][block])
             request = {"request_duration_ms": ms, "ttft_ms": ms, "tpot_ms": ms, "cpu_ms": ms, "new_tokens": 16}
             values = {"block": block, "requests": [{**request, "warmup": False}]}
@@ -447,7 +459,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="of --live")
     parser.add_argument("--blocks", type=int, default=16, help="most of each round of --live", choices=stats.LOOKS)
     parser.add_argument("--clock", choices=["wall", "cpu", "auto"], default="wall", help="of --live")
+    parser.add_argument("--trust", nargs="*", choices=list(trust.WORLDS), help="worlds that try to fool a verdict")
     options = parser.parse_args()
+    if options.trust is not None:
+        trust.main(options.trust, options.replications if "--replications" in sys.argv else None)
+        return
     if options.live:
         live(options.rounds, options.blocks, options.clock, options.seed)
         return

@@ -10,6 +10,7 @@ runner writes them, so the same script can be run on any version.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -257,14 +258,9 @@ def chosen(replications: int) -> Iterator[str]:
     arms = {"adapter": 1.0, **{name: 0.7 for name in plan.recipe.variants if name != "adapter"}}
     for _ in range(replications):
         sentence = decide(plan, raced(rng, arms, blocks=24), {}).sentence
-        bounds = [
-            float(word.rstrip(","))
-            for word in sentence.replace("x,", " ").split()
-            if word.rstrip(",").count(".") == 1 and word.rstrip(",").replace(".", "").isdigit()
-        ]
-        if len(bounds) >= 2:
+        if bounds := re.search(r"x, ([\d.]+) to ([\d.]+)", sentence):
             n += 1
-            holds += bounds[0] - 0.005 <= 0.7 <= bounds[1] + 0.005
+            holds += float(bounds[1]) - 0.005 <= 0.7 <= float(bounds[2]) + 0.005
     yield f"the interval of the chosen of six holds the truth: {shown(holds, max(n, 1))} of {n}"
 
 

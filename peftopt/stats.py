@@ -39,6 +39,12 @@ REACH = 1.5
 MOST_BLOCKS = 9_999
 """Where the planner stops counting: the limit lies at the estimate, and no number of blocks will tell."""
 
+FEWEST_LAUNCHES = 5
+"""Launches from which it can be seen that they do not differ."""
+
+LAUNCHES_SHOWN = 0.2
+"""The chance that launches which do not differ seem to: high, since missing that they do makes verdicts wrong."""
+
 COARSE = 0.1
 """The share of repeated times from which a clock counts as coarse."""
 
@@ -116,8 +122,8 @@ def race(
     as often as one likes: all looks and bets at all variants of the `family` together err ALPHA at most (Bonferroni).
     `open_ended`: a race that was planned to go on past the looks is judged by bets alone, which then have all of ALPHA.
 
-    Blocks of one launch share its fate. So a look needs two intervals that both clear the limit, one over blocks and
-    one over launches (see `paired`), and bets are placed on launches. `resolution` is how far a coarse clock may have
+    Blocks of one launch share its fate: an interval spans launches where they may differ (see `paired`), and bets are
+    placed on whole launches. `resolution` is how far a coarse clock may have
     moved a log ratio: the interval must clear the limit by as much.
     """
     x = _finite(d)
@@ -125,22 +131,16 @@ def race(
     if family < 1:
         raise ValueError(f"family must be 1 or more variants, found {family}")
     alpha = (1 if open_ended else BETS_SHARE) * ALPHA / 2 / family
-    centres, ends = _centres(x, groups)
-    won = _bets(centres, _past_scale(centres), limit, alpha, resolution)[1]
-    won_at = ends[won - 1] if won <= len(centres) else len(x) + 1
+    won = _bets(x, groups, limit, alpha, resolution)[1]
     reached = [] if open_ended else [look for look in looks(family) if look <= len(x)]
     for look in reached:
-        if won_at < look:
+        if won < look:
             break
         interval = paired(x[:look], _level(look, family), groups[:look])
         if (outcome := judge(interval, limit, resolution)) != "inconclusive":
             return Race(outcome, interval, look, None, launches=len(set(groups[:look])))
-    if open_ended or won_at <= len(x) or len(x) > LOOKS[-1]:
-        found = bet(centres, limit, alpha, family, resolution)
-        decided = ends[found.look - 1] if found.look else 0
-        interval = replace(found.interval, n=decided)
-        needed = found.blocks_needed and _blocks_needed(x, _centre(x), limit, family)
-        return replace(found, look=decided, interval=interval, blocks_needed=needed, launches=found.look)
+    if open_ended or won <= len(x) or len(x) > LOOKS[-1]:
+        return bet(x, limit, alpha, family, groups, resolution)
     look = reached[-1] if reached else 0
     seen, level = x[: look or len(x)], _level(look or looks(family)[0], family)
     interval = paired(seen, level, groups[: len(seen)])
@@ -151,23 +151,43 @@ def race(
 
 
 def paired(d: Iterable[float], level: float, launches: Launches = None) -> Interval:
-    """The centre of log ratios of blocks, with an interval that holds where launches vary as well as blocks do.
+    """The centre of log ratios of blocks, with an interval that holds where launches vary too.
 
-    It spans two: the exact Wilcoxon interval over blocks, and one over the centres of launches, which is the exact one
-    too where there are enough of them for `level`, else Student's t. One launch has no interval: what differs between
-    launches was not seen. Source: Kalibera and Jones 2013 (repeat at the level at which the variance arises).
+    That is the exact Wilcoxon interval over blocks. Where launches seem to differ, or are too few to show that they do
+    not, it also spans one over the centres of launches: the exact one where there are enough of them for `level`, else
+    Student's t. One launch has no interval: what differs between launches was not seen.
+    Source: Kalibera and Jones 2013 (repeat at the level at which the variance arises).
     """
     x = _finite(d)
     groups = _groups(launches, len(x))
     over_blocks = hodges_lehmann(x, level)
-    if len(set(groups)) == len(x):
+    if len(set(groups)) == len(x) or not launches_matter(x, groups):
         return over_blocks
-    centres, _ = _centres(x, groups, whole=False)
+    centres = _centres(x, groups)
     over_launches = hodges_lehmann(centres, level)
     if not math.isfinite(over_launches.low):
         over_launches = mean(centres, level)
     low, high = min(over_blocks.low, over_launches.low), max(over_blocks.high, over_launches.high)
     return replace(over_blocks, low=low, high=high)
+
+
+def launches_matter(d: Iterable[float], launches: Sequence[int]) -> bool:
+    """Whether blocks of one launch may be more alike than others: there are fewer than FEWEST_LAUNCHES, or an analysis
+    of variance over the ranks of blocks says so, at a level at which it rarely misses what would spoil a verdict."""
+    import numpy as np
+    from scipy.stats import rankdata
+
+    x = _finite(d)
+    blocks = [np.array(found) for found in _blocks_of(launches)]
+    if len(blocks) < FEWEST_LAUNCHES:
+        return True
+    ranks = rankdata(x)
+    groups, rest = len(blocks) - 1, len(x) - len(blocks)
+    if rest < 1:
+        return False
+    between = sum(len(found) * (ranks[found].mean() - ranks.mean()) ** 2 for found in blocks)
+    within = sum(np.square(ranks[found] - ranks[found].mean()).sum() for found in blocks)
+    return not within or exceeds(between / groups / (within / rest), groups, rest, 1 - LAUNCHES_SHOWN)
 
 
 def resolution(times: Iterable[float]) -> float:
@@ -224,41 +244,49 @@ def judge(interval: Interval, limit: float, resolution: float = 0.0) -> Outcome:
     return "rejected" if interval.low > limit + resolution else "inconclusive"
 
 
-def bet(d: Iterable[float], limit: float, alpha: float = 0.01, family: int = 1, resolution: float = 0.0) -> Race:
-    """`race` for runs that stop or resume at any block: errs `alpha` a side at most, however often judged.
+def bet(
+    d: Iterable[float],
+    limit: float,
+    alpha: float = 0.01,
+    family: int = 1,
+    launches: Launches = None,
+    resolution: float = 0.0,
+) -> Race:
+    """`race` for runs that stop or resume at any launch: errs `alpha` a side at most, however often judged.
 
-    A gambler stakes on each next block falling below the limit, and a second one on above. If the truth is
-    not below, the first gains nothing on average: the chance that its wealth ever passes 1 / alpha is alpha
-    at most (Ville). Scores are bounded, and scaled by past blocks only. The interval, at 1 - 2 alpha, holds
-    every limit at which neither has won. `look` is the block that decided; `family` only tells the planner.
+    A gambler stakes on the blocks of each next launch falling below the limit, and a second one on above. If the truth
+    is not below, the first gains nothing on average: the chance that its wealth ever passes 1 / alpha is alpha
+    at most (Ville). Scores are bounded, scaled by blocks of past launches only, and averaged over the launch, whose
+    blocks share its fate. The interval, at 1 - 2 alpha, holds every limit at which neither has won. `look` is the block
+    that decided; `family` only tells the planner.
     Source: Waudby-Smith and Ramdas 2023, "Estimating means of bounded random variables by betting".
     """
-
     x, limit = _finite(d), float(limit)
+    groups = _groups(launches, len(x))
     level = 1 - 2 * alpha
-    scale = _past_scale(x)
-    outcome, won = _bets(x, scale, limit, alpha, resolution)
+    outcome, won = _bets(x, groups, limit, alpha, resolution)
     look = min(won, len(x))
     if not look:
         return Race("inconclusive", _unknown(0, level), 0, None, "bets")
-    x, scale = x[:look], scale[:look]
-    margin = float(scale.max()) + 1
+    x, groups = x[:look], groups[:look]
+    margin = float(_past_scale(x).max()) + 1
     floor, ceiling = float(x.min()) - margin, float(x.max()) + margin
 
     def edge(side: int, won: float, lost: float) -> float:
         """The limit nearest to `lost` at which this gambler wins, by bisection: wealth is monotone in it."""
-        if _first_win(x, scale, won, side, alpha) > look:
+        if _first_win(x, groups, won, side, alpha) > look:
             return -side * math.inf
         for _ in range(40):
             middle = (won + lost) / 2
-            won, lost = (middle, lost) if _first_win(x, scale, middle, side, alpha) <= look else (won, middle)
+            wins = _first_win(x, groups, middle, side, alpha) <= look
+            won, lost = (middle, lost) if wins else (won, middle)
         return won
 
     high = edge(-1, limit - resolution if outcome == "accepted" else ceiling, floor)
     low = edge(1, limit + resolution if outcome == "rejected" else floor, ceiling)
     interval = Interval(_centre(x), low, high, look, level)
     needed = _blocks_needed(x, interval.estimate, limit, family) if outcome == "inconclusive" else None
-    return Race(outcome, interval, look, needed, "bets")
+    return Race(outcome, interval, look, needed, "bets", launches=len(set(groups)))
 
 
 # ---- tails and rates: counts -------------------------------------------------------------------
@@ -532,20 +560,19 @@ def _groups(launches: Launches, blocks: int) -> Sequence[int]:
     return groups
 
 
-def _centres(x: Array, groups: Sequence[int], whole: bool = True) -> tuple[Array, list[int]]:
-    """(the centre of each launch's blocks, how many blocks there were when it ended), in order.
+def _blocks_of(launches: Sequence[int]) -> list[list[int]]:
+    """The blocks of each launch, in the order in which launches ended."""
+    at: dict[int, list[int]] = {}
+    for block, group in enumerate(launches):
+        at.setdefault(group, []).append(block)
+    return sorted(at.values(), key=lambda blocks: blocks[-1])
 
-    `whole`: without a last launch that is still going on, which has fewer blocks than others had.
-    """
+
+def _centres(x: Array, groups: Sequence[int]) -> Array:
+    """The centre of each launch's blocks."""
     import numpy as np
 
-    at: dict[int, list[int]] = {}
-    for block, group in enumerate(groups):
-        at.setdefault(group, []).append(block)
-    found = sorted(at.values(), key=lambda blocks: blocks[-1])
-    if whole and len(found) > 1 and len(found[-1]) < max(map(len, found)):
-        found.pop()
-    return np.array([_centre(x[blocks]) for blocks in found]), [blocks[-1] + 1 for blocks in found]
+    return np.array([_centre(x[blocks]) for blocks in _blocks_of(groups)])
 
 
 def _launches_needed(x: Array, groups: Sequence[int], limit: float, level: float) -> int:
@@ -554,7 +581,7 @@ def _launches_needed(x: Array, groups: Sequence[int], limit: float, level: float
     import numpy as np
     from scipy.special import stdtrit
 
-    centres, _ = _centres(x, groups, whole=False)
+    centres = _centres(x, groups)
     spread = float(np.std(centres if len(centres) > 1 else x, ddof=1))
     delta = abs(_centre(x) - limit)
     return next(
@@ -584,31 +611,41 @@ def _past_scale(x: Array) -> Array:
     return REACH * medians(np.abs(x - medians(np.broadcast_to(x, past.shape))[:, None]))
 
 
-def _bets(x: Array, scale: Array, limit: float, alpha: float, resolution: float = 0.0) -> tuple[Outcome, int]:
+def _bets(x: Array, groups: Sequence[int], limit: float, alpha: float, resolution: float = 0.0) -> tuple[Outcome, int]:
     """What the gamblers say, and the block at which the first of them has won; n + 1 for never."""
-    below, above = (_first_win(x, scale, limit + side * resolution, side, alpha) for side in (-1, 1))
+    below, above = (_first_win(x, groups, limit + side * resolution, side, alpha) for side in (-1, 1))
     if below == above:
         return "inconclusive", len(x) + 1
     return ("accepted", below) if below < above else ("rejected", above)
 
 
-def _first_win(x: Array, scale: Array, limit: float, side: int, alpha: float) -> int:
+def _first_win(x: Array, groups: Sequence[int], limit: float, side: int, alpha: float) -> int:
     """The block at which the gambler on `side` (-1 below, 1 above) first holds 1 / alpha; n + 1 for never."""
     import numpy as np
 
-    won = _log_wealth(x, scale, limit, side) > -math.log(alpha)
-    return int(np.argmax(won)) + 1 if won.any() else len(x) + 1
+    wealth, ends = _log_wealth(x, groups, limit, side)
+    won = wealth > -math.log(alpha)
+    return ends[int(np.argmax(won))] if won.any() else len(x) + 1
 
 
-def _log_wealth(x: Array, scale: Array, limit: float, side: int) -> Array:
-    """What the gambler holds after each block, from a stake of 1."""
+def _log_wealth(x: Array, groups: Sequence[int], limit: float, side: int) -> tuple[Array, list[int]]:
+    """(what the gambler holds after each launch, from a stake of 1; how many blocks there were by then). A last launch
+    that has fewer blocks than others had may still be going on, and is not counted."""
     import numpy as np
 
-    gap = x - limit
-    scores = np.where(scale > 0, np.clip(gap, -scale, scale) / np.where(scale > 0, scale, 1), np.sign(gap))
-    each: Array = np.cumsum(np.log1p(side * np.outer(BETS, scores)), axis=1)  # bets x blocks
+    blocks = _blocks_of(groups)
+    if len(blocks) > 1 and len(blocks[-1]) < max(map(len, blocks)):
+        blocks.pop()
+    scale = _past_scale(x)
+    sizes = [len(found) for found in blocks]
+    known = np.repeat(scale[[found[0] for found in blocks]], sizes)  # what was known before the launch
+    gap = x[[block for found in blocks for block in found]] - limit
+    scores = np.where(known > 0, np.clip(gap, -known, known) / np.where(known > 0, known, 1), np.sign(gap))
+    starts = np.cumsum([0, *sizes[:-1]]) if sizes else np.array([], dtype=int)
+    means = np.add.reduceat(scores, starts) / sizes if sizes else scores
+    each: Array = np.cumsum(np.log1p(side * np.outer(BETS, means)), axis=1)  # bets x launches
     mixed: Array = np.logaddexp.reduce(each, axis=0) - math.log(len(BETS))
-    return mixed
+    return mixed, [found[-1] + 1 for found in blocks]
 
 
 def _blocks_needed(x: Array, estimate: float, limit: float, family: int = 1) -> int | None:

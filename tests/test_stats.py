@@ -231,8 +231,17 @@ def test_bets_are_fair(side: int) -> None:
     """Over all sign patterns of given magnitudes, wealth is 1 on average after every block."""
     magnitudes = np.random.default_rng(2).exponential(size=9)
     patterns = (magnitudes * signs for signs in itertools.product((-1, 1), repeat=9))
-    wealth = [np.exp(stats._log_wealth(x, stats._past_scale(x), 0.0, side)) for x in patterns]
+    wealth = [np.exp(stats._log_wealth(x, range(9), 0.0, side)[0]) for x in patterns]
     assert np.mean(wealth, axis=0) == pytest.approx(np.ones(9))
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+def test_bets_are_fair_where_blocks_of_a_launch_share_its_fate(side: int) -> None:
+    """Over all signs of whole launches, wealth is 1 on average after every launch."""
+    magnitudes, launches = np.random.default_rng(2).exponential(size=12), np.repeat(range(6), 2)
+    patterns = (magnitudes * np.repeat(signs, 2) for signs in itertools.product((-1, 1), repeat=6))
+    wealth = [np.exp(stats._log_wealth(x, launches, 0.0, side)[0]) for x in patterns]
+    assert np.mean(wealth, axis=0) == pytest.approx(np.ones(6))
 
 
 def test_betting_decides_a_clear_gain_within_a_dozen_blocks() -> None:
