@@ -205,7 +205,7 @@ def bench(
         dice = random.Random(seed)
         for _ in range(blocks):
             picks = [[dice.choice(rows).as_json() for _ in range(batch)] for _ in range(3)]
-            for name in dice.sample(sorted(children), len(children)):
+            for name in random.SystemRandom().sample(sorted(children), len(children)):
                 answer = children[name].ask("speed", DEADLINE_S, batches=picks, new_tokens=new_tokens, warmup=1)
                 found[name]["turns"].append([r for r in answer["requests"] if not r["warmup"]])
         for name, child in children.items():
@@ -231,7 +231,7 @@ def _figures(values: dict[str, Json], reference: list[list[dict[str, Json]]]) ->
         "p50_ms": stats.quantile([r["request_duration_ms"] for r in requests], 0.5),
         "p95_ms": stats.quantile([r["request_duration_ms"] for r in requests], 0.95),
         "ttft_ms": stats.quantile([r["ttft_ms"] for r in requests], 0.5),
-        "tpot_ms": stats.quantile([r["tpot_ms"] for r in requests if r["tpot_ms"]] or [math.nan], 0.5),
+        "tpot_ms": stats.quantile([r["tpot_ms"] for r in requests if r["tpot_ms"]], 0.5),
         "cpu_ms": stats.quantile([r["cpu_ms"] for r in requests], 0.5),
         "throughput": stats.quantile([1e3 * r["new_tokens"] / r["request_duration_ms"] for r in requests], 0.5),
         "ratio": None,

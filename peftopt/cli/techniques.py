@@ -413,7 +413,7 @@ def _bench_row(found: dict[str, Any]) -> list[str]:
         f"{found['p50_ms'].estimate:.0f}",
         f"{found['p95_ms'].estimate:.0f}" if n >= fewest_for(0.95) else "too few requests",
         f"{found['ttft_ms'].estimate:.0f}",
-        f"{found['tpot_ms'].estimate:.1f}",
+        f"{found['tpot_ms'].estimate:.1f}" if found["tpot_ms"].n else "-",
         f"{found['cpu_ms'].estimate:.0f}",
         f"{found['throughput'].estimate:.1f}",
         format_value("memory", found["peak_memory_bytes"]),
