@@ -378,6 +378,7 @@ def _answers(found: Disagreement, limit: float, family: int, sound: bool, slices
     doubled = [2**n for n in range(found.longest.bit_length() + 1)]
     planned = [(0, end) for k in doubled for end in (k, k + k // 2)] + [(k // 2, k) for k in doubled[1:]]
     seen = {(0, int(ours)) for ours, _ in found.partings if math.isfinite(ours)}
+    enough = stats.excess(0, 0, len(found.partings), 1 - 0.1 / family).high <= PARTED  # else nothing shows anything
     verdicts: list[tuple[float, Verdict]] = []
     for start, end in [*planned, *sorted(seen)]:
         part = found.within(start, end)
@@ -389,7 +390,7 @@ def _answers(found: Disagreement, limit: float, family: int, sound: bool, slices
         value = stats.excess(*counts, 1 - 0.1 / family)  # 5 % on the side that is judged
         sure = stats.excess(*counts, 1 - 2 * FALSE_REJECT / slices / len(planned))
         few = 2 * part.n < len(found.partings)
-        clear = few or (value.estimate if sound else value.high) <= max(allowed, PARTED)
+        clear = few or (value.estimate if sound and enough else value.high) <= max(allowed, PARTED)
         bad = (start, end) in planned and sure.low > allowed
         outcome: Outcome = "rejected" if bad else "accepted" if clear else "inconclusive"
         when = f"tokens {start + 1} to {end}" if start else f"the first {counted(end, 'token')}"
