@@ -52,7 +52,8 @@ def _needs_block(evidence: Evidence, variant: Variant, workload: str) -> bool:
 def open_races(evidence: Evidence) -> list[Verdict]:
     """The undecided races of variants that nothing has rejected: more blocks may settle them."""
     found = []
-    for variant in evidence.plan.recipe.variants.values():
+    recipe = evidence.plan.recipe
+    for variant in (v for v in recipe.variants.values() if v.name != recipe.baseline):
         said = verdicts(evidence, variant)
         if not any(v.outcome == "rejected" for v in said):
             found += [v for v in said if v.outcome == "inconclusive" and v.blocks_needed]

@@ -541,7 +541,7 @@ def _timed_requirement(evidence: Evidence, variant: str, threshold: Threshold) -
         return replace(common, reason=f"{metric} was not measured", workload="")
     look, value, launches, reason = 0, Interval(math.nan, 0.0, math.inf, 0), 0, ""
     for look, share in stats.planned_looks(blocks, most) or [(blocks, 0.0)]:
-        level = required_level(recipe, share) if share else 1.0
+        level = required_level(recipe, share or 1.0)
         found = (timed_ratio if threshold.relative else timed)(evidence, variant, metric, level, look)
         if found is None:
             return replace(common, reason=f"{metric} was not measured", workload="")
