@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ def tokenizer(folder: str) -> Any:
 
 
 def load(folder: str, unpacked: bool = False, device: str = "cpu", **kwargs: Any) -> Any:
-    """The model of a folder in its own dtype, in eval mode, on `device`. Raises BadInput when it cannot be read.
+    """The model of a folder in its own dtype, in eval mode, on `device`. Raises BadInput when it cannot be read, or
+    lacks weights that the model has: transformers makes those up at random, and only warns.
 
     `unpacked`: open packed weights (GPTQ, AWQ) now, not at the first forward pass as transformers does by default;
     PEFT can wrap only layers that have a weight.
@@ -104,7 +105,8 @@ def load(folder: str, unpacked: bool = False, device: str = "cpu", **kwargs: Any
     try:
         with quiet():
             kwargs = {"dtype": "auto", "local_files_only": True, **kwargs}
-            loaded = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+            with _whole(folder):
+                loaded = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
             if packing == "compressed-tensors" and unpacked:
                 # Unpacking leaves a hook on every module that looks for its weights at each call; no graph can hold it.
                 from compressed_tensors.offload import remove_dispatch
@@ -113,6 +115,45 @@ def load(folder: str, unpacked: bool = False, device: str = "cpu", **kwargs: Any
             return loaded if "device_map" in kwargs else loaded.to(device)
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot load {folder}: {_first_line(error)}", "check that the folder is whole") from error
+
+
+def check_whole(folder: str, shapes: Mapping[str, Sequence[int]], settings: Any = None) -> None:
+    """Raises BadInput when a checkpoint whose tensors have these names and shapes lacks a weight of the model.
+
+    No weight is read: transformers loads tensors that have shapes and no memory, by its own rules of renaming, fusing
+    and tying. `settings` is the model's config, the folder's if None.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    settings = config(folder) if settings is None else settings
+    state = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
+    with quiet(), _whole(folder):
+        cls = AutoModelForCausalLM._model_mapping[type(settings)]
+        cls.from_pretrained(None, config=settings, state_dict=state, device_map="meta", ignore_mismatched_sizes=True)
+
+
+@contextlib.contextmanager
+def _whole(folder: str) -> Iterator[None]:
+    """Raises BadInput when transformers, loading a model meanwhile, finds a weight missing or in pieces."""
+    from unittest import mock
+
+    reports: list[Any] = []
+
+    def note(*_: Any, loading_info: Any, **__: Any) -> None:
+        reports.append(loading_info)
+
+    # Patched, because the report says which weights and is lost where loading fails; and it fails for some of them only.
+    with mock.patch("transformers.modeling_utils.log_state_dict_report", note):
+        yield
+    for found in reports:
+        hint = "it is not whole, or its config.json is another model's: copy or download it again"
+        if found.error_msgs:
+            raise BadInput(f"cannot load {folder}: {found.error_msgs[0]}", hint)
+        if lacking := sorted({*found.missing_keys, *found.conversion_errors}):
+            raise BadInput(f"the checkpoint {folder} lacks {_some(lacking)}", hint)
+        for name, have, want in sorted(found.mismatched_keys):
+            raise BadInput(f"the checkpoint {folder} has {name} as {list(have)}, its config says {list(want)}", hint)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,86 @@
+"""A checkpoint that lacks a weight is refused by the weight's name: transformers would make it up and only warn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftopt import hf
+from peftopt.checkpoint import open_model
+from peftopt.errors import BadInput
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {**SIZES, "tie_word_embeddings": False}),
+    "tied": ("Llama", {**SIZES, "tie_word_embeddings": True}),
+    "mixtral": ("Mixtral", {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2}),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 64}),
+}
+
+
+def saved(name: str, folder: Path) -> Path:
+    import transformers
+
+    family, settings = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**settings)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def without(folder: Path, key: str) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights[key]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def check(folder: Path) -> None:
+    with open_model(folder) as base:
+        hf.check_whole(str(folder), {name: entry.shape for name, entry in base.entries.items()})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_whole_checkpoint_is_no_reason_to_refuse(name: str, tmp_path: Path) -> None:
+    check(saved(name, tmp_path))
+    hf.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "said"),
+    [
+        ("llama", "lm_head.weight", "lm_head.weight"),
+        ("llama", "model.norm.weight", "model.norm.weight"),
+        ("llama", "model.layers.1.mlp.down_proj.weight", "layers.1.mlp.down_proj"),
+        ("tied", "model.embed_tokens.weight", "embed_tokens.weight"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.1.w3.weight", "layers.0.mlp.experts"),
+        ("gpt2", "transformer.wpe.weight", "wpe.weight"),
+        ("gpt2", "transformer.ln_f.bias", "ln_f.bias"),
+    ],
+)
+def test_a_missing_weight_is_named_before_and_while_the_model_is_loaded(
+    name: str, key: str, said: str, tmp_path: Path
+) -> None:
+    without(saved(name, tmp_path), key)
+    for refuse in (check, lambda folder: hf.load(str(folder))):
+        with pytest.raises(BadInput, match=said):
+            refuse(tmp_path)
+
+
+def test_a_weight_of_another_shape_than_the_config_says_is_named(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"intermediate_size": 48', '"intermediate_size": 40'))
+    for refuse in (check, lambda folder: hf.load(str(folder))):
+        with pytest.raises(BadInput, match=r"proj\.weight"):
+            refuse(tmp_path)
