@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import Path
 
 from peftopt import identity
+from peftopt.checkpoint import ADAPTER as CONFIG
 from peftopt.checkpoint import Checkpoint, Entry, alike, open_model
 from peftopt.errors import BadInput
 from peftopt.records import Json
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 NO_DELTA = {
@@ -63,28 +64,117 @@ def open_adapter(folder: Path, weight: float = 1.0) -> Adapter:
     if not folder.is_dir():
         raise BadInput(f"no adapter folder at {folder}", f"name a folder with {CONFIG}")
     if not (folder / CONFIG).is_file():
-        raise BadInput(f"{folder} is no adapter: it has no {CONFIG}", "give the folder that PEFT saved")
+        hint = "give the folder that PEFT saved"
+        if below := sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}")):
+            hint = f"give one of those inside it: {', '.join(below)}"
+        raise BadInput(f"{folder} is no adapter: it has no {CONFIG}", hint)
+    config = _config(folder / CONFIG)
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise _without_weights(folder)
+    _check_link(file, folder)
+    _check_config(folder, config)
+    adapter = Adapter(folder, config, Checkpoint([file]), weight)
+    _check_tensors(adapter)
+    return adapter
+
+
+def _config(file: Path) -> dict[str, Json]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        hint = "restore it"
+        if text.startswith("\ufeff"):  # which PEFT does not read either
+            hint = "save it as UTF-8 without a byte order mark"
+        config = json.loads(text)
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError) as error:
-        raise BadInput(f"{folder / CONFIG} cannot be read as an adapter's config: {error}", "restore it") from error
-    file = folder / WEIGHTS
-    if not file.is_file():
-        if list(folder.glob("adapter_model.bin")) + list(folder.glob("*.pt")):
+        raise BadInput(f"{file} cannot be read as an adapter's config: {error}", hint) from error
+    return config
+
+
+def _without_weights(folder: Path) -> BadInput:
+    """What to say of an adapter's folder that has no WEIGHTS, by what lies there instead."""
+    if list(folder.glob("adapter_model.bin")) + list(folder.glob("*.pt")):
+        return BadInput(
+            f"adapter {folder} is pickled (adapter_model.bin), which is never opened: it could run code",
+            "load it where you trust it and save it again with save_pretrained(..., safe_serialization=True)",
+        )
+    if (folder / "adapters.safetensors").is_file():
+        return BadInput(
+            f"adapter {folder} is one of MLX (adapters.safetensors), not of PEFT",
+            "merge it with mlx_lm.fuse, or convert it to PEFT's names",
+        )
+    if shards := sorted(folder.glob("adapter_model-*-of-*.safetensors")):
+        return BadInput(
+            f"adapter {folder} is in {len(shards)} shards ({shards[0].name}, …), and PEFT reads one {WEIGHTS}",
+            f"join them: load each with safetensors and save all their tensors as one {WEIGHTS}",
+        )
+    return BadInput(f"adapter {folder} has no {WEIGHTS}", "copy the weights next to its config")
+
+
+NUMBERS = ("r", "lora_alpha")
+
+
+def _check_config(folder: Path, config: Mapping[str, Json]) -> None:
+    """Raises BadInput for a type that is not written as PEFT writes it, and for ranks or scales that are no numbers."""
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or not re.fullmatch(r"[A-Z0-9_]+", kind):
+        name = str(kind or "").rpartition(".")[2].upper()
+        hint = f'write "peft_type": "{name or "LORA"}", as PEFT does'
+        raise BadInput(f"{folder / CONFIG}: peft_type is {json.dumps(kind)}, which is no type of PEFT's", hint)
+    if kind != "LORA":
+        return
+    values = {name: config[name] for name in NUMBERS if name in config}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        values |= {f"{pattern} of {key}": value for key, value in (config.get(pattern) or {}).items()}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise BadInput(
-                f"adapter {folder} is pickled (adapter_model.bin), which is never opened: it could run code",
-                "load it where you trust it and save it again with save_pretrained(..., safe_serialization=True)",
+                f"{folder / CONFIG}: {name} is {json.dumps(value)}, not a number", "write what it was trained with"
             )
-        raise BadInput(f"adapter {folder} has no {WEIGHTS}", "copy the weights next to its config")
-    _check_link(file, folder)
-    return Adapter(folder, config, Checkpoint([file]), weight)
+
+
+WRAPPERS = {
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_orig_mod": "torch.compile",
+}
+"""What training wraps modules into, as it shows in names that were saved without unwrapping."""
+
+
+def _check_tensors(adapter: Adapter) -> None:
+    """Raises BadInput for a file without tensors, for empty ones, and for names of a wrapped model."""
+    entries = adapter.weights.entries
+    if not entries:
+        raise BadInput(
+            f"adapter {adapter.folder} holds no tensor at all", "save it again from the process that has them"
+        )
+    if empty := [name for name, entry in entries.items() if not entry.items]:
+        raise BadInput(
+            f"adapter {adapter.folder}: {empty[0]} is empty, as are {len(empty) - 1} more"
+            if len(empty) > 1
+            else f"adapter {adapter.folder}: {empty[0]} is empty",
+            "it was saved under ZeRO-3 or FSDP without gathering: save it again with the parameters gathered",
+        )
+    for name in entries:
+        for part in name.split("."):
+            if part in WRAPPERS:
+                raise BadInput(
+                    f"adapter {adapter.folder} was saved from inside {WRAPPERS[part]}: {name} holds {part}",
+                    f"unwrap the model before saving, or take {part}. out of the names",
+                )
+
+
+COPIES = (".base_layer", ".modules_to_save", ".original_module", ".token_adapter")
+"""Parts of PEFT's wrappers around an embedding, under which it saves copies of the weight that was resized."""
 
 
 def is_embedding(key: str) -> bool:
     """Whether an adapter's key is a whole copy of an embedding's weight."""
-    module = key.removesuffix(".weight").removesuffix(".base_layer")
+    module = key.removesuffix(".weight")
+    while found := next((part for part in COPIES if module.endswith(part)), ""):
+        module = module.removesuffix(found)
     return key.endswith(".weight") and module.rpartition(".")[2] in EMBEDDINGS
 
 
@@ -215,6 +305,12 @@ def plain_pairs(adapter: Adapter) -> dict[str, Pair] | None:
                 "the config was edited or belongs to another adapter; restore it",
             )
         if not targets(config, module):
+            if config.get("target_modules") is None:
+                names = json.dumps(sorted({module.rpartition(".")[2] for module in sides}))
+                raise BadInput(
+                    f"{adapter.folder / CONFIG} has no target_modules, and the weights are for {module}",
+                    f'write what was trained: "target_modules": {names}',
+                )
             raise BadInput(
                 f"adapter {adapter.folder} has weights for {module}, which target_modules does not name",
                 "the config was edited or belongs to another adapter; restore it",

@@ -32,6 +32,9 @@ FAULT_AROUND = 1 << 21
 """Bytes; at least as many as the kernel maps around a page that was asked for: on Linux a large folio, 2 MiB."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+"""PEFT's file; in a model's folder, transformers takes it as a request to load the adapter of that name."""
+
 DIGEST_BYTES = 1 << 20
 """Read back at a time for a digest: stays in the processor's cache."""
 
@@ -185,17 +188,33 @@ def model_files(folder: Path) -> list[Path]:
     """The weight files that transformers would load: those of the index, or the single file.
 
     Others, such as a consolidated copy beside the shards, are not part of the model. Raises BadInput when the
-    index names a file that is missing, or when there is no safetensors file.
+    index names a file that is missing, when there are both, when an adapter's config lies there too, or when there
+    is no safetensors file.
     """
+    if (folder / ADAPTER).is_file():
+        raise BadInput(
+            f"{folder} holds {ADAPTER} beside the model's weights, and transformers would load that adapter too",
+            "move the adapter to a folder of its own, or remove the file if its weights are merged already",
+        )
     index = folder / INDEX
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{index} is no index of shards: {error}", "copy or download it again") from error
-        for name in names:
-            if Path(name).name != name or not (folder / name).is_file():
-                raise BadInput(f"{index} names {name}, which is not in the folder", "copy the missing shard")
+        lacking = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+        if (folder / SINGLE).is_file() and SINGLE not in names:
+            if lacking:  # transformers would load the single file, unless the index was the right one
+                raise BadInput(
+                    f"{folder} holds {SINGLE} and an index of other files, of which {lacking[0]} is not there",
+                    f"if {SINGLE} is whole, the index is stale: remove {INDEX}; else copy the missing shards",
+                )
+            raise BadInput(
+                f"{folder} holds two sets of weights: {SINGLE}, which transformers loads, and the files of {INDEX}",
+                "remove the one that is not the model",
+            )
+        if lacking:
+            raise BadInput(f"{index} names {lacking[0]}, which is not in the folder", "copy the missing shard")
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -208,13 +227,12 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def open_model(folder: Path) -> Checkpoint:
-    """All weights of a model folder; raises BadInput when it is broken or its index and shards disagree."""
-    found = Checkpoint(model_files(folder))
-    if (folder / INDEX).is_file():
-        named = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        if odd := sorted(named.keys() ^ found.entries.keys()):
-            raise BadInput(f"{folder / INDEX} and the shards disagree about {odd[0]}", "download the model again")
-    return found
+    """All weights of a model folder; raises BadInput when it is broken.
+
+    What its files hold counts, as it does for transformers: of the index only which files they are. Indexes name tied
+    heads that no file holds, and leave out tensors of other models.
+    """
+    return Checkpoint(model_files(folder))
 
 
 # ---- writing -------------------------------------------------------------------------------------

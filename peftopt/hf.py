@@ -20,9 +20,9 @@ for _name in ("torchao", "torch.utils._pytree", "torch.fx._symbolic_trace"):
     # On every import they report GPU kernels that a CPU cannot load, and deprecations in the libraries themselves.
     logging.getLogger(_name).setLevel(logging.ERROR)
 
-OWN_FILES = ("config.json", "parity.json", PROVENANCE, "recipe.yaml")
+OWN_FILES = ("config.json", "parity.json", PROVENANCE, "recipe.yaml", CONFIG)
 """What each transform writes for itself: a certificate or a provenance is of the weights beside it, and of no others
-(recipe.yaml is llm-compressor's)."""
+(recipe.yaml is llm-compressor's); and an adapter's config, which transformers would look for the weights of."""
 
 WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".xml", ".h5", ".msgpack", ".onnx"}
 
@@ -61,7 +61,10 @@ def config(folder: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{folder} is not a model folder: {_first_line(error)}", "it needs a config.json") from error
+        hint = "it needs a config.json"
+        if (Path(folder) / "config.json").is_file():
+            hint = "its config.json is broken, or of an architecture that this transformers does not know: upgrade it"
+        raise BadInput(f"{folder} is not a model folder: {_first_line(error)}", hint) from error
 
 
 def unquantized_config(model: Model, verb: str) -> Any:
@@ -76,8 +79,9 @@ def unquantized_config(model: Model, verb: str) -> Any:
     return found
 
 
-def tokenizer(folder: str) -> Any:
-    """The folder's tokenizer, padding on the left as generation needs it. Raises BadInput without one."""
+def tokenizer(folder: str, base: str = "") -> Any:
+    """The folder's tokenizer, padding on the left as generation needs it; with the chat template of `base`, the folder
+    of the model below, where it has none of its own. Raises BadInput without one."""
     from transformers import AutoTokenizer
 
     try:
@@ -85,6 +89,9 @@ def tokenizer(folder: str) -> Any:
     except (OSError, ValueError, KeyError) as error:
         hint = "copy tokenizer.json and tokenizer_config.json next to the weights"
         raise BadInput(f"{folder} has no usable tokenizer: {_first_line(error)}", hint) from error
+    if base and base != folder and not found.chat_template:
+        with contextlib.suppress(OSError, ValueError, KeyError):  # the base may have no tokenizer at all
+            found.chat_template = AutoTokenizer.from_pretrained(base, local_files_only=True).chat_template
     return found
 
 
@@ -143,7 +150,7 @@ def _whole(folder: str) -> Iterator[None]:
     def note(*_: Any, loading_info: Any, **__: Any) -> None:
         reports.append(loading_info)
 
-    # Patched, because the report says which weights and is lost where loading fails; and it fails for some of them only.
+    # Patched, because the report says which weights and is lost where loading fails; and it fails for some only.
     with mock.patch("transformers.modeling_utils.log_state_dict_report", note):
         yield
     for found in reports:
@@ -303,13 +310,42 @@ def brings_tokenizer(adapter: Path) -> bool:
     return "tokenizer_config.json" in names and bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"})
 
 
-def copy_tokenizer(adapter: Path, out: Path) -> None:
-    """Put the tokenizer that an adapter brings in the place of the base's."""
-    if brings_tokenizer(adapter):
-        for name in TOKENIZER_FILES:
-            (out / name).unlink(missing_ok=True)
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, out / name)
+TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
+
+
+def brings_template(folder: Path) -> bool:
+    """Whether a folder's tokenizer has a chat template: in a file of its own, or as older versions saved it."""
+    return (folder / TEMPLATE).is_file() or bool(_inline_template(folder))
+
+
+def _inline_template(folder: Path) -> Any:
+    file = folder / TOKENIZER_CONFIG
+    return json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file.is_file() else None
+
+
+def copy_tokenizer(model: Model, out: Path) -> None:
+    """Put the tokenizer that an adapter brings in the place of the base's; the base's chat template stays where that
+    one has none: training tools save tokenizers without it."""
+    home, base = Path(tokenizer_home(model)), Path(model.path)
+    if home == base:
+        return
+    kept = () if brings_template(home) else (TEMPLATE,)
+    for name in TOKENIZER_FILES:
+        if name in kept:
+            continue
+        (out / name).unlink(missing_ok=True)
+        if (home / name).is_file():
+            shutil.copyfile(home / name, out / name)
+    if kept and not (out / TEMPLATE).is_file() and (template := _inline_template(base)):
+        settings = json.loads((out / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
+        text = json.dumps({**settings, "chat_template": template}, indent=2, ensure_ascii=False)
+        (out / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def template_home(model: Model) -> str:
+    """The folder whose chat template the model is served with: its tokenizer's, or the base's where that has none."""
+    home = tokenizer_home(model)
+    return home if brings_template(Path(home)) else model.path
 
 
 def tokenizer_home(model: Model) -> str:
@@ -321,8 +357,9 @@ def check_keys(model: Any, adapter: str, name: str, weights: dict[str, Any]) -> 
     """Raises BadInput when an adapter's file lacks a tensor that its config calls for, or has one too many."""
     from peft import get_peft_model_state_dict
 
-    with quiet():
+    with refusing(adapter):
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        weights = _as_loaded(model, name, weights)
     # PEFT saves a copy of the embeddings too when they were resized or trained: no adapter key, and no mistake.
     copies = {key for key in weights if is_embedding(key)}
     problems = {
@@ -336,6 +373,15 @@ def check_keys(model: Any, adapter: str, name: str, weights: dict[str, Any]) -> 
                 f"adapter {adapter} {what} weights: {_some(keys)}",
                 "it was trained on another base model, saved half, or its keys were renamed; save it again with PEFT",
             )
+
+
+def _as_loaded(model: Any, name: str, weights: dict[str, Any]) -> dict[str, Any]:
+    """An adapter's tensors by the names that PEFT loads them under: a pair for each expert, as older versions of
+    transformers had them, becomes one for all."""
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
+
+    found: dict[str, Any] = convert(model, model.peft_config[name], dict(weights), name)
+    return found
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

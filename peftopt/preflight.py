@@ -204,7 +204,11 @@ def _check_fits(adapter: Adapter, base: Path) -> None:
 
     Only where base and adapter name things alike: a checkpoint may use older names, which the loader translates.
     """
-    weights = {name: list(entry.shape) for name, entry in open_model(base).entries.items()}
+    entries = open_model(base).entries
+    packed = {
+        name for name in entries if f"{name}.absmax" in entries
+    }  # by bitsandbytes: their shape is not the layer's
+    weights = {name: list(entry.shape) for name, entry in entries.items() if name not in packed}
     trained_on = adapter.config.get("base_model_name_or_path") or "an unnamed base"
     advice = f"it says it was trained on {trained_on}; give that base"
     sides = [(*_side(entry.name), list(entry.shape)) for entry in adapter.weights.entries.values()]
@@ -212,7 +216,7 @@ def _check_fits(adapter: Adapter, base: Path) -> None:
     alike = any(f"{module}.weight" in weights for module, _, _ in sides)
     for module, side, shape in sides if alike else ():
         target = weights.get(f"{module}.weight")
-        if target is None and not module.endswith(EMBEDDINGS):
+        if target is None and f"{module}.weight" not in packed and not module.endswith(EMBEDDINGS):
             raise BadInput(f"adapter {adapter.folder} does not fit {base}: the base has no {module}", advice)
         if target and shape[1 if side == "A" else 0] not in target:
             raise BadInput(

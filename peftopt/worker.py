@@ -51,7 +51,7 @@ class Worker:
 
         source = module("transform", plugin)
         opened = _model(model)
-        texts = _rendered(map(row_from, rows), tokenizer_home(opened)) if rows else []
+        texts = _rendered(map(row_from, rows), tokenizer_home(opened), opened.path) if rows else []
         started, cpu = time.perf_counter(), time.process_time()
         with progress.heard(lambda at: self.tell("progress", at)):
             result = source.transform(opened, source.Params(**params), Path(out), texts, seed)
@@ -229,9 +229,9 @@ def _model(values: dict[str, Json]) -> Model:
     return Model(values["path"], tuple(values["adapters"]))
 
 
-def _rendered(rows: Iterable[Row], home: str) -> list[str]:
+def _rendered(rows: Iterable[Row], home: str, base: str = "") -> list[str]:
     """The calibration texts of rows: chat template applied where there is one, the right answer included."""
-    encode = tokenizer(home)
+    encode = tokenizer(home, base)
 
     def text(row: Row) -> str:
         answer = [{"role": "assistant", "content": row.expected}] if row.expected else []

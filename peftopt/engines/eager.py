@@ -50,7 +50,7 @@ class Transformers(Text):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         self.device, self.threads = str(self._device), torch.get_num_threads()
-        tokenizer = hf.tokenizer(hf.tokenizer_home(model))
+        tokenizer = hf.tokenizer(hf.tokenizer_home(model), model.path)
         loaded = hf.load(model.path, unpacked=unpacked or bool(model.adapters), device=self.device)
         started = time.perf_counter()
         for index, adapter in enumerate(model.adapters):

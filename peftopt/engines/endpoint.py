@@ -62,7 +62,7 @@ class Served(Text):
 
     def __init__(self, model: Model, params: Params) -> None:
         target = Target(params.url, params.protocol, params.model, params.api_key_env, params.timeout_s)
-        tokenizer = hf.tokenizer(hf.tokenizer_home(model))
+        tokenizer = hf.tokenizer(hf.tokenizer_home(model), model.path)
         if tokenizer.eos_token_id is None:
             raise BadInput("the tokenizer has no end-of-sequence token", "set eos_token in its tokenizer_config.json")
         super().__init__(tokenizer, [int(tokenizer.eos_token_id)])

@@ -62,7 +62,7 @@ class LlamaCpp(Text):
     def __init__(self, model: Model, params: Params) -> None:
         self._lib = library()
         folder = Path(model.path)
-        tokenizer = hf.tokenizer(hf.tokenizer_home(model))
+        tokenizer = hf.tokenizer(hf.tokenizer_home(model), model.path)
         super().__init__(tokenizer, ends(folder, tokenizer))
         self.threads = machine.threads()
         self.device = "cuda" if params.gpu_layers and self._lib.llama_supports_gpu_offload() else "cpu"

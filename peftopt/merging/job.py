@@ -20,7 +20,7 @@ from peftopt.merging import certificate
 from peftopt.merging.blocks import FLOATS, Blocks, Written, read_tensor, threads
 from peftopt.merging.certificate import Check
 from peftopt.merging.training import TrainingBase
-from peftopt.records import Json
+from peftopt.records import Json, Model
 
 if TYPE_CHECKING:
     from peftopt.merging.modules import Hollow
@@ -269,8 +269,7 @@ class Merge:
         changed = config != json.loads(original)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n" if changed else original
         (out / "config.json").write_text(text, encoding="utf-8")
-        for adapter in self.adapters:
-            hf.copy_tokenizer(adapter.folder, out)
+        hf.copy_tokenizer(Model(str(self.folder), tuple(str(a.folder) for a in self.adapters)), out)
         card = out / "README.md"
         before = card.read_text(encoding="utf-8") if card.is_file() else ""
         card.write_text(before + self._card(), encoding="utf-8")

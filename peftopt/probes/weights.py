@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peftopt.hf import tokenizer_home
+from peftopt.hf import TEMPLATE, template_home, tokenizer_home
 from peftopt.records import Json, Model
 
 
@@ -69,8 +69,10 @@ WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_
 
 def foreign_words(folder: Path, model: Model) -> list[str]:
     """What of a folder's tokenizer, chat template and end of sequence is not that of the model it was made from."""
-    home = Path(tokenizer_home(model))
-    wrong = [f"{name} is not the adapter's" for name in WORDS if _bytes(folder / name) != _bytes(home / name)]
+    homes = dict.fromkeys(WORDS, Path(tokenizer_home(model))) | {TEMPLATE: Path(template_home(model))}
+    wrong = [
+        f"{name} is not the adapter's" for name, home in homes.items() if _bytes(folder / name) != _bytes(home / name)
+    ]
     for name in ("config.json", "generation_config.json"):
         was, is_ = (_json(path / name).get("eos_token_id") for path in (Path(model.path), folder))
         if was != is_:

@@ -111,7 +111,7 @@ def quantize(
         )
     scheme = {"config_groups": groups, "ignore": [*heads, *kept]}
     with hf.quiet(), _counted(opened, rows, 2 if pipeline == "sequential" else 4):
-        _run(opened, recipe(scheme), rows, pipeline, hf.tokenizer(hf.tokenizer_home(model)))
+        _run(opened, recipe(scheme), rows, pipeline, hf.tokenizer(hf.tokenizer_home(model), model.path))
         opened.save_pretrained(out, save_compressed=True)
     hf.copy_extras(model.path, out)
     libraries = ("llmcompressor", "compressed-tensors", "transformers", "torch")
@@ -139,7 +139,7 @@ def _encoded(
     used = texts[: settings["samples"]]
     if not used:
         raise BadInput("no calibration texts", "give --calibration FILE (a few dozen real prompts), or generic")
-    encode = hf.tokenizer(hf.tokenizer_home(model))
+    encode = hf.tokenizer(hf.tokenizer_home(model), model.path)
     known = hf.config(model.path).get_text_config().vocab_size
     rows = []
     for text in used:
