@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,10 +59,59 @@ class Adapter:
         return identity.of_file(self.folder / WEIGHTS)
 
 
+def download_hint(folder: Path) -> str:
+    """What to do for a path that is no folder and looks like a name on the hub, such as org/model; "" for others."""
+    parts = folder.parts
+    if len(parts) == 2 and not folder.is_absolute() and not Path(parts[0]).exists() and parts[0] not in (".", ".."):
+        return f"if it is a name on the hub, download it first: hf download {folder} --local-dir {parts[1]}"
+    return ""
+
+
+def check_names(adapter: Adapter, base: Mapping[str, object]) -> None:
+    """Raises BadInput when the adapter's modules are the base's but for what stands before them, and when it adapts
+    some experts of a layer only. `base` holds the names of the base's tensors."""
+    modules = {
+        name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in adapter.weights.entries if ".lora_" in name
+    }
+    if not modules or any(f"{module}.weight" in base for module in modules):
+        _check_experts(adapter, modules, base)
+        return
+    first = min(modules)
+    ends = [name.removesuffix(f"{first}.weight") for name in base if name.endswith(f".{first}.weight")]
+    for front in ends:
+        if all(f"{front}{module}.weight" in base for module in modules):
+            task = adapter.config.get("task_type") or "none"
+            raise BadInput(
+                f"adapter {adapter.folder} names {first}, and the base {front}{first}: it was trained on the model "
+                f"without its head (task_type {task})",
+                f"train it on AutoModelForCausalLM, or put {front} behind {PREFIX} in its names",
+            )
+
+
+EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+
+
+def _check_experts(adapter: Adapter, modules: Iterable[str], base: Mapping[str, object]) -> None:
+    """PEFT loads a pair for each expert as one for all of them, and so needs all."""
+    adapted: dict[tuple[str, str], set[str]] = {}
+    for match in filter(None, map(EXPERT.fullmatch, modules)):
+        adapted.setdefault((match[1], match[3]), set()).add(match[2])
+    there: dict[tuple[str, str], set[str]] = {}
+    for match in filter(None, (EXPERT.fullmatch(name.removesuffix(".weight")) for name in base)) if adapted else ():
+        there.setdefault((match[1], match[3]), set()).add(match[2])
+    for (front, back), numbers in sorted(adapted.items()):
+        if lacking := sorted(there.get((front, back), set()) - numbers, key=int):
+            raise BadInput(
+                f"adapter {adapter.folder} adapts some of the experts only: {front}{lacking[0]}{back} has no LoRA, which "
+                "PEFT cannot load since transformers holds all experts of a layer as one weight",
+                "add pairs of zeros for the other experts, or train all of them",
+            )
+
+
 def open_adapter(folder: Path, weight: float = 1.0) -> Adapter:
     """Read the config and the headers. Raises BadInput for what is no adapter, a pickle, or a link to elsewhere."""
     if not folder.is_dir():
-        raise BadInput(f"no adapter folder at {folder}", f"name a folder with {CONFIG}")
+        raise BadInput(f"no adapter folder at {folder}", download_hint(folder) or f"name a folder with {CONFIG}")
     if not (folder / CONFIG).is_file():
         hint = "give the folder that PEFT saved"
         if below := sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}")):

@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,24 +124,42 @@ def load(folder: str, unpacked: bool = False, device: str = "cpu", **kwargs: Any
         raise BadInput(f"cannot load {folder}: {_first_line(error)}", "check that the folder is whole") from error
 
 
-def check_whole(folder: str, shapes: Mapping[str, Sequence[int]], settings: Any = None) -> None:
+def check_whole(
+    folder: str, shapes: Mapping[str, Sequence[int]], settings: Any = None, any_shape: bool = False
+) -> None:
     """Raises BadInput when a checkpoint whose tensors have these names and shapes lacks a weight of the model.
 
     No weight is read: transformers loads tensors that have shapes and no memory, by its own rules of renaming, fusing
-    and tying. `settings` is the model's config, the folder's if None.
+    and tying. `settings` is the model's config, the folder's if None. `any_shape`: packed tensors have other shapes
+    than the layers they are of.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     settings = config(folder) if settings is None else settings
     state = {name: torch.empty(tuple(shape), device="meta") for name, shape in shapes.items()}
-    with quiet(), _whole(folder):
+    with quiet(), _whole(folder, any_shape):
         cls = AutoModelForCausalLM._model_mapping[type(settings)]
         cls.from_pretrained(None, config=settings, state_dict=state, device_map="meta", ignore_mismatched_sizes=True)
 
 
+def kept_in_fp32(settings: Any, dtype: str, names: Iterable[str]) -> set[str]:
+    """Those of a checkpoint's tensors that the model computes with in fp32 though its dtype is another ("bfloat16",
+    "float16"), e.g. the biases by which a router chooses experts."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.core_model_loading import build_glob_alternation
+
+    with torch.device("meta"), quiet():
+        plan = AutoModelForCausalLM.from_config(settings)._get_dtype_plan(getattr(torch, dtype))
+    if not plan:
+        return set()
+    pattern, *_ = build_glob_alternation(list(plan))
+    return {name for name in names if pattern.search(name)}
+
+
 @contextlib.contextmanager
-def _whole(folder: str) -> Iterator[None]:
+def _whole(folder: str, any_shape: bool = False) -> Iterator[None]:
     """Raises BadInput when transformers, loading a model meanwhile, finds a weight missing or in pieces."""
     from unittest import mock
 
@@ -159,7 +177,7 @@ def _whole(folder: str) -> Iterator[None]:
             raise BadInput(f"cannot load {folder}: {found.error_msgs[0]}", hint)
         if lacking := sorted({*found.missing_keys, *found.conversion_errors}):
             raise BadInput(f"the checkpoint {folder} lacks {_some(lacking)}", hint)
-        for name, have, want in sorted(found.mismatched_keys):
+        for name, have, want in sorted(found.mismatched_keys if not any_shape else ()):
             raise BadInput(f"the checkpoint {folder} has {name} as {list(have)}, its config says {list(want)}", hint)
 
 

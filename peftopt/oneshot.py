@@ -117,7 +117,7 @@ def preview(plugin: str, params: Mapping[str, Json], model: Model) -> list[dict[
 
 def _check(plugin: str, model: Model) -> None:
     merges = plugin == "merge"  # which knows more of quantized bases, and says more of what cannot be merged
-    preflight.check_base(Path(model.path), quantized=merges)
+    preflight.check_base(Path(model.path), quantized=merges, ours=not merges)
     for adapter in model.adapters:
         preflight.check_adapter(Path(adapter), Path(model.path), [plugin] if merges else [])
 

@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peftopt import corpus, environments, need, plugins
-from peftopt.adapter import EMBEDDINGS, PREFIX, Adapter, check_mergeable, open_adapter
+from peftopt.adapter import (
+    EMBEDDINGS,
+    PREFIX,
+    Adapter,
+    check_mergeable,
+    check_names,
+    download_hint,
+    is_embedding,
+    open_adapter,
+)
 from peftopt.checkpoint import open_model
 from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment
@@ -131,7 +140,8 @@ def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS
     """A causal language model with weights of that format, with no code of its own and, unless `quantized`, not
     quantized yet. `ours`: an engine of this environment opens it, so what reads its weights must be here."""
     if not folder.is_dir():
-        raise BadInput(f"no model folder at {folder}", "model.base names a folder with config.json and safetensors")
+        hint = download_hint(folder) or "name a folder with config.json and safetensors"
+        raise BadInput(f"no model folder at {folder}", hint)
     if not (folder / "config.json").is_file():
         raise BadInput(f"{folder} is no model: it has no config.json", "give the folder that save_pretrained wrote")
     config = _json(folder / "config.json", "a model's config")
@@ -209,6 +219,8 @@ def _check_fits(adapter: Adapter, base: Path) -> None:
         name for name in entries if f"{name}.absmax" in entries
     }  # by bitsandbytes: their shape is not the layer's
     weights = {name: list(entry.shape) for name, entry in entries.items() if name not in packed}
+    check_names(adapter, entries)
+    brought = any(is_embedding(name) for name in adapter.weights.entries)
     trained_on = adapter.config.get("base_model_name_or_path") or "an unnamed base"
     advice = f"it says it was trained on {trained_on}; give that base"
     sides = [(*_side(entry.name), list(entry.shape)) for entry in adapter.weights.entries.values()]
@@ -219,6 +231,14 @@ def _check_fits(adapter: Adapter, base: Path) -> None:
         if target is None and f"{module}.weight" not in packed and not module.endswith(EMBEDDINGS):
             raise BadInput(f"adapter {adapter.folder} does not fit {base}: the base has no {module}", advice)
         if target and shape[1 if side == "A" else 0] not in target:
+            if module.endswith(EMBEDDINGS) and side == "B":
+                if brought:
+                    continue
+                raise BadInput(
+                    f"adapter {adapter.folder} was trained on {shape[0]} words, and {base} has {target[0]}: tokens were "
+                    "added, and the adapter does not bring their embeddings",
+                    "save it with save_embedding_layers=True, or resize the base as in training and save it",
+                )
             raise BadInput(
                 f"adapter {adapter.folder} does not fit {base}: {module} is {target} there and lora_{side} is {shape}",
                 advice,

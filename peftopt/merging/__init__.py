@@ -7,5 +7,6 @@ lanes.py        threads, each at a file of its own
 modular.py      every other PEFT type: module by module, through
 modules.py      PEFT's own layers, one real module at a time in a hollow model
 training.py     the base that a 4-bit-trained adapter saw
+wholeness.py    whether the base has all its weights, asked beside
 certificate.py  what was checked of the result, and what came out
 """

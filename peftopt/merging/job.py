@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,10 @@ from peftopt.adapter import Adapter, Pair, is_embedding, plain_pairs, targets
 from peftopt.checkpoint import SINGLE, Draft, Entry, open_model
 from peftopt.errors import BadInput
 from peftopt.merging import certificate
-from peftopt.merging.blocks import FLOATS, Blocks, Written, read_tensor, threads
+from peftopt.merging.blocks import FLOATS, HALVES, Blocks, Written, read_tensor, threads
 from peftopt.merging.certificate import Check
 from peftopt.merging.training import TrainingBase
+from peftopt.merging.wholeness import checked_beside
 from peftopt.records import Json, Model
 
 if TYPE_CHECKING:
@@ -27,6 +29,11 @@ if TYPE_CHECKING:
 
 CONFIG_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """The format's words and those of a model's config."""
+
+
+TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Model types of transformers whose layers are Conv1D: weights are [in, out], which a square one does not show, and
+PEFT transposes the delta whatever the adapter's fan_in_fan_out says."""
 
 
 class Merge:
@@ -52,6 +59,7 @@ class Merge:
         self.digests: dict[str, str] = {}
         self.tensors: dict[str, Json] = {}
         self.method = ""
+        self.whole = False
 
     def __enter__(self) -> Merge:
         return self
@@ -59,11 +67,30 @@ class Merge:
     def __exit__(self, *error: object) -> None:
         self.stack.close()
 
+    def check_whole(self) -> None:
+        """Raises BadInput when the base lacks a weight of its model; this loads torch and transformers."""
+        if not self.whole:
+            config = hf.config(str(self.folder))
+            self.training.clean(config)
+            shapes = {name: self.base.entries[name].shape for name in self.training.names(self.base)}
+            hf.check_whole(str(self.folder), shapes, config, any_shape=self.training.packed)
+            self.whole = True
+
+    @cached_property
+    def kept(self) -> set[str]:
+        """Tensors of the base in fp32 that the model keeps so, whatever the output's dtype."""
+        wide = [e.name for e in self.base.entries.values() if e.dtype == "F32"]
+        if self.dtype not in HALVES or not wide:
+            return set()
+        return hf.kept_in_fp32(hf.config(str(self.folder)), CONFIG_DTYPES[self.dtype], wide)
+
     # ---- which way ---------------------------------------------------------------------------
 
     def pairs(self) -> dict[str, list[Pair]] | None:
         """Tensor -> the LoRA pairs that add up, when blocks can do it all; None when PEFT's own layers are needed."""
         if self.training.scheme or self.training.packed or self.combination != "cat":
+            return None
+        if self.config.get("model_type") in TRANSPOSED:
             return None
         found: dict[str, list[Pair]] = {}
         for adapter in self.adapters:
@@ -140,7 +167,8 @@ class Merge:
     def _blocks(
         self, blocks: Blocks, out: Path, pairs: Mapping[str, Sequence[Pair]]
     ) -> tuple[list[Written], list[tuple[str, float, int]]]:
-        with Draft(out, self._layout({}, {}), self.base) as draft:
+        whole = contextlib.nullcontext() if self.whole else checked_beside(self.folder)
+        with whole, Draft(out, self._layout({}, {}), self.base) as draft:
             entries = list(self.base.entries.values())
             written = {w.name: w for w in blocks.transfer(self.base, draft, entries, pairs)}
             samples = certificate.sample_lora(self.base, draft, pairs)
@@ -162,6 +190,7 @@ class Merge:
     def _hollow(self) -> Hollow:
         from peftopt.merging.modules import Hollow
 
+        self.check_whole()
         return Hollow(str(self.folder), self.base, self.adapters, self.combination, self.training)
 
     def _layout(
@@ -180,7 +209,8 @@ class Merge:
         dtype = entry.dtype
         if dtype not in FLOATS and self.training.packed and entry.dtype == "U8":
             dtype = self.dtype or "BF16"
-        return Entry(entry.name, self.dtype if self.dtype and dtype in FLOATS else dtype, shape)
+        narrows = self.dtype and dtype in FLOATS and entry.name not in self.kept
+        return Entry(entry.name, self.dtype if narrows else dtype, shape)
 
     # ---- checking ----------------------------------------------------------------------------
 

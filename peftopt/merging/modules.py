@@ -57,6 +57,7 @@ class Hollow:
         self.packed = {n for n, g in self.groups.items() if any(training.is_packed(base, key) for key, _ in g.tensors)}
         self.peft = self._inject(folder, combination)
         self.units = dict(_units(self.peft, self.params))
+        self._check_resized()
         if not self.units and not self.overrides:
             raise BadInput("the adapter touches no module of the base", "it was trained on another model")
 
@@ -69,6 +70,20 @@ class Hollow:
             for name, entry in adapter.weights.entries.items():
                 if is_embedding(name):
                     text.vocab_size = entry.shape[0]
+
+    def _check_resized(self) -> None:
+        """Raises BadInput when the vocabulary was resized in training and an embedding of that size is not there."""
+        for name, group in self.groups.items():
+            stored = self.base.entries[group.tensors[0][0]].shape
+            if group.converter is None and name not in self.overrides and name not in self.packed:
+                self._check_shape(name, stored)
+
+    def _check_shape(self, name: str, found: Sequence[int]) -> None:
+        if tuple(found) != tuple(self.params[name].shape):
+            raise BadInput(
+                f"{name} is {list(found)} in the base and {list(self.params[name].shape)} in the adapter",
+                "it was trained after a resize and does not bring this tensor: save it with save_embedding_layers=True",
+            )
 
     def _inject(self, folder: str, combination: str) -> Any:
         """PEFT's layers in the hollow model, the adapters' weights loaded, every key of theirs accounted for."""
@@ -153,11 +168,7 @@ class Hollow:
         if name not in self.groups:
             raise BadInput(f"the base has no weight {name}", "its checkpoint is not whole: download it again")
         found = self._loaded(self.groups[name], dtype)[name]
-        if tuple(found.shape) != tuple(self.params[name].shape):
-            raise BadInput(
-                f"{name} is {list(found.shape)} in the base and {list(self.params[name].shape)} in the adapter",
-                "it was trained after a resize and does not bring this tensor: save it with save_embedding_layers=True",
-            )
+        self._check_shape(name, found.shape)
         return self.training.seen(name, found) if name in self.quantized else found
 
     def _loaded(self, group: Group, dtype: Any) -> Tensors:

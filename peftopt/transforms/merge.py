@@ -61,6 +61,8 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
         _nearer(model, params, out, texts)
     else:
         with _opened(model, params) as job:
+            if params.certify == "full":
+                job.check_whole()  # needs what predictions need too
             job.write(out) if params.merge_base != "in-place" else job.write_packed(out)
             if params.certify == "full" or params.merge_base == "in-place":
                 job.checks.append(job.predictions(out, texts, lossy=params.merge_base == "in-place"))
@@ -119,7 +121,15 @@ def _opened(model: Model, params: Params, training: TrainingBase | None = None) 
             check_base(adapter, folder, config)
     scheme = params.scheme if params.merge_base == "dequantized" and not packed else ""
     training = training or TrainingBase(scheme, packed)
-    return Merge(folder, config, adapters, training, DTYPES[params.dtype], params.combination)
+    job = Merge(folder, config, adapters, training, DTYPES[params.dtype], params.combination)
+    eights = sorted(name for name, entry in job.base.entries.items() if entry.dtype.startswith("F8"))
+    if eights and not packed:
+        job.stack.close()
+        raise BadInput(
+            f"{folder} holds {eights[0]} in 8-bit floats, and its config says nothing of a quantization",
+            "merge into the 16-bit model; the scales of these weights are not known",
+        )
+    return job
 
 
 def _config(folder: Path) -> dict[str, Json]:
