@@ -102,8 +102,8 @@ def _check_experts(adapter: Adapter, modules: Iterable[str], base: Mapping[str, 
     for (front, back), numbers in sorted(adapted.items()):
         if lacking := sorted(there.get((front, back), set()) - numbers, key=int):
             raise BadInput(
-                f"adapter {adapter.folder} adapts some of the experts only: {front}{lacking[0]}{back} has no LoRA, which "
-                "PEFT cannot load since transformers holds all experts of a layer as one weight",
+                f"adapter {adapter.folder} adapts some of the experts only: {front}{lacking[0]}{back} has no LoRA, "
+                "which PEFT cannot load since transformers holds all experts of a layer as one weight",
                 "add pairs of zeros for the other experts, or train all of them",
             )
 

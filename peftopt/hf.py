@@ -378,8 +378,10 @@ def check_keys(model: Any, adapter: str, name: str, weights: dict[str, Any]) -> 
     with refusing(adapter):
         expected = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
         weights = _as_loaded(model, name, weights)
-    # PEFT saves a copy of the embeddings too when they were resized or trained: no adapter key, and no mistake.
+    # PEFT saves a copy of the embeddings too when they were resized or trained: no adapter key, and no mistake. Of new
+    # tokens in embeddings that are tied, it saves both sides' rows and loads one.
     copies = {key for key in weights if is_embedding(key)}
+    copies |= _twins({key: value for key, value in weights.items() if key.endswith(NEW_TOKENS)}, expected)
     problems = {
         "lacks": sorted(expected.keys() - weights.keys()),
         "has unknown": sorted(weights.keys() - expected.keys() - copies),
@@ -391,6 +393,15 @@ def check_keys(model: Any, adapter: str, name: str, weights: dict[str, Any]) -> 
                 f"adapter {adapter} {what} weights: {_some(keys)}",
                 "it was trained on another base model, saved half, or its keys were renamed; save it again with PEFT",
             )
+
+
+NEW_TOKENS = ".token_adapter.trainable_tokens_delta"
+
+
+def _twins(rows: dict[str, Any], expected: Mapping[str, Any]) -> set[str]:
+    """Those rows of new tokens that are not expected and equal others that are."""
+    known = [value for key, value in rows.items() if key in expected]
+    return {key for key, value in rows.items() if key not in expected and any(value.equal(one) for one in known)}
 
 
 def _as_loaded(model: Any, name: str, weights: dict[str, Any]) -> dict[str, Any]:

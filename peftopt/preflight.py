@@ -235,8 +235,8 @@ def _check_fits(adapter: Adapter, base: Path) -> None:
                 if brought:
                     continue
                 raise BadInput(
-                    f"adapter {adapter.folder} was trained on {shape[0]} words, and {base} has {target[0]}: tokens were "
-                    "added, and the adapter does not bring their embeddings",
+                    f"adapter {adapter.folder} was trained on {shape[0]} words, and {base} has {target[0]}: tokens "
+                    "were added, and the adapter does not bring their embeddings",
                     "save it with save_embedding_layers=True, or resize the base as in training and save it",
                 )
             raise BadInput(

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftopt import __version__, hf, identity
+from peftopt import __version__, hf, identity, progress
 from peftopt.adapter import Adapter, Pair
 from peftopt.checkpoint import Checkpoint, Draft, open_model
+from peftopt.errors import MissingEnvironment
 from peftopt.merging.blocks import FLOATS, dtype_of, read, row_width
 from peftopt.merging.training import TrainingBase, is_packed
 from peftopt.records import FORMAT, Json
@@ -136,11 +139,11 @@ def sample_lora(
     return errors
 
 
-def ulps(found: np.ndarray, exact: np.ndarray, weight: np.ndarray) -> float:
+def ulps(found: np.ndarray, exact: np.ndarray, weight: np.ndarray | float) -> float:
     """The largest distance of `found` from `exact` (fp64), in units in the last place of found's dtype at `exact`.
 
-    The unit holds fp32's own rounding of sums as large as the largest weight here, which is what an element keeps
-    where terms cancel; in half precision that is next to nothing.
+    The unit holds fp32's own rounding of sums as large as the largest `weight` that goes into them, which is what an
+    element keeps where terms cancel; in half precision that is next to nothing.
     """
     import ml_dtypes
     import numpy as np
@@ -149,7 +152,7 @@ def ulps(found: np.ndarray, exact: np.ndarray, weight: np.ndarray) -> float:
         return 0.0
     exact, limits = exact.reshape(found.shape), ml_dtypes.finfo(found.dtype)
     unit = np.exp2(np.floor(np.log2(np.maximum(np.abs(exact), float(limits.tiny))))) * float(limits.eps)
-    unit += float(np.finfo(np.float32).eps) * 32 * np.abs(weight).max()
+    unit += float(np.finfo(np.float32).eps) * 32 * float(np.abs(weight).max())
     return float((np.abs(found.astype(np.float64) - exact) / unit).max())
 
 
@@ -164,11 +167,51 @@ class Asked:
     answer: list[int] = field(default_factory=list)
 
 
+HELD = 1 << 28
+"""Bytes of one model's predictions that stay in memory; what is more waits on the disk: 48 tokens of a prompt are 50 MB
+where a vocabulary has 262,144 words, and four models have answered when the last is compared."""
+
+ROWS = 16
+"""Positions that are compared at a time, in fp64."""
+
+
+class OnDisk(Sequence[Any]):
+    """Tensors [positions, vocabulary] of fp32 in one file, read when they are asked for; gone when nobody has it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (open as long as this is)
+        self._shapes: list[tuple[int, ...]] = []
+        self._starts = [0]
+
+    def append(self, tensor: Any) -> None:
+        """Write one behind the others."""
+        self._file.seek(self._starts[-1])
+        try:
+            tensor.contiguous().numpy().tofile(self._file)
+        except OSError as error:
+            raise MissingEnvironment(f"cannot keep predictions on the disk: {error}", "free some space") from error
+        self._shapes.append(tuple(tensor.shape))
+        self._starts.append(self._starts[-1] + tensor.numel() * tensor.element_size())
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __getitem__(self, n: Any) -> Any:
+        import numpy as np
+        import torch
+
+        if not 0 <= n < len(self):
+            raise IndexError(n)
+        self._file.seek(self._starts[n])
+        shape = self._shapes[n]
+        return torch.from_numpy(np.fromfile(self._file, np.float32, math.prod(shape)).reshape(shape))
+
+
 @dataclass(frozen=True)
 class Predictions:
     """Log-probabilities [positions, vocabulary] after each token of each prompt and its answer."""
 
-    logs: list[Any]
+    logs: Sequence[Any]
 
     def greedy(self, asked: Sequence[Asked]) -> int:
         """How many answers are this model's own greedy answers too: each token its most likely one."""
@@ -195,17 +238,21 @@ def full(
     import torch
 
     dtype = _dtype(out)
+    turns = 3 if dtype == torch.float32 else 4
     model = _live(base, adapters, combination, training, torch.float32)
     asked = _answered(model, prompts(out, texts))
-    live = _predict(model, asked)
+    predict = partial(_predict, asked=asked, folder=out.parent, turns=turns)
+    live = predict(model, turn=0, what="the live adapter")
     with model.disable_adapter():
-        plain = _predict(model, asked)
+        plain = predict(model, turn=1, what="the base")
+    del model
     still_packed = is_packed(getattr(hf.config(str(out)), "quantization_config", None))
     model = hf.load(str(out)).dequantize().float() if still_packed else hf.load(str(out), dtype=torch.float32)
-    merged, noisy = _predict(model, asked), live
+    merged, noisy = predict(model, turn=2, what="the merged model"), live
     if dtype != torch.float32:
+        del model
         model = _live(base, adapters, combination, training, dtype)
-        noisy = _predict(model, asked)
+        noisy = predict(model, turn=3, what="the live adapter in the output's dtype")
     return compare(live, merged, noisy, plain, asked, _decoder(out), lossy)
 
 
@@ -263,9 +310,13 @@ def compare(
 
 def kl(p: Any, q: Any) -> Any:
     """KL(P || Q) in nats per position, from log-probabilities [positions, vocabulary] (resized: the shared part)."""
-    shared = min(p.shape[1], q.shape[1])
-    p, q = p[:, :shared].double(), q[:, :shared].double()
-    return (p.exp() * (p - q)).sum(dim=1).clamp_min(0)
+    import torch
+
+    shared, parts = min(p.shape[1], q.shape[1]), []
+    for start in range(0, len(p), ROWS):
+        a, b = (x[start : start + ROWS, :shared].double() for x in (p, q))
+        parts.append((a.exp() * (a - b)).sum(dim=1).clamp_min(0))
+    return torch.cat(parts)
 
 
 def _mean(found: Sequence[Any]) -> float:
@@ -319,6 +370,10 @@ def _answered(model: Any, found: Sequence[list[int]]) -> list[Asked]:
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "temperature": None, "top_p": None, "top_k": None}
     asked = []
     for n, prompt in enumerate(found):
+        if n < ANSWERS:
+            progress.report(
+                "certifying", 0, 0, f"the live adapter answers prompt {n + 1} of {min(ANSWERS, len(found))}"
+            )
         answer = []
         if n < ANSWERS:
             ids = torch.tensor([prompt])
@@ -329,12 +384,23 @@ def _answered(model: Any, found: Sequence[list[int]]) -> list[Asked]:
     return asked
 
 
-def _predict(model: Any, asked: Sequence[Asked]) -> Predictions:
+def _predict(model: Any, asked: Sequence[Asked], folder: Path, turn: int, turns: int, what: str) -> Predictions:
+    """What the model expects after each token, in turn `turn` of `turns`; kept on the folder's disk where it is much."""
     import torch
 
-    rows = [torch.tensor([a.prompt + a.answer]) for a in asked]
-    with torch.inference_mode(), hf.quiet():
-        return Predictions([model(input_ids=row).logits[0].float().log_softmax(-1) for row in rows])
+    found: list[Any] | OnDisk = []
+    held = 0
+    for n, a in enumerate(asked):
+        progress.report("certifying", turn * len(asked) + n, turns * len(asked), what)
+        with torch.inference_mode(), hf.quiet():
+            log = model(input_ids=torch.tensor([a.prompt + a.answer])).logits[0].float().log_softmax(-1)
+        held += log.numel() * log.element_size()
+        if isinstance(found, list) and held > HELD:
+            kept, found = found, OnDisk(folder)
+            for earlier in kept:
+                found.append(earlier)
+        found.append(log)
+    return Predictions(found)
 
 
 def _dtype(out: Path) -> Any:

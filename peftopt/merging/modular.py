@@ -78,10 +78,10 @@ class Rewrite:
         samples: list[tuple[str, float, int]] = []
         waiting = dict(self.held)
         for unit in units:
-            exact = hollow.merged(unit, exact=True) if unit in sampled else {}
-            waiting |= hollow.merged(unit)
+            exact = hollow.merged(unit, exact=True) if unit in sampled or self._fine(draft, unit) else {}
+            waiting |= exact if self._fine(draft, unit) else hollow.merged(unit)
             written += self._flush(blocks, draft, waiting)
-            samples += self._errors(draft, exact)
+            samples += self._errors(draft, exact if unit in sampled else {})
         inside = {name for names in hollow.units.values() for name in names}
         for name in sorted(hollow.touched - inside - self.apart):
             waiting[name] = hollow.value(name)
@@ -89,8 +89,18 @@ class Rewrite:
         written += self._flush(blocks, draft, waiting, last=True)
         return written, samples
 
+    def _fine(self, draft: Draft, unit: str) -> bool:
+        """Whether a module is merged in fp64: one whose result is kept in fp32, where fp32's own errors would show. How
+        large they are depends on the type: RandLora adds up as many products as the layer is wide."""
+        names = self.hollow.units[unit]
+        kept = {draft.entries[name].dtype for name in names if name in draft.entries}
+        return bool(kept & {"F32", "F64"}) and self._size(unit) <= SAMPLED_ELEMENTS
+
+    def _size(self, unit: str) -> int:
+        return sum(self.hollow.params[name].numel() for name in self.hollow.units[unit])
+
     def _sampled(self, units: Sequence[str]) -> set[str]:
-        sizes = {unit: sum(self.hollow.params[name].numel() for name in self.hollow.units[unit]) for unit in units}
+        sizes = {unit: self._size(unit) for unit in units}
         # fp64 takes twice the room: of no more than half the elements, it is no more than what the largest takes anyway
         half = [unit for unit in units if sizes[unit] <= max(sizes.values(), default=0) // 2]
         small = [unit for unit in half or units if sizes[unit] <= SAMPLED_ELEMENTS]
@@ -98,12 +108,13 @@ class Rewrite:
 
     def _errors(self, draft: Draft, exact: Tensors) -> Iterator[tuple[str, float, int]]:
         """How far what is on disk is from the fp64 result, for parameters that are tensors of their own."""
+        # A module's parameters may go into each other: GLoRA's bias holds products with the weight.
+        values = [v for name, value in exact.items() for v in (value, self.hollow.value(name))]
+        scale = max((float(value.abs().max()) for value in values if value.numel()), default=0.0)
         for name, value in exact.items():
             target = draft.entries.get(name)
             if target is not None and target.shape == tuple(value.shape):
-                weight = self.hollow.value(name).double()
-                error = certificate.ulps(read(draft, target), value.numpy(), weight.numpy())
-                yield name, error, value.numel()
+                yield name, certificate.ulps(read(draft, target), value.numpy(), scale), value.numel()
 
     def _flush(self, blocks: Blocks, draft: Draft, waiting: Tensors, last: bool = False) -> Iterator[Written]:
         """Write what is complete: parameters that share tensors on disk wait for each other."""
@@ -132,6 +143,5 @@ class Rewrite:
         target = draft.entries[key]
         if target.shape != self.hollow.base.entries[key].shape:
             return False
-        return torch.equal(
-            read_tensor(draft, target), self.hollow.training.tensor(self.hollow.base, key).to(value.dtype)
-        )
+        before = self.hollow.training.tensor(self.hollow.base, key)
+        return torch.equal(read_tensor(draft, target).to(value.dtype), before.to(value.dtype))
