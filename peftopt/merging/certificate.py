@@ -240,19 +240,21 @@ def full(
     dtype = _dtype(out)
     turns = 3 if dtype == torch.float32 else 4
     model = _live(base, adapters, combination, training, torch.float32)
-    asked = _answered(model, prompts(out, texts))
-    predict = partial(_predict, asked=asked, folder=out.parent, turns=turns)
-    live = predict(model, turn=0, what="the live adapter")
+    found = prompts(out, texts)
+    steps = _Steps(min(ANSWERS, len(found)) + turns * len(found))
+    asked = _answered(model, found, steps)
+    predict = partial(_predict, asked=asked, folder=out.parent, steps=steps)
+    live = predict(model, what="the live adapter")
     with model.disable_adapter():
-        plain = predict(model, turn=1, what="the base")
+        plain = predict(model, what="the base")
     del model
     still_packed = is_packed(getattr(hf.config(str(out)), "quantization_config", None))
     model = hf.load(str(out)).dequantize().float() if still_packed else hf.load(str(out), dtype=torch.float32)
-    merged, noisy = predict(model, turn=2, what="the merged model"), live
+    merged, noisy = predict(model, what="the merged model"), live
     if dtype != torch.float32:
         del model
         model = _live(base, adapters, combination, training, dtype)
-        noisy = predict(model, turn=3, what="the live adapter in the output's dtype")
+        noisy = predict(model, what="the live adapter in the output's dtype")
     return compare(live, merged, noisy, plain, asked, _decoder(out), lossy)
 
 
@@ -363,7 +365,18 @@ def _live(base: Path, adapters: Sequence[Adapter], combination: str, training: T
     return model
 
 
-def _answered(model: Any, found: Sequence[list[int]]) -> list[Asked]:
+class _Steps:
+    """Says how far the certificate is: a step is one prompt, answered or predicted by one model."""
+
+    def __init__(self, total: int) -> None:
+        self.done, self.total = 0, total
+
+    def next(self, what: str) -> None:
+        progress.report("certifying", self.done, self.total, what)
+        self.done += 1
+
+
+def _answered(model: Any, found: Sequence[list[int]], steps: _Steps) -> list[Asked]:
     """The prompts, the first few with the model's greedy answer."""
     import torch
 
@@ -384,14 +397,14 @@ def _answered(model: Any, found: Sequence[list[int]]) -> list[Asked]:
     return asked
 
 
-def _predict(model: Any, asked: Sequence[Asked], folder: Path, turn: int, turns: int, what: str) -> Predictions:
-    """What the model expects after each token, in turn `turn` of `turns`; kept on the folder's disk where it is much."""
+def _predict(model: Any, asked: Sequence[Asked], folder: Path, steps: _Steps, what: str) -> Predictions:
+    """What the model expects after each token; kept on the folder's disk where it is much."""
     import torch
 
     found: list[Any] | OnDisk = []
     held = 0
-    for n, a in enumerate(asked):
-        progress.report("certifying", turn * len(asked) + n, turns * len(asked), what)
+    for a in asked:
+        steps.next(what)
         with torch.inference_mode(), hf.quiet():
             log = model(input_ids=torch.tensor([a.prompt + a.answer])).logits[0].float().log_softmax(-1)
         held += log.numel() * log.element_size()
