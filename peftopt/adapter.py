@@ -11,12 +11,11 @@ from functools import cached_property
 from pathlib import Path
 
 from peftopt import identity
-from peftopt.checkpoint import ADAPTER as CONFIG
-from peftopt.checkpoint import Checkpoint, Entry, alike, open_model
+from peftopt.checkpoint import ADAPTER, Checkpoint, Entry, alike, open_model
 from peftopt.errors import BadInput
 from peftopt.records import Json
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", ADAPTER
 PREFIX = "base_model.model."
 
 NO_DELTA = {

@@ -383,12 +383,9 @@ def _answered(model: Any, found: Sequence[list[int]], steps: _Steps) -> list[Ask
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "temperature": None, "top_p": None, "top_k": None}
     asked = []
     for n, prompt in enumerate(found):
-        if n < ANSWERS:
-            progress.report(
-                "certifying", 0, 0, f"the live adapter answers prompt {n + 1} of {min(ANSWERS, len(found))}"
-            )
         answer = []
         if n < ANSWERS:
+            steps.next("the live adapter answers")
             ids = torch.tensor([prompt])
             with torch.inference_mode(), hf.quiet():
                 made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)

@@ -73,13 +73,13 @@ class Rewrite:
         """Merge module by module into the draft; what was written, and the errors of the samples (certificate)."""
         hollow = self.hollow
         units = [unit for unit, names in hollow.units.items() if not self.apart & set(names)]
-        sampled = self._sampled(units)
+        sampled, fine = self._sampled(units), self._fine(draft, units)
         written: list[Written] = []
         samples: list[tuple[str, float, int]] = []
         waiting = dict(self.held)
         for unit in units:
-            exact = hollow.merged(unit, exact=True) if unit in sampled or self._fine(draft, unit) else {}
-            waiting |= exact if self._fine(draft, unit) else hollow.merged(unit)
+            exact = hollow.merged(unit, exact=True) if unit in sampled | fine else {}
+            waiting |= exact if unit in fine else hollow.merged(unit)
             written += self._flush(blocks, draft, waiting)
             samples += self._errors(draft, exact if unit in sampled else {})
         inside = {name for names in hollow.units.values() for name in names}
@@ -89,21 +89,25 @@ class Rewrite:
         written += self._flush(blocks, draft, waiting, last=True)
         return written, samples
 
-    def _fine(self, draft: Draft, unit: str) -> bool:
-        """Whether a module is merged in fp64: one whose result is kept in fp32, where fp32's own errors would show. How
-        large they are depends on the type: RandLora adds up as many products as the layer is wide."""
-        names = self.hollow.units[unit]
-        kept = {draft.entries[name].dtype for name in names if name in draft.entries}
-        return bool(kept & {"F32", "F64"}) and self._size(unit) <= SAMPLED_ELEMENTS
+    def _fine(self, draft: Draft, units: Sequence[str]) -> set[str]:
+        """Modules to merge in fp64: those whose result is kept in fp32, where fp32's own errors would show. How large
+        they are depends on the type: RandLora adds up as many products as the layer is wide."""
 
-    def _size(self, unit: str) -> int:
-        return sum(self.hollow.params[name].numel() for name in self.hollow.units[unit])
+        def kept(unit: str) -> bool:
+            names = (name for name in self.hollow.units[unit] if name in draft.entries)
+            return any(draft.entries[name].dtype in ("F32", "F64") for name in names)
+
+        return {unit for unit in self._small(units) if kept(unit)}
+
+    def _small(self, units: Sequence[str]) -> list[str]:
+        """Modules that may be merged in fp64, which takes twice the room: of no more than half the elements of the
+        largest, it is no more than what that one takes anyway."""
+        sizes = {unit: sum(self.hollow.params[name].numel() for name in self.hollow.units[unit]) for unit in units}
+        half = [unit for unit in units if sizes[unit] <= max(sizes.values(), default=0) // 2]
+        return [unit for unit in half or units if sizes[unit] <= SAMPLED_ELEMENTS]
 
     def _sampled(self, units: Sequence[str]) -> set[str]:
-        sizes = {unit: self._size(unit) for unit in units}
-        # fp64 takes twice the room: of no more than half the elements, it is no more than what the largest takes anyway
-        half = [unit for unit in units if sizes[unit] <= max(sizes.values(), default=0) // 2]
-        small = [unit for unit in half or units if sizes[unit] <= SAMPLED_ELEMENTS]
+        small = self._small(units)
         return set(small[:: max(1, len(small) // SAMPLED_MODULES)][:SAMPLED_MODULES])
 
     def _errors(self, draft: Draft, exact: Tensors) -> Iterator[tuple[str, float, int]]:
