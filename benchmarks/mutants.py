@@ -1,0 +1,383 @@
+"""How many small faults in the pure core the tests notice: each mutant is one change, killed when a test fails.
+
+    python benchmarks/mutants.py                             # all modules below: the score and what survived
+    python benchmarks/mutants.py --module stats --sample 100 # a hundred of one module's, drawn from --seed
+    python benchmarks/mutants.py --changed HEAD~1            # of the lines changed since a revision only
+
+One process collects the tests and runs them once, noting which lines each covers. For each mutant it forks: the child
+puts the changed code into the functions that were imported and runs the tests that cover the line, fastest first, up
+to the first failure. Exit 1: one survived that `benchmarks/survivors.yaml` gives no reason for, and fewer than --floor died.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import math
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import coverage
+import pytest
+import yaml
+from _pytest.runner import runtestprotocol
+from hypothesis import HealthCheck, Phase, settings
+
+MODULES = [f"peftopt/{name}.py" for name in ("stats", "rules", "decide", "evidence", "need")]
+TESTS = [f"tests/test_{name}.py" for name in ("stats", "thresholds", "decide", "evidence", "racing", "recipe")]
+ACCEPTED = Path("benchmarks/survivors.yaml")
+"""Survivors with a reason each: {module: {the line this script prints: why no test can or need tell}}."""
+
+EXAMPLES = 20
+"""Inputs that Hypothesis draws for a test, the same in every run."""
+
+SPARE_S, SLOWER, SPARE_BYTES = 5.0, 10.0, 2 << 30
+"""A mutant is killed when a test takes so many seconds over so many times its time, or so much more memory."""
+
+COMPARED = {
+    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,), ast.NotIn: (ast.In,),
+}  # fmt: skip
+REPLACED = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div,
+    ast.Mod: ast.Mult, ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+PAIRS = [("min", "max"), ("any", "all"), ("ceil", "floor"), ("low", "high"), ("left", "right")]
+NAMES = {"accepted": "rejected", "rejected": "accepted", "inconclusive": "accepted"}
+NAMES |= {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
+UNTOUCHED = {"annotation", "returns", "decorator_list"}
+
+
+@dataclass
+class Mutant:
+    """One change: `new` in place of what `parent` holds in `slot` (and at `index`, if that is a list)."""
+
+    path: str
+    scope: tuple[str, ...]
+    lines: range
+    key: str
+    parent: ast.AST
+    slot: str
+    index: int | None
+    new: ast.AST | None
+    statement: ast.stmt
+    tests: list[pytest.Item] = field(default_factory=list)
+
+    def apply(self) -> None:
+        if self.index is None:
+            setattr(self.parent, self.slot, self.new)
+        elif self.new is None:
+            del getattr(self.parent, self.slot)[self.index]
+        else:
+            getattr(self.parent, self.slot)[self.index] = self.new
+
+
+# ---- what is changed ---------------------------------------------------------------------------
+
+
+def variants(node: ast.AST, parent: ast.AST, slot: str) -> Iterator[ast.AST | None]:
+    """What may stand in the node's place; None: nothing at all."""
+
+    def but(**fields: Any) -> Any:
+        new = copy.copy(node)
+        for name, value in fields.items():
+            setattr(new, name, value)
+        return new
+
+    if slot == "test" and not isinstance(node, (ast.Compare, ast.UnaryOp)):
+        yield ast.UnaryOp(ast.Not(), node)
+    if slot == "ifs":
+        yield ast.Constant(True)
+    if (isinstance(parent, ast.Slice) and slot != "step") or (isinstance(node, ast.keyword) and node.arg != "strict"):
+        yield None
+    match node:
+        case ast.Compare():
+            for n, op in enumerate(node.ops):
+                yield from (but(ops=[*node.ops[:n], to(), *node.ops[n + 1 :]]) for to in COMPARED[type(op)])
+        case ast.BinOp(op=op) | ast.BoolOp(op=op) | ast.AugAssign(op=op) if type(op) in REPLACED:
+            yield but(op=REPLACED[type(op)]())
+        case ast.UnaryOp(op=ast.Not() | ast.USub()):
+            yield node.operand
+        case ast.Constant(value=bool() as value):
+            yield ast.Constant(not value)
+        case ast.Constant(value=int() as value):
+            yield from (ast.Constant(n) for n in (value + 1, value - 1) if n >= 0)
+        case ast.Constant(value=float() as value):
+            yield ast.Constant(1 - 2 * (1 - value) if 0.5 < value < 1 else 2 * value or 1.0)
+        case ast.Constant(value=str() as value) if value in NAMES:
+            yield ast.Constant(NAMES[value])
+        case ast.Name(id=name, ctx=ast.Load()) if name in NAMES:
+            yield but(id=NAMES[name])
+        case ast.Attribute(attr=name, ctx=ast.Load()) if name in NAMES:
+            yield but(attr=NAMES[name])
+        case ast.Return(value=ast.expr() as value) if not (isinstance(value, ast.Constant) and value.value is None):
+            yield but(value=ast.Constant(None))
+    match node:
+        case ast.AugAssign() | ast.Raise() | ast.Break() | ast.Continue() | ast.Expr():
+            yield ast.Pass()
+        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
+            yield ast.Pass()
+
+
+def places(node: ast.AST, scope: tuple[str, ...], statement: ast.stmt) -> Iterator[tuple[Any, ...]]:
+    """Every (parent, slot, index, child, scope, statement) below the node that may be changed: no words, no types."""
+    for slot, value in ast.iter_fields(node):
+        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+            if not isinstance(child, ast.AST) or slot in UNTOUCHED or isinstance(child, (ast.JoinedStr, ast.Assert)):
+                continue
+            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
+                continue  # a docstring
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            here = child if isinstance(child, ast.stmt) else statement
+            yield node, slot, index, child, scope, here
+            if not isinstance(child, ast.Raise):
+                named = isinstance(child, (ast.FunctionDef, ast.ClassDef))
+                yield from places(child, (*scope, child.name) if named else scope, here)
+
+
+def mutants_of(path: str) -> tuple[ast.Module, list[Mutant]]:
+    source = Path(path).read_text()
+    tree, lines = ast.parse(source), source.splitlines()
+    found, seen = [], Counter[str]()
+    for parent, slot, index, child, scope, statement in places(tree, (), ast.Pass()):
+        for new in variants(child, parent, slot):
+            was, becomes = ast.unparse(child), "" if new is None else ast.unparse(new)
+            if isinstance(child, ast.AugAssign | ast.Return):
+                was, becomes = was.split("\n")[0], becomes.split("\n")[0]
+            line = getattr(child, "lineno", statement.lineno)
+            key = f"{'.'.join(scope) or 'module'}: {was} -> {becomes}   in   {lines[line - 1].strip()}"
+            seen[key] += 1
+            key += f" ({seen[key]})" if seen[key] > 1 else ""
+            span = range(line, (getattr(child, "end_lineno", None) or line) + 1)
+            found.append(Mutant(path, scope, span, key, parent, slot, index, new, statement))
+    return tree, found
+
+
+def changed_lines(base: str) -> dict[str, set[int]]:
+    """For each file the lines that are not those of the revision."""
+    git = ["git", "diff", "--unified=0", "--find-renames", "--no-color", base, "--"]
+    said = subprocess.run(git, check=True, capture_output=True, text=True).stdout
+    found: dict[str, set[int]] = defaultdict(set)
+    path = ""
+    for line in said.splitlines():
+        if line.startswith("+++ "):
+            path = line.removeprefix("+++ ").removeprefix("b/")
+        elif hunk := re.match(r"@@ -\S+ \+(\d+)(?:,(\d+))? @@", line):
+            start, count = int(hunk[1]), int(hunk[2] or 1)
+            found[path] |= set(range(start, start + count))
+    return found
+
+
+# ---- what is run -------------------------------------------------------------------------------
+
+
+def install(module: ModuleType, tree: ast.Module, mutant: Mutant) -> None:
+    """Put the changed code into the functions there are, so that whoever imported one has it; constants by name."""
+    mutant.apply()
+    fresh: dict[str, Any] = {"__name__": module.__name__, "__package__": module.__package__}
+    exec(compile(ast.fix_missing_locations(tree), str(module.__file__), "exec"), fresh)
+    if not mutant.scope:
+        for name in stored(mutant.statement):
+            was = vars(module)[name]
+            for holder in [m for m in list(sys.modules.values()) if vars(m).get(name, fresh) is was]:
+                setattr(holder, name, fresh[name])
+    graft(module, fresh, module.__name__)
+
+
+def stored(statement: ast.stmt) -> set[str]:
+    """The names that a statement gives values to."""
+    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def graft(owner: Any, fresh: Mapping[str, Any], module: str) -> None:
+    for name, new in fresh.items():
+        was = vars(owner).get(name)
+        old, code = function(was), function(new)
+        if isinstance(was, type) and was.__module__ == module:
+            graft(was, vars(new), module)
+        elif isinstance(old, FunctionType) and old.__module__ == module:
+            old.__code__, old.__defaults__, old.__kwdefaults__ = code.__code__, code.__defaults__, code.__kwdefaults__
+            getattr(was, "cache_clear", lambda: None)()
+        elif isinstance(owner, type) and not name.startswith("__") and isinstance(new, (int, float, str, tuple)):
+            setattr(owner, name, new)  # a field's default
+
+
+def function(value: Any) -> Any:
+    """The function within a property, a cached one, a static method or one with a cache."""
+    inner = (getattr(value, name, None) for name in ("fget", "func", "__func__", "__wrapped__"))
+    return next((found for found in inner if isinstance(found, FunctionType)), value)
+
+
+def reach(mutant: Mutant, trees: Mapping[str, ast.Module]) -> Iterator[tuple[str, int]]:
+    """The lines where a change shows; of what runs at import, those that use its names, or all of the module."""
+    statement, tree = mutant.statement, trees[mutant.path]
+    end = statement.end_lineno or statement.lineno
+    fields = [each for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for each in node.body]
+    if isinstance(statement, ast.FunctionDef):  # a default
+        yield from ((mutant.path, n) for n in range(statement.body[0].lineno, end + 1))
+    elif statement in fields:
+        yield from ((mutant.path, n) for n in range(1, end_of(tree) + 1))
+    elif mutant.scope:
+        body = getattr(statement, "body", None)
+        last = max(body[0].lineno - 1, statement.lineno) if body else end
+        yield from ((mutant.path, n) for n in range(statement.lineno, last + 1))
+    else:
+        names, used = stored(statement), []
+        for path, each in trees.items():
+            nodes = [n for n in ast.walk(each) if isinstance(n, ast.expr)]
+            used += [(path, n.lineno) for n in nodes if getattr(n, "id", getattr(n, "attr", None)) in names]
+        yield from used
+
+
+def end_of(tree: ast.Module) -> int:
+    return tree.body[-1].end_lineno or 0
+
+
+class Mutation:
+    """The plug-in that takes over once pytest has collected the tests."""
+
+    def __init__(self, chosen: list[Mutant], trees: dict[str, ast.Module], jobs: int, minutes: float) -> None:
+        self.chosen, self.trees, self.jobs, self.minutes = chosen, trees, jobs, minutes
+        self.judged: list[Mutant] = []
+        self.survived: list[Mutant] = []
+        self.seconds: dict[pytest.Item, float] = {}
+        self.out = os.fdopen(os.dup(1), "w")  # pytest captures the other
+
+    def pytest_sessionstart(self) -> None:
+        every = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+        phases = (Phase.explicit, Phase.generate)  # a failure need not be made small
+        settings.register_profile("mutants", derandomize=True, max_examples=EXAMPLES, phases=phases, **every)
+        settings.load_profile("mutants")
+
+    def say(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self.cover(session.items)
+        tests = [item for item in session.items if any(item in m.tests for m in self.chosen)]
+        took = sum(self.seconds[item] for item in tests)
+        self.say(f"{len(self.chosen)} mutants; {len(tests)} tests reach them and take {took:.0f} s")
+        if os.waitpid(self.fork(None, tests), 0)[1]:
+            raise pytest.UsageError("the tests fail in a forked process without any change: nothing can be told")
+        waiting, running = list(self.chosen), dict[int, Mutant]()
+        end = time.monotonic() + 60 * self.minutes
+        while running or (waiting and time.monotonic() < end):
+            while waiting and len(running) < self.jobs and time.monotonic() < end:
+                mutant = waiting.pop(0)
+                running[self.fork(mutant, sorted(mutant.tests, key=self.seconds.__getitem__))] = mutant
+            pid, status = os.wait()
+            self.judged.append(mutant := running.pop(pid))
+            if not status:
+                self.survived.append(mutant)
+                self.say(f"{mutant.path}:{mutant.lines[0]}  {mutant.key}" + ("" if mutant.tests else "  (not reached)"))
+        return True
+
+    def cover(self, items: Sequence[pytest.Item]) -> None:
+        """Run every test once, timed, and give each mutant those that reach it."""
+        watch, of = coverage.Coverage(data_file=None, include=MODULES), {item.nodeid: item for item in items}
+        watch.start()
+        for item, following in zip(items, [*items[1:], None], strict=True):
+            watch.switch_context(item.nodeid)
+            start = time.perf_counter()
+            if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
+                raise pytest.UsageError(f"{item.nodeid} fails without any change")
+            self.seconds[item] = time.perf_counter() - start
+        watch.stop()
+        data = watch.get_data()
+        reached = {path: data.contexts_by_lineno(str(Path(path).resolve())) for path in self.trees}
+        for mutant in self.chosen:
+            names = {name for path, line in reach(mutant, self.trees) for name in reached[path].get(line, ())}
+            mutant.tests = [of[name] for name in names if name in of]
+
+    def fork(self, mutant: Mutant | None, tests: Sequence[pytest.Item]) -> int:
+        """A child that runs the tests until one fails; its exit status is 0 when none does."""
+        if pid := os.fork():
+            return pid
+        status = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_BYTES, resource.RLIM_INFINITY))
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            signal.setitimer(signal.ITIMER_REAL, SPARE_S)
+            if mutant:
+                name = mutant.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+                install(sys.modules[name], self.trees[mutant.path], mutant)
+            for item, following in zip(tests, [*tests[1:], None], strict=True):
+                signal.setitimer(signal.ITIMER_REAL, SPARE_S + SLOWER * self.seconds[item])
+                if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
+                    break
+            else:
+                status = 0
+        finally:
+            os._exit(status)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--module", action="append", help="a module's name or path; may be repeated")
+    parser.add_argument("--changed", metavar="BASE", help="only lines that differ from this git revision")
+    parser.add_argument("--sample", type=int, metavar="N", help="judge so many, drawn at random")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no mutant after so many")
+    parser.add_argument("--survivors", type=Path, default=ACCEPTED, help="accepted survivors with a reason each")
+    parser.add_argument(
+        "--floor", type=float, default=1.0, help="the share killed, accepted ones aside, that is enough"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+
+    found = {path: mutants_of(path) for path in MODULES}
+    wanted = [path for path in MODULES if not options.module or {path, Path(path).stem} & set(options.module)]
+    chosen = [mutant for path in wanted for mutant in found[path][1]]
+    reasons = yaml.safe_load(options.survivors.read_text()) or {} if options.survivors.exists() else {}
+    accepted = {(path, key) for path, keys in reasons.items() for key in keys}
+    if options.changed:
+        changed = changed_lines(options.changed)
+        chosen = [m for m in chosen if changed[m.path] & set(m.lines) and (m.path, m.key) not in accepted]
+    total = len(chosen)
+    if options.sample and options.sample < total:
+        chosen = random.Random(options.seed).sample(chosen, options.sample)
+        print(f"a sample of {len(chosen)} of {total} mutants, seed {options.seed}", flush=True)
+    if not chosen:
+        print("no line that could be changed")
+        return 0
+    os.environ["OMP_NUM_THREADS"] = "1"
+    plugin = Mutation(chosen, {path: tree for path, (tree, _) in found.items()}, options.jobs, options.minutes)
+    code = pytest.main(["-qq", "-p", "no:cacheprovider", *TESTS], plugins=[plugin])
+    if code != pytest.ExitCode.OK:
+        return int(code)
+
+    for path in wanted:
+        judged, alive = (sum(m.path == path for m in each) for each in (plugin.judged, plugin.survived))
+        if judged:
+            print(f"{path}: {judged - alive} of {judged} killed, {1 - alive / judged:.1%}")
+    if left := len(chosen) - len(plugin.judged):
+        print(f"time was up: {left} of {len(chosen)} were not judged")
+    dead = {(m.path, m.key) for m in plugin.judged} - {(m.path, m.key) for m in plugin.survived}
+    for path, key in sorted(accepted & dead):
+        print(f"killed now, needs no reason any more: {path}  {key}")
+    new = [m for m in plugin.survived if (m.path, m.key) not in accepted]
+    print(f"{len(plugin.survived)} survived, {len(new)} of them without a reason in {options.survivors}")
+    return int(bool(new) and 1 - len(new) / len(plugin.judged) < options.floor)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
