@@ -2,6 +2,8 @@
 # make setup  builds .venv with pinned versions   make clean  removes what these made
 # make engines  installs the engines that have an environment of their own (compiles llama.cpp, downloads OpenVINO and
 #               vLLM: some minutes, 5 GB); make test-engines runs their tests on the real thing
+# make mutants  changes the pure core, one small fault at a time, and counts what the tests notice; with SINCE=revision
+#               a sample of those on the lines that changed, which takes some minutes
 PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
@@ -9,7 +11,7 @@ MODEL := models/smollm2-135m-instruct
 # A verdict is a result, whichever it is: 0 accepted, 1 rejected, 3 undecided. Anything else went wrong.
 decide = $(BIN)/peftopt run $(1); code=$$?; case $$code in 0|1|3) ;; *) exit $$code ;; esac
 
-.PHONY: setup engines demo quick test test-engines clean
+.PHONY: setup engines demo quick test test-engines mutants clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -45,6 +47,9 @@ test: .venv/tested $(MODEL)/model.safetensors
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+mutants: .venv/tested
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/mutants.py $(if $(SINCE),--changed $(SINCE) --sample 150 --minutes 3)
 
 clean:
 	rm -rf .venv models results/artifacts results/runs

@@ -382,3 +382,173 @@ def test_importing_imports_no_numpy() -> None:
 def test_extreme_values_break_nothing(d: list[float], limit: float) -> None:
     for found in (stats.race(d, limit), stats.bet(d, limit)):
         assert not d or not math.isnan(found.interval.low + found.interval.estimate * 0)
+
+
+# ---- what small faults would change ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("level", [0.5, 0.9, 0.98])
+def test_an_interval_says_its_level_and_its_n(level: float) -> None:
+    x = [0.1, 0.4, -0.2, 0.3, 0.7]
+    for found, n in (
+        (stats.hodges_lehmann(x, level), 5),
+        (stats.hodges_lehmann([], level), 0),
+        (stats.quantile(x, 0.5, level), 5),
+        (stats.quantile([], 0.5, level), 0),
+        (stats.proportion(1, 7, level), 7),
+        (stats.mean(x, level), 5),
+        (stats.mean([0.5], level), 1),
+        (stats.ratio_of_means(x, [0.0] * 5, level), 5),
+        (stats.perplexity_ratio(x, [0.0] * 5, [2.0] * 5, level), 5),
+    ):
+        assert (found.n, found.level) == (n, level)
+
+
+def test_the_default_level_is_95_percent() -> None:
+    x = [float(i) for i in range(100)]
+    assert stats.quantile(x, 0.5) == stats.quantile(x, 0.5, 0.95)
+    assert stats.proportion(3, 40) == stats.proportion(3, 40, 0.95)
+    assert stats.mean(x) == stats.mean(x, 0.95)
+    assert stats.ratio_of_means(x, [2.0] * 100) == stats.ratio_of_means(x, [2.0] * 100, 0.95)
+    assert stats.perplexity_ratio(x, [1.0] * 100, [90.0] * 100) == stats.perplexity_ratio(
+        x, [1.0] * 100, [90.0] * 100, 0.95
+    )
+    assert stats.upper_bound(2, 40) == stats.upper_bound(2, 40, 0.95)
+    assert stats.needed_n(0.01) == stats.needed_n(0.01, 1, 0.95)
+    assert stats.fewest_for(0.95) == stats.fewest_for(0.95, 0.95)
+
+
+def test_quantiles_of_samples_in_any_order_and_with_ties() -> None:
+    """Nine of twenty are 1, eleven are 2: ranks 6 and 15 bound the median at 95 %."""
+    found = stats.quantile([2.0, 1.0] * 9 + [2.0, 2.0], 0.5)
+    assert (found.estimate, found.low, found.high) == (2.0, 1.0, 2.0)
+    assert stats.quantile(range(20, 0, -1), 0.5) == Interval(10.5, 6.0, 15.0, 20)
+
+
+@pytest.mark.parametrize("q", [-0.1, 0.0, 1.0, 1.1])
+def test_a_quantile_lies_between_0_and_1(q: float) -> None:
+    for call in (lambda: stats.quantile([1.0, 2.0], q), lambda: stats.fewest_for(q)):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            call()
+
+
+@pytest.mark.parametrize("q", [0.05, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("level", [0.8, 0.99])
+def test_the_fewest_samples_are_those_from_which_both_bounds_are_finite_or_the_nearer_one_is(
+    q: float, level: float
+) -> None:
+    n = stats.fewest_for(q, level)
+    enough, fewer = stats.quantile(range(n), q, level), stats.quantile(range(n - 1), q, level)
+    assert math.isfinite(enough.low) and math.isfinite(enough.high)
+    assert not (math.isfinite(fewer.low) and math.isfinite(fewer.high))
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 1), (0, 30), (1, 1), (1, 30), (29, 30), (30, 30)])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+def test_the_upper_bound_leaves_so_few_events_exactly_the_rest_of_the_confidence(
+    k: int, n: int, confidence: float
+) -> None:
+    from scipy.stats import binom
+
+    found = stats.upper_bound(k, n, confidence)
+    if k == n:
+        assert found == 1.0
+    else:
+        assert binom.cdf(k, n, found) == pytest.approx(1 - confidence)
+
+
+def test_prompts_that_are_needed_at_another_confidence() -> None:
+    """ln 0.01 / ln 0.9 = 43.7, and half that error takes 50.3."""
+    assert (stats.needed_n(0.1, confidence=0.99), stats.needed_n(0.1, 2, 0.99)) == (44, 51)
+    assert stats.needed_n(0.5, 1, 0.5) == 1
+    for rate, family in ((1.0, 1), (-0.1, 1), (0.1, 0)):
+        with pytest.raises(ValueError, match="family"):
+            stats.needed_n(rate, family)
+
+
+@given(st.integers(0, 30), st.integers(0, 30))
+def test_flips_are_the_one_sided_binomial_test(worse: int, better: int) -> None:
+    from scipy.stats import binom
+
+    assert stats.flips(worse, better) == pytest.approx(float(binom.sf(worse - 1, worse + better, 0.5)))
+
+
+def test_flips_below_zero_are_refused_on_either_side() -> None:
+    for counts in ((-1, 0), (0, -1)):
+        with pytest.raises(ValueError, match="0 or more"):
+            stats.flips(*counts)
+
+
+def test_ratio_of_means_by_hand() -> None:
+    """9 / 6; residuals (-0.5, 1, -0.5), so the error is sqrt(3 / 2) sqrt(1.5) / 6 and t(0.95; 2) = 2.92."""
+    found = stats.ratio_of_means([1.0, 4.0, 4.0], [1.0, 2.0, 3.0], 0.9)
+    half = 2.9199856 * 1.5 / 6
+    assert near(found, Interval(1.5, 1.5 - half, 1.5 + half, 3, 0.9)) or (found.estimate, found.low) == pytest.approx(
+        (1.5, 1.5 - half), rel=1e-6
+    )
+    assert stats.ratio_of_means([3.0, 1.0], [0.0, 2.0]).estimate == 2.0, "a prompt without tokens is no error"
+    with pytest.raises(ValueError, match="0 or more"):
+        stats.ratio_of_means([1.0, 1.0], [2.0, -1.0])
+
+
+def test_perplexity_of_what_was_not_scored_alike() -> None:
+    with pytest.raises(ValueError, match="same prompts"):
+        stats.perplexity_ratio([1.0, 2.0], [1.0], [1.0, 1.0])
+    huge = stats.perplexity_ratio([710.0, 710.0], [0.0, 0.0], [1.0, 1.0])
+    assert huge.estimate == huge.high == math.inf
+    assert stats.perplexity_ratio([708.5] * 2, [0.0] * 2, [1.0] * 2).estimate == pytest.approx(math.exp(708.5))
+
+
+def test_a_limit_that_is_only_touched_decides_nothing() -> None:
+    touching = Interval(0.5, 0.25, 0.75, 9, 0.95)
+    assert stats.judge(touching, 0.75) == stats.judge(touching, 0.25) == "inconclusive"
+    assert (stats.judge(touching, 0.76), stats.judge(touching, 0.24)) == ("accepted", "rejected")
+    assert stats.judge(touching, 1.0, 0.25) == stats.judge(touching, 0.0, 0.25) == "inconclusive"
+    assert (stats.judge(touching, 1.01, 0.25), stats.judge(touching, -0.01, 0.25)) == ("accepted", "rejected")
+
+
+def test_each_look_has_its_share_of_the_error_and_every_variant_its_part() -> None:
+    """Blocks that lie on both sides of the limit leave the race open at any look, so its interval shows its level."""
+    for blocks, share in zip(stats.LOOKS, (0.1, 0.1, 0.125, 0.175, 0.35), strict=True):
+        for family in (1, 3):
+            d = [0.1 * (-1) ** i for i in range(blocks)]
+            found = stats.race(d, 0.0, family)
+            first = stats.looks(family)[0]
+            if blocks < first:
+                assert (found.look, found.outcome) == (0, "inconclusive")
+                continue
+            assert (found.outcome, found.test, found.launches) == ("inconclusive", "look", blocks)
+            assert found.look == (first if blocks == stats.LOOKS[0] else blocks)
+            assert found.interval.level == pytest.approx(1 - 0.02 * share / family)
+
+
+def test_bets_have_all_of_the_error_where_no_look_shares_it() -> None:
+    d = np.random.default_rng(3).normal(-0.3, 0.02, 40)
+    looked, open_ended = stats.race(d, -0.1, 2), stats.race(d, -0.1, 2, open_ended=True)
+    assert (looked.test, open_ended.test) == ("look", "bets")
+    assert open_ended.interval.level == pytest.approx(1 - 0.02 / 2)
+    assert open_ended.look == open_ended.launches == open_ended.interval.n
+    assert open_ended.blocks_needed is None
+    bet = stats.bet(d, -0.1, 0.005)
+    assert (bet.look, bet.interval.high) == (open_ended.look, open_ended.interval.high)
+
+
+def test_the_wealth_of_bets_by_hand() -> None:
+    """Scores are gaps over the scale, cut at 1; a scale of 0 stakes on the sign. The four wealths are averaged."""
+    x, scale = np.array([-0.2, -0.5, 0.1]), np.array([0.0, 0.4, 0.4])
+    scores, mixed = (-1.0, -1.0, 0.25), []
+    for n in range(1, 4):
+        mixed.append(math.log(np.mean([math.prod(1 - bet * s for s in scores[:n]) for bet in (0.15, 0.3, 0.5, 0.7)])))
+    assert stats._log_wealth(x, scale, 0.0, -1) == pytest.approx(mixed)
+
+
+def test_the_scale_of_a_bet_is_that_of_the_blocks_before_it() -> None:
+    """1.5 medians of the distances to the running median; none before the first, and the future plays no part."""
+    x = np.array([0.0, 2.0, 4.0, 10.0, -50.0])
+    found = stats._past_scale(x)
+    assert found[0] == found[1] == 0.0
+    before = found.tolist()
+    for n in range(1, 6):
+        assert stats._past_scale(x[:n]).tolist() == before[:n]
+    again = stats._past_scale(np.append(x[:4], 1e6)).tolist()
+    assert again == before
