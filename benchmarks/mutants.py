@@ -266,6 +266,7 @@ class Mutation:
     def __init__(self, chosen: list[Mutant], trees: dict[str, ast.Module], jobs: int, minutes: float) -> None:
         self.chosen, self.trees, self.jobs, self.minutes = chosen, trees, jobs, minutes
         self.judged: list[Mutant] = []
+        self.stopped = 0  # for their time, or as they crash at once
         self.kills = Counter[tuple[tuple[str, ...], pytest.Item]]()  # what kills in a function is tried first there
         self.survived: list[Mutant] = []
         self.seconds: dict[pytest.Item, float] = {}
@@ -306,6 +307,7 @@ class Mutation:
             self.judged.append(mutant := running.pop(pid))
             if 0 < (nth := os.waitstatus_to_exitcode(status)) < OTHERWISE:
                 self.kills[mutant.scope, mutant.tests[nth - 1]] += 1
+            self.stopped += not 0 <= nth < OTHERWISE
             if not status:
                 self.survived.append(mutant)
                 self.say(f"{mutant.path}:{mutant.lines[0]}  {mutant.key}" + ("" if mutant.tests else "  (not reached)"))
@@ -393,6 +395,7 @@ def main() -> int:
         judged, alive = (sum(m.path == path for m in each) for each in (plugin.judged, plugin.survived))
         if judged:
             print(f"{path}: {judged - alive} of {judged} killed, {1 - alive / judged:.1%}")
+    print(f"{plugin.stopped} of those killed were stopped for their time or crashed before a test")
     if left := len(chosen) - len(plugin.judged):
         print(f"time was up: {left} of {len(chosen)} were not judged")
     dead = {(m.path, m.key) for m in plugin.judged} - {(m.path, m.key) for m in plugin.survived}

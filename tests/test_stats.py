@@ -552,3 +552,14 @@ def test_the_scale_of_a_bet_is_that_of_the_blocks_before_it() -> None:
         assert stats._past_scale(x[:n]).tolist() == before[:n]
     again = stats._past_scale(np.append(x[:4], 1e6)).tolist()
     assert again == before
+
+
+def test_looks_are_as_documented() -> None:
+    """The docs name the numbers: 10, 16, 24, 40 and 60 blocks for one variant, the last block before 16 for many."""
+    assert stats.looks() == stats.looks(1) == (10, 16, 24, 40, 60)
+    assert [stats.looks(family)[0] for family in (2, 4, 8, 10_000)] == [11, 12, 13, 15]
+
+
+def test_a_race_stops_out_of_reach_from_the_first_look_on_and_past_twice_its_budget() -> None:
+    d = [0.1 * (-1) ** i + 0.001 * i for i in range(10)]
+    assert stats.out_of_reach(d, 0.0, 10) and not stats.out_of_reach(d[:9], 0.0, 10)
