@@ -37,22 +37,14 @@ import yaml
 from _pytest.runner import runtestprotocol
 from hypothesis import HealthCheck, Phase, settings
 
+VERDICTS = tuple(f"tests/test_{name}.py" for name in ("decide", "evidence", "broken_models", "honest_times"))
+
 MODULES = {
-    "peftopt/stats.py": ("tests/test_stats.py",),
-    "peftopt/rules.py": (
-        "tests/test_decide.py",
-        "tests/test_broken_models.py",
-        "tests/test_honest_times.py",
-        "tests/test_evidence.py",
-    ),
-    "peftopt/decide.py": ("tests/test_decide.py", "tests/test_evidence.py", "tests/test_honest_times.py"),
-    "peftopt/evidence.py": (
-        "tests/test_evidence.py",
-        "tests/test_decide.py",
-        "tests/test_honest_times.py",
-        "tests/test_broken_models.py",
-    ),
-    "peftopt/need.py": ("tests/test_decide.py", "tests/test_honest_times.py"),
+    "peftopt/stats.py": ("tests/test_stats.py", "tests/test_honest_times.py"),
+    "peftopt/rules.py": (*VERDICTS, "tests/test_thresholds.py"),
+    "peftopt/decide.py": VERDICTS,
+    "peftopt/evidence.py": VERDICTS,
+    "peftopt/need.py": (*VERDICTS, "tests/test_racing.py"),
 }
 """What is changed, and the tests that should notice."""
 

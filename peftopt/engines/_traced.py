@@ -6,6 +6,8 @@ from typing import Any
 
 FEW_ROWS = 16
 """Rows up to which INT8 weights are multiplied as they are; for more it pays to unpack them first."""
+VECTOR = 16
+"""Bytes that PyTorch's kernel for INT8 weights loads at a time, from addresses that are multiples of it."""
 FUSED = "peftopt_fused"
 """What `_fused` attention is registered as."""
 
@@ -76,12 +78,24 @@ def _linear(linear: Any, x: Any) -> Any:
         out = (out if scale is None else out * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
     elif scale is None:
         return torch.nn.functional.linear(x, weight, linear.bias)
-    elif rows <= FEW_ROWS and x.dtype == scale.dtype == torch.bfloat16 and x.device.type == "cpu":
+    elif rows <= FEW_ROWS and x.dtype == scale.dtype == torch.bfloat16 and x.device.type == "cpu" and _packs(weight):
         out = torch._weight_int8pack_mm(x.reshape(rows, -1), weight, scale).view(*x.shape[:-1], -1)
     else:
         # Scaled in fp32, the same number: else Inductor puts `_weight_int8pack_mm`, made for few rows, in its place.
         out = (torch.nn.functional.linear(x, weight.to(x.dtype)).float() * scale.float()).to(x.dtype)
     return out if linear.bias is None else out + linear.bias
+
+
+def _packs(weight: Any) -> bool:
+    """Whether PyTorch's kernel for INT8 weights [out, in] may be used: it reads past the end of rows that are no
+    multiple of its vectors, which gives garbage or ends the process."""
+    return bool(weight.shape[1] % VECTOR == 0)
+
+
+def aligned(tensor: Any) -> Any:
+    """The tensor, or a copy of one that does not begin where a vector of the processor may: a file's weights lie behind
+    its header, and PyTorch's kernel for INT8 weights ends the process then."""
+    return tensor.clone() if tensor.data_ptr() % VECTOR else tensor
 
 
 def bind_linears(model: Any) -> None:
@@ -100,7 +114,7 @@ def bind_linears(model: Any) -> None:
         if packed and (weight.act_quant_kwargs is not None or weight.scale.numel() != len(weight)):
             continue  # activations in INT8 too, or groups: torchao's own way
         # The scales in the weight's dtype, as torchao multiplies by them; Inductor's lowering needs them ready.
-        linear.int8 = (weight.qdata, weight.scale.flatten().to(weight.dtype)) if packed else None
+        linear.int8 = (aligned(weight.qdata), weight.scale.flatten().to(weight.dtype)) if packed else None
         linear.forward = types.MethodType(_linear, linear)
 
 
