@@ -328,8 +328,8 @@ class Mutation:
         for item, following in zip_longest(items, items[1:]):
             watch.switch_context(item.nodeid)
             start = time.perf_counter()
-            if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
-                raise pytest.UsageError(f"{item.nodeid} fails without any change")
+            if failed := [r for r in runtestprotocol(item, nextitem=following, log=False) if r.failed]:
+                raise pytest.UsageError(f"{item.nodeid} fails without any change: {failed[0].longreprtext}")
             self.seconds[item] = time.perf_counter() - start
         watch.stop()
         data = watch.get_data()
