@@ -64,11 +64,13 @@ class Transformers(Text):
         self._owners = [loaded, loaded.get_base_model()] if model.adapters else [loaded]
         self._one_by_one = bool(model.adapters) and loaded.active_peft_config.is_prompt_learning
         self._stopping, self._endless = _greedy(self._model.generation_config, tokenizer)
+        self.positions = hf.positions(self._model)
         super().__init__(tokenizer, _as_list(self._stopping.eos_token_id))
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         import torch
 
+        self._check_room(prompts, new_tokens)
         ids, mask = self._left_padded(prompts)
         settings = self._stopping if stop else self._endless
         # `generate` fills what a config leaves None from the model's own, so the model's own must be without EOS too;
@@ -95,6 +97,7 @@ class Transformers(Text):
         shared = 0 if self._one_by_one else _shared_prefix(prompts)
         ids, mask = self._left_padded([prompt[shared:] for prompt in prompts])
         longest = max(map(len, answers))
+        self._check_room(prompts, longest)
         rows = torch.zeros(len(answers), longest, dtype=torch.long)
         for row, answer in zip(rows, answers, strict=True):
             row[: len(answer)] = torch.tensor(answer)
@@ -128,6 +131,12 @@ class Transformers(Text):
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _check_room(self, prompts: Sequence[Sequence[int]], more: int) -> None:
+        """Raises BadInput for prompts that, with so many tokens `more`, need a position that there is not."""
+        if self.positions and (longest := max(map(len, prompts)) + more) > self.positions:
+            what = f"a prompt and its answer of {longest} tokens are longer than the model's {self.positions} positions"
+            raise BadInput(what, "give shorter prompts, or ask for fewer new tokens")
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
         """Token ids and attention mask, each [prompts, longest prompt], on the model's device."""
@@ -185,12 +194,13 @@ def _greedy(settings: Any, tokenizer: Any) -> tuple[Any, Any]:
     stopping = copy.deepcopy(settings)
     stopping.update(do_sample=False, num_beams=1, max_length=None, use_cache=True)
     stopping.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)  # unused, and warned of
-    if stopping.eos_token_id is None:
-        stopping.eos_token_id = tokenizer.eos_token_id
-    if stopping.eos_token_id is None:
+    ids = [id_ for id_ in _as_list(stopping.eos_token_id) if id_ is not None and id_ >= 0]
+    ids = ids or [id_ for id_ in [tokenizer.eos_token_id] if id_ is not None]
+    if not ids:
         raise BadInput("the model has no end-of-sequence token", "set eos_token_id in its generation_config.json")
-    if stopping.pad_token_id is None:
-        stopping.pad_token_id = _as_list(stopping.eos_token_id)[0]
+    stopping.eos_token_id = ids
+    if stopping.pad_token_id is None or stopping.pad_token_id < 0:  # -1 is written for "none"
+        stopping.pad_token_id = ids[0]
     endless = copy.deepcopy(stopping)
     endless.eos_token_id = None
     return stopping, endless
