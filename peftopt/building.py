@@ -129,7 +129,8 @@ def _verified(
             return f"not verified: its reader {plugin.reader} needs {error.detail}"
         if error.reason in ("refused", "error"):
             detail = f"the model that {plugin.name} wrote does not work: {error.detail}"
-            raise WorkerFailed("unusable", detail, error.hint) from error
+            hint = error.hint or "keep the layers that it fails on (keep), or use another method"
+            raise WorkerFailed("unusable", detail, hint) from error
         raise
     return f"answered {len(asked)} prompts in a fresh process ({plugin.reader})"
 

@@ -113,7 +113,7 @@ def load(folder: str, unpacked: bool = False, device: str = "cpu", **kwargs: Any
     try:
         with quiet():
             kwargs = {"dtype": "auto", "local_files_only": True, **kwargs}
-            with _whole(folder, strict=(Path(folder) / PROVENANCE).is_file()):
+            with building(folder), _whole(folder, strict=(Path(folder) / PROVENANCE).is_file()):
                 loaded = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
             if packing == "compressed-tensors" and unpacked:
                 # Unpacking leaves a hook on every module that looks for its weights at each call; no graph can hold it.
@@ -157,6 +157,17 @@ def kept_in_fp32(settings: Any, dtype: str, names: Iterable[str]) -> set[str]:
         return set()
     pattern, *_ = build_glob_alternation(list(plan))
     return {name for name in names if pattern.search(name)}
+
+
+@contextlib.contextmanager
+def building(folder: str) -> Iterator[None]:
+    """Raises BadInput for a config of which PyTorch can make no layer, such as padding that is no token."""
+    try:
+        yield
+    except AssertionError as error:
+        raise BadInput(
+            f"cannot build the model of {folder}: {_first_line(error)}", "correct its config.json"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -356,7 +367,7 @@ TOKENIZER_FILES = (
 
 def brings_tokenizer(adapter: Path) -> bool:
     """Whether an adapter's folder holds a whole tokenizer: the one it was trained with, which then is the model's."""
-    names = {file.name for file in adapter.iterdir()}
+    names = {file.name for file in adapter.iterdir()} if adapter.is_dir() else set()
     return "tokenizer_config.json" in names and bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"})
 
 

@@ -19,6 +19,9 @@ MARK = "an answer that no template knows"
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What a template's own expressions raise, besides jinja2's errors."""
+
 REFUSED = "write the prompts as the template wants them: a system message may have to go into the first user message"
 
 
@@ -69,6 +72,8 @@ def check(folder: Path, rows: Sequence[Row], answers: bool = False) -> None:
         except TemplateError as error:
             if type(error) is TemplateError:  # what a template raises itself; of others only the tokenizer knows
                 raise refused(error, f"row {row.id!r}") from error
+        except WRONG:
+            pass  # so here
 
 
 def refused(error: Exception, what: str) -> BadInput:
@@ -109,7 +114,7 @@ def endless(folder: Path, home: Path) -> str:
     A chat model ends its turn as its template does. Where that token is not one that ends an answer, it goes on to
     write the user's next question.
     """
-    closing, stops = closes(home), ends(folder)
+    closing, stops = closes(home), ends(folder) or _own_end(home)
     if closing is None or not stops or closing[1] in stops:
         return ""
     token, id_ = closing
@@ -130,9 +135,15 @@ def closes(home: Path) -> tuple[str, int] | None:
     turn = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": MARK}]
     try:
         text = template.render(turn, prompt=False)
-    except (TemplateError, TypeError, ValueError):
+    except (TemplateError, *WRONG):
         return None
     return first_token(text.rpartition(MARK)[2], _added(home)) if MARK in text else None
+
+
+def _own_end(home: Path) -> list[int]:
+    """The id of the tokenizer's own end of sequence, which counts where the configs name none."""
+    text = read(home).special.get("eos_token", "")
+    return [id_ for token, id_ in _added(home).items() if token == text]
 
 
 def first_token(text: str, added: Mapping[str, int]) -> tuple[str, int] | None:

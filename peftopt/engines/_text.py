@@ -53,7 +53,7 @@ def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], prompt: bool
 
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
-    except TemplateError as error:
+    except (TemplateError, *template.WRONG) as error:
         raise template.refused(error, what) from error
 
 

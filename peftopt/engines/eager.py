@@ -52,6 +52,7 @@ class Transformers(Text):
         self.device, self.threads = str(self._device), torch.get_num_threads()
         tokenizer = hf.tokenizer(hf.tokenizer_home(model), model.path)
         loaded = hf.load(model.path, unpacked=unpacked or bool(model.adapters), device=self.device)
+        words = loaded.get_input_embeddings().num_embeddings
         started = time.perf_counter()
         for index, adapter in enumerate(model.adapters):
             # PEFT's default would hold the adapter in fp32 on a bf16 base, and convert at every layer and token. A
@@ -63,7 +64,7 @@ class Transformers(Text):
         self._model = loaded
         self._owners = [loaded, loaded.get_base_model()] if model.adapters else [loaded]
         self._one_by_one = bool(model.adapters) and loaded.active_peft_config.is_prompt_learning
-        self._stopping, self._endless = _greedy(self._model.generation_config, tokenizer)
+        self._stopping, self._endless = _greedy(self._model.generation_config, tokenizer, words)
         self.positions = hf.positions(self._model)
         super().__init__(tokenizer, _as_list(self._stopping.eos_token_id))
 
@@ -184,7 +185,7 @@ class _Clock:
         """Nothing to flush."""
 
 
-def _greedy(settings: Any, tokenizer: Any) -> tuple[Any, Any]:
+def _greedy(settings: Any, tokenizer: Any, words: int) -> tuple[Any, Any]:
     """The model's generation config made greedy: as it is, and without end of sequence, so that all lengths are equal.
 
     No EOS is cheaper than `min_new_tokens`, which masks the logits at every step.
@@ -199,8 +200,8 @@ def _greedy(settings: Any, tokenizer: Any) -> tuple[Any, Any]:
     if not ids:
         raise BadInput("the model has no end-of-sequence token", "set eos_token_id in its generation_config.json")
     stopping.eos_token_id = ids
-    if stopping.pad_token_id is None or stopping.pad_token_id < 0:  # -1 is written for "none"
-        stopping.pad_token_id = ids[0]
+    if stopping.pad_token_id is None or not 0 <= stopping.pad_token_id < words:  # -1 is written for "none"
+        stopping.pad_token_id = next((id_ for id_ in ids if id_ < words), 0)  # it is masked: any will do
     endless = copy.deepcopy(stopping)
     endless.eos_token_id = None
     return stopping, endless

@@ -60,9 +60,10 @@ def find(config: Any, split: bool = False) -> Found:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from peftopt import hf
     from peftopt.transforms import _experts
 
-    with torch.device("meta"):
+    with torch.device("meta"), hf.building(config.name_or_path):
         empty = AutoModelForCausalLM.from_config(config)
         apart = tuple(f"{name}." for name in _experts.split(empty)) if split else ()
     linears = {name: m for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear)}
