@@ -81,6 +81,19 @@ def foreseen(recipe: Recipe) -> list[str]:
     return list(need.undecidable(recipe, prompts))
 
 
+def copies(recipe: Recipe) -> list[str]:
+    """Which of the recipe's prompts are copies of one another: they count once."""
+    asked = {(w.prompts, w.slice): f"workload {w.name}" for w in recipe.workloads.values()}
+    if recipe.quality:
+        asked[recipe.quality.prompts, recipe.quality.slice] = "quality"
+    found = []
+    for (prompts, only), who in asked.items():
+        rows = corpus.read(prompts, only)
+        if extra := len(rows) - corpus.distinct(rows):
+            found.append(f"{who}: {extra} of {len(rows)} prompts of {prompts} are copies, and count once only")
+    return found
+
+
 def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Row], who: str = "") -> None:
     """Ask a plug-in whether it can do its step on that base at all: see peftopt.transforms."""
     source = plugins.module(step.kind, step.plugin)
