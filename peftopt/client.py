@@ -149,7 +149,7 @@ class Client:
             return BadInput(f"{address} lists no models: {why}", hint)
         try:
             return _models(answer.json())
-        except (ValueError, TypeError) as error:
+        except jsonl.BROKEN as error:
             hint = "give the URL without /v1, of an OpenAI-compatible server; or name another protocol"
             return BadInput(f"{address} is no list of models: {_named(error)}", hint)
 

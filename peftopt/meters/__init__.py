@@ -90,6 +90,9 @@ def read(path: Path, task: str = "") -> list[Found]:
     except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is neither JSON nor JSON lines: {error}", "give a meter's own result file") from error
     meter = next((m for m in known if m.recognises(data)), None)
+    if meter is None:  # of JSON lines, a single one
+        data = [data]
+        meter = next((m for m in known if m.recognises(data)), None)
     if meter is None:
         hint = f"known: {'; '.join(f'{m.NAME} ({m.VERSIONS})' for m in known)}"
         raise BadInput(f"{path} is no result of a meter that can be read", hint)

@@ -47,9 +47,10 @@ def _results(data: Mapping[str, Json]) -> list[Found]:
             stderr = stderr if _is_number(stderr) else None
             number = value if _is_number(value) else None
             values = {"task": task, "metric": metric, "filter": filter_, "value": number, "stderr": stderr, "n": n}
-            lacks = (f"{RAW}; its standard error does not pair two variants (give samples_*.jsonl, --log_samples)",)
-            lacks += () if number is not None else (f"a number: its {metric} is {value}",)
-            found.append(Found(f"{task} {metric}", f"{NAME} {version}", lacks, probe="task", values=values))
+            lacks = [f"{RAW}; its standard error does not pair two variants (give samples_*.jsonl, --log_samples)"]
+            if number is None:
+                lacks.append(f"a number: its {metric} is {value}")
+            found.append(Found(f"{task} {metric}", f"{NAME} {version}", tuple(lacks), probe="task", values=values))
     return found
 
 
@@ -105,9 +106,8 @@ def scores(samples: Mapping[str, Sequence[Mapping[str, Json]]]) -> dict[str, Jso
     return {"metric": named, "value": mean, "n": len(found), **left, "samples": rows_found}
 
 
-_OWN = frozenset(
-    "doc_id doc target arguments resps filtered_resps filter metrics doc_hash prompt_hash target_hash".split()
-)
+_OWN = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics"}
+_OWN |= {"doc_hash", "prompt_hash", "target_hash"}
 """What a sample holds beside its metrics."""
 
 
