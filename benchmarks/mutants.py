@@ -27,6 +27,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -319,7 +320,7 @@ class Mutation:
         """Run every test once, timed, and give each mutant those that reach it."""
         watch, of = coverage.Coverage(data_file=None, include=list(MODULES)), {item.nodeid: item for item in items}
         watch.start()
-        for item, following in zip(items, [*items[1:], None], strict=True):
+        for item, following in zip_longest(items, items[1:]):
             watch.switch_context(item.nodeid)
             start = time.perf_counter()
             if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
@@ -347,7 +348,7 @@ class Mutation:
             if mutant:
                 name = mutant.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
                 install(sys.modules[name], self.trees[mutant.path], mutant)
-            for n, (item, following) in enumerate(zip(tests, [*tests[1:], None], strict=True), 1):
+            for n, (item, following) in enumerate(zip_longest(tests, tests[1:]), 1):
                 signal.setitimer(signal.ITIMER_REAL, SPARE_S + SLOWER * self.seconds[item])
                 if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
                     status = min(n, OTHERWISE)
