@@ -31,8 +31,8 @@ LAYERS = (
     "figures",
     "rules",
     "need",
-    "decide",
     "answers",
+    "decide",
     "render",
     # hands
     "store",
