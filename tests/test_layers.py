@@ -19,6 +19,7 @@ LAYERS = (
     # pure thought
     "thresholds",
     "stats",
+    "jsonl",
     "traffic",
     "goodput",
     "prometheus",
@@ -36,10 +37,13 @@ LAYERS = (
     "render",
     # hands
     "store",
+    "moments",
     "machine",
     "progress",
     "provenance",
     "corpus",
+    "events",
+    "proxies",
     "client",
     "meters",
     "player",
