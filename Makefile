@@ -49,7 +49,7 @@ test: .venv/tested $(MODEL)/model.safetensors
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
 
 mutants: .venv/tested
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/mutants.py $(if $(SINCE),--changed $(SINCE) --sample 150 --minutes 3)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/mutants.py $(if $(SINCE),--changed $(SINCE) --sample 150 --minutes 3 --floor 0.75)
 
 clean:
 	rm -rf .venv models results/artifacts results/runs

@@ -123,6 +123,22 @@ def _speaks_another(text: str, model: str, wanted: str) -> bool:
     return bool(spoken and expected) and spoken != expected
 
 
+FEWEST_UNSTOPPED = 8
+"""Answers of which none stopped, from which on that is worth a word."""
+
+
+def unstopped(answers: Sequence[Mapping[str, Json]]) -> str:
+    """A warning where not one of the answers (records with "stopped" and "new_tokens") ended by itself; else ""."""
+    if len(answers) < FEWEST_UNSTOPPED or any(answer["stopped"] for answer in answers):
+        return ""
+    most = max(answer["new_tokens"] for answer in answers)
+    return (
+        f"0 of {len(answers)} answers stopped by themselves within {most} tokens: either answers are longer than "
+        "new_tokens, or the token that ends a turn in the chat template is missing from eos_token_id in "
+        "generation_config.json (peftopt check names it)"
+    )
+
+
 def loops(tokens: Sequence[int]) -> bool:
     """Whether the last 64 tokens repeat with some period of 32 or less."""
     tail = list(tokens[-LOOP_TOKENS:])

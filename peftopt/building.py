@@ -14,12 +14,16 @@ from peftopt.checkpoint import check_room
 from peftopt.child import Child
 from peftopt.errors import WorkerFailed
 from peftopt.merging.certificate import TEXTS
-from peftopt.records import Json, Model, Plugin
+from peftopt.records import SAFETENSORS, Json, Model, Plugin
+from peftopt.transforms import _layers
 
 VERIFIED_ON = 2
 """Prompts that a written model has to answer: the first calibration rows, or of our own."""
 
 PROMPTS: list[Json] = [{"id": str(n), "prompt": text} for n, text in enumerate(TEXTS[:VERIFIED_ON])]
+
+NOTHING = 0.98
+"""Share of a model's weights that are still in 16 bits or more, above which nothing was quantized."""
 
 LACKING = ("missing library", "missing environment")
 
@@ -69,6 +73,9 @@ def transform(
             )
         if opener and not facts["tier0"]:
             made = Model(str(out), tuple(facts["model"]["adapters"]))
+            if found.format == SAFETENSORS and _layers.unrounded(Path(model.path), out) > NOTHING:
+                detail = f"{plugin} wrote a model whose weights are as wide as before: nothing was quantized"
+                raise WorkerFailed("unusable", detail, "keep fewer layers, or use another method")
             hear({"phase": "verifying", "done": 0, "total": 1, "what": "in a fresh process"})
             verified = _verified(opener, found, made, model, rows, log, threads, deadline_s)
             facts["quantization"] = provenance.add(out, verified=verified)
@@ -122,7 +129,8 @@ def _verified(
             return f"not verified: its reader {plugin.reader} needs {error.detail}"
         if error.reason in ("refused", "error"):
             detail = f"the model that {plugin.name} wrote does not work: {error.detail}"
-            raise WorkerFailed("unusable", detail, error.hint) from error
+            hint = error.hint or "keep the layers that it fails on (keep), or use another method"
+            raise WorkerFailed("unusable", detail, hint) from error
         raise
     return f"answered {len(asked)} prompts in a fresh process ({plugin.reader})"
 

@@ -10,19 +10,16 @@ import json
 import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from peftopt import protocols
+from peftopt import events, jsonl, protocols, proxies
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.protocols import Event, Prompt
 from peftopt.records import Json
 
 if TYPE_CHECKING:
     import httpx
-
-MOST_BYTES = 1 << 20
-"""A single message longer than this is no message."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,12 @@ class Reply:
 
     @property
     def new_tokens(self) -> int:
-        return self.counted if self.counted is not None else len(self.ids) or len(self.times)
+        return self.counted or len(self.ids) or len(self.times)
+
+    @property
+    def guessed(self) -> bool:
+        """Whether `new_tokens` is the number of messages, each of which may have brought several."""
+        return bool(self.times) and not (self.counted or self.ids)
 
     def fail(self, error: str) -> None:
         """What happens after the answer is complete is no failure of the request."""
@@ -82,17 +84,24 @@ class Client:
 
         self.target = checked(target)
         self.protocol = protocols.module(target.protocol)
-        self.extensions = True
+        self.extensions = self.usage = self.old_cap = True
+        """Which fields are sent: those beyond OpenAI's, the wish for counts, and OpenAI's older name of the cap."""
         self.refused = ""
-        """What the server said of the fields beyond OpenAI's, where it refused them."""
+        """What the server said of such fields, where it refused them."""
+        self.guessed = 0
+        """Answers whose tokens were counted by message."""
+        self.notes: list[str] = []
+        """What was odd about the server, for a reader of what came of it."""
         headers = {"Content-Type": "application/json"}
         if target.key_env:
             headers["Authorization"] = f"Bearer {_key(target.key_env)}"
+        self._via = proxies.of(self.target.url, os.environ)
         self._http = httpx.AsyncClient(
             headers=headers,
             timeout=httpx.Timeout(target.timeout_s, connect=min(10.0, target.timeout_s)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=not _is_here(target.url),  # a proxy is no way to this machine
+            trust_env=False,  # what the environment says is read here, so that what it says wrongly has a name
+            **proxies.connection(self.target.url, self._via, os.environ),
         )
 
     async def __aenter__(self) -> Client:
@@ -108,42 +117,75 @@ class Client:
 
         Raises MissingEnvironment when no server answers, BadInput when what answers is no such server.
         """
-        import httpx
-
-        url = self.target.url
         if self.target.protocol == "mii":
             return []
+        found = await self._listed()
+        if isinstance(found, BadInput):
+            raise found
+        return found
+
+    async def _listed(self) -> list[dict[str, Json]] | BadInput:
+        """The models, or why there is no list of them. Raises MissingEnvironment when no server answers, BadInput for
+        an API key that it refuses."""
+        import httpx
+
+        url, address = self.target.url, f"{self.target.url}/v1/models"
         try:
-            answer = await self._http.get(f"{url}/v1/models")
-            if answer.status_code in (401, 403):
-                raise BadInput(
-                    f"{url} refuses the API key (HTTP {answer.status_code})", "name its variable: api_key_env"
-                )
-            if answer.status_code == 404 and self.target.protocol == "tgi":
-                return []
-            answer.raise_for_status()
-            return [dict(m) for m in answer.json()["data"]]
-        except (httpx.HTTPStatusError, ValueError, KeyError, TypeError) as error:
-            hint = "give the URL without /v1, of an OpenAI-compatible server; or name another protocol"
-            raise BadInput(f"{url}/v1/models is no list of models: {_named(error)}", hint) from error
+            answer = await self._http.get(address)
         except httpx.HTTPError as error:
+            through = f" through the proxy of {self._via.name}" if self._via else ""
             raise MissingEnvironment(
-                f"no server at {url}: {_named(error)}", "start it, or check the address"
+                f"no server at {url}{through}: {_named(error)}", "start it, or check the address"
             ) from error
+        if answer.status_code == 401:
+            raise BadInput(f"{url} refuses the API key (HTTP 401)", "name its variable: api_key_env")
+        if answer.status_code == 404 and self.target.protocol == "tgi":
+            return []
+        if answer.is_redirect:
+            return BadInput(f"{address} redirects to {_to(answer)}", "give the server's own address")
+        if answer.status_code != 200:
+            why = f"HTTP {answer.status_code}: {_said(answer.text)}"
+            hint = "name what it serves: --model, or model: in a recipe; or check the URL, which is one without /v1"
+            return BadInput(f"{address} lists no models: {why}", hint)
+        try:
+            return _models(answer.json())
+        except jsonl.BROKEN as error:
+            hint = "give the URL without /v1, of an OpenAI-compatible server; or name another protocol"
+            return BadInput(f"{address} is no list of models: {_named(error)}", hint)
 
     async def served(self, names: Sequence[str]) -> list[str]:
-        """The names to send requests to: `names`, each of which must be served, or else the only one there is."""
-        known = [str(m["id"]) for m in await self.models()]
-        if not names and self.target.protocol == "tgi":
-            return [""]  # a name would be an adapter's
+        """The names to send requests to: `names`, or else the only one that is served.
+
+        A list of models may be missing or not tell all, such as aliases: a name that it lacks is tried, and what is
+        odd is noted. Raises BadInput for one that is not served, and as `models` does.
+        """
         if not names:
+            known = [str(m["id"]) for m in await self.models()]
+            if self.target.protocol == "tgi":
+                return [""]  # a name would be an adapter's
             if len(known) > 1:
                 raise BadInput(f"{self.target.url} serves several models", f"name one: {', '.join(known[:20])}")
             return known or [""]
-        for name in names:
-            if known and name not in known and self.target.protocol != "tgi":
-                raise BadInput(f"{self.target.url} serves no {name!r}", f"it serves: {', '.join(known[:20])}")
+        if self.target.protocol == "mii":
+            return list(names)
+        listed = await self._listed()
+        if isinstance(listed, BadInput):
+            self.notes.append(f"{listed.message}; {', '.join(names)} could not be looked up")
+        elif listed and self.target.protocol != "tgi":
+            known = [str(m["id"]) for m in listed]
+            for name in dict.fromkeys(names):
+                if name not in known:
+                    await self._try(name, known)
         return list(names)
+
+    async def _try(self, name: str, known: Sequence[str]) -> None:
+        """Ask a name that the server does not list. Raises BadInput where that is no alias of what it serves."""
+        hello = "Hello"
+        reply = await self.ask(Prompt(({"role": "user", "content": hello},), hello), name, 1)
+        if reply.error:
+            hint = f"it serves: {', '.join(known[:20])}"
+            raise BadInput(f"{self.target.url} serves no {name!r}: {reply.error}", hint)
+        self.notes.append(f"the server does not list {name!r}, but answers to it: an alias?")
 
     async def metrics(self) -> str:
         """The engine's Prometheus metrics as text; "" where it has none."""
@@ -158,19 +200,43 @@ class Client:
     # ---- requests
 
     async def ask(self, prompt: Prompt, model: str, new_tokens: int, stop: bool = True) -> Reply:
-        """One answer. The fields beyond OpenAI's are left out from the first time on that the server refuses them."""
+        """One answer. Fields that not every server knows are left out from the first time on that it refuses them."""
         reply = await self.send(self.encoded(prompt, model, new_tokens, stop))
-        if self.extensions and reply.status in (400, 422) and reply.error:
-            plain = await self.send(self.encoded(prompt, model, new_tokens, stop, extensions=False))
-            if not plain.error:
-                self.extensions, self.refused = False, reply.error
-                return plain
+        if reply.status not in (400, 422) or not reply.error:
+            return reply
+        before = (self.extensions, self.usage, self.old_cap)
+        error = reply.error
+        while self._leave_out(error):
+            fewer = await self.send(self.encoded(prompt, model, new_tokens, stop))
+            if not fewer.error:
+                self.refused = reply.error
+                return fewer
+            error = fewer.error
+        self.extensions, self.usage, self.old_cap = before  # it was something else
         return reply
 
-    def encoded(self, prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool | None = None) -> bytes:
+    def _leave_out(self, error: str) -> bool:
+        """Leave out a field more: what the server's words name, else what is known least."""
+        if self.old_cap and "max_completion_tokens" in error:
+            self.old_cap = False
+        elif self.usage and ("stream_options" in error or "include_usage" in error):
+            self.usage = False
+        elif self.extensions:
+            self.extensions = False
+        elif self.usage:
+            self.usage = False
+        else:
+            return False
+        return True
+
+    def encoded(self, prompt: Prompt, model: str, new_tokens: int, stop: bool) -> bytes:
         """The body of a request, ready to send."""
-        extensions = self.extensions if extensions is None else extensions
-        return json.dumps(self.protocol.body(prompt, model, new_tokens, stop, extensions)).encode()
+        body = self.protocol.body(prompt, model, new_tokens, stop, self.extensions)
+        if not self.usage:
+            body.pop("stream_options", None)
+        if not self.old_cap and "max_tokens" in body:
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        return json.dumps(body).encode()
 
     async def send(self, body: bytes) -> Reply:
         """Send a body and follow its answer to the end."""
@@ -195,9 +261,11 @@ class Client:
             reply.fail(f"cannot connect: {_named(error)}")
         except httpx.HTTPError as error:
             reply.fail(f"connection lost after {len(reply.times)} tokens: {_named(error)}")
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except jsonl.BROKEN as error:
             reply.fail(f"garbage in the answer: {_named(error)}")
         reply.done = reply.done or time.perf_counter_ns()
+        reply.text = _whole_characters(reply.text)
+        self.guessed += self.protocol.STREAMS and not reply.error and reply.guessed
         return reply
 
     async def _answered(self, body: bytes, reply: Reply) -> None:
@@ -234,46 +302,62 @@ class Client:
 
     async def _follow(self, response: httpx.Response, reply: Reply) -> None:
         reply.status = response.status_code
-        kind = response.headers.get("content-type", "")
-        if reply.status != 200:
-            text = (await response.aread())[:MOST_BYTES].decode(errors="replace")
+        if response.is_redirect:
+            reply.error = f"HTTP {reply.status}: it redirects to {_to(response)}: give that address"
+        elif reply.status != 200:
+            text = (await response.aread())[: events.MOST_BYTES].decode(errors="replace")
             reply.error = f"HTTP {reply.status}: {_said(text)}"
         elif not self.protocol.STREAMS:
             reply.add(self.protocol.read(json.loads(await response.aread())), time.perf_counter_ns())
-        elif "event-stream" not in kind:
-            reply.error = f"does not stream: it answered {kind or 'without a content type'} to stream: true"
         else:
-            async for now, message in _messages(response):
-                if message == "[DONE]":
-                    reply.done = now  # and on to the end of the response, so that its connection is used again
-                elif not reply.done:
-                    reply.add(self.protocol.read(json.loads(message)), now)
-                    if reply.error:
-                        return
-            if not reply.finish:
-                reply.error = f"the stream ended early, after {len(reply.times)} tokens"
+            await self._stream(response, reply)
+
+    async def _stream(self, response: httpx.Response, reply: Reply) -> None:
+        kind = response.headers.get("content-type", "")
+        pieces, head = _timed(response), []
+        if "event-stream" not in kind:  # some streams go by another name: the first bytes tell
+            start = b""
+            async for now, piece in pieces:
+                head.append((now, piece))
+                start += piece
+                if len(start.lstrip()) >= events.TELLING:
+                    break
+            if not events.begin(start):
+                text = (start + b"".join([piece async for _, piece in pieces]))[: events.MOST_BYTES]
+                why = _error_in(text.decode(errors="replace"))
+                plain = f"does not stream: it answered {kind or 'without a content type'} to stream: true"
+                reply.error = f"HTTP 200, and yet: {why}" if why else plain
+                return
+        async for now, message in events.messages(_joined(head, pieces)):
+            if message is events.DONE:
+                reply.done = now  # and on to the end of the response, so that its connection is used again
+            elif not reply.done:
+                reply.add(self.protocol.read(message), now)
+                if reply.error:
+                    return
+        if not reply.finish and not (reply.done and reply.times):
+            reply.error = f"the stream ended early, after {len(reply.times)} tokens"
 
 
-async def _messages(response: httpx.Response) -> AsyncIterator[tuple[int, str]]:
-    """The data of each server-sent event with the time its bytes arrived; comments and other fields are skipped.
-
-    Source: html.spec.whatwg.org, section 9.2.6 (one line of data each, as all these servers send it).
-    """
-    rest = b""
+async def _timed(response: httpx.Response) -> AsyncIterator[tuple[int, bytes]]:
+    """The bytes of an answer as they arrive, and when (perf_counter_ns)."""
     async for piece in response.aiter_bytes():
-        now = time.perf_counter_ns()
-        *lines, rest = (rest + piece).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield now, line[5:].strip().decode()
-            elif line.strip() and not line.startswith((b":", b"event:", b"id:", b"retry:")):
-                raise ValueError(f"{line[:80]!r} is no server-sent event")
-        if len(rest) > MOST_BYTES:
-            raise ValueError(f"a message longer than {MOST_BYTES} bytes")
+        yield time.perf_counter_ns(), piece
+
+
+async def _joined(
+    head: Sequence[tuple[int, bytes]], rest: AsyncIterator[tuple[int, bytes]]
+) -> AsyncIterator[tuple[int, bytes]]:
+    for piece in head:
+        yield piece
+    async for piece in rest:
+        yield piece
 
 
 def checked(target: Target) -> Target:
     """Raises BadInput for a target that cannot be one."""
+    import httpx
+
     if target.protocol not in protocols.NAMES:
         raise BadInput(f"no protocol named {target.protocol!r}", f"known: {', '.join(protocols.NAMES)}")
     if not target.url.startswith(("http://", "https://")):
@@ -284,32 +368,65 @@ def checked(target: Target) -> Target:
         raise BadInput(f"{target.url} ends in /v1", "give it without: the protocol knows its path")
     if not target.timeout_s > 0:
         raise BadInput(f"timeout_s: {target.timeout_s} is no time", "give seconds, more than 0")
-    return Target(target.url.rstrip("/"), target.protocol, target.model, target.key_env, target.timeout_s)
+    try:
+        whole = httpx.URL(target.url)
+    except httpx.InvalidURL as error:
+        raise BadInput(f"{target.url!r} is no URL: {error}", "give it like http://localhost:8000") from error
+    if not whole.host:
+        raise BadInput(f"{target.url!r} names no server", "give it like http://localhost:8000")
+    return replace(target, url=target.url.rstrip("/"))
 
 
 def _key(variable: str) -> str:
     try:
-        return os.environ[variable]
+        key = os.environ[variable].strip()
     except KeyError:
         raise BadInput(f"the environment has no {variable}", f"export {variable}=…, then run this again") from None
+    if not (key.isascii() and key.isprintable()):
+        raise BadInput(f"{variable} holds what no API key can", "export the key alone, in one line")
+    return key
 
 
-def _is_here(url: str) -> bool:
-    host = url.split("/")[2].rpartition(":")[0] or url.split("/")[2]
-    return host.strip("[]") in ("localhost", "127.0.0.1", "::1")
+def _models(data: Json) -> list[dict[str, Json]]:
+    """The models in an answer: OpenAI's {"data": […]}, or a bare list. Raises TypeError for another shape."""
+    found = data.get("data", data.get("models")) if isinstance(data, Mapping) else data
+    if found is None and isinstance(data, Mapping) and "data" in data:
+        return []
+    if not isinstance(found, list):
+        raise TypeError(f"it is {_error_in(json.dumps(data)) or type(data).__name__}")
+    return [dict(m) for m in found if isinstance(m, Mapping) and isinstance(m.get("id"), str)]
+
+
+def _to(response: httpx.Response) -> str:
+    """Where an answer redirects to, in words that can be printed."""
+    return repr(response.headers.get("location", ""))[1:-1][:200] or "nowhere"
 
 
 def _said(text: str) -> str:
     """A server's own words about an error, in a line."""
+    return _error_in(text) or _line(text) or "(no reason given)"
+
+
+def _error_in(text: str) -> str:
+    """The error that a JSON text tells of, in a line; "" = none, or no JSON."""
     try:
-        data: Any = json.loads(text)
-    except ValueError:
-        data = None
-    return protocols.error_of(data) or " ".join(text.split())[:200] or "(no reason given)"
+        return _line(protocols.error_of(json.loads(text)))
+    except (ValueError, RecursionError):
+        return ""
+
+
+def _line(text: str) -> str:
+    """At most 200 characters in one line, all of which can be written."""
+    return " ".join(_whole_characters(text).split())[:200]
+
+
+def _whole_characters(text: str) -> str:
+    """Halves of a character (lone surrogates) joined where they are a pair, else replaced: they cannot be written."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _named(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:200] if str(error) else type(error).__name__
+    return _line(f"{type(error).__name__}: {error}") if str(error) else type(error).__name__
 
 
 def labels(models: Sequence[Mapping[str, Json]]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peftopt import identity
+from peftopt import identity, jsonl
 from peftopt.errors import BadInput
 from peftopt.records import GENERIC, Json
 
@@ -22,23 +23,126 @@ class Row:
     critical: bool = False
     slices: tuple[str, ...] = ()
 
+    @property
+    def prompt_id(self) -> str:
+        """A short hash of the messages: copies of one prompt have the same."""
+        return identity.of_value(self.messages)[:16]
+
     def as_json(self) -> dict[str, Json]:
         return asdict(self)
 
 
-def row_from(values: Mapping[str, Json]) -> Row:
-    """A Row from its JSON form. Raises KeyError, TypeError or ValueError for one that is not a row."""
-    messages = values.get("messages") or [{"role": "user", "content": values["prompt"]}]
-    if not all(isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages):
-        raise TypeError("role and content of a message must be text")
-    expected = values.get("expected", "")
-    return Row(
-        id=str(values["id"]),
-        messages=tuple({"role": m["role"], "content": m["content"]} for m in messages),
-        expected=expected if isinstance(expected, str) else json.dumps(expected, separators=(",", ":")),
-        critical=bool(values.get("critical", False)),
-        slices=tuple(str(s) for s in values.get("slices", ())),
+NOT_SENT = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "documents", "images", "audio")
+"""What changes an answer, and is sent neither to a server nor through a chat template here: refused, not dropped."""
+
+SHAPE = '{"id": "…", "messages": [{"role": "user", "content": "…"}], "expected": "…"}'
+
+
+def row_from(values: Json, number: int = 0) -> Row:
+    """A Row from its JSON form; one without an id is called by its line's `number`. Raises ValueError that says what it
+    lacks."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"it is {_kind(values)}, not a mapping")
+    _refuse_unsent(values)
+    messages = tuple(_message(m, n) for n, m in enumerate(_messages(values), 1))
+    id_ = values.get("id")
+    if isinstance(id_, bool | list | dict):
+        raise ValueError(f"its id is {_kind(id_)}, not text or a number")
+    row = Row(
+        id=f"line-{number}" if id_ is None or id_ == "" else str(id_),
+        messages=messages,
+        expected=_expected(values.get("expected")),
+        critical=_yes(values.get("critical"), "critical"),
+        slices=_names(values.get("slices"), "slices"),
     )
+    for text in (row.id, row.expected, *row.slices, *(part for m in messages for part in m.values())):
+        if half := _HALF.search(text):
+            raise ValueError(f"it holds half a character (the lone surrogate \\u{ord(half[0]):04x})")
+    return row
+
+
+def _expected(value: Json) -> str:
+    """The right answer as text: JSON stands for itself, and null for none."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, separators=(",", ":"))
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def _messages(values: Mapping[str, Json]) -> Sequence[Json]:
+    """The messages of a row, or its prompt as one."""
+    if messages := values.get("messages"):
+        if not isinstance(messages, list | tuple):
+            raise ValueError(f"its messages are {_kind(messages)}, not a list")
+        return messages
+    if (prompt := values.get("prompt")) is not None:
+        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _chat(prompt)
+    for name, others in (("conversations", "ShareGPT's"), ("instruction", "Alpaca's"), ("text", "plain text")):
+        if name in values:
+            raise ValueError(f"it has {name!r} ({others} form) and no messages: write them as role and content")
+    raise ValueError("it has neither messages nor a prompt")
+
+
+def _chat(prompt: Json) -> Sequence[Json]:
+    """A prompt that is itself a list of messages, as preference data have it."""
+    if isinstance(prompt, list) and prompt and all(isinstance(m, Mapping) for m in prompt):
+        return prompt
+    raise ValueError(f"its prompt is {_kind(prompt)}, not text")
+
+
+def _message(message: Json, number: int) -> dict[str, str]:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"message {number} is {_kind(message)}, not a mapping")
+    _refuse_unsent(message, f"message {number} ")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        form = " (ShareGPT's form has from and value)" if "from" in message else ""
+        raise ValueError(f"message {number} has no role{form}")
+    if isinstance(content, list) and content and all(_is_text(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"the content of message {number} is {_kind(content)}, not text")
+    return {"role": role, "content": content}
+
+
+def _is_text(part: Json) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _refuse_unsent(values: Mapping[str, Json], where: str = "it ") -> None:
+    if found := [name for name in NOT_SENT if values.get(name)]:
+        raise ValueError(f"{where}has {' and '.join(found)}, which peftopt does not send: take such rows out")
+    if values.get("role") in ("tool", "function"):
+        raise ValueError(f"{where}is a tool's, which peftopt does not send: take such rows out")
+
+
+def _yes(value: Json, name: str) -> bool:
+    """Yes or no, as JSON has it or as tables write it."""
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
+    if isinstance(value, str | int | float) and (text := f"{value}".strip().lower().removesuffix(".0")) in words:
+        return words[text]
+    raise ValueError(f"{name}: {value!r} is neither true nor false")
+
+
+def _names(value: Json, name: str) -> tuple[str, ...]:
+    """A list of names, or one."""
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str | int) and v != "" for v in value):
+        raise ValueError(f"{name}: {value!r} is no list of names")
+    return tuple(map(str, value))
+
+
+def _kind(value: Json) -> str:
+    """What a JSON value is, in words."""
+    words = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
+    return words.get(type(value), "nothing")
 
 
 def read(path: str, only_slice: str = "") -> list[Row]:
@@ -46,17 +150,17 @@ def read(path: str, only_slice: str = "") -> list[Row]:
     rows: list[Row] = []
     seen: dict[str, int] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = jsonl.text_of(Path(path).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read prompts {path}: {error}", "give a UTF-8 JSON-lines file") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    if text.lstrip().startswith("["):
+        hint = f"write each of its rows on a line of its own: jq -c '.[]' {path}"
+        raise BadInput(f"{path} is a JSON array, not JSON lines", hint)
+    for number, line in jsonl.lines(text):
         try:
-            row = row_from(json.loads(line))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            shape = '{"id": "…", "messages": [{"role": "user", "content": "…"}], "expected": "…"}'
-            raise BadInput(f"{path}:{number} is not a prompt: {error!r}", f"each line looks like {shape}") from error
+            row = row_from(json.loads(line), number)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path}:{number} is not a prompt: {error}", f"each line looks like {SHAPE}") from error
         if row.id in seen:
             raise BadInput(f"{path}:{number} repeats the id {row.id!r} of line {seen[row.id]}", "make ids unique")
         seen[row.id] = number
@@ -68,6 +172,11 @@ def read(path: str, only_slice: str = "") -> list[Row]:
     return rows
 
 
+def distinct(rows: Sequence[Row]) -> int:
+    """How many different prompts there are: copies say nothing new."""
+    return len({row.prompt_id for row in rows})
+
+
 def calibration_file(named: str) -> Path:
     """The file of calibration rows that a user names: their own, or for "generic" the one that comes with peftopt."""
     return Path(__file__).parent / "generic.jsonl" if named == GENERIC else Path(named)
@@ -75,9 +184,9 @@ def calibration_file(named: str) -> Path:
 
 def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str) -> None:
     """Refuse a calibration row that is also evaluated: a quantizer must not see the questions of its exam."""
-    exam = {identity.of_value(row.messages): row.id for row in evaluation}
+    exam = {row.prompt_id: row.id for row in evaluation}
     for row in calibration:
-        if twin := exam.get(identity.of_value(row.messages)):
+        if twin := exam.get(row.prompt_id):
             raise BadInput(
                 f"calibration row {row.id!r} of {path} is also evaluation row {twin!r}",
                 "take it out of one of the two files",

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from peftopt import stats
+from peftopt import answers, stats
 from peftopt.evidence import TWIN, Evidence
 from peftopt.figures import figures
 from peftopt.records import (
@@ -287,6 +287,9 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
         + "".join(f"; it lacks {what}" for what in lacks)
         for where, lacks in sorted(evidence.apart.items())
     ]
+    for name in evidence.plan.recipe.variants:
+        if said := answers.unstopped(list(evidence.rows(name).values())):
+            found.append(f"{name}: {said}")
     for name, failure in evidence.failures.items():
         hint = f"; {failure['hint']}" if failure.get("hint") else ""
         found.append(f"{name}: {failure['stage']} failed, {failure['reason']}: {failure['detail']}{hint}")

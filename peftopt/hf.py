@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -112,7 +113,7 @@ def load(folder: str, unpacked: bool = False, device: str = "cpu", **kwargs: Any
     try:
         with quiet():
             kwargs = {"dtype": "auto", "local_files_only": True, **kwargs}
-            with _whole(folder):
+            with building(folder), _whole(folder, strict=(Path(folder) / PROVENANCE).is_file()):
                 loaded = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
             if packing == "compressed-tensors" and unpacked:
                 # Unpacking leaves a hook on every module that looks for its weights at each call; no graph can hold it.
@@ -159,8 +160,20 @@ def kept_in_fp32(settings: Any, dtype: str, names: Iterable[str]) -> set[str]:
 
 
 @contextlib.contextmanager
-def _whole(folder: str, any_shape: bool = False) -> Iterator[None]:
-    """Raises BadInput when transformers, loading a model meanwhile, finds a weight missing or in pieces."""
+def building(folder: str) -> Iterator[None]:
+    """Raises BadInput for a config of which PyTorch can make no layer, such as padding that is no token."""
+    try:
+        yield
+    except AssertionError as error:
+        raise BadInput(
+            f"cannot build the model of {folder}: {_first_line(error)}", "correct its config.json"
+        ) from error
+
+
+@contextlib.contextmanager
+def _whole(folder: str, any_shape: bool = False, strict: bool = False) -> Iterator[None]:
+    """Raises BadInput when transformers, loading a model meanwhile, finds a weight missing or in pieces; where it is
+    `strict`, as with what we have quantized ourselves, also when it has no use for one."""
     from unittest import mock
 
     reports: list[Any] = []
@@ -177,8 +190,23 @@ def _whole(folder: str, any_shape: bool = False) -> Iterator[None]:
             raise BadInput(f"cannot load {folder}: {found.error_msgs[0]}", hint)
         if lacking := sorted({*found.missing_keys, *found.conversion_errors}):
             raise BadInput(f"the checkpoint {folder} lacks {_some(lacking)}", hint)
+        if strict and (unread := sorted(found.unexpected_keys)):
+            raise BadInput(f"transformers does not read {_some(unread)} of {folder}", "quantize it by another method")
         for name, have, want in sorted(found.mismatched_keys if not any_shape else ()):
             raise BadInput(f"the checkpoint {folder} has {name} as {list(have)}, its config says {list(want)}", hint)
+
+
+def positions(model: Any) -> int:
+    """How many positions a model has learned, or laid down in a table; 0 where it has no such bound."""
+    import torch
+
+    tables = [
+        module.num_embeddings - getattr(module, "offset", 0)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding) and re.search(r"wpe|posit", name.rpartition(".")[2])
+    ]
+    tables += [len(buffer) for name, buffer in model.named_buffers() if name.endswith(".embed_positions")]
+    return min(tables, default=0)
 
 
 @contextlib.contextmanager
@@ -289,6 +317,21 @@ def not_finite(tensors: dict[str, Any]) -> str:
     return ""
 
 
+def save(model: Any, source: str, out: Path, **settings: Any) -> None:
+    """Write a model made from the folder `source`, with that one's tokenizer and generation config.
+
+    transformers would validate the generation config, and refuses many that it reads (a temperature without sampling,
+    as Llama 2 has it); nothing of it is changed here, so it is copied, and where there is none none is made up.
+    """
+    from transformers import GenerationConfig
+
+    with quiet():
+        model.generation_config = GenerationConfig()
+        model.save_pretrained(out, **settings)
+    (out / "generation_config.json").unlink(missing_ok=True)
+    copy_extras(source, out)
+
+
 def copy_extras(source: str, out: Path) -> None:
     """Copy what serving needs beside weights and config, byte for byte: tokenizer, chat template, generation config.
 
@@ -324,7 +367,7 @@ TOKENIZER_FILES = (
 
 def brings_tokenizer(adapter: Path) -> bool:
     """Whether an adapter's folder holds a whole tokenizer: the one it was trained with, which then is the model's."""
-    names = {file.name for file in adapter.iterdir()}
+    names = {file.name for file in adapter.iterdir()} if adapter.is_dir() else set()
     return "tokenizer_config.json" in names and bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"})
 
 

@@ -12,7 +12,7 @@ from peftopt.records import Json
 def of_value(value: Json) -> str:
     """SHA-256 (hex) of a JSON value in canonical form: sorted keys, no spaces."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def of_file(path: Path) -> str:

@@ -8,19 +8,21 @@ What a load found is a record like any other: `append` and `keep` put it where `
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
-from peftopt import goodput, store, traffic
+from peftopt import goodput, jsonl, store, traffic
 from peftopt.client import Client, Target
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput, MissingEnvironment
 from peftopt.goodput import Request, Slo
 from peftopt.meters import Found
+from peftopt.moments import utc
 from peftopt.player import Planned, Played, Show, play, settle, warm_up
 from peftopt.protocols import Prompt
 from peftopt.records import Json, Measurement, Workload
+from peftopt.thresholds import counted
 from peftopt.traffic import Traced
 
 
@@ -203,6 +205,12 @@ def _notes(client: Client, traffic_: Traffic, played: Played) -> list[str]:
     notes = []
     if played.stopped:
         notes.append(f"stopped: {played.stopped}; {played.unsent} requests were not sent")
+    if client.guessed:
+        notes.append(
+            f"the server told no usage with {counted(client.guessed, 'answer')}: messages were counted instead of "
+            "tokens, and where one brings several, tokens/s and TPOT are wrong by as much"
+        )
+    notes += client.notes
     delay = goodput.own_delay(played.requests, played.lag_ms)
     if delay["matters"]:
         notes.append(
@@ -212,8 +220,9 @@ def _notes(client: Client, traffic_: Traffic, played: Played) -> list[str]:
     answered = [r for r in played.requests if not r.error]
     wanted = traffic_.new_tokens
     short = sum(r.new_tokens < wanted for r in answered) if not traffic_.trace else 0
-    if traffic_.fixed and short:
-        why = f"the server refuses ignore_eos: {client.refused}" if client.refused else "the server knows no ignore_eos"
+    if traffic_.fixed and short and not client.guessed:
+        refused = f"the server refuses ignore_eos: {client.refused}"
+        why = "the server knows no ignore_eos" if client.extensions else refused
         notes.append(f"{short} of {len(answered)} answers are shorter than {wanted} tokens ({why}): lengths differ")
     if not client.protocol.STREAMS:
         notes.append(f"{client.target.protocol} does not stream: no time to first token, none between tokens")
@@ -231,7 +240,7 @@ def of_workload(workload: Workload, seed: int) -> dict[str, Json]:
 def read_trace(trace: Path | None) -> tuple[Traced, ...]:
     """The trace of a Traffic, from its file; () without one. Raises BadInput naming the line that is broken."""
     try:
-        traced = traffic.trace(trace.read_text(encoding="utf-8").splitlines()) if trace else []
+        traced = traffic.trace(jsonl.text_of(trace.read_bytes()).split("\n")) if trace else []
     except OSError as error:
         raise BadInput(f"cannot read {trace}: {error.strerror}", "check the path") from error
     except ValueError as error:
@@ -265,19 +274,15 @@ def append(path: Path, variant: str, values: Mapping[str, Json], workload: str =
     made = ("figures", "by_model", "adapters", "queues_ms", "cliff")
     kept = {key: value for key, value in values.items() if key not in made}
     kept["trials"] = [{key: trial[key] for key in ("rate", "held", "stopped")} for trial in values["trials"]]
-    _append(path, Measurement("load", variant, workload, values={"source": "peftopt", **kept}, at=_today()))
+    _append(path, Measurement("load", variant, workload, values={"source": "peftopt", **kept}, at=utc(time.time())))
 
 
 def keep(path: Path | None, found: Found, variant: str, workload: str = "") -> Measurement:
     """Another meter's run as a record, added to a file of measurements where one is given."""
-    record = found.measurement(variant, _today(), workload)
+    record = found.measurement(variant, utc(time.time()), workload)
     if path:
         _append(path, record)
     return record
-
-
-def _today() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _append(path: Path, record: Measurement) -> None:
@@ -288,9 +293,10 @@ def _append(path: Path, record: Measurement) -> None:
 
 
 def as_json(loaded: Loaded, slos: Sequence[Slo]) -> dict[str, Json]:
-    """A run's figures and its raw requests, the warm-ups first."""
+    """A run's figures, its raw requests, the warm-ups first, and when it `started` (ISO 8601, UTC)."""
     played, whole = loaded.played, [*loaded.warmed, *loaded.played.requests]
     return {
+        "started": played.started,
         "figures": goodput.figures(played.requests, slos),
         "by_model": goodput.by_model(whole, slos),
         "own_delay": goodput.own_delay(played.requests, played.lag_ms),

@@ -16,13 +16,14 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from peftopt import building, corpus, environments, machine, plugins, preflight, stats, store
+from peftopt import building, corpus, environments, machine, plugins, preflight, stats, store, template
 from peftopt.building import Progress
 from peftopt.child import Child
 from peftopt.corpus import Row
 from peftopt.engines import _graphs
 from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed
 from peftopt.evidence import exp
+from peftopt.hf import tokenizer_home
 from peftopt.records import GENERIC, Interval, Json, Model, Step
 
 DEADLINE_S = 3600.0
@@ -50,6 +51,7 @@ def transform(
     _check(plugin, model)
     given = corpus.read(str(corpus.calibration_file(texts))) if texts else []
     step = Step(plugin, "transform", plugins.catalogue()[plugin].technique, params)
+    template.check(Path(tokenizer_home(model)), given, answers=True)
     preflight.check_step(step, Path(model.path), (), given)
     rows = [row.as_json() for row in given]
     temporary = _beside(out)
@@ -187,6 +189,17 @@ def bench(
         engine = known[arm.engine]
         ours = engine.environment == environments.MAIN
         preflight.check_base(Path(arm.model.path), quantized=True, weights=engine.format, ours=ours)
+        template.check(Path(tokenizer_home(arm.model)), rows)
+    try:
+        return _bench(arms, rows, new_tokens, batch, blocks, threads, seed)
+    except WorkerFailed as error:
+        raise as_input(error) from error
+
+
+def _bench(
+    arms: Sequence[Arm], rows: Sequence[Row], new_tokens: int, batch: int, blocks: int, threads: int, seed: int
+) -> list[dict[str, Json]]:
+    known = plugins.catalogue()
     folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
     found: dict[str, dict[str, Json]] = {arm.name: {"name": arm.name, "turns": []} for arm in arms}
     with ExitStack() as stack:
@@ -271,6 +284,8 @@ def compile_model(
     token and the requests after which compiling has paid. `switches`: to each of the `others` (adapters) in turn, with
     what it took and what was compiled again for it.
     """
+    for each in traffic:
+        template.check(Path(tokenizer_home(model)), each.rows)
     cache = compile_cache(model)
     _remove_orphans(cache)
     _graphs.drop_outdated(cache)
@@ -291,6 +306,8 @@ def compile_model(
             found[name] = _start(model, *start, traffic, folder / f"{name}.log", where, threads, switched)
             if name == "cold":
                 store.absorb(fresh, cache)
+    except WorkerFailed as error:
+        raise as_input(error) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     eager, cold, warm = found["eager"], found["cold"], found["warm"]

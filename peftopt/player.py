@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from peftopt import goodput, prometheus
 from peftopt.client import Client, Reply
 from peftopt.goodput import Request
+from peftopt.moments import utc
 from peftopt.protocols import Prompt
 from peftopt.records import Json
 
@@ -43,13 +44,15 @@ class Planned:
 @dataclass
 class Played:
     """What a run left. `stopped` says why it ended before its plan did, "" = it did not; `unsent` how many requests
-    were never due. `engine` is the server's own account (see `prometheus.summary`)."""
+    were never due. `engine` is the server's own account (see `prometheus.summary`); `started` when it began (ISO 8601,
+    UTC)."""
 
     requests: list[Request] = field(default_factory=list)
     lag_ms: list[float] = field(default_factory=list)
     engine: dict[str, Json] = field(default_factory=dict)
     stopped: str = ""
     unsent: int = 0
+    started: str = ""
 
 
 async def warm_up(client: Client, planned: Sequence[Planned], fixed: bool) -> list[Request]:
@@ -120,6 +123,7 @@ class _Run:
         before = prometheus.totals(await self.client.metrics())
         moments: list[dict[str, float]] = []
         self.start = time.perf_counter_ns()
+        self.played.started = utc(time.time())
         watch, watchers = asyncio.ensure_future(self._watch()), [asyncio.ensure_future(self._lag())]
         if before:
             watchers.append(asyncio.ensure_future(self._scrape(moments)))

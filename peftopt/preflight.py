@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from peftopt import corpus, environments, need, plugins
+from peftopt import corpus, environments, need, plugins, template
 from peftopt.adapter import (
     EMBEDDINGS,
     PREFIX,
@@ -22,8 +22,9 @@ from peftopt.adapter import (
 from peftopt.checkpoint import open_model
 from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.hf import tokenizer_home
 from peftopt.provenance import read as read_provenance
-from peftopt.records import SAFETENSORS, YAML, Json, Recipe, Step, task_name
+from peftopt.records import SAFETENSORS, YAML, Json, Model, Recipe, Step, task_name
 
 
 def check(recipe: Recipe) -> None:
@@ -39,8 +40,7 @@ def check(recipe: Recipe) -> None:
     for name, variant in recipe.variants.items():
         for n, step in enumerate((*variant.steps, variant.engine)):
             check_step(step, Path(recipe.base), variant.steps[:n], texts, f"variant {name}: ")
-    for workload in recipe.workloads.values():
-        corpus.read(workload.prompts, workload.slice)
+    _check_template(recipe, texts)
     if recipe.quality:
         rows = corpus.read(recipe.quality.prompts, recipe.quality.slice)
         if recipe.calibration:
@@ -50,6 +50,28 @@ def check(recipe: Recipe) -> None:
         _check_tasks(recipe, recipe.quality.tasks)
 
 
+def _check_template(recipe: Recipe, calibration: Sequence[Row]) -> None:
+    """The prompts are such as the chat template takes, where it is ours: a server brings its own."""
+    if all(variant.engine.plugin == "endpoint" for variant in recipe.variants.values()):
+        return
+    home = _home(recipe)
+    template.check(home, calibration, answers=True)
+    asked = [(workload.prompts, workload.slice) for workload in recipe.workloads.values()]
+    asked += [(recipe.quality.prompts, recipe.quality.slice)] if recipe.quality else []
+    for prompts, only in dict.fromkeys(asked):
+        template.check(home, corpus.read(prompts, only))
+
+
+def _home(recipe: Recipe) -> Path:
+    """The folder of the tokenizer and template that the adapter is served with."""
+    return Path(tokenizer_home(Model(recipe.base, (recipe.adapter,))))
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """What will measure badly, a sentence each, though it can be run: answers that cannot end."""
+    return [why] if (why := template.endless(Path(recipe.base), _home(recipe))) else []
+
+
 def foreseen(recipe: Recipe) -> list[str]:
     """What the recipe cannot decide with the prompts and blocks that it has: see `need.undecidable`."""
     prompts = 0
@@ -57,6 +79,19 @@ def foreseen(recipe: Recipe) -> list[str]:
         prompts = len(corpus.read(quality.prompts, quality.slice))
         prompts = min(prompts, quality.rows or prompts)
     return list(need.undecidable(recipe, prompts))
+
+
+def copies(recipe: Recipe) -> list[str]:
+    """Which of the recipe's prompts are copies of one another: they count once."""
+    asked = {(w.prompts, w.slice): f"workload {w.name}" for w in recipe.workloads.values()}
+    if recipe.quality:
+        asked[recipe.quality.prompts, recipe.quality.slice] = "quality"
+    found = []
+    for (prompts, only), who in asked.items():
+        rows = corpus.read(prompts, only)
+        if extra := len(rows) - corpus.distinct(rows):
+            found.append(f"{who}: {extra} of {len(rows)} prompts of {prompts} are copies, and count once only")
+    return found
 
 
 def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Row], who: str = "") -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peftopt import identity
+from peftopt import identity, jsonl
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.records import FORMAT, Artifact, Build, Json, Measurement, Model, Plan
 
@@ -110,9 +110,10 @@ def _artifact(folder: Path, manifest: dict[str, Json], cached: bool) -> Artifact
 
 
 def append(path: Path, measurement: Measurement) -> None:
-    """Add one line, on disk before this returns."""
+    """Add one line, on disk before this returns. Half a character (a lone surrogate), which no file can hold, is
+    written as its JSON escape, and is read again as it was."""
     line = json.dumps({"format": FORMAT, **asdict(measurement)}, ensure_ascii=False)
-    with path.open("a", encoding="utf-8") as handle:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
         handle.write(line + "\n")
         handle.flush()
         os.fsync(handle.fileno())
@@ -143,16 +144,16 @@ def read(path: Path, warn: Callable[[str], None] = lambda _: None) -> list[Measu
     if torn:
         warn(f"{path}: dropped a torn last line of {len(torn)} bytes")
         os.truncate(path, len(raw) - len(torn))
-    return [_measurement(path, n, line) for n, line in enumerate(whole.splitlines(), 1) if line.strip()]
+    return [_measurement(path, number, line) for number, line in jsonl.lines(whole)]
 
 
 def _measurement(path: Path, number: int, line: bytes) -> Measurement:
     try:
-        values = json.loads(line)
+        values = json.loads(jsonl.text_of(line))
         version = values.pop("format")
         if version == FORMAT:
             return Measurement(**values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except jsonl.BROKEN as error:
         raise BadInput(f"{path}:{number} is not a measurement", "restore the file or run again") from error
     raise BadInput(
         f"{path}:{number} has format {version}, this peftopt reads {FORMAT}", "use the peftopt that wrote it"
@@ -162,7 +163,7 @@ def _measurement(path: Path, number: int, line: bytes) -> Measurement:
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as handle:
         handle.write(text)
         handle.flush()
         os.fsync(handle.fileno())

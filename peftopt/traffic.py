@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from peftopt import jsonl
 from peftopt.records import Json
 
 ARRIVALS = ("poisson", "gamma", "constant")
@@ -70,7 +71,7 @@ def trace(lines: Iterable[str]) -> list[Traced]:
             continue
         try:
             found.append(_traced(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except jsonl.BROKEN as error:
             raise ValueError(f"line {number}: {error!r}") from error
     start = min((t.at for t in found), default=0.0)
     moved = [Traced(t.at - start, t.id, t.prompt_tokens, t.new_tokens, t.model) for t in found]
@@ -79,13 +80,14 @@ def trace(lines: Iterable[str]) -> list[Traced]:
 
 def _traced(values: Mapping[str, Json]) -> Traced:
     at = float(values["offset_s"]) if "offset_s" in values else float(values["timestamp"]) / 1e3
-    prompt_tokens = int(values.get("prompt_tokens", values.get("input_length", 0)))
-    new_tokens = int(values.get("new_tokens", values.get("output_length", 0)))
+    prompt_tokens = int(values.get("prompt_tokens") or values.get("input_length") or 0)
+    new_tokens = int(values.get("new_tokens") or values.get("output_length") or 0)
     if not math.isfinite(at) or min(at, prompt_tokens, new_tokens) < 0:
         raise ValueError("times and lengths must be 0 or more")
-    if not (id_ := str(values.get("id", ""))) and not prompt_tokens:
+    id_, model = ("" if (found := values.get(key)) is None else str(found) for key in ("id", "model"))
+    if not id_ and not prompt_tokens:
         raise ValueError("names neither a prompt's id nor its prompt_tokens")
-    return Traced(at, id_, prompt_tokens, new_tokens, str(values.get("model", "")))
+    return Traced(at, id_, prompt_tokens, new_tokens, model)
 
 
 _WORDS = ("time", "people", "water", "house", "work", "day", "world", "school", "state", "family", "hand", "night")

@@ -230,7 +230,10 @@ def _model(values: dict[str, Json]) -> Model:
 
 
 def _rendered(rows: Iterable[Row], home: str, base: str = "") -> list[str]:
-    """The calibration texts of rows: chat template applied where there is one, the right answer included."""
+    """The calibration texts of rows: chat template applied where there is one, the right answer included. Raises
+    BadInput, naming the row, for one that the template refuses."""
+    from peftopt.engines._text import rendered
+
     encode = tokenizer(home, base)
 
     def text(row: Row) -> str:
@@ -238,7 +241,7 @@ def _rendered(rows: Iterable[Row], home: str, base: str = "") -> list[str]:
         messages = [*row.messages, *answer]
         if not encode.chat_template:
             return "\n".join(message["content"] for message in messages)
-        return str(encode.apply_chat_template(messages, tokenize=False))
+        return rendered(encode, messages, prompt=False, what=f"row {row.id!r}")
 
     return [text(row) for row in rows]
 

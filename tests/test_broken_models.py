@@ -246,3 +246,10 @@ def test_measurements_of_answers_are_ignored_where_no_recipe_asks_for_them() -> 
     found: list[Measurement] = builds(bare) + speed(bare, {"merged": 0.5})
     rules = {verdict.rule for verdict in of(decide(bare, found, {}), "merged").verdicts}
     assert "variant.critical_errors" not in rules and "merge.gain" in rules
+
+
+def test_answers_that_never_stop_are_said() -> None:
+    endless = {f"p{n}": {"stopped": False} for n in range(64)}
+    warnings = judged(plan_of("merged"), 64, first=endless, merged=endless).warnings
+    assert [w.split(":")[0] for w in warnings if "0 of 64 answers stopped" in w] == ["adapter", "merged"]
+    assert not judged(plan_of("merged"), 64, merged={}).warnings

@@ -36,6 +36,8 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
         chain = [_words(step) for step in (*variant.steps, *variant.policies)] or ["base + adapter"]
         mark = "  (baseline)" if variant.name == parsed.baseline else ""
         console.say(f"  {variant.name:<{width}}  {' -> '.join(chain)}, on {_words(variant.engine)}{mark}")
+    for line in (*preflight.warnings(parsed), *preflight.copies(parsed)):
+        console.warn(line)
     for line in preflight.foreseen(parsed):
         console.warn(f"cannot be decided: {line}")
 

@@ -467,9 +467,10 @@ def import_(
     from peftopt import meters, render
     from peftopt.console import Console
 
-    console, raw = Console(), True
+    console, raw, answered = Console(), True, True
     for path in file:
         for found in meters.read(path, task):
+            answered = answered and not found.failed
             kept = loading.keep(out, found, variant or path.stem, workload)
             raw = raw and found.raw
             if as_json:
@@ -483,4 +484,6 @@ def import_(
                 console.pairs("as it reports", {k: v for k, v in shown.items() if v is not None})
             for what in found.lacks:
                 console.warn(f"it lacks {what}")
-    raise typer.Exit(ACCEPTED if raw else INCONCLUSIVE)
+            if found.failed:
+                console.warn("nothing was answered: every request failed")
+    raise typer.Exit(ENVIRONMENT if not answered else ACCEPTED if raw else INCONCLUSIVE)

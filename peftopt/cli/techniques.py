@@ -354,8 +354,9 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time one model, or several against the first in interleaved blocks; or go on with an undecided run, or --load."""
-    from peftopt import oneshot, plugins, runner
+    from peftopt import oneshot, plugins, runner, template
     from peftopt.console import Console
+    from peftopt.hf import tokenizer_home
     from peftopt.records import Model
 
     if more:
@@ -379,6 +380,9 @@ def bench(
         oneshot.Arm(f"{n} {Path(m.path).name}{' + adapter' * bool(m.adapters)}, {runs}", m, runs)
         for n, (m, runs) in enumerate(zip(models, engines, strict=True), 1)
     ]
+    for m in models:
+        if why := template.endless(Path(m.path), Path(tokenizer_home(m))):
+            Console().warn(why)
     found = oneshot.bench(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
     for arm in found:
         if problem := arm.get("problem"):

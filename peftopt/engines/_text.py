@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftopt import template
 from peftopt.errors import BadInput
 
 
@@ -30,10 +30,12 @@ class Text:
 
     def encode(self, messages: Sequence[Mapping[str, str]], answer: str | None = None) -> tuple[list[int], list[int]]:
         if self._tokenizer.chat_template:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = rendered(self._tokenizer, messages)
             prompt = self._tokenizer(text, add_special_tokens=False).input_ids
         else:
             prompt = self._tokenizer("\n".join(message["content"] for message in messages)).input_ids
+        if not prompt:
+            raise template.nothing("a prompt")
         if answer is None:
             return prompt, []
         # The answer is encoded apart, as it is generated: no token spans the end of the prompt.
@@ -44,12 +46,20 @@ class Text:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
+def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], prompt: bool = True, what: str = "a prompt") -> str:
+    """Messages as the tokenizer's chat template writes them. Raises BadInput for those that it refuses; `what` they
+    are."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
+    except (TemplateError, *template.WRONG) as error:
+        raise template.refused(error, what) from error
+
+
 def ends(folder: Path, tokenizer: Any) -> list[int]:
-    """The ids that end an answer, where transformers looks for them: in the generation config (without one, in the
-    model's), else of the tokenizer."""
-    home = next(f for name in ("generation_config.json", "config.json") if (f := folder / name).is_file())
-    ids = json.loads(home.read_text(encoding="utf-8")).get("eos_token_id")
-    ids = tokenizer.eos_token_id if ids is None else ids
-    if ids is None:
+    """The ids that end an answer: those of the folder's configs, else the tokenizer's."""
+    ids = template.ends(folder) or [id_ for id_ in [tokenizer.eos_token_id] if id_ is not None]
+    if not ids:
         raise BadInput("the model has no end-of-sequence token", "set eos_token_id in its generation_config.json")
-    return list(ids) if isinstance(ids, list) else [ids]
+    return ids

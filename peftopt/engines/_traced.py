@@ -113,8 +113,10 @@ def bind_linears(model: Any) -> None:
         packed = type(weight).__name__ == "Int8Tensor"
         if packed and (weight.act_quant_kwargs is not None or weight.scale.numel() != len(weight)):
             continue  # activations in INT8 too, or groups: torchao's own way
+        if packed:
+            weight.qdata = aligned(weight.qdata)  # in its place, so that it is not held twice
         # The scales in the weight's dtype, as torchao multiplies by them; Inductor's lowering needs them ready.
-        linear.int8 = (aligned(weight.qdata), weight.scale.flatten().to(weight.dtype)) if packed else None
+        linear.int8 = (weight.qdata, weight.scale.flatten().to(weight.dtype)) if packed else None
         linear.forward = types.MethodType(_linear, linear)
 
 

@@ -50,6 +50,7 @@ class Continuous(eager.Transformers):
         self._manager: Any = None
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        self._check_room(prompts, new_tokens)
         room = self._params.cache_tokens
         if (longest := max(map(len, prompts)) + new_tokens) > room:
             raise BadInput(f"a row of {longest} tokens does not fit a cache of {room}", "raise cache_tokens")

@@ -52,6 +52,7 @@ class Transformers(Text):
         self.device, self.threads = str(self._device), torch.get_num_threads()
         tokenizer = hf.tokenizer(hf.tokenizer_home(model), model.path)
         loaded = hf.load(model.path, unpacked=unpacked or bool(model.adapters), device=self.device)
+        words = loaded.get_input_embeddings().num_embeddings
         started = time.perf_counter()
         for index, adapter in enumerate(model.adapters):
             # PEFT's default would hold the adapter in fp32 on a bf16 base, and convert at every layer and token. A
@@ -63,12 +64,14 @@ class Transformers(Text):
         self._model = loaded
         self._owners = [loaded, loaded.get_base_model()] if model.adapters else [loaded]
         self._one_by_one = bool(model.adapters) and loaded.active_peft_config.is_prompt_learning
-        self._stopping, self._endless = _greedy(self._model.generation_config, tokenizer)
+        self._stopping, self._endless = _greedy(self._model.generation_config, tokenizer, words)
+        self.positions = hf.positions(self._model)
         super().__init__(tokenizer, _as_list(self._stopping.eos_token_id))
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         import torch
 
+        self._check_room(prompts, new_tokens)
         ids, mask = self._left_padded(prompts)
         settings = self._stopping if stop else self._endless
         # `generate` fills what a config leaves None from the model's own, so the model's own must be without EOS too;
@@ -95,6 +98,7 @@ class Transformers(Text):
         shared = 0 if self._one_by_one else _shared_prefix(prompts)
         ids, mask = self._left_padded([prompt[shared:] for prompt in prompts])
         longest = max(map(len, answers))
+        self._check_room(prompts, longest)
         rows = torch.zeros(len(answers), longest, dtype=torch.long)
         for row, answer in zip(rows, answers, strict=True):
             row[: len(answer)] = torch.tensor(answer)
@@ -128,6 +132,12 @@ class Transformers(Text):
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _check_room(self, prompts: Sequence[Sequence[int]], more: int) -> None:
+        """Raises BadInput for prompts that, with so many tokens `more`, need a position that there is not."""
+        if self.positions and (longest := max(map(len, prompts)) + more) > self.positions:
+            what = f"a prompt and its answer of {longest} tokens are longer than the model's {self.positions} positions"
+            raise BadInput(what, "give shorter prompts, or ask for fewer new tokens")
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:
         """Token ids and attention mask, each [prompts, longest prompt], on the model's device."""
@@ -175,7 +185,7 @@ class _Clock:
         """Nothing to flush."""
 
 
-def _greedy(settings: Any, tokenizer: Any) -> tuple[Any, Any]:
+def _greedy(settings: Any, tokenizer: Any, words: int) -> tuple[Any, Any]:
     """The model's generation config made greedy: as it is, and without end of sequence, so that all lengths are equal.
 
     No EOS is cheaper than `min_new_tokens`, which masks the logits at every step.
@@ -185,12 +195,13 @@ def _greedy(settings: Any, tokenizer: Any) -> tuple[Any, Any]:
     stopping = copy.deepcopy(settings)
     stopping.update(do_sample=False, num_beams=1, max_length=None, use_cache=True)
     stopping.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)  # unused, and warned of
-    if stopping.eos_token_id is None:
-        stopping.eos_token_id = tokenizer.eos_token_id
-    if stopping.eos_token_id is None:
+    ids = [id_ for id_ in _as_list(stopping.eos_token_id) if id_ is not None and id_ >= 0]
+    ids = ids or [id_ for id_ in [tokenizer.eos_token_id] if id_ is not None]
+    if not ids:
         raise BadInput("the model has no end-of-sequence token", "set eos_token_id in its generation_config.json")
-    if stopping.pad_token_id is None:
-        stopping.pad_token_id = _as_list(stopping.eos_token_id)[0]
+    stopping.eos_token_id = ids
+    if stopping.pad_token_id is None or not 0 <= stopping.pad_token_id < words:  # -1 is written for "none"
+        stopping.pad_token_id = next((id_ for id_ in ids if id_ < words), 0)  # it is masked: any will do
     endless = copy.deepcopy(stopping)
     endless.eos_token_id = None
     return stopping, endless

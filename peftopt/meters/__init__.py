@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from peftopt import goodput
+from peftopt import goodput, jsonl
 from peftopt.errors import BadInput
 from peftopt.goodput import Request
 from peftopt.records import Json, Measurement
@@ -38,7 +38,8 @@ class About:
 
 @dataclass(frozen=True)
 class Found:
-    """One run of another meter. `requests` where it kept them, else what it `reported`; `probe` is "load" or "task"."""
+    """One run of another meter. `requests` where it kept them, else what it `reported`; `probe` is "load" or "task";
+    `started` is when it began, as peftopt.moments writes it, "" where the file does not tell."""
 
     title: str
     source: str
@@ -47,6 +48,15 @@ class Found:
     reported: Mapping[str, Json] = field(default_factory=dict)
     probe: str = "load"
     values: Mapping[str, Json] = field(default_factory=dict)
+    started: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is a load in which nothing was answered."""
+        timed = [r for r in self.requests if not r.warmup]
+        if timed:
+            return all(r.error for r in timed)
+        return self.probe == "load" and self.reported.get("completed") == 0
 
     @property
     def raw(self) -> bool:
@@ -57,6 +67,7 @@ class Found:
         """The record to keep."""
         values: dict[str, Json] = {"source": self.source, "title": self.title, "lacks": list(self.lacks), **self.values}
         if self.probe == "load":
+            values |= {"started": self.started} if self.started else {}
             values |= {"requests": [r.as_json() for r in self.requests], "reported": dict(self.reported)}
         return Measurement(self.probe, variant, workload if self.probe == "load" else "", values=values, at=at)
 
@@ -71,18 +82,23 @@ def read(path: Path, task: str = "") -> list[Found]:
     read."""
     known = modules()
     try:
-        data = _parsed(path.read_text(encoding="utf-8"))
+        data = _parsed(jsonl.text_of(path.read_bytes()))
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}", "check the path") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is no text: {error}", "save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is neither JSON nor JSON lines: {error}", "give a meter's own result file") from error
     meter = next((m for m in known if m.recognises(data)), None)
+    if meter is None:  # of JSON lines, a single one
+        data = [data]
+        meter = next((m for m in known if m.recognises(data)), None)
     if meter is None:
         hint = f"known: {'; '.join(f'{m.NAME} ({m.VERSIONS})' for m in known)}"
         raise BadInput(f"{path} is no result of a meter that can be read", hint)
     try:
         found: list[Found] = meter.read(data, About(path.name, task))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except jsonl.BROKEN as error:
         hint = f"format versions that can be read: {meter.VERSIONS}"
         raise BadInput(f"{path} looks like {meter.NAME}, but is not whole: {error!r}", hint) from error
     if not found:
@@ -94,7 +110,7 @@ def _parsed(text: str) -> Json:
     try:
         return json.loads(text)
     except ValueError:
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for _, line in jsonl.lines(text)]
 
 
 def from_zero(requests: Sequence[Request]) -> tuple[Request, ...]:

@@ -6,9 +6,11 @@ Source: docs/tutorials/working-with-profile-exports.md and src/aiperf/common/mod
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 
 from peftopt.goodput import Request
 from peftopt.meters import GAPS, RAW, SCHEDULED, About, Found, from_zero
+from peftopt.moments import local, utc
 from peftopt.records import Json
 
 NAME, VERSIONS = "AIPerf", "records of AIPerf 0.5 to 0.13, summary schema 1.x"
@@ -38,7 +40,17 @@ def _summary(data: Mapping[str, Json]) -> Found:
         if isinstance(number, int | float)
     }
     source = f"{NAME} {data.get('aiperf_version', '?')}"
-    return Found("summary", source, (f"{RAW} (give profile_export.jsonl instead)",), reported=reported)
+    lacks = (f"{RAW} (give profile_export.jsonl instead)",)
+    return Found("summary", source, lacks, reported=reported, started=_began(data.get("start_time")))
+
+
+def _began(text: Json) -> str:
+    """When a run began, of ISO 8601; without a zone it stays without."""
+    try:
+        moment = datetime.fromisoformat(str(text))
+    except ValueError:
+        return ""
+    return utc(moment.timestamp()) if moment.tzinfo else local(moment)
 
 
 def _records(rows: list[Mapping[str, Json]]) -> Found:
@@ -47,11 +59,11 @@ def _records(rows: list[Mapping[str, Json]]) -> Found:
     requests = [_request(n, row, start) for n, row in enumerate(rows)]
     issued = all(row["metadata"].get("credit_issued_ns") for row in rows)
     lacks = [*([] if issued else [SCHEDULED]), *([] if any(r.gaps_ms for r in requests) else [GAPS])]
-    return Found(f"{len(requests)} requests", NAME, tuple(lacks), from_zero(requests))
+    return Found(f"{len(requests)} requests", NAME, tuple(lacks), from_zero(requests), started=utc(start / 1e9))
 
 
 def _request(number: int, row: Mapping[str, Json], start: int) -> Request:
-    about, metrics, error = row["metadata"], row["metrics"], row.get("error")
+    about, metrics, error = row["metadata"], row["metrics"] or {}, row.get("error")
     sent, done = ((about[key] - start) / 1e9 for key in ("request_start_ns", "request_end_ns"))
     ttft, between = _milliseconds(metrics, "time_to_first_token"), _milliseconds(metrics, "inter_token_latency")
     tokens = int(_value(metrics, "output_sequence_length") or _value(metrics, "output_token_count") or 0)

@@ -6,9 +6,11 @@ The format has no version of its own. Source: vllm/benchmarks/serve.py and lib/e
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 
 from peftopt.goodput import Request
 from peftopt.meters import RAW, SCHEDULED, About, Found, from_zero
+from peftopt.moments import local
 from peftopt.records import Json
 
 NAME, VERSIONS = "vllm bench serve", "vLLM 0.9 to 0.32"
@@ -28,21 +30,46 @@ def read(data: Json, about: About) -> list[Found]:
 def _run(run: Mapping[str, Json]) -> Found:
     title = f"{run['model_id']} at {run.get('request_rate', '?')}/s, {run.get('num_prompts', '?')} prompts"
     lacks = [] if run.get("queue_times") and run.get("max_concurrency") else [SCHEDULED]
-    if "failed" not in run and not any(run.get("errors", [])):
+    if "failed" not in run and not any(run.get("errors") or []):
         lacks.append("failures: this version counts only the completed")
+    began, reported = _began(run), _reported(run)
     if "ttfts" not in run:
-        return Found(title, NAME, (*lacks, f"{RAW} (give it --save-detailed)"), reported=_reported(run))
-    return Found(title, NAME, tuple(lacks), from_zero(_requests(run)), _reported(run))
+        return Found(title, NAME, (*lacks, f"{RAW} (give it --save-detailed)"), reported=reported, started=began)
+    if not run.get("start_times"):
+        lacks.append(
+            "when each request was sent (vLLM before 2026): they are laid evenly over the run, so rates are its own"
+        )
+    return Found(title, NAME, tuple(lacks), from_zero(_requests(run)), reported, started=began)
+
+
+def _began(run: Mapping[str, Json]) -> str:
+    """When the run began: its `date` is the local time of its end. "" for none, or in another form."""
+    try:
+        ended = datetime.strptime(str(run.get("date", "")), "%Y%m%d-%H%M%S")
+        return local(ended - timedelta(seconds=float(run["duration"])))
+    except (ValueError, OverflowError):
+        return ""
+
+
+def _spread(run: Mapping[str, Json]) -> list[float]:
+    """Where no request tells when it was sent: starts, evenly, such that the last is done at the end of the run."""
+    took = run.get("latencies") or [t + sum(gaps) for t, gaps in zip(run["ttfts"], run["itls"], strict=True)]
+    last, whole = max(len(took) - 1, 1), float(run["duration"])
+    return [max(0.0, whole - t) * i / last for i, t in enumerate(took)]
 
 
 def _requests(run: Mapping[str, Json]) -> list[Request]:
     n = len(run["ttfts"])
-    starts = run.get("start_times") or [0.0] * n
+    starts = run.get("start_times") or _spread(run)
     waits = run.get("queue_times") or [0.0] * n
+    errors = run.get("errors") or [""] * n
+    if n - sum(map(bool, errors)) > run["completed"]:  # older ones do not say why
+        nothing = [not (run["ttfts"][i] or run["output_lens"][i]) for i in range(n)]
+        errors = [error or ("failed, without a reason" if nothing[i] else "") for i, error in enumerate(errors)]
     found = []
     for i in range(n):
-        gaps, error = run["itls"][i], str(run["errors"][i] or "").strip()
-        sent, ttft = starts[i], run["ttfts"][i]
+        gaps, error = run["itls"][i] or [], str(errors[i] or "").strip()
+        sent, ttft = starts[i], run["ttfts"][i] or 0.0
         first = sent + ttft if ttft > 0 and not error else None
         last = None if first is None else first + sum(gaps)
         whole = (run.get("latencies") or [0.0] * n)[i]

@@ -316,6 +316,7 @@ def _record(
     )
     record: dict[str, Json] = {
         "row": row.id,
+        "prompt": row.prompt_id,
         "critical": row.critical,
         "slices": list(row.slices),
         "expected": row.expected,

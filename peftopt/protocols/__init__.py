@@ -63,3 +63,16 @@ def error_of(data: Json) -> str:
     if isinstance(found, Mapping):
         found = found.get("message") or found
     return str(found)[:300] if found else ""
+
+
+def choice_of(data: Json) -> Mapping[str, Json]:
+    """The first choice in a message of OpenAI's; {} in one that brings none, such as the last with only the counts.
+    Raises TypeError for what is no message."""
+    if not isinstance(data, Mapping):
+        raise TypeError(f"a message is {type(data).__name__}, not a mapping")
+    return (data.get("choices") or [{}])[0] or {}
+
+
+def count(value: Json) -> int | None:
+    """A server's own count of tokens; None where it tells none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

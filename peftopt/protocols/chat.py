@@ -5,7 +5,7 @@ The server applies its own chat template. Source: platform.openai.com/docs/api-r
 
 from __future__ import annotations
 
-from peftopt.protocols import Event, Prompt, error_of
+from peftopt.protocols import Event, Prompt, choice_of, error_of
 from peftopt.protocols.completions import counts, shared
 from peftopt.records import Json
 
@@ -20,10 +20,19 @@ def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bo
 def read(data: Json) -> Event:
     if error := error_of(data):
         return Event(error=error)
-    choice = (data["choices"] or [{}])[0]
+    choice = choice_of(data)
     delta = choice.get("delta") or {}
     thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
-    text, ids = delta.get("content") or "", tuple(choice.get("token_ids") or ())
+    ids = tuple(choice.get("token_ids") or ())
+    text, more = _content(delta.get("content"))
     # The first message only says whose turn it is; it is no token.
-    is_token = bool(text or ids or thought or delta.get("tool_calls"))
+    is_token = bool(text or ids or thought or more or delta.get("tool_calls") or delta.get("refusal"))
     return Event(is_token, text, ids, choice.get("finish_reason") or "", *counts(data))
+
+
+def _content(content: Json) -> tuple[str, bool]:
+    """(the text, whether anything came), of a string or of Mistral's list of parts, some of which may be thoughts."""
+    if not isinstance(content, list):
+        return content or "", bool(content)
+    texts = [part.get("text") or "" for part in content if part.get("type") == "text"]
+    return "".join(texts), any(part.get("text") or part.get("thinking") for part in content)

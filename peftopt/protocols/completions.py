@@ -6,7 +6,7 @@ Source: platform.openai.com/docs/api-reference/completions; the extensions are v
 
 from __future__ import annotations
 
-from peftopt.protocols import Event, Prompt, error_of
+from peftopt.protocols import Event, Prompt, choice_of, count, error_of
 from peftopt.records import Json
 
 PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/v1/completions", True, True, True
@@ -33,7 +33,7 @@ def shared(model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[st
 def read(data: Json) -> Event:
     if error := error_of(data):
         return Event(error=error)
-    choice = (data["choices"] or [{}])[0]
+    choice = choice_of(data)
     text, ids, finish = (
         choice.get("text") or "",
         tuple(choice.get("token_ids") or ()),
@@ -47,4 +47,4 @@ def read(data: Json) -> Event:
 def counts(data: Json) -> tuple[int | None, int | None]:
     """(prompt tokens, new tokens) as the server counted them."""
     usage = data.get("usage") or {}
-    return usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))

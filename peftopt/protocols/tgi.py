@@ -25,7 +25,9 @@ def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bo
 def read(data: Json) -> Event:
     if error := error_of(data):
         return Event(error=error)
-    token, details = data["token"], data.get("details") or {}
+    token, details = data.get("token"), data.get("details") or {}
+    if token is None:
+        return Event()
     finish = _FINISH.get(details.get("finish_reason", ""), "")
     text = "" if token.get("special") else token["text"]
     return Event(True, text, (token["id"],), finish, details.get("input_length"), details.get("generated_tokens"))

@@ -12,12 +12,18 @@ from peftopt import hf, progress, provenance
 from peftopt.corpus import Row
 from peftopt.errors import BadInput
 from peftopt.records import Json, Model, Step
-from peftopt.transforms import _layers, _sensitivity
+from peftopt.transforms import _experts, _layers, _sensitivity, _smoothing
 
 NEEDS = ("torch", "transformers", "llmcompressor", "compressed_tensors", "accelerate")
 
 TEMPLATE = 24
 """Tokens that a chat template puts around a message, at most."""
+EXPERTS = r"re:.*\.experts\.\d+\..*"
+"""compressed-tensors' pattern of the layers of fused experts, taken apart."""
+
+PASSES = 2
+"""Times that llm-compressor sends a row through a layer: to see its inputs, and for those of the next one."""
+
 FEWEST_TOKENS = 512
 """Calibration tokens below which the statistics of a layer's inputs are those of a few sentences."""
 
@@ -67,65 +73,96 @@ def quantize(
     out: Path,
     seed: int,
     method: str,
-    recipe: Callable[[dict[str, Any]], list[Any]],
+    recipe: Callable[[dict[str, Any], list[dict[str, Any]]], list[Any]],
     weights: Mapping[str, Json],
     activations: Mapping[str, Json] | None = None,
     texts: Sequence[str] | None = None,
     notices: Sequence[str] = (),
-    pipeline: str = "sequential",
+    suits: Callable[[Any], None] = lambda _: None,
+    smoothing: float = 0.0,
+    scales_norms: bool = False,
 ) -> Model:
     """Quantize every linear layer but the output head and those that `params.keep` names, and save.
 
     `weights` and `activations` are compressed-tensors' arguments of what becomes of each; `recipe` makes
-    llm-compressor's modifiers from their common arguments. Of `params` these matter where they are there: group_size,
+    llm-compressor's modifiers from their common arguments and the rows. `suits` is shown the model without weights and
+    raises BadInput for one that the method cannot take; `smoothing` is done before (0: none); a method that
+    `scales_norms` changes their weights itself. Of `params` these matter where they are there: group_size,
     mixed, samples, max_tokens, keep. The first `samples` texts are used, each cut at `max_tokens` tokens; None for a
     method that needs no texts. Adapters are carried along on the quantized base. All that can be refused is refused
     before the weights are read: raises BadInput for weights already quantized, a group size that does not divide the
     layers' inputs, layers that are not there, and texts that are too few.
     """
     settings = asdict(params)
-    layers, heads = _layers.linear(hf.unquantized_config(model, "quantize"))
-    kept, found = _layers.kept(layers, settings["keep"])
-    targets = {name: shape for name, shape in layers.items() if name not in kept}
-    notices, weights = [*notices, *found], dict(weights)
+    found = _layers.find(hf.unquantized_config(model, "quantize"), split=True)
+    notices = [*notices, *_layers.left_alone(found, method)]
+    kept, said = _layers.kept(found.layers, settings["keep"])
+    if found.experts:
+        kind = found.empty.config.model_type
+        _experts.check(kind, method, weights, activations, found.experts.intersection(kept))
+    suits(found.empty)
+    targets = {name: shape for name, shape in found.layers.items() if name not in kept}
+    notices, weights = [*notices, *said], dict(weights)
     if "group_size" in settings:
-        settings["group_size"], found = _layers.group_size(targets, settings["group_size"])
+        settings["group_size"], said = _layers.group_size(targets, settings["group_size"])
         weights |= {"strategy": "group", "group_size": settings["group_size"]}
-        notices += found
+        notices += said
     rows: list[dict[str, Any]] = []
     calibration = None
     if texts is not None:
-        rows, calibration, found = _encoded(model, texts, settings, max(width for _, width in targets.values()))
-        notices += found
+        most = min(settings["max_tokens"], hf.positions(found.empty) or settings["max_tokens"])
+        widest = max(width for _, width in targets.values())
+        rows, calibration, said = _encoded(model, texts, settings | {"max_tokens": most}, widest)
+        notices += said
     import torch
 
     torch.manual_seed(seed)
     opened = hf.load(model.path)
+    _experts.split(opened)
     more: dict[str, Json] = {}
+    if smoothing:
+        more["smoothing"], said = _smoothing.smooth(opened, rows, found.layers, smoothing)
+        notices += said
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}}
     if share := settings.get("mixed"):
-        spared, more["mixed"] = _sensitivity.spared(opened, rows, targets, share, weights)
-        groups = _two_groups(targets, spared, weights)
+        choice = {name: shape for name, shape in targets.items() if name not in found.experts}
+        spared, more["mixed"] = _sensitivity.spared(opened, rows, choice, share, weights)
+        groups = _two_groups(choice, spared, weights, experts=bool(found.experts))
         notices.append(
-            f"{len(spared)} of {len(targets)} layers kept at 8 bits ({more['mixed']['share']:.1%} of weights)"
+            f"{len(spared)} of {len(choice)} layers kept at 8 bits ({more['mixed']['share']:.1%} of weights)"
         )
-    scheme = {"config_groups": groups, "ignore": [*heads, *kept]}
-    with hf.quiet(), _counted(opened, rows, 2 if pipeline == "sequential" else 4):
-        _run(opened, recipe(scheme), rows, pipeline, hf.tokenizer(hf.tokenizer_home(model), model.path))
-        opened.save_pretrained(out, save_compressed=True)
-    hf.copy_extras(model.path, out)
+    odd = [n for n, m in opened.named_modules() if isinstance(m, torch.nn.Linear) and n not in targets]
+    scheme = {"config_groups": groups, "ignore": odd}
+    with hf.quiet(), _counted(opened, rows), _norms_kept(opened) if not scales_norms else contextlib.nullcontext():
+        _run(opened, recipe(scheme, rows), rows, hf.tokenizer(hf.tokenizer_home(model), model.path))
+    if found.experts:
+        _experts.name_as_read(opened)
+    hf.save(opened, model.path, out, save_compressed=True)
     libraries = ("llmcompressor", "compressed-tensors", "transformers", "torch")
     provenance.write(out, method, libraries, settings, seed, calibration, notices, **more)
     return Model(str(out), model.adapters)
 
 
-def _two_groups(targets: Mapping[str, Any], spared: Sequence[str], weights: Mapping[str, Json]) -> dict[str, Any]:
-    """Config groups of the layers at few bits and of those at 8, each layer by name.
+@contextlib.contextmanager
+def _norms_kept(model: Any) -> Iterator[None]:
+    """Put the norms' weights back: llm-compressor adds 1 to those of Gemma's kind for a while, and rounds them so."""
+    weights = [m.weight for m in model.modules() if _smoothing.is_norm(m)]
+    before = [weight.detach().clone() for weight in weights]
+    yield
+    for weight, old in zip(weights, before, strict=True):
+        weight.data = old
 
-    Not by class: older vLLMs match a fused layer's class before its parts' names, and would read 8 bits as 4.
+
+def _two_groups(
+    targets: Mapping[str, Any], spared: Sequence[str], weights: Mapping[str, Json], experts: bool
+) -> dict[str, Any]:
+    """Config groups of the layers at few bits and of those at 8, each layer by name, and all `experts` at few.
+
+    Not by class: older vLLMs match a fused layer's class before its parts' names, and would read 8 bits as 4. Experts
+    by a pattern, by which transformers knows which group is theirs.
     """
     eight = {**weights, "num_bits": 8, "symmetric": True}
-    few = [name for name in targets if name not in spared]
+    few = [name for name in targets if name not in spared] + [EXPERTS] * experts
     return {
         "group_0": {"targets": few, "weights": weights},
         **({"group_1": {"targets": list(spared), "weights": eight}} if spared else {}),
@@ -162,7 +199,7 @@ def _encoded(
 
 
 @contextlib.contextmanager
-def _counted(model: Any, rows: Sequence[Any], passes: int) -> Iterator[None]:
+def _counted(model: Any, rows: Sequence[Any]) -> Iterator[None]:
     """Report each decoder layer's calls: llm-compressor sends every row through a layer, quantizes it, and sends the
     rows through again for the next one. What it calls meanwhile (AWQ's search) are parts of a layer, not counted."""
     layers, done = _sensitivity.blocks(model), 0
@@ -172,7 +209,7 @@ def _counted(model: Any, rows: Sequence[Any], passes: int) -> Iterator[None]:
         nonlocal done
         done += 1
         progress.report(
-            "calibrating", done, len(layers) * len(rows) * passes, f"layer {numbers[layer]} of {len(layers)}"
+            "calibrating", done, PASSES * len(layers) * len(rows), f"layer {numbers[layer]} of {len(layers)}"
         )
 
     with contextlib.ExitStack() as stack:
@@ -181,7 +218,7 @@ def _counted(model: Any, rows: Sequence[Any], passes: int) -> Iterator[None]:
         yield
 
 
-def _run(model: Any, modifiers: list[Any], rows: list[Any], pipeline: str, tokenizer: Any) -> None:
+def _run(model: Any, modifiers: list[Any], rows: list[Any], tokenizer: Any) -> None:
     """llm-compressor's `oneshot`; its warnings go to stderr, where by itself it logs every layer to stdout."""
     import sys
 
@@ -193,6 +230,6 @@ def _run(model: Any, modifiers: list[Any], rows: list[Any], pipeline: str, token
     logger.add(sys.stderr, level="WARNING", filter=lambda line: not {line["level"].name, line["function"]} & {*noise})
     if rows:
         loader: Any = DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
-        oneshot(model=model, tokenizer=tokenizer, recipe=modifiers, dataset=loader, pipeline=pipeline)
+        oneshot(model=model, tokenizer=tokenizer, recipe=modifiers, dataset=loader, pipeline="sequential")
     else:
         oneshot(model=model, tokenizer=tokenizer, recipe=modifiers)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,26 +25,101 @@ FUSED = (
 )
 """Siblings that vLLM runs as one matrix, so that they need one scheme (the list is llm-compressor's)."""
 
+WIDE = ("F64", "F32", "F16", "BF16")
+"""The format's words for types of 16 or more bits."""
+
+WORTH_SAYING, NEARLY_ALL = 0.01, 0.95
+"""Shares of the weights that a quantizer does not reach: what is said of, and what is refused."""
+
 Shapes = Mapping[str, tuple[int, int]]
 """Layer name -> (output width, input width)."""
 
 
-def linear(config: Any) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """The linear layers but the output head, and the head's names; built on `meta`, so no weight is read.
+@dataclass(frozen=True)
+class Found:
+    """What there is to quantize in a model: `layers` its linear layers but the output head, `heads` the head's names.
+
+    `odd` are layers of a class derived from Linear (Falcon's), which quantizers skip or fail on; `others` the elements
+    of all further matrices but the embeddings (experts that are one tensor, convolutions). `experts`: those of the
+    layers that are parts of a fused tensor, taken apart. `empty`: the model on `meta`.
+    """
+
+    layers: dict[str, tuple[int, int]]
+    heads: list[str]
+    odd: dict[str, tuple[int, int]]
+    others: dict[str, int]
+    experts: frozenset[str]
+    empty: Any
+
+
+def find(config: Any, split: bool = False) -> Found:
+    """Build the model on `meta`, so that no weight is read, and look at it. `split`: take fused experts apart.
 
     Raises BadInput for a model without linear layers.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    from peftopt import hf
+    from peftopt.transforms import _experts
+
+    with torch.device("meta"), hf.building(config.name_or_path):
         empty = AutoModelForCausalLM.from_config(config)
-    found = {name: m for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear)}
-    heads = [name for name, m in found.items() if m is empty.get_output_embeddings()]
-    layers = {name: (m.out_features, m.in_features) for name, m in found.items() if name not in heads}
-    if not layers:
-        raise BadInput(f"{type(empty).__name__} has no linear layers", "its layers are of a kind that is not quantized")
-    return layers, heads
+        apart = tuple(f"{name}." for name in _experts.split(empty)) if split else ()
+    linears = {name: m for name, m in empty.named_modules() if isinstance(m, torch.nn.Linear)}
+    heads = [name for name, m in linears.items() if m is empty.get_output_embeddings()]
+    shapes = {name: (m.out_features, m.in_features) for name, m in linears.items() if name not in heads}
+    if not shapes:
+        hint = "its layers are of a kind that is not quantized here; use gguf or openvino_ir"
+        raise BadInput(f"{type(empty).__name__} has no linear layers", hint)
+    odd = {name: shape for name, shape in shapes.items() if type(linears[name]) is not torch.nn.Linear}
+    layers = {name: shape for name, shape in shapes.items() if name not in odd}
+    known = {f"{name}.weight" for name in linears}
+    known |= {f"{name}.weight" for name, m in empty.named_modules() if isinstance(m, torch.nn.Embedding)}
+    others = {n: p.numel() for n, p in empty.named_parameters() if p.dim() > 1 and n not in known}
+    experts = frozenset(name for name in layers if name.startswith(apart)) if apart else frozenset()
+    return Found(layers, heads, odd, others, experts, empty)
+
+
+def linear(config: Any) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """The linear layers but the output head, and the head's names. Raises BadInput for a model without any."""
+    found = find(config)
+    return {**found.layers, **found.odd}, found.heads
+
+
+def left_alone(found: Found, method: str) -> list[str]:
+    """A notice of the matrices that are no plain linear layers and so keep their dtype, where they count.
+
+    Raises BadInput where they are nearly all that there is, as the experts of a large model are.
+    """
+    left = {**{name: math.prod(shape) for name, shape in found.odd.items()}, **found.others}
+    rounded = sum(map(math.prod, found.layers.values()))
+    share = sum(left.values()) / (sum(left.values()) + rounded)
+    if share < WORTH_SAYING:
+        return []
+    names = sorted(left, key=lambda name: -left[name])
+    more = f" and {len(names) - 1} more like it" if len(names) > 1 else ""
+    kept = f"{share:.0%} of the weights stay as they are: {method} cannot round {names[0]}{more}"
+    instead = "gptq" if "experts" in names[0] else "gguf or openvino_ir"
+    if share > NEARLY_ALL:
+        raise BadInput(f"{method} would quantize almost nothing of this model: {kept}", f"use {instead}")
+    return [f"{kept}; {instead} can"]
+
+
+def unrounded(source: Path, out: Path) -> float:
+    """Elements of matrices in 16 or more bits that a folder holds, as a share of those of the folder it was made from.
+
+    Read from headers. Embeddings and output head, which have a row for each token, are left out of both.
+    """
+    words = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    tokens = words.get("vocab_size") or (words.get("text_config") or {}).get("vocab_size")
+
+    def wide(folder: Path) -> int:
+        entries = open_model(folder).entries.values()
+        matrices = (e for e in entries if len(e.shape) > 1 and e.dtype in WIDE and tokens not in e.shape)
+        return sum(e.items for e in matrices)
+
+    return wide(out) / max(1, wide(source))
 
 
 def check_group_size(folder: Path, wanted: int, keep: str) -> None:

@@ -25,13 +25,13 @@ def quantize(
 
     `settings` makes transformers' quantization config from the names of the layers that keep their dtype: the output
     head, often one tensor with the embeddings and the most sensitive, and what `params.keep` names. Adapters are
-    carried along, unchanged, on the quantized base. Raises BadInput for weights that are already quantized.
+    carried along, unchanged, on the quantized base. Raises BadInput for weights that are already quantized, and for a
+    model that is nearly all experts.
     """
-    layers, heads = _layers.linear(hf.unquantized_config(model, "quantize"))
-    kept, notices = _layers.kept(layers, params.keep)
-    opened = hf.load(model.path, quantization_config=settings([*heads, *kept]))
-    with hf.quiet():
-        opened.save_pretrained(out)
-    hf.copy_extras(model.path, out)
+    found = _layers.find(hf.unquantized_config(model, "quantize"))
+    left = _layers.left_alone(found, method)
+    kept, notices = _layers.kept(found.layers, params.keep)
+    notices = [*left, *notices]
+    hf.save(hf.load(model.path, quantization_config=settings([*found.heads, *found.odd, *kept])), model.path, out)
     provenance.write(out, method, [*libraries, "transformers", "torch"], asdict(params), seed, notices=notices)
     return Model(str(out), model.adapters)

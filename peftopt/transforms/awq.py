@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftopt.errors import BadInput
 from peftopt.records import Model
-from peftopt.transforms import _compressor
+from peftopt.transforms import _compressor, _smoothing
 
 TECHNIQUE = "quantize"
 NEEDS = _compressor.NEEDS
@@ -44,28 +45,50 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     Raises BadInput for weights already quantized, a group size that does not fit, and calibration texts too short.
     """
 
-    def recipe(scheme: dict[str, Any]) -> list[Any]:
+    def recipe(scheme: dict[str, Any], rows: list[dict[str, Any]]) -> list[Any]:
         from llmcompressor.modifiers.quantization import QuantizationModifier
 
         _spare_pinning()
-        return [_modifier()(n_grid=params.n_grid), QuantizationModifier(**scheme)]
+        return [_modifier(rows)(n_grid=params.n_grid), QuantizationModifier(**scheme)]
 
     weights = {"num_bits": params.bits, "type": "int", "symmetric": False}
-    return _compressor.quantize(model, params, out, seed, "awq", recipe, weights, texts=texts)
+    return _compressor.quantize(
+        model, params, out, seed, "awq", recipe, weights, texts=texts, suits=_check_known, scales_norms=True
+    )
 
 
-def _modifier() -> Any:
-    """AWQModifier that scales nothing for layers that are kept: llm-compressor 0.14 does where the layer before them is
-    quantized, and then divides by the number of weights to quantize, which is none."""
+def _check_known(empty: Any) -> None:
+    """Raises BadInput for a model in which llm-compressor does not find what AWQ would scale: where it has no mappings
+    for an architecture it takes Llama's, and fails half way."""
+    from compressed_tensors.utils import match_modules_set
+    from llmcompressor.modifiers.transform.awq.dynamic_mappings import get_layer_mappings_from_model
+
+    try:
+        found = [
+            sources
+            for mapping in get_layer_mappings_from_model(empty)
+            for sources, *_ in match_modules_set(empty, (mapping.smooth_layer, *mapping.balance_layers))
+        ]
+    except (ValueError, AttributeError):
+        found = []
+    if not found or any(len(some) != 1 or not hasattr(some[0], "weight") for some in found):
+        raise BadInput(f"awq does not know this architecture ({type(empty).__name__})", "use gptq")
+
+
+def _modifier(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """AWQModifier that scales only where that leaves the model what it is, tried on the rows, and nothing for layers
+    that are kept: llm-compressor 0.14 does where the layer before them is quantized, and then divides by the number of
+    weights to quantize, which is none."""
     from llmcompressor.modifiers.transform import awq
 
     class AWQModifier(awq.AWQModifier):  # type: ignore[misc]
         def _set_resolved_mappings(self, model: Any) -> None:
             super()._set_resolved_mappings(model)
             found = self._resolved_mappings  # type: ignore[has-type]
-            self._resolved_mappings = [
-                m for m in found if any(hasattr(b, "quantization_scheme") for b in m.balance_layers)
-            ]
+            found = [m for m in found if any(hasattr(b, "quantization_scheme") for b in m.balance_layers)]
+            groups = [_smoothing.Group(m.smooth_name, tuple(m.balance_names)) for m in found]
+            sound = _smoothing.unchanged(model, _smoothing.first_tokens(rows), groups)
+            self._resolved_mappings = [m for m, group in zip(found, groups, strict=True) if group in sound]
 
     return AWQModifier
 

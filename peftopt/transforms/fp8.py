@@ -31,7 +31,7 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     Raises BadInput for weights already quantized.
     """
 
-    def recipe(scheme: dict[str, Any]) -> list[Any]:
+    def recipe(scheme: dict[str, Any], _: Any) -> list[Any]:
         from llmcompressor.modifiers.quantization import QuantizationModifier
 
         return [QuantizationModifier(**scheme)]

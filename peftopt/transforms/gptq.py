@@ -43,7 +43,7 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     Raises BadInput for weights already quantized, a group size that does not fit, and calibration texts too short.
     """
 
-    def recipe(scheme: dict[str, Any]) -> list[Any]:
+    def recipe(scheme: dict[str, Any], _: Any) -> list[Any]:
         from llmcompressor.modifiers.gptq import GPTQModifier
 
         return [GPTQModifier(dampening_frac=params.dampening, **scheme)]

@@ -37,19 +37,21 @@ check = _compressor.check_inputs
 
 
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:
-    """SmoothQuant (arXiv:2211.10438) and GPTQ (arXiv:2210.17323) by llm-compressor, in compressed-tensors format. vLLM
-    multiplies in INT8; transformers only rounds the activations as INT8 would, which is slow but shows the quality.
+    """SmoothQuant (arXiv:2211.10438; see _smoothing.py), and GPTQ (arXiv:2210.17323) by llm-compressor, in
+    compressed-tensors format. vLLM multiplies in INT8; transformers only rounds the activations as INT8 would, which is
+    slow but shows the quality.
 
     Raises BadInput for weights already quantized and calibration texts too short.
     """
 
-    def recipe(scheme: dict[str, Any]) -> list[Any]:
+    def recipe(scheme: dict[str, Any], _: Any) -> list[Any]:
         from llmcompressor.modifiers.gptq import GPTQModifier
-        from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-        smooth = [SmoothQuantModifier(smoothing_strength=params.smoothing)] if params.smoothing else []
-        return [*smooth, GPTQModifier(dampening_frac=params.dampening, **scheme)]
+        return [GPTQModifier(dampening_frac=params.dampening, **scheme)]
 
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    return _compressor.quantize(model, params, out, seed, "w8a8", recipe, weights, activations, texts)
+    smoothing = params.smoothing
+    return _compressor.quantize(
+        model, params, out, seed, "w8a8", recipe, weights, activations, texts, smoothing=smoothing
+    )

@@ -1,0 +1,175 @@
+"""A model's chat template and the tokens that end an answer, read from files: what can be known before any model is.
+
+Rendered by transformers' own function, which knows neither torch nor the tokenizer's class.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftopt.corpus import Row
+from peftopt.errors import BadInput
+from peftopt.records import Json
+
+MARK = "an answer that no template knows"
+"""What is rendered as an answer, to see what comes after one."""
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What a template's own expressions raise, besides jinja2's errors."""
+
+REFUSED = "write the prompts as the template wants them: a system message may have to go into the first user message"
+
+
+@dataclass(frozen=True)
+class Template:
+    """A folder's chat template, "" for none, and the special tokens by the names under which it uses them."""
+
+    text: str
+    special: Mapping[str, str]
+
+    def render(self, messages: Sequence[Mapping[str, str]], prompt: bool = True) -> str:
+        """The text of a chat, with the beginning of an answer for a `prompt`. Raises jinja2.TemplateError."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        chats = [[dict(message) for message in messages]]
+        texts, _ = render_jinja_template(
+            conversations=chats, chat_template=self.text, add_generation_prompt=prompt, **self.special
+        )
+        return str(texts[0])
+
+
+def read(folder: Path) -> Template:
+    """The template that transformers would use: chat_template.jinja, else what tokenizer_config.json says."""
+    config = _json(folder / "tokenizer_config.json")
+    named = _json(folder / "special_tokens_map.json") | config
+    special = {name: _content(named[name]) for name in SPECIAL if named.get(name)}
+    file = folder / "chat_template.jinja"
+    found = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template") or ""
+    if isinstance(found, list):
+        found = next((each["template"] for each in found if each["name"] == "default"), "")
+    return Template(str(found), special)
+
+
+def check(folder: Path, rows: Sequence[Row], answers: bool = False) -> None:
+    """Raises BadInput, naming the row, for prompts that the template in `folder` refuses, and for prompts of nothing.
+    `answers`: with what is expected after them."""
+    from jinja2 import TemplateError
+
+    template = read(folder)
+    for row in rows:
+        last = [{"role": "assistant", "content": row.expected}] if answers and row.expected else []
+        if not template.text:
+            if not last and not any(m["content"] for m in row.messages) and not _begins(folder):
+                raise nothing(f"row {row.id!r}")
+            continue
+        try:
+            template.render([*row.messages, *last], prompt=not answers)
+        except TemplateError as error:
+            if type(error) is TemplateError:  # what a template raises itself; of others only the tokenizer knows
+                raise refused(error, f"row {row.id!r}") from error
+        except WRONG:
+            pass  # so here
+
+
+def refused(error: Exception, what: str) -> BadInput:
+    """The mistake of prompts that a template does not take, in its words."""
+    return BadInput(f"the chat template refuses {what}: {error}", REFUSED)
+
+
+def nothing(what: str) -> BadInput:
+    """The mistake of a prompt that is not even one token."""
+    return BadInput(f"{what} is empty: not one token to answer", "give it a text, or the tokenizer a chat template")
+
+
+def _begins(folder: Path) -> bool:
+    """Whether the tokenizer puts a token before an empty text; True where only transformers could say."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return True
+    from tokenizers import Tokenizer
+
+    return bool(Tokenizer.from_file(str(file)).encode("").ids)
+
+
+# ---- the end of an answer ------------------------------------------------------------------------------
+
+
+def ends(folder: Path) -> list[int]:
+    """The ids that end an answer, where transformers looks for them: in the generation config (without one, in the
+    model's); none where they name none."""
+    file = next((f for name in ("generation_config.json", "config.json") if (f := folder / name).is_file()), None)
+    ids = _json(file).get("eos_token_id") if file else None
+    return [id_ for id_ in (ids if isinstance(ids, list) else [ids]) if isinstance(id_, int) and id_ >= 0]
+
+
+def endless(folder: Path, home: Path) -> str:
+    """Why answers of the model in `folder`, with the tokenizer and template in `home`, would not end by themselves, and
+    what to do; "" where nothing speaks for it.
+
+    A chat model ends its turn as its template does. Where that token is not one that ends an answer, it goes on to
+    write the user's next question.
+    """
+    closing, stops = closes(home), ends(folder) or _own_end(home)
+    if closing is None or not stops or closing[1] in stops:
+        return ""
+    token, id_ = closing
+    known = ", ".join(map(str, stops))
+    return (
+        f"answers may never end: the chat template ends a turn with {token} ({id_}), and {folder.name} ends an answer "
+        f"only at {known}; add {id_} to eos_token_id in its generation_config.json"
+    )
+
+
+def closes(home: Path) -> tuple[str, int] | None:
+    """The token, and its id, with which the template ends an assistant's turn; None where it does so with none."""
+    from jinja2 import TemplateError
+
+    template = read(home)
+    if not template.text:
+        return None
+    turn = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": MARK}]
+    try:
+        text = template.render(turn, prompt=False)
+    except (TemplateError, *WRONG):
+        return None
+    return first_token(text.rpartition(MARK)[2], _added(home)) if MARK in text else None
+
+
+def _own_end(home: Path) -> list[int]:
+    """The id of the tokenizer's own end of sequence, which counts where the configs name none."""
+    text = read(home).special.get("eos_token", "")
+    return [id_ for token, id_ in _added(home).items() if token == text]
+
+
+def first_token(text: str, added: Mapping[str, int]) -> tuple[str, int] | None:
+    """The added token with which a text begins, blanks aside; None for a text that begins otherwise. Pure."""
+    rest = text.lstrip()
+    found = [token for token in added if token and rest.startswith(token)]
+    return (longest := max(found, key=len), added[longest]) if found else None
+
+
+def _added(home: Path) -> dict[str, int]:
+    """Tokens that were added to the vocabulary, with their ids: special ones are among them."""
+    listed = _json(home / "tokenizer.json").get("added_tokens") or []
+    found = {token["content"]: int(token["id"]) for token in listed}
+    decoder = _json(home / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    return found | {token["content"]: int(id_) for id_, token in decoder.items()}
+
+
+def _content(token: Json) -> str:
+    """A special token is written as its text, or as an object that holds it."""
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def _json(file: Path) -> dict[str, Json]:
+    """A JSON object; empty for a file that is not there, or is none: whoever needs it says so."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
