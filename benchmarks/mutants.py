@@ -38,7 +38,10 @@ import yaml
 from _pytest.runner import runtestprotocol
 from hypothesis import HealthCheck, Phase, settings
 
-VERDICTS = tuple(f"tests/test_{name}.py" for name in ("decide", "evidence", "broken_models", "honest_times"))
+VERDICTS = tuple(
+    f"tests/test_{name}.py"
+    for name in ("decide", "evidence", "broken_models", "honest_times", "trust_answers", "trust_times")
+)
 
 MODULES = {
     "peftopt/stats.py": ("tests/test_stats.py", "tests/test_honest_times.py"),
