@@ -45,12 +45,17 @@ MODULES = {
     "peftopt/rules.py": (*VERDICTS, "tests/test_thresholds.py"),
     "peftopt/decide.py": VERDICTS,
     "peftopt/evidence.py": VERDICTS,
-    "peftopt/need.py": (*VERDICTS, "tests/test_racing.py"),
+    "peftopt/need.py": ("tests/test_need.py", "tests/test_decide.py", "tests/test_honest_times.py"),
 }
 """What is changed, and the tests that should notice."""
 
-SLOW = ("tests/test_decide.py::test_what_is_not_foreseen_as_undecidable_can_be_decided",)
-"""Tests that are left out: every survivor would have to wait for them."""
+SLOW = (
+    "tests/test_decide.py::test_what_is_not_foreseen_as_undecidable_can_be_decided",
+    "tests/test_honest_times.py::test_a_limit_at_its_true_value_is_neither_met_nor_missed",
+    "tests/test_stats.py::test_adding_blocks_until_it_suits_spends_no_more_than_the_budget",
+    "tests/test_stats.py::test_betting_stays_below_its_error_however_often_it_is_judged",
+)
+"""Tests that are left out: simulations, for which every survivor would have to wait."""
 
 ACCEPTED = Path("benchmarks/survivors.yaml")
 """Survivors with a reason each: {module: {the line this script prints: why no test can or need tell}}."""
@@ -141,8 +146,8 @@ def variants(node: ast.AST, parent: ast.AST, slot: str) -> Iterator[ast.AST | No
             yield but(id=NAMES[name])
         case ast.Attribute(attr=name, ctx=ast.Load()) if name in NAMES:
             yield but(attr=NAMES[name])
-        case ast.Return(value=ast.expr() as value) if not (isinstance(value, ast.Constant) and value.value is None):
-            yield but(value=ast.Constant(None))
+        case ast.Return(value=ast.expr() as value) if not (isinstance(value, ast.Constant) and not value.value):
+            yield but(value=ast.Constant(None))  # of what is not as good as None already
     match node:
         case ast.AugAssign() | ast.Raise() | ast.Break() | ast.Continue() | ast.Expr():
             yield ast.Pass()
@@ -323,8 +328,8 @@ class Mutation:
         for item, following in zip_longest(items, items[1:]):
             watch.switch_context(item.nodeid)
             start = time.perf_counter()
-            if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
-                raise pytest.UsageError(f"{item.nodeid} fails without any change")
+            if failed := [r for r in runtestprotocol(item, nextitem=following, log=False) if r.failed]:
+                raise pytest.UsageError(f"{item.nodeid} fails without any change: {failed[0].longreprtext}")
             self.seconds[item] = time.perf_counter() - start
         watch.stop()
         data = watch.get_data()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from test_decide import RULES, builds, of, outcome, plan_of, quality, speed
+from helpers.records import RULES, builds, of, outcome, plan_of, quality, speed
 
 from peftopt.decide import decide
 from peftopt.records import Decision, Json, Measurement, Plan, Rule

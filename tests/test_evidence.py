@@ -11,11 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.records import of, plan_of, quality, speed, whole
 from hypothesis import given
 from hypothesis import strategies as st
-from test_decide import decide, of, plan_of, quality, speed, whole
 
 from peftopt import machine
+from peftopt.decide import decide
 from peftopt.evidence import TWIN, Evidence
 from peftopt.figures import figures as figures_of
 from peftopt.records import Json, Measurement

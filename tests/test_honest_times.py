@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_decide import TWIN, builds, of, outcome, plan_of, quality, whole
+from helpers.records import builds, of, outcome, plan_of, quality, whole
 
 from peftopt import need, stats
 from peftopt import plan as planning
 from peftopt.decide import decide
-from peftopt.evidence import FAILED, Evidence
+from peftopt.evidence import FAILED, TWIN, Evidence
 from peftopt.records import Decision, Json, Measurement, Metric, Plan, Workload
 from peftopt.rules import family
 

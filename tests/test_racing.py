@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_decide import plan_of, whole
+from helpers.records import plan_of, whole
 from test_run import prompts
 
 from peftopt import machine

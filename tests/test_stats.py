@@ -542,13 +542,37 @@ def test_bets_have_all_of_the_error_where_no_look_shares_it() -> None:
     assert (bet.look, bet.interval.high) == (open_ended.look, open_ended.interval.high)
 
 
+def wealth_of(*scores: float) -> list[float]:
+    """Logs of what four gamblers hold on average after each score."""
+    shares = (0.15, 0.3, 0.5, 0.7)
+    held = [[math.prod(1 - share * s for s in scores[: n + 1]) for share in shares] for n in range(len(scores))]
+    return [math.log(np.mean(each)) for each in held]
+
+
 def test_the_wealth_of_bets_by_hand() -> None:
-    """Scores are gaps over the scale, cut at 1; a scale of 0 stakes on the sign. The four wealths are averaged."""
-    x, scale = np.array([-0.2, -0.5, 0.1]), np.array([0.0, 0.4, 0.4])
-    scores, mixed = (-1.0, -1.0, 0.25), []
-    for n in range(1, 4):
-        mixed.append(math.log(np.mean([math.prod(1 - bet * s for s in scores[:n]) for bet in (0.15, 0.3, 0.5, 0.7)])))
-    assert stats._log_wealth(x, scale, 0.0, -1) == pytest.approx(mixed)
+    """Scores are gaps over the scale, cut at 1; a scale of 0 stakes on the sign. The four wealths are averaged.
+
+    Before the third block two lie 0.1 off their median, before the fourth the median deviation is 0.2: times 1.5.
+    """
+    x = np.array([-0.2, -0.4, 0.06, 0.15])
+    assert stats._past_scale(x) == pytest.approx([0, 0, 0.15, 0.3])
+    wealth, ends = stats._log_wealth(x, range(4), 0.0, -1)
+    assert wealth == pytest.approx(wealth_of(-1, -1, 0.4, 0.5)) and ends == [1, 2, 3, 4]
+    mirrored, _ = stats._log_wealth(-x, range(4), 0.0, 1)
+    assert mirrored == pytest.approx(wealth)
+    moved, _ = stats._log_wealth(x + 2, range(4), 2.0, -1)
+    assert moved == pytest.approx(wealth)
+
+
+def test_a_launch_is_one_bet_on_the_mean_of_its_blocks_scores() -> None:
+    """Scaled by what was known before the launch; one that may still be going on is no bet yet."""
+    x, launches = np.array([-0.2, 0.1, -0.4, 0.3, -0.1]), [0, 0, 1, 1, 2]
+    known = stats._past_scale(x)[2]
+    wealth, ends = stats._log_wealth(x, launches, 0.0, -1)
+    second = np.clip(np.array([-0.4, 0.3]) / known, -1, 1).mean()
+    assert wealth == pytest.approx(wealth_of(0.0, second)) and ends == [2, 4]
+    assert stats._log_wealth(x[:1], [0], 0.0, -1)[1] == [1], "the only launch there is counts"
+    assert stats._log_wealth(x, [0, 1, 0, 1, 1], 0.0, -1)[1] == [3, 5], "in the order in which they end"
 
 
 def test_the_scale_of_a_bet_is_that_of_the_blocks_before_it() -> None:

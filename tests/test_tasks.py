@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_decide import decide, of, plan_of, whole
+from helpers.records import of, plan_of, whole
 from test_run import RECIPE, command, prompts
 
 from peftopt import plugins
+from peftopt.decide import decide
 from peftopt.errors import BadInput
 from peftopt.probes import tasks
 from peftopt.records import Measurement, Model

@@ -1,0 +1,118 @@
+"""Records as a run leaves them, with nothing wrong but what is asked for, and what was decided of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+
+from peftopt import plan as planning
+from peftopt.evidence import TWIN
+from peftopt.records import (
+    Decision,
+    Json,
+    Measure,
+    Measurement,
+    Metric,
+    Plan,
+    Quality,
+    Recipe,
+    Rule,
+    Step,
+    Variant,
+    VariantDecision,
+    Verdict,
+    Workload,
+)
+from peftopt.thresholds import parse
+
+EAGER, COMPILED = Step("eager", "engine", ""), Step("compiled", "engine", "compile")
+MERGE, INT8 = Step("merge", "transform", "merge"), Step("int8", "transform", "quantize")
+CHAINS: Mapping[str, Variant] = {
+    "adapter": Variant("adapter", (), EAGER),
+    "merged": Variant("merged", (MERGE,), EAGER),
+    "int8": Variant("int8", (MERGE, INT8), EAGER),
+    "apart": Variant("apart", (INT8,), EAGER),
+    "compiled": Variant("compiled", (MERGE,), COMPILED),
+    "int8_compiled": Variant("int8_compiled", (MERGE, INT8), COMPILED),
+}
+RULES = (
+    Rule("merge", "gain", 0.15),
+    Rule("merge", "parity", 0.01),
+    Rule("int8", "critical_errors", 0.01),
+    Rule("int8", "not_slower", 0.02),
+    Rule("int8", "smaller", None),
+    Rule("compile", "gain", 0.0),
+    Rule("compile", "parity", 0.01),
+)
+
+
+def plan_of(*names: str, require: Iterable[str] = (), **measure: Json) -> Plan:
+    recipe = Recipe(
+        name="test",
+        path="test.yaml",
+        base="base",
+        adapter="adapter",
+        variants={name: CHAINS[name] for name in ("adapter", *names)},
+        baseline="adapter",
+        workloads={"chat": Workload("chat", "p.jsonl"), "bulk": Workload("bulk", "p.jsonl", batch=8)},
+        quality=Quality("p.jsonl"),
+        calibration=None,
+        rules=RULES,
+        require=tuple(parse(text) for text in require),
+        minimize=Metric("latency.p50", "chat"),
+        measure=Measure(**{"max_blocks": 60, **measure}),
+    )
+    return planning.plan(recipe, {"base": "b", "adapter": "a", "calibration": ""}, {})
+
+
+def speed(plan: Plan, ratios: Mapping[str, float], blocks: int = 40, noise: float = 0.01) -> list[Measurement]:
+    """Blocks in which each variant takes `ratio` times the adapter's 100 ms, and drift that hits all alike."""
+    dice = random.Random(7)
+    found = []
+    for block in range(blocks):
+        drift = dice.uniform(0.5, 2.0)
+        for name, ratio in {"adapter": 1.0, "adapter" + TWIN: 1.0, **ratios}.items():
+            ms = 100 * ratio * drift * (1 + dice.gauss(0, noise))
+            request = {"request_duration_ms": ms, "ttft_ms": ms / 4, "tpot_ms": ms / 16, "cpu_ms": ms}
+            request |= {"new_tokens": 16, "warmup": False}
+            warm = {**request, "request_duration_ms": 9999.0, "warmup": True}
+            found.append(Measurement("speed", name, "chat", 1, {"block": block, "requests": [warm, request]}))
+    return found
+
+
+def quality(name: str, n: int = 400, launch: int = 1, **changes: Mapping[str, Json]) -> list[Measurement]:
+    """`n` right answers; `changes` are of single prompts by id, such as p3={"correct": False}."""
+    found = []
+    for number in range(n):
+        row = f"p{number}"
+        values = {"row": row, "critical": number < 40, "correct": True, "valid": True, "score": 1.0, "flags": []}
+        values |= {"tokens": list(range(30)), "stopped": True, "new_tokens": 31, "output": "{}", "expected": "{}"}
+        values |= {"nll": 1.0, "scored_tokens": 31, "kl": 0.001, "agree": 31, "slices": []}
+        found.append(Measurement("quality", name, "", launch, {**values, **changes.get(row, {})}))
+    return found
+
+
+def builds(plan: Plan, tier0: Iterable[str] = ()) -> list[Measurement]:
+    source = {"id": "", "size_bytes": 270, "tier0": []}
+    made = [{"id": b.id, "size_bytes": 160, "tier0": list(tier0)} for b in plan.builds]
+    return [Measurement("build", "", values=values) for values in (source, *made)]
+
+
+def whole(plan: Plan, ratios: Mapping[str, float], **rest: Json) -> list[Measurement]:
+    """Everything a run leaves, with nothing wrong but what the arguments say."""
+    answers = quality("adapter") + quality("adapter", launch=2)
+    for name in ratios:
+        answers += quality(name)
+    return builds(plan) + speed(plan, ratios, **rest) + answers
+
+
+def of(decision: Decision, name: str) -> VariantDecision:
+    return next(v for v in decision.variants if v.name == name)
+
+
+def outcome(decision: Decision, name: str, rule: str) -> str:
+    return next(v.outcome for v in of(decision, name).verdicts if v.rule == rule)
+
+
+def verdict(decision: Decision, name: str, rule: str) -> Verdict:
+    return next(v for v in of(decision, name).verdicts if v.rule == rule)

@@ -1,0 +1,193 @@
+"""What is still to be measured, and what a recipe can never decide, is told exactly: no block or prompt too many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+from helpers.records import CHAINS, builds, plan_of, quality, speed, whole
+
+from peftopt import need, stats
+from peftopt import plan as planning
+from peftopt.evidence import Evidence
+from peftopt.records import Measurement, Plan, Recipe, Rule
+from peftopt.rules import ANY_CRITICAL
+
+DIED = {"stage": "speed (chat)", "reason": "killed", "detail": "", "hint": ""}
+
+
+def failed(name: str) -> Measurement:
+    return Measurement("failure", name, values=DIED)
+
+
+def ruled(plan: Plan, *rules: Rule) -> Plan:
+    return replace(plan, recipe=replace(plan.recipe, rules=rules))
+
+
+def said(recipe: Recipe, prompts: int = 10_000) -> dict[str, str]:
+    """What cannot be decided, by the rules that each line names."""
+    lines = [line.split(": ", 1) for line in need.undecidable(recipe, prompts)]
+    assert len({names for names, _ in lines}) == len(lines)
+    return {names: why for names, why in lines}
+
+
+# ---- blocks ------------------------------------------------------------------------------------
+
+
+def test_nothing_is_raced_without_a_baseline() -> None:
+    assert need.blocks(Evidence(plan_of("merged"), [failed("adapter")]), "chat") == frozenset()
+
+
+def test_what_failed_is_not_asked_again_and_neither_is_what_only_it_was_compared_with() -> None:
+    plan = plan_of("merged", "int8")
+    measured = whole(plan, {"merged": 0.5, "int8": 0.4}, blocks=16)
+    assert need.blocks(Evidence(plan, [*measured, failed("int8")]), "chat") == frozenset()
+    racing = [m for m in measured if m.probe != "speed" or m.values["block"] < 6]
+    assert need.blocks(Evidence(plan, [*racing, failed("merged")]), "chat") == {"adapter", "int8"}
+    assert need.blocks(Evidence(plan, [*racing, failed("int8")]), "chat") == {"adapter", "merged"}
+
+
+def test_a_race_that_nothing_can_win_any_more_is_not_open() -> None:
+    plan = plan_of("merged")
+    near = builds(plan) + speed(plan, {"merged": 0.85}, 16) + quality("adapter") + quality("adapter", launch=2)
+    assert [v.rule for v in need.open_races(Evidence(plan, near + quality("merged")))] == ["merge.gain"]
+    few = Evidence(plan, near + quality("merged", 20))  # parity is open too, but takes prompts, not blocks
+    assert [v.rule for v in need.open_races(few)] == ["merge.gain"]
+    broken = quality("merged", p3={"correct": False})
+    assert need.open_races(Evidence(plan, near + broken)) == []
+
+
+# ---- answers -----------------------------------------------------------------------------------
+
+
+def compiled(variants: int, *rules: Rule) -> Recipe:
+    recipe = ruled(plan_of("compiled"), *rules).recipe
+    names = [f"v{n}" for n in range(variants)]
+    chains = {name: replace(CHAINS["compiled"], name=name) for name in names}
+    return replace(recipe, variants={"adapter": CHAINS["adapter"], **chains})
+
+
+@pytest.mark.parametrize(
+    ("rules", "needed"),
+    [
+        ((), stats.needed_n(0.05, 50)),  # what every table asks
+        ((Rule("variant", "critical_errors", 0.01),), stats.needed_n(0.01, 50)),
+        ((Rule("merge", "gain", 0.1), Rule("variant", "critical_errors", None)), need.FEWEST_ANSWERS),
+        (
+            (ANY_CRITICAL, Rule("compile", "critical_errors", 0.02)),
+            stats.needed_n(0.02, 50),
+        ),
+        ((ANY_CRITICAL, Rule("int8", "critical_errors", 0.01)), stats.needed_n(0.05, 50)),
+        ((ANY_CRITICAL, Rule("compile", "parity", 0.01)), stats.needed_n(0.05, 50)),
+    ],
+)
+def test_a_slow_engine_answers_what_its_strictest_claim_takes(rules: Iterable[Rule], needed: int) -> None:
+    recipe = compiled(50, *rules)
+    assert need.answers(recipe, recipe.variants["v0"]) == needed
+    assert need.answers(recipe, recipe.variants["adapter"]) is None
+
+
+def test_no_fewer_than_128_answers_are_compared() -> None:
+    recipe = compiled(1)
+    assert need.answers(recipe, recipe.variants["v0"]) == 128 > stats.needed_n(0.05)
+
+
+# ---- what cannot be decided --------------------------------------------------------------------
+
+
+def test_only_rules_of_the_recipes_own_techniques_that_are_on_are_said() -> None:
+    merge, both = plan_of("merged", max_blocks=5), plan_of("merged", "compiled", max_blocks=5)
+    assert said(merge.recipe).keys() == {"merge.gain"}
+    assert said(both.recipe).keys() == {"merge.gain, compile.gain"}
+    assert said(ruled(merge, Rule("merge", "gain", None), Rule("merge", "parity", 0.01)).recipe) == {}
+
+
+@pytest.mark.parametrize(("blocks", "variants", "granted"), [(9, 1, 10), (10, 1, 0), (11, 4, 16), (12, 4, 0)])
+def test_a_race_that_ends_before_its_first_look_is_said(blocks: int, variants: int, granted: int) -> None:
+    names = ("merged", "int8", "compiled", "int8_compiled")[:variants]
+    plan = ruled(plan_of(*names, max_blocks=blocks, relaunch=1), Rule("merge", "gain", 0.1))
+    found = said(plan.recipe)
+    assert (f"measure.max_blocks is {blocks}: give {granted}" in found.get("merge.gain", "")) == bool(granted)
+    assert bool(found) == bool(granted)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "relaunch", "launches", "give"),
+    [(60, 20, 3, 0), (60, 21, 3, 0), (60, 29, 3, 0), (60, 30, 2, 20), (11, 11, 1, 3), (11, 6, 2, 3), (12, 4, 3, 0)],
+)
+def test_launches_that_cannot_be_told_apart_are_said(blocks: int, relaunch: int, launches: int, give: int) -> None:
+    plan = ruled(plan_of("merged", max_blocks=blocks, relaunch=relaunch), Rule("merge", "gain", 0.1))
+    found = said(plan.recipe)
+    assert bool(found) == bool(give)
+    if give:
+        assert found["merge.gain"].endswith(f"measure.relaunch: {give}")
+        assert f"come from {launches} launch{'es' * (launches > 1)}," in found["merge.gain"]
+
+
+def test_no_fewer_than_one_block_a_launch_is_proposed() -> None:
+    plan = ruled(plan_of("merged", max_blocks=2, relaunch=2), Rule("merge", "gain", 0.1))
+    assert any(line.endswith("give measure.relaunch: 1") for line in need.undecidable(plan.recipe, 0))
+
+
+@pytest.mark.parametrize(("requests", "enough"), [(37, False), (38, True)])
+def test_requests_that_a_tail_lacks_are_said(requests: int, enough: bool) -> None:
+    """At 95 % with 85 % of the error at its last look, the P95 has two bounds from 76 requests on."""
+    text = "latency.p95@chat <= 400 ms"
+    plan = ruled(plan_of("merged", require=[text, "latency.p95@chat <= 0.9x"], max_blocks=2, requests=requests))
+    assert said(plan.recipe) == (
+        {} if enough else {"require": f"{text}: takes 76 requests, and 2 blocks have {2 * requests}"}
+    )
+
+
+def test_claims_of_answers_say_what_they_take_and_what_there_is() -> None:
+    names = ("merged", "int8")
+    rules = (Rule("merge", "lost", 0.02), Rule("merge", "parity", 0.01), Rule("int8", "critical_errors", 0.01))
+    recipe = ruled(plan_of(*names), *rules, Rule("variant", "critical_errors", 0.03)).recipe
+    level = 1 - 0.1 / 2  # 5 % on the side that is judged, over two variants
+    takes = {
+        "merge.lost": next(n for n in range(1, 999) if stats.excess(0, 0, n, level).high <= 0.02),
+        "merge.parity": next(n for n in range(1, 999) if stats.excess(0, 0, n, level).high <= 0.1),
+        "int8.critical_errors": stats.needed_n(0.01, 2),
+        "variant.critical_errors": stats.needed_n(0.03, 2),
+    }
+    assert [rule.technique for rule in recipe.rules if rule.name != "gain"] == ["merge", "merge", "int8", "variant"]
+    for rule, needed in takes.items():
+        assert rule not in said(recipe, needed)
+        assert f"takes {needed} prompts" in said(recipe, needed - 1)[rule]
+        assert f"there are {needed - 1}, which" in said(recipe, needed - 1)[rule]
+    ten = said(recipe, 10)
+    assert f"can claim {stats.excess(0, 0, 10, level).high:.2%}" in ten["merge.lost"]
+    assert "claim 2.00% of 2 variants" in ten["merge.lost"] and "claim 10.00% of" in ten["merge.parity"]
+    assert f"can claim {stats.upper_bound(0, 10, 1 - 0.05 / 2):.2%}" in ten["int8.critical_errors"]
+    assert all("can claim 100.00%" in why for why in said(recipe, 0).values())
+
+
+def test_what_other_rules_ask_of_answers_is_not_said() -> None:
+    plan = plan_of("merged", "int8")
+    others = (Rule("int8", "smaller", 0.1), Rule("int8", "lost", 0.1), Rule("variant", "critical_errors", None))
+    assert said(ruled(plan, *others).recipe, 0) == {}
+    assert said(ruled(plan, Rule("merge", "gain", 0.1)).recipe, 0).keys() == {"variant.critical_errors"}
+    lax = (Rule("merge", "lost", 0.97), Rule("variant", "critical_errors", None))
+    assert said(ruled(plan_of("merged"), *lax).recipe, 1) == {}, "one prompt leaves 96 % open"
+
+
+def test_a_rule_of_the_whole_variant_takes_the_place_of_the_usual_one() -> None:
+    own = ruled(plan_of("merged"), Rule("merge", "lost", None), Rule("variant", "critical_errors", 0.5)).recipe
+    needed = stats.needed_n(0.5)
+    (line,) = said(own, needed - 1).values()
+    assert f"takes {needed} prompts" in line and said(own, needed) == {}
+
+
+def test_answers_that_no_recipe_asks_for_cannot_be_judged() -> None:
+    rules = (Rule("merge", "lost", 0.1), Rule("merge", "gain", 0.1), Rule("variant", "critical_errors", 0.05))
+    recipe = replace(ruled(plan_of("merged"), *rules).recipe, quality=None)
+    (line,) = need.undecidable(recipe, 0)
+    assert line.startswith("merge.lost: no answers are checked")
+    silent = replace(ruled(plan_of("merged"), *rules[1:]).recipe, quality=None)
+    assert list(need.undecidable(silent, 0)) == []
+
+
+def test_plans_of_other_meters_have_the_same_needs() -> None:
+    plan = planning.elsewhere(plan_of("merged").recipe)
+    assert need.blocks(Evidence(plan, []), "chat") == {"adapter", "merged"}
