@@ -67,6 +67,14 @@ def test_a_verified_answer_is_the_greedy_one_whatever_the_draft(
     assert answers[0]["stopped"] == (len(text) < new_tokens)
 
 
+def test_an_answer_names_its_prompt_so_that_copies_can_be_told() -> None:
+    rows = [Row(f"{n}", ({"role": "user", "content": content},)) for n, content in enumerate(("8", "9", "8"))]
+    answers: list[dict[str, object]] = []
+    quality.ask(Script({8: [1], 9: [1]}), rows, None, 4, 4, tell=answers.append)  # type: ignore[arg-type]
+    prompts = {str(a["row"]): a["prompt"] for a in answers}
+    assert prompts["0"] == prompts["2"] != prompts["1"]
+
+
 def test_a_right_draft_costs_no_decoding_unless_the_row_is_critical() -> None:
     for critical in (False, True):
         engine = Script({9: [1, 2, 3]})
