@@ -44,7 +44,7 @@ VERDICTS = tuple(
 )
 
 MODULES = {
-    "peftopt/stats.py": ("tests/test_stats.py", "tests/test_honest_times.py"),
+    "peftopt/stats.py": ("tests/test_stats.py", "tests/test_trust_stats.py", "tests/test_honest_times.py"),
     "peftopt/rules.py": (*VERDICTS, "tests/test_thresholds.py"),
     "peftopt/decide.py": VERDICTS,
     "peftopt/evidence.py": VERDICTS,
