@@ -232,9 +232,7 @@ def test_an_excess_of_nothing_is_unknown() -> None:
     assert math.isnan(found.estimate) and bounds(found) == (-1, 1)
 
 
-@pytest.mark.parametrize(
-    ("lost", "right", "won", "wrong"), [(0, 20, 0, 5), (3, 20, 2, 5), (20, 20, 5, 5), (1, 9, 0, 0)]
-)
+@pytest.mark.parametrize("counts", [(0, 20, 0, 5), (3, 20, 2, 5), (20, 20, 5, 5), (1, 9, 0, 0)])
 @pytest.mark.parametrize("level", [0.9, 0.95])
 def test_what_is_kept_of_right_answers_by_hand(counts: tuple[int, int, int, int], level: float) -> None:
     from scipy.stats import binomtest
