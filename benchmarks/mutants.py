@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import itertools
 import math
 import os
 import random
@@ -27,7 +28,6 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -68,6 +68,9 @@ EXAMPLES = 8
 
 SPARE_S, SLOWER, SPARE_BYTES = 5.0, 10.0, 2 << 30
 """A mutant is killed when a test takes so many seconds over so many times its time, or so much more memory."""
+
+PATIENCE_S = 20.0
+"""So many seconds of tests, the likeliest first, are tried on a mutant; what they do not notice counts as survived."""
 
 OTHERWISE = 255
 
@@ -312,7 +315,7 @@ class Mutation:
         while running or (waiting and time.monotonic() < end):
             while waiting and len(running) < self.jobs and time.monotonic() < end:
                 mutant = waiting.pop(0)
-                mutant.tests.sort(key=lambda t: (-self.kills[mutant.scope, t] / self.seconds[t], self.seconds[t]))
+                self.plan(mutant)
                 running[self.fork(mutant, mutant.tests)] = mutant
             pid, status = os.wait()
             self.judged.append(mutant := running.pop(pid))
@@ -324,11 +327,17 @@ class Mutation:
                 self.say(f"{mutant.path}:{mutant.lines[0]}  {mutant.key}" + ("" if mutant.tests else "  (not reached)"))
         return True
 
+    def plan(self, mutant: Mutant) -> None:
+        """Its tests, those that killed in the same function and quick ones first, as long as patience lasts."""
+        mutant.tests.sort(key=lambda t: (-self.kills[mutant.scope, t] / self.seconds[t], self.seconds[t]))
+        spent = itertools.accumulate(self.seconds[test] for test in mutant.tests)
+        mutant.tests = [test for test, s in zip(mutant.tests, spent, strict=True) if s <= PATIENCE_S]
+
     def cover(self, items: Sequence[pytest.Item]) -> None:
         """Run every test once, timed, and give each mutant those that reach it."""
         watch, of = coverage.Coverage(data_file=None, include=list(MODULES)), {item.nodeid: item for item in items}
         watch.start()
-        for item, following in zip_longest(items, items[1:]):
+        for item, following in itertools.zip_longest(items, items[1:]):
             watch.switch_context(item.nodeid)
             start = time.perf_counter()
             if failed := [r for r in runtestprotocol(item, nextitem=following, log=False) if r.failed]:
@@ -356,7 +365,7 @@ class Mutation:
             if mutant:
                 name = mutant.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
                 install(sys.modules[name], self.trees[mutant.path], mutant)
-            for n, (item, following) in enumerate(zip_longest(tests, tests[1:]), 1):
+            for n, (item, following) in enumerate(itertools.zip_longest(tests, tests[1:]), 1):
                 signal.setitimer(signal.ITIMER_REAL, SPARE_S + SLOWER * self.seconds[item])
                 if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
                     status = min(n, OTHERWISE)
