@@ -40,12 +40,12 @@ from hypothesis import HealthCheck, Phase, settings
 
 VERDICTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("decide", "evidence", "broken_models", "honest_times", "trust_answers", "trust_times")
+    for name in ("decide", "evidence", "broken_models", "honest_times", "trust_answers", "trust_times", "trust_rules")
 )
 
 MODULES = {
     "peftopt/stats.py": ("tests/test_stats.py", "tests/test_trust_stats.py", "tests/test_honest_times.py"),
-    "peftopt/rules.py": (*VERDICTS, "tests/test_thresholds.py"),
+    "peftopt/rules.py": VERDICTS,
     "peftopt/decide.py": VERDICTS,
     "peftopt/evidence.py": VERDICTS,
     "peftopt/need.py": ("tests/test_need.py", "tests/test_decide.py", "tests/test_honest_times.py"),

@@ -72,6 +72,7 @@ def compiled(variants: int, *rules: Rule) -> Recipe:
     ("rules", "needed"),
     [
         ((), stats.needed_n(0.05, 50)),  # what every table asks
+        ((Rule("merge", "gain", 0.1),), stats.needed_n(0.05, 50)),
         ((Rule("variant", "critical_errors", 0.01),), stats.needed_n(0.01, 50)),
         ((Rule("merge", "gain", 0.1), Rule("variant", "critical_errors", None)), need.FEWEST_ANSWERS),
         (
