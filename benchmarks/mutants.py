@@ -46,7 +46,7 @@ VERDICTS = tuple(
 MODULES = {
     "peftopt/stats.py": ("tests/test_stats.py", "tests/test_trust_stats.py", "tests/test_honest_times.py"),
     "peftopt/rules.py": VERDICTS,
-    "peftopt/decide.py": VERDICTS,
+    "peftopt/decide.py": ("tests/test_trust_decisions.py", *VERDICTS),
     "peftopt/evidence.py": VERDICTS,
     "peftopt/need.py": ("tests/test_need.py", "tests/test_decide.py", "tests/test_honest_times.py"),
 }

@@ -1,0 +1,324 @@
+"""What is made of verdicts: which one decides, what is chosen, what is noted, remarked and warned of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import pytest
+from helpers.records import builds, of, plan_of, quality, speed, whole
+
+from peftopt import decide as deciding
+from peftopt import stats
+from peftopt.decide import decide
+from peftopt.evidence import TWIN, Evidence
+from peftopt.records import Decision, Interval, Json, Measurement, Plan, Rule, Step, Variant, Verdict, Workload
+
+Rows = Mapping[str, Mapping[str, Json]]
+
+
+def rows(*numbers: int, **values: Json) -> dict[str, dict[str, Json]]:
+    return {f"p{n}": dict(values) for n in numbers}
+
+
+def judged(*verdicts: tuple[str, str]) -> tuple[str, str]:
+    found: list[Verdict] = [Verdict(rule, outcome, "") for rule, outcome in verdicts]  # type: ignore[arg-type]
+    return deciding._outcome(found)
+
+
+GAIN, LOST, INTACT, WHOLE = "merge.gain", "merge.lost", "artifact.intact", "variant.critical_errors"
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "decided"),
+    [
+        ([(GAIN, "accepted"), (LOST, "accepted")], ("accepted", GAIN)),
+        ([(GAIN, "accepted"), (LOST, "inconclusive")], ("inconclusive", LOST)),
+        ([(GAIN, "inconclusive"), (LOST, "rejected"), (INTACT, "rejected")], ("rejected", LOST)),
+        ([(GAIN, "not judged"), (LOST, "accepted")], ("accepted", LOST)),
+        ([(GAIN, "not judged"), (INTACT, "accepted")], ("not judged", GAIN)),
+        ([(INTACT, "accepted"), (WHOLE, "accepted")], ("not judged", "")),
+        ([(INTACT, "accepted"), ("require: kl <= 1 nats", "accepted")], ("not judged", "")),
+        ([("require: top1 >= 9 %", "accepted")], ("not judged", "")),
+        ([(INTACT, "accepted"), ("require: latency.p50@chat <= 1 s", "accepted")]
+         , ("accepted", "require: latency.p50@chat <= 1 s")),
+        ([], ("not judged", "")),
+    ],
+)  # fmt: skip
+def test_a_variant_is_as_good_as_its_worst_verdict_and_nothing_broken_is_no_gain(
+    verdicts: Sequence[tuple[str, str]], decided: tuple[str, str]
+) -> None:
+    assert judged(*verdicts) == decided
+
+
+def test_the_decision_is_the_best_outcome_there_is() -> None:
+    plan = plan_of("merged", "int8")
+    good = whole(plan, {"merged": 0.6, "int8": 0.5})
+    assert decide(plan, good, {"cores": 2}).machine == {"cores": 2}
+    for ratios, expected, chosen in (
+        ({"merged": 0.6, "int8": 0.5}, "accepted", "int8"),
+        ({"merged": 0.5, "int8": 0.6}, "accepted", "merged"),
+        ({"merged": 0.5, "int8": 1.5}, "accepted", "merged"),
+        ({"merged": 0.85, "int8": 1.5}, "inconclusive", None),
+        ({"merged": 1.5, "int8": 1.5}, "rejected", None),
+    ):
+        found = decide(plan, whole(plan, ratios), {})
+        assert (found.outcome, found.chosen) == (expected, chosen)
+    died = [
+        Measurement("failure", name, values={"stage": "build", "reason": "refused", "detail": "", "hint": ""})
+        for name in ("merged", "int8")
+    ]
+    assert decide(plan, [*good, *died], {}).outcome == "not judged"
+    worse = [*good, replace(died[0], values={**died[0].values, "reason": "killed"}), died[1]]
+    assert decide(plan, worse, {}).outcome == "rejected"
+
+
+def test_a_decision_says_what_it_is_of() -> None:
+    plan = plan_of("merged", "int8", clock="cpu")
+    found = decide(plan, whole(plan, {"merged": 0.6, "int8": 0.5}), {})
+    assert (found.recipe, found.baseline, found.minimize) == ("test", "adapter", "latency.p50@chat")
+    assert (found.clock, found.clock_reason) == ("cpu", "as the recipe says")
+    assert [v.name for v in found.variants] == ["adapter", "merged", "int8"]
+    assert of(found, "int8").techniques == ("merge", "int8") and of(found, "adapter").techniques == ()
+
+
+# ---- the sentence --------------------------------------------------------------------------------
+
+
+def test_the_sentence_tells_the_gain_its_interval_and_what_is_undecided() -> None:
+    plan = plan_of("merged", "int8")
+    found = decide(plan, whole(plan, {"merged": 0.5, "int8": 0.5}), {})
+    ratio = Evidence(plan, whole(plan, {"merged": 0.5, "int8": 0.5})).ratio(
+        found.chosen or "", "adapter", "chat", "request_duration_ms", 1 - 0.05 / 2
+    )
+    assert ratio and f"({ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}, 40 blocks" in found.sentence
+    assert "50% lower than the adapter's" in found.sentence and "wall clock" in found.sentence
+    assert "undecided" not in found.sentence
+    open_ = [m for m in whole(plan, {"merged": 0.5, "int8": 0.5}) if (m.probe, m.variant) != ("quality", "int8")]
+    assert "(int8 undecided)" in decide(plan, open_, {}).sentence
+    few = [m for m in whole(plan, {"merged": 0.85, "int8": 1.5}) if m.probe != "speed"]
+    assert decide(plan, few, {}).sentence.startswith("Undecided, so keep the adapter as served: merged inconclusive by")
+    slow = decide(plan, whole(plan, {"merged": 1.5, "int8": 2.5}), {}).sentence
+    assert slow.startswith("Keep the adapter as served: no variant was accepted (merged rejected by merge.gain; int8")
+
+
+def small(plan: Plan) -> Plan:
+    """int8 may be as slow as it likes if it is smaller."""
+    table = (Rule("int8", "not_slower", None), Rule("int8", "critical_errors", 0.05))
+    return replace(plan, recipe=replace(plan.recipe, rules=table))
+
+
+def test_a_choice_that_is_slower_is_called_so_and_noted() -> None:
+    plan = small(plan_of("int8"))
+    found = decide(plan, whole(plan, {"int8": 1.5}), {})
+    assert found.chosen == "int8" and "50% higher than the adapter's" in found.sentence
+    assert [n for n in of(found, "int8").notes if "slower" in n] == ["slower than adapter here: 1.50x its latency"]
+    assert of(found, "adapter").notes == ()
+    same = decide(plan, whole(plan, {"int8": 1.0}), {})
+    assert "about the adapter's" in same.sentence and of(same, "int8").notes == ()
+
+
+def test_a_choice_without_an_interval_says_so_and_comes_after_those_with_figures() -> None:
+    plan = small(plan_of("int8", "apart"))
+    found = decide(plan, [*whole(plan, {"apart": 1.2}), *quality("int8")], {})
+    assert found.chosen == "apart"
+    few = decide(plan, [*whole(plan, {"apart": 1.2}, blocks=3), *quality("int8")], {})
+    assert "too few launches or blocks for an interval" in few.sentence and few.chosen == "apart"
+
+
+# ---- the A/A arm ---------------------------------------------------------------------------------
+
+
+def twin(ratio: float, blocks: int = 40) -> tuple[Plan, list[Measurement]]:
+    plan = plan_of("merged")
+    rest = [m for m in whole(plan, {"merged": 0.5}, blocks=blocks) if m.variant != "adapter" + TWIN]
+    arm = [replace(m, variant="adapter" + TWIN) for m in speed(plan, {"x": ratio}, blocks) if m.variant == "x"]
+    return plan, rest + arm
+
+
+@pytest.mark.parametrize(("ratio", "differs"), [(0.9, True), (1.0, False), (1.1, True)])
+def test_a_copy_that_differs_from_the_baseline_withholds_accepts_only(ratio: float, differs: bool) -> None:
+    plan, found = twin(ratio)
+    decision = decide(plan, found, {})
+    merged = of(decision, "merged")
+    assert (merged.outcome, merged.decided_by) == (
+        ("inconclusive", "measurement.a_a") if differs else ("accepted", "merge.gain")
+    )
+    assert of(decision, "adapter").outcome == "not judged"
+    assert any(f"{ratio:.3f}"[:4] in w and "A/A" in w for w in decision.warnings) == differs
+    slow = decide(plan, [*found, *(m for m in speed(plan, {"merged": 2.0}) if m.variant == "merged")], {})
+    assert (of(slow, "merged").outcome, of(slow, "merged").decided_by) == ("rejected", "merge.gain")
+
+
+def test_the_a_a_arm_shares_its_error_over_the_looks() -> None:
+    plan, found = twin(1.02)
+    told = deciding.a_a(Evidence(plan, found))
+    assert told and told.level == pytest.approx(1 - 0.02 / 5)
+
+
+# ---- notes and remarks ---------------------------------------------------------------------------
+
+
+def remarks(plan: Plan, name: str, answers: Sequence[Measurement]) -> list[str]:
+    return list(of(decide(plan, [*builds(plan), *answers], {}), name).remarks)
+
+
+def both(**variants: Rows) -> list[Measurement]:
+    found = quality("adapter", 60) + quality("adapter", 60, launch=2)
+    return found + [m for name, changes in variants.items() for m in quality(name, 60, **changes)]
+
+
+def test_answers_that_got_worse_are_remarked_with_their_chance() -> None:
+    plan = plan_of("merged")
+    lines = remarks(plan, "merged", both(merged=rows(1, 2, 3, correct=False)))
+    assert f"answers: 3 got worse and 0 better; one-sided exact p = {stats.flips(3, 0):.2g}" in lines
+    assert not any("answers:" in line for line in remarks(plan, "merged", both(merged={})))
+    tagged = remarks(plan, "merged", both(merged=rows(1, 2, 3, correct=False, slices=["a"]) | rows(4, slices=["a"])))
+    assert f"worst slice: a, 3 worse and 0 better of 4; p = {stats.flips(3, 0):.2g}" in tagged
+
+
+def test_what_a_truncation_lost_is_named_up_to_five() -> None:
+    plan = plan_of("merged")
+    step = Step("truncate", "policy", "truncate", {"over": 99, "keep": "tail"})
+    cap = Step("cap", "policy", "shorten", {"max_new_tokens": 9})
+    engine = plan.recipe.variants["adapter"].engine
+    variants = {
+        **plan.recipe.variants,
+        "cut": Variant("cut", (), engine, (step,)),
+        "capped": Variant("capped", (), engine, (cap,)),
+    }
+    plan = replace(
+        plan, recipe=replace(plan.recipe, variants=variants), models={**plan.models, "cut": "", "capped": ""}
+    )
+    for lost, named in ((0, ""), (5, " (p0, p1, p2, p3, p4)"), (6, " (p0, p1, p2, p3, p4, …)")):
+        cut = rows(*range(10), uncut_tokens=200) | rows(*range(lost), uncut_tokens=200, correct=False)
+        (line,) = [r for r in remarks(plan, "cut", both(cut=cut | rows(11, correct=False))) if r.startswith("cuts")]
+        assert line == f"cuts 10 of 60 prompts: {lost} answers lost{named}, 0 won"
+        ended = rows(*range(lost), stopped=False)
+        (line,) = [r for r in remarks(plan, "capped", both(capped=ended)) if r.startswith("cuts off")]
+        assert line == f"cuts off {lost} of 60 answers{named}"
+    assert not any(line.startswith("cuts") for line in remarks(plan, "merged", both(merged={})))
+
+
+@pytest.mark.parametrize(("long", "cap"), [(0, 31), (1, 200), (2, 200)])
+def test_the_cap_that_is_proposed_cuts_off_one_answer_in_a_hundred_at_most(long: int, cap: int) -> None:
+    answers = quality("adapter", 60, **rows(*range(long), new_tokens=200))
+    (line,) = remarks(plan_of("merged"), "adapter", answers)
+    assert line.startswith(f"max_new_tokens: {cap} would cut off 0.0%") and "60 asked" in line
+    assert f"took {200 if long else 31} tokens, the median 31" in line
+    hundred = quality("adapter", 200, **rows(0, 1, new_tokens=200))
+    (line,) = remarks(plan_of("merged"), "adapter", hundred)
+    assert line.startswith("max_new_tokens: 31 would cut off 1.0%")
+
+
+def test_no_cap_is_proposed_that_is_none() -> None:
+    answers = quality("adapter", 60, **rows(*range(60), new_tokens=256))  # quality.new_tokens
+    assert remarks(plan_of("merged"), "adapter", answers) == [] == remarks(plan_of("merged"), "adapter", [])
+    below = quality("adapter", 60, **rows(*range(60), new_tokens=255))
+    assert len(remarks(plan_of("merged"), "adapter", below)) == 1
+
+
+def test_a_share_of_fewer_prompts_is_told_beside_the_adapters_on_the_same() -> None:
+    plan = plan_of("merged")
+    found = quality("adapter", 60, **rows(0, 59, correct=False)) + quality("merged", 20)
+    notes = of(decide(plan, found, {}), "merged").notes
+    assert notes == ("answered 20 of 60 prompts; on those adapter is right in 95.0%",)
+    assert of(decide(plan, both(merged={}), {}), "merged").notes == ()
+
+
+# ---- break-even ----------------------------------------------------------------------------------
+
+
+def test_a_compile_pays_for_itself_after_its_time_over_what_a_request_saves() -> None:
+    plan = plan_of("merged", "compiled")
+    found = whole(plan, {"merged": 0.8, "compiled": 0.6}, noise=0.0)
+    engine = Measurement("engine", "compiled", values={"compile_time": 40.0})
+    figures = of(decide(plan, [*found, engine], {}), "compiled").figures
+    own, theirs = figures["latency.p50@chat"], of(decide(plan, found, {}), "merged").figures["latency.p50@chat"]
+    paid = figures["break_even"]
+    assert paid.estimate == pytest.approx(40e3 / (theirs.estimate - own.estimate)) and paid.n == own.n
+    assert paid.low == pytest.approx(40e3 / (theirs.high - own.low)) and paid.high == math.inf
+    assert "break_even" not in of(decide(plan, found, {}), "compiled").figures, "nothing was spent"
+    even = whole(plan, {"merged": 0.6, "compiled": 0.6}, noise=0.0)
+    assert "break_even" not in of(decide(plan, [*even, engine], {}), "compiled").figures, "nothing is saved"
+
+
+# ---- warnings ------------------------------------------------------------------------------------
+
+
+def warned(decision: Decision, *words: str) -> bool:
+    return any(all(word in warning for word in words) for warning in decision.warnings)
+
+
+def test_disturbed_blocks_are_warned_of_with_their_reasons() -> None:
+    plan = plan_of("merged")
+    found = [
+        replace(m, values={**m.values, "machine": {"steal": 0.5} if m.values["block"] < 3 else {}})
+        for m in speed(plan, {"merged": 0.5}, 12)
+    ]
+    assert warned(
+        decide(plan, found, {}), "3 of 12 blocks of chat were disturbed: the host took 50% of the CPU time (3)"
+    )
+    assert not decide(plan, speed(plan, {"merged": 0.5}, 12), {}).warnings
+
+
+def test_failures_are_warned_of_with_what_to_do() -> None:
+    plan, died = plan_of("merged"), {"stage": "build", "reason": "killed", "detail": "no memory"}
+    for hint, said in (("buy some", "; buy some"), ("", "")):
+        found = decide(plan, [Measurement("failure", "merged", values={**died, "hint": hint})], {})
+        assert found.warnings == (f"merged: build failed, killed: no memory{said}",)
+
+
+def launched(apart: float, relaunch: int = 4, blocks: int = 24) -> list[Measurement]:
+    found = []
+    for block in range(blocks):
+        for arm in ("adapter", "merged"):
+            if block % relaunch == 0:
+                found.append(Measurement("launch", arm, "chat", values={"model_loading_time": 1.0}))
+            log = (apart * (-1) ** (block // relaunch) + 0.01 * (-1) ** block) * (arm == "merged")
+            ms = 100 * math.exp(log)
+            request = {"request_duration_ms": ms, "ttft_ms": ms, "tpot_ms": ms, "cpu_ms": ms, "new_tokens": 16}
+            values = {"block": block, "requests": [{**request, "warmup": False}]}
+            found.append(Measurement("speed", arm, "chat", values=values))
+    return found
+
+
+def test_launches_that_differ_are_warned_of_where_they_can_be_had_more_often() -> None:
+    assert warned(decide(plan_of("merged", relaunch=4), launched(0.1), {}), "launches of chat differ")
+    assert not warned(decide(plan_of("merged", relaunch=1), launched(0.1), {}), "launches of chat differ")
+    assert not warned(decide(plan_of("merged", relaunch=4), launched(0.0), {}), "launches of chat differ")
+
+
+def test_failed_turns_are_counted_and_explained() -> None:
+    plan = plan_of("merged")
+    found = [
+        replace(m, values={**m.values, "requests": [{**r, "error": "HTTP 500"} for r in m.values["requests"]]})
+        if m.variant == "merged" and m.values["block"] < 2
+        else m
+        for m in speed(plan, {"merged": 0.5}, 12)
+    ]
+    assert warned(decide(plan, found, {}), "merged@chat: 2 turns failed", "HTTP 500")
+
+
+def test_every_workload_has_its_warnings() -> None:
+    plan = plan_of("merged")
+    plan = replace(plan, recipe=replace(plan.recipe, workloads={n: Workload(n, "p") for n in ("chat", "bulk")}))
+    found = [
+        replace(m, workload="bulk", values={**m.values, "machine": {"heat_events": 1}})
+        for m in speed(plan, {"merged": 0.5}, 12)
+    ]
+    assert warned(decide(plan, found, {}), "12 of 12 blocks of bulk were disturbed")
+
+
+def test_the_interval_of_the_choice_is_shared_by_all_that_may_be_chosen() -> None:
+    plan = plan_of("merged", "int8", "compiled")
+    evidence = Evidence(plan, speed(plan, {"merged": 0.5}))
+    found = deciding._judged(evidence, "merged")
+    assert found == evidence.ratio("merged", "adapter", "chat", "request_duration_ms", 1 - 0.05 / 3)
+    none = deciding._judged(evidence, "int8")
+    assert math.isnan(none.estimate) and (none.low, none.high, none.n) == (0, math.inf, 0)
+    assert none.level == pytest.approx(1 - 0.05 / 3) and deciding._minimized(evidence, "int8") == math.inf
+    assert deciding._bounds(Interval(0.5, 0.4, 0.6, 9)) == "0.50x, 0.40 to 0.60"
+    for low, high in ((0.0, 0.6), (0.4, math.inf)):
+        assert "too few" in deciding._bounds(Interval(0.5, low, high, 9))
