@@ -38,17 +38,15 @@ import yaml
 from _pytest.runner import runtestprotocol
 from hypothesis import HealthCheck, Phase, settings
 
-VERDICTS = tuple(
-    f"tests/test_{name}.py"
-    for name in ("decide", "evidence", "broken_models", "honest_times", "trust_answers", "trust_times", "trust_rules")
-)
-
 MODULES = {
-    "peftopt/stats.py": ("tests/test_stats.py", "tests/test_trust_stats.py", "tests/test_honest_times.py"),
-    "peftopt/rules.py": VERDICTS,
-    "peftopt/decide.py": ("tests/test_trust_decisions.py", *VERDICTS),
-    "peftopt/evidence.py": VERDICTS,
-    "peftopt/need.py": ("tests/test_need.py", "tests/test_decide.py", "tests/test_honest_times.py"),
+    path: tuple(f"tests/test_{name}.py" for name in names)
+    for path, names in {
+        "peftopt/stats.py": ("stats", "trust_stats"),
+        "peftopt/rules.py": ("trust_rules", "broken_models", "decide", "honest_times"),
+        "peftopt/decide.py": ("trust_decisions", "decide", "evidence", "honest_times"),
+        "peftopt/evidence.py": ("trust_times", "trust_answers", "evidence", "decide"),
+        "peftopt/need.py": ("need", "decide", "honest_times"),
+    }.items()
 }
 """What is changed, and the tests that should notice."""
 
