@@ -286,6 +286,7 @@ def on_clocks(pairs: Sequence[tuple[float, float]], device: str = "cpu", threads
         ([(2.1, 1)] * 6, "cpu"),
         ([(-2.1, 1), (2.1, -1)] * 3, "cpu"),
         ([(1.9, 1)] * 6, "wall"),
+        ([(0.0, 0.0)] * 6, "wall"),
         ([(2.1, 1)] * 5, "wall"),
         ([(1.9, 1)] * 6 + [(50, 1)] * 9, "wall"),
         ([(2.1, 1)] * 6 + [(0, 50)] * 9, "cpu"),
@@ -297,10 +298,12 @@ def test_auto_takes_cpu_time_where_the_wall_clock_is_twice_as_noisy_in_the_first
     plan = plan_of("merged", clock="auto")
     evidence = Evidence(plan, on_clocks(pairs))
     assert evidence.clock[0] == clock
-    if len(pairs) > 5:
+    if len(pairs) > 5 and pairs[0][1]:
         assert f"{abs(pairs[0][0]):.2f}% on the wall clock and by 1.00% in CPU time" in evidence.clock[1]
     assert Evidence(plan, on_clocks(pairs, device="cuda")).clock[0] == "wall"
     assert Evidence(plan, on_clocks(pairs, threads=2)).clock[0] == "wall"
+    for odd in ({"device": "cuda", "threads": 1}, {"device": "cpu", "threads": 2}):
+        assert Evidence(plan, [*on_clocks(pairs), launch("adapter", **odd)]).clock[0] == "wall", "in any launch"
     idle = launch("int8", device="cuda", threads=4)  # it answers questions only
     assert Evidence(plan, [*on_clocks(pairs), idle]).clock[0] == clock
 
@@ -314,9 +317,10 @@ def test_minutes_of_a_block_are_those_of_its_latest_turns_and_a_share_of_the_lau
 
     plan = plan_of("merged", relaunch=4)
     launches = [launch("merged", model_loading_time=s) for s in (10.0, 20.0, 90.0)]
-    other = [launch("merged", "bulk", model_loading_time=500.0), turn("v0", 0, [9], "bulk", machine={"seconds": 99.0})]
-    early = [m for n in range(4) for m in block(n, 50.0, 50.0)]
-    late = [m for n in range(4, 10) for m in block(n, 2.0, 4.0)]
+    other = [launch("merged", "bulk", model_loading_time=500.0), turn("v0", 50, [9], "bulk", machine={"seconds": 99.0})]
+    early = [m for n in range(12) for m in block(n, 50.0, 50.0, 50.0)]
+    late = [m for n in range(12, 18) for m in block(n, 2.0, 4.0)]
+    late.append(turn("v2", 3, [9]))  # of a block of which not all is known
     evidence = Evidence(plan, [*launches, *other, *early, *late])
     assert evidence.minutes_per_block("chat") == pytest.approx((6 + 20 * 2 / 4) / 60)
     assert Evidence(plan, [*early, *late]).minutes_per_block("chat") == pytest.approx(6 / 60)
@@ -485,3 +489,11 @@ def test_the_share_of_prompts_that_a_policy_shortened() -> None:
     evidence = Evidence(PLAN, [turn("merged", 0, [request(9, batch=4, touched=2), request(9, touched=1), request(9)])])
     assert evidence.touched_share("merged", "chat") == 3 / 6
     assert evidence.touched_share("int8", "chat") == evidence.touched_share("merged", "bulk") == 0
+
+
+def test_a_clock_that_one_of_the_two_did_not_have_compares_nothing() -> None:
+    for ours, theirs in ((0, 5), (5, 0), (None, None), (5, math.nan)):
+        found = [turn("merged", 0, [request(9, cpu_ms=ours)]), turn("adapter", 0, [request(9, cpu_ms=theirs)])]
+        evidence = Evidence(PLAN, found)
+        assert evidence.series("merged", "adapter", "chat", "cpu_ms") == {}
+        assert evidence.resolution(("merged", "adapter"), "chat", "cpu_ms") == 0
