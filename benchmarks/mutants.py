@@ -138,7 +138,7 @@ def variants(node: ast.AST, parent: ast.AST, slot: str) -> Iterator[ast.AST | No
             yield but(op=REPLACED[type(op)]())
         case ast.UnaryOp(op=ast.Not() | ast.USub()):
             yield node.operand
-        case ast.Constant(value=bool() as value):
+        case ast.Constant(value=bool() as value) if getattr(parent, "arg", "") != "strict":
             yield ast.Constant(not value)
         case ast.Constant(value=int() as value):
             yield from (ast.Constant(n) for n in (value + 1, value - 1) if n >= 0)

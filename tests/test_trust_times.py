@@ -170,6 +170,12 @@ def test_the_launch_effect_by_hand() -> None:
     ratio = 4 / (0.12 / 9)
     assert evidence.launch_effect("chat") == pytest.approx(math.sqrt((ratio - 1) / (11 / 2)))
     assert evidence.launch_effect("bulk") is None
+    pair = Evidence(PLAN, by_launch(*launches[:2]))  # 2 over one, 0.08 over six
+    assert pair.launch_effect("chat") == pytest.approx(math.sqrt((2 / (0.08 / 6) - 1) / 7))
+    wide = [m for m in by_launch([3 * x for x in spread], arm="int8") if m.variant == "int8"]
+    seldom = [turn("int8", block, [ms]) for block, ms in ((0, 10), (4, 100), (8, 1000))]  # once in each launch
+    for more in (wide, seldom):
+        assert Evidence(PLAN, [*by_launch(*launches), *more]).launch_effect("chat") == evidence.launch_effect("chat")
     two = Evidence(PLAN, [*by_launch(*launches), *by_launch(*launches, arm="int8")])
     assert two.launch_effect("chat") is not None
     same = Evidence(PLAN, by_launch(spread, spread, spread))
@@ -354,6 +360,12 @@ def test_from_where_on_a_block_is_disturbed(state: dict[str, Json], disturbed: b
     assert len(more.disturbed("chat")) == 1 and more.disturbed("bulk") == {}
 
 
+@pytest.mark.parametrize(("foreign", "disturbed"), [(3.25, False), (3.26, True)])
+def test_one_thread_feeds_a_gpu(foreign: float, disturbed: bool) -> None:
+    found = [launch("merged", device="cuda"), turn("merged", 0, [9], machine={"cores": 4, "foreign_cores": foreign})]
+    assert bool(Evidence(plan_of("merged", threads=3), found).disturbed("chat")) == disturbed
+
+
 def test_a_disturbance_is_told_once_a_block() -> None:
     states = [{"steal": 0.5, "heat_events": 2}, {"steal": 0.5}]
     found = Evidence(PLAN, [turn(f"v{n}", 0, [9], machine=s) for n, s in enumerate(states)]).disturbed("chat")
@@ -369,6 +381,8 @@ def test_the_order_effect_by_hand() -> None:
     effect = Evidence(PLAN, found).order_effect("chat")
     assert effect and (effect.n, effect.level) == (6, 0.99)
     assert effect.estimate == pytest.approx(math.exp(0.2))
+    lonely = [turn(arm, 9, [100], order=place) for place, arm in enumerate(["merged", "int8", "adapter" + TWIN])]
+    assert Evidence(PLAN, [*found, *lonely]).order_effect("chat") == effect, "without the adapter nothing is compared"
     five = [m for m in found if m.values["block"] < 5]
     assert Evidence(PLAN, five).order_effect("chat") is None
     assert Evidence(PLAN, found).order_effect("bulk") is None
