@@ -322,3 +322,34 @@ def test_the_interval_of_the_choice_is_shared_by_all_that_may_be_chosen() -> Non
     assert deciding._bounds(Interval(0.5, 0.4, 0.6, 9)) == "0.50x, 0.40 to 0.60"
     for low, high in ((0.0, 0.6), (0.4, math.inf)):
         assert "too few" in deciding._bounds(Interval(0.5, low, high, 9))
+
+
+def test_tasks_are_remarked_with_their_chance_and_artifacts_with_their_certificates() -> None:
+    plan = plan_of("merged")
+    scores = {"adapter": (1, 1, 0), "merged": (0, 1, 1)}
+    tasks = [
+        Measurement("task", name, values={"task": "t", "samples": [{"id": n, "value": v} for n, v in enumerate(each)]})
+        for name, each in scores.items()
+    ]
+    made = [replace(m, values={**m.values, "certificate": "full"}) for m in builds(plan)]
+    merged = of(decide(plan, [*made, *tasks], {}), "merged")
+    assert merged.remarks == (f"task.t: 1 got worse and 1 better of 3; one-sided exact p = {stats.flips(1, 1):.2g}",)
+    assert merged.certificates == ("merge: parity certificate full",)
+
+
+@pytest.mark.parametrize(("lengths", "warmup", "proposed"), [("fixed", 0, 2), ("fixed", 1, 2), ("natural", 1, 3)])
+def test_warm_up_that_was_timed_is_noted(lengths: str, warmup: int, proposed: int) -> None:
+    """The first two requests of a launch are slow; where answers stop by themselves warm-ups are not among them."""
+    plan = plan_of("merged", warmup=warmup)
+    workload = Workload("chat", "p", lengths=lengths)
+    plan = replace(plan, recipe=replace(plan.recipe, workloads={"chat": workload}))
+    requests = [
+        {"request_duration_ms": ms, "ttft_ms": ms, "tpot_ms": ms, "cpu_ms": ms, "new_tokens": 64, "warmup": False}
+        for ms in (300.0, 200.0, 100.0, 100.0, 100.0, 100.0)
+    ]
+    found = [Measurement("launch", "merged", "chat", values={"model_loading_time": 1.0})]
+    found.append(Measurement("speed", "merged", "chat", values={"block": 0, "requests": requests}))
+    (note,) = of(decide(plan, found, {}), "merged").notes
+    assert "the first 2 of a launch" in note and f"measure.warmup: {proposed} would" in note
+    enough = replace(plan, recipe=replace(plan.recipe, measure=replace(plan.recipe.measure, warmup=2)))
+    assert bool(of(decide(enough, found, {}), "merged").notes) == (lengths == "natural")

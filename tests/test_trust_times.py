@@ -410,6 +410,8 @@ def test_warm_up_by_hand() -> None:
     assert told([131, 100, 90, 110]) == (1, pytest.approx(1.31))
     assert told([200, 200, 100, 100]) == (2, 2.0), "all of the first half"
     assert told([200, 100, 100, 100], [100] * 4, [300, 100, 100, 100]) == (1, 2.0), "the median over launches"
+    assert told([200, 200, 200, 90, 100, 110]) == (3, 2.0), "steady is the later half"
+    assert told([200, 200, 200, 100, 100, 100], [200, 200, 100, 100]) == (3, 2.0), "as far as any launch goes"
     assert told([200, 100, 100]) is None
     loaded = replace(PLAN.recipe, workloads={"chat": Workload("chat", "p", users=2)})
     served = Evidence(replace(PLAN, recipe=loaded), [launch("merged"), turn("merged", 0, [200, 100, 100, 100])])
