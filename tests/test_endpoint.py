@@ -326,7 +326,7 @@ def test_a_recipe_puts_its_servers_under_load(tiny_base: Path, tiny_lora: Path, 
             f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\n"
             f"workloads:\n  peak: {{prompts: {questions}, new_tokens: 4, users: 3, requests: 6}}\n"
             "require: [throughput@peak >= 1 tokens/s, throughput@peak >= 0.1x]\n"
-            "measure: {warmup: 1, max_blocks: 10, relaunch: 20}\nvariants:\n"
+            "measure: {warmup: 1, max_blocks: 10, relaunch: 1}\nvariants:\n"
             f"  adapter: [{{engine: {{endpoint: {{url: '{now.url}', model: support}}}}}}]\n"
             f"  quick: [{{engine: {{endpoint: {{url: '{then.url}', model: support}}}}}}]\n"
             "minimize: ttft.p50@peak\n"
@@ -355,7 +355,7 @@ def test_a_recipe_runs_a_variant_on_a_server(
         recipe.write_text(
             f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\n"
             f"workloads:\n  chat: {{prompts: {questions}, new_tokens: 4}}\n"
-            "require: [throughput@chat >= 1 tokens/s]\nmeasure: {requests: 1, max_blocks: 10, relaunch: 20}\n"
+            "require: [throughput@chat >= 1 tokens/s]\nmeasure: {requests: 1, max_blocks: 10, relaunch: 1}\n"
             f"variants:\n  adapter: []\n  served: [{{engine: {{endpoint: {{url: '{server.url}', model: support}}}}}}]\n"
             "minimize: latency.p50@chat\n"
         )

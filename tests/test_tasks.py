@@ -112,7 +112,7 @@ def test_a_required_task_is_judged_row_by_row() -> None:
         for end in ("0.97x", "50 %")
     )
     assert (paired["merged"].outcome, paired["int8"].outcome) == ("accepted", "rejected")
-    assert paired["merged"].value is not None and paired["merged"].value.low == 1.0, "the same rows: nothing is lost"
+    assert paired["merged"].value is not None and 0.97 < paired["merged"].value.low < 1, "nothing is lost, of 200 rows"
     assert {v.outcome for v in absolute.values()} == {"accepted"}
     assert "task.support: 20 got worse and 0 better of 200" in " ".join(of(decision, "int8").remarks)
 
