@@ -355,7 +355,7 @@ def test_a_recipe_runs_a_variant_on_a_server(
         recipe.write_text(
             f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\n"
             f"workloads:\n  chat: {{prompts: {questions}, new_tokens: 4}}\n"
-            "require: [throughput@chat >= 1 tokens/s]\nmeasure: {requests: 1, max_blocks: 10, relaunch: 1}\n"
+            "require: [throughput@chat >= 1 tokens/s]\nmeasure: {requests: 1, max_blocks: 10, relaunch: 20}\n"
             f"variants:\n  adapter: []\n  served: [{{engine: {{endpoint: {{url: '{server.url}', model: support}}}}}}]\n"
             "minimize: latency.p50@chat\n"
         )
