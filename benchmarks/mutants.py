@@ -43,7 +43,7 @@ MODULES = {
     for path, names in {
         "peftopt/stats.py": ("stats", "trust_stats"),
         "peftopt/rules.py": ("trust_rules", "broken_models", "decide", "honest_times"),
-        "peftopt/decide.py": ("trust_decisions", "decide"),
+        "peftopt/decide.py": ("trust_decisions", "evidence", "decide"),
         "peftopt/evidence.py": ("trust_times", "trust_answers", "evidence", "decide"),
         "peftopt/need.py": ("need", "decide", "honest_times"),
     }.items()
