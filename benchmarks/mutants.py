@@ -140,7 +140,7 @@ def variants(node: ast.AST, parent: ast.AST, slot: str) -> Iterator[ast.AST | No
             yield node.operand
         case ast.Constant(value=bool() as value) if getattr(parent, "arg", "") != "strict":
             yield ast.Constant(not value)
-        case ast.Constant(value=int() as value):
+        case ast.Constant(value=int() as value) if not isinstance(value, bool):
             yield from (ast.Constant(n) for n in (value + 1, value - 1) if n >= 0)
         case ast.Constant(value=float() as value):
             yield ast.Constant(1 - 2 * (1 - value) if 0.5 < value < 1 else 2 * value or 1.0)

@@ -240,6 +240,8 @@ def test_a_compile_pays_for_itself_after_its_time_over_what_a_request_saves() ->
     assert paid.estimate == pytest.approx(40e3 / (theirs.estimate - own.estimate)) and paid.n == own.n
     assert paid.low == pytest.approx(40e3 / (theirs.high - own.low)) and paid.high == math.inf
     assert "break_even" not in of(decide(plan, found, {}), "compiled").figures, "nothing was spent"
+    little = whole(plan, {"merged": 0.604, "compiled": 0.6}, noise=0.0)  # less than a millisecond
+    assert of(decide(plan, [*little, engine], {}), "compiled").figures["break_even"].estimate > 40e3
     even = whole(plan, {"merged": 0.6, "compiled": 0.6}, noise=0.0)
     assert "break_even" not in of(decide(plan, [*even, engine], {}), "compiled").figures, "nothing is saved"
 

@@ -98,6 +98,9 @@ def test_a_race_tells_what_was_compared_with_what_and_what_judged() -> None:
     assert (found.limit, found.clock, found.blocks_needed, found.minutes_needed) == (0.85, "wall", None, None)
     assert found.value and (found.value.n, found.value.estimate) == (10, pytest.approx(0.5, rel=0.02))
     assert "10 blocks" in found.reason and "launch" not in found.reason and "bets" not in found.reason
+    assert f"{found.value.low:.2f} to {found.value.high:.2f}" in found.reason
+    open_ = gain(plan, speed(plan, {"merged": 0.85}, 24, noise=0.2))
+    assert open_.outcome == "inconclusive" and "clock" not in open_.reason and "launch" not in open_.reason
     nothing = gain(plan, [])
     assert (nothing.outcome, nothing.against, nothing.workload) == ("inconclusive", "adapter", "chat")
     assert "not measured" in nothing.reason and nothing.value is None
@@ -358,6 +361,9 @@ def test_few_predictions_that_differ_are_bounded_by_their_count_and_size() -> No
     by_count = stats.upper_bound(2, 100, 0.95) * 100 * 5 / 5000
     by_spread = stats.ratio_of_means(*zip(*scored, strict=True), 0.9).high
     assert by_count > by_spread and found.value and found.value.high == pytest.approx(by_count)
+    one = predicted([(1, 50)] * 2 + [(0, 50)] * 98, 0.01)
+    assert one.value and one.value.high == pytest.approx(stats.upper_bound(2, 100, 0.95) / 50)
+    assert predicted([(0, 0)] * 9, 0.01).outcome == "inconclusive", "nothing was scored"
     fewer = predicted([(-5, 50)] * 2 + [(0, 50)] * 98, 0.01)
     assert fewer.value and fewer.value.high == pytest.approx(stats.upper_bound(0, 100, 0.95) / 50)
     assert "0.00% of tokens" in fewer.reason, "less than nothing is nothing"
@@ -427,6 +433,17 @@ def test_few_answers_that_are_left_decide_nothing_late() -> None:
     found = [(2.0, 2.0)] * 66 + [(20.0, NEVER)] * 4 + [(NEVER, NEVER)] * 30
     assert answered(found, sound=True).outcome == "accepted"
     assert answered([(20.0, NEVER)] * 40 + [(NEVER, NEVER)] * 60, limit=0.001, sound=True).outcome == "rejected"
+
+
+def test_answers_are_judged_where_they_part_and_half_of_them_are_enough() -> None:
+    """A tenth parts after 9 tokens and another after 20: 20 % within 20 tokens, where 1 % a token allows 18 %."""
+    found = [(9.0, NEVER)] * 20 + [(20.0, NEVER)] * 20 + [(NEVER, NEVER)] * 160
+    assert answered(found, sound=True).outcome == "inconclusive"
+    later = [(9.0, NEVER)] * 20 + [(24.0, NEVER)] * 20 + [(NEVER, NEVER)] * 160
+    assert answered(later, sound=True).outcome == "accepted"
+    for left, expected in ((50, "inconclusive"), (49, "accepted")):
+        half = [(2.0, 2.0)] * (100 - left) + [(20.0, NEVER)] * 6 + [(NEVER, NEVER)] * (left - 6)
+        assert answered(half, limit=0.005, sound=True).outcome == expected
 
 
 def test_parity_over_a_family_and_over_slices_takes_more() -> None:
@@ -568,6 +585,7 @@ def test_an_open_requirement_says_what_is_missing() -> None:
     assert "not measured" in nothing.reason
     early = required("latency.p50@chat <= 500 ms", blocks[: 3 * 9])
     assert early.outcome == "inconclusive" and early.value and early.value.n == 9, "no look yet, but figures"
+    assert early.value.level == 0.95 and early.blocks_needed == 10, "clear as they are, they take one more"
     tail = required("latency.p95@chat <= 900 ms", blocks, requests=1)
     assert "16 of 93" in tail.reason and "measure.requests: 2 would give them in 60 blocks" in tail.reason
     assert (tail.blocks_needed, tail.workload, tail.clock, tail.unit) == (93, "chat", "wall", "ms")
@@ -577,6 +595,8 @@ def test_an_open_requirement_says_what_is_missing() -> None:
     assert "measure.requests" not in more.reason and more.blocks_needed == 31
     one = required("latency.p50@chat <= 500 ms", launched(blocks, 16), relaunch=20)
     assert "one launch" in one.reason and one.blocks_needed == 40
+    two = required("latency.p50@chat <= 60 ms", launched(blocks, 8), relaunch=8)
+    assert two.outcome == "inconclusive" and "one launch" not in two.reason
 
 
 def test_a_met_requirement_says_by_what() -> None:
@@ -643,6 +663,18 @@ def test_less_than_a_tenth_of_the_adapter_is_none(kept: float, expected: str) ->
     plan = plan_of("merged")
     found = builds(plan) + asked(merged=rows(*range(60), shift=10.0, kept=10 * kept))
     assert outcome(decide(plan, found, {}), "merged", "artifact.intact") == expected
+
+
+def test_an_adapter_that_may_be_there_is_not_said_to_be_gone() -> None:
+    plan = plan_of("merged")
+    uneven = rows(*range(0, 60, 2), shift=10.0, kept=0.0) | rows(*range(1, 60, 2), shift=10.0, kept=1.8)
+    decision = decide(plan, builds(plan) + asked(merged=uneven), {})  # 7 to 11 %
+    assert outcome(decision, "merged", "artifact.intact") == "accepted"
+
+
+def test_ratios_are_at_95_percent_unless_it_is_said() -> None:
+    evidence, metric = seen(asked(merged=rows(1, correct=False))), Metric("accuracy")
+    assert rules.relative(evidence, "merged", metric) == rules.relative(evidence, "merged", metric, 0.95)
 
 
 @pytest.mark.parametrize(
