@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -199,6 +200,12 @@ def test_what_a_truncation_lost_is_named_up_to_five() -> None:
         (line,) = [r for r in remarks(plan, "capped", both(capped=ended)) if r.startswith("cuts off")]
         assert line == f"cuts off {lost} of 60 answers{named}"
     assert not any(line.startswith("cuts") for line in remarks(plan, "merged", both(merged={})))
+    wrong = [m for m in both(cut=rows(0, 1, 2, uncut_tokens=200, correct=False)) if m.values["row"] != "p2"]
+    wrong += quality("adapter", 60, **rows(0, correct=False))  # p0 was wrong before
+    wrong = [m for m in wrong if (m.variant, m.values["row"]) != ("adapter", "p2")]  # and p2 was not asked
+    wrong += [m for m in quality("cut", 60, **rows(2, uncut_tokens=200, correct=False)) if m.values["row"] == "p2"]
+    (line,) = [r for r in remarks(plan, "cut", wrong) if r.startswith("cuts")]
+    assert "1 answers lost (p1)" in line
 
 
 @pytest.mark.parametrize(("long", "cap"), [(0, 31), (1, 200), (2, 200)])
@@ -288,6 +295,7 @@ def launched(apart: float, relaunch: int = 4, blocks: int = 24) -> list[Measurem
 
 def test_launches_that_differ_are_warned_of_where_they_can_be_had_more_often() -> None:
     assert warned(decide(plan_of("merged", relaunch=4), launched(0.1), {}), "launches of chat differ")
+    assert warned(decide(plan_of("merged", relaunch=2), launched(0.1), {}), "launches of chat differ")
     assert not warned(decide(plan_of("merged", relaunch=1), launched(0.1), {}), "launches of chat differ")
     assert not warned(decide(plan_of("merged", relaunch=4), launched(0.0), {}), "launches of chat differ")
 
@@ -355,3 +363,32 @@ def test_warm_up_that_was_timed_is_noted(lengths: str, warmup: int, proposed: in
     assert "the first 2 of a launch" in note and f"measure.warmup: {proposed} would" in note
     enough = replace(plan, recipe=replace(plan.recipe, measure=replace(plan.recipe.measure, warmup=2)))
     assert bool(of(decide(enough, found, {}), "merged").notes) == (lengths == "natural")
+
+
+@pytest.mark.parametrize(("place", "told"), [(0.0075, True), (-0.0075, True), (0.004, False), (-0.004, False)])
+def test_an_order_that_costs_more_than_a_hundredth_is_warned_of_on_either_side(place: float, told: bool) -> None:
+    """Three arms in each of six orders, twice; two places cost 1.5 %, or 0.8 %."""
+    found: list[Measurement] = []
+    for block, order in enumerate([*itertools.permutations(["adapter", "merged", "adapter" + TWIN])] * 2):
+        for at, arm in enumerate(order):
+            ms = 100 * math.exp(place * at)
+            request = {"request_duration_ms": ms, "ttft_ms": ms, "tpot_ms": ms, "cpu_ms": ms, "new_tokens": 16}
+            values = {"block": block, "order": at, "requests": [{**request, "warmup": False}]}
+            found.append(Measurement("speed", arm, "chat", values=values))
+    assert warned(decide(plan_of("merged"), found, {}), "the order matters in chat") == told
+
+
+def test_the_three_commonest_disturbances_are_named() -> None:
+    plan = plan_of("merged", threads=1)
+    states = [{"heat_events": 1}, {"gpu_foreign": 1}, {"gpu_slowed": True}, {"throttled": 0.5}]
+    found = []
+    for m in speed(plan, {"merged": 0.5}, 10):
+        state = next(s for s, last in zip(states, (4, 7, 9, 10), strict=True) if m.values["block"] < last)
+        found.append(replace(m, values={**m.values, "machine": state}))
+    (line,) = [w for w in decide(plan, found, {}).warnings if "disturbed" in w]
+    assert line.count("(") == 3 and "(4)" in line and "(3)" in line and "(2)" in line
+
+
+def test_verdicts_of_a_decision_say_what_they_protect_against() -> None:
+    decision = decide(plan_of("merged"), both(merged={}), {})
+    assert all(verdict.protects for verdict in of(decision, "merged").verdicts)
