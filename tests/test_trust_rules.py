@@ -130,6 +130,23 @@ def test_the_limit_of_a_race_is_a_ratio_and_its_error_is_shared() -> None:
     assert said.value and said.value.level == pytest.approx(1 - 0.02 * 0.1 / 4)
 
 
+@pytest.mark.parametrize(("ratio", "expected"), [(0.8, "accepted"), (0.9, "rejected"), (1.1, "rejected")])
+def test_a_compile_must_gain_its_limit_over_what_it_compiles(ratio: float, expected: str) -> None:
+    plan = ruled(plan_of("merged", "compiled"), Rule("compile", "gain", 0.15))
+    said = verdict(decide(plan, speed(plan, {"merged": 0.5, "compiled": 0.5 * ratio}), {}), "compiled", "compile.gain")
+    assert (said.outcome, said.against, said.limit) == (expected, "merged", 0.85)
+
+
+def test_the_twin_of_a_variant_that_has_no_scores_has_some() -> None:
+    plan = plan_of("merged", "compiled", require=["kl <= 1 nats"])
+    silent = [
+        replace(m, values={k: v for k, v in m.values.items() if k not in ("nll", "kl", "agree")}) for m in asked()
+    ]
+    bare = [replace(m, variant=name) for m in silent if m.launch == 1 for name in ("merged", "compiled")]
+    said = verdict(decide(plan, [*asked(), *bare], {}), "compiled", "require: kl <= 1 nats")
+    assert said.outcome == "inconclusive" and "merged" not in said.reason
+
+
 def test_a_race_is_hopeless_only_while_it_has_blocks_left() -> None:
     near = whole(plan_of("merged"), {"merged": 0.855}, noise=0.1)  # 40 blocks
     for most, hopeless in ((40, False), (41, True)):
