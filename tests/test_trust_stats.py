@@ -344,3 +344,44 @@ def test_quantiles_of_clusters_cover_what_they_say() -> None:
         found = stats.quantile_of_groups(groups, 0.5, 0.9)
         missed += not found.low <= 0 <= found.high
     assert missed <= 45  # 30 are expected at most, and 15 more are three sigma
+
+
+# ---- what races and planners tell ----------------------------------------------------------------
+
+
+def test_a_race_that_is_decided_tells_its_launches() -> None:
+    d = [-0.5 - 0.001 * n for n in range(24)]
+    assert stats.race(d, 0.0, launches=launches_of(*[2] * 12)).launches == 5
+    assert stats.race(d, 0.0).launches == 10
+
+
+def test_a_rejecting_bet_is_bounded_beyond_the_clocks_step() -> None:
+    d = [0.2 + 0.0001 * n for n in range(60)]
+    found = stats.bet(d, 0.0, resolution=0.15)
+    assert found.outcome == "rejected" and found.interval.low >= 0.15
+
+
+def test_the_planner_of_blocks_rounds_up_and_asks_for_one_more_at_least() -> None:
+    d = [1 / 1.4826, -1 / 1.4826] * 4
+    assert stats.race(d, 0.9).blocks_needed == math.ceil(20 / 0.81 + 8) == 33
+    assert stats.bet(d, 0.9).blocks_needed == 33, "for one variant"
+    assert stats.race([-1.0] * 20, 0.0, launches=[0] * 20).blocks_needed == 21
+
+
+def test_a_race_is_in_reach_while_either_end_of_its_interval_is_far_from_the_limit() -> None:
+    d = np.random.default_rng(2).normal(0, 0.1, 55)
+    ends = stats.hodges_lehmann(d, 0.99)
+    assert stats.out_of_reach(d, (ends.low + ends.high) / 2, 20)
+    few = stats._blocks_needed(np.array(d), ends.high, ends.low, 1)
+    assert few is not None and few <= 2 * 40
+    assert not stats.out_of_reach(d, ends.low, 40) and not stats.out_of_reach(d, ends.high, 40)
+
+
+def test_the_median_beside_failed_requests_is_one_that_was_answered() -> None:
+    found = stats.quantile_of_groups([[1.0, 2.0, 3.0, math.inf]] * 2, 0.5)
+    assert found.estimate == 2.0
+
+
+def test_a_slope_by_hand() -> None:
+    """Deviations (-1, 0, 1) and values (3, 4, 9): (-3 + 9) / 2."""
+    assert stats.slope([1.0, 2.0, 3.0], [3.0, 4.0, 9.0]) == pytest.approx(3)
