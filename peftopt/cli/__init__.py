@@ -36,7 +36,7 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; every PeftoptError becomes its message and its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what others wrote may hold what the terminal, or no file, can
+    if isinstance(sys.stdout, io.TextIOWrapper):  # half a character of a server's cannot be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a CI timeout is an interrupt like Ctrl-C
     try:
