@@ -1,4 +1,4 @@
-"""When something was, as ISO 8601 to the millisecond: one form, so that the order of the texts is that in time."""
+"""When something was, as ISO 8601 in UTC to the millisecond: one form, so that texts are in the order of time."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ def utc(seconds: float) -> str:
 
 
 def local(moment: datetime) -> str:
-    """A moment by a clock on some wall, whose zone nobody tells: so without one."""
-    return moment.replace(tzinfo=None).isoformat(timespec="milliseconds")
+    """A moment by a clock on some wall whose zone nobody tells: taken to be this machine's."""
+    return utc(moment.timestamp())

@@ -51,7 +51,7 @@ def test_vllm_without_reasons_counts_failures_all_the_same(tmp_path: Path, error
 
 def test_when_a_load_was_run_is_the_files_word_not_the_imports(tmp_path: Path) -> None:
     (found,) = meters.read(write(tmp_path / "r.json", VLLM))
-    assert found.started == "2026-11-24T10:14:57.500", "its date is that of its end, without a zone"
+    assert found.started == "2026-11-24T10:14:57.500+00:00", "its date is that of its end"
     bare = {k: v for k, v in VLLM.items() if k not in ("ttfts", "itls", "errors")}
     assert meters.read(write(tmp_path / "r.json", bare))[0].started == found.started
     for date in ({}, {"date": "yesterday"}, {"date": None}):
@@ -69,7 +69,7 @@ def test_when_a_load_was_run_is_the_files_word_not_the_imports(tmp_path: Path) -
     summary = {"schema_version": "1.0", "aiperf_version": "0.13.0", "request_latency": {"unit": "ms", "avg": 3.5}}
     for told, kept in (
         ("2025-10-07T05:00:07+02:00", "2025-10-07T03:00:07.000+00:00"),
-        ("2025-10-07T05:00:07", "2025-10-07T05:00:07.000"),
+        ("2025-10-07T05:00:07", "2025-10-07T05:00:07.000+00:00"),
         ("?", ""),
     ):
         (whole,) = meters.read(write(tmp_path / "s.json", {**summary, "start_time": told}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import signal
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ def _options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; every PeftoptError becomes its message and its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # half a character of a server's cannot be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a CI timeout is an interrupt like Ctrl-C
     try:
         code = app(arguments, standalone_mode=False)

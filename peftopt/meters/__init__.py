@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -97,7 +98,7 @@ def read(path: Path, task: str = "") -> list[Found]:
         hint = f"known: {'; '.join(f'{m.NAME} ({m.VERSIONS})' for m in known)}"
         raise BadInput(f"{path} is no result of a meter that can be read", hint)
     try:
-        found: list[Found] = meter.read(data, About(path.name, task))
+        found: list[Found] = [_sound(run) for run in meter.read(data, About(path.name, task))]
     except jsonl.BROKEN as error:
         hint = f"format versions that can be read: {meter.VERSIONS}"
         raise BadInput(f"{path} looks like {meter.NAME}, but is not whole: {error!r}", hint) from error
@@ -113,19 +114,68 @@ def _parsed(text: str) -> Json:
         return [json.loads(line) for _, line in jsonl.lines(text)]
 
 
+def _sound(found: Found) -> Found:
+    """The run without answers whose times or lengths cannot be, and how many those were. A failure stays a failure,
+    whatever its times. Raises ValueError where nothing is left."""
+    kept = [r for r in (_failure(r) if r.error else r for r in found.requests) if r.error or _is_sound(r)]
+    if not (n := len(found.requests) - len(kept)):
+        return replace(found, requests=tuple(kept))
+    if not kept:
+        raise ValueError("no request has times and lengths that can be")
+    lack = f"times or lengths that can be for {n} of {len(found.requests)} requests: they are set aside"
+    return replace(found, requests=tuple(kept), lacks=(*found.lacks, lack))
+
+
+def _is_sound(request: Request) -> bool:
+    times = (request.scheduled, request.sent, request.done, *request.gaps_ms)
+    seen = [t for t in (request.first, request.last) if t is not None]
+    counts = [n for n in (request.prompt_tokens, request.new_tokens) if n is not None]
+    return (
+        all(map(_is_number, [*times, *seen, *counts]))
+        and request.new_tokens is not None
+        and min([*counts, *request.gaps_ms], default=0) >= 0
+        and request.sent <= request.done
+        and seen == sorted(seen)
+        and all(request.sent <= t for t in seen)
+    )
+
+
+def _failure(request: Request) -> Request:
+    """A failed request with what of it is a number."""
+    due = next((t for t in (request.scheduled, request.sent) if _is_number(t)), 0.0)
+    sent = request.sent if _is_number(request.sent) else due
+    return replace(
+        request,
+        scheduled=due,
+        sent=sent,
+        done=request.done if _is_number(request.done) else sent,
+        first=request.first if _is_number(request.first) else None,
+        last=request.last if _is_number(request.last) else None,
+        gaps_ms=tuple(gap for gap in request.gaps_ms if _is_number(gap)),
+        prompt_tokens=request.prompt_tokens if _is_number(request.prompt_tokens) else None,
+        new_tokens=request.new_tokens if _is_number(request.new_tokens) else 0,
+    )
+
+
+def _is_number(value: Json) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def from_zero(requests: Sequence[Request]) -> tuple[Request, ...]:
     """Times moved so that the first request was scheduled at 0."""
-    start = min((r.scheduled for r in requests), default=0.0)
+    start = min((r.scheduled for r in requests if _is_number(r.scheduled)), default=0.0)
 
     def moved(t: float | None) -> float | None:
         return None if t is None else t - start
 
     return tuple(
-        Request(
-            **{
-                **{f: getattr(r, f) for f in r.__dataclass_fields__},
-                **{f: moved(getattr(r, f)) for f in ("scheduled", "sent", "done", "first", "last")},
-            }
+        replace(
+            r,
+            scheduled=r.scheduled - start,
+            sent=r.sent - start,
+            done=r.done - start,
+            first=moved(r.first),
+            last=moved(r.last),
         )
         for r in requests
     )

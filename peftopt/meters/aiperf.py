@@ -59,7 +59,9 @@ def _records(rows: list[Mapping[str, Json]]) -> Found:
     requests = [_request(n, row, start) for n, row in enumerate(rows)]
     issued = all(row["metadata"].get("credit_issued_ns") for row in rows)
     lacks = [*([] if issued else [SCHEDULED]), *([] if any(r.gaps_ms for r in requests) else [GAPS])]
-    return Found(f"{len(requests)} requests", NAME, tuple(lacks), from_zero(requests), started=utc(start / 1e9))
+    return Found(
+        f"{len(requests)} requests", NAME, tuple(lacks), from_zero(requests), started=utc(start / 1e9) if start else ""
+    )
 
 
 def _request(number: int, row: Mapping[str, Json], start: int) -> Request:

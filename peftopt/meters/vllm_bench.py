@@ -5,6 +5,7 @@ The format has no version of its own. Source: vllm/benchmarks/serve.py and lib/e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 
@@ -53,8 +54,12 @@ def _began(run: Mapping[str, Json]) -> str:
 
 def _spread(run: Mapping[str, Json]) -> list[float]:
     """Where no request tells when it was sent: starts, evenly, such that the last is done at the end of the run."""
-    took = run.get("latencies") or [t + sum(gaps) for t, gaps in zip(run["ttfts"], run["itls"], strict=True)]
+    took = run.get("latencies") or [
+        (t or 0.0) + sum(gaps or ()) for t, gaps in zip(run["ttfts"], run["itls"], strict=True)
+    ]
     last, whole = max(len(took) - 1, 1), float(run["duration"])
+    if not 0 < whole < math.inf:
+        raise ValueError(f"its duration is {run['duration']}, and it has no start_times")
     return [max(0.0, whole - t) * i / last for i, t in enumerate(took)]
 
 
