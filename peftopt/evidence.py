@@ -187,7 +187,8 @@ class Evidence:
         is left out has its place too, or later ones would be compared with others than they ran beside."""
         if all(m.values.get("started") for m in loads):
             loads = sorted(loads, key=lambda m: str(m.values["started"]))
-        block = max((block for workload, block in self.machine if workload == name), default=-1)
+        raced = [turns for found in (self.turns, self.failed) for (_, on), turns in found.items() if on == name]
+        block = max((block for turns in raced for block in turns), default=-1)
         seen: set[str] | None = None
         workload = self.plan.recipe.workloads[name]
         for m in loads:
@@ -411,7 +412,8 @@ class Evidence:
         """How far launches differ, in standard deviations of blocks of one launch; None where that cannot be shown.
 
         Blocks of one launch share what differs between launches, so they say less than as many independent ones, and
-        the rules take them for independent. Shown means an F test over the paired logs of all variants at 1 %.
+        intervals span launches where they differ (stats.paired). Shown means an F test over the paired logs of all
+        variants at 1 %.
         """
         field = self.field(Metric(self.plan.recipe.minimize.name, workload))
         between = within = 0.0

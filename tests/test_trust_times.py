@@ -449,7 +449,6 @@ def test_loads_of_a_workload_come_after_its_own_blocks_only() -> None:
     assert blocks_of(Evidence(PLAN, [*raced, load("merged", [7])]), "merged") == {0: 7}
 
 
-@pytest.mark.xfail(strict=True, reason="loads take the number of a last block that failed, and are judged as failed")
 def test_loads_come_after_a_last_block_that_failed() -> None:
     broken = request(None, error="timeout")
     raced = [turn(arm, block, [broken if block else 9.0]) for block in range(2) for arm in ("adapter", "merged")]
