@@ -103,7 +103,7 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
         "accepted": f"{seen}: {goal}",
         "rejected": f"{seen}: not {goal}",
         "inconclusive": f"{seen}: cannot tell yet whether {goal}"
-        + f"{_unseen(case, against, workload, result)}{_troubles(evidence, workload)}"
+        + f"{_unseen(case, against, workload, field, result)}{_troubles(evidence, workload)}"
         + f"; the {evidence.budget} blocks it may have can hardly suffice" * hopeless,
     }
     needed, each = result.blocks_needed, evidence.minutes_per_block(workload)
@@ -123,7 +123,7 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
     )
 
 
-def _unseen(case: Case, against: str, workload: str, result: stats.Race) -> str:
+def _unseen(case: Case, against: str, workload: str, field: str, result: stats.Race) -> str:
     """What keeps these blocks from deciding although they are clear, and what to do about it."""
     evidence = case.evidence
     reasons = ""
@@ -132,7 +132,7 @@ def _unseen(case: Case, against: str, workload: str, result: stats.Race) -> str:
             f"; {counted(result.launches, 'launch', 'launches')} cannot show what differs between launches, "
             f"about {needed} would: lower measure.relaunch"
         )
-    resolution = evidence.resolution((case.variant, against), workload, evidence.field(Metric("latency", workload)))
+    resolution = evidence.resolution((case.variant, against), workload, field)
     if resolution > math.log1p(0.01):
         reasons += f"; the clock's steps are {math.expm1(resolution):.0%} of what it times: use longer requests"
     loads = [evidence.loads(v, workload) for v in (case.variant, against)]
