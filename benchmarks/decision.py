@@ -39,9 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import trust
 
-from peftopt import need, rules, stats
-from peftopt import plan as planning
-from peftopt.evidence import Evidence
+from peftopt import stats
+from peftopt.decision import rules, stopping
+from peftopt.decision.evidence import Evidence
+from peftopt.recipe import plan as planning
 from peftopt.records import (
     Measure,
     Measurement,
@@ -284,7 +285,7 @@ def race_of_twelve(plan: Plan, world: World, rng: np.random.Generator) -> tuple[
     logs = {arm: load[np.arange(RACED), order[:, n]] + own[arm] + truth[arm] for n, arm in enumerate(arms)}
     measured: list[Measurement] = []
     for block in range(RACED):
-        if not (wants := need.blocks(Evidence(plan, measured), "chat")):
+        if not (wants := stopping.blocks(Evidence(plan, measured), "chat")):
             break
         for arm in sorted(wants):
             if block % world.relaunch == 0:
@@ -363,8 +364,8 @@ def live(rounds: int, most: int, clock: str, seed: int) -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     from conftest import make_base, make_lora  # type: ignore[import-not-found]
 
-    from peftopt import runner
-    from peftopt.decide import decide
+    from peftopt.decision.decide import decide
+    from peftopt.runner import recipe_run
 
     def arm(technique: str, n: int, slowdown: float) -> Variant:
         name = f"{technique}-{n}"
@@ -394,8 +395,8 @@ def live(rounds: int, most: int, clock: str, seed: int) -> None:
         recipe = replace(plan.recipe, base=str(folder / "base"), adapter=str(folder / "lora"), workloads={"chat": chat})
         print(f"{rounds} rounds of up to {most} blocks raced on the {clock} clock, judged on both", flush=True)
         for number in range(rounds):
-            run = runner.prepare(replace(recipe, seed=seed + number), "", folder / "results", Silent(), fresh=True)
-            runner.execute(run)
+            run = recipe_run.prepare(replace(recipe, seed=seed + number), "", folder / "results", Silent(), fresh=True)
+            recipe_run.execute(run)
             loads = [m.values["machine"]["load"] for m in run.measurements if m.probe == "speed"]
             print(f"\nround {number + 1}: load average {min(loads):.1f} to {max(loads):.1f}")
             for judge in ("wall", "cpu"):

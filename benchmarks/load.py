@@ -27,7 +27,7 @@ import tempfile
 from pathlib import Path
 
 from peftopt import corpus, stats
-from peftopt.evidence import exp
+from peftopt.decision.evidence import exp
 
 THEIRS = {
     "mean TTFT ms": "mean_ttft_ms",

@@ -42,10 +42,10 @@ MODULES = {
     path: tuple(f"tests/test_{name}.py" for name in names)
     for path, names in {
         "peftopt/stats.py": ("stats", "trust_stats"),
-        "peftopt/rules.py": ("trust_rules", "broken_models", "decide", "honest_times"),
-        "peftopt/decide.py": ("trust_decisions", "evidence", "decide"),
-        "peftopt/evidence.py": ("trust_times", "trust_answers", "evidence", "decide"),
-        "peftopt/need.py": ("need", "decide", "honest_times"),
+        "peftopt/decision/rules.py": ("trust_rules", "broken_models", "decide", "honest_times"),
+        "peftopt/decision/decide.py": ("trust_decisions", "evidence", "decide"),
+        "peftopt/decision/evidence.py": ("trust_times", "trust_answers", "evidence", "decide"),
+        "peftopt/decision/stopping.py": ("need", "decide", "honest_times"),
     }.items()
 }
 """What is changed, and the tests that should notice, the closest first."""

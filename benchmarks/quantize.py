@@ -29,10 +29,11 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from peftopt import corpus, machine, oneshot, preflight, stats, store
-from peftopt.child import Child
-from peftopt.evidence import exp
+from peftopt import corpus, machine, stats, store
+from peftopt.decision.evidence import exp
 from peftopt.records import Interval, Model
+from peftopt.runner import preflight, single
+from peftopt.runner.process import Child
 
 TOGETHER = 6
 """Models that race the adapter at a time: all of them are in memory meanwhile."""
@@ -129,7 +130,7 @@ def make(out: Path, route: Route, model: Model) -> tuple[Model, dict[str, Any]]:
     """Quantize as `peftopt quantize` does, or reuse what is there."""
     if not out.exists():
         texts = route.calibration or None
-        facts = oneshot.transform(route.plugin, route.params, model, out, texts, 0)
+        facts = single.transform(route.plugin, route.params, model, out, texts, 0)
         out.with_suffix(".json").write_text(json.dumps(facts))
     facts = json.loads(out.with_suffix(".json").read_text())
     return Model(str(out), tuple(facts["model"]["adapters"])), facts

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from peftopt import plan as planning
-from peftopt.decide import decide
+from peftopt.decision.decide import decide
+from peftopt.recipe import plan as planning
+from peftopt.recipe.thresholds import parse
 from peftopt.records import (
     Decision,
     Measure,
@@ -33,7 +34,6 @@ from peftopt.records import (
     Variant,
     Workload,
 )
-from peftopt.thresholds import parse
 
 EAGER = Step("eager", "engine", "")
 TABLE = (

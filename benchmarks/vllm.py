@@ -21,13 +21,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from peftopt import corpus, environments, load, machine, stats
-from peftopt.client import Target
+from peftopt import corpus, environments, machine, stats
+from peftopt.decision.evidence import exp
 from peftopt.engines import vllm
 from peftopt.engines._server import Server, free_port
 from peftopt.errors import WorkerFailed
-from peftopt.evidence import exp
-from peftopt.protocols import Prompt
+from peftopt.loadtest import runs
+from peftopt.loadtest.client import Target
+from peftopt.loadtest.protocols import Prompt
 from peftopt.records import Model
 
 FIGURES = {"TTFT ms": "ttft_mean_ms", "TPOT ms": "tpot_mean_ms", "tokens/s": "output_tokens_per_s"}
@@ -86,8 +87,8 @@ def measure(
     for _ in range(a.rounds + 1):
         for name in dice.sample(sorted(servers), len(servers)):
             target, server = servers[name]
-            traffic = load.Traffic(prompts, {target.model: 1.0}, a.new_tokens, requests=a.requests, concurrency=users)
-            values = load.as_json(load.run(target, traffic, 1.0, lambda *_: None, patient=True), [])
+            traffic = runs.Traffic(prompts, {target.model: 1.0}, a.new_tokens, requests=a.requests, concurrency=users)
+            values = runs.as_json(runs.run(target, traffic, 1.0, lambda *_: None, patient=True), [])
             machine.rest(server.processes())
             assert values["figures"]["failed"] == 0, values["figures"]
             found[name].append(values["figures"])

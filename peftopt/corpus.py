@@ -179,7 +179,7 @@ def distinct(rows: Sequence[Row]) -> int:
 
 def calibration_file(named: str) -> Path:
     """The file of calibration rows that a user names: their own, or for "generic" the one that comes with peftopt."""
-    return Path(__file__).parent / "generic.jsonl" if named == GENERIC else Path(named)
+    return Path(__file__).parent / "transforms" / "generic.jsonl" if named == GENERIC else Path(named)
 
 
 def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str) -> None:

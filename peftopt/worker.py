@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from peftopt import machine, progress, provenance
+from peftopt import machine, progress
 from peftopt.corpus import Row, row_from
 from peftopt.errors import MissingEnvironment, PeftoptError, WorkerFailed
-from peftopt.hf import tokenizer, tokenizer_home
 from peftopt.merging.certificate import FILE as CERTIFICATE
+from peftopt.models import provenance
+from peftopt.models.hf import tokenizer, tokenizer_home
 from peftopt.plugins import module
 from peftopt.records import Invariants, Json, Model
 

@@ -11,7 +11,7 @@ import textwrap
 
 import pytest
 
-from peftopt.answers import degenerate, judge, language, loops, numbers, refuses
+from peftopt.probes._answers import degenerate, judge, language, loops, numbers, refuses
 from peftopt.records import Invariants
 
 SCHEMA = {

@@ -13,9 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_run import command
 
-from peftopt import building, hf, plugins, provenance
+from peftopt import plugins
 from peftopt.errors import BadInput, WorkerFailed
+from peftopt.models import hf, provenance
 from peftopt.records import Model
+from peftopt.runner import build
 from peftopt.transforms import _layers, _smoothing
 
 
@@ -235,8 +237,8 @@ def test_a_quantized_folder_with_weights_that_nobody_reads_is_refused(bases: Any
         hf.load(str(tmp_path / "out"))
     with pytest.raises(WorkerFailed, match="unusable"):
         int8, made = plugins.catalogue()["int8"], Model(str(tmp_path / "out"))
-        with building._opener(int8, made, tmp_path / "log", 1, 120) as opener:
-            building._verified(opener, int8, made, Model(str(bases("llama"))), (), tmp_path / "log", 1, 120)
+        with build._opener(int8, made, tmp_path / "log", 1, 120) as opener:
+            build._verified(opener, int8, made, Model(str(bases("llama"))), (), tmp_path / "log", 1, 120)
 
 
 # ---- files -------------------------------------------------------------------------------------

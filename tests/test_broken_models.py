@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from helpers.records import RULES, builds, of, outcome, plan_of, quality, speed
 
-from peftopt.decide import decide
+from peftopt.decision.decide import decide
 from peftopt.records import Decision, Json, Measurement, Plan, Rule
 
 LONG = list(range(200))

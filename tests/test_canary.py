@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from servers import served
 from test_run import command
 
-from peftopt import fingerprint
-from peftopt.fingerprint import Known, judge
+from peftopt.canary import fingerprint
+from peftopt.canary.fingerprint import Known, judge
 
 logprobs = st.dictionaries(st.sampled_from("abcdefg"), st.floats(-20, 0), min_size=1, max_size=5)
 prints = st.lists(st.tuples(st.sampled_from("abcdefg"), logprobs), min_size=1, max_size=6)

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftopt.checkpoint import Checkpoint, Draft, read_header
 from peftopt.errors import BadInput
 from peftopt.merging import blocks
+from peftopt.models.checkpoint import Checkpoint, Draft, read_header
 
 
 @settings(max_examples=300, deadline=None)

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from peftopt import environments, machine
-from peftopt.child import Child
 from peftopt.errors import WorkerFailed
+from peftopt.runner.process import Child
 
 
 def fake(tmp_path: Path, script: str) -> Child:

@@ -15,7 +15,8 @@ from conftest import make_lora
 from safetensors.torch import load_file, save_file
 from test_run import RECIPE, command, prompts
 
-from peftopt import console, environments, machine, plugins, store
+from peftopt import environments, machine, plugins, store
+from peftopt.cli import console
 from peftopt.engines import _graphs
 from peftopt.records import Plugin
 

@@ -25,18 +25,18 @@ from helpers.records import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftopt import plan as planning
-from peftopt.decide import decide
+from peftopt.decision.decide import decide
+from peftopt.decision.evidence import FAILED, TWIN, Evidence
+from peftopt.decision.rules import fewest_requests, parent_of
+from peftopt.decision.stopping import answers as answers_needed
+from peftopt.decision.stopping import blocks as blocks_needed
+from peftopt.decision.stopping import hopeless, open_races, undecidable
 from peftopt.errors import BadInput
-from peftopt.evidence import FAILED, TWIN, Evidence
-from peftopt.need import answers as answers_needed
-from peftopt.need import blocks as blocks_needed
-from peftopt.need import hopeless, open_races, undecidable
+from peftopt.recipe import plan as planning
+from peftopt.recipe.thresholds import parse
 from peftopt.records import Json, Measurement, Metric, Plan, Rule, Step, Variant, Workload
-from peftopt.render import measured, table
-from peftopt.rules import fewest_requests, parent_of
+from peftopt.report import measured, table
 from peftopt.stats import looks, needed_n, upper_bound
-from peftopt.thresholds import parse
 
 
 @pytest.mark.parametrize(("ratio", "expected"), [(0.80, "accepted"), (0.90, "rejected"), (0.85, "inconclusive")])

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from peftopt import answers, corpus
+from peftopt import corpus
+from peftopt.probes import _answers as answers
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"

@@ -12,11 +12,11 @@ from servers import FAULTS, Server, served
 from test_run import command, prompts
 
 from peftopt import plugins, store
-from peftopt.client import Client, Reply, Target
 from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
+from peftopt.loadtest.client import Client, Reply, Target
+from peftopt.loadtest.protocols import Prompt, tgi
 from peftopt.probes import load, speed
-from peftopt.protocols import Prompt, tgi
 from peftopt.records import Model
 
 HELLO = [{"role": "user", "content": "the quick fox"}]

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftopt import machine
-from peftopt.decide import decide
-from peftopt.evidence import TWIN, Evidence
-from peftopt.figures import figures as figures_of
+from peftopt.decision.decide import decide
+from peftopt.decision.evidence import TWIN, Evidence
+from peftopt.decision.figures import figures as figures_of
 from peftopt.records import Json, Measurement
-from peftopt.render import table
+from peftopt.report import table
 
 
 def around(measurements: list[Measurement], **state: Json) -> list[Measurement]:

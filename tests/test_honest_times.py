@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from helpers.records import builds, of, outcome, plan_of, quality, whole
 
-from peftopt import need, stats
-from peftopt import plan as planning
-from peftopt.decide import decide
-from peftopt.evidence import FAILED, TWIN, Evidence
+from peftopt import stats
+from peftopt.decision import stopping
+from peftopt.decision.decide import decide
+from peftopt.decision.evidence import FAILED, TWIN, Evidence
+from peftopt.decision.rules import family
+from peftopt.recipe import plan as planning
 from peftopt.records import Decision, Json, Measurement, Metric, Plan, Workload
-from peftopt.rules import family
 
 
 def turn(arm: str, block: int, times: Sequence[float], **more: Json) -> Measurement:
@@ -145,12 +146,12 @@ def test_an_open_requirement_asks_for_blocks_and_more_can_be_added() -> None:
     assert verdict.blocks_needed and verdict.blocks_needed > 16
     measured = [*answers(plan), *raced({"merged": 1.0}, 16, 2, noise=0.05)]
     relaxed = replace(plan, recipe=replace(plan.recipe, rules=()))
-    assert [v.rule for v in need.open_races(Evidence(relaxed, measured))] == [f"require: {text}"]
+    assert [v.rule for v in stopping.open_races(Evidence(relaxed, measured))] == [f"require: {text}"]
     ten = [m for m in measured if m.probe != "speed" or m.values["block"] < 10]
-    assert need.blocks(Evidence(relaxed, ten), "chat") == {"adapter", "merged"}
-    assert need.blocks(Evidence(relaxed, measured), "chat") == frozenset()
+    assert stopping.blocks(Evidence(relaxed, ten), "chat") == {"adapter", "merged"}
+    assert stopping.blocks(Evidence(relaxed, measured), "chat") == frozenset()
     granted = Measurement("more", "", values={"max_blocks": 32})
-    assert need.blocks(Evidence(relaxed, [*measured, granted]), "chat") == {"adapter", "merged"}
+    assert stopping.blocks(Evidence(relaxed, [*measured, granted]), "chat") == {"adapter", "merged"}
 
 
 @pytest.mark.parametrize("text", ["load_time <= 5 s", "memory <= 1 GB"])

@@ -11,8 +11,9 @@ import pytest
 from test_run import command
 from test_tasks import CHOICE
 
-from peftopt import meters, store
+from peftopt import store
 from peftopt.errors import BadInput
+from peftopt.loadtest import importers
 
 DATA = Path(__file__).parent / "data"
 
@@ -110,38 +111,38 @@ def write(path: Path, data: object) -> Path:
 
 
 def test_vllm_bench_serve_with_its_raw_samples(tmp_path: Path) -> None:
-    (found,) = meters.read(write(tmp_path / "r.json", VLLM))
+    (found,) = importers.read(write(tmp_path / "r.json", VLLM))
     first, _, failed = found.requests
     assert (first.scheduled, first.ttft_ms, first.tpot_ms) == pytest.approx((0, 100, 25))
     assert first.gaps_ms == pytest.approx((20, 30)) and first.request_duration_ms == pytest.approx(150)
     assert failed.error == "ConnectionError: reset" and failed.ttft_ms is None
-    assert meters.as_loaded(found)["figures"]["failed"] == 1
-    assert meters.as_loaded(found)["figures"]["ttft_mean_ms"] == pytest.approx(VLLM["mean_ttft_ms"])
+    assert importers.as_loaded(found)["figures"]["failed"] == 1
+    assert importers.as_loaded(found)["figures"]["ttft_mean_ms"] == pytest.approx(VLLM["mean_ttft_ms"])
     assert any("scheduled" in what for what in found.lacks)
     assert found.reported["mean_ttft_ms"] == 150.0
 
 
 def test_vllm_bench_serve_without_them_and_appended(tmp_path: Path) -> None:
     bare = {k: v for k, v in VLLM.items() if k not in ("ttfts", "itls", "errors", "input_lens", "output_lens")}
-    found = meters.read(write(tmp_path / "r.json", "\n".join([json.dumps(bare), json.dumps(VLLM)])))
+    found = importers.read(write(tmp_path / "r.json", "\n".join([json.dumps(bare), json.dumps(VLLM)])))
     assert len(found) == 2 and not found[0].requests and found[1].requests
     assert any("--save-detailed" in what for what in found[0].lacks)
 
 
 def test_guidellm_counts_from_the_targeted_time(tmp_path: Path) -> None:
-    (found,) = meters.read(write(tmp_path / "benchmarks.json", guidellm()))
+    (found,) = importers.read(write(tmp_path / "benchmarks.json", guidellm()))
     good, bad = found.requests
     assert (good.ttft_ms, good.queue_time_ms, good.tpot_ms) == pytest.approx((700, 500, 100))
     assert bad.error == "HTTP 500" and bad.scheduled == 1.0
     assert found.title == "poisson 2.0/s, 2 requests" and found.source == "GuideLLM 0.8.0"
     assert any("2 of 5 were kept" in what for what in found.lacks) and any("ITL" in what for what in found.lacks)
     with pytest.raises(BadInput, match="report format 3, not 1 or 2"):
-        meters.read(write(tmp_path / "newer.json", guidellm(version=3)))
+        importers.read(write(tmp_path / "newer.json", guidellm(version=3)))
 
 
 def test_guidellm_s_second_report_format_as_0_8_1_wrote_it() -> None:
     """Trimmed from real files: at a constant rate, by two users, and at a Poisson rate by workers that began early."""
-    constant, users, early = meters.read(DATA / "guidellm-0.8.1.json")
+    constant, users, early = importers.read(DATA / "guidellm-0.8.1.json")
     assert constant.source == "GuideLLM 0.8.1" and constant.title == "constant 5.0/s, 3 requests"
     assert [r.scheduled for r in constant.requests] == pytest.approx([0, 0.2, 0.4], abs=1e-5)
     first = constant.requests[0]
@@ -156,35 +157,35 @@ def test_guidellm_s_second_report_format_as_0_8_1_wrote_it() -> None:
 
 
 def test_aiperf_records_and_summary(tmp_path: Path) -> None:
-    (found,) = meters.read(write(tmp_path / "profile_export.jsonl", aiperf()))
+    (found,) = importers.read(write(tmp_path / "profile_export.jsonl", aiperf()))
     good, bad = found.requests
     assert (good.ttft_ms, good.tpot_ms, good.new_tokens) == pytest.approx((255, 5, 4))
     assert good.gaps_ms == (5.0, 6.0, 4.0) and "499 RequestCancellationError" in bad.error
     assert any("scheduled" in what for what in found.lacks)
     issued = 1759813207532900363 - 100_000_000
-    (found,) = meters.read(write(tmp_path / "issued.jsonl", aiperf(credit_issued_ns=issued)))
+    (found,) = importers.read(write(tmp_path / "issued.jsonl", aiperf(credit_issued_ns=issued)))
     assert found.requests[0].ttft_ms == pytest.approx(355, abs=0.01) and found.lacks == ()
     summary = {"schema_version": "1.0", "aiperf_version": "0.13.0", "request_latency": {"unit": "ms", "avg": 3.5}}
-    (found,) = meters.read(write(tmp_path / "summary.json", summary))
+    (found,) = importers.read(write(tmp_path / "summary.json", summary))
     assert found.reported == {"request_latency_avg": 3.5} and "raw samples" in found.lacks[0]
     with pytest.raises(BadInput, match=r"schema 2\.0"):
-        meters.read(write(tmp_path / "newer.json", {**summary, "schema_version": "2.0"}))
+        importers.read(write(tmp_path / "newer.json", {**summary, "schema_version": "2.0"}))
 
 
 def test_aiperf_0_13_as_it_wrote_its_records_and_its_summary() -> None:
-    (found,) = meters.read(DATA / "aiperf-0.13.0.jsonl")
+    (found,) = importers.read(DATA / "aiperf-0.13.0.jsonl")
     first, _, failed = found.requests
     assert (first.new_tokens, first.error) == (5, "") and found.lacks == ()
     assert first.queue_time_ms == pytest.approx(1.39, abs=0.01) and first.ttft_ms == pytest.approx(55.8, abs=0.1)
     assert first.tpot_ms == pytest.approx(20.35, abs=0.01) and len(first.gaps_ms) == 4
     assert failed.error.startswith("503 Status") and failed.ttft_ms is None
-    (summary,) = meters.read(DATA / "aiperf-0.13.0.json")
+    (summary,) = importers.read(DATA / "aiperf-0.13.0.json")
     assert summary.source == "AIPerf 0.13.0" and summary.reported["time_to_first_token_count"] == 4
     assert not summary.raw
 
 
 def test_lm_evaluation_harness(tmp_path: Path) -> None:
-    (scores,) = meters.read(write(tmp_path / "results.json", LM_EVAL))
+    (scores,) = importers.read(write(tmp_path / "results.json", LM_EVAL))
     assert scores.values == {
         "task": "gsm8k",
         "metric": "exact_match",
@@ -196,21 +197,21 @@ def test_lm_evaluation_harness(tmp_path: Path) -> None:
     assert "does not pair" in scores.lacks[0]
     assert not scores.raw
     text = "\n".join(map(json.dumps, SAMPLES))
-    (samples,) = meters.read(write(tmp_path / "samples_mmlu_law_2026-11-26T10-11-12.345678.jsonl", text))
+    (samples,) = importers.read(write(tmp_path / "samples_mmlu_law_2026-11-26T10-11-12.345678.jsonl", text))
     assert samples.values["task"] == "mmlu_law" and samples.values["value"] == 0.5 and samples.raw
     assert samples.values["samples"][1] == {"id": "mmlu_law/1", "value": 1}, "as a run names its rows"
-    (renamed,) = meters.read(write(tmp_path / "samples.jsonl", text))
+    (renamed,) = importers.read(write(tmp_path / "samples.jsonl", text))
     assert "task" not in renamed.values and "--task" in renamed.lacks[0]
-    (part,) = meters.read(tmp_path / "samples_mmlu_law_2026-11-26T10-11-12.345678.jsonl", "mmlu")
+    (part,) = importers.read(tmp_path / "samples_mmlu_law_2026-11-26T10-11-12.345678.jsonl", "mmlu")
     assert part.values["task"] == "mmlu" and part.values["samples"][1]["id"] == "mmlu_law/1", "a file of a group"
     two = [{**row, "metrics": ["acc", "acc_norm"], "acc_norm": 1} for row in SAMPLES]
-    first, second = meters.read(write(tmp_path / "two.jsonl", "\n".join(map(json.dumps, two))), "law")
+    first, second = importers.read(write(tmp_path / "two.jsonl", "\n".join(map(json.dumps, two))), "law")
     assert first.values["samples"] and (second.values["metric"], second.values["value"]) == ("acc_norm", 1)
     assert "samples" not in second.values, "a run judges a task by its first metric, and so does this"
     with pytest.raises(BadInput, match="number for each row"):
-        meters.read(write(tmp_path / "none.jsonl", "\n".join([json.dumps({**SAMPLES[0], "acc": "yes"})] * 2)))
+        importers.read(write(tmp_path / "none.jsonl", "\n".join([json.dumps({**SAMPLES[0], "acc": "yes"})] * 2)))
     with pytest.raises(BadInput, match=r"0\.5\.0, not 0\.4"):
-        meters.read(write(tmp_path / "newer.json", {**LM_EVAL, "lm_eval_version": "0.5.0"}))
+        importers.read(write(tmp_path / "newer.json", {**LM_EVAL, "lm_eval_version": "0.5.0"}))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_lm_evaluation_harness(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_read_is_refused(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=says) as refused:
-        meters.read(write(tmp_path / "r.json", text))
+        importers.read(write(tmp_path / "r.json", text))
     assert refused.value.hint
 
 
@@ -294,7 +295,7 @@ def test_a_teams_own_harness_feeds_the_decision(
     harness_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_base: Path, tiny_lora: Path
 ) -> None:
     """Two variants and the adapter, 400 rows each, in files as the harness writes and names them."""
-    (found,) = meters.read(harness_file)
+    (found,) = importers.read(harness_file)
     assert found.values["task"] == "support_desk"
     assert [row["id"] for row in found.values["samples"]] == [f"support_desk/{n}" for n in range(6)]
 

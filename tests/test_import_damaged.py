@@ -13,8 +13,9 @@ import pytest
 from test_import import SAMPLES, VLLM, aiperf, guidellm, write
 from test_run import command
 
-from peftopt import meters, store
+from peftopt import store
 from peftopt.errors import BadInput
+from peftopt.loadtest import importers
 
 NAN, INF = math.nan, math.inf
 
@@ -53,33 +54,35 @@ def test_an_answer_whose_numbers_cannot_be_is_set_aside(
     [("start_times", NAN), ("ttfts", NAN), ("output_lens", None), ("latencies", NAN), ("itls", [NAN])],
 )
 def test_a_failure_stays_one_whatever_its_numbers(tmp_path: Path, field: str, value: Any) -> None:
-    (found,) = meters.read(write(tmp_path / "r.json", {**VLLM, field: [*VLLM[field][:2], value]}))
+    (found,) = importers.read(write(tmp_path / "r.json", {**VLLM, field: [*VLLM[field][:2], value]}))
     assert [bool(r.error) for r in found.requests] == [False, False, True]
-    assert meters.as_loaded(found)["figures"]["failed"] == 1
+    assert importers.as_loaded(found)["figures"]["failed"] == 1
     assert not any("set aside" in what for what in found.lacks)
 
 
 def test_other_meters_numbers_too(tmp_path: Path) -> None:
     for report in (of_guidellm(0, request_end=NAN), of_guidellm(0, request_end=1.0), of_guidellm(0, request_start=NAN)):
-        (found,) = meters.read(write(tmp_path / "g.json", report))
+        (found,) = importers.read(write(tmp_path / "g.json", report))
         assert [r.error for r in found.requests] == ["HTTP 500"] and any("1 of 2" in what for what in found.lacks)
         assert math.isfinite(found.requests[0].request_duration_ms)
     rows = [json.loads(line) for line in aiperf().splitlines()]
     rows[0]["metrics"]["time_to_first_token"]["value"] = NAN
-    (found,) = meters.read(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
+    (found,) = importers.read(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows))))
     assert [bool(r.error) for r in found.requests] == [True]
 
 
 def test_a_run_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no request has times"):
-        meters.read(write(tmp_path / "r.json", {**VLLM, "errors": [""] * 3, "completed": 3, "start_times": [NAN] * 3}))
+        importers.read(
+            write(tmp_path / "r.json", {**VLLM, "errors": [""] * 3, "completed": 3, "start_times": [NAN] * 3})
+        )
 
 
 @pytest.mark.parametrize("duration", [0, NAN, INF, -1])
 def test_a_run_that_tells_neither_starts_nor_duration_has_no_rates(tmp_path: Path, duration: float) -> None:
     unplaced = {k: v for k, v in VLLM.items() if k not in ("start_times", "latencies")}
     with pytest.raises(BadInput, match="duration"):
-        meters.read(write(tmp_path / "r.json", {**unplaced, "duration": duration}))
+        importers.read(write(tmp_path / "r.json", {**unplaced, "duration": duration}))
 
 
 @pytest.mark.parametrize(
@@ -95,9 +98,9 @@ def test_half_characters_of_a_file_are_printed_as_their_escapes(
 
 
 def test_a_file_of_one_line_is_still_json_lines(tmp_path: Path) -> None:
-    (found,) = meters.read(write(tmp_path / "a.jsonl", aiperf().splitlines()[0]))
+    (found,) = importers.read(write(tmp_path / "a.jsonl", aiperf().splitlines()[0]))
     assert len(found.requests) == 1
-    (samples,) = meters.read(write(tmp_path / "s.jsonl", json.dumps(SAMPLES[1])), "law")
+    (samples,) = importers.read(write(tmp_path / "s.jsonl", json.dumps(SAMPLES[1])), "law")
     assert samples.values["n"] == 1
 
 
@@ -112,12 +115,12 @@ def five_hours_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_loads_of_two_meters_are_in_the_order_of_time(five_hours_behind: None, tmp_path: Path) -> None:
     """vLLM writes the time of the wall (here 10:15 at UTC-5), AIPerf nanoseconds of UTC."""
-    (wall,) = meters.read(write(tmp_path / "r.json", VLLM))
+    (wall,) = importers.read(write(tmp_path / "r.json", VLLM))
     before = 1795533297500 * 1_000_000 - 60 * 10**9
-    (earlier,) = meters.read(
+    (earlier,) = importers.read(
         write(tmp_path / "a.jsonl", aiperf(request_start_ns=before, request_end_ns=before + 10**9).splitlines()[0])
     )
     assert wall.started == "2026-11-24T15:14:57.500+00:00"
     assert earlier.started < wall.started
     unset = aiperf(request_start_ns=0, request_end_ns=10**9).splitlines()[0]
-    assert meters.read(write(tmp_path / "z.jsonl", unset))[0].started == "", "a clock that does not count from 1970"
+    assert importers.read(write(tmp_path / "z.jsonl", unset))[0].started == "", "a clock that does not count from 1970"

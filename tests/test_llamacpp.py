@@ -12,10 +12,11 @@ from remote_engine import Remote
 from test_plugins import PROMPTS, ask
 from test_run import command, prompts
 
-from peftopt import corpus, environments, oneshot, plugins, store
+from peftopt import corpus, environments, plugins, store
 from peftopt.engines import TOP_K
 from peftopt.errors import BadInput
 from peftopt.records import Model
+from peftopt.runner import single
 
 ROOT = Path(__file__).parent.parent
 BASE, ADAPTER = ROOT / "models" / "smollm2-135m-instruct", ROOT / "demo" / "adapter"
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")
 
 
 def convert(model: Model, out: Path, **params: str) -> dict[str, Any]:
-    return oneshot.transform("gguf", params, model, out, None, 0)
+    return single.transform("gguf", params, model, out, None, 0)
 
 
 @pytest.fixture(scope="module")

@@ -21,12 +21,14 @@ from hypothesis import strategies as st
 from servers import served
 from test_run import command, prompts
 
-from peftopt import corpus, goodput, hf, load, prometheus, store, traffic
-from peftopt.client import Target
+from peftopt import corpus, store
 from peftopt.errors import BadInput
-from peftopt.goodput import Request, slo
-from peftopt.load import Traffic
-from peftopt.protocols import Prompt
+from peftopt.loadtest import arrivals, prometheus, runs, summary
+from peftopt.loadtest.client import Target
+from peftopt.loadtest.protocols import Prompt
+from peftopt.loadtest.runs import Traffic
+from peftopt.loadtest.summary import Request, slo
+from peftopt.models import hf
 from peftopt.records import Interval
 
 settings.register_profile("load", deadline=None)
@@ -47,26 +49,26 @@ def request(at: float = 0.0, ttft: float = 0.1, gap: float = 0.01, n: int = 5, l
 # ---- traffic -----------------------------------------------------------------------------------
 
 
-@given(st.sampled_from(traffic.ARRIVALS), rates, st.integers(0, 300), st.integers(0, 9), st.floats(0.1, 10))
+@given(st.sampled_from(arrivals.ARRIVALS), rates, st.integers(0, 300), st.integers(0, 9), st.floats(0.1, 10))
 def test_arrivals_are_in_order_and_a_seed_gives_them_again(kind: str, rate: float, n: int, seed: int, b: float) -> None:
-    times = traffic.arrivals(kind, rate, n, seed, b)
+    times = arrivals.arrivals(kind, rate, n, seed, b)
     assert len(times) == n and times == sorted(times) and times[:1] in ([], [0.0])
-    assert times == traffic.arrivals(kind, rate, n, seed, b)
-    faster = traffic.arrivals(kind, 2 * rate, n, seed, b)
+    assert times == arrivals.arrivals(kind, rate, n, seed, b)
+    faster = arrivals.arrivals(kind, 2 * rate, n, seed, b)
     assert faster == pytest.approx([t / 2 for t in times]), "the rate only scales time"
 
 
 @pytest.mark.parametrize(("kind", "burstiness", "spread"), [("constant", 1, 0), ("poisson", 1, 1), ("gamma", 0.25, 2)])
 def test_arrivals_have_their_rate_and_their_burstiness(kind: str, burstiness: float, spread: float) -> None:
-    gaps = np.diff(traffic.arrivals(kind, 20.0, 20_000, 3, burstiness))
+    gaps = np.diff(arrivals.arrivals(kind, 20.0, 20_000, 3, burstiness))
     assert gaps.mean() == pytest.approx(1 / 20, rel=0.05)
     assert gaps.std() / gaps.mean() == pytest.approx(spread, abs=0.1), "the coefficient of variation"
 
 
-@given(st.integers(1, 8), st.sampled_from(traffic.MIXES), st.integers(0, 200), st.integers(0, 9))
+@given(st.integers(1, 8), st.sampled_from(arrivals.MIXES), st.integers(0, 200), st.integers(0, 9))
 def test_a_mix_sends_every_request_somewhere(names: int, kind: str, n: int, seed: int) -> None:
     weights = {f"adapter{i}": 1.0 for i in range(names)}
-    mixed = traffic.mix(weights, kind, n, seed)
+    mixed = arrivals.mix(weights, kind, n, seed)
     assert len(mixed) == n and set(mixed) <= set(weights)
     if kind == "round-robin":
         counts = Counter(mixed)
@@ -74,9 +76,9 @@ def test_a_mix_sends_every_request_somewhere(names: int, kind: str, n: int, seed
 
 
 def test_weights_and_zipf_shape_a_mix() -> None:
-    weighted = Counter(traffic.mix({"a": 3, "b": 1}, "uniform", 8000, 0))
+    weighted = Counter(arrivals.mix({"a": 3, "b": 1}, "uniform", 8000, 0))
     assert weighted["a"] / weighted["b"] == pytest.approx(3, rel=0.1)
-    skewed = Counter(traffic.mix(dict.fromkeys("abcd", 1.0), "zipf", 8000, 0))
+    skewed = Counter(arrivals.mix(dict.fromkeys("abcd", 1.0), "zipf", 8000, 0))
     assert [skewed[x] / skewed["a"] for x in "abcd"] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4], abs=0.04)
 
 
@@ -87,7 +89,7 @@ def test_a_trace_is_read_from_its_first_request_on() -> None:
         '{"offset_s": 10, "prompt_tokens": 512, "new_tokens": 128}',
         '{"timestamp": 11000, "input_length": 7, "output_length": 9, "hash_ids": [1]}',
     ]
-    found = traffic.trace(lines)
+    found = arrivals.trace(lines)
     assert [t.at for t in found] == [0.0, 1.0, 2.5]
     assert [(t.prompt_tokens, t.new_tokens) for t in found] == [(512, 128), (7, 9), (0, 0)]
     assert found[2].id == "b" and found[2].model == "support"
@@ -98,13 +100,13 @@ def test_a_trace_is_read_from_its_first_request_on() -> None:
 )
 def test_a_broken_line_of_a_trace_is_named(line: str) -> None:
     with pytest.raises(ValueError, match="line 2"):
-        traffic.trace(['{"offset_s": 0, "id": "a"}', line])
+        arrivals.trace(['{"offset_s": 0, "id": "a"}', line])
 
 
 @given(st.integers(1, 400), st.integers(0, 9))
 def test_a_made_up_text_is_as_long_as_asked(tokens: int, seed: int) -> None:
-    text = traffic.made_up(tokens, seed)
-    assert len(text.split()) == tokens and text == traffic.made_up(tokens, seed)
+    text = arrivals.made_up(tokens, seed)
+    assert len(text.split()) == tokens and text == arrivals.made_up(tokens, seed)
 
 
 # ---- what came back ----------------------------------------------------------------------------
@@ -126,7 +128,7 @@ def test_tokens_that_came_packed_have_the_same_tpot() -> None:
 @given(st.integers(0, 30), st.integers(0, 30))
 def test_a_failure_is_never_dropped(good: int, bad: int) -> None:
     requests = [request(i) for i in range(good)] + [request(i, error="HTTP 503") for i in range(bad)]
-    found = goodput.figures(requests, [slo("ttft <= 1 s")])
+    found = summary.figures(requests, [slo("ttft <= 1 s")])
     assert (found["requests"], found["failed"], found["answered"]) == (good + bad, bad, good)
     if good:
         assert found["ttft_p50_ms"].n == good + bad
@@ -137,13 +139,13 @@ def test_a_failure_is_never_dropped(good: int, bad: int) -> None:
 
 def test_figures_against_a_run_known_by_hand() -> None:
     requests = [request(0.0), request(1.0, ttft=0.3), request(2.0, ttft=0.2), request(0.0, ttft=9, warmup=True)]
-    found = goodput.figures(requests)
+    found = summary.figures(requests)
     assert found["duration_s"] == pytest.approx(2.24) and found["offered_rate"] == pytest.approx(1.0)
     assert found["request_rate"] == pytest.approx(3 / 2.24)
     assert found["output_tokens_per_s"] == pytest.approx(15 / 2.24)
     assert found["ttft_mean_ms"] == pytest.approx(200) and found["ttft_p50_ms"].estimate == pytest.approx(200)
     assert found["itl_p95_ms"] == pytest.approx(10)
-    assert goodput.by_model(requests)["m"]["cold_ttft_ms"] == pytest.approx(9000)
+    assert summary.by_model(requests)["m"]["cold_ttft_ms"] == pytest.approx(9000)
 
 
 @pytest.mark.parametrize(
@@ -170,9 +172,9 @@ def test_what_is_no_service_level(text: str) -> None:
 
 def test_the_sender_tells_on_itself() -> None:
     prompt, late = [request(i) for i in range(50)], [request(i, late=0.02) for i in range(50)]
-    assert not goodput.own_delay(prompt, [0.1] * 50)["matters"]
-    assert goodput.own_delay(late)["matters"] and goodput.own_delay(late)["p95_ms"] == pytest.approx(20)
-    assert goodput.own_delay(prompt, [30.0] * 50)["matters"], "a loop that wakes up late stamps tokens late"
+    assert not summary.own_delay(prompt, [0.1] * 50)["matters"]
+    assert summary.own_delay(late)["matters"] and summary.own_delay(late)["p95_ms"] == pytest.approx(20)
+    assert summary.own_delay(prompt, [30.0] * 50)["matters"], "a loop that wakes up late stamps tokens late"
 
 
 # ---- saturation and the highest rate -----------------------------------------------------------
@@ -190,7 +192,7 @@ def flagged(load_share: float, seed: int, seconds: float = 120.0, servers: int =
         left.append(free[i])
     done = sorted(left)
     looks = np.arange(0.5, seconds, 0.5)
-    return any(goodput.saturated(arrived, [d for d in done if d <= now], now) for now in looks)
+    return any(summary.saturated(arrived, [d for d in done if d <= now], now) for now in looks)
 
 
 def test_saturation_is_seen_and_a_busy_queue_is_none() -> None:
@@ -201,12 +203,12 @@ def test_saturation_is_seen_and_a_busy_queue_is_none() -> None:
 def test_a_server_that_starts_slowly_is_not_called_saturated() -> None:
     arrived = [i / 10 for i in range(1000)]
     done = [t + 6.0 for t in arrived]  # each takes 6 s, whatever the load
-    assert not any(goodput.saturated(arrived, [d for d in done if d <= now], now) for now in range(1, 60))
+    assert not any(summary.saturated(arrived, [d for d in done if d <= now], now) for now in range(1, 60))
 
 
 @given(st.floats(0.1, 500), st.floats(0.05, 50))
 def test_the_search_finds_the_rate_at_which_it_breaks(knee: float, start: float) -> None:
-    search = goodput.highest_rate(start)
+    search = summary.highest_rate(start)
     rate, tried = next(search), []
     try:
         while True:
@@ -214,12 +216,12 @@ def test_the_search_finds_the_rate_at_which_it_breaks(knee: float, start: float)
             rate = search.send(rate <= knee)
     except StopIteration as found:
         answer = found.value
-    if knee < start * goodput.LOWEST:
+    if knee < start * summary.LOWEST:
         assert answer is None or answer <= knee
     else:
         assert answer <= knee
-        assert knee < answer * goodput.PRECISION**2 or answer * 2 > start * goodput.HIGHEST
-        assert tried.count(answer) >= goodput.REPEATS, "verified by repeats"
+        assert knee < answer * summary.PRECISION**2 or answer * 2 > start * summary.HIGHEST
+        assert tried.count(answer) >= summary.REPEATS, "verified by repeats"
     assert len(tried) < 40
 
 
@@ -227,7 +229,7 @@ def test_the_search_finds_the_rate_at_which_it_breaks(knee: float, start: float)
 @given(st.integers(0, 1000))
 def test_a_noisy_service_ends_the_search_too(seed: int) -> None:
     rng, n = np.random.default_rng(seed), 0
-    search = goodput.highest_rate(1.0)
+    search = summary.highest_rate(1.0)
     next(search)
     try:
         while n < 500:
@@ -267,10 +269,10 @@ def test_llamacpp_counts_its_busy_slots_at_every_step_since_its_start() -> None:
 # ---- against a server --------------------------------------------------------------------------
 
 
-def loaded(url: str, rate: float = 50.0, timeout: float = 30.0, **settings) -> load.Loaded:
+def loaded(url: str, rate: float = 50.0, timeout: float = 30.0, **settings) -> runs.Loaded:
     weights = dict.fromkeys(settings.pop("models", ("support",)), 1.0)
     kind = Traffic(PROMPTS, weights, **{"new_tokens": 6, "requests": 20, **settings})
-    return load.run(Target(url, timeout_s=timeout), kind, rate, lambda done, what: None)
+    return runs.run(Target(url, timeout_s=timeout), kind, rate, lambda done, what: None)
 
 
 def test_every_request_is_sent_when_due_and_kept() -> None:
@@ -283,7 +285,7 @@ def test_every_request_is_sent_when_due_and_kept() -> None:
     assert sent == {"support": 11, "sales": 11}, "10 each, and one to warm up"
     assert [(r.model, r.warmup) for r in found.warmed] == [("support", True), ("sales", True)]
     assert found.played.unsent == 0 and found.played.stopped == ""
-    values = load.as_json(found, [])
+    values = runs.as_json(found, [])
     assert values["by_model"]["sales"]["requests"] == 10
     assert len(values["requests"]) == 22, "raw samples, the warm-ups among them"
 
@@ -306,7 +308,7 @@ def test_closed_loop_keeps_so_many_users() -> None:
 def test_a_trace_is_replayed() -> None:
     lines = ['{"offset_s": 5, "id": "3"}', '{"offset_s": 5.1, "prompt_tokens": 9, "new_tokens": 3, "model": "sales"}']
     with served() as server:
-        found = loaded(server.url, trace=tuple(traffic.trace(lines)))
+        found = loaded(server.url, trace=tuple(arrivals.trace(lines)))
         bodies = server.bodies[-2:]
     assert [(r.model, r.new_tokens, r.scheduled) for r in found.played.requests] == [
         ("support", 6, 0.0),
@@ -320,10 +322,10 @@ def test_a_trace_is_replayed() -> None:
 def test_faults_are_counted_beside_what_works(fault: str) -> None:
     with served() as server:
         found = loaded(server.url, models=("support", fault), mix="round-robin", timeout=3 if fault == "stall" else 20)
-    by_model = load.as_json(found, [slo("ttft <= 10 s")])["by_model"]
+    by_model = runs.as_json(found, [slo("ttft <= 10 s")])["by_model"]
     assert (by_model["support"]["failed"], by_model[fault]["failed"]) == (0, 10)
     assert sum(by_model[fault]["errors"].values()) == 10
-    assert goodput.attained(found.played.requests, [slo("ttft <= 10 s")]).estimate == 0.5
+    assert summary.attained(found.played.requests, [slo("ttft <= 10 s")]).estimate == 0.5
 
 
 def test_a_burst_of_5xx_among_good_answers_is_counted_and_the_run_goes_on() -> None:
@@ -335,7 +337,7 @@ def test_a_burst_of_5xx_among_good_answers_is_counted_and_the_run_goes_on() -> N
     failed = [r.error for r in requests if r.error]
     assert failed == ["HTTP 503: the engine is overloaded"] * 6
     assert [bool(r.error) for r in requests[:2]] == [False, False] and not any(r.error for r in requests[8:])
-    figures = load.as_json(found, [slo("ttft <= 10 s")])["figures"]
+    figures = runs.as_json(found, [slo("ttft <= 10 s")])["figures"]
     assert (figures["failed"], figures["answered"]) == (6, 14)
     assert figures["attained"].estimate == 0.7, "a failed request meets no level"
     assert math.isinf(figures["ttft_p95_ms"].estimate), "and stands in every tail"
@@ -347,7 +349,7 @@ def test_the_progress_line_shows_the_rate_what_is_in_flight_the_tail_and_failure
         kind = Traffic(
             PROMPTS, {"support": 1.0, "refused": 1.0}, 4, requests=30, mix="round-robin", arrivals="constant"
         )
-        load.run(Target(server.url), kind, 15.0, lambda done, what: seen.append((done, what)))
+        runs.run(Target(server.url), kind, 15.0, lambda done, what: seen.append((done, what)))
     assert [done for done, _ in seen] == sorted(done for done, _ in seen) and seen[-1][0] <= 30
     shape = re.compile(r"\d+\.\d/s, \d+ in flight(, P95 \d+ ms)?(, \d+ failed)?")
     assert all(shape.fullmatch(what) for _, what in seen), seen
@@ -359,7 +361,7 @@ def test_a_server_without_an_answer_is_not_loaded_to_the_end() -> None:
     with served() as server:
         found = loaded(server.url, models=("broken",), requests=5000)
     assert "requests all failed: HTTP 503" in found.played.stopped and found.played.unsent > 4000
-    assert load.outcome(found, [], False) == 4, "nothing measured is never accepted"
+    assert runs.outcome(found, [], False) == 4, "nothing measured is never accepted"
 
 
 def test_what_the_server_cannot_do_is_noted() -> None:
@@ -370,23 +372,23 @@ def test_what_the_server_cannot_do_is_noted() -> None:
 
 def test_the_highest_rate_is_searched_with_fresh_traffic_each_time() -> None:
     """Two slots and 40 ms a request: of eight that come at once, the last waits 120 ms at least."""
-    trials: list[load.Trial] = []
+    trials: list[runs.Trial] = []
     with served(first=0.04, gap=0.0, slots=2) as server:
         kind = Traffic(PROMPTS, {"support": 1.0}, new_tokens=2, requests=8, arrivals="constant")
         levels = [slo("ttft <= 100 ms")]
-        found = load.find_rate(Target(server.url), kind, 400.0, levels, lambda done, what: None, trials.append)
+        found = runs.find_rate(Target(server.url), kind, 400.0, levels, lambda done, what: None, trials.append)
     assert found.trials == trials and not trials[0].held
-    assert found.highest is None or sum(t.held for t in trials if t.rate == found.highest) >= goodput.REPEATS
+    assert found.highest is None or sum(t.held for t in trials if t.rate == found.highest) >= summary.REPEATS
     assert len({tuple(r.id for r in t.played.requests) for t in trials}) > 1
 
 
 def test_the_search_ends_where_a_request_alone_misses_the_level() -> None:
     with served(first=0.04, gap=0.0) as server:
         kind = Traffic(PROMPTS, {"support": 1.0}, new_tokens=2, requests=4, arrivals="constant")
-        found = load.find_rate(
+        found = runs.find_rate(
             Target(server.url), kind, 80.0, [slo("ttft <= 20 ms")], lambda done, what: None, lambda trial: None
         )
-    apart = [goodput.apart(trial.played.requests) for trial in found.trials]
+    apart = [summary.apart(trial.played.requests) for trial in found.trials]
     assert found.highest is None and apart == [False] * (len(apart) - 1) + [True]
     assert any("a request alone misses" in note for note in found.notes)
 
@@ -460,7 +462,7 @@ def test_a_recipe_says_what_is_sent_to_its_servers(
         assert {tuple(body["prompt"]) for body in sent} == wanted and len(wanted) == 5
         assert {(body["max_tokens"], body.get("ignore_eos")) for body in sent} == {(3, True)}
         assert values["variant"] == "served" and len(values["requests"]) == 13
-        drawn = [Counter(traffic.in_order([row.id for row in rows], 12, seed)) for seed in (3, 0)]
+        drawn = [Counter(arrivals.in_order([row.id for row in rows], 12, seed)) for seed in (3, 0)]
         assert Counter(r["id"] for r in values["requests"][1:]) == drawn[0] != drawn[1], "by the recipe's seed"
         assert not (tmp_path / "results" / "runs").exists(), "a load is no run"
 
@@ -568,7 +570,7 @@ def test_bad_traffic_is_refused() -> None:
     with pytest.raises(BadInput, match="no prompts"):
         Traffic({}, {}, 4).check(1.0)
     with pytest.raises(BadInput, match="which no prompt has"):
-        Traffic(PROMPTS, {}, 4, trace=(traffic.Traced(0.0, "nobody"),)).check(1.0)
+        Traffic(PROMPTS, {}, 4, trace=(arrivals.Traced(0.0, "nobody"),)).check(1.0)
 
 
 # ---- more adapters than slots ------------------------------------------------------------------
@@ -579,15 +581,15 @@ def waits(*medians: float, spread: float = 0.05) -> list[Interval]:
 
 
 def test_a_cliff_is_a_step_that_is_large_and_sure() -> None:
-    assert goodput.cliff(waits(100, 102, 104, 300, 310)) == 3
-    assert goodput.cliff(waits(100, 120, 144, 170)) is None, "what only grows is no cliff"
-    assert goodput.cliff(waits(100, 180, spread=0.5)) is None, "nor is what may be noise"
-    assert goodput.cliff(waits(100)) is None and goodput.cliff([]) is None
-    assert goodput.cliff(waits(2188, 2105, 1665, 2809), [8, 12, 1200, 1562]) == 2, "the queue tells, where waits do not"
-    assert goodput.cliff(waits(100, 100, 100), [40, 45, 60]) is None, "it was full with one adapter already"
-    assert goodput.cliff(waits(100, 100, 300), [1, None, 90]) == 2, "an engine that does not always tell is not asked"
+    assert summary.cliff(waits(100, 102, 104, 300, 310)) == 3
+    assert summary.cliff(waits(100, 120, 144, 170)) is None, "what only grows is no cliff"
+    assert summary.cliff(waits(100, 180, spread=0.5)) is None, "nor is what may be noise"
+    assert summary.cliff(waits(100)) is None and summary.cliff([]) is None
+    assert summary.cliff(waits(2188, 2105, 1665, 2809), [8, 12, 1200, 1562]) == 2, "the queue tells, where waits do not"
+    assert summary.cliff(waits(100, 100, 100), [40, 45, 60]) is None, "it was full with one adapter already"
+    assert summary.cliff(waits(100, 100, 300), [1, None, 90]) == 2, "an engine that does not always tell is not asked"
     gone = Interval(math.inf, 90.0, math.inf, 100)
-    assert goodput.cliff([*waits(100), gone]) is None and goodput.cliff([*waits(50), gone]) == 1
+    assert summary.cliff([*waits(100), gone]) is None and summary.cliff([*waits(50), gone]) == 1
 
 
 @pytest.mark.parametrize(("resident", "cliff"), [(2, 2), (5, None)])

@@ -15,11 +15,11 @@ from conftest import make_lora
 from test_rounding import round_once
 from xxhash import xxh3_128_hexdigest
 
-from peftopt.adapter import NO_DELTA
-from peftopt.checkpoint import Draft, open_model
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.merging import blocks
 from peftopt.merging.modules import Hollow
+from peftopt.models.adapter import NO_DELTA
+from peftopt.models.checkpoint import Draft, open_model
 from peftopt.records import Model
 from peftopt.transforms import merge
 
@@ -657,9 +657,9 @@ def test_a_full_certificate_compares_predictions(tiny_base: Path, tiny_lora: Pat
 
 def test_a_folder_that_is_another_model_does_not_pass(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
     """The base passed off as the merge (verl#7285), and one tensor forgotten."""
-    from peftopt.adapter import open_adapter
     from peftopt.merging import certificate as parity
     from peftopt.merging.training import TrainingBase
+    from peftopt.models.adapter import open_adapter
 
     out = merged(tiny_base, tiny_lora, out=tmp_path / "out")
     adapter = open_adapter(tiny_lora)
@@ -684,10 +684,10 @@ def test_a_folder_that_is_another_model_does_not_pass(tiny_base: Path, tiny_lora
 
 
 def test_a_wrong_block_on_disk_fails_the_fp64_samples(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
-    from peftopt.adapter import open_adapter, plain_pairs
-    from peftopt.checkpoint import open_model
     from peftopt.merging import blocks
     from peftopt.merging import certificate as parity
+    from peftopt.models.adapter import open_adapter, plain_pairs
+    from peftopt.models.checkpoint import open_model
 
     base, adapter = open_model(tiny_base), open_adapter(tiny_lora)
     pairs = {f"{module}.weight": [pair] for module, pair in (plain_pairs(adapter) or {}).items()}

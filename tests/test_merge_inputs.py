@@ -15,12 +15,13 @@ import pytest
 from conftest import make_base, make_lora
 from test_whole import saved, without
 
-from peftopt import hf, preflight
-from peftopt.adapter import open_adapter
-from peftopt.checkpoint import open_model
 from peftopt.errors import BadInput
+from peftopt.models import hf
+from peftopt.models.adapter import open_adapter
+from peftopt.models.checkpoint import open_model
 from peftopt.probes.weights import foreign_words
 from peftopt.records import Model
+from peftopt.runner import preflight
 from peftopt.transforms import merge
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

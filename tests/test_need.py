@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from helpers.records import CHAINS, builds, plan_of, quality, speed, whole
 
-from peftopt import need, stats
-from peftopt import plan as planning
-from peftopt.evidence import Evidence
+from peftopt import stats
+from peftopt.decision import stopping
+from peftopt.decision.evidence import Evidence
+from peftopt.decision.rules import ANY_CRITICAL
+from peftopt.recipe import plan as planning
 from peftopt.records import Measurement, Plan, Recipe, Rule
-from peftopt.rules import ANY_CRITICAL
 
 DIED = {"stage": "speed (chat)", "reason": "killed", "detail": "", "hint": ""}
 
@@ -27,7 +28,7 @@ def ruled(plan: Plan, *rules: Rule) -> Plan:
 
 def said(recipe: Recipe, prompts: int = 10_000) -> dict[str, str]:
     """What cannot be decided, by the rules that each line names."""
-    lines = [line.split(": ", 1) for line in need.undecidable(recipe, prompts)]
+    lines = [line.split(": ", 1) for line in stopping.undecidable(recipe, prompts)]
     assert len({names for names, _ in lines}) == len(lines)
     return {names: why for names, why in lines}
 
@@ -36,26 +37,26 @@ def said(recipe: Recipe, prompts: int = 10_000) -> dict[str, str]:
 
 
 def test_nothing_is_raced_without_a_baseline() -> None:
-    assert need.blocks(Evidence(plan_of("merged"), [failed("adapter")]), "chat") == frozenset()
+    assert stopping.blocks(Evidence(plan_of("merged"), [failed("adapter")]), "chat") == frozenset()
 
 
 def test_what_failed_is_not_asked_again_and_neither_is_what_only_it_was_compared_with() -> None:
     plan = plan_of("merged", "int8")
     measured = whole(plan, {"merged": 0.5, "int8": 0.4}, blocks=16)
-    assert need.blocks(Evidence(plan, [*measured, failed("int8")]), "chat") == frozenset()
+    assert stopping.blocks(Evidence(plan, [*measured, failed("int8")]), "chat") == frozenset()
     racing = [m for m in measured if m.probe != "speed" or m.values["block"] < 6]
-    assert need.blocks(Evidence(plan, [*racing, failed("merged")]), "chat") == {"adapter", "int8"}
-    assert need.blocks(Evidence(plan, [*racing, failed("int8")]), "chat") == {"adapter", "merged"}
+    assert stopping.blocks(Evidence(plan, [*racing, failed("merged")]), "chat") == {"adapter", "int8"}
+    assert stopping.blocks(Evidence(plan, [*racing, failed("int8")]), "chat") == {"adapter", "merged"}
 
 
 def test_a_race_that_nothing_can_win_any_more_is_not_open() -> None:
     plan = plan_of("merged")
     near = builds(plan) + speed(plan, {"merged": 0.85}, 16) + quality("adapter") + quality("adapter", launch=2)
-    assert [v.rule for v in need.open_races(Evidence(plan, near + quality("merged")))] == ["merge.gain"]
+    assert [v.rule for v in stopping.open_races(Evidence(plan, near + quality("merged")))] == ["merge.gain"]
     few = Evidence(plan, near + quality("merged", 20))  # parity is open too, but takes prompts, not blocks
-    assert [v.rule for v in need.open_races(few)] == ["merge.gain"]
+    assert [v.rule for v in stopping.open_races(few)] == ["merge.gain"]
     broken = quality("merged", p3={"correct": False})
-    assert need.open_races(Evidence(plan, near + broken)) == []
+    assert stopping.open_races(Evidence(plan, near + broken)) == []
 
 
 # ---- answers -----------------------------------------------------------------------------------
@@ -74,7 +75,7 @@ def compiled(variants: int, *rules: Rule) -> Recipe:
         ((), stats.needed_n(0.05, 50)),  # what every table asks
         ((Rule("merge", "gain", 0.1),), stats.needed_n(0.05, 50)),
         ((Rule("variant", "critical_errors", 0.01),), stats.needed_n(0.01, 50)),
-        ((Rule("merge", "gain", 0.1), Rule("variant", "critical_errors", None)), need.FEWEST_ANSWERS),
+        ((Rule("merge", "gain", 0.1), Rule("variant", "critical_errors", None)), stopping.FEWEST_ANSWERS),
         (
             (ANY_CRITICAL, Rule("compile", "critical_errors", 0.02)),
             stats.needed_n(0.02, 50),
@@ -85,13 +86,13 @@ def compiled(variants: int, *rules: Rule) -> Recipe:
 )
 def test_a_slow_engine_answers_what_its_strictest_claim_takes(rules: Iterable[Rule], needed: int) -> None:
     recipe = compiled(50, *rules)
-    assert need.answers(recipe, recipe.variants["v0"]) == needed
-    assert need.answers(recipe, recipe.variants["adapter"]) is None
+    assert stopping.answers(recipe, recipe.variants["v0"]) == needed
+    assert stopping.answers(recipe, recipe.variants["adapter"]) is None
 
 
 def test_no_fewer_than_128_answers_are_compared() -> None:
     recipe = compiled(1)
-    assert need.answers(recipe, recipe.variants["v0"]) == 128 > stats.needed_n(0.05)
+    assert stopping.answers(recipe, recipe.variants["v0"]) == 128 > stats.needed_n(0.05)
 
 
 # ---- what cannot be decided --------------------------------------------------------------------
@@ -128,7 +129,7 @@ def test_launches_that_cannot_be_told_apart_are_said(blocks: int, relaunch: int,
 
 def test_no_fewer_than_one_block_a_launch_is_proposed() -> None:
     plan = ruled(plan_of("merged", max_blocks=2, relaunch=2), Rule("merge", "gain", 0.1))
-    assert any(line.endswith("give measure.relaunch: 1") for line in need.undecidable(plan.recipe, 0))
+    assert any(line.endswith("give measure.relaunch: 1") for line in stopping.undecidable(plan.recipe, 0))
 
 
 @pytest.mark.parametrize(("requests", "enough"), [(37, False), (38, True)])
@@ -183,12 +184,12 @@ def test_a_rule_of_the_whole_variant_takes_the_place_of_the_usual_one() -> None:
 def test_answers_that_no_recipe_asks_for_cannot_be_judged() -> None:
     rules = (Rule("merge", "lost", 0.1), Rule("merge", "gain", 0.1), Rule("variant", "critical_errors", 0.05))
     recipe = replace(ruled(plan_of("merged"), *rules).recipe, quality=None)
-    (line,) = need.undecidable(recipe, 0)
+    (line,) = stopping.undecidable(recipe, 0)
     assert line.startswith("merge.lost: no answers are checked")
     silent = replace(ruled(plan_of("merged"), *rules[1:]).recipe, quality=None)
-    assert list(need.undecidable(silent, 0)) == []
+    assert list(stopping.undecidable(silent, 0)) == []
 
 
 def test_plans_of_other_meters_have_the_same_needs() -> None:
     plan = planning.elsewhere(plan_of("merged").recipe)
-    assert need.blocks(Evidence(plan, []), "chat") == {"adapter", "merged"}
+    assert stopping.blocks(Evidence(plan, []), "chat") == {"adapter", "merged"}

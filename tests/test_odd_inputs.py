@@ -12,11 +12,11 @@ import torch
 from test_cli import errors
 from test_run import command
 
-from peftopt import hf, template
 from peftopt.corpus import Row
 from peftopt.engines import _traced, eager
 from peftopt.engines._text import Text
 from peftopt.errors import BadInput
+from peftopt.models import hf, template
 from peftopt.records import Model
 from peftopt.transforms import _layers
 

@@ -18,10 +18,11 @@ from test_llamacpp import (
 from test_plugins import ask
 from test_run import command, prompts
 
-from peftopt import environments, oneshot, plugins
+from peftopt import environments, plugins
 from peftopt.errors import BadInput
 from peftopt.probes import bandwidth
 from peftopt.records import Model
+from peftopt.runner import single
 
 LACKING, HOW = environments.lacking(plugins.catalogue()["openvino"])
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")
 def model(tiny_base_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """The base in OpenVINO's format in fp32: greedy answers are then transformers'."""
     out = tmp_path_factory.mktemp("openvino") / "f32"
-    oneshot.transform("openvino_ir", {"type": "f32"}, Model(str(tiny_base_fp32)), out, None, 0)
+    single.transform("openvino_ir", {"type": "f32"}, Model(str(tiny_base_fp32)), out, None, 0)
     return Model(str(out))
 
 
@@ -64,11 +65,11 @@ def test_what_cannot_be_done_is_refused(
     model: Model, tiny_base: Path, tiny_lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(BadInput, match="already quantized"):
-        oneshot.transform("openvino_ir", {}, Model(model.path), tmp_path / "twice", None, 0)
+        single.transform("openvino_ir", {}, Model(model.path), tmp_path / "twice", None, 0)
     with pytest.raises(BadInput, match="cannot apply an adapter"):
-        oneshot.transform("openvino_ir", {}, Model(str(tiny_base), (str(tiny_lora),)), tmp_path / "on", None, 0)
+        single.transform("openvino_ir", {}, Model(str(tiny_base), (str(tiny_lora),)), tmp_path / "on", None, 0)
     with pytest.raises(BadInput, match="no type 'int3'"):
-        oneshot.transform("openvino_ir", {"type": "int3"}, Model(str(tiny_base)), tmp_path / "no", None, 0)
+        single.transform("openvino_ir", {"type": "int3"}, Model(str(tiny_base)), tmp_path / "no", None, 0)
     questions = prompts(tmp_path / "eval.jsonl", 4, "eval")
     assert command("bench", "--model", model.path, "--prompts", questions) == 2
     assert "use --engine openvino" in capsys.readouterr().err
@@ -84,7 +85,7 @@ def test_a_weight_that_is_not_finite_is_found(tiny_base_fp32: Path, tmp_path: Pa
     next(w for name, w in weights.items() if name.endswith("down_proj.weight"))[1, 2] = float("nan")
     save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match="not finite"):
-        oneshot.transform("openvino_ir", {"type": "bf16"}, Model(str(tmp_path / "nan")), tmp_path / "out", None, 0)
+        single.transform("openvino_ir", {"type": "bf16"}, Model(str(tmp_path / "nan")), tmp_path / "out", None, 0)
 
 
 def test_four_bits_by_hand_beside_eight(

@@ -17,10 +17,11 @@ import pytest
 from conftest import make_lora
 from safetensors.torch import load_file
 
-from peftopt import plugins, provenance
+from peftopt import plugins
 from peftopt.corpus import Row
 from peftopt.engines import _graphs, _traced
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.models import provenance
 from peftopt.probes import kernels, speed
 from peftopt.records import Model
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from test_run import RECIPE, command
 
-from peftopt import corpus, identity, load, meters, store
+from peftopt import corpus, identity, store
 from peftopt.errors import BadInput
+from peftopt.loadtest import importers, runs
 from peftopt.records import Measurement
 
 ASKED = [{"role": "user", "content": "hello there"}]
@@ -48,11 +49,11 @@ def test_traces_records_and_results_are_split_alike(tmp_path: Path) -> None:
     trace.write_bytes(
         '{"offset_s": 1, "id": "a\u2028b", "model": null}\r\n{"offset_s": 2, "id": 0}'.encode("utf-8-sig")
     )
-    found = load.read_trace(trace)
+    found = runs.read_trace(trace)
     assert [(t.id, t.model) for t in found] == [("a\u2028b", ""), ("0", "")]
     trace.write_text('{"offset_s": 1, "prompt_tokens": Infinity}')
     with pytest.raises(BadInput, match="line 1"):
-        load.read_trace(trace)
+        runs.read_trace(trace)
 
     kept = tmp_path / "m.jsonl"
     for text in ("a\u2028b\u0085c", "half \ud83d"):
@@ -63,7 +64,7 @@ def test_traces_records_and_results_are_split_alike(tmp_path: Path) -> None:
     with pytest.raises(BadInput):
         store.read(tmp_path / "deep.jsonl")
     with pytest.raises(BadInput):
-        meters.read(tmp_path / "deep.jsonl")
+        importers.read(tmp_path / "deep.jsonl")
     with pytest.raises(BadInput):
         corpus.read(str(tmp_path / "deep.jsonl"))
 

@@ -8,8 +8,8 @@ import pytest
 from scripted import WHOLE, scripted, streamed
 from test_run import command
 
-from peftopt import proxies
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.loadtest import proxies
 
 URL = "http://10.1.2.3:8000"
 PROXY = {"HTTP_PROXY": "http://proxy:3128"}

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_run import command
 
-from peftopt import building, corpus, plugins, provenance
+from peftopt import corpus, plugins
 from peftopt.engines import Generation, Scores
 from peftopt.errors import BadInput, WorkerFailed
-from peftopt.hf import tokenizer_home
+from peftopt.models import provenance
+from peftopt.models.hf import tokenizer_home
 from peftopt.probes import alive
 from peftopt.records import GENERIC, Model
+from peftopt.runner import build
 from peftopt.transforms import _compressor, _layers, _sensitivity
 from peftopt.worker import _rendered
 
@@ -287,8 +289,8 @@ def test_an_answer_that_is_none_is_called_so(engine: Any, says: str) -> None:
 def test_a_model_that_does_not_work_in_a_fresh_process_is_refused(mixed: Path, tiny_base: Path, tmp_path: Path) -> None:
     def check(folder: Path) -> str:
         gptq, (made, parent) = plugins.catalogue()["gptq"], (Model(str(folder)), Model(str(tiny_base)))
-        with building._opener(gptq, made, tmp_path / "log", 1, 120) as opener:
-            return building._verified(opener, gptq, made, parent, (), tmp_path / "log", 1, 120)
+        with build._opener(gptq, made, tmp_path / "log", 1, 120) as opener:
+            return build._verified(opener, gptq, made, parent, (), tmp_path / "log", 1, 120)
 
     dead = shutil.copytree(mixed, tmp_path / "dead")
     tensors = load_file(dead / "model.safetensors")
@@ -307,8 +309,8 @@ def test_a_model_whose_reader_is_not_installed_is_written_and_said_to_be_unverif
 ) -> None:
     monkeypatch.setenv("PEFTOPT_ENVIRONMENTS", str(tmp_path / "none"))
     elsewhere, model = replace(plugins.catalogue()["gptq"], reader="llamacpp"), Model(str(tiny_base))
-    with building._opener(elsewhere, model, tmp_path / "log", 1, 120) as opener:
-        said = building._verified(opener, elsewhere, model, model, (), tmp_path / "log", 1, 120)
+    with build._opener(elsewhere, model, tmp_path / "log", 1, 120) as opener:
+        said = build._verified(opener, elsewhere, model, model, (), tmp_path / "log", 1, 120)
     assert said.startswith("not verified: its reader llamacpp needs llamacpp is not at")
 
 
@@ -318,7 +320,7 @@ def test_nothing_is_left_where_a_quantized_model_did_not_work(
     def unusable(*_: Any) -> str:
         raise WorkerFailed("unusable", "the model that int8 wrote answers with nothing but end-of-text")
 
-    monkeypatch.setattr(building, "_verified", unusable)
+    monkeypatch.setattr(build, "_verified", unusable)
     assert command("quantize", "--method", "int8", "--model", tiny_base, "--out", tmp_path / "out") == 1
     assert "nothing but end-of-text" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

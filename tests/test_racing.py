@@ -13,10 +13,10 @@ from helpers.records import plan_of, whole
 from test_run import prompts
 
 from peftopt import machine
+from peftopt.decision.evidence import TWIN, Evidence
 from peftopt.errors import WorkerFailed
-from peftopt.evidence import TWIN, Evidence
 from peftopt.records import Step, Variant
-from peftopt.runner import racing
+from peftopt.runner import race
 
 
 class Started:
@@ -33,7 +33,7 @@ class Started:
 
 
 @pytest.fixture
-def field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> racing.Field:
+def field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> race.Field:
     plan = plan_of("merged", "int8")
     chat = replace(plan.recipe.workloads["chat"], prompts=str(prompts(tmp_path / "p.jsonl", 4, "chat")))
     plan = replace(plan, recipe=replace(plan.recipe, workloads={**plan.recipe.workloads, "chat": chat}))
@@ -44,18 +44,18 @@ def field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> racing.Field:
             raise WorkerFailed("died", "at start")
         return Started(variant.name)
 
-    monkeypatch.setattr(racing, "worker", worker)
+    monkeypatch.setattr(race, "worker", worker)
     monkeypatch.setattr(machine, "free_memory", lambda: 2**40)
-    return racing.Field(run, plan.recipe.workloads["chat"])
+    return race.Field(run, plan.recipe.workloads["chat"])
 
 
-def test_a_worker_that_dies_while_it_starts_ahead_is_told_of_at_its_turn(field: racing.Field) -> None:
+def test_a_worker_that_dies_while_it_starts_ahead_is_told_of_at_its_turn(field: race.Field) -> None:
     field.start()
     assert field.started.keys() == {"adapter", "adapter" + TWIN, "merged"} and not field.children
 
 
 def test_no_worker_starts_ahead_where_memory_is_short_or_nothing_is_to_be_raced(
-    field: racing.Field, monkeypatch: pytest.MonkeyPatch
+    field: race.Field, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decided = whole(field.run.plan, {"merged": 0.5, "int8": 0.3})
     run: Any = field.run
@@ -63,24 +63,24 @@ def test_no_worker_starts_ahead_where_memory_is_short_or_nothing_is_to_be_raced(
     field.start()
     assert not field.started
     run.evidence = Evidence(field.run.plan, [])
-    monkeypatch.setattr(machine, "free_memory", lambda: racing.ROOM)
+    monkeypatch.setattr(machine, "free_memory", lambda: race.ROOM)
     field.start()
     assert not field.started
 
 
 @pytest.fixture
-def served(field: racing.Field, monkeypatch: pytest.MonkeyPatch) -> racing.Field:
+def served(field: race.Field, monkeypatch: pytest.MonkeyPatch) -> race.Field:
     """The same variants, each on a server, and nothing but their starts taken down."""
     run: Any = field.run
     chains = {name: replace(v, engine=Step("vllm", "engine", "")) for name, v in run.recipe.variants.items()}
     run.recipe = replace(run.recipe, variants=chains)
     run.log = lambda *_: None
-    monkeypatch.setattr(racing, "worker", lambda run, variant, log, threads: Started(variant.name))
+    monkeypatch.setattr(race, "worker", lambda run, variant, log, threads: Started(variant.name))
     return field
 
 
 def test_servers_start_side_by_side_where_there_are_processors_for_them(
-    served: racing.Field, monkeypatch: pytest.MonkeyPatch
+    served: race.Field, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = threading.Barrier(2, timeout=20)
 
@@ -88,17 +88,17 @@ def test_servers_start_side_by_side_where_there_are_processors_for_them(
         together.wait()
         return {}
 
-    monkeypatch.setattr(racing, "load", load)
-    monkeypatch.setattr(machine, "cores", lambda: 2 * racing.CORES)
+    monkeypatch.setattr(race, "load", load)
+    monkeypatch.setattr(machine, "cores", lambda: 2 * race.CORES)
     served._serve(["adapter", "merged", "adapter" + TWIN, "int8"])
     assert len(served.children) == 4 and not together.broken
 
 
 def test_servers_start_one_by_one_at_their_turns_where_processors_are_few(
-    served: racing.Field, monkeypatch: pytest.MonkeyPatch
+    served: race.Field, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(racing, "load", lambda *_: {})
-    monkeypatch.setattr(machine, "cores", lambda: 2 * racing.CORES - 1)
+    monkeypatch.setattr(race, "load", lambda *_: {})
+    monkeypatch.setattr(machine, "cores", lambda: 2 * race.CORES - 1)
     served._serve(["adapter", "merged"])
     assert not served.children
     served._child("merged")
@@ -106,7 +106,7 @@ def test_servers_start_one_by_one_at_their_turns_where_processors_are_few(
 
 
 def test_a_server_that_did_not_start_beside_others_says_why_at_its_turn_and_may_try_again(
-    served: racing.Field, monkeypatch: pytest.MonkeyPatch
+    served: race.Field, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tries = []
 
@@ -116,8 +116,8 @@ def test_a_server_that_did_not_start_beside_others_says_why_at_its_turn_and_may_
             raise WorkerFailed("killed", "by a neighbour")
         return {}
 
-    monkeypatch.setattr(racing, "load", load)
-    monkeypatch.setattr(machine, "cores", lambda: 4 * racing.CORES)
+    monkeypatch.setattr(race, "load", load)
+    monkeypatch.setattr(machine, "cores", lambda: 4 * race.CORES)
     served._serve(["adapter", "merged"])
     assert served.children.keys() == {"adapter"}
     with pytest.raises(WorkerFailed, match="neighbour"):

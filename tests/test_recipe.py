@@ -12,10 +12,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftopt import plugins, preflight
+from peftopt import plugins
 from peftopt.errors import BadInput, BadRecipe
-from peftopt.reading import MAX_CHARACTERS
-from peftopt.recipe import parse
+from peftopt.recipe.parse import parse
+from peftopt.recipe.reader import MAX_CHARACTERS
 from peftopt.records import (
     Invariants,
     Measure,
@@ -29,6 +29,7 @@ from peftopt.records import (
     Workload,
     task_name,
 )
+from peftopt.runner import preflight
 
 ROOT = Path(__file__).parent.parent
 TRADEOFFS = (ROOT / "recipes/tradeoffs.yaml").read_text()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from peftopt.errors import BadInput
 from peftopt.records import Decision, Interval, Json, Measurement, VariantDecision, Verdict
-from peftopt.render import answers, as_json, html, junit, load, markdown, measured, reports, table, words
+from peftopt.report import answers, as_json, html, junit, load, markdown, measured, reports, table, words
 
 HOSTILE = "<script>alert(1)</script> | `rm -rf` | [x](http://evil.example/a) ![y](//evil.example) @team\n\x00\u202e**"
 

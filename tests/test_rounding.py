@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftopt.checkpoint import Entry
 from peftopt.merging import blocks
+from peftopt.models.checkpoint import Entry
 
 
 def round_once(exact: Any, dtype: Any) -> Any:

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from scripted import COUNTS, DONE, LAST, SSE, TOKEN, WHOLE, Answer, event, piece, scripted, streamed
 from test_run import command
 
-from peftopt import events, load, store
-from peftopt.client import Client, Reply, Target
+from peftopt import store
 from peftopt.errors import BadInput
-from peftopt.load import Traffic
-from peftopt.protocols import Prompt
+from peftopt.loadtest import events, runs
+from peftopt.loadtest.client import Client, Reply, Target
+from peftopt.loadtest.protocols import Prompt
+from peftopt.loadtest.runs import Traffic
 
 HELLO = Prompt(({"role": "user", "content": "hello"},), "hello")
 
@@ -45,9 +46,9 @@ def asked(answer: Callable[[dict[str, Any]], Answer], protocol: str = "chat") ->
         return asyncio.run(session(server.url))
 
 
-def loaded(server_url: str, *names: str, new_tokens: int = 4) -> load.Loaded:
+def loaded(server_url: str, *names: str, new_tokens: int = 4) -> runs.Loaded:
     kind = Traffic({"1": HELLO}, dict.fromkeys(names, 1.0), new_tokens, requests=3, concurrency=1)
-    return load.run(Target(server_url, timeout_s=10), kind, 1.0, lambda done, what: None)
+    return runs.run(Target(server_url, timeout_s=10), kind, 1.0, lambda done, what: None)
 
 
 # ---- server-sent events ------------------------------------------------------------------------

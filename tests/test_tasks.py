@@ -14,7 +14,7 @@ from helpers.records import of, plan_of, whole
 from test_run import RECIPE, command, prompts
 
 from peftopt import plugins
-from peftopt.decide import decide
+from peftopt.decision.decide import decide
 from peftopt.errors import BadInput
 from peftopt.probes import tasks
 from peftopt.records import Measurement, Model

@@ -12,11 +12,13 @@ import pytest
 from test_run import command
 from test_run import prompts as written
 
-from peftopt import answers, child, hf, template
 from peftopt.corpus import Row
+from peftopt.decision.decide import unstopped
 from peftopt.engines import eager
 from peftopt.errors import BadInput
+from peftopt.models import hf, template
 from peftopt.records import Model
+from peftopt.runner import process
 
 REFUSES = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -55,7 +57,7 @@ def unstarted(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(child.Child, "__enter__", never)
+    monkeypatch.setattr(process.Child, "__enter__", never)
 
 
 def lines(path: Path, *chats: list[dict[str, str]]) -> Path:
@@ -228,6 +230,6 @@ def test_a_user_is_told_and_the_token_proposed(
 
 def test_answers_of_which_none_stopped_are_said() -> None:
     long = [{"stopped": False, "new_tokens": 48}] * 24
-    assert "0 of 24 answers" in answers.unstopped(long) and "48 tokens" in answers.unstopped(long)
-    assert answers.unstopped([*long, {"stopped": True, "new_tokens": 3}]) == ""
-    assert answers.unstopped(long[:2]) == answers.unstopped([]) == ""
+    assert "0 of 24 answers" in unstopped(long) and "48 tokens" in unstopped(long)
+    assert unstopped([*long, {"stopped": True, "new_tokens": 3}]) == ""
+    assert unstopped(long[:2]) == unstopped([]) == ""

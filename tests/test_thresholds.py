@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from peftopt import thresholds
+from peftopt.recipe import thresholds
+from peftopt.recipe.thresholds import METRICS, UNITS, BadThreshold, format_value, parse, parse_metric
 from peftopt.records import Metric, Threshold
-from peftopt.thresholds import METRICS, UNITS, BadThreshold, format_value, parse, parse_metric
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 from helpers.records import builds, plan_of, quality
 
-from peftopt.evidence import CriticalError, Disagreement, Evidence, Parted
+from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, Parted
 from peftopt.records import Json, Measurement
 
 NEVER = math.inf

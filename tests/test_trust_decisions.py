@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 from helpers.records import builds, of, plan_of, quality, speed, whole
 
-from peftopt import decide as deciding
 from peftopt import stats
-from peftopt.decide import decide
-from peftopt.evidence import TWIN, Evidence
+from peftopt.decision import decide as deciding
+from peftopt.decision.decide import decide
+from peftopt.decision.evidence import TWIN, Evidence
 from peftopt.records import Decision, Interval, Json, Measurement, Plan, Rule, Step, Variant, Verdict, Workload
 
 Rows = Mapping[str, Mapping[str, Json]]

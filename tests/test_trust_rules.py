@@ -9,10 +9,13 @@ from dataclasses import replace
 import pytest
 from helpers.records import CHAINS, EAGER, INT8, MERGE, builds, of, outcome, plan_of, quality, speed, verdict, whole
 
-from peftopt import plan as planning
-from peftopt import rules, stats
-from peftopt.decide import decide
-from peftopt.evidence import Disagreement, Evidence
+from peftopt import stats
+from peftopt.decision import rules
+from peftopt.decision.decide import decide
+from peftopt.decision.evidence import Disagreement, Evidence
+from peftopt.decision.rules import Case
+from peftopt.recipe import plan as planning
+from peftopt.recipe.thresholds import parse
 from peftopt.records import (
     Interval,
     Json,
@@ -27,8 +30,6 @@ from peftopt.records import (
     Verdict,
     Workload,
 )
-from peftopt.rules import Case
-from peftopt.thresholds import parse
 
 NEVER = math.inf
 Rows = Mapping[str, Mapping[str, Json]]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from helpers.records import plan_of
 
-from peftopt.evidence import FAILED, TWIN, Evidence
+from peftopt.decision.evidence import FAILED, TWIN, Evidence
 from peftopt.records import Json, Measurement, Metric, Plan, Workload
 
 TIMES = ("request_duration_ms", "ttft_ms", "tpot_ms", "cpu_ms")

@@ -21,10 +21,11 @@ import pytest
 from remote_engine import Remote
 from test_run import command
 
-from peftopt import corpus, environments, plugins, preflight
+from peftopt import corpus, environments, plugins
 from peftopt.engines import TOP_K, Scores, vllm
 from peftopt.errors import BadInput
 from peftopt.records import Model
+from peftopt.runner import preflight
 
 ROOT = Path(__file__).parent.parent
 BASE, ADAPTER = ROOT / "models" / "smollm2-135m-instruct", ROOT / "demo" / "adapter"

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from peftopt import hf
-from peftopt.checkpoint import open_model
 from peftopt.errors import BadInput
+from peftopt.models import hf
+from peftopt.models.checkpoint import open_model
 
 SIZES = {
     "hidden_size": 32,

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = app(arguments, standalone_mode=False)
     except PeftoptError as error:
-        from peftopt.console import Console
+        from peftopt.cli.console import Console
 
         Console().error(error)
         code = error.exit_code

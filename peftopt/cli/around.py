@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 @app.command()
 def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], results: Results = Path("results")) -> None:
     """Say everything that is wrong with a recipe and its files, and what it would do; runs nothing."""
-    from peftopt import environments, preflight, store
-    from peftopt import plan as planning
-    from peftopt.console import Console
-    from peftopt.thresholds import counted
+    from peftopt import environments, store
+    from peftopt.cli.console import Console
+    from peftopt.recipe import plan as planning
+    from peftopt.recipe.thresholds import counted
+    from peftopt.runner import preflight
 
     parsed, _ = read_recipe(recipe)
     preflight.check(parsed)
@@ -96,7 +97,7 @@ def _adapt(text: str, base: str, adapter: str, prompts: str) -> str:
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine is, which plug-ins can run here, and what to install for the others."""
     from peftopt import environments, machine, plugins
-    from peftopt.console import Console
+    from peftopt.cli.console import Console
 
     found, known = machine.describe(), plugins.catalogue()
     needs = {p.name: environments.lacking(p) for p in known.values()}

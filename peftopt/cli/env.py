@@ -19,8 +19,8 @@ EnvironmentName = Annotated[str, typer.Argument(help="A name that `peftopt env l
 def env_list(as_json: AsJson = False) -> None:
     """The environments: which there are, which are installed, how large they are, what they are for."""
     from peftopt import environments
-    from peftopt.console import Console
-    from peftopt.thresholds import format_value
+    from peftopt.cli.console import Console
+    from peftopt.recipe.thresholds import format_value
 
     found = environments.known()
     if as_json:
@@ -40,7 +40,7 @@ def env_install(
 ) -> None:
     """Build an environment in the user's cache; it appears whole or not at all."""
     from peftopt import environments
-    from peftopt.console import Console
+    from peftopt.cli.console import Console
 
     with Console().working(f"env {name}") as tell:
         made = environments.install(name, force, tell)

@@ -35,16 +35,16 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Build every variant, measure it against the adapter, decide, and write the report."""
-    from peftopt import runner
-    from peftopt.console import Console
+    from peftopt.cli.console import Console
+    from peftopt.runner import recipe_run
 
     console = Console(quiet)
     parsed, text = read_recipe(recipe)
-    prepared = runner.prepare(parsed, text, results, console, fresh, more)
+    prepared = recipe_run.prepare(parsed, text, results, console, fresh, more)
     if more and (prepared.folder / "decision.json").exists():
-        runner.add_blocks(prepared)
+        recipe_run.add_blocks(prepared)
     else:
-        runner.execute(prepared)
+        recipe_run.execute(prepared)
     conclude(prepared.folder, console, as_json)
 
 
@@ -62,7 +62,7 @@ def decide(
     as_json: AsJson = False,
 ) -> None:
     """Judge a run again from its files alone: no model, no GPU."""
-    from peftopt.console import Console
+    from peftopt.cli.console import Console
 
     parsed = read_recipe(recipe)[0] if recipe else None
     conclude(find_run(run_folder, results, parsed.name if parsed else ""), Console(), as_json, parsed)
@@ -72,7 +72,7 @@ def decide(
 def report(run_folder: RunFolder = None, results: Results = Path("results")) -> None:
     """Write a run's reports again from decision.json and its measurements, and print the Markdown one."""
     from peftopt import store
-    from peftopt.console import Console
+    from peftopt.cli.console import Console
 
     folder = find_run(run_folder, results)
     console = Console()

@@ -16,10 +16,10 @@ from peftopt.cli.techniques import weighted
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput
 
 if TYPE_CHECKING:
-    from peftopt.client import Target
-    from peftopt.console import Console
-    from peftopt.lifecycle import Prompts
-    from peftopt.protocols import Prompt
+    from peftopt.canary.reloads import Prompts
+    from peftopt.cli.console import Console
+    from peftopt.loadtest.client import Target
+    from peftopt.loadtest.protocols import Prompt
     from peftopt.records import Recipe, Workload
 
 
@@ -110,12 +110,13 @@ def load(
     quiet: Quiet = False,
 ) -> None:
     """Load a server, or a recipe's, and say what its users would see: TTFT, TPOT, throughput, goodput, failures."""
-    from peftopt import goodput, render
-    from peftopt import load as loading
-    from peftopt.console import Console
+    from peftopt import report
+    from peftopt.cli.console import Console
+    from peftopt.loadtest import runs as loading
+    from peftopt.loadtest import summary
 
     try:
-        slos = [goodput.slo(text) for text in slo]
+        slos = [summary.slo(text) for text in slo]
     except ValueError as error:
         raise BadInput(f"--slo {error}") from error
     if find and not slos:
@@ -173,10 +174,10 @@ def load(
                 loading.append(out, sent.variant or sent.target.url, values, sent.workload)
             if as_json:
                 named = {"variant": sent.variant, "url": sent.target.url}
-                print(json.dumps(render.as_json.plain({**named, **values}), allow_nan=False))
+                print(json.dumps(report.as_json.plain({**named, **values}), allow_nan=False))
             else:
-                console.table(render.load.HEADER, render.load.rows(values))
-                console.pairs(title, render.load.lines(values))
+                console.table(report.load.HEADER, report.load.rows(values))
+                console.pairs(title, report.load.lines(values))
                 for note in seen.notes:
                     console.warn(note)
             outcomes.append(loading.outcome(seen, slos, find))
@@ -201,8 +202,8 @@ def _one_server(
     url: str, names: dict[str, Any], prompts: Path | None, shape: dict[str, Any], variant: str, workload: str
 ) -> Generator[_Sent]:
     from peftopt import corpus
-    from peftopt.client import Target
-    from peftopt.protocols import Prompt
+    from peftopt.loadtest.client import Target
+    from peftopt.loadtest.protocols import Prompt
 
     rows = corpus.read(str(prompts)) if prompts else []
     asked = {row.id: Prompt(messages=row.messages) for row in rows}
@@ -212,7 +213,7 @@ def _one_server(
 def _chosen(file: Path, variant: str, workload: str) -> tuple[Recipe, Workload]:
     """The recipe with only the variants to load, and the workload to send."""
     from peftopt import plugins
-    from peftopt.reading import nearest
+    from peftopt.recipe.reader import nearest
 
     recipe, _ = read_recipe(file)
     known = plugins.catalogue()
@@ -231,7 +232,7 @@ def _chosen(file: Path, variant: str, workload: str) -> tuple[Recipe, Workload]:
 def _own_shape(workload: Workload, seed: int, given: Mapping[str, Any], timed: bool) -> dict[str, Any]:
     """What the workload says of a load, as far as the options do not take its place: a rate, or what is `timed`
     otherwise, that of its users; a duration that of its number of requests."""
-    from peftopt import load as loading
+    from peftopt.loadtest import runs as loading
 
     own = loading.of_workload(workload, seed)
     instead = {
@@ -257,20 +258,20 @@ def _servers(
     import tempfile
 
     from peftopt import corpus
-    from peftopt.runner import serving
+    from peftopt.runner import servers
 
     rows = corpus.read(str(prompts)) if prompts else corpus.read(workload.prompts, workload.slice)
-    run = serving.stage(recipe, results, Path(tempfile.mkdtemp(prefix="peftopt-")), console)
+    run = servers.stage(recipe, results, Path(tempfile.mkdtemp(prefix="peftopt-")), console)
     for variant in run.recipe.variants.values():
-        with serving.serving(run, variant, rows, shape["new_tokens"], not shape["fixed"]) as server:
+        with servers.serving(run, variant, rows, shape["new_tokens"], not shape["fixed"]) as server:
             sent = {**shape, "new_tokens": server.new_tokens}
             yield _Sent(replace(server.target, **names), server.prompts, sent, variant.name, keep, server.slots)
 
 
 def _tell_trial(console: Any, trial: Any, slos: Any) -> None:
-    from peftopt import goodput
+    from peftopt.loadtest import summary
 
-    share = goodput.attained(trial.played.requests, slos)
+    share = summary.attained(trial.played.requests, slos)
     why = f", stopped: {trial.played.stopped}" if trial.played.stopped else ""
     word = "holds" if trial.held else "does not hold"
     console.done(
@@ -281,11 +282,11 @@ def _tell_trial(console: Any, trial: Any, slos: Any) -> None:
 
 
 def _tell_set(console: Any, played: Any) -> None:
-    from peftopt import goodput
-    from peftopt.thresholds import counted
+    from peftopt.loadtest import summary
+    from peftopt.recipe.thresholds import counted
 
     names = len({r.model for r in played.requests})
-    wait = goodput.waited(played.requests)
+    wait = summary.waited(played.requests)
     text = f"{counted(names, 'adapter')}: P50 {wait.estimate:,.0f} ms ({wait.low:,.0f} to {wait.high:,.0f})"
     console.done("load", text, max((r.done for r in played.requests), default=0.0))
 
@@ -303,11 +304,12 @@ def serve(
     """Serve a base and its adapters with vLLM until Ctrl-C, as the engine `vllm` does: for load and canary."""
     import os
 
-    from peftopt import environments, preflight
-    from peftopt.console import Console
+    from peftopt import environments
+    from peftopt.cli.console import Console
     from peftopt.engines import vllm
     from peftopt.engines._server import check_port
     from peftopt.records import Model
+    from peftopt.runner import preflight
 
     preflight.check_base(base, quantized=True, ours=False)
     named = dict(_named(text) for text in adapter)
@@ -345,8 +347,8 @@ def canary(
 ) -> None:
     """Catch answers of the wrong adapter, by log-probabilities: in mixed batches, and after reloads (--swap)."""
     from peftopt import corpus
-    from peftopt.client import Target
-    from peftopt.console import Console
+    from peftopt.cli.console import Console
+    from peftopt.loadtest.client import Target
 
     if not swap and len(set(model)) < 2:
         raise BadInput("a canary tells models apart: it needs two or more", "add --model for the base and each adapter")
@@ -370,7 +372,7 @@ def _watch_mixed(
     console: Console, target: Target, names: list[str], prompts: Prompts, rounds: int, as_json: bool
 ) -> int:
     """Every model alone and in mixed batches, printed; the exit code."""
-    from peftopt import canary as watching
+    from peftopt.canary import mixed as watching
 
     with console.progress("canary", watching.ALONE * len(names) + rounds) as show:
         found = watching.watch(target, names, prompts, rounds, show)
@@ -400,12 +402,13 @@ def _watch_reloads(
     as_json: bool,
 ) -> int:
     """Two adapters in turn under one name, printed; the exit code."""
-    from peftopt import canary as watching
-    from peftopt import lifecycle, stats
+    from peftopt import stats
+    from peftopt.canary import mixed as watching
+    from peftopt.canary import reloads
 
-    residents = lifecycle.residents(target, list(dict.fromkeys(model)))
+    residents = reloads.residents(target, list(dict.fromkeys(model)))
     with console.progress("reloads", watching.ALONE * (2 + len(residents)) + 2 * rounds) as show:
-        found = lifecycle.live(target, folders, residents, prompts, rounds, show)
+        found = reloads.live(target, folders, residents, prompts, rounds, show)
     if as_json:
         print(json.dumps(asdict(found)))
         return found.outcome
@@ -463,22 +466,23 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Read other meters' results into the same records, and say what they lack."""
-    from peftopt import load as loading
-    from peftopt import meters, render
-    from peftopt.console import Console
+    from peftopt import report
+    from peftopt.cli.console import Console
+    from peftopt.loadtest import importers
+    from peftopt.loadtest import runs as loading
 
     console, raw, answered = Console(), True, True
     for path in file:
-        for found in meters.read(path, task):
+        for found in importers.read(path, task):
             answered = answered and not found.failed
             kept = loading.keep(out, found, variant or path.stem, workload)
             raw = raw and found.raw
             if as_json:
-                print(json.dumps(render.as_json.plain(kept), allow_nan=False))
+                print(json.dumps(report.as_json.plain(kept), allow_nan=False))
                 continue
             console.say(f"{path}: {found.source}, {found.title}", "bold")
             if found.requests:
-                console.table(render.load.HEADER, render.load.rows(meters.as_loaded(found)))
+                console.table(report.load.HEADER, report.load.rows(importers.as_loaded(found)))
             else:
                 shown = found.reported or {k: v for k, v in found.values.items() if k != "samples"}
                 console.pairs("as it reports", {k: v for k, v in shown.items() if v is not None})

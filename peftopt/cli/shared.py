@@ -41,7 +41,7 @@ RunFolder = Annotated[Path | None, typer.Argument(help="A folder below results/r
 
 def read_recipe(path: Path) -> tuple[Recipe, str]:
     from peftopt import plugins
-    from peftopt import recipe as recipes
+    from peftopt.recipe import parse as recipes
 
     text = read_text(path)
     defaults = (Path(__file__).parent.parent / "recipes" / "tradeoffs.yaml").read_text(encoding="utf-8")
@@ -80,9 +80,9 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
     of another recipe where one is given, and by that recipe alone where no run of peftopt's measured."""
     from dataclasses import replace
 
-    from peftopt import plan as planning
-    from peftopt import render, store
-    from peftopt.decide import decide as judge
+    from peftopt import report, store
+    from peftopt.decision.decide import decide as judge
+    from peftopt.recipe import plan as planning
 
     changed, machine = [], {}
     if recipe and not (folder / "plan.json").exists() and (folder / "measurements.jsonl").exists():
@@ -96,12 +96,12 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
     if changed:
         warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
         decision = replace(decision, warnings=(warning, *decision.warnings))
-    store.write(folder / "decision.json", render.as_json.render(decision))
+    store.write(folder / "decision.json", report.as_json.render(decision))
     write_reports(folder, measurements)
     if as_json:
         print(read_text(folder / "decision.json"))
     else:
-        header, rows = render.table.rows(decision, compact=True)
+        header, rows = report.table.rows(decision, compact=True)
         console.table(header, rows, [v.outcome for v in decision.variants])
         for warning in decision.warnings:
             console.warn(warning)
@@ -112,21 +112,21 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
 
 def write_reports(folder: Path, measurements: Sequence[Measurement]) -> None:
     """Every report is rendered from decision.json as it is on disk, so that a later `report` gives the same bytes."""
-    from peftopt import render, store
+    from peftopt import report, store
 
-    decision = render.as_json.decision_from_json(read_text(folder / "decision.json"))
-    for name, text in render.reports(decision, measurements).items():
+    decision = report.as_json.decision_from_json(read_text(folder / "decision.json"))
+    for name, text in report.reports(decision, measurements).items():
         store.write(folder / name, text)
 
 
 def transform(
     plugin: str, params: dict[str, Any], model: Model, out: Path, calibration: str | None, seed: int, as_json: bool
 ) -> None:
-    from peftopt import oneshot
-    from peftopt.console import Console
-    from peftopt.thresholds import format_value
+    from peftopt.cli.console import Console
+    from peftopt.recipe.thresholds import format_value
+    from peftopt.runner import single
 
-    found = oneshot.transform(plugin, params, model, out, calibration, seed, Console().progress)
+    found = single.transform(plugin, params, model, out, calibration, seed, Console().progress)
     lines = {
         "time": f"{found['seconds']:.1f} s",
         "size": format_value("size", found["size_bytes"]),
@@ -158,7 +158,7 @@ def _provenance(found: dict[str, Any]) -> dict[str, str]:
 
 
 def print_lines(title: str, lines: dict[str, str], found: Any, as_json: bool) -> None:
-    from peftopt.console import Console
+    from peftopt.cli.console import Console
 
     if as_json:
         print(json.dumps(found, default=plain))

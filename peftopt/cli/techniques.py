@@ -102,11 +102,11 @@ def weighted(text: str) -> tuple[str, float]:
 
 def _preview(params: dict[str, Any], model: Model, as_json: bool) -> None:
     """What a merge would change, largest change first; tensors without a delta are called out."""
-    from peftopt import oneshot
-    from peftopt.console import Console
-    from peftopt.thresholds import format_value
+    from peftopt.cli.console import Console
+    from peftopt.recipe.thresholds import format_value
+    from peftopt.runner import single
 
-    found = oneshot.preview("merge", params, model)
+    found = single.preview("merge", params, model)
     if as_json:
         print(json.dumps(found))
         return
@@ -177,7 +177,7 @@ def quantize(
 ) -> None:
     """Quantize a model's weights to 8 or 4 bits, by the library that is alive for each method, and open the result."""
     from peftopt import plugins
-    from peftopt.reading import nearest
+    from peftopt.recipe.reader import nearest
 
     known = {p.name: p for p in plugins.catalogue().values() if p.technique == "quantize"}
     if method not in known:
@@ -198,7 +198,7 @@ def _params(plugin: Plugin, options: dict[str, str], settings: Sequence[str]) ->
     """A plug-in's parameters from its options and from `name=value`. Raises BadInput for what it does not take."""
     import typing
 
-    from peftopt.reading import nearest
+    from peftopt.recipe.reader import nearest
 
     hints = typing.get_type_hints(plugin.params)
     for text in settings:
@@ -251,7 +251,8 @@ def compile_(
     as_json: AsJson = False,
 ) -> None:
     """torch.compile a model and keep the compile cache beside it; says what cold and warm starts cost."""
-    from peftopt import corpus, oneshot, plugins, preflight
+    from peftopt import corpus, plugins
+    from peftopt.runner import preflight, single
 
     preflight.check_base(model, quantized=True)
     params: dict[str, Any] = {}
@@ -262,20 +263,20 @@ def compile_(
         params = dict(steps[0].params) if steps else {}
         threads = threads or recipe.measure.threads
         loads = [
-            oneshot.Traffic(corpus.read(w.prompts, w.slice), w.batch, w.new_tokens) for w in recipe.workloads.values()
+            single.Traffic(corpus.read(w.prompts, w.slice), w.batch, w.new_tokens) for w in recipe.workloads.values()
         ]
     else:
         ours = [corpus.Row("compile", ({"role": "user", "content": "Say hello."},))]
         rows = corpus.read(str(prompts)) if prompts else ours
-        loads = [oneshot.Traffic(rows, b, new_tokens) for b in batch]
+        loads = [single.Traffic(rows, b, new_tokens) for b in batch]
     served, others = (adapter or [])[:1], (adapter or [])[1:]
     opened = _model(model, served[0] if served else None)
-    found = oneshot.compile_model(opened, {**params, **asked}, loads, threads, list(map(str, others)))
+    found = single.compile_model(opened, {**params, **asked}, loads, threads, list(map(str, others)))
     print_lines(f"compiled {model}", _compile_lines(found), found, as_json)
 
 
 def _compile_lines(found: dict[str, Any]) -> dict[str, str]:
-    from peftopt.thresholds import format_value
+    from peftopt.recipe.thresholds import format_value
 
     def start(name: str) -> str:
         parts = ", ".join(f"{part} {found[name][part]:.1f}" for part in ("imports", "load", "graphs", "answers"))
@@ -354,16 +355,18 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Time one model, or several against the first in interleaved blocks; or go on with an undecided run, or --load."""
-    from peftopt import oneshot, plugins, runner, template
-    from peftopt.console import Console
-    from peftopt.hf import tokenizer_home
+    from peftopt import plugins
+    from peftopt.cli.console import Console
+    from peftopt.models import template
+    from peftopt.models.hf import tokenizer_home
     from peftopt.records import Model
+    from peftopt.runner import recipe_run, single
 
     if more:
         if model or prompts or adapter:
             raise BadInput("--more goes on with a run's own models and prompts", "leave the other options out")
         console = Console()
-        runner.add_blocks(runner.reopen(more, console), blocks, minutes)
+        recipe_run.add_blocks(recipe_run.reopen(more, console), blocks, minutes)
         conclude(more, console, as_json)
     if not model or prompts is None:
         raise BadInput("bench needs --model and --prompts", "or --more RUN, to go on with an undecided run")
@@ -377,13 +380,13 @@ def bench(
         raise BadInput(f"{len(engine)} engines for {len(model)} models", "give one --engine, or one for each --model")
     models = [Model(str(m), (str(adapter),) if adapter and n == 0 else ()) for n, m in enumerate(model)]
     arms = [
-        oneshot.Arm(f"{n} {Path(m.path).name}{' + adapter' * bool(m.adapters)}, {runs}", m, runs)
+        single.Arm(f"{n} {Path(m.path).name}{' + adapter' * bool(m.adapters)}, {runs}", m, runs)
         for n, (m, runs) in enumerate(zip(models, engines, strict=True), 1)
     ]
     for m in models:
         if why := template.endless(Path(m.path), Path(tokenizer_home(m))):
             Console().warn(why)
-    found = oneshot.bench(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
+    found = single.bench(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
     for arm in found:
         if problem := arm.get("problem"):
             Console().warn(f"{arm['name']} {problem}: its reader may not understand this checkpoint; times mean little")
@@ -407,8 +410,8 @@ def bench(
 
 
 def _bench_row(found: dict[str, Any]) -> list[str]:
+    from peftopt.recipe.thresholds import format_value
     from peftopt.stats import fewest_for
-    from peftopt.thresholds import format_value
 
     n, ratio = found["p50_ms"].n, found["ratio"]
     return [

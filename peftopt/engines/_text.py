@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftopt import template
 from peftopt.errors import BadInput
+from peftopt.models import template
 
 
 class Text:

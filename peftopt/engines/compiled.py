@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from peftopt import hf
 from peftopt.engines import Generation, Scores, _graphs, _traced, eager
 from peftopt.errors import BadInput
+from peftopt.models import hf
 from peftopt.records import Json, Model
 
 TECHNIQUE = "compile"

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftopt import hf
 from peftopt.engines import TOP_K, Generation, Scores
 from peftopt.engines._text import Text
 from peftopt.errors import BadInput
+from peftopt.models import hf
 from peftopt.records import Model
 
 TECHNIQUE = ""

@@ -10,13 +10,13 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from peftopt import hf
-from peftopt.client import Client, Reply, Target
 from peftopt.engines import Generation, Scores
 from peftopt.engines._text import Text
 from peftopt.errors import BadInput, WorkerFailed
-from peftopt.player import Planned, Played, whole
-from peftopt.protocols import Prompt
+from peftopt.loadtest.client import Client, Reply, Target
+from peftopt.loadtest.protocols import Prompt
+from peftopt.loadtest.sender import Planned, Played, whole
+from peftopt.models import hf
 from peftopt.records import Model
 
 TECHNIQUE = ""

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftopt import hf, machine
+from peftopt import machine
 from peftopt.engines import Generation, Scores
 from peftopt.engines._logits import scored, scores_of
 from peftopt.engines._text import Text, ends
 from peftopt.environments.llamacpp import model_settings
 from peftopt.errors import BadInput
+from peftopt.models import hf
 from peftopt.records import Model
 from peftopt.transforms.gguf import WEIGHTS, library, lora_file, lora_scale
 

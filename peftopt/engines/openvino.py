@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftopt import hf, machine
+from peftopt import machine
 from peftopt.engines import Generation, Scores, eager
 from peftopt.engines._logits import scored, scores_of
 from peftopt.engines._text import Text, ends
 from peftopt.errors import BadInput
+from peftopt.models import hf
 from peftopt.records import Model
 from peftopt.transforms.openvino_ir import WEIGHTS, refuse_adapters
 

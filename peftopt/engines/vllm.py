@@ -13,11 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from peftopt import machine
-from peftopt.adapter import CONFIG
 from peftopt.corpus import Row
 from peftopt.engines import TOP_K, Scores, endpoint
 from peftopt.engines._server import Started, free_port
 from peftopt.errors import BadInput, WorkerFailed
+from peftopt.models.adapter import CONFIG
 from peftopt.records import Json, Model, Step
 
 TECHNIQUE = ""

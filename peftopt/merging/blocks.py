@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftopt import machine
-from peftopt.adapter import Pair
-from peftopt.checkpoint import ITEM_BYTES, Checkpoint, Draft, Entry
 from peftopt.errors import BadInput
 from peftopt.merging.lanes import Lanes
+from peftopt.models.adapter import Pair
+from peftopt.models.checkpoint import ITEM_BYTES, Checkpoint, Draft, Entry
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftopt import __version__, hf, identity, progress
-from peftopt.adapter import Adapter, Pair
-from peftopt.checkpoint import Checkpoint, Draft, open_model
+from peftopt import __version__, identity, progress
 from peftopt.errors import MissingEnvironment
 from peftopt.merging.blocks import FLOATS, dtype_of, read, row_width
 from peftopt.merging.training import TrainingBase, is_packed
+from peftopt.models import hf
+from peftopt.models.adapter import Adapter, Pair
+from peftopt.models.checkpoint import Checkpoint, Draft, open_model
 from peftopt.records import FORMAT, Json
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from peftopt.checkpoint import Draft
 from peftopt.merging import certificate
 from peftopt.merging.blocks import Blocks, Written, read, read_tensor
 from peftopt.merging.modules import Hollow, Tensors
+from peftopt.models.checkpoint import Draft
 from peftopt.records import Json
 
 SAMPLED_MODULES, SAMPLED_ELEMENTS = 4, 1 << 26

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
-from peftopt import hf
-from peftopt.adapter import PREFIX, Adapter, is_embedding
-from peftopt.checkpoint import Checkpoint
 from peftopt.errors import BadInput
 from peftopt.merging.training import TrainingBase
+from peftopt.models import hf
+from peftopt.models.adapter import PREFIX, Adapter, is_embedding
+from peftopt.models.checkpoint import Checkpoint
 
 Tensors = dict[str, Any]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from peftopt.checkpoint import Checkpoint
 from peftopt.errors import MissingEnvironment
 from peftopt.merging.blocks import read_tensor
+from peftopt.models.checkpoint import Checkpoint
 
 SCHEMES = ("nf4", "fp4")
 STATE = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".quant_state.")

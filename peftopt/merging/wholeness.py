@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from peftopt import hf
-from peftopt.checkpoint import open_model
 from peftopt.errors import BadInput
+from peftopt.models import hf
+from peftopt.models.checkpoint import open_model
 
 UNUSED = ("torchao", "sklearn", "scipy", "pandas", "bitsandbytes")
 """What transformers imports where it is installed, for a third of the time, and does not use here."""

@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from peftopt import goodput, machine, traffic
+from peftopt import machine
 from peftopt.corpus import Row
+from peftopt.loadtest import arrivals, summary
 from peftopt.policies import uncut
 from peftopt.records import Json
 
@@ -26,12 +27,12 @@ def turn(
     serving = engine.processes() if hasattr(engine, "processes") else ()
     prompts = [engine.encode(row.messages)[0] for row in rows]
     touched = [uncut(engine, row.messages) is not None for row in rows]
-    at = [0.0] * len(rows) if users else traffic.arrivals("poisson", rate, len(rows), seed)
+    at = [0.0] * len(rows) if users else arrivals.arrivals("poisson", rate, len(rows), seed)
     served, cpu = machine.cpu_s(serving), time.process_time()
     played = engine.load(prompts, new_tokens, stop, at=at, users=users)
     cpu = time.process_time() - cpu + machine.cpu_s(serving) - served
     requests = [request.as_json() for request in played.requests]
-    whole = {"cpu_ms": 1e3 * cpu / len(rows), "turn_ms": goodput.span_ms(requests), "batch": 1}
+    whole = {"cpu_ms": 1e3 * cpu / len(rows), "turn_ms": summary.span_ms(requests), "batch": 1}
     for request in requests:
         row = int(request["id"])
         request |= {"id": rows[row].id, "prompt_tokens": len(prompts[row]), "touched": int(touched[row]), **whole}

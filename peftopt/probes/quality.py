@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from peftopt import answers, identity, policies
+from peftopt import identity, policies
 from peftopt.corpus import Row
 from peftopt.engines import Engine, Scores
+from peftopt.probes import _answers as answers
 from peftopt.records import NO_INVARIANTS, Invariants, Json
 
 if TYPE_CHECKING:

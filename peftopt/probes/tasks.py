@@ -11,7 +11,7 @@ from typing import Any
 from peftopt import progress
 from peftopt.engines import Engine
 from peftopt.errors import BadInput, MissingEnvironment
-from peftopt.meters.lm_eval import scores
+from peftopt.loadtest.importers.lm_eval import scores
 from peftopt.probes import quality
 from peftopt.records import YAML, Json, task_name
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peftopt.hf import TEMPLATE, template_home, tokenizer_home
+from peftopt.models.hf import TEMPLATE, template_home, tokenizer_home
 from peftopt.records import Json, Model
 
 

@@ -11,13 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from peftopt import corpus, environments, identity, plugins, preflight, store
-from peftopt import plan as planning
-from peftopt.child import Child
+from peftopt import corpus, environments, identity, plugins, store
 from peftopt.corpus import Row
+from peftopt.decision.evidence import Evidence
 from peftopt.errors import WorkerFailed
-from peftopt.evidence import Evidence
+from peftopt.recipe import plan as planning
 from peftopt.records import Json, Measurement, Model, Plan, Recipe, Variant
+from peftopt.runner import preflight
+from peftopt.runner.process import Child
 
 RETRIED = ("killed", "died")
 """Deaths that are retried once in a clean process: a neighbour or a driver may have caused them."""

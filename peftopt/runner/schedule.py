@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 
-from peftopt.child import interrupt
+from peftopt.runner.process import interrupt
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peftopt import hf, progress, provenance
+from peftopt import progress
 from peftopt.corpus import Row
 from peftopt.errors import BadInput
+from peftopt.models import hf, provenance
 from peftopt.records import Json, Model, Step
 from peftopt.transforms import _experts, _layers, _sensitivity, _smoothing
 

@@ -26,7 +26,7 @@ def split(model: Any) -> list[str]:
     from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
     from llmcompressor.modeling.moe.linearize import get_non_linearized_moes, linearize_moe
 
-    from peftopt import hf
+    from peftopt.models import hf
 
     found = get_non_linearized_moes(model)
     with hf.quiet():

@@ -10,9 +10,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from peftopt.adapter import EMBEDDINGS
-from peftopt.checkpoint import open_model
 from peftopt.errors import BadInput
+from peftopt.models.adapter import EMBEDDINGS
+from peftopt.models.checkpoint import open_model
 
 GROUP_SIZES = (32, 64, 128)
 """What 4-bit kernels read: Marlin and ExLlama in vLLM, and transformers' reader."""
@@ -60,7 +60,7 @@ def find(config: Any, split: bool = False) -> Found:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from peftopt import hf
+    from peftopt.models import hf
     from peftopt.transforms import _experts
 
     with torch.device("meta"), hf.building(config.name_or_path):

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peftopt import hf, provenance
+from peftopt.models import hf, provenance
 from peftopt.records import Model
 from peftopt.transforms import _layers
 

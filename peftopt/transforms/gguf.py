@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peftopt import environments, hf, machine, provenance
-from peftopt.adapter import open_adapter, plain_pairs
-from peftopt.checkpoint import open_model
+from peftopt import environments, machine
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.merging.certificate import TEXTS
+from peftopt.models import hf, provenance
+from peftopt.models.adapter import open_adapter, plain_pairs
+from peftopt.models.checkpoint import open_model
 from peftopt.records import Model
 from peftopt.transforms import _to_gguf
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftopt.adapter import check_base, check_mergeable, open_adapter
 from peftopt.errors import BadInput
 from peftopt.merging.certificate import Check
 from peftopt.merging.job import Merge
 from peftopt.merging.training import SCHEMES, TrainingBase, is_packed
+from peftopt.models.adapter import check_base, check_mergeable, open_adapter
 from peftopt.records import Json, Model
 
 TECHNIQUE = "merge"

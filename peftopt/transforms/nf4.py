@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftopt import hf
+from peftopt.models import hf
 from peftopt.records import Model
 from peftopt.transforms import _loading
 

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peftopt import hf, provenance
 from peftopt.corpus import Row
 from peftopt.errors import BadInput
+from peftopt.models import hf, provenance
 from peftopt.records import Model, Step
 from peftopt.transforms import _layers
 

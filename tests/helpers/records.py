@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 
-from peftopt import plan as planning
-from peftopt.evidence import TWIN
+from peftopt.decision.evidence import TWIN
+from peftopt.recipe import plan as planning
+from peftopt.recipe.thresholds import parse
 from peftopt.records import (
     Decision,
     Json,
@@ -23,7 +24,6 @@ from peftopt.records import (
     Verdict,
     Workload,
 )
-from peftopt.thresholds import parse
 
 EAGER, COMPILED = Step("eager", "engine", ""), Step("compiled", "engine", "compile")
 MERGE, INT8 = Step("merge", "transform", "merge"), Step("int8", "transform", "quantize")

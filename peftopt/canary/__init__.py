@@ -1,0 +1,1 @@
+"""Whether the right adapter answers: fingerprints, mixed batches, reloads."""

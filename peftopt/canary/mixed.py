@@ -1,0 +1,136 @@
+"""The wrong-adapter canary: does each served name still answer as itself when others share its batch?
+
+each alone, repeatedly -> its fingerprints and its noise -> all mixed -> every answer judged
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from peftopt.canary import fingerprint
+from peftopt.canary.fingerprint import Known, Print, Wrong
+from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, WorkerFailed
+from peftopt.loadtest.client import Client, Target
+from peftopt.records import Json
+
+TOKENS, TOP = 6, 5
+"""Tokens of a fingerprint, and the log-probabilities kept at each: five are what every server gives."""
+
+ALONE = 3
+"""Times that each model is asked while no other is: once one request at a time, then all its prompts at once."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the canary saw. `asked` answers in mixed batches; `wrong` those that were not their model's; `alike` pairs
+    that no prompt tells apart; `failed` requests without an answer."""
+
+    known: Known
+    asked: int
+    wrong: list[Wrong]
+    alike: list[tuple[str, str]]
+    failed: int
+
+    @property
+    def outcome(self) -> int:
+        """The exit code: a single wrong answer rejects; what could not be told apart is inconclusive."""
+        if self.wrong:
+            return REJECTED
+        if not self.asked:
+            return ENVIRONMENT
+        return INCONCLUSIVE if self.alike or self.failed else ACCEPTED
+
+
+def watch(
+    target: Target,
+    models: Sequence[str],
+    prompts: Mapping[str, Sequence[Mapping[str, str]]],
+    rounds: int,
+    show: Callable[[int, str], None],
+    seed: int = 0,
+) -> Found:
+    """Fingerprint every served name alone, then ask all of them at once, `rounds` times in other orders.
+
+    Raises BadInput for a name that is not served, WorkerFailed for a server that gives no log-probabilities.
+    """
+
+    async def session() -> Found:
+        async with Client(target) as client:
+            names = await client.served(models)
+            known = await alone(client, names, prompts, show)
+            jobs = [(name, id_) for name in names for id_ in prompts]
+            dice, wrong, failed, asked = random.Random(seed), [], 0, 0
+            for number in range(rounds):
+                order = dice.sample(jobs, len(jobs))
+                answers = await asyncio.gather(*(ask(client, name, prompts[id_]) for name, id_ in order))
+                for (name, id_), answer in zip(order, answers, strict=True):
+                    if isinstance(answer, str):
+                        failed += 1
+                        continue
+                    asked += 1
+                    if found := fingerprint.judge(known, name, id_, answer):
+                        wrong.append(found)
+                show(ALONE * len(names) + number + 1, f"{asked} answers, {len(wrong)} wrong")
+            return Found(known, asked, wrong, known.alike(), failed)
+
+    return asyncio.run(session())
+
+
+async def alone(
+    client: Client,
+    names: Sequence[str],
+    prompts: Mapping[str, Sequence[Mapping[str, str]]],
+    show: Callable[[int, str], None],
+    batches: bool = True,
+) -> Known:
+    """Each model's fingerprints when nothing else runs, and its noise: how far it lies from them when it is asked
+    again, in batches of its own or else one request at a time, as at first. Raises WorkerFailed without an answer."""
+    prints: dict[str, dict[str, Print]] = {}
+    noise = dict.fromkeys(names, 0.0)
+    for n, name in enumerate(names):
+        prints[name] = {}
+        for again in range(ALONE):
+            if batches and again:
+                answers = await asyncio.gather(*(fingerprinted(client, name, m) for m in prompts.values()))
+            else:
+                answers = [await fingerprinted(client, name, m) for m in prompts.values()]
+            for id_, answer in zip(prompts, answers, strict=True):
+                first = prints[name].setdefault(id_, answer)
+                noise[name] = max(noise[name], fingerprint.distance(first, answer))
+            show(n * ALONE + again + 1, f"{name} alone")
+    return Known(prints, noise)
+
+
+async def fingerprinted(client: Client, model: str, messages: Sequence[Mapping[str, str]]) -> Print:
+    """A fingerprint. Raises WorkerFailed without one."""
+    answer = await ask(client, model, messages)
+    if isinstance(answer, str):
+        raise WorkerFailed("no fingerprint", f"{model}: {answer}", "it takes a server of log-probabilities")
+    return answer
+
+
+async def ask(client: Client, model: str, messages: Sequence[Mapping[str, str]]) -> Print | str:
+    """A fingerprint, or what went wrong."""
+    body = {
+        "model": model,
+        "messages": [dict(m) for m in messages],
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": TOP,
+    }
+    answer = await client.post("/v1/chat/completions", json.dumps(body).encode())
+    return answer if isinstance(answer, str) else _print(answer)
+
+
+def _print(answer: Json) -> Print | str:
+    try:
+        content = answer["choices"][0]["logprobs"]["content"]
+        found = [(c["token"], {t["token"]: float(t["logprob"]) for t in c["top_logprobs"]}) for c in content]
+        return found or "no tokens"
+    except (KeyError, TypeError, IndexError, ValueError):
+        return "no log-probabilities in the answer"

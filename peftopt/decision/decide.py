@@ -1,0 +1,337 @@
+"""Plan + Measurements -> Verdicts -> Decision. Pure: the same files give the same decision on any machine."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from peftopt import stats
+from peftopt.decision.evidence import TWIN, Evidence
+from peftopt.decision.figures import figures
+from peftopt.decision.rules import family, parent_of, protects, rule_name, verdicts
+from peftopt.recipe.thresholds import counted
+from peftopt.records import (
+    Decision,
+    Interval,
+    Json,
+    Measurement,
+    Metric,
+    Outcome,
+    Plan,
+    Variant,
+    VariantDecision,
+    Verdict,
+)
+
+_NEVER_ALONE = ("artifact.", "variant.", "require: kl ", "require: top1 ")
+"""What may reject a variant but not accept it: that nothing is broken is no gain, and near the baseline divergence says
+nothing of the answers' worth."""
+
+
+def _outcome(found: Sequence[Verdict]) -> tuple[Outcome, str]:
+    """A variant is as good as its worst verdict; what decided is the first of those rules, "" where none had a say."""
+    order: tuple[Outcome, ...] = ("rejected", "inconclusive")
+    for outcome in order:
+        for verdict in found:
+            if verdict.outcome == outcome:
+                return outcome, verdict.rule
+    accepting = [v.rule for v in found if v.outcome == "accepted" and not v.rule.startswith(_NEVER_ALONE)]
+    unjudged = [v.rule for v in found if v.outcome == "not judged"]
+    return ("accepted", accepting[0]) if accepting else ("not judged", unjudged[0] if unjudged else "")
+
+
+def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) -> VariantDecision:
+    found = verdicts(evidence, variant)
+    outcome, rule = _outcome(found)
+    notes = []
+    if outcome == "accepted" and twin_differs and variant.name != evidence.baseline:
+        outcome, rule = "inconclusive", "measurement.a_a"
+    ratio = figures(evidence, variant.name).get(f"latency.ratio@{evidence.plan.recipe.minimize.workload}")
+    if ratio and ratio.low > 1 and variant.name != evidence.baseline:
+        notes.append(f"slower than {evidence.baseline} here: {ratio.estimate:.2f}x its latency")
+    notes += [*_subset_note(evidence, variant.name), *_warm_up_notes(evidence, variant.name)]
+    return VariantDecision(
+        name=variant.name,
+        techniques=tuple(rule_name(s) for s in variant.techniques),
+        outcome=outcome,
+        decided_by=rule,
+        verdicts=tuple(replace(v, protects=protects(v.rule)) for v in found),
+        figures={**figures(evidence, variant.name), **_break_even(evidence, variant)},
+        notes=tuple(notes),
+        certificates=tuple(evidence.certificates(variant.name)),
+        remarks=tuple(_remarks(evidence, variant)),
+    )
+
+
+def _warm_up_notes(evidence: Evidence, variant: str) -> list[str]:
+    warmup, found = evidence.plan.recipe.measure.warmup, []
+    for workload in evidence.plan.recipe.workloads.values():
+        seen = evidence.warm_up(variant, workload.name)
+        discarded = 0 if workload.lengths == "natural" else warmup
+        if seen and seen[0] > discarded:
+            found.append(
+                f"still warming up in timed requests of {workload.name}: the first {seen[0]} of a launch are slower "
+                f"than the rest; measure.warmup: {seen[0] + warmup - discarded} would discard them"
+            )
+    return found
+
+
+def _remarks(evidence: Evidence, variant: Variant) -> Iterator[str]:
+    """What a reader should know of the variant's answers, beside the verdicts."""
+    if variant.name == evidence.baseline:
+        yield from _proposed_cap(evidence)
+        return
+    worse, better = evidence.flips(variant.name)
+    if worse:
+        yield f"answers: {worse} got worse and {better} better; one-sided exact p = {stats.flips(worse, better):.2g}"
+    for name, (worse, better, asked) in evidence.task_flips(variant.name).items():
+        p = f"one-sided exact p = {stats.flips(worse, better):.2g}"
+        yield f"{name}: {worse} got worse and {better} better of {asked}; {p}"
+    if worst := evidence.worst_slice(variant.name):
+        tag, lost, won, asked = worst
+        yield f"worst slice: {tag}, {lost} worse and {won} better of {asked}; p = {stats.flips(lost, won):.2g}"
+    if kept := evidence.survival(variant.name):
+        yield f"{kept.estimate:.0%} of the adapter's shift from the base is left ({kept.low:.0%} to {kept.high:.0%})"
+    yield from _merged_or_apart(evidence, variant)
+    touched = evidence.touched(variant.name)
+    if any(step.technique == "truncate" for step in variant.policies):
+        worse, better = evidence.flips(variant.name, touched)
+        rows = [r for r in touched if (a := evidence.rows(evidence.baseline).get(r)) and a["correct"]]
+        lost_rows = [r for r in rows if not evidence.rows(variant.name)[r]["correct"]]
+        which = f" ({', '.join(lost_rows[:5])}{', …' * (len(lost_rows) > 5)})" if lost_rows else ""
+        asked = len(evidence.rows(variant.name))
+        yield f"cuts {len(touched)} of {asked} prompts: {worse} answers lost{which}, {better} won"
+    if any(step.technique == "shorten" for step in variant.policies):
+        rows, asked = evidence.cut(variant.name)
+        which = f" ({', '.join(rows[:5])}{', …' * (len(rows) > 5)})" if rows else ""
+        yield f"cuts off {len(rows)} of {asked} answers{which}"
+
+
+def _merged_or_apart(evidence: Evidence, variant: Variant) -> Iterator[str]:
+    """Where the recipe has the same variant with the adapter apart: what merging gains there, in that engine and with
+    those weights, which the ratio to the baseline mixes with what they bring; and, where both are quantized, which of
+    the two keeps more of the fine-tune."""
+    apart = tuple(step for step in variant.steps if step.technique != "merge")
+    if apart == variant.steps:
+        return
+    for other in evidence.plan.recipe.variants.values():
+        like = (other.steps, other.engine, other.policies) == (apart, variant.engine, variant.policies)
+        if not like or other.name == evidence.baseline:
+            continue
+        metric = evidence.plan.recipe.minimize
+        if gain := evidence.ratio(variant.name, other.name, metric.workload, evidence.field(metric)):
+            yield (
+                f"merging alone: {metric} is {gain.estimate:.2f}x that of {other.name}, where the adapter stays apart "
+                f"({gain.low:.2f} to {gain.high:.2f}, {gain.n} blocks)"
+            )
+        if not any(step.technique == "quantize" for step in apart):
+            continue
+        if more := evidence.survival(variant.name, against=other.name):
+            better = variant.name if more.estimate > 0 else other.name
+            found = f"{better} keeps more of the fine-tune" if more.low * more.high > 0 else "no difference shown"
+            yield (
+                f"merged before it was quantized it keeps {abs(more.estimate):.1%} of the adapter's shift "
+                f"{'more' if more.estimate >= 0 else 'less'} than {other.name}, where the adapter stays apart "
+                f"({more.low:+.1%} to {more.high:+.1%}): {found}"
+            )
+
+
+FEW_CUT = 0.01
+"""The share of answers that a proposed cap may cut off."""
+
+
+def _proposed_cap(evidence: Evidence) -> Iterator[str]:
+    """The least `max_new_tokens` that cuts off no more than 1 % of the baseline's own answers."""
+    lengths, quality = evidence.lengths(), evidence.plan.recipe.quality
+    if not lengths or quality is None:
+        return
+    cap = lengths[math.ceil(len(lengths) * (1 - FEW_CUT)) - 1]
+    if cap >= quality.new_tokens:
+        return
+    cuts = stats.proportion(sum(n > cap for n in lengths), len(lengths))
+    yield (
+        f"max_new_tokens: {cap} would cut off {cuts.estimate:.1%} of its answers (at most {cuts.high:.1%}; "
+        f"{len(lengths)} asked, the longest took {lengths[-1]} tokens, the median {lengths[len(lengths) // 2]})"
+    )
+
+
+def _subset_note(evidence: Evidence, variant: str) -> list[str]:
+    """Shares of unlike sets of prompts must not be compared by eye: say what the baseline gets on the same ones."""
+    ours, theirs = evidence.rows(variant), evidence.rows(evidence.baseline)
+    if not ours or len(ours) >= len(theirs):
+        return []
+    same = sum(theirs[row]["correct"] for row in ours) / len(ours)
+    return [f"answered {len(ours)} of {len(theirs)} prompts; on those {evidence.baseline} is right in {same:.1%}"]
+
+
+def _break_even(evidence: Evidence, variant: Variant) -> dict[str, Interval]:
+    """Requests of the minimized workload after which a cold compile has paid for itself, against the same variant
+    without it. Not there where it saves nothing."""
+    recipe = evidence.plan.recipe
+    name = f"latency.p50@{recipe.minimize.workload}"
+    ours, spent = figures(evidence, variant.name).get(name), figures(evidence, variant.name).get("compile_time")
+    theirs = figures(evidence, parent_of(recipe, variant, variant.engine)).get(name)
+    if ours is None or theirs is None or spent is None:
+        return {}
+
+    def requests(saved_ms: float) -> float:
+        return 1e3 * spent.estimate / saved_ms if saved_ms > 0 else math.inf
+
+    low, high = requests(theirs.high - ours.low), requests(theirs.low - ours.high)
+    middle = requests(theirs.estimate - ours.estimate)
+    return {"break_even": Interval(middle, low, high, ours.n)} if math.isfinite(middle) else {}
+
+
+def decide(plan: Plan, measurements: Sequence[Measurement], machine: Mapping[str, Json]) -> Decision:
+    """Judge every variant and choose the best accepted one by `minimize`."""
+    evidence = Evidence(plan, measurements)
+    recipe = plan.recipe
+    warnings = _warnings(evidence)
+    twin_differs = a_a(evidence) is not None
+    judged = [v for v in recipe.variants.values() if v.name not in plan.left_out]
+    decided = tuple(_decide_variant(evidence, v, twin_differs) for v in judged)
+    candidates = [d for d in decided if d.name != recipe.baseline]
+    accepted = [d for d in candidates if d.outcome == "accepted"]
+    chosen = min(accepted, key=lambda d: _minimized(evidence, d.name), default=None)
+    outcomes = {d.outcome for d in candidates}
+    if chosen:
+        outcome: Outcome = "accepted"
+    elif "inconclusive" in outcomes:
+        outcome = "inconclusive"
+    else:
+        outcome = "rejected" if "rejected" in outcomes else "not judged"
+    return Decision(
+        recipe=recipe.name,
+        baseline=recipe.baseline,
+        minimize=str(recipe.minimize),
+        clock=evidence.clock[0],
+        clock_reason=evidence.clock[1],
+        chosen=chosen.name if chosen else None,
+        outcome=outcome,
+        sentence=_sentence(evidence, chosen, candidates),
+        variants=decided,
+        warnings=warnings,
+        machine=machine,
+    )
+
+
+def _minimized(evidence: Evidence, variant: str) -> float:
+    ratio = _judged(evidence, variant).estimate
+    return ratio if math.isfinite(ratio) else math.inf
+
+
+def _judged(evidence: Evidence, variant: str) -> Interval:
+    """The ratio to the baseline on what the recipe minimizes, on the clock that judges. Its level is shared by all
+    variants that may be chosen, so it holds for the best of them too, after choosing."""
+    metric, level = evidence.plan.recipe.minimize, 1 - 0.05 / family(evidence.plan.recipe)
+    found = evidence.ratio(variant, evidence.baseline, metric.workload, evidence.field(metric), level)
+    return found or Interval(math.nan, 0.0, math.inf, 0, level)
+
+
+_CLOCKS = {"wall": "wall clock", "cpu": "process CPU time"}
+
+LAUNCHES_MATTER = 0.25
+"""Spread between launches, in that of the blocks of one, from which a race's stated error is no longer kept."""
+
+ORDER_MATTERS = 0.01
+"""How much longer the last turn of a block must take than the first for a warning."""
+
+
+def a_a(evidence: Evidence) -> Interval | None:
+    """The A/A arm's interval when it excludes zero: the baseline differs from itself, so nothing can be accepted."""
+    recipe = evidence.plan.recipe
+    for workload in recipe.workloads:
+        field = evidence.field(Metric(recipe.minimize.name, workload))
+        twin, level = recipe.baseline + TWIN, 1 - stats.ALPHA / len(stats.LOOKS)
+        ratio = evidence.ratio(twin, recipe.baseline, workload, field, level)
+        if ratio and (ratio.low > 1 or ratio.high < 1):
+            return ratio
+    return None
+
+
+def _warnings(evidence: Evidence) -> tuple[str, ...]:
+    found = []
+    if twin := a_a(evidence):
+        found.append(
+            f"the A/A arm failed: a second copy of {evidence.baseline} measured {twin.estimate:.3f}x itself "
+            f"({twin.low:.3f} to {twin.high:.3f}), so no variant is accepted; run on a quieter machine"
+        )
+    for workload in evidence.plan.recipe.workloads:
+        if disturbed := evidence.disturbed(workload):
+            reasons = Counter(reason for block in disturbed.values() for reason in block)
+            why = ", ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
+            blocks = evidence.blocks(evidence.baseline, workload)
+            found.append(f"{len(disturbed)} of {blocks} blocks of {workload} were disturbed: {why}")
+        apart = evidence.launch_effect(workload)
+        if apart and apart > LAUNCHES_MATTER and evidence.plan.recipe.measure.relaunch > 1:
+            found.append(
+                f"launches of {workload} differ by {apart:.1f} times what blocks of one launch do: blocks that share a "
+                f"launch say less than they seem to; measure.relaunch: 1 makes each independent"
+            )
+        order = evidence.order_effect(workload)
+        if order and not order.low <= 1 <= order.high and abs(order.estimate - 1) > ORDER_MATTERS:
+            found.append(
+                f"the order matters in {workload}: the last turn of a block takes {order.estimate:.2f}x the first "
+                f"({order.low:.2f} to {order.high:.2f}); it is random, so this is noise and no bias, but let the "
+                "machine cool or settle between turns"
+            )
+    found += [f"{where}: a turn was left out: {why}" for where, why in sorted(evidence.left_out.items())]
+    for (variant, workload), failed in sorted(evidence.failed.items()):
+        turns = counted(len(failed), "turn")
+        why = next(iter(failed.values()))
+        found.append(f"{variant}@{workload}: {turns} failed and count as slower than any that did not: {why}")
+    found += [
+        f"{where} was loaded apart: what differed between runs is not seen by pairs in random order"
+        + "".join(f"; it lacks {what}" for what in lacks)
+        for where, lacks in sorted(evidence.apart.items())
+    ]
+    for name in evidence.plan.recipe.variants:
+        if said := unstopped(list(evidence.rows(name).values())):
+            found.append(f"{name}: {said}")
+    for name, failure in evidence.failures.items():
+        hint = f"; {failure['hint']}" if failure.get("hint") else ""
+        found.append(f"{name}: {failure['stage']} failed, {failure['reason']}: {failure['detail']}{hint}")
+    return tuple(found)
+
+
+FEWEST_UNSTOPPED = 8
+"""Answers of which none stopped, from which on that is worth a word."""
+
+
+def unstopped(answers: Sequence[Mapping[str, Json]]) -> str:
+    """A warning where not one of the answers (records with "stopped" and "new_tokens") ended by itself; else ""."""
+    if len(answers) < FEWEST_UNSTOPPED or any(answer["stopped"] for answer in answers):
+        return ""
+    most = max(answer["new_tokens"] for answer in answers)
+    return (
+        f"0 of {len(answers)} answers stopped by themselves within {most} tokens: either answers are longer than "
+        "new_tokens, or the token that ends a turn in the chat template is missing from eos_token_id in "
+        "generation_config.json (peftopt check names it)"
+    )
+
+
+def _bounds(ratio: Interval) -> str:
+    if not (math.isfinite(ratio.high) and ratio.low > 0):
+        return f"{ratio.estimate:.2f}x, too few launches or blocks for an interval"
+    return f"{ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
+
+
+def _sentence(evidence: Evidence, chosen: VariantDecision | None, candidates: Sequence[VariantDecision]) -> str:
+    recipe = evidence.plan.recipe
+    if chosen:
+        ratio = _judged(evidence, chosen.name)
+        percent = f"{abs(1 - ratio.estimate):.0%}"
+        gain = "about" if percent == "0%" else f"{percent} {'lower' if ratio.estimate < 1 else 'higher'} than"
+        undecided = [d.name for d in candidates if d.outcome == "inconclusive"]
+        rest = f" ({', '.join(undecided)} undecided)" if undecided else ""
+        return (
+            f"Ship {chosen.name}: {recipe.minimize} is {gain} the {recipe.baseline}'s "
+            f"({_bounds(ratio)}, {ratio.n} blocks, "
+            f"{_CLOCKS[evidence.clock[0]]}), decided by {chosen.decided_by}{rest}."
+        )
+    why = "; ".join(f"{d.name} {d.outcome}{f' by {d.decided_by}' if d.decided_by else ''}" for d in candidates)
+    if any(d.outcome == "inconclusive" for d in candidates):
+        return f"Undecided, so keep the {recipe.baseline} as served: {why}."
+    return f"Keep the {recipe.baseline} as served: no variant was accepted ({why})."

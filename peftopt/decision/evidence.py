@@ -1,0 +1,656 @@
+"""The measurements of a run, arranged by what a rule or a report asks of them. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from peftopt import stats
+from peftopt.loadtest import summary
+from peftopt.recipe.thresholds import TASK
+from peftopt.records import Interval, Json, Measurement, Metric, Plan
+
+TWIN = "~aa"
+"""Suffix of the A/A arm: a hidden second copy of the baseline that must not differ from it."""
+
+Rows = Mapping[str, Mapping[str, Json]]
+
+FEWEST = 6
+"""Blocks from which an exact 95 % interval exists: every variant gets them, and "auto" chooses a clock on them."""
+
+NOISIER = 2.0
+"""How many times noisier the wall clock must be before "auto" takes the CPU's."""
+
+FIELDS = {"latency": "request_duration_ms", "ttft": "ttft_ms", "tpot": "tpot_ms", "throughput": "request_duration_ms"}
+"""Which of a request's durations a timed metric looks at. Lengths are fixed, so throughput is inverse duration."""
+
+
+FAILED = math.log(1e3)
+"""The log ratio of a turn that failed to one that did not: worse than any that was answered. Ranks judge, so its size
+has no say."""
+
+INTERRUPTED = "interrupted"
+"""Why a load stopped that its user ended: it says nothing of the variant."""
+
+Series = Mapping[int, float]
+"""A log ratio for each block, in order."""
+
+
+@dataclass(frozen=True)
+class CriticalError:
+    """A Tier 1 error of a variant that the baseline makes in neither of its runs.
+
+    `near_tie`: the adapter's own choice of that token turns on less than its run-to-run noise. `asked_once`: the
+    baseline was asked this prompt in one run only, so it may make the error itself.
+    """
+
+    row: str
+    flag: str
+    near_tie: bool
+    asked_once: bool
+
+    @property
+    def counts(self) -> bool:
+        return not (self.near_tie or self.asked_once)
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """How far a variant's predictions and answers are from the reference's, beside the adapter's own second run.
+
+    `scored` holds for each prompt (tokens at which the most likely one differs, beyond the second run's; tokens
+    scored); it is empty where an engine only generates. `partings` holds for each prompt after how many tokens the
+    variant's answer leaves the reference's, and the second run's the first's; inf where they do not.
+    """
+
+    scored: Sequence[tuple[int, int]]
+    partings: Sequence[tuple[float, float]]
+    longest: int
+    """Tokens of the longest answer, its end included."""
+
+    def within(self, start: int, end: int) -> Parted:
+        """What happens after `start` tokens and within `end` to answers that had not parted before."""
+        left = [(ours, again) for ours, again in self.partings if ours > start and again > start]
+        worse = sum(ours <= end < again for ours, again in left)
+        better = sum(again <= end < ours for ours, again in left)
+        return Parted(worse, better, sum(again <= end for _, again in left), len(left))
+
+
+@dataclass(frozen=True)
+class Parted:
+    """Of `n` prompts: those whose answer parts in the variant only (`worse`), in the adapter's second run only
+    (`better`), in that run at all (`again`)."""
+
+    worse: int
+    better: int
+    again: int
+    n: int
+
+
+class Evidence:
+    """An index over a run's measurements; nothing is computed twice, nothing is kept that was not measured."""
+
+    def __init__(self, plan: Plan, measurements: Sequence[Measurement]) -> None:
+        self.plan = plan
+        self.baseline = plan.recipe.baseline
+        self.turns: dict[tuple[str, str], dict[int, list[Mapping[str, Json]]]] = defaultdict(dict)
+        self.answers: dict[tuple[str, int], dict[str, Mapping[str, Json]]] = defaultdict(dict)
+        self.builds: dict[str, Mapping[str, Json]] = {}
+        self.failures: dict[str, Mapping[str, Json]] = {}
+        self.launches: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
+        self.memory: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
+        self.engines: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
+        self.tasks: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+        """Variant -> metric ("task.NAME") -> row -> score."""
+        self.surveyed: Mapping[str, Json] = {}
+        self.accounts: dict[tuple[str, str], list[Mapping[str, Json]]] = defaultdict(list)
+        """(variant, workload) -> what the server said of each load on it."""
+        self.machine: dict[tuple[str, int], list[Mapping[str, Json]]] = defaultdict(list)
+        self.budget = plan.recipe.measure.max_blocks
+        """Blocks that a race may have: the recipe's, or what was granted since."""
+        self.left_out: dict[str, str] = {}
+        """Variant@workload -> why a turn of it is as good as not measured."""
+        self.failed: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+        """(variant, workload) -> block -> what failed in its turn; a result against the variant."""
+        self.apart: dict[str, tuple[str, ...]] = {}
+        """Variant@workload -> what its loads lack, where they were run apart from the race."""
+        self._launch_of: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+        self._partial: dict[tuple[str, str], dict[int, list[Mapping[str, Json]]]] = defaultdict(dict)
+        loads: dict[str, list[Measurement]] = defaultdict(list)
+        self._orders: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
+        self._loading: list[tuple[str, Mapping[str, Json]]] = []
+        self._launched: dict[tuple[str, str], list[list[Mapping[str, Json]]]] = defaultdict(list)
+        for m in measurements:
+            match m.probe:
+                case "speed":
+                    block, requests = m.values["block"], m.values["requests"]
+                    if launched := len(self._launched[m.variant, m.workload]):
+                        self._launch_of[m.variant, m.workload][block] = launched
+                    timed = [r for r in requests if not r["warmup"]]
+                    if not self._take_turn(m.variant, m.workload, block, timed):
+                        continue
+                    self.machine[m.workload, block].append(m.values.get("machine", {}))
+                    self.accounts[m.variant, m.workload].append(m.values.get("engine", {}))
+                    if "order" in m.values:
+                        self._orders[m.workload, block][m.variant] = m.values["order"]
+                    if launches := self._launched[m.variant, m.workload]:
+                        launches[-1] += requests
+                case "load" if m.workload in plan.recipe.workloads:
+                    loads[m.workload].append(m)
+                case "quality":
+                    self.answers[m.variant, m.launch][m.values["row"]] = m.values
+                case "task" if "samples" in m.values and "task" in m.values:  # an imported one may lack either
+                    scores = self.tasks[m.variant].setdefault(TASK + m.values["task"], {})
+                    scores |= {row["id"]: row["value"] for row in m.values["samples"]}  # a group's come file by file
+                case "machine":
+                    self.surveyed = m.values
+                case "build":
+                    self.builds[m.values["id"]] = m.values
+                case "failure":
+                    self.failures[m.variant] = m.values
+                case "retry":
+                    self.failures.pop(m.variant, None)
+                case "launch":
+                    self.launches[m.variant].append(m.values)
+                    self._launched[m.variant, m.workload].append([])
+                    self._loading.append((m.workload, m.values))
+                case "more":
+                    self.budget = max(self.budget, m.values["max_blocks"])
+                case "memory":
+                    self.memory[m.variant].append(m.values)
+                case "engine":
+                    self.engines[m.variant].append(m.values)
+
+        for workload, found in loads.items():
+            self._take_loads(workload, found)
+
+    def _take_turn(
+        self, variant: str, workload: str, block: int, timed: Sequence[Mapping[str, Json]], new_tokens: int = 0
+    ) -> bool:
+        """Whether the turn was measured. One in which requests failed is kept as a failure, any other is left out."""
+        if failed := [r for r in timed if r.get("error")]:
+            words = f"{len(failed)} of {len(timed)} requests failed: {failed[0]['error']}"
+            self.failed[variant, workload][block] = words
+            self._partial[variant, workload][block] = list(timed)
+            return False
+        if why := _useless(timed, new_tokens):
+            self.left_out[f"{variant}@{workload}"] = why
+            return False
+        self.turns[variant, workload][block] = list(timed)
+        return True
+
+    def _take_loads(self, name: str, loads: Sequence[Measurement]) -> None:
+        """Loads that were run apart, by `peftopt load` or another meter. In the order of time, every variant's first
+        load since its last one opens a new block: so loads are pairs where they alternate, and only there. One that
+        is left out has its place too, or later ones would be compared with others than they ran beside."""
+        if all(m.values.get("started") for m in loads):
+            loads = sorted(loads, key=lambda m: str(m.values["started"]))
+        raced = [turns for found in (self.turns, self.failed) for (_, on), turns in found.items() if on == name]
+        block = max((block for turns in raced for block in turns), default=-1)
+        seen: set[str] | None = None
+        workload = self.plan.recipe.workloads[name]
+        for m in loads:
+            if seen is None or m.variant in seen:
+                block, seen = block + 1, set()
+            seen.add(m.variant)
+            self.apart[f"{m.variant}@{name}"] = tuple(m.values.get("lacks", ()))
+            timed = [dict(r) for r in m.values.get("requests", ()) if not r["warmup"]]
+            if why := m.values.get("stopped"):
+                if why == INTERRUPTED:
+                    self.left_out[f"{m.variant}@{name}"] = why
+                else:
+                    self.failed[m.variant, name][block] = why
+                continue
+            if self._take_turn(m.variant, name, block, timed, workload.new_tokens * (workload.lengths == "fixed")):
+                turn_ms = summary.span_ms(timed)
+                self.turns[m.variant, name][block] = [{**r, "turn_ms": turn_ms} for r in timed]
+                self.accounts[m.variant, name].append(m.values.get("engine", {}))
+
+    def certificates(self, variant: str) -> list[str]:
+        """How the artifacts that a variant is made of were made and checked, in the order they were made."""
+        steps = {build.id: build for build in self.plan.builds}
+        found, at = [], self.plan.models[variant]
+        while build := steps.get(at):
+            made = self.builds.get(at, {})
+            if line := made.get("certificate"):
+                found.append(f"{build.step.plugin}: parity certificate {line}")
+            if line := made.get("quantization"):
+                found.append(f"{build.step.plugin}: {line}")
+            at = build.parent
+        return found[::-1]
+
+    # ---- speed ------------------------------------------------------------------------------
+
+    def blocks(self, variant: str, workload: str) -> int:
+        """Blocks in which the variant was measured on the workload."""
+        return len(self.turns.get((variant, workload), {}))
+
+    def requests(self, variant: str, workload: str) -> list[Mapping[str, Json]]:
+        """All timed requests, in order."""
+        return [r for _, turn in sorted(self.turns.get((variant, workload), {}).items()) for r in turn]
+
+    def touched_share(self, variant: str, workload: str) -> float:
+        """The share of the workload's timed prompts that a policy of the variant shortened."""
+        requests = self.requests(variant, workload)
+        asked = sum(r.get("batch", 1) for r in requests)
+        return sum(r.get("touched", 0) for r in requests) / asked if asked else 0.0
+
+    def paired(self, variant: str, against: str, workload: str, field: str) -> list[float]:
+        """log(variant / against) of the block medians of a request's field, one per shared block, in order."""
+        return list(self.series(variant, against, workload, field).values())
+
+    def series(self, variant: str, against: str, workload: str, field: str) -> Series:
+        """The same by block. A turn that failed is worse than any that did not; where both failed, none says more."""
+        found = dict(self._logs(variant, against, workload, field))
+        ours, theirs = ((v, workload) for v in (variant, against))
+        for block in self.failed.get(ours, {}).keys() & self.turns.get(theirs, {}).keys():
+            found[block] = FAILED
+        for block in self.failed.get(theirs, {}).keys() & self.turns.get(ours, {}).keys():
+            found[block] = -FAILED
+        return dict(sorted(found.items()))
+
+    def _logs(self, variant: str, against: str, workload: str, field: str) -> Series:
+        """The log ratio of each block in which both were measured."""
+        ours, theirs = self.turns.get((variant, workload), {}), self.turns.get((against, workload), {})
+        shared = sorted(ours.keys() & theirs.keys())
+        medians = {b: (_median(ours[b], field), _median(theirs[b], field)) for b in shared}
+        return {b: math.log(a / c) for b, (a, c) in medians.items() if _is_time(a) and _is_time(c)}
+
+    def launches_of(self, variant: str, against: str, workload: str, blocks: Iterable[int]) -> list[int] | None:
+        """For each block the number of the launches it shares, of either variant; None where launches were not logged.
+
+        A block belongs with the one before as long as one of the two workers is still the same."""
+        logged = [found for v in (variant, against) if (found := self._launch_of.get((v, workload)))]
+        if not logged:
+            return None
+        numbers: list[int] = []
+        before: tuple[int | None, ...] = ()
+        for block in blocks:
+            now = tuple(found.get(block) for found in logged)
+            shares = any(a == b for a, b in zip(before, now, strict=False))
+            numbers.append(numbers[-1] + (not shares) if numbers else 0)
+            before = now
+        return numbers
+
+    def ratio(self, variant: str, against: str, workload: str, field: str, level: float = 0.95) -> Interval | None:
+        """variant / against of a request's field, paired by block, with bounds that respect launches; None of no
+        block."""
+        series = self.series(variant, against, workload, field)
+        if not series:
+            return None
+        return exp(stats.paired(series.values(), level, self.launches_of(variant, against, workload, series)))
+
+    def resolution(self, variants: Iterable[str], workload: str, field: str) -> float:
+        """How far a coarse clock may have moved the log ratio of two variants; 0 for a clock that tells times apart."""
+        found = 0.0
+        for variant in variants:
+            times = [r[field] for r in self.requests(variant, workload) if _is_time(r.get(field))]
+            found += stats.resolution(times)
+        return found
+
+    def launched_turns(
+        self, variant: str, workload: str, blocks: int | None = None
+    ) -> list[list[Sequence[Mapping[str, Json]]]]:
+        """The timed requests of the first `blocks` blocks (None = all), turn by turn, in groups that share their fate:
+        a launch, or a block where launches were not logged. Failed turns are among them."""
+        key = (variant, workload)
+        turns = {**self.turns.get(key, {}), **self._partial.get(key, {})}
+        launch_of = self._launch_of.get(key, {})
+        groups: dict[int, list[Sequence[Mapping[str, Json]]]] = defaultdict(list)
+        for block in sorted(turns)[:blocks]:
+            groups[launch_of.get(block, block)].append(turns[block])
+        return list(groups.values())
+
+    def launch_count(self, variant: str, workload: str, blocks: int | None = None) -> int:
+        """How many such groups there are."""
+        return len(self.launched_turns(variant, workload, blocks))
+
+    def samples(self, variant: str, workload: str, field: str, blocks: int | None = None) -> list[list[float]]:
+        """A field of all these requests, in those groups. A failed request took forever."""
+        return [
+            [
+                math.inf if request.get("error") else request[field]
+                for turn in turns
+                for request in turn
+                if request.get("error") or request.get(field) is not None
+            ]
+            for turns in self.launched_turns(variant, workload, blocks)
+        ]
+
+    def loads(self, variant: str, workload: str) -> int:
+        """How many loads that were run apart the variant has on the workload."""
+        if f"{variant}@{workload}" not in self.apart:
+            return 0
+        return len(self.turns.get((variant, workload), {})) + len(self.failed.get((variant, workload), {}))
+
+    def field(self, metric: Metric) -> str:
+        """The field of a request that a race on this metric compares, on the clock that judges."""
+        return "cpu_ms" if self.clock[0] == "cpu" else self.wall_field(metric)
+
+    def wall_field(self, metric: Metric) -> str:
+        """The same on the wall clock. Requests of a load overlap, so that its throughput is a matter of all of them."""
+        if metric.name == "throughput" and self.plan.recipe.workloads[metric.workload].loaded:
+            return "turn_ms"
+        return FIELDS[metric.name.split(".")[0]]
+
+    @cached_property
+    def clock(self) -> tuple[str, str]:
+        """The clock that judges, "wall" or "cpu", and why.
+
+        "auto" looks at the A/A arm alone, in the first blocks alone, so that no variant's figures have a say.
+        """
+        recipe = self.plan.recipe
+        if recipe.measure.clock != "auto":
+            users = "what a user waits for" if recipe.measure.clock == "wall" else "as the recipe says"
+            return recipe.measure.clock, users
+        timed = [v for name, launches in self.launches.items() for v in launches if name in self._timed]
+        if any(v.get("device") != "cpu" for v in timed):
+            return "wall", "auto: the work is not done on this process's CPU"
+        if any(v.get("threads") != 1 for v in timed):
+            return "wall", "auto: with several threads CPU time is not what a user waits for"
+        twin, workload = self.baseline + TWIN, recipe.minimize.workload
+        spreads = []
+        for field in (self.wall_field(recipe.minimize), "cpu_ms"):
+            logs = self.paired(twin, self.baseline, workload, field)[:FEWEST]
+            spreads.append(stats.median(abs(x) for x in logs))
+        wall, cpu = spreads
+        if len(logs) < FEWEST:
+            return "wall", f"auto: not yet {FEWEST} blocks of the A/A arm"
+        seen = f"two copies of {self.baseline} differed by {wall:.2%} on the wall clock and by {cpu:.2%} in CPU time"
+        return ("cpu" if wall > NOISIER * cpu else "wall"), f"auto: in the first {FEWEST} blocks {seen}"
+
+    @property
+    def _timed(self) -> set[str]:
+        return {variant for variant, _ in self.turns}
+
+    def minutes_per_block(self, workload: str) -> float | None:
+        """How long the latest blocks have taken here, with their share of the launches; None where it is not known."""
+        seconds = [
+            sum(m["seconds"] for m in moments)
+            for (name, _), moments in sorted(self.machine.items())
+            if name == workload and all("seconds" in m for m in moments)
+        ]
+        if not seconds:
+            return None
+        loading = [v["model_loading_time"] for name, v in self._loading if name == workload]
+        racing = len(self.machine[workload, max(b for w, b in self.machine if w == workload)])
+        launching = stats.median(loading) * racing / self.plan.recipe.measure.relaunch if loading else 0.0
+        return (stats.median(seconds[-FEWEST:]) + launching) / 60
+
+    # ---- what a machine does to a measurement -------------------------------------------------
+
+    def disturbed(self, workload: str) -> dict[int, list[str]]:
+        """Blocks in which something else was at work, and what it was."""
+        devices = {launch.get("device") for launches in self.launches.values() for launch in launches}
+        threads = 1 if devices == {"cuda"} else self.plan.recipe.measure.threads  # one thread feeds a GPU
+        found = {}
+        for (name, block), moments in sorted(self.machine.items()):
+            if name == workload and (reasons := dict.fromkeys(r for m in moments for r in _disturbances(m, threads))):
+                found[block] = list(reasons)
+        return found
+
+    def order_effect(self, workload: str) -> Interval | None:
+        """How many times longer the last turn of a block takes than the first, whoever's it is; None when unknown.
+
+        A variant's place in a block is random, so this is noise and no bias; but noise that one can do something about.
+        """
+        field = self.field(Metric(self.plan.recipe.minimize.name, workload))
+        arms = {name for name, workload_ in self.turns if workload_ == workload}
+        logs = {name: self._logs(name, self.baseline, workload, field) for name in arms}
+        centres = {name: stats.median(found.values()) for name, found in logs.items()}
+        slopes = []
+        for (name, block), orders in sorted(self._orders.items()):
+            placed = [arm for arm in orders if block in logs.get(arm, {})] if name == workload else []
+            if len(placed) > 2:
+                places = [orders[arm] / (len(orders) - 1) for arm in placed]
+                slopes.append(stats.slope(places, [logs[arm][block] - centres[arm] for arm in placed]))
+        return exp(stats.hodges_lehmann(slopes, 0.99)) if len(slopes) >= FEWEST else None
+
+    def launch_effect(self, workload: str) -> float | None:
+        """How far launches differ, in standard deviations of blocks of one launch; None where that cannot be shown.
+
+        Blocks of one launch share what differs between launches, so they say less than as many independent ones, and
+        intervals span launches where they differ (stats.paired). Shown means an F test over the paired logs of all
+        variants at 1 %.
+        """
+        field = self.field(Metric(self.plan.recipe.minimize.name, workload))
+        between = within = 0.0
+        groups = blocks = 0
+        for name in {name for name, workload_ in self.turns if workload_ == workload} - {self.baseline}:
+            logs = self._logs(name, self.baseline, workload, field)
+            labels = self.launches_of(name, self.baseline, workload, logs) or range(len(logs))
+            launched: dict[int, list[float]] = defaultdict(list)
+            for label, value in zip(labels, logs.values(), strict=True):
+                launched[label].append(value)
+            mine = list(launched.values())
+            if len(mine) < 2 or len(logs) <= len(mine):
+                continue
+            centre = sum(map(sum, mine)) / sum(map(len, mine))
+            between += sum(len(g) * (sum(g) / len(g) - centre) ** 2 for g in mine)
+            within += sum((x - sum(g) / len(g)) ** 2 for g in mine for x in g)
+            groups, blocks = groups + len(mine) - 1, blocks + sum(map(len, mine)) - len(mine)
+        if not groups or not blocks or not within:
+            return None
+        ratio, each = (between / groups) / (within / blocks), (groups + blocks) / max(groups, 1)
+        return math.sqrt((ratio - 1) / each) if stats.exceeds(ratio, groups, blocks) else None
+
+    def warm_up(self, variant: str, workload: str) -> tuple[int, float] | None:
+        """(first requests of a launch that are slower than the rest, how many times longer the first takes).
+
+        A request counts as warm-up while the median over launches is more than 5 % and three median deviations above
+        the median of each launch's later half; what follows the first request that does not is no warm-up.
+        """
+        if self.plan.recipe.workloads[workload].loaded:
+            return None  # the first requests of a load find an idle server: they are faster
+        launches = [self._whole(requests, workload) for requests in self._launched.get((variant, workload), ())]
+        launches = [times for times in launches if len(times) >= 4]
+        if not launches:
+            return None
+        steady = [stats.median(times[len(times) // 2 :]) for times in launches]
+        later = [abs(t / s - 1) for times, s in zip(launches, steady, strict=True) for t in times[len(times) // 2 :]]
+        most = 1 + max(0.05, 3 * stats.median(later))
+        longest = max(len(times) // 2 for times in launches)
+        first = [
+            stats.median(times[at] / s for times, s in zip(launches, steady, strict=True) if at < len(times) // 2)
+            for at in range(longest)
+        ]
+        return next((at for at, ratio in enumerate(first) if not ratio > most), longest), first[0]
+
+    def _whole(self, requests: Sequence[Mapping[str, Json]], workload: str) -> list[float]:
+        """Durations of a launch's requests that generated all their tokens: later warm-ups are cut short. Where answers
+        stop by themselves they cannot be told apart, and only the timed ones count."""
+        if self.plan.recipe.workloads[workload].lengths == "natural":
+            return [r["request_duration_ms"] for r in requests if not r["warmup"]]
+        most = max((r["new_tokens"] for r in requests), default=0)
+        return [r["request_duration_ms"] for r in requests if r["new_tokens"] == most]
+
+    # ---- quality ----------------------------------------------------------------------------
+
+    def rows(self, variant: str, launch: int = 1) -> Rows:
+        """A variant's judged answers by prompt. The baseline's second launch is its null."""
+        return self.answers.get((variant, launch), {})
+
+    def partings(self, ours: Rows, theirs: Rows) -> dict[str, float]:
+        """After how many tokens two sets of answers part, by prompt; inf where they do not. What comes after a parting
+        are answers to different prompts, so it is not compared."""
+        found = {}
+        for row in ours.keys() & theirs.keys():
+            a, b = ours[row]["tokens"], theirs[row]["tokens"]
+            common = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            parted = a != b or ours[row]["stopped"] != theirs[row]["stopped"]
+            found[row] = common + 1 if parted else math.inf
+        return found
+
+    def disagreement(self, variant: str, against: str, rows: Iterable[str] | None = None) -> Disagreement:
+        """How far the variant is from `against`, beside how far the baseline's second run is from its first, at the
+        same positions; among `rows` where they are given."""
+        first, second = self.rows(self.baseline, 1), self.rows(self.baseline, 2)
+        ours, reference = self.rows(variant), self.rows(against)
+        seen, null = self.partings(ours, reference), self.partings(second, first)
+        shared = sorted(seen.keys() & null.keys() & set(seen if rows is None else rows))
+        longest = max((len(answers[r]["tokens"]) + 1 for r in shared for answers in (ours, reference)), default=0)
+        sides = [ours, second] if against == self.baseline else [ours, second, reference]
+        scored = []
+        for row in shared:
+            if any("agree" not in answers[row] for answers in sides):
+                continue
+            n = first[row]["scored_tokens"]
+            own, *others = (n - answers[row]["agree"] for answers in sides)
+            scored.append((own - max(others), n))
+        return Disagreement(tuple(scored), tuple((seen[row], null[row]) for row in shared), longest)
+
+    def critical_errors(self, variant: str, parent: str = "") -> tuple[list[CriticalError], int]:
+        """The Tier 1 errors of a variant that the baseline makes in neither of its runs, nor `parent` where one is
+        given, one for each prompt; and how many different prompts were asked."""
+        first, second = self.rows(self.baseline, 1), self.rows(self.baseline, 2)
+        theirs = self.rows(parent) if parent and parent != self.baseline else {}
+        errors, prompts = [], set()
+        for row, answer in self.rows(variant).items():
+            if row not in first:
+                continue
+            prompts.add(answer.get("prompt", row))
+            runs = [answers[row] for answers in (first, second) if row in answers]
+            known = [*runs, *([theirs[row]] if row in theirs else [])]
+            excused = {flag for other in known for flag in other["flags"]}
+            fresh = [(flag, False) for flag in answer["flags"] if flag not in excused]
+            if answer["critical"] and not answer["correct"] and all(other["correct"] for other in known):
+                fresh.append(("critical prompt answered wrong", _near_tie(answer, second.get(row, {}))))
+            errors += [CriticalError(row, flag, tie, row not in second) for flag, tie in fresh[:1]]
+        return errors, len(prompts)
+
+    def lost(self, variant: str) -> tuple[int, int, int]:
+        """Of the prompts that the baseline's first run gets right: those wrong in the variant alone, those wrong in the
+        baseline's second run alone, and how many there are."""
+        ours, second = self.rows(variant), self.rows(self.baseline, 2)
+        right = [r for r, answer in self.rows(self.baseline).items() if answer["correct"] and r in ours and r in second]
+        worse = sum(second[r]["correct"] and not ours[r]["correct"] for r in right)
+        better = sum(ours[r]["correct"] and not second[r]["correct"] for r in right)
+        return worse, better, len(right)
+
+    def slices(self, variant: str) -> dict[str, list[str]]:
+        """The prompts that carry each tag."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for row, answer in self.rows(variant).items():
+            for tag in answer["slices"]:
+                found[tag].append(row)
+        return dict(sorted(found.items()))
+
+    def flips(self, variant: str, rows: Iterable[str] | None = None) -> tuple[int, int]:
+        """Prompts right before and wrong after, and the reverse; among `rows` where they are given."""
+        ours, theirs = self.rows(variant), self.rows(self.baseline)
+        shared = ours.keys() & theirs.keys() & set(ours if rows is None else rows)
+        worse = sum(theirs[r]["correct"] and not ours[r]["correct"] for r in shared)
+        better = sum(ours[r]["correct"] and not theirs[r]["correct"] for r in shared)
+        return worse, better
+
+    def worst_slice(self, variant: str) -> tuple[str, int, int, int] | None:
+        """The slice that lost most of its answers: (its tag, worse, better, asked); None where none lost any."""
+        found = [(tag, *self.flips(variant, rows), len(rows)) for tag, rows in self.slices(variant).items()]
+        worst = max(found, key=lambda f: (f[1] - f[2]) / f[3], default=None)
+        return worst if worst and worst[1] > worst[2] else None
+
+    def survival(self, variant: str, against: str = "") -> Interval | None:
+        """How much of the adapter's shift from the base is left in the variant, or how much more than in another one;
+        None where the base was not asked.
+
+        Over the tokens of the scored answers, a = log p(adapter) - log p(base) and v the same of the variant:
+        sum(a v) / sum(a^2), the variant's shift along the adapter's. 1 is all of it and 0 none; noise that knows
+        nothing of the adapter, such as rounding, does not move it. Prompts are clusters.
+        """
+        rows = {k: r for k, r in self.rows(variant).items() if "kept" in r and math.isfinite(r["kept"])}
+        others = {k: r["kept"] for k, r in self.rows(against).items() if "kept" in r} if against else {}
+        shared = [k for k in rows if not against or math.isfinite(others.get(k, math.nan))]
+        if not any(rows[k]["shift"] for k in shared):
+            return None
+        kept = [rows[k]["kept"] - others.get(k, 0.0) for k in shared]
+        return stats.ratio_of_means(kept, [rows[k]["shift"] for k in shared])
+
+    def cut(self, variant: str) -> tuple[list[str], int]:
+        """Prompts whose answer was cut off, where the baseline's ended by itself in time; and how many were asked."""
+        ours, theirs = self.rows(variant), self.rows(self.baseline)
+        shared = sorted(ours.keys() & theirs.keys())
+        return [r for r in shared if theirs[r]["stopped"] and not ours[r]["stopped"]], len(shared)
+
+    def touched(self, variant: str) -> list[str]:
+        """Prompts that a policy of the variant shortened."""
+        return sorted(row for row, answer in self.rows(variant).items() if "uncut_tokens" in answer)
+
+    def lengths(self) -> list[int]:
+        """Lengths of the baseline's own answers in tokens, end of sequence included; those it was cut off at too."""
+        return sorted(answer["new_tokens"] for answer in self.rows(self.baseline).values())
+
+    def task_flips(self, variant: str) -> dict[str, tuple[int, int, int]]:
+        """Of each task's rows: worse than the baseline's, better, and how many both were asked."""
+        found = {}
+        for name, ours in self.tasks[variant].items():
+            theirs = self.tasks[self.baseline].get(name, {})
+            gains = [ours[row] - theirs[row] for row in ours.keys() & theirs.keys()]
+            found[name] = sum(g < 0 for g in gains), sum(g > 0 for g in gains), len(gains)
+        return found
+
+    def size(self, variant: str) -> int | None:
+        """Bytes on disk of what the variant loads: its artifact, or the base and the adapter."""
+        built = self.builds.get(self.plan.models.get(variant, ""))
+        return built["size_bytes"] if built else None
+
+
+def exp(interval: Interval) -> Interval:
+    """From a log-ratio to a ratio."""
+    return Interval(_exp(interval.estimate), _exp(interval.low), _exp(interval.high), interval.n, interval.level)
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def _is_time(value: Json) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+
+
+def _near_tie(answer: Mapping[str, Json], second: Mapping[str, Json]) -> bool:
+    """Whether the reference hardly chose the first token at which the answer leaves its own: its margin there is within
+    what changes from one of its runs to the next, at that token or in a tenth of this answer's. One difference of two
+    runs is a coarse look at noise: many are 0 where logits have 8 bits."""
+    parting, noise = answer.get("parting"), second.get("noise")
+    if not parting or not noise:
+        return False
+    at, margin = parting
+    return bool(at < len(noise) and margin <= max(noise[at], sorted(noise)[len(noise) * 9 // 10]))
+
+
+def _useless(timed: Sequence[Mapping[str, Json]], new_tokens: int = 0) -> str:
+    """Why these requests say nothing of a variant's speed, "" where they do; of a load that ran apart they must have
+    `new_tokens` each where that is fixed."""
+    if not timed:
+        return "no raw requests, and figures without them have no intervals"
+    if not all(_is_time(r["request_duration_ms"]) for r in timed):
+        return "a time that is none"
+    if new_tokens and (odd := [r["new_tokens"] for r in timed if r["new_tokens"] != new_tokens]):
+        return f"answers of {odd[0]} tokens, where the workload has {new_tokens}"
+    return ""
+
+
+def _median(turn: Sequence[Mapping[str, Json]], field: str) -> float:
+    return stats.median([r[field] for r in turn if _is_time(r.get(field))])
+
+
+_DISTURBED: Mapping[str, tuple[float, str]] = {
+    "steal": (0.01, "the host took {:.0%} of the CPU time"),
+    "throttled": (0.01, "a quota withheld {:.0%} of the CPU time"),
+    "heat_events": (0, "the processor slowed down for heat"),
+    "gpu_foreign": (0, "another process was on the GPU"),
+    "gpu_slowed": (0, "the GPU slowed down for heat or power"),
+}
+"""What is read around a turn -> more than which it disturbs, and how that is said."""
+
+
+def _disturbances(moment: Mapping[str, Json], threads: int) -> Iterator[str]:
+    for key, (most, words) in _DISTURBED.items():
+        if (found := moment.get(key) or 0) > most:
+            yield words.format(found)
+    cores, foreign = moment.get("cores", 0), moment.get("foreign_cores")
+    if foreign is not None and foreign > cores - (threads or cores) + 0.25:
+        yield "other processes took processors it needed"

@@ -1,0 +1,151 @@
+"""What is still to be measured before the decision can be made. Pure: the runner asks, the rules answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peftopt import stats
+from peftopt.decision.evidence import FEWEST, Evidence
+from peftopt.decision.rules import ANY_CRITICAL, PARTED, WHOLE, family, fewest_requests, parent_of, rule_name, verdicts
+from peftopt.recipe.thresholds import counted
+from peftopt.records import Recipe, Rule, Variant, Verdict
+
+RACED, ANSWERED = ("gain", "not_slower"), ("parity", "critical_errors", "lost")
+"""Rules that take blocks, and rules that take answers."""
+
+FEWEST_LAUNCHES = 3
+"""Launches from which Student's t can clear a limit that lies far off."""
+
+FEWEST_ANSWERS = 128
+"""Prompts that a variant answers when no rule of its own needs more."""
+
+
+def blocks(evidence: Evidence, workload: str) -> frozenset[str]:
+    """The variants that need another block on this workload, references of open rules included; empty = done."""
+    recipe = evidence.plan.recipe
+    if recipe.baseline in evidence.failures:
+        return frozenset()
+    open_ = {v.name for v in recipe.variants.values() if _needs_block(evidence, v, workload)}
+    for name in tuple(open_ - {recipe.baseline}):
+        variant = recipe.variants[name]
+        open_ |= {parent_of(recipe, variant, step) for step in variant.techniques}
+    runnable = frozenset(name for name in open_ if name not in evidence.failures)
+    return runnable | {recipe.baseline} if runnable else runnable
+
+
+def _needs_block(evidence: Evidence, variant: Variant, workload: str) -> bool:
+    if variant.name in evidence.failures:
+        return False
+    n = evidence.blocks(variant.name, workload)
+    found = verdicts(evidence, variant)
+    rejected = any(v.outcome == "rejected" for v in found)
+    if n < FEWEST:
+        # What is minimized is told of every variant; elsewhere what is rejected already costs no more time.
+        return not rejected or workload == evidence.plan.recipe.minimize.workload
+    if n >= evidence.budget or rejected:
+        return False
+    if variant.name == evidence.baseline:
+        return False
+    return any(v.workload == workload and v.outcome == "inconclusive" and not v.hopeless for v in found)
+
+
+def open_races(evidence: Evidence) -> list[Verdict]:
+    """The undecided races of variants that nothing has rejected: more blocks may settle them."""
+    found = []
+    recipe = evidence.plan.recipe
+    for variant in (v for v in recipe.variants.values() if v.name != recipe.baseline):
+        said = verdicts(evidence, variant)
+        if not any(v.outcome == "rejected" for v in said):
+            found += [v for v in said if v.outcome == "inconclusive" and v.blocks_needed]
+    return found
+
+
+def answers(recipe: Recipe, variant: Variant) -> int | None:
+    """How many prompts the variant has to answer; None = all there are.
+
+    An engine that is a technique of its own goes token by token, to score as well: no more than the rules take.
+    """
+    if not variant.engine.technique:
+        return None
+    names = {WHOLE, *(rule_name(step) for step in variant.techniques)}
+    rules = [*recipe.rules, *([] if any(r.technique == WHOLE for r in recipe.rules) else [ANY_CRITICAL])]
+    claims = [r.limit for r in rules if r.technique in names and r.name == "critical_errors" and r.limit]
+    return max([FEWEST_ANSWERS, *(stats.needed_n(limit, family(recipe)) for limit in claims)])
+
+
+def undecidable(recipe: Recipe, prompts: int) -> Iterator[str]:
+    """What this recipe cannot decide however clear its figures turn out, and what it would take: a sentence each.
+
+    `prompts` is how many it can ask of a variant; they matter where its answers are checked at all.
+    """
+    techniques = {rule_name(step) for variant in recipe.variants.values() for step in variant.techniques}
+    asked = [r for r in recipe.rules if r.limit is not None and r.technique in {WHOLE, *techniques}]
+    if not any(r.technique == WHOLE for r in recipe.rules):
+        asked.append(ANY_CRITICAL)
+    most, variants = recipe.measure.max_blocks, family(recipe)
+    first = stats.looks(variants)[0]
+    raced = [_name(r) for r in asked if r.name in RACED]
+    if raced and first > most:
+        yield (
+            f"{', '.join(raced)}: a race of so many variants is first judged after {first} blocks, and "
+            f"measure.max_blocks is {most}: give {stats.next_look(first)}"
+        )
+    if raced and (launches := -(-most // recipe.measure.relaunch)) < FEWEST_LAUNCHES:
+        relaunch = max(1, most // FEWEST_LAUNCHES)
+        yield (
+            f"{', '.join(raced)}: {most} blocks come from {counted(launches, 'launch', 'launches')}, which cannot show "
+            f"what differs between launches: give measure.relaunch: {relaunch}"
+        )
+    if not recipe.quality and (answered := [_name(r) for r in asked if r.name in ANSWERED and r.technique != WHOLE]):
+        yield f"{', '.join(answered)}: no answers are checked, since the recipe has no quality section"
+    for rule in asked if recipe.quality else ():
+        if rule.limit and (line := _unclaimable(rule, rule.limit, prompts, variants)):
+            yield line
+    for threshold in recipe.require:
+        metric, workload = threshold.metric, threshold.metric.workload
+        fewest = 0 if threshold.relative else fewest_requests(metric, recipe)
+        if workload and (possible := recipe.timed_requests(workload) * most) < fewest:
+            yield f"require: {threshold.text}: takes {fewest} requests, and {most} blocks have {possible}"
+
+
+def _unclaimable(rule: Rule, limit: float, prompts: int, variants: int) -> str:
+    """What so few prompts cannot claim of answers even where nothing is wrong with any, and how many would."""
+    if rule.name == "critical_errors":
+        needed, bound = stats.needed_n(limit, variants), stats.upper_bound(0, prompts, 1 - 0.05 / variants)
+        what = "without a critical error"
+    elif rule.name == "lost" and rule.technique == "merge":
+        needed, bound = _needed(limit, variants), _most(prompts, variants)
+        what = "that the adapter answers right and none of which is lost"
+    elif rule.name == "parity":
+        limit = max(limit, PARTED)
+        needed, bound = _needed(limit, variants), _most(prompts, variants)
+        what = "whose answers do not part from the adapter's"
+    else:
+        return ""
+    if needed <= prompts:
+        return ""
+    return (
+        f"{_name(rule)}: to claim {limit:.2%} of {counted(variants, 'variant')} takes {needed} prompts {what}; there "
+        f"are {prompts}, which can claim {bound:.2%}"
+    )
+
+
+def _most(prompts: int, variants: int) -> float:
+    """The highest excess share that so many prompts leave open when none differs."""
+    return stats.excess(0, 0, prompts, 1 - 0.1 / variants).high if prompts else 1.0
+
+
+def _needed(limit: float, variants: int) -> int:
+    """The fewest prompts that leave no more than `limit` open when none differs."""
+    return next((n for n in range(1, 100_000) if _most(n, variants) <= limit), 100_000)
+
+
+def _name(rule: Rule) -> str:
+    return f"{rule.technique}.{rule.name}"
+
+
+def hopeless(evidence: Evidence, variant: str) -> bool:
+    """Whether a rule that further answers cannot mend has rejected the variant: a critical error, a bad file."""
+    found = verdicts(evidence, evidence.plan.recipe.variants[variant])
+    final = ("artifact.runs", "artifact.intact")
+    return any(v.outcome == "rejected" and (v.rule in final or v.rule.endswith(".critical_errors")) for v in found)

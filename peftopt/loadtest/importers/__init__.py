@@ -1,0 +1,194 @@
+"""Other people's meters, one file each: their result files -> the records of `peftopt load`. Pure.
+
+A meter's file has a one-line docstring, `NAME`, `VERSIONS` (the format versions it was checked against), and
+
+    def recognises(data: Json) -> bool                    data is a parsed JSON file, or the list of its lines
+    def read(data: Json, about: About) -> list[Found]     raises ValueError, KeyError or TypeError for a broken file
+
+What a meter does not tell is no number here: it is said in `lacks`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+
+from peftopt import jsonl
+from peftopt.errors import BadInput
+from peftopt.loadtest import summary
+from peftopt.loadtest.summary import Request
+from peftopt.records import Json, Measurement
+
+SCHEDULED = "scheduled times: latency counts from when a request was sent, so a late sender hides a slow server"
+GAPS = "gaps between tokens: no ITL"
+RAW = "raw samples: its figures have no intervals, so nothing can be decided on them"
+
+
+@dataclass(frozen=True)
+class About:
+    """What is known of a result file beside what it holds: its `name`, and the `task` that the user says it is of."""
+
+    name: str = ""
+    task: str = ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """One run of another meter. `requests` where it kept them, else what it `reported`; `probe` is "load" or "task";
+    `started` is when it began, as peftopt.moments writes it, "" where the file does not tell."""
+
+    title: str
+    source: str
+    lacks: tuple[str, ...]
+    requests: tuple[Request, ...] = ()
+    reported: Mapping[str, Json] = field(default_factory=dict)
+    probe: str = "load"
+    values: Mapping[str, Json] = field(default_factory=dict)
+    started: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is a load in which nothing was answered."""
+        timed = [r for r in self.requests if not r.warmup]
+        if timed:
+            return all(r.error for r in timed)
+        return self.probe == "load" and self.reported.get("completed") == 0
+
+    @property
+    def raw(self) -> bool:
+        """Whether something can be decided on it."""
+        return not any(what.startswith(RAW) for what in self.lacks)
+
+    def measurement(self, variant: str, at: str, workload: str = "") -> Measurement:
+        """The record to keep."""
+        values: dict[str, Json] = {"source": self.source, "title": self.title, "lacks": list(self.lacks), **self.values}
+        if self.probe == "load":
+            values |= {"started": self.started} if self.started else {}
+            values |= {"requests": [r.as_json() for r in self.requests], "reported": dict(self.reported)}
+        return Measurement(self.probe, variant, workload if self.probe == "load" else "", values=values, at=at)
+
+
+def modules() -> list[ModuleType]:
+    """Every meter that can be read."""
+    return [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+
+
+def read(path: Path, task: str = "") -> list[Found]:
+    """The runs in a result file, whichever meter wrote it; `task` as in About. Raises BadInput for a file that none can
+    read."""
+    known = modules()
+    try:
+        data = _parsed(jsonl.text_of(path.read_bytes()))
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is no text: {error}", "save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is neither JSON nor JSON lines: {error}", "give a meter's own result file") from error
+    meter = next((m for m in known if m.recognises(data)), None)
+    if meter is None:  # of JSON lines, a single one
+        data = [data]
+        meter = next((m for m in known if m.recognises(data)), None)
+    if meter is None:
+        hint = f"known: {'; '.join(f'{m.NAME} ({m.VERSIONS})' for m in known)}"
+        raise BadInput(f"{path} is no result of a meter that can be read", hint)
+    try:
+        found: list[Found] = [_sound(run) for run in meter.read(data, About(path.name, task))]
+    except jsonl.BROKEN as error:
+        hint = f"format versions that can be read: {meter.VERSIONS}"
+        raise BadInput(f"{path} looks like {meter.NAME}, but is not whole: {error!r}", hint) from error
+    if not found:
+        raise BadInput(f"{path} ({meter.NAME}) holds no runs", "measure something first")
+    return found
+
+
+def _parsed(text: str) -> Json:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return [json.loads(line) for _, line in jsonl.lines(text)]
+
+
+def _sound(found: Found) -> Found:
+    """The run without answers whose times or lengths cannot be, and how many those were. A failure stays a failure,
+    whatever its times. Raises ValueError where nothing is left."""
+    kept = [r for r in (_failure(r) if r.error else r for r in found.requests) if r.error or _is_sound(r)]
+    if not (n := len(found.requests) - len(kept)):
+        return replace(found, requests=tuple(kept))
+    if not kept:
+        raise ValueError("no request has times and lengths that can be")
+    lack = f"times or lengths that can be for {n} of {len(found.requests)} requests: they are set aside"
+    return replace(found, requests=tuple(kept), lacks=(*found.lacks, lack))
+
+
+def _is_sound(request: Request) -> bool:
+    times = (request.scheduled, request.sent, request.done, *request.gaps_ms)
+    seen = [t for t in (request.first, request.last) if t is not None]
+    counts = [n for n in (request.prompt_tokens, request.new_tokens) if n is not None]
+    return (
+        all(map(_is_number, [*times, *seen, *counts]))
+        and request.new_tokens is not None
+        and min([*counts, *request.gaps_ms], default=0) >= 0
+        and request.sent <= request.done
+        and seen == sorted(seen)
+        and all(request.sent <= t for t in seen)
+    )
+
+
+def _failure(request: Request) -> Request:
+    """A failed request with what of it is a number."""
+    due = next((t for t in (request.scheduled, request.sent) if _is_number(t)), 0.0)
+    sent = request.sent if _is_number(request.sent) else due
+    return replace(
+        request,
+        scheduled=due,
+        sent=sent,
+        done=request.done if _is_number(request.done) else sent,
+        first=request.first if _is_number(request.first) else None,
+        last=request.last if _is_number(request.last) else None,
+        gaps_ms=tuple(gap for gap in request.gaps_ms if _is_number(gap)),
+        prompt_tokens=request.prompt_tokens if _is_number(request.prompt_tokens) else None,
+        new_tokens=request.new_tokens if _is_number(request.new_tokens) else 0,
+    )
+
+
+def _is_number(value: Json) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def from_zero(requests: Sequence[Request]) -> tuple[Request, ...]:
+    """Times moved so that the first request was scheduled at 0."""
+    start = min((r.scheduled for r in requests if _is_number(r.scheduled)), default=0.0)
+
+    def moved(t: float | None) -> float | None:
+        return None if t is None else t - start
+
+    return tuple(
+        replace(
+            r,
+            scheduled=r.scheduled - start,
+            sent=r.sent - start,
+            done=r.done - start,
+            first=moved(r.first),
+            last=moved(r.last),
+        )
+        for r in requests
+    )
+
+
+def as_loaded(found: Found) -> dict[str, Json]:
+    """What `render.load` shows of a run, in the shape of `load.as_json`."""
+    empty: dict[str, Json] = {"trials": [], "highest_rate": None, "engine": {}}
+    requests = found.requests
+    return {
+        "figures": summary.figures(requests),
+        "by_model": summary.by_model(requests),
+        "own_delay": summary.own_delay(requests),
+        **empty,
+    }

@@ -1,0 +1,78 @@
+"""Wire formats of servers, one file each: what a request's body is, and what each message of its answer says. Pure.
+
+A protocol file has a one-line docstring, `PATH` (below the server's URL), `STREAMS` (whether the answer comes as
+server-sent events), `FIXED_LENGTH` (whether it has a way to say "exactly so many tokens"), `TAKES_IDS` (whether a
+prompt may be token ids), and
+
+    def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]
+    def read(data: Json) -> Event
+
+`extensions` are fields beyond the published schema of the first such server, which others may refuse.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from peftopt.records import Json
+
+NAMES = ("completions", "chat", "llamacpp", "tgi", "mii")
+"""Every protocol that a recipe or a command line can name."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt in the forms that a server may take it in; a protocol uses the first that it can."""
+
+    messages: Sequence[Mapping[str, str]] = ()
+    text: str = ""
+    ids: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one message of a stream says. `is_token`: it brings new text, so that its arrival is a token's time.
+
+    `ids` are the new tokens' ids where the server tells; `finish` why the answer ended ("stop", "length");
+    `prompt_tokens` and `new_tokens` the server's own counts, at the end; `error` its own words.
+    """
+
+    is_token: bool = False
+    text: str = ""
+    ids: tuple[int, ...] = ()
+    finish: str = ""
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    error: str = ""
+
+
+def module(name: str) -> ModuleType:
+    """The protocol's module."""
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def error_of(data: Json) -> str:
+    """What a server says went wrong: OpenAI's {"error": {"message"}}, TGI's {"error"}, FastAPI's {"detail"}; "" = all
+    is well."""
+    if not isinstance(data, Mapping):
+        return ""
+    found = data.get("error") or (data.get("message") if data.get("object") == "error" else "") or data.get("detail")
+    if isinstance(found, Mapping):
+        found = found.get("message") or found
+    return str(found)[:300] if found else ""
+
+
+def choice_of(data: Json) -> Mapping[str, Json]:
+    """The first choice in a message of OpenAI's; {} in one that brings none, such as the last with only the counts.
+    Raises TypeError for what is no message."""
+    if not isinstance(data, Mapping):
+        raise TypeError(f"a message is {type(data).__name__}, not a mapping")
+    return (data.get("choices") or [{}])[0] or {}
+
+
+def count(value: Json) -> int | None:
+    """A server's own count of tokens; None where it tells none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -1,0 +1,50 @@
+"""OpenAI's /v1/completions, as vLLM, SGLang, llama.cpp's server and TensorRT-LLM speak it; a prompt may be token ids.
+
+Source: platform.openai.com/docs/api-reference/completions; the extensions are vLLM's
+(vllm/entrypoints/openai/completion/protocol.py).
+"""
+
+from __future__ import annotations
+
+from peftopt.loadtest.protocols import Event, Prompt, choice_of, count, error_of
+from peftopt.records import Json
+
+PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/v1/completions", True, True, True
+
+
+def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:
+    given = list(prompt.ids) or prompt.text or "\n".join(m["content"] for m in prompt.messages)
+    return {"prompt": given, **shared(model, new_tokens, stop, extensions)}
+
+
+def shared(model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:
+    """The fields that both of OpenAI's forms have."""
+    fixed = {} if stop else {"ignore_eos": True, "min_tokens": new_tokens}
+    return {
+        "model": model,
+        "max_tokens": new_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        **({**fixed, "return_token_ids": True} if extensions else {}),
+    }
+
+
+def read(data: Json) -> Event:
+    if error := error_of(data):
+        return Event(error=error)
+    choice = choice_of(data)
+    text, ids, finish = (
+        choice.get("text") or "",
+        tuple(choice.get("token_ids") or ()),
+        choice.get("finish_reason") or "",
+    )
+    # A special token has no text, and yet it is one: only the last message, which just says why, brings none.
+    is_token = bool(text or ids or (choice and not finish))
+    return Event(is_token, text, ids, finish, *counts(data))
+
+
+def counts(data: Json) -> tuple[int | None, int | None]:
+    """(prompt tokens, new tokens) as the server counted them."""
+    usage = data.get("usage") or {}
+    return count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))

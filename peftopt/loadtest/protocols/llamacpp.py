@@ -1,0 +1,33 @@
+"""llama.cpp's own /completion; one token a message, with its id, which its OpenAI forms do not tell.
+
+A character that takes several tokens comes in one message, and only the last of their ids is told: where the count
+says more tokens than there are ids, the text has to be taken. Source: tools/server/README.md of ggml-org/llama.cpp.
+"""
+
+from __future__ import annotations
+
+from peftopt.loadtest.protocols import Event, Prompt, error_of
+from peftopt.records import Json
+
+PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/completion", True, True, True
+
+_FINISH = {"eos": "stop", "word": "stop", "limit": "length"}
+
+
+def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:
+    given = list(prompt.ids) or prompt.text or "\n".join(m["content"] for m in prompt.messages)
+    fixed = {} if stop else {"ignore_eos": True}
+    # the likeliest token needs no other samplers
+    greedy = {"temperature": 0, "samplers": ["top_k"], "top_k": 1}
+    named = {"model": model} if model else {}
+    return {"prompt": given, "n_predict": new_tokens, "stream": True, "return_tokens": True, **greedy, **fixed, **named}
+
+
+def read(data: Json) -> Event:
+    if error := error_of(data):
+        return Event(error=error)
+    ids, text = tuple(data.get("tokens") or ()), data.get("content") or ""
+    if not data.get("stop"):
+        return Event(bool(ids or text), text, ids)
+    finish = _FINISH.get(data.get("stop_type", ""), "stop")
+    return Event(bool(ids or text), text, ids, finish, data.get("tokens_evaluated"), data.get("tokens_predicted"))

@@ -1,0 +1,35 @@
+"""DeepSpeed-MII's REST form: POST /mii/NAME; the whole answer at once, so there is no time to first token.
+
+`url` names the deployment (http://host:28080/mii/my-deployment). The gateway hands the body to MII's
+`client.generate` as keyword arguments, and answers a JSON list that is itself a JSON string.
+Source: mii/grpc_related/restful_gateway.py, mii/batching/data_classes.py of microsoft/DeepSpeed-MII.
+"""
+
+from __future__ import annotations
+
+import json
+
+from peftopt.loadtest.protocols import Event, Prompt, error_of
+from peftopt.records import Json
+
+PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "", False, True, False
+
+
+def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:
+    text = prompt.text or "\n".join(m["content"] for m in prompt.messages)
+    fixed = {} if stop else {"ignore_eos": True}
+    return {"prompts": [text], "max_new_tokens": new_tokens, "do_sample": False, **fixed}
+
+
+def read(data: Json) -> Event:
+    answers = json.loads(data) if isinstance(data, str) else data
+    if error := error_of(answers):
+        return Event(error=error)
+    answer = answers[0]
+    return Event(
+        True,
+        answer["generated_text"],
+        finish=str(answer["finish_reason"]),
+        prompt_tokens=answer["prompt_length"],
+        new_tokens=answer["generated_length"],
+    )

@@ -1,0 +1,33 @@
+"""Text Generation Inference's own /generate_stream; one token a message, with its id; LoRAX speaks it too.
+
+It decodes greedily unless it is told to sample, and has no way to go on past the end of sequence: lengths are not
+fixed. An adapter is named by `adapter_id`. Source: docs/openapi.json of huggingface/text-generation-inference.
+"""
+
+from __future__ import annotations
+
+from peftopt.loadtest.protocols import Event, Prompt, error_of
+from peftopt.records import Json
+
+PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/generate_stream", True, False, False
+
+_FINISH = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
+
+
+def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:
+    parameters: dict[str, Json] = {"max_new_tokens": new_tokens, "do_sample": False, "details": True}
+    if model:
+        parameters["adapter_id"] = model
+    text = prompt.text or "\n".join(m["content"] for m in prompt.messages)
+    return {"inputs": text, "parameters": parameters}
+
+
+def read(data: Json) -> Event:
+    if error := error_of(data):
+        return Event(error=error)
+    token, details = data.get("token"), data.get("details") or {}
+    if token is None:
+        return Event()
+    finish = _FINISH.get(details.get("finish_reason", ""), "")
+    text = "" if token.get("special") else token["text"]
+    return Event(True, text, (token["id"],), finish, details.get("input_length"), details.get("generated_tokens"))

@@ -1,0 +1,317 @@
+"""Load a server: what to send and when, alone, up to the highest rate that holds a level, or to an adapter too many.
+
+    traffic -> player -> requests -> goodput (what came back)
+
+What a load found is a record like any other: `append` and `keep` put it where `decide` reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peftopt import jsonl, store
+from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput, MissingEnvironment
+from peftopt.loadtest import arrivals, summary
+from peftopt.loadtest.arrivals import Traced
+from peftopt.loadtest.client import Client, Target
+from peftopt.loadtest.importers import Found
+from peftopt.loadtest.moments import utc
+from peftopt.loadtest.protocols import Prompt
+from peftopt.loadtest.sender import Planned, Played, Show, play, settle, warm_up
+from peftopt.loadtest.summary import Request, Slo
+from peftopt.recipe.thresholds import counted
+from peftopt.records import Json, Measurement, Workload
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What to send. `weights` of the served names, {} = the only one; `requests`, or as many as are due in
+    `duration_s`; `concurrency` > 0 is a closed loop of so many users; a `trace` says itself what is due when. `fixed`:
+    every answer gets `new_tokens` exactly, where the server can."""
+
+    prompts: Mapping[str, Prompt]
+    weights: Mapping[str, float]
+    new_tokens: int
+    fixed: bool = True
+    arrivals: str = "poisson"
+    burstiness: float = 1.0
+    mix: str = "uniform"
+    requests: int = 0
+    duration_s: float = 60.0
+    concurrency: int = 0
+    seed: int = 0
+    trace: tuple[Traced, ...] = ()
+
+    def check(self, rate: float) -> None:
+        """Raises BadInput for traffic that cannot be."""
+        for name, value, known in (("arrivals", self.arrivals, arrivals.ARRIVALS), ("mix", self.mix, arrivals.MIXES)):
+            if value not in known:
+                raise BadInput(f"--{name} {value}: no such kind", f"known: {', '.join(known)}")
+        numbers = {
+            "rate": rate,
+            "burstiness": self.burstiness,
+            "duration": self.duration_s,
+            "new-tokens": self.new_tokens,
+        }
+        for name, number in numbers.items():
+            if not 0 < number < 1e6:
+                raise BadInput(f"--{name} {number:g}: must be more than 0", "leave it out for its default")
+        if any(not w > 0 for w in self.weights.values()):
+            raise BadInput("a weight of --model must be more than 0", "write --model NAME=2")
+        if lacking := [t.id for t in self.trace if t.id and t.id not in self.prompts]:
+            raise BadInput(f"the trace names the prompt {lacking[0]!r}, which no prompt has", "give its --prompts")
+        if not self.prompts and not self.trace:
+            raise BadInput("no prompts to send", "add --prompts FILE.jsonl, or a --trace with prompt_tokens")
+
+    def expected(self, rate: float) -> int:
+        """How many requests a run has."""
+        return len(self.trace) or self.requests or max(2, round(rate * self.duration_s))
+
+    def planned(self, rate: float, names: Sequence[str], again: int = 0) -> list[Planned]:
+        """The requests at `rate`; `again` makes other ones of the same kind."""
+        seed = self.seed + 1000 * again
+        weights = {name: self.weights.get(name, 1.0) for name in names}
+        if self.trace:
+            mixed = arrivals.mix(weights, self.mix, len(self.trace), seed)
+            return [self._traced(n, t, mixed[n]) for n, t in enumerate(self.trace)]
+        n = self.expected(rate)
+        times = [0.0] * n if self.concurrency else arrivals.arrivals(self.arrivals, rate, n, seed, self.burstiness)
+        ids, mixed = arrivals.in_order(list(self.prompts), n, seed), arrivals.mix(weights, self.mix, n, seed)
+        whole = zip(times, ids, mixed, strict=True)
+        return [Planned(at, id_, model, self.prompts[id_], self.new_tokens) for at, id_, model in whole]
+
+    def _traced(self, number: int, line: Traced, mixed: str) -> Planned:
+        made_up = Prompt(text=arrivals.made_up(line.prompt_tokens, number))
+        prompt = self.prompts[line.id] if line.id else made_up
+        new_tokens = line.new_tokens or self.new_tokens
+        return Planned(line.at, line.id or f"made up {number}", line.model or mixed, prompt, new_tokens)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One rate that was tried, and whether it held."""
+
+    rate: float
+    held: bool
+    played: Played
+
+
+@dataclass
+class Loaded:
+    """A server under load: one run, or in a search all its trials and the `highest` rate that held (None: none did), or
+    the runs with 1, 2, … adapters (`sets`). `notes` say what a reader must know."""
+
+    played: Played
+    warmed: list[Request]
+    notes: list[str]
+    trials: list[Trial] = field(default_factory=list)
+    highest: float | None = None
+    sets: list[Played] = field(default_factory=list)
+
+
+def run(target: Target, traffic_: Traffic, rate: float, show: Show, patient: bool = False) -> Loaded:
+    """One load at `rate` (requests a second; of no meaning to a trace or a closed loop).
+
+    Raises MissingEnvironment when no server answers, BadInput for a name that is not served.
+    """
+
+    async def session() -> Loaded:
+        async with Client(target) as client:
+            names, warmed = await _ready(client, traffic_)
+            played = await _play(client, traffic_, traffic_.planned(rate, names), show, patient)
+            return Loaded(played, warmed, _notes(client, traffic_, played))
+
+    return asyncio.run(session())
+
+
+def find_rate(
+    target: Target, traffic_: Traffic, start: float, slos: Sequence[Slo], show: Show, tell: Callable[[Trial], None]
+) -> Loaded:
+    """The highest rate at which the service levels hold, verified by repeats, each with other arrivals and prompts.
+    `tell` hears of each trial. An interrupt ends the search without an answer. Raises as `run` does."""
+
+    async def session() -> Loaded:
+        async with Client(target) as client:
+            names, warmed = await _ready(client, traffic_)
+            trials: list[Trial] = []
+            search = summary.highest_rate(start)
+            rate = next(search)
+            while True:
+                planned = traffic_.planned(rate, names, again=len(trials))
+                played = await _play(client, traffic_, planned, show, patient=False)
+                share = summary.attained(played.requests, slos).estimate
+                trials.append(Trial(rate, not played.stopped and share >= summary.ATTAINED, played))
+                tell(trials[-1])
+                notes = _notes(client, traffic_, played)
+                if played.stopped == "interrupted":
+                    return Loaded(played, warmed, notes, trials)
+                if not share and summary.apart(played.requests):
+                    notes = [*notes, "a request alone misses the service level: no rate can hold it"]
+                    return Loaded(played, warmed, notes, trials)
+                await settle(client)
+                try:
+                    rate = search.send(trials[-1].held)
+                except StopIteration as found:
+                    best = [t for t in trials if t.rate == found.value]
+                    last = best[-1].played if best else played
+                    return Loaded(last, warmed, notes, trials, found.value)
+
+    return asyncio.run(session())
+
+
+def find_cliff(target: Target, traffic_: Traffic, rate: float, show: Show, tell: Callable[[Played], None]) -> Loaded:
+    """The same load on the first served name alone, on two of them, and so on: where users begin to wait, the engine
+    has fewer slots than adapters (see goodput.cliff). `tell` hears of each run. Raises as `run` does."""
+
+    async def session() -> Loaded:
+        async with Client(target) as client:
+            names, warmed = await _ready(client, traffic_)
+            found = Loaded(Played(), warmed, [])
+            for size in range(1, len(names) + 1):
+                planned = traffic_.planned(rate, names[:size])
+                found.played = await _play(client, traffic_, planned, show, patient=True)
+                found.sets.append(found.played)
+                tell(found.played)
+                found.notes = _notes(client, traffic_, found.played)
+                if found.played.stopped:
+                    break
+                await settle(client)
+            return found
+
+    return asyncio.run(session())
+
+
+async def _ready(client: Client, traffic_: Traffic) -> tuple[list[str], list[Request]]:
+    """The served names, each asked once."""
+    named = [*traffic_.weights, *(t.model for t in traffic_.trace if t.model)]
+    names = await client.served(list(dict.fromkeys(named)))
+    first = next(iter(traffic_.prompts.items()), ("made up", Prompt(text=arrivals.made_up(16, 0))))
+    ask = [Planned(0.0, first[0], name, first[1], traffic_.new_tokens) for name in names]
+    return names, await warm_up(client, ask, traffic_.fixed)
+
+
+async def _play(client: Client, traffic_: Traffic, planned: Sequence[Planned], show: Show, patient: bool) -> Played:
+    burstiness = traffic_.burstiness if traffic_.arrivals == "gamma" else 1.0
+    # a trace comes as it came: its own bursts are no saturation
+    patient = patient or bool(traffic_.trace)
+    return await play(client, planned, traffic_.fixed, traffic_.concurrency, burstiness, show, patient)
+
+
+def _notes(client: Client, traffic_: Traffic, played: Played) -> list[str]:
+    """What a reader of the figures must know, worst first."""
+    notes = []
+    if played.stopped:
+        notes.append(f"stopped: {played.stopped}; {played.unsent} requests were not sent")
+    if client.guessed:
+        notes.append(
+            f"the server told no usage with {counted(client.guessed, 'answer')}: messages were counted instead of "
+            "tokens, and where one brings several, tokens/s and TPOT are wrong by as much"
+        )
+    notes += client.notes
+    delay = summary.own_delay(played.requests, played.lag_ms)
+    if delay["matters"]:
+        notes.append(
+            f"the load generator itself was late, enough to matter (P95 {delay['p95_ms']:.1f} ms to send, "
+            f"{delay['loop_p95_ms']:.1f} ms to wake up): run it on a machine of its own, or at a lower rate"
+        )
+    answered = [r for r in played.requests if not r.error]
+    wanted = traffic_.new_tokens
+    short = sum(r.new_tokens < wanted for r in answered) if not traffic_.trace else 0
+    if traffic_.fixed and short and not client.guessed:
+        refused = f"the server refuses ignore_eos: {client.refused}"
+        why = "the server knows no ignore_eos" if client.extensions else refused
+        notes.append(f"{short} of {len(answered)} answers are shorter than {wanted} tokens ({why}): lengths differ")
+    if not client.protocol.STREAMS:
+        notes.append(f"{client.target.protocol} does not stream: no time to first token, none between tokens")
+    return notes
+
+
+def of_workload(workload: Workload, seed: int) -> dict[str, Json]:
+    """What a recipe's workload says of a Traffic, and its `rate` where requests come at one. Batches that are asked one
+    after the other are a closed loop of as many users."""
+    arriving = {"rate": workload.rate} if workload.rate else {"concurrency": workload.users or workload.batch}
+    fixed = workload.lengths == "fixed"
+    return {"new_tokens": workload.new_tokens, "fixed": fixed, "requests": workload.requests, "seed": seed, **arriving}
+
+
+def read_trace(trace: Path | None) -> tuple[Traced, ...]:
+    """The trace of a Traffic, from its file; () without one. Raises BadInput naming the line that is broken."""
+    try:
+        traced = arrivals.trace(jsonl.text_of(trace.read_bytes()).split("\n")) if trace else []
+    except OSError as error:
+        raise BadInput(f"cannot read {trace}: {error.strerror}", "check the path") from error
+    except ValueError as error:
+        raise BadInput(f"{trace}: {error}", 'a line looks like {"offset_s": 1.25, "id": "row-7"}') from error
+    if trace and not traced:
+        raise BadInput(f"{trace} holds no requests", "add at least one JSON line")
+    return tuple(traced)
+
+
+def outcome(loaded: Loaded, slos: Sequence[Slo], searched: bool) -> int:
+    """The exit code. Nothing answered is never accepted; service levels are met when the whole interval of their share
+    is above the share that must meet them."""
+    played = loaded.played
+    if played.stopped == "interrupted":
+        return INTERRUPTED
+    if not any(not r.error for r in played.requests):
+        return ENVIRONMENT
+    if searched:
+        return ACCEPTED if loaded.highest is not None else REJECTED
+    if not slos:
+        return ACCEPTED
+    share = summary.attained(played.requests, slos)
+    if played.stopped or share.high < summary.ATTAINED:
+        return REJECTED
+    return ACCEPTED if share.low >= summary.ATTAINED else INCONCLUSIVE
+
+
+def append(path: Path, variant: str, values: Mapping[str, Json], workload: str = "") -> None:
+    """Add a run to a file of measurements, on disk before this returns: the raw requests, and no figures, which are
+    made of them."""
+    made = ("figures", "by_model", "adapters", "queues_ms", "cliff")
+    kept = {key: value for key, value in values.items() if key not in made}
+    kept["trials"] = [{key: trial[key] for key in ("rate", "held", "stopped")} for trial in values["trials"]]
+    _append(path, Measurement("load", variant, workload, values={"source": "peftopt", **kept}, at=utc(time.time())))
+
+
+def keep(path: Path | None, found: Found, variant: str, workload: str = "") -> Measurement:
+    """Another meter's run as a record, added to a file of measurements where one is given."""
+    record = found.measurement(variant, utc(time.time()), workload)
+    if path:
+        _append(path, record)
+    return record
+
+
+def _append(path: Path, record: Measurement) -> None:
+    try:
+        store.append(path, record)
+    except OSError as error:
+        raise MissingEnvironment(f"cannot write {path}: {error.strerror}", "choose another --out") from error
+
+
+def as_json(loaded: Loaded, slos: Sequence[Slo]) -> dict[str, Json]:
+    """A run's figures, its raw requests, the warm-ups first, and when it `started` (ISO 8601, UTC)."""
+    played, whole = loaded.played, [*loaded.warmed, *loaded.played.requests]
+    return {
+        "started": played.started,
+        "figures": summary.figures(played.requests, slos),
+        "by_model": summary.by_model(whole, slos),
+        "own_delay": summary.own_delay(played.requests, played.lag_ms),
+        "engine": played.engine,
+        "stopped": played.stopped,
+        "unsent": played.unsent,
+        "notes": loaded.notes,
+        "trials": [
+            {"rate": t.rate, "held": t.held, "stopped": t.played.stopped, **summary.figures(t.played.requests, slos)}
+            for t in loaded.trials
+        ],
+        "highest_rate": loaded.highest,
+        "adapters": (waits := [summary.waited(played.requests) for played in loaded.sets]),
+        "queues_ms": (queues := [played.engine.get("queue_ms") for played in loaded.sets]),
+        "cliff": summary.cliff(waits, queues),
+        "requests": [r.as_json() for r in whole],
+    }

@@ -1,0 +1,1 @@
+"""Model and adapter folders on disk: read, checked, loaded and written."""

@@ -1,0 +1,1 @@
+"""What the user wrote: recipe text -> Recipe -> Plan. Pure."""

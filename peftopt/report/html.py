@@ -1,0 +1,178 @@
+"""The report as one HTML file that loads nothing: a forest plot, the table, the rules, the evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import PurePath
+
+from peftopt.records import Decision, Interval, Measurement, VariantDecision
+from peftopt.report import answers, measured, table, words
+
+OUTPUT = 600
+DETAIL = 4_000
+ROW = 66
+"""Height of a plot's row in pixels: a line of text, the interval, the dots."""
+TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
+NEAREST = 7.0
+"""Per cent of the width below which two tick labels would touch on a phone."""
+
+
+@dataclass(frozen=True)
+class Dot:
+    x: float
+    y: float
+
+
+@dataclass(frozen=True)
+class PlotRow:
+    """A variant in the plot; positions in per cent of the width, None where there is nothing to draw."""
+
+    name: str
+    outcome: str
+    text: str
+    top: int
+    x: float
+    low: float
+    high: float
+    limit: float | None
+    limit_text: str
+    dots: tuple[Dot, ...]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A forest plot of ratios to the baseline on a log scale."""
+
+    workload: str
+    clock: str
+    height: int
+    one: float
+    ticks: tuple[tuple[float, str], ...]
+    rows: tuple[PlotRow, ...]
+
+
+def render(decision: Decision, measurements: Sequence[Measurement]) -> str:
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    def shown(value: object) -> object:
+        return value if isinstance(value, Markup) else words.clean(value)
+
+    environment = Environment(
+        autoescape=True, finalize=shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = resources.files("peftopt.report").joinpath("report.html.j2").read_text("utf-8")
+    return environment.from_string(template).render(
+        decision=decision,
+        recipe=PurePath(decision.recipe).name or decision.recipe,
+        warnings=table.warnings(decision),
+        table=table.rows(decision),
+        plots=[p for w in table.workloads(decision) if (p := plot(decision, measurements, w))],
+        rules={v.name: table.rule_rows(v) for v in decision.variants},
+        flips=answers.flips(decision, measurements),
+        by_workload=table.by_workload(decision),
+        further=table.further(decision),
+        slices=answers.slices(decision, measurements),
+        effort=measured.effort(decision, measurements),
+        facts=measured.facts(decision, measurements),
+        failures=measured.failures(measurements),
+        how_to_read=table.HOW_TO_READ,
+        missing=words.MISSING,
+        row_height=ROW,
+        clip=lambda text: words.clip(text, OUTPUT),
+        detail=lambda text: words.clip(text, DETAIL),
+        slug=lambda outcome: outcome.replace(" ", "-"),
+    )
+
+
+# ---- the forest plot ---------------------------------------------------------------------------
+
+
+def plot(decision: Decision, measurements: Sequence[Measurement], workload: str) -> Plot | None:
+    """Ratio to the baseline by variant, with the raw block ratios beneath; None when there is no ratio."""
+    name = table.ratio_name(decision, workload)
+    drawn = [(v, ratio) for v in decision.variants if _drawable(ratio := v.figures.get(name))]
+    if not drawn:
+        return None
+    blocks = measured.block_ratios(decision, measurements, workload)
+    limits = {v.name: _limit(decision, v, workload) for v, _ in drawn}
+    edges = [x for _, r in drawn if r for x in (r.estimate, r.low, r.high) if _positive(x)]
+    central = sorted(x for v, _ in drawn for x in blocks.get(v.name, []))
+    central = central[len(central) // 20 : len(central) - len(central) // 20]
+    scale = Scale.around([1.0, *edges, *central, *(x for x in limits.values() if x is not None)])
+    rows = [
+        PlotRow(
+            name=v.name + " (baseline)" * (v.name == decision.baseline),
+            outcome="baseline" if v.name == decision.baseline else v.outcome,
+            text=words.speed(ratio, compact=True),
+            top=n * ROW,
+            x=scale.at(ratio.estimate),
+            low=scale.at(ratio.low),
+            high=scale.at(ratio.high),
+            limit=None if (limit := limits[v.name]) is None else scale.at(limit),
+            limit_text="" if limit is None else f"limit {limit:.2f}x",
+            dots=_dots(scale, blocks.get(v.name, [])),
+        )
+        for n, (v, ratio) in enumerate(drawn)
+        if ratio is not None
+    ]
+    clock = "CPU time" if name.startswith("cpu") else "wall clock"
+    return Plot(workload, clock, len(rows) * ROW, scale.at(1.0), scale.ticks(), tuple(rows))
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Log ratio -> per cent of the width, within 1 to 99 so that no mark is cut."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def around(cls, ratios: Sequence[float]) -> Scale:
+        logs = [math.log(ratio) for ratio in ratios]
+        margin = max((max(logs) - min(logs)) * 0.06, 0.02)
+        return cls(min(logs) - margin, max(logs) + margin)
+
+    def at(self, ratio: float) -> float:
+        """Where a ratio lies; what lies beyond the edge is drawn at the edge."""
+        if not ratio > 0:
+            return 1.0
+        share = (math.log(ratio) - self.low) / (self.high - self.low) if math.isfinite(ratio) else 1.0
+        return round(1 + 98 * min(max(share, 0.0), 1.0), 2)
+
+    def ticks(self) -> tuple[tuple[float, str], ...]:
+        """Labelled positions that leave each other room, 1 first."""
+        kept: list[tuple[float, str]] = []
+        for tick in sorted(TICKS, key=lambda t: abs(math.log(t))):
+            x = self.at(tick)
+            if self.low < math.log(tick) < self.high and all(abs(x - other) >= NEAREST for other, _ in kept):
+                kept.append((x, f"{tick:g}x"))
+        return tuple(sorted(kept))
+
+
+def _limit(decision: Decision, variant: VariantDecision, workload: str) -> float | None:
+    """The ratio a rule asks for, where the rule compares what the plot compares."""
+    if workload != decision.minimize.partition("@")[2]:
+        return None
+    asked = [
+        v.limit
+        for v in variant.verdicts
+        if v.rule.endswith((".gain", ".not_slower")) and v.against == decision.baseline and v.unit == "x"
+    ]
+    return next((limit for limit in asked if limit is not None and _positive(limit)), None)
+
+
+def _dots(scale: Scale, ratios: Sequence[float]) -> tuple[Dot, ...]:
+    """One dot per block, spread over three heights so that equal ratios stay apart."""
+    return tuple(Dot(scale.at(ratio), 4.0 * (n % 3)) for n, ratio in enumerate(ratios))
+
+
+def _drawable(ratio: Interval | None) -> bool:
+    return ratio is not None and _positive(ratio.estimate)
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0

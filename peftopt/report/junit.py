@@ -1,0 +1,50 @@
+"""The decision as JUnit XML: a suite per variant, a case per verdict. Only accepted looks like a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from xml.etree import ElementTree
+
+from peftopt.records import Decision, Measurement, Outcome, VariantDecision
+from peftopt.report import words
+
+Case = tuple[str, Outcome, str]
+
+TAGS: dict[Outcome, str] = {"rejected": "failure", "inconclusive": "error", "not judged": "skipped"}
+COUNTED = {"failures": "failure", "errors": "error", "skipped": "skipped"}
+
+
+def render(decision: Decision, measurements: Sequence[Measurement] = ()) -> str:
+    """Rejected is a failure, inconclusive an error, not judged skipped; to have decided nothing is an error."""
+    suites = ElementTree.Element("testsuites", name="peftopt")
+    undecided: Outcome = "inconclusive" if decision.outcome == "not judged" else decision.outcome
+    _suite(suites, decision.recipe, "decision", [("decision", undecided, decision.sentence)])
+    for variant in decision.variants:
+        if cases := list(_cases(variant, variant.name == decision.baseline)):
+            _suite(suites, decision.recipe, variant.name, cases)
+    for count in ("tests", *COUNTED):
+        suites.set(count, str(sum(int(suite.get(count, "0")) for suite in suites)))
+    ElementTree.indent(suites)
+    text = ElementTree.tostring(suites, encoding="unicode")
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{text}\n'
+
+
+def _cases(variant: VariantDecision, baseline: bool) -> Iterator[Case]:
+    """The verdicts, and the variant's outcome where none of them decided it (nothing judged, A/A failed)."""
+    for verdict in variant.verdicts:
+        yield verdict.rule, verdict.outcome, words.reason(verdict)
+    if all(verdict.rule != variant.decided_by for verdict in variant.verdicts) and not baseline:
+        yield variant.decided_by or "outcome", variant.outcome, "; ".join(variant.notes) or "see the warnings"
+
+
+def _suite(suites: ElementTree.Element, recipe: str, name: str, cases: Sequence[Case]) -> None:
+    suite = ElementTree.SubElement(suites, "testsuite", name=words.clean(name), tests=str(len(cases)))
+    for count, counted in COUNTED.items():
+        suite.set(count, str(sum(TAGS.get(outcome) == counted for _, outcome, _ in cases)))
+    for rule, outcome, reason in cases:
+        names = {"classname": words.clean(f"{recipe}.{name}"), "name": words.clean(rule)}
+        case = ElementTree.SubElement(suite, "testcase", names)
+        if tag := TAGS.get(outcome):
+            ElementTree.SubElement(case, tag, message=words.clean(reason), type=outcome)
+        else:
+            ElementTree.SubElement(case, "system-out").text = words.clean(reason)

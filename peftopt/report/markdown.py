@@ -1,0 +1,106 @@
+"""The report as GitHub Markdown, compact enough for a comment on a pull request."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from peftopt.records import Decision, Measurement, Outcome, VariantDecision
+from peftopt.report import answers, measured, table, words
+
+MOST = 65_000
+"""GitHub refuses comments of more than 65,536 characters."""
+OUTPUT = 160
+DETAIL = 300
+
+MARKS: dict[Outcome, str] = {"accepted": "✅", "rejected": "❌", "inconclusive": "❔", "not judged": "➖"}
+
+_MARKUP = re.compile(r"[&<>|`*\[\]\\~#$]|(?<!\w)[_@]|_(?!\w)|(?<=:)//|(?<=w)\.(?=\w)|\n\r?|\t")
+_NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+
+
+def render(decision: Decision, measurements: Sequence[Measurement]) -> str:
+    """As much of the report as a comment can hold: all of it, or without example answers, or the table alone."""
+    head = _head(decision)
+    shortened = "Shortened: the rest is in report.html."
+    full, plain = ([*head, *_evidence(decision, measurements, examples)] for examples in (answers.EXAMPLES, 0))
+    texts = ["\n\n".join(filter(None, parts)) + "\n" for parts in (full, plain, [*head, shortened])]
+    return next((text for text in texts if len(text) <= MOST), words.clip(texts[-1], MOST))
+
+
+def _head(decision: Decision) -> list[str]:
+    return [
+        f"## {MARKS[decision.outcome]} {escape(decision.recipe)}: {decision.outcome}",
+        f"**{escape(decision.sentence)}**" if decision.sentence else "",
+        _warnings(decision),
+        _table(table.rows(decision)),
+    ]
+
+
+def _evidence(decision: Decision, measurements: Sequence[Measurement], examples: int) -> list[str]:
+    flips = answers.flips(decision, measurements, examples)
+    return [
+        *(_variant(decision, variant, flips[variant.name]) for variant in decision.variants),
+        _section("By workload", _table(table.by_workload(decision))),
+        _section("More figures", _table(table.further(decision))),
+        _section("Right answers by slice", _table(answers.slices(decision, measurements))),
+        _section("How it was measured", _method(decision, measurements)),
+        _heading("Failures", _table(measured.failures(measurements), DETAIL)),
+        _section("How to read this", "\n".join(f"- {escape(line)}" for line in table.HOW_TO_READ)),
+    ]
+
+
+def escape(text: object) -> str:
+    """Text that shows as it is: no markup, no mention, no link, on one line."""
+    return _MARKUP.sub(lambda found: "".join(map(_entity, found[0])), words.clean(text))
+
+
+def _entity(character: str) -> str:
+    return " " if character.isspace() else _NAMED.get(character, f"&#{ord(character)};")
+
+
+def _warnings(decision: Decision) -> str:
+    lines = [f"> - {escape(line)}" for line in table.warnings(decision)]
+    return "\n".join(["> [!WARNING]", *lines]) if lines else ""
+
+
+def _variant(decision: Decision, variant: VariantDecision, flips: Sequence[answers.Flip]) -> str:
+    chain = " → ".join(variant.techniques)
+    title = f"{MARKS[variant.outcome]} <b>{escape(variant.name)}</b>{f' ({escape(chain)})' if chain else ''}"
+    decided = f": {variant.outcome} by {escape(variant.decided_by)}" if variant.decided_by else ""
+    header = ["prompt", "change", "expected", decision.baseline, variant.name]
+    body = [[f.row, f.change, f.expected, f.before, f.after] for f in flips]
+    lines = "\n".join(f"- {escape(line)}" for line in (*variant.certificates, *variant.remarks))
+    parts = [_table(table.rule_rows(variant)), lines, _code_table(header, body)]
+    return _section(title + decided, "\n\n".join(filter(None, parts)), titled=True)
+
+
+def _method(decision: Decision, measurements: Sequence[Measurement]) -> str:
+    facts = "\n".join(f"- {escape(key)}: {escape(text)}" for key, text in measured.facts(decision, measurements))
+    return f"{_table(measured.effort(decision, measurements))}\n\n{facts}"
+
+
+def _section(title: str, body: str, titled: bool = False) -> str:
+    shown = title if titled else escape(title)
+    return f"<details><summary>{shown}</summary>\n\n{body}\n\n</details>" if body else ""
+
+
+def _heading(title: str, body: str) -> str:
+    return f"### {title}\n\n{body}" if body else ""
+
+
+def _table(cells: words.Table, most: int = MOST) -> str:
+    header, body = cells
+    return _lines(header, ([escape(words.clip(cell, most)) for cell in row] for row in body)) if body else ""
+
+
+def _code_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """As a table of raw text: inside <code> GitHub links nothing."""
+    cells = ([f"<code>{escape(words.clip(c, OUTPUT))}</code>" if c else "" for c in row] for row in body)
+    return _lines(header, cells) if body else ""
+
+
+def _lines(header: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A pipe table. The cells of `body` are Markdown already, those of `header` are not."""
+    rows = [list(map(escape, header)), ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,0 +1,283 @@
+"""The tables of a decision: its variants' figures, their rules, and what the reader must be told. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from peftopt.recipe.thresholds import TASK, counted
+from peftopt.records import Decision, Interval, VariantDecision, Verdict
+from peftopt.report import words
+from peftopt.report.words import MISSING, Table, clean, clip
+from peftopt.stats import fewest_for
+
+WIDTH = 120
+"""Characters the compact table fits in."""
+HOW_TO_READ = (
+    "0.81x (0.78–0.84) is a ratio to the baseline and its 95 % interval, the range of true ratios that the data "
+    "allow. Below 1 is faster; an interval that holds 1 shows no difference. A raced rule has a wider interval, "
+    "since it is looked at more than once; memory and load time show the range of their launches.",
+    "Ratios are paired: every variant ran once in each block, in random order, so what the machine did to one it "
+    "did to all. The baseline's own row is a second copy against itself: the noise that a gain has to exceed.",
+    "Inconclusive means that the interval still holds the limit. It is not a pass: measure more.",
+    "Critical errors carry their n: 0 of 320 shows a rate below 0.93 %, no less; “below 1 %” takes 299 prompts.",
+)
+
+Column = tuple[str, Callable[[VariantDecision], str]]
+
+
+def rows(decision: Decision, compact: bool = False) -> Table:
+    """One row per variant. Columns that no variant fills are left out.
+
+    The full table is wider than a page, so its verdict comes first; `compact` fits a terminal.
+    """
+    if not compact:
+        return _filled(decision, _full(decision))
+    header, body = _filled(decision, _compact(decision))
+    return header, _fit(header, body)
+
+
+def by_workload(decision: Decision) -> Table:
+    """Times and throughput of every variant under every workload; no rows where there is one workload."""
+    header = ["workload", "variant", "TTFT P50", "TPOT P50", "P50", "P95", "throughput"]
+    metrics = ("ttft.p50", "tpot.p50", "latency.p50", "latency.p95", "throughput")
+    names = workloads(decision)
+    rows = [
+        [clean(w), clean(_name(decision, v)), *(words.figure(f"{m}@{w}", v.figures.get(f"{m}@{w}")) for m in metrics)]
+        for w in names
+        for v in decision.variants
+    ]
+    return header, [row for row in rows if set(row[2:]) != {MISSING}] if len(names) > 1 else []
+
+
+def further(decision: Decision) -> Table:
+    """What no rule asks for but an expert looks at; no rows when none of it was measured."""
+    main = (workloads(decision) or [""])[0]
+    columns: list[Column] = [
+        ("variant", lambda v: _name(decision, v)),
+        (f"TTFT P50@{main}", _figure_column(f"ttft.p50@{main}")),
+        (f"TTFT P95@{main}", _figure_column(f"ttft.p95@{main}")),
+        (f"P99@{main}", _figure_column(f"latency.p99@{main}")),
+        (f"TPOT P50@{main}", _figure_column(f"tpot.p50@{main}")),
+        (f"of memory bandwidth@{main}", _figure_column(f"bandwidth@{main}")),
+        *((f"in the server's queue@{w}", _figure_column(f"server_queue@{w}")) for w in workloads(decision)),
+        *((f"requests in a batch@{w}", _mean_column(f"server_batch@{w}")) for w in workloads(decision)),
+        *((f"of its slots@{w}", _figure_column(f"server_fill@{w}")) for w in workloads(decision)),
+        *((f"KV cache taken@{w}", _figure_column(f"server_kv_cache@{w}")) for w in workloads(decision)),
+        (f"CPU time@{main}", lambda v: words.speed(v.figures.get(f"cpu.ratio@{main}"))),
+        ("same answer", _figure_column("greedy_match")),
+        ("same next token", _figure_column("top1")),
+        ("in the worst prompt", _figure_column("top1.min")),
+        ("KL per token", _figure_column("kl")),
+        ("P95 of prompts", _figure_column("kl.p95")),
+        ("worst prompt", _figure_column("kl.max")),
+        ("worst token", _figure_column("kl.token")),
+        ("adapter's shift kept", _figure_column("delta_survival")),
+        ("answer length", _figure_column("length")),
+        *((f"answer length@{w}", _figure_column(f"length.ratio@{w}")) for w in workloads(decision)),
+        ("answers flipped", _flipped),
+        *((f"warm-up@{w}", _warm_up_column(w)) for w in workloads(decision)),
+        ("GPU memory reserved", _figure_column("gpu_memory_reserved")),
+        ("reserved but unused", _figure_column("fragmentation")),
+        ("GPU busy", _figure_column("gpu_busy")),
+        ("adapter switch", _figure_column("adapter_switch_time")),
+        ("compile time", _figure_column("compile_time")),
+        ("start from the compile cache", _figure_column("warm_start")),
+        *((title, _count_column(name)) for name, title in _COUNTS.items()),
+    ]
+    header, body = _filled(decision, columns)
+    return header, body if len(header) > 1 else []
+
+
+def _filled(decision: Decision, columns: Sequence[Column]) -> Table:
+    """A row per variant, without the columns in which no variant has anything to say."""
+    cells = [[cell(variant) for _, cell in columns] for variant in decision.variants]
+    said = ("variant", "verdict", "decided by")
+    kept = [n for n, (name, _) in enumerate(columns) if name in said or any(row[n] != MISSING for row in cells)]
+    return [clean(columns[n][0]) for n in kept], [[clean(row[n]) for n in kept] for row in cells]
+
+
+def _full(decision: Decision) -> list[Column]:
+    main, *others = workloads(decision) or [""]
+    batch = _busiest(decision)
+    return [
+        ("variant", lambda v: _name(decision, v)),
+        ("verdict", lambda v: f"{v.outcome} ({v.decided_by})" if v.decided_by else v.outcome),
+        (f"speed@{main} vs {decision.baseline}", lambda v: words.speed(_ratio(decision, v, main))),
+        *((f"speed@{w}", _speed_column(decision, w)) for w in others),
+        (f"P50@{main}", _figure_column(f"latency.p50@{main}")),
+        (f"P95@{main}", _figure_column(f"latency.p95@{main}")),
+        (f"throughput@{batch}", _figure_column(f"throughput@{batch}")),
+        ("peak memory", _figure_column("memory")),
+        ("GPU memory", _figure_column("gpu_memory_allocated")),
+        ("size on disk", _figure_column("size")),
+        ("load time", _figure_column("load_time")),
+        ("accuracy", _figure_column("accuracy")),
+        *((name, _figure_column(name)) for name in _tasks(decision)),
+        ("schema validity", _figure_column("validity")),
+        ("perplexity", _figure_column("perplexity")),
+        ("critical errors", _figure_column("critical_errors")),
+    ]
+
+
+def _tasks(decision: Decision) -> list[str]:
+    """The tasks that any variant was asked, by their metric names."""
+    return sorted({name for v in decision.variants for name in v.figures if name.startswith(TASK)})
+
+
+def _compact(decision: Decision) -> list[Column]:
+    main = (workloads(decision) or [""])[0]
+    quality = "accuracy" if any("accuracy" in v.figures for v in decision.variants) else "perplexity"
+    return [
+        ("variant", lambda v: clip(v.name, 20) + " *" * (v.name == decision.baseline)),
+        (clip(f"speed@{main}", 20), lambda v: words.speed(_ratio(decision, v, main), compact=True)),
+        ("P50", lambda v: words.estimate("latency.p50", v.figures.get(f"latency.p50@{main}"))),
+        ("memory", lambda v: words.estimate("memory", v.figures.get("memory"))),
+        ("size", lambda v: words.estimate("size", v.figures.get("size"))),
+        (quality, lambda v: words.estimate(quality, v.figures.get(quality))),
+        ("critical", lambda v: words.count(v.figures.get("critical_errors"))),
+        ("verdict", lambda v: v.outcome),
+        ("decided by", lambda v: v.decided_by or MISSING),
+    ]
+
+
+def _fit(header: Sequence[str], body: list[list[str]], gap: int = 2) -> list[list[str]]:
+    """The same rows, the last column clipped to what the terminal has left for it."""
+    taken = sum(max(len(row[n]) for row in [header, *body]) + gap for n in range(len(header) - 1))
+    return [[*row[:-1], clip(row[-1], max(WIDTH - taken, 8))] for row in body]
+
+
+def _figure_column(name: str) -> Callable[[VariantDecision], str]:
+    return lambda v: words.figure(name, v.figures.get(name))
+
+
+_COUNTS = {
+    "graphs": "graphs",
+    "graph_breaks": "graph breaks",
+    "recompiles": "recompiles",
+    "uncompiled": "requests answered uncompiled",
+    "eager_prompts": "requests with an eager prompt",
+    "break_even": "requests to break even",
+}
+
+
+def _count_column(name: str) -> Callable[[VariantDecision], str]:
+    """A count: the most of any launch, or of a break-even the estimate and its range."""
+
+    def cell(variant: VariantDecision) -> str:
+        value = variant.figures.get(name)
+        if value is None or math.isnan(value.estimate):
+            return MISSING
+        if name != "break_even":
+            return f"{value.high:.0f}"
+        worst = f"{value.high:,.0f}" if math.isfinite(value.high) else "never"
+        return f"{value.estimate:,.0f} ({value.low:,.0f} to {worst})"
+
+    return cell
+
+
+def _mean_column(name: str) -> Callable[[VariantDecision], str]:
+    def cell(variant: VariantDecision) -> str:
+        value = variant.figures.get(name)
+        return MISSING if value is None else f"{value.estimate:.1f} ({value.low:.1f}–{value.high:.1f})"
+
+    return cell
+
+
+def _flipped(variant: VariantDecision) -> str:
+    worse, better = (variant.figures.get(f"flips_{way}") for way in ("worse", "better"))
+    if worse is None or better is None or not math.isfinite(worse.estimate + better.estimate):
+        return MISSING
+    text, p = f"{worse.estimate:.0f} worse, {better.estimate:.0f} better", variant.figures.get("flips_p")
+    return f"{text}, p = {p.estimate:.2g}" if p and worse.estimate else text
+
+
+def _warm_up_column(workload: str) -> Callable[[VariantDecision], str]:
+    """ "1 request, 2.4x": how many requests of a launch are slower than the rest, and by how much the first is."""
+
+    def cell(variant: VariantDecision) -> str:
+        found, first = (variant.figures.get(f"{name}@{workload}") for name in ("warm_up", "first_request"))
+        if found is None or first is None or not math.isfinite(found.estimate + first.estimate):
+            return MISSING
+        if not found.estimate:
+            return "none"
+        return f"{counted(round(found.estimate), 'request')}, the first {first.estimate:.2g}x"
+
+    return cell
+
+
+def _speed_column(decision: Decision, workload: str) -> Callable[[VariantDecision], str]:
+    return lambda v: words.speed(_ratio(decision, v, workload))
+
+
+def _name(decision: Decision, variant: VariantDecision) -> str:
+    roles = [("baseline", decision.baseline), ("chosen", decision.chosen)]
+    mine = ", ".join(role for role, name in roles if name == variant.name)
+    return f"{variant.name} ({mine})" if mine else variant.name
+
+
+def workloads(decision: Decision) -> list[str]:
+    """Every workload that has a figure, the minimized one first."""
+    named = {name.partition("@")[2] for v in decision.variants for name in v.figures if "@" in name}
+    main = decision.minimize.partition("@")[2]
+    return [w for w in [main] if w] + sorted(named - {main})
+
+
+def _busiest(decision: Decision) -> str:
+    """The workload with the highest throughput: the batch one."""
+    seen = [
+        (value.estimate, name.partition("@")[2])
+        for v in decision.variants
+        for name, value in v.figures.items()
+        if name.startswith("throughput@") and math.isfinite(value.estimate)
+    ]
+    return max(seen)[1] if seen else ""
+
+
+def _ratio(decision: Decision, variant: VariantDecision, workload: str) -> Interval | None:
+    return variant.figures.get(ratio_name(decision, workload))
+
+
+def ratio_name(decision: Decision, workload: str) -> str:
+    """The ratio on the clock that judged; on the wall clock where the other was not read."""
+    cpu = f"cpu.ratio@{workload}"
+    judged = decision.clock == "cpu" and any(cpu in v.figures for v in decision.variants)
+    return cpu if judged else f"latency.ratio@{workload}"
+
+
+RULE_HEADER = ["rule", "outcome", "figure", "limit", "n", "against", "clock", "reason", "protects against"]
+
+
+def rule_rows(variant: VariantDecision) -> Table:
+    """The variant's verdicts, columns that none of them fills left out."""
+    cells = [_rule_row(verdict) for verdict in variant.verdicts]
+    kept = [n for n in range(len(RULE_HEADER)) if n < 2 or any(row[n] != MISSING for row in cells)]
+    return [RULE_HEADER[n] for n in kept], [[clean(row[n]) for n in kept] for row in cells]
+
+
+def _rule_row(verdict: Verdict) -> list[str]:
+    value = verdict.value
+    return [
+        verdict.rule,
+        verdict.outcome,
+        words.figure(words.metric_of(verdict), value),
+        MISSING if verdict.limit is None else words.written(words.metric_of(verdict), verdict.limit),
+        MISSING if value is None else str(value.n),
+        verdict.against or MISSING,
+        verdict.clock or MISSING,
+        words.reason(verdict),
+        verdict.protects or MISSING,
+    ]
+
+
+def warnings(decision: Decision) -> list[str]:
+    """The decision's warnings, the variants' notes, and which P95 rest on too few requests."""
+    tails = [
+        f"{v.name}@{name.partition('@')[2]}"
+        for v in decision.variants
+        for name, value in v.figures.items()
+        if name.startswith("latency.p95@") and not words.bounded(value)
+    ]
+    few = f"too few requests for P95 ({fewest_for(0.95)} needed): {', '.join(tails)}"
+    notes = [f"{v.name}: {note}" for v in decision.variants for note in v.notes]
+    return [clean(line) for line in [*decision.warnings, *notes, *[few][: len(tails)]]]

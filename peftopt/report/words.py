@@ -1,0 +1,138 @@
+"""A figure, a verdict or a text as plain words: what every report and the console write alike. Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from peftopt.recipe.thresholds import format_value
+from peftopt.records import Interval, Json, Verdict
+from peftopt.stats import MOST_BLOCKS
+
+MISSING = "—"
+
+Table = tuple[list[str], list[list[str]]]
+"""A header and its rows, every cell a plain string: escaping is the renderer's."""
+
+_ILLEGAL = re.compile("[^\t\n\r -~\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def clean(text: object) -> str:
+    """`text` without control characters, lone surrogates and bidirectional overrides: no report may hold them."""
+    return _ILLEGAL.sub("\ufffd", str(text))
+
+
+def clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: max(length - 1, 0)] + "…"
+
+
+def figure(name: str, value: Interval | None) -> str:
+    """ "41.2 ms (40.1–42.0)": an estimate and its interval, in the words its metric is read in."""
+    if value is None or not math.isfinite(value.estimate):
+        return MISSING
+    if name.partition("@")[0] == "critical_errors":
+        return critical(value)
+    middle = written(name, value.estimate)
+    if (tail := re.search(r"(?:latency|ttft|tpot)\.(p95|p99)", name)) and not bounded(value):
+        return f"too few requests for {tail[1].upper()}, or launches: {value.n}"
+    if (
+        math.isnan(value.low)
+        or math.isnan(value.high)
+        or value.low == value.high
+        or not (value.low > 0 or math.isfinite(value.high))
+    ):
+        return middle
+    return f"{middle} ({_range(middle, written(name, value.low), written(name, value.high))})"
+
+
+def estimate(name: str, value: Interval | None) -> str:
+    return MISSING if value is None or not math.isfinite(value.estimate) else written(name, value.estimate)
+
+
+def speed(ratio: Interval | None, compact: bool = False) -> str:
+    """ "0.81x (0.78–0.84), 19 % faster"; "SLOWER" is said as plainly."""
+    shown = figure("latency.ratio", ratio)
+    if ratio is None or shown == MISSING:
+        return MISSING
+    change = f"{shown}, {100 * abs(ratio.estimate - 1):.{int(abs(ratio.estimate - 1) < 0.05)}f} %"
+    if ratio.low > 1:
+        return shown.replace(" (", " SLOWER (", 1) if compact else f"{change} SLOWER"
+    if compact:
+        return shown
+    return f"{change} faster" if ratio.high < 1 else f"{shown}, no difference shown"
+
+
+def critical(value: Interval) -> str:
+    """ "0 of 320, < 0.93 %": what was seen, and the upper bound that the sample size supports."""
+    bound = f", < {value.high * 100:.2g} %" if math.isfinite(value.high) else ""
+    return count(value) + bound
+
+
+def count(value: Interval | None) -> str:
+    if value is None or not math.isfinite(value.estimate):
+        return MISSING
+    return f"{round(value.estimate * value.n)} of {value.n}"
+
+
+_READ_AS = {
+    **{"ms": "latency.p50", "s": "load_time", "bytes": "memory", "share": "accuracy"},
+    **{"tokens/s": "throughput", "nats": "kl", "bandwidth": "accuracy"},
+    **{"compile_time": "load_time", "warm_start": "load_time", "adapter_switch_time": "load_time"},
+    **{"fragmentation": "accuracy", "gpu_busy": "accuracy"},
+    **{"server_queue": "latency.p50", "server_kv_cache": "accuracy", "server_fill": "accuracy"},
+    **{"gpu_memory_allocated": "memory", "gpu_memory_reserved": "memory"},
+    **{"tpot.p95": "tpot.p50", "tpot.p99": "tpot.p50", "top1.min": "top1"},
+    **dict.fromkeys(("kl.p95", "kl.max", "kl.token"), "kl"),
+}
+"""A unit, or a figure no recipe can name -> a metric that is written the same way; all others are ratios."""
+
+
+def written(name: str, value: float) -> str:
+    name = name.partition("@")[0]
+    return format_value(_READ_AS.get(name, name), value)
+
+
+def bounded(value: Interval) -> bool:
+    return math.isfinite(value.low) and math.isfinite(value.high)
+
+
+def _range(middle: str, low: str, high: str) -> str:
+    """ "0.78–0.84": the unit is said once, where all three share it."""
+    parts = [re.fullmatch(r"(-?[\d.,]+|-?∞)(.*)", text) for text in (middle, low, high)]
+    units = {part[2] for part in parts if part and "∞" not in part[1]}
+    if all(parts) and len(units) == 1:
+        low, high = low.removesuffix(unit := units.pop()), high.removesuffix(unit)
+    return f"{low} to {high}" if low.startswith("-") else f"{low}–{high}"
+
+
+def reason(verdict: Verdict) -> str:
+    """The verdict's sentence, and for an inconclusive one what would settle it."""
+    needed = verdict.blocks_needed
+    if verdict.outcome != "inconclusive" or needed is None:
+        return verdict.reason or MISSING
+    more, minutes = max(needed - (verdict.value.n if verdict.value else 0), 1), verdict.minutes_needed
+    took = f" (about {max(minutes, 1):.0f} min)" if minutes is not None and math.isfinite(minutes) else ""
+    still = f"about {more} more blocks needed{took}" if needed < MOST_BLOCKS else "too close to the limit to tell"
+    return f"{verdict.reason}; {still}" if verdict.reason else still
+
+
+def metric_of(verdict: Verdict) -> str:
+    """The name that says how to write the figure: of a requirement its metric, else the unit."""
+    if verdict.rule.endswith(".critical_errors"):
+        return "critical_errors"
+    required = re.match(r"require: ([\w.]+)", verdict.rule)
+    return required[1] if required and verdict.unit != "x" else verdict.unit
+
+
+def strings(value: Json) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list | tuple) else []
+
+
+def flat(value: Json) -> str:
+    """A nested value on one line: "torch 2.6.0, peft 0.18.0"."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {text}" for key, item in value.items() if (text := flat(item)))
+    if isinstance(value, list | tuple):
+        return ", ".join(filter(None, map(flat, value)))
+    return "" if value is None else str(value)

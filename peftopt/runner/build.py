@@ -1,0 +1,153 @@
+"""One artifact, for a recipe or for a verb: a worker makes it, and another, which knows nothing of it, opens it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+
+from peftopt import environments, plugins, store
+from peftopt.errors import WorkerFailed
+from peftopt.merging.certificate import TEXTS
+from peftopt.models import provenance
+from peftopt.models.checkpoint import check_room
+from peftopt.records import SAFETENSORS, Json, Model, Plugin
+from peftopt.runner.process import Child
+from peftopt.transforms import _layers
+
+VERIFIED_ON = 2
+"""Prompts that a written model has to answer: the first calibration rows, or of our own."""
+
+PROMPTS: list[Json] = [{"id": str(n), "prompt": text} for n, text in enumerate(TEXTS[:VERIFIED_ON])]
+
+NOTHING = 0.98
+"""Share of a model's weights that are still in 16 bits or more, above which nothing was quantized."""
+
+LACKING = ("missing library", "missing environment")
+
+Show = Callable[[int, str], None]
+Progress = Callable[[str, int], AbstractContextManager[Show]]
+"""Opens a bar of that title and total; the function it gives sets how much is done and what is going on."""
+
+
+def transform(
+    plugin: str,
+    params: Mapping[str, Json],
+    model: Model,
+    out: Path,
+    rows: Sequence[Json],
+    seed: int,
+    *,
+    log: Path,
+    threads: int,
+    deadline_s: float,
+    calibration: str = "task",
+    hear: Callable[[dict[str, Json]], None] = lambda _: None,
+    watch: Callable[[Child], AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
+) -> dict[str, Json]:
+    """Let a worker write the transformed model to `out`; what a quantizer wrote is then opened in a fresh process.
+
+    Returns what it took and what was found. Raises WorkerFailed when either of them fails: "unusable" for a model that
+    was written and does not work. `out` may be half written then.
+    """
+    found = plugins.catalogue()[plugin]
+    quantizes = found.technique == "quantize"
+    if quantizes:
+        check_room(out.parent, store.size(Path(model.path)))  # what it writes is smaller, and by how much not yet known
+    with contextlib.ExitStack() as stack:
+        opener = stack.enter_context(_opener(found, model, log, threads, deadline_s)) if quantizes else None
+        with Child(log, threads, python=environments.interpreter(found)) as child, watch(child):
+            facts = child.ask(
+                "transform",
+                deadline_s,
+                hear=hear,
+                plugin=plugin,
+                params=dict(params),
+                model=asdict(model),
+                out=str(out),
+                rows=list(rows),
+                seed=seed,
+                calibration=calibration,
+            )
+        if opener and not facts["tier0"]:
+            made = Model(str(out), tuple(facts["model"]["adapters"]))
+            if found.format == SAFETENSORS and _layers.unrounded(Path(model.path), out) > NOTHING:
+                detail = f"{plugin} wrote a model whose weights are as wide as before: nothing was quantized"
+                raise WorkerFailed("unusable", detail, "keep fewer layers, or use another method")
+            hear({"phase": "verifying", "done": 0, "total": 1, "what": "in a fresh process"})
+            verified = _verified(opener, found, made, model, rows, log, threads, deadline_s)
+            facts["quantization"] = provenance.add(out, verified=verified)
+    return facts
+
+
+@contextlib.contextmanager
+def _opener(plugin: Plugin, model: Model, log: Path, threads: int, deadline_s: float) -> Iterator[Callable[[], Child]]:
+    """A fresh process to open the result in, which imports what the reader needs while the quantizer works. What keeps
+    it from starting is raised when it is asked for."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as beside:
+
+        def start() -> Child:
+            python = environments.interpreter(plugins.catalogue()[plugin.reader])
+            child = stack.enter_context(Child(log.with_suffix(".verify.log"), threads, python=python))
+            child.ask("prepare", deadline_s, plugin=plugin.reader, model=asdict(model))
+            return child
+
+        yield beside.submit(start).result
+
+
+def _verified(
+    opener: Callable[[], Child],
+    plugin: Plugin,
+    made: Model,
+    parent: Model,
+    rows: Sequence[Json],
+    log: Path,
+    threads: int,
+    deadline_s: float,
+) -> str:
+    """What a fresh process says of the written model, in a few words; of one whose reader is not installed, that."""
+    asked = list(rows[:VERIFIED_ON]) or PROMPTS
+
+    def problem(child: Child, model: Model, engine: str) -> str:
+        child.ask("open", deadline_s, plugin=engine, params={}, model=asdict(model))
+        return str(child.ask("alive", deadline_s, rows=asked)["problem"])
+
+    def usual() -> str:
+        """A base model may repeat itself as it is: only what quantizing brought about counts."""
+        with Child(log.with_suffix(".parent.log"), threads) as child:
+            return problem(child, parent, "eager")
+
+    try:
+        if (found := problem(opener(), made, plugin.reader)) and found != usual():
+            raise WorkerFailed(
+                "unusable", f"the model that {plugin.name} wrote {found}", "try more bits, or keep layers"
+            )
+    except WorkerFailed as error:
+        if error.reason in LACKING:
+            return f"not verified: its reader {plugin.reader} needs {error.detail}"
+        if error.reason in ("refused", "error"):
+            detail = f"the model that {plugin.name} wrote does not work: {error.detail}"
+            hint = error.hint or "keep the layers that it fails on (keep), or use another method"
+            raise WorkerFailed("unusable", detail, hint) from error
+        raise
+    return f"answered {len(asked)} prompts in a fresh process ({plugin.reader})"
+
+
+@contextlib.contextmanager
+def bars(progress: Progress | None) -> Iterator[Callable[[dict[str, Json]], None]]:
+    """Show what a worker reports: a bar for each phase, opened when the first word of it comes."""
+    with contextlib.ExitStack() as stack:
+        phase, show = "", None
+
+        def hear(at: dict[str, Json]) -> None:
+            nonlocal phase, show
+            if progress and at["phase"] != phase:
+                stack.close()
+                phase, show = at["phase"], stack.enter_context(progress(at["phase"], at["total"]))
+            if show:
+                show(at["done"], at["what"])
+
+        yield hear

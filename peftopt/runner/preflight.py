@@ -1,0 +1,298 @@
+"""Everything that can be known to be wrong before anything slow starts. Reads headers only, never imports torch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peftopt import corpus, environments, plugins
+from peftopt.corpus import Row
+from peftopt.decision import stopping
+from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.models import template
+from peftopt.models.adapter import (
+    EMBEDDINGS,
+    PREFIX,
+    Adapter,
+    check_mergeable,
+    check_names,
+    download_hint,
+    is_embedding,
+    open_adapter,
+)
+from peftopt.models.checkpoint import open_model
+from peftopt.models.hf import tokenizer_home
+from peftopt.models.provenance import read as read_provenance
+from peftopt.records import SAFETENSORS, YAML, Json, Model, Recipe, Step, task_name
+
+
+def check(recipe: Recipe) -> None:
+    """Raises BadInput for the first thing in the recipe's files that cannot work, saying what to do."""
+    _check_endpoints(recipe)
+    transforms = any(variant.steps for variant in recipe.variants.values())
+    ours = any(variant.engine.environment == environments.MAIN for variant in recipe.variants.values())
+    check_base(Path(recipe.base), quantized=not transforms, ours=ours)
+    merges = [v.name for v in recipe.variants.values() if any(s.technique == "merge" for s in v.steps)]
+    check_adapter(Path(recipe.adapter), Path(recipe.base), merges)
+    _check_needs(recipe)
+    texts = corpus.read(str(corpus.calibration_file(recipe.calibration))) if recipe.calibration else []
+    for name, variant in recipe.variants.items():
+        for n, step in enumerate((*variant.steps, variant.engine)):
+            check_step(step, Path(recipe.base), variant.steps[:n], texts, f"variant {name}: ")
+    _check_template(recipe, texts)
+    if recipe.quality:
+        rows = corpus.read(recipe.quality.prompts, recipe.quality.slice)
+        if recipe.calibration:
+            corpus.check_apart(rows, texts, recipe.calibration)
+        if recipe.quality.schema:
+            schema(recipe.quality.schema)
+        _check_tasks(recipe, recipe.quality.tasks)
+
+
+def _check_template(recipe: Recipe, calibration: Sequence[Row]) -> None:
+    """The prompts are such as the chat template takes, where it is ours: a server brings its own."""
+    if all(variant.engine.plugin == "endpoint" for variant in recipe.variants.values()):
+        return
+    home = _home(recipe)
+    template.check(home, calibration, answers=True)
+    asked = [(workload.prompts, workload.slice) for workload in recipe.workloads.values()]
+    asked += [(recipe.quality.prompts, recipe.quality.slice)] if recipe.quality else []
+    for prompts, only in dict.fromkeys(asked):
+        template.check(home, corpus.read(prompts, only))
+
+
+def _home(recipe: Recipe) -> Path:
+    """The folder of the tokenizer and template that the adapter is served with."""
+    return Path(tokenizer_home(Model(recipe.base, (recipe.adapter,))))
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """What will measure badly, a sentence each, though it can be run: answers that cannot end."""
+    return [why] if (why := template.endless(Path(recipe.base), _home(recipe))) else []
+
+
+def foreseen(recipe: Recipe) -> list[str]:
+    """What the recipe cannot decide with the prompts and blocks that it has: see `need.undecidable`."""
+    prompts = 0
+    if quality := recipe.quality:
+        prompts = len(corpus.read(quality.prompts, quality.slice))
+        prompts = min(prompts, quality.rows or prompts)
+    return list(stopping.undecidable(recipe, prompts))
+
+
+def copies(recipe: Recipe) -> list[str]:
+    """Which of the recipe's prompts are copies of one another: they count once."""
+    asked = {(w.prompts, w.slice): f"workload {w.name}" for w in recipe.workloads.values()}
+    if recipe.quality:
+        asked[recipe.quality.prompts, recipe.quality.slice] = "quality"
+    found = []
+    for (prompts, only), who in asked.items():
+        rows = corpus.read(prompts, only)
+        if extra := len(rows) - corpus.distinct(rows):
+            found.append(f"{who}: {extra} of {len(rows)} prompts of {prompts} are copies, and count once only")
+    return found
+
+
+def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Row], who: str = "") -> None:
+    """Ask a plug-in whether it can do its step on that base at all: see peftopt.transforms."""
+    source = plugins.module(step.kind, step.plugin)
+    if not hasattr(source, "check"):
+        return
+    try:
+        source.check(base, source.Params(**step.params), before, rows)
+    except BadInput as error:
+        raise BadInput(f"{who}{step.plugin}: {error.message}", error.hint) from error
+
+
+def _check_needs(recipe: Recipe) -> None:
+    """Raises MissingEnvironment for what steps and engines need and this machine lacks (libraries, environments,
+    devices), all of it at once."""
+    found: dict[str, list[str]] = {}
+    hints: dict[str, None] = {}
+    for name, variant in recipe.variants.items():
+        for step in (*variant.steps, variant.engine):
+            what, hint = environments.lacking(plugins.catalogue()[step.plugin])
+            if what:
+                found.setdefault(f"{step.plugin} needs {', '.join(what)}", []).append(name)
+                hints |= {hint: None} if hint else {}
+    if found:
+        lacks = "; ".join(f"{what} (variant {', '.join(dict.fromkeys(names))})" for what, names in found.items())
+        elsewhere = "leave those variants out, or run the recipe on a machine that has it"
+        raise MissingEnvironment(f"not on this machine: {lacks}", "; or ".join([*hints, elsewhere]))
+
+
+def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
+    """The harness is there, in the environment of every engine; a task file is named as its task is."""
+    if not tasks:
+        return
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingEnvironment(
+            "quality.tasks needs lm-evaluation-harness, which is not installed", "pip install 'peftopt[eval]'"
+        )
+    for name, variant in recipe.variants.items():
+        if (home := variant.engine.environment) != environments.MAIN:
+            raise BadInput(
+                f"quality.tasks cannot be asked of variant {name}: its engine lives in the environment {home}",
+                "put tasks into a recipe of transformers engines; the same weights answer alike",
+            )
+    for task in (t for t in tasks if t.endswith(YAML)):
+        try:
+            found = re.search(r"^task:\s*['\"]?([^'\"\s#]+)", Path(task).read_text(encoding="utf-8"), re.MULTILINE)
+        except (OSError, UnicodeError) as error:
+            raise BadInput(f"cannot read the task file {task}: {error}", "give the path of its YAML file") from error
+        if not found or found[1] != task_name(task):
+            said = f"names its task {found[1]}" if found else "names no task"
+            raise BadInput(f"{task} {said}", f"write task: {task_name(task)} into it, as the file is called")
+
+
+def _check_endpoints(recipe: Recipe) -> None:
+    """A variant on a server needs its URL, and a clock that both sides share."""
+    for name, variant in recipe.variants.items():
+        if variant.engine.plugin != "endpoint":
+            continue
+        if not variant.engine.params["url"]:
+            raise BadInput(
+                f"variant {name} names no server", "write {engine: {endpoint: {url: http://localhost:8000}}}"
+            )
+        if recipe.measure.clock == "cpu":
+            raise BadInput(f"variant {name} runs on a server, whose CPU time is not known here", "use clock: wall")
+
+
+def schema(path: str) -> Mapping[str, Json]:
+    """A JSON schema (draft 2020-12), checked to be one."""
+    import jsonschema
+
+    value = _json(Path(path), "a JSON schema")
+    try:
+        jsonschema.Draft202012Validator.check_schema(value)
+    except jsonschema.SchemaError as error:
+        raise BadInput(f"{path} is no JSON schema: {error.message}", "see json-schema.org, draft 2020-12") from error
+    return value
+
+
+def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS, ours: bool = True) -> None:
+    """A causal language model with weights of that format, with no code of its own and, unless `quantized`, not
+    quantized yet. `ours`: an engine of this environment opens it, so what reads its weights must be here."""
+    if not folder.is_dir():
+        hint = download_hint(folder) or "name a folder with config.json and safetensors"
+        raise BadInput(f"no model folder at {folder}", hint)
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder} is no model: it has no config.json", "give the folder that save_pretrained wrote")
+    config = _json(folder / "config.json", "a model's config")
+    if "auto_map" in config:
+        raise BadInput(f"{folder} brings its own code (auto_map)", "peftopt runs only architectures of transformers")
+    if settings := config.get("quantization_config"):
+        method = settings.get("quant_method", "unknown")
+        if not quantized:
+            raise BadInput(f"{folder} is already quantized ({method})", "start from the full-precision base")
+        if ours:
+            _check_reader(folder, method)
+    names = config.get("architectures") or []
+    if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        what = ", ".join(names) or "none named"
+        raise BadInput(f"{folder} is no causal language model (architectures: {what})", "supported: …ForCausalLM")
+    for plugin in plugins.catalogue().values():
+        if not plugin.weights:
+            continue
+        there = (folder / plugin.weights).is_file()
+        if plugin.format == weights and not there:
+            hint = f"make one: peftopt quantize --method {plugin.name} --model {folder} --out …"
+            raise BadInput(f"{folder} holds no {plugin.weights}", hint)
+        if plugin.format != weights and there and not list(folder.glob("*.safetensors")):
+            hint = f"use --engine {plugin.reader}"
+            raise BadInput(f"{folder} holds {plugin.format} weights, not {weights}", hint)
+    if weights == SAFETENSORS:
+        open_model(folder)
+
+
+READERS = {
+    "gptq": ("gptqmodel", "optimum"),
+    "awq": ("gptqmodel",),
+    "bitsandbytes": ("bitsandbytes",),
+    "torchao": ("torchao",),
+    "compressed-tensors": ("compressed_tensors",),
+}
+"""The modules through which transformers reads each kind of quantized weights."""
+
+INSTALL = {
+    "gptqmodel": "pip install 'gptqmodel>=7' (where its torch is not yours: with --no-deps --no-build-isolation, see "
+    "docs/decisions/quantizers.md)",
+}
+
+
+def _check_reader(folder: Path, method: str) -> None:
+    """Raises MissingEnvironment for quantized weights whose reader is not installed."""
+    lacking = [name for name in READERS.get(method, ()) if importlib.util.find_spec(name) is None]
+    if lacking:
+        hint = "; ".join(INSTALL.get(name, f"pip install {name.replace('_', '-')}") for name in lacking)
+        what = f"{folder} holds {method} weights, which transformers reads through {' and '.join(lacking)}"
+        raise MissingEnvironment(f"{what}: not installed", hint)
+
+
+def quantized_elsewhere(folder: Path) -> bool:
+    """Whether another tool than peftopt quantized the weights: then nobody has looked yet at how they are read here."""
+    return "quantization_config" in _json(folder / "config.json", "a model's config") and not read_provenance(folder)
+
+
+def check_adapter(folder: Path, base: Path, merges: list[str]) -> None:
+    """A PEFT adapter in safetensors whose shapes fit this base, and which the variants in `merges` can merge."""
+    adapter = open_adapter(folder)
+    if merges:
+        check_mergeable(adapter)
+    if adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
+        _check_fits(adapter, base)
+
+
+def _check_fits(adapter: Adapter, base: Path) -> None:
+    """Each LoRA pair must sit on a weight of the base and have its shape; else it was trained on another one.
+
+    Only where base and adapter name things alike: a checkpoint may use older names, which the loader translates.
+    """
+    entries = open_model(base).entries
+    packed = {
+        name for name in entries if f"{name}.absmax" in entries
+    }  # by bitsandbytes: their shape is not the layer's
+    weights = {name: list(entry.shape) for name, entry in entries.items() if name not in packed}
+    check_names(adapter, entries)
+    brought = any(is_embedding(name) for name in adapter.weights.entries)
+    trained_on = adapter.config.get("base_model_name_or_path") or "an unnamed base"
+    advice = f"it says it was trained on {trained_on}; give that base"
+    sides = [(*_side(entry.name), list(entry.shape)) for entry in adapter.weights.entries.values()]
+    sides = [(module, side, shape) for module, side, shape in sides if side in ("A", "B") and len(shape) == 2]
+    alike = any(f"{module}.weight" in weights for module, _, _ in sides)
+    for module, side, shape in sides if alike else ():
+        target = weights.get(f"{module}.weight")
+        if target is None and f"{module}.weight" not in packed and not module.endswith(EMBEDDINGS):
+            raise BadInput(f"adapter {adapter.folder} does not fit {base}: the base has no {module}", advice)
+        if target and shape[1 if side == "A" else 0] not in target:
+            if module.endswith(EMBEDDINGS) and side == "B":
+                if brought:
+                    continue
+                raise BadInput(
+                    f"adapter {adapter.folder} was trained on {shape[0]} words, and {base} has {target[0]}: tokens "
+                    "were added, and the adapter does not bring their embeddings",
+                    "save it with save_embedding_layers=True, or resize the base as in training and save it",
+                )
+            raise BadInput(
+                f"adapter {adapter.folder} does not fit {base}: {module} is {target} there and lora_{side} is {shape}",
+                advice,
+            )
+
+
+def _side(key: str) -> tuple[str, str]:
+    """The module and "A" or "B" of a LoRA tensor's name."""
+    module, _, part = key.removeprefix(PREFIX).partition(".lora_")
+    return module, part.split(".")[0]
+
+
+def _json(path: Path, what: str) -> dict[str, Json]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as {what}: {error}", "restore the file") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} cannot be read as {what}: not a JSON object", "restore the file")
+    return value

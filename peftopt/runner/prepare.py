@@ -1,0 +1,344 @@
+"""Everything that has to be there before the race, artifacts and answers: none of it is timed, so it goes on side by
+side where the machine has room."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from peftopt import corpus, machine, store
+from peftopt.corpus import Row
+from peftopt.decision import stopping
+from peftopt.errors import WorkerFailed
+from peftopt.merging import certificate
+from peftopt.models import provenance
+from peftopt.recipe import plan as planning
+from peftopt.recipe.thresholds import TASK
+from peftopt.records import GENERIC, YAML, Build, Json, Model, Quality, Variant, task_name
+from peftopt.runner import preflight
+from peftopt.runner.process import Child
+from peftopt.runner.race import draw
+from peftopt.runner.run import Run, check_baseline, load, try_twice, warm, worker
+from peftopt.runner.schedule import Job, work
+
+CHUNK = 96
+"""Prompts answered between two looks at whether a variant has already failed."""
+
+CHECKED, AHEAD = "baseline checked", "ahead of the race"
+
+Hear = Callable[[float, str], None]
+"""Told what share of a job is done, and what is going on."""
+
+
+def make_ready(run: Run, ahead: Callable[[], None]) -> None:
+    """Build or reuse every artifact, and have every variant answer the quality prompts.
+
+    What others need goes first: builds, the baseline's answers (the reference of all others) and its second run, since
+    errors that it shares are not a variant's. What can be done `ahead` of the race, once all is built, is done where
+    nothing else waits to be done. Raises WorkerFailed when there is no baseline to compare with.
+    """
+    source = store.size(Path(run.recipe.base)) + store.size(Path(run.recipe.adapter))
+    run.log("build", "", {"id": planning.SOURCE, "size_bytes": source, "tier0": [], "seconds": 0, "cached": True})
+    lanes = _lanes(run)
+    threads = max(1, machine.cores() // lanes)
+    with contextlib.ExitStack() as stack, run.listener.progress("prepare", 100) as show:
+        hearers = _Hearers(show)
+        jobs = dict([*_builds(run, threads, hearers), *_answers(run, threads, hearers, stack)])
+        work({**jobs, AHEAD: Job(ahead, frozenset({build.id for build in run.plan.builds} & jobs.keys()))}, lanes)
+
+
+def _lanes(run: Run) -> int:
+    """How many jobs at a time: one for each CPU core is the best use of them, a GPU's too, as far as memory goes."""
+    each = 6 * store.size(Path(run.recipe.base)) + 2**30
+    return max(1, min(machine.cores(), machine.free_memory() // each))
+
+
+class _Hearers:
+    """One bar for jobs that go on side by side: their shares, added up."""
+
+    def __init__(self, show: Callable[[int, str], None]) -> None:
+        self.show, self.shares, self.lock = show, dict[str, float](), threading.Lock()
+
+    def of(self, job: str) -> Hear:
+        self.shares[job] = 0.0
+
+        def hear(share: float, what: str) -> None:
+            with self.lock:
+                self.shares[job] = share
+                self.show(int(100 * sum(self.shares.values()) / len(self.shares)), what)
+
+        return hear
+
+
+# ---- artifacts -----------------------------------------------------------------------------------
+
+
+def _builds(run: Run, threads: int, hearers: _Hearers) -> Iterator[tuple[str, Job]]:
+    calibration = _calibration(run)
+    for build in run.plan.builds:
+        do = partial(_build, run, calibration, threads, build, hearers.of(build.id))
+        yield build.id, Job(do, frozenset({build.parent} - {planning.SOURCE}))
+
+
+def _calibration(run: Run) -> list[Row]:
+    named = run.recipe.calibration
+    return corpus.read(str(corpus.calibration_file(named))) if named else []
+
+
+def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hear: Hear) -> None:
+    """Build or reuse one artifact; a failure is recorded for every variant that needs it."""
+    users = _users(run, build)
+    if all(name in run.evidence.failures for name in users):
+        return  # its parent failed
+    # A merge needs no texts, but its certificate compares predictions, and does so better on the user's own prompts.
+    texts = calibration if build.step.calibrates or build.step.technique == "merge" else []
+    rows = [row.as_json() for row in texts]
+
+    def told(at: dict[str, Json]) -> None:
+        hear(at["done"] / max(1, at["total"]), f"{build.step.plugin}: {at['phase']} {at['what']}")
+
+    def make(out: Path) -> tuple[Model, dict[str, Json]]:
+        log = run.folder / "logs" / f"build-{build.step.plugin}-{build.id[:8]}.log"
+        facts = build.transform(
+            build.step.plugin,
+            build.step.params,
+            run.artifact_model(build.parent),
+            out,
+            rows,
+            run.recipe.seed,
+            log=log,
+            threads=threads,
+            deadline_s=run.recipe.measure.deadline_s,
+            calibration=GENERIC if run.recipe.calibration == GENERIC else "task",
+            hear=told,
+        )
+        return Model(str(out), tuple(facts.pop("model")["adapters"])), facts
+
+    try:
+        with run.store.locked(build):
+            artifact = run.store.find(build) or run.store.build(build, make)
+    except WorkerFailed as error:
+        for variant in users:
+            run.fail(variant, f"build ({build.step.plugin})", error)
+        return
+    facts = {k: artifact.facts.get(k) for k in ("seconds", "tier0", "peak_memory_bytes", "size_bytes", "content")}
+    if found := artifact.facts.get("certificate"):
+        facts["certificate"] = certificate.summary(found)
+    if found := artifact.facts.get("quantization"):
+        facts["quantization"] = provenance.summary(found)
+    run.log("build", users[0], {"id": build.id, "plugin": build.step.plugin, "cached": artifact.cached, **facts})
+    note = facts.get("quantization") or ""
+    run.listener.done("build", build.step.plugin, None if artifact.cached else artifact.seconds, note)
+
+
+def build_alone(run: Run, build: Build, threads: int) -> None:
+    """Build or reuse one artifact, with a bar of its own. Raises WorkerFailed when it cannot be made."""
+    with run.listener.progress(f"build {build.step.plugin}", 100) as show:
+        _build(run, _calibration(run), threads, build, lambda share, what: show(int(100 * share), what))
+    for variant in _users(run, build):
+        if failure := run.evidence.failures.get(variant):
+            raise WorkerFailed(failure["reason"], failure["detail"], failure["hint"])
+
+
+def _users(run: Run, build: Build) -> list[str]:
+    """The variants whose chain holds this artifact."""
+    parents = {b.id: b.parent for b in run.plan.builds}
+    users = []
+    for variant, at in run.plan.models.items():
+        while at and at != build.id:
+            at = parents[at]
+        if at:
+            users.append(variant)
+    return users
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def _answers(run: Run, threads: int, hearers: _Hearers, stack: contextlib.ExitStack) -> Iterator[tuple[str, Job]]:
+    """The baseline's answers, twice, so that its null is known, and every variant's; engines that compile do so before
+    there is a reference, and go first, since they take longest."""
+    quality = run.recipe.quality
+    if quality is None:
+        return
+    rows = _exam(corpus.read(quality.prompts, quality.slice), quality.rows)
+    baseline = run.recipe.variants[run.recipe.baseline]
+    made = {name: frozenset({at} - {planning.SOURCE}) for name, at in run.plan.models.items()}
+
+    def exam(variant: Variant, most: int | None, launch: int = 1) -> _Exam:
+        batch = quality.batch if launch == 1 else max(1, quality.batch // 2)
+        part = rows if most is None else rows[: -(-most // quality.batch) * quality.batch]
+        name = f"{variant.name} again" if launch == 2 else variant.name
+        found = _Exam(run, quality, variant, name, part, launch, batch, threads, hearers.of(name))
+        stack.callback(found.close)
+        return found
+
+    yield baseline.name, Job(exam(baseline, None).answer, made[baseline.name])
+    yield CHECKED, Job(partial(check_baseline, run), frozenset({baseline.name}))
+    yield f"{baseline.name} again", Job(exam(baseline, None, 2).answer, frozenset({CHECKED}))
+    others = [v for v in run.recipe.variants.values() if v != baseline]
+    for variant in sorted(others, key=lambda v: v.engine == baseline.engine):
+        mine = exam(variant, stopping.answers(run.recipe, variant))
+        after = made[variant.name]
+        if variant.engine.technique:
+            yield f"{variant.name} ahead", Job(mine.compile, after)
+            after = frozenset({f"{variant.name} ahead"})
+        yield variant.name, Job(mine.answer, after | {CHECKED})
+
+
+def _exam(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most `most` rows (0 = all): those tagged critical and an even choice of the others. The decisive come first,
+    the long ones last: whoever stops early has answered what is cheap and telling."""
+
+    def length(row: Row) -> int:
+        return sum(len(m["content"]) for m in row.messages)
+
+    tagged, others = [r for r in rows if r.critical], [r for r in rows if not r.critical]
+    room = max(0, (most or len(rows)) - len(tagged))
+    if room < len(others):
+        others = [others[n * len(others) // room] for n in range(room)]
+    chosen = [*tagged, *others][: most or None]
+    longest = 4 * sorted(map(length, chosen))[len(chosen) // 2]
+    return sorted(chosen, key=lambda row: (not row.critical, length(row) > longest))
+
+
+class _Exam:
+    """One variant's answers to the quality prompts, chunk by chunk; a variant that has failed for good stops early."""
+
+    def __init__(
+        self,
+        run: Run,
+        quality: Quality,
+        variant: Variant,
+        name: str,
+        rows: Sequence[Row],
+        launch: int,
+        batch: int,
+        threads: int,
+        hear: Hear,
+    ) -> None:
+        self.run, self.quality, self.variant, self.name, self.rows = run, quality, variant, name, rows
+        self.launch, self.batch, self.threads, self.hear = launch, batch, threads, hear
+        self.reference = run.folder / "logs" / "reference.npz"
+        self.is_reference = variant.name == run.recipe.baseline and launch == 1
+        self.child: Child | None = None
+        self.held = contextlib.ExitStack()
+
+    def left(self) -> list[Row]:
+        """The rows that are still to be answered; none of a variant that failed."""
+        evidence = self.run.evidence
+        if self.variant.name in evidence.failures:
+            return []
+        answered = evidence.rows(self.variant.name, self.launch)
+        if self.is_reference and not self.reference.exists():
+            answered = {}
+        return [row for row in self.rows if row.id not in answered]
+
+    def tasks(self) -> list[str]:
+        """The tasks that are still to be asked: once, of a variant that nothing has rejected for good."""
+        evidence, name = self.run.evidence, self.variant.name
+        if not self.quality.tasks or self.launch != 1 or name in evidence.failures or stopping.hopeless(evidence, name):
+            return []
+        return [t for t in self.quality.tasks if TASK + task_name(t) not in evidence.tasks[name]]
+
+    def compile(self) -> None:
+        """Load the model, and compile what the race will need: it is in the compile cache then, and was compiled while
+        others answered. The worker is kept for the answers."""
+        if self.left():
+            try_twice(self.run, self.variant.name, "compile", self._compile)
+
+    def answer(self) -> None:
+        """Ask what is left, and log the answers."""
+        if left := self.left():
+            started, n = time.perf_counter(), len(self.rows) - len(left)
+
+            def tell(values: dict[str, Json]) -> None:
+                nonlocal n
+                n += 1
+                self.run.log("quality", self.variant.name, values, launch=self.launch)
+                self.hear(n / len(self.rows), self.name)
+
+            if try_twice(self.run, self.variant.name, "quality", partial(self._ask, tell)):
+                stopped = f", stopped after {n} prompts" if n < len(self.rows) else ""
+                self.run.listener.done("answer", self.name + stopped, time.perf_counter() - started)
+        for task in self.tasks():
+            if self.variant.name in self.run.evidence.failures:
+                break
+            started = time.perf_counter()
+            if try_twice(self.run, self.variant.name, f"task {task_name(task)}", partial(self._ask_task, task)):
+                self.run.listener.done("task", f"{task_name(task)}, {self.name}", time.perf_counter() - started)
+        self.close()
+        self.hear(1, self.name)
+
+    def _ask_task(self, task: str) -> None:
+        def hear(at: dict[str, Json]) -> None:
+            self.hear(at["done"] / max(1, at["total"]), f"{self.name}: {task_name(task)}")
+
+        deadline, rows = self.run.recipe.measure.deadline_s, self.quality.task_rows
+        task = str(Path(task).resolve()) if task.endswith(YAML) else task  # workers stand in a folder of their own
+        with self._opened() as child:
+            self.run.log("task", self.variant.name, child.ask("task", deadline, hear=hear, task=task, rows=rows))
+
+    def _ask(self, tell: Callable[[dict[str, Json]], None]) -> None:
+        quality, left = self.quality, self.left()
+        with self._opened() as child:
+            for chunk in [left] if self.is_reference else [left[i : i + CHUNK] for i in range(0, len(left), CHUNK)]:
+                if self.launch == 1 and stopping.hopeless(self.run.evidence, self.variant.name):
+                    break
+                child.ask(
+                    "quality",
+                    self.run.recipe.measure.deadline_s,
+                    tell,
+                    rows=[row.as_json() for row in chunk],
+                    schema=preflight.schema(quality.schema) if quality.schema else None,
+                    new_tokens=quality.new_tokens,
+                    batch=self.batch,
+                    reference=None if self.is_reference else str(self.reference),
+                    write_reference=str(self.reference) if self.is_reference else None,
+                    invariants=asdict(quality.invariants),
+                )
+            if self.launch == 1:
+                self._name_kernels(child)
+
+    def _name_kernels(self, child: Child) -> None:
+        """Where there is a GPU, have the report say what ran on it: a request like those of the race."""
+        recipe = self.run.recipe
+        if not machine.gpus():
+            return
+        asked = recipe.workloads[recipe.minimize.workload]
+        batch = draw(corpus.read(asked.prompts, asked.slice), asked, 0, recipe)[0]
+        if found := child.ask("kernels", recipe.measure.deadline_s, batch=batch, new_tokens=asked.new_tokens):
+            self.run.log("engine", self.variant.name, found)
+
+    def _compile(self) -> None:
+        """Every shape of the workloads, and one that holds the answers."""
+        recipe = self.run.recipe
+        with self._opened() as child:
+            for workload in recipe.workloads.values():
+                rows = corpus.read(workload.prompts, workload.slice)
+                warm(self.run, child, rows, workload.batch, workload.new_tokens)
+            warm(self.run, child, self.rows, self.batch, self.quality.new_tokens, timed=False)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Child]:
+        """The variant's worker, with the model loaded: the one there is, or a fresh one. One that fails is gone."""
+        try:
+            if self.child is None:
+                started = worker(self.run, self.variant, f"quality-{self.launch}", self.threads)
+                child = self.held.enter_context(started)
+                load(self.run, self.variant, child)
+                self.child = child
+            yield self.child
+        except WorkerFailed:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let the worker go, if there is one."""
+        self.child = None
+        self.held.close()

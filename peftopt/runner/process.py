@@ -1,0 +1,177 @@
+"""The parent's end of a worker: start it, ask with a deadline, name what went wrong, reap its whole group."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+from peftopt import environments, machine
+from peftopt.errors import WorkerFailed
+from peftopt.records import Json
+
+GRACE_S = 5.0
+
+_LIVE: set[Child] = set()
+_INTERRUPTED = threading.Event()
+
+
+def interrupt() -> None:
+    """End every worker now. Whoever waits for one gets KeyboardInterrupt: it is no failure to put on record."""
+    _INTERRUPTED.set()
+    for child in tuple(_LIVE):
+        child.kill()
+
+
+class Child:
+    """One worker process. Use as a context manager; it and its descendants are gone afterwards."""
+
+    def __init__(self, log: Path, threads: int, cache: Path | None = None, python: str = sys.executable) -> None:
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as errors:
+            self.process = subprocess.Popen(
+                [python, "-m", "peftopt.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=_environment(threads, cache),
+                cwd=log.parent,  # libraries that drop files where they stand drop them here
+                start_new_session=True,
+            )
+        self.unread = b""
+        _LIVE.add(self)
+
+    def ask(
+        self,
+        job: str,
+        deadline_s: float,
+        tell: Callable[[dict[str, Json]], None] = lambda _: None,
+        hear: Callable[[dict[str, Json]], None] = lambda _: None,
+        **arguments: Json,
+    ) -> dict[str, Json]:
+        """Do one job and return its answer; `tell` hears each record on the way, `hear` how far the work has come.
+
+        Raises WorkerFailed with the reason: "out of memory", "timeout", "killed (SIGKILL)", "refused", …
+        """
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed, and named, by _line
+            self.process.stdin.write(json.dumps({"job": job, **arguments}).encode() + b"\n")
+            self.process.stdin.flush()
+        until = time.monotonic() + deadline_s
+        while True:
+            message = json.loads(self._line(until, deadline_s))
+            if "record" in message:
+                tell(message["record"])
+            elif "progress" in message:
+                hear(message["progress"])
+            elif "failed" in message:
+                raise WorkerFailed(**message["failed"])
+            else:
+                return dict(message["done"])
+
+    def _line(self, until: float, deadline_s: float) -> bytes:
+        assert self.process.stdout is not None
+        descriptor = self.process.stdout.fileno()
+        while b"\n" not in self.unread:
+            readable, _, _ = select.select([descriptor], [], [], max(0.0, until - time.monotonic()))
+            if not readable:
+                self.kill()
+                raise WorkerFailed("timeout", f"no answer within {deadline_s:g} s", f"its log: {self.log}")
+            piece = os.read(descriptor, 1 << 20)
+            if not piece:
+                if _INTERRUPTED.is_set():
+                    raise KeyboardInterrupt
+                raise self._death()
+            self.unread += piece
+        line, self.unread = self.unread.split(b"\n", 1)
+        return line
+
+    def _death(self) -> WorkerFailed:
+        code = self.process.wait()
+        hint = f"its log: {self.log}"
+        if code == -signal.SIGKILL:
+            return WorkerFailed("killed (SIGKILL)", "often the kernel's answer to too little memory", hint)
+        if code < 0:
+            return WorkerFailed(f"killed ({signal.Signals(-code).name})", "", hint)
+        return WorkerFailed("died", f"exit status {code}", hint)
+
+    def written(self) -> int:
+        """Bytes the worker has written so far, as the kernel counts them: the worker is not disturbed for it. 0 where
+        the system does not count."""
+        import psutil
+
+        with contextlib.suppress(psutil.Error, AttributeError):
+            return int(psutil.Process(self.process.pid).io_counters().write_chars)
+        return 0
+
+    def processes(self) -> set[int]:
+        """The worker and whatever it has started, by id."""
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            worker = psutil.Process(self.process.pid)
+            return {worker.pid, *(child.pid for child in worker.children(recursive=True))}
+        return set()
+
+    def cpu_s(self) -> float:
+        """Seconds of CPU time that the worker and its descendants have taken."""
+        return machine.cpu_s(self.processes())
+
+    def kill(self) -> None:
+        """End the whole process group now."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def close(self) -> None:
+        """Let the worker end by itself, then make sure of its group."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE_S)
+        self.kill()
+        self.process.stdout.close()
+        _LIVE.discard(self)
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and not issubclass(kind, WorkerFailed):
+            self.kill()  # interrupted or a bug: nothing to wait for
+        self.close()
+
+
+def _environment(threads: int, cache: Path | None) -> dict[str, str]:
+    """Threads are set per process, and so is how they wait."""
+    own = {
+        **machine.waiting(),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": "1",  # numpy's: what computes are torch's threads or ours, and its own get in their way
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "PYTHONUNBUFFERED": "1",
+        "PEFTOPT_PYTHON": environments.python(environments.MAIN),
+    }
+    if cache is not None:
+        cache.mkdir(parents=True, exist_ok=True)
+        own["TORCHINDUCTOR_CACHE_DIR"] = str(cache.resolve())
+    # a worker in another environment's Python finds this very peftopt, which need not be installed there
+    path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, path))}

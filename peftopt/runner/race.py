@@ -1,0 +1,194 @@
+"""The race: blocks in random order, each variant launched afresh every few of them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from peftopt import corpus, machine, plugins
+from peftopt.corpus import Row
+from peftopt.decision import stopping
+from peftopt.decision.evidence import TWIN
+from peftopt.errors import WorkerFailed
+from peftopt.records import Json, Recipe, Variant, Workload
+from peftopt.runner.process import Child
+from peftopt.runner.run import Run, load, try_twice, warm, worker
+
+
+def race(run: Run, workload: Workload, ahead: Field | None = None) -> None:
+    """Blocks in random order until every variant is decided, its references and the A/A arm alongside. The workers of
+    the first blocks may have been started `ahead`."""
+    recipe = run.recipe
+    started, first = time.perf_counter(), _next_block(run, workload)
+    with run.listener.progress(f"race {workload.name}", run.evidence.budget) as show:
+        while wants := stopping.blocks(run.evidence, workload.name):
+            show(_next_block(run, workload), f"{len(wants)} variants")
+            with ahead or Field(run, workload) as field_:
+                ahead = None
+                for _ in range(recipe.measure.relaunch):
+                    if not (wants := stopping.blocks(run.evidence, workload.name)):
+                        break
+                    field_.block(_next_block(run, workload), wants)
+                    show(_next_block(run, workload), f"{len(wants)} variants")
+    blocks = _next_block(run, workload) - first
+    run.listener.done("race", f"{workload.name}, {blocks} blocks", time.perf_counter() - started)
+
+
+def _next_block(run: Run, workload: Workload) -> int:
+    turns = run.evidence.turns.get((run.recipe.baseline, workload.name), {})
+    return max(turns, default=-1) + 1
+
+
+ROOM = 2 * 2**30
+"""Bytes that must be free for each worker that is started ahead, while others are at work."""
+
+CORES = 4
+"""Processors that a server keeps busy while it starts: several processes that import, and a compiler's."""
+
+
+class Field:
+    """The workers of some consecutive blocks: each variant launched fresh once, then resident."""
+
+    def __init__(self, run: Run, workload: Workload) -> None:
+        self.run, self.workload = run, workload
+        self.rows = corpus.read(workload.prompts, workload.slice)
+        self.stack = contextlib.ExitStack()
+        # kept for as long as its workers: the kernel ends a worker with the thread that started it
+        self.pool = self.stack.enter_context(ThreadPoolExecutor(len(run.recipe.variants) + 1))
+        self.started: dict[str, Child] = {}
+        self.children: dict[str, Child] = {}
+        self.broken: dict[str, WorkerFailed] = {}
+        """Why a server did not start: told of at its turn."""
+
+    def __enter__(self) -> Field:
+        return self
+
+    def start(self) -> None:
+        """Start the workers of the first block now, where there is room: they import for longer than they load."""
+        wants = stopping.blocks(self.run.evidence, self.workload.name)
+        if wants and machine.free_memory() > ROOM * len(arms := self._arms(wants)):
+            self._start(arms)
+
+    def __exit__(self, *error: object) -> None:
+        for arm, child in self.children.items():
+            with contextlib.suppress(WorkerFailed):
+                self.run.log("memory", arm, child.ask("memory", 30), self.workload.name)
+        self.close()
+
+    def close(self) -> None:
+        """Let the workers go, if that has not been done."""
+        self.stack.close()
+
+    def block(self, number: int, wants: frozenset[str]) -> None:
+        """One block: each arm once, in an order drawn afresh and kept with its turns. The recipe's seed has no say in
+        it: with the same order in every run, what the order does to a variant would be a bias."""
+        recipe = self.run.recipe
+        arms = self._arms(wants)
+        random.SystemRandom().shuffle(arms)
+        batches = draw(self.rows, self.workload, number, recipe)
+        self._start([arm for arm in arms if arm not in self.children.keys() | self.started.keys()])
+        self._serve([arm for arm in arms if arm not in self.children and self._is_server(arm)])
+        for order, arm in enumerate(arms):
+            if self._variant(arm).name not in self.run.evidence.failures:
+                self._turn(arm, number, order, batches)
+
+    def _arms(self, wants: frozenset[str]) -> list[str]:
+        recipe = self.run.recipe
+        timed = self.workload.name == recipe.minimize.workload or any(v.policies for v in recipe.variants.values())
+        return sorted(wants) + ([recipe.baseline + TWIN] if timed else [])
+
+    def _turn(self, arm: str, number: int, order: int, batches: list[list[Json]]) -> None:
+        measure = self.run.recipe.measure
+
+        def attempt() -> None:
+            child = self._child(arm)
+            pids = {pid for c in self.children.values() for pid in c.processes()}
+            before, cpu = machine.moment(), child.cpu_s()
+            try:
+                answer = child.ask(
+                    "speed",
+                    measure.deadline_s,
+                    batches=batches,
+                    new_tokens=self.workload.new_tokens,
+                    warmup=measure.warmup,
+                    stop=self.workload.lengths == "natural",
+                    **self._load(number),
+                )
+            except WorkerFailed:
+                self.children.pop(arm, None)
+                raise
+            after, cpu = machine.moment(), child.cpu_s() - cpu
+            disturbance = machine.disturbance(before, after, cpu, pids)
+            values = {"block": number, "order": order, "machine": disturbance, **answer}
+            self.run.log("speed", arm, values, self.workload.name)
+            # vLLM's workers look for work for another second, on processors that the next turn is timed on
+            machine.rest(child.processes())
+
+        try_twice(self.run, arm.removesuffix(TWIN), f"speed ({self.workload.name})", attempt)
+
+    def _load(self, number: int) -> dict[str, Json]:
+        """How a block's requests come in, the same way for every variant; {} = one batch after the other."""
+        if not self.workload.loaded:
+            return {}
+        seed = random.Random(f"{self.run.recipe.seed}/{self.workload.name}/{number}/arrivals").getrandbits(32)
+        return {"users": self.workload.users, "rate": self.workload.rate, "seed": seed}
+
+    def _start(self, arms: Sequence[str]) -> None:
+        """Start these workers side by side. One that cannot start is tried again, and put on record, at its turn."""
+
+        def start(arm: str) -> None:
+            with contextlib.suppress(WorkerFailed):
+                self.started[arm] = self._worker(arm)
+
+        list(self.pool.map(start, arms))
+
+    def _serve(self, arms: Sequence[str]) -> None:
+        """Start these servers side by side, as many as there are processors for: each takes a minute or more. A model
+        in process loads alone, at its turn: how long that takes is a figure."""
+        if (lanes := machine.cores() // CORES) < 2:
+            return
+
+        def open_(arm: str) -> None:
+            try:
+                self._child(arm)
+            except WorkerFailed as error:
+                self.broken[arm] = error
+
+        for first in range(0, len(arms), lanes):
+            list(self.pool.map(open_, arms[first : first + lanes]))
+
+    def _is_server(self, arm: str) -> bool:
+        return plugins.catalogue()[self._variant(arm).engine.plugin].serves
+
+    def _worker(self, arm: str) -> Child:
+        threads = self.run.recipe.measure.threads or machine.cores()
+        fresh = worker(self.run, self._variant(arm), f"speed-{self.workload.name}", threads)
+        return self.stack.enter_context(fresh)
+
+    def _child(self, arm: str) -> Child:
+        """The arm's worker; its model is loaded when it first runs."""
+        if error := self.broken.pop(arm, None):
+            raise error
+        if arm not in self.children:
+            child = self.started.pop(arm, None) or self._worker(arm)
+            self.run.log("launch", arm, load(self.run, self._variant(arm), child), self.workload.name)
+            if self._variant(arm).engine.technique:  # nothing may be compiled, or loaded, inside a timed request
+                warm(self.run, child, self.rows, self.workload.batch, self.workload.new_tokens)
+            self.children[arm] = child
+        return self.children[arm]
+
+    def _variant(self, arm: str) -> Variant:
+        return self.run.recipe.variants[arm.removesuffix(TWIN)]
+
+
+def draw(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> list[list[Json]]:
+    """The block's requests: the same prompts for every variant, others in the next block."""
+    count = recipe.measure.warmup + recipe.timed_requests(workload.name)
+    deck = list(rows)
+    random.Random(f"{recipe.seed}/{workload.name}/prompts").shuffle(deck)
+    start = block * count * workload.batch
+    picks = [deck[(start + i) % len(deck)] for i in range(count * workload.batch)]
+    return [[r.as_json() for r in picks[i : i + workload.batch]] for i in range(0, len(picks), workload.batch)]

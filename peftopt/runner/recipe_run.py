@@ -1,0 +1,136 @@
+"""Walk the plan: build, check answers, race. What the store has is not done again; what fails is a record.
+
+    artifacts + answers -> blocks -> decision
+
+Nothing here judges: which variants still need blocks or answers is asked of `need`, on the records so far.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from peftopt import machine, stats, store
+from peftopt.decision import stopping
+from peftopt.decision.evidence import Evidence
+from peftopt.errors import BadInput, WorkerFailed
+from peftopt.recipe.thresholds import counted
+from peftopt.records import Measurement, Recipe
+from peftopt.runner import preflight
+from peftopt.runner.prepare import make_ready
+from peftopt.runner.process import Child
+from peftopt.runner.race import Field, race
+from peftopt.runner.run import Listener, Run, check_baseline, planned
+
+
+def prepare(
+    recipe: Recipe, text: str, results: Path, listener: Listener, fresh: bool = False, more: bool = False
+) -> Run:
+    """Check the recipe's files, make the plan and open its run folder: an unfinished run of the same plan goes on, and
+    with `more` a finished one too."""
+    home = store.Store(results.resolve(), listener.warn)
+    plan, key = planned(recipe)
+    home.check_writable()
+    runs = home.root / "runs"
+    mine = sorted(runs.glob(f"*-{recipe.name}-{key}"))
+    unfinished = [f for f in mine if not (f / "decision.json").exists()]
+    if mine and more and not unfinished and not fresh:
+        return reopen(mine[-1], listener)
+    if unfinished and not fresh:
+        folder = unfinished[-1]
+        listener.warn(f"going on with the unfinished run {folder.name}")
+    else:
+        folder = runs / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{recipe.name}-{key}"
+        folder.mkdir(parents=True)
+        store.write(folder / "recipe.yaml", text)
+        store.write(folder / "plan.json", json.dumps(asdict(plan), indent=1))
+        store.write(folder / "machine.json", json.dumps(machine.describe(), indent=1))
+        for line in (*preflight.warnings(recipe), *preflight.copies(recipe)):
+            listener.warn(line)
+        for line in preflight.foreseen(recipe):
+            listener.warn(f"cannot be decided: {line}")
+    run = Run(plan, home, folder, listener, store.read(folder / "measurements.jsonl", listener.warn))
+    run.retry()
+    return run
+
+
+def reopen(folder: Path, listener: Listener) -> Run:
+    """A run that may get more blocks. Raises BadInput where they would measure something else than its first ones."""
+    plan = store.read_plan(folder / "plan.json")
+    now, key = planned(plan.recipe)
+    if [b.id for b in now.builds] != [b.id for b in plan.builds] or not folder.resolve().name.endswith(f"-{key}"):
+        hint = "run the recipe again: a new run measures everything as it is now"
+        raise BadInput(f"the models, prompts or libraries of {folder} have changed since it ran", hint)
+    was, is_ = json.loads((folder / "machine.json").read_text()), json.loads(json.dumps(machine.describe()))
+    if changed := [key for key in ("cpu", "cores", "gpu") if was.get(key) != is_.get(key)]:
+        hint = "blocks of two machines are not of one race: go on there, or run the recipe here"
+        raise BadInput(f"{folder} was measured on another machine: its {', '.join(changed)} differ", hint)
+    home = store.Store(folder.resolve().parents[1], listener.warn)
+    return Run(plan, home, folder, listener, store.read(folder / "measurements.jsonl", listener.warn))
+
+
+def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None) -> None:
+    """Let the undecided races of a run go on: to the planned look at which the nearest to a decision should have one,
+    as the planner says, or for so many blocks or minutes at most.
+
+    What was spent of the error budget stays spent (stats.race). Where that can hardly decide any, nothing is measured.
+    """
+    evidence = run.evidence
+    races = stopping.open_races(evidence)
+    if not races:
+        run.listener.tell("no race is open: more blocks would change no verdict")
+        return
+    nearest = min(races, key=lambda v: v.blocks_needed or 0)
+    have = evidence.blocks(run.recipe.baseline, nearest.workload)
+    each = evidence.minutes_per_block(nearest.workload)
+    if minutes is not None and not each:
+        raise BadInput("this run does not tell how long a block takes", "say how many with --blocks")
+    limits = [n for n in (blocks, None if minutes is None else int(minutes / (each or 1))) if n is not None]
+    needed = nearest.blocks_needed or 0
+    total = have + min(limits) if limits else stats.next_look(needed)
+    granted = Measurement("more", "", values={"max_blocks": total})
+    still = stopping.open_races(Evidence(run.plan, [*run.measurements, granted]))
+    if total >= stats.MOST_BLOCKS or total <= have or all(v.hopeless for v in still):
+        asked = f"about {needed - have} more" if needed < stats.MOST_BLOCKS else "too many"
+        offered = f"; {total - have} can hardly suffice" if limits else ""
+        run.listener.warn(f"{nearest.rule} would take {asked} blocks{_about(needed - have, each)}{offered}")
+        run.listener.warn("nothing was measured")
+        return
+    run.log("more", "", granted.values)
+    run.listener.tell(f"up to {counted(total - have, 'more block')}{_about(total - have, each)}")
+    for workload in run.recipe.workloads.values():
+        race(run, workload)
+        check_baseline(run)
+
+
+def _about(blocks: int, each: float | None) -> str:
+    known = each and blocks < stats.MOST_BLOCKS // 2
+    return f", about {counted(max(round(blocks * each), 1), 'minute')}" if each and known else ""
+
+
+def execute(run: Run) -> None:
+    """Everything that leaves measurements, in the order of time."""
+    survey(run)
+    first, *others = run.recipe.workloads.values()
+    with contextlib.closing(Field(run, first)) as field:
+        make_ready(run, field.start)
+        race(run, first, field)
+    check_baseline(run)
+    for workload in others:
+        race(run, workload)
+        check_baseline(run)
+
+
+def survey(run: Run) -> None:
+    """How fast this machine reads memory: once per run, with the threads of the measured, while nothing else runs."""
+    if any(m.probe == "machine" for m in run.measurements):
+        return
+    threads = run.recipe.measure.threads or machine.cores()
+    try:
+        with Child(run.folder / "logs" / "bandwidth.log", threads) as child:
+            run.log("machine", "", child.ask("bandwidth", 60))
+    except WorkerFailed as error:
+        run.listener.warn(f"memory bandwidth is not known: {error}")

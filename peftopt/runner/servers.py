@@ -1,0 +1,76 @@
+"""A recipe's servers outside a race, one at a time: what `peftopt load RECIPE` sends its requests to."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from peftopt import machine, plugins, store
+from peftopt.corpus import Row
+from peftopt.errors import WorkerFailed
+from peftopt.loadtest.client import Target
+from peftopt.loadtest.protocols import Prompt
+from peftopt.recipe import plan as planning
+from peftopt.records import Build, Recipe, Variant
+from peftopt.runner.prepare import build_alone
+from peftopt.runner.run import Listener, Run, load, planned, worker
+from peftopt.runner.single import as_input
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A variant's server that answers, and the prompts as it takes them, by id. `new_tokens`: what the variant's
+    policies leave of them; `slots`: requests that it works on at once, 0 = not known."""
+
+    target: Target
+    prompts: Mapping[str, Prompt]
+    new_tokens: int
+    slots: int
+
+
+def stage(recipe: Recipe, results: Path, folder: Path, listener: Listener) -> Run:
+    """A run of those of the recipe's variants that are servers, to take `serving` from; artifacts are the store's, and
+    logs go to `folder`. Of a server that somebody else runs only the tokenizer is opened here, so nothing is built."""
+
+    def of(variant: Variant) -> Variant:
+        return replace(variant, steps=()) if variant.engine.plugin == "endpoint" else variant
+
+    known = plugins.catalogue()
+    servers = {name: of(v) for name, v in recipe.variants.items() if known[v.engine.plugin].serves}
+    home = store.Store(results.resolve(), listener.warn)
+    plan, _ = planned(replace(recipe, variants=servers))
+    home.check_writable()
+    return Run(plan, home, folder, listener)
+
+
+@contextlib.contextmanager
+def serving(run: Run, variant: Variant, rows: Sequence[Row], new_tokens: int, stop: bool) -> Iterator[Serving]:
+    """The variant's server, started by its own engine as in a race, or connected to; over when this is. Raises as the
+    engine does: BadInput for what it refuses, WorkerFailed with a server's last lines when it does not start."""
+    started, threads = time.perf_counter(), run.recipe.measure.threads or machine.cores()
+    with contextlib.ExitStack() as stack:
+        try:
+            for build in _behind(run, variant):
+                build_alone(run, build, threads)
+            with run.listener.progress(f"start {variant.name}", 1):
+                child = stack.enter_context(worker(run, variant, "load", threads))
+                load(run, variant, child)
+            asked = [row.as_json() for row in rows]
+            found = child.ask("served", run.recipe.measure.deadline_s, rows=asked, new_tokens=new_tokens, stop=stop)
+        except WorkerFailed as error:
+            raise as_input(error) from error
+        run.listener.done("start", variant.name, time.perf_counter() - started)
+        prompts = {id_: Prompt(**prompt) for id_, prompt in found["prompts"].items()}
+        yield Serving(Target(**found["target"]), prompts, found["new_tokens"], found["slots"])
+
+
+def _behind(run: Run, variant: Variant) -> list[Build]:
+    """The artifacts that the variant is made of, in the order in which they are made."""
+    builds, at, found = {b.id: b for b in run.plan.builds}, run.plan.models[variant.name], []
+    while at != planning.SOURCE:
+        found.append(builds[at])
+        at = builds[at].parent
+    return found[::-1]
