@@ -3,84 +3,36 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent / "peftopt"
-LAYERS = [
-    "errors",
-    "records",
-    "identity",
-    "stats",
-    "jsonl",
-    "progress",
-    "machine",
-    "store",
-    "plugins",
-    "corpus",
-    "environments",
-    "models",
-]
-LAYERS += [
-    "recipe",
-    "loadtest",
-    "decision",
-    "report",
-    "canary",
-    "merging",
-    "transforms",
-    "engines",
-    "policies",
-    "probes",
-    "worker",
-    "runner",
-    "cli",
-]
+GROUND = "errors records identity stats jsonl progress machine store plugins corpus environments models"
+TOWERS = "recipe loadtest decision report canary merging transforms engines policies probes worker runner cli"
+LAYERS = f"{GROUND} {TOWERS}".split()
 PURE = {"recipe", "decision", "report"}
 EFFECTS = {"torch", "time", "datetime", "subprocess", "socket", "random", "shutil"}
-HEAVY = set(
-    [
-        "torch",
-        "transformers",
-        "peft",
-        "numpy",
-        "scipy",
-        "pandas",
-        "matplotlib",
-        "safetensors",
-        "jinja2",
-        "torchao",
-        "httpx",
-    ]
-)
+HEAVY = {*re.findall(r"\w+", "torch torchao transformers peft numpy scipy pandas matplotlib safetensors jinja2 httpx")}
 COMPILED = ROOT / "merging" / "kernel.py"  # numba compiles its functions when it is imported
 
 
-def imports(tree: ast.Module, top_level_only: bool = False) -> Iterator[str]:
-    for node in tree.body if top_level_only else ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+def imports(nodes: list[ast.stmt] | list[ast.AST]) -> set[str]:
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    named = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return plain | {str(n.module) for n in named} | {f"{n.module}.{alias.name}" for n in named for alias in n.names}
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("*/**/*.py")) + sorted(ROOT.glob("[a-z]*.py")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", [*ROOT.glob("[a-z]*.py"), *ROOT.glob("*/**/*.py")], ids=lambda path: path.stem)
 def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
     package, tree = path.relative_to(ROOT).parts[0].removesuffix(".py"), ast.parse(path.read_text())
-    used, at_once = {*imports(tree)}, {*imports(tree, top_level_only=True)}
-    ours = {name.split(".")[1] for name in used if name.startswith("peftopt.")} & {*LAYERS}
-    assert ours <= {*LAYERS[: LAYERS.index(package) + 1]}
-    assert package not in PURE or not EFFECTS & {name.split(".")[0] for name in used}
-    assert path == COMPILED or not (HEAVY | {"peftopt.merging.kernel"}) & {
-        *at_once,
-        *(n.split(".")[0] for n in at_once),
-    }
+    used, at_once = imports([*ast.walk(tree)]), {name.split(".")[0] for name in imports(tree.body)}
+    assert {n.split(".")[1] for n in used if n[:8] == "peftopt."} & {*LAYERS[LAYERS.index(package) + 1 :]} == set()
+    assert package not in PURE or EFFECTS & {name.split(".")[0] for name in used} == set()
+    assert path == COMPILED or (HEAVY & at_once == set() and "peftopt.merging.kernel" not in imports(tree.body))
 
 
 def test_help_imports_no_heavy_library() -> None:
