@@ -8,8 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from peftopt.metrics import METRICS, UNITS, format_value
 from peftopt.recipe import thresholds
-from peftopt.recipe.thresholds import METRICS, UNITS, BadThreshold, format_value, parse, parse_metric
+from peftopt.recipe.thresholds import BadThreshold, parse, parse_metric
 from peftopt.records import Metric, Threshold
 
 

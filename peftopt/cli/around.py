@@ -20,8 +20,8 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
     """Say everything that is wrong with a recipe and its files, and what it would do; runs nothing."""
     from peftopt import environments, store
     from peftopt.cli.console import Console
+    from peftopt.metrics import counted
     from peftopt.recipe import plan as planning
-    from peftopt.recipe.thresholds import counted
     from peftopt.runner import preflight
 
     parsed, _ = read_recipe(recipe)

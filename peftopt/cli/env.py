@@ -20,7 +20,7 @@ def env_list(as_json: AsJson = False) -> None:
     """The environments: which there are, which are installed, how large they are, what they are for."""
     from peftopt import environments
     from peftopt.cli.console import Console
-    from peftopt.recipe.thresholds import format_value
+    from peftopt.metrics import format_value
 
     found = environments.known()
     if as_json:

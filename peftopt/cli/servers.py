@@ -283,7 +283,7 @@ def _tell_trial(console: Any, trial: Any, slos: Any) -> None:
 
 def _tell_set(console: Any, played: Any) -> None:
     from peftopt.loadtest import summary
-    from peftopt.recipe.thresholds import counted
+    from peftopt.metrics import counted
 
     names = len({r.model for r in played.requests})
     wait = summary.waited(played.requests)

@@ -123,7 +123,7 @@ def transform(
     plugin: str, params: dict[str, Any], model: Model, out: Path, calibration: str | None, seed: int, as_json: bool
 ) -> None:
     from peftopt.cli.console import Console
-    from peftopt.recipe.thresholds import format_value
+    from peftopt.metrics import format_value
     from peftopt.runner import single
 
     found = single.transform(plugin, params, model, out, calibration, seed, Console().progress)

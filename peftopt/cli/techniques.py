@@ -103,7 +103,7 @@ def weighted(text: str) -> tuple[str, float]:
 def _preview(params: dict[str, Any], model: Model, as_json: bool) -> None:
     """What a merge would change, largest change first; tensors without a delta are called out."""
     from peftopt.cli.console import Console
-    from peftopt.recipe.thresholds import format_value
+    from peftopt.metrics import format_value
     from peftopt.runner import single
 
     found = single.preview("merge", params, model)
@@ -276,7 +276,7 @@ def compile_(
 
 
 def _compile_lines(found: dict[str, Any]) -> dict[str, str]:
-    from peftopt.recipe.thresholds import format_value
+    from peftopt.metrics import format_value
 
     def start(name: str) -> str:
         parts = ", ".join(f"{part} {found[name][part]:.1f}" for part in ("imports", "load", "graphs", "answers"))
@@ -410,7 +410,7 @@ def bench(
 
 
 def _bench_row(found: dict[str, Any]) -> list[str]:
-    from peftopt.recipe.thresholds import format_value
+    from peftopt.metrics import format_value
     from peftopt.stats import fewest_for
 
     n, ratio = found["p50_ms"].n, found["ratio"]

@@ -11,7 +11,7 @@ from peftopt import stats
 from peftopt.decision.evidence import TWIN, Evidence
 from peftopt.decision.figures import figures
 from peftopt.decision.rules import family, parent_of, protects, rule_name, verdicts
-from peftopt.recipe.thresholds import counted
+from peftopt.metrics import counted
 from peftopt.records import (
     Decision,
     Interval,

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from peftopt import stats
 from peftopt.loadtest import summary
-from peftopt.recipe.thresholds import TASK
+from peftopt.metrics import TASK
 from peftopt.records import Interval, Json, Measurement, Metric, Plan
 
 TWIN = "~aa"

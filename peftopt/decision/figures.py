@@ -9,7 +9,7 @@ from dataclasses import replace
 from peftopt import stats
 from peftopt.decision.evidence import FIELDS, TWIN, Evidence
 from peftopt.loadtest import prometheus
-from peftopt.loadtest.summary import QUANTILES
+from peftopt.metrics import QUANTILES
 from peftopt.records import Interval, Json, Metric
 
 ENGINE_FIGURES = (

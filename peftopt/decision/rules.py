@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from peftopt import stats
 from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, exp
 from peftopt.decision.figures import figure, figures, timed
-from peftopt.loadtest.summary import QUANTILES
-from peftopt.recipe.thresholds import TASK, counted, format_value, known
+from peftopt.metrics import QUANTILES, TASK, counted, format_value, known
 from peftopt.records import Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
 
 SKIPPED = ("missing library", "missing environment", "refused")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from peftopt import stats
 from peftopt.decision.evidence import FEWEST, Evidence
 from peftopt.decision.rules import ANY_CRITICAL, PARTED, WHOLE, family, fewest_requests, parent_of, rule_name, verdicts
-from peftopt.recipe.thresholds import counted
+from peftopt.metrics import counted
 from peftopt.records import Recipe, Rule, Variant, Verdict
 
 RACED, ANSWERED = ("gain", "not_slower"), ("parity", "critical_errors", "lost")

@@ -23,7 +23,7 @@ from peftopt.loadtest.moments import utc
 from peftopt.loadtest.protocols import Prompt
 from peftopt.loadtest.sender import Planned, Played, Show, play, settle, warm_up
 from peftopt.loadtest.summary import Request, Slo
-from peftopt.recipe.thresholds import counted
+from peftopt.metrics import counted
 from peftopt.records import Json, Measurement, Workload
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 from peftopt import stats
-from peftopt.recipe.thresholds import UNITS
+from peftopt.metrics import QUANTILES, UNITS
 from peftopt.records import Interval, Json
 
 ATTAINED = 0.95
@@ -140,8 +140,6 @@ def _value(request: Request, metric: str) -> float | None:
 
 
 # ---- figures -----------------------------------------------------------------------------------
-
-QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
 def figures(requests: Sequence[Request], slos: Sequence[Slo] = ()) -> dict[str, Json]:

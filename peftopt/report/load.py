@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftopt.loadtest import prometheus
-from peftopt.recipe.thresholds import counted, format_value
+from peftopt.metrics import counted, format_value
 from peftopt.records import Interval, Json
 from peftopt.report.words import bounded
 from peftopt.stats import fewest_for

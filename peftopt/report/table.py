@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from peftopt.recipe.thresholds import TASK, counted
+from peftopt.metrics import TASK, counted, described
 from peftopt.records import Decision, Interval, VariantDecision, Verdict
 from peftopt.report import words
 from peftopt.report.words import MISSING, Table, clean, clip
@@ -39,8 +39,8 @@ def rows(decision: Decision, compact: bool = False) -> Table:
 
 def by_workload(decision: Decision) -> Table:
     """Times and throughput of every variant under every workload; no rows where there is one workload."""
-    header = ["workload", "variant", "TTFT P50", "TPOT P50", "P50", "P95", "throughput"]
     metrics = ("ttft.p50", "tpot.p50", "latency.p50", "latency.p95", "throughput")
+    header = ["workload", "variant", *(_title(m) for m in metrics)]
     names = workloads(decision)
     rows = [
         [clean(w), clean(_name(decision, v)), *(words.figure(f"{m}@{w}", v.figures.get(f"{m}@{w}")) for m in metrics)]
@@ -52,41 +52,50 @@ def by_workload(decision: Decision) -> Table:
 
 def further(decision: Decision) -> Table:
     """What no rule asks for but an expert looks at; no rows when none of it was measured."""
-    main = (workloads(decision) or [""])[0]
-    columns: list[Column] = [
-        ("variant", lambda v: _name(decision, v)),
-        (f"TTFT P50@{main}", _figure_column(f"ttft.p50@{main}")),
-        (f"TTFT P95@{main}", _figure_column(f"ttft.p95@{main}")),
-        (f"P99@{main}", _figure_column(f"latency.p99@{main}")),
-        (f"TPOT P50@{main}", _figure_column(f"tpot.p50@{main}")),
-        (f"of memory bandwidth@{main}", _figure_column(f"bandwidth@{main}")),
-        *((f"in the server's queue@{w}", _figure_column(f"server_queue@{w}")) for w in workloads(decision)),
-        *((f"requests in a batch@{w}", _mean_column(f"server_batch@{w}")) for w in workloads(decision)),
-        *((f"of its slots@{w}", _figure_column(f"server_fill@{w}")) for w in workloads(decision)),
-        *((f"KV cache taken@{w}", _figure_column(f"server_kv_cache@{w}")) for w in workloads(decision)),
-        (f"CPU time@{main}", lambda v: words.speed(v.figures.get(f"cpu.ratio@{main}"))),
-        ("same answer", _figure_column("greedy_match")),
-        ("same next token", _figure_column("top1")),
-        ("in the worst prompt", _figure_column("top1.min")),
-        ("KL per token", _figure_column("kl")),
-        ("P95 of prompts", _figure_column("kl.p95")),
-        ("worst prompt", _figure_column("kl.max")),
-        ("worst token", _figure_column("kl.token")),
-        ("adapter's shift kept", _figure_column("delta_survival")),
-        ("answer length", _figure_column("length")),
-        *((f"answer length@{w}", _figure_column(f"length.ratio@{w}")) for w in workloads(decision)),
-        ("answers flipped", _flipped),
-        *((f"warm-up@{w}", _warm_up_column(w)) for w in workloads(decision)),
-        ("GPU memory reserved", _figure_column("gpu_memory_reserved")),
-        ("reserved but unused", _figure_column("fragmentation")),
-        ("GPU busy", _figure_column("gpu_busy")),
-        ("adapter switch", _figure_column("adapter_switch_time")),
-        ("compile time", _figure_column("compile_time")),
-        ("start from the compile cache", _figure_column("warm_start")),
-        *((title, _count_column(name)) for name, title in _COUNTS.items()),
-    ]
+    everywhere = workloads(decision)
+    main = everywhere[:1] or [""]
+    columns: list[Column] = [("variant", lambda v: _name(decision, v))]
+    columns += _columns(main, "ttft.p50", "ttft.p95", "latency.p99", "tpot.p50", "bandwidth")
+    columns += _columns(everywhere, "server_queue", "server_batch", "server_fill", "server_kv_cache")
+    columns += _columns(main, "cpu.ratio")
+    columns += _columns([""], "greedy_match", "top1", "top1.min", "kl", "kl.p95", "kl.max", "kl.token")
+    columns += _columns([""], "delta_survival", "length")
+    columns += _columns(everywhere, "length.ratio")
+    columns += _columns([""], "flips")
+    columns += _columns(everywhere, "warm_up")
+    columns += _columns([""], "gpu_memory_reserved", "fragmentation", "gpu_busy", "adapter_switch_time")
+    columns += _columns([""], "compile_time", "warm_start", "graphs", "graph_breaks", "recompiles")
+    columns += _columns([""], "uncompiled", "eager_prompts", "break_even")
     header, body = _filled(decision, columns)
     return header, body if len(header) > 1 else []
+
+
+def _title(name: str) -> str:
+    """The heading of a metric's column: "P50@chat"."""
+    spec, (_, at, workload) = described(name), name.partition("@")
+    return f"{spec.title if spec else name}{at}{workload}"
+
+
+def _columns(workloads: Sequence[str], *names: str) -> list[Column]:
+    """A column for each metric and workload; [""] for metrics of the whole variant."""
+    return [_column(f"{name}@{workload}" if workload else name) for name in names for workload in workloads]
+
+
+def _column(name: str) -> Column:
+    """A metric's column, under its title, each value written as its kind is."""
+    metric, _, workload = name.partition("@")
+    spec = described(metric)
+    if metric == "flips":
+        return _title(name), _flipped
+    if metric == "warm_up":
+        return _title(name), _warm_up_column(workload)
+    if metric == "cpu.ratio":
+        return _title(name), lambda v: words.speed(v.figures.get(name))
+    if spec and spec.unit == "count":
+        return _title(name), _count_column(name)
+    if spec and spec.unit == "requests":
+        return _title(name), _mean_column(name)
+    return _title(name), _figure_column(name)
 
 
 def _filled(decision: Decision, columns: Sequence[Column]) -> Table:
@@ -105,18 +114,10 @@ def _full(decision: Decision) -> list[Column]:
         ("verdict", lambda v: f"{v.outcome} ({v.decided_by})" if v.decided_by else v.outcome),
         (f"speed@{main} vs {decision.baseline}", lambda v: words.speed(_ratio(decision, v, main))),
         *((f"speed@{w}", _speed_column(decision, w)) for w in others),
-        (f"P50@{main}", _figure_column(f"latency.p50@{main}")),
-        (f"P95@{main}", _figure_column(f"latency.p95@{main}")),
-        (f"throughput@{batch}", _figure_column(f"throughput@{batch}")),
-        ("peak memory", _figure_column("memory")),
-        ("GPU memory", _figure_column("gpu_memory_allocated")),
-        ("size on disk", _figure_column("size")),
-        ("load time", _figure_column("load_time")),
-        ("accuracy", _figure_column("accuracy")),
-        *((name, _figure_column(name)) for name in _tasks(decision)),
-        ("schema validity", _figure_column("validity")),
-        ("perplexity", _figure_column("perplexity")),
-        ("critical errors", _figure_column("critical_errors")),
+        *_columns([main], "latency.p50", "latency.p95"),
+        *_columns([batch], "throughput"),
+        *_columns([""], "memory", "gpu_memory_allocated", "size", "load_time", "accuracy"),
+        *_columns([""], *_tasks(decision), "validity", "perplexity", "critical_errors"),
     ]
 
 
@@ -149,16 +150,6 @@ def _fit(header: Sequence[str], body: list[list[str]], gap: int = 2) -> list[lis
 
 def _figure_column(name: str) -> Callable[[VariantDecision], str]:
     return lambda v: words.figure(name, v.figures.get(name))
-
-
-_COUNTS = {
-    "graphs": "graphs",
-    "graph_breaks": "graph breaks",
-    "recompiles": "recompiles",
-    "uncompiled": "requests answered uncompiled",
-    "eager_prompts": "requests with an eager prompt",
-    "break_even": "requests to break even",
-}
 
 
 def _count_column(name: str) -> Callable[[VariantDecision], str]:

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 
-from peftopt.recipe.thresholds import format_value
+from peftopt.metrics import format_value
 from peftopt.records import Interval, Json, Verdict
 from peftopt.stats import MOST_BLOCKS
 
@@ -75,22 +75,9 @@ def count(value: Interval | None) -> str:
     return f"{round(value.estimate * value.n)} of {value.n}"
 
 
-_READ_AS = {
-    **{"ms": "latency.p50", "s": "load_time", "bytes": "memory", "share": "accuracy"},
-    **{"tokens/s": "throughput", "nats": "kl", "bandwidth": "accuracy"},
-    **{"compile_time": "load_time", "warm_start": "load_time", "adapter_switch_time": "load_time"},
-    **{"fragmentation": "accuracy", "gpu_busy": "accuracy"},
-    **{"server_queue": "latency.p50", "server_kv_cache": "accuracy", "server_fill": "accuracy"},
-    **{"gpu_memory_allocated": "memory", "gpu_memory_reserved": "memory"},
-    **{"tpot.p95": "tpot.p50", "tpot.p99": "tpot.p50", "top1.min": "top1"},
-    **dict.fromkeys(("kl.p95", "kl.max", "kl.token"), "kl"),
-}
-"""A unit, or a figure no recipe can name -> a metric that is written the same way; all others are ratios."""
-
-
 def written(name: str, value: float) -> str:
-    name = name.partition("@")[0]
-    return format_value(_READ_AS.get(name, name), value)
+    """A value of a metric, or of a unit, in words."""
+    return format_value(name, value)
 
 
 def bounded(value: Interval) -> bool:

@@ -16,9 +16,9 @@ from peftopt.corpus import Row
 from peftopt.decision import stopping
 from peftopt.errors import WorkerFailed
 from peftopt.merging import certificate
+from peftopt.metrics import TASK
 from peftopt.models import provenance
 from peftopt.recipe import plan as planning
-from peftopt.recipe.thresholds import TASK
 from peftopt.records import GENERIC, YAML, Build, Json, Model, Quality, Variant, task_name
 from peftopt.runner import preflight
 from peftopt.runner.process import Child

@@ -17,7 +17,7 @@ from peftopt import machine, stats, store
 from peftopt.decision import stopping
 from peftopt.decision.evidence import Evidence
 from peftopt.errors import BadInput, WorkerFailed
-from peftopt.recipe.thresholds import counted
+from peftopt.metrics import counted
 from peftopt.records import Measurement, Recipe
 from peftopt.runner import preflight
 from peftopt.runner.prepare import make_ready
