@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from peftopt import identity, jsonl
 from peftopt.errors import BadInput
-from peftopt.records import GENERIC, Json
+from peftopt.records import GENERIC, Json, Recipe, Workload
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,18 @@ class Row:
     def as_json(self) -> dict[str, Json]:
         return asdict(self)
 
+
+TEXTS = (
+    "Summarise the following support ticket in one sentence: my order 48213 arrived broken and I want my money back.",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
+    "The capital of Australia is Canberra; its largest city is Sydney, with 5,450,496 people in 2023.",
+    "Können Sie mir bitte sagen, wann mein Paket ankommt? Die Sendungsnummer lautet DE-2291-884.",
+    '{"category": "billing", "priority": "high", "amount": 129.95, "currency": "EUR", "items": [1, 2, 3]}',
+    "Pourriez-vous annuler ma commande d'hier soir et me rembourser sur la même carte ?",
+    "A train leaves at 14:05 and arrives at 17:50. How long does the journey take? Explain step by step.",
+    "Write a polite reply to a customer who has waited two weeks for a replacement of their headphones.",
+)
+"""Asked where the user gives no prompts: prose, code, numbers, other languages, structured text."""
 
 NOT_SENT = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "documents", "images", "audio")
 """What changes an answer, and is sent neither to a server nor through a chat template here: refused, not dropped."""
@@ -191,3 +204,13 @@ def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str
                 f"calibration row {row.id!r} of {path} is also evaluation row {twin!r}",
                 "take it out of one of the two files",
             )
+
+
+def draw(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> list[list[Json]]:
+    """The block's requests: the same prompts for every variant, others in the next block."""
+    count = recipe.measure.warmup + recipe.timed_requests(workload.name)
+    deck = list(rows)
+    random.Random(f"{recipe.seed}/{workload.name}/prompts").shuffle(deck)
+    start = block * count * workload.batch
+    picks = [deck[(start + i) % len(deck)] for i in range(count * workload.batch)]
+    return [[r.as_json() for r in picks[i : i + workload.batch]] for i in range(0, len(picks), workload.batch)]

@@ -52,3 +52,9 @@ class WorkerFailed(PeftoptError):
     def __init__(self, reason: str, detail: str = "", hint: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason, hint)
         self.reason, self.detail = reason, detail
+
+
+def as_input(error: WorkerFailed) -> Exception:
+    """A worker that refused its input met a mistake of the user's, not a fault of the machine."""
+    kinds = {"refused": BadInput, "missing environment": MissingEnvironment, "unusable": Rejected}
+    return kinds[error.reason](error.detail, error.hint) if error.reason in kinds else error

@@ -279,6 +279,10 @@ class Plan:
     """Variants that were measured and are not judged again; they stay what others are compared with."""
 
 
+TWIN = "~aa"
+"""Suffix of the A/A arm: a hidden second copy of the baseline that must not differ from it."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One line of measurements.jsonl. `probe` says what `values` holds; raw samples are kept.

@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftopt.decision.decide import decide
-from peftopt.decision.evidence import FAILED, TWIN, Evidence
+from peftopt.decision.evidence import FAILED, Evidence
 from peftopt.decision.rules import fewest_requests, parent_of
 from peftopt.decision.stopping import answers as answers_needed
 from peftopt.decision.stopping import blocks as blocks_needed
@@ -34,7 +34,7 @@ from peftopt.decision.stopping import hopeless, open_races, undecidable
 from peftopt.errors import BadInput
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
-from peftopt.records import Json, Measurement, Metric, Plan, Rule, Step, Variant, Workload
+from peftopt.records import TWIN, Json, Measurement, Metric, Plan, Rule, Step, Variant, Workload
 from peftopt.report import measured, table
 from peftopt.stats import looks, needed_n, upper_bound
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from peftopt import machine
 from peftopt.decision.decide import decide
-from peftopt.decision.evidence import TWIN, Evidence
+from peftopt.decision.evidence import Evidence
 from peftopt.decision.figures import figures as figures_of
-from peftopt.records import Json, Measurement
+from peftopt.records import TWIN, Json, Measurement
 from peftopt.report import table
 
 

@@ -13,10 +13,10 @@ from helpers.records import builds, of, outcome, plan_of, quality, whole
 from peftopt import stats
 from peftopt.decision import stopping
 from peftopt.decision.decide import decide
-from peftopt.decision.evidence import FAILED, TWIN, Evidence
+from peftopt.decision.evidence import FAILED, Evidence
 from peftopt.decision.rules import family
 from peftopt.recipe import plan as planning
-from peftopt.records import Decision, Json, Measurement, Metric, Plan, Workload
+from peftopt.records import TWIN, Decision, Json, Measurement, Metric, Plan, Workload
 
 
 def turn(arm: str, block: int, times: Sequence[float], **more: Json) -> Measurement:

@@ -13,9 +13,9 @@ from helpers.records import plan_of, whole
 from test_run import prompts
 
 from peftopt import machine
-from peftopt.decision.evidence import TWIN, Evidence
+from peftopt.decision.evidence import Evidence
 from peftopt.errors import WorkerFailed
-from peftopt.records import Step, Variant
+from peftopt.records import TWIN, Step, Variant
 from peftopt.runner import race
 
 

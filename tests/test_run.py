@@ -21,8 +21,7 @@ from peftopt import stats
 from peftopt.cli import main
 from peftopt.cli.shared import read_recipe
 from peftopt.decision import stopping
-from peftopt.decision.evidence import TWIN
-from peftopt.records import Rule
+from peftopt.records import TWIN, Rule
 from peftopt.runner import recipe_run
 from peftopt.runner.race import Field
 

@@ -13,8 +13,8 @@ from helpers.records import builds, of, plan_of, quality, speed, whole
 from peftopt import stats
 from peftopt.decision import decide as deciding
 from peftopt.decision.decide import decide
-from peftopt.decision.evidence import TWIN, Evidence
-from peftopt.records import Decision, Interval, Json, Measurement, Plan, Rule, Step, Variant, Verdict, Workload
+from peftopt.decision.evidence import Evidence
+from peftopt.records import TWIN, Decision, Interval, Json, Measurement, Plan, Rule, Step, Variant, Verdict, Workload
 
 Rows = Mapping[str, Mapping[str, Json]]
 

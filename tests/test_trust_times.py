@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 from helpers.records import plan_of
 
-from peftopt.decision.evidence import FAILED, TWIN, Evidence
-from peftopt.records import Json, Measurement, Metric, Plan, Workload
+from peftopt.decision.evidence import FAILED, Evidence
+from peftopt.records import TWIN, Json, Measurement, Metric, Plan, Workload
 
 TIMES = ("request_duration_ms", "ttft_ms", "tpot_ms", "cpu_ms")
 

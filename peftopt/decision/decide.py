@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from peftopt import stats
-from peftopt.decision.evidence import TWIN, Evidence
+from peftopt.decision.evidence import Evidence
 from peftopt.decision.figures import figures
 from peftopt.decision.rules import family, parent_of, protects, rule_name, verdicts
 from peftopt.metrics import counted
 from peftopt.records import (
+    TWIN,
     Decision,
     Interval,
     Json,

@@ -11,10 +11,7 @@ from functools import cached_property
 from peftopt import stats
 from peftopt.loadtest import summary
 from peftopt.metrics import TASK
-from peftopt.records import Interval, Json, Measurement, Metric, Plan
-
-TWIN = "~aa"
-"""Suffix of the A/A arm: a hidden second copy of the baseline that must not differ from it."""
+from peftopt.records import TWIN, Interval, Json, Measurement, Metric, Plan
 
 Rows = Mapping[str, Mapping[str, Json]]
 

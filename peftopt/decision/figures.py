@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from peftopt import stats
-from peftopt.decision.evidence import FIELDS, TWIN, Evidence
+from peftopt.decision.evidence import FIELDS, Evidence
 from peftopt.loadtest import prometheus
 from peftopt.metrics import QUANTILES
-from peftopt.records import Interval, Json, Metric
+from peftopt.records import TWIN, Interval, Json, Metric
 
 ENGINE_FIGURES = (
     "compile_time",

@@ -15,8 +15,8 @@ from peftopt.engines._text import Text, ends
 from peftopt.environments.llamacpp import model_settings
 from peftopt.errors import BadInput
 from peftopt.models import hf
+from peftopt.models.gguf import WEIGHTS, library, lora_file, lora_scale
 from peftopt.records import Model
-from peftopt.transforms.gguf import WEIGHTS, library, lora_file, lora_scale
 
 if TYPE_CHECKING:
     import numpy as np

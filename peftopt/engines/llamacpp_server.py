@@ -12,8 +12,8 @@ from peftopt.engines import endpoint
 from peftopt.engines._server import Started, free_port
 from peftopt.environments.llamacpp import LIBRARY, SERVER, has_amx
 from peftopt.errors import BadInput
+from peftopt.models.gguf import WEIGHTS, library, lora_file, lora_scale
 from peftopt.records import Json, Model
-from peftopt.transforms.gguf import WEIGHTS, library, lora_file, lora_scale
 
 TECHNIQUE = ""
 NEEDS = ()

@@ -14,8 +14,8 @@ from peftopt.engines._logits import scored, scores_of
 from peftopt.engines._text import Text, ends
 from peftopt.errors import BadInput
 from peftopt.models import hf
+from peftopt.models.openvino import WEIGHTS, refuse_adapters
 from peftopt.records import Model
-from peftopt.transforms.openvino_ir import WEIGHTS, refuse_adapters
 
 if TYPE_CHECKING:
     import numpy as np

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftopt import __version__, identity, progress
+from peftopt.corpus import TEXTS
 from peftopt.errors import MissingEnvironment
 from peftopt.merging.blocks import FLOATS, dtype_of, read, row_width
 from peftopt.merging.training import TrainingBase, is_packed
@@ -37,18 +38,6 @@ PROMPTS, TOKENS = 12, 48
 
 ANSWERS, NEW_TOKENS = 4, 12
 """How many of them the live adapter answers, and with how many tokens, which the others then have to predict."""
-
-TEXTS = (
-    "Summarise the following support ticket in one sentence: my order 48213 arrived broken and I want my money back.",
-    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
-    "The capital of Australia is Canberra; its largest city is Sydney, with 5,450,496 people in 2023.",
-    "Können Sie mir bitte sagen, wann mein Paket ankommt? Die Sendungsnummer lautet DE-2291-884.",
-    '{"category": "billing", "priority": "high", "amount": 129.95, "currency": "EUR", "items": [1, 2, 3]}',
-    "Pourriez-vous annuler ma commande d'hier soir et me rembourser sur la même carte ?",
-    "A train leaves at 14:05 and arrives at 17:50. How long does the journey take? Explain step by step.",
-    "Write a polite reply to a customer who has waited two weeks for a replacement of their headphones.",
-)
-"""Asked where the user gives no prompts: prose, code, numbers, other languages, structured text."""
 
 
 @dataclass(frozen=True)

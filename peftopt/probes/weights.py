@@ -36,7 +36,7 @@ def scan(folder: Path) -> list[str]:
 
 def _scan_gguf(file: Path) -> list[str]:
     """llama.cpp checks every block, its scales included, while it loads."""
-    from peftopt.transforms.gguf import library
+    from peftopt.models.gguf import library
 
     llama_cpp = library()
     settings = llama_cpp.llama_model_default_params()

@@ -6,8 +6,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from peftopt.decision.evidence import TWIN
-from peftopt.records import Decision, Json, Measurement
+from peftopt.records import TWIN, Decision, Json, Measurement
 from peftopt.report.table import ratio_name
 from peftopt.report.words import MISSING, Table, clean, flat, strings
 from peftopt.stats import LOOKS

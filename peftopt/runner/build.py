@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from peftopt import environments, plugins, store
+from peftopt.corpus import TEXTS
 from peftopt.errors import WorkerFailed
-from peftopt.merging.certificate import TEXTS
 from peftopt.models import provenance
 from peftopt.models.checkpoint import check_room
 from peftopt.records import SAFETENSORS, Json, Model, Plugin

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from peftopt import corpus, machine, store
-from peftopt.corpus import Row
+from peftopt.corpus import Row, draw
 from peftopt.decision import stopping
 from peftopt.errors import WorkerFailed
 from peftopt.merging import certificate
@@ -22,7 +22,6 @@ from peftopt.recipe import plan as planning
 from peftopt.records import GENERIC, YAML, Build, Json, Model, Quality, Variant, task_name
 from peftopt.runner import preflight
 from peftopt.runner.process import Child
-from peftopt.runner.race import draw
 from peftopt.runner.run import Run, check_baseline, load, try_twice, warm, worker
 from peftopt.runner.schedule import Job, work
 

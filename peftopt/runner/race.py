@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from peftopt import corpus, machine, plugins
-from peftopt.corpus import Row
+from peftopt.corpus import draw
 from peftopt.decision import stopping
-from peftopt.decision.evidence import TWIN
 from peftopt.errors import WorkerFailed
-from peftopt.records import Json, Recipe, Variant, Workload
+from peftopt.records import TWIN, Json, Variant, Workload
 from peftopt.runner.process import Child
 from peftopt.runner.run import Run, load, try_twice, warm, worker
 
@@ -182,13 +181,3 @@ class Field:
 
     def _variant(self, arm: str) -> Variant:
         return self.run.recipe.variants[arm.removesuffix(TWIN)]
-
-
-def draw(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> list[list[Json]]:
-    """The block's requests: the same prompts for every variant, others in the next block."""
-    count = recipe.measure.warmup + recipe.timed_requests(workload.name)
-    deck = list(rows)
-    random.Random(f"{recipe.seed}/{workload.name}/prompts").shuffle(deck)
-    start = block * count * workload.batch
-    picks = [deck[(start + i) % len(deck)] for i in range(count * workload.batch)]
-    return [[r.as_json() for r in picks[i : i + workload.batch]] for i in range(0, len(picks), workload.batch)]

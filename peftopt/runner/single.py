@@ -20,7 +20,7 @@ from peftopt import corpus, environments, machine, plugins, stats, store
 from peftopt.corpus import Row
 from peftopt.decision.evidence import exp
 from peftopt.engines import _graphs
-from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed
+from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed, as_input
 from peftopt.models import template
 from peftopt.models.hf import tokenizer_home
 from peftopt.records import GENERIC, Interval, Json, Model, Step
@@ -137,12 +137,6 @@ def _broken(plugin: str, facts: dict[str, Json], made: Path, out: Path) -> Excep
         f"the {plugin} did not pass its certificate: {facts['tier0'][0].removeprefix('certificate: ')}",
         f"nothing was written to {out}; the result is in {aside}, its parity.json says what was measured",
     )
-
-
-def as_input(error: WorkerFailed) -> Exception:
-    """A worker that refused its input met a mistake of the user's, not a fault of the machine."""
-    kinds = {"refused": BadInput, "missing environment": MissingEnvironment, "unusable": Rejected}
-    return kinds[error.reason](error.detail, error.hint) if error.reason in kinds else error
 
 
 def _beside(out: Path) -> Path:

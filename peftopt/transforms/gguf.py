@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from peftopt import environments, machine
+from peftopt.corpus import TEXTS
 from peftopt.errors import BadInput, WorkerFailed
-from peftopt.merging.certificate import TEXTS
 from peftopt.models import hf, provenance
-from peftopt.models.adapter import open_adapter, plain_pairs
+from peftopt.models.adapter import open_adapter
 from peftopt.models.checkpoint import open_model
+from peftopt.models.gguf import WEIGHTS, library, lora_file, lora_scale
 from peftopt.records import Model
 from peftopt.transforms import _to_gguf
 
@@ -26,7 +25,6 @@ ENVIRONMENT = "llamacpp"
 FORMAT = "gguf"
 READER = "llamacpp"
 
-WEIGHTS = "model.gguf"
 PLAIN = ("f32", "f16", "bf16")
 """Types that the converter writes itself."""
 
@@ -81,32 +79,6 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     return Model(str(out), model.adapters)
 
 
-def lora_file(folder: Path, adapter: Path) -> Path:
-    """Where the GGUF form of a PEFT adapter lies in a GGUF model's folder."""
-    return folder / "adapters" / f"{open_adapter(adapter).sha256[:16]}.gguf"
-
-
-def lora_scale(adapter: Path) -> float:
-    """What llama.cpp has to multiply its own alpha / rank with. It has one scale for a whole adapter; PEFT's is one a
-    module, and with rsLoRA alpha / sqrt(rank) (arXiv:2312.03732). Raises BadInput where one does not do, and for
-    adapters that are no plain LoRA on linear layers."""
-    found = open_adapter(adapter)
-    pairs = plain_pairs(found)
-    if not pairs:
-        raise BadInput(
-            f"llama.cpp cannot apply adapter {adapter} ({found.kind}): it is no plain LoRA on linear layers",
-            "merge it first: [merge, gguf, {engine: llamacpp}]",
-        )
-    alpha = float(found.config["lora_alpha"])
-    factors = [pair.scale * pair.a.shape[0] / alpha for pair in pairs.values()]
-    if not math.isclose(min(factors), max(factors), rel_tol=1e-6):
-        raise BadInput(
-            f"llama.cpp cannot apply adapter {adapter}: its modules have different scales (alpha_pattern)",
-            "merge it first: [merge, gguf, {engine: llamacpp}]",
-        )
-    return factors[0]
-
-
 def _own_type(folder: str) -> str:
     """What to quantize from: the weights as they are, or fp32 where they are mixed."""
     with open_model(Path(folder)) as weights:
@@ -129,18 +101,6 @@ def _convert(script: str, out: Path, source: str, kind: str, base: str = "") -> 
             raise WorkerFailed("missing library", f"llama.cpp's converter needs {library}", f"pip install {library}")
         hint = "llama.cpp must know the architecture; run this model on a transformers engine instead"
         raise BadInput(f"llama.cpp's {script} cannot convert {source}: {last[:300]}", hint)
-
-
-def library() -> Any:
-    """llama.cpp's Python bindings, initialised; only its warnings go to the log."""
-    import logging
-
-    import llama_cpp
-
-    # the bindings' levels are one off: they take llama.cpp's information for warnings, and its warnings for errors
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
-    llama_cpp.llama_backend_init()
-    return llama_cpp
 
 
 def _quantize(source: Path, out: Path, params: Params) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from peftopt.corpus import Row
 from peftopt.errors import BadInput
 from peftopt.models import hf, provenance
+from peftopt.models.openvino import refuse_adapters
 from peftopt.records import Model, Step
 from peftopt.transforms import _layers
 
@@ -18,8 +19,6 @@ NEEDS = ()
 ENVIRONMENT = "openvino"
 FORMAT = "openvino"
 READER = "openvino"
-
-WEIGHTS = "openvino_model.xml"
 
 TYPES = {"f32": 32, "bf16": 16, "f16": 16, "int8": 8, "int4": 4}
 
@@ -70,12 +69,6 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     hf.copy_all_but_weights(model.path, out, {"quant_method": "openvino", "type": params.type})
     provenance.write(out, "openvino_ir", ["openvino", "nncf", "optimum-intel"], asdict(params), seed, notices=notices)
     return Model(str(out))
-
-
-def refuse_adapters(model: Model) -> None:
-    """Raises BadInput for a model with adapters on top."""
-    if model.adapters:
-        raise BadInput("OpenVINO cannot apply an adapter at run time", "merge it first: [merge, openvino_ir, …]")
 
 
 def _export(source: str, params: Params, out: Path) -> None:

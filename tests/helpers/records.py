@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping
 
-from peftopt.decision.evidence import TWIN
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
 from peftopt.records import (
+    TWIN,
     Decision,
     Json,
     Measure,
