@@ -1,17 +1,26 @@
-"""Find plug-ins by file name. Reading what one is costs no heavy import: those sit inside its functions."""
+"""Plug-ins: what each says of itself, and where they are found. Heavy imports sit inside their functions.
+
+A plug-in is a file in its folder here, or a module that another package names as an entry point. It declares itself
+by one value, PLUGIN.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
+from peftopt.errors import BadInput
 from peftopt.records import SAFETENSORS, Plugin
 
 FOLDERS = {"transform": "transforms", "engine": "engines", "policy": "policies"}
+MAKERS = {"transform": "quantizer", "engine": "engine", "policy": "policy"}
 
 
 @dataclass(frozen=True)
@@ -55,14 +64,68 @@ OTHERS = (
 )
 
 
+# ---- what a plug-in says of itself -------------------------------------------------------------
+
+
+def quantizer(
+    params: type,
+    *,
+    needs: tuple[str, ...] = (),
+    environment: str = "main",
+    calibrates: bool = False,
+    reader: str = "eager",
+    format: str = SAFETENSORS,
+    weights: str = "",
+) -> Plugin:
+    """A transform that writes the model's weights in fewer bits; the fields are those of `Plugin`."""
+    return Plugin("", "transform", "", "quantize", params, needs, environment, calibrates, reader, format, weights)
+
+
+def merger(params: type, *, needs: tuple[str, ...] = ()) -> Plugin:
+    """A transform that adds the adapter to the weights."""
+    return Plugin("", "transform", "", "merge", params, needs)
+
+
+def engine(
+    params: type,
+    *,
+    technique: str = "",
+    needs: tuple[str, ...] = (),
+    environment: str = "main",
+    format: str = SAFETENSORS,
+    serves: bool = False,
+    device: str = "",
+) -> Plugin:
+    """What answers prompts; `technique` is "compile" for one that the row "compile" of the table judges."""
+    return Plugin("", "engine", "", technique, params, needs, environment, format=format, serves=serves, device=device)
+
+
+def policy(params: type, *, technique: str) -> Plugin:
+    """What changes requests: inputs ("truncate") or the length of answers ("shorten")."""
+    return Plugin("", "policy", "", technique, params)
+
+
+# ---- where plug-ins are found ------------------------------------------------------------------
+
+
 def module(kind: str, name: str) -> ModuleType:
-    """The plug-in's module. Raises ModuleNotFoundError for a name that is no file in its folder."""
-    return importlib.import_module(f"peftopt.{FOLDERS[kind]}.{name}")
+    """The plug-in's module: a file in its folder, or what another package has declared as an entry point. Raises
+    ModuleNotFoundError for a name that is neither."""
+    if name in _own(kind):
+        return importlib.import_module(f"peftopt.{FOLDERS[kind]}.{name}")
+    if found := _declared(kind).get(name):
+        return cast(ModuleType, found.load())
+    raise ModuleNotFoundError(f"no {kind} named {name!r}")
 
 
 def catalogue() -> Mapping[str, Plugin]:
-    """Every plug-in by name, transforms, engines and policies together: their names never clash."""
-    return {plugin.name: plugin for kind in FOLDERS for plugin in _of_kind(kind)}
+    """Every plug-in by name, transforms, engines and policies together. A name of another package's never replaces
+    one of peftopt's own."""
+    found: dict[str, Plugin] = {}
+    for kind in FOLDERS:
+        for name in (*_own(kind), *_declared(kind)):
+            found.setdefault(name, _described(kind, name))
+    return found
 
 
 def missing(plugin: Plugin) -> list[str]:
@@ -70,25 +133,22 @@ def missing(plugin: Plugin) -> list[str]:
     return [name for name in plugin.needs if importlib.util.find_spec(name) is None]
 
 
-def _of_kind(kind: str) -> list[Plugin]:
+def _own(kind: str) -> list[str]:
     folder = Path(__file__).parent / FOLDERS[kind]
-    return [_describe(kind, f.stem) for f in sorted(folder.glob("*.py")) if not f.stem.startswith("_")]
+    return sorted(f.stem for f in folder.glob("*.py") if not f.stem.startswith("_"))
 
 
-def _describe(kind: str, name: str) -> Plugin:
+@functools.cache
+def _declared(kind: str) -> Mapping[str, EntryPoint]:
+    """Entry points of other packages, of the group "peftopt.transforms", "peftopt.engines" or "peftopt.policies"."""
+    return {found.name: found for found in entry_points(group=f"peftopt.{FOLDERS[kind]}")}
+
+
+def _described(kind: str, name: str) -> Plugin:
     source = module(kind, name)
-    return Plugin(
-        name=name,
-        kind=kind,
-        help=(source.__doc__ or "").strip().splitlines()[0],
-        technique=source.TECHNIQUE,
-        params=source.Params,
-        needs=getattr(source, "NEEDS", ()),
-        environment=getattr(source, "ENVIRONMENT", "main"),
-        calibrates=getattr(source, "CALIBRATES", False),
-        reader=getattr(source, "READER", "eager"),
-        format=getattr(source, "FORMAT", SAFETENSORS),
-        weights=getattr(source, "WEIGHTS", "") if kind == "transform" else "",
-        serves=getattr(source, "SERVES", False),
-        device=getattr(source, "DEVICE", ""),
-    )
+    plugin = getattr(source, "PLUGIN", None)
+    if not isinstance(plugin, Plugin) or plugin.kind != kind:
+        raise BadInput(
+            f"{source.__name__} declares no {kind}", f"it needs PLUGIN = peftopt.plugins.{MAKERS[kind]}(Params, …)"
+        )
+    return replace(plugin, name=name, help=(source.__doc__ or "").strip().partition("\n")[0])

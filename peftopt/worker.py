@@ -110,9 +110,8 @@ class Worker:
 
     def warm(self, rows: list[Json], batch: int, new_tokens: int, timed: bool = True) -> dict[str, Json]:
         """Have an engine that compiles do so for every shape that batches out of these rows can have."""
-        if hasattr(self.engine, "warm"):
-            lengths = [len(self.engine.encode(row_from(row).messages)[0]) for row in rows]
-            self.engine.warm(lengths, batch, new_tokens, timed)
+        lengths = [len(self.engine.encode(row_from(row).messages)[0]) for row in rows]
+        self.engine.warm(lengths, batch, new_tokens, timed)
         return {}
 
     def speed(
@@ -195,7 +194,7 @@ class Worker:
 
     def facts(self) -> dict[str, Json]:
         """What the engine says of its own getting ready, where it does: see peftopt.engines.Engine."""
-        return dict(self.engine.facts()) if hasattr(self.engine, "facts") else {}
+        return dict(self.engine.facts())
 
     def kernels(self, batch: list[Json], new_tokens: int) -> dict[str, Json]:
         """Which kernels a request runs on the GPU: see probes/kernels.py."""
@@ -207,10 +206,7 @@ class Worker:
         """Peaks since this process started; nothing of a server, whose memory is another process's."""
         from peftopt.probes import memory
 
-        if getattr(self.engine, "remote", False):
-            return {}
-        serving = self.engine.processes() if hasattr(self.engine, "processes") else []
-        return memory.peak(serving)
+        return {} if self.engine.remote else memory.peak(self.engine.processes())
 
 
 def _examined(out: Path, source: Model) -> dict[str, Json]:

@@ -319,7 +319,7 @@ def serve(
         preflight.check_adapter(folder, base, [])
     model = Model(str(base.resolve()), tuple(map(str, named.values())))
     params = vllm.Params(compile=compile_, prefix_caching=prefix_caching, max_loras=slots, args=args)
-    python = environments.python(vllm.ENVIRONMENT)
+    python = environments.python(vllm.PLUGIN.environment)
     check_port(port)
     command, variables = vllm.command(model, params, port, tuple(named), python)
     Console().say(f"http://127.0.0.1:{port} will serve {', '.join([vllm.BASE, *named])}; Ctrl-C ends it")

@@ -1,8 +1,7 @@
 """Engines, one file each: ways of running a Model. The file's name is its name in recipes.
 
-An engine file has a one-line docstring (its help), `TECHNIQUE` ("" or "compile"), `NEEDS`, where it runs in an
-environment of its own `ENVIRONMENT`, where it opens other weights than safetensors their `FORMAT`, where not every
-machine will do its `DEVICE` ("cuda"), a frozen dataclass `Params`, and
+An engine file has a one-line docstring (its help), a frozen dataclass `Params`, `PLUGIN = plugins.engine(Params, …)`
+and
 
     def prepare(model: Model) -> None                       # imports what `open` needs, and no more
     def open(model: Model, params: Params) -> Engine
@@ -13,9 +12,11 @@ stay inside functions.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from peftopt.records import Json
 
@@ -50,8 +51,12 @@ TOP_K = 64
 """Tokens whose log-probability is kept for the KL divergence; the rest counts as one bucket (a lower bound)."""
 
 
-class Engine(Protocol):
-    """A model that is loaded and answers. One request may hold several prompts: a batch."""
+class Engine(ABC):
+    """A model that is loaded and answers. One request may hold several prompts: a batch.
+
+    What an engine need not have stands here with what holds for most: it computes in this process, says nothing of
+    how it got ready, and has nothing to compile.
+    """
 
     scores: bool
     """Whether `score` works; an endpoint may only generate."""
@@ -65,45 +70,73 @@ class Engine(Protocol):
     adapter_switch_time: float | None
     """Seconds it took to attach the adapters; None when there are none."""
 
+    eos: frozenset[int]
+    """Ids that end an answer."""
+
+    remote: bool = False
+    """Whether its processes are not ours to look at: time, memory and CPU are then what a client sees."""
+
+    slots: int = 0
+    """How many requests a server works on at once; 0 where that is not known."""
+
+    positions: int = 0
+    """The most tokens of a prompt and its answer together; 0 where that is not known."""
+
     @property
+    @abstractmethod
     def tokenizer(self) -> Any:
         """The model's tokenizer, as transformers opens it."""
 
+    @property
+    @abstractmethod
+    def special_tokens(self) -> frozenset[int]:
+        """Ids that must not appear in an answer, except EOS at its end."""
+
+    @abstractmethod
     def encode(self, messages: Sequence[Mapping[str, str]], answer: str | None = None) -> tuple[list[int], list[int]]:
         """Token ids of the prompt (chat template and generation prompt applied) and of the answer with its EOS."""
 
+    @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the new tokens, special tokens kept out; a leaked one is visible in the ids."""
 
+    @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         """Greedy answers of one batch, KV cache on. `stop=False` generates exactly `new_tokens` (EOS disabled)."""
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
         """Score one batch of given answers."""
+        raise NotImplementedError("this engine only generates")
 
-    @property
-    def special_tokens(self) -> frozenset[int]:
-        """Ids that must not appear in an answer, except EOS at its end."""
-
-    @property
-    def eos(self) -> frozenset[int]:
-        """Ids that end an answer."""
-
+    @abstractmethod
     def close(self) -> None:
         """Free the model's memory."""
 
-
-class Ready(Protocol):
-    """What an engine may offer besides: an account of how it got ready, asked for at the end of a worker's life.
-
-    One that is served by other processes has `processes()`, their ids, whose memory is the model's; or `remote = True`
-    where they are not ours to look at; one that can be put under load says `SERVES = True` in its file and has
-    `load(prompts, new_tokens, stop, at, users)`: see engines/endpoint.py. `switch(adapter)` puts another adapter in the
-    place of its own, in seconds. `warm(lengths, rows, new_tokens, timed)` compiles for whatever batches of so many
-    `rows`, out of prompts of those lengths, may need: every shape where they are `timed`, else one that holds them all.
-    """
+    def processes(self) -> Sequence[int]:
+        """Ids of the processes that serve it in this one's place: their memory is the model's."""
+        return ()
 
     def facts(self) -> Mapping[str, Json]:
-        """Numbers by name ("compile_time" and "warm_start" in seconds, "graphs", "graph_breaks", "recompiles",
-        "uncompiled" requests, "eager_prompts") become figures of the report; the sentences under "log" are shown with
-        them."""
+        """How it got ready, asked for at the end of a worker's life. Numbers by name ("compile_time" and "warm_start"
+        in seconds, "graphs", "graph_breaks", "recompiles", "uncompiled" requests, "eager_prompts") become metrics of
+        the report; the sentences under "log" are shown with them."""
+        return {}
+
+    def warm(self, lengths: Sequence[int], rows: int, new_tokens: int, timed: bool) -> None:
+        """Compile for whatever batches of so many `rows`, out of prompts of those lengths, may need: every shape where
+        they are `timed`, else one that holds them all."""
+        return
+
+    def switch(self, adapter: str) -> float:
+        """Put another adapter in the place of its own; the seconds it took."""
+        raise NotImplementedError("this engine cannot switch adapters")
+
+    def without_adapters(self) -> AbstractContextManager[None] | None:
+        """Leave the adapters out for a while; None where that cannot be done."""
+        return None
+
+    def load(
+        self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool, at: Sequence[float], users: int
+    ) -> Any:
+        """Send prompts under load, for an engine that serves: see engines/endpoint.py."""
+        raise NotImplementedError("this engine is no server")

@@ -50,7 +50,7 @@ class Started(endpoint.Served):
             raise
         self.threads = int(os.environ.get("OMP_NUM_THREADS", 0))
 
-    def processes(self) -> list[int]:
+    def processes(self) -> Sequence[int]:
         """The server's processes: what of the memory is the model's."""
         return self._server.processes()
 
@@ -92,7 +92,7 @@ class Server:
                 time.sleep(0.25)
         raise WorkerFailed("timeout", f"the server was not ready after {limit_s:g} s\n{self._last()}", self._where)
 
-    def processes(self) -> list[int]:
+    def processes(self) -> Sequence[int]:
         import psutil
 
         with contextlib.suppress(psutil.Error):

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftopt.engines import Engine
 from peftopt.errors import BadInput
 from peftopt.models import template
 
 
-class Text:
+class Text(Engine):
     """The part of an engine that only takes the model's tokenizer and chat template."""
 
     def __init__(self, tokenizer: Any, eos: Sequence[int]) -> None:

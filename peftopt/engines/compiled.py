@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from peftopt import plugins
 from peftopt.engines import Generation, Scores, _graphs, _traced, eager
 from peftopt.errors import BadInput
 from peftopt.models import hf
 from peftopt.records import Json, Model
 
-TECHNIQUE = "compile"
-NEEDS = eager.NEEDS
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 ATTENTIONS = ("auto", "fused", "sdpa", "eager")
 AUTO, EAGERLY = "auto", "none"
@@ -54,6 +53,9 @@ class Params:
     regions: bool = False
     attention: str = "auto"
     device: str = "auto"
+
+
+PLUGIN = plugins.engine(Params, technique="compile", needs=eager.PLUGIN.needs)
 
 
 prepare = eager.prepare

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftopt import plugins
 from peftopt.engines import Generation, Scores, eager
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.records import Model
 
-TECHNIQUE = ""
-NEEDS = eager.NEEDS
 SILENT_S = 600.0
 """Without a finished row for so long, it is taken to be stuck."""
 
@@ -28,6 +27,9 @@ class Params:
     step_tokens: int = 512
     prefix_sharing: bool = False
     device: str = "auto"
+
+
+PLUGIN = plugins.engine(Params, needs=eager.PLUGIN.needs)
 
 
 prepare = eager.prepare

@@ -8,14 +8,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftopt import plugins
 from peftopt.engines import TOP_K, Generation, Scores
 from peftopt.engines._text import Text
 from peftopt.errors import BadInput
 from peftopt.models import hf
 from peftopt.records import Model
-
-TECHNIQUE = ""
-NEEDS = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,9 @@ class Params:
     """`device`: "auto" (CUDA where there is one), "cpu" or "cuda"."""
 
     device: str = "auto"
+
+
+PLUGIN = plugins.engine(Params, needs=("torch", "transformers", "peft"))
 
 
 def prepare(model: Model) -> None:

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from peftopt import plugins
 from peftopt.engines import Generation, Scores
 from peftopt.engines._text import Text
 from peftopt.errors import BadInput, WorkerFailed
@@ -18,10 +19,6 @@ from peftopt.loadtest.protocols import Prompt
 from peftopt.loadtest.sender import Planned, Played, whole
 from peftopt.models import hf
 from peftopt.records import Model
-
-TECHNIQUE = ""
-NEEDS = ("httpx", "transformers")
-SERVES = True
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,9 @@ class Params:
     protocol: str = "completions"
     api_key_env: str = ""
     timeout_s: float = 120.0
+
+
+PLUGIN = plugins.engine(Params, needs=("httpx", "transformers"), serves=True)
 
 
 def prepare(model: Model) -> None:

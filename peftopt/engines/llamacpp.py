@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftopt import machine
+from peftopt import machine, plugins
 from peftopt.engines import Generation, Scores
 from peftopt.engines._logits import scored, scores_of
 from peftopt.engines._text import Text, ends
@@ -21,10 +21,6 @@ from peftopt.records import Model
 if TYPE_CHECKING:
     import numpy as np
 
-TECHNIQUE = ""
-NEEDS = ()
-ENVIRONMENT = "llamacpp"
-FORMAT = "gguf"
 
 ROUND_TO = 256
 """Tokens; the room that each sequence has grows in steps of this."""
@@ -40,6 +36,9 @@ class Params:
 
     context: int = 0
     gpu_layers: int = 0
+
+
+PLUGIN = plugins.engine(Params, environment="llamacpp", format="gguf")
 
 
 def prepare(model: Model) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from peftopt import machine
+from peftopt import machine, plugins
 from peftopt.engines import endpoint
 from peftopt.engines._server import Started, free_port
 from peftopt.environments.llamacpp import LIBRARY, SERVER, has_amx
@@ -15,11 +15,6 @@ from peftopt.errors import BadInput
 from peftopt.models.gguf import WEIGHTS, library, lora_file, lora_scale
 from peftopt.records import Json, Model
 
-TECHNIQUE = ""
-NEEDS = ()
-ENVIRONMENT = "llamacpp"
-FORMAT = "gguf"
-SERVES = True
 NAME = "model"
 """What it is served as."""
 
@@ -37,6 +32,9 @@ class Params:
     gpu_layers: int = 0
     start_s: float = 600.0
     args: str = ""
+
+
+PLUGIN = plugins.engine(Params, environment="llamacpp", format="gguf", serves=True)
 
 
 prepare = endpoint.prepare

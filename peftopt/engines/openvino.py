@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftopt import machine
+from peftopt import machine, plugins
 from peftopt.engines import Generation, Scores, eager
 from peftopt.engines._logits import scored, scores_of
 from peftopt.engines._text import Text, ends
@@ -20,17 +20,15 @@ from peftopt.records import Model
 if TYPE_CHECKING:
     import numpy as np
 
-TECHNIQUE = ""
-NEEDS = ()
-ENVIRONMENT = "openvino"
-FORMAT = "openvino"
-
 
 @dataclass(frozen=True)
 class Params:
     """`precision`: what it computes in, "" for its own choice: bf16 where the CPU has instructions for it, else f32."""
 
     precision: str = ""
+
+
+PLUGIN = plugins.engine(Params, environment="openvino", format="openvino")
 
 
 def prepare(model: Model) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peftopt import plugins
 from peftopt.engines import compiled
 from peftopt.errors import MissingEnvironment
 from peftopt.records import Model
-
-TECHNIQUE = "compile"
-NEEDS = (*compiled.NEEDS, "torch_tensorrt")
-DEVICE = "cuda"
 
 
 @dataclass(frozen=True)
@@ -19,6 +16,9 @@ class Params:
 
     cache_len: int = 0
     graphs: int = 4
+
+
+PLUGIN = plugins.engine(Params, technique="compile", needs=(*compiled.PLUGIN.needs, "torch_tensorrt"), device="cuda")
 
 
 def open(model: Model, params: Params) -> compiled.Compiled:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from peftopt import machine
+from peftopt import machine, plugins
 from peftopt.corpus import Row
 from peftopt.engines import TOP_K, Scores, endpoint
 from peftopt.engines._server import Started, free_port
@@ -20,10 +20,6 @@ from peftopt.errors import BadInput, WorkerFailed
 from peftopt.models.adapter import CONFIG
 from peftopt.records import Json, Model, Step
 
-TECHNIQUE = ""
-ENVIRONMENT = "vllm"
-SERVES = True
-NEEDS = ("vllm", "httpx", "transformers")
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank (vllm/config/lora.py)."""
 BASE = "base"
@@ -50,6 +46,9 @@ class Params:
     gpu_memory: float = 0.0
     start_s: float = 600.0
     args: str = ""
+
+
+PLUGIN = plugins.engine(Params, environment="vllm", serves=True, needs=("vllm", "httpx", "transformers"))
 
 
 prepare = endpoint.prepare

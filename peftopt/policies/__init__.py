@@ -1,7 +1,6 @@
 """Policies, one file each: what is changed of a request before an engine sees it. The file's name is its recipe name.
 
-A policy file has a one-line docstring (its help), `TECHNIQUE` ("truncate" or "shorten"), a frozen dataclass `Params`,
-and
+A policy file has a one-line docstring (its help), a frozen dataclass `Params`, `PLUGIN = plugins.policy(Params, …)` and
 
     def apply(request: Request, params: Params, count: Callable[[Messages], int]) -> Request
 
@@ -49,7 +48,7 @@ class Policed:
         return self._engine.generate(prompts, self.most(new_tokens, stop), stop)
 
     def load(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool, **arrivals: Any) -> Any:
-        return self._engine.load(prompts, self.most(new_tokens, stop), stop, **arrivals)  # type: ignore[attr-defined]
+        return self._engine.load(prompts, self.most(new_tokens, stop), stop, **arrivals)
 
     def most(self, new_tokens: int, stop: bool) -> int:
         """The most tokens that an answer may have."""

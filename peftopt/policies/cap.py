@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from peftopt import plugins
 from peftopt.policies import Messages, Request
-
-TECHNIQUE = "shorten"
 
 
 @dataclass(frozen=True)
@@ -19,6 +18,9 @@ class Params:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be 1 or more, not {self.max_new_tokens}")
+
+
+PLUGIN = plugins.policy(Params, technique="shorten")
 
 
 def apply(request: Request, params: Params, count: Callable[[Messages], int]) -> Request:

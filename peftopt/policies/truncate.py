@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from peftopt import plugins
 from peftopt.policies import Messages, Request
-
-TECHNIQUE = "truncate"
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,9 @@ class Params:
             raise ValueError(f"keep must be tail or head, not {self.keep!r}")
         if self.over < 1:
             raise ValueError(f"over must be 1 token or more, not {self.over}")
+
+
+PLUGIN = plugins.policy(Params, technique="truncate")
 
 
 def apply(request: Request, params: Params, count: Callable[[Messages], int]) -> Request:

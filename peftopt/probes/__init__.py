@@ -10,5 +10,5 @@ from peftopt.engines import Engine
 
 def cuda_of(engine: Engine) -> Any:
     """The torch with which this very process computes on CUDA; None where another process does, or no GPU."""
-    served = getattr(engine, "remote", False) or hasattr(engine, "processes")
+    served = engine.remote or engine.processes()
     return sys.modules.get("torch") if engine.device == "cuda" and not served else None

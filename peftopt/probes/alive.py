@@ -13,7 +13,7 @@ NEW_TOKENS = 12
 
 def problem(engine: Engine, rows: Sequence[Row]) -> str:
     """What is wrong with the answers to some rows, "" for nothing: one answer that is one is enough."""
-    places = getattr(engine, "positions", 0)  # long texts may calibrate and still be no prompts
+    places = engine.positions  # long texts may calibrate and still be no prompts
     most = max(1, places - NEW_TOKENS) if places else None
     prompts = [engine.encode(row.messages)[0][:most] for row in rows]
     answers = [answer.tokens for answer in engine.generate(prompts, NEW_TOKENS, stop=False)]

@@ -24,7 +24,7 @@ def turn(
     time from the first to the last of all, the same in each, and `cpu_ms` a request's part of the CPU time of this
     process and the server's. Terms: vLLM's and MLPerf's, as in probes/speed.py.
     """
-    serving = engine.processes() if hasattr(engine, "processes") else ()
+    serving = engine.processes()
     prompts = [engine.encode(row.messages)[0] for row in rows]
     touched = [uncut(engine, row.messages) is not None for row in rows]
     at = [0.0] * len(rows) if users else arrivals.arrivals("poisson", rate, len(rows), seed)
@@ -36,5 +36,5 @@ def turn(
     for request in requests:
         row = int(request["id"])
         request |= {"id": rows[row].id, "prompt_tokens": len(prompts[row]), "touched": int(touched[row]), **whole}
-    slots = {"slots": engine.slots} if getattr(engine, "slots", 0) and played.engine else {}
+    slots = {"slots": engine.slots} if engine.slots and played.engine else {}
     return requests, {**played.engine, **slots}

@@ -255,10 +255,10 @@ def _scores(engine: Engine, group: list[Asked]) -> Sequence[Scores | None]:
 
 def _without_adapters(engine: Engine, group: list[Asked]) -> dict[str, Scores]:
     """What the base alone makes of the drafts, by row, where the engine can leave its adapters out."""
-    leave_out = getattr(engine, "without_adapters", None)
-    if not engine.scores or leave_out is None or not group:
+    left_out = engine.without_adapters() if engine.scores and group else None
+    if left_out is None:
         return {}
-    with leave_out():
+    with left_out:
         scores = engine.score([a.prompt for a in group], [a.draft for a in group])
     return {_key(a.row): found for a, found in zip(group, scores, strict=True)}
 

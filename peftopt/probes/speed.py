@@ -47,7 +47,7 @@ def turn(
 
 
 def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool, stop: bool) -> dict[str, Json]:
-    serving = engine.processes() if hasattr(engine, "processes") else ()
+    serving = engine.processes()
     served = machine.cpu_s(serving)
     submitted, cpu = time.perf_counter_ns(), time.process_time_ns()
     prompts = [engine.encode(row.messages)[0] for row in batch]

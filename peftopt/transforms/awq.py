@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftopt import plugins
 from peftopt.errors import BadInput
 from peftopt.records import Model
 from peftopt.transforms import _compressor, _smoothing
-
-TECHNIQUE = "quantize"
-NEEDS = _compressor.NEEDS
-CALIBRATES = True
 
 
 @dataclass(frozen=True)
@@ -34,6 +31,9 @@ class Params:
         if self.bits != 4:
             raise ValueError(f"bits must be 4 for awq, not {self.bits}; gptq and int8 have 8")
         _compressor.check(self.bits, self.group_size, self.mixed, self.samples, self.max_tokens)
+
+
+PLUGIN = plugins.quantizer(Params, needs=_compressor.NEEDS, calibrates=True)
 
 
 check = _compressor.check_inputs

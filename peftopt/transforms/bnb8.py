@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftopt import plugins
 from peftopt.records import Model
 from peftopt.transforms import _loading
-
-TECHNIQUE = "quantize"
-NEEDS = ("torch", "transformers", "bitsandbytes", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -21,6 +19,9 @@ class Params:
 
     threshold: float = 6.0
     keep: str = ""
+
+
+PLUGIN = plugins.quantizer(Params, needs=("torch", "transformers", "bitsandbytes", "accelerate"))
 
 
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:

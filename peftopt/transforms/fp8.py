@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftopt import plugins
 from peftopt.records import Model
 from peftopt.transforms import _compressor
-
-TECHNIQUE = "quantize"
-NEEDS = _compressor.NEEDS
 
 FIRST_WITH_KERNELS = (8, 9)
 """CUDA compute capability from which there are FP8 matrix units (Ada, Hopper)."""
@@ -22,6 +20,9 @@ class Params:
     """`keep`: layers left alone, names or patterns separated by commas (the output head always is)."""
 
     keep: str = ""
+
+
+PLUGIN = plugins.quantizer(Params, needs=_compressor.NEEDS)
 
 
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peftopt import environments, machine
+from peftopt import environments, machine, plugins
 from peftopt.corpus import TEXTS
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.models import hf, provenance
@@ -18,12 +18,6 @@ from peftopt.models.checkpoint import open_model
 from peftopt.models.gguf import WEIGHTS, library, lora_file, lora_scale
 from peftopt.records import Model
 from peftopt.transforms import _to_gguf
-
-TECHNIQUE = "quantize"
-NEEDS = ()
-ENVIRONMENT = "llamacpp"
-FORMAT = "gguf"
-READER = "llamacpp"
 
 PLAIN = ("f32", "f16", "bf16")
 """Types that the converter writes itself."""
@@ -45,6 +39,9 @@ class Params:
 
     type: str = "q4_k_m"
     head: str = ""
+
+
+PLUGIN = plugins.quantizer(Params, environment="llamacpp", format="gguf", reader="llamacpp", weights=WEIGHTS)
 
 
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:

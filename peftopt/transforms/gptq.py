@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftopt import plugins
 from peftopt.records import Model
 from peftopt.transforms import _compressor
-
-TECHNIQUE = "quantize"
-NEEDS = _compressor.NEEDS
-CALIBRATES = True
 
 
 @dataclass(frozen=True)
@@ -32,6 +29,9 @@ class Params:
 
     def __post_init__(self) -> None:
         _compressor.check(self.bits, self.group_size, self.mixed, self.samples, self.max_tokens)
+
+
+PLUGIN = plugins.quantizer(Params, needs=_compressor.NEEDS, calibrates=True)
 
 
 check = _compressor.check_inputs

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftopt import plugins
 from peftopt.records import Model
 from peftopt.transforms import _loading
-
-TECHNIQUE = "quantize"
-NEEDS = ("torch", "transformers", "torchao", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -20,6 +18,9 @@ class Params:
     choose: symmetric, per output channel, activations untouched, so it needs no calibration."""
 
     keep: str = ""
+
+
+PLUGIN = plugins.quantizer(Params, needs=("torch", "transformers", "torchao", "accelerate"))
 
 
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:

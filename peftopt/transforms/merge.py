@@ -9,15 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftopt import plugins
 from peftopt.errors import BadInput
 from peftopt.merging.certificate import Check
 from peftopt.merging.job import Merge
 from peftopt.merging.training import SCHEMES, TrainingBase, is_packed
 from peftopt.models.adapter import check_base, check_mergeable, open_adapter
 from peftopt.records import Json, Model
-
-TECHNIQUE = "merge"
-NEEDS = ("torch", "transformers", "peft", "safetensors")
 
 DTYPES = {"": "", "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 CHOICES = {
@@ -45,6 +43,9 @@ class Params:
     merge_base: str = "full"
     scheme: str = "nf4"
     allow_base_mismatch: bool = False
+
+
+PLUGIN = plugins.merger(Params, needs=("torch", "transformers", "peft", "safetensors"))
 
 
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:

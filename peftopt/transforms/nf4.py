@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftopt import plugins
 from peftopt.models import hf
 from peftopt.records import Model
 from peftopt.transforms import _loading
-
-TECHNIQUE = "quantize"
-NEEDS = ("torch", "transformers", "bitsandbytes", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -22,6 +20,9 @@ class Params:
 
     double_quant: bool = False
     keep: str = ""
+
+
+PLUGIN = plugins.quantizer(Params, needs=("torch", "transformers", "bitsandbytes", "accelerate"))
 
 
 def transform(model: Model, params: Params, out: Path, texts: Sequence[str], seed: int) -> Model:

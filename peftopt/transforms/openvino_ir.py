@@ -7,18 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peftopt import plugins
 from peftopt.corpus import Row
 from peftopt.errors import BadInput
 from peftopt.models import hf, provenance
-from peftopt.models.openvino import refuse_adapters
+from peftopt.models.openvino import WEIGHTS, refuse_adapters
 from peftopt.records import Model, Step
 from peftopt.transforms import _layers
-
-TECHNIQUE = "quantize"
-NEEDS = ()
-ENVIRONMENT = "openvino"
-FORMAT = "openvino"
-READER = "openvino"
 
 TYPES = {"f32": 32, "bf16": 16, "f16": 16, "int8": 8, "int4": 4}
 
@@ -30,6 +25,9 @@ class Params:
 
     type: str = "int8"
     group_size: int = 0
+
+
+PLUGIN = plugins.quantizer(Params, environment="openvino", format="openvino", reader="openvino", weights=WEIGHTS)
 
 
 def check(base: Path, params: Params, before: Sequence[Step], rows: Sequence[Row]) -> None:

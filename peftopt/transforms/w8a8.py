@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftopt import plugins
 from peftopt.records import Model
 from peftopt.transforms import _compressor
-
-TECHNIQUE = "quantize"
-NEEDS = _compressor.NEEDS
-CALIBRATES = True
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,9 @@ class Params:
         if not 0 <= self.smoothing <= 1:
             raise ValueError(f"smoothing must be between 0 (none) and 1, not {self.smoothing}")
         _compressor.check(samples=self.samples, max_tokens=self.max_tokens)
+
+
+PLUGIN = plugins.quantizer(Params, needs=_compressor.NEEDS, calibrates=True)
 
 
 check = _compressor.check_inputs
