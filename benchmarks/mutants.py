@@ -45,7 +45,7 @@ MODULES = {
         "peftopt/decision/rules.py": ("trust_rules", "broken_models", "decide", "honest_times"),
         "peftopt/decision/decide.py": ("trust_decisions", "evidence", "decide"),
         "peftopt/decision/evidence.py": ("trust_times", "trust_answers", "evidence", "decide"),
-        "peftopt/decision/stopping.py": ("need", "decide", "honest_times"),
+        "peftopt/decision/stopping.py": ("stopping", "decide", "honest_times"),
     }.items()
 }
 """What is changed, and the tests that should notice, the closest first."""

@@ -14,6 +14,7 @@ from peftopt.decision.evidence import Evidence
 from peftopt.decision.rules import ANY_CRITICAL
 from peftopt.recipe import plan as planning
 from peftopt.records import Measurement, Plan, Recipe, Rule
+from peftopt.recipe.thresholds import parse
 
 DIED = {"stage": "speed (chat)", "reason": "killed", "detail": "", "hint": ""}
 
@@ -193,3 +194,29 @@ def test_answers_that_no_recipe_asks_for_cannot_be_judged() -> None:
 def test_plans_of_other_meters_have_the_same_needs() -> None:
     plan = planning.elsewhere(plan_of("merged").recipe)
     assert stopping.blocks(Evidence(plan, []), "chat") == {"adapter", "merged"}
+
+
+@pytest.mark.parametrize(
+    ("text", "fewest"),
+    [("accuracy >= 0.95x", 77), ("validity >= 0.9x", 38), ("accuracy > 95 %", 72), ("accuracy >= 1x", None)],
+)
+def test_a_limit_on_right_answers_takes_as_many_prompts_as_it_is_told(text: str, fewest: int | None) -> None:
+    """0 of n lost bounds the rate at 1 - p^(1/n), p = 2.5 % a side, of which lost answers have four fifths."""
+    recipe = plan_of("merged", require=[text]).recipe
+    if fewest is None:
+        assert "no number" in said(recipe)["require"]
+        return
+    (why,) = (line for line in stopping.undecidable(recipe, fewest - 1) if text in line)
+    assert why.endswith(f"takes {fewest}")
+    assert not any(text in line for line in stopping.undecidable(recipe, fewest))
+
+
+def test_limits_on_other_metrics_take_no_number_of_right_answers() -> None:
+    recipe = plan_of("merged", require=["perplexity <= 1.02x"]).recipe
+    assert not any("perplexity" in line for line in stopping.undecidable(recipe, 1))
+
+
+def test_a_variant_that_goes_token_by_token_is_asked_what_its_requirements_take() -> None:
+    recipe = replace(compiled(50, Rule("variant", "critical_errors", None)), require=(parse("accuracy >= 0.97x"),))
+    takes = next(n for n in range(1, 9999) if stopping._showable(recipe.require[0], n, 50))
+    assert stopping.answers(recipe, recipe.variants["v0"]) == takes > stopping.FEWEST_ANSWERS

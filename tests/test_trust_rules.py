@@ -446,6 +446,14 @@ def test_what_the_second_run_parts_alone_speaks_for_the_variant() -> None:
     assert told.value and told.value.estimate == pytest.approx(0.08)
 
 
+def test_where_the_second_run_parts_too_the_limit_holds_for_the_rest() -> None:
+    """1 % a token is 15 % of answers within 16; of the half that the second run leaves alone it is 7 %."""
+    alone = [(31.0, NEVER)] * 28 + [(NEVER, NEVER)] * 172
+    beside = [(31.0, NEVER)] * 28 + [(31.0, 31.0)] * 100 + [(NEVER, NEVER)] * 72
+    assert answered(alone, sound=True).outcome == "accepted"
+    assert answered(beside, sound=True).outcome == "inconclusive"
+
+
 def test_few_answers_that_are_left_decide_nothing_late() -> None:
     """Two thirds part at the second token in both runs; of the rest half part late: too few to accept or to reject."""
     found = [(2.0, 2.0)] * 66 + [(20.0, NEVER)] * 4 + [(NEVER, NEVER)] * 30
@@ -467,6 +475,7 @@ def test_answers_are_judged_where_they_part_and_half_of_them_are_enough() -> Non
 def test_parity_over_a_family_and_over_slices_takes_more() -> None:
     near = parting(64, 0)
     assert answered(near).outcome == "accepted" and answered(near, family=200).outcome == "inconclusive"
+    assert answered(near, family=200, sound=True).outcome == "inconclusive", "64 prompts show nothing to so many"
     bad = next(k for k in range(64) if answered(parting(64, k)).outcome == "rejected")
     assert answered(parting(64, bad), slices=50).outcome == "inconclusive"
     assert answered(parting(64, bad), family=50).outcome == "rejected", "only who is sure rejects, whatever the family"

@@ -6,9 +6,19 @@ from collections.abc import Iterator
 
 from peftopt import stats
 from peftopt.decision.evidence import FEWEST, Evidence
-from peftopt.decision.rules import ANY_CRITICAL, PARTED, WHOLE, family, fewest_requests, parent_of, rule_name, verdicts
+from peftopt.decision.rules import (
+    ANY_CRITICAL,
+    PARTED,
+    WHOLE,
+    against_limit,
+    family,
+    fewest_requests,
+    parent_of,
+    rule_name,
+    verdicts,
+)
 from peftopt.metrics import counted
-from peftopt.records import Recipe, Rule, Variant, Verdict
+from peftopt.records import Recipe, Rule, Threshold, Variant, Verdict
 
 RACED, ANSWERED = ("gain", "not_slower"), ("parity", "critical_errors", "lost")
 """Rules that take blocks, and rules that take answers."""
@@ -18,6 +28,12 @@ FEWEST_LAUNCHES = 3
 
 FEWEST_ANSWERS = 128
 """Prompts that a variant answers when no rule of its own needs more."""
+
+MOST_PROMPTS = 100_000
+"""Stands for more prompts than anybody has."""
+
+SHARES = ("accuracy", "validity")
+"""Metrics of answers that are right or wrong, on which a lower limit takes a number of prompts."""
 
 
 def blocks(evidence: Evidence, workload: str) -> frozenset[str]:
@@ -70,7 +86,9 @@ def answers(recipe: Recipe, variant: Variant) -> int | None:
     names = {WHOLE, *(rule_name(step) for step in variant.techniques)}
     rules = [*recipe.rules, *([] if any(r.technique == WHOLE for r in recipe.rules) else [ANY_CRITICAL])]
     claims = [r.limit for r in rules if r.technique in names and r.name == "critical_errors" and r.limit]
-    return max([FEWEST_ANSWERS, *(stats.needed_n(limit, family(recipe)) for limit in claims)])
+    needed = [stats.needed_n(limit, family(recipe)) for limit in claims]
+    required = [_prompts_for(t, family(recipe)) for t in recipe.require if t.metric.name in SHARES]
+    return max([FEWEST_ANSWERS, *needed, *(n for n in required if n < MOST_PROMPTS)])
 
 
 def undecidable(recipe: Recipe, prompts: int) -> Iterator[str]:
@@ -106,6 +124,25 @@ def undecidable(recipe: Recipe, prompts: int) -> Iterator[str]:
         fewest = 0 if threshold.relative else fewest_requests(metric, recipe)
         if workload and (possible := recipe.timed_requests(workload) * most) < fewest:
             yield f"require: {threshold.text}: takes {fewest} requests, and {most} blocks have {possible}"
+        elif recipe.quality and metric.name in SHARES and not _showable(threshold, prompts, variants):
+            takes = _prompts_for(threshold, variants)
+            enough = f"it takes {takes}" if takes < MOST_PROMPTS else "no number of them does"
+            yield (
+                f"require: {threshold.text}: {counted(prompts, 'prompt')} cannot show that of "
+                f"{counted(variants, 'variant')}, not even where all are right: {enough}"
+            )
+
+
+def _showable(threshold: Threshold, prompts: int, variants: int) -> bool:
+    """Whether so many right answers, none of them lost, meet a lower limit on a share or on its ratio."""
+    level = 1 - stats.REQUIRE_ALPHA / variants
+    best = stats.kept(0, prompts, 0, 0, level) if threshold.relative else stats.proportion(prompts, prompts, level)
+    return threshold.op not in (">=", ">") or against_limit(best, threshold.op, threshold.limit) == "accepted"
+
+
+def _prompts_for(threshold: Threshold, variants: int) -> int:
+    """The fewest prompts with which `_showable` holds; no number of them shows 100 %."""
+    return next((n for n in range(1, MOST_PROMPTS) if _showable(threshold, n, variants)), MOST_PROMPTS)
 
 
 def _unclaimable(rule: Rule, limit: float, prompts: int, variants: int) -> str:
@@ -137,7 +174,7 @@ def _most(prompts: int, variants: int) -> float:
 
 def _needed(limit: float, variants: int) -> int:
     """The fewest prompts that leave no more than `limit` open when none differs."""
-    return next((n for n in range(1, 100_000) if _most(n, variants) <= limit), 100_000)
+    return next((n for n in range(1, MOST_PROMPTS) if _most(n, variants) <= limit), MOST_PROMPTS)
 
 
 def _name(rule: Rule) -> str:
