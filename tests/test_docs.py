@@ -41,6 +41,22 @@ def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
             assert (page.parent / target.partition("#")[0]).exists(), target
 
 
+@pytest.mark.parametrize("name", starters())
+def test_a_new_recipe_has_the_users_paths_and_is_otherwise_its_starter(name: str, tmp_path: Path) -> None:
+    import yaml
+    from typer.testing import CliRunner
+
+    from peftopt.cli.shared import app
+
+    paths = {"base": "b", "adapter": "a", "prompts": "p.jsonl"}
+    options = [word for key, value in paths.items() for word in (f"--{key}", value)]
+    assert CliRunner().invoke(app, ["new", str(tmp_path / "r.yaml"), "--like", name, *options]).exit_code == 0
+    written, starter = (yaml.safe_load(file.read_text()) for file in (tmp_path / "r.yaml", starters()[name]))
+    assert written["model"] == {"base": "b", "adapter": "a"}
+    assert {workload["prompts"] for workload in written["workloads"].values()} == {"p.jsonl"}
+    assert written["variants"] == starter["variants"] and written.keys() == starter.keys()
+
+
 def test_new_and_the_page_of_recipes_list_every_starter() -> None:
     from typer.main import get_command
 

@@ -88,13 +88,16 @@ def new(
 
 
 def _adapt(text: str, base: str, adapter: str, prompts: str) -> str:
-    """A starter recipe with the user's own paths in it."""
+    """A starter recipe with the user's own paths in it: base and adapter under `model:`, prompts wherever they are."""
     import re
 
-    for key, value in (("base", base), ("adapter", adapter), ("prompts", prompts)):
-        if value:
-            text = re.sub(rf"\b{key}: [^,}}\s]+", f"{key}: {value}", text)
-    return text
+    def own(line: str) -> str:
+        for key, value in (("base", base), ("adapter", adapter), ("prompts", prompts)):
+            if value and not line.startswith("#") and (key == "prompts" or line.startswith("model:")):
+                line = re.sub(rf"\b{key}: [^,}}\s]+", lambda _, k=key, v=value: f"{k}: {v}", line)
+        return line
+
+    return "\n".join(map(own, text.split("\n")))
 
 
 @app.command()
