@@ -41,6 +41,18 @@ def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
             assert (page.parent / target.partition("#")[0]).exists(), target
 
 
+def test_the_page_of_the_architecture_names_every_file_in_its_folders_row() -> None:
+    page = (DOCS / "architecture.md").read_text()
+    rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
+    for file in (ROOT / "peftopt").rglob("*.py"):
+        folder, *rest = file.relative_to(ROOT / "peftopt").parts
+        if not rest:
+            assert f"`{folder}`" in page or folder == "__init__.py", folder
+        elif not file.stem.startswith("__"):
+            named = f"`{file.stem}`" if len(rest) == 1 else f"`{rest[0]}/`"
+            assert named in rows[f"{folder}/"], file
+
+
 @pytest.mark.parametrize("name", starters())
 def test_a_new_recipe_has_the_users_paths_and_is_otherwise_its_starter(name: str, tmp_path: Path) -> None:
     import yaml
