@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], results: Results = Path("results")) -> None:
-    """Say everything that is wrong with a recipe and its files, and what it would do; runs nothing."""
+    """Say what is wrong with a recipe and its files, and what it would do; runs nothing."""
     from peftopt import environments, store
     from peftopt.cli.console import Console
     from peftopt.metrics import counted
