@@ -4,6 +4,7 @@
 #               vLLM: some minutes, 5 GB); make test-engines runs their tests on the real thing
 # make mutants  changes the pure core, one small fault at a time, and counts what the tests notice; with SINCE=revision
 #               a sample of those on the lines that changed, which takes some minutes
+# make docs     builds the documentation into site/; a warning fails
 PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
@@ -11,7 +12,7 @@ MODEL := models/smollm2-135m-instruct
 # A verdict is a result, whichever it is: 0 accepted, 1 rejected, 3 undecided. Anything else went wrong.
 decide = $(BIN)/peftopt run $(1); code=$$?; case $$code in 0|1|3) ;; *) exit $$code ;; esac
 
-.PHONY: setup engines demo quick test test-engines mutants clean
+.PHONY: setup engines demo quick test test-engines mutants docs clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -51,5 +52,13 @@ test: .venv/tested $(MODEL)/model.safetensors
 mutants: .venv/tested
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/mutants.py $(if $(SINCE),--changed $(SINCE) --sample 150 --minutes 3 --floor 0.75)
 
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,demo,docs]'
+	touch $@
+
+docs: .venv/docs
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf .venv models results/artifacts results/runs
+	rm -rf .venv models site results/artifacts results/runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], results: Results = Path("results")) -> None:
-    """Say everything that is wrong with a recipe and its files, and what it would do; runs nothing."""
+    """Say what is wrong with a recipe and its files, and what it would do; runs nothing."""
     from peftopt import environments, store
     from peftopt.cli.console import Console
     from peftopt.metrics import counted
@@ -56,12 +57,16 @@ def _words(step: Step) -> str:
     return f"{step.plugin} ({chosen})" if chosen else step.plugin
 
 
+def starters() -> Mapping[str, Path]:
+    """The recipes that come with peftopt, by name."""
+    folder = Path(__file__).parent.parent / "recipes"
+    return {file.stem: file for file in sorted(folder.glob("*.yaml")) if file.stem != "tradeoffs"}
+
+
 @app.command()
 def new(
     file: Annotated[Path, typer.Argument(help="The recipe to write; must not exist.")] = Path("recipe.yaml"),
-    like: Annotated[
-        str, typer.Option(help="quick, demo, cpu-fastest, bulk-cpu, chat-gpu, many-adapters or limits.")
-    ] = "quick",
+    like: Annotated[str, typer.Option(help=f"The recipe to copy: {', '.join(starters())}.")] = "quick",
     base: Annotated[str, typer.Option(help="Base model folder, as the recipe should name it.")] = "",
     adapter: Annotated[str, typer.Option(help="Adapter folder.")] = "",
     prompts: Annotated[str, typer.Option(help="Evaluation prompts (JSON lines).")] = "",
@@ -69,13 +74,12 @@ def new(
     """Write a recipe to start from."""
     from peftopt import store
 
-    folder = Path(__file__).parent.parent / "recipes"
-    starters = {f.stem: f for f in sorted(folder.glob("*.yaml")) if f.stem != "tradeoffs"}
-    if like not in starters:
-        raise BadInput(f"no starter named {like!r}", f"known: {', '.join(starters)}")
+    known = starters()
+    if like not in known:
+        raise BadInput(f"no recipe to copy is named {like!r}", f"known: {', '.join(known)}")
     if file.exists():
         raise BadInput(f"{file} exists already", "choose another name")
-    text = _adapt(starters[like].read_text(encoding="utf-8"), base, adapter, prompts)
+    text = _adapt(known[like].read_text(encoding="utf-8"), base, adapter, prompts)
     try:
         store.write(file, text)
     except OSError as error:
@@ -84,13 +88,16 @@ def new(
 
 
 def _adapt(text: str, base: str, adapter: str, prompts: str) -> str:
-    """A starter recipe with the user's own paths in it."""
+    """A starter recipe with the user's own paths in it: base and adapter under `model:`, prompts wherever they are."""
     import re
 
-    for key, value in (("base", base), ("adapter", adapter), ("prompts", prompts)):
-        if value:
-            text = re.sub(rf"\b{key}: [^,}}\s]+", f"{key}: {value}", text)
-    return text
+    def own(line: str) -> str:
+        for key, value in (("base", base), ("adapter", adapter), ("prompts", prompts)):
+            if value and not line.startswith("#") and (key == "prompts" or line.startswith("model:")):
+                line = re.sub(rf"\b{key}: [^,}}\s]+", lambda _, k=key, v=value: f"{k}: {v}", line)
+        return line
+
+    return "\n".join(map(own, text.split("\n")))
 
 
 @app.command()
