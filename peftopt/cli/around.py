@@ -94,7 +94,7 @@ def _adapt(text: str, base: str, adapter: str, prompts: str) -> str:
     def own(line: str) -> str:
         for key, value in (("base", base), ("adapter", adapter), ("prompts", prompts)):
             if value and not line.startswith("#") and (key == "prompts" or line.startswith("model:")):
-                line = re.sub(rf"\b{key}: [^,}}\s]+", lambda _, k=key, v=value: f"{k}: {v}", line)
+                line = re.sub(rf"\b{key}: [^,}}\s]+", f"{key}: {value}".replace("\\", r"\\"), line)
         return line
 
     return "\n".join(map(own, text.split("\n")))

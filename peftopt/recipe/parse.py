@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 from peftopt.errors import BadRecipe
+from peftopt.metrics import TASK
+from peftopt.metrics import known as known_metric
 from peftopt.recipe import thresholds
 from peftopt.recipe.reader import (
     Reader,
@@ -230,7 +232,7 @@ class _Reading(Reading):
         return tuple(given)
 
     def check_task(self, metric: str, tasks: Sequence[str], at: str) -> None:
-        if (name := metric.removeprefix(thresholds.TASK)) not in (known := [*map(task_name, tasks)]):
+        if (name := metric.removeprefix(TASK)) not in (known := [*map(task_name, tasks)]):
             hint = nearest(name, known) if known else f"add quality: {{tasks: [{name}]}}"
             self.note(at, f"no task named {show(name)} in quality.tasks", hint)
 
@@ -394,7 +396,7 @@ class _Reading(Reading):
     def check_metrics(self, found: Mapping[str, Any]) -> None:
         minimize, known = found.get("minimize"), found.get("workloads")
         limits = [limit and limit.metric for limit in found["require"] or ()]
-        if minimize and not (minimize.workload and thresholds.known(minimize).better == "lower"):
+        if minimize and not (minimize.workload and known_metric(minimize).better == "lower"):
             self.note("minimize", f"{minimize.name} cannot be raced", "a time such as latency.p50@chat")
         for at, metric in [("minimize", minimize), *((f"require[{n}]", m) for n, m in enumerate(limits, 1))]:
             if metric and metric.workload and known and metric.workload not in known:
@@ -402,7 +404,7 @@ class _Reading(Reading):
             workload = (known or {}).get(metric.workload) if metric else None
             if metric and metric.name == "throughput" and workload and workload.lengths == "natural":
                 self.note(at, "throughput needs answers of one length: a longer one would win", "lengths: fixed")
-            if metric and thresholds.known(metric).unit in _JUDGED_ON_ANSWERS and not self.lines.get("quality"):
+            if metric and known_metric(metric).unit in _JUDGED_ON_ANSWERS and not self.lines.get("quality"):
                 self.note(at, f"{metric.name} is measured on checked answers", "add quality: {prompts: …}")
-            elif metric and metric.name.startswith(thresholds.TASK) and found.get("quality"):
+            elif metric and metric.name.startswith(TASK) and found.get("quality"):
                 self.check_task(metric.name, found["quality"].tasks, at)

@@ -33,7 +33,7 @@ Progress = Callable[[str, int], AbstractContextManager[Show]]
 """Opens a bar of that title and total; the function it gives sets how much is done and what is going on."""
 
 
-def transform(
+def make_artifact(
     plugin: str,
     params: Mapping[str, Json],
     model: Model,

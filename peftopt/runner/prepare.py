@@ -21,6 +21,7 @@ from peftopt.models import provenance
 from peftopt.recipe import plan as planning
 from peftopt.records import GENERIC, YAML, Build, Json, Model, Quality, Variant, task_name
 from peftopt.runner import preflight
+from peftopt.runner.build import make_artifact
 from peftopt.runner.process import Child
 from peftopt.runner.run import Run, check_baseline, load, try_twice, warm, worker
 from peftopt.runner.schedule import Job, work
@@ -103,7 +104,7 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
 
     def make(out: Path) -> tuple[Model, dict[str, Json]]:
         log = run.folder / "logs" / f"build-{build.step.plugin}-{build.id[:8]}.log"
-        facts = build.transform(
+        facts = make_artifact(
             build.step.plugin,
             build.step.params,
             run.artifact_model(build.parent),

@@ -60,7 +60,7 @@ def transform(
     log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{plugin}.log"
     try:
         with build.bars(progress) as hear:
-            facts = build.transform(
+            facts = build.make_artifact(
                 plugin,
                 params,
                 _absolute(model),

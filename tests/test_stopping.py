@@ -13,8 +13,8 @@ from peftopt.decision import stopping
 from peftopt.decision.evidence import Evidence
 from peftopt.decision.rules import ANY_CRITICAL
 from peftopt.recipe import plan as planning
-from peftopt.records import Measurement, Plan, Recipe, Rule
 from peftopt.recipe.thresholds import parse
+from peftopt.records import Measurement, Plan, Recipe, Rule
 
 DIED = {"stage": "speed (chat)", "reason": "killed", "detail": "", "hint": ""}
 
