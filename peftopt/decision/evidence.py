@@ -114,6 +114,8 @@ class Evidence:
         """(variant, workload) -> block -> what failed in its turn; a result against the variant."""
         self.apart: dict[str, tuple[str, ...]] = {}
         """Variant@workload -> what its loads lack, where they were run apart from the race."""
+        self.figures: dict[tuple[str, float], Mapping[str, Interval]] = {}
+        """(variant, level) -> the values of all its metrics, kept by figures.figures."""
         self._launch_of: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
         self._partial: dict[tuple[str, str], dict[int, list[Mapping[str, Json]]]] = defaultdict(dict)
         loads: dict[str, list[Measurement]] = defaultdict(list)

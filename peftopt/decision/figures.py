@@ -33,9 +33,15 @@ READ = {"cpu": "read_bytes_per_s", "cuda": "gpu_read_bytes_per_s"}
 """Device -> what the survey calls the speed of its memory."""
 
 
-def figures(evidence: Evidence, variant: str, level: float = 0.95) -> dict[str, Interval]:
+def figures(evidence: Evidence, variant: str, level: float = 0.95) -> Mapping[str, Interval]:
     """Everything that was measured of a variant, by metric name, with intervals at `level`; what was not measured is
-    not there."""
+    not there. Computed once for each variant and level of one evidence."""
+    if (variant, level) not in evidence.figures:
+        evidence.figures[variant, level] = _figures(evidence, variant, level)
+    return evidence.figures[variant, level]
+
+
+def _figures(evidence: Evidence, variant: str, level: float) -> dict[str, Interval]:
     found: dict[str, Interval] = {}
     for workload in evidence.plan.recipe.workloads:
         found |= _speed(evidence, variant, workload, level)
