@@ -401,7 +401,7 @@ def live(rounds: int, most: int, clock: str, seed: int) -> None:
             print(f"\nround {number + 1}: load average {min(loads):.1f} to {max(loads):.1f}")
             for judge in ("wall", "cpu"):
                 judged = replace(run.recipe, measure=replace(run.recipe.measure, clock=judge))
-                decision = decide(replace(run.plan, recipe=judged), run.measurements, {})
+                decision = decide(Evidence(replace(run.plan, recipe=judged), run.measurements), {})
                 withheld[judge] += any("A/A" in warning for warning in decision.warnings)
                 warned.update({re.sub("[0-9.]+", "N", warning): 1 for warning in decision.warnings})
                 for kind, (rule, _) in kinds.items():

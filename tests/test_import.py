@@ -263,7 +263,9 @@ def test_a_teams_own_meter_feeds_the_decision(
         "artifact.intact": "inconclusive",
         "merge.gain": "accepted",
     }
-    assert "was loaded apart" in (out.parent / "report.md").read_text()
+    shown = (out.parent / "report.md").read_text()
+    assert "was loaded apart" in shown
+    assert command("report", out.parent) == 0 and (out.parent / "report.md").read_text() == shown
 
 
 @pytest.fixture(scope="module")

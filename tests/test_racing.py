@@ -9,11 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.records import plan_of, whole
+from helpers.records import evidence_of, plan_of, whole
 from test_run import prompts
 
 from peftopt import machine
-from peftopt.decision.evidence import Evidence
 from peftopt.errors import WorkerFailed
 from peftopt.records import TWIN, Step, Variant
 from peftopt.runner import race
@@ -37,7 +36,7 @@ def field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> race.Field:
     plan = plan_of("merged", "int8")
     chat = replace(plan.recipe.workloads["chat"], prompts=str(prompts(tmp_path / "p.jsonl", 4, "chat")))
     plan = replace(plan, recipe=replace(plan.recipe, workloads={**plan.recipe.workloads, "chat": chat}))
-    run: Any = SimpleNamespace(plan=plan, recipe=plan.recipe, evidence=Evidence(plan, []), folder=Path())
+    run: Any = SimpleNamespace(plan=plan, recipe=plan.recipe, evidence=evidence_of(plan, []), folder=Path())
 
     def worker(run: Any, variant: Variant, log: str, threads: int) -> Started:
         if variant.name == "int8":
@@ -59,10 +58,10 @@ def test_no_worker_starts_ahead_where_memory_is_short_or_nothing_is_to_be_raced(
 ) -> None:
     decided = whole(field.run.plan, {"merged": 0.5, "int8": 0.3})
     run: Any = field.run
-    run.evidence = Evidence(field.run.plan, decided)
+    run.evidence = evidence_of(field.run.plan, decided)
     field.start()
     assert not field.started
-    run.evidence = Evidence(field.run.plan, [])
+    run.evidence = evidence_of(field.run.plan, [])
     monkeypatch.setattr(machine, "free_memory", lambda: race.ROOM)
     field.start()
     assert not field.started

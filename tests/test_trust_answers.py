@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import pytest
-from helpers.records import builds, plan_of, quality
+from helpers.records import builds, evidence_of, plan_of, quality
 
 from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, Parted
 from peftopt.records import Json, Measurement
@@ -23,7 +23,7 @@ def seen(first: Rows, second: Rows, **variants: Rows) -> Evidence:
     found: list[Measurement] = []
     for name, launch, rows in runs:
         found += [m for m in quality(name, 60, launch, **rows) if m.values["row"] in rows]
-    return Evidence(plan_of(*NAMES), found)
+    return evidence_of(plan_of(*NAMES), found)
 
 
 def rows(*names: str, **values: Json) -> dict[str, dict[str, Json]]:
@@ -273,13 +273,13 @@ def test_rows_of_tasks_are_compared_with_the_adapters() -> None:
         scored("merged", a=0.5, b=0.2, c=0.5, d=0.9),
         scored("merged", e=1),
     ]
-    evidence = Evidence(plan_of("merged", "int8"), [*found, scored("int8", z=1)])
+    evidence = evidence_of(plan_of("merged", "int8"), [*found, scored("int8", z=1)])
     assert evidence.task_flips("merged") == {"task.t": (2, 1, 4)}
     assert evidence.task_flips("int8") == {"task.t": (0, 0, 0)} and evidence.task_flips("compiled") == {}
 
 
 def test_the_size_is_that_of_what_a_variant_loads() -> None:
     plan = plan_of("merged")
-    evidence = Evidence(plan, builds(plan))
+    evidence = evidence_of(plan, builds(plan))
     assert (evidence.size("adapter"), evidence.size("merged")) == (270, 160)
-    assert Evidence(plan, []).size("merged") is None
+    assert evidence_of(plan, []).size("merged") is None

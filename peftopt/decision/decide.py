@@ -1,4 +1,4 @@
-"""Plan + Measurements -> Verdicts -> Decision. Pure: the same files give the same decision on any machine."""
+"""Evidence -> Verdicts -> Decision. Pure: the same files give the same decision on any machine."""
 
 from __future__ import annotations
 
@@ -17,10 +17,8 @@ from peftopt.records import (
     Decision,
     Interval,
     Json,
-    Measurement,
     Metric,
     Outcome,
-    Plan,
     Variant,
     VariantDecision,
     Verdict,
@@ -185,9 +183,9 @@ def _break_even(evidence: Evidence, variant: Variant) -> dict[str, Interval]:
     return {"break_even": Interval(middle, low, high, ours.n)} if math.isfinite(middle) else {}
 
 
-def decide(plan: Plan, measurements: Sequence[Measurement], machine: Mapping[str, Json]) -> Decision:
-    """Judge every variant and choose the best accepted one by `minimize`."""
-    evidence = Evidence(plan, measurements)
+def decide(evidence: Evidence, machine: Mapping[str, Json]) -> Decision:
+    """Judge every variant and choose the best accepted one by `minimize`. `machine` is told on in the decision."""
+    plan = evidence.plan
     recipe = plan.recipe
     warnings = _warnings(evidence)
     twin_differs = a_a(evidence) is not None

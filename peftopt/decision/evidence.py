@@ -29,6 +29,9 @@ FAILED = math.log(1e3)
 """The log ratio of a turn that failed to one that did not: worse than any that was answered. Ranks judge, so its size
 has no say."""
 
+ANSWERED_WRONG = "critical prompt answered wrong"
+"""The Tier 1 error of a critical prompt that every run of the baseline gets right."""
+
 INTERRUPTED = "interrupted"
 """Why a load stopped that its user ended: it says nothing of the variant."""
 
@@ -41,13 +44,15 @@ class CriticalError:
     """A Tier 1 error of a variant that the baseline makes in neither of its runs.
 
     `near_tie`: the adapter's own choice of that token turns on less than its run-to-run noise. `asked_once`: the
-    baseline was asked this prompt in one run only, so it may make the error itself.
+    baseline was asked this prompt in one run only, so it may make the error itself. `others`: further such errors of
+    the same answer.
     """
 
     row: str
     flag: str
     near_tie: bool
     asked_once: bool
+    others: tuple[str, ...] = ()
 
     @property
     def counts(self) -> bool:
@@ -230,6 +235,18 @@ class Evidence:
     def requests(self, variant: str, workload: str) -> list[Mapping[str, Json]]:
         """All timed requests, in order."""
         return [r for _, turn in sorted(self.turns.get((variant, workload), {}).items()) for r in turn]
+
+    def blocks_of(self, variant: str) -> int:
+        """Blocks in which the variant was measured on any workload, those among them in which it failed."""
+        measured = [
+            turns for found in (self.turns, self.failed) for (name, _), turns in found.items() if name == variant
+        ]
+        return len({block for turns in measured for block in turns})
+
+    def requests_of(self, variant: str) -> int:
+        """Timed requests of the variant that count, of all workloads, failed ones among them."""
+        launched = [self.launched_turns(variant, workload) for workload in self.plan.recipe.workloads]
+        return sum(len(turn) for launches in launched for turns in launches for turn in turns)
 
     def touched_share(self, variant: str, workload: str) -> float:
         """The share of the workload's timed prompts that a policy of the variant shortened."""
@@ -514,10 +531,13 @@ class Evidence:
             runs = [answers[row] for answers in (first, second) if row in answers]
             known = [*runs, *([theirs[row]] if row in theirs else [])]
             excused = {flag for other in known for flag in other["flags"]}
-            fresh = [(flag, False) for flag in answer["flags"] if flag not in excused]
+            fresh = [flag for flag in answer["flags"] if flag not in excused]
+            tie = False
             if answer["critical"] and not answer["correct"] and all(other["correct"] for other in known):
-                fresh.append(("critical prompt answered wrong", _near_tie(answer, second.get(row, {}))))
-            errors += [CriticalError(row, flag, tie, row not in second) for flag, tie in fresh[:1]]
+                tie = not fresh and _near_tie(answer, second.get(row, {}))
+                fresh.append(ANSWERED_WRONG)
+            if fresh:
+                errors.append(CriticalError(row, fresh[0], tie, row not in second, tuple(fresh[1:])))
         return errors, len(prompts)
 
     def lost(self, variant: str) -> tuple[int, int, int]:

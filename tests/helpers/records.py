@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from peftopt.decision import decide as judging
+from peftopt.decision.evidence import Evidence
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
 from peftopt.records import (
@@ -104,6 +106,14 @@ def whole(plan: Plan, ratios: Mapping[str, float], **rest: Json) -> list[Measure
     for name in ratios:
         answers += quality(name)
     return builds(plan) + speed(plan, ratios, **rest) + answers
+
+
+def evidence_of(plan: Plan, found: Sequence[Measurement]) -> Evidence:
+    return Evidence(plan, found)
+
+
+def decide(plan: Plan, found: Sequence[Measurement], machine: Mapping[str, Json]) -> Decision:
+    return judging.decide(evidence_of(plan, found), machine)
 
 
 def of(decision: Decision, name: str) -> VariantDecision:
