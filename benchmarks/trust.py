@@ -20,6 +20,7 @@ import numpy as np
 
 from peftopt.decision.decide import decide
 from peftopt.decision.evidence import Evidence
+from peftopt.measurements import measured
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
 from peftopt.records import (
@@ -81,7 +82,7 @@ def plan_of(
 
 
 def decided(plan: Plan, found: list[Measurement]) -> Decision:
-    return decide(Evidence(plan, found), {})
+    return decide(Evidence(plan, map(measured, found)), {})
 
 
 def turn(arm: str, block: int, times_ms: list[float]) -> Measurement:

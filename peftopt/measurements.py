@@ -396,14 +396,19 @@ class Measured:
     workload: str = ""
     launch: int = 0
 
+    @property
+    def probe(self) -> str:
+        """The name of its probe in the file."""
+        return next(name for name, record in PROBES.items() if isinstance(self.values, record))
+
 
 def measured(line: Measurement, where: str = "") -> Measured:
     """The measurement that a line holds. Raises BadInput that names the line (`where`, such as "run.jsonl:12") and the
     field, for a probe that is not known, a field that is missing, and a value of another kind than its field."""
+    _check_names(line, where)
     if line.probe not in PROBES:
         hint = f"this peftopt knows {', '.join(PROBES)}; a newer one may know more"
         raise BadInput(f"{_at(where)}no probe is named {line.probe!r}", hint)
-    _check_names(line, where)
     return Measured(_structured(line, where), line.variant, line.workload, line.launch)
 
 
@@ -412,8 +417,12 @@ def _at(where: str) -> str:
 
 
 def _check_names(line: Measurement, where: str) -> None:
-    names = {"variant": (line.variant, str), "workload": (line.workload, str), "launch": (line.launch, int)}
-    for field_, (value, kind) in names.items():
+    for field_, value, kind in (
+        ("probe", line.probe, str),
+        ("variant", line.variant, str),
+        ("workload", line.workload, str),
+        ("launch", line.launch, int),
+    ):
         if not isinstance(value, kind):
             raise BadInput(f"{_at(where)}{field_} is not {_KINDS[kind]}", _HINT)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.records import lines_of
 from test_run import command
 from test_tasks import CHOICE
 
@@ -348,5 +349,5 @@ def test_the_verb_keeps_them_and_is_inconclusive_without_raw_samples(
         ("load", "vllm"),
         ("task", "results"),
     ]
-    assert store.read(out)[0].values["requests"][0]["ttft_ms"] == pytest.approx(100)
+    assert lines_of(out)[0].values["requests"][0]["ttft_ms"] == pytest.approx(100)
     assert command("import", tmp_path / "none.json") == 2

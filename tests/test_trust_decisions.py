@@ -336,7 +336,9 @@ def test_tasks_are_remarked_with_their_chance_and_artifacts_with_their_certifica
     plan = plan_of("merged")
     scores = {"adapter": (1, 1, 0), "merged": (0, 1, 1)}
     tasks = [
-        Measurement("task", name, values={"task": "t", "samples": [{"id": n, "value": v} for n, v in enumerate(each)]})
+        Measurement(
+            "task", name, values={"task": "t", "samples": [{"id": str(n), "value": v} for n, v in enumerate(each)]}
+        )
         for name, each in scores.items()
     ]
     made = [replace(m, values={**m.values, "certificate": "full"}) for m in builds(plan)]

@@ -11,6 +11,7 @@ import pytest
 from helpers.records import evidence_of, plan_of
 
 from peftopt.decision.evidence import FAILED, Evidence
+from peftopt.measurements import Account
 from peftopt.records import TWIN, Json, Measurement, Metric, Plan, Workload
 
 TIMES = ("request_duration_ms", "ttft_ms", "tpot_ms", "cpu_ms")
@@ -72,7 +73,7 @@ def test_a_ratio_is_that_of_paired_blocks_at_its_level() -> None:
     assert usual and (usual.n, usual.level) == (12, 0.95)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0, None, "7"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0, None])
 def test_a_turn_with_a_time_that_is_none_is_left_out(bad: Json) -> None:
     evidence = evidence_of(PLAN, [turn("merged", 0, [10, bad]), turn("merged", 1, [10]), turn("adapter", 0, [10])])
     assert evidence.blocks("merged", "chat") == 1
@@ -85,7 +86,7 @@ def test_a_turn_of_warm_ups_alone_is_left_out_and_warm_ups_are_no_samples() -> N
     warm = request(999, warmup=True)
     evidence = evidence_of(PLAN, [turn("merged", 0, [warm]), turn("merged", 1, [warm, 10])])
     assert "no raw requests" in evidence.left_out["merged@chat"]
-    assert [r[FIELD] for r in evidence.requests("merged", "chat")] == [10]
+    assert [r.request_duration_ms for r in evidence.requests("merged", "chat")] == [10]
 
 
 def test_failed_turns_lose_against_turns_that_did_not_and_say_nothing_of_each_other() -> None:
@@ -189,7 +190,7 @@ def test_the_launch_effect_by_hand() -> None:
 
 
 def blocks_of(evidence: Evidence, arm: str) -> dict[int, float]:
-    return {block: turn[0][FIELD] for block, turn in evidence.turns["merged" if arm == "M" else arm, "chat"].items()}
+    return {block: turn[0].request_duration_ms for block, turn in evidence.turns[arm, "chat"].items()}
 
 
 def test_loads_open_a_block_where_a_variant_comes_again() -> None:
@@ -230,10 +231,10 @@ def test_loads_that_stopped_keep_their_place_and_fail_unless_their_user_ended_th
 
 def test_a_load_has_the_time_of_all_its_requests_and_what_it_lacks() -> None:
     requests = [request(100, scheduled=s, done=s + 0.1) for s in (0.0, 0.4)]
-    evidence = evidence_of(PLAN, [load("merged", requests, lacks=["gaps"], engine={"running": 2})])
-    assert [r["turn_ms"] for r in evidence.requests("merged", "chat")] == [pytest.approx(500)] * 2
+    evidence = evidence_of(PLAN, [load("merged", requests, lacks=["gaps"], engine={"slots": 2})])
+    assert [r.turn_ms for r in evidence.requests("merged", "chat")] == [pytest.approx(500)] * 2
     assert evidence.apart == {"merged@chat": ("gaps",)}
-    assert evidence.accounts["merged", "chat"] == [{"running": 2}]
+    assert evidence.accounts["merged", "chat"] == [Account(slots=2)]
     assert all("turn_ms" not in r for r in requests), "records stay as they were"
 
 
@@ -462,7 +463,9 @@ def test_loads_come_after_a_last_block_that_failed() -> None:
 def test_warm_ups_of_a_load_are_no_samples() -> None:
     requests = [request(999, warmup=True, scheduled=0.0, done=1.0), request(10, scheduled=1.0, done=1.01)]
     evidence = evidence_of(PLAN, [load("merged", requests)])
-    assert [(r[FIELD], r["turn_ms"]) for r in evidence.requests("merged", "chat")] == [(10, pytest.approx(10))]
+    assert [(r.request_duration_ms, r.turn_ms) for r in evidence.requests("merged", "chat")] == [
+        (10, pytest.approx(10))
+    ]
 
 
 def test_each_launch_has_its_own_warm_up() -> None:
@@ -492,7 +495,10 @@ def test_blocks_are_granted_beside_those_of_the_recipe() -> None:
 def test_artifacts_say_how_they_were_made_and_checked_in_order() -> None:
     steps = {build.id: build.step.plugin for build in PLAN.builds}
     told = {"merge": {"certificate": "full"}, "int8": {"certificate": "some", "quantization": "by layer"}}
-    found = [Measurement("build", "", values={"id": i, **told[name]}) for i, name in steps.items()]
+    found = [
+        Measurement("build", "", values={"id": i, "size_bytes": 1, "tier0": [], **told[name]})
+        for i, name in steps.items()
+    ]
     assert evidence_of(PLAN, found).certificates("int8") == [
         "merge: parity certificate full",
         "int8: by layer",

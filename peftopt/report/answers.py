@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peftopt.decision.evidence import ANSWERED_WRONG, CriticalError, Evidence
-from peftopt.records import Decision, Json
+from peftopt.measurements import Answer
+from peftopt.records import Decision
 from peftopt.report.words import MISSING, Table, clean
 
 EXAMPLES = 5
@@ -42,14 +42,14 @@ def _flips(evidence: Evidence, variant: str) -> list[Flip]:
     return sorted(flipped, key=lambda flip: flip.gravity)
 
 
-def _flip(old: Mapping[str, Json], new: Mapping[str, Json], error: CriticalError | None) -> Flip | None:
+def _flip(old: Answer, new: Answer, error: CriticalError | None) -> Flip | None:
     if error:
         gravity, change = _graded(error)
-    elif old["correct"] == new["correct"]:
+    elif old.correct == new.correct:
         return None
     else:
-        gravity, change = (4, "now right") if new["correct"] else (3, "now wrong")
-    shown = (old["row"], change, old.get("expected", ""), old.get("output", ""), new.get("output", ""))
+        gravity, change = (4, "now right") if new.correct else (3, "now wrong")
+    shown = (old.row, change, old.expected, old.output, new.output)
     return Flip(gravity, *map(clean, shown))
 
 
@@ -92,7 +92,7 @@ def _slice_counts(evidence: Evidence, variant: str) -> dict[str, tuple[int, int]
     """slice -> (right, asked)."""
     answers = evidence.rows(variant)
     rows = {**evidence.slices(variant), _ALL: list(answers)}
-    return {tag: (sum(answers[row]["correct"] for row in tagged), len(tagged)) for tag, tagged in rows.items()}
+    return {tag: (sum(answers[row].correct for row in tagged), len(tagged)) for tag, tagged in rows.items()}
 
 
 def _slice_cell(mine: tuple[int, int] | None, base: tuple[int, int] | None) -> str:

@@ -7,10 +7,10 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 
-from peftopt.decision.evidence import FAILED, Evidence
+from peftopt.decision.evidence import FAILED, Evidence, Field
 from peftopt.records import TWIN, Decision
 from peftopt.report.table import ratio_name
-from peftopt.report.words import MISSING, Table, clean, flat, strings
+from peftopt.report.words import MISSING, Table, clean, flat
 from peftopt.stats import LOOKS
 
 
@@ -30,7 +30,7 @@ def effort(decision: Decision, evidence: Evidence) -> Table:
 
 def facts(decision: Decision, evidence: Evidence) -> list[tuple[str, str]]:
     """How it was measured, in pairs of a label and its text; the machine's own words last."""
-    loads = [load for moments in evidence.machine.values() for m in moments if (load := m.get("load")) is not None]
+    loads = [load for moments in evidence.machine.values() for m in moments if (load := m.load) is not None]
     launches = [launch for launches in evidence.launches.values() for launch in launches]
     planned = f"as soon as a look can decide (from {LOOKS[0]} on), {', '.join(map(str, LOOKS[1:]))}"
     clock = "process CPU time judged; wall clock shown beside it" if decision.clock == "cpu" else "wall clock judged"
@@ -38,8 +38,8 @@ def facts(decision: Decision, evidence: Evidence) -> list[tuple[str, str]]:
         "judged": f"{decision.minimize}, against {decision.baseline}",
         "clock": f"{clock} ({decision.clock_reason})" if decision.clock_reason else clock,
         "looks": f"planned: {planned} blocks; bets judge after every block" if evidence.turns else "",
-        "threads": _distinct(launch.get("threads") for launch in launches),
-        "device": _distinct(launch.get("device") for launch in launches),
+        "threads": _distinct(launch.threads for launch in launches),
+        "device": _distinct(launch.device for launch in launches),
         "load average": f"{statistics.median(loads):.1f} (median), {max(loads):.1f} (highest)" if loads else "",
         **_engines(evidence),
         **{str(key): flat(value) for key, value in decision.machine.items()},
@@ -52,7 +52,7 @@ def _engines(evidence: Evidence) -> dict[str, str]:
     said: dict[str, dict[str, None]] = defaultdict(dict)
     for variant, facts in evidence.engines.items():
         for each in facts:
-            said[f"{variant}'s engine"] |= dict.fromkeys(strings(each.get("log")))
+            said[f"{variant}'s engine"] |= dict.fromkeys(each.log)
     return {name: "; ".join(lines) for name, lines in said.items()}
 
 
@@ -62,7 +62,7 @@ def block_ratios(decision: Decision, evidence: Evidence, workload: str) -> dict[
 
     The baseline's own are those of its hidden second copy.
     """
-    field = "cpu_ms" if ratio_name(decision, workload).startswith("cpu") else "request_duration_ms"
+    field: Field = "cpu_ms" if ratio_name(decision, workload).startswith("cpu") else "request_duration_ms"
     sources = {v.name: v.name + TWIN * (v.name == decision.baseline) for v in decision.variants}
     return {
         name: [_ratio(log) for log in evidence.paired(source, decision.baseline, workload, field)]
@@ -78,9 +78,8 @@ def _ratio(log: float) -> float:
 
 def failures(evidence: Evidence) -> Table:
     """What did not run, and why."""
-    said = ["stage", "reason", "detail"]
-    found = [[name, *(failure.get(key) or MISSING for key in said)] for name, failure in evidence.failures.items()]
-    return ["variant", *said], [list(map(clean, row)) for row in found]
+    found = [(name, failed.stage, failed.reason, failed.detail) for name, failed in evidence.failures.items()]
+    return ["variant", "stage", "reason", "detail"], [[clean(cell or MISSING) for cell in row] for row in found]
 
 
 def _distinct(values: Iterable[str | int | None]) -> str:

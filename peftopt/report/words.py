@@ -112,10 +112,6 @@ def metric_of(verdict: Verdict) -> str:
     return required[1] if required and verdict.unit != "x" else verdict.unit
 
 
-def strings(value: Json) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list | tuple) else []
-
-
 def flat(value: Json) -> str:
     """A nested value on one line: "torch 2.6.0, peft 0.18.0"."""
     if isinstance(value, Mapping):
