@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar, get_args, get_origin
 
 from peftopt.errors import BadInput
 from peftopt.jsonl import BROKEN
-from peftopt.records import Json, Measurement
+from peftopt.records import Measurement
 
 if TYPE_CHECKING:
     from cattrs import Converter
@@ -424,20 +424,22 @@ def _check_names(line: Measurement, where: str) -> None:
         ("launch", line.launch, int),
     ):
         if not isinstance(value, kind):
-            raise BadInput(f"{_at(where)}{field_} is not {_KINDS[kind]}", _HINT)
+            raise BadInput(f"{_at(where)}{field_} is not {_KINDS[kind]}", _hint(where))
 
 
-_HINT = "restore the file, or remove the line: what a probe's values are is said in peftopt/measurements.py"
+def _hint(where: str) -> str:
+    values = "peftopt/measurements.py says what the values of each probe are"
+    return f"restore the file, or remove the line: {values}" if where else values
 
 
 def _structured(line: Measurement, where: str) -> Values:
     record = PROBES[line.probe]
     if not isinstance(line.values, Mapping):
-        raise BadInput(f"{_at(where)}values is not an object", _HINT)
+        raise BadInput(f"{_at(where)}values is not an object", _hint(where))
     try:
         return _converter(detailed=False).structure(line.values, record)
     except BROKEN as error:
-        raise BadInput(f"{_at(where)}{_first_problem(line, record)}", _HINT) from error
+        raise BadInput(f"{_at(where)}{_first_problem(line, record)}", _hint(where)) from error
 
 
 def _first_problem(line: Measurement, record: type[Values]) -> str:
@@ -483,7 +485,7 @@ def _converter(detailed: bool) -> Converter:
     return converter
 
 
-def _whole(value: Json) -> int:
+def _whole(value: object) -> int:
     """A whole number, 16.0 as well: other tools count in such."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
@@ -492,29 +494,29 @@ def _whole(value: Json) -> int:
     return value
 
 
-def _number(value: Json) -> float:
+def _number(value: object) -> float:
     """A number as it is, NaN and infinity as well: what they mean is for a rule to say."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(value)
     return value
 
 
-def _text(value: Json) -> str:
+def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(value)
     return value
 
 
-def _truth(value: Json) -> bool:
+def _truth(value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(value)
     return value
 
 
-def _each(kind: type[Plain], one: Callable[[Json], Plain], values: Json) -> tuple[Plain, ...]:
+def _each(kind: type[Plain], one: Callable[[object], Plain], values: object) -> tuple[Plain, ...]:
     """A list of plain values. Answers hold hundreds of tokens, so those that are all right are not looked at singly."""
     if not isinstance(values, list | tuple):
         raise TypeError(values)
-    if {*map(type, values)} <= {kind}:
+    if all(type(value) is kind for value in values):
         return tuple(values)
-    return tuple(map(one, values))
+    return tuple(one(value) for value in values)

@@ -17,7 +17,6 @@ from peftopt.records import (
     TWIN,
     Decision,
     Interval,
-    Json,
     Metric,
     Outcome,
     Variant,
@@ -184,7 +183,7 @@ def _break_even(evidence: Evidence, variant: Variant) -> dict[str, Interval]:
     return {"break_even": Interval(middle, low, high, ours.n)} if math.isfinite(middle) else {}
 
 
-def decide(evidence: Evidence, machine: Mapping[str, Json]) -> Decision:
+def decide(evidence: Evidence, machine: Mapping[str, object]) -> Decision:
     """Judge every variant and choose the best accepted one by `minimize`. `machine` is told on in the decision."""
     plan = evidence.plan
     recipe = plan.recipe
