@@ -42,10 +42,10 @@ import trust
 from peftopt import stats
 from peftopt.decision import rules, stopping
 from peftopt.decision.evidence import Evidence
+from peftopt.measurements import Launch, Measured, Request, Turn
 from peftopt.recipe import plan as planning
 from peftopt.records import (
     Measure,
-    Measurement,
     Metric,
     Outcome,
     Plan,
@@ -283,24 +283,23 @@ def race_of_twelve(plan: Plan, world: World, rng: np.random.Generator) -> tuple[
     truth = dict(zip(arms, [0.0, *np.log1p(-gains)], strict=True))
     order = np.array([rng.permutation(len(arms)) for _ in range(RACED)])
     logs = {arm: load[np.arange(RACED), order[:, n]] + own[arm] + truth[arm] for n, arm in enumerate(arms)}
-    measured: list[Measurement] = []
+    seen: list[Measured] = []
     for block in range(RACED):
-        if not (wants := stopping.blocks(Evidence(plan, measured), "chat")):
+        if not (wants := stopping.blocks(Evidence(plan, seen), "chat")):
             break
         for arm in sorted(wants):
             if block % world.relaunch == 0:
-                measured.append(Measurement("launch", arm, "chat", values={"model_loading_time": 1.0}))
+                seen.append(Measured(Launch(model_loading_time=1.0), arm, "chat"))
             ms = 100 * math.exp(logs[arm][block])
-            request = {"request_duration_ms": ms, "ttft_ms": ms, "tpot_ms": ms, "cpu_ms": ms, "new_tokens": 16}
-            values = {"block": block, "requests": [{**request, "warmup": False}]}
-            measured.append(Measurement("speed", arm, "chat", values=values))
-    evidence, recipe = Evidence(plan, measured), plan.recipe
+            request = Request(request_duration_ms=ms, ttft_ms=ms, tpot_ms=ms, cpu_ms=ms, new_tokens=16, warmup=False)
+            seen.append(Measured(Turn(block=block, requests=(request,)), arm, "chat"))
+    evidence, recipe = Evidence(plan, seen), plan.recipe
     found = {v: rules.table_verdicts(evidence, recipe.variants[v])[0].outcome for v in arms[1:]}
     wrong = sum(found[v] == ("rejected" if truth[v] < LIMIT else "accepted") for v in found)
     level = 1 - stats.ALPHA / VARIANTS
     intervals = (stats.hodges_lehmann((logs[v] - logs["adapter"])[:FIXED], level) for v in arms[1:])
     fixed = sum(stats.judge(i, LIMIT) == "inconclusive" for i in intervals)
-    return len(measured), list(found.values()).count("inconclusive"), wrong, fixed
+    return len(seen), list(found.values()).count("inconclusive"), wrong, fixed
 
 
 # ---- this machine, live ------------------------------------------------------------------------
@@ -397,11 +396,12 @@ def live(rounds: int, most: int, clock: str, seed: int) -> None:
         for number in range(rounds):
             run = recipe_run.prepare(replace(recipe, seed=seed + number), "", folder / "results", Silent(), fresh=True)
             recipe_run.execute(run)
-            loads = [m.values["machine"]["load"] for m in run.measurements if m.probe == "speed"]
+            moments = [moment for each in run.evidence.machine.values() for moment in each]
+            loads = [moment.load for moment in moments if moment.load is not None]
             print(f"\nround {number + 1}: load average {min(loads):.1f} to {max(loads):.1f}")
             for judge in ("wall", "cpu"):
                 judged = replace(run.recipe, measure=replace(run.recipe.measure, clock=judge))
-                decision = decide(replace(run.plan, recipe=judged), run.measurements, {})
+                decision = decide(Evidence(replace(run.plan, recipe=judged), run.measurements), {})
                 withheld[judge] += any("A/A" in warning for warning in decision.warnings)
                 warned.update({re.sub("[0-9.]+", "N", warning): 1 for warning in decision.warnings})
                 for kind, (rule, _) in kinds.items():

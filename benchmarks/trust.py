@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 
 from peftopt.decision.decide import decide
+from peftopt.decision.evidence import Evidence
+from peftopt.measurements import measured
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
 from peftopt.records import (
@@ -77,6 +79,10 @@ def plan_of(
         measure=Measure(**{"max_blocks": 60, **measure}),
     )
     return planning.plan(recipe, {"base": "", "adapter": "", "calibration": ""}, {})
+
+
+def decided(plan: Plan, found: list[Measurement]) -> Decision:
+    return decide(Evidence(plan, map(measured, found)), {})
 
 
 def turn(arm: str, block: int, times_ms: list[float]) -> Measurement:
@@ -202,7 +208,7 @@ def answers(replications: int) -> Iterator[str]:
                         common = (64, tokens, noise, scored)
                         found = [m for run in (0, 2) for m in answered(rng, "adapter", run, *common)]
                         found += answered(rng, "merged", 1, *common, breaks, critical)
-                        decision = decide(plan, [*builds(plan), *speed, *found], {})
+                        decision = decided(plan, [*builds(plan), *speed, *found])
                         seen[next(v.outcome for v in decision.variants if v.name == "merged")] += 1
                     cells = (shown(seen[o], n) for o in ("accepted", "rejected"))
                     yield f"{kind:36} {tokens:6} {noise:6.1%} {scored:>6}   {'   '.join(cells)}"
@@ -222,7 +228,7 @@ def launches(replications: int) -> Iterator[str]:
             )
             for _ in range(replications):
                 found = raced(rng, {"adapter": 1.0, "merged": 1 - gain}, relaunch=relaunch, launch_sd=0.05)
-                seen[outcome(decide(plan, found, {}), "merged", "merge.gain")] += 1
+                seen[outcome(decided(plan, found), "merged", "merge.gain")] += 1
             yield f"relaunch {relaunch:2}, gain {gain:.0%}: {said} {shown(seen[said], replications)}"
 
 
@@ -232,7 +238,7 @@ def clocks(replications: int) -> Iterator[str]:
         plan, rng, seen = plan_of(1, TABLE, quality=False), np.random.default_rng(3), Counter[str]()
         for _ in range(replications):
             found = raced(rng, {"adapter": 1.0, "merged": 0.85}, step_ms=step)
-            seen[outcome(decide(plan, found, {}), "merged", "merge.gain")] += 1
+            seen[outcome(decided(plan, found), "merged", "merge.gain")] += 1
         yield f"steps of {step:4.0f} ms: accepted {shown(seen['accepted'], replications)}"
 
 
@@ -248,7 +254,7 @@ def quantiles(replications: int) -> Iterator[str]:
             rng, seen = np.random.default_rng(5), Counter[str]()
             for _ in range(replications):
                 found = raced(rng, {"adapter": 1.0, "merged": 1.0}, relaunch=relaunch, launch_sd=0.05)
-                seen[outcome(decide(plan, found, {}), "merged", f"require: {text}")] += 1
+                seen[outcome(decided(plan, found), "merged", f"require: {text}")] += 1
             cells = ", ".join(f"{o} {shown(seen[o], replications)}" for o in ("accepted", "rejected"))
             yield f"latency.{name} at its true value, relaunch {relaunch}: {cells}"
 
@@ -259,7 +265,7 @@ def chosen(replications: int) -> Iterator[str]:
     plan = replace(plan, recipe=replace(plan.recipe, rules=(Rule("merge", "gain", 0.15),)))
     arms = {"adapter": 1.0, **{name: 0.7 for name in plan.recipe.variants if name != "adapter"}}
     for _ in range(replications):
-        sentence = decide(plan, [*builds(plan), *raced(rng, arms, blocks=24)], {}).sentence
+        sentence = decided(plan, [*builds(plan), *raced(rng, arms, blocks=24)]).sentence
         if bounds := re.search(r"x, ([\d.]+) to ([\d.]+)", sentence):
             n += 1
             holds += float(bounds[1]) - 0.005 <= 0.7 <= float(bounds[2]) + 0.005
@@ -272,7 +278,7 @@ def families(replications: int) -> Iterator[str]:
         plan, rng, wrong = plan_of(variants, TABLE, quality=False), np.random.default_rng(7), 0
         names = [name for name in plan.recipe.variants if name != "adapter"]
         for _ in range(replications):
-            decision = decide(plan, raced(rng, {"adapter": 1.0, **dict.fromkeys(names, 0.85)}, blocks=24), {})
+            decision = decided(plan, raced(rng, {"adapter": 1.0, **dict.fromkeys(names, 0.85)}, blocks=24))
             wrong += any(outcome(decision, name, "merge.gain") == "accepted" for name in names)
         yield f"{variants:2} variants at exactly 15 %: any accepted {shown(wrong, replications)}"
 
@@ -286,7 +292,7 @@ def accuracy(replications: int) -> Iterator[str]:
             found = [m for run in (0, 2) for m in answered(rng, "adapter", run, prompts, 8, 0.0, "no")]
             for m in answered(rng, "merged", 1, prompts, 8, 0.0, "no"):
                 found.append(replace(m, values={**m.values, "correct": bool(rng.uniform() < 0.95), "critical": False}))
-            seen[outcome(decide(plan, [*builds(plan), *found], {}), "merged", f"require: {text}")] += 1
+            seen[outcome(decided(plan, [*builds(plan), *found]), "merged", f"require: {text}")] += 1
         yield f"{prompts:3} prompts: accepted {shown(seen['accepted'], replications)}"
 
 
@@ -304,7 +310,7 @@ def loads_apart(replications: int) -> Iterator[str]:
                 requests = turn(variant, 0, list(50 * slow * np.exp(rng.normal(0, 0.02, 8)))).values["requests"]
                 timed = [{**r, "scheduled": 0.0, "done": r["request_duration_ms"] / 1e3} for r in requests]
                 found.append(Measurement("load", variant, "chat", values={"requests": timed}))
-            seen[outcome(decide(plan, found, {}), "merged", "merge.gain")] += 1
+            seen[outcome(decided(plan, found), "merged", "merge.gain")] += 1
         yield f"a copy, loads {name}: accepted {shown(seen['accepted'], replications)}"
 
 

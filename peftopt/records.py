@@ -285,33 +285,9 @@ TWIN = "~aa"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One line of measurements.jsonl. `probe` says what `values` holds; raw samples are kept.
-
-    build    seconds, cached, size_bytes, peak_memory_bytes; tier0: list of errors; certificate: a merge's, in a line;
-             quantization: a quantizer's provenance, in a line
-    machine  read_bytes_per_s, gpu_read_bytes_per_s: how fast memory is read, once per run
-    launch   model_loading_time (s), adapter_switch_time (s; on vLLM a load and an unload while it runs), memory_bytes,
-             gpu_memory_allocated, gpu_memory_reserved, threads, device, size_bytes; weight_bytes and kv_bytes (per
-             cached token) that a decode step reads
-    speed    block, order, requests: [{request_duration_ms, queue_time_ms, generation_latency_ms, ttft_ms, tpot_ms,
-             cpu_ms, gpu_ms (CUDA events), prompt_tokens, new_tokens, touched (prompts that a policy changed), warmup;
-             under load also turn_ms, from the first to the last of a turn}], engine: the server's own account then,
-             machine: {load, cores, foreign_cores, steal, throttled, mhz, …}: see machine.disturbance
-    quality  row, output, new_tokens, score, correct, valid, critical (tag), flags, nll, tokens, slices; kl, kl_worst,
-             agree, parting and noise against the reference (see probes.quality.Reference); shift and kept (see
-             Evidence.survival); uncut_tokens where a policy cut
-    more     max_blocks: blocks that were granted to a race after its recipe
-    engine   what an engine says of getting ready, at the end of a worker's life: compile_time (s), graphs, log, …;
-             on a GPU once also gpu_busy (share of a request) and kernels: [{name, share}]
-    memory   peak_memory_bytes (at the end of a worker's life), gpu_*
-    load     source, requests: [{id, model, scheduled, sent, first, last, done (s since the start), ttft_ms, tpot_ms,
-             gaps_ms, queue_time_ms, generation_latency_ms, request_duration_ms, prompt_tokens, new_tokens, error,
-             warmup}], own_delay, engine, stopped, unsent, notes; of other meters also lacks and what they report; with
-             a workload it is the variant's next block of it
-    task     source, task, metric, value, stderr, n, samples: [{id, value}] (lm-evaluation-harness, run or imported)
-    failure  stage, reason, detail
-    retry    nothing: what failed of this variant is tried again
-    """
+    """One line of measurements.jsonl, as it is written. `probe` says what `values` holds, raw samples among them:
+    measurements.py has a record for each probe, and makes it of a line. `launch` tells the baseline's two runs of
+    answers apart; `at` is when it was written."""
 
     probe: str
     variant: str

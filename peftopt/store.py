@@ -13,6 +13,8 @@ from pathlib import Path
 
 from peftopt import identity, jsonl
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.measurements import PROBES, Measured, measured
+from peftopt.metrics import counted
 from peftopt.records import FORMAT, Artifact, Build, Json, Measurement, Model, Plan
 
 MANIFEST = "artifact.json"
@@ -132,10 +134,12 @@ def read_plan(path: Path) -> Plan:
         raise BadInput(f"{path} is not a plan of this peftopt", "run the recipe again") from error
 
 
-def read(path: Path, warn: Callable[[str], None] = lambda _: None) -> list[Measurement]:
-    """All measurements of a run. A torn last line (a kill mid-write) is cut off, with notice.
+def read(path: Path, warn: Callable[[str], None] = lambda _: None) -> list[Measured]:
+    """All measurements of a run. A torn last line (a kill mid-write) is cut off, with notice, and lines of a probe that
+    is not known are left out, with notice: a newer peftopt may have written them.
 
-    Raises BadInput for another format version or a broken line that is not the last.
+    Raises BadInput for another format version, a broken line that is not the last, and a line whose values are not
+    those of its probe; it names the line and the field.
     """
     if not path.exists():
         return []
@@ -144,7 +148,15 @@ def read(path: Path, warn: Callable[[str], None] = lambda _: None) -> list[Measu
     if torn:
         warn(f"{path}: dropped a torn last line of {len(torn)} bytes")
         os.truncate(path, len(raw) - len(torn))
-    return [_measurement(path, number, line) for number, line in jsonl.lines(whole)]
+    lines = [(number, _measurement(path, number, line)) for number, line in jsonl.lines(whole)]
+    unknown: dict[str, list[int]] = {}
+    for number, line in lines:
+        if str(line.probe) not in PROBES:
+            unknown.setdefault(str(line.probe), []).append(number)
+    for probe, numbers in unknown.items():
+        left_out = f"{counted(len(numbers), 'line')} left out, first line {numbers[0]}"
+        warn(f"{path}: no probe is named {probe!r}: {left_out}")
+    return [measured(line, f"{path}:{number}") for number, line in lines if str(line.probe) not in unknown]
 
 
 def _measurement(path: Path, number: int, line: bytes) -> Measurement:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
-from helpers.records import RULES, builds, of, outcome, plan_of, quality, speed
+from helpers.records import RULES, builds, decide, of, outcome, plan_of, quality, speed
 
-from peftopt.decision.decide import decide
 from peftopt.records import Decision, Json, Measurement, Plan, Rule
 
 LONG = list(range(200))

@@ -15,6 +15,8 @@ from helpers.records import (
     MERGE,
     RULES,
     builds,
+    decide,
+    evidence_of,
     of,
     outcome,
     plan_of,
@@ -25,8 +27,7 @@ from helpers.records import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftopt.decision.decide import decide
-from peftopt.decision.evidence import FAILED, Evidence
+from peftopt.decision.evidence import FAILED
 from peftopt.decision.rules import fewest_requests, parent_of
 from peftopt.decision.stopping import answers as answers_needed
 from peftopt.decision.stopping import blocks as blocks_needed
@@ -272,7 +273,7 @@ def test_the_race_ends_for_a_decided_variant_and_goes_on_for_an_open_one_with_it
     answers += quality("adapter", launch=2)
 
     def racing(ratios: Mapping[str, float], blocks: int) -> frozenset[str]:
-        return blocks_needed(Evidence(plan, answers + speed(plan, ratios, blocks)), "chat")
+        return blocks_needed(evidence_of(plan, answers + speed(plan, ratios, blocks)), "chat")
 
     assert racing({"merged": 0.5, "compiled": 0.3}, 9) == {"adapter", "merged", "compiled"}
     assert racing({"merged": 0.5, "compiled": 0.3}, 16) == frozenset()
@@ -283,9 +284,9 @@ def test_the_race_ends_for_a_decided_variant_and_goes_on_for_an_open_one_with_it
 
 def test_a_workload_that_decides_nothing_gets_the_fewest_blocks() -> None:
     plan = plan_of("merged")
-    assert blocks_needed(Evidence(plan, []), "bulk") == {"adapter", "merged"}
+    assert blocks_needed(evidence_of(plan, []), "bulk") == {"adapter", "merged"}
     six = [replace(m, workload="bulk") for m in speed(plan, {"merged": 0.85}, 6)]
-    assert blocks_needed(Evidence(plan, six), "bulk") == frozenset()
+    assert blocks_needed(evidence_of(plan, six), "bulk") == frozenset()
 
 
 def test_only_what_is_minimized_is_measured_of_what_is_rejected_already() -> None:
@@ -293,16 +294,16 @@ def test_only_what_is_minimized_is_measured_of_what_is_rejected_already() -> Non
     wrong = builds(plan) + quality("adapter") + quality("adapter", launch=2)
     wrong += quality("int8", p1={"correct": False, "flags": ["empty answer"]})
     assert of(decide(plan, wrong, {}), "int8").outcome == "rejected"
-    assert blocks_needed(Evidence(plan, wrong), "chat") == {"adapter", "merged", "int8"}
-    assert blocks_needed(Evidence(plan, wrong), "bulk") == {"adapter", "merged"}
+    assert blocks_needed(evidence_of(plan, wrong), "chat") == {"adapter", "merged", "int8"}
+    assert blocks_needed(evidence_of(plan, wrong), "bulk") == {"adapter", "merged"}
 
 
 def test_only_what_more_answers_cannot_mend_is_hopeless() -> None:
     plan = plan_of("merged", "int8")
     base = builds(plan) + quality("adapter") + quality("adapter", launch=2)
     slow = speed(plan, {"merged": 1.5, "int8": 1.5})
-    assert not hopeless(Evidence(plan, base + slow + quality("int8", 50)), "int8")
-    assert hopeless(Evidence(plan, base + quality("int8", 50, p3={"correct": False})), "int8")
+    assert not hopeless(evidence_of(plan, base + slow + quality("int8", 50)), "int8")
+    assert hopeless(evidence_of(plan, base + quality("int8", 50, p3={"correct": False})), "int8")
 
 
 def test_an_engine_that_only_generates_answers_no_more_than_its_rules_take() -> None:
@@ -520,7 +521,7 @@ def test_a_load_that_is_left_out_keeps_its_place() -> None:
         requests = [{**r, "request_duration_ms": r["request_duration_ms"] * slower} for r in m.values["requests"]]
         requests[0]["error"] = "HTTP 500" if failed else ""
         found.append(replace(m, values={**m.values, "requests": requests}))
-    logs = Evidence(loaded_plan(), found).paired("merged", "adapter", "bulk", "request_duration_ms")
+    logs = evidence_of(loaded_plan(), found).paired("merged", "adapter", "bulk", "request_duration_ms")
     assert logs[0] == FAILED and len(logs) == 12
     assert all(abs(log - math.log(0.7)) < 0.11 for log in logs[1:])
 
@@ -548,10 +549,10 @@ def test_a_race_that_its_budget_cannot_decide_stops_and_goes_on_when_more_is_gra
     near = whole(plan, {"merged": 0.855}, noise=0.1)  # 40 blocks
     verdict = next(v for v in of(decide(plan, near, {}), "merged").verdicts if v.rule == "merge.gain")
     assert verdict.hopeless and verdict.blocks_needed and "45 blocks it may have can hardly suffice" in verdict.reason
-    assert blocks_needed(Evidence(plan, near), "chat") == frozenset()
-    assert [v.rule for v in open_races(Evidence(plan, near))] == ["merge.gain"]
+    assert blocks_needed(evidence_of(plan, near), "chat") == frozenset()
+    assert [v.rule for v in open_races(evidence_of(plan, near))] == ["merge.gain"]
     granted = [*near, Measurement("more", "", values={"max_blocks": 5000})]
-    assert blocks_needed(Evidence(plan, granted), "chat") == {"adapter", "merged"}
+    assert blocks_needed(evidence_of(plan, granted), "chat") == {"adapter", "merged"}
 
 
 def test_the_planner_tells_minutes_from_the_runs_own_blocks() -> None:
@@ -683,4 +684,4 @@ def test_what_compiling_cost_is_a_figure_with_its_break_even_and_a_line_of_the_r
     assert "break_even" not in of(slower, "compiled").figures, "what saves nothing is never paid for"
     cells = dict(zip(*(table.further(decision)[0], table.further(decision)[1][-1]), strict=True))
     assert cells["compile time"] == "40.0 s" and cells["requests answered uncompiled"] == "3"
-    assert ("compiled's engine", "recompiled: batch 8") in measured.facts(decision, found)
+    assert ("compiled's engine", "recompiled: batch 8") in measured.facts(decision, evidence_of(plan, found))

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.records import lines_of
 from servers import FAULTS, Server, served
 from test_run import command, prompts
 
-from peftopt import plugins, store
+from peftopt import plugins
 from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
 from peftopt.loadtest.client import Client, Reply, Target
@@ -334,7 +335,7 @@ def test_a_recipe_puts_its_servers_under_load(tiny_base: Path, tiny_lora: Path, 
         assert command("run", recipe, "--results", tmp_path / "results", "--quiet") in (0, 1, 3)
     assert (now.most, then.most) == (3, 3)
     (run,) = (tmp_path / "results" / "runs").iterdir()
-    (turn, *_) = [m for m in store.read(run / "measurements.jsonl") if m.probe == "speed" and m.variant == "quick"]
+    (turn, *_) = [m for m in lines_of(run / "measurements.jsonl") if m.probe == "speed" and m.variant == "quick"]
     warm, *timed = turn.values["requests"]
     assert warm["warmup"] and len(timed) == 6 and not any(r["warmup"] for r in timed) and turn.values["engine"]
     decision = json.loads((run / "decision.json").read_text())
@@ -362,6 +363,6 @@ def test_a_recipe_runs_a_variant_on_a_server(
         assert command("run", recipe, "--results", tmp_path / "results", "--quiet") in (0, 1, 3)
     assert "trying once more" not in capsys.readouterr().err, "workers outlive the thread that started them"
     (run,) = (tmp_path / "results" / "runs").iterdir()
-    kept = [m for m in store.read(run / "measurements.jsonl") if m.variant == "served"]
+    kept = [m for m in lines_of(run / "measurements.jsonl") if m.variant == "served"]
     assert {m.probe for m in kept} == {"launch", "speed", "memory"}
     assert all("peak_memory_bytes" not in m.values for m in kept if m.probe == "memory")

@@ -11,13 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers.records import of, plan_of, quality, speed, whole
+from helpers.records import decide, evidence_of, of, plan_of, quality, speed, whole
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peftopt import machine
-from peftopt.decision.decide import decide
-from peftopt.decision.evidence import Evidence
 from peftopt.decision.figures import figures as figures_of
 from peftopt.records import TWIN, Json, Measurement
 from peftopt.report import table
@@ -44,7 +42,7 @@ def around(measurements: list[Measurement], **state: Json) -> list[Measurement]:
 )
 def test_blocks_are_flagged_for_what_was_at_work_in_them(state: dict[str, Json], reason: str | None) -> None:
     plan = plan_of("merged", threads=1)
-    found = Evidence(plan, around(speed(plan, {"merged": 0.8}, 12), **state)).disturbed("chat")
+    found = evidence_of(plan, around(speed(plan, {"merged": 0.8}, 12), **state)).disturbed("chat")
     assert len(found) == (12 if reason else 0)
     assert all(reason and reason in text for reasons in found.values() for text in reasons)
 
@@ -52,7 +50,7 @@ def test_blocks_are_flagged_for_what_was_at_work_in_them(state: dict[str, Json],
 def test_on_a_gpu_one_processor_is_enough_and_its_own_memory_is_the_floor() -> None:
     plan = plan_of("merged")
     turns = around(speed(plan, {"merged": 0.8}, 12), cores=16, foreign_cores=3.0)
-    assert len(Evidence(plan, turns).disturbed("chat")) == 12, "on a CPU every processor computes"
+    assert len(evidence_of(plan, turns).disturbed("chat")) == 12, "on a CPU every processor computes"
     launches = [
         Measurement("launch", arm, "chat", values={"device": "cuda", "model_loading_time": 1.0, **weights})
         for arm, weights in (("adapter", {}), ("merged", {"weight_bytes": 4e9, "kv_bytes": 0}))
@@ -62,7 +60,7 @@ def test_on_a_gpu_one_processor_is_enough_and_its_own_memory_is_the_floor() -> N
     engine = Measurement("engine", "merged", values={"why": "kernels", "gpu_busy": 0.25, "log": []})
     for request in (r for turn in turns for r in turn.values["requests"]):
         request["prompt_tokens"] = 0
-    found = Evidence(plan, [survey, *launches, *turns, memory, engine])
+    found = evidence_of(plan, [survey, *launches, *turns, memory, engine])
     assert not found.disturbed("chat")
     figures = figures_of(found, "merged")
     assert figures["fragmentation"].estimate == pytest.approx(0.25)
@@ -131,7 +129,7 @@ def test_foreign_gpu_processes_are_told_from_ours_also_under_other_numbers(
 @pytest.mark.parametrize("blocks", [1, 3, 5])
 def test_times_and_rates_of_few_requests_are_at_least_nothing(blocks: int) -> None:
     plan = plan_of("merged")
-    figures = figures_of(Evidence(plan, speed(plan, {"merged": 0.8}, blocks)), "merged")
+    figures = figures_of(evidence_of(plan, speed(plan, {"merged": 0.8}, blocks)), "merged")
     assert figures["latency.p50@chat"].low == figures["throughput@chat"].low == 0, "and not minus infinity"
     assert all(interval.low >= 0 for interval in figures.values())
 
@@ -144,7 +142,7 @@ def test_memory_on_a_gpu_is_that_of_the_processes_that_serve() -> None:
     assert machine.gpu_held([], {901}) is None
     plan = plan_of("merged")
     held = Measurement("memory", "merged", values={"gpu_memory_reserved": 4e9})
-    figures = figures_of(Evidence(plan, [held]), "merged")
+    figures = figures_of(evidence_of(plan, [held]), "merged")
     assert figures["gpu_memory_reserved"].estimate == 4e9
     assert "fragmentation" not in figures, "nobody has told what of it is in use"
 
@@ -188,11 +186,11 @@ def in_order(blocks: int, later: float, seed: int = 0) -> list[Measurement]:
 
 def test_an_order_that_matters_is_measured_and_one_that_does_not_is_not_claimed() -> None:
     plan = plan_of("merged", "int8")
-    matters = Evidence(plan, in_order(16, 1.1)).order_effect("chat")
+    matters = evidence_of(plan, in_order(16, 1.1)).order_effect("chat")
     assert matters and matters.low < 1.1 < matters.high and matters.low > 1.05
-    none = Evidence(plan, in_order(16, 1.0)).order_effect("chat")
+    none = evidence_of(plan, in_order(16, 1.0)).order_effect("chat")
     assert none and none.low < 1 < none.high
-    assert Evidence(plan, in_order(3, 1.1)).order_effect("chat") is None
+    assert evidence_of(plan, in_order(3, 1.1)).order_effect("chat") is None
     assert any("x the first" in w for w in decide(plan, in_order(16, 1.1), {}).warnings)
     assert not any("order" in w for w in decide(plan, in_order(16, 1.0), {}).warnings)
 
@@ -222,7 +220,7 @@ def launched(cold: list[float], warmup: int, launches: int = 4, blocks: int = 5)
 def test_warm_up_is_found_not_assumed(cold: list[float], warmup: int, found: int, warned: bool) -> None:
     plan = plan_of("merged", warmup=warmup)
     measurements = launched(cold, warmup)
-    seen = Evidence(plan, measurements).warm_up("merged", "chat")
+    seen = evidence_of(plan, measurements).warm_up("merged", "chat")
     assert seen is not None and seen[0] == found
     assert seen[1] == pytest.approx(cold[0] if cold else 1.0, rel=0.05)
     notes = [n for n in of(decide(plan, measurements, {}), "merged").notes if "warming up" in n]
@@ -261,7 +259,7 @@ def on_two_clocks(wall: float, cpu: float, device: str = "cpu", threads: int = 1
 def test_auto_takes_the_cpu_clock_where_it_means_the_same_and_is_quieter(
     seen: list[Measurement], clock: str, why: str
 ) -> None:
-    found = Evidence(plan_of("merged", clock="auto"), seen).clock
+    found = evidence_of(plan_of("merged", clock="auto"), seen).clock
     assert found[0] == clock and why in found[1]
 
 
@@ -269,7 +267,7 @@ def test_no_variants_figures_have_a_say_in_the_clock() -> None:
     plan = plan_of("merged", clock="auto")
     seen = on_two_clocks(0.3, 0.01)
     more = [Measurement("speed", "merged", m.workload, 1, m.values) for m in seen if m.probe == "speed"]
-    assert Evidence(plan, seen + more).clock == Evidence(plan, seen).clock
+    assert evidence_of(plan, seen + more).clock == evidence_of(plan, seen).clock
 
 
 # ---- answers ---------------------------------------------------------------------------------------
@@ -365,10 +363,10 @@ def by_launch(spread: float, relaunch: int = 4, blocks: int = 24) -> list[Measur
 
 def test_launches_that_differ_are_told_from_launches_that_do_not() -> None:
     plan = plan_of("merged", "int8", relaunch=4)
-    found = Evidence(plan, by_launch(2.0)).launch_effect("chat")
+    found = evidence_of(plan, by_launch(2.0)).launch_effect("chat")
     assert found is not None and 1 < found < 4
-    assert Evidence(plan, by_launch(0.0)).launch_effect("chat") is None
+    assert evidence_of(plan, by_launch(0.0)).launch_effect("chat") is None
     assert any("launches of chat differ" in w for w in decide(plan, by_launch(2.0), {}).warnings)
-    assert Evidence(plan, by_launch(2.0, relaunch=1)).launch_effect("chat") is None, (
+    assert evidence_of(plan, by_launch(2.0, relaunch=1)).launch_effect("chat") is None, (
         "one block each: nothing to compare"
     )

@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.records import builds, of, outcome, plan_of, quality, whole
+from helpers.records import builds, decide, evidence_of, of, outcome, plan_of, quality, whole
 
 from peftopt import stats
 from peftopt.decision import stopping
-from peftopt.decision.decide import decide
-from peftopt.decision.evidence import FAILED, Evidence
+from peftopt.decision.evidence import FAILED
 from peftopt.decision.rules import family
 from peftopt.recipe import plan as planning
 from peftopt.records import TWIN, Decision, Json, Measurement, Metric, Plan, Workload
@@ -91,10 +90,12 @@ def test_launches_are_known_from_either_worker() -> None:
         if block == 4:
             found += [launch("adapter"), launch("merged")]
         found += [turn("adapter", block, [100]), turn("merged", block, [80])]
-    evidence = Evidence(plan_of("merged"), found)
+    evidence = evidence_of(plan_of("merged"), found)
     assert evidence.launches_of("merged", "adapter", "chat", range(6)) == [0, 0, 0, 0, 1, 1]
     assert evidence.launch_count("merged", "chat") == 3
-    assert Evidence(plan_of("merged"), [turn("adapter", 0, [1])]).launches_of("merged", "adapter", "chat", [0]) is None
+    assert (
+        evidence_of(plan_of("merged"), [turn("adapter", 0, [1])]).launches_of("merged", "adapter", "chat", [0]) is None
+    )
 
 
 # ---- requirements ------------------------------------------------------------------------------
@@ -146,12 +147,12 @@ def test_an_open_requirement_asks_for_blocks_and_more_can_be_added() -> None:
     assert verdict.blocks_needed and verdict.blocks_needed > 16
     measured = [*answers(plan), *raced({"merged": 1.0}, 16, 2, noise=0.05)]
     relaxed = replace(plan, recipe=replace(plan.recipe, rules=()))
-    assert [v.rule for v in stopping.open_races(Evidence(relaxed, measured))] == [f"require: {text}"]
+    assert [v.rule for v in stopping.open_races(evidence_of(relaxed, measured))] == [f"require: {text}"]
     ten = [m for m in measured if m.probe != "speed" or m.values["block"] < 10]
-    assert stopping.blocks(Evidence(relaxed, ten), "chat") == {"adapter", "merged"}
-    assert stopping.blocks(Evidence(relaxed, measured), "chat") == frozenset()
+    assert stopping.blocks(evidence_of(relaxed, ten), "chat") == {"adapter", "merged"}
+    assert stopping.blocks(evidence_of(relaxed, measured), "chat") == frozenset()
     granted = Measurement("more", "", values={"max_blocks": 32})
-    assert stopping.blocks(Evidence(relaxed, [*measured, granted]), "chat") == {"adapter", "merged"}
+    assert stopping.blocks(evidence_of(relaxed, [*measured, granted]), "chat") == {"adapter", "merged"}
 
 
 @pytest.mark.parametrize("text", ["load_time <= 5 s", "memory <= 1 GB"])
@@ -190,10 +191,10 @@ def test_a_turn_that_failed_is_a_result_against_the_variant() -> None:
     assert gain(plan, fine)[0] == "accepted"
     assert gain(plan, failed)[0] != "accepted"
     assert any("12 turns failed" in warning for warning in decide(plan, failed, {}).warnings)
-    series = Evidence(plan, failed).series("merged", "adapter", "chat", "request_duration_ms")
+    series = evidence_of(plan, failed).series("merged", "adapter", "chat", "request_duration_ms")
     assert [series[block] == FAILED for block in range(4)] == [False, True, False, True]
     theirs = [replace(m, variant={"merged": "adapter", "adapter": "merged"}[m.variant]) for m in failed]
-    assert Evidence(plan, theirs).series("merged", "adapter", "chat", "request_duration_ms")[1] == -FAILED
+    assert evidence_of(plan, theirs).series("merged", "adapter", "chat", "request_duration_ms")[1] == -FAILED
     assert required("latency.p50@chat <= 80 ms", failed)[0] != "accepted", "a failed request took forever"
 
 
@@ -229,7 +230,7 @@ def test_when_loads_were_run_counts_not_when_they_were_imported() -> None:
 def test_a_load_that_its_user_broke_off_is_no_failure_and_one_whose_server_died_is() -> None:
     plan = plan_of("merged")
     for why, failed in (("interrupted", 0), ("the server is gone", 1)):
-        evidence = Evidence(plan, [load("adapter", 100), load("merged", 100, stopped=why)])
+        evidence = evidence_of(plan, [load("adapter", 100), load("merged", 100, stopped=why)])
         assert len(evidence.failed["merged", "chat"]) == failed
 
 
@@ -284,5 +285,5 @@ def test_the_a_a_arm_is_looked_at_on_both_sides_and_in_every_workload(twin: floa
 def test_a_workload_under_load_is_compared_by_whole_turns() -> None:
     plan = plan_of("merged")
     loaded = replace(plan.recipe, workloads={"chat": Workload("chat", "p.jsonl", users=4)})
-    evidence = Evidence(replace(plan, recipe=loaded), [])
+    evidence = evidence_of(replace(plan, recipe=loaded), [])
     assert evidence.wall_field(Metric("throughput", "chat")) == "turn_ms"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.records import lines_of
 from test_run import command
 from test_tasks import CHOICE
 
@@ -263,7 +264,9 @@ def test_a_teams_own_meter_feeds_the_decision(
         "artifact.intact": "inconclusive",
         "merge.gain": "accepted",
     }
-    assert "was loaded apart" in (out.parent / "report.md").read_text()
+    shown = (out.parent / "report.md").read_text()
+    assert "was loaded apart" in shown
+    assert command("report", out.parent) == 0 and (out.parent / "report.md").read_text() == shown
 
 
 @pytest.fixture(scope="module")
@@ -346,5 +349,5 @@ def test_the_verb_keeps_them_and_is_inconclusive_without_raw_samples(
         ("load", "vllm"),
         ("task", "results"),
     ]
-    assert store.read(out)[0].values["requests"][0]["ttft_ms"] == pytest.approx(100)
+    assert lines_of(out)[0].values["requests"][0]["ttft_ms"] == pytest.approx(100)
     assert command("import", tmp_path / "none.json") == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.records import lines_of
 from test_import import SAMPLES, VLLM, aiperf, guidellm, write
 from test_run import command
 
@@ -45,7 +46,7 @@ def test_an_answer_whose_numbers_cannot_be_is_set_aside(
     out = tmp_path / "m.jsonl"
     assert command("import", write(tmp_path / "r.json", {**VLLM, **odd}), "--out", out) == 0
     assert "1 of 3 requests" in " ".join(capsys.readouterr().err.split())
-    kept = store.read(out)[0].values["requests"]
+    kept = lines_of(out)[0].values["requests"]
     assert [r["id"] for r in kept] == ["1", "2"] and kept[0]["request_duration_ms"] == pytest.approx(280)
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.records import lines_of
 from test_import import DATA, LM_EVAL, SAMPLES, VLLM, aiperf, guidellm, write
 from test_run import command
 
-from peftopt import store
 from peftopt.errors import BadInput
 from peftopt.loadtest import importers
 
@@ -86,7 +86,7 @@ def test_a_load_without_an_answer_is_kept_and_is_no_success(tmp_path: Path, caps
     out = tmp_path / "m.jsonl"
     assert command("import", write(tmp_path / "r.json", failed), "--out", out) == 4
     assert "every request failed" in capsys.readouterr().err
-    assert all(r["error"] for r in store.read(out)[0].values["requests"])
+    assert all(r["error"] for r in lines_of(out)[0].values["requests"])
     bare = {k: v for k, v in failed.items() if k not in ("ttfts", "itls", "errors")}
     assert command("import", write(tmp_path / "r.json", bare)) == 4
     assert command("import", write(tmp_path / "r.json", VLLM)) == 0

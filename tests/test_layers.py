@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "peftopt"
-GROUND = "errors records metrics identity stats jsonl progress machine store plugins corpus environments models"
+GROUND = (
+    "errors records metrics identity stats jsonl progress machine measurements store plugins corpus environments models"
+)
 TOWERS = "recipe loadtest decision report canary merging transforms engines policies probes worker runner cli"
 LAYERS = f"{GROUND} {TOWERS}".split()
 PURE = {"recipe", "decision", "report"}

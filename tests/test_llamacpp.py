@@ -8,11 +8,12 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.records import lines_of
 from remote_engine import Remote
 from test_plugins import PROMPTS, ask
 from test_run import command, prompts
 
-from peftopt import corpus, environments, plugins, store
+from peftopt import corpus, environments, plugins
 from peftopt.engines import TOP_K
 from peftopt.errors import BadInput
 from peftopt.records import Model
@@ -212,7 +213,7 @@ def test_a_recipe_s_own_servers_are_started_for_a_load_one_after_the_other(
     assert command("load", recipe, "--results", results, "--out", out) == 0
     printed = capsys.readouterr()
     assert "of 2 slots" in printed.out and "of 3 slots" in printed.out, "a server of ours has told its slots"
-    kept = store.read(out)
+    kept = lines_of(out)
     assert [(m.variant, m.workload, len(m.values["requests"])) for m in kept] == [
         ("apart", "peak", 33),
         ("one", "peak", 33),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.records import lines_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from servers import served
@@ -418,7 +419,7 @@ def test_the_verb_prints_figures_and_keeps_raw_samples(
     assert "support" in printed and "sales" in printed and "of 4 slots" in printed and "sender's delay" in printed
     assert values["figures"]["attained"]["estimate"] == 1.0
     assert len(values["requests"]) == 41 and values["requests"][1]["ttft_ms"] > 0
-    (kept,) = store.read(out)
+    (kept,) = lines_of(out)
     assert kept.probe == "load" and len(kept.values["requests"]) == 42
 
 
@@ -472,7 +473,7 @@ def test_a_recipe_says_what_is_sent_to_its_servers(
         assert {(body["max_tokens"], body.get("ignore_eos")) for body in server.bodies[2:]} == {(4, None)}
         assert not {tuple(body["prompt"]) for body in server.bodies[1:]} & wanted, "the other workload's slice"
         assert command("load", file, "--rate", "40", "--requests", "4", "--out", out) == 0
-    kept = store.read(out)
+    kept = lines_of(out)
     assert [m.variant for m in kept] == ["served"] * 3
     assert [m.workload for m in kept] == ["chat", "long", ""], "a load that the options changed is no block by itself"
 
@@ -562,7 +563,7 @@ def test_an_interrupt_keeps_what_was_measured(number: int, questions: Path, tmp_
         child.send_signal(number)
         _, err = child.communicate(timeout=30)
     assert child.returncode == 130, err
-    (kept,) = store.read(out)
+    (kept,) = lines_of(out)
     assert kept.values["stopped"] == "interrupted" and kept.values["requests"]
 
 

@@ -57,9 +57,9 @@ def test_traces_records_and_results_are_split_alike(tmp_path: Path) -> None:
 
     kept = tmp_path / "m.jsonl"
     for text in ("a\u2028b\u0085c", "half \ud83d"):
-        store.append(kept, Measurement("alive", "v", "", values={"said": text}))
+        store.append(kept, Measurement("engine", "v", "", values={"why": text}))
     kept.write_bytes(b"\xef\xbb\xbf" + kept.read_bytes())
-    assert [m.values["said"] for m in store.read(kept)] == ["a\u2028b\u0085c", "half \ud83d"]
+    assert [m.values.why for m in store.read(kept)] == ["a\u2028b\u0085c", "half \ud83d"]
     (tmp_path / "deep.jsonl").write_text("[" * 100_000 + "\n")
     with pytest.raises(BadInput):
         store.read(tmp_path / "deep.jsonl")

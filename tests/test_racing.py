@@ -9,14 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.records import plan_of, whole
+from helpers.records import evidence_of, plan_of, whole
 from test_run import prompts
 
-from peftopt import machine
-from peftopt.decision.evidence import Evidence
-from peftopt.errors import WorkerFailed
+from peftopt import machine, store
+from peftopt.errors import BadInput, WorkerFailed
 from peftopt.records import TWIN, Step, Variant
 from peftopt.runner import race
+from peftopt.runner.run import Run
 
 
 class Started:
@@ -37,7 +37,7 @@ def field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> race.Field:
     plan = plan_of("merged", "int8")
     chat = replace(plan.recipe.workloads["chat"], prompts=str(prompts(tmp_path / "p.jsonl", 4, "chat")))
     plan = replace(plan, recipe=replace(plan.recipe, workloads={**plan.recipe.workloads, "chat": chat}))
-    run: Any = SimpleNamespace(plan=plan, recipe=plan.recipe, evidence=Evidence(plan, []), folder=Path())
+    run: Any = SimpleNamespace(plan=plan, recipe=plan.recipe, evidence=evidence_of(plan, []), folder=Path())
 
     def worker(run: Any, variant: Variant, log: str, threads: int) -> Started:
         if variant.name == "int8":
@@ -59,10 +59,10 @@ def test_no_worker_starts_ahead_where_memory_is_short_or_nothing_is_to_be_raced(
 ) -> None:
     decided = whole(field.run.plan, {"merged": 0.5, "int8": 0.3})
     run: Any = field.run
-    run.evidence = Evidence(field.run.plan, decided)
+    run.evidence = evidence_of(field.run.plan, decided)
     field.start()
     assert not field.started
-    run.evidence = Evidence(field.run.plan, [])
+    run.evidence = evidence_of(field.run.plan, [])
     monkeypatch.setattr(machine, "free_memory", lambda: race.ROOM)
     field.start()
     assert not field.started
@@ -123,3 +123,18 @@ def test_a_server_that_did_not_start_beside_others_says_why_at_its_turn_and_may_
     with pytest.raises(WorkerFailed, match="neighbour"):
         served._child("merged")
     assert served._child("merged") and tries.count("merged") == 2
+
+
+def test_a_run_keeps_one_evidence_until_something_is_logged_and_no_line_that_cannot_be_read(tmp_path: Path) -> None:
+    listener: Any = None
+    run = Run(plan_of("merged"), store.Store(tmp_path), tmp_path, listener)
+    first = run.evidence
+    assert run.evidence is first
+    with pytest.raises(BadInput, match=r"speed\.requests is missing"):
+        run.log("speed", "merged", {"block": 0}, "chat")
+    assert not (tmp_path / "measurements.jsonl").exists() and run.evidence is first
+    run.log("failure", "merged", {"stage": "build", "reason": "killed", "detail": ""})
+    assert run.evidence is not first and run.evidence.failures.keys() == {"merged"}
+    assert [m.variant for m in store.read(tmp_path / "measurements.jsonl")] == ["merged"]
+    run.plan = plan_of("merged", "int8")
+    assert run.evidence.plan is run.plan

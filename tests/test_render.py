@@ -12,11 +12,13 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from helpers.records import EAGER, evidence_of, plan_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from peftopt.decision.evidence import Evidence
 from peftopt.errors import BadInput
-from peftopt.records import Decision, Interval, Json, Measurement, VariantDecision, Verdict
+from peftopt.records import Decision, Interval, Json, Measurement, Variant, VariantDecision, Verdict
 from peftopt.report import answers, as_json, html, junit, load, markdown, measured, reports, table, words
 
 HOSTILE = "<script>alert(1)</script> | `rm -rf` | [x](http://evil.example/a) ![y](//evil.example) @team\n\x00\u202e**"
@@ -186,20 +188,37 @@ def the_measurements() -> list[Measurement]:
     blocks = {"adapter": 24, "adapter~aa": 8, "merged": 24, "int8": 10, "gptq4": 24}
     found = []
     for variant, ratio in ratios.items():
-        found.append(Measurement("launch", variant, launch=1, values={"threads": 1, "device": "cpu"}))
+        found.append(
+            Measurement("launch", variant, launch=1, values={"model_loading_time": 1.0, "threads": 1, "device": "cpu"})
+        )
         for workload, base in (("chat", 412.0), ("bulk", 1500.0)):
             for block in range(blocks[variant]):
                 times = [base * ratio * math.exp(noise.gauss(0, 0.05)) for _ in range(4)]
                 requests = [
-                    {"request_duration_ms": t, "cpu_ms": t * 0.98, "warmup": n == 0} for n, t in enumerate(times)
+                    {"request_duration_ms": t, "cpu_ms": t * 0.98, "new_tokens": 16, "warmup": n == 0}
+                    for n, t in enumerate(times)
                 ]
                 values = {"block": block, "requests": requests, "machine": {"load": 2.4 + noise.random()}}
                 found.append(Measurement("speed", variant, workload, block // 5 + 1, values))
     for variant in ("adapter", "merged", "int8"):
         found += [_answer(variant, row, 0.98 if variant != "int8" else 0.9, noise) for row in range(40)]
+    found += [dataclasses.replace(m, launch=2) for m in found if m.probe == "quality" and m.variant == "adapter"]
     detail = "No module named 'llmcompressor'"
     found.append(Measurement("failure", "awq4", values=dict(stage="build", reason="missing library", detail=detail)))
     return found
+
+
+def the_evidence(decision: Decision, measurements: Sequence[Measurement]) -> Evidence:
+    """What was judged, by a plan that has the decision's variants."""
+    variants = {name: Variant(name, (), EAGER) for name in (decision.baseline, *(v.name for v in decision.variants))}
+    plan = plan_of()
+    recipe = dataclasses.replace(plan.recipe, variants=variants, baseline=decision.baseline)
+    models = dict.fromkeys(variants, "")
+    return evidence_of(dataclasses.replace(plan, recipe=recipe, models=models), measurements)
+
+
+def a_run() -> tuple[Decision, Evidence]:
+    return a_decision(), the_evidence(a_decision(), the_measurements())
 
 
 def _answer(variant: str, row: int, skill: float, noise: random.Random) -> Measurement:
@@ -209,6 +228,9 @@ def _answer(variant: str, row: int, skill: float, noise: random.Random) -> Measu
         "row": f"p-{row}",
         "expected": expected,
         "output": expected if right else '{"intent": "refund", "order": ' + "1 " * 30,
+        "tokens": [row] * 11,
+        "stopped": True,
+        "score": float(right),
         "correct": right,
         "valid": right,
         "critical": row % 10 == 0,
@@ -219,7 +241,7 @@ def _answer(variant: str, row: int, skill: float, noise: random.Random) -> Measu
     return Measurement("quality", variant, launch=1, values=values)
 
 
-def hostile() -> tuple[Decision, list[Measurement]]:
+def hostile() -> tuple[Decision, Evidence]:
     def spoil(value: Json) -> Json:
         if isinstance(value, str):
             return value + HOSTILE
@@ -261,7 +283,7 @@ def hostile() -> tuple[Decision, list[Measurement]]:
         dataclasses.replace(m, variant=m.variant + HOSTILE, values={k: spoil(v) for k, v in m.values.items()})
         for m in the_measurements()
     ]
-    return bad, records
+    return bad, the_evidence(bad, records)
 
 
 class Page(HTMLParser):
@@ -369,14 +391,14 @@ def test_an_inconclusive_verdict_says_what_would_settle_it() -> None:
 
 
 def test_flips_show_the_gravest_first_and_at_most_five() -> None:
-    found = answers.flips(a_decision(), the_measurements())
+    found = answers.flips(*a_run())
     assert found["adapter"] == []
     assert 1 <= len(found["int8"]) <= 5
     assert found["int8"][0].change == "loop"
 
 
 def test_slices_show_the_change_to_the_baseline() -> None:
-    header, body = answers.slices(a_decision(), the_measurements())
+    header, body = answers.slices(*a_run())
     assert header == ["slice", "adapter", "merged", "int8"]
     assert [row[0] for row in body] == ["all", "long context", "numbers"]
     assert body[0][1] == "100 % (40 of 40)"
@@ -384,7 +406,7 @@ def test_slices_show_the_change_to_the_baseline() -> None:
 
 
 def test_block_ratios_pair_within_blocks_and_the_baseline_with_its_twin() -> None:
-    found = measured.block_ratios(a_decision(), the_measurements(), "chat")
+    found = measured.block_ratios(*a_run(), "chat")
     assert {name: len(ratios) for name, ratios in found.items()} == {
         "adapter": 8,
         "merged": 24,
@@ -400,7 +422,7 @@ def test_block_ratios_pair_within_blocks_and_the_baseline_with_its_twin() -> Non
 
 @pytest.mark.parametrize("name", ["report.md", "report.html"])
 def test_reports_say_what_a_reader_needs_in_order(name: str) -> None:
-    text = reports(a_decision(), the_measurements())[name]
+    text = reports(*a_run())[name]
     wanted = [
         "Ship merged",
         "machine was busy",
@@ -446,14 +468,14 @@ def test_hostile_text_stays_text_in_markdown() -> None:
 
 
 def test_the_page_loads_nothing() -> None:
-    text = html.render(a_decision(), the_measurements())
+    text = html.render(*a_run())
     assert Page(text).fetched == []
     assert not re.search(r"https?:|url\(|@import|<script", text)
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
 
 
 def test_the_plot_draws_every_variant_that_has_a_ratio() -> None:
-    plot = html.plot(a_decision(), the_measurements(), "chat")
+    plot = html.plot(*a_run(), "chat")
     assert plot is not None
     assert [row.name for row in plot.rows] == ["adapter (baseline)", "merged", "int8", "gptq4"]
     merged, slow = plot.rows[1], plot.rows[2]
@@ -461,7 +483,7 @@ def test_the_plot_draws_every_variant_that_has_a_ratio() -> None:
     assert merged.limit is not None and merged.high < merged.limit < plot.one
     assert slow.limit is None  # it was raced against merged, not against the baseline
     assert len(merged.dots) >= 20
-    assert html.plot(a_decision(), [], "nowhere") is None
+    assert html.plot(*a_run(), "nowhere") is None
 
 
 def test_a_comment_on_github_is_never_too_long() -> None:
@@ -471,14 +493,14 @@ def test_a_comment_on_github_is_never_too_long() -> None:
     answers = [m for m in the_measurements() if m.probe == "quality"]
     wrong = [m for m in answers if m.variant == "int8"]
     records = answers + [dataclasses.replace(m, variant=v.name) for v in many for m in wrong]
-    assert len(markdown.render(big, records)) <= markdown.MOST
+    assert len(markdown.render(big, the_evidence(big, records))) <= markdown.MOST
 
 
 # ---- for machines ------------------------------------------------------------------------------
 
 
 def test_only_accepted_looks_like_a_pass_in_junit() -> None:
-    root = ElementTree.fromstring(junit.render(a_decision(), the_measurements()))
+    root = ElementTree.fromstring(junit.render(a_decision()))
     counts = {s.get("name"): [s.get(k) for k in ("tests", "failures", "errors", "skipped")] for s in root}
     assert counts == {
         "decision": ["1", "0", "0", "0"],
@@ -505,7 +527,7 @@ def test_an_outcome_that_no_verdict_gave_is_a_case_of_its_own() -> None:
 
 
 def test_junit_holds_hostile_text() -> None:
-    root = ElementTree.fromstring(junit.render(*hostile()))
+    root = ElementTree.fromstring(junit.render(hostile()[0]))
     assert "<script>" in str(root.find(".//failure").get("message"))  # type: ignore[union-attr]
 
 
@@ -579,28 +601,45 @@ decisions = st.builds(
     machine=st.dictionaries(texts, jsons, max_size=3),
     format=st.just(1),
 )
-recorded = st.builds(
-    Measurement,
-    probe=st.sampled_from(["speed", "quality", "failure", "launch", "memory"]),
-    variant=chosen_names | st.just("adapter~aa"),
-    workload=st.sampled_from(["chat", "bulk", ""]),
-    launch=st.integers(0, 3),
-    values=st.dictionaries(
-        st.sampled_from(["block", "requests", "machine", "row", "output", "expected", "correct", "flags", "slices"]),
-        jsons | st.lists(st.fixed_dictionaries({"request_duration_ms": numbers, "warmup": st.booleans()}), max_size=3),
-    ),
+times = st.none() | st.floats(1e-6, 1e9) | st.sampled_from([math.nan, math.inf, -1.0, 0.0])
+requests = st.fixed_dictionaries(
+    {"request_duration_ms": times, "cpu_ms": times, "new_tokens": st.integers(0, 99), "warmup": st.booleans()},
+    optional={"error": texts},
+)
+rows = {"row": texts, "output": texts, "expected": texts, "flags": st.lists(texts, max_size=2)}
+rows |= {"slices": st.lists(texts, max_size=2), "tokens": st.lists(st.integers(0, 9), max_size=3)}
+rows |= {name: st.booleans() for name in ("correct", "valid", "critical", "stopped")}
+rows |= {"score": st.floats(0, 1), "new_tokens": st.integers(0, 99)}
+turns = {"block": st.integers(0, 3), "requests": st.lists(requests, max_size=3)}
+VALUES = {
+    "speed": st.fixed_dictionaries(turns, optional={"machine": st.fixed_dictionaries({"load": numbers})}),
+    "quality": st.fixed_dictionaries(rows),
+    "failure": st.fixed_dictionaries({name: texts for name in ("stage", "reason", "detail")}),
+    "launch": st.fixed_dictionaries({"model_loading_time": numbers, "device": texts, "threads": st.integers(0, 9)}),
+    "engine": st.fixed_dictionaries({"log": st.lists(texts, max_size=2)}),
+    "memory": st.fixed_dictionaries({"peak_memory_bytes": st.integers(0, 10**12)}),
+}
+recorded = st.sampled_from([*VALUES]).flatmap(
+    lambda probe: st.builds(
+        Measurement,
+        probe=st.just(probe),
+        variant=chosen_names | st.just("adapter~aa"),
+        workload=st.sampled_from(["chat", "bulk", ""]),
+        launch=st.integers(0, 3),
+        values=VALUES[probe],
+    )
 )
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(decisions, st.lists(recorded, max_size=8))
 def test_no_decision_breaks_a_report(decision: Decision, measurements: list[Measurement]) -> None:
-    texts = {**reports(decision, measurements), "decision.json": as_json.render(decision)}
-    texts |= {"table": "\n".join(map("".join, table.rows(decision, compact=True)[1]))}
-    for text in texts.values():
+    written = {**reports(decision, the_evidence(decision, measurements)), "decision.json": as_json.render(decision)}
+    written |= {"table": "\n".join(map("".join, table.rows(decision, compact=True)[1]))}
+    for text in written.values():
         text.encode()  # no lone surrogates
-    ElementTree.fromstring(texts["junit.xml"].encode())
-    page = Page(texts["report.html"])
+    ElementTree.fromstring(written["junit.xml"].encode())
+    page = Page(written["report.html"])
     assert page.open == [] and page.fetched == []
-    again = as_json.decision_from_json(texts["decision.json"])
-    assert as_json.render(again) == texts["decision.json"]
+    again = as_json.decision_from_json(written["decision.json"])
+    assert as_json.render(again) == written["decision.json"]

@@ -6,11 +6,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from helpers.records import CHAINS, builds, plan_of, quality, speed, whole
+from helpers.records import CHAINS, builds, evidence_of, plan_of, quality, speed, whole
 
 from peftopt import stats
 from peftopt.decision import stopping
-from peftopt.decision.evidence import Evidence
 from peftopt.decision.rules import ANY_CRITICAL
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
@@ -38,26 +37,26 @@ def said(recipe: Recipe, prompts: int = 10_000) -> dict[str, str]:
 
 
 def test_nothing_is_raced_without_a_baseline() -> None:
-    assert stopping.blocks(Evidence(plan_of("merged"), [failed("adapter")]), "chat") == frozenset()
+    assert stopping.blocks(evidence_of(plan_of("merged"), [failed("adapter")]), "chat") == frozenset()
 
 
 def test_what_failed_is_not_asked_again_and_neither_is_what_only_it_was_compared_with() -> None:
     plan = plan_of("merged", "int8")
     measured = whole(plan, {"merged": 0.5, "int8": 0.4}, blocks=16)
-    assert stopping.blocks(Evidence(plan, [*measured, failed("int8")]), "chat") == frozenset()
+    assert stopping.blocks(evidence_of(plan, [*measured, failed("int8")]), "chat") == frozenset()
     racing = [m for m in measured if m.probe != "speed" or m.values["block"] < 6]
-    assert stopping.blocks(Evidence(plan, [*racing, failed("merged")]), "chat") == {"adapter", "int8"}
-    assert stopping.blocks(Evidence(plan, [*racing, failed("int8")]), "chat") == {"adapter", "merged"}
+    assert stopping.blocks(evidence_of(plan, [*racing, failed("merged")]), "chat") == {"adapter", "int8"}
+    assert stopping.blocks(evidence_of(plan, [*racing, failed("int8")]), "chat") == {"adapter", "merged"}
 
 
 def test_a_race_that_nothing_can_win_any_more_is_not_open() -> None:
     plan = plan_of("merged")
     near = builds(plan) + speed(plan, {"merged": 0.85}, 16) + quality("adapter") + quality("adapter", launch=2)
-    assert [v.rule for v in stopping.open_races(Evidence(plan, near + quality("merged")))] == ["merge.gain"]
-    few = Evidence(plan, near + quality("merged", 20))  # parity is open too, but takes prompts, not blocks
+    assert [v.rule for v in stopping.open_races(evidence_of(plan, near + quality("merged")))] == ["merge.gain"]
+    few = evidence_of(plan, near + quality("merged", 20))  # parity is open too, but takes prompts, not blocks
     assert [v.rule for v in stopping.open_races(few)] == ["merge.gain"]
     broken = quality("merged", p3={"correct": False})
-    assert stopping.open_races(Evidence(plan, near + broken)) == []
+    assert stopping.open_races(evidence_of(plan, near + broken)) == []
 
 
 # ---- answers -----------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ def test_answers_that_no_recipe_asks_for_cannot_be_judged() -> None:
 
 def test_plans_of_other_meters_have_the_same_needs() -> None:
     plan = planning.elsewhere(plan_of("merged").recipe)
-    assert stopping.blocks(Evidence(plan, []), "chat") == {"adapter", "merged"}
+    assert stopping.blocks(evidence_of(plan, []), "chat") == {"adapter", "merged"}
 
 
 @pytest.mark.parametrize(

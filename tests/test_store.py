@@ -88,11 +88,11 @@ def test_one_cache_takes_in_another(tmp_path: Path) -> None:
 def test_a_torn_last_line_is_dropped_with_notice_and_the_rest_kept(tmp_path: Path) -> None:
     path = tmp_path / "measurements.jsonl"
     for n in range(3):
-        store.append(path, Measurement("speed", "merged", values={"block": n}))
+        store.append(path, Measurement("speed", "merged", values={"block": n, "requests": []}))
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"format": 1, "pro')
     warnings: list[str] = []
-    assert [m.values["block"] for m in store.read(path, warnings.append)] == [0, 1, 2]
+    assert [m.values.block for m in store.read(path, warnings.append)] == [0, 1, 2]
     assert "torn last line" in warnings[0]
     assert path.read_bytes() == whole
 
@@ -103,6 +103,38 @@ def test_another_format_or_a_broken_line_is_never_misread(tmp_path: Path, line: 
     path.write_text(line + "\n")
     with pytest.raises(BadInput, match=r"measurements.jsonl:1"):
         store.read(path)
+
+
+def test_a_line_that_lacks_a_field_is_named_with_its_number_and_the_field(tmp_path: Path) -> None:
+    path = tmp_path / "measurements.jsonl"
+    store.append(path, Measurement("speed", "merged", values={"block": 0, "requests": []}))
+    store.append(path, Measurement("speed", "merged", values={"block": 1}))
+    with pytest.raises(BadInput, match=r"measurements.jsonl:2: speed.requests is missing") as refused:
+        store.read(path)
+    assert refused.value.hint
+
+
+def test_lines_of_a_probe_that_is_not_known_are_left_out_with_notice(tmp_path: Path) -> None:
+    path = tmp_path / "measurements.jsonl"
+    for probe in ("retry", "humidity", "retry", "humidity"):
+        store.append(path, Measurement(probe, "merged"))
+    warnings: list[str] = []
+    assert [m.probe for m in store.read(path, warnings.append)] == ["retry", "retry"]
+    (warning,) = warnings
+    assert "'humidity'" in warning and "2 lines" in warning and "line 2" in warning
+
+
+def test_what_is_written_is_what_was_given(tmp_path: Path) -> None:
+    """The file keeps keys that no record has, and their order."""
+    path = tmp_path / "measurements.jsonl"
+    values: Json = {"requests": [], "colour": "red", "block": 2}
+    store.append(path, Measurement("speed", "merged", "chat", 1, values, "2026-01-01"))
+    assert json.loads(path.read_text()) == {
+        "format": 1,
+        **{"probe": "speed", "variant": "merged", "workload": "chat", "launch": 1},
+        **{"values": values, "at": "2026-01-01"},
+    }
+    assert list(json.loads(path.read_text())["values"]) == list(values)
 
 
 def test_a_file_is_written_whole_and_leaves_no_temporary(tmp_path: Path) -> None:

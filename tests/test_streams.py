@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.records import lines_of
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import COUNTS, DONE, LAST, SSE, TOKEN, WHOLE, Answer, event, piece, scripted, streamed
 from test_run import command
 
-from peftopt import store
 from peftopt.errors import BadInput
 from peftopt.loadtest import events, runs
 from peftopt.loadtest.client import Client, Reply, Target
@@ -272,7 +272,7 @@ def test_a_run_keeps_when_it_began_and_what_no_file_can_hold(tmp_path: Path) -> 
         flags = ["--prompts", prompts, "--requests", 3, "--concurrency", 1, "--new-tokens", 4, "--out", out]
         assert command("load", server.url, *flags) == 0
         assert command("load", server.url, *flags) == 4
-    first, second = store.read(out)
+    first, second = lines_of(out)
     assert [bool(r["error"]) for r in first.values["requests"]] == [False, False, True, True]
     began = [datetime.fromisoformat(m.values["started"]) for m in (first, second)]
     assert began[0] < began[1] <= datetime.fromisoformat(second.at) and began[0].tzinfo

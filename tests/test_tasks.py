@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.records import of, plan_of, whole
+from helpers.records import decide, of, plan_of, whole
 from test_run import RECIPE, command, prompts
 
 from peftopt import plugins
-from peftopt.decision.decide import decide
 from peftopt.errors import BadInput
 from peftopt.probes import tasks
 from peftopt.records import Measurement, Model

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.records import evidence_of, plan_of, quality
 from test_run import command
 from test_run import prompts as written
 
@@ -229,7 +231,8 @@ def test_a_user_is_told_and_the_token_proposed(
 
 
 def test_answers_of_which_none_stopped_are_said() -> None:
-    long = [{"stopped": False, "new_tokens": 48}] * 24
+    (answer, *_) = evidence_of(plan_of(), quality("adapter", 1)).rows("adapter").values()
+    long = [replace(answer, stopped=False, new_tokens=48)] * 24
     assert "0 of 24 answers" in unstopped(long) and "48 tokens" in unstopped(long)
-    assert unstopped([*long, {"stopped": True, "new_tokens": 3}]) == ""
+    assert unstopped([*long, answer]) == ""
     assert unstopped(long[:2]) == unstopped([]) == ""

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pytest
-from helpers.records import builds, plan_of, quality
+from helpers.records import builds, evidence_of, plan_of, quality
 
 from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, Parted
+from peftopt.measurements import Answer
 from peftopt.records import Json, Measurement
 
 NEVER = math.inf
@@ -23,11 +25,15 @@ def seen(first: Rows, second: Rows, **variants: Rows) -> Evidence:
     found: list[Measurement] = []
     for name, launch, rows in runs:
         found += [m for m in quality(name, 60, launch, **rows) if m.values["row"] in rows]
-    return Evidence(plan_of(*NAMES), found)
+    return evidence_of(plan_of(*NAMES), found)
 
 
 def rows(*names: str, **values: Json) -> dict[str, dict[str, Json]]:
     return {name: dict(values) for name in names}
+
+
+def answers(*names: str, **values: Json) -> Mapping[str, Answer]:
+    return seen(rows(*names, **values), {}).rows("adapter")
 
 
 # ---- where answers part --------------------------------------------------------------------------
@@ -48,15 +54,15 @@ def rows(*names: str, **values: Json) -> dict[str, dict[str, Json]]:
 def test_answers_part_at_their_first_token_that_differs(ours: list[int], theirs: list[int], parted: float) -> None:
     evidence = seen({}, {})
     for end in (True, False):
-        one, two = rows("p1", tokens=ours, stopped=end), rows("p1", tokens=theirs, stopped=end)
+        one, two = answers("p1", tokens=ours, stopped=end), answers("p1", tokens=theirs, stopped=end)
         assert evidence.partings(one, two) == {"p1": parted}
     if parted == NEVER:
-        cut_off = rows("p1", tokens=ours, stopped=False)
-        assert evidence.partings(rows("p1", tokens=ours, stopped=True), cut_off) == {"p1": len(ours) + 1}
+        cut_off = answers("p1", tokens=ours, stopped=False)
+        assert evidence.partings(answers("p1", tokens=ours, stopped=True), cut_off) == {"p1": len(ours) + 1}
 
 
 def test_only_what_both_were_asked_is_compared() -> None:
-    both = rows("p1", "p2", tokens=[1], stopped=True), rows("p2", "p3", tokens=[1], stopped=True)
+    both = answers("p1", "p2", tokens=[1]), answers("p2", "p3", tokens=[1])
     assert seen({}, {}).partings(*both) == {"p2": NEVER}
 
 
@@ -91,9 +97,8 @@ def test_scores_are_those_beyond_what_the_second_run_and_the_reference_change() 
 def test_a_prompt_that_one_of_them_has_no_score_for_is_compared_by_its_answer() -> None:
     evidence = seen(rows("p1", "p2", "p3"), rows("p1", "p2"), merged=rows("p1", "p2", "p3"), compiled=rows("p1", "p2"))
     for name, launch in (("adapter", 2), ("merged", 1), ("compiled", 1)):
-        answer = dict(evidence.answers[name, launch]["p1"])
-        del answer["agree"]
-        kept, evidence.answers[name, launch]["p1"] = evidence.answers[name, launch]["p1"], answer
+        kept = evidence.answers[name, launch]["p1"]
+        evidence.answers[name, launch]["p1"] = replace(kept, agree=None)
         found = evidence.disagreement("compiled", "merged")
         assert (found.scored, found.partings) == (((0, 31),), ((NEVER, NEVER), (NEVER, NEVER)))
         evidence.answers[name, launch]["p1"] = kept
@@ -273,13 +278,13 @@ def test_rows_of_tasks_are_compared_with_the_adapters() -> None:
         scored("merged", a=0.5, b=0.2, c=0.5, d=0.9),
         scored("merged", e=1),
     ]
-    evidence = Evidence(plan_of("merged", "int8"), [*found, scored("int8", z=1)])
+    evidence = evidence_of(plan_of("merged", "int8"), [*found, scored("int8", z=1)])
     assert evidence.task_flips("merged") == {"task.t": (2, 1, 4)}
     assert evidence.task_flips("int8") == {"task.t": (0, 0, 0)} and evidence.task_flips("compiled") == {}
 
 
 def test_the_size_is_that_of_what_a_variant_loads() -> None:
     plan = plan_of("merged")
-    evidence = Evidence(plan, builds(plan))
+    evidence = evidence_of(plan, builds(plan))
     assert (evidence.size("adapter"), evidence.size("merged")) == (270, 160)
-    assert Evidence(plan, []).size("merged") is None
+    assert evidence_of(plan, []).size("merged") is None

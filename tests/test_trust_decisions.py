@@ -8,12 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
-from helpers.records import builds, of, plan_of, quality, speed, whole
+from helpers.records import builds, decide, evidence_of, of, plan_of, quality, speed, whole
 
 from peftopt import stats
 from peftopt.decision import decide as deciding
-from peftopt.decision.decide import decide
-from peftopt.decision.evidence import Evidence
 from peftopt.records import TWIN, Decision, Interval, Json, Measurement, Plan, Rule, Step, Variant, Verdict, Workload
 
 Rows = Mapping[str, Mapping[str, Json]]
@@ -90,7 +88,7 @@ def test_a_decision_says_what_it_is_of() -> None:
 def test_the_sentence_tells_the_gain_its_interval_and_what_is_undecided() -> None:
     plan = plan_of("merged", "int8")
     found = decide(plan, whole(plan, {"merged": 0.5, "int8": 0.5}), {})
-    ratio = Evidence(plan, whole(plan, {"merged": 0.5, "int8": 0.5})).ratio(
+    ratio = evidence_of(plan, whole(plan, {"merged": 0.5, "int8": 0.5})).ratio(
         found.chosen or "", "adapter", "chat", "request_duration_ms", 1 - 0.05 / 2
     )
     assert ratio and f"({ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}, 40 blocks" in found.sentence
@@ -154,7 +152,7 @@ def test_a_copy_that_differs_from_the_baseline_withholds_accepts_only(ratio: flo
 
 def test_the_a_a_arm_shares_its_error_over_the_looks() -> None:
     plan, found = twin(1.02)
-    told = deciding.a_a(Evidence(plan, found))
+    told = deciding.a_a(evidence_of(plan, found))
     assert told and told.level == pytest.approx(1 - 0.02 / 5)
 
 
@@ -323,7 +321,7 @@ def test_every_workload_has_its_warnings() -> None:
 
 def test_the_interval_of_the_choice_is_shared_by_all_that_may_be_chosen() -> None:
     plan = plan_of("merged", "int8", "compiled")
-    evidence = Evidence(plan, speed(plan, {"merged": 0.5}))
+    evidence = evidence_of(plan, speed(plan, {"merged": 0.5}))
     found = deciding._judged(evidence, "merged")
     assert found == evidence.ratio("merged", "adapter", "chat", "request_duration_ms", 1 - 0.05 / 3)
     none = deciding._judged(evidence, "int8")
@@ -338,7 +336,9 @@ def test_tasks_are_remarked_with_their_chance_and_artifacts_with_their_certifica
     plan = plan_of("merged")
     scores = {"adapter": (1, 1, 0), "merged": (0, 1, 1)}
     tasks = [
-        Measurement("task", name, values={"task": "t", "samples": [{"id": n, "value": v} for n, v in enumerate(each)]})
+        Measurement(
+            "task", name, values={"task": "t", "samples": [{"id": str(n), "value": v} for n, v in enumerate(each)]}
+        )
         for name, each in scores.items()
     ]
     made = [replace(m, values={**m.values, "certificate": "full"}) for m in builds(plan)]

@@ -7,11 +7,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
-from helpers.records import CHAINS, EAGER, INT8, MERGE, builds, of, outcome, plan_of, quality, speed, verdict, whole
+from helpers.records import (
+    CHAINS,
+    EAGER,
+    INT8,
+    MERGE,
+    builds,
+    decide,
+    evidence_of,
+    of,
+    outcome,
+    plan_of,
+    quality,
+    speed,
+    verdict,
+    whole,
+)
 
 from peftopt import stats
 from peftopt.decision import rules
-from peftopt.decision.decide import decide
 from peftopt.decision.evidence import Disagreement, Evidence
 from peftopt.decision.rules import Case
 from peftopt.recipe import plan as planning
@@ -46,7 +60,7 @@ def case(
     plan = plan_of("merged", "int8", "compiled")
     step = step or {"int8": INT8, "merged": MERGE}.get(name, CHAINS[name].engine)
     parent = rules.parent_of(plan.recipe, CHAINS[name], step)
-    return Case(Evidence(plan, measurements), name, step, limit, parent, family)
+    return Case(evidence_of(plan, measurements), name, step, limit, parent, family)
 
 
 def asked(first: Rows = {}, second: Rows | None = None, n: int = 60, **variants: Rows) -> list[Measurement]:  # noqa: B006
@@ -552,7 +566,7 @@ def test_a_ratio_of_scores_by_kind() -> None:
 
 
 def seen(measurements: Sequence[Measurement], *require: str) -> Evidence:
-    return Evidence(plan_of("merged", "int8", require=require), measurements)
+    return evidence_of(plan_of("merged", "int8", require=require), measurements)
 
 
 def test_a_ratio_of_figures_has_the_bounds_of_two_intervals_that_share_the_error() -> None:
@@ -574,7 +588,7 @@ def test_a_ratio_of_figures_has_the_bounds_of_two_intervals_that_share_the_error
 
 def test_a_ratio_of_tails_has_the_bounds_of_two_intervals_that_share_the_error() -> None:
     plan = plan_of("merged", require=["latency.p95@chat <= 0.9x"])
-    evidence = Evidence(plan, speed(plan, {"merged": 0.5}, 200))
+    evidence = evidence_of(plan, speed(plan, {"merged": 0.5}, 200))
     metric = Metric("latency.p95", "chat")
     found = rules.timed_ratio(evidence, "merged", metric, 0.9, 200)
     own, base = (rules.timed(evidence, name, metric, 0.95, 200) for name in ("merged", "adapter"))
@@ -590,8 +604,8 @@ def test_a_ratio_of_tails_has_the_bounds_of_two_intervals_that_share_the_error()
 
 def test_a_ratio_of_medians_is_paired_by_block_and_a_throughput_is_its_inverse() -> None:
     plan = plan_of("merged")
-    evidence = Evidence(plan, speed(plan, {"merged": 0.5}, 40))
-    fewer = Evidence(plan, speed(plan, {"merged": 0.5}, 12))
+    evidence = evidence_of(plan, speed(plan, {"merged": 0.5}, 40))
+    fewer = evidence_of(plan, speed(plan, {"merged": 0.5}, 12))
     time = rules.timed_ratio(evidence, "merged", Metric("latency.p50", "chat"), 0.9, 12)
     rate = rules.timed_ratio(evidence, "merged", Metric("throughput", "chat"), 0.9, 12)
     assert time and rate and time == fewer.ratio("merged", "adapter", "chat", "request_duration_ms", 0.9)

@@ -15,6 +15,7 @@ from peftopt.cli.shared import (
     app,
     conclude,
     find_run,
+    judged_evidence,
     read_recipe,
     read_text,
     write_reports,
@@ -71,11 +72,10 @@ def decide(
 @app.command()
 def report(run_folder: RunFolder = None, results: Results = Path("results")) -> None:
     """Write a run's reports again from decision.json and its measurements, and print the Markdown one."""
-    from peftopt import store
     from peftopt.cli.console import Console
 
     folder = find_run(run_folder, results)
     console = Console()
-    write_reports(folder, store.read(folder / "measurements.jsonl", console.warn))
+    write_reports(folder, judged_evidence(folder, console))
     print(read_text(folder / "report.md"))
     console.err.print(f"report: {folder / 'report.html'}", soft_wrap=True)

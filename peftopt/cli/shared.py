@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,8 @@ import typer
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
 
 if TYPE_CHECKING:
-    from peftopt.records import Decision, Measurement, Model, Recipe
+    from peftopt.decision.evidence import Evidence
+    from peftopt.records import Decision, Model, Recipe
 
 
 app = typer.Typer(
@@ -27,6 +27,9 @@ app = typer.Typer(
     "130 interrupted.",
 )
 
+
+JUDGED = "judged.json"
+"""The plan that a run was judged by, where it is another than that of its recipe."""
 
 EXIT = {"accepted": ACCEPTED, "rejected": REJECTED, "inconclusive": INCONCLUSIVE, "not judged": ENVIRONMENT}
 
@@ -77,11 +80,13 @@ def find_run(given: Path | None, results: Path, recipe: str = "") -> Path:
 
 def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = None) -> None:
     """Decide from the run folder's files, write the reports, print the table, exit with the outcome; by the thresholds
-    of another recipe where one is given, and by that recipe alone where no run of peftopt's measured."""
+    of another recipe where one is given, and by that recipe alone where no run of peftopt's measured. The plan that
+    judges is kept where it is not the run's own, so that `report` shows what was judged."""
     from dataclasses import replace
 
     from peftopt import report, store
     from peftopt.decision.decide import decide as judge
+    from peftopt.decision.evidence import Evidence
     from peftopt.recipe import plan as planning
 
     changed, machine = [], {}
@@ -91,13 +96,17 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
         plan, machine = store.read_plan(folder / "plan.json"), json.loads(read_text(folder / "machine.json"))
         changed = planning.changes(plan.recipe, recipe) if recipe else []
         plan = planning.rejudged(plan, recipe) if recipe else plan
-    measurements = store.read(folder / "measurements.jsonl", console.warn)
-    decision: Decision = judge(plan, measurements, machine)
+    if recipe:
+        store.write(folder / JUDGED, json.dumps(asdict(plan), indent=1))
+    else:
+        (folder / JUDGED).unlink(missing_ok=True)
+    evidence = Evidence(plan, store.read(folder / "measurements.jsonl", console.warn))
+    decision: Decision = judge(evidence, machine)
     if changed:
         warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
         decision = replace(decision, warnings=(warning, *decision.warnings))
     store.write(folder / "decision.json", report.as_json.render(decision))
-    write_reports(folder, measurements)
+    write_reports(folder, evidence)
     if as_json:
         print(read_text(folder / "decision.json"))
     else:
@@ -110,12 +119,21 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
     raise typer.Exit(EXIT[decision.outcome])
 
 
-def write_reports(folder: Path, measurements: Sequence[Measurement]) -> None:
+def judged_evidence(folder: Path, console: Any) -> Evidence:
+    """The evidence behind a run folder's decision.json: its measurements, by the plan that judged them."""
+    from peftopt import store
+    from peftopt.decision.evidence import Evidence
+
+    plan = store.read_plan(folder / (JUDGED if (folder / JUDGED).exists() else "plan.json"))
+    return Evidence(plan, store.read(folder / "measurements.jsonl", console.warn))
+
+
+def write_reports(folder: Path, evidence: Evidence) -> None:
     """Every report is rendered from decision.json as it is on disk, so that a later `report` gives the same bytes."""
     from peftopt import report, store
 
     decision = report.as_json.decision_from_json(read_text(folder / "decision.json"))
-    for name, text in report.reports(decision, measurements).items():
+    for name, text in report.reports(decision, evidence).items():
         store.write(folder / name, text)
 
 

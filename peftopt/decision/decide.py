@@ -1,4 +1,4 @@
-"""Plan + Measurements -> Verdicts -> Decision. Pure: the same files give the same decision on any machine."""
+"""Evidence -> Verdicts -> Decision. Pure: the same files give the same decision on any machine."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from peftopt import stats
 from peftopt.decision.evidence import Evidence
 from peftopt.decision.figures import figures
 from peftopt.decision.rules import family, parent_of, protects, rule_name, verdicts
+from peftopt.measurements import Answer
 from peftopt.metrics import counted
 from peftopt.records import (
     TWIN,
     Decision,
     Interval,
-    Json,
-    Measurement,
     Metric,
     Outcome,
-    Plan,
     Variant,
     VariantDecision,
     Verdict,
@@ -99,8 +97,8 @@ def _remarks(evidence: Evidence, variant: Variant) -> Iterator[str]:
     touched = evidence.touched(variant.name)
     if any(step.technique == "truncate" for step in variant.policies):
         worse, better = evidence.flips(variant.name, touched)
-        rows = [r for r in touched if (a := evidence.rows(evidence.baseline).get(r)) and a["correct"]]
-        lost_rows = [r for r in rows if not evidence.rows(variant.name)[r]["correct"]]
+        rows = [r for r in touched if (a := evidence.rows(evidence.baseline).get(r)) and a.correct]
+        lost_rows = [r for r in rows if not evidence.rows(variant.name)[r].correct]
         which = f" ({', '.join(lost_rows[:5])}{', …' * (len(lost_rows) > 5)})" if lost_rows else ""
         asked = len(evidence.rows(variant.name))
         yield f"cuts {len(touched)} of {asked} prompts: {worse} answers lost{which}, {better} won"
@@ -163,7 +161,7 @@ def _subset_note(evidence: Evidence, variant: str) -> list[str]:
     ours, theirs = evidence.rows(variant), evidence.rows(evidence.baseline)
     if not ours or len(ours) >= len(theirs):
         return []
-    same = sum(theirs[row]["correct"] for row in ours) / len(ours)
+    same = sum(theirs[row].correct for row in ours) / len(ours)
     return [f"answered {len(ours)} of {len(theirs)} prompts; on those {evidence.baseline} is right in {same:.1%}"]
 
 
@@ -185,9 +183,9 @@ def _break_even(evidence: Evidence, variant: Variant) -> dict[str, Interval]:
     return {"break_even": Interval(middle, low, high, ours.n)} if math.isfinite(middle) else {}
 
 
-def decide(plan: Plan, measurements: Sequence[Measurement], machine: Mapping[str, Json]) -> Decision:
-    """Judge every variant and choose the best accepted one by `minimize`."""
-    evidence = Evidence(plan, measurements)
+def decide(evidence: Evidence, machine: Mapping[str, object]) -> Decision:
+    """Judge every variant and choose the best accepted one by `minimize`. `machine` is told on in the decision."""
+    plan = evidence.plan
     recipe = plan.recipe
     warnings = _warnings(evidence)
     twin_differs = a_a(evidence) is not None
@@ -292,8 +290,8 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
         if said := unstopped(list(evidence.rows(name).values())):
             found.append(f"{name}: {said}")
     for name, failure in evidence.failures.items():
-        hint = f"; {failure['hint']}" if failure.get("hint") else ""
-        found.append(f"{name}: {failure['stage']} failed, {failure['reason']}: {failure['detail']}{hint}")
+        hint = f"; {failure.hint}" if failure.hint else ""
+        found.append(f"{name}: {failure.stage} failed, {failure.reason}: {failure.detail}{hint}")
     return tuple(found)
 
 
@@ -301,11 +299,11 @@ FEWEST_UNSTOPPED = 8
 """Answers of which none stopped, from which on that is worth a word."""
 
 
-def unstopped(answers: Sequence[Mapping[str, Json]]) -> str:
-    """A warning where not one of the answers (records with "stopped" and "new_tokens") ended by itself; else ""."""
-    if len(answers) < FEWEST_UNSTOPPED or any(answer["stopped"] for answer in answers):
+def unstopped(answers: Sequence[Answer]) -> str:
+    """A warning where not one of the answers ended by itself; else ""."""
+    if len(answers) < FEWEST_UNSTOPPED or any(answer.stopped for answer in answers):
         return ""
-    most = max(answer["new_tokens"] for answer in answers)
+    most = max(answer.new_tokens for answer in answers)
     return (
         f"0 of {len(answers)} answers stopped by themselves within {most} tokens: either answers are longer than "
         "new_tokens, or the token that ends a turn in the chat template is missing from eos_token_id in "

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from peftopt import stats
-from peftopt.loadtest import summary
+from peftopt.measurements import (
+    Account,
+    Answer,
+    Built,
+    Disturbance,
+    EngineFacts,
+    Failure,
+    Launch,
+    Load,
+    Measured,
+    Memory,
+    More,
+    Request,
+    Retry,
+    Sent,
+    Survey,
+    Task,
+    Turn,
+)
 from peftopt.metrics import TASK
-from peftopt.records import TWIN, Interval, Json, Measurement, Metric, Plan
+from peftopt.records import TWIN, Interval, Metric, Plan
 
-Rows = Mapping[str, Mapping[str, Json]]
+Rows = Mapping[str, Answer]
 
 FEWEST = 6
 """Blocks from which an exact 95 % interval exists: every variant gets them, and "auto" chooses a clock on them."""
@@ -21,13 +40,32 @@ FEWEST = 6
 NOISIER = 2.0
 """How many times noisier the wall clock must be before "auto" takes the CPU's."""
 
-FIELDS = {"latency": "request_duration_ms", "ttft": "ttft_ms", "tpot": "tpot_ms", "throughput": "request_duration_ms"}
-"""Which of a request's durations a timed metric looks at. Lengths are fixed, so throughput is inverse duration."""
+Field = Literal["request_duration_ms", "ttft_ms", "tpot_ms", "cpu_ms", "turn_ms", "new_tokens"]
+"""What may be compared of two requests."""
 
+VALUE: Mapping[Field, Callable[[Request], float | None]] = {
+    "request_duration_ms": lambda request: request.request_duration_ms,
+    "ttft_ms": lambda request: request.ttft_ms,
+    "tpot_ms": lambda request: request.tpot_ms,
+    "cpu_ms": lambda request: request.cpu_ms,
+    "turn_ms": lambda request: request.turn_ms,
+    "new_tokens": lambda request: request.new_tokens,
+}
+
+FIELDS: Mapping[str, Field] = {
+    "latency": "request_duration_ms",
+    "ttft": "ttft_ms",
+    "tpot": "tpot_ms",
+    "throughput": "request_duration_ms",
+}
+"""Which of a request's durations a timed metric looks at. Lengths are fixed, so throughput is inverse duration."""
 
 FAILED = math.log(1e3)
 """The log ratio of a turn that failed to one that did not: worse than any that was answered. Ranks judge, so its size
 has no say."""
+
+ANSWERED_WRONG = "critical prompt answered wrong"
+"""The Tier 1 error of a critical prompt that every run of the baseline gets right."""
 
 INTERRUPTED = "interrupted"
 """Why a load stopped that its user ended: it says nothing of the variant."""
@@ -41,13 +79,15 @@ class CriticalError:
     """A Tier 1 error of a variant that the baseline makes in neither of its runs.
 
     `near_tie`: the adapter's own choice of that token turns on less than its run-to-run noise. `asked_once`: the
-    baseline was asked this prompt in one run only, so it may make the error itself.
+    baseline was asked this prompt in one run only, so it may make the error itself. `others`: further such errors of
+    the same answer.
     """
 
     row: str
     flag: str
     near_tie: bool
     asked_once: bool
+    others: tuple[str, ...] = ()
 
     @property
     def counts(self) -> bool:
@@ -90,22 +130,23 @@ class Parted:
 class Evidence:
     """An index over a run's measurements; nothing is computed twice, nothing is kept that was not measured."""
 
-    def __init__(self, plan: Plan, measurements: Sequence[Measurement]) -> None:
+    def __init__(self, plan: Plan, measurements: Iterable[Measured]) -> None:
         self.plan = plan
         self.baseline = plan.recipe.baseline
-        self.turns: dict[tuple[str, str], dict[int, list[Mapping[str, Json]]]] = defaultdict(dict)
-        self.answers: dict[tuple[str, int], dict[str, Mapping[str, Json]]] = defaultdict(dict)
-        self.builds: dict[str, Mapping[str, Json]] = {}
-        self.failures: dict[str, Mapping[str, Json]] = {}
-        self.launches: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
-        self.memory: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
-        self.engines: dict[str, list[Mapping[str, Json]]] = defaultdict(list)
+        self.turns: dict[tuple[str, str], dict[int, Sequence[Request]]] = defaultdict(dict)
+        self.answers: dict[tuple[str, int], dict[str, Answer]] = defaultdict(dict)
+        self.builds: dict[str, Built] = {}
+        self.failures: dict[str, Failure] = {}
+        self.launches: dict[str, list[Launch]] = defaultdict(list)
+        self.memory: dict[str, list[Memory]] = defaultdict(list)
+        self.engines: dict[str, list[EngineFacts]] = defaultdict(list)
         self.tasks: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
         """Variant -> metric ("task.NAME") -> row -> score."""
-        self.surveyed: Mapping[str, Json] = {}
-        self.accounts: dict[tuple[str, str], list[Mapping[str, Json]]] = defaultdict(list)
+        self.surveyed: Survey | None = None
+        """How fast the machine reads memory; None where it was not asked."""
+        self.accounts: dict[tuple[str, str], list[Account]] = defaultdict(list)
         """(variant, workload) -> what the server said of each load on it."""
-        self.machine: dict[tuple[str, int], list[Mapping[str, Json]]] = defaultdict(list)
+        self.machine: dict[tuple[str, int], list[Disturbance]] = defaultdict(list)
         self.budget = plan.recipe.measure.max_blocks
         """Blocks that a race may have: the recipe's, or what was granted since."""
         self.left_out: dict[str, str] = {}
@@ -114,108 +155,112 @@ class Evidence:
         """(variant, workload) -> block -> what failed in its turn; a result against the variant."""
         self.apart: dict[str, tuple[str, ...]] = {}
         """Variant@workload -> what its loads lack, where they were run apart from the race."""
+        self.figures: dict[tuple[str, float], Mapping[str, Interval]] = {}
+        """(variant, level) -> the values of all its metrics, kept by figures.figures."""
         self._launch_of: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
-        self._partial: dict[tuple[str, str], dict[int, list[Mapping[str, Json]]]] = defaultdict(dict)
-        loads: dict[str, list[Measurement]] = defaultdict(list)
+        self._partial: dict[tuple[str, str], dict[int, Sequence[Request]]] = defaultdict(dict)
         self._orders: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
-        self._loading: list[tuple[str, Mapping[str, Json]]] = []
-        self._launched: dict[tuple[str, str], list[list[Mapping[str, Json]]]] = defaultdict(list)
+        self._loading: list[tuple[str, Launch]] = []
+        self._launched: dict[tuple[str, str], list[list[Request]]] = defaultdict(list)
+        loads: dict[str, list[tuple[str, Load]]] = defaultdict(list)
         for m in measurements:
-            match m.probe:
-                case "speed":
-                    block, requests = m.values["block"], m.values["requests"]
-                    if launched := len(self._launched[m.variant, m.workload]):
-                        self._launch_of[m.variant, m.workload][block] = launched
-                    timed = [r for r in requests if not r["warmup"]]
-                    if not self._take_turn(m.variant, m.workload, block, timed):
-                        continue
-                    self.machine[m.workload, block].append(m.values.get("machine", {}))
-                    self.accounts[m.variant, m.workload].append(m.values.get("engine", {}))
-                    if "order" in m.values:
-                        self._orders[m.workload, block][m.variant] = m.values["order"]
-                    if launches := self._launched[m.variant, m.workload]:
-                        launches[-1] += requests
-                case "load" if m.workload in plan.recipe.workloads:
-                    loads[m.workload].append(m)
-                case "quality":
-                    self.answers[m.variant, m.launch][m.values["row"]] = m.values
-                case "task" if "samples" in m.values and "task" in m.values:  # an imported one may lack either
-                    scores = self.tasks[m.variant].setdefault(TASK + m.values["task"], {})
-                    scores |= {row["id"]: row["value"] for row in m.values["samples"]}  # a group's come file by file
-                case "machine":
-                    self.surveyed = m.values
-                case "build":
-                    self.builds[m.values["id"]] = m.values
-                case "failure":
-                    self.failures[m.variant] = m.values
-                case "retry":
+            match m.values:
+                case Turn() as turn:
+                    self._add_turn(m.variant, m.workload, turn)
+                case Load() as load if m.workload in plan.recipe.workloads:
+                    loads[m.workload].append((m.variant, load))
+                case Answer() as answer:
+                    self.answers[m.variant, m.launch][answer.row] = answer
+                case Task(task=name, samples=samples) if name and samples is not None:  # imported ones may lack them
+                    scores = self.tasks[m.variant].setdefault(TASK + name, {})
+                    scores |= {row.id: row.value for row in samples}  # a group's come file by file
+                case Survey() as survey:
+                    self.surveyed = survey
+                case Built() as built:
+                    self.builds[built.id] = built
+                case Failure() as failure:
+                    self.failures[m.variant] = failure
+                case Retry():
                     self.failures.pop(m.variant, None)
-                case "launch":
-                    self.launches[m.variant].append(m.values)
+                case Launch() as launch:
+                    self.launches[m.variant].append(launch)
                     self._launched[m.variant, m.workload].append([])
-                    self._loading.append((m.workload, m.values))
-                case "more":
-                    self.budget = max(self.budget, m.values["max_blocks"])
-                case "memory":
-                    self.memory[m.variant].append(m.values)
-                case "engine":
-                    self.engines[m.variant].append(m.values)
+                    self._loading.append((m.workload, launch))
+                case More(max_blocks=granted):
+                    self.budget = max(self.budget, granted)
+                case Memory() as memory:
+                    self.memory[m.variant].append(memory)
+                case EngineFacts() as facts:
+                    self.engines[m.variant].append(facts)
 
         for workload, found in loads.items():
             self._take_loads(workload, found)
 
+    def _add_turn(self, variant: str, workload: str, turn: Turn) -> None:
+        launches = self._launched[variant, workload]
+        if launches:
+            self._launch_of[variant, workload][turn.block] = len(launches)
+        timed = [request for request in turn.requests if not request.warmup]
+        if not self._take_turn(variant, workload, turn.block, timed):
+            return
+        self.machine[workload, turn.block].append(turn.machine)
+        self.accounts[variant, workload].append(turn.engine)
+        if turn.order is not None:
+            self._orders[workload, turn.block][variant] = turn.order
+        if launches:
+            launches[-1] += turn.requests
+
     def _take_turn(
-        self, variant: str, workload: str, block: int, timed: Sequence[Mapping[str, Json]], new_tokens: int = 0
+        self, variant: str, workload: str, block: int, timed: Sequence[Request], new_tokens: int = 0
     ) -> bool:
         """Whether the turn was measured. One in which requests failed is kept as a failure, any other is left out."""
-        if failed := [r for r in timed if r.get("error")]:
-            words = f"{len(failed)} of {len(timed)} requests failed: {failed[0]['error']}"
+        if failed := [request for request in timed if request.error]:
+            words = f"{len(failed)} of {len(timed)} requests failed: {failed[0].error}"
             self.failed[variant, workload][block] = words
-            self._partial[variant, workload][block] = list(timed)
+            self._partial[variant, workload][block] = timed
             return False
         if why := _useless(timed, new_tokens):
             self.left_out[f"{variant}@{workload}"] = why
             return False
-        self.turns[variant, workload][block] = list(timed)
+        self.turns[variant, workload][block] = timed
         return True
 
-    def _take_loads(self, name: str, loads: Sequence[Measurement]) -> None:
-        """Loads that were run apart, by `peftopt load` or another meter. In the order of time, every variant's first
+    def _take_loads(self, name: str, loads: Sequence[tuple[str, Load]]) -> None:
+        """Loads that were run apart, by `peftopt load` or another tool. In the order of time, every variant's first
         load since its last one opens a new block: so loads are pairs where they alternate, and only there. One that
         is left out has its place too, or later ones would be compared with others than they ran beside."""
-        if all(m.values.get("started") for m in loads):
-            loads = sorted(loads, key=lambda m: str(m.values["started"]))
+        if all(load.started for _, load in loads):
+            loads = sorted(loads, key=lambda each: each[1].started)
         raced = [turns for found in (self.turns, self.failed) for (_, on), turns in found.items() if on == name]
         block = max((block for turns in raced for block in turns), default=-1)
         seen: set[str] | None = None
         workload = self.plan.recipe.workloads[name]
-        for m in loads:
-            if seen is None or m.variant in seen:
+        fixed = workload.new_tokens if workload.lengths == "fixed" else 0
+        for variant, load in loads:
+            if seen is None or variant in seen:
                 block, seen = block + 1, set()
-            seen.add(m.variant)
-            self.apart[f"{m.variant}@{name}"] = tuple(m.values.get("lacks", ()))
-            timed = [dict(r) for r in m.values.get("requests", ()) if not r["warmup"]]
-            if why := m.values.get("stopped"):
-                if why == INTERRUPTED:
-                    self.left_out[f"{m.variant}@{name}"] = why
-                else:
-                    self.failed[m.variant, name][block] = why
-                continue
-            if self._take_turn(m.variant, name, block, timed, workload.new_tokens * (workload.lengths == "fixed")):
-                turn_ms = summary.span_ms(timed)
-                self.turns[m.variant, name][block] = [{**r, "turn_ms": turn_ms} for r in timed]
-                self.accounts[m.variant, name].append(m.values.get("engine", {}))
+            seen.add(variant)
+            self.apart[f"{variant}@{name}"] = load.lacks
+            timed = [request for request in load.requests if not request.warmup]
+            if load.stopped == INTERRUPTED:
+                self.left_out[f"{variant}@{name}"] = load.stopped
+            elif load.stopped:
+                self.failed[variant, name][block] = load.stopped
+            elif self._take_turn(variant, name, block, timed, fixed):
+                turn_ms = _span_ms(timed)
+                self.turns[variant, name][block] = [replace(request, turn_ms=turn_ms) for request in timed]
+                self.accounts[variant, name].append(load.engine)
 
     def certificates(self, variant: str) -> list[str]:
         """How the artifacts that a variant is made of were made and checked, in the order they were made."""
         steps = {build.id: build for build in self.plan.builds}
         found, at = [], self.plan.models[variant]
         while build := steps.get(at):
-            made = self.builds.get(at, {})
-            if line := made.get("certificate"):
-                found.append(f"{build.step.plugin}: parity certificate {line}")
-            if line := made.get("quantization"):
-                found.append(f"{build.step.plugin}: {line}")
+            built = self.builds.get(at)
+            if built and built.certificate:
+                found.append(f"{build.step.plugin}: parity certificate {built.certificate}")
+            if built and built.quantization:
+                found.append(f"{build.step.plugin}: {built.quantization}")
             at = build.parent
         return found[::-1]
 
@@ -225,21 +270,33 @@ class Evidence:
         """Blocks in which the variant was measured on the workload."""
         return len(self.turns.get((variant, workload), {}))
 
-    def requests(self, variant: str, workload: str) -> list[Mapping[str, Json]]:
+    def requests(self, variant: str, workload: str) -> list[Request]:
         """All timed requests, in order."""
         return [r for _, turn in sorted(self.turns.get((variant, workload), {}).items()) for r in turn]
+
+    def blocks_of(self, variant: str) -> int:
+        """Blocks in which the variant was measured on any workload, those among them in which it failed."""
+        measured = [
+            turns for found in (self.turns, self.failed) for (name, _), turns in found.items() if name == variant
+        ]
+        return len({block for turns in measured for block in turns})
+
+    def requests_of(self, variant: str) -> int:
+        """Timed requests of the variant that count, of all workloads, failed ones among them."""
+        launched = [self.launched_turns(variant, workload) for workload in self.plan.recipe.workloads]
+        return sum(len(turn) for launches in launched for turns in launches for turn in turns)
 
     def touched_share(self, variant: str, workload: str) -> float:
         """The share of the workload's timed prompts that a policy of the variant shortened."""
         requests = self.requests(variant, workload)
-        asked = sum(r.get("batch", 1) for r in requests)
-        return sum(r.get("touched", 0) for r in requests) / asked if asked else 0.0
+        asked = sum(request.batch for request in requests)
+        return sum(request.touched for request in requests) / asked if asked else 0.0
 
-    def paired(self, variant: str, against: str, workload: str, field: str) -> list[float]:
+    def paired(self, variant: str, against: str, workload: str, field: Field) -> list[float]:
         """log(variant / against) of the block medians of a request's field, one per shared block, in order."""
         return list(self.series(variant, against, workload, field).values())
 
-    def series(self, variant: str, against: str, workload: str, field: str) -> Series:
+    def series(self, variant: str, against: str, workload: str, field: Field) -> Series:
         """The same by block. A turn that failed is worse than any that did not; where both failed, none says more."""
         found = dict(self._logs(variant, against, workload, field))
         ours, theirs = ((v, workload) for v in (variant, against))
@@ -249,7 +306,7 @@ class Evidence:
             found[block] = -FAILED
         return dict(sorted(found.items()))
 
-    def _logs(self, variant: str, against: str, workload: str, field: str) -> Series:
+    def _logs(self, variant: str, against: str, workload: str, field: Field) -> Series:
         """The log ratio of each block in which both were measured."""
         ours, theirs = self.turns.get((variant, workload), {}), self.turns.get((against, workload), {})
         shared = sorted(ours.keys() & theirs.keys())
@@ -272,7 +329,7 @@ class Evidence:
             before = now
         return numbers
 
-    def ratio(self, variant: str, against: str, workload: str, field: str, level: float = 0.95) -> Interval | None:
+    def ratio(self, variant: str, against: str, workload: str, field: Field, level: float = 0.95) -> Interval | None:
         """variant / against of a request's field, paired by block, with bounds that respect launches; None of no
         block."""
         series = self.series(variant, against, workload, field)
@@ -280,23 +337,20 @@ class Evidence:
             return None
         return exp(stats.paired(series.values(), level, self.launches_of(variant, against, workload, series)))
 
-    def resolution(self, variants: Iterable[str], workload: str, field: str) -> float:
+    def resolution(self, variants: Iterable[str], workload: str, field: Field) -> float:
         """How far a coarse clock may have moved the log ratio of two variants; 0 for a clock that tells times apart."""
         found = 0.0
         for variant in variants:
-            times = [r[field] for r in self.requests(variant, workload) if _is_time(r.get(field))]
-            found += stats.resolution(times)
+            found += stats.resolution(_times(self.requests(variant, workload), field))
         return found
 
-    def launched_turns(
-        self, variant: str, workload: str, blocks: int | None = None
-    ) -> list[list[Sequence[Mapping[str, Json]]]]:
+    def launched_turns(self, variant: str, workload: str, blocks: int | None = None) -> list[list[Sequence[Request]]]:
         """The timed requests of the first `blocks` blocks (None = all), turn by turn, in groups that share their fate:
         a launch, or a block where launches were not logged. Failed turns are among them."""
         key = (variant, workload)
         turns = {**self.turns.get(key, {}), **self._partial.get(key, {})}
         launch_of = self._launch_of.get(key, {})
-        groups: dict[int, list[Sequence[Mapping[str, Json]]]] = defaultdict(list)
+        groups: dict[int, list[Sequence[Request]]] = defaultdict(list)
         for block in sorted(turns)[:blocks]:
             groups[launch_of.get(block, block)].append(turns[block])
         return list(groups.values())
@@ -305,15 +359,10 @@ class Evidence:
         """How many such groups there are."""
         return len(self.launched_turns(variant, workload, blocks))
 
-    def samples(self, variant: str, workload: str, field: str, blocks: int | None = None) -> list[list[float]]:
+    def samples(self, variant: str, workload: str, field: Field, blocks: int | None = None) -> list[list[float]]:
         """A field of all these requests, in those groups. A failed request took forever."""
         return [
-            [
-                math.inf if request.get("error") else request[field]
-                for turn in turns
-                for request in turn
-                if request.get("error") or request.get(field) is not None
-            ]
+            [value for turn in turns for request in turn if (value := _waited(request, field)) is not None]
             for turns in self.launched_turns(variant, workload, blocks)
         ]
 
@@ -323,11 +372,11 @@ class Evidence:
             return 0
         return len(self.turns.get((variant, workload), {})) + len(self.failed.get((variant, workload), {}))
 
-    def field(self, metric: Metric) -> str:
+    def field(self, metric: Metric) -> Field:
         """The field of a request that a race on this metric compares, on the clock that judges."""
         return "cpu_ms" if self.clock[0] == "cpu" else self.wall_field(metric)
 
-    def wall_field(self, metric: Metric) -> str:
+    def wall_field(self, metric: Metric) -> Field:
         """The same on the wall clock. Requests of a load overlap, so that its throughput is a matter of all of them."""
         if metric.name == "throughput" and self.plan.recipe.workloads[metric.workload].loaded:
             return "turn_ms"
@@ -343,14 +392,15 @@ class Evidence:
         if recipe.measure.clock != "auto":
             users = "what a user waits for" if recipe.measure.clock == "wall" else "as the recipe says"
             return recipe.measure.clock, users
-        timed = [v for name, launches in self.launches.items() for v in launches if name in self._timed]
-        if any(v.get("device") != "cpu" for v in timed):
+        timed = [launch for name, launches in self.launches.items() for launch in launches if name in self._timed]
+        if any(launch.device != "cpu" for launch in timed):
             return "wall", "auto: the work is not done on this process's CPU"
-        if any(v.get("threads") != 1 for v in timed):
+        if any(launch.threads != 1 for launch in timed):
             return "wall", "auto: with several threads CPU time is not what a user waits for"
         twin, workload = self.baseline + TWIN, recipe.minimize.workload
         spreads = []
-        for field in (self.wall_field(recipe.minimize), "cpu_ms"):
+        fields: tuple[Field, Field] = (self.wall_field(recipe.minimize), "cpu_ms")
+        for field in fields:
             logs = self.paired(twin, self.baseline, workload, field)[:FEWEST]
             spreads.append(stats.median(abs(x) for x in logs))
         wall, cpu = spreads
@@ -365,14 +415,14 @@ class Evidence:
 
     def minutes_per_block(self, workload: str) -> float | None:
         """How long the latest blocks have taken here, with their share of the launches; None where it is not known."""
-        seconds = [
-            sum(m["seconds"] for m in moments)
-            for (name, _), moments in sorted(self.machine.items())
-            if name == workload and all("seconds" in m for m in moments)
-        ]
+        seconds = []
+        for (name, _), moments in sorted(self.machine.items()):
+            known = [m.seconds for m in moments if m.seconds is not None]
+            if name == workload and len(known) == len(moments):
+                seconds.append(sum(known))
         if not seconds:
             return None
-        loading = [v["model_loading_time"] for name, v in self._loading if name == workload]
+        loading = [launch.model_loading_time for name, launch in self._loading if name == workload]
         racing = len(self.machine[workload, max(b for w, b in self.machine if w == workload)])
         launching = stats.median(loading) * racing / self.plan.recipe.measure.relaunch if loading else 0.0
         return (stats.median(seconds[-FEWEST:]) + launching) / 60
@@ -381,7 +431,7 @@ class Evidence:
 
     def disturbed(self, workload: str) -> dict[int, list[str]]:
         """Blocks in which something else was at work, and what it was."""
-        devices = {launch.get("device") for launches in self.launches.values() for launch in launches}
+        devices = {launch.device for launches in self.launches.values() for launch in launches}
         threads = 1 if devices == {"cuda"} else self.plan.recipe.measure.threads  # one thread feeds a GPU
         found = {}
         for (name, block), moments in sorted(self.machine.items()):
@@ -456,13 +506,15 @@ class Evidence:
         ]
         return next((at for at, ratio in enumerate(first) if not ratio > most), longest), first[0]
 
-    def _whole(self, requests: Sequence[Mapping[str, Json]], workload: str) -> list[float]:
+    def _whole(self, requests: Sequence[Request], workload: str) -> list[float]:
         """Durations of a launch's requests that generated all their tokens: later warm-ups are cut short. Where answers
         stop by themselves they cannot be told apart, and only the timed ones count."""
         if self.plan.recipe.workloads[workload].lengths == "natural":
-            return [r["request_duration_ms"] for r in requests if not r["warmup"]]
-        most = max((r["new_tokens"] for r in requests), default=0)
-        return [r["request_duration_ms"] for r in requests if r["new_tokens"] == most]
+            whole = [request for request in requests if not request.warmup]
+        else:
+            most = max((request.new_tokens for request in requests), default=0)
+            whole = [request for request in requests if request.new_tokens == most]
+        return [ms for request in whole if (ms := request.request_duration_ms) is not None]
 
     # ---- quality ----------------------------------------------------------------------------
 
@@ -475,9 +527,9 @@ class Evidence:
         are answers to different prompts, so it is not compared."""
         found = {}
         for row in ours.keys() & theirs.keys():
-            a, b = ours[row]["tokens"], theirs[row]["tokens"]
+            a, b = ours[row].tokens, theirs[row].tokens
             common = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            parted = a != b or ours[row]["stopped"] != theirs[row]["stopped"]
+            parted = a != b or ours[row].stopped != theirs[row].stopped
             found[row] = common + 1 if parted else math.inf
         return found
 
@@ -488,14 +540,15 @@ class Evidence:
         ours, reference = self.rows(variant), self.rows(against)
         seen, null = self.partings(ours, reference), self.partings(second, first)
         shared = sorted(seen.keys() & null.keys() & set(seen if rows is None else rows))
-        longest = max((len(answers[r]["tokens"]) + 1 for r in shared for answers in (ours, reference)), default=0)
+        longest = max((len(answers[r].tokens) + 1 for r in shared for answers in (ours, reference)), default=0)
         sides = [ours, second] if against == self.baseline else [ours, second, reference]
         scored = []
         for row in shared:
-            if any("agree" not in answers[row] for answers in sides):
+            agreed = [agree for answers in sides if (agree := answers[row].agree) is not None]
+            if len(agreed) < len(sides):
                 continue
-            n = first[row]["scored_tokens"]
-            own, *others = (n - answers[row]["agree"] for answers in sides)
+            n = first[row].scored_tokens
+            own, *others = (n - agree for agree in agreed)
             scored.append((own - max(others), n))
         return Disagreement(tuple(scored), tuple((seen[row], null[row]) for row in shared), longest)
 
@@ -508,30 +561,33 @@ class Evidence:
         for row, answer in self.rows(variant).items():
             if row not in first:
                 continue
-            prompts.add(answer.get("prompt", row))
+            prompts.add(answer.prompt or row)
             runs = [answers[row] for answers in (first, second) if row in answers]
             known = [*runs, *([theirs[row]] if row in theirs else [])]
-            excused = {flag for other in known for flag in other["flags"]}
-            fresh = [(flag, False) for flag in answer["flags"] if flag not in excused]
-            if answer["critical"] and not answer["correct"] and all(other["correct"] for other in known):
-                fresh.append(("critical prompt answered wrong", _near_tie(answer, second.get(row, {}))))
-            errors += [CriticalError(row, flag, tie, row not in second) for flag, tie in fresh[:1]]
+            excused = {flag for other in known for flag in other.flags}
+            fresh = [flag for flag in answer.flags if flag not in excused]
+            tie = False
+            if answer.critical and not answer.correct and all(other.correct for other in known):
+                tie = not fresh and row in second and _near_tie(answer, second[row])
+                fresh.append(ANSWERED_WRONG)
+            if fresh:
+                errors.append(CriticalError(row, fresh[0], tie, row not in second, tuple(fresh[1:])))
         return errors, len(prompts)
 
     def lost(self, variant: str) -> tuple[int, int, int]:
         """Of the prompts that the baseline's first run gets right: those wrong in the variant alone, those wrong in the
         baseline's second run alone, and how many there are."""
         ours, second = self.rows(variant), self.rows(self.baseline, 2)
-        right = [r for r, answer in self.rows(self.baseline).items() if answer["correct"] and r in ours and r in second]
-        worse = sum(second[r]["correct"] and not ours[r]["correct"] for r in right)
-        better = sum(ours[r]["correct"] and not second[r]["correct"] for r in right)
+        right = [r for r, answer in self.rows(self.baseline).items() if answer.correct and r in ours and r in second]
+        worse = sum(second[r].correct and not ours[r].correct for r in right)
+        better = sum(ours[r].correct and not second[r].correct for r in right)
         return worse, better, len(right)
 
     def slices(self, variant: str) -> dict[str, list[str]]:
         """The prompts that carry each tag."""
         found: dict[str, list[str]] = defaultdict(list)
         for row, answer in self.rows(variant).items():
-            for tag in answer["slices"]:
+            for tag in answer.slices:
                 found[tag].append(row)
         return dict(sorted(found.items()))
 
@@ -539,8 +595,8 @@ class Evidence:
         """Prompts right before and wrong after, and the reverse; among `rows` where they are given."""
         ours, theirs = self.rows(variant), self.rows(self.baseline)
         shared = ours.keys() & theirs.keys() & set(ours if rows is None else rows)
-        worse = sum(theirs[r]["correct"] and not ours[r]["correct"] for r in shared)
-        better = sum(ours[r]["correct"] and not theirs[r]["correct"] for r in shared)
+        worse = sum(theirs[r].correct and not ours[r].correct for r in shared)
+        better = sum(ours[r].correct and not theirs[r].correct for r in shared)
         return worse, better
 
     def worst_slice(self, variant: str) -> tuple[str, int, int, int] | None:
@@ -557,27 +613,26 @@ class Evidence:
         sum(a v) / sum(a^2), the variant's shift along the adapter's. 1 is all of it and 0 none; noise that knows
         nothing of the adapter, such as rounding, does not move it. Prompts are clusters.
         """
-        rows = {k: r for k, r in self.rows(variant).items() if "kept" in r and math.isfinite(r["kept"])}
-        others = {k: r["kept"] for k, r in self.rows(against).items() if "kept" in r} if against else {}
-        shared = [k for k in rows if not against or math.isfinite(others.get(k, math.nan))]
-        if not any(rows[k]["shift"] for k in shared):
+        ours, others = _kept(self.rows(variant)), _kept(self.rows(against)) if against else {}
+        shared = [row for row in ours if not against or row in others]
+        shifts = [shift for row in shared if (shift := self.rows(variant)[row].shift) is not None]
+        if not any(shifts):
             return None
-        kept = [rows[k]["kept"] - others.get(k, 0.0) for k in shared]
-        return stats.ratio_of_means(kept, [rows[k]["shift"] for k in shared])
+        return stats.ratio_of_means([ours[row] - others.get(row, 0.0) for row in shared], shifts)
 
     def cut(self, variant: str) -> tuple[list[str], int]:
         """Prompts whose answer was cut off, where the baseline's ended by itself in time; and how many were asked."""
         ours, theirs = self.rows(variant), self.rows(self.baseline)
         shared = sorted(ours.keys() & theirs.keys())
-        return [r for r in shared if theirs[r]["stopped"] and not ours[r]["stopped"]], len(shared)
+        return [r for r in shared if theirs[r].stopped and not ours[r].stopped], len(shared)
 
     def touched(self, variant: str) -> list[str]:
         """Prompts that a policy of the variant shortened."""
-        return sorted(row for row, answer in self.rows(variant).items() if "uncut_tokens" in answer)
+        return sorted(row for row, answer in self.rows(variant).items() if answer.uncut_tokens is not None)
 
     def lengths(self) -> list[int]:
         """Lengths of the baseline's own answers in tokens, end of sequence included; those it was cut off at too."""
-        return sorted(answer["new_tokens"] for answer in self.rows(self.baseline).values())
+        return sorted(answer.new_tokens for answer in self.rows(self.baseline).values())
 
     def task_flips(self, variant: str) -> dict[str, tuple[int, int, int]]:
         """Of each task's rows: worse than the baseline's, better, and how many both were asked."""
@@ -591,7 +646,7 @@ class Evidence:
     def size(self, variant: str) -> int | None:
         """Bytes on disk of what the variant loads: its artifact, or the base and the adapter."""
         built = self.builds.get(self.plan.models.get(variant, ""))
-        return built["size_bytes"] if built else None
+        return built.size_bytes if built else None
 
 
 def exp(interval: Interval) -> Interval:
@@ -603,51 +658,72 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
-def _is_time(value: Json) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+def _is_time(value: float) -> bool:
+    return math.isfinite(value) and value > 0
 
 
-def _near_tie(answer: Mapping[str, Json], second: Mapping[str, Json]) -> bool:
+def _times(requests: Iterable[Request], field: Field) -> list[float]:
+    """A field of all requests in which it is a time."""
+    return [value for request in requests if (value := VALUE[field](request)) is not None and _is_time(value)]
+
+
+def _median(turn: Sequence[Request], field: Field) -> float:
+    return stats.median(_times(turn, field))
+
+
+def _waited(request: Request, field: Field) -> float | None:
+    """A field of a request; a failed one took forever."""
+    return math.inf if request.error else VALUE[field](request)
+
+
+def _span_ms(requests: Sequence[Sent]) -> float:
+    """From when the first request was due to when the last was done."""
+    return 1e3 * float(max(r.done for r in requests) - min(r.scheduled for r in requests))
+
+
+def _kept(rows: Rows) -> dict[str, float]:
+    """What is kept of the adapter's shift in each answer that tells."""
+    told = {row: answer.kept for row, answer in rows.items() if answer.kept is not None and answer.shift is not None}
+    return {row: kept for row, kept in told.items() if math.isfinite(kept)}
+
+
+def _near_tie(answer: Answer, second: Answer) -> bool:
     """Whether the reference hardly chose the first token at which the answer leaves its own: its margin there is within
     what changes from one of its runs to the next, at that token or in a tenth of this answer's. One difference of two
     runs is a coarse look at noise: many are 0 where logits have 8 bits."""
-    parting, noise = answer.get("parting"), second.get("noise")
+    parting, noise = answer.parting, second.noise
     if not parting or not noise:
         return False
     at, margin = parting
     return bool(at < len(noise) and margin <= max(noise[at], sorted(noise)[len(noise) * 9 // 10]))
 
 
-def _useless(timed: Sequence[Mapping[str, Json]], new_tokens: int = 0) -> str:
+def _useless(timed: Sequence[Request], new_tokens: int = 0) -> str:
     """Why these requests say nothing of a variant's speed, "" where they do; of a load that ran apart they must have
     `new_tokens` each where that is fixed."""
     if not timed:
         return "no raw requests, and figures without them have no intervals"
-    if not all(_is_time(r["request_duration_ms"]) for r in timed):
+    if len(_times(timed, "request_duration_ms")) < len(timed):
         return "a time that is none"
-    if new_tokens and (odd := [r["new_tokens"] for r in timed if r["new_tokens"] != new_tokens]):
+    if new_tokens and (odd := [r.new_tokens for r in timed if r.new_tokens != new_tokens]):
         return f"answers of {odd[0]} tokens, where the workload has {new_tokens}"
     return ""
 
 
-def _median(turn: Sequence[Mapping[str, Json]], field: str) -> float:
-    return stats.median([r[field] for r in turn if _is_time(r.get(field))])
+_DISTURBED: Sequence[tuple[Callable[[Disturbance], float | None], float, str]] = (
+    (lambda moment: moment.steal, 0.01, "the host took {:.0%} of the CPU time"),
+    (lambda moment: moment.throttled, 0.01, "a quota withheld {:.0%} of the CPU time"),
+    (lambda moment: moment.heat_events, 0, "the processor slowed down for heat"),
+    (lambda moment: moment.gpu_foreign, 0, "another process was on the GPU"),
+    (lambda moment: moment.gpu_slowed, 0, "the GPU slowed down for heat or power"),
+)
+"""What is read around a turn, more than which it disturbs, and how that is said."""
 
 
-_DISTURBED: Mapping[str, tuple[float, str]] = {
-    "steal": (0.01, "the host took {:.0%} of the CPU time"),
-    "throttled": (0.01, "a quota withheld {:.0%} of the CPU time"),
-    "heat_events": (0, "the processor slowed down for heat"),
-    "gpu_foreign": (0, "another process was on the GPU"),
-    "gpu_slowed": (0, "the GPU slowed down for heat or power"),
-}
-"""What is read around a turn -> more than which it disturbs, and how that is said."""
-
-
-def _disturbances(moment: Mapping[str, Json], threads: int) -> Iterator[str]:
-    for key, (most, words) in _DISTURBED.items():
-        if (found := moment.get(key) or 0) > most:
+def _disturbances(moment: Disturbance, threads: int) -> Iterator[str]:
+    for read, most, words in _DISTURBED:
+        if (found := read(moment) or 0) > most:
             yield words.format(found)
-    cores, foreign = moment.get("cores", 0), moment.get("foreign_cores")
+    cores, foreign = moment.cores, moment.foreign_cores
     if foreign is not None and foreign > cores - (threads or cores) + 0.25:
         yield "other processes took processors it needed"

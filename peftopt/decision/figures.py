@@ -3,39 +3,62 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from peftopt import stats
-from peftopt.decision.evidence import FIELDS, Evidence
-from peftopt.loadtest import prometheus
+from peftopt.decision.evidence import FIELDS, Evidence, Field
+from peftopt.measurements import Account, Answer, EngineFacts, Gauge, Memory, Request, Survey
 from peftopt.metrics import QUANTILES
-from peftopt.records import TWIN, Interval, Json, Metric
+from peftopt.records import TWIN, Interval, Metric
 
-ENGINE_FIGURES = (
-    "compile_time",
-    "warm_start",
-    "graphs",
-    "graph_breaks",
-    "recompiles",
-    "uncompiled",
-    "eager_prompts",
-    "gpu_busy",
-)
-"""What an engine may say of getting ready: seconds, and counts per process; and the share of a request in which
-kernels ran on the GPU."""
+ENGINE_METRICS: Mapping[str, Callable[[EngineFacts], float | None]] = {
+    "compile_time": lambda facts: facts.compile_time,
+    "warm_start": lambda facts: facts.warm_start,
+    "graphs": lambda facts: facts.graphs,
+    "graph_breaks": lambda facts: facts.graph_breaks,
+    "recompiles": lambda facts: facts.recompiles,
+    "uncompiled": lambda facts: facts.uncompiled,
+    "eager_prompts": lambda facts: facts.eager_prompts,
+    "gpu_busy": lambda facts: facts.gpu_busy,
+}
+"""Metric -> what an engine says of it."""
 
-SERVER_FIGURES = {"queue_ms": "server_queue", "running": "server_batch", "kv_cache": "server_kv_cache"}
-"""What a server says of a load on it -> the figure that becomes of it: the mean time of a request in its queue, in ms;
-requests in a batch and the share of its key-value cache that is taken, means over a turn."""
+SERVER_METRICS: Mapping[str, Callable[[Account], float | None]] = {
+    "server_queue": lambda account: account.queue_ms,
+    "server_batch": lambda account: _mean(account.running),
+    "server_kv_cache": lambda account: _mean(account.kv_cache),
+    "server_fill": lambda account: account.fill,
+}
+"""Metric -> what a server says of it in its account of a turn."""
 
-READ = {"cpu": "read_bytes_per_s", "cuda": "gpu_read_bytes_per_s"}
-"""Device -> what the survey calls the speed of its memory."""
+MEMORY_METRICS: Mapping[str, Callable[[Memory], float | None]] = {
+    "memory": lambda peaks: peaks.peak_memory_bytes,
+    "gpu_memory": lambda peaks: peaks.gpu_memory_allocated,
+    "gpu_memory_allocated": lambda peaks: peaks.gpu_memory_allocated,
+    "gpu_memory_reserved": lambda peaks: peaks.gpu_memory_reserved,
+}
+"""Metric -> which peak of a worker it is."""
+
+RATIOS: Mapping[str, Field] = {"latency.ratio": "request_duration_ms", "cpu.ratio": "cpu_ms"}
+"""Metric -> the field of a request that it compares with the baseline's."""
+
+READ: Mapping[str, Callable[[Survey], float | None]] = {
+    "cpu": lambda survey: survey.read_bytes_per_s,
+    "cuda": lambda survey: survey.gpu_read_bytes_per_s,
+}
+"""Device -> how fast its memory is read."""
 
 
-def figures(evidence: Evidence, variant: str, level: float = 0.95) -> dict[str, Interval]:
+def figures(evidence: Evidence, variant: str, level: float = 0.95) -> Mapping[str, Interval]:
     """Everything that was measured of a variant, by metric name, with intervals at `level`; what was not measured is
-    not there."""
+    not there. Computed once for each variant and level of one evidence."""
+    if (variant, level) not in evidence.figures:
+        evidence.figures[variant, level] = _figures(evidence, variant, level)
+    return evidence.figures[variant, level]
+
+
+def _figures(evidence: Evidence, variant: str, level: float) -> dict[str, Interval]:
     found: dict[str, Interval] = {}
     for workload in evidence.plan.recipe.workloads:
         found |= _speed(evidence, variant, workload, level)
@@ -74,20 +97,16 @@ def _speed(evidence: Evidence, variant: str, workload: str, level: float) -> dic
         found[f"bandwidth@{workload}"] = stats.quantile(shares, 0.5)
     # the baseline's own line is its A/A arm
     source = variant if variant != evidence.baseline else variant + TWIN
-    for name, field in (("latency.ratio", "request_duration_ms"), ("cpu.ratio", "cpu_ms")):
+    for ratio_name, field in RATIOS.items():
         if ratio := evidence.ratio(source, evidence.baseline, workload, field, level):
-            found[f"{name}@{workload}"] = ratio
+            found[f"{ratio_name}@{workload}"] = ratio
     lengths = evidence.plan.recipe.workloads[workload].lengths
     if lengths == "natural" and (drift := evidence.ratio(source, evidence.baseline, workload, "new_tokens", level)):
         found[f"length.ratio@{workload}"] = drift
-    for name, title in SERVER_FIGURES.items():
-        told = [account[name] for account in evidence.accounts[variant, workload] if name in account]
-        if means := [each["mean"] if isinstance(each, Mapping) else each for each in told]:
-            found[f"{title}@{workload}"] = _range(means)
-    if filled := [
-        share for each in evidence.accounts[variant, workload] if (share := prometheus.fill(each)) is not None
-    ]:
-        found[f"server_fill@{workload}"] = _range(filled)
+    accounts = evidence.accounts[variant, workload]
+    for name, tell in SERVER_METRICS.items():
+        if told := _told(map(tell, accounts)):
+            found[f"{name}@{workload}"] = _range(told)
     if found_ := evidence.warm_up(variant, workload):
         found[f"warm_up@{workload}"], found[f"first_request@{workload}"] = map(_exactly, found_)
     return found
@@ -99,28 +118,39 @@ def _rates(evidence: Evidence, variant: str, workload: str, blocks: int | None) 
     groups = []
     for turns in evidence.launched_turns(variant, workload, blocks):
         if together:
-            groups.append([_rate(turn, turn[0].get("turn_ms")) for turn in turns])
+            groups.append([_rate(turn, turn[0].turn_ms) for turn in turns])
         else:
-            groups.append([_rate([r], r["request_duration_ms"]) for turn in turns for r in turn])
+            groups.append([_rate([r], r.request_duration_ms) for turn in turns for r in turn])
     return groups
 
 
-def _rate(requests: Sequence[Mapping[str, Json]], ms: float | None) -> float:
-    failed = ms is None or any(r.get("error") for r in requests)
-    return 0.0 if failed or ms is None else 1e3 * sum(r["new_tokens"] for r in requests) / ms
+def _rate(requests: Sequence[Request], ms: float | None) -> float:
+    if ms is None or any(request.error for request in requests):
+        return 0.0
+    return 1e3 * sum(request.new_tokens for request in requests) / ms
 
 
-def _bandwidth_shares(evidence: Evidence, variant: str, requests: Sequence[Mapping[str, Json]]) -> list[float]:
+def _mean(gauge: Gauge | None) -> float | None:
+    return gauge.mean if gauge else None
+
+
+def _bandwidth_shares(evidence: Evidence, variant: str, requests: Sequence[Request]) -> list[float]:
     """Of each request, the time per token that reading memory alone would take over the time it took."""
-    launch = next((v for v in evidence.launches.get(variant, ()) if v.get("device") in READ), {})
-    speed = evidence.surveyed.get(READ.get(launch.get("device", ""), ""))
-    if not speed or "weight_bytes" not in launch:
+    launch = next((launch for launch in evidence.launches.get(variant, ()) if launch.device in READ), None)
+    if launch is None or launch.weight_bytes is None or evidence.surveyed is None:
         return []
-    # on average a step finds the whole prompt in the cache, and half of the answer
-    bytes_ = [
-        launch["weight_bytes"] + launch["kv_bytes"] * (r["prompt_tokens"] + r["new_tokens"] / 2) for r in requests
-    ]
-    return [1e3 * b / speed / r["tpot_ms"] for b, r in zip(bytes_, requests, strict=True) if r["tpot_ms"]]
+    speed = READ[launch.device](evidence.surveyed)
+    if not speed:
+        return []
+    shares = []
+    for request in requests:
+        if request.prompt_tokens is None or not request.tpot_ms:
+            continue
+        # on average a step finds the whole prompt in the cache, and half of the answer
+        cached = request.prompt_tokens + request.new_tokens / 2
+        bytes_ = launch.weight_bytes + launch.kv_bytes * cached
+        shares.append(1e3 * bytes_ / speed / request.tpot_ms)
+    return shares
 
 
 def _quality(evidence: Evidence, variant: str, level: float) -> dict[str, Interval]:
@@ -132,33 +162,18 @@ def _quality(evidence: Evidence, variant: str, level: float) -> dict[str, Interv
         return {}
     n = len(ours)
     found = {
-        "accuracy": stats.proportion(sum(r["correct"] for r in ours.values()), n, level),
-        "score": stats.mean([r["score"] for r in ours.values()], level),
-        "validity": stats.proportion(sum(r["valid"] for r in ours.values()), n, level),
+        "accuracy": stats.proportion(sum(answer.correct for answer in ours.values()), n, level),
+        "score": stats.mean([answer.score for answer in ours.values()], level),
+        "validity": stats.proportion(sum(answer.valid for answer in ours.values()), n, level),
     }
     shared = sorted(again.keys() & reference.keys())
     if not shared:
         return found
-    same = sum(again[r]["tokens"] == reference[r]["tokens"] for r in shared)
+    same = sum(again[r].tokens == reference[r].tokens for r in shared)
     found["greedy_match"] = stats.proportion(same, len(shared), level)
-    lengths = [again[r]["new_tokens"] for r in shared], [reference[r]["new_tokens"] for r in shared]
+    lengths = [again[r].new_tokens for r in shared], [reference[r].new_tokens for r in shared]
     found["length"] = stats.ratio_of_means(*lengths, level)
-    scored = [r for r in shared if "kl" in again[r]]
-    if not all(math.isfinite(again[r][key]) for r in scored for key in ("kl", "nll")):
-        found |= dict.fromkeys(("kl", "top1", "perplexity"), Interval(math.nan, -math.inf, math.inf, len(scored)))
-    elif scored:
-        tokens = [reference[r]["scored_tokens"] for r in scored]
-        found["kl"] = stats.ratio_of_means([again[r]["kl"] for r in scored], tokens, level)
-        found["top1"] = stats.ratio_of_means([again[r]["agree"] for r in scored], tokens, level)
-        means = [again[r]["kl"] / n for r, n in zip(scored, tokens, strict=True) if n]
-        if means:
-            found["kl.p95"], found["kl.max"] = stats.quantile(means, 0.95), _most(means)
-        if worst := [again[r]["kl_worst"] for r in scored if "kl_worst" in again[r]]:
-            found["kl.token"] = _most(worst)
-        found["top1.min"] = _exactly(min(again[r]["agree"] / max(n, 1) for r, n in zip(scored, tokens, strict=True)))
-        found["perplexity"] = stats.perplexity_ratio(
-            [again[r]["nll"] for r in scored], [reference[r]["nll"] for r in scored], tokens, level
-        )
+    found |= _divergence([(again[row], reference[row]) for row in shared], level)
     if not is_baseline:
         errors, asked = evidence.critical_errors(variant)
         bad = sum(error.counts for error in errors)
@@ -170,6 +185,28 @@ def _quality(evidence: Evidence, variant: str, level: float) -> dict[str, Interv
         found["flips_p"] = _exactly(stats.flips(worse, better))
         if kept := evidence.survival(variant):
             found["delta_survival"] = kept
+    return found
+
+
+def _divergence(pairs: Sequence[tuple[Answer, Answer]], level: float) -> dict[str, Interval]:
+    """How far predictions are from the reference's, of answers beside the reference's own; {} where none is scored."""
+    scored = [(ours, theirs) for ours, theirs in pairs if None not in (ours.kl, ours.nll, ours.agree, theirs.nll)]
+    if not scored:
+        return {}
+    kl = _told(ours.kl for ours, _ in scored)
+    nll = _told(ours.nll for ours, _ in scored)
+    if not all(map(math.isfinite, (*kl, *nll))):
+        return dict.fromkeys(("kl", "top1", "perplexity"), Interval(math.nan, -math.inf, math.inf, len(scored)))
+    agree = _told(ours.agree for ours, _ in scored)
+    before = _told(theirs.nll for _, theirs in scored)
+    tokens = [theirs.scored_tokens for _, theirs in scored]
+    found = {"kl": stats.ratio_of_means(kl, tokens, level), "top1": stats.ratio_of_means(agree, tokens, level)}
+    if means := [each / n for each, n in zip(kl, tokens, strict=True) if n]:
+        found["kl.p95"], found["kl.max"] = stats.quantile(means, 0.95), _most(means)
+    if worst := _told(ours.kl_worst for ours, _ in scored):
+        found["kl.token"] = _most(worst)
+    found["top1.min"] = _exactly(min(each / max(n, 1) for each, n in zip(agree, tokens, strict=True)))
+    found["perplexity"] = stats.perplexity_ratio(nll, before, tokens, level)
     return found
 
 
@@ -188,27 +225,30 @@ def _footprint(evidence: Evidence, variant: str, level: float) -> dict[str, Inte
     if size := evidence.size(variant):
         found["size"] = _exactly(size)
     if launches := evidence.launches.get(variant):
-        found["load_time"] = _of_launches([v["model_loading_time"] for v in launches], level)
-        if switches := [t for v in launches if (t := v.get("adapter_switch_time")) is not None]:
+        found["load_time"] = _of_launches([launch.model_loading_time for launch in launches], level)
+        if switches := _told(launch.adapter_switch_time for launch in launches):
             found["adapter_switch_time"] = _range(switches)
-    for name, key in (
-        ("memory", "peak_memory_bytes"),
-        ("gpu_memory", "gpu_memory_allocated"),
-        ("gpu_memory_allocated", "gpu_memory_allocated"),
-        ("gpu_memory_reserved", "gpu_memory_reserved"),
-    ):
-        if peaks := [v[key] for v in evidence.memory.get(variant, ()) if key in v]:
+    for name, peak in MEMORY_METRICS.items():
+        if peaks := _told(map(peak, evidence.memory.get(variant, ()))):
             found[name] = _of_launches(peaks, level)
-    if idle := [
-        1 - v["gpu_memory_allocated"] / v["gpu_memory_reserved"]
-        for v in evidence.memory.get(variant, ())
-        if v.get("gpu_memory_reserved") and "gpu_memory_allocated" in v  # a server's driver tells only the first
-    ]:
+    if idle := _told(map(_idle, evidence.memory.get(variant, ()))):
         found["fragmentation"] = _range(idle)
-    for name in ENGINE_FIGURES:
-        if seen := [v[name] for v in evidence.engines.get(variant, ()) if name in v]:
-            found[name] = _range(seen)
+    for name, tell in ENGINE_METRICS.items():
+        if told := _told(map(tell, evidence.engines.get(variant, ()))):
+            found[name] = _range(told)
     return found
+
+
+def _idle(memory: Memory) -> float | None:
+    """The share of the reserved GPU memory that was not handed out; a server's driver tells only the first."""
+    if memory.gpu_memory_allocated is None or not memory.gpu_memory_reserved:
+        return None
+    return 1 - memory.gpu_memory_allocated / memory.gpu_memory_reserved
+
+
+def _told(values: Iterable[float | None]) -> list[float]:
+    """Those of the values that are known."""
+    return [value for value in values if value is not None]
 
 
 def _exactly(value: float) -> Interval:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peftopt import stats
-from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, exp
+from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, Field, Rows, exp
 from peftopt.decision.figures import figure, figures, timed
 from peftopt.metrics import QUANTILES, TASK, counted, format_value, known
 from peftopt.records import Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
@@ -122,7 +122,7 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
     )
 
 
-def _unseen(case: Case, against: str, workload: str, field: str, result: stats.Race) -> str:
+def _unseen(case: Case, against: str, workload: str, field: Field, result: stats.Race) -> str:
     """What keeps these blocks from deciding although they are clear, and what to do about it."""
     evidence = case.evidence
     reasons = ""
@@ -262,7 +262,8 @@ def _judged(case: Case) -> tuple[str | None, str]:
 def over(case: Case) -> Verdict:
     """Only inputs longer than the limit are ever cut: so says the policy, and so it was seen to do."""
     asked = case.step.params["over"]
-    cut = [case.evidence.rows(case.variant)[row]["uncut_tokens"] for row in case.evidence.touched(case.variant)]
+    answers = case.evidence.rows(case.variant).values()
+    cut = [answer.uncut_tokens for answer in answers if answer.uncut_tokens is not None]
     shortest = min(cut, default=math.inf)
     outcome: Outcome = "accepted" if asked >= case.limit and shortest > case.limit else "rejected"
     seen = f", the shortest that was cut had {shortest}" if cut else ", none was asked that is as long"
@@ -294,7 +295,7 @@ def _answers_lost(case: Case) -> Verdict:
 def _cut_answers_lost(case: Case) -> Verdict:
     touched = case.evidence.touched(case.variant)
     known = case.evidence.rows(case.baseline)
-    right = [row for row in touched if row in known and known[row]["correct"]]
+    right = [row for row in touched if row in known and known[row].correct]
     worse, _ = case.evidence.flips(case.variant, touched)
     reason = f"{worse} of the {len(right)} right answers to prompts that it cut are lost"
     return _at_most(case, worse, len(right), reason, "no prompt that it cuts was asked, or none had a right answer")
@@ -627,9 +628,8 @@ def relative(evidence: Evidence, variant: str, metric: Metric, level: float = 0.
     if metric.name in ("perplexity", "length"):  # ratios by nature
         return figure(evidence, variant, metric, level)
     if metric.name in ("accuracy", "validity"):
-        key = {"accuracy": "correct", "validity": "valid"}[metric.name]
-        scores = [{row: float(a[key]) for row, a in evidence.rows(v).items()} for v in (variant, evidence.baseline)]
-        return _score_ratio(scores[0], scores[1], level)
+        ours, theirs = (_kept_as(metric.name, evidence.rows(name)) for name in (variant, evidence.baseline))
+        return _score_ratio(ours, theirs, level)
     if metric.name.startswith(TASK):
         mine, reference = (evidence.tasks[v].get(metric.name, {}) for v in (variant, evidence.baseline))
         return _score_ratio(mine, reference, level)
@@ -639,6 +639,11 @@ def relative(evidence: Evidence, variant: str, metric: Metric, level: float = 0.
         return None
     low, high = max(own.low, 0.0) / base.high, own.high / base.low if base.low > 0 else math.inf
     return Interval(own.estimate / base.estimate, low, high, min(own.n, base.n), level)
+
+
+def _kept_as(metric: str, answers: Rows) -> dict[str, float]:
+    """1 for each answer that is right, or of the "validity" valid; 0 for the others."""
+    return {row: float(a.valid if metric == "validity" else a.correct) for row, a in answers.items()}
 
 
 def _score_ratio(ours: Mapping[str, float], theirs: Mapping[str, float], level: float) -> Interval | None:
@@ -694,9 +699,9 @@ def _show(threshold: Threshold, value: Interval) -> str:
 def verdicts(evidence: Evidence, variant: Variant) -> tuple[Verdict, ...]:
     """All that is said of one variant: that it runs and is whole, the table's rules, the requirements."""
     if failure := evidence.failures.get(variant.name):
-        skipped = failure["reason"] in SKIPPED
+        skipped = failure.reason in SKIPPED
         outcome: Outcome = "not judged" if skipped else "rejected"
-        reason = f"{failure['stage']} failed, {failure['reason']}: {failure['detail']}"
+        reason = f"{failure.stage} failed, {failure.reason}: {failure.detail}"
         return (Verdict("artifact.runs", outcome, reason),)
     require = evidence.plan.recipe.require
     if variant.name == evidence.baseline:  # which is not measured against itself
@@ -709,12 +714,12 @@ def verdicts(evidence: Evidence, variant: Variant) -> tuple[Verdict, ...]:
 def _intact(evidence: Evidence, variant: Variant) -> Verdict:
     """Tier 0: nothing wrong with the files of any artifact in the chain."""
     builds = {b.id: b for b in evidence.plan.builds}
-    wrong, at = [], evidence.plan.models[variant.name]
-    checked = 0
+    wrong: list[str] = []
+    at, checked = evidence.plan.models[variant.name], 0
     while at:
         if at in evidence.builds:
             checked += 1
-            wrong += evidence.builds[at]["tier0"]
+            wrong += evidence.builds[at].tier0
         at = builds[at].parent
     kept = evidence.survival(variant.name)
     if kept and kept.high < LOST:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from peftopt.records import Decision, Json, Measurement
-from peftopt.report.words import MISSING, Table, clean, strings
+from peftopt.decision.evidence import ANSWERED_WRONG, CriticalError, Evidence
+from peftopt.measurements import Answer
+from peftopt.records import Decision
+from peftopt.report.words import MISSING, Table, clean
 
 EXAMPLES = 5
 
@@ -16,7 +16,8 @@ EXAMPLES = 5
 class Flip:
     """An answer that changed: the baseline's and the variant's, and what is wrong or right about it now.
 
-    `gravity`: 1 broken as in no run of the baseline, 2 a critical prompt now wrong, 3 another, 4 now right.
+    `gravity`: 1 broken as in no run of the baseline, 2 a critical prompt now wrong, 3 another, 4 now right. The first
+    two are the errors that the rules count.
     """
 
     gravity: int
@@ -27,57 +28,58 @@ class Flip:
     after: str
 
 
-def flips(decision: Decision, measurements: Sequence[Measurement], most: int = EXAMPLES) -> dict[str, list[Flip]]:
+def flips(decision: Decision, evidence: Evidence, most: int = EXAMPLES) -> dict[str, list[Flip]]:
     """Example answers that flipped, by variant, the gravest first."""
-    answers = _answers(measurements)
-    before = answers.get(decision.baseline, {})
-    found: dict[str, list[Flip]] = {v.name: [] for v in decision.variants}
-    for name in found.keys() & answers.keys() - {decision.baseline}:
-        pairs = [(before[row], after) for row, after in answers[name].items() if row in before]
-        flipped = [flip for pair in pairs if (flip := _flip(*pair))]
-        found[name] = sorted(flipped, key=lambda flip: flip.gravity)[:most]
-    return found
+    names = [v.name for v in decision.variants]
+    return {name: _flips(evidence, name)[:most] if name != decision.baseline else [] for name in names}
 
 
-_Answers = dict[str, dict[str, list[Mapping[str, Json]]]]
+def _flips(evidence: Evidence, variant: str) -> list[Flip]:
+    before = evidence.rows(evidence.baseline)
+    errors = {error.row: error for error in evidence.critical_errors(variant)[0]}
+    pairs = [(before[row], after, errors.get(row)) for row, after in evidence.rows(variant).items() if row in before]
+    flipped = [flip for pair in pairs if (flip := _flip(*pair))]
+    return sorted(flipped, key=lambda flip: flip.gravity)
 
 
-def _answers(measurements: Sequence[Measurement]) -> _Answers:
-    """variant -> row -> its answers, one per run."""
-    found: _Answers = defaultdict(lambda: defaultdict(list))
-    for m in measurements:
-        if m.probe == "quality":
-            found[m.variant][str(m.values.get("row"))].append(m.values)
-    return found
-
-
-def _flip(before: Sequence[Mapping[str, Json]], after: Sequence[Mapping[str, Json]]) -> Flip | None:
-    old, new = before[0], after[0]
-    known = {flag for answer in before for flag in strings(answer.get("flags"))}
-    if broken := [flag for flag in strings(new.get("flags")) if flag not in known]:
-        gravity, change = 1, ", ".join(broken)
-    elif bool(old.get("correct")) == bool(new.get("correct")):
+def _flip(old: Answer, new: Answer, error: CriticalError | None) -> Flip | None:
+    if error:
+        gravity, change = _graded(error)
+    elif old.correct == new.correct:
         return None
-    elif new.get("correct"):
-        gravity, change = 4, "now right"
     else:
-        gravity, change = (2, "critical prompt now wrong") if new.get("critical") else (3, "now wrong")
-    shown = (old.get("row"), change, old.get("expected", ""), old.get("output", ""), new.get("output", ""))
+        gravity, change = (4, "now right") if new.correct else (3, "now wrong")
+    shown = (old.row, change, old.expected, old.output, new.output)
     return Flip(gravity, *map(clean, shown))
 
 
-def slices(decision: Decision, measurements: Sequence[Measurement]) -> Table:
+def _graded(error: CriticalError) -> tuple[int, str]:
+    """How grave an error is, and what it is; one that no rule counts says why."""
+    flags = [flag for flag in (error.flag, *error.others) if flag != ANSWERED_WRONG]
+    change = ", ".join(flags) or "critical prompt now wrong"
+    if error.near_tie:
+        return 3, f"{change}, at a near tie"
+    if error.asked_once:
+        return 3, f"{change}, in a prompt that the baseline was asked only once"
+    return (1 if flags else 2), change
+
+
+def slices(decision: Decision, evidence: Evidence) -> Table:
     """Share of right answers by slice: a row each, a column per variant, with the change to the baseline."""
-    answers = _answers(measurements)
-    names = [v.name for v in decision.variants if v.name in answers]
-    counts = {name: _slice_counts(answers[name]) for name in names}
+    counts = {v.name: _slice_counts(evidence, v.name) for v in decision.variants if evidence.rows(v.name)}
     base = counts.get(decision.baseline, {})
     keys = sorted({key for found in counts.values() for key in found} - {_ALL})
-    header = [clean(cell) for cell in ("slice", *names)]
+    header = [clean(cell) for cell in ("slice", *counts)]
     if not keys:
         return header, []
     body = [
-        [key, *(_slice_cell(counts[n].get(key), base.get(key) if n != decision.baseline else None) for n in names)]
+        [
+            key,
+            *(
+                _slice_cell(mine.get(key), base.get(key) if n != decision.baseline else None)
+                for n, mine in counts.items()
+            ),
+        ]
         for key in (_ALL, *keys)
     ]
     return header, [list(map(clean, row)) for row in body]
@@ -86,14 +88,11 @@ def slices(decision: Decision, measurements: Sequence[Measurement]) -> Table:
 _ALL = "all"
 
 
-def _slice_counts(answers: Mapping[str, list[Mapping[str, Json]]]) -> dict[str, tuple[int, int]]:
-    """slice -> (right, asked), from the first run of each row."""
-    found: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
-    for runs in answers.values():
-        for key in {_ALL, *strings(runs[0].get("slices"))}:
-            right, asked = found[key]
-            found[key] = right + bool(runs[0].get("correct")), asked + 1
-    return found
+def _slice_counts(evidence: Evidence, variant: str) -> dict[str, tuple[int, int]]:
+    """slice -> (right, asked)."""
+    answers = evidence.rows(variant)
+    rows = {**evidence.slices(variant), _ALL: list(answers)}
+    return {tag: (sum(answers[row].correct for row in tagged), len(tagged)) for tag, tagged in rows.items()}
 
 
 def _slice_cell(mine: tuple[int, int] | None, base: tuple[int, int] | None) -> str:

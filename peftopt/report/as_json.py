@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from peftopt.errors import BadInput
-from peftopt.records import FORMAT, Decision, Interval, Json, Measurement, VariantDecision, Verdict
+from peftopt.records import FORMAT, Decision, Interval, Json, VariantDecision, Verdict
 
 
-def render(decision: Decision, measurements: Sequence[Measurement] = ()) -> str:
+def render(decision: Decision) -> str:
     """The decision alone: the measurements have their own file."""
     return json.dumps({"format": decision.format, **plain(decision)}, indent=2, allow_nan=False) + "\n"
 

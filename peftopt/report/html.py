@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import PurePath
 
-from peftopt.records import Decision, Interval, Measurement, VariantDecision
+from peftopt.decision.evidence import Evidence
+from peftopt.records import Decision, Interval, VariantDecision
 from peftopt.report import answers, measured, table, words
 
 OUTPUT = 600
@@ -54,7 +55,7 @@ class Plot:
     rows: tuple[PlotRow, ...]
 
 
-def render(decision: Decision, measurements: Sequence[Measurement]) -> str:
+def render(decision: Decision, evidence: Evidence) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -70,15 +71,15 @@ def render(decision: Decision, measurements: Sequence[Measurement]) -> str:
         recipe=PurePath(decision.recipe).name or decision.recipe,
         warnings=table.warnings(decision),
         table=table.rows(decision),
-        plots=[p for w in table.workloads(decision) if (p := plot(decision, measurements, w))],
+        plots=[p for w in table.workloads(decision) if (p := plot(decision, evidence, w))],
         rules={v.name: table.rule_rows(v) for v in decision.variants},
-        flips=answers.flips(decision, measurements),
+        flips=answers.flips(decision, evidence),
         by_workload=table.by_workload(decision),
         further=table.further(decision),
-        slices=answers.slices(decision, measurements),
-        effort=measured.effort(decision, measurements),
-        facts=measured.facts(decision, measurements),
-        failures=measured.failures(measurements),
+        slices=answers.slices(decision, evidence),
+        effort=measured.effort(decision, evidence),
+        facts=measured.facts(decision, evidence),
+        failures=measured.failures(evidence),
         how_to_read=table.HOW_TO_READ,
         missing=words.MISSING,
         row_height=ROW,
@@ -91,16 +92,16 @@ def render(decision: Decision, measurements: Sequence[Measurement]) -> str:
 # ---- the forest plot ---------------------------------------------------------------------------
 
 
-def plot(decision: Decision, measurements: Sequence[Measurement], workload: str) -> Plot | None:
+def plot(decision: Decision, evidence: Evidence, workload: str) -> Plot | None:
     """Ratio to the baseline by variant, with the raw block ratios beneath; None when there is no ratio."""
     name = table.ratio_name(decision, workload)
     drawn = [(v, ratio) for v in decision.variants if _drawable(ratio := v.figures.get(name))]
     if not drawn:
         return None
-    blocks = measured.block_ratios(decision, measurements, workload)
+    blocks = measured.block_ratios(decision, evidence, workload)
     limits = {v.name: _limit(decision, v, workload) for v, _ in drawn}
     edges = [x for _, r in drawn if r for x in (r.estimate, r.low, r.high) if _positive(x)]
-    central = sorted(x for v, _ in drawn for x in blocks.get(v.name, []))
+    central = sorted(x for v, _ in drawn for x in blocks.get(v.name, []) if _positive(x))
     central = central[len(central) // 20 : len(central) - len(central) // 20]
     scale = Scale.around([1.0, *edges, *central, *(x for x in limits.values() if x is not None)])
     rows = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from xml.etree import ElementTree
 
-from peftopt.records import Decision, Measurement, Outcome, VariantDecision
+from peftopt.records import Decision, Outcome, VariantDecision
 from peftopt.report import words
 
 Case = tuple[str, Outcome, str]
@@ -14,7 +14,7 @@ TAGS: dict[Outcome, str] = {"rejected": "failure", "inconclusive": "error", "not
 COUNTED = {"failures": "failure", "errors": "error", "skipped": "skipped"}
 
 
-def render(decision: Decision, measurements: Sequence[Measurement] = ()) -> str:
+def render(decision: Decision) -> str:
     """Rejected is a failure, inconclusive an error, not judged skipped; to have decided nothing is an error."""
     suites = ElementTree.Element("testsuites", name="peftopt")
     undecided: Outcome = "inconclusive" if decision.outcome == "not judged" else decision.outcome

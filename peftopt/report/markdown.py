@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from peftopt.records import Decision, Measurement, Outcome, VariantDecision
+from peftopt.decision.evidence import Evidence
+from peftopt.records import Decision, Outcome, VariantDecision
 from peftopt.report import answers, measured, table, words
 
 MOST = 65_000
@@ -19,11 +20,11 @@ _MARKUP = re.compile(r"[&<>|`*\[\]\\~#$]|(?<!\w)[_@]|_(?!\w)|(?<=:)//|(?<=w)\.(?
 _NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
-def render(decision: Decision, measurements: Sequence[Measurement]) -> str:
+def render(decision: Decision, evidence: Evidence) -> str:
     """As much of the report as a comment can hold: all of it, or without example answers, or the table alone."""
     head = _head(decision)
     shortened = "Shortened: the rest is in report.html."
-    full, plain = ([*head, *_evidence(decision, measurements, examples)] for examples in (answers.EXAMPLES, 0))
+    full, plain = ([*head, *_evidence(decision, evidence, examples)] for examples in (answers.EXAMPLES, 0))
     texts = ["\n\n".join(filter(None, parts)) + "\n" for parts in (full, plain, [*head, shortened])]
     return next((text for text in texts if len(text) <= MOST), words.clip(texts[-1], MOST))
 
@@ -37,15 +38,15 @@ def _head(decision: Decision) -> list[str]:
     ]
 
 
-def _evidence(decision: Decision, measurements: Sequence[Measurement], examples: int) -> list[str]:
-    flips = answers.flips(decision, measurements, examples)
+def _evidence(decision: Decision, evidence: Evidence, examples: int) -> list[str]:
+    flips = answers.flips(decision, evidence, examples)
     return [
         *(_variant(decision, variant, flips[variant.name]) for variant in decision.variants),
         _section("By workload", _table(table.by_workload(decision))),
         _section("More figures", _table(table.further(decision))),
-        _section("Right answers by slice", _table(answers.slices(decision, measurements))),
-        _section("How it was measured", _method(decision, measurements)),
-        _heading("Failures", _table(measured.failures(measurements), DETAIL)),
+        _section("Right answers by slice", _table(answers.slices(decision, evidence))),
+        _section("How it was measured", _method(decision, evidence)),
+        _heading("Failures", _table(measured.failures(evidence), DETAIL)),
         _section("How to read this", "\n".join(f"- {escape(line)}" for line in table.HOW_TO_READ)),
     ]
 
@@ -75,9 +76,9 @@ def _variant(decision: Decision, variant: VariantDecision, flips: Sequence[answe
     return _section(title + decided, "\n\n".join(filter(None, parts)), titled=True)
 
 
-def _method(decision: Decision, measurements: Sequence[Measurement]) -> str:
-    facts = "\n".join(f"- {escape(key)}: {escape(text)}" for key, text in measured.facts(decision, measurements))
-    return f"{_table(measured.effort(decision, measurements))}\n\n{facts}"
+def _method(decision: Decision, evidence: Evidence) -> str:
+    facts = "\n".join(f"- {escape(key)}: {escape(text)}" for key, text in measured.facts(decision, evidence))
+    return f"{_table(measured.effort(decision, evidence))}\n\n{facts}"
 
 
 def _section(title: str, body: str, titled: bool = False) -> str:

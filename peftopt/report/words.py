@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from peftopt.metrics import format_value
-from peftopt.records import Interval, Json, Verdict
+from peftopt.records import Interval, Verdict
 from peftopt.stats import MOST_BLOCKS
 
 MISSING = "—"
@@ -112,11 +112,7 @@ def metric_of(verdict: Verdict) -> str:
     return required[1] if required and verdict.unit != "x" else verdict.unit
 
 
-def strings(value: Json) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list | tuple) else []
-
-
-def flat(value: Json) -> str:
+def flat(value: object) -> str:
     """A nested value on one line: "torch 2.6.0, peft 0.18.0"."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {text}" for key, item in value.items() if (text := flat(item)))

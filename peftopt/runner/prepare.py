@@ -142,7 +142,7 @@ def build_alone(run: Run, build: Build, threads: int) -> None:
         _build(run, _calibration(run), threads, build, lambda share, what: show(int(100 * share), what))
     for variant in _users(run, build):
         if failure := run.evidence.failures.get(variant):
-            raise WorkerFailed(failure["reason"], failure["detail"], failure["hint"])
+            raise WorkerFailed(failure.reason, failure.detail, failure.hint)
 
 
 def _users(run: Run, build: Build) -> list[str]:

@@ -17,8 +17,9 @@ from peftopt import machine, stats, store
 from peftopt.decision import stopping
 from peftopt.decision.evidence import Evidence
 from peftopt.errors import BadInput, WorkerFailed
+from peftopt.measurements import Measured, More
 from peftopt.metrics import counted
-from peftopt.records import Measurement, Recipe
+from peftopt.records import Recipe
 from peftopt.runner import preflight
 from peftopt.runner.prepare import make_ready
 from peftopt.runner.process import Child
@@ -91,7 +92,7 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
     limits = [n for n in (blocks, None if minutes is None else int(minutes / (each or 1))) if n is not None]
     needed = nearest.blocks_needed or 0
     total = have + min(limits) if limits else stats.next_look(needed)
-    granted = Measurement("more", "", values={"max_blocks": total})
+    granted = Measured(More(max_blocks=total))
     still = stopping.open_races(Evidence(run.plan, [*run.measurements, granted]))
     if total >= stats.MOST_BLOCKS or total <= have or all(v.hopeless for v in still):
         asked = f"about {needed - have} more" if needed < stats.MOST_BLOCKS else "too many"
@@ -99,7 +100,7 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
         run.listener.warn(f"{nearest.rule} would take {asked} blocks{_about(needed - have, each)}{offered}")
         run.listener.warn("nothing was measured")
         return
-    run.log("more", "", granted.values)
+    run.log("more", "", {"max_blocks": total})
     run.listener.tell(f"up to {counted(total - have, 'more block')}{_about(total - have, each)}")
     for workload in run.recipe.workloads.values():
         race(run, workload)
@@ -126,7 +127,7 @@ def execute(run: Run) -> None:
 
 def survey(run: Run) -> None:
     """How fast this machine reads memory: once per run, with the threads of the measured, while nothing else runs."""
-    if any(m.probe == "machine" for m in run.measurements):
+    if run.evidence.surveyed:
         return
     threads = run.recipe.measure.threads or machine.cores()
     try:

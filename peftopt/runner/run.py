@@ -15,6 +15,7 @@ from peftopt import corpus, environments, identity, plugins, store
 from peftopt.corpus import Row
 from peftopt.decision.evidence import Evidence
 from peftopt.errors import WorkerFailed
+from peftopt.measurements import Measured, measured
 from peftopt.recipe import plan as planning
 from peftopt.records import Json, Measurement, Model, Plan, Recipe, Variant
 from peftopt.runner import preflight
@@ -47,15 +48,19 @@ class Run:
     store: store.Store
     folder: Path
     listener: Listener
-    measurements: list[Measurement] = field(default_factory=list)
+    measurements: list[Measured] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    latest: tuple[int, Evidence] | None = None
+    """How many measurements there were when the evidence was last asked for, and the evidence."""
 
     def log(self, probe: str, variant: str, values: Json, workload: str = "", launch: int = 0) -> None:
+        """Keep a measurement. Raises BadInput for values that its probe cannot have, which are not written."""
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        measurement = Measurement(probe, variant, workload, launch, values, at)
+        line = Measurement(probe, variant, workload, launch, values, at)
+        typed = measured(line)
         with self.lock:
-            store.append(self.folder / "measurements.jsonl", measurement)
-            self.measurements.append(measurement)
+            store.append(self.folder / "measurements.jsonl", line)
+            self.measurements.append(typed)
 
     def fail(self, variant: str, stage: str, error: WorkerFailed) -> None:
         values = {"stage": stage, "reason": error.reason, "detail": error.detail, "hint": error.hint}
@@ -66,7 +71,7 @@ class Run:
         """Try again what failed before the run stopped: whoever starts it again has done something about it."""
         for variant, failure in list(self.evidence.failures.items()):
             self.log("retry", variant, {})
-            self.listener.tell(f"{variant}: {failure['stage']} failed before ({failure['reason']}); trying again")
+            self.listener.tell(f"{variant}: {failure.stage} failed before ({failure.reason}); trying again")
 
     @property
     def recipe(self) -> Recipe:
@@ -74,8 +79,13 @@ class Run:
 
     @property
     def evidence(self) -> Evidence:
+        """What is known so far; the same object until something is logged, or the plan is another."""
         with self.lock:
-            return Evidence(self.plan, self.measurements)
+            known = self.latest
+            if known is None or known[0] != len(self.measurements) or known[1].plan is not self.plan:
+                known = len(self.measurements), Evidence(self.plan, self.measurements)
+                self.latest = known
+            return known[1]
 
     def model(self, variant: Variant) -> Model:
         """What the variant's engine opens."""
@@ -117,8 +127,8 @@ def check_baseline(run: Run) -> None:
     if failure := run.evidence.failures.get(run.recipe.baseline):
         raise WorkerFailed(
             f"the baseline {run.recipe.baseline} could not be measured",
-            f"{failure['stage']} failed, {failure['reason']}: {failure['detail']}",
-            failure["hint"],
+            f"{failure.stage} failed, {failure.reason}: {failure.detail}",
+            failure.hint,
         )
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+from peftopt import jsonl
+from peftopt.decision import decide as judging
+from peftopt.decision.evidence import Evidence
+from peftopt.measurements import measured
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
 from peftopt.records import (
@@ -104,6 +110,24 @@ def whole(plan: Plan, ratios: Mapping[str, float], **rest: Json) -> list[Measure
     for name in ratios:
         answers += quality(name)
     return builds(plan) + speed(plan, ratios, **rest) + answers
+
+
+def evidence_of(plan: Plan, found: Sequence[Measurement]) -> Evidence:
+    """What a run of these lines would know, each read as a line of its file is."""
+    return Evidence(plan, [measured(each) for each in found])
+
+
+def lines_of(path: Path) -> list[Measurement]:
+    """The lines of a file of measurements, with their values as they stand there."""
+    return [Measurement(**{k: v for k, v in line.items() if k != "format"}) for line in _json_lines(path)]
+
+
+def _json_lines(path: Path) -> list[dict[str, Json]]:
+    return [json.loads(line) for _, line in jsonl.lines(jsonl.text_of(path.read_bytes()))]
+
+
+def decide(plan: Plan, found: Sequence[Measurement], machine: Mapping[str, Json]) -> Decision:
+    return judging.decide(evidence_of(plan, found), machine)
 
 
 def of(decision: Decision, name: str) -> VariantDecision:

@@ -1,0 +1,522 @@
+"""What each probe measures, one record a probe: the border at which measurements.jsonl becomes typed.
+
+A line of the file is a `records.Measurement`, whose values are JSON. `measured` makes a `Measured` of it, whose values
+are one of the records here. Decisions and reports read these and no JSON. A field that an older peftopt did not write,
+or that not every machine tells, has a default; a key that no record has is left in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache, partial
+from operator import eq
+from types import NoneType
+from typing import TYPE_CHECKING, TypeVar, get_args, get_origin
+
+from peftopt.errors import BadInput
+from peftopt.jsonl import BROKEN
+from peftopt.records import Measurement
+
+if TYPE_CHECKING:
+    from cattrs import Converter
+
+Plain = TypeVar("Plain", int, float, str)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """Probe "machine": how fast memory is read here, in bytes per second; once per run."""
+
+    read_bytes_per_s: float | None = None
+    gpu_read_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Built:
+    """Probe "build": one artifact; that with the id "" is the base with the adapter."""
+
+    id: str
+    size_bytes: int
+    """All its files on disk."""
+    tier0: tuple[str, ...]
+    """What is wrong with its files, () for nothing."""
+    plugin: str = ""
+    seconds: float | None = None
+    """What building it took when it was built."""
+    cached: bool = False
+    """Whether it was there already."""
+    peak_memory_bytes: int | None = None
+    content: str | None = None
+    """The hash of its files."""
+    certificate: str = ""
+    """A merge's parity certificate, in a line."""
+    quantization: str = ""
+    """How it was quantized, in a line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """Probe "launch": a model was loaded into a fresh worker process."""
+
+    model_loading_time: float
+    """Seconds from nothing to a model that can answer."""
+    adapter_switch_time: float | None = None
+    """Seconds from one adapter to another; on vLLM a load and an unload while it runs."""
+    threads: int | None = None
+    device: str = ""
+    """What computes: "cpu", "cuda"."""
+    pid: int | None = None
+    weight_bytes: int | None = None
+    """Bytes of weights that a decode step reads."""
+    kv_bytes: int = 0
+    """Bytes that a decode step reads for each token in the cache; 0 where it is not known."""
+    gpu_memory_allocated: int | None = None
+    gpu_memory_reserved: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request of a turn. Times in milliseconds since it was submitted, or under load since it was due."""
+
+    request_duration_ms: float | None
+    """The whole request. None, and any time that is not finite and positive, makes the turn useless."""
+    new_tokens: int
+    """Tokens of its answers."""
+    warmup: bool
+    """Whether it is discarded."""
+    ttft_ms: float | None = None
+    """Until the first token; None for a server that does not stream."""
+    tpot_ms: float | None = None
+    """Mean gap between tokens after the first; None where there is one token."""
+    queue_time_ms: float | None = None
+    """What the sender itself added before it was sent."""
+    generation_latency_ms: float | None = None
+    """From sent to done."""
+    cpu_ms: float | None = None
+    """CPU time of the process and of those that serve the model; under load a request's part of the turn's."""
+    gpu_ms: float | None = None
+    """Between two CUDA events around the generation."""
+    turn_ms: float | None = None
+    """Under load, from the first request due to the last done; the same in each request of a turn."""
+    batch: int = 1
+    """Prompts that are answered together."""
+    prompt_tokens: int | None = None
+    """Tokens of its prompts."""
+    touched: int = 0
+    """Prompts that a policy changed."""
+    error: str = ""
+    """Why it failed, "" for a request that was answered."""
+    id: str = ""
+    """The prompt's, under load."""
+    model: str = ""
+    """The served name that was asked, under load."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sent(Request):
+    """One request of a load that was run apart. Times in seconds since the run began."""
+
+    scheduled: float
+    """When it was due."""
+    done: float
+    sent: float | None = None
+    first: float | None = None
+    """When its first token came."""
+    last: float | None = None
+    gaps_ms: tuple[float, ...] = ()
+    """Between messages of the stream."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gauge:
+    """What a server's gauge showed over a turn, read `n` times."""
+
+    mean: float
+    peak: float | None = None
+    n: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """What a server says of a turn itself; what it does not tell is None."""
+
+    running: Gauge | None = None
+    """Requests in the running batch."""
+    waiting: Gauge | None = None
+    """Requests in the queue."""
+    kv_cache: Gauge | None = None
+    """The share of the key-value cache that is taken, 0 to 1."""
+    queue_ms: float | None = None
+    """Mean time of a request in the server's queue."""
+    busy: float | None = None
+    """Mean number of requests in a decode step."""
+    slots: int | None = None
+    """Requests that it can answer together."""
+
+    @property
+    def fill(self) -> float | None:
+        """The share of its slots that a batch takes; None where it is not known."""
+        batch = self.running.mean if self.busy is None and self.running else self.busy
+        return batch / self.slots if self.slots and batch is not None else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disturbance:
+    """What else went on during a turn, see `machine.disturbance`; what is not told here is None."""
+
+    seconds: float | None = None
+    """How long the turn took, warm-up included."""
+    load: float | None = None
+    """The load average at its end."""
+    cores: int = 0
+    foreign_cores: float | None = None
+    """Processors that other processes kept busy."""
+    steal: float | None = None
+    """The share of the CPU time that the host took."""
+    throttled: float | None = None
+    """The share of the CPU time that a quota withheld."""
+    heat_events: float | None = None
+    """Times that a processor slowed down for heat."""
+    mhz: float | None = None
+    temperature_c: float | None = None
+    gpu_foreign: int | None = None
+    """Processes of others on the GPU."""
+    gpu_slowed: bool | None = None
+    """Whether the GPU slowed down for heat or power."""
+    gpu_temperature_c: float | None = None
+    openmp: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables by which threads wait for each other."""
+
+
+NO_ACCOUNT = Account()
+UNDISTURBED = Disturbance()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """Probe "speed": one variant's requests in a block, the warm-up first."""
+
+    block: int
+    requests: tuple[Request, ...]
+    order: int | None = None
+    """The variant's place in the block, from 0."""
+    engine: Account = NO_ACCOUNT
+    machine: Disturbance = UNDISTURBED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """Probe "load": a load that was run apart, by `peftopt load` or another tool. With a workload it is the variant's
+    next block of it."""
+
+    source: str = ""
+    title: str = ""
+    started: str = ""
+    """When it began (ISO 8601, UTC), "" where that is not told."""
+    requests: tuple[Sent, ...] = ()
+    engine: Account = NO_ACCOUNT
+    stopped: str = ""
+    """Why it ended before its plan did, "" where it did not."""
+    unsent: int = 0
+    """Requests that were planned and not sent."""
+    notes: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
+    """What the other tool does not tell, in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """Probe "quality": the answer to one prompt, judged, and how likely the expected answer is. See probes/quality.py.
+
+    What needs scores is None for an engine that only generates; what needs a reference is None for the reference.
+    """
+
+    row: str
+    """The prompt's id."""
+    tokens: tuple[int, ...]
+    """Ids of the answer, without the end of sequence that closed it."""
+    new_tokens: int
+    """How many, the end of sequence included."""
+    stopped: bool
+    """Whether it ended by itself."""
+    correct: bool
+    valid: bool
+    """Whether it keeps schema, regex and labels."""
+    score: float
+    """0 to 1; the share of right fields of a JSON object."""
+    critical: bool
+    """Whether the prompt is tagged critical: one that only the variant gets wrong is a critical error."""
+    flags: tuple[str, ...]
+    """Tier 1 errors: "empty", "loop", "invalid output", …"""
+    slices: tuple[str, ...] = ()
+    """The prompt's tags."""
+    prompt: str = ""
+    """What tells equal prompts of several rows, "" where that is not told."""
+    output: str = ""
+    expected: str = ""
+    nll: float | None = None
+    """Negative log-likelihood of the scored answer, summed over its tokens, in nats."""
+    scored_tokens: int = 0
+    kl: float | None = None
+    """KL divergence from the reference, summed over the scored tokens, in nats."""
+    kl_worst: float | None = None
+    """Its highest at one token."""
+    agree: int | None = None
+    """Scored tokens at which the most likely one is the reference's."""
+    parting: tuple[int, float] | None = None
+    """The first scored token at which it is not, and by how many nats the reference prefers its own there."""
+    noise: tuple[float, ...] = ()
+    """For each scored token, by how many nats the reference's preference for its first choice changes here."""
+    kept: float | None = None
+    """The variant's shift from the base along the adapter's: the sum of their products over the scored tokens."""
+    shift: float | None = None
+    """The adapter's own shift: the sum of its squares."""
+    uncut_tokens: int | None = None
+    """Tokens of the prompt before a policy cut it; None where none did."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Probe "memory": peaks in bytes, at the end of a worker's life; of a server elsewhere nothing is known."""
+
+    peak_memory_bytes: int | None = None
+    gpu_memory_allocated: int | None = None
+    gpu_memory_reserved: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernel:
+    """A GPU kernel and its share of all GPU time."""
+
+    name: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """Probe "engine": what an engine says of getting ready, at the end of a worker's life; counts are per process."""
+
+    why: str = ""
+    log: tuple[str, ...] = ()
+    """Sentences for a person."""
+    compile_time: float | None = None
+    """Seconds, with an empty compile cache."""
+    warm_start: float | None = None
+    """Seconds, with a filled one."""
+    graphs: int | None = None
+    graph_breaks: int | None = None
+    recompiles: int | None = None
+    uncompiled: int | None = None
+    """Requests that no graph fitted."""
+    eager_prompts: int | None = None
+    """Requests whose prompt no graph fitted."""
+    gpu_busy: float | None = None
+    """The share of a request in which kernels ran on the GPU."""
+    kernels: tuple[Kernel, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A row of a task and its score."""
+
+    id: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Probe "task": scores of lm-evaluation-harness, run here or imported."""
+
+    task: str = ""
+    """"" where an imported file does not tell."""
+    source: str = ""
+    title: str = ""
+    metric: str = ""
+    filter: str = ""
+    value: float | None = None
+    """The mean score."""
+    stderr: float | None = None
+    n: int | None = None
+    set_aside: int = 0
+    """Rows without a score."""
+    samples: tuple[Sample, ...] | None = None
+    """None where only the mean is told."""
+    lacks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Probe "failure": a variant could not be built, launched or measured."""
+
+    stage: str
+    reason: str
+    """In a few words: "out of memory", "missing library", …"""
+    detail: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """Probe "retry": what failed of the variant is tried again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class More:
+    """Probe "more": blocks that were granted to the races of a run after its recipe."""
+
+    max_blocks: int
+
+
+Values = Survey | Built | Launch | Turn | Load | Answer | Memory | EngineFacts | Task | Failure | Retry | More
+
+PROBES: Mapping[str, type[Values]] = {
+    "machine": Survey,
+    "build": Built,
+    "launch": Launch,
+    "speed": Turn,
+    "load": Load,
+    "quality": Answer,
+    "memory": Memory,
+    "engine": EngineFacts,
+    "task": Task,
+    "failure": Failure,
+    "retry": Retry,
+    "more": More,
+}
+"""A probe's name in measurements.jsonl -> the record of its values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One measurement: whose, of which workload ("" for none), in which of the baseline's two runs, and the values."""
+
+    values: Values
+    variant: str = ""
+    workload: str = ""
+    launch: int = 0
+
+    @property
+    def probe(self) -> str:
+        """The name of its probe in the file."""
+        return next(name for name, record in PROBES.items() if isinstance(self.values, record))
+
+
+def measured(line: Measurement, where: str = "") -> Measured:
+    """The measurement that a line holds. Raises BadInput that names the line (`where`, such as "run.jsonl:12") and the
+    field, for a probe that is not known, a field that is missing, and a value of another kind than its field."""
+    _check_names(line, where)
+    if line.probe not in PROBES:
+        hint = f"this peftopt knows {', '.join(PROBES)}; a newer one may know more"
+        raise BadInput(f"{_at(where)}no probe is named {line.probe!r}", hint)
+    return Measured(_structured(line, where), line.variant, line.workload, line.launch)
+
+
+def _at(where: str) -> str:
+    return f"{where}: " if where else ""
+
+
+def _check_names(line: Measurement, where: str) -> None:
+    for field_, value, kind in (
+        ("probe", line.probe, str),
+        ("variant", line.variant, str),
+        ("workload", line.workload, str),
+        ("launch", line.launch, int),
+    ):
+        if not isinstance(value, kind):
+            raise BadInput(f"{_at(where)}{field_} is not {_KINDS[kind]}", _hint(where))
+
+
+def _hint(where: str) -> str:
+    values = "peftopt/measurements.py says what the values of each probe are"
+    return f"restore the file, or remove the line: {values}" if where else values
+
+
+def _structured(line: Measurement, where: str) -> Values:
+    record = PROBES[line.probe]
+    if not isinstance(line.values, Mapping):
+        raise BadInput(f"{_at(where)}values is not an object", _hint(where))
+    try:
+        return _converter(detailed=False).structure(line.values, record)
+    except BROKEN as error:
+        raise BadInput(f"{_at(where)}{_first_problem(line, record)}", _hint(where)) from error
+
+
+def _first_problem(line: Measurement, record: type[Values]) -> str:
+    """ "speed.requests[3].new_tokens is missing": found by the converter that keeps all problems, which is slower."""
+    from cattrs import BaseValidationError, transform_error
+
+    try:
+        _converter(detailed=True).structure(line.values, record)
+    except BaseValidationError as error:
+        problem, _, field_ = transform_error(error, path=line.probe, format_exception=_problem)[0].rpartition(" @ ")
+        return f"{field_} {problem}"
+    return f"{line.probe} is not what it must be"
+
+
+_KINDS: Mapping[object, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _problem(error: BaseException, kind: object) -> str:
+    """What is wrong with one field. `kind` is its type, with or without None."""
+    if isinstance(error, KeyError):
+        return "is missing"
+    (kind, *_) = [each for each in get_args(kind) if each is not NoneType] if NoneType in get_args(kind) else [kind]
+    if get_origin(kind) is tuple:
+        return "is not a list"
+    if is_dataclass(kind):
+        return "is not an object"
+    return f"is not {_KINDS.get(kind, 'what this field holds')}"
+
+
+@cache
+def _converter(detailed: bool) -> Converter:
+    """Builds records of JSON and changes no value: cattrs' own hooks would read "5" as 5 and 0.7 as 0."""
+    from cattrs import Converter
+
+    converter = Converter(detailed_validation=detailed)
+    converter.register_structure_hook(int, lambda value, _: _whole(value))
+    converter.register_structure_hook(float, lambda value, _: _number(value))
+    converter.register_structure_hook(str, lambda value, _: _text(value))
+    converter.register_structure_hook(bool, lambda value, _: _truth(value))
+    converter.register_structure_hook_func(partial(eq, tuple[int, ...]), lambda many, _: _each(int, _whole, many))
+    converter.register_structure_hook_func(partial(eq, tuple[float, ...]), lambda many, _: _each(float, _number, many))
+    converter.register_structure_hook_func(partial(eq, tuple[str, ...]), lambda many, _: _each(str, _text, many))
+    return converter
+
+
+def _whole(value: object) -> int:
+    """A whole number, 16.0 as well: other tools count in such."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(value)
+    return value
+
+
+def _number(value: object) -> float:
+    """A number as it is, NaN and infinity as well: what they mean is for a rule to say."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(value)
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
+
+
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(value)
+    return value
+
+
+def _each(kind: type[Plain], one: Callable[[object], Plain], values: object) -> tuple[Plain, ...]:
+    """A list of plain values. Answers hold hundreds of tokens, so those that are all right are not looked at singly."""
+    if not isinstance(values, list | tuple):
+        raise TypeError(values)
+    if all(type(value) is kind for value in values):
+        return tuple(values)
+    return tuple(one(value) for value in values)
