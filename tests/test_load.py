@@ -477,20 +477,6 @@ def test_a_recipe_says_what_is_sent_to_its_servers(
     assert [m.workload for m in kept] == ["chat", "long", ""], "a load that the options changed is no block by itself"
 
 
-def test_load_is_a_way_to_bench(recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    with served() as server:
-        file = recipe(server.url, "new_tokens: 2, users: 1, requests: 4")
-        asked = file.with_name("prompts.jsonl")
-        assert command("bench", f"--load={file}", "--json") == 0
-        assert json.loads(capsys.readouterr().out)["variant"] == "served"
-        flags = ["--prompts", asked, "--model", "support", "--requests", "5", "--rate", "50", "--new-tokens", "4"]
-        assert command("bench", *flags, "--load", server.url, "--json") == 0
-        values = json.loads(capsys.readouterr().out)
-        assert values["figures"]["requests"] == 5 and server.seen["support"] == 6
-        assert command("bench", "--load") == 2
-        assert "requires an argument" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

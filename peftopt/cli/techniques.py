@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from peftopt.cli.shared import (
     AsJson,
@@ -308,20 +307,7 @@ def _compile_lines(found: dict[str, Any]) -> dict[str, str]:
     }
 
 
-class _Bench(TyperCommand):
-    """`bench --load TARGET …` is `load TARGET …`, with every option of that."""
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        at = next((n for n, text in enumerate(args) if text == "--load" or text.startswith("--load=")), None)
-        if at is None or parent is None or args[at:] == ["--load"]:
-            return super().make_context(info_name, args, parent, **extra)
-        _, equals, target = args[at].partition("=")
-        rest = args[:at] + args[at + (1 if equals else 2) :]
-        loading = parent.command.get_command(parent, "load")
-        return loading.make_context("load", [target if equals else args[at + 1], *rest], parent, **extra)
-
-
-@app.command(cls=_Bench)
+@app.command()
 def bench(
     model: Annotated[
         list[Path] | None, typer.Option(help="Model folder; repeat to compare, the first is the reference.")
@@ -345,16 +331,9 @@ def bench(
         typer.Option(help="Instead: add blocks to this undecided run of a recipe, as many as its planner asks for."),
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="With --more: about how long it may take.")] = None,
-    load: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RECIPE|URL",
-            help="Instead: put a server, or a recipe's, under load: `peftopt load`, with all options of that.",
-        ),
-    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time one model, or several against the first in interleaved blocks; or go on with an undecided run, or --load."""
+    """Time one model, or several against the first in interleaved blocks; or go on with an undecided run."""
     from peftopt import plugins
     from peftopt.cli.console import Console
     from peftopt.models import template
