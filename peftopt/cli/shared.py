@@ -13,7 +13,7 @@ import typer
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
 
 if TYPE_CHECKING:
-    from peftopt.records import Decision, Measurement, Model, Recipe
+    from peftopt.records import Decision, Measurement, Model, Plugin, Recipe
 
 
 app = typer.Typer(
@@ -155,6 +155,55 @@ def _provenance(found: dict[str, Any]) -> dict[str, str]:
     if notices := made.get("notices"):
         lines["notice"] = "; ".join(notices)
     return lines | ({"verified": made["verified"]} if "verified" in made else {})
+
+
+def weighted(text: str, option: str) -> tuple[str, float]:
+    """`NAME` or `NAME=0.7`; a folder whose own name has an equals sign is taken as it is. `option` is named in the
+    error."""
+    folder, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return folder, float(weight)
+    except ValueError as error:
+        raise BadInput(f"{option} {text}: the weight {weight!r} is not a number", f"write {folder}=0.7") from error
+
+
+def params_of(plugin: Plugin, options: dict[str, str], settings: Sequence[str]) -> dict[str, Any]:
+    """A plug-in's parameters from its options and from `name=value`. Raises BadInput for what it does not take."""
+    import typing
+
+    from peftopt.recipe.reader import nearest
+
+    hints = typing.get_type_hints(plugin.params)
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or name in options:
+            raise BadInput(f"--set {text}: write NAME=VALUE, each name once", f"names: {', '.join(hints)}")
+        options = {**options, name: value}
+    read: dict[type, Any] = {int: int, float: float, str: str, bool: {"true": True, "false": False}.__getitem__}
+    values: dict[str, Any] = {}
+    for name, text in options.items():
+        if name not in hints:
+            raise BadInput(f"{plugin.name} has no parameter {name}", nearest(name, hints))
+        try:
+            values[name] = read[hints[name]](text)
+        except (ValueError, KeyError) as error:
+            wanted = {int: "a whole number", float: "a number", bool: "true or false"}[hints[name]]
+            raise BadInput(
+                f"{name}: {text!r} is not {wanted}", f"its default is {plugin.params().__dict__[name]}"
+            ) from error
+    try:
+        plugin.params(**values)
+    except ValueError as error:
+        raise BadInput(f"{plugin.name}: {error}") from error
+    return values
+
+
+def model_of(base: Path, adapter: Path | None) -> Model:
+    from peftopt.records import Model
+
+    return Model(str(base), (str(adapter),) if adapter else ())
 
 
 def print_lines(title: str, lines: dict[str, str], found: Any, as_json: bool) -> None:

@@ -1,22 +1,20 @@
-"""Running servers: load, serve, canary, import."""
+"""load: a server under load, as its users see it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftopt.cli.shared import AsJson, BaseFolder, Quiet, Results, app, read_recipe
-from peftopt.cli.techniques import weighted
+from peftopt.cli.shared import AsJson, Quiet, Results, app, read_recipe, weighted
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput
 
 if TYPE_CHECKING:
-    from peftopt.canary.reloads import Prompts
     from peftopt.cli.console import Console
     from peftopt.loadtest.client import Target
     from peftopt.loadtest.protocols import Prompt
@@ -152,7 +150,8 @@ def load(
             kind = loading.Traffic(
                 prompts=sent.prompts,
                 trace=loading.read_trace(trace),
-                weights=dict(map(weighted, model)) or ({sent.target.model: 1.0} if sent.target.model else {}),
+                weights=dict(weighted(text, "--model") for text in model)
+                or ({sent.target.model: 1.0} if sent.target.model else {}),
                 arrivals=arrivals,
                 burstiness=burstiness,
                 mix=mix,
@@ -289,205 +288,3 @@ def _tell_set(console: Any, played: Any) -> None:
     wait = summary.waited(played.requests)
     text = f"{counted(names, 'adapter')}: P50 {wait.estimate:,.0f} ms ({wait.low:,.0f} to {wait.high:,.0f})"
     console.done("load", text, max((r.done for r in played.requests), default=0.0))
-
-
-@app.command()
-def serve(
-    base: BaseFolder,
-    adapter: Annotated[list[str], typer.Option(help="Adapter folder, or NAME=FOLDER; repeat for several.")] = [],  # noqa: B006
-    port: Annotated[int, typer.Option(help="Port on this machine.")] = 8000,
-    slots: Annotated[int, typer.Option(help="Adapters in one batch (vLLM: max-loras); 0 = all.")] = 0,
-    compile_: Annotated[bool, typer.Option("--compile", help="Let vLLM compile the model: a slower start.")] = False,
-    prefix_caching: Annotated[bool, typer.Option("--prefix-caching", help="Keep prompts' keys and values.")] = False,
-    args: Annotated[str, typer.Option(help="More of `vllm serve`'s own options, as on its command line.")] = "",
-) -> None:
-    """Serve a base and its adapters with vLLM until Ctrl-C, as the engine `vllm` does: for load and canary."""
-    import os
-
-    from peftopt import environments
-    from peftopt.cli.console import Console
-    from peftopt.engines import vllm
-    from peftopt.engines._server import check_port
-    from peftopt.records import Model
-    from peftopt.runner import preflight
-
-    preflight.check_base(base, quantized=True, ours=False)
-    named = dict(_named(text) for text in adapter)
-    if len(named) < len(adapter) or vllm.BASE in named:
-        raise BadInput(f"two adapters, or an adapter and the base ({vllm.BASE}), have one name", "give NAME=FOLDER")
-    for folder in named.values():
-        preflight.check_adapter(folder, base, [])
-    model = Model(str(base.resolve()), tuple(map(str, named.values())))
-    params = vllm.Params(compile=compile_, prefix_caching=prefix_caching, max_loras=slots, args=args)
-    python = environments.python(vllm.PLUGIN.environment)
-    check_port(port)
-    command, variables = vllm.command(model, params, port, tuple(named), python)
-    Console().say(f"http://127.0.0.1:{port} will serve {', '.join([vllm.BASE, *named])}; Ctrl-C ends it")
-    os.execve(command[0], command, {**os.environ, **variables})
-
-
-@app.command()
-def canary(
-    url: Annotated[str, typer.Argument(help="URL of a server with several adapters.")],
-    prompts: Annotated[Path, typer.Option(help="JSON-lines prompts on which the models should differ.")],
-    model: Annotated[list[str], typer.Option(help="Served names to tell apart, the base among them; repeat.")] = [],  # noqa: B006
-    swap: Annotated[
-        list[Path],
-        typer.Option(
-            help="Adapter folder; give two, to be loaded in turn under one name and path (vLLM). The --model names, or "
-            "all that are served, are watched meanwhile."
-        ),
-    ] = [],  # noqa: B006
-    fingerprints: Annotated[int, typer.Option(help="Prompts to use.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Times that all are asked at once, or that both are loaded.")] = 3,
-    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "",
-    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Catch answers of the wrong adapter, by log-probabilities: in mixed batches, and after reloads (--swap)."""
-    from peftopt import corpus
-    from peftopt.cli.console import Console
-    from peftopt.loadtest.client import Target
-
-    if not swap and len(set(model)) < 2:
-        raise BadInput("a canary tells models apart: it needs two or more", "add --model for the base and each adapter")
-    if swap and len(swap) != 2:
-        raise BadInput(f"--swap takes two adapters in turn, found {len(swap)}", "give --swap FOLDER --swap OTHER")
-    rows = corpus.read(str(prompts))
-    console, target = Console(quiet), Target(url, key_env=api_key_env, timeout_s=timeout)
-    outcomes = []
-    if len(set(model)) > 1:
-        asked = {row.id: row.messages for row in rows[:fingerprints]}
-        outcomes.append(_watch_mixed(console, target, list(dict.fromkeys(model)), asked, rounds, as_json))
-    if swap:
-        # The longest, since a prefix cache keeps whole blocks of tokens.
-        rows = sorted(rows, key=lambda row: -sum(len(m["content"]) for m in row.messages))
-        asked = {row.id: row.messages for row in rows[len(rows) // 10 :][:fingerprints]}
-        outcomes.append(_watch_reloads(console, target, (swap[0], swap[1]), model, asked, rounds, as_json))
-    raise typer.Exit(max(outcomes, key=(ACCEPTED, INCONCLUSIVE, ENVIRONMENT, REJECTED).index))
-
-
-def _watch_mixed(
-    console: Console, target: Target, names: list[str], prompts: Prompts, rounds: int, as_json: bool
-) -> int:
-    """Every model alone and in mixed batches, printed; the exit code."""
-    from peftopt.canary import mixed as watching
-
-    with console.progress("canary", watching.ALONE * len(names) + rounds) as show:
-        found = watching.watch(target, names, prompts, rounds, show)
-    if as_json:
-        values = {"asked": found.asked, "failed": found.failed, "alike": found.alike, "noise": found.known.noise}
-        print(json.dumps({**values, "wrong": [asdict(w) for w in found.wrong]}))
-        return found.outcome
-    noise = ", ".join(f"{name} {nats:.3f}" for name, nats in found.known.noise.items())
-    lines = {"own noise": f"{noise} nats", "mixed answers": f"{found.asked}, of which {len(found.wrong)} wrong"}
-    console.pairs("canary", lines)
-    for pair in found.alike:
-        console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: nothing can be said of them")
-    if found.failed:
-        console.warn(f"{found.failed} requests failed")
-    for wrong in list(dict.fromkeys(map(str, found.wrong)))[:10]:
-        console.say(wrong, "red")
-    return found.outcome
-
-
-def _watch_reloads(
-    console: Console,
-    target: Target,
-    folders: tuple[Path, Path],
-    model: list[str],
-    prompts: Prompts,
-    rounds: int,
-    as_json: bool,
-) -> int:
-    """Two adapters in turn under one name, printed; the exit code."""
-    from peftopt import stats
-    from peftopt.canary import mixed as watching
-    from peftopt.canary import reloads
-
-    residents = reloads.residents(target, list(dict.fromkeys(model)))
-    with console.progress("reloads", watching.ALONE * (2 + len(residents)) + 2 * rounds) as show:
-        found = reloads.live(target, folders, residents, prompts, rounds, show)
-    if as_json:
-        print(json.dumps(asdict(found)))
-        return found.outcome
-
-    def times(seconds: Sequence[float]) -> str:
-        return f"{1e3 * stats.median(seconds):.0f} ms (first {1e3 * seconds[0]:.0f}, last {1e3 * seconds[-1]:.0f})"
-
-    console.pairs(
-        "reloads",
-        {
-            "loads": f"{len(found.load_s)} of two adapters in turn, under one name and path",
-            "load": times(found.load_s),
-            "first request": times(found.first_s),
-            "the same again": times(found.warm_s),
-            "unload": times(found.unload_s),
-            "watched beside them": ", ".join(found.residents),
-            "answers": f"{found.asked} in all",
-            "stale": f"{len(found.stale)} of the reloaded name, not of the weights just loaded",
-            "wrong": f"{len(found.wrong)} of another model that is served",
-        },
-    )
-    for pair in found.alike:
-        console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: nothing can be said of them")
-    if found.failed:
-        console.warn(f"{found.failed} requests failed")
-    if found.kept:
-        console.say(f"still served after its unload: {found.kept} times", "red")
-    for title, answers in (("stale", found.stale), ("wrong", found.wrong)):
-        for answer in list(dict.fromkeys(map(str, answers)))[:10]:
-            console.say(f"{title}: {answer}", "red")
-    return found.outcome
-
-
-def _named(text: str) -> tuple[str, Path]:
-    """NAME=FOLDER, or a folder that is called by its own name."""
-    name, equals, folder = text.rpartition("=")
-    path = Path(folder if equals else text)
-    return name or path.resolve().name, path
-
-
-@app.command("import")
-def import_(
-    file: Annotated[
-        list[Path], typer.Argument(help="Results of vllm bench serve, GuideLLM, AIPerf or lm-evaluation-harness.")
-    ],
-    variant: Annotated[str, typer.Option(help="The variant they measured; by default the file's name.")] = "",
-    workload: Annotated[
-        str, typer.Option(help="The recipe's workload that this was: `decide` takes it as a block of it.")
-    ] = "",
-    task: Annotated[
-        str,
-        typer.Option(help="The task that samples of lm-evaluation-harness are of; by default the file's name says."),
-    ] = "",
-    out: Annotated[Path | None, typer.Option(help="Append them to this measurements.jsonl.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Read other meters' results into the same records, and say what they lack."""
-    from peftopt import report
-    from peftopt.cli.console import Console
-    from peftopt.loadtest import importers
-    from peftopt.loadtest import runs as loading
-
-    console, raw, answered = Console(), True, True
-    for path in file:
-        for found in importers.read(path, task):
-            answered = answered and not found.failed
-            kept = loading.keep(out, found, variant or path.stem, workload)
-            raw = raw and found.raw
-            if as_json:
-                print(json.dumps(report.as_json.plain(kept), allow_nan=False))
-                continue
-            console.say(f"{path}: {found.source}, {found.title}", "bold")
-            if found.requests:
-                console.table(report.load.HEADER, report.load.rows(importers.as_loaded(found)))
-            else:
-                shown = found.reported or {k: v for k, v in found.values.items() if k != "samples"}
-                console.pairs("as it reports", {k: v for k, v in shown.items() if v is not None})
-            for what in found.lacks:
-                console.warn(f"it lacks {what}")
-            if found.failed:
-                console.warn("nothing was answered: every request failed")
-    raise typer.Exit(ENVIRONMENT if not answered else ACCEPTED if raw else INCONCLUSIVE)
