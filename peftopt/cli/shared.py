@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
-from collections.abc import Sequence
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
     from peftopt.records import Decision, Measurement, Model, Plugin, Recipe
 
+Record = TypeVar("Record", bound="DataclassInstance")
 
 app = typer.Typer(
     help="Make a PEFT model fast in production: merge, quantize, compile, benchmark, decide.",
@@ -37,6 +43,39 @@ BaseFolder = Annotated[Path, typer.Option("--base", help="Folder of the base mod
 ModelFolder = Annotated[Path, typer.Option("--model", help="Folder of a model (safetensors).")]
 Out = Annotated[Path, typer.Option("--out", help="New folder to write; it appears whole or not at all.")]
 RunFolder = Annotated[Path | None, typer.Argument(help="A folder below results/runs; the newest by default.")]
+
+
+def options_from(record: type[Record]) -> Callable[[Callable[[Record], None]], Callable[..., None]]:
+    """Makes a verb of a function that takes its options as one frozen dataclass, whose fields are the options."""
+
+    def decorate(function: Callable[[Record], None]) -> Callable[..., None]:
+        def verb(**values: Any) -> None:
+            function(record(**values))
+
+        # typer reads the options from the signature
+        hints = typing.get_type_hints(record, include_extras=True)
+        verb.__name__, verb.__doc__ = function.__name__, function.__doc__
+        verb.__annotations__ = hints
+        verb.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # an attribute that typeshed lacks
+            [
+                inspect.Parameter(
+                    each.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=_default(each),
+                    annotation=hints[each.name],
+                )
+                for each in dataclasses.fields(record)
+            ]
+        )
+        return verb
+
+    return decorate
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
 
 
 def read_recipe(path: Path) -> tuple[Recipe, str]:
