@@ -8,6 +8,7 @@ from typing import Any
 
 from peftopt import plugins
 from peftopt.engines import Generation, Scores, eager
+from peftopt.engines._text import trimmed
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.records import Model
 
@@ -82,7 +83,7 @@ class Continuous(eager.Transformers):
 
     def _generation(self, answer: Any, stop: bool) -> Generation:
         times = [round(seconds * 1e9) for seconds in answer.timestamps]
-        return eager._trimmed(list(answer.generated_tokens), times, self.eos if stop else frozenset())
+        return trimmed(list(answer.generated_tokens), times, self.eos if stop else frozenset())
 
     def _running(self) -> Any:
         """The manager, at work."""

@@ -190,10 +190,21 @@ def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS
             raise BadInput(f"{folder} is already quantized ({method})", "start from the full-precision base")
         if ours:
             _check_reader(folder, method)
+    _check_architecture(folder, config)
+    _check_format(folder, weights)
+    if weights == SAFETENSORS:
+        open_model(folder)
+
+
+def _check_architecture(folder: Path, config: Json) -> None:
     names = config.get("architectures") or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         what = ", ".join(names) or "none named"
         raise BadInput(f"{folder} is no causal language model (architectures: {what})", "supported: …ForCausalLM")
+
+
+def _check_format(folder: Path, weights: str) -> None:
+    """Raises BadInput for a folder with the weights of another format."""
     for plugin in plugins.catalogue().values():
         if not plugin.weights:
             continue
@@ -204,8 +215,6 @@ def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS
         if plugin.format != weights and there and not list(folder.glob("*.safetensors")):
             hint = f"use --engine {plugin.reader}"
             raise BadInput(f"{folder} holds {plugin.format} weights, not {weights}", hint)
-    if weights == SAFETENSORS:
-        open_model(folder)
 
 
 READERS = {

@@ -90,7 +90,7 @@ def _convert(script: str, out: Path, source: str, kind: str, base: str = "") -> 
     command += [str(Path(sys.prefix) / "llama.cpp" / script), source, "--outfile", str(out), "--outtype", kind]
     command += ["--base", base] if base else []
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+    sys.stderr.write(f"{done.stdout}\n{done.stderr}\n")  # the log of the worker process
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
         if "ModuleNotFoundError" in last:
