@@ -523,7 +523,7 @@ def test_a_recipe_without_a_server_is_told_which_engines_are(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--slo", "fast"], "no service level"),
+        (["--slo", "fast"], "'fast'"),
         (["--find-cliff", "--model", "base"], "needs several adapters"),
         (["--variant", "one", "--variant", "other"], "--variant is given 2 times"),
         (["--find-rate"], "needs a service level"),
@@ -573,7 +573,7 @@ def test_an_interrupt_keeps_what_was_measured(number: int, questions: Path, tmp_
 def test_bad_traffic_is_refused() -> None:
     with pytest.raises(BadInput, match="no prompts"):
         Traffic({}, {}, 4).check(1.0)
-    with pytest.raises(BadInput, match="which no prompt has"):
+    with pytest.raises(BadInput, match="'nobody'"):
         Traffic(PROMPTS, {}, 4, trace=(arrivals.Traced(0.0, "nobody"),)).check(1.0)
 
 

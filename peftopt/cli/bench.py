@@ -14,9 +14,7 @@ from peftopt.errors import BadInput
 
 @app.command()
 def bench(
-    model: Annotated[
-        list[Path] | None, typer.Option(help="Model folder; repeat to compare, the first is the reference.")
-    ] = None,
+    model: Annotated[list[Path] | None, typer.Option(help="Model folder; repeat to compare with the first.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter on top of the first model, unmerged.")] = None,
     engine: Annotated[
@@ -73,7 +71,9 @@ def bench(
     found = single.bench(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
     for arm in found:
         if problem := arm.get("problem"):
-            Console().warn(f"{arm['name']} {problem}: its reader may not understand this checkpoint; times mean little")
+            Console().warn(
+                f"{arm['name']} {problem}: transformers may read this checkpoint wrongly, so its times mean little"
+            )
     if as_json:
         print(json.dumps(found, default=plain))
         return

@@ -46,7 +46,7 @@ def canary(
     if not swap and len(set(model)) < 2:
         raise BadInput("a canary tells models apart: it needs two or more", "add --model for the base and each adapter")
     if swap and len(swap) != 2:
-        raise BadInput(f"--swap takes two adapters in turn, found {len(swap)}", "give --swap FOLDER --swap OTHER")
+        raise BadInput(f"--swap takes two adapters, and {len(swap)} are given", "give --swap FOLDER --swap OTHER")
     rows = corpus.read(str(prompts))
     console, target = Console(quiet), Target(url, key_env=api_key_env, timeout_s=timeout)
     outcomes = []
@@ -77,7 +77,7 @@ def _watch_mixed(
     lines = {"own noise": f"{noise} nats", "mixed answers": f"{found.asked}, of which {len(found.wrong)} wrong"}
     console.pairs("canary", lines)
     for pair in found.alike:
-        console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: nothing can be said of them")
+        console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: wrong answers between them are not seen")
     if found.failed:
         console.warn(f"{found.failed} requests failed")
     for wrong in list(dict.fromkeys(map(str, found.wrong)))[:10]:
@@ -124,7 +124,7 @@ def _watch_reloads(
         },
     )
     for pair in found.alike:
-        console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: nothing can be said of them")
+        console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: wrong answers between them are not seen")
     if found.failed:
         console.warn(f"{found.failed} requests failed")
     if found.kept:

@@ -33,7 +33,10 @@ def serve(
     preflight.check_base(base, quantized=True, ours=False)
     named = dict(_named(text) for text in adapter)
     if len(named) < len(adapter) or vllm.BASE in named:
-        raise BadInput(f"two adapters, or an adapter and the base ({vllm.BASE}), have one name", "give NAME=FOLDER")
+        raise BadInput(
+            f"two adapters, or an adapter and the base ({vllm.BASE}), have the same name",
+            "name each: --adapter NAME=FOLDER",
+        )
     for folder in named.values():
         preflight.check_adapter(folder, base, [])
     model = Model(str(base.resolve()), tuple(map(str, named.values())))

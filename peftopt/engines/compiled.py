@@ -208,7 +208,7 @@ class Compiled(eager.Transformers):
         import torch
 
         self._warmed.clear()
-        seldom = math.ceil(len(lengths) * SELDOM ** (1 / rows))  # that many of all are no batch's longest
+        seldom = math.ceil(len(lengths) * SELDOM ** (1 / rows))  # that many of all are in no batch the longest
         for longest in reversed(sorted(lengths)[max(min(rows, len(lengths)), seldom) - 1 :]):
             if isinstance(shape := self._shape(rows, longest + new_tokens, timed), str):
                 continue

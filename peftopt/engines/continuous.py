@@ -47,7 +47,9 @@ class Continuous(eager.Transformers):
     def __init__(self, model: Model, params: Params) -> None:
         super().__init__(model, params.device)
         if self._one_by_one:
-            raise BadInput("prompt methods (p-tuning, prefix, …) cannot be batched so", "use the eager engine")
+            raise BadInput(
+                "prompt methods (p-tuning, prefix, …) cannot be batched by this engine", "use the eager engine"
+            )
         self._params = params
         self._inner = self._owners[-1]  # below PEFT's wrapper, whose own forward adds nothing to LoRA's layers
         self._manager: Any = None

@@ -27,7 +27,7 @@ PLUGIN = plugins.engine(Params, needs=("torch", "transformers", "peft"))
 
 
 def prepare(model: Model) -> None:
-    """Import PyTorch, transformers and PEFT: seconds of work that are no model's."""
+    """Import PyTorch, transformers and PEFT: seconds of work that belong to no model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     if model.adapters:  # else three of seven seconds for nothing

@@ -107,7 +107,7 @@ def slo(text: str) -> Slo:
     """The service level in "ttft <= 500 ms". Raises ValueError that says how to write one."""
     match = re.fullmatch(r"\s*([a-z0-9.]+)\s*(?:<=|≤|<)\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([a-zµ]+)\s*", text)
     if not match or match[1] not in LEVELS or match[3] not in UNITS["ms"]:
-        raise ValueError(f"{text!r} is no service level; write one like ttft <= 500 ms, of {', '.join(LEVELS)}")
+        raise ValueError(f"{text!r} is not a service level: write one such as 'ttft <= 500 ms', of {', '.join(LEVELS)}")
     limit = float(match[2]) * float(UNITS["ms"][match[3]])
     if not 0 < limit < math.inf:
         raise ValueError(f"{text!r}: the limit must be more than 0")

@@ -26,7 +26,7 @@ _INTERRUPTED = threading.Event()
 
 
 def interrupt() -> None:
-    """End every worker now. Whoever waits for one gets KeyboardInterrupt: it is no failure to put on record."""
+    """End every worker now. Whoever waits for one gets KeyboardInterrupt: it is not a failure to record."""
     _INTERRUPTED.set()
     for child in tuple(_LIVE):
         child.kill()

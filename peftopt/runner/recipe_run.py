@@ -87,7 +87,7 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
     have = evidence.blocks(run.recipe.baseline, nearest.workload)
     each = evidence.minutes_per_block(nearest.workload)
     if minutes is not None and not each:
-        raise BadInput("this run does not tell how long a block takes", "say how many with --blocks")
+        raise BadInput("how long a block of this run takes is not known", "give the number of blocks: --blocks")
     limits = [n for n in (blocks, None if minutes is None else int(minutes / (each or 1))) if n is not None]
     needed = nearest.blocks_needed or 0
     total = have + min(limits) if limits else stats.next_look(needed)

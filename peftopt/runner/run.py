@@ -33,7 +33,7 @@ class Listener(Protocol):
     def warn(self, text: str) -> None: ...
 
     def tell(self, text: str) -> None:
-        """Something worth knowing that is no warning."""
+        """Something worth knowing that is not a warning."""
 
     def progress(self, title: str, total: int) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
         """A bar; the function it gives sets how many of `total` are done and what is going on."""
