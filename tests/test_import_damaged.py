@@ -1,4 +1,4 @@
-"""Numbers of other meters that cannot be: an answer with one is set aside and counted, a failure stays a failure."""
+"""Numbers of other tools that cannot be: an answer with one is set aside and counted, a failure stays a failure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of other meters that are older, odd or damaged: figures as the file has them, or a refusal."""
+"""Files of other tools that are older, odd or damaged: values as the file has them, or a refusal."""
 
 from __future__ import annotations
 

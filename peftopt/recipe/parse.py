@@ -53,7 +53,7 @@ from peftopt.records import (
 from peftopt.stats import LOOKS
 
 _JUDGED_ON_ANSWERS = ("ratio", "share", "nats")
-"""The units of the figures that need a `quality` section."""
+"""The units of the metrics that need a `quality` section."""
 
 DEFAULT_ENGINE, DEFAULT_BASELINE = "eager", "adapter"
 

@@ -49,7 +49,7 @@ def parse_metric(text: str) -> Metric:
     if found.per_workload and not workload:
         raise BadThreshold(f"{name} needs a workload", f"write {name}@ and the name of a workload")
     if at and not found.per_workload:
-        raise BadThreshold(f"{name} is a figure of the whole variant, not of a workload", f"write {name}")
+        raise BadThreshold(f"{name} is a metric of the whole variant, not of a workload", f"write {name}")
     if workload and not NAME.fullmatch(workload):
         raise BadThreshold(f"no workload can be named {_show(workload)}", "use letters, digits, - and _")
     return Metric(name, workload)

@@ -21,7 +21,7 @@ from peftopt.metrics import counted
 from peftopt.records import Measurement, Recipe
 from peftopt.runner import preflight
 from peftopt.runner.prepare import make_ready
-from peftopt.runner.process import Child
+from peftopt.runner.process import WorkerProcess
 from peftopt.runner.race import Field, race
 from peftopt.runner.run import Listener, Run, check_baseline, planned
 
@@ -130,7 +130,7 @@ def survey(run: Run) -> None:
         return
     threads = run.recipe.measure.threads or machine.cores()
     try:
-        with Child(run.folder / "logs" / "bandwidth.log", threads) as child:
+        with WorkerProcess(run.folder / "logs" / "bandwidth.log", threads) as child:
             run.log("machine", "", child.ask("bandwidth", 60))
     except WorkerFailed as error:
         run.listener.warn(f"memory bandwidth is not known: {error}")
