@@ -1,4 +1,5 @@
 # make demo   the main job on a real model        make test   lint, types and tests
+# make check  lint, types and the tests of the pure core, in a minute: the inner loop
 # make setup  builds .venv with pinned versions   make clean  removes what these made
 # make engines  installs the engines that have an environment of their own (compiles llama.cpp, downloads OpenVINO and
 #               vLLM: some minutes, 5 GB); make test-engines runs their tests on the real thing
@@ -9,10 +10,15 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 
+# two processes, each with whole files of tests: fixtures of a file are made once
+TWO := -n 2 --dist loadfile
+PURE := layers docs thresholds stats recipe stopping evidence decide render store trust_stats trust_rules \
+        trust_answers trust_times trust_decisions broken_models honest_times
+
 # A verdict is a result, whichever it is: 0 accepted, 1 rejected, 3 undecided. Anything else went wrong.
 decide = $(BIN)/peftopt run $(1); code=$$?; case $$code in 0|1|3) ;; *) exit $$code ;; esac
 
-.PHONY: setup engines demo quick test test-engines mutants docs clean
+.PHONY: setup engines demo quick check test test-engines mutants docs clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -43,11 +49,17 @@ demo: setup $(MODEL)/model.safetensors
 quick: setup $(MODEL)/model.safetensors
 	$(call decide,recipes/quick.yaml)
 
+check: .venv/tested
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	HF_HUB_OFFLINE=1 $(BIN)/pytest $(TWO) $(PURE:%=tests/test_%.py)
+
 test: .venv/tested $(MODEL)/model.safetensors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 $(BIN)/pytest
+	HF_HUB_OFFLINE=1 $(BIN)/pytest $(TWO)
 
 mutants: .venv/tested
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/mutants.py $(if $(SINCE),--changed $(SINCE) --sample 150 --minutes 3 --floor 0.75)

@@ -206,6 +206,8 @@ class Worker:
         """Peaks since this process started; nothing of a server, whose memory is another process's."""
         from peftopt.probes import memory
 
+        if not self.engine:
+            return memory.peak([])
         return {} if self.engine.remote else memory.peak(self.engine.processes())
 
 

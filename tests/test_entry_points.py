@@ -9,28 +9,24 @@ from pathlib import Path
 
 import pytest
 
-OWN = """\"\"\"Copy the model as it is, under a name of another package.\"\"\"
+OWN = """\"\"\"Eight bits, by another package.\"\"\"
 
-import shutil
 from dataclasses import dataclass
 
 from peftopt import plugins
-from peftopt.models import provenance
-from peftopt.records import Model
+from peftopt.transforms import int8
 
 
 @dataclass(frozen=True)
 class Params:
-    pass
+    keep: str = ""
 
 
-PLUGIN = plugins.quantizer(Params)
+PLUGIN = plugins.quantizer(Params, needs=("torchao",))
 
 
 def transform(model, params, out, texts, seed):
-    shutil.copytree(model.path, out)
-    provenance.write(out, "as_it_is", ["torch"], {}, seed)
-    return Model(str(out), model.adapters)
+    return int8.transform(model, int8.Params(params.keep), out, texts, seed)
 """
 
 
@@ -43,7 +39,7 @@ def installed(tmp_path: Path) -> Path:
     (home / "others.py").write_text(OWN)
     (home / "undeclared.py").write_text('"""Says nothing of itself."""\n')
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: others\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[peftopt.transforms]\nas_it_is = others\nint8 = undeclared\n")
+    (info / "entry_points.txt").write_text("[peftopt.transforms]\ntheirs = others\nint8 = undeclared\n")
     return home
 
 
@@ -54,7 +50,7 @@ def peftopt(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_quantizer_of_another_package_quantizes(installed: Path, tiny_base: Path, tmp_path: Path) -> None:
-    done = peftopt(installed, "quantize", "--method", "as_it_is", "--model", tiny_base, "--out", tmp_path / "out")
+    done = peftopt(installed, "quantize", "--method", "theirs", "--model", tiny_base, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "quantization.json").is_file()
 

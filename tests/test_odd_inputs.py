@@ -14,7 +14,7 @@ from test_run import command
 
 from peftopt.corpus import Row
 from peftopt.engines import _traced, eager
-from peftopt.engines._text import Text
+from peftopt.engines._text import rendered
 from peftopt.errors import BadInput
 from peftopt.models import hf, template
 from peftopt.records import Model
@@ -84,7 +84,7 @@ def test_a_template_that_fails_is_refused_whatever_it_raises(broken: str, tiny_b
     template.check(folder, rows)  # it may be for want of what only the tokenizer hands it
     assert template.endless(folder, folder) == ""
     with pytest.raises(BadInput, match="the chat template refuses"):
-        Text(hf.tokenizer(str(folder)), [2]).encode(rows[0].messages)
+        rendered(hf.tokenizer(str(folder)), rows[0].messages)
 
 
 def test_without_an_end_in_the_configs_the_tokenizers_own_is_looked_at(tiny_base: Path, tmp_path: Path) -> None:

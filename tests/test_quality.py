@@ -12,16 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftopt.corpus import Row
-from peftopt.engines import Generation, Scores
+from peftopt.engines import Engine, Generation, Scores
 from peftopt.probes import quality
 
 EOS = 0
 EOSES = frozenset({EOS})
 
 
-class Script:
+class Script(Engine):
     """An engine whose greedy continuation of a prompt is a fixed text: its first token names which."""
 
+    tokenizer = None
     special_tokens = frozenset({EOS})
     eos = EOSES
 
@@ -33,6 +34,9 @@ class Script:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return " ".join(map(str, tokens))
+
+    def close(self) -> None:
+        pass
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         found = []

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_run import command
 
 from peftopt import corpus, plugins
-from peftopt.engines import Generation, Scores
+from peftopt.engines import Engine, Generation, Scores
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.models import provenance
 from peftopt.models.hf import tokenizer_home
@@ -250,10 +250,11 @@ def test_calibration_goes_through_the_tokenizer_that_the_adapter_was_trained_wit
 # ---- what was written has to work ---------------------------------------------------------------
 
 
-class Fixed:
+class Fixed(Engine):
     """An engine whose answers are given."""
 
     scores, eos = True, frozenset([2])
+    tokenizer, special_tokens = None, frozenset()
 
     def __init__(self, *answers: list[int], finite: bool = True) -> None:
         self.answers, self.finite = answers, finite
@@ -263,6 +264,9 @@ class Fixed:
 
     def decode(self, tokens: Any) -> str:
         return str(tokens)
+
+    def close(self) -> None:
+        pass
 
     def generate(self, prompts: Any, new_tokens: int, stop: bool) -> list[Generation]:
         return [Generation(a, list(range(len(a))), False) for a in self.answers]

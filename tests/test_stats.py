@@ -382,7 +382,7 @@ def test_nonsense_is_refused() -> None:
 
 
 def test_importing_imports_no_numpy() -> None:
-    code = "import sys; import peftopt.stats, peftopt.thresholds; sys.exit('numpy' in sys.modules)"
+    code = "import sys; import peftopt.stats, peftopt.recipe.thresholds; sys.exit('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
