@@ -33,7 +33,7 @@ from peftopt import corpus, machine, stats, store
 from peftopt.decision.evidence import exp
 from peftopt.records import Interval, Model
 from peftopt.runner import preflight, single
-from peftopt.runner.process import Child
+from peftopt.runner.process import WorkerProcess
 
 TOGETHER = 6
 """Models that race the adapter at a time: all of them are in memory meanwhile."""
@@ -149,7 +149,7 @@ def judged(
 ) -> dict[str, Any]:
     """The records of probes/quality.py by row."""
     found: dict[str, Any] = {}
-    with Child(Path(tempfile.mkdtemp()) / "judge.log", machine.cores()) as child:
+    with WorkerProcess(Path(tempfile.mkdtemp()) / "judge.log", machine.cores()) as child:
         child.ask("open", 900, plugin="eager", params={}, model=asdict(model))
         child.ask(
             "quality",
@@ -185,9 +185,9 @@ def race(models: dict[str, Model], rows: list[corpus.Row], arguments: argparse.N
     logs: dict[str, dict[str, list[float]]] = {name: {"decode": [], "throughput": []} for name in models}
     folder, dice = Path(tempfile.mkdtemp()), random.Random(0)
     with ExitStack() as stack:
-        children: dict[str, Child] = {}
+        children: dict[str, WorkerProcess] = {}
         for name, model in models.items():
-            child = stack.enter_context(Child(folder / f"{len(children)}.log", 1))
+            child = stack.enter_context(WorkerProcess(folder / f"{len(children)}.log", 1))
             child.ask("open", 900, plugin="eager", params={}, model=asdict(model))
             children[name] = child
         for block in range(arguments.blocks):

@@ -148,7 +148,7 @@ def _names(value: Json, name: str) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list | tuple) or not all(isinstance(v, str | int) and v != "" for v in value):
-        raise ValueError(f"{name}: {value!r} is no list of names")
+        raise ValueError(f"{name}: {value!r} is not a list of names")
     return tuple(map(str, value))
 
 

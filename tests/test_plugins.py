@@ -250,7 +250,7 @@ def test_a_merge_that_cannot_be_is_refused(tiny_base: Path, tiny_lora: Path, bui
         assert error.value.hint
 
     refused("nothing to merge")
-    refused("is no adapter", tmp_path)
+    refused("has no adapter_config.json", tmp_path)
     refused("already quantized", tiny_lora, base=built("int8").path)
     make_lora(tiny_base, tmp_path / "zero", std=0)
     refused("changed nothing", tmp_path / "zero")

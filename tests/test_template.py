@@ -59,7 +59,7 @@ def unstarted(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(process.Child, "__enter__", never)
+    monkeypatch.setattr(process.WorkerProcess, "__enter__", never)
 
 
 def lines(path: Path, *chats: list[dict[str, str]]) -> Path:

@@ -15,7 +15,10 @@ from peftopt import __version__
 from peftopt.cli.shared import app
 from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, PeftoptError
 
-for _module in ("job", "techniques", "servers", "around", "env"):  # in the order of --help
+VERBS = ("job", "merge", "quantize", "compile", "bench", "load", "serve", "canary", "importing", "around", "env")
+"""The files of verbs, in the order of --help."""
+
+for _module in VERBS:
     importlib.import_module(f"peftopt.cli.{_module}")
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
 
 if TYPE_CHECKING:
-    from peftopt.decision.evidence import Evidence
-    from peftopt.records import Decision, Model, Recipe
+    from _typeshed import DataclassInstance
 
+    from peftopt.decision.evidence import Evidence
+    from peftopt.records import Decision, Model, Plugin, Recipe
+
+Record = TypeVar("Record", bound="DataclassInstance")
 
 app = typer.Typer(
     help="Make a PEFT model fast in production: merge, quantize, compile, benchmark, decide.",
@@ -40,6 +47,39 @@ BaseFolder = Annotated[Path, typer.Option("--base", help="Folder of the base mod
 ModelFolder = Annotated[Path, typer.Option("--model", help="Folder of a model (safetensors).")]
 Out = Annotated[Path, typer.Option("--out", help="New folder to write; it appears whole or not at all.")]
 RunFolder = Annotated[Path | None, typer.Argument(help="A folder below results/runs; the newest by default.")]
+
+
+def options_from(record: type[Record]) -> Callable[[Callable[[Record], None]], Callable[..., None]]:
+    """Makes a verb of a function that takes its options as one frozen dataclass, whose fields are the options."""
+
+    def decorate(function: Callable[[Record], None]) -> Callable[..., None]:
+        def verb(**values: Any) -> None:
+            function(record(**values))
+
+        # typer reads the options from the signature
+        hints = typing.get_type_hints(record, include_extras=True)
+        verb.__name__, verb.__doc__ = function.__name__, function.__doc__
+        verb.__annotations__ = hints
+        verb.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # an attribute that typeshed lacks
+            [
+                inspect.Parameter(
+                    each.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=_default(each),
+                    annotation=hints[each.name],
+                )
+                for each in dataclasses.fields(record)
+            ]
+        )
+        return verb
+
+    return decorate
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
 
 
 def read_recipe(path: Path) -> tuple[Recipe, str]:
@@ -173,6 +213,55 @@ def _provenance(found: dict[str, Any]) -> dict[str, str]:
     if notices := made.get("notices"):
         lines["notice"] = "; ".join(notices)
     return lines | ({"verified": made["verified"]} if "verified" in made else {})
+
+
+def weighted(text: str, option: str) -> tuple[str, float]:
+    """`NAME` or `NAME=0.7`; a folder whose own name has an equals sign is taken as it is. `option` is named in the
+    error."""
+    folder, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return folder, float(weight)
+    except ValueError as error:
+        raise BadInput(f"{option} {text}: the weight {weight!r} is not a number", f"write {folder}=0.7") from error
+
+
+def params_of(plugin: Plugin, options: dict[str, str], settings: Sequence[str]) -> dict[str, Any]:
+    """A plug-in's parameters from its options and from `name=value`. Raises BadInput for what it does not take."""
+    import typing
+
+    from peftopt.recipe.reader import nearest
+
+    hints = typing.get_type_hints(plugin.params)
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or name in options:
+            raise BadInput(f"--set {text}: write NAME=VALUE, each name once", f"names: {', '.join(hints)}")
+        options = {**options, name: value}
+    read: dict[type, Any] = {int: int, float: float, str: str, bool: {"true": True, "false": False}.__getitem__}
+    values: dict[str, Any] = {}
+    for name, text in options.items():
+        if name not in hints:
+            raise BadInput(f"{plugin.name} has no parameter {name}", nearest(name, hints))
+        try:
+            values[name] = read[hints[name]](text)
+        except (ValueError, KeyError) as error:
+            wanted = {int: "a whole number", float: "a number", bool: "true or false"}[hints[name]]
+            raise BadInput(
+                f"{name}: {text!r} is not {wanted}", f"its default is {plugin.params().__dict__[name]}"
+            ) from error
+    try:
+        plugin.params(**values)
+    except ValueError as error:
+        raise BadInput(f"{plugin.name}: {error}") from error
+    return values
+
+
+def model_of(base: Path, adapter: Path | None) -> Model:
+    from peftopt.records import Model
+
+    return Model(str(base), (str(adapter),) if adapter else ())
 
 
 def print_lines(title: str, lines: dict[str, str], found: Any, as_json: bool) -> None:

@@ -139,4 +139,4 @@ class Engine(ABC):
         self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool, at: Sequence[float], users: int
     ) -> Any:
         """Send prompts under load, for an engine that serves: see engines/endpoint.py."""
-        raise NotImplementedError("this engine is no server")
+        raise NotImplementedError("this engine is not a server")

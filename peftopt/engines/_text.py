@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftopt.engines import Engine
+from peftopt.engines import Engine, Generation
 from peftopt.errors import BadInput
 from peftopt.models import template
 
@@ -64,3 +64,10 @@ def ends(folder: Path, tokenizer: Any) -> list[int]:
     if not ids:
         raise BadInput("the model has no end-of-sequence token", "set eos_token_id in its generation_config.json")
     return ids
+
+
+def trimmed(tokens: list[int], times: list[int], eos: frozenset[int]) -> Generation:
+    """One row of a batch up to its own end of sequence: what follows is padding while other rows go on."""
+    end = next((i for i, token in enumerate(tokens) if token in eos), None)
+    count = len(tokens) if end is None else end + 1
+    return Generation(tokens[:count], times[:count], stopped=end is not None)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from peftopt import plugins
 from peftopt.engines import Generation, Scores, _graphs, _traced, eager
+from peftopt.engines._text import trimmed
 from peftopt.errors import BadInput
 from peftopt.models import hf
 from peftopt.records import Json, Model
@@ -175,7 +176,7 @@ class Compiled(eager.Transformers):
                     times.append(time.perf_counter_ns())
                     going = [row for row in going if columns[-1][row] not in eos]
         rows = list(zip(*columns, strict=True))[: len(prompts)]
-        return [eager._trimmed(list(row), times, eos) for row in rows]
+        return [trimmed(list(row), times, eos) for row in rows]
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
         """Feed the answers to the compiled step, token by token: these are the predictions of the graphs themselves."""
@@ -190,11 +191,11 @@ class Compiled(eager.Transformers):
         given = torch.tensor([[*a, *[0] * (longest - len(a))] for a in filled], device=self._device)
         with torch.inference_mode():
             step, state = self._step(shape)
-            shared, columns = eager._shared_prefix(prompts), []
+            shared, columns = eager.shared_prefix(prompts), []
             logits = self._prefill(_filled_up(prompts, shape), shape, state, timed=False, shared=shared)
             with self._decoding():
                 for column in range(longest):
-                    columns.append(eager._scored(logits[: len(answers)], given[: len(answers), column].tolist()))
+                    columns.append(eager.scored(logits[: len(answers)], given[: len(answers), column].tolist()))
                     if column + 1 < longest:
                         state.token.copy_(given[:, column : column + 1])
                         logits = step(self._inner, *state)
@@ -207,7 +208,7 @@ class Compiled(eager.Transformers):
         import torch
 
         self._warmed.clear()
-        seldom = math.ceil(len(lengths) * SELDOM ** (1 / rows))  # that many of all are no batch's longest
+        seldom = math.ceil(len(lengths) * SELDOM ** (1 / rows))  # that many of all are in no batch the longest
         for longest in reversed(sorted(lengths)[max(min(rows, len(lengths)), seldom) - 1 :]):
             if isinstance(shape := self._shape(rows, longest + new_tokens, timed), str):
                 continue

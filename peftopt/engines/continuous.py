@@ -8,6 +8,7 @@ from typing import Any
 
 from peftopt import plugins
 from peftopt.engines import Generation, Scores, eager
+from peftopt.engines._text import trimmed
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.records import Model
 
@@ -46,7 +47,9 @@ class Continuous(eager.Transformers):
     def __init__(self, model: Model, params: Params) -> None:
         super().__init__(model, params.device)
         if self._one_by_one:
-            raise BadInput("prompt methods (p-tuning, prefix, …) cannot be batched so", "use the eager engine")
+            raise BadInput(
+                "prompt methods (p-tuning, prefix, …) cannot be batched by this engine", "use the eager engine"
+            )
         self._params = params
         self._inner = self._owners[-1]  # below PEFT's wrapper, whose own forward adds nothing to LoRA's layers
         self._manager: Any = None
@@ -82,7 +85,7 @@ class Continuous(eager.Transformers):
 
     def _generation(self, answer: Any, stop: bool) -> Generation:
         times = [round(seconds * 1e9) for seconds in answer.timestamps]
-        return eager._trimmed(list(answer.generated_tokens), times, self.eos if stop else frozenset())
+        return trimmed(list(answer.generated_tokens), times, self.eos if stop else frozenset())
 
     def _running(self) -> Any:
         """The manager, at work."""

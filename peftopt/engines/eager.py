@@ -10,7 +10,7 @@ from typing import Any
 
 from peftopt import plugins
 from peftopt.engines import TOP_K, Generation, Scores
-from peftopt.engines._text import Text
+from peftopt.engines._text import Text, trimmed
 from peftopt.errors import BadInput
 from peftopt.models import hf
 from peftopt.records import Model
@@ -27,7 +27,7 @@ PLUGIN = plugins.engine(Params, needs=("torch", "transformers", "peft"))
 
 
 def prepare(model: Model) -> None:
-    """Import PyTorch, transformers and PEFT: seconds of work that are no model's."""
+    """Import PyTorch, transformers and PEFT: seconds of work that belong to no model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
     if model.adapters:  # else three of seven seconds for nothing
@@ -88,7 +88,7 @@ class Transformers(Text):
                 streamer=clock,
             )
         rows = output[:, ids.shape[1] :].tolist()
-        return [_trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
+        return [trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
         if self._one_by_one and len(prompts) > 1:
@@ -96,7 +96,7 @@ class Transformers(Text):
             return [self.score([p], [a])[0] for p, a in zip(prompts, answers, strict=True)]
         import torch
 
-        shared = 0 if self._one_by_one else _shared_prefix(prompts)
+        shared = 0 if self._one_by_one else shared_prefix(prompts)
         ids, mask = self._left_padded([prompt[shared:] for prompt in prompts])
         longest = max(map(len, answers))
         self._check_room(prompts, longest)
@@ -117,7 +117,7 @@ class Transformers(Text):
                 cache.batch_repeat_interleave(len(prompts))
                 inputs["past_key_values"] = cache
             logits = self._model(**inputs).logits
-            return [_scored(logits[i, : len(answer)], answer) for i, answer in enumerate(answers)]
+            return [scored(logits[i, : len(answer)], answer) for i, answer in enumerate(answers)]
 
     def without_adapters(self) -> contextlib.AbstractContextManager[None]:
         """The base alone answers and scores, for as long as this context lasts."""
@@ -151,7 +151,7 @@ class Transformers(Text):
         return ids.to(self._device), mask.to(self._device)
 
 
-def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many first tokens all prompts have in common, leaving each at least one; 0 for a lone prompt."""
     if len(prompts) < 2:
         return 0
@@ -212,14 +212,7 @@ def _as_list(ids: Any) -> list[int]:
     return list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
-def _trimmed(tokens: list[int], times: list[int], eos: frozenset[int]) -> Generation:
-    """One row of a batch up to its own end of sequence: what follows is padding while other rows go on."""
-    end = next((i for i, token in enumerate(tokens) if token in eos), None)
-    count = len(tokens) if end is None else end + 1
-    return Generation(tokens[:count], times[:count], stopped=end is not None)
-
-
-def _scored(logits: Any, answer: Sequence[int]) -> Scores:
+def scored(logits: Any, answer: Sequence[int]) -> Scores:
     """Scores of one answer from its logits [answer, vocabulary]."""
     import torch
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftopt import machine, plugins
-from peftopt.engines import Generation, Scores, eager
+from peftopt.engines import Generation, Scores
 from peftopt.engines._logits import scored, scores_of
-from peftopt.engines._text import Text, ends
+from peftopt.engines._text import Text, ends, trimmed
 from peftopt.errors import BadInput
 from peftopt.models import hf
 from peftopt.models.openvino import WEIGHTS, refuse_adapters
@@ -85,9 +85,7 @@ class OpenVino(Text):
                 break
             ids = token[:, None].astype(np.int64)
             mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-        return [
-            eager._trimmed(list(row), times, self.eos if stop else frozenset()) for row in zip(*columns, strict=True)
-        ]
+        return [trimmed(list(row), times, self.eos if stop else frozenset()) for row in zip(*columns, strict=True)]
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
         import numpy as np

@@ -1,12 +1,8 @@
 """Whose Python runs a plug-in: the main one, or an environment with pins of its own in the user's cache.
 
-One file each; the file's name is the environment's. It has a one-line docstring (its help), `REQUIREMENTS` (pinned),
-`MEGABYTES` (about what it takes on the disk), and optionally `BUILDERS` (what is there only while it is built) and
+One file each; the file's name is the environment's. It has a one-line docstring (its help) and one function:
 
-    def check() -> None             raises MissingEnvironment when this machine lacks what building it takes
-    def build(folder, module) -> None  installs what is in `REQUIREMENTS` where `pip install` alone would not do
-
-`module("pip", *arguments, **variables)` runs a module in the new environment, which is at `folder`, with variables.
+    def builder() -> Builder        the pins for this machine, from a lock file beside it, and how they are installed
 """
 
 from __future__ import annotations
@@ -26,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 
 from peftopt import machine, plugins
+from peftopt.environments._builder import Builder
 from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
 from peftopt.records import Plugin
 
@@ -112,7 +109,7 @@ def known() -> list[Environment]:
 
 def versions() -> dict[str, Mapping[str, str]]:
     """By environment, the libraries that shape what is made in it: the main one's as installed, the others' pins."""
-    pinned = {name: dict(pin.split("==", 1) for pin in _source(name).REQUIREMENTS) for name in names()}
+    pinned = {name: _builder(name).versions() for name in names()}
     return {MAIN: machine.versions(), **pinned}
 
 
@@ -122,12 +119,12 @@ def install(name: str, force: bool, tell: Callable[[str], None]) -> Environment:
     One that is there already is kept unless `force`. Raises MissingEnvironment when this machine lacks something that
     the build takes, or with pip's last lines when pip fails.
     """
-    source = _source(name)
-    if hasattr(source, "check"):
-        source.check()
+    builder = _builder(name)
+    builder.check()
     with _locked(name):
-        if (found := _describe(name)).state == "ready" and not force:
-            return found
+        present = _describe(name)
+        if present.state == "ready" and not force:
+            return present
         temporary = root() / f".{name}.{os.getpid()}"
         try:
             tell("making the virtual environment")
@@ -136,11 +133,8 @@ def install(name: str, force: bool, tell: Callable[[str], None]) -> Environment:
             def module(*command: str, **variables: str) -> None:
                 _run([str(temporary / "bin" / "python"), "-m", *command], tell, variables)
 
-            if hasattr(source, "build"):
-                source.build(temporary, module)
-            else:
-                module("pip", "install", *source.REQUIREMENTS)
-            (temporary / PINS).write_text(json.dumps({"requirements": _pins(source)}, indent=1))
+            builder.build(builder, temporary, module)
+            (temporary / PINS).write_text(json.dumps({"requirements": builder.identity()}, indent=1))
             _readdress(temporary, root() / name)
             remove(name, missing_ok=True)
             temporary.rename(root() / name)
@@ -151,28 +145,33 @@ def install(name: str, force: bool, tell: Callable[[str], None]) -> Environment:
 
 def remove(name: str, missing_ok: bool = False) -> int:
     """Delete an environment; returns the bytes that are free again. Raises BadInput when it is not installed."""
-    found = _describe(name)
-    if found.state == "missing":
+    present = _describe(name)
+    if present.state == "missing":
         if missing_ok:
             return 0
         raise BadInput(f"environment {name} is not installed", "peftopt env list")
-    aside = found.path.with_name(f".{name}.{os.getpid()}.old")
-    found.path.rename(aside)  # gone for others at once, however long the deleting takes
+    aside = present.path.with_name(f".{name}.{os.getpid()}.old")
+    present.path.rename(aside)  # gone for others at once, however long the deleting takes
     shutil.rmtree(aside)
-    return found.size_bytes
+    return present.size_bytes
 
 
-def _source(name: str) -> ModuleType:
+def _module(name: str) -> ModuleType:
     if name not in names():
         raise BadInput(f"no environment named {name!r}", f"known: {', '.join(names())}")
     return importlib.import_module(f"peftopt.environments.{name}")
 
 
+def _builder(name: str) -> Builder:
+    builder: Builder = _module(name).builder()
+    return builder
+
+
 def _describe(name: str) -> Environment:
-    source, folder = _source(name), root() / name
-    help_ = (source.__doc__ or "").strip().splitlines()[0]
+    folder = root() / name
+    help_ = (_module(name).__doc__ or "").strip().splitlines()[0]
     if not (folder / "bin" / "python").exists():
-        return Environment(name, help_, "missing", source.MEGABYTES * 10**6, folder)
+        return Environment(name, help_, "missing", _builder(name).megabytes * 10**6, folder)
     return Environment(name, help_, "outdated" if _outdated(name) else "ready", _size(folder), folder)
 
 
@@ -181,11 +180,7 @@ def _outdated(name: str) -> bool:
     pins = root() / name / PINS
     if not pins.exists() or name not in names():
         return False
-    return bool(json.loads(pins.read_text())["requirements"] != _pins(_source(name)))
-
-
-def _pins(source: ModuleType) -> list[str]:
-    return [*source.REQUIREMENTS, *getattr(source, "BUILDERS", ())]
+    return bool(json.loads(pins.read_text())["requirements"] != _builder(name).identity())
 
 
 def _size(folder: Path) -> int:

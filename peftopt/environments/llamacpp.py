@@ -5,61 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peftopt.environments._builder import Builder, Module, locked
 from peftopt.errors import MissingEnvironment
 
 LIBRARY = "llama-cpp-python"
-
-REQUIREMENTS = (
-    "llama-cpp-python==0.3.36",
-    "annotated-doc==0.0.7",
-    "annotated-types==0.8.0",
-    "anyio==4.16.0",
-    "attrs==26.1.0",
-    "certifi==2026.10.18",
-    "click==8.5.1",
-    "diskcache==5.6.3",
-    "filelock==4.2.12",
-    "fsspec==2026.9.0",
-    "h11==0.16.0",
-    "hf-xet==1.8.0",
-    "httpcore==1.0.9",
-    "httpx==0.28.1",
-    "huggingface_hub==1.33.0",
-    "idna==3.20",
-    "Jinja2==3.1.6",
-    "jsonschema==4.26.0",
-    "jsonschema-specifications==2025.9.1",
-    "markdown-it-py==4.3.0",
-    "MarkupSafe==3.0.4",
-    "mdurl==0.1.2",
-    "numpy==2.4.6",
-    "packaging==26.3",
-    "psutil==7.2.2",
-    "pydantic==2.14.3",
-    "pydantic_core==2.50.4",
-    "Pygments==2.21.0",
-    "PyYAML==6.0.3",
-    "referencing==0.37.0",
-    "regex==2026.11.15",
-    "rich==15.0.0",
-    "rpds-py==2026.9.1",
-    "safetensors==0.8.0",
-    "shellingham==1.5.4",
-    "tokenizers==0.23.3",
-    "tqdm==4.70.1",
-    "transformers==5.17.0",
-    "typer==0.29.2",
-    "typing-inspection==0.4.5",
-    "typing_extensions==4.16.0",
-)
-"""All that it installs. transformers is there for its tokenizers and chat templates, without torch: the same token ids
-as in the other engines."""
-
-MEGABYTES = 350
 
 CMAKE = (
     "-DCMAKE_BUILD_TYPE=Release",
@@ -77,7 +29,7 @@ CMAKE = (
 five hundred of them per token. Its own threads spin within a token and end with it. No web page, which it would
 download, and no TLS: the server is for this machine."""
 
-BUILDERS = ("cmake==4.4.5", "ninja==1.13.2")
+TOOLS = ("cmake==4.4.5", "ninja==1.13.2")
 """What builds it, gone when it is built."""
 
 SERVER = "lib/llama-server"
@@ -102,7 +54,11 @@ def model_settings(library: Any) -> Any:
     return settings
 
 
-def check() -> None:
+def builder() -> Builder:
+    return Builder(locked("llamacpp"), megabytes=350, tools=TOOLS, check=_check, build=_build)
+
+
+def _check() -> None:
     """It is compiled here, which takes a C++ compiler; cmake and ninja come from pip."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if name):
         raise MissingEnvironment(
@@ -112,11 +68,11 @@ def check() -> None:
         )
 
 
-def build(folder: Path, module: Callable[..., None]) -> None:
+def _build(own: Builder, folder: Path, module: Module) -> None:
     """Download the library's sources, and make of them what is needed: the converters that belong to this version,
     llama.cpp's libraries and server, and the Python package on those."""
     sources = folder / "sources"
-    library, *others = REQUIREMENTS
+    library = own.pin(LIBRARY)
     module("pip", "download", "--no-deps", "--no-binary", LIBRARY, "--dest", str(sources), library)
     (archive,) = sources.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
@@ -125,16 +81,20 @@ def build(folder: Path, module: Callable[..., None]) -> None:
     for kept in KEPT:
         target = folder / CONVERTERS / kept
         (shutil.copytree if kept.endswith("/") else shutil.copy)(inside / kept, _with_parent(target))
-    module("pip", "install", *BUILDERS)
-    made, own = sources / "made", os.environ.get("CMAKE_ARGS", "").split()
+
+    module("pip", "install", *own.tools)
+    built = sources / "made"
+    arguments = os.environ.get("CMAKE_ARGS", "").split()
     ninja = f"-DCMAKE_MAKE_PROGRAM={folder / 'bin' / 'ninja'}"
-    module("cmake", "-S", str(inside), "-B", str(made), "-G", "Ninja", ninja, *CMAKE, *own)
-    module("cmake", "--build", str(made), "--target", "llama-server")
+    module("cmake", "-S", str(inside), "-B", str(built), "-G", "Ninja", ninja, *CMAKE, *arguments)
+    module("cmake", "--build", str(built), "--target", "llama-server")
+
+    others = [pin for pin in own.pins if pin != library]
     module("pip", "install", str(archive), *others, CMAKE_ARGS="-DLLAMA_BUILD=OFF")
     (package,) = folder.glob("lib/python*/site-packages/llama_cpp")
-    for file in (*made.glob("bin/*.so*"), *made.glob("bin/*.dylib"), made / "bin" / "llama-server"):
+    for file in (*built.glob("bin/*.so*"), *built.glob("bin/*.dylib"), built / "bin" / "llama-server"):
         shutil.copy2(file, _with_parent(package / "lib" / file.name), follow_symlinks=False)
-    module("pip", "uninstall", "--yes", *(pin.partition("==")[0] for pin in BUILDERS))
+    module("pip", "uninstall", "--yes", *(pin.partition("==")[0] for pin in own.tools))
     shutil.rmtree(sources)
 
 

@@ -139,20 +139,22 @@ class Client:
                 f"no server at {url}{through}: {_named(error)}", "start it, or check the address"
             ) from error
         if answer.status_code == 401:
-            raise BadInput(f"{url} refuses the API key (HTTP 401)", "name its variable: api_key_env")
+            raise BadInput(
+                f"{url} refuses the API key (HTTP 401)", "name the environment variable that holds it: api_key_env"
+            )
         if answer.status_code == 404 and self.target.protocol == "tgi":
             return []
         if answer.is_redirect:
             return BadInput(f"{address} redirects to {_to(answer)}", "give the server's own address")
         if answer.status_code != 200:
             why = f"HTTP {answer.status_code}: {_said(answer.text)}"
-            hint = "name what it serves: --model, or model: in a recipe; or check the URL, which is one without /v1"
+            hint = "name what it serves (--model, or model: in a recipe), or check the URL, which has no /v1"
             return BadInput(f"{address} lists no models: {why}", hint)
         try:
             return _models(answer.json())
         except jsonl.BROKEN as error:
             hint = "give the URL without /v1, of an OpenAI-compatible server; or name another protocol"
-            return BadInput(f"{address} is no list of models: {_named(error)}", hint)
+            return BadInput(f"the answer of {address} is not a list of models: {_named(error)}", hint)
 
     async def served(self, names: Sequence[str]) -> list[str]:
         """The names to send requests to: `names`, or else the only one that is served.
@@ -186,7 +188,7 @@ class Client:
         if reply.error:
             hint = f"it serves: {', '.join(known[:20])}"
             raise BadInput(f"{self.target.url} serves no {name!r}: {reply.error}", hint)
-        self.notes.append(f"the server does not list {name!r}, but answers to it: an alias?")
+        self.notes.append(f"the server does not list {name!r}, but answers to it: it may be an alias")
 
     async def metrics(self) -> str:
         """The engine's Prometheus metrics as text; "" where it has none."""
@@ -362,19 +364,21 @@ def checked(target: Target) -> Target:
     if target.protocol not in protocols.NAMES:
         raise BadInput(f"no protocol named {target.protocol!r}", f"known: {', '.join(protocols.NAMES)}")
     if not target.url.startswith(("http://", "https://")):
-        raise BadInput(f"{target.url!r} is no URL of a server", "give it like http://localhost:8000")
+        raise BadInput(f"{target.url!r} is not the URL of a server", "write it as in http://localhost:8000")
     if "@" in target.url.split("/")[2]:
-        raise BadInput("the URL holds a password", "take it out, and name the variable of an API key: api_key_env")
+        raise BadInput(
+            "the URL holds a password", "remove it, and name the environment variable of an API key: api_key_env"
+        )
     if target.url.rstrip("/").endswith("/v1"):
-        raise BadInput(f"{target.url} ends in /v1", "give it without: the protocol knows its path")
+        raise BadInput(f"{target.url} ends in /v1", "write the URL without /v1: the protocol adds the path")
     if not target.timeout_s > 0:
-        raise BadInput(f"timeout_s: {target.timeout_s} is no time", "give seconds, more than 0")
+        raise BadInput(f"the timeout must be more than 0 s, not {target.timeout_s:g}", "leave it out for 120 s")
     try:
         whole = httpx.URL(target.url)
     except httpx.InvalidURL as error:
-        raise BadInput(f"{target.url!r} is no URL: {error}", "give it like http://localhost:8000") from error
+        raise BadInput(f"{target.url!r} is not a URL: {error}", "write it as in http://localhost:8000") from error
     if not whole.host:
-        raise BadInput(f"{target.url!r} names no server", "give it like http://localhost:8000")
+        raise BadInput(f"{target.url!r} names no server", "write it as in http://localhost:8000")
     return replace(target, url=target.url.rstrip("/"))
 
 
@@ -382,9 +386,11 @@ def _key(variable: str) -> str:
     try:
         key = os.environ[variable].strip()
     except KeyError:
-        raise BadInput(f"the environment has no {variable}", f"export {variable}=…, then run this again") from None
+        raise BadInput(
+            f"the environment variable {variable} is not set", f"export {variable}=…, then run this again"
+        ) from None
     if not (key.isascii() and key.isprintable()):
-        raise BadInput(f"{variable} holds what no API key can", "export the key alone, in one line")
+        raise BadInput(f"the value of {variable} is not an API key", "export the key alone, in one line")
     return key
 
 

@@ -13,7 +13,7 @@ from peftopt.loadtest import protocols
 from peftopt.records import Json
 
 MOST_BYTES = 1 << 20
-"""A single message longer than this is no message."""
+"""A message longer than this is an error."""
 
 DONE: Final = object()
 """What stands for OpenAI's closing message, [DONE]."""
@@ -31,10 +31,12 @@ def begin(start: bytes) -> bool:
     return line.startswith((b":", *(field + b":" for field in _FIELDS)))
 
 
-async def messages(pieces: AsyncIterator[tuple[int, bytes]]) -> AsyncIterator[tuple[int, Json]]:
+async def messages(  # noqa: C901 (a branch for each field of an event)
+    pieces: AsyncIterator[tuple[int, bytes]],
+) -> AsyncIterator[tuple[int, Json]]:
     """(time, parsed JSON or DONE) of each event that brings one; comments, pings and empty ones are skipped.
 
-    Raises ValueError for what is no stream of events.
+    Raises ValueError for what is not a stream of events.
     """
     data: list[bytes] = []
     name = b""
@@ -47,7 +49,7 @@ async def messages(pieces: AsyncIterator[tuple[int, bytes]]) -> AsyncIterator[tu
             data, name = [], b""
         elif field == b"event":
             name = value
-        elif field == b"error":  # llama.cpp's, which is no field of the standard
+        elif field == b"error":  # llama.cpp's, which is not in the standard
             yield now, {"error": _error(value)}
         elif field == b"data":
             if name == b"ping" or not value or value.startswith(b":"):
@@ -121,4 +123,4 @@ def _stray(line: bytes) -> Json:
         found = None
     if protocols.error_of(found):
         return found
-    raise ValueError(f"{line[:80]!r} is no server-sent event")
+    raise ValueError(f"{line[:80]!r} is not a server-sent event")

@@ -36,7 +36,7 @@ _LINE = re.compile(r"([A-Za-z_:][A-Za-z0-9_:]*)(?:\{.*\})?\s+(\S+)(?:\s+\S+)?")
 
 
 def totals(text: str) -> dict[str, float]:
-    """Metric name -> its value, summed over its label sets (data-parallel engines); what is no number is left out.
+    """Metric name -> its value, summed over its label sets (data-parallel engines); what is not a number is left out.
 
     Source: prometheus.io/docs/instrumenting/exposition_formats, the text form.
     """

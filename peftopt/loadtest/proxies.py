@@ -59,11 +59,13 @@ def connection(url: str, via: Proxy | None, environ: Mapping[str, str]) -> dict[
             raise BadInput(f"{via.name} names a proxy of an unknown kind, {via.scheme}://", hint)
         if via.scheme in SOCKS and not importlib.util.find_spec("socksio"):
             hint = f"pip install 'httpx[socks]', {around}"
-            raise MissingEnvironment(f"{via.name} names a SOCKS proxy, which takes the package socksio", hint)
+            raise MissingEnvironment(f"{via.name} names a SOCKS proxy, which needs the package socksio", hint)
         try:
             settings["proxy"] = httpx.Proxy(via.url)
         except (ValueError, httpx.InvalidURL) as error:
-            raise BadInput(f"{via.name} is no URL of a proxy", f"write it like http://host:3128, {around}") from error
+            raise BadInput(
+                f"{via.name} is not the URL of a proxy", f"write it as in http://host:3128, {around}"
+            ) from error
     if url.startswith("https:") or (via and via.scheme == "https"):
         try:
             settings["verify"] = httpx.create_ssl_context()

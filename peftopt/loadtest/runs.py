@@ -1,6 +1,6 @@
 """Load a server: what to send and when, alone, up to the highest rate that holds a level, or to an adapter too many.
 
-    traffic -> player -> requests -> goodput (what came back)
+    traffic -> sender -> requests -> summary (what came back)
 
 What a load found is a record like any other: `append` and `keep` put it where `decide` reads it.
 """
@@ -50,7 +50,7 @@ class Traffic:
         """Raises BadInput for traffic that cannot be."""
         for name, value, known in (("arrivals", self.arrivals, arrivals.ARRIVALS), ("mix", self.mix, arrivals.MIXES)):
             if value not in known:
-                raise BadInput(f"--{name} {value}: no such kind", f"known: {', '.join(known)}")
+                raise BadInput(f"--{name} {value} is not known", f"known: {', '.join(known)}")
         numbers = {
             "rate": rate,
             "burstiness": self.burstiness,
@@ -63,7 +63,10 @@ class Traffic:
         if any(not w > 0 for w in self.weights.values()):
             raise BadInput("a weight of --model must be more than 0", "write --model NAME=2")
         if lacking := [t.id for t in self.trace if t.id and t.id not in self.prompts]:
-            raise BadInput(f"the trace names the prompt {lacking[0]!r}, which no prompt has", "give its --prompts")
+            raise BadInput(
+                f"the trace names the prompt {lacking[0]!r}, which is not in the prompts",
+                "give its file with --prompts",
+            )
         if not self.prompts and not self.trace:
             raise BadInput("no prompts to send", "add --prompts FILE.jsonl, or a --trace with prompt_tokens")
 
@@ -165,7 +168,7 @@ def find_rate(
 
 def find_cliff(target: Target, traffic_: Traffic, rate: float, show: Show, tell: Callable[[Played], None]) -> Loaded:
     """The same load on the first served name alone, on two of them, and so on: where users begin to wait, the engine
-    has fewer slots than adapters (see goodput.cliff). `tell` hears of each run. Raises as `run` does."""
+    has fewer slots than adapters (see summary.cliff). `tell` hears of each run. Raises as `run` does."""
 
     async def session() -> Loaded:
         async with Client(target) as client:
@@ -196,26 +199,26 @@ async def _ready(client: Client, traffic_: Traffic) -> tuple[list[str], list[Req
 
 async def _play(client: Client, traffic_: Traffic, planned: Sequence[Planned], show: Show, patient: bool) -> Played:
     burstiness = traffic_.burstiness if traffic_.arrivals == "gamma" else 1.0
-    # a trace comes as it came: its own bursts are no saturation
+    # a trace is replayed as it was recorded: its own bursts are not saturation
     patient = patient or bool(traffic_.trace)
     return await play(client, planned, traffic_.fixed, traffic_.concurrency, burstiness, show, patient)
 
 
 def _notes(client: Client, traffic_: Traffic, played: Played) -> list[str]:
-    """What a reader of the figures must know, worst first."""
+    """What a reader of the metrics must know, worst first."""
     notes = []
     if played.stopped:
         notes.append(f"stopped: {played.stopped}; {played.unsent} requests were not sent")
     if client.guessed:
         notes.append(
-            f"the server told no usage with {counted(client.guessed, 'answer')}: messages were counted instead of "
-            "tokens, and where one brings several, tokens/s and TPOT are wrong by as much"
+            f"the server sent no usage with {counted(client.guessed, 'answer')}: messages were counted instead "
+            "of tokens. Where a message holds several tokens, tokens/s and TPOT are wrong by that factor"
         )
     notes += client.notes
     delay = summary.own_delay(played.requests, played.lag_ms)
     if delay["matters"]:
         notes.append(
-            f"the load generator itself was late, enough to matter (P95 {delay['p95_ms']:.1f} ms to send, "
+            f"the load generator was late, enough to matter (P95 {delay['p95_ms']:.1f} ms to send, "
             f"{delay['loop_p95_ms']:.1f} ms to wake up): run it on a machine of its own, or at a lower rate"
         )
     answered = [r for r in played.requests if not r.error]
@@ -223,10 +226,10 @@ def _notes(client: Client, traffic_: Traffic, played: Played) -> list[str]:
     short = sum(r.new_tokens < wanted for r in answered) if not traffic_.trace else 0
     if traffic_.fixed and short and not client.guessed:
         refused = f"the server refuses ignore_eos: {client.refused}"
-        why = "the server knows no ignore_eos" if client.extensions else refused
+        why = "the server does not know ignore_eos" if client.extensions else refused
         notes.append(f"{short} of {len(answered)} answers are shorter than {wanted} tokens ({why}): lengths differ")
     if not client.protocol.STREAMS:
-        notes.append(f"{client.target.protocol} does not stream: no time to first token, none between tokens")
+        notes.append(f"{client.target.protocol} does not stream: TTFT and ITL are not known")
     return notes
 
 
@@ -245,7 +248,7 @@ def read_trace(trace: Path | None) -> tuple[Traced, ...]:
     except OSError as error:
         raise BadInput(f"cannot read {trace}: {error.strerror}", "check the path") from error
     except ValueError as error:
-        raise BadInput(f"{trace}: {error}", 'a line looks like {"offset_s": 1.25, "id": "row-7"}') from error
+        raise BadInput(f"{trace}: {error}", 'write lines such as {"offset_s": 1.25, "id": "row-7"}') from error
     if trace and not traced:
         raise BadInput(f"{trace} holds no requests", "add at least one JSON line")
     return tuple(traced)
@@ -270,8 +273,8 @@ def outcome(loaded: Loaded, slos: Sequence[Slo], searched: bool) -> int:
 
 
 def append(path: Path, variant: str, values: Mapping[str, Json], workload: str = "") -> None:
-    """Add a run to a file of measurements, on disk before this returns: the raw requests, and no figures, which are
-    made of them."""
+    """Add a run to a file of measurements, on disk before this returns: the raw requests, and no metrics, which are
+    computed from them."""
     made = ("figures", "by_model", "adapters", "queues_ms", "cliff")
     kept = {key: value for key, value in values.items() if key not in made}
     kept["trials"] = [{key: trial[key] for key in ("rate", "held", "stopped")} for trial in values["trials"]]
@@ -279,7 +282,7 @@ def append(path: Path, variant: str, values: Mapping[str, Json], workload: str =
 
 
 def keep(path: Path | None, found: Found, variant: str, workload: str = "") -> Measurement:
-    """Another meter's run as a record, added to a file of measurements where one is given."""
+    """Another tool's run as a record, added to a file of measurements where one is given."""
     record = found.measurement(variant, utc(time.time()), workload)
     if path:
         _append(path, record)
@@ -294,7 +297,7 @@ def _append(path: Path, record: Measurement) -> None:
 
 
 def as_json(loaded: Loaded, slos: Sequence[Slo]) -> dict[str, Json]:
-    """A run's figures, its raw requests, the warm-ups first, and when it `started` (ISO 8601, UTC)."""
+    """A run's metrics, its raw requests, the warm-ups first, and when it `started` (ISO 8601, UTC)."""
     played, whole = loaded.played, [*loaded.warmed, *loaded.played.requests]
     return {
         "started": played.started,

@@ -1,4 +1,4 @@
-"""What came back from a load: figures, service levels, saturation, and the search for the highest rate. Pure.
+"""What came back from a load: metrics, service levels, saturation, and the search for the highest rate. Pure.
 
 Latency counts from the *scheduled* time: what a late sender or a full queue costs is in it. A request that failed is
 a request whose latency has no end; it stands in every quantile and against every service level.
@@ -107,7 +107,7 @@ def slo(text: str) -> Slo:
     """The service level in "ttft <= 500 ms". Raises ValueError that says how to write one."""
     match = re.fullmatch(r"\s*([a-z0-9.]+)\s*(?:<=|≤|<)\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([a-zµ]+)\s*", text)
     if not match or match[1] not in LEVELS or match[3] not in UNITS["ms"]:
-        raise ValueError(f"{text!r} is no service level; write one like ttft <= 500 ms, of {', '.join(LEVELS)}")
+        raise ValueError(f"{text!r} is not a service level: write one such as 'ttft <= 500 ms', of {', '.join(LEVELS)}")
     limit = float(match[2]) * float(UNITS["ms"][match[3]])
     if not 0 < limit < math.inf:
         raise ValueError(f"{text!r}: the limit must be more than 0")
@@ -139,14 +139,14 @@ def _value(request: Request, metric: str) -> float | None:
             return request.request_duration_ms
 
 
-# ---- figures -----------------------------------------------------------------------------------
+# ---- metrics -----------------------------------------------------------------------------------
 
 
 def figures(requests: Sequence[Request], slos: Sequence[Slo] = ()) -> dict[str, Json]:
     """Counts, rates and latencies of a run's requests, warm-ups left out.
 
-    Quantiles are over all requests that could have the figure, failed ones at infinity, with exact intervals; means
-    over the answered, for comparison with meters that report them. Gaps are pooled, so theirs has no interval.
+    Quantiles are over all requests that could have the metric, failed ones at infinity, with exact intervals; means
+    over the answered, for comparison with tools that report them. Gaps are pooled, so theirs has no interval.
     """
     timed = [r for r in requests if not r.warmup]
     answered = [r for r in timed if not r.error]
@@ -185,7 +185,7 @@ def figures(requests: Sequence[Request], slos: Sequence[Slo] = ()) -> dict[str, 
 
 
 def by_model(requests: Sequence[Request], slos: Sequence[Slo] = ()) -> dict[str, dict[str, Json]]:
-    """Figures of each served name apart, with its first, cold request's TTFT under "cold_ttft_ms"."""
+    """Metrics of each served name apart, with its first, cold request's TTFT under "cold_ttft_ms"."""
     found = {}
     for model in dict.fromkeys(r.model for r in requests):
         own = [r for r in requests if r.model == model]
@@ -214,7 +214,7 @@ MATTERS = 0.05
 def own_delay(requests: Sequence[Request], lag_ms: Sequence[float] = ()) -> dict[str, Json]:
     """How late the sender itself was, in ms: `sent` after `scheduled`, and how late its loop woke up (`lag_ms`).
 
-    `matters` says that the figures are partly the sender's own: fewer requests a second, or a machine of its own.
+    `matters` says that the metrics are partly the sender's own: fewer requests a second, or a machine of its own.
     """
     timed = [r for r in requests if not r.warmup]
     late = sorted(r.queue_time_ms for r in timed)

@@ -42,7 +42,7 @@ ANSWERS, NEW_TOKENS = 4, 12
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was checked: `detail` is a sentence with its figures, `values` the figures themselves."""
+    """One thing that was checked: `detail` is a sentence with its numbers, `values` the numbers themselves."""
 
     name: str
     passed: bool

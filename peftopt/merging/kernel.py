@@ -129,7 +129,8 @@ def _nearest(context: Any, value: Any, like: Any) -> Any:
 
 
 @_compiled
-def add_rounded(before, b, a, exact_a, slack, after, tile):  # type: ignore[no-untyped-def]
+# One function: a part in a function of its own is not compiled to the same instructions.
+def add_rounded(before, b, a, exact_a, slack, after, tile):  # type: ignore[no-untyped-def]  # noqa: C901
     """after = before + b @ a, rounded to the nearest. before and after are [rows, in], b [rows, r] and a [r, in], r a
     multiple of RANKS; `tile` is room for TILE fp32 numbers.
 

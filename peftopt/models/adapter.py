@@ -59,7 +59,7 @@ class Adapter:
 
 
 def download_hint(folder: Path) -> str:
-    """What to do for a path that is no folder and looks like a name on the hub, such as org/model; "" for others."""
+    """What to do for a path that is not a folder and looks like a name on the hub, such as org/model; "" for others."""
     parts = folder.parts
     if len(parts) == 2 and not folder.is_absolute() and not Path(parts[0]).exists() and parts[0] not in (".", ".."):
         return f"if it is a name on the hub, download it first: hf download {folder} --local-dir {parts[1]}"
@@ -108,14 +108,14 @@ def _check_experts(adapter: Adapter, modules: Iterable[str], base: Mapping[str, 
 
 
 def open_adapter(folder: Path, weight: float = 1.0) -> Adapter:
-    """Read the config and the headers. Raises BadInput for what is no adapter, a pickle, or a link to elsewhere."""
+    """Read the config and the headers. Raises BadInput for what is not an adapter, a pickle, or a link to elsewhere."""
     if not folder.is_dir():
         raise BadInput(f"no adapter folder at {folder}", download_hint(folder) or f"name a folder with {CONFIG}")
     if not (folder / CONFIG).is_file():
         hint = "give the folder that PEFT saved"
         if below := sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}")):
             hint = f"give one of those inside it: {', '.join(below)}"
-        raise BadInput(f"{folder} is no adapter: it has no {CONFIG}", hint)
+        raise BadInput(f"{folder} is not an adapter: it has no {CONFIG}", hint)
     config = _config(folder / CONFIG)
     file = folder / WEIGHTS
     if not file.is_file():
@@ -165,12 +165,12 @@ NUMBERS = ("r", "lora_alpha")
 
 
 def _check_config(folder: Path, config: Mapping[str, Json]) -> None:
-    """Raises BadInput for a type that is not written as PEFT writes it, and for ranks or scales that are no numbers."""
+    """Raises BadInput for a type that PEFT does not write so, and for ranks or scales that are not numbers."""
     kind = config.get("peft_type")
     if not isinstance(kind, str) or not re.fullmatch(r"[A-Z0-9_]+", kind):
         name = str(kind or "").rpartition(".")[2].upper()
         hint = f'write "peft_type": "{name or "LORA"}", as PEFT does'
-        raise BadInput(f"{folder / CONFIG}: peft_type is {json.dumps(kind)}, which is no type of PEFT's", hint)
+        raise BadInput(f"{folder / CONFIG}: peft_type is {json.dumps(kind)}, which is not a type of PEFT's", hint)
     if kind != "LORA":
         return
     values = {name: config[name] for name in NUMBERS if name in config}
@@ -195,9 +195,7 @@ def _check_tensors(adapter: Adapter) -> None:
     """Raises BadInput for a file without tensors, for empty ones, and for names of a wrapped model."""
     entries = adapter.weights.entries
     if not entries:
-        raise BadInput(
-            f"adapter {adapter.folder} holds no tensor at all", "save it again from the process that has them"
-        )
+        raise BadInput(f"adapter {adapter.folder} holds no tensors", "save it again from the process that has them")
     if empty := [name for name, entry in entries.items() if not entry.items]:
         raise BadInput(
             f"adapter {adapter.folder}: {empty[0]} is empty, as are {len(empty) - 1} more"

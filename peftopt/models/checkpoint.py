@@ -94,7 +94,7 @@ def _entry(name: str, value: Mapping[str, Json], file: Path, data: int) -> Entry
     if value["dtype"] not in ITEM_BYTES:
         raise ValueError(f"{name} has the unknown dtype {value['dtype']!r}")
     if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)):
-        raise ValueError(f"{name} has a shape or offsets that are no counts")
+        raise ValueError(f"{name} has a shape or offsets that are not counts")
     entry = Entry(name, value["dtype"], shape, file, data + begin)
     if entry.nbytes != end - begin:
         raise ValueError(f"{name} has {end - begin} bytes where its shape needs {entry.nbytes}")
@@ -189,7 +189,7 @@ def model_files(folder: Path) -> list[Path]:
 
     Others, such as a consolidated copy beside the shards, are not part of the model. Raises BadInput when the
     index names a file that is missing, when there are both, when an adapter's config lies there too, or when there
-    is no safetensors file.
+    is not a safetensors file.
     """
     if (folder / ADAPTER).is_file():
         raise BadInput(
@@ -201,7 +201,7 @@ def model_files(folder: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadInput(f"{index} is no index of shards: {error}", "copy or download it again") from error
+            raise BadInput(f"{index} is not an index of shards: {error}", "copy or download it again") from error
         lacking = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
         if (folder / SINGLE).is_file() and SINGLE not in names:
             if lacking:  # transformers would load the single file, unless the index was the right one

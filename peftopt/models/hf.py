@@ -161,7 +161,7 @@ def kept_in_fp32(settings: Any, dtype: str, names: Iterable[str]) -> set[str]:
 
 @contextlib.contextmanager
 def building(folder: str) -> Iterator[None]:
-    """Raises BadInput for a config of which PyTorch can make no layer, such as padding that is no token."""
+    """Raises BadInput for a config of which PyTorch can make no layer, such as padding that is not a token."""
     try:
         yield
     except AssertionError as error:
@@ -244,7 +244,7 @@ def attach(model: Any, adapter: str, name: str = "default", keep_dtype: bool = F
             model = PeftModel.from_pretrained(model, adapter, name, autocast_adapter_dtype=not keep_dtype)
     check_keys(model, adapter, name, weights)
     if keep_dtype:
-        # PEFT takes the dtype from the base layer's weight, which for a packed 4-bit layer is no float type at all.
+        # PEFT takes the dtype from the base layer's weight, which for a packed 4-bit layer is not a float type.
         for parameter_name, parameter in model.named_parameters():
             if f".{name}." in parameter_name and parameter.is_floating_point():
                 parameter.data = parameter.data.to(model.dtype)
@@ -285,7 +285,7 @@ def adapter_config(adapter: str) -> Any:
     from peft import PeftConfig
 
     if not (Path(adapter) / CONFIG).is_file():
-        raise BadInput(f"{adapter} is no adapter: it has no {CONFIG}", "point at a folder that PEFT saved")
+        raise BadInput(f"{adapter} is not an adapter: it has no {CONFIG}", "point at a folder that PEFT saved")
     try:
         return PeftConfig.from_pretrained(adapter)
     except (ValueError, TypeError, KeyError) as error:

@@ -53,7 +53,7 @@ from peftopt.records import (
 from peftopt.stats import LOOKS
 
 _JUDGED_ON_ANSWERS = ("ratio", "share", "nats")
-"""The units of the figures that need a `quality` section."""
+"""The units of the metrics that need a `quality` section."""
 
 DEFAULT_ENGINE, DEFAULT_BASELINE = "eager", "adapter"
 
@@ -143,7 +143,7 @@ def _pattern(node: yaml.Node, at: str) -> str:
     try:
         re.compile(text := text_of(node))
     except re.error as error:
-        raise Wrong(f"is no regular expression: {error}", "see Python's re") from error
+        raise Wrong(f"is not a regular expression: {error}", "the syntax is that of Python's module re") from error
     return text
 
 
@@ -259,7 +259,7 @@ class _Reading(Reading):
             policies = tuple(step for step in steps if step.kind == "policy")
             steps = [step for step in steps if step.kind != "policy"]
             if any(step.kind == "engine" for step in steps[:-1]):
-                self.note(at, "has steps after its engine", "one {engine: …}, at the end of the transforms")
+                self.note(at, "has steps after its engine", "write one {engine: …}, after the transforms")
             if len(self.problems) > before:
                 raise Wrong
             if not steps or steps[-1].kind != "engine":
@@ -309,12 +309,14 @@ class _Reading(Reading):
         if text_of(node) == "default":
             return {}
         if self.read is None:
-            raise Wrong("must be default or a mapping", "a file cannot be read here")
+            raise Wrong("must be default or a mapping", "a file of limits cannot name another file")
         path = self.file(node, at)
         try:
             return self.table(self.read(path), path)
         except (OSError, UnicodeError) as error:
-            raise Wrong(f"cannot read {path}: {error}", "default, a mapping, or a YAML file") from error
+            raise Wrong(
+                f"cannot read {path}: {error}", "write default, a mapping, or the path of a YAML file"
+            ) from error
 
     def table(self, text: str, path: str) -> Rows:
         """The rows of another file; its mistakes are noted where the recipe names it."""
@@ -347,7 +349,11 @@ class _Reading(Reading):
         if variants and baseline and baseline not in variants:
             self.note(at, f"no variant named {show(baseline)} as baseline", nearest(baseline, variants))
         if (variant := variants.get(baseline)) and (variant.steps or variant.policies):
-            self.note(at, f"{baseline} has transforms", "name the adapter as it is served today: []")
+            self.note(
+                at,
+                f"the baseline {baseline} has transforms or policies",
+                "the baseline is the adapter as it is served today: write []",
+            )
         whole = [variant for variant in variants.values() if variant]
         first: dict[str, str] = {}
         for variant in whole:
@@ -381,30 +387,42 @@ class _Reading(Reading):
             at = f"workloads.{workload.name}"
             if not workload.loaded:
                 if f"{at}.requests" in self.lines:
-                    self.note(at, "requests are those of a load", "add users or rate, or write measure: {requests: …}")
+                    self.note(at, "requests is only for a load", "add users or rate, or write measure: {requests: …}")
                 continue
             if workload.users and workload.rate:
-                self.note(at, "users and a rate exclude one another", "users ask when answered; a rate comes anyway")
+                self.note(
+                    at,
+                    "has users and a rate: a load has one of them",
+                    "keep users for a closed loop, or rate for an open one",
+                )
             if workload.batch > 1:
-                self.note(at, "under load the server makes its batches itself", f"users: {workload.batch}, no batch")
+                self.note(
+                    at,
+                    "has a batch under load, where the server makes the batches",
+                    f"write users: {workload.batch} and remove batch",
+                )
             variants = filter(None, (found.get("variants") or {}).values())
             if unserved := [v.name for v in variants if not self.catalogue[v.engine.plugin].serves]:
                 servers = " or ".join(p.name for p in self.catalogue.values() if p.serves)
                 hint = f"give every variant an engine that serves ({servers}), or leave users and rate out"
-                self.note(at, f"no load can be sent to {', '.join(unserved)}: not a server", hint)
+                self.note(at, f"a load needs servers, and the engine of {', '.join(unserved)} is not one", hint)
 
     def check_metrics(self, found: Mapping[str, Any]) -> None:
         minimize, known = found.get("minimize"), found.get("workloads")
         limits = [limit and limit.metric for limit in found["require"] or ()]
         if minimize and not (minimize.workload and known_metric(minimize).better == "lower"):
-            self.note("minimize", f"{minimize.name} cannot be raced", "a time such as latency.p50@chat")
+            self.note("minimize", f"{minimize.name} is not a time of a workload", "write one, such as latency.p50@chat")
         for at, metric in [("minimize", minimize), *((f"require[{n}]", m) for n, m in enumerate(limits, 1))]:
             if metric and metric.workload and known and metric.workload not in known:
                 self.note(at, f"no workload named {show(metric.workload)}", nearest(metric.workload, known))
             workload = (known or {}).get(metric.workload) if metric else None
             if metric and metric.name == "throughput" and workload and workload.lengths == "natural":
-                self.note(at, "throughput needs answers of one length: a longer one would win", "lengths: fixed")
+                self.note(
+                    at,
+                    "throughput compares only answers of one length",
+                    f"write lengths: fixed in the workload {metric.workload}",
+                )
             if metric and known_metric(metric).unit in _JUDGED_ON_ANSWERS and not self.lines.get("quality"):
-                self.note(at, f"{metric.name} is measured on checked answers", "add quality: {prompts: …}")
+                self.note(at, f"{metric.name} needs checked answers", "add quality: {prompts: …}")
             elif metric and metric.name.startswith(TASK) and found.get("quality"):
                 self.check_task(metric.name, found["quality"].tasks, at)

@@ -32,7 +32,7 @@ def plan(recipe: Recipe, sources: Mapping[str, str], versions: Mapping[str, Mapp
 
 
 def elsewhere(recipe: Recipe) -> Plan:
-    """The plan of a recipe whose variants were all measured by other meters: nothing is known of what they are made of,
+    """The plan of a recipe whose variants were all measured by other tools: nothing is known of what they are made of,
     so artifacts are named by their chains alone."""
     return plan(recipe, dict.fromkeys(("base", "adapter", "calibration"), ""), {})
 
@@ -63,7 +63,7 @@ def rejudged(plan: Plan, recipe: Recipe) -> Plan:
 
 
 def changes(old: Recipe, new: Recipe) -> list[str]:
-    """Which thresholds differ, in words: a limit that was chosen after the figures were seen is no test of them."""
+    """Which thresholds differ, in words: a limit that was chosen after the values were known does not test them."""
     limits = [{f"{r.technique}.{r.name}": r.limit for r in recipe.rules} for recipe in (old, new)]
     found = [
         f"{name} {_shown(limits[0].get(name))} -> {_shown(limits[1].get(name))}"

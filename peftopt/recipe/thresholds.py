@@ -49,7 +49,7 @@ def parse_metric(text: str) -> Metric:
     if found.per_workload and not workload:
         raise BadThreshold(f"{name} needs a workload", f"write {name}@ and the name of a workload")
     if at and not found.per_workload:
-        raise BadThreshold(f"{name} is a figure of the whole variant, not of a workload", f"write {name}")
+        raise BadThreshold(f"{name} is a metric of the whole variant, not of a workload", f"write {name}")
     if workload and not NAME.fullmatch(workload):
         raise BadThreshold(f"no workload can be named {_show(workload)}", "use letters, digits, - and _")
     return Metric(name, workload)
@@ -67,9 +67,9 @@ def parse(text: str) -> Threshold:
     spec = known(metric)
     if spec.better == ("higher" if op in ("<=", "<") else "lower"):
         hint = f"write {metric} {_FLIPPED[op]} {amount}"
-        raise BadThreshold(f"{spec.better} {metric.name} is better, so {op} would demand a bad one", hint)
+        raise BadThreshold(f"a {spec.better} {metric.name} is better, so {op} would require a bad one", hint)
     if (op, limit) == ("<", 0) or (op, limit, spec.unit, relative) == (">", 1, "share", False):
-        raise BadThreshold(f"nothing can have {metric} {op} {amount}", f"write {op}= instead of {op}")
+        raise BadThreshold(f"no variant can have {metric} {op} {amount}", f"write {op}= instead of {op}")
     return Threshold(metric, op, limit, relative, text)
 
 
@@ -85,10 +85,10 @@ def _limit(metric: Metric, text: str) -> tuple[float, bool]:
         hint += f", or {op} {share} to compare with the baseline"
     match = _NUMBER.fullmatch(text)
     if not match:
-        raise BadThreshold(f"{_show(text)} is no limit: it must be a number, 0 or more, and its unit", hint)
+        raise BadThreshold(f"{_show(text)} is not a limit: write a number, 0 or more, and its unit", hint)
     relative = match[2] in ("x", "X", "×")
     if relative and spec.compared:
-        raise BadThreshold(f"{metric.name} already compares with the baseline, so x means nothing here", hint)
+        raise BadThreshold(f"{metric.name} already compares with the baseline, so its limit does not end in x", hint)
     if not relative and match[2] not in UNITS[spec.unit]:
         raise BadThreshold(_wrong_unit(metric, match[2]), hint)
     limit = float(Decimal(match[1]) * Decimal("1" if relative else UNITS[spec.unit][match[2]]))
@@ -109,7 +109,7 @@ def _wrong_unit(metric: Metric, unit: str) -> str:
     if not unit:
         return f"the limit has no unit: {allowed}"
     elsewhere = any(unit in units for units in UNITS.values())
-    return f"{_show(unit)} is {'the wrong kind of' if elsewhere else 'no known'} unit: {allowed}"
+    return f"{_show(unit)} is {'a unit of other metrics' if elsewhere else 'not a known unit'}: {allowed}"
 
 
 def _nearest(name: str) -> str:

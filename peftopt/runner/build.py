@@ -15,7 +15,7 @@ from peftopt.errors import WorkerFailed
 from peftopt.models import provenance
 from peftopt.models.checkpoint import check_room
 from peftopt.records import SAFETENSORS, Json, Model, Plugin
-from peftopt.runner.process import Child
+from peftopt.runner.process import WorkerProcess
 from peftopt.transforms import _layers
 
 VERIFIED_ON = 2
@@ -46,7 +46,7 @@ def make_artifact(
     deadline_s: float,
     calibration: str = "task",
     hear: Callable[[dict[str, Json]], None] = lambda _: None,
-    watch: Callable[[Child], AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
+    watch: Callable[[WorkerProcess], AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
 ) -> dict[str, Json]:
     """Let a worker write the transformed model to `out`; what a quantizer wrote is then opened in a fresh process.
 
@@ -59,7 +59,7 @@ def make_artifact(
         check_room(out.parent, store.size(Path(model.path)))  # what it writes is smaller, and by how much not yet known
     with contextlib.ExitStack() as stack:
         opener = stack.enter_context(_opener(found, model, log, threads, deadline_s)) if quantizes else None
-        with Child(log, threads, python=environments.interpreter(found)) as child, watch(child):
+        with WorkerProcess(log, threads, python=environments.interpreter(found)) as child, watch(child):
             facts = child.ask(
                 "transform",
                 deadline_s,
@@ -84,14 +84,16 @@ def make_artifact(
 
 
 @contextlib.contextmanager
-def _opener(plugin: Plugin, model: Model, log: Path, threads: int, deadline_s: float) -> Iterator[Callable[[], Child]]:
+def _opener(
+    plugin: Plugin, model: Model, log: Path, threads: int, deadline_s: float
+) -> Iterator[Callable[[], WorkerProcess]]:
     """A fresh process to open the result in, which imports what the reader needs while the quantizer works. What keeps
     it from starting is raised when it is asked for."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as beside:
 
-        def start() -> Child:
+        def start() -> WorkerProcess:
             python = environments.interpreter(plugins.catalogue()[plugin.reader])
-            child = stack.enter_context(Child(log.with_suffix(".verify.log"), threads, python=python))
+            child = stack.enter_context(WorkerProcess(log.with_suffix(".verify.log"), threads, python=python))
             child.ask("prepare", deadline_s, plugin=plugin.reader, model=asdict(model))
             return child
 
@@ -99,7 +101,7 @@ def _opener(plugin: Plugin, model: Model, log: Path, threads: int, deadline_s: f
 
 
 def _verified(
-    opener: Callable[[], Child],
+    opener: Callable[[], WorkerProcess],
     plugin: Plugin,
     made: Model,
     parent: Model,
@@ -111,13 +113,13 @@ def _verified(
     """What a fresh process says of the written model, in a few words; of one whose reader is not installed, that."""
     asked = list(rows[:VERIFIED_ON]) or PROMPTS
 
-    def problem(child: Child, model: Model, engine: str) -> str:
+    def problem(child: WorkerProcess, model: Model, engine: str) -> str:
         child.ask("open", deadline_s, plugin=engine, params={}, model=asdict(model))
         return str(child.ask("alive", deadline_s, rows=asked)["problem"])
 
     def usual() -> str:
         """A base model may repeat itself as it is: only what quantizing brought about counts."""
-        with Child(log.with_suffix(".parent.log"), threads) as child:
+        with WorkerProcess(log.with_suffix(".parent.log"), threads) as child:
             return problem(child, parent, "eager")
 
     try:

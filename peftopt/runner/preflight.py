@@ -75,7 +75,7 @@ def warnings(recipe: Recipe) -> list[str]:
 
 
 def foreseen(recipe: Recipe) -> list[str]:
-    """What the recipe cannot decide with the prompts and blocks that it has: see `need.undecidable`."""
+    """What the recipe cannot decide with the prompts and blocks that it has: see `stopping.undecidable`."""
     prompts = 0
     if quality := recipe.quality:
         prompts = len(corpus.read(quality.prompts, quality.slice))
@@ -92,7 +92,7 @@ def copies(recipe: Recipe) -> list[str]:
     for (prompts, only), who in asked.items():
         rows = corpus.read(prompts, only)
         if extra := len(rows) - corpus.distinct(rows):
-            found.append(f"{who}: {extra} of {len(rows)} prompts of {prompts} are copies, and count once only")
+            found.append(f"{who}: {extra} of {len(rows)} prompts of {prompts} are copies of others: each counts once")
     return found
 
 
@@ -135,8 +135,8 @@ def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
     for name, variant in recipe.variants.items():
         if (home := variant.engine.environment) != environments.MAIN:
             raise BadInput(
-                f"quality.tasks cannot be asked of variant {name}: its engine lives in the environment {home}",
-                "put tasks into a recipe of transformers engines; the same weights answer alike",
+                f"quality.tasks cannot run on variant {name}: its engine runs in the environment {home}",
+                "measure tasks in a recipe whose variants run on eager or compiled",
             )
     for task in (t for t in tasks if t.endswith(YAML)):
         try:
@@ -158,7 +158,9 @@ def _check_endpoints(recipe: Recipe) -> None:
                 f"variant {name} names no server", "write {engine: {endpoint: {url: http://localhost:8000}}}"
             )
         if recipe.measure.clock == "cpu":
-            raise BadInput(f"variant {name} runs on a server, whose CPU time is not known here", "use clock: wall")
+            raise BadInput(
+                f"variant {name} runs on a server, whose CPU time is not known here", "write measure: {clock: wall}"
+            )
 
 
 def schema(path: str) -> Mapping[str, Json]:
@@ -169,7 +171,7 @@ def schema(path: str) -> Mapping[str, Json]:
     try:
         jsonschema.Draft202012Validator.check_schema(value)
     except jsonschema.SchemaError as error:
-        raise BadInput(f"{path} is no JSON schema: {error.message}", "see json-schema.org, draft 2020-12") from error
+        raise BadInput(f"{path} is not a JSON schema: {error.message}", "see json-schema.org, draft 2020-12") from error
     return value
 
 
@@ -180,7 +182,7 @@ def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS
         hint = download_hint(folder) or "name a folder with config.json and safetensors"
         raise BadInput(f"no model folder at {folder}", hint)
     if not (folder / "config.json").is_file():
-        raise BadInput(f"{folder} is no model: it has no config.json", "give the folder that save_pretrained wrote")
+        raise BadInput(f"{folder} is not a model: it has no config.json", "give the folder that save_pretrained wrote")
     config = _json(folder / "config.json", "a model's config")
     if "auto_map" in config:
         raise BadInput(f"{folder} brings its own code (auto_map)", "peftopt runs only architectures of transformers")
@@ -190,10 +192,24 @@ def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS
             raise BadInput(f"{folder} is already quantized ({method})", "start from the full-precision base")
         if ours:
             _check_reader(folder, method)
+    _check_architecture(folder, config)
+    _check_format(folder, weights)
+    if weights == SAFETENSORS:
+        open_model(folder)
+
+
+def _check_architecture(folder: Path, config: Json) -> None:
     names = config.get("architectures") or []
     if not any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         what = ", ".join(names) or "none named"
-        raise BadInput(f"{folder} is no causal language model (architectures: {what})", "supported: …ForCausalLM")
+        raise BadInput(
+            f"{folder} is not a causal language model (architectures: {what})",
+            "its config.json must name a …ForCausalLM",
+        )
+
+
+def _check_format(folder: Path, weights: str) -> None:
+    """Raises BadInput for a folder with the weights of another format."""
     for plugin in plugins.catalogue().values():
         if not plugin.weights:
             continue
@@ -204,8 +220,6 @@ def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS
         if plugin.format != weights and there and not list(folder.glob("*.safetensors")):
             hint = f"use --engine {plugin.reader}"
             raise BadInput(f"{folder} holds {plugin.format} weights, not {weights}", hint)
-    if weights == SAFETENSORS:
-        open_model(folder)
 
 
 READERS = {

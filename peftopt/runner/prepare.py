@@ -22,7 +22,7 @@ from peftopt.recipe import plan as planning
 from peftopt.records import GENERIC, YAML, Build, Json, Model, Quality, Variant, task_name
 from peftopt.runner import preflight
 from peftopt.runner.build import make_artifact
-from peftopt.runner.process import Child
+from peftopt.runner.process import WorkerProcess
 from peftopt.runner.run import Run, check_baseline, load, try_twice, warm, worker
 from peftopt.runner.schedule import Job, work
 
@@ -226,7 +226,7 @@ class _Exam:
         self.launch, self.batch, self.threads, self.hear = launch, batch, threads, hear
         self.reference = run.folder / "logs" / "reference.npz"
         self.is_reference = variant.name == run.recipe.baseline and launch == 1
-        self.child: Child | None = None
+        self.child: WorkerProcess | None = None
         self.held = contextlib.ExitStack()
 
     def left(self) -> list[Row]:
@@ -305,7 +305,7 @@ class _Exam:
             if self.launch == 1:
                 self._name_kernels(child)
 
-    def _name_kernels(self, child: Child) -> None:
+    def _name_kernels(self, child: WorkerProcess) -> None:
         """Where there is a GPU, have the report say what ran on it: a request like those of the race."""
         recipe = self.run.recipe
         if not machine.gpus():
@@ -325,7 +325,7 @@ class _Exam:
             warm(self.run, child, self.rows, self.batch, self.quality.new_tokens, timed=False)
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[Child]:
+    def _opened(self) -> Iterator[WorkerProcess]:
         """The variant's worker, with the model loaded: the one there is, or a fresh one. One that fails is gone."""
         try:
             if self.child is None:

@@ -21,18 +21,18 @@ from peftopt.records import Json
 
 GRACE_S = 5.0
 
-_LIVE: set[Child] = set()
+_LIVE: set[WorkerProcess] = set()
 _INTERRUPTED = threading.Event()
 
 
 def interrupt() -> None:
-    """End every worker now. Whoever waits for one gets KeyboardInterrupt: it is no failure to put on record."""
+    """End every worker now. Whoever waits for one gets KeyboardInterrupt: it is not a failure to record."""
     _INTERRUPTED.set()
     for child in tuple(_LIVE):
         child.kill()
 
 
-class Child:
+class WorkerProcess:
     """One worker process. Use as a context manager; it and its descendants are gone afterwards."""
 
     def __init__(self, log: Path, threads: int, cache: Path | None = None, python: str = sys.executable) -> None:
@@ -144,7 +144,7 @@ class Child:
         self.process.stdout.close()
         _LIVE.discard(self)
 
-    def __enter__(self) -> Child:
+    def __enter__(self) -> WorkerProcess:
         return self
 
     def __exit__(

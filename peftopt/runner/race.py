@@ -13,7 +13,7 @@ from peftopt.corpus import draw
 from peftopt.decision import stopping
 from peftopt.errors import WorkerFailed
 from peftopt.records import TWIN, Json, Variant, Workload
-from peftopt.runner.process import Child
+from peftopt.runner.process import WorkerProcess
 from peftopt.runner.run import Run, load, try_twice, warm, worker
 
 
@@ -57,8 +57,8 @@ class Field:
         self.stack = contextlib.ExitStack()
         # kept for as long as its workers: the kernel ends a worker with the thread that started it
         self.pool = self.stack.enter_context(ThreadPoolExecutor(len(run.recipe.variants) + 1))
-        self.started: dict[str, Child] = {}
-        self.children: dict[str, Child] = {}
+        self.started: dict[str, WorkerProcess] = {}
+        self.children: dict[str, WorkerProcess] = {}
         self.broken: dict[str, WorkerFailed] = {}
         """Why a server did not start: told of at its turn."""
 
@@ -146,7 +146,7 @@ class Field:
 
     def _serve(self, arms: Sequence[str]) -> None:
         """Start these servers side by side, as many as there are processors for: each takes a minute or more. A model
-        in process loads alone, at its turn: how long that takes is a figure."""
+        in process loads alone, at its turn: how long that takes is a metric."""
         if (lanes := machine.cores() // CORES) < 2:
             return
 
@@ -162,12 +162,12 @@ class Field:
     def _is_server(self, arm: str) -> bool:
         return plugins.catalogue()[self._variant(arm).engine.plugin].serves
 
-    def _worker(self, arm: str) -> Child:
+    def _worker(self, arm: str) -> WorkerProcess:
         threads = self.run.recipe.measure.threads or machine.cores()
         fresh = worker(self.run, self._variant(arm), f"speed-{self.workload.name}", threads)
         return self.stack.enter_context(fresh)
 
-    def _child(self, arm: str) -> Child:
+    def _child(self, arm: str) -> WorkerProcess:
         """The arm's worker; its model is loaded when it first runs."""
         if error := self.broken.pop(arm, None):
             raise error

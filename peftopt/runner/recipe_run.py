@@ -22,7 +22,7 @@ from peftopt.metrics import counted
 from peftopt.records import Recipe
 from peftopt.runner import preflight
 from peftopt.runner.prepare import make_ready
-from peftopt.runner.process import Child
+from peftopt.runner.process import WorkerProcess
 from peftopt.runner.race import Field, race
 from peftopt.runner.run import Listener, Run, check_baseline, planned
 
@@ -88,7 +88,7 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
     have = evidence.blocks(run.recipe.baseline, nearest.workload)
     each = evidence.minutes_per_block(nearest.workload)
     if minutes is not None and not each:
-        raise BadInput("this run does not tell how long a block takes", "say how many with --blocks")
+        raise BadInput("how long a block of this run takes is not known", "give the number of blocks: --blocks")
     limits = [n for n in (blocks, None if minutes is None else int(minutes / (each or 1))) if n is not None]
     needed = nearest.blocks_needed or 0
     total = have + min(limits) if limits else stats.next_look(needed)
@@ -131,7 +131,7 @@ def survey(run: Run) -> None:
         return
     threads = run.recipe.measure.threads or machine.cores()
     try:
-        with Child(run.folder / "logs" / "bandwidth.log", threads) as child:
+        with WorkerProcess(run.folder / "logs" / "bandwidth.log", threads) as child:
             run.log("machine", "", child.ask("bandwidth", 60))
     except WorkerFailed as error:
         run.listener.warn(f"memory bandwidth is not known: {error}")

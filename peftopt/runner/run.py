@@ -19,7 +19,7 @@ from peftopt.measurements import Measured, measured
 from peftopt.recipe import plan as planning
 from peftopt.records import Json, Measurement, Model, Plan, Recipe, Variant
 from peftopt.runner import preflight
-from peftopt.runner.process import Child
+from peftopt.runner.process import WorkerProcess
 
 RETRIED = ("killed", "died")
 """Deaths that are retried once in a clean process: a neighbour or a driver may have caused them."""
@@ -34,7 +34,7 @@ class Listener(Protocol):
     def warn(self, text: str) -> None: ...
 
     def tell(self, text: str) -> None:
-        """Something worth knowing that is no warning."""
+        """Something worth knowing that is not a warning."""
 
     def progress(self, title: str, total: int) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
         """A bar; the function it gives sets how many of `total` are done and what is going on."""
@@ -147,11 +147,13 @@ def try_twice(run: Run, variant: str, stage: str, attempt: Callable[[], None]) -
 
 
 @contextlib.contextmanager
-def worker(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Child]:
+def worker(run: Run, variant: Variant, why: str, threads: int) -> Iterator[WorkerProcess]:
     """A fresh worker that has imported what the variant's engine needs."""
     cache = run.store.cache(run.plan.models[variant.name])
     log = run.folder / "logs" / f"{why}-{variant.name}.log"
-    with Child(log, threads, cache, environments.interpreter(plugins.catalogue()[variant.engine.plugin])) as child:
+    with WorkerProcess(
+        log, threads, cache, environments.interpreter(plugins.catalogue()[variant.engine.plugin])
+    ) as child:
         deadline, model = run.recipe.measure.deadline_s, asdict(run.model(variant))
         child.ask("prepare", deadline, plugin=variant.engine.plugin, model=model)
         yield child
@@ -160,7 +162,7 @@ def worker(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Child
                 run.log("engine", variant.name, {"why": why, **facts})
 
 
-def load(run: Run, variant: Variant, child: Child) -> dict[str, Json]:
+def load(run: Run, variant: Variant, child: WorkerProcess) -> dict[str, Json]:
     """Load the variant's model into a worker; returns the facts of the launch."""
     return child.ask(
         "open",
@@ -172,7 +174,7 @@ def load(run: Run, variant: Variant, child: Child) -> dict[str, Json]:
     )
 
 
-def warm(run: Run, child: Child, rows: Sequence[Row], batch: int, new_tokens: int, timed: bool = True) -> None:
+def warm(run: Run, child: WorkerProcess, rows: Sequence[Row], batch: int, new_tokens: int, timed: bool = True) -> None:
     """Have a worker whose engine compiles get ready for batches out of these rows."""
     asked = [row.as_json() for row in rows]
     child.ask("warm", run.recipe.measure.deadline_s, rows=asked, batch=batch, new_tokens=new_tokens, timed=timed)

@@ -26,7 +26,7 @@ from peftopt.models.hf import tokenizer_home
 from peftopt.records import GENERIC, Interval, Json, Model, Step
 from peftopt.runner import build, preflight
 from peftopt.runner.build import Progress
-from peftopt.runner.process import Child
+from peftopt.runner.process import WorkerProcess
 
 DEADLINE_S = 3600.0
 
@@ -85,7 +85,7 @@ def transform(
 
 
 @contextlib.contextmanager
-def _watched(child: Child, plugin: str, model: Model, progress: Progress | None) -> Iterator[None]:
+def _watched(child: WorkerProcess, plugin: str, model: Model, progress: Progress | None) -> Iterator[None]:
     """Show how much of a merge is written; what other transforms will write is not known beforehand."""
     if progress is None or plugin != "merge":
         yield
@@ -112,7 +112,7 @@ def preview(plugin: str, params: Mapping[str, Json], model: Model) -> list[dict[
     _check(plugin, model)
     log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{plugin}.log"
     try:
-        with Child(log, machine.cores()) as child:
+        with WorkerProcess(log, machine.cores()) as child:
             found = child.ask("preview", DEADLINE_S, plugin=plugin, params=dict(params), model=asdict(_absolute(model)))
             return list(found["tensors"])
     except WorkerFailed as error:
@@ -173,7 +173,7 @@ class Arm:
 def bench(
     arms: Sequence[Arm], prompts: str, new_tokens: int, batch: int, blocks: int, threads: int, seed: int = 0
 ) -> list[dict[str, Json]]:
-    """Time the arms in blocks of random order; one dict of figures each, ratios against the first arm.
+    """Time the arms in blocks of random order; one dict of metrics each, ratios against the first arm.
 
     Returns per arm: name, launch facts, memory, `requests` (raw), `problem` (of a checkpoint that another tool
     quantized: what is wrong with its answers, "" for nothing), and Intervals under "p50_ms", "p95_ms",
@@ -204,7 +204,7 @@ def _bench(
             cache = compile_cache(arm.model) if arm.engine == "compiled" else None
             python = environments.interpreter(known[arm.engine])
             log = folder / f"{arm.name}.log"
-            child = stack.enter_context(Child(log, threads or machine.cores(), cache, python))
+            child = stack.enter_context(WorkerProcess(log, threads or machine.cores(), cache, python))
             model = asdict(_absolute(arm.model))
             child.ask("prepare", DEADLINE_S, plugin=arm.engine, model=model)
             found[arm.name] |= child.ask("open", DEADLINE_S, plugin=arm.engine, params={}, model=model)
@@ -219,7 +219,7 @@ def _bench(
                 found[name]["turns"].append([r for r in answer["requests"] if not r["warmup"]])
         for name, child in children.items():
             found[name] |= child.ask("memory", 30)
-    return [_figures(values, found[arms[0].name]["turns"]) for values in found.values()]
+    return [_metrics(values, found[arms[0].name]["turns"]) for values in found.values()]
 
 
 def _absolute(model: Model) -> Model:
@@ -234,7 +234,7 @@ def compile_cache(model: Model) -> Path:
     return store.claim(folder.with_name(folder.name + ".compiled"))
 
 
-def _figures(values: dict[str, Json], reference: list[list[dict[str, Json]]]) -> dict[str, Json]:
+def _metrics(values: dict[str, Json], reference: list[list[dict[str, Json]]]) -> dict[str, Json]:
     requests = [r for turn in values["turns"] for r in turn]
     found: dict[str, Interval | None] = {
         "p50_ms": stats.quantile([r["request_duration_ms"] for r in requests], 0.5),
@@ -351,7 +351,7 @@ def _start(
 ) -> dict[str, Json]:
     """One process from its start to an answer in every shape, and then what else is asked of it."""
     started = time.perf_counter()
-    with Child(log, threads or machine.cores(), cache) as child:
+    with WorkerProcess(log, threads or machine.cores(), cache) as child:
         child.ask("prepare", DEADLINE_S, plugin=engine, model=asdict(_absolute(model)))
         launch = child.ask("open", DEADLINE_S, plugin=engine, params=dict(params), model=asdict(_absolute(model)))
         for each in traffic:
@@ -394,7 +394,7 @@ def _start(
     }
 
 
-def _speed(child: Child, each: Traffic, requests: int) -> list[dict[str, Json]]:
+def _speed(child: WorkerProcess, each: Traffic, requests: int) -> list[dict[str, Json]]:
     """Timed requests: the longest prompts first, since they decide how long a cache has to be."""
     rows = sorted(each.rows, key=lambda row: -sum(len(m["content"]) for m in row.messages))
     picks = [rows[n % len(rows)] for n in range(each.batch * requests)]

@@ -51,7 +51,7 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     Leaves model.gguf beside the tokenizer, and quantization.json, which says what made it. Adapters stay on top of the
     model as they are; their GGUF forms, which llama.cpp applies at run time, lie in adapters/, named by the hash of
     the weights they were made from. Raises BadInput for a type or an architecture that llama.cpp does not have,
-    weights that are already quantized, and an adapter that is no plain LoRA.
+    weights that are already quantized, and an adapter that is not a plain LoRA.
     """
     if params.type not in TYPES:
         raise BadInput(f"gguf has no type {params.type!r}", f"use {', '.join(TYPES)}")
@@ -60,7 +60,7 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     hf.unquantized_config(model, "convert")
     adapters = [open_adapter(Path(folder)) for folder in model.adapters]
     for adapter in adapters:
-        lora_scale(adapter.folder)  # raises for what is no plain LoRA
+        lora_scale(adapter.folder)  # raises for what is not a plain LoRA
     out.mkdir(parents=True, exist_ok=True)
     plain = params.type in PLAIN
     made = out / (WEIGHTS if plain else "plain.gguf")
@@ -90,7 +90,7 @@ def _convert(script: str, out: Path, source: str, kind: str, base: str = "") -> 
     command += [str(Path(sys.prefix) / "llama.cpp" / script), source, "--outfile", str(out), "--outtype", kind]
     command += ["--base", base] if base else []
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    print(done.stdout, done.stderr, sep="\n", file=sys.stderr)
+    sys.stderr.write(f"{done.stdout}\n{done.stderr}\n")  # the log of the worker process
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
         if "ModuleNotFoundError" in last:

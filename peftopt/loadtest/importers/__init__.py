@@ -1,11 +1,11 @@
-"""Other people's meters, one file each: their result files -> the records of `peftopt load`. Pure.
+"""Importers of other tools' results, one file each: their result files -> the records of `peftopt load`. Pure.
 
-A meter's file has a one-line docstring, `NAME`, `VERSIONS` (the format versions it was checked against), and
+An importer has a one-line docstring, `NAME`, `VERSIONS` (the format versions it was checked against), and
 
     def recognises(data: Json) -> bool                    data is a parsed JSON file, or the list of its lines
     def read(data: Json, about: About) -> list[Found]     raises ValueError, KeyError or TypeError for a broken file
 
-What a meter does not tell is no number here: it is said in `lacks`.
+What a tool does not tell has no value here: it is said in `lacks`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from peftopt.records import Json, Measurement
 
 SCHEDULED = "scheduled times: latency counts from when a request was sent, so a late sender hides a slow server"
 GAPS = "gaps between tokens: no ITL"
-RAW = "raw samples: its figures have no intervals, so nothing can be decided on them"
+RAW = "raw samples: its metrics have no intervals, so nothing can be decided on them"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class About:
 
 @dataclass(frozen=True)
 class Found:
-    """One run of another meter. `requests` where it kept them, else what it `reported`; `probe` is "load" or "task";
+    """One run of another tool. `requests` where it kept them, else what it `reported`; `probe` is "load" or "task";
     `started` is when it began, as peftopt.moments writes it, "" where the file does not tell."""
 
     title: str
@@ -75,12 +75,12 @@ class Found:
 
 
 def modules() -> list[ModuleType]:
-    """Every meter that can be read."""
+    """Every importer."""
     return [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
 
 
 def read(path: Path, task: str = "") -> list[Found]:
-    """The runs in a result file, whichever meter wrote it; `task` as in About. Raises BadInput for a file that none can
+    """The runs in a result file, whichever tool wrote it; `task` as in About. Raises BadInput for a file that none can
     read."""
     known = modules()
     try:
@@ -88,23 +88,25 @@ def read(path: Path, task: str = "") -> list[Found]:
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}", "check the path") from error
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is no text: {error}", "save it as UTF-8") from error
+        raise BadInput(f"{path} is not text: {error}", "save it as UTF-8") from error
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path} is neither JSON nor JSON lines: {error}", "give a meter's own result file") from error
-    meter = next((m for m in known if m.recognises(data)), None)
-    if meter is None:  # of JSON lines, a single one
+        raise BadInput(
+            f"{path} is neither JSON nor JSON lines: {error}", "give the result file that the tool wrote"
+        ) from error
+    importer = next((m for m in known if m.recognises(data)), None)
+    if importer is None:  # of JSON lines, a single one
         data = [data]
-        meter = next((m for m in known if m.recognises(data)), None)
-    if meter is None:
+        importer = next((m for m in known if m.recognises(data)), None)
+    if importer is None:
         hint = f"known: {'; '.join(f'{m.NAME} ({m.VERSIONS})' for m in known)}"
-        raise BadInput(f"{path} is no result of a meter that can be read", hint)
+        raise BadInput(f"{path} is not a result file that can be read", hint)
     try:
-        found: list[Found] = [_sound(run) for run in meter.read(data, About(path.name, task))]
+        found: list[Found] = [_sound(run) for run in importer.read(data, About(path.name, task))]
     except jsonl.BROKEN as error:
-        hint = f"format versions that can be read: {meter.VERSIONS}"
-        raise BadInput(f"{path} looks like {meter.NAME}, but is not whole: {error!r}", hint) from error
+        hint = f"format versions that can be read: {importer.VERSIONS}"
+        raise BadInput(f"{path} looks like {importer.NAME}, but is not whole: {error!r}", hint) from error
     if not found:
-        raise BadInput(f"{path} ({meter.NAME}) holds no runs", "measure something first")
+        raise BadInput(f"{path} ({importer.NAME}) holds no runs", "give a file of a finished run")
     return found
 
 
@@ -116,14 +118,14 @@ def _parsed(text: str) -> Json:
 
 
 def _sound(found: Found) -> Found:
-    """The run without answers whose times or lengths cannot be, and how many those were. A failure stays a failure,
+    """The run without answers whose times or lengths are not valid, and how many those were. A failure stays a failure,
     whatever its times. Raises ValueError where nothing is left."""
     kept = [r for r in (_failure(r) if r.error else r for r in found.requests) if r.error or _is_sound(r)]
     if not (n := len(found.requests) - len(kept)):
         return replace(found, requests=tuple(kept))
     if not kept:
-        raise ValueError("no request has times and lengths that can be")
-    lack = f"times or lengths that can be for {n} of {len(found.requests)} requests: they are set aside"
+        raise ValueError("no request has valid times and lengths")
+    lack = f"valid times or lengths for {n} of {len(found.requests)} requests: they are set aside"
     return replace(found, requests=tuple(kept), lacks=(*found.lacks, lack))
 
 
@@ -183,7 +185,7 @@ def from_zero(requests: Sequence[Request]) -> tuple[Request, ...]:
 
 
 def as_loaded(found: Found) -> dict[str, Json]:
-    """What `render.load` shows of a run, in the shape of `load.as_json`."""
+    """What `report.load` shows of a run, in the shape of `runs.as_json`."""
     empty: dict[str, Json] = {"trials": [], "highest_rate": None, "engine": {}}
     requests = found.requests
     return {

@@ -84,7 +84,7 @@ def _samples(rows: list[Mapping[str, Json]], about: About) -> list[Found]:
 def scores(samples: Mapping[str, Sequence[Mapping[str, Json]]]) -> dict[str, Json]:
     """What each row got, from the harness's log of (sub)task -> samples: of its first metric and first filter.
 
-    A row's id holds the name of its subtask. A row whose metric is no finite number is set
+    A row's id holds the name of its subtask. A row whose metric is not a finite number is set
     aside; `set_aside` counts them. Raises BadInput where no metric is a number per row.
     """
     found: dict[str, float] = {}

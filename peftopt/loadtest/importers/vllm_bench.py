@@ -97,7 +97,7 @@ def _requests(run: Mapping[str, Json]) -> list[Request]:
 
 
 def _reported(run: Mapping[str, Json]) -> dict[str, Json]:
-    """Its own figures, by its own names."""
+    """Its own metrics, by its own names."""
     kept = ("completed", "failed", "duration", "max_concurrency", "request_rate", "burstiness")
     ends = ("_throughput", "_goodput", "_ms")
     return {key: value for key, value in run.items() if key in kept or key.endswith(ends)}

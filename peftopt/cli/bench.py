@@ -1,0 +1,113 @@
+"""bench: times of one model, or of several against the first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftopt.cli.shared import AsJson, app, conclude, plain
+from peftopt.errors import BadInput
+
+
+@app.command()
+def bench(
+    model: Annotated[list[Path] | None, typer.Option(help="Model folder; repeat to compare with the first.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter on top of the first model, unmerged.")] = None,
+    engine: Annotated[
+        list[str],
+        typer.Option(
+            help="eager, compiled, llamacpp, openvino, … (see `peftopt doctor`); one for all, or one a model."
+        ),
+    ] = ["eager"],  # noqa: B006
+    new_tokens: Annotated[int, typer.Option(help="Tokens every answer gets, exactly.")] = 32,
+    batch: Annotated[int, typer.Option(help="Prompts per request.")] = 1,
+    blocks: Annotated[
+        int | None, typer.Option(help="Times that each model is measured, in random order; with --more, at most.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Threads per process; 0 = all cores.")] = 0,
+    more: Annotated[
+        Path | None,
+        typer.Option(help="Instead: add blocks to this undecided run of a recipe, as many as its planner asks for."),
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="With --more: about how long it may take.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Time one model, or several against the first in interleaved blocks; or go on with an undecided run."""
+    from peftopt import plugins
+    from peftopt.cli.console import Console
+    from peftopt.models import template
+    from peftopt.models.hf import tokenizer_home
+    from peftopt.records import Model
+    from peftopt.runner import recipe_run, single
+
+    if more:
+        if model or prompts or adapter:
+            raise BadInput("--more goes on with a run's own models and prompts", "leave the other options out")
+        console = Console()
+        recipe_run.add_blocks(recipe_run.reopen(more, console), blocks, minutes)
+        conclude(more, console, as_json)
+    if not model or prompts is None:
+        raise BadInput("bench needs --model and --prompts", "or --more RUN, to go on with an undecided run")
+
+    known = [p.name for p in plugins.catalogue().values() if p.kind == "engine"]
+    for name in engine:
+        if name not in known:
+            raise BadInput(f"no engine named {name!r}", f"known: {', '.join(known)}")
+    engines = engine * len(model) if len(engine) == 1 else engine
+    if len(engines) != len(model):
+        raise BadInput(f"{len(engine)} engines for {len(model)} models", "give one --engine, or one for each --model")
+    models = [Model(str(m), (str(adapter),) if adapter and n == 0 else ()) for n, m in enumerate(model)]
+    arms = [
+        single.Arm(f"{n} {Path(m.path).name}{' + adapter' * bool(m.adapters)}, {runs}", m, runs)
+        for n, (m, runs) in enumerate(zip(models, engines, strict=True), 1)
+    ]
+    for m in models:
+        if why := template.endless(Path(m.path), Path(tokenizer_home(m))):
+            Console().warn(why)
+    found = single.bench(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
+    for arm in found:
+        if problem := arm.get("problem"):
+            Console().warn(
+                f"{arm['name']} {problem}: transformers may read this checkpoint wrongly, so its times mean little"
+            )
+    if as_json:
+        print(json.dumps(found, default=plain))
+        return
+    header = [
+        "model",
+        "against the first",
+        "P50 ms",
+        "P95 ms",
+        "TTFT ms",
+        "TPOT ms",
+        "CPU ms",
+        "tokens/s",
+        "memory",
+        "load s",
+        "n",
+    ]
+    Console().table(header, [_bench_row(f) for f in found])
+
+
+def _bench_row(found: dict[str, Any]) -> list[str]:
+    from peftopt.metrics import format_value
+    from peftopt.stats import fewest_for
+
+    n, ratio = found["p50_ms"].n, found["ratio"]
+    return [
+        found["name"],
+        f"{ratio.estimate:.2f}x ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else "reference",
+        f"{found['p50_ms'].estimate:.0f}",
+        f"{found['p95_ms'].estimate:.0f}" if n >= fewest_for(0.95) else "too few requests",
+        f"{found['ttft_ms'].estimate:.0f}",
+        f"{found['tpot_ms'].estimate:.1f}" if found["tpot_ms"].n else "-",
+        f"{found['cpu_ms'].estimate:.0f}",
+        f"{found['throughput'].estimate:.1f}",
+        format_value("memory", found["peak_memory_bytes"]),
+        f"{found['model_loading_time']:.1f}",
+        str(n),
+    ]

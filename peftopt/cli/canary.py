@@ -1,0 +1,135 @@
+"""canary: does the right adapter answer?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftopt.cli.shared import AsJson, Quiet, app
+from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
+
+if TYPE_CHECKING:
+    from peftopt.canary.reloads import Prompts
+    from peftopt.cli.console import Console
+    from peftopt.loadtest.client import Target
+
+
+@app.command()
+def canary(
+    url: Annotated[str, typer.Argument(help="URL of a server with several adapters.")],
+    prompts: Annotated[Path, typer.Option(help="JSON-lines prompts on which the models should differ.")],
+    model: Annotated[list[str], typer.Option(help="Served names to tell apart, the base among them; repeat.")] = [],  # noqa: B006
+    swap: Annotated[
+        list[Path],
+        typer.Option(
+            help="Adapter folder; give two, to be loaded in turn under one name and path (vLLM). The --model names, or "
+            "all that are served, are watched meanwhile."
+        ),
+    ] = [],  # noqa: B006
+    fingerprints: Annotated[int, typer.Option(help="Prompts to use.")] = 8,
+    rounds: Annotated[int, typer.Option(help="Times that all are asked at once, or that both are loaded.")] = 3,
+    api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "",
+    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Catch answers of the wrong adapter, by log-probabilities: in mixed batches, and after reloads (--swap)."""
+    from peftopt import corpus
+    from peftopt.cli.console import Console
+    from peftopt.loadtest.client import Target
+
+    if not swap and len(set(model)) < 2:
+        raise BadInput("a canary tells models apart: it needs two or more", "add --model for the base and each adapter")
+    if swap and len(swap) != 2:
+        raise BadInput(f"--swap takes two adapters, and {len(swap)} are given", "give --swap FOLDER --swap OTHER")
+    rows = corpus.read(str(prompts))
+    console, target = Console(quiet), Target(url, key_env=api_key_env, timeout_s=timeout)
+    outcomes = []
+    if len(set(model)) > 1:
+        asked = {row.id: row.messages for row in rows[:fingerprints]}
+        outcomes.append(_watch_mixed(console, target, list(dict.fromkeys(model)), asked, rounds, as_json))
+    if swap:
+        # The longest, since a prefix cache keeps whole blocks of tokens.
+        rows = sorted(rows, key=lambda row: -sum(len(m["content"]) for m in row.messages))
+        asked = {row.id: row.messages for row in rows[len(rows) // 10 :][:fingerprints]}
+        outcomes.append(_watch_reloads(console, target, (swap[0], swap[1]), model, asked, rounds, as_json))
+    raise typer.Exit(max(outcomes, key=(ACCEPTED, INCONCLUSIVE, ENVIRONMENT, REJECTED).index))
+
+
+def _watch_mixed(
+    console: Console, target: Target, names: list[str], prompts: Prompts, rounds: int, as_json: bool
+) -> int:
+    """Every model alone and in mixed batches, printed; the exit code."""
+    from peftopt.canary import mixed as watching
+
+    with console.progress("canary", watching.ALONE * len(names) + rounds) as show:
+        found = watching.watch(target, names, prompts, rounds, show)
+    if as_json:
+        values = {"asked": found.asked, "failed": found.failed, "alike": found.alike, "noise": found.known.noise}
+        print(json.dumps({**values, "wrong": [asdict(w) for w in found.wrong]}))
+        return found.outcome
+    noise = ", ".join(f"{name} {nats:.3f}" for name, nats in found.known.noise.items())
+    lines = {"own noise": f"{noise} nats", "mixed answers": f"{found.asked}, of which {len(found.wrong)} wrong"}
+    console.pairs("canary", lines)
+    for pair in found.alike:
+        console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: wrong answers between them are not seen")
+    if found.failed:
+        console.warn(f"{found.failed} requests failed")
+    for wrong in list(dict.fromkeys(map(str, found.wrong)))[:10]:
+        console.say(wrong, "red")
+    return found.outcome
+
+
+def _watch_reloads(
+    console: Console,
+    target: Target,
+    folders: tuple[Path, Path],
+    model: list[str],
+    prompts: Prompts,
+    rounds: int,
+    as_json: bool,
+) -> int:
+    """Two adapters in turn under one name, printed; the exit code."""
+    from peftopt import stats
+    from peftopt.canary import mixed as watching
+    from peftopt.canary import reloads
+
+    residents = reloads.residents(target, list(dict.fromkeys(model)))
+    with console.progress("reloads", watching.ALONE * (2 + len(residents)) + 2 * rounds) as show:
+        found = reloads.live(target, folders, residents, prompts, rounds, show)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return found.outcome
+
+    def times(seconds: Sequence[float]) -> str:
+        return f"{1e3 * stats.median(seconds):.0f} ms (first {1e3 * seconds[0]:.0f}, last {1e3 * seconds[-1]:.0f})"
+
+    console.pairs(
+        "reloads",
+        {
+            "loads": f"{len(found.load_s)} of two adapters in turn, under one name and path",
+            "load": times(found.load_s),
+            "first request": times(found.first_s),
+            "the same again": times(found.warm_s),
+            "unload": times(found.unload_s),
+            "watched beside them": ", ".join(found.residents),
+            "answers": f"{found.asked} in all",
+            "stale": f"{len(found.stale)} of the reloaded name, not of the weights just loaded",
+            "wrong": f"{len(found.wrong)} of another model that is served",
+        },
+    )
+    for pair in found.alike:
+        console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: wrong answers between them are not seen")
+    if found.failed:
+        console.warn(f"{found.failed} requests failed")
+    if found.kept:
+        console.say(f"still served after its unload: {found.kept} times", "red")
+    for title, answers in (("stale", found.stale), ("wrong", found.wrong)):
+        for answer in list(dict.fromkeys(map(str, answers)))[:10]:
+            console.say(f"{title}: {answer}", "red")
+    return found.outcome

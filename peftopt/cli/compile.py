@@ -1,0 +1,93 @@
+"""compile: torch.compile, and what cold and warm starts cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftopt.cli.shared import AsJson, ModelFolder, app, model_of, params_of, print_lines, read_recipe
+
+
+@app.command("compile")
+def compile_(
+    model: ModelFolder,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="Adapter on top of the model, unmerged; repeat it to measure switching to the others."),
+    ] = None,
+    workload: Annotated[
+        Path | None, typer.Option(help="A recipe: warm the shapes of its workloads, with its engine's parameters.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts; one of ours by default.")] = None,
+    batch: Annotated[list[int], typer.Option(help="Batch sizes to compile for; repeat the option.")] = [1],  # noqa: B006
+    new_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 32,
+    threads: Annotated[int, typer.Option(help="Threads per process; 0 = all cores.")] = 0,
+    settings: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A parameter of the compiled engine, such as mode, cache_len, prompt_buckets, regions, fullgraph or "
+            "dynamic; repeat for more.",
+        ),
+    ] = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """torch.compile a model and keep the compile cache beside it; says what cold and warm starts cost."""
+    from peftopt import corpus, plugins
+    from peftopt.runner import preflight, single
+
+    preflight.check_base(model, quantized=True)
+    params: dict[str, Any] = {}
+    asked = params_of(plugins.catalogue()["compiled"], {}, settings)
+    if workload is not None:
+        recipe, _ = read_recipe(workload)
+        steps = [v.engine for v in recipe.variants.values() if v.engine.plugin == "compiled"]
+        params = dict(steps[0].params) if steps else {}
+        threads = threads or recipe.measure.threads
+        loads = [
+            single.Traffic(corpus.read(w.prompts, w.slice), w.batch, w.new_tokens) for w in recipe.workloads.values()
+        ]
+    else:
+        ours = [corpus.Row("compile", ({"role": "user", "content": "Say hello."},))]
+        rows = corpus.read(str(prompts)) if prompts else ours
+        loads = [single.Traffic(rows, b, new_tokens) for b in batch]
+    served, others = (adapter or [])[:1], (adapter or [])[1:]
+    opened = model_of(model, served[0] if served else None)
+    found = single.compile_model(opened, {**params, **asked}, loads, threads, list(map(str, others)))
+    print_lines(f"compiled {model}", _compile_lines(found), found, as_json)
+
+
+def _compile_lines(found: dict[str, Any]) -> dict[str, str]:
+    from peftopt.metrics import format_value
+
+    def start(name: str) -> str:
+        parts = ", ".join(f"{part} {found[name][part]:.1f}" for part in ("imports", "load", "graphs", "answers"))
+        return f"{found[name]['total']:.1f} s to an answer in every shape ({parts})"
+
+    cold, warm, facts = found["cold"], found["warm"], found["cold"]["facts"]
+    per_shape = {
+        f"batch {t['batch']}, {t['new_tokens']} tokens": (
+            f"{t['tpot_ms']:.1f} ms a token, eager {t['eager_tpot_ms']:.1f}; "
+            + (f"pays after {t['break_even']:.0f} requests" if t["break_even"] is not None else "does not pay")
+        )
+        for t in found["traffic"]
+    }
+    return {
+        "cold start": start("cold"),
+        "warm start": f"{start('warm')}, {cold['total'] / warm['total']:.1f}x faster than cold",
+        "eager start": start("eager"),
+        **per_shape,
+        "against eager": f"KL {found['kl']:.2g} nats a token, {found['greedy_match']:.0%} of {found['prompts']} greedy "
+        "answers the same",
+        **{
+            f"switch to {s['adapter']}": f"{s['adapter_switch_time']:.2f} s, {s['recompiles']} recompiles, then "
+            f"{s['first_answers_s']:.1f} s to an answer in every shape"
+            for s in found["switches"]
+        },
+        "graphs": f"{facts['graphs']}, {facts['graph_breaks']} graph breaks, {facts['recompiles']} recompiles",
+        "engine": "; ".join([*facts["log"], *warm["facts"]["log"]]),
+        "compile cache": f"{found['cache']} ({format_value('size', found['cache_bytes'])})",
+    }

@@ -1,0 +1,374 @@
+"""load: a server under load, as its users see it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftopt.cli.shared import AsJson, Quiet, Results, app, options_from, read_recipe, weighted
+from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput
+
+if TYPE_CHECKING:
+    from peftopt.cli.console import Console
+    from peftopt.loadtest.client import Target
+    from peftopt.loadtest.protocols import Prompt
+    from peftopt.loadtest.runs import Loaded, Traffic, Trial
+    from peftopt.loadtest.sender import Played, Show
+    from peftopt.loadtest.summary import Slo
+    from peftopt.records import Recipe, Workload
+
+BEST_TO_WORST = (ACCEPTED, INCONCLUSIVE, REJECTED, ENVIRONMENT, INTERRUPTED)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asks of `load`. None is an option that was not given: the recipe's value or the default applies."""
+
+    target: Annotated[str, typer.Argument(help="URL of a server, or a recipe: its variants that are servers, in turn.")]
+    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts; a recipe has its own.")] = None
+    model: Annotated[
+        list[str],
+        typer.Option(
+            help="Served name of a model or an adapter, or NAME=WEIGHT; repeat for a mix; by default the only one."
+        ),
+    ] = field(default_factory=list)
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Requests a second that come in, whatever has gone out.", show_default="1, or the recipe's"),
+    ] = None
+    arrivals: Annotated[str, typer.Option(help="poisson, gamma (burstier) or constant.")] = "poisson"
+    burstiness: Annotated[float, typer.Option(help="Shape of gamma gaps: 1 is Poisson, less is burstier.")] = 0.3
+    concurrency: Annotated[
+        int | None,
+        typer.Option(help="Users in a closed loop instead: each asks when answered.", show_default="the recipe's"),
+    ] = None
+    trace: Annotated[
+        Path | None, typer.Option(help='Replay JSON lines {"offset_s": 1.2, "id": "7"}, or with prompt_tokens.')
+    ] = None
+    mix: Annotated[str, typer.Option(help="How requests fall on several names: uniform, round-robin or zipf.")] = (
+        "uniform"
+    )
+    duration: Annotated[
+        float | None,
+        typer.Option(help="Seconds in which requests come in.", show_default="60, or the recipe's requests"),
+    ] = None
+    requests: Annotated[int | None, typer.Option(help="Send so many instead.")] = None
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens every answer gets, exactly where the server can.", show_default="64, or the recipe's"
+        ),
+    ] = None
+    natural: Annotated[
+        bool | None,
+        typer.Option(
+            "--natural/--fixed",
+            help="Let answers end by themselves; new-tokens is a cap.",
+            show_default="fixed, or the recipe's",
+        ),
+    ] = None
+    slo: Annotated[
+        list[str], typer.Option(help="Service level of each request, such as 'ttft <= 500 ms'; repeat for several.")
+    ] = field(default_factory=list)
+    find_rate: Annotated[
+        bool, typer.Option("--find-rate", help="Search the highest rate at which 95 % of requests meet every --slo.")
+    ] = False
+    find_cliff: Annotated[
+        bool,
+        typer.Option("--find-cliff", help="Repeat with 1, 2, … of the --model names: where do users begin to wait?"),
+    ] = False
+    protocol: Annotated[
+        str | None, typer.Option(help="chat, completions, llamacpp, tgi or mii.", show_default="chat")
+    ] = None
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the API key.")] = None
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Seconds that one request may take.", show_default="120, or the recipe's"),
+    ] = None
+    slots: Annotated[
+        int,
+        typer.Option(help="Requests the engine runs at once (vLLM: max-num-seqs), for its fill; known of a recipe's."),
+    ] = 0
+    patient: Annotated[bool, typer.Option("--patient", help="Do not stop a saturated run.")] = False
+    seed: Annotated[int | None, typer.Option(show_default="0, or the recipe's")] = None
+    out: Annotated[Path | None, typer.Option(help="Append the run to this measurements.jsonl.")] = None
+    variant: Annotated[
+        list[str],
+        typer.Option(
+            help="The variant that is served, for `decide`; by default the URL. Of a recipe: only this; repeat for "
+            "several."
+        ),
+    ] = field(default_factory=list)
+    workload: Annotated[
+        str,
+        typer.Option(
+            help="The recipe's workload that this was: `decide` takes it as a block of it. Of a recipe: the one to "
+            "send, by default what it minimizes."
+        ),
+    ] = ""
+    results: Results = Path("results")
+    as_json: AsJson = False
+    quiet: Quiet = False
+
+    def traffic(self) -> dict[str, Any]:
+        """The fields of a Traffic that were given, and its `rate`."""
+        return _given(
+            rate=self.rate,
+            concurrency=self.concurrency,
+            requests=self.requests,
+            duration_s=self.duration,
+            new_tokens=self.new_tokens,
+            fixed=None if self.natural is None else not self.natural,
+            seed=self.seed,
+        )
+
+    def connection(self) -> dict[str, Any]:
+        """The fields of a Target that were given."""
+        return _given(protocol=self.protocol, key_env=self.api_key_env, timeout_s=self.timeout)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A server that is up, and what to send to it: `fields` are those of a Traffic, and its `rate`. The load is kept
+    under the names of `variant` and `workload`."""
+
+    target: Target
+    prompts: Mapping[str, Prompt]
+    fields: Mapping[str, Any]
+    variant: str
+    workload: str
+    slots: int = 0
+
+
+@app.command()
+@options_from(Options)
+def load(options: Options) -> None:
+    """Load a server, or a recipe's, and say what its users would see: TTFT, TPOT, throughput, goodput, failures."""
+    from peftopt.cli.console import Console
+
+    slos = _service_levels(options)
+    _check_modes(options)
+    console = Console(options.quiet)
+    sources = _one_server(options) if "://" in options.target else _recipe_servers(options, console)
+    outcomes = []
+    with contextlib.closing(sources) as servers:
+        for source in servers:
+            outcomes.append(_load_one(options, source, slos, console))
+            if outcomes[-1] == INTERRUPTED:
+                break
+    raise typer.Exit(max(outcomes, key=BEST_TO_WORST.index))
+
+
+def _service_levels(options: Options) -> list[Slo]:
+    from peftopt.loadtest import summary
+
+    try:
+        return [summary.slo(text) for text in options.slo]
+    except ValueError as error:
+        raise BadInput(f"--slo {error}") from error
+
+
+def _check_modes(options: Options) -> None:
+    """Raises BadInput for options that do not go together."""
+    if options.find_rate and not options.slo:
+        raise BadInput("--find-rate needs a service level", "add --slo 'ttft <= 500 ms'")
+    if options.find_rate and (options.trace or options.concurrency):
+        raise BadInput("--find-rate sets the rate itself", "leave out --trace and --concurrency")
+    if options.find_cliff and (options.find_rate or options.trace):
+        raise BadInput("--find-cliff needs one rate or concurrency", "leave out --find-rate and --trace")
+    if options.find_cliff and len(options.model) < 2:
+        raise BadInput("--find-cliff needs several adapters", "add --model NAME for each")
+
+
+# ---- where a load goes -------------------------------------------------------------------------
+
+
+def _one_server(options: Options) -> Generator[Source]:
+    """A server that runs already."""
+    from peftopt import corpus
+    from peftopt.loadtest.client import Target
+    from peftopt.loadtest.protocols import Prompt
+
+    if len(options.variant) > 1:
+        raise BadInput(
+            f"--variant is given {len(options.variant)} times, and one server is one variant", "give it once"
+        )
+    rows = corpus.read(str(options.prompts)) if options.prompts else []
+    prompts = {row.id: Prompt(messages=row.messages) for row in rows}
+    target = Target(options.target, **options.connection())
+    variant = options.variant[0] if options.variant else ""
+    yield Source(target, prompts, options.traffic(), variant, options.workload)
+
+
+def _recipe_servers(options: Options, console: Console) -> Generator[Source]:
+    """A recipe's servers, each up while its load is sent."""
+    import tempfile
+
+    from peftopt import corpus
+    from peftopt.runner import servers
+
+    file = Path(options.target)
+    if not file.exists():
+        hint = "give the path of a recipe, or the URL of a server, such as http://localhost:8000"
+        raise BadInput(f"{file} is not a URL, and there is no recipe at this path", hint)
+    _check_recipe_options(options)
+    recipe, workload = chosen(file, options)
+    given = options.traffic()
+    fields = {**_workload_fields(workload, recipe.seed, options), **given}
+    # A load that the options change is not a block of the workload, unless the user says so.
+    changed = options.prompts or options.trace or options.find_rate or given.keys() - {"seed"}
+    kept_as = options.workload or ("" if changed else workload.name)
+
+    rows = corpus.read(str(options.prompts)) if options.prompts else corpus.read(workload.prompts, workload.slice)
+    run = servers.stage(recipe, options.results, Path(tempfile.mkdtemp(prefix="peftopt-")), console)
+    for variant in run.recipe.variants.values():
+        with servers.serving(run, variant, rows, fields["new_tokens"], not fields["fixed"]) as server:
+            target = replace(server.target, **options.connection())
+            sent = {**fields, "new_tokens": server.new_tokens}
+            yield Source(target, server.prompts, sent, variant.name, kept_as, server.slots)
+
+
+def _check_recipe_options(options: Options) -> None:
+    """Raises BadInput for options whose values a recipe's variants hold."""
+    for option, value in (("--protocol", options.protocol), ("--api-key-env", options.api_key_env)):
+        if value is not None:
+            raise BadInput(
+                f"{option} is for a URL: the variants of a recipe have their own",
+                f"leave {option} out, or give a server's URL",
+            )
+    if options.model:
+        raise BadInput(
+            "--model is for a URL: the variants of a recipe name what they serve",
+            "to load only some of them, give --variant NAME",
+        )
+
+
+def chosen(file: Path, options: Options) -> tuple[Recipe, Workload]:
+    """The recipe with only the variants to load, and the workload to send."""
+    from peftopt import plugins
+    from peftopt.recipe.reader import nearest
+
+    recipe, _ = read_recipe(file)
+    known = plugins.catalogue()
+    serving = {name: v for name, v in recipe.variants.items() if known[v.engine.plugin].serves}
+    if not serving:
+        kinds = " or ".join(p.name for p in known.values() if p.serves)
+        raise BadInput(f"{file} has no variant on a server", f"give one an engine that serves: {kinds}")
+    for name in options.variant:
+        if name not in serving:
+            raise BadInput(f"--variant {name}: {file} has no such variant on a server", nearest(name, serving))
+    name = options.workload
+    if name and name not in recipe.workloads:
+        raise BadInput(f"--workload {name}: {file} has no such workload", nearest(name, recipe.workloads))
+    chosen = {name: serving[name] for name in options.variant or serving}
+    return replace(recipe, variants=chosen), recipe.workloads[name or recipe.minimize.workload]
+
+
+def _workload_fields(workload: Workload, seed: int, options: Options) -> dict[str, Any]:
+    """What the workload says of a load, as far as the options do not take its place: a rate, a trace or a search that
+    of its users; a number of users that of its rate; a duration that of its number of requests."""
+    from peftopt.loadtest import runs
+
+    timed_by_option = options.rate is not None or options.trace is not None or options.find_rate
+    replaced = {
+        "concurrency": timed_by_option,
+        "rate": options.concurrency is not None,
+        "requests": options.duration is not None,
+    }
+    fields = runs.of_workload(workload, seed)
+    return {name: value for name, value in fields.items() if not replaced.get(name)}
+
+
+# ---- one load ----------------------------------------------------------------------------------
+
+
+def _load_one(options: Options, source: Source, slos: Sequence[Slo], console: Console) -> int:
+    """Load one server, keep and print what came back. Returns the exit code."""
+    from peftopt.loadtest import runs
+
+    fields = {"rate": 1.0, "new_tokens": 64, **source.fields}
+    rate = fields.pop("rate")
+    only = {source.target.model: 1.0} if source.target.model else {}
+    traffic = runs.Traffic(
+        prompts=source.prompts,
+        trace=runs.read_trace(options.trace),
+        weights=dict(weighted(text, "--model") for text in options.model) or only,
+        arrivals=options.arrivals,
+        burstiness=options.burstiness,
+        mix=options.mix,
+        **fields,
+    )
+    traffic.check(rate)
+    title = source.variant or "load"
+    with console.progress(title, traffic.expected(rate)) as show:
+        if options.find_rate:
+            loaded = _find_rate(source.target, traffic, rate, slos, show, console)
+        elif options.find_cliff:
+            loaded = _find_cliff(source.target, traffic, rate, show, console)
+        else:
+            loaded = runs.run(source.target, traffic, rate, show, options.patient)
+    values = runs.as_json(loaded, slos)
+    slots = options.slots or source.slots
+    if values["engine"] and slots:
+        values["engine"]["slots"] = slots
+    if options.out:
+        runs.append(options.out, source.variant or source.target.url, values, source.workload)
+    _print(options, source, title, values, console)
+    return runs.outcome(loaded, slos, options.find_rate)
+
+
+def _find_rate(
+    target: Target, traffic: Traffic, rate: float, slos: Sequence[Slo], show: Show, console: Console
+) -> Loaded:
+    """The search for the highest rate; each trial is a line."""
+    from peftopt.loadtest import runs, summary
+
+    def tell(trial: Trial) -> None:
+        share = summary.attained(trial.played.requests, slos)
+        why = f", stopped: {trial.played.stopped}" if trial.played.stopped else ""
+        word = "holds" if trial.held else "does not hold"
+        text = f"{trial.rate:.3g}/s {word}: {share.estimate:.1%} of {share.n}{why}"
+        console.done("rate", text, _last_answer_s(trial.played))
+
+    return runs.find_rate(target, traffic, rate, slos, show, tell)
+
+
+def _find_cliff(target: Target, traffic: Traffic, rate: float, show: Show, console: Console) -> Loaded:
+    """The search for the number of adapters from which users wait; each number is a line."""
+    from peftopt.loadtest import runs, summary
+    from peftopt.metrics import counted
+
+    def tell(played: Played) -> None:
+        names = len({r.model for r in played.requests})
+        wait = summary.waited(played.requests)
+        text = f"{counted(names, 'adapter')}: P50 {wait.estimate:,.0f} ms ({wait.low:,.0f} to {wait.high:,.0f})"
+        console.done("load", text, _last_answer_s(played))
+
+    return runs.find_cliff(target, traffic, rate, show, tell)
+
+
+def _last_answer_s(played: Played) -> float:
+    return max((r.done for r in played.requests), default=0.0)
+
+
+def _print(options: Options, source: Source, title: str, values: dict[str, Any], console: Console) -> None:
+    from peftopt import report
+
+    if options.as_json:
+        named = {"variant": source.variant, "url": source.target.url}
+        print(json.dumps(report.as_json.plain({**named, **values}), allow_nan=False))
+        return
+    console.table(report.load.HEADER, report.load.rows(values))
+    console.pairs(title, report.load.lines(values))
+    for note in values["notes"]:
+        console.warn(note)

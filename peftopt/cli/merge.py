@@ -1,0 +1,105 @@
+"""merge: adapters into their base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftopt.cli.shared import AsJson, BaseFolder, app, transform, weighted
+from peftopt.errors import BadInput
+
+if TYPE_CHECKING:
+    from peftopt.records import Model
+
+ONE_GB = 10**9
+
+
+@app.command()
+def merge(
+    base: BaseFolder,
+    adapter: Annotated[
+        list[str],
+        typer.Option(help="Folder of a PEFT adapter (safetensors), or FOLDER=WEIGHT; repeat to merge several."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="New folder to write; it appears whole or not at all.")] = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; the base's own by default.")] = "",
+    certify: Annotated[
+        str,
+        typer.Option(help="blocks (while streaming) or full (the saved model's predictions too; default up to 1 GB)."),
+    ] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON-lines prompts for the full certificate; some of ours by default.")
+    ] = None,
+    merge_base: Annotated[
+        str,
+        typer.Option(
+            help="For an adapter trained on a 4-bit base: full (the 16-bit weights), dequantized (what 4 bits left of "
+            "them), or auto (both, and keep the one nearer to the adapter on its 4-bit base); in-place for packed "
+            "weights that stay 4-bit."
+        ),
+    ] = "full",
+    scheme: Annotated[str, typer.Option(help="The 4-bit scheme of that base: nf4 or fp4.")] = "nf4",
+    combination: Annotated[
+        str, typer.Option(help="How several LoRAs add up: cat (exactly), or linear, svd, ties, … as PEFT does.")
+    ] = "cat",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change, tensor by tensor.")] = False,
+    allow_base_mismatch: Annotated[
+        bool, typer.Option("--allow-base-mismatch", help="Merge though the adapter names another base.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fold adapters into their base model, and certify that the result is the same model."""
+    from peftopt import store
+    from peftopt.records import Model
+
+    folders, weights = zip(*(weighted(text, "--adapter") for text in adapter), strict=True)
+    model = Model(str(base), folders)
+    if not certify:
+        certify = "blocks" if base.is_dir() and store.size(base) > ONE_GB and merge_base != "auto" else "full"
+    params = {
+        "dtype": dtype,
+        "certify": certify,
+        "weights": ",".join(map(str, weights)) if any(w != 1 for w in weights) else "",
+        "combination": combination,
+        "merge_base": merge_base,
+        "scheme": scheme,
+        "allow_base_mismatch": allow_base_mismatch,
+    }
+    if dry_run:
+        _preview(params, model, as_json)
+    elif out is None:
+        raise BadInput("merge needs --out", "name a folder that does not exist yet, or ask for a --dry-run")
+    else:
+        transform("merge", params, model, out, str(prompts) if prompts else None, 0, as_json)
+
+
+def _preview(params: dict[str, Any], model: Model, as_json: bool) -> None:
+    """What a merge would change, largest change first; tensors without a delta are called out."""
+    from peftopt.cli.console import Console
+    from peftopt.metrics import format_value
+    from peftopt.runner import single
+
+    found = single.preview("merge", params, model)
+    if as_json:
+        print(json.dumps(found))
+        return
+    ratio = {t["name"]: t["delta_norm"] / t["weight_norm"] if t["weight_norm"] else 0.0 for t in found}
+    rows = [
+        [
+            t["name"],
+            "x".join(map(str, t["shape"])),
+            t["dtype"],
+            format_value("size", t["bytes"]),
+            f"{ratio[t['name']]:.2e}",
+        ]
+        for t in sorted(found, key=lambda t: -ratio[t["name"]])
+    ]
+    console = Console()
+    console.table(["tensor", "shape", "dtype", "size", "delta / weight"], rows)
+    total = sum(t["bytes"] for t in found)
+    console.say(f"{len(found)} tensors of {format_value('size', total)} would change; nothing was written")
+    if still := [t["name"] for t in found if not t["delta_norm"]]:
+        console.warn(f"no delta at all in {len(still)} of {len(found)}: {', '.join(still[:3])}")

@@ -1,0 +1,76 @@
+"""quantize: a model's weights in fewer bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftopt.cli.shared import AsJson, ModelFolder, Out, app, model_of, params_of, transform
+from peftopt.errors import BadInput
+
+
+@app.command()
+def quantize(
+    method: Annotated[
+        str, typer.Option(help="int8, w8a8, fp8, gptq, awq, bnb8, nf4: any quantizer of `peftopt doctor`.")
+    ],
+    model: ModelFolder,
+    out: Out,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="JSON-lines prompts with answers, like the real traffic, for gptq, awq and w8a8; generic for some "
+            "texts of ours.",
+        ),
+    ] = "",
+    adapter: Annotated[Path | None, typer.Option(help="Adapter to keep apart on the quantized base.")] = None,
+    bits: Annotated[str, typer.Option(metavar="N", help="Bits per weight, where the method has a choice.")] = "",
+    group_size: Annotated[
+        str, typer.Option(metavar="N", help="Weights that share a scale; by default the most that divide every layer.")
+    ] = "",
+    mixed: Annotated[
+        str,
+        typer.Option(
+            metavar="SHARE", help="Share of the weights, such as 0.2, that may stay at 8 bits: the most sensitive."
+        ),
+    ] = "",
+    keep: Annotated[
+        str,
+        typer.Option(
+            metavar="NAMES",
+            help="Layers to leave alone, names or patterns with commas between; the output head always is.",
+        ),
+    ] = "",
+    samples: Annotated[str, typer.Option(metavar="N", help="Calibration rows to use.")] = "",
+    max_tokens: Annotated[str, typer.Option(metavar="N", help="Tokens at which each of them is cut.")] = "",
+    settings: Annotated[
+        list[str],
+        typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter of the method; repeat for more."),
+    ] = [],  # noqa: B006
+    type_: Annotated[
+        str,
+        typer.Option("--type", metavar="TYPE", help="gguf: q4_k_m, q8_0, bf16, …; openvino_ir: int8, int4, bf16, … ."),
+    ] = "",
+    seed: int = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Quantize a model's weights to 8 or 4 bits, by the library that is alive for each method, and open the result."""
+    from peftopt import plugins
+    from peftopt.recipe.reader import nearest
+
+    known = {p.name: p for p in plugins.catalogue().values() if p.technique == "quantize"}
+    if method not in known:
+        raise BadInput(f"no quantizer named {method!r}", nearest(method, known))
+    options = {"bits": bits, "group_size": group_size, "mixed": mixed, "keep": keep}
+    options |= {"samples": samples, "max_tokens": max_tokens, "type": type_}
+    params = params_of(known[method], {name: value for name, value in options.items() if value}, settings)
+    if known[method].calibrates and not calibration:
+        raise BadInput(
+            f"{method} needs calibration texts", "add --calibration FILE.jsonl (rows like the real traffic), or generic"
+        )
+    if calibration and not known[method].calibrates:
+        raise BadInput(f"{method} needs no calibration texts", "leave --calibration out")
+    transform(method, params, model_of(model, adapter), out, calibration or None, seed, as_json)
