@@ -157,6 +157,11 @@ def counted(n: int, what: str, several: str = "") -> str:
     return f"{n} {several or what + 's'}"
 
 
+def percent(share: float, places: int = 0) -> str:
+    """A share in percent: "73 %"."""
+    return f"{100 * share:.{places}f} %"
+
+
 def format_value(metric: str, value: float, relative: bool = False) -> str:
     """A figure for people: "41.2 ms", "163 MB", "1.02x", "99.1 %".
 

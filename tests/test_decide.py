@@ -33,6 +33,7 @@ from peftopt.decision.stopping import answers as answers_needed
 from peftopt.decision.stopping import blocks as blocks_needed
 from peftopt.decision.stopping import hopeless, open_races, undecidable
 from peftopt.errors import BadInput
+from peftopt.metrics import percent
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
 from peftopt.records import TWIN, Json, Measurement, Metric, Plan, Rule, Step, Variant, Workload
@@ -61,7 +62,7 @@ def test_what_a_recipe_cannot_decide_is_known_before_anything_is_measured() -> N
     claims = list(undecidable(recipe, 80))
     assert [claim.split(":")[0] for claim in claims] == ["int8.critical_errors", "variant.critical_errors"]
     assert f"takes {enough} prompts" in claims[0] and f"takes {needed_n(0.05, 4)} prompts" in claims[1]
-    assert f"can claim {upper_bound(0, 80, 1 - 0.05 / 4):.2%}" in claims[0]
+    assert f"can claim {percent(upper_bound(0, 80, 1 - 0.05 / 4), 2)}" in claims[0]
     (none,) = undecidable(replace(recipe, quality=None), 0)
     assert none.startswith("merge.parity, int8.critical_errors, compile.parity: no answers are checked")
     seldom = replace(recipe, measure=replace(recipe.measure, relaunch=40))
@@ -86,7 +87,7 @@ def test_what_is_not_foreseen_as_undecidable_can_be_decided(blocks: int, prompts
 def test_the_sentence_names_the_choice_and_its_rule() -> None:
     plan = plan_of("merged")
     accepted = decide(plan, whole(plan, {"merged": 0.7}), {})
-    assert "Ship merged" in accepted.sentence and "30 % lower".replace(" %", "%") in accepted.sentence
+    assert "Ship merged" in accepted.sentence and "30 % lower" in accepted.sentence
     assert "merge.gain" in accepted.sentence
     kept = decide(plan, whole(plan, {"merged": 1.2}), {})
     assert kept.sentence.startswith("Keep the adapter as served") and "merge.gain" in kept.sentence
@@ -663,7 +664,7 @@ def test_a_cap_is_proposed_from_the_baselines_own_lengths() -> None:
     long = {f"p{n}": {"new_tokens": 200} for n in range(3)}
     measurements = whole(plan, {"merged": 0.7}) + quality("adapter", **long)
     remarks = of(decide(plan, measurements, {}), "adapter").remarks
-    assert len(remarks) == 1 and "max_new_tokens: 31 would cut off 0.8%" in remarks[0] and "200 tokens" in remarks[0]
+    assert len(remarks) == 1 and "max_new_tokens: 31 would cut off 0.8 %" in remarks[0] and "200 tokens" in remarks[0]
 
 
 def test_what_compiling_cost_is_a_figure_with_its_break_even_and_a_line_of_the_report() -> None:

@@ -31,8 +31,8 @@ def around(measurements: list[Measurement], **state: Json) -> list[Measurement]:
     [
         ({"cores": 4, "foreign_cores": 3.2}, None),  # three processors are free for others
         ({"cores": 4, "foreign_cores": 3.4}, "other processes"),
-        ({"cores": 4, "steal": 0.03}, "host took 3%"),
-        ({"throttled": 0.2}, "quota withheld 20%"),
+        ({"cores": 4, "steal": 0.03}, "host took 3 %"),
+        ({"throttled": 0.2}, "quota withheld 20 %"),
         ({"heat_events": 1.0}, "slowed down for heat"),
         ({"gpu_foreign": 1, "gpu_slowed": False}, "another process was on the GPU"),
         ({"gpu_foreign": 0, "gpu_slowed": True}, "the GPU slowed down"),
@@ -281,7 +281,7 @@ def test_an_adapter_that_is_lost_rejects_and_one_that_is_kept_is_told() -> None:
     plan = plan_of("merged")
     base = [m for m in whole(plan, {"merged": 0.5}) if m.variant != "merged" or m.probe == "speed"]
     kept = of(decide(plan, base + quality("merged", **shifted(0.97)), {}), "merged")
-    assert kept.outcome == "accepted" and any("97% of the adapter's shift" in line for line in kept.remarks)
+    assert kept.outcome == "accepted" and any("97 % of the adapter's shift" in line for line in kept.remarks)
     assert kept.figures["delta_survival"].low < 0.97 < kept.figures["delta_survival"].high
     lost = of(decide(plan, base + quality("merged", **shifted(0.01)), {}), "merged")
     assert lost.decided_by == "artifact.intact" and "not at work" in lost.verdicts[0].reason
@@ -290,8 +290,8 @@ def test_an_adapter_that_is_lost_rejects_and_one_that_is_kept_is_told() -> None:
 @pytest.mark.parametrize(
     ("merged", "apart", "says"),
     [
-        (0.95, 0.90, "(+4.1% to +5.9%): int8 keeps more of the fine-tune"),
-        (0.90, 0.95, "(-5.9% to -4.1%): apart keeps more of the fine-tune"),
+        (0.95, 0.90, "(+4.1 % to +5.9 %): int8 keeps more of the fine-tune"),
+        (0.90, 0.95, "(-5.9 % to -4.1 %): apart keeps more of the fine-tune"),
         (0.95, 0.95, "no difference shown"),
     ],
 )

@@ -550,7 +550,7 @@ def test_kernels_are_summed_by_name_and_set_against_the_request() -> None:
     found = kernels.summary([("void a<1>()", 0.2), ("void a<2>()", 0.1), ("b", 0.1)], seconds=2.0)
     assert found["gpu_busy"] == pytest.approx(0.2)
     assert [(k["name"], round(k["share"], 2)) for k in found["kernels"]] == [("a", 0.75), ("b", 0.25)]
-    assert found["log"] == ["its GPU computes for 20% of a request's time: a 75%, b 25%"]
+    assert found["log"] == ["its GPU computes for 20 % of a request's time: a 75 %, b 25 %"]
     assert kernels.summary([], 1.0) == {}
 
 

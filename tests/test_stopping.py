@@ -11,6 +11,7 @@ from helpers.records import CHAINS, builds, evidence_of, plan_of, quality, speed
 from peftopt import stats
 from peftopt.decision import stopping
 from peftopt.decision.rules import ANY_CRITICAL
+from peftopt.metrics import percent
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
 from peftopt.records import Measurement, Plan, Recipe, Rule
@@ -159,10 +160,10 @@ def test_claims_of_answers_say_what_they_take_and_what_there_is() -> None:
         assert f"takes {needed} prompts" in said(recipe, needed - 1)[rule]
         assert f"there are {needed - 1}, which" in said(recipe, needed - 1)[rule]
     ten = said(recipe, 10)
-    assert f"can claim {stats.excess(0, 0, 10, level).high:.2%}" in ten["merge.lost"]
-    assert "claim 2.00% of 2 variants" in ten["merge.lost"] and "claim 10.00% of" in ten["merge.parity"]
-    assert f"can claim {stats.upper_bound(0, 10, 1 - 0.05 / 2):.2%}" in ten["int8.critical_errors"]
-    assert all("can claim 100.00%" in why for why in said(recipe, 0).values())
+    assert f"can claim {percent(stats.excess(0, 0, 10, level).high, 2)}" in ten["merge.lost"]
+    assert "claim 2.00 % of 2 variants" in ten["merge.lost"] and "claim 10.00 % of" in ten["merge.parity"]
+    assert f"can claim {percent(stats.upper_bound(0, 10, 1 - 0.05 / 2), 2)}" in ten["int8.critical_errors"]
+    assert all("can claim 100.00 %" in why for why in said(recipe, 0).values())
 
 
 def test_what_other_rules_ask_of_answers_is_not_said() -> None:

@@ -92,7 +92,7 @@ def test_the_sentence_tells_the_gain_its_interval_and_what_is_undecided() -> Non
         found.chosen or "", "adapter", "chat", "request_duration_ms", 1 - 0.05 / 2
     )
     assert ratio and f"({ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}, 40 blocks" in found.sentence
-    assert "50% lower than the adapter's" in found.sentence and "wall clock" in found.sentence
+    assert "50 % lower than the adapter's" in found.sentence and "wall clock" in found.sentence
     assert "undecided" not in found.sentence
     open_ = [m for m in whole(plan, {"merged": 0.5, "int8": 0.5}) if (m.probe, m.variant) != ("quality", "int8")]
     assert "(int8 undecided)" in decide(plan, open_, {}).sentence
@@ -111,7 +111,7 @@ def small(plan: Plan) -> Plan:
 def test_a_choice_that_is_slower_is_called_so_and_noted() -> None:
     plan = small(plan_of("int8"))
     found = decide(plan, whole(plan, {"int8": 1.5}), {})
-    assert found.chosen == "int8" and "50% higher than the adapter's" in found.sentence
+    assert found.chosen == "int8" and "50 % higher than the adapter's" in found.sentence
     assert [n for n in of(found, "int8").notes if "slower" in n] == ["slower than adapter here: 1.50x its latency"]
     assert of(found, "adapter").notes == ()
     same = decide(plan, whole(plan, {"int8": 1.0}), {})
@@ -210,11 +210,11 @@ def test_what_a_truncation_lost_is_named_up_to_five() -> None:
 def test_the_cap_that_is_proposed_cuts_off_one_answer_in_a_hundred_at_most(long: int, cap: int) -> None:
     answers = quality("adapter", 60, **rows(*range(long), new_tokens=200))
     (line,) = remarks(plan_of("merged"), "adapter", answers)
-    assert line.startswith(f"max_new_tokens: {cap} would cut off 0.0%") and "60 asked" in line
+    assert line.startswith(f"max_new_tokens: {cap} would cut off 0.0 %") and "60 asked" in line
     assert f"took {200 if long else 31} tokens, the median 31" in line
     hundred = quality("adapter", 200, **rows(0, 1, new_tokens=200))
     (line,) = remarks(plan_of("merged"), "adapter", hundred)
-    assert line.startswith("max_new_tokens: 31 would cut off 1.0%")
+    assert line.startswith("max_new_tokens: 31 would cut off 1.0 %")
 
 
 def test_no_cap_is_proposed_that_is_none() -> None:
@@ -228,7 +228,7 @@ def test_a_share_of_fewer_prompts_is_told_beside_the_adapters_on_the_same() -> N
     plan = plan_of("merged")
     found = quality("adapter", 60, **rows(0, 59, correct=False)) + quality("merged", 20)
     notes = of(decide(plan, found, {}), "merged").notes
-    assert notes == ("answered 20 of 60 prompts; on those adapter is right in 95.0%",)
+    assert notes == ("answered 20 of 60 prompts; on those adapter is right in 95.0 %",)
     assert of(decide(plan, both(merged={}), {}), "merged").notes == ()
 
 
@@ -265,7 +265,7 @@ def test_disturbed_blocks_are_warned_of_with_their_reasons() -> None:
         for m in speed(plan, {"merged": 0.5}, 12)
     ]
     assert warned(
-        decide(plan, found, {}), "3 of 12 blocks of chat were disturbed: the host took 50% of the CPU time (3)"
+        decide(plan, found, {}), "3 of 12 blocks of chat were disturbed: the host took 50 % of the CPU time (3)"
     )
     assert not decide(plan, speed(plan, {"merged": 0.5}, 12), {}).warnings
 

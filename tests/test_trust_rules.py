@@ -398,7 +398,7 @@ def test_few_predictions_that_differ_are_bounded_by_their_count_and_size() -> No
     assert predicted([(0, 0)] * 9, 0.01).outcome == "inconclusive", "nothing was scored"
     fewer = predicted([(-5, 50)] * 2 + [(0, 50)] * 98, 0.01)
     assert fewer.value and fewer.value.high == pytest.approx(stats.upper_bound(0, 100, 0.95) / 50)
-    assert "0.00% of tokens" in fewer.reason, "less than nothing is nothing"
+    assert "0.00 % of tokens" in fewer.reason, "less than nothing is nothing"
 
 
 def test_predictions_are_rejected_only_where_it_is_sure_and_over_all_slices() -> None:

@@ -306,7 +306,7 @@ def test_auto_takes_cpu_time_where_the_wall_clock_is_twice_as_noisy_in_the_first
     evidence = evidence_of(plan, on_clocks(pairs))
     assert evidence.clock[0] == clock
     if len(pairs) > 5 and pairs[0][1]:
-        assert f"{abs(pairs[0][0]):.2f}% on the wall clock and by 1.00% in CPU time" in evidence.clock[1]
+        assert f"{abs(pairs[0][0]):.2f} % on the wall clock and by 1.00 % in CPU time" in evidence.clock[1]
     assert evidence_of(plan, on_clocks(pairs, device="cuda")).clock[0] == "wall"
     assert evidence_of(plan, on_clocks(pairs, threads=2)).clock[0] == "wall"
     for odd in ({"device": "cuda", "threads": 1}, {"device": "cpu", "threads": 2}):
@@ -370,7 +370,7 @@ def test_one_thread_feeds_a_gpu(foreign: float, disturbed: bool) -> None:
 def test_a_disturbance_is_told_once_a_block() -> None:
     states = [{"steal": 0.5, "heat_events": 2}, {"steal": 0.5}]
     found = evidence_of(PLAN, [turn(f"v{n}", 0, [9], machine=s) for n, s in enumerate(states)]).disturbed("chat")
-    assert found == {0: ["the host took 50% of the CPU time", "the processor slowed down for heat"]}
+    assert found == {0: ["the host took 50 % of the CPU time", "the processor slowed down for heat"]}
 
 
 def test_the_order_effect_by_hand() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peftopt.cli.shared import AsJson, ModelFolder, app, model_of, params_of, print_lines, read_recipe
+from peftopt.metrics import percent
 
 
 @app.command("compile")
@@ -80,8 +81,8 @@ def _compile_lines(found: dict[str, Any]) -> dict[str, str]:
         "warm start": f"{start('warm')}, {cold['total'] / warm['total']:.1f}x faster than cold",
         "eager start": start("eager"),
         **per_shape,
-        "against eager": f"KL {found['kl']:.2g} nats a token, {found['greedy_match']:.0%} of {found['prompts']} greedy "
-        "answers the same",
+        "against eager": f"KL {found['kl']:.2g} nats a token, {percent(found['greedy_match'])} of "
+        f"{found['prompts']} greedy answers the same",
         **{
             f"switch to {s['adapter']}": f"{s['adapter_switch_time']:.2f} s, {s['recompiles']} recompiles, then "
             f"{s['first_answers_s']:.1f} s to an answer in every shape"

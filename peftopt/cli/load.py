@@ -13,6 +13,7 @@ import typer
 
 from peftopt.cli.shared import AsJson, Quiet, Results, app, options_from, read_recipe, weighted
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput
+from peftopt.metrics import percent
 
 if TYPE_CHECKING:
     from peftopt.cli.console import Console
@@ -337,7 +338,7 @@ def _find_rate(
         share = summary.attained(trial.played.requests, slos)
         why = f", stopped: {trial.played.stopped}" if trial.played.stopped else ""
         word = "holds" if trial.held else "does not hold"
-        text = f"{trial.rate:.3g}/s {word}: {share.estimate:.1%} of {share.n}{why}"
+        text = f"{trial.rate:.3g}/s {word}: {percent(share.estimate, 1)} of {share.n}{why}"
         console.done("rate", text, _last_answer_s(trial.played))
 
     return runs.find_rate(target, traffic, rate, slos, show, tell)

@@ -12,7 +12,7 @@ from peftopt.decision.evidence import Evidence
 from peftopt.decision.figures import figures
 from peftopt.decision.rules import family, parent_of, protects, rule_name, verdicts
 from peftopt.measurements import Answer
-from peftopt.metrics import counted
+from peftopt.metrics import counted, percent
 from peftopt.records import (
     TWIN,
     Decision,
@@ -92,7 +92,8 @@ def _remarks(evidence: Evidence, variant: Variant) -> Iterator[str]:
         tag, lost, won, asked = worst
         yield f"worst slice: {tag}, {lost} worse and {won} better of {asked}; p = {stats.flips(lost, won):.2g}"
     if kept := evidence.survival(variant.name):
-        yield f"{kept.estimate:.0%} of the adapter's shift from the base is left ({kept.low:.0%} to {kept.high:.0%})"
+        bounds = f"{percent(kept.low)} to {percent(kept.high)}"
+        yield f"{percent(kept.estimate)} of the adapter's shift from the base is left ({bounds})"
     yield from _merged_or_apart(evidence, variant)
     touched = evidence.touched(variant.name)
     if any(step.technique == "truncate" for step in variant.policies):
@@ -131,7 +132,7 @@ def _merged_or_apart(evidence: Evidence, variant: Variant) -> Iterator[str]:
             better = variant.name if more.estimate > 0 else other.name
             found = f"{better} keeps more of the fine-tune" if more.low * more.high > 0 else "no difference shown"
             yield (
-                f"merged before it was quantized it keeps {abs(more.estimate):.1%} of the adapter's shift "
+                f"merged before it was quantized it keeps {percent(abs(more.estimate), 1)} of the adapter's shift "
                 f"{'more' if more.estimate >= 0 else 'less'} than {other.name}, where the adapter stays apart "
                 f"({more.low:+.1%} to {more.high:+.1%}): {found}"
             )
@@ -150,8 +151,9 @@ def _proposed_cap(evidence: Evidence) -> Iterator[str]:
     if cap >= quality.new_tokens:
         return
     cuts = stats.proportion(sum(n > cap for n in lengths), len(lengths))
+    share, most = percent(cuts.estimate, 1), percent(cuts.high, 1)
     yield (
-        f"max_new_tokens: {cap} would cut off {cuts.estimate:.1%} of its answers (at most {cuts.high:.1%}; "
+        f"max_new_tokens: {cap} would cut off {share} of its answers (at most {most}; "
         f"{len(lengths)} asked, the longest took {lengths[-1]} tokens, the median {lengths[len(lengths) // 2]})"
     )
 
@@ -161,8 +163,8 @@ def _subset_note(evidence: Evidence, variant: str) -> list[str]:
     ours, theirs = evidence.rows(variant), evidence.rows(evidence.baseline)
     if not ours or len(ours) >= len(theirs):
         return []
-    same = sum(theirs[row].correct for row in ours) / len(ours)
-    return [f"answered {len(ours)} of {len(theirs)} prompts; on those {evidence.baseline} is right in {same:.1%}"]
+    same = percent(sum(theirs[row].correct for row in ours) / len(ours), 1)
+    return [f"answered {len(ours)} of {len(theirs)} prompts; on those {evidence.baseline} is right in {same}"]
 
 
 def _break_even(evidence: Evidence, variant: Variant) -> dict[str, Interval]:
@@ -321,8 +323,8 @@ def _sentence(evidence: Evidence, chosen: VariantDecision | None, candidates: Se
     recipe = evidence.plan.recipe
     if chosen:
         ratio = _judged(evidence, chosen.name)
-        percent = f"{abs(1 - ratio.estimate):.0%}"
-        gain = "about" if percent == "0%" else f"{percent} {'lower' if ratio.estimate < 1 else 'higher'} than"
+        change = percent(abs(1 - ratio.estimate))
+        gain = "about" if change == "0 %" else f"{change} {'lower' if ratio.estimate < 1 else 'higher'} than"
         undecided = [d.name for d in candidates if d.outcome == "inconclusive"]
         rest = f" ({', '.join(undecided)} undecided)" if undecided else ""
         return (

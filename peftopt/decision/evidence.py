@@ -29,7 +29,7 @@ from peftopt.measurements import (
     Task,
     Turn,
 )
-from peftopt.metrics import TASK
+from peftopt.metrics import TASK, percent
 from peftopt.records import TWIN, Interval, Metric, Plan
 
 Rows = Mapping[str, Answer]
@@ -406,7 +406,8 @@ class Evidence:
         wall, cpu = spreads
         if len(logs) < FEWEST:
             return "wall", f"auto: not yet {FEWEST} blocks of the A/A arm"
-        seen = f"two copies of {self.baseline} differed by {wall:.2%} on the wall clock and by {cpu:.2%} in CPU time"
+        clocks = f"{percent(wall, 2)} on the wall clock and by {percent(cpu, 2)} in CPU time"
+        seen = f"two copies of {self.baseline} differed by {clocks}"
         return ("cpu" if wall > NOISIER * cpu else "wall"), f"auto: in the first {FEWEST} blocks {seen}"
 
     @property
@@ -711,8 +712,8 @@ def _useless(timed: Sequence[Request], new_tokens: int = 0) -> str:
 
 
 _DISTURBED: Sequence[tuple[Callable[[Disturbance], float | None], float, str]] = (
-    (lambda moment: moment.steal, 0.01, "the host took {:.0%} of the CPU time"),
-    (lambda moment: moment.throttled, 0.01, "a quota withheld {:.0%} of the CPU time"),
+    (lambda moment: moment.steal, 0.01, "the host took {} of the CPU time"),
+    (lambda moment: moment.throttled, 0.01, "a quota withheld {} of the CPU time"),
     (lambda moment: moment.heat_events, 0, "the processor slowed down for heat"),
     (lambda moment: moment.gpu_foreign, 0, "another process was on the GPU"),
     (lambda moment: moment.gpu_slowed, 0, "the GPU slowed down for heat or power"),
@@ -723,7 +724,7 @@ _DISTURBED: Sequence[tuple[Callable[[Disturbance], float | None], float, str]] =
 def _disturbances(moment: Disturbance, threads: int) -> Iterator[str]:
     for read, most, words in _DISTURBED:
         if (found := read(moment) or 0) > most:
-            yield words.format(found)
+            yield words.format(percent(found))
     cores, foreign = moment.cores, moment.foreign_cores
     if foreign is not None and foreign > cores - (threads or cores) + 0.25:
         yield "other processes took processors it needed"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from peftopt import stats
 from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, Field, Rows, exp
 from peftopt.decision.figures import figure, figures, timed
-from peftopt.metrics import QUANTILES, TASK, counted, format_value, known
+from peftopt.metrics import QUANTILES, TASK, counted, format_value, known, percent
 from peftopt.records import Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
 
 SKIPPED = ("missing library", "missing environment", "refused")
@@ -133,7 +133,7 @@ def _unseen(case: Case, against: str, workload: str, field: Field, result: stats
         )
     resolution = evidence.resolution((case.variant, against), workload, field)
     if resolution > math.log1p(0.01):
-        reasons += f"; the clock's steps are {math.expm1(resolution):.0%} of what it times: use longer requests"
+        reasons += f"; the clock's steps are {percent(math.expm1(resolution))} of what it times: use longer requests"
     loads = [evidence.loads(v, workload) for v in (case.variant, against)]
     if max(loads) > result.interval.n and min(loads):
         reasons += f"; of {max(loads)} loads {result.interval.n} are pairs: let the loads of both alternate"
@@ -171,7 +171,7 @@ def gain(case: Case) -> Verdict:
     """Latency drops by more than the limit. A merge is judged as a whole variant against the unmerged adapter,
     since that is what is given up for it, but by itself where a quantizer after it may cost speed, being a memory win;
     any other technique against the same variant without it."""
-    goal = f"{case.limit:.0%} faster or better" if case.limit else "faster"
+    goal = f"{percent(case.limit)} faster or better" if case.limit else "faster"
     if case.step.technique != "merge":
         return _speed(case, case.parent, 1 - case.limit, goal)
     recipe = case.evidence.plan.recipe
@@ -191,7 +191,7 @@ def _may_be_slower(recipe: Recipe, step: Step) -> bool:
 
 def not_slower(case: Case) -> Verdict:
     """The slow-down against the variant without the technique is provably below the limit."""
-    return _speed(case, case.parent, 1 + case.limit, f"less than {case.limit:.0%} slower")
+    return _speed(case, case.parent, 1 + case.limit, f"less than {percent(case.limit)} slower")
 
 
 def smaller(case: Case) -> Verdict:
@@ -232,10 +232,10 @@ def _critical(case: Case, variant: str, parent: str) -> Verdict:
         reason = f"{counted(len(once), 'critical error')} in prompts that {baseline} was asked only once, first "
         reason += f"{_named(once)}: it may make them too"
     elif n >= needed:
-        outcome, reason = "accepted", f"0 critical errors in {n} prompts: below {bound:.2%} at 95 %"
+        outcome, reason = "accepted", f"0 critical errors in {n} prompts: below {percent(bound, 2)} at 95 %"
     else:
         outcome = "inconclusive"
-        reason = f"0 critical errors in {n} prompts; a claim of {case.limit:.1%} needs {needed}"
+        reason = f"0 critical errors in {n} prompts; a claim of {percent(case.limit, 1)} needs {needed}"
     if ties := [e.row for e in errors if e.near_tie]:
         reason += f"; {', '.join(ties[:3])} flipped at a near tie, which {baseline}'s own noise decides"
     if variant != case.variant:
@@ -364,8 +364,8 @@ def _predictions(found: Disagreement, limit: float, family: int, slices: int = 1
     most = count * max(1.0, sum(worse) / max(len(worse), 1)) / max(sum(tokens), 1)
     value = replace(value, high=max(value.high, most))
     outcome: Outcome = "rejected" if sure.low > limit else "accepted" if value.high <= limit else "inconclusive"
-    reason = f"{max(value.estimate, 0):.2%} of tokens differ from the reference's beyond its own second run"
-    return Verdict("", outcome, f"{reason}, at most {value.high:.2%}", value=value, unit="share")
+    reason = f"{percent(max(value.estimate, 0), 2)} of tokens differ from the reference's beyond its own second run"
+    return Verdict("", outcome, f"{reason}, at most {percent(value.high, 2)}", value=value, unit="share")
 
 
 def _answers(found: Disagreement, limit: float, family: int, sound: bool, slices: int = 1) -> Verdict:
@@ -723,7 +723,7 @@ def _intact(evidence: Evidence, variant: Variant) -> Verdict:
         at = builds[at].parent
     kept = evidence.survival(variant.name)
     if kept and kept.high < LOST:
-        wrong.append(f"the adapter is not at work: {kept.estimate:.0%} of its shift from the base is left")
+        wrong.append(f"the adapter is not at work: {percent(kept.estimate)} of its shift from the base is left")
     if wrong:
         return Verdict("artifact.intact", "rejected", "; ".join(wrong[:3]))
     if not checked and variant.steps:

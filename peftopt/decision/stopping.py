@@ -17,7 +17,7 @@ from peftopt.decision.rules import (
     rule_name,
     verdicts,
 )
-from peftopt.metrics import counted
+from peftopt.metrics import counted, percent
 from peftopt.records import Recipe, Rule, Threshold, Variant, Verdict
 
 RACED, ANSWERED = ("gain", "not_slower"), ("parity", "critical_errors", "lost")
@@ -162,8 +162,8 @@ def _unclaimable(rule: Rule, limit: float, prompts: int, variants: int) -> str:
     if needed <= prompts:
         return ""
     return (
-        f"{_name(rule)}: to claim {limit:.2%} of {counted(variants, 'variant')} takes {needed} prompts {what}; there "
-        f"are {prompts}, which can claim {bound:.2%}"
+        f"{_name(rule)}: to claim {percent(limit, 2)} of {counted(variants, 'variant')} takes {needed} prompts {what}; "
+        f"there are {prompts}, which can claim {percent(bound, 2)}"
     )
 
 

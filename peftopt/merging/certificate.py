@@ -21,6 +21,7 @@ from peftopt.corpus import TEXTS
 from peftopt.errors import MissingEnvironment
 from peftopt.merging.blocks import FLOATS, dtype_of, read, row_width
 from peftopt.merging.training import TrainingBase, is_packed
+from peftopt.metrics import percent
 from peftopt.models import hf
 from peftopt.models.adapter import Adapter, Pair
 from peftopt.models.checkpoint import Checkpoint, Draft, open_model
@@ -291,9 +292,10 @@ def compare(
         "worst_token": decode([(asked[worst].prompt + asked[worst].answer)[at]]),
         "worst_top": [decode([int(x.logs[worst][at].argmax())]) for x in (live, merged)],
     }
+    top, top_null = percent(1 - flips / positions, 1), percent(1 - null_flips / positions, 1)
     detail = (
         f"KL {mean:.2g} from the live adapter (its own noise {noise:.2g}, the base {distance:.2g}), "
-        f"same top token {1 - flips / positions:.1%} (noise {1 - null_flips / positions:.1%}) of {positions}, "
+        f"same top token {top} (noise {top_null}) of {positions}, "
         f"greedy {same} of {answers} (noise {null_same}), worst KL {values['kl_worst']:.2g} "
         f"after {values['worst_token']!r}"
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from peftopt.corpus import Row
 from peftopt.engines import Engine
+from peftopt.metrics import percent
 from peftopt.probes import cuda_of
 from peftopt.records import Json
 
@@ -43,10 +44,11 @@ def summary(spans: Iterable[tuple[str, float]], seconds: float) -> dict[str, Jso
     whole = sum(total.values())
     if not whole:
         return {}
-    top = [{"name": name, "share": span / whole} for name, span in total.most_common(SHOWN)]
+    shares = [(name, span / whole) for name, span in total.most_common(SHOWN)]
+    top = [{"name": name, "share": share} for name, share in shares]
     busy = whole / seconds
-    named = ", ".join(f"{kernel['name']} {kernel['share']:.0%}" for kernel in top)
-    log = [f"its GPU computes for {busy:.0%} of a request's time: {named}"]
+    named = ", ".join(f"{name} {percent(share)}" for name, share in shares)
+    log = [f"its GPU computes for {percent(busy)} of a request's time: {named}"]
     return {"why": "kernels", "gpu_busy": busy, "kernels": top, "log": log}
 
 

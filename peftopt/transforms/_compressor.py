@@ -11,6 +11,7 @@ from typing import Any
 from peftopt import progress
 from peftopt.corpus import Row
 from peftopt.errors import BadInput
+from peftopt.metrics import percent
 from peftopt.models import hf, provenance
 from peftopt.records import Json, Model, Step
 from peftopt.transforms import _experts, _layers, _sensitivity, _smoothing
@@ -130,7 +131,7 @@ def quantize(
         spared, more["mixed"] = _sensitivity.spared(opened, rows, choice, share, weights)
         groups = _two_groups(choice, spared, weights, experts=bool(found.experts))
         notices.append(
-            f"{len(spared)} of {len(choice)} layers kept at 8 bits ({more['mixed']['share']:.1%} of weights)"
+            f"{len(spared)} of {len(choice)} layers kept at 8 bits ({percent(more['mixed']['share'], 1)} of weights)"
         )
     odd = [n for n, m in opened.named_modules() if isinstance(m, torch.nn.Linear) and n not in targets]
     scheme = {"config_groups": groups, "ignore": odd}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peftopt.errors import BadInput
+from peftopt.metrics import percent
 from peftopt.models.adapter import EMBEDDINGS
 from peftopt.models.checkpoint import open_model
 
@@ -99,7 +100,7 @@ def left_alone(found: Found, method: str) -> list[str]:
         return []
     names = sorted(left, key=lambda name: -left[name])
     more = f" and {len(names) - 1} more like it" if len(names) > 1 else ""
-    kept = f"{share:.0%} of the weights stay as they are: {method} cannot round {names[0]}{more}"
+    kept = f"{percent(share)} of the weights stay as they are: {method} cannot round {names[0]}{more}"
     instead = "gptq" if "experts" in names[0] else "gguf or openvino_ir"
     if share > NEARLY_ALL:
         raise BadInput(f"{method} would quantize almost nothing of this model: {kept}", f"use {instead}")
