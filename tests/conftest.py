@@ -20,6 +20,19 @@ CHAT_TEMPLATE = (
 TEXTS = [f"the quick brown fox number {i} jumps over the lazy dog and counts {i * i} stars" for i in range(40)]
 
 
+COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
+
+
+@pytest.fixture(autouse=True)
+def compilers() -> None:
+    """PEFT leaves CXX=gcc behind where it cannot build BOFT's CUDA code, and fixtures here make such adapters."""
+    for name, value in COMPILERS.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 def make_base(folder: Path, dtype: str) -> None:
     """Write a random two-layer Llama (hidden 64, tied embeddings) with a byte-level BPE tokenizer."""
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from xxhash import xxh3_128_hexdigest
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.merging import blocks
 from peftopt.merging.modules import Hollow
+from peftopt.models import hf
 from peftopt.models.adapter import NO_DELTA
 from peftopt.models.checkpoint import Draft, open_model
 from peftopt.records import Model
@@ -200,6 +202,18 @@ def test_every_type_merges_to_the_live_adapter(name: str, bases: Callable[[str],
     base = bases("qwen2" if name in BIASED else "llama")
     adapter = make_adapter(base, tmp_path / "adapter", peft_config(kind, **settings))
     assert_same_model(base, adapter, merged(base, adapter, out=tmp_path / "out"))
+
+
+def test_an_adapter_whose_code_peft_cannot_build_leaves_the_compilers_as_they_were(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With CXX=gcc, which PEFT leaves behind for BOFT, TorchInductor's C++ does not link."""
+    kind, settings = TYPES["boft"]
+    adapter = make_adapter(bases("llama"), tmp_path / "adapter", peft_config(kind, **settings))
+    monkeypatch.setenv("CC", "mine")
+    monkeypatch.delenv("CXX", raising=False)
+    hf.attach(hf.load(str(bases("llama"))), str(adapter))
+    assert os.environ["CC"] == "mine" and "CXX" not in os.environ
 
 
 def test_the_types_are_all_that_peft_has() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import shutil
 import warnings
@@ -225,6 +226,20 @@ def refusing(what: str) -> Iterator[None]:
         raise BadInput(f"adapter {what} does not fit the model: {_first_line(error)}", hint) from error
 
 
+@contextlib.contextmanager
+def same_compilers() -> Iterator[None]:
+    """Leave CC and CXX as they were. Where PEFT cannot build BOFT's CUDA code it leaves CXX=gcc behind, with which
+    TorchInductor's C++ does not link."""
+    names = ("CC", "CXX")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
 def attach(model: Any, adapter: str, name: str = "default", keep_dtype: bool = False) -> Any:
     """The model with one adapter on it (a PeftModel), every key of the adapter's file accounted for.
 
@@ -236,7 +251,7 @@ def attach(model: Any, adapter: str, name: str = "default", keep_dtype: bool = F
     from peft import PeftModel
 
     weights = adapter_weights(adapter)
-    with refusing(adapter):
+    with refusing(adapter), same_compilers():
         if isinstance(model, PeftModel):
             model.load_adapter(adapter, adapter_name=name, autocast_adapter_dtype=not keep_dtype)
         else:
