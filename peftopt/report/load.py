@@ -122,4 +122,4 @@ def _share(value: Interval) -> str:
 
 
 def _percent(share: float) -> str:
-    return format_value("accuracy", share)
+    return format_value("share", share)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from peftopt.metrics import TASK, counted, described
+from peftopt.metrics import TASK, counted, described, format_value
 from peftopt.records import Decision, Interval, VariantDecision, Verdict
 from peftopt.report import words
 from peftopt.report.words import MISSING, Table, clean, clip
@@ -252,7 +252,7 @@ def _rule_row(verdict: Verdict) -> list[str]:
         verdict.rule,
         verdict.outcome,
         words.figure(words.metric_of(verdict), value),
-        MISSING if verdict.limit is None else words.written(words.metric_of(verdict), verdict.limit),
+        MISSING if verdict.limit is None else format_value(words.metric_of(verdict), verdict.limit),
         MISSING if value is None else str(value.n),
         verdict.against or MISSING,
         verdict.clock or MISSING,

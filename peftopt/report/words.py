@@ -33,7 +33,7 @@ def figure(name: str, value: Interval | None) -> str:
         return MISSING
     if name.partition("@")[0] == "critical_errors":
         return critical(value)
-    middle = written(name, value.estimate)
+    middle = format_value(name, value.estimate)
     if (tail := re.search(r"(?:latency|ttft|tpot)\.(p95|p99)", name)) and not bounded(value):
         return f"too few requests for {tail[1].upper()}, or launches: {value.n}"
     if (
@@ -43,11 +43,11 @@ def figure(name: str, value: Interval | None) -> str:
         or not (value.low > 0 or math.isfinite(value.high))
     ):
         return middle
-    return f"{middle} ({_range(middle, written(name, value.low), written(name, value.high))})"
+    return f"{middle} ({_range(middle, format_value(name, value.low), format_value(name, value.high))})"
 
 
 def estimate(name: str, value: Interval | None) -> str:
-    return MISSING if value is None or not math.isfinite(value.estimate) else written(name, value.estimate)
+    return MISSING if value is None or not math.isfinite(value.estimate) else format_value(name, value.estimate)
 
 
 def speed(ratio: Interval | None, compact: bool = False) -> str:
@@ -73,11 +73,6 @@ def count(value: Interval | None) -> str:
     if value is None or not math.isfinite(value.estimate):
         return MISSING
     return f"{round(value.estimate * value.n)} of {value.n}"
-
-
-def written(name: str, value: float) -> str:
-    """A value of a metric, or of a unit, in words."""
-    return format_value(name, value)
 
 
 def bounded(value: Interval) -> bool:
