@@ -372,6 +372,17 @@ def test_the_median_of_two_requests_says_so_in_the_place_of_an_endless_interval(
     assert name == "adapter" and cells[2:4] == ["792 (n=2)", "too few"]
 
 
+def test_a_load_shorter_than_a_look_at_the_server_still_tells_how_full_its_batches_were() -> None:
+    figures = {"errors": {}}
+    known = {"figures": figures, "highest_rate": None, "trials": (), "by_model": {}}
+    known["own_delay"] = {"p50_ms": 0.1, "p95_ms": 0.2, "max_ms": 0.3}
+    counted_at_every_step = load.lines({**known, "engine": {"busy": 1.5, "slots": 2}})
+    looked_at = load.lines({**known, "engine": {"running": {"mean": 1.5, "peak": 2.0, "n": 4}, "slots": 2}})
+    assert "75 % of 2 slots" in counted_at_every_step["batch"]
+    assert "75 % of 2 slots" in looked_at["batch"]
+    assert "batch" not in load.lines({**known, "engine": {}})
+
+
 def test_the_compact_table_fits_a_terminal() -> None:
     header, body = table.rows(a_decision(), compact=True)
     widths = [max(len(row[n]) for row in [header, *body]) for n in range(len(header))]

@@ -64,12 +64,8 @@ def lines(found: Mapping[str, Json]) -> dict[str, str]:
         said["first request"] = (
             ", ".join(f"{name} {ms:.0f} ms" for name, ms in list(colds.items())[:8]) + " to its first token"
         )
-    if "running" in engine:
-        share = prometheus.fill(engine)
-        fill = "" if share is None else f", {100 * share:.0f} % of {engine['slots']} slots"
-        said["batch"] = (
-            f"{engine['running']['mean']:.1f} requests on average, {engine['running']['peak']:.0f} at most{fill}"
-        )
+    if "running" in engine or "busy" in engine:
+        said["batch"] = _batch(engine)
     if "kv_cache" in engine:
         said["KV cache"] = (
             f"{_percent(engine['kv_cache']['mean'])} on average, {_percent(engine['kv_cache']['peak'])} at most"
@@ -100,6 +96,15 @@ def _row(name: str, f: Mapping[str, Json]) -> list[str]:
         f"{f['output_tokens_per_s']:.1f}" if f["output_tokens_per_s"] else "—",
         f"{f['request_rate']:.2f}" if f["request_rate"] else "—",
     ]
+
+
+def _batch(engine: Mapping[str, Json]) -> str:
+    """Requests in the running batch: of every step where the server counts them, else of the moments it was asked."""
+    mean = engine["busy"] if "busy" in engine else engine["running"]["mean"]
+    peak = f", {engine['running']['peak']:.0f} at most" if "running" in engine else ""
+    share = prometheus.fill(engine)
+    fill = "" if share is None else f", {100 * share:.0f} % of {engine['slots']} slots"
+    return f"{mean:.1f} requests on average{peak}{fill}"
 
 
 def _ms(f: Mapping[str, Json], name: str) -> str:
