@@ -332,6 +332,22 @@ def test_figures_carry_their_interval_unit_and_n() -> None:
     assert words.figure("kl", interval(0.01, -0.001, 0.02)) == "0.0100 nats (-0.00100 to 0.0200)"
 
 
+def test_a_column_of_p95_that_no_variant_has_requests_for_goes_and_its_warning_stays() -> None:
+    few, enough = interval(41.2, 40.1, math.inf), interval(41.2, 40.1, 42.4)
+    adapter, merged, *_ = a_decision().variants
+
+    def with_tails(*tails: Interval) -> Decision:
+        told = [
+            dataclasses.replace(variant, figures={**variant.figures, "latency.p95@chat": tail})
+            for variant, tail in zip((adapter, merged), tails, strict=True)
+        ]
+        return dataclasses.replace(a_decision(), variants=tuple(told))
+
+    assert "P95@chat" not in table.rows(with_tails(few, few))[0]
+    assert "P95@chat" in table.rows(with_tails(few, enough))[0]
+    assert any(words.TOO_FEW in line for line in table.warnings(with_tails(few, few)))
+
+
 def test_the_table_has_a_row_per_variant_and_marks_the_baseline_and_the_choice() -> None:
     header, body = table.rows(a_decision())
     assert [row[0] for row in body] == ["adapter (baseline)", "merged (chosen)", "int8", "gptq4", "awq4"]

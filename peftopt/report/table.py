@@ -99,11 +99,16 @@ def _column(name: str) -> Column:
 
 
 def _filled(decision: Decision, columns: Sequence[Column]) -> Table:
-    """A row per variant, without the columns in which no variant has anything to say."""
+    """A row per variant, without the columns that no variant fills. What only too few requests fill is not filled:
+    the warnings say it once, of all variants."""
     cells = [[cell(variant) for _, cell in columns] for variant in decision.variants]
     said = ("variant", "verdict", "decided by")
-    kept = [n for n, (name, _) in enumerate(columns) if name in said or any(row[n] != MISSING for row in cells)]
+    kept = [n for n, (name, _) in enumerate(columns) if name in said or any(_told(row[n]) for row in cells)]
     return [clean(columns[n][0]) for n in kept], [[clean(row[n]) for n in kept] for row in cells]
+
+
+def _told(cell: str) -> bool:
+    return cell != MISSING and not cell.startswith(words.TOO_FEW)
 
 
 def _full(decision: Decision) -> list[Column]:
@@ -269,6 +274,6 @@ def warnings(decision: Decision) -> list[str]:
         for name, value in v.figures.items()
         if name.startswith("latency.p95@") and not words.bounded(value)
     ]
-    few = f"too few requests for P95 ({fewest_for(0.95)} needed): {', '.join(tails)}"
+    few = f"{words.TOO_FEW} for P95 ({fewest_for(0.95)} needed): {', '.join(tails)}"
     notes = [f"{v.name}: {note}" for v in decision.variants for note in v.notes]
     return [clean(line) for line in [*decision.warnings, *notes, *[few][: len(tails)]]]

@@ -11,6 +11,7 @@ from peftopt.records import Interval, Verdict
 from peftopt.stats import MOST_BLOCKS
 
 MISSING = "—"
+TOO_FEW = "too few requests"
 
 Table = tuple[list[str], list[list[str]]]
 """A header and its rows, every cell a plain string: escaping is the renderer's."""
@@ -35,7 +36,7 @@ def figure(name: str, value: Interval | None) -> str:
         return critical(value)
     middle = format_value(name, value.estimate)
     if (tail := re.search(r"(?:latency|ttft|tpot)\.(p95|p99)", name)) and not bounded(value):
-        return f"too few requests for {tail[1].upper()}, or launches: {value.n}"
+        return f"{TOO_FEW} for {tail[1].upper()}, or launches: {value.n}"
     if (
         math.isnan(value.low)
         or math.isnan(value.high)
