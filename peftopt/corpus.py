@@ -30,6 +30,7 @@ class Row:
         return identity.of_value(self.messages)[:16]
 
     def as_json(self) -> dict[str, Json]:
+        """Its fields by name, as `row_from` reads them."""
         return asdict(self)
 
 

@@ -41,6 +41,7 @@ class Store:
             ) from error
 
     def folder(self, artifact_id: str) -> Path:
+        """Where an artifact lies, or will lie."""
         return self.root / "artifacts" / artifact_id[:2] / artifact_id
 
     def cache(self, artifact_id: str) -> Path:

@@ -157,6 +157,7 @@ class Compiled(eager.Transformers):
     # ---- what it answers ------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        """By the graphs of the batch's shape; as `eager`, and counted, where no graph takes it."""
         import torch
 
         shape = self._shape(len(prompts), max(map(len, prompts)) + new_tokens, timed=not stop)
@@ -268,6 +269,7 @@ class Compiled(eager.Transformers):
         }
 
     def close(self) -> None:
+        """Free the graphs and the model."""
         self._inner = None
         self._graphs.close()
         self._steps.clear()

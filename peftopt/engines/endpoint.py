@@ -90,6 +90,7 @@ class Served(Text):
             )
 
     def encode(self, messages: Sequence[Mapping[str, str]], answer: str | None = None) -> tuple[list[int], list[int]]:
+        """It also keeps the messages, for a protocol that sends them in place of token ids."""
         prompt, ids = super().encode(messages, answer)
         self._messages[tuple(prompt)] = messages  # a protocol of chats wants them back
         return prompt, ids
@@ -133,9 +134,11 @@ class Served(Text):
         return played
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        """Raises NotImplementedError: no protocol here tells the likelihood of a given answer."""
         raise NotImplementedError("a served model only generates")
 
     def close(self) -> None:
+        """Close the connections and the event loop."""
         self._loop.run(self._client.__aexit__())
         self._loop.close()
 

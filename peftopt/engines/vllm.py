@@ -129,6 +129,7 @@ class Vllm(Started):
         return name, time.perf_counter() - started
 
     def facts(self) -> dict[str, Json]:
+        """For the log: vLLM's version, whether it compiles, and the seconds until it was ready."""
         compiled = "compiled" if self._params.compile else "eager"
         return {"log": [f"vLLM {version('vllm')}, {compiled}: ready after {self._seconds:.0f} s"]}
 

@@ -406,7 +406,7 @@ def _predict(model: Any, asked: Sequence[Asked], folder: Path, steps: _Steps, wh
 
 
 def _dtype(out: Path) -> Any:
-    """torch's dtype, of the floating ones, that most of a folder's weights have."""
+    """The dtype of torch, of the floating ones, that most of a folder's weights have."""
     import torch
 
     with open_model(out) as written:
