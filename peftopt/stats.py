@@ -1,4 +1,4 @@
-"""Samples -> intervals, and intervals -> outcomes: the rules of docs/measurement as pure functions.
+"""Samples -> intervals, and intervals -> outcomes: the rules of docs/verdicts.md as pure functions.
 
 Bounds that the data cannot support are infinite, and an infinite bound clears no limit: too little data is
 inconclusive by construction, never a pass. Samples that are not finite are refused with ValueError.
