@@ -197,7 +197,7 @@ def calibration_file(named: str) -> Path:
 
 
 def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str) -> None:
-    """Refuse a calibration row that is also evaluated: a quantizer must not see the questions of its exam."""
+    """Raises BadInput for a calibration row that is evaluated too: no quantizer may see the questions of its exam."""
     exam = {row.prompt_id: row.id for row in evaluation}
     for row in calibration:
         if twin := exam.get(row.prompt_id):

@@ -109,7 +109,7 @@ def read_text(path: Path) -> str:
 
 
 def find_run(given: Path | None, results: Path, recipe: str = "") -> Path:
-    """The run the user names, or the newest one, of that recipe where one is named."""
+    """The run the user names, or the newest one, of that recipe where one is named. Raises BadInput without a run."""
     if given is not None:
         return given
     pattern = f"*-{recipe}-*" if recipe else "*"
@@ -220,8 +220,8 @@ def _provenance(found: dict[str, Any]) -> dict[str, str]:
 
 
 def weighted(text: str, option: str) -> tuple[str, float]:
-    """`NAME` or `NAME=0.7`; a folder whose own name has an equals sign is taken as it is. `option` is named in the
-    error."""
+    """`NAME` or `NAME=0.7`; a folder whose own name has an equals sign is taken as it is. Raises BadInput, which names
+    the `option`, for a weight that is not a number."""
     folder, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, 1.0

@@ -63,7 +63,10 @@ prepare = eager.prepare
 
 
 def open(model: Model, params: Params) -> Compiled:
-    """Load the model. The first request of each shape compiles, or loads what an earlier process compiled."""
+    """Load the model. The first request of each shape compiles, or loads what an earlier process compiled.
+
+    Raises BadInput for parameters that mean nothing, and for models that no graph can hold.
+    """
     for name, value, known in (("mode", params.mode, MODES), ("attention", params.attention, ATTENTIONS)):
         if value not in known:
             raise BadInput(f"{name}: {value!r} is unknown", f"use one of {', '.join(known)}")

@@ -106,7 +106,11 @@ class Served(Text):
         return Prompt(self._messages.get(tuple(ids), ()), text, tuple(ids) if self._takes_ids else ())
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
-        """One request for each prompt, all at once: how they are batched is the server's business."""
+        """One request for each prompt, all at once: how they are batched is the server's business.
+
+        Raises BadInput where a fixed length is asked for and the protocol or the server has none, WorkerFailed when a
+        request fails.
+        """
         if not stop and not self._client.protocol.FIXED_LENGTH:
             raise BadInput(
                 f"{self._client.target.protocol} cannot generate a fixed number of tokens",

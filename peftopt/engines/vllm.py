@@ -112,7 +112,10 @@ class Vllm(Started):
         return scores(positions, answer)
 
     def switch(self, adapter: str) -> float:
-        """Load another LoRA and unload the one before, through vLLM's runtime API; seconds until both are done."""
+        """Load another LoRA and unload the one before, through vLLM's runtime API; seconds until both are done.
+
+        Raises BadInput for a model without an adapter, WorkerFailed when the server refuses.
+        """
         if not self._home.adapters:
             raise BadInput("only a model with an adapter can switch it", "open the base with one --adapter on top")
         self._model, seconds = self._exchange(adapter, self._model)

@@ -39,7 +39,7 @@ class Target:
 class Reply:
     """An answer, whole or not. Times are perf_counter_ns; `times` has one for each message that brought a token.
 
-    `error` is "" for an answer that is complete. `new_tokens` is the server's count, else the number of messages.
+    `error` is "" for an answer that is complete. `new_tokens` is the server's count, else that of ids or of messages.
     """
 
     sent: int

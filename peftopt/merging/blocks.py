@@ -273,7 +273,8 @@ class Blocks:
     # ---- whole tensors -----------------------------------------------------------------------
 
     def put(self, draft: Draft, name: str, tensor: Any) -> None:
-        """Write a whole tensor to its place, rounded once to the dtype that the draft has for it."""
+        """Write a whole tensor to its place, rounded once to the dtype that the draft has for it. Raises BadInput where
+        its shape is another, or a value is not finite."""
         target = draft.entries[name]
         if tuple(tensor.shape) != target.shape:
             raise BadInput(f"{name} came out as {list(tensor.shape)}, its place is {list(target.shape)}")

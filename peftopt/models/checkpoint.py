@@ -136,7 +136,10 @@ class Checkpoint:
         return sum(entry.nbytes for entry in self.entries.values())
 
     def read(self, entry: Entry, at: int, into: memoryview) -> None:
-        """Fill `into` with the tensor's bytes from offset `at`. Safe from several threads at once."""
+        """Fill `into` with the tensor's bytes from offset `at`. Safe from several threads at once.
+
+        Raises BadInput for a file that became shorter meanwhile.
+        """
         handle, position, left = self._handle(entry.file), entry.start + at, into
         while left:
             n = os.preadv(handle, [left], position)
