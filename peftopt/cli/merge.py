@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from peftopt.records import Model
 
 
-
 @app.command()
 def merge(
     base: BaseFolder,

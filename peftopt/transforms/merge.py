@@ -32,10 +32,11 @@ CHOICES = {
 class Params:
     """`dtype`: "bf16", "fp16", "fp32", or "" for the base's own. `certify`: "blocks" (while streaming), "full" (the
     saved folder's predictions too) or "auto", which is "full" for a base of up to 1 GB. `weights`: one per adapter,
-    separated by commas ("" = all 1). `combination`: how several LoRAs become one, "cat" (their exact weighted sum) or another type of PEFT's. `merge_base`: the weights
-    that the delta is added to, "full" as they are, "dequantized" as `scheme` (nf4, fp4) left them in training, "auto"
-    for whichever is nearer to the adapter on its 4-bit base, "in-place" for packed weights that stay packed.
-    `allow_base_mismatch`: merge though names or revisions say that the base is another one."""
+    separated by commas ("" = all 1). `combination`: how several LoRAs become one, "cat" (their exact weighted sum) or
+    another type of PEFT's. `merge_base`: the weights that the delta is added to, "full" as they are, "dequantized" as
+    `scheme` (nf4, fp4) left them in training, "auto" for whichever is nearer to the adapter on its 4-bit base,
+    "in-place" for packed weights that stay packed. `allow_base_mismatch`: merge though names or revisions say that the
+    base is another one."""
 
     dtype: str = ""
     certify: str = "auto"
