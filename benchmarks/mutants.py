@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import gc
 import itertools
 import math
 import os
@@ -41,11 +42,11 @@ from hypothesis import HealthCheck, Phase, settings
 MODULES = {
     path: tuple(f"tests/test_{name}.py" for name in names)
     for path, names in {
-        "peftopt/stats.py": ("stats", "trust_stats"),
-        "peftopt/decision/rules.py": ("trust_rules", "broken_models", "decide", "honest_times"),
+        "peftopt/decision/stopping.py": ("stopping", "decide", "honest_times"),
         "peftopt/decision/decide.py": ("trust_decisions", "evidence", "decide"),
         "peftopt/decision/evidence.py": ("trust_times", "trust_answers", "judged", "evidence", "decide"),
-        "peftopt/decision/stopping.py": ("stopping", "decide", "honest_times"),
+        "peftopt/decision/rules.py": ("trust_rules", "broken_models", "decide", "honest_times"),
+        "peftopt/stats.py": ("stats", "trust_stats"),
     }.items()
 }
 """What is changed, and the tests that should notice, the closest first."""
@@ -65,10 +66,15 @@ EXAMPLES = 8
 """Inputs that Hypothesis draws for a test, the same in every run."""
 
 SPARE_S, SLOWER, SPARE_BYTES = 5.0, 10.0, 2 << 30
-"""A mutant is killed when a test takes so many seconds over so many times its time, or so much more memory."""
+"""A mutant is killed when a test takes so many seconds of processor over so many times its own, or so much more memory.
+Processor time, as a busy machine kills nobody that way."""
+
+ASLEEP_S = 900.0
+"""A mutant is stopped after so long by the clock, should it wait without end."""
 
 PATIENCE_S = 30.0
-"""So much processor time of tests is spent on a mutant, the likeliest first; what they do not notice has survived."""
+"""So much processor time of tests is spent on a mutant, the likeliest first; what they do not notice has survived. Less
+can only lower the score."""
 
 OTHERWISE = 255
 
@@ -277,8 +283,10 @@ def reach(mutant: Mutant, trees: Mapping[str, ast.Module]) -> Iterator[tuple[str
 class Mutation:
     """The plug-in that takes over once pytest has collected the tests."""
 
-    def __init__(self, chosen: list[Mutant], trees: dict[str, ast.Module], jobs: int, minutes: float) -> None:
-        self.chosen, self.trees, self.jobs, self.minutes = chosen, trees, jobs, minutes
+    def __init__(
+        self, chosen: list[Mutant], trees: dict[str, ast.Module], jobs: int, minutes: float, patience: float
+    ) -> None:
+        self.chosen, self.trees, self.jobs, self.minutes, self.patience = chosen, trees, jobs, minutes, patience
         self.judged: list[Mutant] = []
         self.stopped = 0  # for their time, or as they crash at once
         self.kills = Counter[tuple[tuple[str, ...], pytest.Item]]()  # what kills in a function is tried first there
@@ -310,6 +318,8 @@ class Mutation:
         self.say(f"{len(self.chosen)} mutants; {len(tests)} tests reach them and take {took:.0f} s")
         if os.waitpid(self.fork(None, tests), 0)[1]:
             raise pytest.UsageError("the tests fail in a forked process without any change: nothing can be told")
+        gc.collect()
+        gc.freeze()  # else each child copies what the collector touches
         waiting, running = list(self.chosen), dict[int, Mutant]()
         end = time.monotonic() + 60 * self.minutes
         while running or (waiting and time.monotonic() < end):
@@ -338,7 +348,7 @@ class Mutation:
 
         mutant.tests.sort(key=order)
         spent = itertools.accumulate(self.seconds[test] for test in mutant.tests)
-        mutant.tests = [test for test, s in zip(mutant.tests, spent, strict=True) if s <= PATIENCE_S]
+        mutant.tests = [test for test, s in zip(mutant.tests, spent, strict=True) if s <= self.patience]
 
     def cover(self, items: Sequence[pytest.Item]) -> None:
         """Run every test once, timed, and give each mutant those that reach it."""
@@ -363,17 +373,19 @@ class Mutation:
             return pid
         status = OTHERWISE
         try:
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_BYTES, resource.RLIM_INFINITY))
             for stream in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            signal.setitimer(signal.ITIMER_REAL, SPARE_S)
+            signal.setitimer(signal.ITIMER_REAL, ASLEEP_S)
+            signal.setitimer(signal.ITIMER_PROF, SPARE_S)
             if mutant:
                 name = mutant.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
                 install(sys.modules[name], self.trees[mutant.path], mutant)
             for n, (item, following) in enumerate(itertools.zip_longest(tests, tests[1:]), 1):
-                signal.setitimer(signal.ITIMER_REAL, SPARE_S + SLOWER * self.seconds[item])
+                signal.setitimer(signal.ITIMER_PROF, SPARE_S + SLOWER * self.seconds[item])
                 if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
                     status = min(n, OTHERWISE)
                     break
@@ -387,9 +399,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--module", action="append", help="a module's name or path; may be repeated")
     parser.add_argument("--changed", metavar="BASE", help="only lines that differ from this git revision")
+    parser.add_argument("--again", type=Path, metavar="LOG", help="only what survived in the output of an earlier run")
     parser.add_argument("--sample", type=int, metavar="N", help="judge so many, drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no mutant after so many")
+    parser.add_argument("--patience", type=float, default=PATIENCE_S, metavar="S", help="seconds of tests for a mutant")
+    parser.add_argument("--tests", action="append", metavar="ID", help="run these only, such as those that are new")
     parser.add_argument("--survivors", type=Path, default=ACCEPTED, help="accepted survivors with a reason each")
     parser.add_argument("--floor", type=float, default=1.0, help="the share killed, or accepted, that is enough")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
@@ -403,6 +418,9 @@ def main() -> int:
     if options.changed:
         changed = changed_lines(options.changed)
         chosen = [m for m in chosen if changed[m.path] & set(m.lines) and (m.path, m.key) not in accepted]
+    if options.again:
+        printed = set(re.findall(r"(?m)^(\S+\.py):\d+  (.+?)(?:  \(not reached\))?$", options.again.read_text()))
+        chosen = [m for m in chosen if (m.path, m.key) in printed]
     total = len(chosen)
     if options.sample and options.sample < total:
         chosen = random.Random(options.seed).sample(chosen, options.sample)
@@ -411,10 +429,12 @@ def main() -> int:
         print("no line that could be changed")
         return 0
     os.environ["OMP_NUM_THREADS"] = "1"
-    plugin = Mutation(chosen, {path: tree for path, (tree, _) in found.items()}, options.jobs, options.minutes)
-    tests = dict.fromkeys(test for path in wanted if any(m.path == path for m in chosen) for test in MODULES[path])
+    trees = {path: tree for path, (tree, _) in found.items()}
+    plugin = Mutation(chosen, trees, options.jobs, options.minutes, options.patience)
+    usual = dict.fromkeys(test for path in wanted if any(m.path == path for m in chosen) for test in MODULES[path])
     left_out = [f"--deselect={name}" for name in SLOW]
-    code = pytest.main(["-qq", "-p", "no:cacheprovider", "--disable-warnings", *left_out, *tests], plugins=[plugin])
+    quiet = ["-qq", "-p", "no:cacheprovider", "--tb=native", "--disable-warnings"]
+    code = pytest.main([*quiet, *left_out, *(options.tests or usual)], plugins=[plugin])
     if code != pytest.ExitCode.OK:
         return int(code)
 
