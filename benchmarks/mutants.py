@@ -292,6 +292,7 @@ class Mutation:
         self.kills = Counter[tuple[tuple[str, ...], pytest.Item]]()  # what kills in a function is tried first there
         self.survived: list[Mutant] = []
         self.seconds: dict[pytest.Item, float] = {}
+        self.unfit = set[pytest.Item]()  # what fails without a change, such as a test of time on a busy machine
         self.out = os.fdopen(os.dup(1), "w")  # pytest captures the other
 
     def pytest_sessionstart(self) -> None:
@@ -313,11 +314,11 @@ class Mutation:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         self.cover(session.items)
-        tests = [item for item in session.items if any(item in m.tests for m in self.chosen)]
+        reaching = {item for mutant in self.chosen for item in mutant.tests} - self.unfit
+        tests = [item for item in session.items if item in reaching]
         took = sum(self.seconds[item] for item in tests)
         self.say(f"{len(self.chosen)} mutants; {len(tests)} tests reach them and take {took:.0f} s")
-        if os.waitpid(self.fork(None, tests), 0)[1]:
-            raise pytest.UsageError("the tests fail in a forked process without any change: nothing can be told")
+        self.unfit |= self.failing(tests)
         gc.collect()
         gc.freeze()  # else each child copies what the collector touches
         waiting, running = list(self.chosen), dict[int, Mutant]()
@@ -337,6 +338,21 @@ class Mutation:
                 self.say(f"{mutant.path}:{mutant.lines[0]}  {mutant.key}" + ("" if mutant.tests else "  (not reached)"))
         return True
 
+    def failing(self, tests: Sequence[pytest.Item]) -> set[pytest.Item]:
+        """Those that fail in a forked process without any change."""
+        found = set[pytest.Item]()
+        waiting = list(tests)
+        while waiting:
+            batch = waiting[: OTHERWISE - 1]
+            nth = os.waitstatus_to_exitcode(os.waitpid(self.fork(None, batch), 0)[1])
+            if not 0 <= nth < OTHERWISE:
+                raise pytest.UsageError("the tests crash in a forked process without any change: nothing can be told")
+            if nth:
+                found.add(batch[nth - 1])
+                self.say(f"left out, as it fails in a forked process without any change: {batch[nth - 1].nodeid}")
+            waiting = waiting[nth or len(batch) :]
+        return found
+
     def plan(self, mutant: Mutant) -> None:
         """Its tests, those first that killed in the same function, then those of the first file, as long as patience
         lasts."""
@@ -346,7 +362,7 @@ class Mutation:
             rank = files.index(test.nodeid.split("::")[0])
             return -self.kills[mutant.scope, test] / self.seconds[test], rank, self.seconds[test]
 
-        mutant.tests.sort(key=order)
+        mutant.tests = sorted((test for test in mutant.tests if test not in self.unfit), key=order)
         spent = itertools.accumulate(self.seconds[test] for test in mutant.tests)
         mutant.tests = [test for test, s in zip(mutant.tests, spent, strict=True) if s <= self.patience]
 
@@ -357,8 +373,9 @@ class Mutation:
         for item, following in itertools.zip_longest(items, items[1:]):
             watch.switch_context(item.nodeid)
             start = time.process_time()
-            if failed := [r for r in runtestprotocol(item, nextitem=following, log=False) if r.failed]:
-                raise pytest.UsageError(f"{item.nodeid} fails without any change: {failed[0].longreprtext}")
+            if any(report.failed for report in runtestprotocol(item, nextitem=following, log=False)):
+                self.unfit.add(item)
+                self.say(f"left out, as it fails without any change: {item.nodeid}")
             self.seconds[item] = time.process_time() - start + 1e-4
         watch.stop()
         data = watch.get_data()
@@ -422,8 +439,9 @@ def main() -> int:
         printed = set(re.findall(r"(?m)^(\S+\.py):\d+  (.+?)(?:  \(not reached\))?$", options.again.read_text()))
         chosen = [m for m in chosen if (m.path, m.key) in printed]
     total = len(chosen)
+    random.Random(options.seed).shuffle(chosen)  # so that those that were judged when time was up are a sample too
     if options.sample and options.sample < total:
-        chosen = random.Random(options.seed).sample(chosen, options.sample)
+        del chosen[options.sample :]
         print(f"a sample of {len(chosen)} of {total} mutants, seed {options.seed}", flush=True)
     if not chosen:
         print("no line that could be changed")
