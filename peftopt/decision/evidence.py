@@ -480,9 +480,9 @@ class Evidence:
             between += sum(len(g) * (sum(g) / len(g) - centre) ** 2 for g in mine)
             within += sum((x - sum(g) / len(g)) ** 2 for g in mine for x in g)
             groups, blocks = groups + len(mine) - 1, blocks + sum(map(len, mine)) - len(mine)
-        if not groups or not blocks or not within:
+        if not groups or not within:
             return None
-        ratio, each = (between / groups) / (within / blocks), (groups + blocks) / max(groups, 1)
+        ratio, each = (between / groups) / (within / blocks), (groups + blocks) / groups
         return math.sqrt((ratio - 1) / each) if stats.exceeds(ratio, groups, blocks) else None
 
     def warm_up(self, variant: str, workload: str) -> tuple[int, float] | None:

@@ -539,7 +539,6 @@ def _timed_requirement(evidence: Evidence, variant: str, threshold: Threshold) -
     )
     if not blocks:
         return replace(common, reason=f"{metric} was not measured", workload="")
-    look, value, launches, reason = 0, Interval(math.nan, 0.0, math.inf, 0), 0, ""
     for look, share in stats.planned_looks(blocks, most) or [(blocks, 0.0)]:
         level = required_level(recipe, share or 1.0)
         found = (timed_ratio if threshold.relative else timed)(evidence, variant, metric, level, look)
