@@ -596,3 +596,27 @@ def test_looks_are_as_documented() -> None:
 def test_a_race_stops_out_of_reach_from_the_first_look_on_and_past_twice_its_budget() -> None:
     d = [0.1 * (-1) ** i + 0.001 * i for i in range(10)]
     assert stats.out_of_reach(d, 0.0, 10) and not stats.out_of_reach(d[:9], 0.0, 10)
+
+
+@pytest.mark.parametrize(("nats", "finite"), [(708.9, True), (709.9, False), (1e6, False)])
+def test_a_perplexity_beyond_all_numbers_is_infinite_and_breaks_nothing(nats: float, finite: bool) -> None:
+    """The largest double is e^709.78."""
+    found = stats.perplexity_ratio([nats, nats], [0.0, 0.0], [1.0, 1.0])
+    assert math.isfinite(found.estimate) == finite and found.estimate > 1e307
+    assert stats.perplexity_ratio([-nats, -nats], [0.0, 0.0], [1.0, 1.0]).estimate < 1e-307
+
+
+def test_before_its_first_look_a_race_shows_the_interval_of_that_look() -> None:
+    """What is shown early is not narrower than what will judge."""
+    d = [0.1 * (-1) ** i for i in range(9)]
+    for family in (1, 3):
+        found = stats.race(d, 0.0, family)
+        assert (found.look, found.interval.n) == (0, 9)
+        assert found.interval.level == pytest.approx(1 - 0.02 * 0.1 / family)
+
+
+@settings(max_examples=30)
+@given(st.lists(values, min_size=11, max_size=15), values)
+def test_between_looks_a_race_shows_what_was_judged_at_the_last(d: list[float], limit: float) -> None:
+    found = stats.race(d, limit)
+    assert found.look == found.interval.n == found.launches or found.test == "bets"
