@@ -557,7 +557,7 @@ class Evidence:
         """The Tier 1 errors of a variant that the baseline makes in neither of its runs, nor `parent` where one is
         given, one for each prompt; and how many different prompts were asked."""
         first, second = self.rows(self.baseline, 1), self.rows(self.baseline, 2)
-        theirs = self.rows(parent) if parent and parent != self.baseline else {}
+        theirs = self.rows(parent)
         errors, prompts = [], set()
         for row, answer in self.rows(variant).items():
             if row not in first:
@@ -699,7 +699,7 @@ def _near_tie(answer: Answer, second: Answer) -> bool:
     return bool(at < len(noise) and margin <= max(noise[at], sorted(noise)[len(noise) * 9 // 10]))
 
 
-def _useless(timed: Sequence[Request], new_tokens: int = 0) -> str:
+def _useless(timed: Sequence[Request], new_tokens: int) -> str:
     """Why these requests say nothing of a variant's speed, "" where they do; of a load that ran apart they must have
     `new_tokens` each where that is fixed."""
     if not timed:

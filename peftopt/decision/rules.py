@@ -219,7 +219,7 @@ def _critical(case: Case, variant: str, parent: str) -> Verdict:
     errors, n = evidence.critical_errors(variant, parent)
     if not n:
         return Verdict("", "inconclusive", "no answers were checked", parent)
-    counted_, once = [e for e in errors if e.counts], [e for e in errors if e.asked_once and not e.near_tie]
+    counted_, once = [e for e in errors if e.counts], [e for e in errors if e.asked_once]
     bound = stats.upper_bound(len(counted_), n, 1 - 0.05 / case.family)
     needed = stats.needed_n(case.limit, case.family)
     makers = baseline if parent == baseline else f"{baseline} or {parent}"
