@@ -107,6 +107,8 @@ class Mutant:
     index: int | None
     new: ast.AST | None
     statement: ast.stmt
+    files: tuple[str, ...] = ()
+    """Those whose tests should notice, the closest first."""
     tests: list[pytest.Item] = field(default_factory=list)
 
     def apply(self) -> None:
@@ -356,10 +358,9 @@ class Mutation:
     def plan(self, mutant: Mutant) -> None:
         """Its tests, those first that killed in the same function, then those of the first file, as long as patience
         lasts."""
-        files = MODULES[mutant.path]
 
         def order(test: pytest.Item) -> tuple[float, int, float]:
-            rank = files.index(test.nodeid.split("::")[0])
+            rank = mutant.files.index(test.nodeid.split("::")[0])
             return -self.kills[mutant.scope, test] / self.seconds[test], rank, self.seconds[test]
 
         mutant.tests = sorted((test for test in mutant.tests if test not in self.unfit), key=order)
@@ -382,7 +383,7 @@ class Mutation:
         reached = {path: data.contexts_by_lineno(str(Path(path).resolve())) for path in self.trees}
         for mutant in self.chosen:
             names = {name for path, line in reach(mutant, self.trees) for name in reached[path].get(line, ())}
-            mutant.tests = [of[n] for n in names if n.split("::")[0] in MODULES[mutant.path]]
+            mutant.tests = [of[n] for n in names if n.split("::")[0] in mutant.files]
 
     def fork(self, mutant: Mutant | None, tests: Sequence[pytest.Item]) -> int:
         """A child that runs the tests until the n-th fails; its exit status is n, 0 for none, OTHERWISE for a crash."""
@@ -412,7 +413,7 @@ class Mutation:
             os._exit(status)
 
 
-def main() -> int:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--module", action="append", help="a module's name or path; may be repeated")
     parser.add_argument("--changed", metavar="BASE", help="only lines that differ from this git revision")
@@ -425,8 +426,11 @@ def main() -> int:
     parser.add_argument("--survivors", type=Path, default=ACCEPTED, help="accepted survivors with a reason each")
     parser.add_argument("--floor", type=float, default=1.0, help="the share killed, or accepted, that is enough")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> int:
+    options = arguments()
     found = {path: mutants_of(path) for path in MODULES}
     wanted = [path for path in MODULES if not options.module or {path, Path(path).stem} & set(options.module)]
     chosen = [mutant for path in wanted for mutant in found[path][1]]
@@ -449,7 +453,10 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     trees = {path: tree for path, (tree, _) in found.items()}
     plugin = Mutation(chosen, trees, options.jobs, options.minutes, options.patience)
-    usual = dict.fromkeys(test for path in wanted if any(m.path == path for m in chosen) for test in MODULES[path])
+    for mutant in chosen:  # a constant is the business of those modules too that use it
+        modules = [mutant.path] if mutant.scope else [mutant.path, *(path for path, _ in reach(mutant, trees))]
+        mutant.files = tuple(dict.fromkeys(test for path in modules for test in MODULES[path]))
+    usual = dict.fromkeys(test for mutant in chosen for test in mutant.files)
     left_out = [f"--deselect={name}" for name in SLOW]
     quiet = ["-qq", "-p", "no:cacheprovider", "--tb=native", "--disable-warnings"]
     code = pytest.main([*quiet, *left_out, *(options.tests or usual)], plugins=[plugin])
