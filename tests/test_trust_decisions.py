@@ -442,6 +442,7 @@ def test_answers_none_of_which_stops_are_told_from_eight_on(answers: int, stoppe
     line = deciding.unstopped(list(evidence_of(plan, quality("merged", answers, **lengths)).rows("merged").values()))
     assert bool(line) == told
     assert not told or (f"0 of {answers} " in line and f"within {19 + answers} tokens" in line)
+    assert warned(decide(plan, quality("merged", answers, **lengths), {}), "merged: 0 of") == told
 
 
 def test_one_open_variant_leaves_the_whole_undecided_whatever_became_of_the_others() -> None:
@@ -456,3 +457,38 @@ def test_a_variant_that_was_left_out_of_a_run_is_not_judged_from_an_older_one() 
     found = whole(plan, {"merged": 0.6, "int8": 0.5})
     without = decide(replace(plan, left_out=("int8",)), found, {})
     assert [v.name for v in without.variants] == ["adapter", "merged"] and without.chosen == "merged"
+
+
+def test_the_adapter_is_never_chosen_over_itself_however_well_it_meets_its_requirements() -> None:
+    plan = plan_of("merged", require=["latency.p50@chat <= 900 ms"])
+    found = decide(plan, whole(plan, {"merged": 1.5}), {})
+    assert of(found, "adapter").outcome == "accepted" and of(found, "merged").outcome == "rejected"
+    assert (found.chosen, found.outcome) == (None, "rejected") and found.sentence.startswith("Keep the adapter")
+
+
+def test_a_turn_that_says_nothing_of_a_variant_is_warned_of() -> None:
+    plan = plan_of("merged")
+    found = speed(plan, {"merged": 0.5}, 12)
+    odd = [{**request, "request_duration_ms": math.nan} for request in found[-1].values["requests"]]
+    broken = [*found[:-1], replace(found[-1], values={**found[-1].values, "requests": odd})]
+    assert warned(decide(plan, broken, {}), "merged@chat", "left out") and not decide(plan, found, {}).warnings
+
+
+def test_what_keeps_more_of_the_fine_tune_is_asked_of_quantized_weights_only() -> None:
+    """Unquantized, the merge is the adapter but for rounding."""
+    plan = plan_of("merged", "compiled")
+    apart = Variant("apart_compiled", (), plan.recipe.variants["compiled"].engine)
+    variants = {**plan.recipe.variants, "apart_compiled": apart}
+    plan = replace(plan, recipe=replace(plan.recipe, variants=variants), models={**plan.models, "apart_compiled": ""})
+    told = rows(*range(60), shift=10.0, kept=9.0)
+    timed = speed(plan, {"merged": 0.5, "compiled": 0.4, "apart_compiled": 0.8}, 12)
+    lines = remarks(plan, "compiled", [*timed, *both(compiled=told, apart_compiled=told)])
+    assert any("merging alone" in line and "apart_compiled" in line for line in lines)
+    assert not any("quantized" in line for line in lines)
+
+
+def test_loads_that_were_run_apart_are_warned_of_with_what_they_lack() -> None:
+    request = {"request_duration_ms": 100.0, "ttft_ms": 9, "tpot_ms": 9, "cpu_ms": 9, "new_tokens": 64}
+    values = {"requests": [{**request, "warmup": False, "scheduled": 0.0, "done": 0.1}], "lacks": ["gaps", "lengths"]}
+    found = decide(plan_of("merged"), [Measurement("load", "merged", "chat", values=values)], {})
+    assert warned(found, "merged@chat was loaded apart", "it lacks gaps", "it lacks lengths")
