@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -11,8 +10,7 @@ from helpers.records import CHAINS, builds, evidence_of, plan_of, quality, speed
 
 from peftopt import stats
 from peftopt.decision import stopping
-from peftopt.decision.evidence import Disagreement
-from peftopt.decision.rules import ANY_CRITICAL, _answers
+from peftopt.decision.rules import ANY_CRITICAL
 from peftopt.metrics import percent
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
@@ -235,13 +233,3 @@ def test_what_no_number_of_prompts_shows_asks_a_slow_engine_for_no_more_of_them(
     """It would answer token by token for days, and for nothing."""
     recipe = replace(compiled(1), require=(parse(text),))
     assert stopping.answers(recipe, recipe.variants["v0"]) == stopping.FEWEST_ANSWERS
-
-
-@pytest.mark.parametrize("family", [1, 5])
-def test_the_prompts_that_parity_is_said_to_take_are_those_it_takes(family: int) -> None:
-    """What `peftopt check` says before a run is what the rule asks after it."""
-    rule = Rule("merge", "parity", 0.01)
-    needed = next(n for n in range(1, 999) if not stopping._unclaimable(rule, 0.01, n, family))
-    alike = [(math.inf, math.inf)] * needed
-    for found, outcome in ((alike, "accepted"), (alike[:-1], "inconclusive")):
-        assert _answers(Disagreement((), tuple(found), 32), 0.01, family, sound=True).outcome == outcome

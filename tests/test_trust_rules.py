@@ -25,7 +25,7 @@ from helpers.records import (
 )
 
 from peftopt import stats
-from peftopt.decision import rules
+from peftopt.decision import rules, stopping
 from peftopt.decision.evidence import Disagreement, Evidence
 from peftopt.decision.rules import Case
 from peftopt.recipe import plan as planning
@@ -949,3 +949,13 @@ def test_an_adapter_alone_is_held_to_its_requirements_too() -> None:
     plan = plan_of(require=["latency.p50@chat <= 900 ms"])
     (found,) = of(decide(plan, speed(plan, {}, 24), {}), "adapter").verdicts
     assert found.outcome == "accepted"
+
+
+@pytest.mark.parametrize("family", [1, 5])
+def test_the_prompts_that_parity_is_said_to_take_are_those_it_takes(family: int) -> None:
+    """What `peftopt check` says before a run is what the rule asks after it."""
+    rule = Rule("merge", "parity", 0.01)
+    needed = next(n for n in range(1, 999) if not stopping._unclaimable(rule, 0.01, n, family))
+    alike = [(NEVER, NEVER)] * needed
+    for found, expected in ((alike, "accepted"), (alike[:-1], "inconclusive")):
+        assert answered(found, family=family, sound=True).outcome == expected

@@ -180,7 +180,7 @@ def _needed(limit: float, variants: int) -> int:
 
 def _fewest(enough: Callable[[int], bool]) -> int:
     """The fewest prompts that are enough, as any more are; MOST_PROMPTS where none are."""
-    return bisect_left(range(MOST_PROMPTS), True, lo=1, key=enough)
+    return bisect_left(range(MOST_PROMPTS), True, key=enough)
 
 
 def _name(rule: Rule) -> str:
