@@ -7,7 +7,7 @@
 One process collects the tests and runs them once, noting which lines each covers. For each mutant it forks: the child
 puts the changed code into the functions that were imported and runs the tests that cover the line, fastest first, up
 to the first failure. Exit 1: some survived that `benchmarks/survivors.yaml` gives no reason for, more than --floor
-allows.
+allows of those that were judged, or of FEWEST.
 """
 
 from __future__ import annotations
@@ -75,6 +75,9 @@ ASLEEP_S = 900.0
 PATIENCE_S = 30.0
 """So much processor time of tests is spent on a mutant, the likeliest first; what they do not notice has survived. Less
 can only lower the score."""
+
+FEWEST = 40
+"""Mutants that the floor is a share of at least: of three, one that survives says nothing of the tests."""
 
 OTHERWISE = 255
 
@@ -475,7 +478,7 @@ def main() -> int:
         print(f"killed now, needs no reason any more: {path}  {key}")
     new = [m for m in plugin.survived if (m.path, m.key) not in accepted]
     print(f"{len(plugin.survived)} survived, {len(new)} of them without a reason in {options.survivors}")
-    return int(bool(new) and 1 - len(new) / len(plugin.judged) < options.floor)
+    return int(len(new) > (1 - options.floor) * max(len(plugin.judged), FEWEST))
 
 
 if __name__ == "__main__":

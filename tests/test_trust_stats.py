@@ -61,6 +61,15 @@ def test_launches_that_do_not_differ_cost_nothing() -> None:
     assert stats.paired(d, 0.95, groups) == stats.hodges_lehmann(d, 0.95)
 
 
+def test_five_launches_that_do_not_differ_cost_nothing_though_five_centres_would_say_less() -> None:
+    groups = launches_of(*[4] * 5)
+    alike = (d for d in (np.random.default_rng(seed).normal(0, 1, 20) for seed in range(99)))
+    d = next(d for d in alike if not stats.launches_matter(d, groups))
+    centres = [float(np.mean(d[at : at + 4])) for at in range(0, 20, 4)]
+    alone, over = stats.hodges_lehmann(d, 0.95), stats.mean(centres, 0.95)
+    assert over.high - over.low > alone.high - alone.low and stats.paired(d, 0.95, groups) == alone
+
+
 def test_an_interval_is_never_narrower_than_that_of_blocks() -> None:
     """Two launches whose centres agree by chance, of blocks that do not."""
     d = [-1.0, -0.6, -0.3, 0.3, 0.6, 1.0] * 2
