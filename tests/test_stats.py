@@ -653,3 +653,11 @@ def test_a_failed_turn_takes_no_bound_from_what_bets_show(sign: int, failed: flo
     assert found.outcome == ("accepted" if sign < 0 else "rejected")
     assert math.isfinite(found.interval.low) and math.isfinite(found.interval.high)
     assert found.interval.low <= sign * 0.303 <= found.interval.high
+
+
+def test_bets_bound_on_both_sides_however_far_blocks_lie_apart() -> None:
+    """Blocks that differ by a factor of 50 from one to the next."""
+    for sign in (-1, 1):
+        found = stats.race([sign * (6 + 2 * (-1) ** n) for n in range(60)], 0.0, open_ended=True)
+        assert found.outcome == ("accepted" if sign < 0 else "rejected")
+        assert math.isfinite(found.interval.low) and math.isfinite(found.interval.high)

@@ -186,6 +186,14 @@ def test_a_race_must_clear_its_limit_by_the_clocks_step(resolution: float, outco
         assert found.test == "bets" and found.interval.high <= -resolution
 
 
+def test_bets_too_must_clear_the_limit_by_the_clocks_step_and_not_fall_short_of_it() -> None:
+    """Between -0.2 and 0, and a clock that may have moved each by 0.15."""
+    d = [-0.1 + 0.1 * (-1) ** n for n in range(60)]
+    assert stats.race(d, 0.1, open_ended=True).outcome == "accepted"
+    assert stats.race(d, 0.0, open_ended=True, resolution=0.15).outcome == "inconclusive"
+    assert stats.race(d, -0.2, open_ended=True, resolution=0.15).outcome == "inconclusive"
+
+
 # ---- looks at a requirement ----------------------------------------------------------------------
 
 
@@ -341,10 +349,10 @@ def test_one_group_has_a_quantile_and_no_interval(groups: list[list[float]]) -> 
 
 
 def test_few_groups_cost_the_square_of_what_students_t_says_of_so_few() -> None:
-    """Three launches that say the same: 60 samples are as good as 41."""
-    effective = math.floor(60 * ratio_of_t(0.75, 59, 2))
-    found = stats.quantile_of_groups([range(20)] * 3, 0.5, 0.5)
-    assert effective == 41 and found == stats._quantile_of(np.repeat(np.arange(20.0), 3), 41, 0.5, 0.5)
+    """Three launches that say the same: 60 samples are as good as 19."""
+    effective = math.floor(60 * ratio_of_t(0.95, 59, 2))
+    found = stats.quantile_of_groups([range(n, 60, 3) for n in range(3)], 0.5, 0.9)
+    assert effective == 19 and found == stats._quantile_of(np.arange(60.0), 19, 0.5, 0.9)
 
 
 def test_two_groups_have_an_interval() -> None:

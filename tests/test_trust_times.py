@@ -334,8 +334,8 @@ def test_minutes_of_a_block_are_those_of_its_latest_turns_and_a_share_of_the_lau
     plan = plan_of("merged", relaunch=4)
     launches = [launch("merged", model_loading_time=s) for s in (10.0, 20.0, 90.0)]
     other = [launch("merged", "bulk", model_loading_time=500.0), turn("v0", 50, [9], "bulk", machine={"seconds": 99.0})]
-    early = [m for n in range(12) for m in block(n, 50.0, 50.0, 50.0)]
-    late = [m for n in range(12, 18) for m in block(n, 2.0, 4.0)]
+    early = [m for n in range(20) for m in block(n, 50.0, 50.0, 50.0)]
+    late = [m for n in range(20, 26) for m in block(n, 2.0, 4.0)]
     late.append(turn("v2", 3, [9]))  # of a block of which not all is known
     evidence = evidence_of(plan, [*launches, *other, *early, *late])
     assert evidence.minutes_per_block("chat") == pytest.approx((6 + 20 * 2 / 4) / 60)
