@@ -406,7 +406,7 @@ def kept(lost: int, right: int, won: int, wrong: int, level: float = 0.95) -> In
         return _unknown(0, level)
     down, up = proportion(lost, right, 1 - MOSTLY * (1 - level)), proportion(won, wrong, 1 - (1 - MOSTLY) * (1 - level))
     gain = wrong / right
-    low, high = 1 - down.high + gain * up.low, 1 - down.low + gain * (up.high if wrong else 0.0)
+    low, high = 1 - down.high + gain * up.low, 1 - down.low + gain * up.high
     return Interval((right - lost + won) / right, low, high, right + wrong, level)
 
 
@@ -593,10 +593,10 @@ def _launches_needed(x: Array, groups: Sequence[int], limit: float, level: float
 
 
 def _deviation(x: Array) -> float:
-    """The median absolute deviation from the median; 0 of nothing."""
+    """The median absolute deviation from the median."""
     import numpy as np
 
-    return float(np.median(np.abs(x - np.median(x)))) if len(x) else 0.0
+    return float(np.median(np.abs(x - np.median(x))))
 
 
 def _past_scale(x: Array) -> Array:
@@ -613,7 +613,7 @@ def _past_scale(x: Array) -> Array:
     return REACH * medians(np.abs(x - medians(np.broadcast_to(x, past.shape))[:, None]))
 
 
-def _bets(x: Array, groups: Sequence[int], limit: float, alpha: float, resolution: float = 0.0) -> tuple[Outcome, int]:
+def _bets(x: Array, groups: Sequence[int], limit: float, alpha: float, resolution: float) -> tuple[Outcome, int]:
     """What the gamblers say, and the block at which the first of them has won; n + 1 for never."""
     below, above = (_first_win(x, groups, limit + side * resolution, side, alpha) for side in (-1, 1))
     if below == above:
@@ -636,7 +636,7 @@ def _log_wealth(x: Array, groups: Sequence[int], limit: float, side: int) -> tup
     import numpy as np
 
     blocks = _blocks_of(groups)
-    if len(blocks) > 1 and len(blocks[-1]) < max(map(len, blocks)):
+    if blocks and len(blocks[-1]) < max(map(len, blocks)):
         blocks.pop()
     scale = _past_scale(x)
     sizes = [len(found) for found in blocks]
@@ -650,7 +650,7 @@ def _log_wealth(x: Array, groups: Sequence[int], limit: float, side: int) -> tup
     return mixed, [found[-1] + 1 for found in blocks]
 
 
-def _blocks_needed(x: Array, estimate: float, limit: float, family: int = 1) -> int | None:
+def _blocks_needed(x: Array, estimate: float, limit: float, family: int) -> int | None:
     """The planner: about 20 (sigma / delta)^2 + 8 in all, sigma robust, delta the distance to the limit; the 20 grows
     with the family as the error that is left to one of its variants shrinks."""
     if not len(x):

@@ -95,6 +95,8 @@ def test_nothing_says_nothing() -> None:
         assert all(is_so(x) for is_so, x in zip(unknown, found, strict=True))
     assert math.isnan(stats.median([]))
     assert stats.race([], 0.0).blocks_needed is stats.bet([], 0.0).blocks_needed is None
+    none = stats.bet([], 0.0)
+    assert none.look == none.launches == none.interval.n == stats.race([], 0.0).launches == 0
 
 
 # ---- races -------------------------------------------------------------------------------------
@@ -298,6 +300,7 @@ def test_p95_needs_72_requests_and_p99_368() -> None:
 
 @given(st.integers(1, 150), st.sampled_from([0.05, 0.5, 0.9, 0.95, 0.99]), levels)
 @example(72, 0.95, 0.95)
+@example(2, 0.5, 0.5)
 def test_quantile_intervals_are_exact_and_tight(n: int, q: float, level: float) -> None:
     """The ranks (read off 1..n) hold at most the tail on each side, and one rank nearer would hold more."""
     from scipy.stats import binom
@@ -425,6 +428,8 @@ def test_the_default_level_is_95_percent() -> None:
     assert stats.upper_bound(2, 40) == stats.upper_bound(2, 40, 0.95)
     assert stats.needed_n(0.01) == stats.needed_n(0.01, 1, 0.95)
     assert stats.fewest_for(0.95) == stats.fewest_for(0.95, 0.95)
+    gain = [-0.3 + 0.001 * i for i in range(40)]
+    assert stats.bet(gain, 0.0) == stats.bet(gain, 0.0, 0.01), "but for bets, which err 1 % a side"
 
 
 def test_quantiles_of_samples_in_any_order_and_with_ties() -> None:
@@ -596,3 +601,63 @@ def test_looks_are_as_documented() -> None:
 def test_a_race_stops_out_of_reach_from_the_first_look_on_and_past_twice_its_budget() -> None:
     d = [0.1 * (-1) ** i + 0.001 * i for i in range(10)]
     assert stats.out_of_reach(d, 0.0, 10) and not stats.out_of_reach(d[:9], 0.0, 10)
+
+
+@pytest.mark.parametrize(("nats", "finite"), [(708.9, True), (709.9, False), (1e6, False)])
+def test_a_perplexity_beyond_all_numbers_is_infinite_and_breaks_nothing(nats: float, finite: bool) -> None:
+    """The largest double is e^709.78."""
+    found = stats.perplexity_ratio([nats, nats], [0.0, 0.0], [1.0, 1.0])
+    assert math.isfinite(found.estimate) == finite and found.estimate > 1e307
+    assert stats.perplexity_ratio([-nats, -nats], [0.0, 0.0], [1.0, 1.0]).estimate < 1e-307
+
+
+def test_before_its_first_look_a_race_shows_the_interval_of_that_look() -> None:
+    """What is shown early is not narrower than what will judge."""
+    d = [0.1 * (-1) ** i for i in range(9)]
+    for family in (1, 3):
+        found = stats.race(d, 0.0, family)
+        assert (found.look, found.interval.n) == (0, 9)
+        assert found.interval.level == pytest.approx(1 - 0.02 * 0.1 / family)
+
+
+@settings(max_examples=30)
+@given(st.lists(values, min_size=11, max_size=15), values)
+def test_between_looks_a_race_shows_what_was_judged_at_the_last(d: list[float], limit: float) -> None:
+    found = stats.race(d, limit)
+    assert found.look == found.interval.n == found.launches or found.test == "bets"
+
+
+def test_equal_blocks_are_bounded_on_both_sides() -> None:
+    """A clock that always says the same leaves nothing open beyond it."""
+    for sign, outcome in ((-1, "accepted"), (1, "rejected")):
+        found = stats.race([sign * 0.3] * 40, 0.0, open_ended=True)
+        assert found.outcome == outcome
+        assert (found.interval.low, found.interval.high) == pytest.approx((sign * 0.3, sign * 0.3))
+
+
+def test_bets_may_decide_between_two_looks_and_a_later_look_changes_nothing() -> None:
+    """The race ends with the block at which they win: no server runs on for a verdict that there is."""
+    races = (np.random.default_rng(seed).standard_t(2, 60) / 10 - 0.08 for seed in range(400))
+    d = next(d for d in races if stats.race(d[:23], 0.0).test == "bets" and stats.race(d, 0.0).outcome == "accepted")
+    found = stats.race(d[:23], 0.0)
+    assert 16 < found.look <= 23 and found.outcome == "accepted"
+    assert stats.race(d[: found.look], 0.0) == stats.race(d, 0.0) == found
+
+
+@pytest.mark.parametrize("failed", [-math.log(1e3), math.log(1e3)])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_failed_turn_takes_no_bound_from_what_bets_show(sign: int, failed: float) -> None:
+    d = [sign * (0.3 + 0.001 * (n % 7)) for n in range(60)]
+    d[5] = failed
+    found = stats.race(d, 0.0, open_ended=True)
+    assert found.outcome == ("accepted" if sign < 0 else "rejected")
+    assert math.isfinite(found.interval.low) and math.isfinite(found.interval.high)
+    assert found.interval.low <= sign * 0.303 <= found.interval.high
+
+
+def test_bets_bound_on_both_sides_however_far_blocks_lie_apart() -> None:
+    """Blocks that differ by a factor of 50 from one to the next."""
+    for sign in (-1, 1):
+        found = stats.race([sign * (6 + 2 * (-1) ** n) for n in range(60)], 0.0, open_ended=True)
+        assert found.outcome == ("accepted" if sign < 0 else "rejected")
+        assert math.isfinite(found.interval.low) and math.isfinite(found.interval.high)

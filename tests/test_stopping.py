@@ -198,7 +198,13 @@ def test_plans_of_other_meters_have_the_same_needs() -> None:
 
 @pytest.mark.parametrize(
     ("text", "fewest"),
-    [("accuracy >= 0.95x", 77), ("validity >= 0.9x", 38), ("accuracy > 95 %", 72), ("accuracy >= 1x", None)],
+    [
+        ("accuracy >= 0.95x", 77),
+        ("validity >= 0.9x", 38),
+        ("accuracy > 95 %", 72),
+        ("accuracy >= 2 %", 1),
+        ("accuracy >= 1x", None),
+    ],
 )
 def test_a_limit_on_right_answers_takes_as_many_prompts_as_it_is_told(text: str, fewest: int | None) -> None:
     """0 of n lost bounds the rate at 1 - p^(1/n), p = 2.5 % a side, of which lost answers have four fifths."""
@@ -220,3 +226,10 @@ def test_a_variant_that_goes_token_by_token_is_asked_what_its_requirements_take(
     recipe = replace(compiled(50, Rule("variant", "critical_errors", None)), require=(parse("accuracy >= 0.97x"),))
     takes = next(n for n in range(1, 9999) if stopping._showable(recipe.require[0], n, 50))
     assert stopping.answers(recipe, recipe.variants["v0"]) == takes > stopping.FEWEST_ANSWERS
+
+
+@pytest.mark.parametrize("text", ["accuracy >= 1x", "accuracy >= 100 %", "top1 >= 99.9 %", "latency.p50@chat <= 1 ms"])
+def test_what_no_number_of_prompts_shows_asks_a_slow_engine_for_no_more_of_them(text: str) -> None:
+    """It would answer token by token for days, and for nothing."""
+    recipe = replace(compiled(1), require=(parse(text),))
+    assert stopping.answers(recipe, recipe.variants["v0"]) == stopping.FEWEST_ANSWERS

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from helpers.records import builds, evidence_of, plan_of, quality
 
-from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, Parted
+from peftopt.decision.evidence import ANSWERED_WRONG, CriticalError, Disagreement, Evidence, Parted
 from peftopt.measurements import Answer
 from peftopt.records import Json, Measurement
 
@@ -211,11 +211,11 @@ def test_a_near_tie_is_within_what_changes_there_or_in_a_tenth_of_the_answers_to
 
 
 def test_lost_answers_are_of_prompts_that_the_first_run_gets_right_and_all_were_asked() -> None:
-    first = rows("p1", "p2", "p3", "p4", "p5", correct=True) | rows("p6", "p7", correct=False)
-    second = rows("p1", "p4", correct=True) | rows("p2", "p3", "p6", correct=False) | rows("p7", correct=True)
-    merged = rows("p1", "p3", "p6", "p5", correct=False) | rows("p2", "p4", "p7", correct=True)
-    # p1 is lost, p2 the second run loses alone, p3 both lose, p4 nobody; p5 was not asked twice; p6 and p7 were wrong
-    assert seen(first, second, merged=merged).lost("merged") == (1, 1, 4)
+    first = rows("p1", "p2", "p3", "p4", "p5", "p8", correct=True) | rows("p6", "p7", correct=False)
+    second = rows("p1", "p4", "p8", correct=True) | rows("p2", "p3", "p6", correct=False) | rows("p7", correct=True)
+    merged = rows("p1", "p3", "p6", "p5", correct=False) | rows("p2", "p4", "p7", "p8", correct=True)
+    # p1 is lost, p2 the second run loses alone, p3 both lose, p4 and p8 nobody; p5 was not asked twice, p6 and p7 wrong
+    assert seen(first, second, merged=merged).lost("merged") == (1, 1, 5)
     assert seen(first, second, merged={}).lost("merged") == (0, 0, 0)
 
 
@@ -274,12 +274,12 @@ def test_rows_of_tasks_are_compared_with_the_adapters() -> None:
         return Measurement("task", name, values={"task": "t", "samples": samples})
 
     found = [
-        scored("adapter", a=1, b=0, c=0.5, d=1),
-        scored("merged", a=0.5, b=0.2, c=0.5, d=0.9),
+        scored("adapter", a=1, b=0, c=0.5, d=1, f=0.5),
+        scored("merged", a=0.5, b=0.2, c=0.5, d=0.9, f=0.5),
         scored("merged", e=1),
     ]
     evidence = evidence_of(plan_of("merged", "int8"), [*found, scored("int8", z=1)])
-    assert evidence.task_flips("merged") == {"task.t": (2, 1, 4)}
+    assert evidence.task_flips("merged") == {"task.t": (2, 1, 5)}
     assert evidence.task_flips("int8") == {"task.t": (0, 0, 0)} and evidence.task_flips("compiled") == {}
 
 
@@ -288,3 +288,19 @@ def test_the_size_is_that_of_what_a_variant_loads() -> None:
     evidence = evidence_of(plan, builds(plan))
     assert (evidence.size("adapter"), evidence.size("merged")) == (270, 160)
     assert evidence_of(plan, []).size("merged") is None
+
+
+def test_the_worst_slice_is_the_one_that_lost_most_of_its_answers_beyond_what_it_won() -> None:
+    first = rows("p1", "p3", "p4", "p5", "p6", correct=True) | rows("p2", correct=False)
+    even = rows("p1", correct=False, slices=["even"]) | rows("p2", correct=True, slices=["even"])
+    large = rows("p3", correct=False, slices=["large"]) | rows("p4", "p5", correct=True, slices=["large"])
+    worst = rows("p6", correct=False, slices=["small"])
+    assert seen(first, {}, merged={**even, **large, **worst}).worst_slice("merged") == ("small", 1, 0, 1)
+    assert seen(first, {}, merged={**even, **large}).worst_slice("merged") == ("large", 1, 0, 3)
+
+
+def test_further_errors_of_an_answer_are_kept_beside_the_first() -> None:
+    ours = rows("p1", flags=["loop", "empty", "special token"], critical=True, correct=False)
+    excused = rows("p1", flags=["empty"], critical=True)
+    ((error,), _) = seen(excused, rows("p1", critical=True), int8=ours).critical_errors("int8")
+    assert error.flag == "loop" and error.others == ("special token", ANSWERED_WRONG)

@@ -12,6 +12,7 @@ from helpers.records import builds, decide, evidence_of, of, plan_of, quality, s
 
 from peftopt import stats
 from peftopt.decision import decide as deciding
+from peftopt.decision.evidence import Evidence
 from peftopt.records import TWIN, Decision, Interval, Json, Measurement, Plan, Rule, Step, Variant, Verdict, Workload
 
 Rows = Mapping[str, Mapping[str, Json]]
@@ -392,3 +393,102 @@ def test_the_three_commonest_disturbances_are_named() -> None:
 def test_verdicts_of_a_decision_say_what_they_protect_against() -> None:
     decision = decide(plan_of("merged"), both(merged={}), {})
     assert all(verdict.protects for verdict in of(decision, "merged").verdicts)
+
+
+@pytest.mark.parametrize(("spread", "told"), [(0.24, False), (0.26, True)])
+def test_launches_are_warned_of_from_a_quarter_of_what_blocks_of_one_differ(
+    spread: float, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below that nobody need start servers more often, which takes most of a run's time."""
+    monkeypatch.setattr(Evidence, "launch_effect", lambda self, workload: spread)
+    assert warned(decide(plan_of("merged", relaunch=4), launched(0.0), {}), "launches of chat differ") == told
+
+
+def ordered(*places: float) -> list[Measurement]:
+    """Three arms in each of six orders, once for each number: what a place costs in those blocks, on the log scale."""
+    found: list[Measurement] = []
+    orders = [*itertools.permutations(["adapter", "merged", "adapter" + TWIN])]
+    for block, (place, order) in enumerate(itertools.product(places, orders)):
+        for at, arm in enumerate(order):
+            ms = 100 * math.exp(place * at)
+            request = {"request_duration_ms": ms, "ttft_ms": ms, "tpot_ms": ms, "cpu_ms": ms, "new_tokens": 16}
+            values = {"block": block, "order": at, "requests": [{**request, "warmup": False}]}
+            found.append(Measurement("speed", arm, "chat", values=values))
+    return found
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_an_order_that_may_as_well_cost_nothing_is_not_warned_of(sign: int) -> None:
+    """Half of the blocks say 6 %, the other half 2 % the other way: 2 % on average, and nobody can tell from 0."""
+    noisy = ordered(sign * 0.03, sign * -0.01)
+    effect = evidence_of(plan_of("merged"), noisy).order_effect("chat")
+    assert effect and abs(effect.estimate - 1) > 0.01 and effect.low <= 1 <= effect.high
+    assert not warned(decide(plan_of("merged"), noisy, {}), "the order matters")
+    assert warned(decide(plan_of("merged"), ordered(sign * 0.03, sign * 0.01), {}), "the order matters")
+
+
+def test_the_bound_on_what_a_cap_cuts_is_the_exact_one() -> None:
+    """Two of 200 answers are longer; that many more may be among the next."""
+    answers = quality("adapter", 200, **rows(0, 1, new_tokens=200))
+    (line,) = remarks(plan_of("merged"), "adapter", answers)
+    assert f"at most {100 * stats.proportion(2, 200).high:.1f} %" in line
+
+
+@pytest.mark.parametrize(("answers", "stopped", "told"), [(7, 0, False), (8, 0, True), (8, 1, False), (60, 1, False)])
+def test_answers_none_of_which_stops_are_told_from_eight_on(answers: int, stopped: int, told: bool) -> None:
+    """One that ends by itself shows that the model knows how to, and few say nothing."""
+    plan = plan_of("merged")
+    lengths = {f"p{n}": {"stopped": n < stopped, "new_tokens": 20 + n} for n in range(answers)}
+    line = deciding.unstopped(list(evidence_of(plan, quality("merged", answers, **lengths)).rows("merged").values()))
+    assert bool(line) == told
+    assert not told or (f"0 of {answers} " in line and f"within {19 + answers} tokens" in line)
+    assert warned(decide(plan, quality("merged", answers, **lengths), {}), "merged: 0 of") == told
+
+
+def test_one_open_variant_leaves_the_whole_undecided_whatever_became_of_the_others() -> None:
+    plan = plan_of("merged", "int8")
+    found = decide(plan, whole(plan, {"merged": 0.85, "int8": 1.5}), {})
+    assert {of(found, name).outcome for name in ("merged", "int8")} == {"inconclusive", "rejected"}
+    assert found.sentence.startswith("Undecided")
+
+
+def test_a_variant_that_was_left_out_of_a_run_is_not_judged_from_an_older_one() -> None:
+    plan = plan_of("merged", "int8")
+    found = whole(plan, {"merged": 0.6, "int8": 0.5})
+    without = decide(replace(plan, left_out=("int8",)), found, {})
+    assert [v.name for v in without.variants] == ["adapter", "merged"] and without.chosen == "merged"
+
+
+def test_the_adapter_is_never_chosen_over_itself_however_well_it_meets_its_requirements() -> None:
+    plan = plan_of("merged", require=["latency.p50@chat <= 900 ms"])
+    found = decide(plan, whole(plan, {"merged": 1.5}), {})
+    assert of(found, "adapter").outcome == "accepted" and of(found, "merged").outcome == "rejected"
+    assert (found.chosen, found.outcome) == (None, "rejected") and found.sentence.startswith("Keep the adapter")
+
+
+def test_a_turn_that_says_nothing_of_a_variant_is_warned_of() -> None:
+    plan = plan_of("merged")
+    found = speed(plan, {"merged": 0.5}, 12)
+    odd = [{**request, "request_duration_ms": math.nan} for request in found[-1].values["requests"]]
+    broken = [*found[:-1], replace(found[-1], values={**found[-1].values, "requests": odd})]
+    assert warned(decide(plan, broken, {}), "merged@chat", "left out") and not decide(plan, found, {}).warnings
+
+
+def test_what_keeps_more_of_the_fine_tune_is_asked_of_quantized_weights_only() -> None:
+    """Unquantized, the merge is the adapter but for rounding."""
+    plan = plan_of("merged", "compiled")
+    apart = Variant("apart_compiled", (), plan.recipe.variants["compiled"].engine)
+    variants = {**plan.recipe.variants, "apart_compiled": apart}
+    plan = replace(plan, recipe=replace(plan.recipe, variants=variants), models={**plan.models, "apart_compiled": ""})
+    told = rows(*range(60), shift=10.0, kept=9.0)
+    timed = speed(plan, {"merged": 0.5, "compiled": 0.4, "apart_compiled": 0.8}, 12)
+    lines = remarks(plan, "compiled", [*timed, *both(compiled=told, apart_compiled=told)])
+    assert any("merging alone" in line and "apart_compiled" in line for line in lines)
+    assert not any("quantized" in line for line in lines)
+
+
+def test_loads_that_were_run_apart_are_warned_of_with_what_they_lack() -> None:
+    request = {"request_duration_ms": 100.0, "ttft_ms": 9, "tpot_ms": 9, "cpu_ms": 9, "new_tokens": 64}
+    values = {"requests": [{**request, "warmup": False, "scheduled": 0.0, "done": 0.1}], "lacks": ["gaps", "lengths"]}
+    found = decide(plan_of("merged"), [Measurement("load", "merged", "chat", values=values)], {})
+    assert warned(found, "merged@chat was loaded apart", "it lacks gaps", "it lacks lengths")

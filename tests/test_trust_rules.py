@@ -25,7 +25,7 @@ from helpers.records import (
 )
 
 from peftopt import stats
-from peftopt.decision import rules
+from peftopt.decision import rules, stopping
 from peftopt.decision.evidence import Disagreement, Evidence
 from peftopt.decision.rules import Case
 from peftopt.recipe import plan as planning
@@ -162,6 +162,20 @@ def test_the_twin_of_a_variant_that_has_no_scores_has_some() -> None:
     assert said.outcome == "inconclusive" and "merged" not in said.reason
 
 
+def test_the_twin_is_one_that_has_scores_where_another_has_none() -> None:
+    plan = plan_of("merged", "compiled", require=["kl <= 1 nats"])
+    again = Variant("again", (MERGE,), Step("other", "engine", ""))
+    variants = {**plan.recipe.variants, "again": again}
+    plan = planning.plan(replace(plan.recipe, variants=variants), {"base": "b", "adapter": "a", "calibration": ""}, {})
+    bare = [
+        replace(m, variant=name, values={k: v for k, v in m.values.items() if k not in ("nll", "kl", "agree")})
+        for m in quality("merged", 60)
+        for name in ("merged", "compiled")
+    ]
+    said = verdict(decide(plan, [*asked(again={}), *bare], {}), "compiled", "require: kl <= 1 nats")
+    assert said.outcome == "accepted" and "again" in said.reason
+
+
 def test_a_race_is_hopeless_only_while_it_has_blocks_left() -> None:
     near = whole(plan_of("merged"), {"merged": 0.855}, noise=0.1)  # 40 blocks
     for most, hopeless in ((40, False), (41, True)):
@@ -181,6 +195,15 @@ def test_an_open_race_names_what_disturbed_a_quarter_of_its_blocks(disturbed: in
     assert "disturbed" not in gain(plan, speed(plan, {"merged": 0.85}, 40, noise=0.2)).reason
 
 
+@pytest.mark.parametrize(("step", "told"), [(0.005, False), (0.015, True)])
+def test_an_open_race_names_a_clock_whose_steps_are_more_than_a_hundredth(
+    step: float, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Evidence, "resolution", lambda *_: math.log1p(step))
+    plan = plan_of("merged")
+    assert ("longer requests" in gain(plan, speed(plan, {"merged": 0.85}, 24, noise=0.2)).reason) == told
+
+
 def loaded(order: str) -> list[Measurement]:
     requests = [{"request_duration_ms": 100.0, "ttft_ms": 9, "tpot_ms": 9, "cpu_ms": 9, "new_tokens": 64}]
     requests = [{**requests[0], "warmup": False, "scheduled": 0.0, "done": 0.1}]
@@ -192,6 +215,12 @@ def loaded(order: str) -> list[Measurement]:
 def test_loads_that_are_no_pairs_are_told_where_both_have_some(order: str, told: bool) -> None:
     found = gain(plan_of("merged"), loaded(order))
     assert found.outcome == "inconclusive" and ("alternate" in found.reason) == told
+
+
+def test_loads_of_one_of_the_two_are_no_loads_that_could_alternate() -> None:
+    plan = plan_of("merged")
+    found = gain(plan, [*speed(plan, {"merged": 0.85}, 24, noise=0.2), *loaded("AAA")])
+    assert found.outcome == "inconclusive" and "alternate" not in found.reason
 
 
 # ---- policies ------------------------------------------------------------------------------------
@@ -393,6 +422,8 @@ def test_few_predictions_that_differ_are_bounded_by_their_count_and_size() -> No
     by_count = stats.upper_bound(2, 100, 0.95) * 100 * 5 / 5000
     by_spread = stats.ratio_of_means(*zip(*scored, strict=True), 0.9).high
     assert by_count > by_spread and found.value and found.value.high == pytest.approx(by_count)
+    alone = predicted([(5, 50)] + [(0, 50)] * 99, 0.01)
+    assert alone.value and alone.value.high == pytest.approx(stats.upper_bound(1, 100, 0.95) * 100 * 5 / 5000)
     one = predicted([(1, 50)] * 2 + [(0, 50)] * 98, 0.01)
     assert one.value and one.value.high == pytest.approx(stats.upper_bound(2, 100, 0.95) / 50)
     assert predicted([(0, 0)] * 9, 0.01).outcome == "inconclusive", "nothing was scored"
@@ -406,6 +437,8 @@ def test_predictions_are_rejected_only_where_it_is_sure_and_over_all_slices() ->
     mean = stats.ratio_of_means(*zip(*rng_like, strict=True), 1 - 2 * 0.0025)
     assert predicted(rng_like, mean.low - 1e-6).outcome == "rejected"
     assert predicted(rng_like, mean.low + 1e-6).outcome == "inconclusive"
+    whole_ = rules._predictions(Disagreement(tuple(rng_like), (), 0), mean.low - 1e-6, 1)
+    assert whole_ and whole_.outcome == "rejected", "all prompts together are one slice"
     many = stats.ratio_of_means(*zip(*rng_like, strict=True), 1 - 2 * 0.0025 / 4)
     assert predicted(rng_like, mean.low - 1e-6, slices=4).outcome == "inconclusive"
     assert predicted(rng_like, many.low - 1e-6, slices=4).outcome == "rejected"
@@ -452,6 +485,12 @@ def test_answers_that_part_late_may_do_so_as_often_as_the_limit_on_tokens_allows
     assert answered(parting(200, 200, 1), limit=1.0, sound=True).outcome == "accepted", "anything goes"
 
 
+def test_answers_are_judged_up_to_their_end() -> None:
+    """Three in five part just before the end, which one in a hundred tokens does not explain."""
+    late = tuple(parting(100, 60, 60))
+    assert rules._answers(Disagreement((), late, 63), 0.01, 1, sound=True).outcome == "rejected"
+
+
 def test_what_the_second_run_parts_alone_speaks_for_the_variant() -> None:
     assert answered(parting(100, 14, again=0), sound=True).outcome != "accepted"
     assert answered(parting(100, 14, again=6), sound=True).outcome == "accepted"
@@ -481,6 +520,8 @@ def test_answers_are_judged_where_they_part_and_half_of_them_are_enough() -> Non
     assert answered(found, sound=True).outcome == "inconclusive"
     later = [(9.0, NEVER)] * 20 + [(24.0, NEVER)] * 20 + [(NEVER, NEVER)] * 160
     assert answered(later, sound=True).outcome == "accepted"
+    early = [(1.0, NEVER)] * 20 + found[20:]
+    assert answered(early, sound=True).outcome == "inconclusive", "also those that part at once"
     for left, expected in ((50, "inconclusive"), (49, "accepted")):
         half = [(2.0, 2.0)] * (100 - left) + [(20.0, NEVER)] * 6 + [(NEVER, NEVER)] * (left - 6)
         assert answered(half, limit=0.005, sound=True).outcome == expected
@@ -492,7 +533,19 @@ def test_parity_over_a_family_and_over_slices_takes_more() -> None:
     assert answered(near, family=200, sound=True).outcome == "inconclusive", "64 prompts show nothing to so many"
     bad = next(k for k in range(64) if answered(parting(64, k)).outcome == "rejected")
     assert answered(parting(64, bad), slices=50).outcome == "inconclusive"
+    usual = rules._answers(Disagreement((), tuple(parting(64, bad)), 32), 0.01, 1, sound=False)
+    assert usual == answered(parting(64, bad), slices=1), "all prompts together are one slice"
     assert answered(parting(64, bad), family=50).outcome == "rejected", "only who is sure rejects, whatever the family"
+
+
+def test_a_task_may_be_required_to_keep_a_share_of_the_adapters_score() -> None:
+    def scored(name: str, *values: float) -> Measurement:
+        samples = [{"id": str(n), "value": value} for n, value in enumerate(values)]
+        return Measurement("task", name, values={"task": "t", "samples": samples})
+
+    evidence = evidence_of(plan_of("merged"), [scored("adapter", 1, 1, 1, 0), scored("merged", 1, 1, 0, 1)])
+    assert rules.relative(evidence, "merged", Metric("task.t"), 0.9) == stats.kept(1, 3, 1, 1, 0.9)
+    assert rules.relative(evidence, "int8", Metric("task.t")) is None
 
 
 def test_parity_says_what_it_compared_and_needs_a_second_run() -> None:
@@ -565,6 +618,14 @@ def test_a_ratio_of_scores_by_kind() -> None:
     assert ratio(right, wrong) is None and ratio(wrong, wrong) is None
 
 
+def test_validity_is_not_accuracy() -> None:
+    """Three answers are no longer valid, of which one is no longer right either."""
+    ours = rows(1, 2, valid=False) | rows(3, valid=False, correct=False)
+    evidence = evidence_of(plan_of("merged"), asked(merged=ours))
+    assert rules.relative(evidence, "merged", Metric("validity"), 0.9) == stats.kept(3, 60, 0, 0, 0.9)
+    assert rules.relative(evidence, "merged", Metric("accuracy"), 0.9) == stats.kept(1, 60, 0, 0, 0.9)
+
+
 def seen(measurements: Sequence[Measurement], *require: str) -> Evidence:
     return evidence_of(plan_of("merged", "int8", require=require), measurements)
 
@@ -580,8 +641,13 @@ def test_a_ratio_of_figures_has_the_bounds_of_two_intervals_that_share_the_error
     own, base = stats.mean([5, 5.5, 6, 6.5], 0.95), stats.mean([10, 11, 12], 0.95)
     assert found and (found.estimate, found.n, found.level) == (pytest.approx(own.estimate / base.estimate), 3, 0.9)
     assert (found.low, found.high) == pytest.approx((own.low / base.high, own.high / base.low))
+    fast = [replace(m, values={"model_loading_time": m.values["model_loading_time"] / 1e3}) for m in launches]
+    again = rules.relative(seen(fast), "merged", metric, 0.9)
+    assert again and (again.low, again.high) == pytest.approx((found.low, found.high)), "seconds or milliseconds"
     one = rules.relative(seen(launches[:1] + launches[3:]), "merged", metric, 0.9)
     assert one and (one.low, one.high) == (0, NEVER)
+    spread = rules.relative(seen(launches[:4]), "merged", metric, 0.9)
+    assert spread and (spread.low, spread.high) == (0, NEVER), "a time may be next to nothing, and no less"
     assert rules.relative(seen(launches[:3]), "merged", metric) is None
     assert rules.relative(seen(launches[3:]), "merged", metric) is None
 
@@ -595,8 +661,17 @@ def test_a_ratio_of_tails_has_the_bounds_of_two_intervals_that_share_the_error()
     assert found and own and base and math.isfinite(own.high) and found.level == 0.9
     assert found.estimate == own.estimate / base.estimate
     assert (found.low, found.high, found.n) == (own.low / base.high, own.high / base.low, 200)
+    fast = [
+        replace(m, values={**m.values, "requests": [{**r, "request_duration_ms": r["request_duration_ms"] / 1e4}]})
+        for m in speed(plan, {"merged": 0.5}, 200)
+        for r in m.values["requests"][1:]
+    ]
+    again = rules.timed_ratio(evidence_of(plan, fast), "merged", metric, 0.9, 200)
+    assert again and (again.low, again.high) == pytest.approx((found.low, found.high)), "also of microseconds"
     few = rules.timed_ratio(evidence, "merged", metric, 0.9, 20)
     assert few and few.high == NEVER and few.n == 20
+    one = rules.timed_ratio(evidence, "merged", metric, 0.9, 1)
+    assert one and (one.low, one.high) == (0, NEVER), "one request bounds nothing"
     assert rules.timed_ratio(evidence, "int8", metric, 0.9, 20) is None
     itself = rules.timed_ratio(evidence, "adapter", metric, 0.9, 20)
     assert itself == Interval(1.0, 1.0, 1.0, 20)
@@ -628,12 +703,15 @@ def test_an_open_requirement_says_what_is_missing() -> None:
     assert early.outcome == "inconclusive" and early.value and early.value.n == 9, "no look yet, but figures"
     assert early.value.level == 0.95 and early.blocks_needed == 10, "clear as they are, they take one more"
     tail = required("latency.p95@chat <= 900 ms", blocks, requests=1)
-    assert "16 of 93" in tail.reason and "measure.requests: 2 would give them in 60 blocks" in tail.reason
+    assert "P95: 16 of 93" in tail.reason and "measure.requests: 2 would give them in 60 blocks" in tail.reason
     assert (tail.blocks_needed, tail.workload, tail.clock, tail.unit) == (93, "chat", "wall", "ms")
     enough = required("latency.p95@chat <= 900 ms", blocks, requests=3)
     assert "measure.requests" not in enough.reason and enough.blocks_needed == 60
     more = required("latency.p95@chat <= 900 ms", blocks, requests=3, max_blocks=31)
     assert "measure.requests" not in more.reason and more.blocks_needed == 31
+    pairs = required("latency.p95@chat <= 900 ms", blocks, requests=2, max_blocks=20)
+    fewest = rules.fewest_requests(Metric("latency.p95", "chat"), plan_of("merged", max_blocks=20).recipe)
+    assert fewest % 2 and pairs.blocks_needed == fewest // 2 + 1, "half a block is none"
     one = required("latency.p50@chat <= 500 ms", launched(blocks, 16), relaunch=20)
     assert "one launch" in one.reason and one.blocks_needed == 40
     two = required("latency.p50@chat <= 60 ms", launched(blocks, 8), relaunch=8)
@@ -747,12 +825,14 @@ def test_every_rule_says_what_it_protects_against() -> None:
         (("merged", "int8"), CHAINS["compiled"].engine, "int8"),
         (("merged",), CHAINS["compiled"].engine, "adapter"),
         (("merged", "apart"), MERGE, "apart"),
+        (("int8",), MERGE, "adapter"),
         ((), INT8, "adapter"),
     ],
 )
 def test_a_parent_is_as_like_its_variant_as_the_recipe_has(others: tuple[str, ...], step: Step, parent: str) -> None:
     recipe = plan_of(*others, "int8_compiled").recipe
     assert rules.parent_of(recipe, CHAINS["int8_compiled"], step) == parent
+    assert rules.parent_of(recipe, CHAINS["int8"], EAGER) != "int8", "nothing is its own parent"
 
 
 def test_a_threshold_of_another_metric_is_shown_in_its_unit() -> None:
@@ -763,3 +843,119 @@ def test_a_threshold_of_another_metric_is_shown_in_its_unit() -> None:
         return rules._show(threshold, value)
 
     assert shown(times) == "0.512x (0.4x to unknown)" and shown(ms).startswith("0.512 ms (0.400 ms to unknown)")
+
+
+def test_a_ratio_of_tails_has_as_many_requests_as_the_fewer_of_the_two() -> None:
+    plan = plan_of("merged")
+    found = [m for m in speed(plan, {"merged": 0.5}, 200) if m.variant != "merged" or m.values["block"] < 150]
+    ratio = rules.timed_ratio(evidence_of(plan, found), "merged", Metric("latency.p95", "chat"), 0.9, 200)
+    assert ratio and ratio.n == 150
+
+
+def test_a_ratio_to_an_adapter_that_was_not_measured_there_is_unknown() -> None:
+    plan = plan_of("merged")
+    alone = [m for m in speed(plan, {"merged": 0.5}, 24) if m.variant == "merged"]
+    for metric in ("latency.p50", "latency.p95"):
+        said = required(f"{metric}@chat <= 0.9x", alone)
+        assert (said.outcome, said.value, said.workload) == ("inconclusive", None, "")
+        assert "not measured" in said.reason
+
+
+@pytest.mark.parametrize(
+    ("smaller", "not_slower", "alone"),
+    [(0.1, None, True), (0.1, 0.02, False), (None, None, False), (None, 0.02, False)],
+)
+def test_a_merge_is_raced_by_itself_only_where_what_follows_may_cost_speed(
+    smaller: float | None, not_slower: float | None, alone: bool
+) -> None:
+    """int8 is taken for its size where its speed is not asked for; then the merge must not pay for it."""
+    table = (Rule("merge", "gain", 0.15), Rule("int8", "smaller", smaller), Rule("int8", "not_slower", not_slower))
+    table += (Rule("gptq", "smaller", 0.1), Rule("gptq", "not_slower", 0.1))  # which is another quantizer
+    plan = ruled(plan_of("merged", "int8"), *table)
+    said = verdict(decide(plan, speed(plan, {"merged": 0.5, "int8": 2.0}), {}), "int8", "merge.gain")
+    assert said.outcome == ("accepted" if alone else "rejected")
+
+
+def test_a_parent_keeps_the_other_policies() -> None:
+    """Of two policies each is judged against the variant that has the other one."""
+    engine = CHAINS["merged"].engine
+    both, cut = Variant("both", (MERGE,), engine, (TRUNCATE, CAP)), Variant("cut", (MERGE,), engine, (TRUNCATE,))
+    capped, recipe = Variant("capped", (MERGE,), engine, (CAP,)), plan_of("merged").recipe
+    recipe = replace(recipe, variants={**recipe.variants, "cut": cut, "capped": capped, "both": both})
+    assert rules.parent_of(recipe, both, TRUNCATE) == "capped"
+    assert rules.parent_of(recipe, both, CAP) == "cut"
+    assert rules.parent_of(recipe, cut, TRUNCATE) == rules.parent_of(recipe, capped, CAP) == "merged"
+
+
+def test_the_prompt_that_leaves_errors_open_is_named() -> None:
+    found = asked({}, rows(*range(60)), merged={}, int8=rows(5, flags=["loop"]))
+    found = [m for m in found if (m.variant, m.launch, m.values["row"]) != ("adapter", 2, "p5")]
+    assert "p5: loop" in rules.critical_errors(case(found, 0.05)).reason
+
+
+def test_an_open_race_tells_how_long_its_missing_blocks_take() -> None:
+    """40 blocks of three turns of 6 s are there."""
+    plan = plan_of("merged")
+    timed = [
+        replace(m, values={**m.values, "machine": {"seconds": 6.0}})
+        for m in speed(plan, {"merged": 0.85}, 40, noise=0.2)
+    ]
+    found = gain(plan, timed)
+    assert found.outcome == "inconclusive" and found.blocks_needed and found.blocks_needed > 40
+    assert found.minutes_needed == pytest.approx((found.blocks_needed - 40) * 3 * 6 / 60)
+
+
+def test_small_slices_that_are_sound_leave_no_doubt_on_the_whole() -> None:
+    """A slice of six prompts shows nothing; it rejects where it surely breaks, and is silent otherwise."""
+    tagged = {f"p{n}": {"slices": [f"s{n % 20}"]} for n in range(120)}
+    said = rules.parity(case(asked(n=120, merged=tagged, compiled=tagged), 0.01, "compiled"))
+    assert said.outcome == "accepted" and "slice" not in said.reason
+
+
+def test_answers_are_also_judged_half_way_between_doubled_lengths() -> None:
+    """5 in 400 part at each of the first 24 tokens and none later, where 1 % may: 26 % by then, and 21 % were allowed.
+
+    Within 16 tokens they are too few to be sure of, and within 32 few enough.
+    """
+    found = list[tuple[float, float]]()
+    for token in range(1, 25):
+        found += [(token, NEVER)] * round((2200 - len(found)) / 80)
+    said = answered([*found, *[(NEVER, NEVER)] * (2200 - len(found))])
+    assert said.outcome == "rejected" and "the first 24 tokens" in said.reason and said.unit == "share"
+
+
+def test_as_many_requests_as_a_tail_takes_are_not_too_few() -> None:
+    """89 requests bound a P95 on both sides at the last look of 89 blocks."""
+    plan = plan_of("merged", max_blocks=89)
+    assert rules.fewest_requests(Metric("latency.p95", "chat"), plan.recipe) == 89
+    for blocks, few in ((88, True), (89, False)):
+        measured = speed(plan, {"merged": 0.5}, blocks)
+        said = required("latency.p95@chat <= 90 ms", measured, requests=1, max_blocks=89)
+        assert said.outcome == "inconclusive" and ("too few" in said.reason) == few
+        assert "would give them" not in said.reason, "the blocks that it may have are enough"
+
+
+@pytest.mark.parametrize(("scored", "expected"), [(True, "accepted"), (False, "inconclusive")])
+def test_answers_that_seem_alike_are_enough_where_predictions_are_sound(scored: bool, expected: str) -> None:
+    """Eight of a hundred part at once. Scores say that it is noise; without them it may as well be 15."""
+    parted = rows(*range(8), tokens=[99, *range(1, 30)])
+    found = asked(n=100, merged={}, compiled=parted)
+    if not scored:
+        found = [replace(m, values={k: v for k, v in m.values.items() if k != "agree"}) for m in found]
+    assert rules.parity(case(found, 0.01, "compiled")).outcome == expected
+
+
+def test_an_adapter_alone_is_held_to_its_requirements_too() -> None:
+    plan = plan_of(require=["latency.p50@chat <= 900 ms"])
+    (found,) = of(decide(plan, speed(plan, {}, 24), {}), "adapter").verdicts
+    assert found.outcome == "accepted"
+
+
+@pytest.mark.parametrize("family", [1, 5])
+def test_the_prompts_that_parity_is_said_to_take_are_those_it_takes(family: int) -> None:
+    """What `peftopt check` says before a run is what the rule asks after it."""
+    rule = Rule("merge", "parity", 0.01)
+    needed = next(n for n in range(1, 999) if not stopping._unclaimable(rule, 0.01, n, family))
+    assert answered(parting(needed, 0), family=family).outcome == "accepted"
+    for found, expected in ((parting(needed, 2), "accepted"), (parting(needed - 1, 2), "inconclusive")):
+        assert answered(found, family=family, sound=True).outcome == expected

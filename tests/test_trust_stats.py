@@ -61,6 +61,15 @@ def test_launches_that_do_not_differ_cost_nothing() -> None:
     assert stats.paired(d, 0.95, groups) == stats.hodges_lehmann(d, 0.95)
 
 
+def test_five_launches_that_do_not_differ_cost_nothing_though_five_centres_would_say_less() -> None:
+    groups = launches_of(*[4] * 5)
+    alike = (d for d in (np.random.default_rng(seed).normal(0, 1, 20) for seed in range(99)))
+    d = next(d for d in alike if not stats.launches_matter(d, groups))
+    centres = [float(np.mean(d[at : at + 4])) for at in range(0, 20, 4)]
+    alone, over = stats.hodges_lehmann(d, 0.95), stats.mean(centres, 0.95)
+    assert over.high - over.low > alone.high - alone.low and stats.paired(d, 0.95, groups) == alone
+
+
 def test_an_interval_is_never_narrower_than_that_of_blocks() -> None:
     """Two launches whose centres agree by chance, of blocks that do not."""
     d = [-1.0, -0.6, -0.3, 0.3, 0.6, 1.0] * 2
@@ -105,6 +114,7 @@ def test_launches_matter_by_ranks_at_a_fifth() -> None:
     assert seen == {True, False}
     assert stats.launches_matter([0.0, 0.0, 1.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0], launches_of(*[2] * 5))
     assert not stats.launches_matter([0.1, 0.5, 0.3, 0.2, 0.7], range(5)), "nothing to compare blocks of a launch by"
+    assert stats.launches_matter([0.1, 0.1, 0.5, 0.3, 0.2, 0.7], launches_of(2, 1, 1, 1, 1)), "one pair, and it agrees"
 
 
 def test_what_launches_leave_open_is_said() -> None:
@@ -129,6 +139,7 @@ def test_the_planner_of_launches_stops_somewhere() -> None:
     exact = stats._launches_needed(np.array([0.0, 2.0]), [0, 1], 4.0, 0.95)
     # spread sqrt(2), 3 off: t(0.975; 2) sqrt(2 / 3) = 3.51, and t(0.975; 3) sqrt(2 / 4) = 2.25
     assert exact == 4
+    assert stats._launches_needed(np.array([0.0, 0.001]), [0, 1], 4.0, 0.95) == 3, "one more at least"
 
 
 def test_bets_wait_for_whole_launches() -> None:
@@ -173,6 +184,14 @@ def test_a_race_must_clear_its_limit_by_the_clocks_step(resolution: float, outco
         assert (mirror.outcome == "rejected") == (outcome == "accepted")
     if outcome == "accepted":
         assert found.test == "bets" and found.interval.high <= -resolution
+
+
+def test_bets_too_must_clear_the_limit_by_the_clocks_step_and_not_fall_short_of_it() -> None:
+    """Between -0.2 and 0, and a clock that may have moved each by 0.15."""
+    d = [-0.1 + 0.1 * (-1) ** n for n in range(60)]
+    assert stats.race(d, 0.1, open_ended=True).outcome == "accepted"
+    assert stats.race(d, 0.0, open_ended=True, resolution=0.15).outcome == "inconclusive"
+    assert stats.race(d, -0.2, open_ended=True, resolution=0.15).outcome == "inconclusive"
 
 
 # ---- looks at a requirement ----------------------------------------------------------------------
@@ -251,7 +270,7 @@ def test_what_is_kept_of_right_answers_by_hand(counts: tuple[int, int, int, int]
 
 def test_nothing_is_kept_of_nothing() -> None:
     found = stats.kept(0, 0, 3, 9, 0.9)
-    assert math.isnan(found.estimate) and bounds(found) == INFINITE and found.level == 0.9
+    assert math.isnan(found.estimate) and bounds(found) == INFINITE and (found.n, found.level) == (0, 0.9)
 
 
 # ---- quantiles of what shares a fate ---------------------------------------------------------------
@@ -305,6 +324,17 @@ def test_the_effective_number_of_samples_by_hand() -> None:
     )
 
 
+def test_an_odd_number_of_samples_is_cut_at_the_one_in_the_middle() -> None:
+    """Groups (1 2 3), (4 6 7), (5 8 9): five of nine lie at or below the fifth, 5; by group 3, 1, 1.
+
+    Off their expected 5 / 3 by 4 / 3 and twice 2 / 3: 3 / 2 x 8 / 3 = 4, over 9 x 5 / 9 x 4 / 9, is an effect of 1.8.
+    """
+    groups = [[1.0, 2.0, 3.0], [4.0, 6.0, 7.0], [5.0, 8.0, 9.0]]
+    effective = math.floor(9 / 1.8 * ratio_of_t(0.505, 8, 2))
+    found = stats.quantile_of_groups(groups, 0.5, 0.01)
+    assert effective == 4 and found == stats._quantile_of(np.arange(1.0, 10.0), effective, 0.5, 0.01)
+
+
 def ratio_of_t(p: float, rest: int, groups: int) -> float:
     from scipy.stats import t
 
@@ -316,6 +346,22 @@ def test_one_group_has_a_quantile_and_no_interval(groups: list[list[float]]) -> 
     found = stats.quantile_of_groups(groups, 0.5, 0.5)
     assert bounds(found) == INFINITE and found.estimate == np.median(np.concatenate(groups))
     assert (found.n, found.level) == (sum(map(len, groups)), 0.5)
+
+
+def test_few_groups_cost_the_square_of_what_students_t_says_of_so_few() -> None:
+    """Three launches that say the same: 60 samples are as good as 19."""
+    effective = math.floor(60 * ratio_of_t(0.95, 59, 2))
+    found = stats.quantile_of_groups([range(n, 60, 3) for n in range(3)], 0.5, 0.9)
+    assert effective == 19 and found == stats._quantile_of(np.arange(60.0), 19, 0.5, 0.9)
+
+
+def test_two_groups_have_an_interval() -> None:
+    found = stats.quantile_of_groups([range(20), range(20)], 0.5, 0.5)
+    assert 0 < found.low < found.estimate < found.high < 19
+
+
+def test_equal_samples_say_no_less_for_being_equal() -> None:
+    assert bounds(stats.quantile_of_groups([[5.0, 5.0], [5.0, 5.0]], 0.5, 0.5)) == (5.0, 5.0)
 
 
 def test_no_samples_have_no_quantile() -> None:
@@ -378,10 +424,23 @@ def test_a_race_is_in_reach_while_either_end_of_its_interval_is_far_from_the_lim
 
 
 def test_the_median_beside_failed_requests_is_one_that_was_answered() -> None:
-    found = stats.quantile_of_groups([[1.0, 2.0, 3.0, math.inf]] * 2, 0.5)
-    assert found.estimate == 2.0
+    assert stats.quantile_of_groups([[1.0, 2.0, 3.0, math.inf]] * 2, 0.5).estimate == 2.0
+    assert stats.quantile_of_groups([[1.0, 2.0], [3.0, math.inf]], 0.5).estimate == 2.0
+    assert stats.quantile_of_groups([[1.0], [2.0, math.inf]], 0.5).estimate == 2.0
 
 
 def test_a_slope_by_hand() -> None:
     """Deviations (-1, 0, 1) and values (3, 4, 9): (-3 + 9) / 2."""
     assert stats.slope([1.0, 2.0, 3.0], [3.0, 4.0, 9.0]) == pytest.approx(3)
+
+
+def test_launches_are_bets_in_the_order_in_which_they_ended() -> None:
+    """One launch went on while another came and went: its bet is placed when its last block is known."""
+    assert stats._log_wealth(np.array([-0.2, 0.1, -0.4, 0.3]), [0, 1, 1, 0], 0.0, -1)[1] == [3, 4]
+
+
+def test_launches_are_said_to_differ_where_chance_does_it_once_in_a_hundred_times() -> None:
+    from scipy.stats import f
+
+    for share, exceeds in ((0.985, False), (0.995, True)):
+        assert stats.exceeds(float(f.ppf(share, 4, 20)), 4, 20) == exceeds

@@ -277,6 +277,15 @@ def test_a_race_compares_the_field_of_its_metric_on_the_clock_that_judges(clock:
     assert (evidence.clock[1] == "what a user waits for") == (clock == "wall")
 
 
+def test_the_throughput_of_a_load_is_a_matter_of_all_its_requests() -> None:
+    """They overlap: the time of one says nothing of how many are done in a minute."""
+    plan = plan_of("merged", clock="wall")
+    loaded = replace(plan.recipe, workloads={"chat": Workload("chat", "p", users=2), "bulk": Workload("bulk", "p")})
+    evidence = evidence_of(replace(plan, recipe=loaded), [])
+    assert evidence.field(Metric("throughput", "chat")) == "turn_ms"
+    assert evidence.field(Metric("latency.p50", "chat")) == evidence.field(Metric("throughput", "bulk")) == FIELD
+
+
 def on_clocks(pairs: Sequence[tuple[float, float]], device: str = "cpu", threads: int = 1) -> list[Measurement]:
     """The A/A arm off by these percents (on the wall clock, in CPU time) in each block."""
     found = [launch(arm, device=device, threads=threads) for arm in ("adapter", "adapter" + TWIN)]
@@ -325,8 +334,8 @@ def test_minutes_of_a_block_are_those_of_its_latest_turns_and_a_share_of_the_lau
     plan = plan_of("merged", relaunch=4)
     launches = [launch("merged", model_loading_time=s) for s in (10.0, 20.0, 90.0)]
     other = [launch("merged", "bulk", model_loading_time=500.0), turn("v0", 50, [9], "bulk", machine={"seconds": 99.0})]
-    early = [m for n in range(12) for m in block(n, 50.0, 50.0, 50.0)]
-    late = [m for n in range(12, 18) for m in block(n, 2.0, 4.0)]
+    early = [m for n in range(20) for m in block(n, 50.0, 50.0, 50.0)]
+    late = [m for n in range(20, 26) for m in block(n, 2.0, 4.0)]
     late.append(turn("v2", 3, [9]))  # of a block of which not all is known
     evidence = evidence_of(plan, [*launches, *other, *early, *late])
     assert evidence.minutes_per_block("chat") == pytest.approx((6 + 20 * 2 / 4) / 60)
@@ -415,6 +424,9 @@ def test_warm_up_by_hand() -> None:
     assert told([200, 100, 100, 100], [100] * 4, [300, 100, 100, 100]) == (1, 2.0), "the median over launches"
     assert told([200, 200, 200, 90, 100, 110]) == (3, 2.0), "steady is the later half"
     assert told([200, 200, 200, 100, 100, 100], [200, 200, 100, 100]) == (3, 2.0), "as far as any launch goes"
+    long, short = [200, 200, 200, 100, 100, 100], [200, 200, 100, 100]
+    for other in (short, [*short, 100]):
+        assert told(long, other, other) == (3, 2.0), "the later half of a short launch says nothing of warm-up"
     assert told([200, 100, 100]) is None
     loaded = replace(PLAN.recipe, workloads={"chat": Workload("chat", "p", users=2)})
     served = evidence_of(replace(PLAN, recipe=loaded), [launch("merged"), turn("merged", 0, [200, 100, 100, 100])])

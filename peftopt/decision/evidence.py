@@ -481,9 +481,9 @@ class Evidence:
             between += sum(len(g) * (sum(g) / len(g) - centre) ** 2 for g in mine)
             within += sum((x - sum(g) / len(g)) ** 2 for g in mine for x in g)
             groups, blocks = groups + len(mine) - 1, blocks + sum(map(len, mine)) - len(mine)
-        if not groups or not blocks or not within:
+        if not groups or not within:
             return None
-        ratio, each = (between / groups) / (within / blocks), (groups + blocks) / max(groups, 1)
+        ratio, each = (between / groups) / (within / blocks), (groups + blocks) / groups
         return math.sqrt((ratio - 1) / each) if stats.exceeds(ratio, groups, blocks) else None
 
     def warm_up(self, variant: str, workload: str) -> tuple[int, float] | None:
@@ -558,7 +558,7 @@ class Evidence:
         """The Tier 1 errors of a variant that the baseline makes in neither of its runs, nor `parent` where one is
         given, one for each prompt; and how many different prompts were asked."""
         first, second = self.rows(self.baseline, 1), self.rows(self.baseline, 2)
-        theirs = self.rows(parent) if parent and parent != self.baseline else {}
+        theirs = self.rows(parent)
         errors, prompts = [], set()
         for row, answer in self.rows(variant).items():
             if row not in first:
@@ -700,7 +700,7 @@ def _near_tie(answer: Answer, second: Answer) -> bool:
     return bool(at < len(noise) and margin <= max(noise[at], sorted(noise)[len(noise) * 9 // 10]))
 
 
-def _useless(timed: Sequence[Request], new_tokens: int = 0) -> str:
+def _useless(timed: Sequence[Request], new_tokens: int) -> str:
     """Why these requests say nothing of a variant's speed, "" where they do; of a load that ran apart they must have
     `new_tokens` each where that is fixed."""
     if not timed:

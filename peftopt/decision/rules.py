@@ -220,7 +220,7 @@ def _critical(case: Case, variant: str, parent: str) -> Verdict:
     errors, n = evidence.critical_errors(variant, parent)
     if not n:
         return Verdict("", "inconclusive", "no answers were checked", parent)
-    counted_, once = [e for e in errors if e.counts], [e for e in errors if e.asked_once and not e.near_tie]
+    counted_, once = [e for e in errors if e.counts], [e for e in errors if e.asked_once]
     bound = stats.upper_bound(len(counted_), n, 1 - 0.05 / case.family)
     needed = stats.needed_n(case.limit, case.family)
     makers = baseline if parent == baseline else f"{baseline} or {parent}"
@@ -540,7 +540,6 @@ def _timed_requirement(evidence: Evidence, variant: str, threshold: Threshold) -
     )
     if not blocks:
         return replace(common, reason=f"{metric} was not measured", workload="")
-    look, value, launches, reason = 0, Interval(math.nan, 0.0, math.inf, 0), 0, ""
     for look, share in stats.planned_looks(blocks, most) or [(blocks, 0.0)]:
         level = required_level(recipe, share or 1.0)
         found = (timed_ratio if threshold.relative else timed)(evidence, variant, metric, level, look)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 
 from peftopt import stats
 from peftopt.decision.evidence import FEWEST, Evidence
@@ -142,7 +143,7 @@ def _showable(threshold: Threshold, prompts: int, variants: int) -> bool:
 
 def _prompts_for(threshold: Threshold, variants: int) -> int:
     """The fewest prompts with which `_showable` holds; no number of them shows 100 %."""
-    return next((n for n in range(1, MOST_PROMPTS) if _showable(threshold, n, variants)), MOST_PROMPTS)
+    return _fewest(lambda n: _showable(threshold, n, variants))
 
 
 def _unclaimable(rule: Rule, limit: float, prompts: int, variants: int) -> str:
@@ -174,7 +175,12 @@ def _most(prompts: int, variants: int) -> float:
 
 def _needed(limit: float, variants: int) -> int:
     """The fewest prompts that leave no more than `limit` open when none differs."""
-    return next((n for n in range(1, MOST_PROMPTS) if _most(n, variants) <= limit), MOST_PROMPTS)
+    return _fewest(lambda n: _most(n, variants) <= limit)
+
+
+def _fewest(enough: Callable[[int], bool]) -> int:
+    """The fewest prompts that are enough, as any more are; MOST_PROMPTS where none are."""
+    return bisect_left(range(MOST_PROMPTS), True, key=enough)
 
 
 def _name(rule: Rule) -> str:
