@@ -23,7 +23,7 @@ from peftopt.engines import _graphs
 from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed, as_input
 from peftopt.models import template
 from peftopt.models.hf import tokenizer_home
-from peftopt.records import GENERIC, Interval, Json, Model, Step
+from peftopt.records import GENERIC, SAFETENSORS, Interval, Json, Model, Step
 from peftopt.runner import build, preflight
 from peftopt.runner.build import Progress
 from peftopt.runner.process import WorkerProcess
@@ -170,6 +170,16 @@ class Arm:
     engine: str
 
 
+def _check_arm(arm: Arm) -> None:
+    """Raises BadInput for a model or an adapter that the arm's engine cannot open."""
+    engine, base = plugins.catalogue()[arm.engine], Path(arm.model.path)
+    ours = engine.environment == environments.MAIN
+    preflight.check_base(base, quantized=True, weights=engine.format, ours=ours)
+    plain = engine.format == SAFETENSORS and not preflight.quantized(base)
+    for adapter in arm.model.adapters:
+        preflight.check_adapter(Path(adapter), base if plain else None)
+
+
 def bench(
     arms: Sequence[Arm], prompts: str, new_tokens: int, batch: int, blocks: int, threads: int, seed: int = 0
 ) -> list[dict[str, Json]]:
@@ -180,11 +190,8 @@ def bench(
     "ttft_ms", "tpot_ms", "throughput", "ratio" (None for the first).
     """
     rows = corpus.read(prompts)
-    known = plugins.catalogue()
     for arm in arms:
-        engine = known[arm.engine]
-        ours = engine.environment == environments.MAIN
-        preflight.check_base(Path(arm.model.path), quantized=True, weights=engine.format, ours=ours)
+        _check_arm(arm)
         template.check(Path(tokenizer_home(arm.model)), rows)
     try:
         return _bench(arms, rows, new_tokens, batch, blocks, threads, seed)
