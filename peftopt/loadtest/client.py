@@ -16,23 +16,11 @@ from typing import TYPE_CHECKING
 from peftopt import jsonl
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.loadtest import events, protocols, proxies
-from peftopt.loadtest.protocols import Event, Prompt
+from peftopt.loadtest.protocols import Event, Prompt, Target
 from peftopt.records import Json
 
 if TYPE_CHECKING:
     import httpx
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where to send requests, and in which form. `model` is a served name, "" = the only one; `key_env` names the
-    environment variable that holds the API key; a request takes at most `timeout_s`, whole."""
-
-    url: str
-    protocol: str = "chat"
-    model: str = ""
-    key_env: str = ""
-    timeout_s: float = 120.0
 
 
 @dataclass

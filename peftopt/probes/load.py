@@ -9,6 +9,7 @@ from typing import Any
 from peftopt import machine
 from peftopt.corpus import Row
 from peftopt.loadtest import arrivals, summary
+from peftopt.measurements import NO_ACCOUNT, as_json
 from peftopt.policies import uncut
 from peftopt.records import Json
 
@@ -31,10 +32,10 @@ def turn(
     served, cpu = machine.cpu_s(serving), time.process_time()
     played = engine.load(prompts, new_tokens, stop, at=at, users=users)
     cpu = time.process_time() - cpu + machine.cpu_s(serving) - served
-    requests = [request.as_json() for request in played.requests]
-    whole = {"cpu_ms": 1e3 * cpu / len(rows), "turn_ms": summary.span_ms(requests), "batch": 1}
+    requests: list[dict[str, Json]] = [as_json(request.record()) for request in played.requests]
+    whole = {"cpu_ms": 1e3 * cpu / len(rows), "turn_ms": summary.span_ms(played.requests), "batch": 1}
     for request in requests:
         row = int(request["id"])
         request |= {"id": rows[row].id, "prompt_tokens": len(prompts[row]), "touched": int(touched[row]), **whole}
-    slots = {"slots": engine.slots} if engine.slots and played.engine else {}
-    return requests, {**played.engine, **slots}
+    slots = {"slots": engine.slots} if engine.slots and played.engine != NO_ACCOUNT else {}
+    return requests, {**as_json(played.engine), **slots}

@@ -11,8 +11,7 @@ from pathlib import Path
 from peftopt import machine, plugins, store
 from peftopt.corpus import Row
 from peftopt.errors import WorkerFailed, as_input
-from peftopt.loadtest.client import Target
-from peftopt.loadtest.protocols import Prompt
+from peftopt.loadtest.protocols import Prompt, Target
 from peftopt.recipe import plan as planning
 from peftopt.records import Build, Recipe, Variant
 from peftopt.runner.prepare import build_alone

@@ -22,7 +22,8 @@ from types import ModuleType
 from peftopt import jsonl
 from peftopt.errors import BadInput
 from peftopt.loadtest import summary
-from peftopt.loadtest.summary import Request
+from peftopt.loadtest.summary import LoadSummary, Request
+from peftopt.measurements import as_json
 from peftopt.records import Json, Measurement
 
 SCHEDULED = "scheduled times: latency counts from when a request was sent, so a late sender hides a slow server"
@@ -70,7 +71,7 @@ class Found:
         values: dict[str, Json] = {"source": self.source, "title": self.title, "lacks": list(self.lacks), **self.values}
         if self.probe == "load":
             values |= {"started": self.started} if self.started else {}
-            values |= {"requests": [r.as_json() for r in self.requests], "reported": dict(self.reported)}
+            values |= {"requests": [as_json(r.record()) for r in self.requests], "reported": dict(self.reported)}
         return Measurement(self.probe, variant, workload if self.probe == "load" else "", values=values, at=at)
 
 
@@ -184,13 +185,13 @@ def from_zero(requests: Sequence[Request]) -> tuple[Request, ...]:
     )
 
 
-def as_loaded(found: Found) -> dict[str, Json]:
-    """What `report.load` shows of a run, in the shape of `runs.as_json`."""
-    empty: dict[str, Json] = {"trials": [], "highest_rate": None, "engine": {}}
+def as_loaded(found: Found) -> LoadSummary:
+    """What `report.load` shows of a run."""
     requests = found.requests
-    return {
-        "figures": summary.figures(requests),
-        "by_model": summary.by_model(requests),
-        "own_delay": summary.own_delay(requests),
-        **empty,
-    }
+    return LoadSummary(
+        figures=summary.figures(requests),
+        by_model=summary.by_model(requests),
+        own_delay=summary.own_delay(requests),
+        highest_rate=None,
+        cliff=None,
+    )
