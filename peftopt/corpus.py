@@ -6,7 +6,7 @@ import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from peftopt import identity, jsonl
@@ -28,9 +28,6 @@ class Row:
     def prompt_id(self) -> str:
         """A short hash of the messages: copies of one prompt have the same."""
         return identity.of_value(self.messages)[:16]
-
-    def as_json(self) -> dict[str, Json]:
-        return asdict(self)
 
 
 TEXTS = (
@@ -195,6 +192,11 @@ def calibration_file(named: str) -> Path:
     return Path(__file__).parent / "transforms" / "generic.jsonl" if named == GENERIC else Path(named)
 
 
+def calibration(named: str | None) -> tuple[Row, ...]:
+    """The rows of such a file; () where none is named."""
+    return tuple(read(str(calibration_file(named)))) if named else ()
+
+
 def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str) -> None:
     """Refuse a calibration row that is also evaluated: a quantizer must not see the questions of its exam."""
     exam = {row.prompt_id: row.id for row in evaluation}
@@ -206,11 +208,11 @@ def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str
             )
 
 
-def draw(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> list[list[Json]]:
+def draw(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> tuple[tuple[Row, ...], ...]:
     """The block's requests: the same prompts for every variant, others in the next block."""
     count = recipe.measure.warmup + recipe.timed_requests(workload.name)
     deck = list(rows)
     random.Random(f"{recipe.seed}/{workload.name}/prompts").shuffle(deck)
     start = block * count * workload.batch
     picks = [deck[(start + i) % len(deck)] for i in range(count * workload.batch)]
-    return [[r.as_json() for r in picks[i : i + workload.batch]] for i in range(0, len(picks), workload.batch)]
+    return tuple(tuple(picks[i : i + workload.batch]) for i in range(0, len(picks), workload.batch))

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,7 +70,7 @@ class Store:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
-    def build(self, build: Build, make: Callable[[Path], tuple[Model, dict[str, Json]]]) -> Artifact:
+    def build(self, build: Build, make: Callable[[Path], tuple[Model, Mapping[str, Json]]]) -> Artifact:
         """Build it in a temporary folder and move it into place whole; `make` fills the folder it is given."""
         folder = self.folder(build.id)
         for orphan in folder.parent.glob(f"{folder.name}.tmp.*"):

@@ -38,7 +38,7 @@ def check(recipe: Recipe) -> None:
     merges = [v.name for v in recipe.variants.values() if any(s.technique == "merge" for s in v.steps)]
     check_adapter(Path(recipe.adapter), Path(recipe.base), merges)
     _check_needs(recipe)
-    texts = corpus.read(str(corpus.calibration_file(recipe.calibration))) if recipe.calibration else []
+    texts = corpus.calibration(recipe.calibration)
     for name, variant in recipe.variants.items():
         for n, step in enumerate((*variant.steps, variant.engine)):
             check_step(step, Path(recipe.base), variant.steps[:n], texts, f"variant {name}: ")
