@@ -44,6 +44,7 @@ MODULES = {
     for path, names in {
         "peftopt/decision/stopping.py": ("stopping", "decide", "honest_times"),
         "peftopt/decision/decide.py": ("trust_decisions", "evidence", "decide"),
+        "peftopt/decision/index.py": ("trust_times", "trust_answers", "judged", "evidence", "decide"),
         "peftopt/decision/evidence.py": ("trust_times", "trust_answers", "judged", "evidence", "decide"),
         "peftopt/decision/rules.py": ("trust_rules", "broken_models", "decide", "honest_times"),
         "peftopt/stats.py": ("stats", "trust_stats"),

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from peftopt import corpus, machine, stats, store
 from peftopt.decision.evidence import exp
-from peftopt.records import Interval, Model
+from peftopt.jobs import OpenJob, QualityJob, SpeedJob, TransformJob
+from peftopt.measurements import Answer, as_json, structured
+from peftopt.records import GENERIC, Interval, Model
 from peftopt.runner import preflight, single
 from peftopt.runner.process import WorkerProcess
 
@@ -108,8 +110,9 @@ def main() -> None:
         if not kept.exists():
             is_reference = name == "adapter"
             found = judged(model, rows, schema, *((None, reference) if is_reference else (reference, None)))
-            kept.write_text(json.dumps(found))
-        answers[name] = json.loads(kept.read_text())
+            kept.write_text(json.dumps({row: as_json(answer) for row, answer in found.items()}))
+        told = json.loads(kept.read_text())
+        answers[name] = {row: structured(Answer, values, name) for row, values in told.items()}
         say(f"judged {name}, load {os.getloadavg()[0]:.1f}")
     for name in models:
         figures[name] |= quality(answers[name], answers["adapter"], answers["base"]) | {"bytes": size(models[name])}
@@ -129,9 +132,15 @@ def main() -> None:
 def make(out: Path, route: Route, model: Model) -> tuple[Model, dict[str, Any]]:
     """Quantize as `peftopt quantize` does, or reuse what is there."""
     if not out.exists():
-        texts = route.calibration or None
-        facts = single.transform(route.plugin, route.params, model, out, texts, 0)
-        out.with_suffix(".json").write_text(json.dumps(facts))
+        job = TransformJob(
+            plugin=route.plugin,
+            params=route.params,
+            model=model,
+            out=str(out),
+            rows=corpus.calibration(route.calibration),
+            calibration=GENERIC if route.calibration == GENERIC else "task",
+        )
+        out.with_suffix(".json").write_text(json.dumps(as_json(single.transform(job))))
     facts = json.loads(out.with_suffix(".json").read_text())
     return Model(str(out), tuple(facts["model"]["adapters"])), facts
 
@@ -146,35 +155,34 @@ def size(model: Model) -> int:
 
 def judged(
     model: Model, rows: list[corpus.Row], schema: Any, reference: Path | None, write: Path | None
-) -> dict[str, Any]:
-    """The records of probes/quality.py by row."""
-    found: dict[str, Any] = {}
+) -> dict[str, Answer]:
+    """The answers of probes/quality.py by row."""
+    found: dict[str, Answer] = {}
     with WorkerProcess(Path(tempfile.mkdtemp()) / "judge.log", machine.cores()) as child:
-        child.ask("open", 900, plugin="eager", params={}, model=asdict(model))
-        child.ask(
-            "quality",
-            3600,
-            lambda record: found.update({record["row"]: record}),
-            rows=[row.as_json() for row in rows],
+        child.ask(OpenJob(plugin="eager", params={}, model=model), 900)
+        job = QualityJob(
+            rows=tuple(rows),
             schema=schema,
             new_tokens=64,
             batch=8,
             reference=str(reference) if reference else None,
             write_reference=str(write) if write else None,
         )
+        child.ask(job, 3600, lambda answer: found.update({answer.row: answer}))
     return found
 
 
-def quality(ours: dict[str, Any], adapter: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+def quality(ours: dict[str, Answer], adapter: dict[str, Answer], base: dict[str, Answer]) -> dict[str, Any]:
     """Perplexity ratio, KL, delta survival and accuracy, each with its interval but the survival."""
     shared = sorted(ours)
-    tokens = [adapter[r]["scored_tokens"] for r in shared]
-    found = {"accuracy": stats.proportion(sum(ours[r]["correct"] for r in shared), len(shared))}
-    mine, theirs = ([records[r]["nll"] for r in shared] for records in (ours, adapter))
+    tokens = [adapter[r].scored_tokens for r in shared]
+    found: dict[str, Any] = {"accuracy": stats.proportion(sum(ours[r].correct for r in shared), len(shared))}
+    mine, theirs = ([records[r].nll or 0.0 for r in shared] for records in (ours, adapter))
     found["perplexity"] = stats.perplexity_ratio(mine, theirs, tokens)
-    if all("kl" in ours[r] for r in shared):
-        found["kl"] = stats.ratio_of_means([ours[r]["kl"] for r in shared], tokens)
-        found["survival"] = 1 - sum(ours[r]["kl"] for r in shared) / sum(base[r]["kl"] for r in shared)
+    kl, without = ([records[r].kl for r in shared] for records in (ours, base))
+    if None not in kl:
+        found["kl"] = stats.ratio_of_means([nats or 0.0 for nats in kl], tokens)
+        found["survival"] = 1 - sum(nats or 0.0 for nats in kl) / sum(nats or 0.0 for nats in without)
     return found
 
 
@@ -188,19 +196,20 @@ def race(models: dict[str, Model], rows: list[corpus.Row], arguments: argparse.N
         children: dict[str, WorkerProcess] = {}
         for name, model in models.items():
             child = stack.enter_context(WorkerProcess(folder / f"{len(children)}.log", 1))
-            child.ask("open", 900, plugin="eager", params={}, model=asdict(model))
+            child.ask(OpenJob(plugin="eager", params={}, model=model), 900)
             children[name] = child
         for block in range(arguments.blocks):
-            picks = [[dice.choice(short).as_json()] for _ in range(3)]
-            eight = [row.as_json() for row in dice.choices(short, k=8)]
+            picks = tuple((row,) for row in dice.choices(short, k=3))
+            eight = tuple(dice.choices(short, k=8))
+            ones = SpeedJob(batches=picks, new_tokens=arguments.new_tokens, warmup=1)
+            batched = replace(ones, batches=(picks[0], eight))
             turn: dict[str, dict[str, float]] = {}
             for name in dice.sample(sorted(children), len(children)):
-                asked = {"new_tokens": arguments.new_tokens, "warmup": 1}
-                alone = children[name].ask("speed", 900, batches=picks, **asked)["requests"]
-                at_once = children[name].ask("speed", 900, batches=[picks[0], eight], **asked)["requests"][-1]
+                alone = children[name].ask(ones, 900).requests
+                at_once = children[name].ask(batched, 900).requests[-1]
                 turn[name] = {
-                    "decode": stats.median([r["tpot_ms"] for r in alone if not r["warmup"]]),
-                    "throughput": at_once["new_tokens"] / at_once["request_duration_ms"],
+                    "decode": stats.median([r.tpot_ms for r in alone if r.tpot_ms and not r.warmup]),
+                    "throughput": at_once.new_tokens / (at_once.request_duration_ms or math.nan),
                 }
             for name, values in turn.items():
                 for kind, value in values.items():

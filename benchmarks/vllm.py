@@ -27,8 +27,8 @@ from peftopt.engines import vllm
 from peftopt.engines._server import Server, free_port
 from peftopt.errors import WorkerFailed
 from peftopt.loadtest import runs
-from peftopt.loadtest.client import Target
-from peftopt.loadtest.protocols import Prompt
+from peftopt.loadtest.protocols import Prompt, Target
+from peftopt.loadtest.summary import Figures
 from peftopt.records import Model
 
 FIGURES = {"TTFT ms": "ttft_mean_ms", "TPOT ms": "tpot_mean_ms", "tokens/s": "output_tokens_per_s"}
@@ -82,22 +82,23 @@ def measure(
     servers: dict[str, tuple[Target, Server]], prompts: dict[str, Prompt], users: int, a: argparse.Namespace
 ) -> None:
     """Rounds in random order at one number of users; the first, a warm-up, is left out."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
+    found: dict[str, list[Figures]] = {name: [] for name in servers}
     dice = random.Random(users)
     for _ in range(a.rounds + 1):
         for name in dice.sample(sorted(servers), len(servers)):
             target, server = servers[name]
             traffic = runs.Traffic(prompts, {target.model: 1.0}, a.new_tokens, requests=a.requests, concurrency=users)
-            values = runs.as_json(runs.run(target, traffic, 1.0, lambda *_: None, patient=True), [])
+            loaded = runs.run(target, traffic, 1.0, lambda *_: None, patient=True)
+            figures = runs.summarized(loaded, []).figures
             machine.rest(server.processes())
-            assert values["figures"]["failed"] == 0, values["figures"]
-            found[name].append(values["figures"])
+            assert figures.failed == 0, figures
+            found[name].append(figures)
     print(f"{users} users, {a.requests} requests of {a.new_tokens} tokens, {a.rounds} rounds")
     first = next(iter(found))
     for name, rounds in found.items():
         cells = []
         for title, key in FIGURES.items():
-            pairs = [(r[key], f[key]) for r, f in zip(rounds[1:], found[first][1:], strict=True)]
+            pairs = [(getattr(r, key), getattr(f, key)) for r, f in zip(rounds[1:], found[first][1:], strict=True)]
             ratio = exp(stats.hodges_lehmann([math.log(r / f) for r, f in pairs], 0.95))
             beside = "" if name == first else f" {ratio.estimate:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
             cells.append(f"{title} {stats.median([r for r, _ in pairs]):7.1f}{beside:<19}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from peftopt import identity, jsonl
+from peftopt import identity
 from peftopt.errors import BadInput
 from peftopt.records import GENERIC, Json, Recipe, Workload
 
@@ -28,10 +29,6 @@ class Row:
     def prompt_id(self) -> str:
         """A short hash of the messages: copies of one prompt have the same."""
         return identity.of_value(self.messages)[:16]
-
-    def as_json(self) -> dict[str, Json]:
-        """Its fields by name, as `row_from` reads them."""
-        return asdict(self)
 
 
 TEXTS = (
@@ -164,13 +161,13 @@ def read(path: str, only_slice: str = "") -> list[Row]:
     rows: list[Row] = []
     seen: dict[str, int] = {}
     try:
-        text = jsonl.text_of(Path(path).read_bytes())
+        text = text_of(Path(path).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read prompts {path}: {error}", "give a UTF-8 JSON-lines file") from error
     if text.lstrip().startswith("["):
         hint = f"write each of its rows on a line of its own: jq -c '.[]' {path}"
         raise BadInput(f"{path} is a JSON array, not JSON lines", hint)
-    for number, line in jsonl.lines(text):
+    for number, line in lines(text):
         try:
             row = row_from(json.loads(line), number)
         except (ValueError, RecursionError) as error:
@@ -196,6 +193,11 @@ def calibration_file(named: str) -> Path:
     return Path(__file__).parent / "transforms" / "generic.jsonl" if named == GENERIC else Path(named)
 
 
+def calibration(named: str | None) -> tuple[Row, ...]:
+    """The rows of such a file; () where none is named."""
+    return tuple(read(str(calibration_file(named)))) if named else ()
+
+
 def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str) -> None:
     """Raises BadInput for a calibration row that is evaluated too: no quantizer may see the questions of its exam."""
     exam = {row.prompt_id: row.id for row in evaluation}
@@ -207,11 +209,28 @@ def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str
             )
 
 
-def draw(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> list[list[Json]]:
+def draw(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> tuple[tuple[Row, ...], ...]:
     """The block's requests: the same prompts for every variant, others in the next block."""
     count = recipe.measure.warmup + recipe.timed_requests(workload.name)
     deck = list(rows)
     random.Random(f"{recipe.seed}/{workload.name}/prompts").shuffle(deck)
     start = block * count * workload.batch
     picks = [deck[(start + i) % len(deck)] for i in range(count * workload.batch)]
-    return [[r.as_json() for r in picks[i : i + workload.batch]] for i in range(0, len(picks), workload.batch)]
+    return tuple(tuple(picks[i : i + workload.batch]) for i in range(0, len(picks), workload.batch))
+
+
+# ---- JSON lines, as other programs write them --------------------------------------------------
+
+TextOrBytes = TypeVar("TextOrBytes", str, bytes)
+
+
+def text_of(raw: bytes) -> str:
+    """A file's text: UTF-8, or what its byte order mark says. Raises UnicodeDecodeError for other bytes."""
+    return raw.decode(json.detect_encoding(raw))
+
+
+def lines(text: TextOrBytes) -> Iterator[tuple[int, TextOrBytes]]:
+    """(number, line) of each line that is not blank, counted from 1. Only a line feed ends a line: U+2028, U+0085 and
+    the like may stand in a JSON string as they are (RFC 8259)."""
+    end = "\n" if isinstance(text, str) else b"\n"
+    return ((number, line) for number, line in enumerate(text.split(end), 1) if line.strip())

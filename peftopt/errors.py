@@ -7,6 +7,9 @@ from collections.abc import Sequence
 ACCEPTED, REJECTED, BAD_INPUT, INCONCLUSIVE, ENVIRONMENT, BUG, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 """Exit codes, the same for every verb. Nothing measured is never ACCEPTED."""
 
+BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
+"""What reading another program's JSON may raise: it is none, is too deep, or not of the shape that is meant."""
+
 
 class PeftoptError(Exception):
     """A problem the user can act on. Printed as `error: message` and `hint: hint`, never as a traceback."""

@@ -8,20 +8,21 @@ or that not every machine tells, has a default; a key that no record has is left
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from functools import cache, partial
 from operator import eq
 from types import NoneType
 from typing import TYPE_CHECKING, TypeVar, get_args, get_origin
 
-from peftopt.errors import BadInput
-from peftopt.jsonl import BROKEN
+from peftopt.errors import BROKEN, BadInput
 from peftopt.records import Measurement
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from cattrs import Converter
 
 Plain = TypeVar("Plain", int, float, str)
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,6 +191,7 @@ class Disturbance:
 
 
 NO_ACCOUNT = Account()
+"""A server that says nothing."""
 UNDISTURBED = Disturbance()
 
 
@@ -316,6 +318,10 @@ class EngineFacts:
     kernels: tuple[Kernel, ...] = ()
 
 
+NO_FACTS = EngineFacts()
+"""An engine that says nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """A row of a task and its score."""
@@ -433,25 +439,33 @@ def _hint(where: str) -> str:
 
 
 def _structured(line: Measurement, where: str) -> Values:
-    record = PROBES[line.probe]
     if not isinstance(line.values, Mapping):
         raise BadInput(f"{_at(where)}values is not an object", _hint(where))
     try:
-        return _converter(detailed=False).structure(line.values, record)
+        return structured(PROBES[line.probe], line.values, line.probe)
+    except BadInput as error:
+        raise BadInput(f"{_at(where)}{error.message}", _hint(where)) from error
+
+
+def structured(record: type[Record], values: object, name: str) -> Record:
+    """The record that JSON holds. Raises BadInput for a field that is missing and for a value of another kind than its
+    field: "speed.requests[3].new_tokens is missing", where `name` is "speed"."""
+    try:
+        return _converter(detailed=False).structure(values, record)
     except BROKEN as error:
-        raise BadInput(f"{_at(where)}{_first_problem(line, record)}", _hint(where)) from error
+        raise BadInput(_first_problem(record, values, name)) from error
 
 
-def _first_problem(line: Measurement, record: type[Values]) -> str:
-    """ "speed.requests[3].new_tokens is missing": found by the converter that keeps all problems, which is slower."""
+def _first_problem(record: type, values: object, name: str) -> str:
+    """Found by the converter that keeps all problems, which is slower."""
     from cattrs import BaseValidationError, transform_error
 
     try:
-        _converter(detailed=True).structure(line.values, record)
+        _converter(detailed=True).structure(values, record)
     except BaseValidationError as error:
-        problem, _, field_ = transform_error(error, path=line.probe, format_exception=_problem)[0].rpartition(" @ ")
+        problem, _, field_ = transform_error(error, path=name, format_exception=_problem)[0].rpartition(" @ ")
         return f"{field_} {problem}"
-    return f"{line.probe} is not what it must be"
+    return f"{name} is not what it must be"
 
 
 _KINDS: Mapping[object, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -520,3 +534,28 @@ def _each(kind: type[Plain], one: Callable[[object], Plain], values: object) -> 
     if all(type(value) is kind for value in values):
         return tuple(values)
     return tuple(one(value) for value in values)
+
+
+# ---- records to JSON ---------------------------------------------------------------------------
+
+
+def as_json(record: DataclassInstance) -> dict[str, object]:
+    """A record as a file or a line holds it, which `structured` reads again. A field that has no value (None), and need
+    not have one, is left out."""
+    values = {each.name: getattr(record, each.name) for each in fields(record)}
+    optional = {each.name for each in fields(record) if _is_optional(each)}
+    return {name: _plain(value) for name, value in values.items() if value is not None or name not in optional}
+
+
+def _is_optional(each: Field[object]) -> bool:
+    return each.default is None
+
+
+def _plain(value: object) -> object:
+    if is_dataclass(value) and not isinstance(value, type):
+        return as_json(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value

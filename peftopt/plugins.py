@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import cast
 
 from peftopt.errors import BadInput
@@ -118,14 +118,15 @@ def module(kind: str, name: str) -> ModuleType:
     raise ModuleNotFoundError(f"no {kind} named {name!r}")
 
 
+@functools.cache
 def catalogue() -> Mapping[str, Plugin]:
-    """Every plug-in by name, transforms, engines and policies together. A name of another package's never replaces
-    one of peftopt's own."""
+    """Every plug-in by name, transforms, engines and policies together, read once. A name of another package's never
+    replaces one of peftopt's own."""
     found: dict[str, Plugin] = {}
     for kind in FOLDERS:
         for name in (*_own(kind), *_declared(kind)):
             found.setdefault(name, _described(kind, name))
-    return found
+    return MappingProxyType(found)
 
 
 def missing(plugin: Plugin) -> list[str]:

@@ -7,12 +7,12 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peftopt import identity, jsonl
-from peftopt.errors import BadInput, MissingEnvironment
+from peftopt import corpus, identity
+from peftopt.errors import BROKEN, BadInput, MissingEnvironment
 from peftopt.measurements import PROBES, Measured, measured
 from peftopt.metrics import counted
 from peftopt.records import FORMAT, Artifact, Build, Json, Measurement, Model, Plan
@@ -71,7 +71,7 @@ class Store:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
-    def build(self, build: Build, make: Callable[[Path], tuple[Model, dict[str, Json]]]) -> Artifact:
+    def build(self, build: Build, make: Callable[[Path], tuple[Model, Mapping[str, Json]]]) -> Artifact:
         """Build it in a temporary folder and move it into place whole; `make` fills the folder it is given."""
         folder = self.folder(build.id)
         for orphan in folder.parent.glob(f"{folder.name}.tmp.*"):
@@ -149,7 +149,7 @@ def read(path: Path, warn: Callable[[str], None] = lambda _: None) -> list[Measu
     if torn:
         warn(f"{path}: dropped a torn last line of {len(torn)} bytes")
         os.truncate(path, len(raw) - len(torn))
-    lines = [(number, _measurement(path, number, line)) for number, line in jsonl.lines(whole)]
+    lines = [(number, _measurement(path, number, line)) for number, line in corpus.lines(whole)]
     unknown: dict[str, list[int]] = {}
     for number, line in lines:
         if str(line.probe) not in PROBES:
@@ -162,11 +162,11 @@ def read(path: Path, warn: Callable[[str], None] = lambda _: None) -> list[Measu
 
 def _measurement(path: Path, number: int, line: bytes) -> Measurement:
     try:
-        values = json.loads(jsonl.text_of(line))
+        values = json.loads(corpus.text_of(line))
         version = values.pop("format")
         if version == FORMAT:
             return Measurement(**values)
-    except jsonl.BROKEN as error:
+    except BROKEN as error:
         raise BadInput(f"{path}:{number} is not a measurement", "restore the file or run again") from error
     raise BadInput(
         f"{path}:{number} has format {version}, this peftopt reads {FORMAT}", "use the peftopt that wrote it"

@@ -1,231 +1,209 @@
 """A child process that does the heavy work: JSON jobs in on stdin, JSON lines out on stdout.
 
-It runs as `python -m peftopt.worker` in the environment its plug-in needs; what crosses the border is folders and
-records, never objects. Each job answers with any number of {"record": …} and {"progress": …} lines and then one
-{"done": …} or {"failed": {"reason", "detail", "hint"}}. A worker keeps the model it opened between jobs, and ends with
-its stdin.
+It runs as `python -m peftopt.worker` in the environment its plug-in needs; what crosses the border are folders and the
+records of jobs.py, never objects. Each job answers with any number of {"record": …} and {"progress": …} lines and then
+one {"done": …} or {"failed": {"reason", "detail", "hint"}}. A worker keeps the model it opened between jobs, and ends
+with its stdin.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from peftopt import machine, progress
-from peftopt.corpus import Row, row_from
+from peftopt import jobs, machine, progress
+from peftopt.corpus import Row
 from peftopt.errors import MissingEnvironment, PeftoptError, WorkerFailed
+from peftopt.measurements import EngineFacts, Launch, Memory, Survey, Task, as_json
 from peftopt.merging.certificate import FILE as CERTIFICATE
 from peftopt.models import provenance
 from peftopt.models.hf import tokenizer, tokenizer_home
 from peftopt.plugins import module
-from peftopt.records import Invariants, Json, Model
+from peftopt.records import Json, Model
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Tell = Callable[[str, "DataclassInstance"], None]
+"""Writes a line: what it is ("record", "progress", …), and a record."""
+
+DONE = jobs.Done()
 
 
 class Worker:
-    """The jobs. State: the engine that is open, if any, and whether it has not been timed yet."""
+    """The jobs, a method each. State: the engine that is open, if any, and whether it has not been timed yet."""
 
-    def __init__(self, tell: Callable[[str, Json], None]) -> None:
+    def __init__(self, tell: Tell) -> None:
         self.tell = tell
         self.engine: Any = None
         self.fresh = True
 
-    def transform(
-        self,
-        plugin: str,
-        params: dict[str, Json],
-        model: dict[str, Json],
-        out: str,
-        rows: list[Json],
-        seed: int,
-        calibration: str = "task",
-    ) -> dict[str, Json]:
+    def transform(self, job: jobs.TransformJob) -> jobs.Transformed:
         """Run one transform, scan what it wrote, and say what it took. `calibration` says where the rows came from."""
         from peftopt.probes import memory
 
-        source = module("transform", plugin)
-        opened = _model(model)
-        texts = _rendered(map(row_from, rows), tokenizer_home(opened), opened.path) if rows else []
+        source, out = module("transform", job.plugin), Path(job.out)
+        texts = _rendered(job.rows, tokenizer_home(job.model), job.model.path) if job.rows else []
         started, cpu = time.perf_counter(), time.process_time()
         with progress.heard(lambda at: self.tell("progress", at)):
-            result = source.transform(opened, source.Params(**params), Path(out), texts, seed)
+            result = source.transform(job.model, source.Params(**job.params), out, texts, job.seed)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        if made := provenance.read(Path(out)):
-            used = made["calibration"] and {"source": calibration, **made["calibration"]}
-            made = provenance.add(Path(out), calibration=used)
-        return {
-            "model": dataclasses.asdict(result),
-            "seconds": seconds,
-            "cpu_seconds": cpu,
-            **_examined(Path(out), opened),
-            **({"quantization": made} if made else {}),
-            **memory.peak(),
-        }
+        if made := provenance.read(out):
+            used = made["calibration"] and {"source": job.calibration, **made["calibration"]}
+            made = provenance.add(out, calibration=used)
+        tier0, certificate = _examined(out, job.model)
+        peaks = memory.peak()
+        return jobs.Transformed(
+            model=result,
+            seconds=seconds,
+            cpu_seconds=cpu,
+            tier0=tuple(tier0),
+            certificate=certificate,
+            quantization=made,
+            peak_memory_bytes=peaks.peak_memory_bytes,
+            gpu_memory_allocated=peaks.gpu_memory_allocated,
+            gpu_memory_reserved=peaks.gpu_memory_reserved,
+        )
 
-    def alive(self, rows: list[Json]) -> dict[str, Json]:
+    def alive(self, job: jobs.AliveJob) -> jobs.Alive:
         """Whether the open model answers at all: see probes/alive.py."""
         from peftopt.probes import alive
 
-        return {"problem": alive.problem(self.engine, [row_from(row) for row in rows])}
+        return jobs.Alive(alive.problem(self.engine, job.rows))
 
-    def preview(self, plugin: str, params: dict[str, Json], model: dict[str, Json]) -> dict[str, Json]:
+    def preview(self, job: jobs.PreviewJob) -> jobs.Previewed:
         """What a transform would change, tensor by tensor; nothing is written."""
-        source = module("transform", plugin)
-        return {"tensors": source.preview(_model(model), source.Params(**params))}
+        source = module("transform", job.plugin)
+        return jobs.built(jobs.Previewed, {"tensors": source.preview(job.model, source.Params(**job.params))})
 
-    def prepare(self, plugin: str, model: dict[str, Json]) -> dict[str, Json]:
+    def prepare(self, job: jobs.PrepareJob) -> jobs.Done:
         """Import what an engine needs, so that `model_loading_time` is the model's alone."""
-        module("engine", plugin).prepare(_model(model))
-        return {}
+        module("engine", job.plugin).prepare(job.model)
+        return DONE
 
-    def open(
-        self, plugin: str, params: dict[str, Json], model: dict[str, Json], policies: Sequence[dict[str, Json]] = ()
-    ) -> dict[str, Json]:
+    def open(self, job: jobs.OpenJob) -> Launch:
         """Load a model into an engine. Times in seconds; `adapter_switch_time` where an adapter was attached."""
         from peftopt.policies import Policed
         from peftopt.probes import bandwidth, memory
 
-        source = module("engine", plugin)
-        opened = _model(model)
+        source = module("engine", job.plugin)
         started = time.perf_counter()
-        self.engine = source.open(opened, source.Params(**params))
-        if policies:
-            self.engine = Policed(self.engine, policies)
-        return {
-            "model_loading_time": time.perf_counter() - started,
-            "adapter_switch_time": self.engine.adapter_switch_time,
-            "threads": self.engine.threads,
-            "device": self.engine.device,
-            "pid": os.getpid(),
-            **bandwidth.reads(opened),
-            **memory.gpu(),
-        }
+        self.engine = source.open(job.model, source.Params(**job.params))
+        if job.policies:
+            self.engine = Policed(self.engine, job.policies)
+        gpu = memory.gpu()
+        return Launch(
+            model_loading_time=time.perf_counter() - started,
+            adapter_switch_time=self.engine.adapter_switch_time,
+            threads=self.engine.threads,
+            device=self.engine.device,
+            pid=os.getpid(),
+            **bandwidth.reads(job.model),
+            gpu_memory_allocated=gpu.gpu_memory_allocated,
+            gpu_memory_reserved=gpu.gpu_memory_reserved,
+        )
 
-    def warm(self, rows: list[Json], batch: int, new_tokens: int, timed: bool = True) -> dict[str, Json]:
+    def warm(self, job: jobs.WarmJob) -> jobs.Done:
         """Have an engine that compiles do so for every shape that batches out of these rows can have."""
-        lengths = [len(self.engine.encode(row_from(row).messages)[0]) for row in rows]
-        self.engine.warm(lengths, batch, new_tokens, timed)
-        return {}
+        lengths = [len(self.engine.encode(row.messages)[0]) for row in job.rows]
+        self.engine.warm(lengths, job.batch, job.new_tokens, job.timed)
+        return DONE
 
-    def speed(
-        self,
-        batches: list[list[Json]],
-        new_tokens: int,
-        warmup: int,
-        stop: bool = False,
-        users: int = 0,
-        rate: float = 0.0,
-        seed: int = 0,
-    ) -> dict[str, Json]:
+    def speed(self, job: jobs.SpeedJob) -> jobs.Timed:
         """One turn of a block: see probes/speed.py, and with users or a rate probes/load.py."""
         from peftopt.probes import load, speed
 
-        rows = [[row_from(row) for row in batch] for batch in batches]
         fresh, self.fresh = self.fresh, False
-        if not users and not rate:
-            return {"requests": speed.turn(self.engine, rows, new_tokens, warmup, fresh, stop)}
-        alone = speed.turn(self.engine, rows[:warmup], new_tokens, warmup, fresh, stop)
-        timed = [row for batch in rows[warmup:] for row in batch]
-        requests, engine = load.turn(self.engine, timed, new_tokens, stop, users, rate, seed)
-        return {"requests": alone + requests, "engine": engine}
+        if not job.users and not job.rate:
+            turn = speed.turn(self.engine, job.batches, job.new_tokens, job.warmup, fresh, job.stop)
+            return jobs.Timed(tuple(turn))
+        first, timed = job.batches[: job.warmup], [row for batch in job.batches[job.warmup :] for row in batch]
+        alone = speed.turn(self.engine, first, job.new_tokens, job.warmup, fresh, job.stop)
+        loaded, engine = load.turn(self.engine, timed, job.new_tokens, job.stop, job.users, job.rate, job.seed)
+        return jobs.Timed(tuple(alone), loaded, engine)
 
-    def served(self, rows: list[Json], new_tokens: int, stop: bool) -> dict[str, Json]:
+    def served(self, job: jobs.ServedJob) -> jobs.Served:
         """Where the open server is, and these prompts as it takes them: for a load that is sent from elsewhere."""
         from peftopt.policies import most
 
-        asked = {row.id: self.engine.prompt(self.engine.encode(row.messages)[0]) for row in map(row_from, rows)}
-        return {
-            "target": dataclasses.asdict(self.engine.target),
-            "prompts": {id_: dataclasses.asdict(prompt) for id_, prompt in asked.items()},
-            "new_tokens": most(self.engine, new_tokens, stop),
-            "slots": self.engine.slots,
-        }
+        return jobs.Served(
+            target=self.engine.target,
+            prompts={row.id: self.engine.prompt(self.engine.encode(row.messages)[0]) for row in job.rows},
+            new_tokens=most(self.engine, job.new_tokens, job.stop),
+            slots=self.engine.slots,
+        )
 
-    def quality(
-        self,
-        rows: list[Json],
-        schema: Json,
-        new_tokens: int,
-        batch: int,
-        reference: str | None = None,
-        write_reference: str | None = None,
-        invariants: dict[str, Json] | None = None,
-    ) -> dict[str, Json]:
+    def quality(self, job: jobs.QualityJob) -> jobs.Answered:
         """Answer rows; one record each: see probes/quality.py."""
         from peftopt.probes import quality
 
-        checked = [row_from(row) for row in rows]
         quality.ask(
             self.engine,
-            checked,
-            schema,
-            new_tokens,
-            batch,
-            reference,
-            write_reference,
-            lambda record: self.tell("record", record),
-            Invariants(**{**(invariants or {}), "labels": tuple((invariants or {}).get("labels", ()))}),
+            job.rows,
+            job.schema,
+            job.new_tokens,
+            job.batch,
+            job.reference,
+            job.write_reference,
+            lambda answer: self.tell("record", answer),
+            job.invariants,
         )
-        return {"rows": len(rows)}
+        return jobs.Answered(len(job.rows))
 
-    def task(self, task: str, rows: int) -> dict[str, Json]:
+    def task(self, job: jobs.TaskJob) -> Task:
         """One task of lm-evaluation-harness: see probes/tasks.py."""
         from peftopt.probes import tasks
 
         with progress.heard(lambda at: self.tell("progress", at)):
-            return tasks.run(self.engine, task, rows)
+            return tasks.run(self.engine, job.task, job.rows)
 
-    def bandwidth(self) -> dict[str, Json]:
+    def bandwidth(self, job: jobs.BandwidthJob) -> Survey:
         """How fast this machine reads memory: see probes/bandwidth.py."""
         from peftopt.probes import bandwidth
 
         return bandwidth.survey()
 
-    def switch(self, adapter: str) -> dict[str, Json]:
+    def switch(self, job: jobs.SwitchJob) -> jobs.Switched:
         """Another adapter in the place of the one that is served. Time in seconds."""
-        return {"adapter_switch_time": self.engine.switch(adapter)}
+        return jobs.Switched(self.engine.switch(job.adapter))
 
-    def facts(self) -> dict[str, Json]:
+    def facts(self, job: jobs.FactsJob) -> EngineFacts:
         """What the engine says of its own getting ready, where it does: see peftopt.engines.Engine."""
-        return dict(self.engine.facts())
+        return jobs.built(EngineFacts, self.engine.facts())
 
-    def kernels(self, batch: list[Json], new_tokens: int) -> dict[str, Json]:
+    def kernels(self, job: jobs.KernelsJob) -> EngineFacts:
         """Which kernels a request runs on the GPU: see probes/kernels.py."""
         from peftopt.probes import kernels
 
-        return kernels.used(self.engine, [row_from(row) for row in batch], new_tokens)
+        return kernels.used(self.engine, job.batch, job.new_tokens)
 
-    def memory(self) -> dict[str, Json]:
+    def memory(self, job: jobs.MemoryJob) -> Memory:
         """Peaks since this process started; nothing of a server, whose memory is another process's."""
         from peftopt.probes import memory
 
         if not self.engine:
             return memory.peak([])
-        return {} if self.engine.remote else memory.peak(self.engine.processes())
+        return Memory() if self.engine.remote else memory.peak(self.engine.processes())
 
 
-def _examined(out: Path, source: Model) -> dict[str, Json]:
+def _examined(out: Path, source: Model) -> tuple[list[str], Json]:
     """What is wrong with the files: as the transform's own certificate says, where it left one, else by a scan; and
-    what of their words is not the source's."""
+    what of their words is not the source's. Then that certificate, None without one."""
     from peftopt.probes import weights
 
     foreign = weights.foreign_words(out, source)
     if not (out / CERTIFICATE).is_file():
-        return {"tier0": weights.scan(out) + foreign}
+        return weights.scan(out) + foreign, None
     found = json.loads((out / CERTIFICATE).read_text(encoding="utf-8"))
     failed = [f"certificate: {check['name']}: {check['detail']}" for check in found["checks"] if not check["passed"]]
-    return {"tier0": failed + foreign, "certificate": found}
-
-
-def _model(values: dict[str, Json]) -> Model:
-    return Model(values["path"], tuple(values["adapters"]))
+    return failed + foreign, found
 
 
 def _rendered(rows: Iterable[Row], home: str, base: str = "") -> list[str]:
@@ -245,33 +223,33 @@ def _rendered(rows: Iterable[Row], home: str, base: str = "") -> list[str]:
     return [text(row) for row in rows]
 
 
-def _failure(error: BaseException) -> dict[str, str]:
+def _failure(error: BaseException) -> jobs.Failed:
     """Why a job failed, in the words of the report. The traceback goes to the worker's log."""
     traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, WorkerFailed):
-        return {"reason": error.reason, "detail": error.detail, "hint": error.hint}
+        return jobs.Failed(error.reason, error.detail, error.hint)
     if isinstance(error, PeftoptError):
         lacks = isinstance(error, MissingEnvironment)
-        return {"reason": "missing environment" if lacks else "refused", "detail": error.message, "hint": error.hint}
+        return jobs.Failed("missing environment" if lacks else "refused", error.message, error.hint)
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__:
-        return {"reason": "out of memory", "detail": str(error).splitlines()[0] if str(error) else "", "hint": ""}
+        return jobs.Failed("out of memory", str(error).splitlines()[0] if str(error) else "")
     if isinstance(error, ModuleNotFoundError):
-        return {"reason": "missing library", "detail": str(error), "hint": f"pip install {error.name}"}
-    return {"reason": "error", "detail": f"{type(error).__name__}: {error}"[:500], "hint": ""}
+        return jobs.Failed("missing library", str(error), f"pip install {error.name}")
+    return jobs.Failed("error", f"{type(error).__name__}: {error}"[:500])
 
 
-def serve(jobs: TextIO, channel: TextIO) -> None:
+def serve(lines: TextIO, channel: TextIO) -> None:
     """Answer jobs until there are no more."""
 
-    def tell(word: str, value: Json) -> None:
-        channel.write(json.dumps({word: value}) + "\n")
+    def tell(word: str, record: DataclassInstance) -> None:
+        channel.write(json.dumps({word: as_json(record)}) + "\n")
         channel.flush()
 
     worker = Worker(tell)
-    for line in jobs:
-        job = json.loads(line)
+    for line in lines:
         try:
-            answer = getattr(worker, job.pop("job"))(**job)
+            job = jobs.from_line(line)
+            answer = getattr(worker, job.name())(job)
         except Exception as error:  # noqa: BLE001 (whatever a library raises becomes a record with its reason)
             tell("failed", _failure(error))
         else:

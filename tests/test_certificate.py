@@ -107,9 +107,9 @@ def test_a_full_certificate_says_how_far_it_is(tmp_path: Path) -> None:
     base = saved("llama", tmp_path / "base")
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trained = adapter(base, tmp_path / "a", config, std=0.3)
-    said: list[dict[str, Json]] = []
+    said: list[progress.Reached] = []
     with progress.heard(said.append):
         merged(base, trained, tmp_path / "out", certify="full")
-    steps = [(at["done"], at["total"]) for at in said if at["phase"] == "certifying"]
+    steps = [(at.done, at.total) for at in said if at.phase == "certifying"]
     assert [done for done, _ in steps] == list(range(len(steps)))
     assert {total for _, total in steps} == {len(steps)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 import venv
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,7 +18,16 @@ import pytest
 
 from peftopt import environments, machine
 from peftopt.errors import WorkerFailed
+from peftopt.jobs import AliveJob, Answered, MemoryJob, OpenJob, QualityJob
+from peftopt.measurements import Answer, as_json
+from peftopt.progress import Reached
+from peftopt.records import Model
 from peftopt.runner.process import WorkerProcess
+
+OPEN = OpenJob(plugin="eager", params={}, model=Model("x"))
+ANSWER = Answer(
+    row="1", tokens=(5, 6), new_tokens=3, stopped=True, correct=True, valid=True, score=1.0, critical=False, flags=()
+)
 
 
 def fake(tmp_path: Path, script: str) -> WorkerProcess:
@@ -39,18 +50,27 @@ def fake(tmp_path: Path, script: str) -> WorkerProcess:
 )
 def test_each_way_to_fail_has_its_name(tmp_path: Path, script: str, reason: str) -> None:
     with fake(tmp_path, script) as child, pytest.raises(WorkerFailed) as caught:
-        child.ask("open", 0.5 if reason == "timeout" else 30)
+        child.ask(OPEN, 0.5 if reason == "timeout" else 30)
     assert caught.value.reason == reason
 
 
 def test_records_are_heard_before_the_answer(tmp_path: Path) -> None:
-    heard: list[dict[str, int]] = []
-    progress: list[dict[str, int]] = []
-    script = """read line; echo '{"record": {"n": 1}}'; echo '{"progress": {"done": 1}}'; echo '{"record": {"n": 2}}';
-    echo '{"done": {"rows": 2}}'"""
+    heard: list[Answer] = []
+    progress: list[Reached] = []
+    answers = [ANSWER, replace(ANSWER, row="2")]
+    first, second = (json.dumps({"record": as_json(answer)}) for answer in answers)
+    script = f"""read line; echo '{first}'; echo '{{"progress": {{"phase": "asking", "done": 1, "total": 2}}}}'
+    echo '{second}'; echo '{{"done": {{"rows": 2}}}}'"""
     with fake(tmp_path, script) as child:
-        assert child.ask("quality", 30, heard.append, progress.append) == {"rows": 2}
-    assert (heard, progress) == ([{"n": 1}, {"n": 2}], [{"done": 1}])
+        job = QualityJob(rows=(), new_tokens=4, batch=2)
+        assert child.ask(job, 30, heard.append, progress.append) == Answered(2)
+    assert (heard, progress) == (answers, [Reached("asking", 1, 2)])
+
+
+def test_a_reply_that_is_not_what_the_job_answers_is_a_failure_that_names_the_field(tmp_path: Path) -> None:
+    reply = """read line; echo '{"done": {"model_loading_time": 1.5, "threads": "all"}}'"""
+    with fake(tmp_path, reply) as child, pytest.raises(WorkerFailed, match=r"open\.threads is not a whole number"):
+        child.ask(OPEN, 30)
 
 
 @pytest.mark.parametrize("own", [{}, {"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "7"}])
@@ -61,16 +81,16 @@ def test_threads_of_a_worker_wait_as_the_user_says_or_briefly(
         monkeypatch.delenv(name, raising=False)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    script = """read line; echo "{\\"done\\": {\\"seen\\": \\"$OMP_WAIT_POLICY/$GOMP_SPINCOUNT\\"}}" """
+    script = """read line; echo "{\\"done\\": {\\"problem\\": \\"$OMP_WAIT_POLICY/$GOMP_SPINCOUNT\\"}}" """
     with fake(tmp_path, script) as child:
-        seen = child.ask("open", 30)["seen"]
+        seen = child.ask(AliveJob(()), 30).problem
     assert seen == {(): "/2000", ("OMP_WAIT_POLICY",): "passive/", ("GOMP_SPINCOUNT",): "/7"}[tuple(own)]
     assert machine.describe()["openmp"] == (own or {"GOMP_SPINCOUNT": "2000"})
 
 
 def test_grandchildren_go_with_the_worker(tmp_path: Path) -> None:
     with fake(tmp_path, f"sleep 600 & echo $! > {tmp_path}/grandchild; exit 0") as child, pytest.raises(WorkerFailed):
-        child.ask("open", 30)
+        child.ask(OPEN, 30)
     pid = int((tmp_path / "grandchild").read_text())
     for _ in range(100):  # the kernel takes a moment to reap what was killed
         try:
@@ -87,8 +107,8 @@ def test_grandchildren_go_with_the_worker(tmp_path: Path) -> None:
 def test_a_real_worker_names_an_unknown_plug_in_and_goes_on(tmp_path: Path) -> None:
     with WorkerProcess(tmp_path / "logs" / "real.log", 1) as child:
         with pytest.raises(WorkerFailed, match="no_such_engine"):
-            child.ask("open", 120, plugin="no_such_engine", params={}, model={"path": "x", "adapters": []})
-        assert child.ask("memory", 120)["peak_memory_bytes"] > 0
+            child.ask(replace(OPEN, plugin="no_such_engine"), 120)
+        assert child.ask(MemoryJob(), 120).peak_memory_bytes > 0
 
 
 def test_a_worker_runs_in_another_environments_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,13 +118,14 @@ def test_a_worker_runs_in_another_environments_python(tmp_path: Path, monkeypatc
     venv.create(tmp_path / "bare", symlinks=True)
     bare = WorkerProcess(tmp_path / "logs" / "bare.log", 1, python=environments.python("bare"))
     with bare as child, pytest.raises(WorkerFailed) as caught:  # nothing is installed there, and it says so itself
-        assert child.ask("memory", 60)["peak_memory_bytes"] > 0
-        child.ask("open", 60, plugin="eager", params={}, model={"path": "x", "adapters": []})
+        assert child.ask(MemoryJob(), 60).peak_memory_bytes > 0
+        child.ask(OPEN, 60)
     assert (caught.value.reason, caught.value.hint) == ("missing library", "pip install torch")
 
 
 LOADED = """
 import signal, subprocess, sys, time
+from dataclasses import replace
 from pathlib import Path
 from peftopt import machine
 from peftopt.engines._server import Server

@@ -19,6 +19,7 @@ from peftopt import environments, machine, plugins, store
 from peftopt.cli import console
 from peftopt.engines import _graphs
 from peftopt.records import Plugin
+from peftopt.runner.process import WorkerProcess
 
 
 @pytest.fixture
@@ -363,6 +364,15 @@ def test_merge_then_quantize_then_bench_by_hand(
     assert first["ratio"] is None and "adapter" in first["name"]
     assert all(o["ratio"]["n"] == 2 for o in others)
     assert [f for f in recipe.parent.iterdir() if f.name.startswith(".")] == []
+
+
+def test_an_adapter_that_is_not_there_is_told_before_a_worker_starts(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    monkeypatch.setattr(WorkerProcess, "__init__", lambda *_: pytest.fail("a worker was started"))
+    assert command("bench", "--model", "base", "--adapter", "missing", "--prompts", "eval.jsonl") == 2
+    assert "no adapter folder" in errors(capsys)
 
 
 def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(

@@ -95,13 +95,13 @@ def test_the_gpu_is_measured(tiny_base: Path) -> None:
     engine = opened("compiled", Model(str(tiny_base)), **GRAPHED)
     rows = [Row("a", [{"role": "user", "content": PROMPTS[1]}])]
     first, second = speed.turn(engine, [rows, rows], 8, 1)
-    assert first["warmup"] and second["gpu_ms"] > 0
+    assert first.warmup and second.gpu_ms > 0
     found = kernels.used(engine, rows, 8)
-    assert found["kernels"] and found["gpu_busy"] > 0
-    assert sum(kernel["share"] for kernel in found["kernels"]) <= 1.001
+    assert found.kernels and found.gpu_busy > 0
+    assert sum(kernel.share for kernel in found.kernels) <= 1.001
     peak = memory.peak()
-    assert 0 < peak["gpu_memory_allocated"] <= peak["gpu_memory_reserved"]
-    assert bandwidth.survey()["gpu_read_bytes_per_s"] > 0
+    assert 0 < peak.gpu_memory_allocated <= peak.gpu_memory_reserved
+    assert bandwidth.survey().gpu_read_bytes_per_s > 0
 
 
 def test_running_out_of_memory_is_told_as_such() -> None:
@@ -109,4 +109,4 @@ def test_running_out_of_memory_is_told_as_such() -> None:
 
     with pytest.raises(torch.OutOfMemoryError) as error:
         torch.empty(1 << 50, device="cuda")
-    assert _failure(error.value)["reason"] == "out of memory"
+    assert _failure(error.value).reason == "out of memory"

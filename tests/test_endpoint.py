@@ -17,6 +17,7 @@ from peftopt.corpus import Row
 from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
 from peftopt.loadtest.client import Client, Reply, Target
 from peftopt.loadtest.protocols import Prompt, tgi
+from peftopt.measurements import NO_ACCOUNT
 from peftopt.probes import load, speed
 from peftopt.records import Model
 
@@ -247,8 +248,8 @@ def test_a_batch_travels_at_once_and_is_timed_to_its_last_token(tiny_base: Path)
         rows = [Row(str(n), tuple(HELLO)) for n in range(4)]
         (request,) = speed.turn(engine, [rows], 8, 0)
         assert server.most == 4
-        assert request["new_tokens"] == 32 and request["batch"] == 4
-        assert 50 <= request["ttft_ms"] < request["request_duration_ms"]
+        assert request.new_tokens == 32 and request.batch == 4
+        assert 50 <= request.ttft_ms < request.request_duration_ms
         engine.close()
 
 
@@ -257,14 +258,16 @@ def test_users_ask_when_answered_and_a_rate_comes_anyway(tiny_base: Path) -> Non
     with served(first=0.02) as server:
         engine = opened(tiny_base, server)
         requests, account = load.turn(engine, rows, 6, False, users=3, rate=0.0, seed=1)
-        assert server.most == 3 and account and "slots" not in account, "another's server has not told them"
+        assert server.most == 3 and account != NO_ACCOUNT and account.slots is None, (
+            "another's server has not told them"
+        )
         engine.slots = 6  # as a server that is started here knows them
-        assert load.turn(engine, rows, 6, False, users=3, rate=0.0, seed=1)[1]["slots"] == 6
-        assert [r["id"] for r in requests] == [row.id for row in rows]
-        assert {r["new_tokens"] for r in requests} == {6} and len({r["turn_ms"] for r in requests}) == 1
-        assert all(20 <= r["ttft_ms"] < r["request_duration_ms"] < r["turn_ms"] for r in requests)
+        assert load.turn(engine, rows, 6, False, users=3, rate=0.0, seed=1)[1].slots == 6
+        assert [r.id for r in requests] == [row.id for row in rows]
+        assert {r.new_tokens for r in requests} == {6} and len({r.turn_ms for r in requests}) == 1
+        assert all(20 <= r.ttft_ms < r.request_duration_ms < r.turn_ms for r in requests)
         early, late = (load.turn(engine, rows, 6, False, 0, rate, 1)[0] for rate in (1000.0, 50.0))
-        assert [r["scheduled"] / 20 for r in late] == pytest.approx([r["scheduled"] for r in early])
+        assert [r.scheduled / 20 for r in late] == pytest.approx([r.scheduled for r in early])
         with pytest.raises(BadInput, match="gave 5 tokens, not 9"):
             engine._client.extensions = False
             load.turn(engine, rows, 9, False, 2, 0.0, 1)

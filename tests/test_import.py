@@ -117,8 +117,8 @@ def test_vllm_bench_serve_with_its_raw_samples(tmp_path: Path) -> None:
     assert (first.scheduled, first.ttft_ms, first.tpot_ms) == pytest.approx((0, 100, 25))
     assert first.gaps_ms == pytest.approx((20, 30)) and first.request_duration_ms == pytest.approx(150)
     assert failed.error == "ConnectionError: reset" and failed.ttft_ms is None
-    assert importers.as_loaded(found)["figures"]["failed"] == 1
-    assert importers.as_loaded(found)["figures"]["ttft_mean_ms"] == pytest.approx(VLLM["mean_ttft_ms"])
+    assert importers.as_loaded(found).figures.failed == 1
+    assert importers.as_loaded(found).figures.ttft_mean_ms == pytest.approx(VLLM["mean_ttft_ms"])
     assert any("scheduled" in what for what in found.lacks)
     assert found.reported["mean_ttft_ms"] == 150.0
 

@@ -57,7 +57,7 @@ def test_an_answer_whose_numbers_cannot_be_is_set_aside(
 def test_a_failure_stays_one_whatever_its_numbers(tmp_path: Path, field: str, value: Any) -> None:
     (found,) = importers.read(write(tmp_path / "r.json", {**VLLM, field: [*VLLM[field][:2], value]}))
     assert [bool(r.error) for r in found.requests] == [False, False, True]
-    assert importers.as_loaded(found)["figures"]["failed"] == 1
+    assert importers.as_loaded(found).figures.failed == 1
     assert not any("set aside" in what for what in found.lacks)
 
 

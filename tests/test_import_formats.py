@@ -33,8 +33,8 @@ def test_vllm_without_start_times_keeps_its_own_rates(tmp_path: Path, latencies:
     run = {**UNPLACED, "num_prompts": n, "completed": n, "failed": 0, "duration": 50.0, "input_lens": [10] * n}
     run |= {"output_lens": [10] * n, "ttfts": [0.05] * n, "itls": [[0.02] * 9] * n, "errors": [""] * n, **latencies}
     (found,) = importers.read(write(tmp_path / "r.json", run))
-    figures = importers.as_loaded(found)["figures"]
-    assert figures["output_tokens_per_s"] == pytest.approx(20, rel=0.02)
+    figures = importers.as_loaded(found).figures
+    assert figures.output_tokens_per_s == pytest.approx(20, rel=0.02)
     assert {round(r.ttft_ms) for r in found.requests if r.ttft_ms} == {50}
     assert {round(r.request_duration_ms) for r in found.requests} == {230}
     assert any("when each request was sent" in what for what in found.lacks)

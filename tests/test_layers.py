@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "peftopt"
-GROUND = (
-    "errors records metrics identity stats jsonl progress machine measurements store plugins corpus environments models"
-)
-TOWERS = "recipe loadtest decision report canary merging transforms engines policies probes worker runner cli"
+GROUND = "errors records metrics identity stats progress machine measurements corpus store plugins environments models"
+TOWERS = "recipe loadtest decision report canary merging transforms engines policies probes jobs worker runner cli"
 LAYERS = f"{GROUND} {TOWERS}".split()
 PURE = {"recipe", "decision", "report"}
 EFFECTS = {"torch", "time", "datetime", "subprocess", "socket", "random", "shutil"}

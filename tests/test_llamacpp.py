@@ -16,6 +16,7 @@ from test_run import command, prompts
 from peftopt import corpus, environments, plugins
 from peftopt.engines import TOP_K
 from peftopt.errors import BadInput
+from peftopt.jobs import Transformed, TransformJob
 from peftopt.records import Model
 from peftopt.runner import single
 
@@ -25,8 +26,8 @@ LACKING, HOW = environments.lacking(plugins.catalogue()["llamacpp"])
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")
 
 
-def convert(model: Model, out: Path, **params: str) -> dict[str, Any]:
-    return single.transform("gguf", params, model, out, None, 0)
+def convert(model: Model, out: Path, **params: str) -> Transformed:
+    return single.transform(TransformJob(plugin="gguf", params=params, model=model, out=str(out)))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from peftopt.loadtest.client import Target
 from peftopt.loadtest.protocols import Prompt
 from peftopt.loadtest.runs import Traffic
 from peftopt.loadtest.summary import Request, slo
+from peftopt.measurements import NO_ACCOUNT, Gauge
 from peftopt.models import hf
 from peftopt.records import Interval
 
@@ -119,7 +121,13 @@ def test_latency_counts_from_the_scheduled_time() -> None:
     assert (r.ttft_ms, r.queue_time_ms) == pytest.approx((500, 300))
     assert r.tpot_ms == pytest.approx(20) and r.request_duration_ms == pytest.approx(700)
     assert r.generation_latency_ms == pytest.approx(400)
-    assert set(r.as_json()) >= {"queue_time_ms", "generation_latency_ms", "request_duration_ms", "scheduled", "sent"}
+    kept = r.record()
+    assert (kept.tpot_ms, kept.request_duration_ms, kept.scheduled, kept.sent) == (
+        r.tpot_ms,
+        r.request_duration_ms,
+        r.scheduled,
+        r.sent,
+    )
 
 
 def test_tokens_that_came_packed_have_the_same_tpot() -> None:
@@ -131,23 +139,23 @@ def test_tokens_that_came_packed_have_the_same_tpot() -> None:
 def test_a_failure_is_never_dropped(good: int, bad: int) -> None:
     requests = [request(i) for i in range(good)] + [request(i, error="HTTP 503") for i in range(bad)]
     found = summary.figures(requests, [slo("ttft <= 1 s")])
-    assert (found["requests"], found["failed"], found["answered"]) == (good + bad, bad, good)
+    assert (found.requests, found.failed, found.answered) == (good + bad, bad, good)
     if good:
-        assert found["ttft_p50_ms"].n == good + bad
-        assert math.isinf(found["ttft_p99_ms"].estimate) == (bad > 0)
+        assert found.ttft_p50_ms.n == good + bad
+        assert math.isinf(found.ttft_p99_ms.estimate) == (bad > 0)
     if good + bad:
-        assert found["attained"].estimate == pytest.approx(good / (good + bad))
+        assert found.attained.estimate == pytest.approx(good / (good + bad))
 
 
 def test_figures_against_a_run_known_by_hand() -> None:
     requests = [request(0.0), request(1.0, ttft=0.3), request(2.0, ttft=0.2), request(0.0, ttft=9, warmup=True)]
     found = summary.figures(requests)
-    assert found["duration_s"] == pytest.approx(2.24) and found["offered_rate"] == pytest.approx(1.0)
-    assert found["request_rate"] == pytest.approx(3 / 2.24)
-    assert found["output_tokens_per_s"] == pytest.approx(15 / 2.24)
-    assert found["ttft_mean_ms"] == pytest.approx(200) and found["ttft_p50_ms"].estimate == pytest.approx(200)
-    assert found["itl_p95_ms"] == pytest.approx(10)
-    assert summary.by_model(requests)["m"]["cold_ttft_ms"] == pytest.approx(9000)
+    assert found.duration_s == pytest.approx(2.24) and found.offered_rate == pytest.approx(1.0)
+    assert found.request_rate == pytest.approx(3 / 2.24)
+    assert found.output_tokens_per_s == pytest.approx(15 / 2.24)
+    assert found.ttft_mean_ms == pytest.approx(200) and found.ttft_p50_ms.estimate == pytest.approx(200)
+    assert found.itl_p95_ms == pytest.approx(10)
+    assert summary.by_model(requests)["m"].cold_ttft_ms == pytest.approx(9000)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +182,9 @@ def test_what_is_no_service_level(text: str) -> None:
 
 def test_the_sender_tells_on_itself() -> None:
     prompt, late = [request(i) for i in range(50)], [request(i, late=0.02) for i in range(50)]
-    assert not summary.own_delay(prompt, [0.1] * 50)["matters"]
-    assert summary.own_delay(late)["matters"] and summary.own_delay(late)["p95_ms"] == pytest.approx(20)
-    assert summary.own_delay(prompt, [30.0] * 50)["matters"], "a loop that wakes up late stamps tokens late"
+    assert not summary.own_delay(prompt, [0.1] * 50).matters
+    assert summary.own_delay(late).matters and summary.own_delay(late).p95_ms == pytest.approx(20)
+    assert summary.own_delay(prompt, [30.0] * 50).matters, "a loop that wakes up late stamps tokens late"
 
 
 # ---- saturation and the highest rate -----------------------------------------------------------
@@ -251,9 +259,9 @@ def test_prometheus_by_the_names_of_several_engines() -> None:
     totals = prometheus.totals(text)
     assert prometheus.moment(totals) == {"running": 7.0, "kv_cache": 0.5}
     found = prometheus.summary([{"running": 2.0}, {"running": 4.0}], {}, totals)
-    assert found["running"] == {"mean": 3.0, "peak": 4.0, "n": 2} and found["queue_ms"] == pytest.approx(250)
-    assert prometheus.summary([], {}, {}) == {} and prometheus.fill(found) is None, "of how many slots?"
-    assert prometheus.fill({**found, "slots": 4}) == 0.75
+    assert found.running == Gauge(mean=3.0, peak=4.0, n=2) and found.queue_ms == pytest.approx(250)
+    assert prometheus.summary([], {}, {}) == NO_ACCOUNT and found.fill is None, "of how many slots?"
+    assert replace(found, slots=4).fill == 0.75
 
 
 def test_llamacpp_counts_its_busy_slots_at_every_step_since_its_start() -> None:
@@ -263,9 +271,9 @@ def test_llamacpp_counts_its_busy_slots_at_every_step_since_its_start() -> None:
         for steps, busy in ((10, 1.0), (30, 2.0))
     )
     found = prometheus.summary([{"running": 1.0}], before, after)
-    assert found["busy"] == pytest.approx((30 * 2.0 - 10 * 1.0) / 20)
-    assert prometheus.fill({**found, "slots": 4}) == pytest.approx(2.5 / 4), "rather than looks at the running requests"
-    assert "busy" not in prometheus.summary([], before, before)
+    assert found.busy == pytest.approx((30 * 2.0 - 10 * 1.0) / 20)
+    assert replace(found, slots=4).fill == pytest.approx(2.5 / 4), "rather than looks at the running requests"
+    assert prometheus.summary([], before, before).busy is None
 
 
 # ---- against a server --------------------------------------------------------------------------
@@ -287,9 +295,9 @@ def test_every_request_is_sent_when_due_and_kept() -> None:
     assert sent == {"support": 11, "sales": 11}, "10 each, and one to warm up"
     assert [(r.model, r.warmup) for r in found.warmed] == [("support", True), ("sales", True)]
     assert found.played.unsent == 0 and found.played.stopped == ""
-    values = runs.as_json(found, [])
-    assert values["by_model"]["sales"]["requests"] == 10
-    assert len(values["requests"]) == 22, "raw samples, the warm-ups among them"
+    values = runs.summarized(found, [])
+    assert values.by_model["sales"].requests == 10
+    assert len(values.requests) == 22, "raw samples, the warm-ups among them"
 
 
 def test_open_loop_goes_on_sending_while_nothing_comes_back() -> None:
@@ -324,9 +332,9 @@ def test_a_trace_is_replayed() -> None:
 def test_faults_are_counted_beside_what_works(fault: str) -> None:
     with served() as server:
         found = loaded(server.url, models=("support", fault), mix="round-robin", timeout=3 if fault == "stall" else 20)
-    by_model = runs.as_json(found, [slo("ttft <= 10 s")])["by_model"]
-    assert (by_model["support"]["failed"], by_model[fault]["failed"]) == (0, 10)
-    assert sum(by_model[fault]["errors"].values()) == 10
+    by_model = runs.summarized(found, [slo("ttft <= 10 s")]).by_model
+    assert (by_model["support"].failed, by_model[fault].failed) == (0, 10)
+    assert sum(by_model[fault].errors.values()) == 10
     assert summary.attained(found.played.requests, [slo("ttft <= 10 s")]).estimate == 0.5
 
 
@@ -339,10 +347,10 @@ def test_a_burst_of_5xx_among_good_answers_is_counted_and_the_run_goes_on() -> N
     failed = [r.error for r in requests if r.error]
     assert failed == ["HTTP 503: the engine is overloaded"] * 6
     assert [bool(r.error) for r in requests[:2]] == [False, False] and not any(r.error for r in requests[8:])
-    figures = runs.as_json(found, [slo("ttft <= 10 s")])["figures"]
-    assert (figures["failed"], figures["answered"]) == (6, 14)
-    assert figures["attained"].estimate == 0.7, "a failed request meets no level"
-    assert math.isinf(figures["ttft_p95_ms"].estimate), "and stands in every tail"
+    figures = runs.summarized(found, [slo("ttft <= 10 s")]).figures
+    assert (figures.failed, figures.answered) == (6, 14)
+    assert figures.attained.estimate == 0.7, "a failed request meets no level"
+    assert math.isinf(figures.ttft_p95_ms.estimate), "and stands in every tail"
 
 
 def test_the_progress_line_shows_the_rate_what_is_in_flight_the_tail_and_failures() -> None:

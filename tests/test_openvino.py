@@ -20,6 +20,7 @@ from test_run import command, prompts
 
 from peftopt import environments, plugins
 from peftopt.errors import BadInput
+from peftopt.jobs import TransformJob
 from peftopt.probes import bandwidth
 from peftopt.records import Model
 from peftopt.runner import single
@@ -28,11 +29,15 @@ LACKING, HOW = environments.lacking(plugins.catalogue()["openvino"])
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")
 
 
+def convert(model: Model, out: Path, params: dict[str, str]) -> None:
+    single.transform(TransformJob(plugin="openvino_ir", params=params, model=model, out=str(out)))
+
+
 @pytest.fixture(scope="module")
 def model(tiny_base_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
     """The base in OpenVINO's format in fp32: greedy answers are then transformers'."""
     out = tmp_path_factory.mktemp("openvino") / "f32"
-    single.transform("openvino_ir", {"type": "f32"}, Model(str(tiny_base_fp32)), out, None, 0)
+    convert(Model(str(tiny_base_fp32)), out, {"type": "f32"})
     return Model(str(out))
 
 
@@ -65,11 +70,11 @@ def test_what_cannot_be_done_is_refused(
     model: Model, tiny_base: Path, tiny_lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(BadInput, match="already quantized"):
-        single.transform("openvino_ir", {}, Model(model.path), tmp_path / "twice", None, 0)
+        convert(Model(model.path), tmp_path / "twice", {})
     with pytest.raises(BadInput, match="cannot apply an adapter"):
-        single.transform("openvino_ir", {}, Model(str(tiny_base), (str(tiny_lora),)), tmp_path / "on", None, 0)
+        convert(Model(str(tiny_base), (str(tiny_lora),)), tmp_path / "on", {})
     with pytest.raises(BadInput, match="no type 'int3'"):
-        single.transform("openvino_ir", {"type": "int3"}, Model(str(tiny_base)), tmp_path / "no", None, 0)
+        convert(Model(str(tiny_base)), tmp_path / "no", {"type": "int3"})
     questions = prompts(tmp_path / "eval.jsonl", 4, "eval")
     assert command("bench", "--model", model.path, "--prompts", questions) == 2
     assert "use --engine openvino" in capsys.readouterr().err
@@ -85,7 +90,7 @@ def test_a_weight_that_is_not_finite_is_found(tiny_base_fp32: Path, tmp_path: Pa
     next(w for name, w in weights.items() if name.endswith("down_proj.weight"))[1, 2] = float("nan")
     save_file(weights, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match="not finite"):
-        single.transform("openvino_ir", {"type": "bf16"}, Model(str(tmp_path / "nan")), tmp_path / "out", None, 0)
+        convert(Model(str(tmp_path / "nan")), tmp_path / "out", {"type": "bf16"})
 
 
 def test_four_bits_by_hand_beside_eight(

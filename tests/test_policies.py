@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from peftopt.engines import eager
 from peftopt.policies import Policed, Request, cap, truncate
-from peftopt.records import Model
+from peftopt.records import Model, Step
 
 OVERHEAD = 3
 
@@ -78,8 +78,8 @@ def test_behind_an_engine_the_template_stays_whole_and_fixed_lengths_stay_fixed(
 ) -> None:
     engine = eager.open(Model(str(tiny_base), (str(tiny_lora),)), eager.Params(device="cpu"))
     policies = [
-        {"plugin": "truncate", "params": {"over": 40, "keep": "tail"}},
-        {"plugin": "cap", "params": {"max_new_tokens": 5}},
+        Step("truncate", "policy", "truncate", {"over": 40, "keep": "tail"}),
+        Step("cap", "policy", "shorten", {"max_new_tokens": 5}),
     ]
     policed = Policed(engine, policies)
     short = [{"role": "user", "content": "the lazy dog"}]

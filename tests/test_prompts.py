@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from test_run import RECIPE, command
 
-from peftopt import corpus, identity, store
+from peftopt import corpus, identity, jobs, store
 from peftopt.errors import BadInput
 from peftopt.loadtest import importers, runs
 from peftopt.records import Measurement
@@ -86,7 +86,8 @@ def test_rows_without_an_id_are_numbered_by_line(tmp_path: Path) -> None:
 def test_null_is_no_expected_answer_and_json_is_its_text(tmp_path: Path, value: Any, text: str) -> None:
     (row,) = rows(tmp_path, {"prompt": "a", "expected": value})
     assert row.expected == text
-    assert corpus.row_from(row.as_json()) == row, "a worker reads what it is sent"
+    (sent,) = jobs.from_line(jobs.as_line(jobs.AliveJob((row,)))).rows
+    assert sent == row, "a worker reads what it is sent"
 
 
 @pytest.mark.parametrize("value", [False, None, "false", "False", "no", "0", 0, 0.0, ""])
@@ -172,7 +173,8 @@ def test_copies_of_a_prompt_count_once(tmp_path: Path) -> None:
     found = rows(tmp_path, *({"id": f"{n}", "prompt": f"text {n % 3}", "expected": f"{n}"} for n in range(9)))
     assert corpus.distinct(found) == 3
     assert len({row.prompt_id for row in found}) == 3 and found[0].prompt_id == found[3].prompt_id
-    assert corpus.row_from(found[0].as_json()).prompt_id == found[0].prompt_id
+    (sent,) = jobs.from_line(jobs.as_line(jobs.AliveJob((found[0],)))).rows
+    assert sent.prompt_id == found[0].prompt_id
 
 
 def test_check_says_how_many_prompts_are_copies(

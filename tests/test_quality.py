@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from peftopt.corpus import Row
 from peftopt.engines import Engine, Generation, Scores
+from peftopt.measurements import Answer
 from peftopt.probes import quality
 
 EOS = 0
@@ -65,17 +66,17 @@ def test_a_verified_answer_is_the_greedy_one_whatever_the_draft(
     text: list[int], draft: list[int], critical: bool, new_tokens: int
 ) -> None:
     row = Row("r", ({"role": "user", "content": "9"},), " ".join(map(str, draft)), critical)
-    answers: list[dict[str, object]] = []
+    answers: list[Answer] = []
     quality.ask(Script({9: text}), [row], None, new_tokens, 4, tell=answers.append)  # type: ignore[arg-type]
-    assert answers[0]["tokens"] == text[:new_tokens]
-    assert answers[0]["stopped"] == (len(text) < new_tokens)
+    assert answers[0].tokens == tuple(text[:new_tokens])
+    assert answers[0].stopped == (len(text) < new_tokens)
 
 
 def test_an_answer_names_its_prompt_so_that_copies_can_be_told() -> None:
     rows = [Row(f"{n}", ({"role": "user", "content": content},)) for n, content in enumerate(("8", "9", "8"))]
-    answers: list[dict[str, object]] = []
+    answers: list[Answer] = []
     quality.ask(Script({8: [1], 9: [1]}), rows, None, 4, 4, tell=answers.append)  # type: ignore[arg-type]
-    prompts = {str(a["row"]): a["prompt"] for a in answers}
+    prompts = {a.row: a.prompt for a in answers}
     assert prompts["0"] == prompts["2"] != prompts["1"]
 
 
@@ -98,19 +99,19 @@ def test_an_engine_that_cannot_score_decodes_everything() -> None:
     engine, answers = Script({9: [1, 2]}, scores=False), []
     row = Row("r", ({"role": "user", "content": "9"},), "1 2")
     quality.ask(engine, [row], None, 8, 4, tell=answers.append)  # type: ignore[arg-type]
-    assert engine.generated == 1 and answers[0]["tokens"] == [1, 2] and "kl" not in answers[0]
+    assert engine.generated == 1 and answers[0].tokens == (1, 2) and answers[0].kl is None
 
 
 def test_the_reference_file_gives_a_variant_its_kl_and_agreement(tmp_path: object) -> None:
     path = f"{tmp_path}/reference.npz"
     rows = [Row(f"r{n}", ({"role": "user", "content": str(n)},), "1 2 3") for n in (8, 9)]
     quality.ask(Script({8: [1, 2, 3], 9: [1, 2, 3]}), rows, None, 8, 4, write_reference=path)  # type: ignore[arg-type]
-    answers: list[dict[str, float]] = []
+    answers: list[Answer] = []
     other = Script({8: [1, 2, 3], 9: [1, 5, 3]})
     quality.ask(other, rows, None, 8, 4, reference=path, tell=answers.append)  # type: ignore[arg-type]
-    found = {a["row"]: a for a in answers}
-    assert found["r8"]["agree"] == 4 and found["r8"]["kl"] == pytest.approx(0, abs=1e-6)
-    assert found["r9"]["agree"] == 1 and found["r9"]["kl"] > 1
+    found = {a.row: a for a in answers}
+    assert found["r8"].agree == 4 and found["r8"].kl == pytest.approx(0, abs=1e-6)
+    assert found["r9"].agree == 1 and found["r9"].kl > 1
 
 
 class Shifted(Script):
@@ -139,20 +140,20 @@ def test_what_is_left_of_the_adapters_shift_is_told_though_likelihoods_rise_as_m
     rows = [Row(f"r{n}", ({"role": "user", "content": "9"},), "1 2 3") for n in range(quality.BASE_ROWS + 2)]
     quality.ask(Shifted({9: [1, 2, 3]}, 1.0), rows, None, 8, 4, write_reference=path)  # type: ignore[arg-type]
     quality.ask(Shifted({9: [1, 2, 3]}, added), rows, None, 8, 4, path, tell=answers.append)  # type: ignore[arg-type]
-    asked = [a for a in answers if "shift" in a]
-    assert len(asked) == quality.BASE_ROWS and asked[0]["shift"] == pytest.approx(4)
-    assert sum(a["kept"] for a in asked) / sum(a["shift"] for a in asked) == pytest.approx(kept)
+    asked = [a for a in answers if a.shift is not None]
+    assert len(asked) == quality.BASE_ROWS and asked[0].shift == pytest.approx(4)
+    assert sum(a.kept for a in asked) / sum(a.shift for a in asked) == pytest.approx(kept)
 
 
 def test_an_answer_that_ran_on_is_scored_as_it_is(tmp_path: object) -> None:
     """Without an expected answer the reference's own is the draft, and one that was cut off has no end of sequence."""
     path, row = f"{tmp_path}/reference.npz", Row("r", ({"role": "user", "content": "9"},))
     for new_tokens, scored in ((2, 2), (8, 4)):
-        answers: list[dict[str, float]] = []
+        answers: list[Answer] = []
         quality.ask(Script({9: [1, 2, 3]}), [row], None, new_tokens, 4, write_reference=path)  # type: ignore[arg-type]
         other = Script({9: [1, 2, 3]})
         quality.ask(other, [row], None, new_tokens, 4, path, tell=answers.append)  # type: ignore[arg-type]
-        assert answers[0]["scored_tokens"] == answers[0]["agree"] == scored
+        assert answers[0].scored_tokens == answers[0].agree == scored
 
 
 def logits(seed: int) -> np.ndarray:

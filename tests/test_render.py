@@ -18,6 +18,9 @@ from hypothesis import strategies as st
 
 from peftopt.decision.evidence import Evidence
 from peftopt.errors import BadInput
+from peftopt.loadtest import summary
+from peftopt.loadtest.summary import LoadSummary
+from peftopt.measurements import Account, Gauge
 from peftopt.records import Decision, Interval, Json, Measurement, Variant, VariantDecision, Verdict
 from peftopt.report import answers, as_json, html, junit, load, markdown, measured, reports, table, words
 
@@ -381,22 +384,28 @@ def test_times_are_shown_for_every_workload_where_there_are_several() -> None:
     assert table.by_workload(dataclasses.replace(a_decision(), variants=tuple(alone)))[1] == []
 
 
+def loaded(**times: Interval) -> LoadSummary:
+    """A load of two requests for one served name."""
+    counts = summary.figures([summary.Request("p", "adapter", 0.0, 0.0, 0.5, new_tokens=2)] * 2)
+    figures = dataclasses.replace(counts, **times)
+    by_model = {"adapter": summary.OfModel(**vars(figures), cold_ttft_ms=None)}
+    delay = summary.own_delay([])
+    return LoadSummary(figures=figures, by_model=by_model, own_delay=delay, highest_rate=None, cliff=None)
+
+
 def test_the_median_of_two_requests_says_so_in_the_place_of_an_endless_interval() -> None:
     times = {"ttft_p50_ms": interval(792.0, -math.inf, math.inf, 2), "ttft_p95_ms": interval(800.0, 1.0, math.inf, 2)}
-    figures = {"requests": 2, "failed": 0, "output_tokens_per_s": 4.0, "request_rate": 0.25, **times}
-    ((name, *cells),) = load.rows({"by_model": {"adapter": figures}, "figures": figures})
+    ((name, *cells),) = load.rows(loaded(**times))
     assert name == "adapter" and cells[2:4] == ["792 (n=2)", "too few"]
 
 
 def test_a_load_shorter_than_a_look_at_the_server_still_tells_how_full_its_batches_were() -> None:
-    figures = {"errors": {}}
-    known = {"figures": figures, "highest_rate": None, "trials": (), "by_model": {}}
-    known["own_delay"] = {"p50_ms": 0.1, "p95_ms": 0.2, "max_ms": 0.3}
-    counted_at_every_step = load.lines({**known, "engine": {"busy": 1.5, "slots": 2}})
-    looked_at = load.lines({**known, "engine": {"running": {"mean": 1.5, "peak": 2.0, "n": 4}, "slots": 2}})
+    counted_at_every_step = load.lines(dataclasses.replace(loaded(), engine=Account(busy=1.5, slots=2)))
+    running = Gauge(mean=1.5, peak=2.0, n=4)
+    looked_at = load.lines(dataclasses.replace(loaded(), engine=Account(running=running, slots=2)))
     assert "75 % of 2 slots" in counted_at_every_step["batch"]
     assert "75 % of 2 slots" in looked_at["batch"]
-    assert "batch" not in load.lines({**known, "engine": {}})
+    assert "batch" not in load.lines(loaded())
 
 
 def test_the_compact_table_fits_a_terminal() -> None:

@@ -67,7 +67,7 @@ def test_likelihoods_are_those_of_the_harness_s_own_engine(folder: Path, engine:
     from lm_eval.tasks import TaskManager
 
     found = tasks.run(engine, str(folder / "choice.yaml"), 0)
-    assert (found["task"], found["metric"], found["n"]) == ("choice", "acc", 20)
+    assert (found.task, found.metric, found.n) == ("choice", "acc", 20)
     with contextlib.chdir(folder):
         theirs = lm_eval.simple_evaluate(
             HFLM(pretrained=engine._model, tokenizer=engine.tokenizer, device="cpu"),
@@ -76,13 +76,13 @@ def test_likelihoods_are_those_of_the_harness_s_own_engine(folder: Path, engine:
             apply_chat_template=True,
             bootstrap_iters=0,
         )["samples"]["choice"]
-    assert {row["id"]: row["value"] for row in found["samples"]} == {f"choice/{s['doc_id']}": s["acc"] for s in theirs}
-    assert 0 < found["value"] < 1, "the tiny model must get some right and some wrong"
+    assert {row.id: row.value for row in found.samples} == {f"choice/{s['doc_id']}": s["acc"] for s in theirs}
+    assert 0 < found.value < 1, "the tiny model must get some right and some wrong"
 
 
 def test_answers_end_where_the_task_says_and_rows_are_limited(folder: Path, engine: Any) -> None:
     found = tasks.run(engine, str(folder / "speak.yaml"), 7)
-    assert (found["metric"], found["n"], found["value"]) == ("exact_match", 7, 0.0)
+    assert (found.metric, found.n, found.value) == ("exact_match", 7, 0.0)
     assert tasks._until("one\n\ntwo", ["\n\n", "x"]) == "one" and tasks._until("one", "") == "one"
 
 

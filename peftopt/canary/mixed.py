@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from peftopt.canary import fingerprint
 from peftopt.canary.fingerprint import Known, Print, Wrong
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, WorkerFailed
-from peftopt.loadtest.client import Client, Target
+from peftopt.loadtest.client import Client
+from peftopt.loadtest.protocols import Target
 from peftopt.records import Json
 
 TOKENS, TOP = 6, 5

@@ -21,7 +21,8 @@ from pathlib import Path
 from peftopt.canary import fingerprint, mixed
 from peftopt.canary.fingerprint import Known, Wrong
 from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, WorkerFailed
-from peftopt.loadtest.client import Client, Target
+from peftopt.loadtest.client import Client
+from peftopt.loadtest.protocols import Target
 
 NAME = "peftopt-canary"
 """Under which adapters are loaded here; their own names on the server are left alone."""

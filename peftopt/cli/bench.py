@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import AsJson, app, conclude, plain
+from peftopt.cli.shared import AsJson, app, conclude
 from peftopt.errors import BadInput
+
+if TYPE_CHECKING:
+    from peftopt.runner.single import Benched
 
 
 @app.command()
@@ -69,13 +72,13 @@ def bench(
         if why := template.endless(Path(m.path), Path(tokenizer_home(m))):
             Console().warn(why)
     found = single.bench(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
-    for arm in found:
-        if problem := arm.get("problem"):
+    for each in found:
+        if each.problem:
             Console().warn(
-                f"{arm['name']} {problem}: transformers may read this checkpoint wrongly, so its times mean little"
+                f"{each.name} {each.problem}: transformers may read this checkpoint wrongly, so its times mean little"
             )
     if as_json:
-        print(json.dumps(found, default=plain))
+        print(json.dumps([_flat(each) for each in found]))
         return
     header = [
         "model",
@@ -93,21 +96,29 @@ def bench(
     Console().table(header, [_bench_row(f) for f in found])
 
 
-def _bench_row(found: dict[str, Any]) -> list[str]:
+def _flat(found: Benched) -> dict[str, object]:
+    """What was measured of a model, facts of its launch and peaks of its memory among the rest."""
+    from peftopt.measurements import as_json
+
+    rest = {name: value for name, value in as_json(found).items() if name not in ("launch", "memory")}
+    return {**as_json(found.launch), **as_json(found.memory), **rest}
+
+
+def _bench_row(found: Benched) -> list[str]:
     from peftopt.metrics import format_value
     from peftopt.stats import fewest_for
 
-    n, ratio = found["p50_ms"].n, found["ratio"]
+    n, ratio, peak = found.p50_ms.n, found.ratio, found.memory.peak_memory_bytes
     return [
-        found["name"],
+        found.name,
         f"{ratio.estimate:.2f}x ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else "reference",
-        f"{found['p50_ms'].estimate:.0f}",
-        f"{found['p95_ms'].estimate:.0f}" if n >= fewest_for(0.95) else "too few requests",
-        f"{found['ttft_ms'].estimate:.0f}",
-        f"{found['tpot_ms'].estimate:.1f}" if found["tpot_ms"].n else "-",
-        f"{found['cpu_ms'].estimate:.0f}",
-        f"{found['throughput'].estimate:.1f}",
-        format_value("memory", found["peak_memory_bytes"]),
-        f"{found['model_loading_time']:.1f}",
+        f"{found.p50_ms.estimate:.0f}",
+        f"{found.p95_ms.estimate:.0f}" if n >= fewest_for(0.95) else "too few requests",
+        f"{found.ttft_ms.estimate:.0f}",
+        f"{found.tpot_ms.estimate:.1f}" if found.tpot_ms.n else "-",
+        f"{found.cpu_ms.estimate:.0f}",
+        f"{found.throughput.estimate:.1f}",
+        "-" if peak is None else format_value("memory", peak),
+        f"{found.launch.model_loading_time:.1f}",
         str(n),
     ]

@@ -16,7 +16,7 @@ from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInp
 if TYPE_CHECKING:
     from peftopt.canary.reloads import Prompts
     from peftopt.cli.console import Console
-    from peftopt.loadtest.client import Target
+    from peftopt.loadtest.protocols import Target
 
 
 @app.command()
@@ -41,7 +41,7 @@ def canary(
     """Catch answers of the wrong adapter, by log-probabilities: in mixed batches, and after reloads (--swap)."""
     from peftopt import corpus
     from peftopt.cli.console import Console
-    from peftopt.loadtest.client import Target
+    from peftopt.loadtest.protocols import Target
 
     if not swap and len(set(model)) < 2:
         raise BadInput("a canary tells models apart: it needs two or more", "add --model for the base and each adapter")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from peftopt.cli.shared import AsJson, ModelFolder, app, model_of, params_of, print_lines, read_recipe
 from peftopt.metrics import percent
+
+if TYPE_CHECKING:
+    from peftopt.runner.single import Compiled, Start
 
 
 @app.command("compile")
@@ -38,6 +41,7 @@ def compile_(
 ) -> None:
     """torch.compile a model and keep the compile cache beside it; says what cold and warm starts cost."""
     from peftopt import corpus, plugins
+    from peftopt.measurements import as_json as as_plain
     from peftopt.runner import preflight, single
 
     preflight.check_base(model, quantized=True)
@@ -58,37 +62,38 @@ def compile_(
     served, others = (adapter or [])[:1], (adapter or [])[1:]
     opened = model_of(model, served[0] if served else None)
     found = single.compile_model(opened, {**params, **asked}, loads, threads, list(map(str, others)))
-    print_lines(f"compiled {model}", _compile_lines(found), found, as_json)
+    print_lines(f"compiled {model}", _compile_lines(found), as_plain(found), as_json)
 
 
-def _compile_lines(found: dict[str, Any]) -> dict[str, str]:
+def _compile_lines(found: Compiled) -> dict[str, str]:
     from peftopt.metrics import format_value
 
-    def start(name: str) -> str:
-        parts = ", ".join(f"{part} {found[name][part]:.1f}" for part in ("imports", "load", "graphs", "answers"))
-        return f"{found[name]['total']:.1f} s to an answer in every shape ({parts})"
+    def start(it: Start) -> str:
+        parts = {"imports": it.imports, "load": it.load, "graphs": it.graphs, "answers": it.answers}
+        shown = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
+        return f"{it.total:.1f} s to an answer in every shape ({shown})"
 
-    cold, warm, facts = found["cold"], found["warm"], found["cold"]["facts"]
+    facts = found.cold.facts
     per_shape = {
-        f"batch {t['batch']}, {t['new_tokens']} tokens": (
-            f"{t['tpot_ms']:.1f} ms a token, eager {t['eager_tpot_ms']:.1f}; "
-            + (f"pays after {t['break_even']:.0f} requests" if t["break_even"] is not None else "does not pay")
+        f"batch {t.batch}, {t.new_tokens} tokens": (
+            f"{t.tpot_ms:.1f} ms a token, eager {t.eager_tpot_ms:.1f}; "
+            + (f"pays after {t.break_even:.0f} requests" if t.break_even is not None else "does not pay")
         )
-        for t in found["traffic"]
+        for t in found.traffic
     }
     return {
-        "cold start": start("cold"),
-        "warm start": f"{start('warm')}, {cold['total'] / warm['total']:.1f}x faster than cold",
-        "eager start": start("eager"),
+        "cold start": start(found.cold),
+        "warm start": f"{start(found.warm)}, {found.cold.total / found.warm.total:.1f}x faster than cold",
+        "eager start": start(found.eager),
         **per_shape,
-        "against eager": f"KL {found['kl']:.2g} nats a token, {percent(found['greedy_match'])} of "
-        f"{found['prompts']} greedy answers the same",
+        "against eager": f"KL {found.kl:.2g} nats a token, {percent(found.greedy_match)} of "
+        f"{found.prompts} greedy answers the same",
         **{
-            f"switch to {s['adapter']}": f"{s['adapter_switch_time']:.2f} s, {s['recompiles']} recompiles, then "
-            f"{s['first_answers_s']:.1f} s to an answer in every shape"
-            for s in found["switches"]
+            f"switch to {s.adapter}": f"{s.adapter_switch_time:.2f} s, {s.recompiles} recompiles, then "
+            f"{s.first_answers_s:.1f} s to an answer in every shape"
+            for s in found.switches
         },
-        "graphs": f"{facts['graphs']}, {facts['graph_breaks']} graph breaks, {facts['recompiles']} recompiles",
-        "engine": "; ".join([*facts["log"], *warm["facts"]["log"]]),
-        "compile cache": f"{found['cache']} ({format_value('size', found['cache_bytes'])})",
+        "graphs": f"{facts.graphs}, {facts.graph_breaks} graph breaks, {facts.recompiles} recompiles",
+        "engine": "; ".join([*facts.log, *found.warm.facts.log]),
+        "compile cache": f"{found.cache} ({format_value('size', found.cache_bytes)})",
     }

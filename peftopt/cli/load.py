@@ -17,11 +17,10 @@ from peftopt.metrics import percent
 
 if TYPE_CHECKING:
     from peftopt.cli.console import Console
-    from peftopt.loadtest.client import Target
-    from peftopt.loadtest.protocols import Prompt
+    from peftopt.loadtest.protocols import Prompt, Target
     from peftopt.loadtest.runs import Loaded, Traffic, Trial
     from peftopt.loadtest.sender import Played, Show
-    from peftopt.loadtest.summary import Slo
+    from peftopt.loadtest.summary import LoadSummary, Slo
     from peftopt.records import Recipe, Workload
 
 BEST_TO_WORST = (ACCEPTED, INCONCLUSIVE, REJECTED, ENVIRONMENT, INTERRUPTED)
@@ -197,8 +196,7 @@ def _check_modes(options: Options) -> None:
 def _one_server(options: Options) -> Generator[Source]:
     """A server that runs already."""
     from peftopt import corpus
-    from peftopt.loadtest.client import Target
-    from peftopt.loadtest.protocols import Prompt
+    from peftopt.loadtest.protocols import Prompt, Target
 
     if len(options.variant) > 1:
         raise BadInput(
@@ -318,13 +316,10 @@ def _load_one(options: Options, source: Source, slos: Sequence[Slo], console: Co
             loaded = _find_cliff(source.target, traffic, rate, show, console)
         else:
             loaded = runs.run(source.target, traffic, rate, show, options.patient)
-    values = runs.as_json(loaded, slos)
-    slots = options.slots or source.slots
-    if values["engine"] and slots:
-        values["engine"]["slots"] = slots
+    found = runs.summarized(loaded, slos, options.slots or source.slots)
     if options.out:
-        runs.append(options.out, source.variant or source.target.url, values, source.workload)
-    _print(options, source, title, values, console)
+        runs.append(options.out, source.variant or source.target.url, found, source.workload)
+    _print(options, source, title, found, console)
     return runs.outcome(loaded, slos, options.find_rate)
 
 
@@ -362,14 +357,15 @@ def _last_answer_s(played: Played) -> float:
     return max((r.done for r in played.requests), default=0.0)
 
 
-def _print(options: Options, source: Source, title: str, values: dict[str, Any], console: Console) -> None:
+def _print(options: Options, source: Source, title: str, found: LoadSummary, console: Console) -> None:
     from peftopt import report
+    from peftopt.measurements import as_json
 
     if options.as_json:
         named = {"variant": source.variant, "url": source.target.url}
-        print(json.dumps(report.as_json.plain({**named, **values}), allow_nan=False))
+        print(json.dumps(report.as_json.plain({**named, **as_json(found)}), allow_nan=False))
         return
-    console.table(report.load.HEADER, report.load.rows(values))
-    console.pairs(title, report.load.lines(values))
-    for note in values["notes"]:
+    console.table(report.load.HEADER, report.load.rows(found))
+    console.pairs(title, report.load.lines(found))
+    for note in found.notes:
         console.warn(note)

@@ -50,6 +50,8 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold adapters into their base model, and certify that the result is the same model."""
+    from peftopt import corpus
+    from peftopt.jobs import TransformJob
     from peftopt.records import Model
 
     folders, weights = zip(*(weighted(text, "--adapter") for text in adapter), strict=True)
@@ -68,33 +70,36 @@ def merge(
     elif out is None:
         raise BadInput("merge needs --out", "name a folder that does not exist yet, or ask for a --dry-run")
     else:
-        transform("merge", params, model, out, str(prompts) if prompts else None, 0, as_json)
+        rows = tuple(corpus.read(str(prompts))) if prompts else ()
+        transform(TransformJob(plugin="merge", params=params, model=model, out=str(out), rows=rows), as_json)
 
 
 def _preview(params: dict[str, Any], model: Model, as_json: bool) -> None:
     """What a merge would change, largest change first; tensors without a delta are called out."""
     from peftopt.cli.console import Console
+    from peftopt.jobs import PreviewJob
+    from peftopt.measurements import as_json as plain
     from peftopt.metrics import format_value
     from peftopt.runner import single
 
-    found = single.preview("merge", params, model)
+    found = single.preview(PreviewJob(plugin="merge", params=params, model=model))
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps([plain(change) for change in found]))
         return
-    ratio = {t["name"]: t["delta_norm"] / t["weight_norm"] if t["weight_norm"] else 0.0 for t in found}
+    ratio = {t.name: t.delta_norm / t.weight_norm if t.weight_norm else 0.0 for t in found}
     rows = [
         [
-            t["name"],
-            "x".join(map(str, t["shape"])),
-            t["dtype"],
-            format_value("size", t["bytes"]),
-            f"{ratio[t['name']]:.2e}",
+            t.name,
+            "x".join(map(str, t.shape)),
+            t.dtype,
+            format_value("size", t.bytes),
+            f"{ratio[t.name]:.2e}",
         ]
-        for t in sorted(found, key=lambda t: -ratio[t["name"]])
+        for t in sorted(found, key=lambda t: -ratio[t.name])
     ]
     console = Console()
     console.table(["tensor", "shape", "dtype", "size", "delta / weight"], rows)
-    total = sum(t["bytes"] for t in found)
+    total = sum(t.bytes for t in found)
     console.say(f"{len(found)} tensors of {format_value('size', total)} would change; nothing was written")
-    if still := [t["name"] for t in found if not t["delta_norm"]]:
+    if still := [t.name for t in found if not t.delta_norm]:
         console.warn(f"no delta at all in {len(still)} of {len(found)}: {', '.join(still[:3])}")

@@ -58,8 +58,10 @@ def quantize(
     as_json: AsJson = False,
 ) -> None:
     """Quantize a model's weights to 8 or 4 bits, by the library that is alive for each method, and open the result."""
-    from peftopt import plugins
+    from peftopt import corpus, plugins
+    from peftopt.jobs import TransformJob
     from peftopt.recipe.reader import nearest
+    from peftopt.records import GENERIC
 
     known = {p.name: p for p in plugins.catalogue().values() if p.technique == "quantize"}
     if method not in known:
@@ -73,4 +75,13 @@ def quantize(
         )
     if calibration and not known[method].calibrates:
         raise BadInput(f"{method} needs no calibration texts", "leave --calibration out")
-    transform(method, params, model_of(model, adapter), out, calibration or None, seed, as_json)
+    job = TransformJob(
+        plugin=method,
+        params=params,
+        model=model_of(model, adapter),
+        out=str(out),
+        rows=corpus.calibration(calibration),
+        seed=seed,
+        calibration=GENERIC if calibration == GENERIC else "task",
+    )
+    transform(job, as_json)

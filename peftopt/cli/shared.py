@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     from peftopt.decision.evidence import Evidence
+    from peftopt.jobs import Transformed, TransformJob
     from peftopt.records import Decision, Model, Plugin, Recipe
 
 Record = TypeVar("Record", bound="DataclassInstance")
@@ -179,38 +180,40 @@ def write_reports(folder: Path, evidence: Evidence) -> None:
         store.write(folder / name, text)
 
 
-def transform(
-    plugin: str, params: dict[str, Any], model: Model, out: Path, calibration: str | None, seed: int, as_json: bool
-) -> None:
-    """Write the transformed model to `out`, as `single.transform` does, and print what that took and found."""
+def transform(job: TransformJob, as_json: bool) -> None:
+    """Write the transformed model, as `single.transform` does, and print what that took and found."""
+    from peftopt import measurements, store
     from peftopt.cli.console import Console
     from peftopt.metrics import format_value
     from peftopt.runner import single
 
-    found = single.transform(plugin, params, model, out, calibration, seed, Console().progress)
+    found = single.transform(job, Console().progress)
+    size = store.size(Path(job.out))
+    peak = found.peak_memory_bytes
     lines = {
-        "time": f"{found['seconds']:.1f} s",
-        "size": format_value("size", found["size_bytes"]),
-        "peak memory": format_value("memory", found["peak_memory_bytes"]),
+        "time": f"{found.seconds:.1f} s",
+        "size": format_value("size", size),
+        **({} if peak is None else {"peak memory": format_value("memory", peak)}),
         **certified(found),
         **_provenance(found),
-        **({"adapter": f"{model.adapters[0]}, kept apart"} if found["model"]["adapters"] else {}),
+        **({"adapter": f"{job.model.adapters[0]}, kept apart"} if found.model.adapters else {}),
     }
-    print_lines(f"wrote {out}", lines, found, as_json)
+    values = {**measurements.as_json(found), "path": job.out, "size_bytes": size}
+    print_lines(f"wrote {job.out}", lines, values, as_json)
 
 
-def certified(found: dict[str, Any]) -> dict[str, str]:
+def certified(found: Transformed) -> dict[str, str]:
     """What was checked of a new model, to print: the certificate of a merge, else that all weights are finite."""
-    if "certificate" not in found:
+    if found.certificate is None:
         return {"weights": "all finite"}
     from peftopt.merging import certificate
 
-    return {"certificate": certificate.summary(found["certificate"])}
+    return {"certificate": certificate.summary(found.certificate)}
 
 
-def _provenance(found: dict[str, Any]) -> dict[str, str]:
+def _provenance(found: Transformed) -> dict[str, str]:
     """What a quantizer's run should tell its user: what it calibrated on, what it chose, that its output works."""
-    made = found.get("quantization") or {}
+    made = found.quantization or {}
     lines = {}
     if used := made.get("calibration"):
         lines["calibration"] = f"{used['tokens']} tokens of {used['rows']} rows ({used['source']})"

@@ -5,32 +5,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from peftopt import stats
+from peftopt.decision.index import VALUE, Field, Index, is_time, times
 from peftopt.measurements import (
-    Account,
     Answer,
-    Built,
     Disturbance,
-    EngineFacts,
-    Failure,
-    Launch,
-    Load,
-    Measured,
-    Memory,
-    More,
     Request,
-    Retry,
-    Sent,
-    Survey,
-    Task,
-    Turn,
 )
-from peftopt.metrics import TASK, percent
-from peftopt.records import TWIN, Interval, Metric, Plan
+from peftopt.metrics import percent
+from peftopt.records import TWIN, Interval, Metric
 
 Rows = Mapping[str, Answer]
 
@@ -39,18 +25,6 @@ FEWEST = 6
 
 NOISIER = 2.0
 """How many times noisier the wall clock must be before "auto" takes the CPU's."""
-
-Field = Literal["request_duration_ms", "ttft_ms", "tpot_ms", "cpu_ms", "turn_ms", "new_tokens"]
-"""What may be compared of two requests."""
-
-VALUE: Mapping[Field, Callable[[Request], float | None]] = {
-    "request_duration_ms": lambda request: request.request_duration_ms,
-    "ttft_ms": lambda request: request.ttft_ms,
-    "tpot_ms": lambda request: request.tpot_ms,
-    "cpu_ms": lambda request: request.cpu_ms,
-    "turn_ms": lambda request: request.turn_ms,
-    "new_tokens": lambda request: request.new_tokens,
-}
 
 FIELDS: Mapping[str, Field] = {
     "latency": "request_duration_ms",
@@ -66,9 +40,6 @@ has no say."""
 
 ANSWERED_WRONG = "critical prompt answered wrong"
 """The Tier 1 error of a critical prompt that every run of the baseline gets right."""
-
-INTERRUPTED = "interrupted"
-"""Why a load stopped that its user ended: it says nothing of the variant."""
 
 Series = Mapping[int, float]
 """A log ratio for each block, in order."""
@@ -128,129 +99,8 @@ class Parted:
     n: int
 
 
-class Evidence:
-    """An index over a run's measurements; nothing is computed twice, nothing is kept that was not measured."""
-
-    def __init__(self, plan: Plan, measurements: Iterable[Measured]) -> None:
-        self.plan = plan
-        self.baseline = plan.recipe.baseline
-        self.turns: dict[tuple[str, str], dict[int, Sequence[Request]]] = defaultdict(dict)
-        self.answers: dict[tuple[str, int], dict[str, Answer]] = defaultdict(dict)
-        self.builds: dict[str, Built] = {}
-        self.failures: dict[str, Failure] = {}
-        self.launches: dict[str, list[Launch]] = defaultdict(list)
-        self.memory: dict[str, list[Memory]] = defaultdict(list)
-        self.engines: dict[str, list[EngineFacts]] = defaultdict(list)
-        self.tasks: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
-        """Variant -> metric ("task.NAME") -> row -> score."""
-        self.surveyed: Survey | None = None
-        """How fast the machine reads memory; None where it was not asked."""
-        self.accounts: dict[tuple[str, str], list[Account]] = defaultdict(list)
-        """(variant, workload) -> what the server said of each load on it."""
-        self.machine: dict[tuple[str, int], list[Disturbance]] = defaultdict(list)
-        self.budget = plan.recipe.measure.max_blocks
-        """Blocks that a race may have: the recipe's, or what was granted since."""
-        self.left_out: dict[str, str] = {}
-        """Variant@workload -> why a turn of it is as good as not measured."""
-        self.failed: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
-        """(variant, workload) -> block -> what failed in its turn; a result against the variant."""
-        self.apart: dict[str, tuple[str, ...]] = {}
-        """Variant@workload -> what its loads lack, where they were run apart from the race."""
-        self.figures: dict[tuple[str, float], Mapping[str, Interval]] = {}
-        """(variant, level) -> the values of all its metrics, kept by figures.figures."""
-        self._launch_of: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
-        self._partial: dict[tuple[str, str], dict[int, Sequence[Request]]] = defaultdict(dict)
-        self._orders: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
-        self._loading: list[tuple[str, Launch]] = []
-        self._launched: dict[tuple[str, str], list[list[Request]]] = defaultdict(list)
-        loads: dict[str, list[tuple[str, Load]]] = defaultdict(list)
-        for m in measurements:
-            match m.values:
-                case Turn() as turn:
-                    self._add_turn(m.variant, m.workload, turn)
-                case Load() as load if m.workload in plan.recipe.workloads:
-                    loads[m.workload].append((m.variant, load))
-                case Answer() as answer:
-                    self.answers[m.variant, m.launch][answer.row] = answer
-                case Task(task=name, samples=samples) if name and samples is not None:  # imported ones may lack them
-                    scores = self.tasks[m.variant].setdefault(TASK + name, {})
-                    scores |= {row.id: row.value for row in samples}  # a group's come file by file
-                case Survey() as survey:
-                    self.surveyed = survey
-                case Built() as built:
-                    self.builds[built.id] = built
-                case Failure() as failure:
-                    self.failures[m.variant] = failure
-                case Retry():
-                    self.failures.pop(m.variant, None)
-                case Launch() as launch:
-                    self.launches[m.variant].append(launch)
-                    self._launched[m.variant, m.workload].append([])
-                    self._loading.append((m.workload, launch))
-                case More(max_blocks=granted):
-                    self.budget = max(self.budget, granted)
-                case Memory() as memory:
-                    self.memory[m.variant].append(memory)
-                case EngineFacts() as facts:
-                    self.engines[m.variant].append(facts)
-
-        for workload, found in loads.items():
-            self._take_loads(workload, found)
-
-    def _add_turn(self, variant: str, workload: str, turn: Turn) -> None:
-        launches = self._launched[variant, workload]
-        if launches:
-            self._launch_of[variant, workload][turn.block] = len(launches)
-        timed = [request for request in turn.requests if not request.warmup]
-        if not self._take_turn(variant, workload, turn.block, timed):
-            return
-        self.machine[workload, turn.block].append(turn.machine)
-        self.accounts[variant, workload].append(turn.engine)
-        if turn.order is not None:
-            self._orders[workload, turn.block][variant] = turn.order
-        if launches:
-            launches[-1] += turn.requests
-
-    def _take_turn(
-        self, variant: str, workload: str, block: int, timed: Sequence[Request], new_tokens: int = 0
-    ) -> bool:
-        """Whether the turn was measured. One in which requests failed is kept as a failure, any other is left out."""
-        if failed := [request for request in timed if request.error]:
-            words = f"{len(failed)} of {len(timed)} requests failed: {failed[0].error}"
-            self.failed[variant, workload][block] = words
-            self._partial[variant, workload][block] = timed
-            return False
-        if why := _useless(timed, new_tokens):
-            self.left_out[f"{variant}@{workload}"] = why
-            return False
-        self.turns[variant, workload][block] = timed
-        return True
-
-    def _take_loads(self, name: str, loads: Sequence[tuple[str, Load]]) -> None:
-        """Loads that were run apart, by `peftopt load` or another tool. In the order of time, every variant's first
-        load since its last one opens a new block: so loads are pairs where they alternate, and only there. One that
-        is left out has its place too, or later ones would be compared with others than they ran beside."""
-        if all(load.started for _, load in loads):
-            loads = sorted(loads, key=lambda each: each[1].started)
-        raced = [turns for found in (self.turns, self.failed) for (_, on), turns in found.items() if on == name]
-        block = max((block for turns in raced for block in turns), default=-1)
-        seen: set[str] | None = None
-        workload = self.plan.recipe.workloads[name]
-        fixed = workload.new_tokens if workload.lengths == "fixed" else 0
-        for variant, load in loads:
-            if seen is None or variant in seen:
-                block, seen = block + 1, set()
-            seen.add(variant)
-            self.apart[f"{variant}@{name}"] = load.lacks
-            timed = [request for request in load.requests if not request.warmup]
-            if load.stopped == INTERRUPTED:
-                self.left_out[f"{variant}@{name}"] = load.stopped
-            elif load.stopped:
-                self.failed[variant, name][block] = load.stopped
-            elif self._take_turn(variant, name, block, timed, fixed):
-                turn_ms = _span_ms(timed)
-                self.turns[variant, name][block] = [replace(request, turn_ms=turn_ms) for request in timed]
-                self.accounts[variant, name].append(load.engine)
+class Evidence(Index):
+    """What the measurements of a run say of what a rule asks; nothing is computed twice."""
 
     def certificates(self, variant: str) -> list[str]:
         """How the artifacts that a variant is made of were made and checked, in the order they were made."""
@@ -312,7 +162,7 @@ class Evidence:
         ours, theirs = self.turns.get((variant, workload), {}), self.turns.get((against, workload), {})
         shared = sorted(ours.keys() & theirs.keys())
         medians = {b: (_median(ours[b], field), _median(theirs[b], field)) for b in shared}
-        return {b: math.log(a / c) for b, (a, c) in medians.items() if _is_time(a) and _is_time(c)}
+        return {b: math.log(a / c) for b, (a, c) in medians.items() if is_time(a) and is_time(c)}
 
     def launches_of(self, variant: str, against: str, workload: str, blocks: Iterable[int]) -> list[int] | None:
         """For each block the number of the launches it shares, of either variant; None where launches were not logged.
@@ -342,7 +192,7 @@ class Evidence:
         """How far a coarse clock may have moved the log ratio of two variants; 0 for a clock that tells times apart."""
         found = 0.0
         for variant in variants:
-            found += stats.resolution(_times(self.requests(variant, workload), field))
+            found += stats.resolution(times(self.requests(variant, workload), field))
         return found
 
     def launched_turns(self, variant: str, workload: str, blocks: int | None = None) -> list[list[Sequence[Request]]]:
@@ -660,27 +510,13 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
-def _is_time(value: float) -> bool:
-    return math.isfinite(value) and value > 0
-
-
-def _times(requests: Iterable[Request], field: Field) -> list[float]:
-    """A field of all requests in which it is a time."""
-    return [value for request in requests if (value := VALUE[field](request)) is not None and _is_time(value)]
-
-
 def _median(turn: Sequence[Request], field: Field) -> float:
-    return stats.median(_times(turn, field))
+    return stats.median(times(turn, field))
 
 
 def _waited(request: Request, field: Field) -> float | None:
     """A field of a request; a failed one took forever."""
     return math.inf if request.error else VALUE[field](request)
-
-
-def _span_ms(requests: Sequence[Sent]) -> float:
-    """From when the first request was due to when the last was done."""
-    return 1e3 * float(max(r.done for r in requests) - min(r.scheduled for r in requests))
 
 
 def _kept(rows: Rows) -> dict[str, float]:
@@ -698,18 +534,6 @@ def _near_tie(answer: Answer, second: Answer) -> bool:
         return False
     at, margin = parting
     return bool(at < len(noise) and margin <= max(noise[at], sorted(noise)[len(noise) * 9 // 10]))
-
-
-def _useless(timed: Sequence[Request], new_tokens: int) -> str:
-    """Why these requests say nothing of a variant's speed, "" where they do; of a load that ran apart they must have
-    `new_tokens` each where that is fixed."""
-    if not timed:
-        return "no raw requests, and figures without them have no intervals"
-    if len(_times(timed, "request_duration_ms")) < len(timed):
-        return "a time that is none"
-    if new_tokens and (odd := [r.new_tokens for r in timed if r.new_tokens != new_tokens]):
-        return f"answers of {odd[0]} tokens, where the workload has {new_tokens}"
-    return ""
 
 
 _DISTURBED: Sequence[tuple[Callable[[Disturbance], float | None], float, str]] = (

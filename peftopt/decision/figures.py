@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from peftopt import stats
-from peftopt.decision.evidence import FIELDS, Evidence, Field
+from peftopt.decision.evidence import FIELDS, Evidence
+from peftopt.decision.index import Field
 from peftopt.measurements import Account, Answer, EngineFacts, Gauge, Memory, Request, Survey
 from peftopt.metrics import QUANTILES
 from peftopt.records import TWIN, Interval, Metric

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peftopt import stats
-from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, Field, Rows, exp
+from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, Rows, exp
 from peftopt.decision.figures import figure, figures, timed
+from peftopt.decision.index import Field
 from peftopt.metrics import QUANTILES, TASK, counted, format_value, known, percent
 from peftopt.records import Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
 

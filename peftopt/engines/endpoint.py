@@ -14,8 +14,8 @@ from peftopt import plugins
 from peftopt.engines import Generation, Scores
 from peftopt.engines._text import Text
 from peftopt.errors import BadInput, WorkerFailed
-from peftopt.loadtest.client import Client, Reply, Target
-from peftopt.loadtest.protocols import Prompt
+from peftopt.loadtest.client import Client, Reply
+from peftopt.loadtest.protocols import Prompt, Target
 from peftopt.loadtest.sender import Planned, Played, whole
 from peftopt.models import hf
 from peftopt.records import Model

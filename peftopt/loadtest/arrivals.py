@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from peftopt import jsonl
+from peftopt.errors import BROKEN
 from peftopt.records import Json
 
 ARRIVALS = ("poisson", "gamma", "constant")
@@ -71,7 +71,7 @@ def trace(lines: Iterable[str]) -> list[Traced]:
             continue
         try:
             found.append(_traced(json.loads(line)))
-        except jsonl.BROKEN as error:
+        except BROKEN as error:
             raise ValueError(f"line {number}: {error!r}") from error
     start = min((t.at for t in found), default=0.0)
     moved = [Traced(t.at - start, t.id, t.prompt_tokens, t.new_tokens, t.model) for t in found]

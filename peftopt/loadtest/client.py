@@ -13,26 +13,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from peftopt import jsonl
-from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.errors import BROKEN, BadInput, MissingEnvironment
 from peftopt.loadtest import events, protocols, proxies
-from peftopt.loadtest.protocols import Event, Prompt
+from peftopt.loadtest.protocols import Event, Prompt, Target
 from peftopt.records import Json
 
 if TYPE_CHECKING:
     import httpx
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where to send requests, and in which form. `model` is a served name, "" = the only one; `key_env` names the
-    environment variable that holds the API key; a request takes at most `timeout_s`, whole."""
-
-    url: str
-    protocol: str = "chat"
-    model: str = ""
-    key_env: str = ""
-    timeout_s: float = 120.0
 
 
 @dataclass
@@ -154,7 +141,7 @@ class Client:
             return BadInput(f"{address} lists no models: {why}", hint)
         try:
             return _models(answer.json())
-        except jsonl.BROKEN as error:
+        except BROKEN as error:
             hint = "give the URL without /v1, of an OpenAI-compatible server; or name another protocol"
             return BadInput(f"the answer of {address} is not a list of models: {_named(error)}", hint)
 
@@ -266,7 +253,7 @@ class Client:
             reply.fail(f"cannot connect: {_named(error)}")
         except httpx.HTTPError as error:
             reply.fail(f"connection lost after {len(reply.times)} tokens: {_named(error)}")
-        except jsonl.BROKEN as error:
+        except BROKEN as error:
             reply.fail(f"garbage in the answer: {_named(error)}")
         reply.done = reply.done or time.perf_counter_ns()
         reply.text = _whole_characters(reply.text)

@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from peftopt.records import Json
+from peftopt.measurements import Account, Gauge
 
 GAUGES: Mapping[str, Sequence[str]] = {
     "running": (
@@ -56,25 +56,26 @@ def moment(values: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in seen.items() if value is not None}
 
 
-def summary(moments: Sequence[Mapping[str, float]], first: Mapping[str, float], last: Mapping[str, float]) -> Json:
-    """Mean and peak of each gauge over a run, the mean time in the engine's queue, in ms, and where it is told for
-    every step the mean number of requests in one ("busy"). {} without metrics."""
-    found: dict[str, Json] = {}
-    for name in GAUGES:
-        if values := [m[name] for m in moments if name in m]:
-            found[name] = {"mean": sum(values) / len(values), "peak": max(values), "n": len(values)}
+def summary(moments: Sequence[Mapping[str, float]], first: Mapping[str, float], last: Mapping[str, float]) -> Account:
+    """Mean and peak of each gauge over a run, the mean time in the engine's queue, and where it is told for every step
+    the mean number of requests in one. NO_ACCOUNT without metrics."""
+    queue_ms = busy = None
     for name in QUEUES:
         count = last.get(f"{name}_count", 0) - first.get(f"{name}_count", 0)
         if count > 0:
-            found["queue_ms"] = 1e3 * (last[f"{name}_sum"] - first.get(f"{name}_sum", 0)) / count
+            queue_ms = 1e3 * (last[f"{name}_sum"] - first.get(f"{name}_sum", 0)) / count
     if (steps := last.get(DECODES, 0) - first.get(DECODES, 0)) > 0 and BUSY in last:
         before, after = (at.get(BUSY, 0) * at.get(DECODES, 0) for at in (first, last))
-        found["busy"] = (after - before) / steps
-    return found
+        busy = (after - before) / steps
+    return Account(
+        running=_gauge(moments, "running"),
+        waiting=_gauge(moments, "waiting"),
+        kv_cache=_gauge(moments, "kv_cache"),
+        queue_ms=queue_ms,
+        busy=busy,
+    )
 
 
-def fill(account: Mapping[str, Json]) -> float | None:
-    """The share of the engine's slots that a batch took, of a summary with the number of "slots"; None without both."""
-    if not account.get("slots") or not account.keys() & {"busy", "running"}:
-        return None
-    return float(account["busy"] if "busy" in account else account["running"]["mean"]) / int(account["slots"])
+def _gauge(moments: Sequence[Mapping[str, float]], name: str) -> Gauge | None:
+    values = [at[name] for at in moments if name in at]
+    return Gauge(mean=sum(values) / len(values), peak=max(values), n=len(values)) if values else None

@@ -10,19 +10,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from peftopt import jsonl, store
+from peftopt import corpus, store
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput, MissingEnvironment
 from peftopt.loadtest import arrivals, summary
 from peftopt.loadtest.arrivals import Traced
-from peftopt.loadtest.client import Client, Target
+from peftopt.loadtest.client import Client
 from peftopt.loadtest.importers import Found
 from peftopt.loadtest.moments import utc
-from peftopt.loadtest.protocols import Prompt
+from peftopt.loadtest.protocols import Prompt, Target
 from peftopt.loadtest.sender import Planned, Played, Show, play, settle, warm_up
-from peftopt.loadtest.summary import Request, Slo
+from peftopt.loadtest.summary import LoadSummary, Request, Slo
+from peftopt.measurements import NO_ACCOUNT, as_json
 from peftopt.metrics import counted
 from peftopt.records import Json, Measurement, Workload
 
@@ -216,10 +217,10 @@ def _notes(client: Client, traffic_: Traffic, played: Played) -> list[str]:
         )
     notes += client.notes
     delay = summary.own_delay(played.requests, played.lag_ms)
-    if delay["matters"]:
+    if delay.matters:
         notes.append(
-            f"the load generator was late, enough to matter (P95 {delay['p95_ms']:.1f} ms to send, "
-            f"{delay['loop_p95_ms']:.1f} ms to wake up): run it on a machine of its own, or at a lower rate"
+            f"the load generator was late, enough to matter (P95 {delay.p95_ms:.1f} ms to send, "
+            f"{delay.loop_p95_ms:.1f} ms to wake up): run it on a machine of its own, or at a lower rate"
         )
     answered = [r for r in played.requests if not r.error]
     wanted = traffic_.new_tokens
@@ -244,7 +245,7 @@ def of_workload(workload: Workload, seed: int) -> dict[str, Json]:
 def read_trace(trace: Path | None) -> tuple[Traced, ...]:
     """The trace of a Traffic, from its file; () without one. Raises BadInput naming the line that is broken."""
     try:
-        traced = arrivals.trace(jsonl.text_of(trace.read_bytes()).split("\n")) if trace else []
+        traced = arrivals.trace(corpus.text_of(trace.read_bytes()).split("\n")) if trace else []
     except OSError as error:
         raise BadInput(f"cannot read {trace}: {error.strerror}", "check the path") from error
     except ValueError as error:
@@ -272,12 +273,15 @@ def outcome(loaded: Loaded, slos: Sequence[Slo], searched: bool) -> int:
     return ACCEPTED if share.low >= summary.ATTAINED else INCONCLUSIVE
 
 
-def append(path: Path, variant: str, values: Mapping[str, Json], workload: str = "") -> None:
+COMPUTED = ("figures", "by_model", "adapters", "queues_ms", "cliff")
+"""What of a load is computed from its requests, and not kept."""
+
+
+def append(path: Path, variant: str, found: LoadSummary, workload: str = "") -> None:
     """Add a run to a file of measurements, on disk before this returns: the raw requests, and no metrics, which are
     computed from them."""
-    made = ("figures", "by_model", "adapters", "queues_ms", "cliff")
-    kept = {key: value for key, value in values.items() if key not in made}
-    kept["trials"] = [{key: trial[key] for key in ("rate", "held", "stopped")} for trial in values["trials"]]
+    kept = {key: value for key, value in as_json(found).items() if key not in COMPUTED}
+    kept["trials"] = [{"rate": each.rate, "held": each.held, "stopped": each.stopped} for each in found.trials]
     _append(path, Measurement("load", variant, workload, values={"source": "peftopt", **kept}, at=utc(time.time())))
 
 
@@ -296,25 +300,27 @@ def _append(path: Path, record: Measurement) -> None:
         raise MissingEnvironment(f"cannot write {path}: {error.strerror}", "choose another --out") from error
 
 
-def as_json(loaded: Loaded, slos: Sequence[Slo]) -> dict[str, Json]:
-    """A run's metrics, its raw requests, the warm-ups first, and when it `started` (ISO 8601, UTC)."""
+def summarized(loaded: Loaded, slos: Sequence[Slo], slots: int = 0) -> LoadSummary:
+    """A run's metrics and its raw requests; `slots` are the server's, 0 where they are not known."""
     played, whole = loaded.played, [*loaded.warmed, *loaded.played.requests]
-    return {
-        "started": played.started,
-        "figures": summary.figures(played.requests, slos),
-        "by_model": summary.by_model(whole, slos),
-        "own_delay": summary.own_delay(played.requests, played.lag_ms),
-        "engine": played.engine,
-        "stopped": played.stopped,
-        "unsent": played.unsent,
-        "notes": loaded.notes,
-        "trials": [
-            {"rate": t.rate, "held": t.held, "stopped": t.played.stopped, **summary.figures(t.played.requests, slos)}
-            for t in loaded.trials
-        ],
-        "highest_rate": loaded.highest,
-        "adapters": (waits := [summary.waited(played.requests) for played in loaded.sets]),
-        "queues_ms": (queues := [played.engine.get("queue_ms") for played in loaded.sets]),
-        "cliff": summary.cliff(waits, queues),
-        "requests": [r.as_json() for r in whole],
-    }
+    engine = played.engine
+    if slots and engine != NO_ACCOUNT:
+        engine = replace(engine, slots=slots)
+    waits = tuple(summary.waited(one.requests) for one in loaded.sets)
+    queues = tuple(one.engine.queue_ms for one in loaded.sets)
+    return LoadSummary(
+        started=played.started,
+        figures=summary.figures(played.requests, slos),
+        by_model=summary.by_model(whole, slos),
+        own_delay=summary.own_delay(played.requests, played.lag_ms),
+        engine=engine,
+        stopped=played.stopped,
+        unsent=played.unsent,
+        notes=tuple(loaded.notes),
+        trials=tuple(summary.tried(t.played.requests, slos, t.rate, t.held, t.played.stopped) for t in loaded.trials),
+        highest_rate=loaded.highest,
+        adapters=waits,
+        queues_ms=queues,
+        cliff=summary.cliff(waits, queues),
+        requests=tuple(r.record() for r in whole),
+    )

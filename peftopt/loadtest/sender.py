@@ -21,7 +21,7 @@ from peftopt.loadtest.client import Client, Reply
 from peftopt.loadtest.moments import utc
 from peftopt.loadtest.protocols import Prompt
 from peftopt.loadtest.summary import Request
-from peftopt.records import Json
+from peftopt.measurements import NO_ACCOUNT, Account
 
 LAG_EVERY_S, LOOK_EVERY_S, SCRAPE_EVERY_S = 0.05, 0.5, 0.5
 SETTLE_S = 20.0
@@ -49,7 +49,7 @@ class Played:
 
     requests: list[Request] = field(default_factory=list)
     lag_ms: list[float] = field(default_factory=list)
-    engine: dict[str, Json] = field(default_factory=dict)
+    engine: Account = NO_ACCOUNT
     stopped: str = ""
     unsent: int = 0
     started: str = ""

@@ -11,10 +11,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 
 from peftopt import stats
+from peftopt.measurements import NO_ACCOUNT, Account, Sent
 from peftopt.metrics import QUANTILES, UNITS
 from peftopt.records import Interval, Json
 
@@ -70,15 +71,21 @@ class Request:
             return None
         return (self.last - self.first) * 1e3 / (self.new_tokens - 1)
 
-    def as_json(self) -> dict[str, Json]:
-        """Its fields, and the times that are computed of them."""
-        names = ("queue_time_ms", "generation_latency_ms", "request_duration_ms", "ttft_ms", "tpot_ms")
-        return {**asdict(self), **{name: getattr(self, name) for name in names}}
+    def record(self) -> Sent:
+        """What is kept of it."""
+        return Sent(
+            **vars(self),
+            queue_time_ms=self.queue_time_ms,
+            generation_latency_ms=self.generation_latency_ms,
+            request_duration_ms=self.request_duration_ms,
+            ttft_ms=self.ttft_ms,
+            tpot_ms=self.tpot_ms,
+        )
 
 
-def span_ms(requests: Sequence[Mapping[str, Json]]) -> float:
-    """From when the first request was due to when the last was done; of requests as records."""
-    return 1e3 * float(max(r["done"] for r in requests) - min(r["scheduled"] for r in requests))
+def span_ms(requests: Sequence[Request]) -> float:
+    """From when the first request was due to when the last was done."""
+    return 1e3 * (max(r.done for r in requests) - min(r.scheduled for r in requests))
 
 
 # ---- service levels ----------------------------------------------------------------------------
@@ -146,12 +153,94 @@ def _value(request: Request, metric: str) -> float | None:
 # ---- metrics -----------------------------------------------------------------------------------
 
 
-def figures(requests: Sequence[Request], slos: Sequence[Slo] = ()) -> dict[str, Json]:
-    """Counts, rates and latencies of a run's requests, warm-ups left out.
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Counts, rates and latencies of a run's requests, warm-ups left out; None where nothing tells.
 
     Quantiles are over all requests that could have the metric, failed ones at infinity, with exact intervals; means
     over the answered, for comparison with tools that report them. Gaps are pooled, so theirs has no interval.
     """
+
+    requests: int
+    answered: int
+    failed: int
+    errors: Mapping[str, int]
+    """Kind of failure -> how many, the most frequent first."""
+    duration_s: float
+    """From the first request due to the last done."""
+    offered_rate: float | None
+    """Requests a second that were due."""
+    request_rate: float | None
+    """Requests a second that were answered."""
+    output_tokens_per_s: float | None
+    prompt_tokens: int
+    """Of all answered requests."""
+    new_tokens: int
+    """Of all answers."""
+    ttft_mean_ms: float | None = None
+    """Time to the first token."""
+    ttft_p50_ms: Interval | None = None
+    ttft_p95_ms: Interval | None = None
+    ttft_p99_ms: Interval | None = None
+    tpot_mean_ms: float | None = None
+    """Mean gap between a request's tokens after the first."""
+    tpot_p50_ms: Interval | None = None
+    tpot_p95_ms: Interval | None = None
+    tpot_p99_ms: Interval | None = None
+    latency_mean_ms: float | None = None
+    """The whole request."""
+    latency_p50_ms: Interval | None = None
+    latency_p95_ms: Interval | None = None
+    latency_p99_ms: Interval | None = None
+    queue_mean_ms: float | None = None
+    """What the sender itself added before it was sent."""
+    queue_p50_ms: Interval | None = None
+    queue_p95_ms: Interval | None = None
+    queue_p99_ms: Interval | None = None
+    itl_mean_ms: float | None = None
+    """Gaps between messages of a stream."""
+    itl_p50_ms: float | None = None
+    itl_p95_ms: float | None = None
+    itl_p99_ms: float | None = None
+    slo: tuple[str, ...] = ()
+    """The service levels that were asked for, as they were written."""
+    attained: Interval | None = None
+    """The share of requests that met them all."""
+    goodput_rate: float | None = None
+    """Requests a second that met them all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfModel(Figures):
+    """Those of one served name."""
+
+    cold_ttft_ms: float | None
+    """Time to the first token of its first, cold request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried(Figures):
+    """Those of one rate that was tried."""
+
+    rate: float
+    """Requests a second."""
+    held: bool
+    stopped: str
+    """Why it ended before its plan did, "" where it did not."""
+
+
+def figures(requests: Sequence[Request], slos: Sequence[Slo] = ()) -> Figures:
+    """What came back, in figures."""
+    return Figures(**_figures(requests, slos))
+
+
+def tried(requests: Sequence[Request], slos: Sequence[Slo], rate: float, held: bool, stopped: str) -> Tried:
+    """The same of a rate that was tried."""
+    return Tried(**_figures(requests, slos), rate=rate, held=held, stopped=stopped)
+
+
+def _figures(requests: Sequence[Request], slos: Sequence[Slo]) -> dict[str, Json]:
+    """The fields of Figures."""
     timed = [r for r in requests if not r.warmup]
     answered = [r for r in timed if not r.error]
     failed = len(timed) - len(answered)
@@ -182,18 +271,19 @@ def figures(requests: Sequence[Request], slos: Sequence[Slo] = ()) -> dict[str, 
             found[f"itl_{name}_ms"] = gaps[min(len(gaps) - 1, math.ceil(q * len(gaps)))]
     if slos:
         share = attained(timed, slos)
-        found["slo"] = [s.text for s in slos]
+        found["slo"] = tuple(s.text for s in slos)
         found["attained"] = share
         found["goodput_rate"] = share.estimate * len(timed) / duration if duration > 0 else None
     return found
 
 
-def by_model(requests: Sequence[Request], slos: Sequence[Slo] = ()) -> dict[str, dict[str, Json]]:
-    """Metrics of each served name apart, with its first, cold request's TTFT under "cold_ttft_ms"."""
+def by_model(requests: Sequence[Request], slos: Sequence[Slo] = ()) -> dict[str, OfModel]:
+    """Figures of each served name apart."""
     found = {}
     for model in dict.fromkeys(r.model for r in requests):
         own = [r for r in requests if r.model == model]
-        found[model] = {**figures(own, slos), "cold_ttft_ms": min(own, key=lambda r: (not r.warmup, r.sent)).ttft_ms}
+        cold = min(own, key=lambda r: (not r.warmup, r.sent)).ttft_ms
+        found[model] = OfModel(**_figures(own, slos), cold_ttft_ms=cold)
     return found
 
 
@@ -209,30 +299,71 @@ def _kind(error: str) -> str:
     return re.sub(r"\d+(\.\d+)?", "#", error)[:120] if not error.startswith("HTTP") else error[:120]
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadSummary:
+    """All that is told of a load: what a report shows, and the raw requests."""
+
+    figures: Figures
+    by_model: Mapping[str, OfModel]
+    own_delay: OwnDelay
+    requests: tuple[Sent, ...] = ()
+    """The warm-ups first."""
+    started: str = ""
+    """When it began (ISO 8601, UTC)."""
+    engine: Account = NO_ACCOUNT
+    """What the server says of it."""
+    stopped: str = ""
+    """Why it ended before its plan did, "" where it did not."""
+    unsent: int = 0
+    """Requests that were planned and not sent."""
+    notes: tuple[str, ...] = ()
+    """What a reader must know, worst first."""
+    trials: tuple[Tried, ...] = ()
+    """The rates that a search tried."""
+    highest_rate: float | None
+    """Requests a second that held; None where none did, or none was searched."""
+    adapters: tuple[Interval, ...] = ()
+    """How long users waited for a first token with 1, 2, … adapters, in ms."""
+    queues_ms: tuple[float | None, ...] = ()
+    """The mean time of it in the server's queue."""
+    cliff: int | None
+    """After how many adapters users wait much longer."""
+
+
 # ---- honesty of the sender ---------------------------------------------------------------------
 
 MATTERS = 0.05
 """The sender's own delay matters when its P95 exceeds this share of the median time to first token (or latency)."""
 
 
-def own_delay(requests: Sequence[Request], lag_ms: Sequence[float] = ()) -> dict[str, Json]:
-    """How late the sender itself was, in ms: `sent` after `scheduled`, and how late its loop woke up (`lag_ms`).
+@dataclass(frozen=True, kw_only=True)
+class OwnDelay:
+    """How late the sender itself was, in ms: `sent` after `scheduled`, and how late its loop woke up."""
 
-    `matters` says that the metrics are partly the sender's own: fewer requests a second, or a machine of its own.
-    """
+    p50_ms: float
+    p95_ms: float
+    max_ms: float
+    loop_p95_ms: float
+    loop_max_ms: float
+    matters: bool
+    """Whether the metrics are partly the sender's own: fewer requests a second, or a machine of its own."""
+
+
+def own_delay(requests: Sequence[Request], lag_ms: Sequence[float] = ()) -> OwnDelay:
+    """How late the sender was; `lag_ms` is how late its loop woke up."""
     timed = [r for r in requests if not r.warmup]
     late = sorted(r.queue_time_ms for r in timed)
     awake = sorted(lag_ms)
     typical = stats.median([v for r in timed if not r.error and (v := r.ttft_ms or r.request_duration_ms)])
     worst = max(_at(late, 0.95), _at(awake, 0.95))
-    return {
-        "p50_ms": _at(late, 0.5),
-        "p95_ms": _at(late, 0.95),
-        "max_ms": _at(late, 1.0),
-        "loop_p95_ms": _at(awake, 0.95),
-        "loop_max_ms": _at(awake, 1.0),
-        "matters": bool(worst > MATTERS * typical),
-    }
+    return OwnDelay(
+        p50_ms=_at(late, 0.5),
+        p95_ms=_at(late, 0.95),
+        max_ms=_at(late, 1.0),
+        loop_p95_ms=_at(awake, 0.95),
+        loop_max_ms=_at(awake, 1.0),
+        matters=bool(worst > MATTERS * typical),
+    )
 
 
 def _at(ordered: Sequence[float], q: float) -> float:
@@ -270,8 +401,7 @@ CLIFF = 1.25
 def waited(requests: Sequence[Request]) -> Interval:
     """Median time to the first token in ms, of the whole request where nothing streams; failed ones wait for ever."""
     found = figures(requests)
-    value: Interval = found.get("ttft_p50_ms") or found.get("latency_p50_ms") or Interval(math.inf, 0.0, math.inf, 0)
-    return value
+    return found.ttft_p50_ms or found.latency_p50_ms or Interval(math.inf, 0.0, math.inf, 0)
 
 
 QUEUED = (0.1, 0.2)

@@ -15,7 +15,7 @@ from typing import Any
 
 from peftopt import plugins
 from peftopt.engines import Engine, Generation
-from peftopt.records import Json
+from peftopt.records import Step
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -32,9 +32,9 @@ class Policed:
     """An engine behind policies. What they say of lengths holds for answers that stop by themselves: where exactly so
     many tokens are asked for, to compare speed, every variant generates them."""
 
-    def __init__(self, engine: Engine, policies: Sequence[Mapping[str, Json]]) -> None:
-        """`policies`: {"plugin": name, "params": {…}} each, applied in order."""
-        sources = [(plugins.module("policy", p["plugin"]), p["params"]) for p in policies]
+    def __init__(self, engine: Engine, policies: Sequence[Step]) -> None:
+        """`policies` are applied in order."""
+        sources = [(plugins.module("policy", policy.plugin), policy.params) for policy in policies]
         self._policies = [(source.apply, source.Params(**params)) for source, params in sources]
         self._engine = engine
 

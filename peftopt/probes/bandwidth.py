@@ -6,7 +6,8 @@ import json
 import time
 from pathlib import Path
 
-from peftopt.records import Json, Model
+from peftopt.measurements import Survey
+from peftopt.records import Model
 
 BYTES, SECONDS = 1 << 30, 1.0
 """Read per pass, far more than any cache holds; and for how long."""
@@ -28,15 +29,15 @@ def measure(device: str = "cpu") -> float:
     return BYTES / best
 
 
-def survey() -> dict[str, Json]:
-    """`read_bytes_per_s` of the CPU, and `gpu_read_bytes_per_s` where there is a CUDA GPU."""
+def survey() -> Survey:
+    """The CPU, and a CUDA GPU where there is one."""
     import torch
 
-    gpu: dict[str, Json] = {"gpu_read_bytes_per_s": measure("cuda")} if torch.cuda.is_available() else {}
-    return {"read_bytes_per_s": measure(), **gpu}
+    gpu = measure("cuda") if torch.cuda.is_available() else None
+    return Survey(read_bytes_per_s=measure(), gpu_read_bytes_per_s=gpu)
 
 
-def reads(model: Model) -> dict[str, Json]:
+def reads(model: Model) -> dict[str, int]:
     """Bytes that a decode step reads: `weight_bytes` once, `kv_bytes` for each token in the cache (keys and values of
     all layers). The weights are counted as they lie on disk, so where an engine unpacks them the floor is the
     format's, not the engine's; input embeddings that are a matrix apart are counted though a step

@@ -10,22 +10,22 @@ from typing import Any
 
 from peftopt.corpus import Row
 from peftopt.engines import Engine
+from peftopt.measurements import NO_FACTS, EngineFacts, Kernel
 from peftopt.metrics import percent
 from peftopt.probes import cuda_of
-from peftopt.records import Json
 
 SHOWN = 6
 """Kernels that are named: those with the most time."""
 
 
-def used(engine: Engine, rows: Sequence[Row], new_tokens: int) -> dict[str, Json]:
+def used(engine: Engine, rows: Sequence[Row], new_tokens: int) -> EngineFacts:
     """Ask one batch three times: warm, timed, and under CUPTI through torch's profiler, which slows it down.
 
     `kernels` are the names with the most time and their share of all GPU time; `gpu_busy` is the GPU time over the time
-    the request took unwatched; `log` says both in words. Empty for an engine that computes elsewhere.
+    the request took unwatched; `log` says both in words. NO_FACTS for an engine that computes elsewhere.
     """
     if (torch := cuda_of(engine)) is None:
-        return {}
+        return NO_FACTS
     prompts = [engine.encode(row.messages)[0] for row in rows]
     engine.generate(prompts, new_tokens, stop=False)
     started = time.perf_counter()
@@ -36,20 +36,20 @@ def used(engine: Engine, rows: Sequence[Row], new_tokens: int) -> dict[str, Json
     return summary(((e.name, e.device_time_total * 1e-6) for e in seen.events() if _on_gpu(e)), seconds)
 
 
-def summary(spans: Iterable[tuple[str, float]], seconds: float) -> dict[str, Json]:
+def summary(spans: Iterable[tuple[str, float]], seconds: float) -> EngineFacts:
     """From kernels' names and seconds, and the seconds of the request. Pure."""
     total: Counter[str] = Counter()
     for name, span in spans:
         total[plain(name)] += span  # type: ignore[assignment]
     whole = sum(total.values())
     if not whole:
-        return {}
+        return NO_FACTS
     shares = [(name, span / whole) for name, span in total.most_common(SHOWN)]
-    top = [{"name": name, "share": share} for name, share in shares]
+    top = tuple(Kernel(name=name, share=share) for name, share in shares)
     busy = whole / seconds
     named = ", ".join(f"{name} {percent(share)}" for name, share in shares)
-    log = [f"its GPU computes for {percent(busy)} of a request's time: {named}"]
-    return {"why": "kernels", "gpu_busy": busy, "kernels": top, "log": log}
+    log = (f"its GPU computes for {percent(busy)} of a request's time: {named}",)
+    return EngineFacts(why="kernels", gpu_busy=busy, kernels=top, log=log)
 
 
 def plain(name: str) -> str:

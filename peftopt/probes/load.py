@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from peftopt import machine
 from peftopt.corpus import Row
 from peftopt.loadtest import arrivals, summary
+from peftopt.measurements import NO_ACCOUNT, Account, Sent
 from peftopt.policies import uncut
-from peftopt.records import Json
 
 
 def turn(
     engine: Any, rows: Sequence[Row], new_tokens: int, stop: bool, users: int, rate: float, seed: int
-) -> tuple[list[dict[str, Json]], dict[str, Json]]:
+) -> tuple[tuple[Sent, ...], Account]:
     """Send one request for each row, by `users` in a closed loop or at random times, `rate` a second on average
-    (`seed` draws them); the requests in the order they were due, and the server's own account (prometheus.summary),
+    (`seed` draws them); the requests in the order they were due, and the server's own account,
     with its `slots` where they are known.
 
     All durations in milliseconds from when a request was due, so that what it waited for is in it; `turn_ms` is the
@@ -31,10 +32,18 @@ def turn(
     served, cpu = machine.cpu_s(serving), time.process_time()
     played = engine.load(prompts, new_tokens, stop, at=at, users=users)
     cpu = time.process_time() - cpu + machine.cpu_s(serving) - served
-    requests = [request.as_json() for request in played.requests]
-    whole = {"cpu_ms": 1e3 * cpu / len(rows), "turn_ms": summary.span_ms(requests), "batch": 1}
-    for request in requests:
-        row = int(request["id"])
-        request |= {"id": rows[row].id, "prompt_tokens": len(prompts[row]), "touched": int(touched[row]), **whole}
-    slots = {"slots": engine.slots} if engine.slots and played.engine else {}
-    return requests, {**played.engine, **slots}
+    turn_ms = summary.span_ms(played.requests)
+
+    def sent(request: summary.Request) -> Sent:
+        row = int(request.id)
+        return replace(
+            request.record(),
+            id=rows[row].id,
+            prompt_tokens=len(prompts[row]),
+            touched=int(touched[row]),
+            cpu_ms=1e3 * cpu / len(rows),
+            turn_ms=turn_ms,
+        )
+
+    told = played.engine if played.engine == NO_ACCOUNT else replace(played.engine, slots=engine.slots or None)
+    return tuple(map(sent, played.requests)), told

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from peftopt import identity, policies
 from peftopt.corpus import Row
 from peftopt.engines import Engine, Scores
+from peftopt.measurements import Answer
 from peftopt.probes import _answers as answers
 from peftopt.records import NO_INVARIANTS, Invariants, Json
 
@@ -62,7 +63,7 @@ class Waiting:
         return self.asked.length + len(self.start)
 
 
-Answer = tuple[list[int], bool]
+Decoded = tuple[list[int], bool]
 """Token ids without the closing end of sequence, and whether there was one."""
 
 
@@ -171,7 +172,7 @@ def ask(
     batch: int,
     reference: str | None = None,
     write_reference: str | None = None,
-    tell: Callable[[dict[str, Json]], None] = lambda _: None,
+    tell: Callable[[Answer], None] = lambda _: None,
     invariants: Invariants = NO_INVARIANTS,
 ) -> None:
     """Answer every row and tell one record each: output, judgement, likelihood of the expected answer.
@@ -183,7 +184,7 @@ def ask(
     base: dict[str, Scores] = {}
     asked_base = frozenset(row.id for row in rows[:BASE_ROWS]) if write_reference else frozenset()
 
-    def finish(a: Asked, answer: Answer, scores: Scores | None) -> None:
+    def finish(a: Asked, answer: Decoded, scores: Scores | None) -> None:
         tell(_record(engine, a, *answer, scores, schema, known, invariants))
         if scores is not None and write_reference:
             found[_key(a.row)] = (answer[0], scores)
@@ -282,7 +283,7 @@ def verified(
     return tokens, False, False
 
 
-def _decode(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[Answer]:
+def _decode(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[Decoded]:
     if not prompts:
         return []
     generations = engine.generate(prompts, new_tokens, stop=True)
@@ -305,7 +306,7 @@ def _record(
     schema: Mapping[str, Json] | None,
     known: Reference | None,
     invariants: Invariants,
-) -> dict[str, Json]:
+) -> Answer:
     row, output = a.row, engine.decode(tokens)
     judged = answers.judge(
         output,
@@ -318,33 +319,43 @@ def _record(
         prompt=" ".join(message["content"] for message in row.messages if message["role"] == "user"),
         slices=row.slices,
     )
-    record: dict[str, Json] = {
-        "row": row.id,
-        "prompt": row.prompt_id,
-        "critical": row.critical,
-        "slices": list(row.slices),
-        "expected": row.expected,
-        "output": output,
-        "tokens": tokens,
-        "new_tokens": len(tokens) + stopped,
-        "stopped": stopped,
-        "score": judged.score,
-        "correct": judged.correct,
-        "valid": judged.valid,
-        "flags": list(judged.flags),
-    }
-    if scores is not None:
-        record |= {"nll": -sum(scores.logprobs), "scored_tokens": len(scores.logprobs)}
-        if not scores.finite:
-            record["flags"].append("non-finite logits")
-        if known is not None:
-            record["kl"], record["kl_worst"], record["agree"] = known.divergence(row, scores)
-            record["parting"], record["noise"] = known.parting(row, scores), known.noise(row, scores)
-            if shares := known.survival(row, scores):
-                record["kept"], record["shift"] = shares
-    if uncut := policies.uncut(engine, row.messages):
-        record["uncut_tokens"] = uncut
-    return record
+    found = Answer(
+        row=row.id,
+        prompt=row.prompt_id,
+        critical=row.critical,
+        slices=row.slices,
+        expected=row.expected,
+        output=output,
+        tokens=tuple(tokens),
+        new_tokens=len(tokens) + stopped,
+        stopped=stopped,
+        score=judged.score,
+        correct=judged.correct,
+        valid=judged.valid,
+        flags=judged.flags,
+        uncut_tokens=policies.uncut(engine, row.messages) or None,
+    )
+    return found if scores is None else _scored(found, row, scores, known)
+
+
+def _scored(answer: Answer, row: Row, scores: Scores, known: Reference | None) -> Answer:
+    """The answer with the likelihood of the expected one, and with what sets that apart from the reference's."""
+    flags = answer.flags if scores.finite else (*answer.flags, "non-finite logits")
+    answer = replace(answer, flags=flags, nll=-sum(scores.logprobs), scored_tokens=len(scores.logprobs))
+    if known is None:
+        return answer
+    kl, kl_worst, agree = known.divergence(row, scores)
+    kept, shift = known.survival(row, scores) or (None, None)
+    return replace(
+        answer,
+        kl=kl,
+        kl_worst=kl_worst,
+        agree=agree,
+        parting=known.parting(row, scores),
+        noise=tuple(known.noise(row, scores)),
+        kept=kept,
+        shift=shift,
+    )
 
 
 def _key(row: Row) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from peftopt import machine
 from peftopt.corpus import Row
 from peftopt.engines import Engine
+from peftopt.measurements import Request
 from peftopt.policies import uncut
 from peftopt.probes import cuda_of
-from peftopt.records import Json
 
 WARMUP_TOKENS = 4
 """What a warm-up request generates in a worker that has answered before."""
@@ -25,7 +25,7 @@ def turn(
     warmup: int,
     fresh: bool = True,
     stop: bool = False,
-) -> list[dict[str, Json]]:
+) -> list[Request]:
     """Time each batch as one request, one after the other (a closed loop); the first `warmup` are marked so. Only in a
     `fresh` worker are they as long as the others, so that whatever is compiled for that length is compiled there.
 
@@ -34,7 +34,7 @@ def turn(
     generation, by the GPU's own clock.
     TTFT ends with the first token of the batch, TPOT is the mean gap after it (Vocabulary: MLPerf, vLLM).
     Every request generates exactly `new_tokens` tokens per prompt, so no variant wins by being terse; with `stop`
-    answers end by themselves, as a user meets them, and `new_tokens` in the record tells how long they were.
+    answers end by themselves, as a user meets them, and the record's `new_tokens` tell how long they were.
     """
     gc.collect()
     gc.disable()  # a collection inside a request would be charged to whichever variant it happened to hit
@@ -46,7 +46,7 @@ def turn(
         gc.enable()
 
 
-def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool, stop: bool) -> dict[str, Json]:
+def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool, stop: bool) -> Request:
     serving = engine.processes()
     served = machine.cpu_s(serving)
     submitted, cpu = time.perf_counter_ns(), time.process_time_ns()
@@ -58,32 +58,30 @@ def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool
     # A batch begins with its first token and is done with its longest answer; a server ends rows at times of their own.
     first, last = min(g.times[0] for g in generations), max(g.times[-1] for g in generations)
     gaps = max(len(g.times) for g in generations) - 1
-    return {
-        "request_duration_ms": (last - submitted) / 1e6,
-        "queue_time_ms": (started - submitted) / 1e6,
-        "generation_latency_ms": (last - started) / 1e6,
-        "ttft_ms": (first - submitted) / 1e6,
-        "tpot_ms": (last - first) / 1e6 / gaps if gaps else None,
-        "cpu_ms": cpu / 1e6,
-        **gpu,
-        "batch": len(batch),
-        "prompt_tokens": sum(map(len, prompts)),
-        "new_tokens": sum(len(g.tokens) for g in generations),
-        "touched": sum(uncut(engine, row.messages) is not None for row in batch),
-        "warmup": warmup,
-    }
+    return Request(
+        request_duration_ms=(last - submitted) / 1e6,
+        queue_time_ms=(started - submitted) / 1e6,
+        generation_latency_ms=(last - started) / 1e6,
+        ttft_ms=(first - submitted) / 1e6,
+        tpot_ms=(last - first) / 1e6 / gaps if gaps else None,
+        cpu_ms=cpu / 1e6,
+        gpu_ms=gpu(),
+        batch=len(batch),
+        prompt_tokens=sum(map(len, prompts)),
+        new_tokens=sum(len(g.tokens) for g in generations),
+        touched=sum(uncut(engine, row.messages) is not None for row in batch),
+        warmup=warmup,
+    )
 
 
 @contextlib.contextmanager
-def _gpu_clock(engine: Engine) -> Iterator[dict[str, Json]]:
-    """Holds `gpu_ms` afterwards, where the engine computes on CUDA in this process."""
-    found: dict[str, Json] = {}
+def _gpu_clock(engine: Engine) -> Iterator[Callable[[], float | None]]:
+    """Tells the milliseconds afterwards; None where the engine does not compute on CUDA in this process."""
     if (torch := cuda_of(engine)) is None:
-        yield found
+        yield lambda: None
         return
     first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     first.record()
-    yield found
+    yield lambda: float(first.elapsed_time(last))
     last.record()
     last.synchronize()
-    found["gpu_ms"] = first.elapsed_time(last)

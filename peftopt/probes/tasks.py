@@ -12,8 +12,9 @@ from peftopt import progress
 from peftopt.engines import Engine
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.loadtest.importers.lm_eval import scores
+from peftopt.measurements import Sample, Task
 from peftopt.probes import quality
-from peftopt.records import YAML, Json, task_name
+from peftopt.records import YAML, task_name
 
 BATCH = 16
 """Requests that are answered together, as many as their length allows."""
@@ -22,8 +23,8 @@ LONGEST = 2048
 """Tokens of a text whose likelihood is asked for as a whole; a longer one goes in windows."""
 
 
-def run(engine: Engine, given: str, rows: int) -> dict[str, Json]:
-    """The task's score of each row, by its first metric, as a `task` record holds them.
+def run(engine: Engine, given: str, rows: int) -> Task:
+    """The task's score of each row, by its first metric.
 
     `given` is a name that the harness knows, or the path of a task file; data files that it names are looked for
     beside it. At most `rows` rows (0 = all). The chat template is applied where there is one, and answers are greedy.
@@ -51,7 +52,9 @@ def run(engine: Engine, given: str, rows: int) -> dict[str, Json]:
         except (KeyError, ValueError, OSError) as error:
             hint = "`lm_eval ls tasks` lists what it knows; data from a hub has to be in the cache already"
             raise BadInput(f"lm-evaluation-harness cannot run {given}: {error}", hint) from error
-    return {"source": f"lm-evaluation-harness {lm_eval.__version__}", "task": name, **scores(found["samples"])}
+    told = scores(found["samples"])
+    samples = tuple(Sample(**sample) for sample in told.pop("samples"))
+    return Task(source=f"lm-evaluation-harness {lm_eval.__version__}", task=name, samples=samples, **told)
 
 
 def _harness(engine: Engine) -> Any:

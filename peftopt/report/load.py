@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
-from peftopt.loadtest import prometheus
+from peftopt.loadtest.summary import Figures, LoadSummary
+from peftopt.measurements import Account, Gauge
 from peftopt.metrics import counted, format_value
-from peftopt.records import Interval, Json
+from peftopt.records import Interval
 from peftopt.report.words import bounded
 from peftopt.stats import fewest_for
 
@@ -25,95 +26,115 @@ HEADER = (
 )
 
 
-def rows(found: Mapping[str, Json]) -> list[list[str]]:
+def rows(found: LoadSummary) -> list[list[str]]:
     """The total first, then each served name where there are several."""
-    each = found["by_model"] if len(found["by_model"]) > 1 else {}
-    return [_row("all" if each else next(iter(found["by_model"]), ""), found["figures"])] + [
+    each = found.by_model if len(found.by_model) > 1 else {}
+    return [_row("all" if each else next(iter(found.by_model), ""), found.figures)] + [
         _row(name, values) for name, values in each.items()
     ]
 
 
-def lines(found: Mapping[str, Json]) -> dict[str, str]:
+def lines(found: LoadSummary) -> dict[str, str]:
     """What the table has no room for, by its title."""
+    return {**_levels(found.figures), **_searched(found), **_cold(found), **_server(found.engine), **_sender(found)}
+
+
+def _levels(figures: Figures) -> dict[str, str]:
+    """Failures, service levels and goodput."""
     said = {}
-    figures, engine = found["figures"], found["engine"]
-    if reasons := figures["errors"]:
-        said["failures"] = "; ".join(f"{n} x {reason}" for reason, n in list(reasons.items())[:5])
-    if "attained" in figures:
-        said["service levels"] = f"{' and '.join(figures['slo'])}: {_share(figures['attained'])} of requests"
-        if figures["goodput_rate"] is not None:
-            said["goodput"] = f"{figures['goodput_rate']:.2f} requests/s that met them all"
-    if found["highest_rate"] is not None:
-        said["highest rate"] = f"{found['highest_rate']:.3g} requests/s hold, verified by repeats"
-    elif found["trials"]:
-        said["highest rate"] = "none that was tried holds"
-    if found.get("adapters"):
-        said["waiting"] = ", ".join(
-            f"{counted(size, 'adapter')} {_ms({'wait': wait}, 'wait')} ms"
-            for size, wait in enumerate(found["adapters"], 1)
-        )
-        if None not in found["queues_ms"]:
-            said["of it in the queue"] = ", ".join(f"{ms:,.0f} ms" for ms in found["queues_ms"])
-        said["cliff"] = (
-            f"beyond {found['cliff']}: give the engine more slots (vLLM: --max-loras), or a server fewer adapters"
-            if found["cliff"]
-            else f"none up to {len(found['adapters'])} adapters"
-        )
-    colds = {name: v["cold_ttft_ms"] for name, v in found["by_model"].items() if v.get("cold_ttft_ms")}
-    if colds:
-        said["first request"] = (
-            ", ".join(f"{name} {ms:.0f} ms" for name, ms in list(colds.items())[:8]) + " to its first token"
-        )
-    if "running" in engine or "busy" in engine:
-        said["batch"] = _batch(engine)
-    if "kv_cache" in engine:
-        said["KV cache"] = (
-            f"{_percent(engine['kv_cache']['mean'])} on average, {_percent(engine['kv_cache']['peak'])} at most"
-        )
-    if "waiting" in engine:
-        queue = f", {engine['queue_ms']:.1f} ms on average in the queue" if "queue_ms" in engine else ""
-        said["queue"] = (
-            f"{engine['waiting']['mean']:.1f} waiting on average, {engine['waiting']['peak']:.0f} at most{queue}"
-        )
-    late = found["own_delay"]
-    said["sender's delay"] = (
-        f"P50 {late['p50_ms']:.2f} ms, P95 {late['p95_ms']:.2f} ms, at most {late['max_ms']:.1f} ms"
-    )
+    if figures.errors:
+        said["failures"] = "; ".join(f"{n} x {reason}" for reason, n in list(figures.errors.items())[:5])
+    if figures.attained:
+        said["service levels"] = f"{' and '.join(figures.slo)}: {_share(figures.attained)} of requests"
+        if figures.goodput_rate is not None:
+            said["goodput"] = f"{figures.goodput_rate:.2f} requests/s that met them all"
     return said
 
 
-def _row(name: str, f: Mapping[str, Json]) -> list[str]:
+def _searched(found: LoadSummary) -> dict[str, str]:
+    """The highest rate, and the adapter cliff."""
+    said = {}
+    if found.highest_rate is not None:
+        said["highest rate"] = f"{found.highest_rate:.3g} requests/s hold, verified by repeats"
+    elif found.trials:
+        said["highest rate"] = "none that was tried holds"
+    if found.adapters:
+        said["waiting"] = ", ".join(
+            f"{counted(size, 'adapter')} {_ms(wait)} ms" for size, wait in enumerate(found.adapters, 1)
+        )
+        queues = [ms for ms in found.queues_ms if ms is not None]
+        if len(queues) == len(found.queues_ms):
+            said["of it in the queue"] = ", ".join(f"{ms:,.0f} ms" for ms in queues)
+        said["cliff"] = (
+            f"beyond {found.cliff}: give the engine more slots (vLLM: --max-loras), or a server fewer adapters"
+            if found.cliff
+            else f"none up to {len(found.adapters)} adapters"
+        )
+    return said
+
+
+def _cold(found: LoadSummary) -> dict[str, str]:
+    """How long the first request of each served name took."""
+    colds = [f"{name} {v.cold_ttft_ms:.0f} ms" for name, v in found.by_model.items() if v.cold_ttft_ms]
+    return {"first request": ", ".join(colds[:8]) + " to its first token"} if colds else {}
+
+
+def _server(engine: Account) -> dict[str, str]:
+    """What the server says of itself."""
+    said = {}
+    if batch := _batch(engine):
+        said["batch"] = batch
+    if engine.kv_cache:
+        said["KV cache"] = f"{_percent(engine.kv_cache.mean)} on average{_peak(engine.kv_cache, _percent)}"
+    if engine.waiting:
+        queue = "" if engine.queue_ms is None else f", {engine.queue_ms:.1f} ms on average in the queue"
+        said["queue"] = f"{engine.waiting.mean:.1f} waiting on average{_peak(engine.waiting)}{queue}"
+    return said
+
+
+def _sender(found: LoadSummary) -> dict[str, str]:
+    late = found.own_delay
+    return {"sender's delay": f"P50 {late.p50_ms:.2f} ms, P95 {late.p95_ms:.2f} ms, at most {late.max_ms:.1f} ms"}
+
+
+def _row(name: str, f: Figures) -> list[str]:
     return [
         name,
-        str(f["requests"]),
-        str(f["failed"]),
-        _ms(f, "ttft_p50_ms"),
-        _ms(f, "ttft_p95_ms"),
-        _ms(f, "tpot_p50_ms"),
-        f"{f['itl_p95_ms']:.1f}" if "itl_p95_ms" in f else "—",
-        _ms(f, "latency_p50_ms"),
-        _ms(f, "latency_p95_ms"),
-        f"{f['output_tokens_per_s']:.1f}" if f["output_tokens_per_s"] else "—",
-        f"{f['request_rate']:.2f}" if f["request_rate"] else "—",
+        str(f.requests),
+        str(f.failed),
+        _ms(f.ttft_p50_ms),
+        _p95(f.ttft_p95_ms),
+        _ms(f.tpot_p50_ms),
+        "—" if f.itl_p95_ms is None else f"{f.itl_p95_ms:.1f}",
+        _ms(f.latency_p50_ms),
+        _p95(f.latency_p95_ms),
+        f"{f.output_tokens_per_s:.1f}" if f.output_tokens_per_s else "—",
+        f"{f.request_rate:.2f}" if f.request_rate else "—",
     ]
 
 
-def _batch(engine: Mapping[str, Json]) -> str:
+def _batch(engine: Account) -> str:
     """Requests in the running batch: of every step where the server counts them, else of the moments it was asked."""
-    mean = engine["busy"] if "busy" in engine else engine["running"]["mean"]
-    peak = f", {engine['running']['peak']:.0f} at most" if "running" in engine else ""
-    share = prometheus.fill(engine)
-    fill = "" if share is None else f", {100 * share:.0f} % of {engine['slots']} slots"
+    mean = engine.running.mean if engine.busy is None and engine.running else engine.busy
+    if mean is None:
+        return ""
+    peak = _peak(engine.running) if engine.running else ""
+    fill = "" if engine.fill is None else f", {100 * engine.fill:.0f} % of {engine.slots} slots"
     return f"{mean:.1f} requests on average{peak}{fill}"
 
 
-def _ms(f: Mapping[str, Json], name: str) -> str:
-    """A quantile with its interval; a P95 of too few requests says so."""
-    value: Interval | None = f.get(name)
+def _peak(gauge: Gauge, shown: Callable[[float], str] = "{:.0f}".format) -> str:
+    return "" if gauge.peak is None else f", {shown(gauge.peak)} at most"
+
+
+def _p95(value: Interval | None) -> str:
+    return "too few" if value and value.n < fewest_for(0.95) else _ms(value)
+
+
+def _ms(value: Interval | None) -> str:
+    """A quantile with its interval."""
     if value is None:
         return "—"
-    if "p95" in name and value.n < fewest_for(0.95):
-        return "too few"
     low, estimate, high = (
         format_value("latency.p50", x).removesuffix(" ms") for x in (value.low, value.estimate, value.high)
     )

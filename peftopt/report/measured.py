@@ -7,7 +7,8 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 
-from peftopt.decision.evidence import FAILED, Evidence, Field
+from peftopt.decision.evidence import FAILED, Evidence
+from peftopt.decision.index import Field
 from peftopt.records import TWIN, Decision
 from peftopt.report.table import ratio_name
 from peftopt.report.words import MISSING, Table, clean, flat

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 from peftopt import environments, plugins, store
-from peftopt.corpus import TEXTS
+from peftopt.corpus import TEXTS, Row
 from peftopt.errors import WorkerFailed
+from peftopt.jobs import AliveJob, OpenJob, PrepareJob, Transformed, TransformJob
 from peftopt.models import provenance
 from peftopt.models.checkpoint import check_room
-from peftopt.records import SAFETENSORS, Json, Model, Plugin
+from peftopt.progress import Hear, Reached
+from peftopt.records import SAFETENSORS, Model, Plugin
 from peftopt.runner.process import WorkerProcess
 from peftopt.transforms import _layers
 
 VERIFIED_ON = 2
 """Prompts that a written model has to answer: the first calibration rows, or of our own."""
 
-PROMPTS: list[Json] = [{"id": str(n), "prompt": text} for n, text in enumerate(TEXTS[:VERIFIED_ON])]
+PROMPTS = tuple(Row(str(n), ({"role": "user", "content": text},)) for n, text in enumerate(TEXTS[:VERIFIED_ON]))
 
 NOTHING = 0.98
 """Share of a model's weights that are still in 16 bits or more, above which nothing was quantized."""
@@ -34,53 +36,35 @@ Progress = Callable[[str, int], AbstractContextManager[Show]]
 
 
 def make_artifact(
-    plugin: str,
-    params: Mapping[str, Json],
-    model: Model,
-    out: Path,
-    rows: Sequence[Json],
-    seed: int,
-    *,
+    job: TransformJob,
     log: Path,
     threads: int,
     deadline_s: float,
-    calibration: str = "task",
-    hear: Callable[[dict[str, Json]], None] = lambda _: None,
+    hear: Hear = lambda _: None,
     watch: Callable[[WorkerProcess], AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
-) -> dict[str, Json]:
-    """Let a worker write the transformed model to `out`; what a quantizer wrote is then opened in a fresh process.
+) -> Transformed:
+    """Let a worker write the transformed model; what a quantizer wrote is then opened in a fresh process.
 
     Returns what it took and what was found. Raises WorkerFailed when either of them fails: "unusable" for a model that
-    was written and does not work. `out` may be half written then.
+    was written and does not work. The folder may be half written then.
     """
-    found = plugins.catalogue()[plugin]
-    quantizes = found.technique == "quantize"
+    plugin, out = plugins.catalogue()[job.plugin], Path(job.out)
+    quantizes = plugin.technique == "quantize"
     if quantizes:
-        check_room(out.parent, store.size(Path(model.path)))  # what it writes is smaller, and by how much not yet known
+        # what it writes is smaller, and by how much not yet known
+        check_room(out.parent, store.size(Path(job.model.path)))
     with contextlib.ExitStack() as stack:
-        opener = stack.enter_context(_opener(found, model, log, threads, deadline_s)) if quantizes else None
-        with WorkerProcess(log, threads, python=environments.interpreter(found)) as child, watch(child):
-            facts = child.ask(
-                "transform",
-                deadline_s,
-                hear=hear,
-                plugin=plugin,
-                params=dict(params),
-                model=asdict(model),
-                out=str(out),
-                rows=list(rows),
-                seed=seed,
-                calibration=calibration,
-            )
-        if opener and not facts["tier0"]:
-            made = Model(str(out), tuple(facts["model"]["adapters"]))
-            if found.format == SAFETENSORS and _layers.unrounded(Path(model.path), out) > NOTHING:
-                detail = f"{plugin} wrote a model whose weights are as wide as before: nothing was quantized"
+        opener = stack.enter_context(_opener(plugin, job.model, log, threads, deadline_s)) if quantizes else None
+        with WorkerProcess(log, threads, python=environments.interpreter(plugin)) as child, watch(child):
+            found = child.ask(job, deadline_s, hear=hear)
+        if opener and not found.tier0:
+            if plugin.format == SAFETENSORS and _layers.unrounded(Path(job.model.path), out) > NOTHING:
+                detail = f"{job.plugin} wrote a model whose weights are as wide as before: nothing was quantized"
                 raise WorkerFailed("unusable", detail, "keep fewer layers, or use another method")
-            hear({"phase": "verifying", "done": 0, "total": 1, "what": "in a fresh process"})
-            verified = _verified(opener, found, made, model, rows, log, threads, deadline_s)
-            facts["quantization"] = provenance.add(out, verified=verified)
-    return facts
+            hear(Reached("verifying", 0, 1, "in a fresh process"))
+            verified = _verified(opener, plugin, found.model, job.model, job.rows, log, threads, deadline_s)
+            found = replace(found, quantization=provenance.add(out, verified=verified))
+    return found
 
 
 @contextlib.contextmanager
@@ -94,7 +78,7 @@ def _opener(
         def start() -> WorkerProcess:
             python = environments.interpreter(plugins.catalogue()[plugin.reader])
             child = stack.enter_context(WorkerProcess(log.with_suffix(".verify.log"), threads, python=python))
-            child.ask("prepare", deadline_s, plugin=plugin.reader, model=asdict(model))
+            child.ask(PrepareJob(plugin=plugin.reader, model=model), deadline_s)
             return child
 
         yield beside.submit(start).result
@@ -105,17 +89,17 @@ def _verified(
     plugin: Plugin,
     made: Model,
     parent: Model,
-    rows: Sequence[Json],
+    rows: Sequence[Row],
     log: Path,
     threads: int,
     deadline_s: float,
 ) -> str:
     """What a fresh process says of the written model, in a few words; of one whose reader is not installed, that."""
-    asked = list(rows[:VERIFIED_ON]) or PROMPTS
+    asked = tuple(rows[:VERIFIED_ON]) or PROMPTS
 
     def problem(child: WorkerProcess, model: Model, engine: str) -> str:
-        child.ask("open", deadline_s, plugin=engine, params={}, model=asdict(model))
-        return str(child.ask("alive", deadline_s, rows=asked)["problem"])
+        child.ask(OpenJob(plugin=engine, params={}, model=model), deadline_s)
+        return child.ask(AliveJob(asked), deadline_s).problem
 
     def usual() -> str:
         """A base model may repeat itself as it is: only what quantizing brought about counts."""
@@ -139,17 +123,17 @@ def _verified(
 
 
 @contextlib.contextmanager
-def bars(progress: Progress | None) -> Iterator[Callable[[dict[str, Json]], None]]:
+def bars(progress: Progress | None) -> Iterator[Hear]:
     """Show what a worker reports: a bar for each phase, opened when the first word of it comes."""
     with contextlib.ExitStack() as stack:
         phase, show = "", None
 
-        def hear(at: dict[str, Json]) -> None:
+        def hear(at: Reached) -> None:
             nonlocal phase, show
-            if progress and at["phase"] != phase:
+            if progress and at.phase != phase:
                 stack.close()
-                phase, show = at["phase"], stack.enter_context(progress(at["phase"], at["total"]))
+                phase, show = at.phase, stack.enter_context(progress(at.phase, at.total))
             if show:
-                show(at["done"], at["what"])
+                show(at.done, at.what)
 
         yield hear

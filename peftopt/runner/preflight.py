@@ -38,7 +38,7 @@ def check(recipe: Recipe) -> None:
     merges = [v.name for v in recipe.variants.values() if any(s.technique == "merge" for s in v.steps)]
     check_adapter(Path(recipe.adapter), Path(recipe.base), merges)
     _check_needs(recipe)
-    texts = corpus.read(str(corpus.calibration_file(recipe.calibration))) if recipe.calibration else []
+    texts = corpus.calibration(recipe.calibration)
     for name, variant in recipe.variants.items():
         for n, step in enumerate((*variant.steps, variant.engine)):
             check_step(step, Path(recipe.base), variant.steps[:n], texts, f"variant {name}: ")
@@ -246,17 +246,23 @@ def _check_reader(folder: Path, method: str) -> None:
         raise MissingEnvironment(f"{what}: not installed", hint)
 
 
+def quantized(folder: Path) -> bool:
+    """Whether the weights are quantized, as the config says."""
+    return "quantization_config" in _json(folder / "config.json", "a model's config")
+
+
 def quantized_elsewhere(folder: Path) -> bool:
     """Whether another tool than peftopt quantized the weights: then nobody has looked yet at how they are read here."""
-    return "quantization_config" in _json(folder / "config.json", "a model's config") and not read_provenance(folder)
+    return quantized(folder) and not read_provenance(folder)
 
 
-def check_adapter(folder: Path, base: Path, merges: list[str]) -> None:
-    """A PEFT adapter in safetensors whose shapes fit this base, and which the variants in `merges` can merge."""
+def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = ()) -> None:
+    """A PEFT adapter in safetensors whose shapes fit this base, and which the variants in `merges` can merge. `base` is
+    None where its weights have names or shapes that an adapter's are not compared with."""
     adapter = open_adapter(folder)
     if merges:
         check_mergeable(adapter)
-    if adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
+    if base and adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
         _check_fits(adapter, base)
 
 

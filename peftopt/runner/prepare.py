@@ -6,8 +6,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +14,12 @@ from peftopt import corpus, machine, store
 from peftopt.corpus import Row, draw
 from peftopt.decision import stopping
 from peftopt.errors import WorkerFailed
+from peftopt.jobs import KernelsJob, QualityJob, TaskJob, TransformJob
+from peftopt.measurements import NO_FACTS, Answer, Built, as_json
 from peftopt.merging import certificate
 from peftopt.metrics import TASK
 from peftopt.models import provenance
+from peftopt.progress import Reached
 from peftopt.recipe import plan as planning
 from peftopt.records import GENERIC, YAML, Build, Json, Model, Quality, Variant, task_name
 from peftopt.runner import preflight
@@ -43,7 +45,7 @@ def make_ready(run: Run, ahead: Callable[[], None]) -> None:
     nothing else waits to be done. Raises WorkerFailed when there is no baseline to compare with.
     """
     source = store.size(Path(run.recipe.base)) + store.size(Path(run.recipe.adapter))
-    run.log("build", "", {"id": planning.SOURCE, "size_bytes": source, "tier0": [], "seconds": 0, "cached": True})
+    run.log(Built(id=planning.SOURCE, size_bytes=source, tier0=(), seconds=0, cached=True))
     lanes = _lanes(run)
     threads = max(1, machine.cores() // lanes)
     with contextlib.ExitStack() as stack, run.listener.progress("prepare", 100) as show:
@@ -79,15 +81,10 @@ class _Hearers:
 
 
 def _builds(run: Run, threads: int, hearers: _Hearers) -> Iterator[tuple[str, Job]]:
-    calibration = _calibration(run)
+    calibration = corpus.calibration(run.recipe.calibration)
     for build in run.plan.builds:
         do = partial(_build, run, calibration, threads, build, hearers.of(build.id))
         yield build.id, Job(do, frozenset({build.parent} - {planning.SOURCE}))
-
-
-def _calibration(run: Run) -> list[Row]:
-    named = run.recipe.calibration
-    return corpus.read(str(corpus.calibration_file(named))) if named else []
 
 
 def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hear: Hear) -> None:
@@ -96,28 +93,26 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
     if all(name in run.evidence.failures for name in users):
         return  # its parent failed
     # A merge needs no texts, but its certificate compares predictions, and does so better on the user's own prompts.
-    texts = calibration if build.step.calibrates or build.step.technique == "merge" else []
-    rows = [row.as_json() for row in texts]
+    rows = tuple(calibration) if build.step.calibrates or build.step.technique == "merge" else ()
 
-    def told(at: dict[str, Json]) -> None:
-        hear(at["done"] / max(1, at["total"]), f"{build.step.plugin}: {at['phase']} {at['what']}")
+    def told(at: Reached) -> None:
+        hear(at.share, f"{build.step.plugin}: {at.phase} {at.what}")
 
-    def make(out: Path) -> tuple[Model, dict[str, Json]]:
-        log = run.folder / "logs" / f"build-{build.step.plugin}-{build.id[:8]}.log"
-        facts = make_artifact(
-            build.step.plugin,
-            build.step.params,
-            run.artifact_model(build.parent),
-            out,
-            rows,
-            run.recipe.seed,
-            log=log,
-            threads=threads,
-            deadline_s=run.recipe.measure.deadline_s,
+    def make(out: Path) -> tuple[Model, Mapping[str, Json]]:
+        job = TransformJob(
+            plugin=build.step.plugin,
+            params=build.step.params,
+            model=run.artifact_model(build.parent),
+            out=str(out),
+            rows=rows,
+            seed=run.recipe.seed,
             calibration=GENERIC if run.recipe.calibration == GENERIC else "task",
-            hear=told,
         )
-        return Model(str(out), tuple(facts.pop("model")["adapters"])), facts
+        log = run.folder / "logs" / f"build-{build.step.plugin}-{build.id[:8]}.log"
+        made = make_artifact(job, log, threads, run.recipe.measure.deadline_s, told)
+        facts = as_json(made)
+        del facts["model"]  # an artifact's manifest has its adapters, and no paths
+        return made.model, facts
 
     try:
         with run.store.locked(build):
@@ -126,20 +121,28 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
         for variant in users:
             run.fail(variant, f"build ({build.step.plugin})", error)
         return
-    facts = {k: artifact.facts.get(k) for k in ("seconds", "tier0", "peak_memory_bytes", "size_bytes", "content")}
-    if found := artifact.facts.get("certificate"):
-        facts["certificate"] = certificate.summary(found)
-    if found := artifact.facts.get("quantization"):
-        facts["quantization"] = provenance.summary(found)
-    run.log("build", users[0], {"id": build.id, "plugin": build.step.plugin, "cached": artifact.cached, **facts})
-    note = facts.get("quantization") or ""
-    run.listener.done("build", build.step.plugin, None if artifact.cached else artifact.seconds, note)
+    parity, quantized = artifact.facts.get("certificate"), artifact.facts.get("quantization")
+    found = Built(
+        id=build.id,
+        plugin=build.step.plugin,
+        cached=artifact.cached,
+        seconds=artifact.seconds,
+        tier0=tuple(artifact.facts["tier0"]),
+        peak_memory_bytes=artifact.facts.get("peak_memory_bytes"),
+        size_bytes=artifact.size_bytes,
+        content=artifact.content,
+        certificate=certificate.summary(parity) if parity else "",
+        quantization=provenance.summary(quantized) if quantized else "",
+    )
+    run.log(found, users[0])
+    run.listener.done("build", build.step.plugin, None if artifact.cached else artifact.seconds, found.quantization)
 
 
 def build_alone(run: Run, build: Build, threads: int) -> None:
     """Build or reuse one artifact, with a bar of its own. Raises WorkerFailed when it cannot be made."""
+    calibration = corpus.calibration(run.recipe.calibration)
     with run.listener.progress(f"build {build.step.plugin}", 100) as show:
-        _build(run, _calibration(run), threads, build, lambda share, what: show(int(100 * share), what))
+        _build(run, calibration, threads, build, lambda share, what: show(int(100 * share), what))
     for variant in _users(run, build):
         if failure := run.evidence.failures.get(variant):
             raise WorkerFailed(failure.reason, failure.detail, failure.hint)
@@ -257,10 +260,10 @@ class _Exam:
         if left := self.left():
             started, n = time.perf_counter(), len(self.rows) - len(left)
 
-            def tell(values: dict[str, Json]) -> None:
+            def tell(answer: Answer) -> None:
                 nonlocal n
                 n += 1
-                self.run.log("quality", self.variant.name, values, launch=self.launch)
+                self.run.log(answer, self.variant.name, launch=self.launch)
                 self.hear(n / len(self.rows), self.name)
 
             if try_twice(self.run, self.variant.name, "quality", partial(self._ask, tell)):
@@ -276,32 +279,31 @@ class _Exam:
         self.hear(1, self.name)
 
     def _ask_task(self, task: str) -> None:
-        def hear(at: dict[str, Json]) -> None:
-            self.hear(at["done"] / max(1, at["total"]), f"{self.name}: {task_name(task)}")
+        def hear(at: Reached) -> None:
+            self.hear(at.share, f"{self.name}: {task_name(task)}")
 
-        deadline, rows = self.run.recipe.measure.deadline_s, self.quality.task_rows
+        deadline = self.run.recipe.measure.deadline_s
         task = str(Path(task).resolve()) if task.endswith(YAML) else task  # workers stand in a folder of their own
         with self._opened() as child:
-            self.run.log("task", self.variant.name, child.ask("task", deadline, hear=hear, task=task, rows=rows))
+            found = child.ask(TaskJob(task, self.quality.task_rows), deadline, hear=hear)
+            self.run.log(found, self.variant.name)
 
-    def _ask(self, tell: Callable[[dict[str, Json]], None]) -> None:
+    def _ask(self, tell: Callable[[Answer], None]) -> None:
         quality, left = self.quality, self.left()
         with self._opened() as child:
             for chunk in [left] if self.is_reference else [left[i : i + CHUNK] for i in range(0, len(left), CHUNK)]:
                 if self.launch == 1 and stopping.hopeless(self.run.evidence, self.variant.name):
                     break
-                child.ask(
-                    "quality",
-                    self.run.recipe.measure.deadline_s,
-                    tell,
-                    rows=[row.as_json() for row in chunk],
+                job = QualityJob(
+                    rows=tuple(chunk),
                     schema=preflight.schema(quality.schema) if quality.schema else None,
                     new_tokens=quality.new_tokens,
                     batch=self.batch,
                     reference=None if self.is_reference else str(self.reference),
                     write_reference=str(self.reference) if self.is_reference else None,
-                    invariants=asdict(quality.invariants),
+                    invariants=quality.invariants,
                 )
+                child.ask(job, self.run.recipe.measure.deadline_s, tell)
             if self.launch == 1:
                 self._name_kernels(child)
 
@@ -312,8 +314,9 @@ class _Exam:
             return
         asked = recipe.workloads[recipe.minimize.workload]
         batch = draw(corpus.read(asked.prompts, asked.slice), asked, 0, recipe)[0]
-        if found := child.ask("kernels", recipe.measure.deadline_s, batch=batch, new_tokens=asked.new_tokens):
-            self.run.log("engine", self.variant.name, found)
+        found = child.ask(KernelsJob(batch, asked.new_tokens), recipe.measure.deadline_s)
+        if found != NO_FACTS:
+            self.run.log(found, self.variant.name)
 
     def _compile(self) -> None:
         """Every shape of the workloads, and one that holds the answers."""

@@ -15,8 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from peftopt import environments, machine
-from peftopt.errors import WorkerFailed
+from peftopt import environments, jobs, machine
+from peftopt.errors import BadInput, WorkerFailed
+from peftopt.jobs import Failed, Job, Reply
+from peftopt.measurements import Answer, Record, structured
+from peftopt.progress import Hear, Reached
 from peftopt.records import Json
 
 GRACE_S = 5.0
@@ -53,31 +56,31 @@ class WorkerProcess:
 
     def ask(
         self,
-        job: str,
+        job: Job[Reply],
         deadline_s: float,
-        tell: Callable[[dict[str, Json]], None] = lambda _: None,
-        hear: Callable[[dict[str, Json]], None] = lambda _: None,
-        **arguments: Json,
-    ) -> dict[str, Json]:
-        """Do one job and return its answer; `tell` hears each record on the way, `hear` how far the work has come.
+        tell: Callable[[Answer], None] = lambda _: None,
+        hear: Hear = lambda _: None,
+    ) -> Reply:
+        """Do one job and return its reply; `tell` hears each answer on the way, `hear` how far the work has come.
 
         Raises WorkerFailed with the reason: "out of memory", "timeout", "killed (SIGKILL)", "refused", …
         """
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed, and named, by _line
-            self.process.stdin.write(json.dumps({"job": job, **arguments}).encode() + b"\n")
+            self.process.stdin.write(jobs.as_line(job).encode())
             self.process.stdin.flush()
         until = time.monotonic() + deadline_s
         while True:
             message = json.loads(self._line(until, deadline_s))
             if "record" in message:
-                tell(message["record"])
+                tell(_structured(Answer, message["record"], job.name()))
             elif "progress" in message:
-                hear(message["progress"])
+                hear(_structured(Reached, message["progress"], job.name()))
             elif "failed" in message:
-                raise WorkerFailed(**message["failed"])
+                failed = _structured(Failed, message["failed"], job.name())
+                raise WorkerFailed(failed.reason, failed.detail, failed.hint)
             else:
-                return dict(message["done"])
+                return _structured(job.reply(), message["done"], job.name())
 
     def _line(self, until: float, deadline_s: float) -> bytes:
         assert self.process.stdout is not None
@@ -153,6 +156,15 @@ class WorkerProcess:
         if kind is not None and not issubclass(kind, WorkerFailed):
             self.kill()  # interrupted or a bug: nothing to wait for
         self.close()
+
+
+def _structured(record: type[Record], values: Json, job: str) -> Record:
+    """What a worker said. Raises WorkerFailed for what is not such a record: a plug-in may return anything."""
+    try:
+        return structured(record, values, job)
+    except BadInput as error:
+        hint = f"peftopt/jobs.py says what each job answers, here with {record.__name__}"
+        raise WorkerFailed("not understood", f"the worker's reply: {error.message}", hint) from error
 
 
 def _environment(threads: int, cache: Path | None) -> dict[str, str]:

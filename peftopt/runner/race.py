@@ -12,7 +12,9 @@ from peftopt import corpus, machine, plugins
 from peftopt.corpus import draw
 from peftopt.decision import stopping
 from peftopt.errors import WorkerFailed
-from peftopt.records import TWIN, Json, Variant, Workload
+from peftopt.jobs import MemoryJob, SpeedJob
+from peftopt.measurements import Disturbance, Turn
+from peftopt.records import TWIN, Variant, Workload
 from peftopt.runner.process import WorkerProcess
 from peftopt.runner.run import Run, load, try_twice, warm, worker
 
@@ -74,7 +76,7 @@ class Field:
     def __exit__(self, *error: object) -> None:
         for arm, child in self.children.items():
             with contextlib.suppress(WorkerFailed):
-                self.run.log("memory", arm, child.ask("memory", 30), self.workload.name)
+                self.run.log(child.ask(MemoryJob(), 30), arm, self.workload.name)
         self.close()
 
     def close(self) -> None:
@@ -84,56 +86,52 @@ class Field:
     def block(self, number: int, wants: frozenset[str]) -> None:
         """One block: each arm once, in an order drawn afresh and kept with its turns. The recipe's seed has no say in
         it: with the same order in every run, what the order does to a variant would be a bias."""
-        recipe = self.run.recipe
         arms = self._arms(wants)
         random.SystemRandom().shuffle(arms)
-        batches = draw(self.rows, self.workload, number, recipe)
+        job = self._job(number)
         self._start([arm for arm in arms if arm not in self.children.keys() | self.started.keys()])
         self._serve([arm for arm in arms if arm not in self.children and self._is_server(arm)])
         for order, arm in enumerate(arms):
             if self._variant(arm).name not in self.run.evidence.failures:
-                self._turn(arm, number, order, batches)
+                self._turn(arm, number, order, job)
 
     def _arms(self, wants: frozenset[str]) -> list[str]:
         recipe = self.run.recipe
         timed = self.workload.name == recipe.minimize.workload or any(v.policies for v in recipe.variants.values())
         return sorted(wants) + ([recipe.baseline + TWIN] if timed else [])
 
-    def _turn(self, arm: str, number: int, order: int, batches: list[list[Json]]) -> None:
-        measure = self.run.recipe.measure
-
+    def _turn(self, arm: str, number: int, order: int, job: SpeedJob) -> None:
         def attempt() -> None:
             child = self._child(arm)
             pids = {pid for c in self.children.values() for pid in c.processes()}
             before, cpu = machine.moment(), child.cpu_s()
             try:
-                answer = child.ask(
-                    "speed",
-                    measure.deadline_s,
-                    batches=batches,
-                    new_tokens=self.workload.new_tokens,
-                    warmup=measure.warmup,
-                    stop=self.workload.lengths == "natural",
-                    **self._load(number),
-                )
+                timed = child.ask(job, self.run.recipe.measure.deadline_s)
             except WorkerFailed:
                 self.children.pop(arm, None)
                 raise
             after, cpu = machine.moment(), child.cpu_s() - cpu
-            disturbance = machine.disturbance(before, after, cpu, pids)
-            values = {"block": number, "order": order, "machine": disturbance, **answer}
-            self.run.log("speed", arm, values, self.workload.name)
+            disturbance = Disturbance(**machine.disturbance(before, after, cpu, pids))
+            turn = Turn(block=number, order=order, requests=timed.requests, engine=timed.engine, machine=disturbance)
+            self.run.log(turn, arm, self.workload.name)
             # vLLM's workers look for work for another second, on processors that the next turn is timed on
             machine.rest(child.processes())
 
         try_twice(self.run, arm.removesuffix(TWIN), f"speed ({self.workload.name})", attempt)
 
-    def _load(self, number: int) -> dict[str, Json]:
-        """How a block's requests come in, the same way for every variant; {} = one batch after the other."""
-        if not self.workload.loaded:
-            return {}
-        seed = random.Random(f"{self.run.recipe.seed}/{self.workload.name}/{number}/arrivals").getrandbits(32)
-        return {"users": self.workload.users, "rate": self.workload.rate, "seed": seed}
+    def _job(self, number: int) -> SpeedJob:
+        """What a block asks of every variant."""
+        recipe, workload = self.run.recipe, self.workload
+        dice = random.Random(f"{recipe.seed}/{workload.name}/{number}/arrivals")
+        return SpeedJob(
+            batches=draw(self.rows, workload, number, recipe),
+            new_tokens=workload.new_tokens,
+            warmup=recipe.measure.warmup,
+            stop=workload.lengths == "natural",
+            users=workload.users,
+            rate=workload.rate,
+            seed=dice.getrandbits(32) if workload.loaded else 0,
+        )
 
     def _start(self, arms: Sequence[str]) -> None:
         """Start these workers side by side. One that cannot start is tried again, and put on record, at its turn."""
@@ -173,7 +171,7 @@ class Field:
             raise error
         if arm not in self.children:
             child = self.started.pop(arm, None) or self._worker(arm)
-            self.run.log("launch", arm, load(self.run, self._variant(arm), child), self.workload.name)
+            self.run.log(load(self.run, self._variant(arm), child), arm, self.workload.name)
             if self._variant(arm).engine.technique:  # nothing may be compiled, or loaded, inside a timed request
                 warm(self.run, child, self.rows, self.workload.batch, self.workload.new_tokens)
             self.children[arm] = child

@@ -17,6 +17,7 @@ from peftopt import machine, stats, store
 from peftopt.decision import stopping
 from peftopt.decision.evidence import Evidence
 from peftopt.errors import BadInput, WorkerFailed
+from peftopt.jobs import BandwidthJob
 from peftopt.measurements import Measured, More
 from peftopt.metrics import counted
 from peftopt.records import Recipe
@@ -100,7 +101,7 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
         run.listener.warn(f"{nearest.rule} would take {asked} blocks{_about(needed - have, each)}{offered}")
         run.listener.warn("nothing was measured")
         return
-    run.log("more", "", {"max_blocks": total})
+    run.log(granted.values)
     run.listener.tell(f"up to {counted(total - have, 'more block')}{_about(total - have, each)}")
     for workload in run.recipe.workloads.values():
         race(run, workload)
@@ -132,6 +133,6 @@ def survey(run: Run) -> None:
     threads = run.recipe.measure.threads or machine.cores()
     try:
         with WorkerProcess(run.folder / "logs" / "bandwidth.log", threads) as child:
-            run.log("machine", "", child.ask("bandwidth", 60))
+            run.log(child.ask(BandwidthJob(), 60))
     except WorkerFailed as error:
         run.listener.warn(f"memory bandwidth is not known: {error}")

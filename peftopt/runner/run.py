@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
@@ -15,9 +15,10 @@ from peftopt import corpus, environments, identity, plugins, store
 from peftopt.corpus import Row
 from peftopt.decision.evidence import Evidence
 from peftopt.errors import WorkerFailed
-from peftopt.measurements import Measured, measured
+from peftopt.jobs import FactsJob, OpenJob, PrepareJob, WarmJob
+from peftopt.measurements import NO_FACTS, Failure, Launch, Measured, Retry, Values, as_json
 from peftopt.recipe import plan as planning
-from peftopt.records import Json, Measurement, Model, Plan, Recipe, Variant
+from peftopt.records import Measurement, Model, Plan, Recipe, Variant
 from peftopt.runner import preflight
 from peftopt.runner.process import WorkerProcess
 
@@ -54,25 +55,24 @@ class Run:
     latest: tuple[int, Evidence] | None = None
     """How many measurements there were when the evidence was last asked for, and the evidence."""
 
-    def log(self, probe: str, variant: str, values: Json, workload: str = "", launch: int = 0) -> None:
-        """Keep a measurement. Raises BadInput for values that its probe cannot have, which are not written."""
+    def log(self, values: Values, variant: str = "", workload: str = "", launch: int = 0) -> None:
+        """Keep a measurement."""
+        found = Measured(values, variant, workload, launch)
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = Measurement(probe, variant, workload, launch, values, at)
-        typed = measured(line)
+        line = Measurement(found.probe, variant, workload, launch, as_json(values), at)
         with self.lock:
             store.append(self.folder / "measurements.jsonl", line)
-            self.measurements.append(typed)
+            self.measurements.append(found)
 
     def fail(self, variant: str, stage: str, error: WorkerFailed) -> None:
         """Keep that a stage failed for a variant, and warn of it."""
-        values = {"stage": stage, "reason": error.reason, "detail": error.detail, "hint": error.hint}
-        self.log("failure", variant, values)
+        self.log(Failure(stage=stage, reason=error.reason, detail=error.detail, hint=error.hint), variant)
         self.listener.warn(f"{variant}: {stage} failed, {error}")
 
     def retry(self) -> None:
         """Try again what failed before the run stopped: whoever starts it again has done something about it."""
         for variant, failure in list(self.evidence.failures.items()):
-            self.log("retry", variant, {})
+            self.log(Retry(), variant)
             self.listener.tell(f"{variant}: {failure.stage} failed before ({failure.reason}); trying again")
 
     @property
@@ -159,27 +159,21 @@ def worker(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Worke
     with WorkerProcess(
         log, threads, cache, environments.interpreter(plugins.catalogue()[variant.engine.plugin])
     ) as child:
-        deadline, model = run.recipe.measure.deadline_s, asdict(run.model(variant))
-        child.ask("prepare", deadline, plugin=variant.engine.plugin, model=model)
+        child.ask(PrepareJob(plugin=variant.engine.plugin, model=run.model(variant)), run.recipe.measure.deadline_s)
         yield child
         with contextlib.suppress(WorkerFailed):  # a worker that is gone has been recorded as what it died of
-            if facts := child.ask("facts", 30):
-                run.log("engine", variant.name, {"why": why, **facts})
+            if (facts := child.ask(FactsJob(), 30)) != NO_FACTS:
+                run.log(replace(facts, why=facts.why or why), variant.name)
 
 
-def load(run: Run, variant: Variant, child: WorkerProcess) -> dict[str, Json]:
-    """Load the variant's model into a worker; returns the facts of the launch."""
-    return child.ask(
-        "open",
-        run.recipe.measure.deadline_s,
-        plugin=variant.engine.plugin,
-        params=dict(variant.engine.params),
-        model=asdict(run.model(variant)),
-        policies=[{"plugin": p.plugin, "params": dict(p.params)} for p in variant.policies],
-    )
+def load(run: Run, variant: Variant, child: WorkerProcess) -> Launch:
+    """Load the variant's model into a worker."""
+    engine, model = variant.engine, run.model(variant)
+    job = OpenJob(plugin=engine.plugin, model=model, params=engine.params, policies=variant.policies)
+    return child.ask(job, run.recipe.measure.deadline_s)
 
 
 def warm(run: Run, child: WorkerProcess, rows: Sequence[Row], batch: int, new_tokens: int, timed: bool = True) -> None:
     """Have a worker whose engine compiles get ready for batches out of these rows."""
-    asked = [row.as_json() for row in rows]
-    child.ask("warm", run.recipe.measure.deadline_s, rows=asked, batch=batch, new_tokens=new_tokens, timed=timed)
+    job = WarmJob(rows=tuple(rows), batch=batch, new_tokens=new_tokens, timed=timed)
+    child.ask(job, run.recipe.measure.deadline_s)

@@ -4,30 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from peftopt import machine, plugins, store
 from peftopt.corpus import Row
 from peftopt.errors import WorkerFailed, as_input
-from peftopt.loadtest.client import Target
-from peftopt.loadtest.protocols import Prompt
+from peftopt.jobs import Served, ServedJob
 from peftopt.recipe import plan as planning
 from peftopt.records import Build, Recipe, Variant
 from peftopt.runner.prepare import build_alone
 from peftopt.runner.run import Listener, Run, load, planned, worker
-
-
-@dataclass(frozen=True)
-class Serving:
-    """A variant's server that answers, and the prompts as it takes them, by id. `new_tokens`: what the variant's
-    policies leave of them; `slots`: requests that it works on at once, 0 = not known."""
-
-    target: Target
-    prompts: Mapping[str, Prompt]
-    new_tokens: int
-    slots: int
 
 
 def stage(recipe: Recipe, results: Path, folder: Path, listener: Listener) -> Run:
@@ -46,7 +34,7 @@ def stage(recipe: Recipe, results: Path, folder: Path, listener: Listener) -> Ru
 
 
 @contextlib.contextmanager
-def serving(run: Run, variant: Variant, rows: Sequence[Row], new_tokens: int, stop: bool) -> Iterator[Serving]:
+def serving(run: Run, variant: Variant, rows: Sequence[Row], new_tokens: int, stop: bool) -> Iterator[Served]:
     """The variant's server, started by its own engine as in a race, or connected to; over when this is. Raises as the
     engine does: BadInput for what it refuses, WorkerFailed with a server's last lines when it does not start."""
     started, threads = time.perf_counter(), run.recipe.measure.threads or machine.cores()
@@ -57,13 +45,12 @@ def serving(run: Run, variant: Variant, rows: Sequence[Row], new_tokens: int, st
             with run.listener.progress(f"start {variant.name}", 1):
                 child = stack.enter_context(worker(run, variant, "load", threads))
                 load(run, variant, child)
-            asked = [row.as_json() for row in rows]
-            found = child.ask("served", run.recipe.measure.deadline_s, rows=asked, new_tokens=new_tokens, stop=stop)
+            job = ServedJob(rows=tuple(rows), new_tokens=new_tokens, stop=stop)
+            served = child.ask(job, run.recipe.measure.deadline_s)
         except WorkerFailed as error:
             raise as_input(error) from error
         run.listener.done("start", variant.name, time.perf_counter() - started)
-        prompts = {id_: Prompt(**prompt) for id_, prompt in found["prompts"].items()}
-        yield Serving(Target(**found["target"]), prompts, found["new_tokens"], found["slots"])
+        yield served
 
 
 def _behind(run: Run, variant: Variant) -> list[Build]:

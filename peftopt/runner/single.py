@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftopt import corpus, environments, machine, plugins, stats, store
@@ -21,9 +21,25 @@ from peftopt.corpus import Row
 from peftopt.decision.evidence import exp
 from peftopt.engines import _graphs
 from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed, as_input
+from peftopt.jobs import (
+    AliveJob,
+    Change,
+    FactsJob,
+    MemoryJob,
+    OpenJob,
+    PrepareJob,
+    PreviewJob,
+    QualityJob,
+    SpeedJob,
+    SwitchJob,
+    Transformed,
+    TransformJob,
+    WarmJob,
+)
+from peftopt.measurements import Answer, EngineFacts, Launch, Memory, Request
 from peftopt.models import template
 from peftopt.models.hf import tokenizer_home
-from peftopt.records import GENERIC, Interval, Json, Model, Step
+from peftopt.records import SAFETENSORS, Interval, Json, Model, Step
 from peftopt.runner import build, preflight
 from peftopt.runner.build import Progress
 from peftopt.runner.process import WorkerProcess
@@ -34,70 +50,50 @@ ASKED = 8
 """Prompts on which a compiled model's answers are compared with the eager one's."""
 
 
-def transform(
-    plugin: str,
-    params: Mapping[str, Json],
-    model: Model,
-    out: Path,
-    texts: str | None,
-    seed: int,
-    progress: Progress | None = None,
-) -> dict[str, Json]:
-    """Write the transformed model to `out`, whole or not at all; returns what it took and what it found.
+def transform(job: TransformJob, progress: Progress | None = None) -> Transformed:
+    """Write the transformed model to `job.out`, whole or not at all.
 
-    `texts` is a file of rows to calibrate with ("generic" for ours), or for a merge to compare on. Raises Rejected for
-    a model that was written and does not work, and when a certificate failed: the folder is then beside `out`, for
-    inspection.
+    Raises Rejected for a model that was written and does not work, and when a certificate failed: the folder is then
+    beside it, for inspection.
     """
-    environments.interpreter(plugins.catalogue()[plugin])
-    _check(plugin, model)
-    given = corpus.read(str(corpus.calibration_file(texts))) if texts else []
-    step = Step(plugin, "transform", plugins.catalogue()[plugin].technique, params)
-    template.check(Path(tokenizer_home(model)), given, answers=True)
-    preflight.check_step(step, Path(model.path), (), given)
-    rows = [row.as_json() for row in given]
+    plugin, out = plugins.catalogue()[job.plugin], Path(job.out)
+    environments.interpreter(plugin)
+    _check(job.plugin, job.model)
+    step = Step(job.plugin, "transform", plugin.technique, job.params)
+    template.check(Path(tokenizer_home(job.model)), job.rows, answers=True)
+    preflight.check_step(step, Path(job.model.path), (), job.rows)
     temporary = _beside(out)
-    log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{plugin}.log"
+    log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{job.plugin}.log"
+    aside = replace(job, model=_absolute(job.model), out=str(temporary))
     try:
         with build.bars(progress) as hear:
-            facts = build.make_artifact(
-                plugin,
-                params,
-                _absolute(model),
-                temporary,
-                rows,
-                seed,
-                log=log,
-                threads=machine.cores(),
-                deadline_s=DEADLINE_S,
-                calibration=GENERIC if texts == GENERIC else "task",
-                hear=hear,
-                watch=lambda child: _watched(child, plugin, model, progress),
+            made = build.make_artifact(
+                aside, log, machine.cores(), DEADLINE_S, hear, lambda child: _watched(child, job, progress)
             )
-        if facts["tier0"]:
-            raise _broken(plugin, facts, temporary, out)
+        if made.tier0:
+            raise _broken(job.plugin, made, temporary, out)
         temporary.rename(out)
     except WorkerFailed as error:
         raise as_input(error) from error
     finally:
         shutil.rmtree(temporary.parent, ignore_errors=True)
-    return {**facts, "path": str(out), "size_bytes": store.size(out)}
+    return replace(made, model=replace(made.model, path=str(out)))
 
 
 @contextlib.contextmanager
-def _watched(child: WorkerProcess, plugin: str, model: Model, progress: Progress | None) -> Iterator[None]:
+def _watched(child: WorkerProcess, job: TransformJob, progress: Progress | None) -> Iterator[None]:
     """Show how much of a merge is written; what other transforms will write is not known beforehand."""
-    if progress is None or plugin != "merge":
+    if progress is None or job.plugin != "merge":
         yield
         return
-    over, total = threading.Event(), max(1, store.size(Path(model.path)) // 10**6)
+    over, total = threading.Event(), max(1, store.size(Path(job.model.path)) // 10**6)
 
     def watch(show: Callable[[int, str], None]) -> None:
         while not over.wait(0.2):
             done = min(child.written() // 10**6, total)
             show(done, "MB" if done < total else "MB; certifying")
 
-    with progress(plugin, total) as show:
+    with progress(job.plugin, total) as show:
         watcher = threading.Thread(target=watch, args=(show,))
         watcher.start()
         try:
@@ -107,14 +103,13 @@ def _watched(child: WorkerProcess, plugin: str, model: Model, progress: Progress
             watcher.join()
 
 
-def preview(plugin: str, params: Mapping[str, Json], model: Model) -> list[dict[str, Json]]:
+def preview(job: PreviewJob) -> tuple[Change, ...]:
     """What a transform would change, tensor by tensor; nothing is written."""
-    _check(plugin, model)
-    log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{plugin}.log"
+    _check(job.plugin, job.model)
+    log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{job.plugin}.log"
     try:
         with WorkerProcess(log, machine.cores()) as child:
-            found = child.ask("preview", DEADLINE_S, plugin=plugin, params=dict(params), model=asdict(_absolute(model)))
-            return list(found["tensors"])
+            return child.ask(replace(job, model=_absolute(job.model)), DEADLINE_S).tensors
     except WorkerFailed as error:
         raise as_input(error) from error
 
@@ -126,15 +121,15 @@ def _check(plugin: str, model: Model) -> None:
         preflight.check_adapter(Path(adapter), Path(model.path), [plugin] if merges else [])
 
 
-def _broken(plugin: str, facts: dict[str, Json], made: Path, out: Path) -> Exception:
+def _broken(plugin: str, found: Transformed, made: Path, out: Path) -> Exception:
     """The error for a folder that did not pass; one with a certificate is kept aside."""
-    if "certificate" not in facts:
-        return BadInput(f"{plugin} gave a broken model: {facts['tier0'][0]}", "check the adapter and the base")
+    if found.certificate is None:
+        return BadInput(f"{plugin} gave a broken model: {found.tier0[0]}", "check the adapter and the base")
     aside = out.with_name(f"{out.name}.failed")
     shutil.rmtree(aside, ignore_errors=True)
     made.rename(aside)
     return Rejected(
-        f"the {plugin} did not pass its certificate: {facts['tier0'][0].removeprefix('certificate: ')}",
+        f"the {plugin} did not pass its certificate: {found.tier0[0].removeprefix('certificate: ')}",
         f"nothing was written to {out}; the result is in {aside}, its parity.json says what was measured",
     )
 
@@ -170,56 +165,91 @@ class Arm:
     engine: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Benched:
+    """What was measured of one arm; intervals are of its requests."""
+
+    name: str
+    launch: Launch
+    memory: Memory
+    turns: tuple[tuple[Request, ...], ...]
+    """The timed requests of each block."""
+    problem: str
+    """What is wrong with the answers of a checkpoint that another tool quantized, "" for nothing."""
+    p50_ms: Interval
+    """The whole request, median."""
+    p95_ms: Interval
+    ttft_ms: Interval
+    """Time to the first token, median."""
+    tpot_ms: Interval
+    """Mean gap between tokens after the first, median request."""
+    cpu_ms: Interval
+    throughput: Interval
+    """Output tokens per second, median request."""
+    ratio: Interval | None
+    """The whole request over the first arm's, paired by block; None for the first."""
+
+
+def _check_arm(arm: Arm) -> None:
+    """Raises BadInput for a model or an adapter that the arm's engine cannot open."""
+    engine, base = plugins.catalogue()[arm.engine], Path(arm.model.path)
+    ours = engine.environment == environments.MAIN
+    preflight.check_base(base, quantized=True, weights=engine.format, ours=ours)
+    plain = engine.format == SAFETENSORS and not preflight.quantized(base)
+    for adapter in arm.model.adapters:
+        preflight.check_adapter(Path(adapter), base if plain else None)
+
+
 def bench(
     arms: Sequence[Arm], prompts: str, new_tokens: int, batch: int, blocks: int, threads: int, seed: int = 0
-) -> list[dict[str, Json]]:
-    """Time the arms in blocks of random order; one dict of metrics each, ratios against the first arm.
-
-    Returns per arm: name, launch facts, memory, `requests` (raw), `problem` (of a checkpoint that another tool
-    quantized: what is wrong with its answers, "" for nothing), and Intervals under "p50_ms", "p95_ms",
-    "ttft_ms", "tpot_ms", "throughput", "ratio" (None for the first).
-    """
+) -> list[Benched]:
+    """Time the arms in blocks of random order, ratios against the first arm."""
     rows = corpus.read(prompts)
-    known = plugins.catalogue()
     for arm in arms:
-        engine = known[arm.engine]
-        ours = engine.environment == environments.MAIN
-        preflight.check_base(Path(arm.model.path), quantized=True, weights=engine.format, ours=ours)
+        _check_arm(arm)
         template.check(Path(tokenizer_home(arm.model)), rows)
+    dice = random.Random(seed)
+    picks = [tuple(tuple(dice.choices(rows, k=batch)) for _ in range(3)) for _ in range(blocks)]
+    jobs = [SpeedJob(batches=batches, new_tokens=new_tokens, warmup=1) for batches in picks]
+    folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
+    turns: dict[str, list[tuple[Request, ...]]] = {arm.name: [] for arm in arms}
     try:
-        return _bench(arms, rows, new_tokens, batch, blocks, threads, seed)
+        with ExitStack() as stack:
+            opened = {arm.name: _opened(arm, stack, folder / f"{arm.name}.log", threads) for arm in arms}
+            for job in jobs:
+                for name in random.SystemRandom().sample(sorted(opened), len(opened)):
+                    timed = opened[name].child.ask(job, DEADLINE_S)
+                    turns[name].append(tuple(r for r in timed.requests if not r.warmup))
+            peaks = {name: each.child.ask(MemoryJob(), 30) for name, each in opened.items()}
     except WorkerFailed as error:
         raise as_input(error) from error
+    first = turns[arms[0].name]
+    return [
+        _benched(arm.name, opened[arm.name], peaks[arm.name], turns[arm.name], None if arm == arms[0] else first)
+        for arm in arms
+    ]
 
 
-def _bench(
-    arms: Sequence[Arm], rows: Sequence[Row], new_tokens: int, batch: int, blocks: int, threads: int, seed: int
-) -> list[dict[str, Json]]:
-    known = plugins.catalogue()
-    folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
-    found: dict[str, dict[str, Json]] = {arm.name: {"name": arm.name, "turns": []} for arm in arms}
-    with ExitStack() as stack:
-        children = {}
-        for arm in arms:
-            cache = compile_cache(arm.model) if arm.engine == "compiled" else None
-            python = environments.interpreter(known[arm.engine])
-            log = folder / f"{arm.name}.log"
-            child = stack.enter_context(WorkerProcess(log, threads or machine.cores(), cache, python))
-            model = asdict(_absolute(arm.model))
-            child.ask("prepare", DEADLINE_S, plugin=arm.engine, model=model)
-            found[arm.name] |= child.ask("open", DEADLINE_S, plugin=arm.engine, params={}, model=model)
-            if arm.engine == "eager" and preflight.quantized_elsewhere(Path(arm.model.path)):
-                found[arm.name] |= child.ask("alive", DEADLINE_S, rows=build.PROMPTS)
-            children[arm.name] = child
-        dice = random.Random(seed)
-        for _ in range(blocks):
-            picks = [[dice.choice(rows).as_json() for _ in range(batch)] for _ in range(3)]
-            for name in random.SystemRandom().sample(sorted(children), len(children)):
-                answer = children[name].ask("speed", DEADLINE_S, batches=picks, new_tokens=new_tokens, warmup=1)
-                found[name]["turns"].append([r for r in answer["requests"] if not r["warmup"]])
-        for name, child in children.items():
-            found[name] |= child.ask("memory", 30)
-    return [_metrics(values, found[arms[0].name]["turns"]) for values in found.values()]
+@dataclass(frozen=True)
+class Opened:
+    """A worker with its model loaded; `problem` as in Benched."""
+
+    child: WorkerProcess
+    launch: Launch
+    problem: str
+
+
+def _opened(arm: Arm, stack: ExitStack, log: Path, threads: int) -> Opened:
+    """The arm's worker, which is gone when the stack is closed."""
+    cache = compile_cache(arm.model) if arm.engine == "compiled" else None
+    python = environments.interpreter(plugins.catalogue()[arm.engine])
+    child = stack.enter_context(WorkerProcess(log, threads or machine.cores(), cache, python))
+    model, problem = _absolute(arm.model), ""
+    child.ask(PrepareJob(plugin=arm.engine, model=model), DEADLINE_S)
+    launch = child.ask(OpenJob(plugin=arm.engine, params={}, model=model), DEADLINE_S)
+    if arm.engine == "eager" and preflight.quantized_elsewhere(Path(arm.model.path)):
+        problem = child.ask(AliveJob(build.PROMPTS), DEADLINE_S).problem
+    return Opened(child, launch, problem)
 
 
 def _absolute(model: Model) -> Model:
@@ -234,25 +264,41 @@ def compile_cache(model: Model) -> Path:
     return store.claim(folder.with_name(folder.name + ".compiled"))
 
 
-def _metrics(values: dict[str, Json], reference: list[list[dict[str, Json]]]) -> dict[str, Json]:
-    requests = [r for turn in values["turns"] for r in turn]
-    found: dict[str, Interval | None] = {
-        "p50_ms": stats.quantile([r["request_duration_ms"] for r in requests], 0.5),
-        "p95_ms": stats.quantile([r["request_duration_ms"] for r in requests], 0.95),
-        "ttft_ms": stats.quantile([r["ttft_ms"] for r in requests], 0.5),
-        "tpot_ms": stats.quantile([r["tpot_ms"] for r in requests if r["tpot_ms"]], 0.5),
-        "cpu_ms": stats.quantile([r["cpu_ms"] for r in requests], 0.5),
-        "throughput": stats.quantile([1e3 * r["new_tokens"] / r["request_duration_ms"] for r in requests], 0.5),
-        "ratio": None,
-    }
-    if values["turns"] is not reference:
+def _benched(
+    name: str,
+    opened: Opened,
+    memory: Memory,
+    turns: Sequence[Sequence[Request]],
+    reference: Sequence[Sequence[Request]] | None,
+) -> Benched:
+    requests = [r for turn in turns for r in turn]
+    ratio = None
+    if reference is not None:
+        logs = [math.log(_middle(a) / _middle(b)) for a, b in zip(turns, reference, strict=True)]
+        ratio = exp(stats.hodges_lehmann(logs, 0.95))
+    return Benched(
+        name=name,
+        launch=opened.launch,
+        memory=memory,
+        turns=tuple(map(tuple, turns)),
+        problem=opened.problem,
+        p50_ms=stats.quantile([_duration(r) for r in requests], 0.5),
+        p95_ms=stats.quantile([_duration(r) for r in requests], 0.95),
+        ttft_ms=stats.quantile([r.ttft_ms for r in requests if r.ttft_ms is not None], 0.5),
+        tpot_ms=stats.quantile([r.tpot_ms for r in requests if r.tpot_ms], 0.5),
+        cpu_ms=stats.quantile([r.cpu_ms for r in requests if r.cpu_ms is not None], 0.5),
+        throughput=stats.quantile([1e3 * r.new_tokens / _duration(r) for r in requests], 0.5),
+        ratio=ratio,
+    )
 
-        def middle(turn: list[dict[str, Json]]) -> float:
-            return stats.median([r["request_duration_ms"] for r in turn])
 
-        logs = [math.log(middle(a) / middle(b)) for a, b in zip(values["turns"], reference, strict=True)]
-        found["ratio"] = exp(stats.hodges_lehmann(logs, 0.95))
-    return {**values, **found}
+def _middle(turn: Sequence[Request]) -> float:
+    return stats.median([_duration(r) for r in turn])
+
+
+def _duration(request: Request) -> float:
+    """The whole request in ms, which every answered request has."""
+    return math.nan if request.request_duration_ms is None else request.request_duration_ms
 
 
 @dataclass(frozen=True)
@@ -264,21 +310,81 @@ class Traffic:
     new_tokens: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """What changing to another adapter took."""
+
+    adapter: str
+    adapter_switch_time: float
+    """Seconds."""
+    first_answers_s: float
+    """Then to an answer in every shape."""
+    recompiles: int | None
+    """Graphs that were compiled again so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """One process from its start to its first answer in every shape, in seconds; then times for each of the traffic."""
+
+    total: float
+    imports: float
+    load: float
+    graphs: float
+    """Compiling, or loading what was compiled."""
+    answers: float
+    facts: EngineFacts
+    tpot_ms: tuple[float, ...]
+    """Mean gap between tokens after the first."""
+    request_s: tuple[float, ...]
+    """A whole request, in seconds."""
+    switches: tuple[Switch, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What compiling gains for one shape of requests."""
+
+    batch: int
+    new_tokens: int
+    tpot_ms: float
+    eager_tpot_ms: float
+    break_even: float | None
+    """Requests after which compiling has paid; None where it never does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """What compiling a model cost and gains."""
+
+    eager: Start
+    cold: Start
+    """With an empty cache."""
+    warm: Start
+    """With the cache that the cold start filled."""
+    switches: tuple[Switch, ...]
+    cache: str
+    """The folder of the compile cache."""
+    cache_bytes: int
+    kl: float
+    """KL divergence from the eager engine, in nats per token."""
+    greedy_match: float
+    """The share of answers that are the eager engine's."""
+    prompts: int
+    """How many were compared."""
+    traffic: tuple[Shape, ...]
+
+
 def compile_model(
     model: Model,
     params: Mapping[str, Json],
     traffic: Sequence[Traffic],
     threads: int = 0,
     others: Sequence[str] = (),
-) -> dict[str, Json]:
+) -> Compiled:
     """Compile once cold, start again warm, and compare with the eager engine; the cache stays beside the model, with
-    what it holds for other shapes and adapters, unless a changed peftopt, library or processor has no use for it.
-
-    Times in seconds, from the start of a process to its first answer in every shape: `cold`, `warm` and `eager` each
-    hold `total`, `imports`, `load`, `graphs`, `answers`. Also what the engine says of itself (graphs, breaks,
-    recompiles, log), `kl` in nats per token and `greedy_match` against eager, and for each of `traffic` the time per
-    token and the requests after which compiling has paid. `switches`: to each of the `others` (adapters) in turn, with
-    what it took and what was compiled again for it.
+    what it holds for other shapes and adapters, unless a changed peftopt, library or processor has no use for it. Then
+    switch to each of the `others` (adapters) in turn.
     """
     for each in traffic:
         template.check(Path(tokenizer_home(model)), each.rows)
@@ -287,50 +393,52 @@ def compile_model(
     _graphs.drop_outdated(cache)
     fresh = Path(tempfile.mkdtemp(prefix=f".{cache.name}.{os.getpid()}.", dir=cache.parent))
     folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
+    least = min(traffic, key=lambda each: each.batch)
+    asked = QualityJob(
+        rows=tuple(replace(row, expected="") for row in least.rows[:ASKED]),
+        new_tokens=least.new_tokens,
+        batch=least.batch,
+    )
     reference = str(folder / "reference.npz")
-    starts = {
-        "eager": ("eager", {}, {"write_reference": reference}),
-        "cold": ("compiled", params, {}),
-        "warm": ("compiled", params, {"reference": reference}),
-    }
-    found = {}
+    opened = OpenJob(plugin="compiled", params=params, model=_absolute(model))
+    eager = replace(opened, plugin="eager", params={})
+
+    def start(name: str, job: OpenJob, asked: QualityJob, cache: Path, others: Sequence[str] = ()) -> _Told:
+        return _start(job, asked, traffic, folder / f"{name}.log", cache, threads, others)
+
     try:
-        for name, start in starts.items():
-            # A cold start is part of the answer, so it gets an empty cache, and its graphs join the others afterwards.
-            where = fresh if name == "cold" else cache
-            switched = others if name == "warm" else ()
-            found[name] = _start(model, *start, traffic, folder / f"{name}.log", where, threads, switched)
-            if name == "cold":
-                store.absorb(fresh, cache)
+        before = start("eager", eager, replace(asked, write_reference=reference), cache)
+        # A cold start is part of the answer, so it gets an empty cache, and its graphs join the others afterwards.
+        cold = start("cold", opened, asked, fresh)
+        store.absorb(fresh, cache)
+        warm = start("warm", opened, replace(asked, reference=reference), cache, others)
     except WorkerFailed as error:
         raise as_input(error) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    eager, cold, warm = found["eager"], found["cold"], found["warm"]
-    ours, theirs = warm.pop("given"), eager.pop("given")
-    cold.pop("given")
-    pairs = [(ours[row], theirs[row]) for row in ours]
-    return {
-        **found,
-        "switches": warm["switches"],
-        "cache": str(cache),
-        "cache_bytes": store.size(cache),
-        "kl": sum(a["kl"] for a, _ in pairs) / sum(a["scored_tokens"] for a, _ in pairs),
-        "greedy_match": sum(a["tokens"] == b["tokens"] for a, b in pairs) / len(pairs),
-        "prompts": len(pairs),
-        "traffic": [
-            {
-                "batch": each.batch,
-                "new_tokens": each.new_tokens,
-                "tpot_ms": warm["tpot_ms"][n],
-                "eager_tpot_ms": eager["tpot_ms"][n],
-                "break_even": _pays_after(
-                    cold["facts"].get("compile_time", 0.0), eager["request_s"][n], warm["request_s"][n]
-                ),
-            }
+    pairs = [(answer, before.answers[row]) for row, answer in warm.answers.items()]
+    spent = cold.start.facts.compile_time or 0.0
+    return Compiled(
+        eager=before.start,
+        cold=cold.start,
+        warm=warm.start,
+        switches=warm.start.switches,
+        cache=str(cache),
+        cache_bytes=store.size(cache),
+        kl=sum(a.kl or 0.0 for a, _ in pairs) / sum(a.scored_tokens for a, _ in pairs),
+        greedy_match=sum(a.tokens == b.tokens for a, b in pairs) / len(pairs),
+        prompts=len(pairs),
+        traffic=tuple(
+            Shape(
+                batch=each.batch,
+                new_tokens=each.new_tokens,
+                tpot_ms=warm.start.tpot_ms[n],
+                eager_tpot_ms=before.start.tpot_ms[n],
+                break_even=_pays_after(spent, before.start.request_s[n], warm.start.request_s[n]),
+            )
             for n, each in enumerate(traffic)
-        ],
-    }
+        ),
+    )
 
 
 def _pays_after(spent: float, before: float, after: float) -> float | None:
@@ -338,66 +446,68 @@ def _pays_after(spent: float, before: float, after: float) -> float | None:
     return spent / (before - after) if before > after else None
 
 
+@dataclass(frozen=True)
+class _Told:
+    """A start, and the answers that were given after it, by row."""
+
+    start: Start
+    answers: Mapping[str, Answer]
+
+
 def _start(
-    model: Model,
-    engine: str,
-    params: Mapping[str, Json],
-    references: Mapping[str, Json],
+    job: OpenJob,
+    asked: QualityJob,
     traffic: Sequence[Traffic],
     log: Path,
     cache: Path,
     threads: int,
     others: Sequence[str],
-) -> dict[str, Json]:
+) -> _Told:
     """One process from its start to an answer in every shape, and then what else is asked of it."""
     started = time.perf_counter()
     with WorkerProcess(log, threads or machine.cores(), cache) as child:
-        child.ask("prepare", DEADLINE_S, plugin=engine, model=asdict(_absolute(model)))
-        launch = child.ask("open", DEADLINE_S, plugin=engine, params=dict(params), model=asdict(_absolute(model)))
+        child.ask(PrepareJob(plugin=job.plugin, model=job.model), DEADLINE_S)
+        launch = child.ask(job, DEADLINE_S)
         for each in traffic:
-            rows = [row.as_json() for row in each.rows]
-            child.ask("warm", DEADLINE_S, rows=rows, batch=each.batch, new_tokens=each.new_tokens)
+            child.ask(WarmJob(rows=tuple(each.rows), batch=each.batch, new_tokens=each.new_tokens), DEADLINE_S)
         first = [_speed(child, each, 1)[0] for each in traffic]
         total = time.perf_counter() - started
-        facts = child.ask("facts", 30)
+        facts = child.ask(FactsJob(), 30)
         timed = [_speed(child, each, 3) for each in traffic]
-        answered: dict[str, Json] = {}
-        least = min(traffic, key=lambda each: each.batch)
-        child.ask(
-            "quality",
-            DEADLINE_S,
-            lambda record: answered.update({record["row"]: record}),
-            rows=[replace(row, expected="").as_json() for row in least.rows[:ASKED]],
-            schema=None,
-            new_tokens=least.new_tokens,
-            batch=least.batch,
-            **references,
-        )
-        switches = []
-        for adapter in others:
-            took = child.ask("switch", DEADLINE_S, adapter=str(Path(adapter).resolve()))
-            again = sum(_speed(child, each, 1)[0]["request_duration_ms"] for each in traffic) / 1e3
-            after = child.ask("facts", 30)
-            switches.append({"adapter": adapter, **took, "first_answers_s": again, "recompiles": after["recompiles"]})
-    graphs = facts.get("compile_time", 0.0) + facts.get("warm_start", 0.0)
-    answers = sum(r["request_duration_ms"] for r in first) / 1e3
-    parts = {"load": launch["model_loading_time"], "graphs": graphs, "answers": answers}
-    return {
-        "total": total,
-        "imports": total - sum(parts.values()),
-        **parts,
-        "facts": facts,
-        "tpot_ms": [stats.median([r["tpot_ms"] or math.nan for r in turn]) for turn in timed],
-        "request_s": [stats.median([r["request_duration_ms"] for r in turn]) / 1e3 for turn in timed],
-        "given": answered,
-        "switches": switches,
-    }
+        answers: dict[str, Answer] = {}
+        child.ask(asked, DEADLINE_S, lambda answer: answers.update({answer.row: answer}))
+        switches = tuple(_switched(child, adapter, traffic) for adapter in others)
+    graphs = (facts.compile_time or 0.0) + (facts.warm_start or 0.0)
+    answered = sum(map(_duration, first)) / 1e3
+    start = Start(
+        total=total,
+        imports=total - launch.model_loading_time - graphs - answered,
+        load=launch.model_loading_time,
+        graphs=graphs,
+        answers=answered,
+        facts=facts,
+        tpot_ms=tuple(stats.median([r.tpot_ms or math.nan for r in turn]) for turn in timed),
+        request_s=tuple(_middle(turn) / 1e3 for turn in timed),
+        switches=switches,
+    )
+    return _Told(start, answers)
 
 
-def _speed(child: WorkerProcess, each: Traffic, requests: int) -> list[dict[str, Json]]:
+def _switched(child: WorkerProcess, adapter: str, traffic: Sequence[Traffic]) -> Switch:
+    """Put another adapter in the place of the one that is served, and ask for an answer in every shape."""
+    switched = child.ask(SwitchJob(str(Path(adapter).resolve())), DEADLINE_S)
+    again = sum(_duration(_speed(child, each, 1)[0]) for each in traffic) / 1e3
+    return Switch(
+        adapter=adapter,
+        adapter_switch_time=switched.adapter_switch_time,
+        first_answers_s=again,
+        recompiles=child.ask(FactsJob(), 30).recompiles,
+    )
+
+
+def _speed(child: WorkerProcess, each: Traffic, requests: int) -> tuple[Request, ...]:
     """Timed requests: the longest prompts first, since they decide how long a cache has to be."""
     rows = sorted(each.rows, key=lambda row: -sum(len(m["content"]) for m in row.messages))
     picks = [rows[n % len(rows)] for n in range(each.batch * requests)]
-    batches = [[row.as_json() for row in picks[n : n + each.batch]] for n in range(0, len(picks), each.batch)]
-    answer = child.ask("speed", DEADLINE_S, batches=batches, new_tokens=each.new_tokens, warmup=0)
-    return list(answer["requests"])
+    batches = tuple(tuple(picks[n : n + each.batch]) for n in range(0, len(picks), each.batch))
+    return child.ask(SpeedJob(batches=batches, new_tokens=each.new_tokens, warmup=0), DEADLINE_S).requests

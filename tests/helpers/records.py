@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from peftopt import jsonl
+from peftopt import corpus
 from peftopt.decision import decide as judging
 from peftopt.decision.evidence import Evidence
 from peftopt.measurements import measured
@@ -123,7 +123,7 @@ def lines_of(path: Path) -> list[Measurement]:
 
 
 def _json_lines(path: Path) -> list[dict[str, Json]]:
-    return [json.loads(line) for _, line in jsonl.lines(jsonl.text_of(path.read_bytes()))]
+    return [json.loads(line) for _, line in corpus.lines(corpus.text_of(path.read_bytes()))]
 
 
 def decide(plan: Plan, found: Sequence[Measurement], machine: Mapping[str, Json]) -> Decision:

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
-from peftopt import jsonl
-from peftopt.errors import BadInput
+from peftopt import corpus
+from peftopt.errors import BROKEN, BadInput
 from peftopt.loadtest import summary
-from peftopt.loadtest.summary import Request
+from peftopt.loadtest.summary import LoadSummary, Request
+from peftopt.measurements import as_json
 from peftopt.records import Json, Measurement
 
 SCHEDULED = "scheduled times: latency counts from when a request was sent, so a late sender hides a slow server"
@@ -70,7 +71,7 @@ class Found:
         values: dict[str, Json] = {"source": self.source, "title": self.title, "lacks": list(self.lacks), **self.values}
         if self.probe == "load":
             values |= {"started": self.started} if self.started else {}
-            values |= {"requests": [r.as_json() for r in self.requests], "reported": dict(self.reported)}
+            values |= {"requests": [as_json(r.record()) for r in self.requests], "reported": dict(self.reported)}
         return Measurement(self.probe, variant, workload if self.probe == "load" else "", values=values, at=at)
 
 
@@ -84,7 +85,7 @@ def read(path: Path, task: str = "") -> list[Found]:
     read."""
     known = modules()
     try:
-        data = _parsed(jsonl.text_of(path.read_bytes()))
+        data = _parsed(corpus.text_of(path.read_bytes()))
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror}", "check the path") from error
     except UnicodeDecodeError as error:
@@ -102,7 +103,7 @@ def read(path: Path, task: str = "") -> list[Found]:
         raise BadInput(f"{path} is not a result file that can be read", hint)
     try:
         found: list[Found] = [_sound(run) for run in importer.read(data, About(path.name, task))]
-    except jsonl.BROKEN as error:
+    except BROKEN as error:
         hint = f"format versions that can be read: {importer.VERSIONS}"
         raise BadInput(f"{path} looks like {importer.NAME}, but is not whole: {error!r}", hint) from error
     if not found:
@@ -114,7 +115,7 @@ def _parsed(text: str) -> Json:
     try:
         return json.loads(text)
     except ValueError:
-        return [json.loads(line) for _, line in jsonl.lines(text)]
+        return [json.loads(line) for _, line in corpus.lines(text)]
 
 
 def _sound(found: Found) -> Found:
@@ -184,13 +185,13 @@ def from_zero(requests: Sequence[Request]) -> tuple[Request, ...]:
     )
 
 
-def as_loaded(found: Found) -> dict[str, Json]:
-    """What `report.load` shows of a run, in the shape of `runs.as_json`."""
-    empty: dict[str, Json] = {"trials": [], "highest_rate": None, "engine": {}}
+def as_loaded(found: Found) -> LoadSummary:
+    """What `report.load` shows of a run."""
     requests = found.requests
-    return {
-        "figures": summary.figures(requests),
-        "by_model": summary.by_model(requests),
-        "own_delay": summary.own_delay(requests),
-        **empty,
-    }
+    return LoadSummary(
+        figures=summary.figures(requests),
+        by_model=summary.by_model(requests),
+        own_delay=summary.own_delay(requests),
+        highest_rate=None,
+        cliff=None,
+    )

@@ -24,6 +24,18 @@ NAMES = ("completions", "chat", "llamacpp", "tgi", "mii")
 
 
 @dataclass(frozen=True)
+class Target:
+    """Where to send requests, and in which form. `model` is a served name, "" = the only one; `key_env` names the
+    environment variable that holds the API key; a request takes at most `timeout_s`, whole."""
+
+    url: str
+    protocol: str = "chat"
+    model: str = ""
+    key_env: str = ""
+    timeout_s: float = 120.0
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One prompt in the forms that a server may take it in; a protocol uses the first that it can."""
 
