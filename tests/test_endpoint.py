@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command_line import command, prompts
 from helpers.records import lines_of
-from servers import FAULTS, Server, served
-from test_run import command, prompts
+from helpers.servers import FAULTS, Server, served
 
 from peftopt import plugins
 from peftopt.corpus import Row

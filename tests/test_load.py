@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.command_line import command, prompts
 from helpers.records import lines_of
+from helpers.servers import served
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import served
-from test_run import command, prompts
 
 from peftopt import corpus, store
 from peftopt.cli import load as cli_load

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.command_line import prompts
 from helpers.records import evidence_of, plan_of, whole
-from test_run import prompts
 
 from peftopt import machine, store
 from peftopt.errors import BadInput, WorkerFailed
