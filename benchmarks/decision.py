@@ -6,7 +6,7 @@
 A world is log t = variant + drift + slow sine + AR(1) + noisy neighbour (all the machine's), launch effect, jitter and
 spikes. The truth is a gain of 12 %, exactly 15 % or 18 %, and the rule "more than 15 % faster". Accepting the first or
 rejecting the last is wrong; so is accepting the second more often than a rule's stated error. Every figure comes with
-its Monte-Carlo error. What judges is peftopt's own code (stats.race, and for the race of twelve need.blocks), no copy.
+its Monte-Carlo error. What judges is peftopt's own code (stats.race; stopping.blocks in the race of twelve), no copy.
 
 Blocks of one process share its launch effect, so they say less than as many fresh processes: `--relaunch` and
 `--launch` show what the usual rules and peftopt's make of it. `--trust` builds worlds that try to fool a verdict

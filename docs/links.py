@@ -10,6 +10,7 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((\.\./[^)\s]+)\)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """The page, with the path of the file in place of a link out of docs/."""
     folder = posixpath.dirname(f"docs/{page.file.src_uri}")
 
     def named(match: re.Match[str]) -> str:

@@ -30,6 +30,7 @@ class Row:
         return identity.of_value(self.messages)[:16]
 
     def as_json(self) -> dict[str, Json]:
+        """Its fields by name, as `row_from` reads them."""
         return asdict(self)
 
 
@@ -196,7 +197,7 @@ def calibration_file(named: str) -> Path:
 
 
 def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str) -> None:
-    """Refuse a calibration row that is also evaluated: a quantizer must not see the questions of its exam."""
+    """Raises BadInput for a calibration row that is evaluated too: no quantizer may see the questions of its exam."""
     exam = {row.prompt_id: row.id for row in evaluation}
     for row in calibration:
         if twin := exam.get(row.prompt_id):

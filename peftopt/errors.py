@@ -39,13 +39,13 @@ class Rejected(PeftoptError):
 
 
 class MissingEnvironment(PeftoptError):
-    """This machine lacks something, or a path cannot be written (exit 4)."""
+    """The machine lacks something, or a path cannot be written (exit 4)."""
 
     exit_code = ENVIRONMENT
 
 
 class WorkerFailed(PeftoptError):
-    """A child process died, hung or refused; `reason` is one of the words in faults: 'out of memory', …"""
+    """A worker process or a server died, hung or refused (exit 4); `reason` is a few words: "timeout", "died"."""
 
     exit_code = ENVIRONMENT
 

@@ -1,6 +1,6 @@
-"""JSON lines, as other programs write them: a byte order mark, and line separators of Unicode inside of strings.
+r"""JSON lines, as other programs write them: a byte order mark, and line separators of Unicode inside of strings.
 
-Only \\n ends a line: U+2028, U+0085 and the like may stand in a JSON string as they are (RFC 8259).
+Only \n ends a line: U+2028, U+0085 and the like may stand in a JSON string as they are (RFC 8259).
 """
 
 from __future__ import annotations

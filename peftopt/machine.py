@@ -86,7 +86,10 @@ def _nvidia_smi(query: str) -> list[str]:
     if not (tool := shutil.which("nvidia-smi")):
         return []
     command = [tool, query, "--format=csv,noheader"]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:  # a driver that hangs tells nothing
+        return []
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
 
 

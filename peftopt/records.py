@@ -114,6 +114,7 @@ class Workload:
 
     @property
     def loaded(self) -> bool:
+        """Whether it is a load on a server, by `users` or at a `rate`."""
         return bool(self.users or self.rate)
 
 

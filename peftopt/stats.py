@@ -1,4 +1,4 @@
-"""Samples -> intervals, and intervals -> outcomes: the rules of docs/measurement as pure functions.
+"""Samples -> intervals, and intervals -> outcomes: the rules of docs/verdicts.md as pure functions.
 
 Bounds that the data cannot support are infinite, and an infinite bound clears no limit: too little data is
 inconclusive by construction, never a pass. Samples that are not finite are refused with ValueError.
@@ -123,8 +123,8 @@ def race(
     `open_ended`: a race that was planned to go on past the looks is judged by bets alone, which then have all of ALPHA.
 
     Blocks of one launch share its fate: an interval spans launches where they may differ (see `paired`), and bets are
-    placed on whole launches. `resolution` is how far a coarse clock may have
-    moved a log ratio: the interval must clear the limit by as much.
+    placed on whole launches. `resolution` is how far a coarse clock may have moved a log ratio: the interval must clear
+    the limit by as much. Raises ValueError for a family of none, and log ratios that are not finite.
     """
     x = _finite(d)
     groups = _groups(launches, len(x))
@@ -422,7 +422,8 @@ def mean(samples: Iterable[float], level: float = 0.95) -> Interval:
 def ratio_of_means(num: Iterable[float], den: Iterable[float], level: float = 0.95) -> Interval:
     """sum(num) / sum(den) over prompts, each prompt one cluster, by the delta method with a t quantile.
 
-    `num` in any unit, `den` >= 0 (a count of tokens). Source: Miller 2024, arXiv 2411.00640, section 2.2.
+    `num` in any unit, `den` >= 0 (a count of tokens); ValueError for others, and where they differ in length.
+    Source: Miller 2024, arXiv 2411.00640, section 2.2.
     """
     import numpy as np
     from scipy.special import stdtrit
@@ -444,7 +445,8 @@ def ratio_of_means(num: Iterable[float], den: Iterable[float], level: float = 0.
 def perplexity_ratio(
     nll_variant: Iterable[float], nll_reference: Iterable[float], tokens: Iterable[float], level: float = 0.95
 ) -> Interval:
-    """Perplexity of the variant over the reference's, from each prompt's summed nll (nats) and its tokens."""
+    """Perplexity of the variant over the reference's, from each prompt's summed nll (nats) and its tokens. Raises
+    ValueError where the three differ in length."""
     variant, reference = _finite(nll_variant), _finite(nll_reference)
     if len(variant) != len(reference):
         raise ValueError("the variant and the reference must score the same prompts")

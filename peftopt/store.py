@@ -41,6 +41,7 @@ class Store:
             ) from error
 
     def folder(self, artifact_id: str) -> Path:
+        """Where an artifact lies, or will lie."""
         return self.root / "artifacts" / artifact_id[:2] / artifact_id
 
     def cache(self, artifact_id: str) -> Path:
@@ -189,7 +190,7 @@ ROOT = 0
 
 def claim(folder: Path) -> Path:
     """A folder for compiled graphs, made where there is none. Whoever loads a graph runs it, and torch keeps them as
-    pickles: so raises BadInput for a folder that another user owns."""
+    pickles: so raises BadInput for a folder that another user owns; MissingEnvironment for one that cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

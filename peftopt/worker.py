@@ -279,7 +279,7 @@ def serve(jobs: TextIO, channel: TextIO) -> None:
 
 
 def main() -> None:
-    """stdout is the protocol, so whatever a library prints goes to stderr, the worker's log."""
+    """Serve jobs from stdin. stdout is the protocol, so whatever a library prints goes to stderr, the worker's log."""
     machine.die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     channel = os.fdopen(os.dup(1), "w")

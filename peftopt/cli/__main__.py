@@ -1,4 +1,4 @@
-"""python -m peftopt.cli"""
+"""Run the command line: python -m peftopt.cli."""
 
 from peftopt.cli import main
 

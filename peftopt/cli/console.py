@@ -39,15 +39,18 @@ class Console:
     # ---- while it runs ----
 
     def done(self, step: str, what: str, seconds: float | None, note: str = "") -> None:
+        """Print a step that is over, to stderr unless quiet; `seconds` None means that it was cached."""
         if not self.quiet:
             took = "cached" if seconds is None else f"{seconds:.1f} s"
             self.err.print(f"  {escape(step):<8} {escape(what)} [dim]{took} {escape(note)}[/dim]")
 
     def tell(self, text: str) -> None:
+        """Print a text to stderr, unless quiet."""
         if not self.quiet:
             self.err.print(f"  {escape(text)}", soft_wrap=True)
 
     def warn(self, text: str) -> None:
+        """Print a warning to stderr, quiet or not."""
         self.err.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
 
     @contextlib.contextmanager
@@ -112,6 +115,7 @@ class Console:
         self.out.print(table)
 
     def say(self, text: str, style: str = "") -> None:
+        """Print a text to stdout as it is, in a style of rich; its markup is escaped."""
         self.out.print(escape(text), style=style or None, soft_wrap=True)
 
     def pairs(self, title: str, values: Mapping[str, object]) -> None:

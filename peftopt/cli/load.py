@@ -255,7 +255,7 @@ def _check_recipe_options(options: Options) -> None:
 
 
 def chosen(file: Path, options: Options) -> tuple[Recipe, Workload]:
-    """The recipe with only the variants to load, and the workload to send."""
+    """The recipe with only the variants to load, and the workload to send. Raises BadInput where it has none such."""
     from peftopt import plugins
     from peftopt.recipe.reader import nearest
 

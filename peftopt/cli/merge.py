@@ -14,8 +14,6 @@ from peftopt.errors import BadInput
 if TYPE_CHECKING:
     from peftopt.records import Model
 
-ONE_GB = 10**9
-
 
 @app.command()
 def merge(
@@ -28,8 +26,8 @@ def merge(
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; the base's own by default.")] = "",
     certify: Annotated[
         str,
-        typer.Option(help="blocks (while streaming) or full (the saved model's predictions too; default up to 1 GB)."),
-    ] = "",
+        typer.Option(help="blocks (while streaming), full (the saved model's predictions too), auto: full up to 1 GB."),
+    ] = "auto",
     prompts: Annotated[
         Path | None, typer.Option(help="JSON-lines prompts for the full certificate; some of ours by default.")
     ] = None,
@@ -52,13 +50,10 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Fold adapters into their base model, and certify that the result is the same model."""
-    from peftopt import store
     from peftopt.records import Model
 
     folders, weights = zip(*(weighted(text, "--adapter") for text in adapter), strict=True)
     model = Model(str(base), folders)
-    if not certify:
-        certify = "blocks" if base.is_dir() and store.size(base) > ONE_GB and merge_base != "auto" else "full"
     params = {
         "dtype": dtype,
         "certify": certify,

@@ -83,6 +83,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def read_recipe(path: Path) -> tuple[Recipe, str]:
+    """A recipe and its text. Raises BadRecipe with all its mistakes, BadInput for a file that `read_text` refuses."""
     from peftopt import plugins
     from peftopt.recipe import parse as recipes
 
@@ -96,6 +97,7 @@ def read_recipe(path: Path) -> tuple[Recipe, str]:
 
 
 def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises BadInput where it cannot be read, is other text, or has more than 100 MB."""
     try:
         if path.stat().st_size > 100_000_000:
             raise BadInput(f"{path} is {path.stat().st_size / 1e6:.0f} MB", "a text file is expected here")
@@ -107,7 +109,7 @@ def read_text(path: Path) -> str:
 
 
 def find_run(given: Path | None, results: Path, recipe: str = "") -> Path:
-    """The run the user names, or the newest one, of that recipe where one is named."""
+    """The run the user names, or the newest one, of that recipe where one is named. Raises BadInput without a run."""
     if given is not None:
         return given
     pattern = f"*-{recipe}-*" if recipe else "*"
@@ -180,6 +182,7 @@ def write_reports(folder: Path, evidence: Evidence) -> None:
 def transform(
     plugin: str, params: dict[str, Any], model: Model, out: Path, calibration: str | None, seed: int, as_json: bool
 ) -> None:
+    """Write the transformed model to `out`, as `single.transform` does, and print what that took and found."""
     from peftopt.cli.console import Console
     from peftopt.metrics import format_value
     from peftopt.runner import single
@@ -197,6 +200,7 @@ def transform(
 
 
 def certified(found: dict[str, Any]) -> dict[str, str]:
+    """What was checked of a new model, to print: the certificate of a merge, else that all weights are finite."""
     if "certificate" not in found:
         return {"weights": "all finite"}
     from peftopt.merging import certificate
@@ -216,8 +220,8 @@ def _provenance(found: dict[str, Any]) -> dict[str, str]:
 
 
 def weighted(text: str, option: str) -> tuple[str, float]:
-    """`NAME` or `NAME=0.7`; a folder whose own name has an equals sign is taken as it is. `option` is named in the
-    error."""
+    """`NAME` or `NAME=0.7`; a folder whose own name has an equals sign is taken as it is. Raises BadInput, which names
+    the `option`, for a weight that is not a number."""
     folder, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, 1.0
@@ -259,12 +263,14 @@ def params_of(plugin: Plugin, options: dict[str, str], settings: Sequence[str]) 
 
 
 def model_of(base: Path, adapter: Path | None) -> Model:
+    """The base, with the adapter on top where one is given."""
     from peftopt.records import Model
 
     return Model(str(base), (str(adapter),) if adapter else ())
 
 
 def print_lines(title: str, lines: dict[str, str], found: Any, as_json: bool) -> None:
+    """Print a result: `found` as one line of JSON, or a title with its named `lines`."""
     from peftopt.cli.console import Console
 
     if as_json:
@@ -274,4 +280,5 @@ def print_lines(title: str, lines: dict[str, str], found: Any, as_json: bool) ->
 
 
 def plain(value: Any) -> Any:
+    """What json.dumps asks for a value that it cannot write: a dataclass as a mapping, anything else as text."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)

@@ -91,6 +91,7 @@ class CriticalError:
 
     @property
     def counts(self) -> bool:
+        """Whether it rejects: not at a near tie, nor where the baseline was asked the prompt only once."""
         return not (self.near_tie or self.asked_once)
 
 
@@ -330,8 +331,8 @@ class Evidence:
         return numbers
 
     def ratio(self, variant: str, against: str, workload: str, field: Field, level: float = 0.95) -> Interval | None:
-        """variant / against of a request's field, paired by block, with bounds that respect launches; None of no
-        block."""
+        """The ratio variant / against of a request's field, paired by block, with bounds that respect launches; None of
+        no block."""
         series = self.series(variant, against, workload, field)
         if not series:
             return None

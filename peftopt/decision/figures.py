@@ -69,6 +69,7 @@ def _figures(evidence: Evidence, variant: str, level: float) -> dict[str, Interv
 
 
 def figure(evidence: Evidence, variant: str, metric: Metric, level: float = 0.95) -> Interval | None:
+    """One metric of a variant, from `figures`; None where it was not measured."""
     return figures(evidence, variant, level).get(str(metric))
 
 

@@ -62,6 +62,7 @@ class Case:
 
     @property
     def baseline(self) -> str:
+        """The name of the run's baseline."""
         return self.evidence.baseline
 
 
@@ -308,7 +309,7 @@ def cut(case: Case) -> Verdict:
 
 
 def _at_most(case: Case, k: int, n: int, reason: str, nothing: str) -> Verdict:
-    """k of n, judged by exact bounds that hold over the family together."""
+    """A count k of n, judged by exact bounds that hold over the family together."""
     if not n:
         return Verdict("", "inconclusive", nothing, case.baseline)
     value = stats.proportion(k, n, 1 - 0.1 / case.family)  # 5 % on the side that is judged

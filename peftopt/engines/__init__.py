@@ -105,7 +105,7 @@ class Engine(ABC):
         """Greedy answers of one batch, KV cache on. `stop=False` generates exactly `new_tokens` (EOS disabled)."""
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
-        """Score one batch of given answers."""
+        """Score one batch of given answers. Raises NotImplementedError where `scores` is False."""
         raise NotImplementedError("this engine only generates")
 
     @abstractmethod
@@ -128,7 +128,7 @@ class Engine(ABC):
         return
 
     def switch(self, adapter: str) -> float:
-        """Put another adapter in the place of its own; the seconds it took."""
+        """Put another adapter in the place of its own; the seconds it took. NotImplementedError for most engines."""
         raise NotImplementedError("this engine cannot switch adapters")
 
     def without_adapters(self) -> AbstractContextManager[None] | None:

@@ -59,7 +59,7 @@ def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], prompt: bool
 
 
 def ends(folder: Path, tokenizer: Any) -> list[int]:
-    """The ids that end an answer: those of the folder's configs, else the tokenizer's."""
+    """The ids that end an answer: those of the folder's configs, else the tokenizer's. Raises BadInput without any."""
     ids = template.ends(folder) or [id_ for id_ in [tokenizer.eos_token_id] if id_ is not None]
     if not ids:
         raise BadInput("the model has no end-of-sequence token", "set eos_token_id in its generation_config.json")

@@ -67,8 +67,9 @@ def keep(cache: Any, keys: list[Any], values: list[Any]) -> None:
 
 
 def _linear(linear: Any, x: Any) -> Any:
-    """x @ W.T + b. For one row in a graph it is written as the sum of products that it is, because Inductor makes one
-    pass over the weights of that, on a CPU two to three times faster than PyTorch's matrix product of one row."""
+    """Compute x @ W.T + b. For one row in a graph it is written as the sum of products that it is, because Inductor
+    makes one pass over the weights of that, on a CPU two to three times faster than PyTorch's matrix product of one
+    row."""
     import torch
 
     rows = x.numel() // x.shape[-1]

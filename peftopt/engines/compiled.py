@@ -63,7 +63,10 @@ prepare = eager.prepare
 
 
 def open(model: Model, params: Params) -> Compiled:
-    """Load the model. The first request of each shape compiles, or loads what an earlier process compiled."""
+    """Load the model. The first request of each shape compiles, or loads what an earlier process compiled.
+
+    Raises BadInput for parameters that mean nothing, and for models that no graph can hold.
+    """
     for name, value, known in (("mode", params.mode, MODES), ("attention", params.attention, ATTENTIONS)):
         if value not in known:
             raise BadInput(f"{name}: {value!r} is unknown", f"use one of {', '.join(known)}")
@@ -157,6 +160,7 @@ class Compiled(eager.Transformers):
     # ---- what it answers ------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        """By the graphs of the batch's shape; as `eager`, and counted, where no graph takes it."""
         import torch
 
         shape = self._shape(len(prompts), max(map(len, prompts)) + new_tokens, timed=not stop)
@@ -268,6 +272,7 @@ class Compiled(eager.Transformers):
         }
 
     def close(self) -> None:
+        """Free the graphs and the model."""
         self._inner = None
         self._graphs.close()
         self._steps.clear()

@@ -55,6 +55,11 @@ class Continuous(eager.Transformers):
         self._manager: Any = None
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        """Hand all prompts to the manager, which joins them into batches.
+
+        Raises BadInput for a row that is longer than the cache, WorkerFailed when a row fails or none ends within
+        SILENT_S seconds.
+        """
         self._check_room(prompts, new_tokens)
         room = self._params.cache_tokens
         if (longest := max(map(len, prompts)) + new_tokens) > room:
@@ -79,6 +84,7 @@ class Continuous(eager.Transformers):
         return super().score(prompts, answers)
 
     def close(self) -> None:
+        """End the manager's thread, and free the model."""
         self._rest()
         self._inner = None
         super().close()

@@ -70,6 +70,10 @@ class Transformers(Text):
         super().__init__(tokenizer, _as_list(self._stopping.eos_token_id))
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        """By the `generate` of transformers, with the prompts padded on the left.
+
+        Raises BadInput where the model has too few positions.
+        """
         import torch
 
         self._check_room(prompts, new_tokens)
@@ -91,6 +95,10 @@ class Transformers(Text):
         return [trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        """In one forward pass; what all prompts begin with is computed once. Prompt methods take a row at a time.
+
+        Raises BadInput where the model has too few positions.
+        """
         if self._one_by_one and len(prompts) > 1:
             # PEFT puts the virtual tokens before the padding and drops `position_ids`: only a lone row is exact.
             return [self.score([p], [a])[0] for p, a in zip(prompts, answers, strict=True)]
@@ -125,6 +133,7 @@ class Transformers(Text):
         return owner.disable_adapter() if hasattr(owner, "peft_config") else contextlib.nullcontext()
 
     def close(self) -> None:
+        """Drop the model; on a GPU, also hand back the memory that torch caches."""
         import gc
 
         import torch

@@ -90,6 +90,7 @@ class Served(Text):
             )
 
     def encode(self, messages: Sequence[Mapping[str, str]], answer: str | None = None) -> tuple[list[int], list[int]]:
+        """It also keeps the messages, for a protocol that sends them in place of token ids."""
         prompt, ids = super().encode(messages, answer)
         self._messages[tuple(prompt)] = messages  # a protocol of chats wants them back
         return prompt, ids
@@ -105,7 +106,11 @@ class Served(Text):
         return Prompt(self._messages.get(tuple(ids), ()), text, tuple(ids) if self._takes_ids else ())
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
-        """One request for each prompt, all at once: how they are batched is the server's business."""
+        """One request for each prompt, all at once: how they are batched is the server's business.
+
+        Raises BadInput where a fixed length is asked for and the protocol or the server has none, WorkerFailed when a
+        request fails.
+        """
         if not stop and not self._client.protocol.FIXED_LENGTH:
             raise BadInput(
                 f"{self._client.target.protocol} cannot generate a fixed number of tokens",
@@ -133,9 +138,11 @@ class Served(Text):
         return played
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        """Raises NotImplementedError: no protocol here tells the likelihood of a given answer."""
         raise NotImplementedError("a served model only generates")
 
     def close(self) -> None:
+        """Close the connections and the event loop."""
         self._loop.run(self._client.__aexit__())
         self._loop.close()
 

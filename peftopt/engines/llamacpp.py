@@ -78,6 +78,7 @@ class LlamaCpp(Text):
         self._rows, self._length = 0, 0
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        """All prompts in one batch, which a row leaves when it ends. Raises MemoryError where no context fits them."""
         self._make_room(len(prompts), max(map(len, prompts)) + new_tokens)
         answers: list[list[int]] = [[] for _ in prompts]
         times: list[list[int]] = [[] for _ in prompts]
@@ -97,6 +98,7 @@ class LlamaCpp(Text):
         return [Generation(*each) for each in zip(answers, times, ended, strict=True)]
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        """In one batch; logits are kept only where an answer's token is predicted. MemoryError as in `generate`."""
         import numpy as np
 
         self._make_room(len(prompts), max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)))
@@ -116,6 +118,7 @@ class LlamaCpp(Text):
         return [scores_of(*(each[part] for each in whole)) for part in parts]
 
     def close(self) -> None:
+        """Free the context, the model, and the adapters with it."""
         if self._context is not None:
             self._lib.llama_free(self._context)
         if self._model is not None:

@@ -61,6 +61,7 @@ class LlamaCppServer(Started):
         self.device = "cuda" if params.gpu_layers and library().llama_supports_gpu_offload() else "cpu"
 
     def facts(self) -> dict[str, Json]:
+        """For the log: the server's version, its slots, and the seconds until it was ready."""
         ready = f"ready after {self._seconds:.1f} s"
         return {"log": [f"llama.cpp's server ({LIBRARY} {version(LIBRARY)}), {self.slots} slots: {ready}"]}
 

@@ -69,6 +69,7 @@ class OpenVino(Text):
         self._scorer: Any = None
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        """A token of all rows at a time; with `stop`, until every row has ended."""
         import numpy as np
 
         ids, mask = _left_padded(prompts)
@@ -88,6 +89,7 @@ class OpenVino(Text):
         return [trimmed(list(row), times, self.eos if stop else frozenset()) for row in zip(*columns, strict=True)]
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        """In one pass of the graph that scores, which the first call compiles."""
         import numpy as np
 
         if self._scorer is None:
@@ -99,6 +101,7 @@ class OpenVino(Text):
         return [scores_of(*scored(logits[row, -len(answer) :], np.array(answer))) for row, answer in enumerate(answers)]
 
     def close(self) -> None:
+        """Drop both graphs, with their key-value caches."""
         self._generator = self._scorer = None
 
     def _compiled(self, last_only: bool) -> Any:

@@ -21,6 +21,9 @@ class Params:
 PLUGIN = plugins.engine(Params, technique="compile", needs=(*compiled.PLUGIN.needs, "torch_tensorrt"), device="cuda")
 
 
+prepare = compiled.prepare
+
+
 def open(model: Model, params: Params) -> compiled.Compiled:
     """Load the model. Raises MissingEnvironment where there is no NVIDIA GPU."""
     import torch

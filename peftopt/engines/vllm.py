@@ -112,7 +112,10 @@ class Vllm(Started):
         return scores(positions, answer)
 
     def switch(self, adapter: str) -> float:
-        """Load another LoRA and unload the one before, through vLLM's runtime API; seconds until both are done."""
+        """Load another LoRA and unload the one before, through vLLM's runtime API; seconds until both are done.
+
+        Raises BadInput for a model without an adapter, WorkerFailed when the server refuses.
+        """
         if not self._home.adapters:
             raise BadInput("only a model with an adapter can switch it", "open the base with one --adapter on top")
         self._model, seconds = self._exchange(adapter, self._model)
@@ -129,6 +132,7 @@ class Vllm(Started):
         return name, time.perf_counter() - started
 
     def facts(self) -> dict[str, Json]:
+        """For the log: vLLM's version, whether it compiles, and the seconds until it was ready."""
         compiled = "compiled" if self._params.compile else "eager"
         return {"log": [f"vLLM {version('vllm')}, {compiled}: ready after {self._seconds:.0f} s"]}
 

@@ -99,6 +99,7 @@ def lacking(plugin: Plugin) -> tuple[list[str], str]:
 
 
 def names() -> list[str]:
+    """Every environment that peftopt can build, installed or not, in alphabetical order."""
     return sorted(f.stem for folder in __path__ for f in Path(folder).glob("*.py") if not f.stem.startswith("_"))
 
 

@@ -55,6 +55,7 @@ def model_settings(library: Any) -> Any:
 
 
 def builder() -> Builder:
+    """Pins from llamacpp.lock, and how llama.cpp is compiled for this machine."""
     return Builder(locked("llamacpp"), megabytes=350, tools=TOOLS, check=_check, build=_build)
 
 

@@ -8,6 +8,7 @@ from peftopt.environments._builder import Builder, Module, locked
 
 
 def builder() -> Builder:
+    """Pins from openvino.lock."""
     return Builder(locked("openvino"), megabytes=1600, build=_build)
 
 

@@ -18,7 +18,7 @@ def arrivals(kind: str, rate: float, n: int, seed: int, burstiness: float = 1.0)
     """Offsets in seconds of `n` requests that come at `rate` a second on average, the first at 0, in order.
 
     `burstiness` is the shape of gamma gaps: 1 is Poisson, less is burstier (their variance is rate^-2 / burstiness).
-    The name and its meaning are those of `vllm bench serve`.
+    The name and its meaning are those of `vllm bench serve`. Raises ValueError for a rate or a shape of 0 or less.
     """
     import numpy as np
 

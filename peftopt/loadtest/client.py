@@ -39,7 +39,7 @@ class Target:
 class Reply:
     """An answer, whole or not. Times are perf_counter_ns; `times` has one for each message that brought a token.
 
-    `error` is "" for an answer that is complete. `new_tokens` is the server's count, else the number of messages.
+    `error` is "" for an answer that is complete. `new_tokens` is the server's count, else that of ids or of messages.
     """
 
     sent: int
@@ -55,6 +55,7 @@ class Reply:
 
     @property
     def new_tokens(self) -> int:
+        """The server's count, else the number of ids, else of messages that brought a token."""
         return self.counted or len(self.ids) or len(self.times)
 
     @property
@@ -67,6 +68,7 @@ class Reply:
         self.error = "" if self.done else error
 
     def add(self, event: Event, now: int) -> None:
+        """Take in a message that arrived at `now`, in perf_counter_ns."""
         if event.is_token:
             self.times.append(now)
         self.text += event.text

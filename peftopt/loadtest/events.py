@@ -71,7 +71,7 @@ async def messages(  # noqa: C901 (a branch for each field of an event)
 
 
 async def _lines(pieces: AsyncIterator[tuple[int, bytes]]) -> AsyncIterator[tuple[int, bytes]]:
-    """Lines without their ends, which are \\n, \\r\\n or \\r, and without a byte order mark in front."""
+    r"""Lines without their ends, which are \n, \r\n or \r, and without a byte order mark in front."""
     rest, halved, first, now = b"", False, True, 0
     async for now, piece in pieces:
         if halved:  # of \r\n, the \r came before

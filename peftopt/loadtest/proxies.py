@@ -29,6 +29,7 @@ class Proxy:
 
     @property
     def scheme(self) -> str:
+        """How the proxy is spoken to, in lower case: "http", "socks5"."""
         return self.url.partition("://")[0].lower()
 
 

@@ -50,14 +50,17 @@ class Request:
 
     @property
     def generation_latency_ms(self) -> float:
+        """From when it was sent to its end: without what a late sender adds."""
         return (self.done - self.sent) * 1e3
 
     @property
     def request_duration_ms(self) -> float:
+        """From when it was due to its end: what its user waits."""
         return (self.done - self.scheduled) * 1e3
 
     @property
     def ttft_ms(self) -> float | None:
+        """From when it was due to its first token; None where no token's time is known."""
         return None if self.first is None else (self.first - self.scheduled) * 1e3
 
     @property
@@ -68,6 +71,7 @@ class Request:
         return (self.last - self.first) * 1e3 / (self.new_tokens - 1)
 
     def as_json(self) -> dict[str, Json]:
+        """Its fields, and the times that are computed of them."""
         names = ("queue_time_ms", "generation_latency_ms", "request_duration_ms", "ttft_ms", "tpot_ms")
         return {**asdict(self), **{name: getattr(self, name) for name in names}}
 

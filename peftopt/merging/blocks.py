@@ -50,8 +50,8 @@ OVERFLOW = {"F16": 0x477FF000, "BF16": 0x7F7F8000}
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
-    """numpy's dtype for the format's word, from ml_dtypes where numpy has none; `.name` is torch's word for it. Raises
-    KeyError for one that neither has."""
+    """The dtype of numpy for the format's word, from ml_dtypes where numpy has none; `.name` is torch's word for it.
+    Raises KeyError for one that neither has."""
     import ml_dtypes
     import numpy as np
 
@@ -127,6 +127,7 @@ class Delta:
         return cls(b, fast, np.ascontiguousarray(a.T), slack)
 
     def rows(self, start: int, stop: int) -> Delta:
+        """The part of the delta that is added to the rows from `start` to `stop`; views, not copies."""
         return Delta(self.b[start:stop], self.a, self.exact_a, self.slack[start:stop])
 
     def whole(self) -> np.ndarray:
@@ -233,7 +234,7 @@ class Blocks:
         return changed, squares
 
     def _sum(self, entry: Entry, target: Entry, before: np.ndarray, delta: Delta) -> np.ndarray:
-        """before + delta [rows, in] in the dtype of `target`, rounded once, checked; two bytes as their bits."""
+        """The sum before + delta, [rows, in], in the dtype of `target`: rounded once, checked; two bytes as bits."""
         import numpy as np
 
         if target.dtype in HALVES and entry.dtype != "F64":
@@ -272,7 +273,8 @@ class Blocks:
     # ---- whole tensors -----------------------------------------------------------------------
 
     def put(self, draft: Draft, name: str, tensor: Any) -> None:
-        """Write a whole tensor to its place, rounded once to the dtype that the draft has for it."""
+        """Write a whole tensor to its place, rounded once to the dtype that the draft has for it. Raises BadInput where
+        its shape is another, or a value is not finite."""
         target = draft.entries[name]
         if tuple(tensor.shape) != target.shape:
             raise BadInput(f"{name} came out as {list(tensor.shape)}, its place is {list(target.shape)}")

@@ -175,7 +175,7 @@ class OnDisk(Sequence[Any]):
         self._starts = [0]
 
     def append(self, tensor: Any) -> None:
-        """Write one behind the others."""
+        """Write one behind the others. Raises MissingEnvironment where the disk takes no more."""
         self._file.seek(self._starts[-1])
         try:
             tensor.contiguous().numpy().tofile(self._file)
@@ -222,9 +222,9 @@ def full(
     """Load what was saved and compare its predictions with the live adapter's, both computed in fp32.
 
     One model is in memory at a time. The merge passes when it is no farther from the adapter (mean KL divergence) than
-    twice the adapter's own noise in the output's dtype, changes no more top tokens than that noise does, and is nearer
-    to the adapter than the base is. A `lossy` merge, into other weights than the adapter was trained on, has to meet
-    only the last.
+    twice the adapter's own noise in the output's dtype, changes no more top tokens than that noise does (plus three of
+    its standard deviations), and is at less than half the base's distance from the adapter. A `lossy` merge, into other
+    weights than the adapter was trained on, has to meet only the last.
     """
     import torch
 
@@ -406,7 +406,7 @@ def _predict(model: Any, asked: Sequence[Asked], folder: Path, steps: _Steps, wh
 
 
 def _dtype(out: Path) -> Any:
-    """torch's dtype, of the floating ones, that most of a folder's weights have."""
+    """The dtype of torch, of the floating ones, that most of a folder's weights have."""
     import torch
 
     with open_model(out) as written:

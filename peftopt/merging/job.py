@@ -87,7 +87,10 @@ class Merge:
     # ---- which way ---------------------------------------------------------------------------
 
     def pairs(self) -> dict[str, list[Pair]] | None:
-        """Tensor -> the LoRA pairs that add up, when blocks can do it all; None when PEFT's own layers are needed."""
+        """Tensor -> the LoRA pairs that add up, when blocks can do it all; None when PEFT's own layers are needed.
+
+        Raises BadInput for a pair that does not fit its weight.
+        """
         if self.training.scheme or self.training.packed or self.combination != "cat":
             return None
         if self.config.get("model_type") in TRANSPOSED:

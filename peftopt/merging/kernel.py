@@ -46,7 +46,7 @@ def roundings(rank: int) -> int:
 
 
 def intrinsic(function: Callable[..., Any]) -> Any:
-    """numba's own is untyped."""
+    """As numba's, which is untyped."""
     return _intrinsic(function)
 
 
@@ -131,8 +131,8 @@ def _nearest(context: Any, value: Any, like: Any) -> Any:
 @_compiled
 # One function: a part in a function of its own is not compiled to the same instructions.
 def add_rounded(before, b, a, exact_a, slack, after, tile):  # type: ignore[no-untyped-def]  # noqa: C901
-    """after = before + b @ a, rounded to the nearest. before and after are [rows, in], b [rows, r] and a [r, in], r a
-    multiple of RANKS; `tile` is room for TILE fp32 numbers.
+    """Write after = before + b @ a, rounded to the nearest. before and after are [rows, in], b [rows, r] and a [r, in],
+    r a multiple of RANKS; `tile` is room for TILE fp32 numbers.
 
     a is fp32, b fp32 or fp64, and no element of a row of their product in fp32 is off by more than `slack` [rows].
     Where the sum rounds alike with all errors taken off and added, so does the truth; elsewhere it is computed from b
@@ -179,7 +179,7 @@ def round_to_nearest(exact, after):  # type: ignore[no-untyped-def]
 
 @_compiled
 def _accumulate(b, a, k, left, right, delta):  # type: ignore[no-untyped-def]
-    """delta [ROWS, COLUMNS], flat, gains RANKS products from the k-th on, of the columns from left to right: written
+    """Add RANKS products from the k-th on to delta [ROWS, COLUMNS], flat, in the columns from left to right: written
     out, and apart from what it is part of, so that it is compiled to vector instructions."""
     b00, b01, b02, b03 = b[0, k], b[0, k + 1], b[0, k + 2], b[0, k + 3]
     b10, b11, b12, b13 = b[1, k], b[1, k + 1], b[1, k + 2], b[1, k + 3]

@@ -157,7 +157,8 @@ class Hollow:
     # ---- the base's values -------------------------------------------------------------------
 
     def value(self, name: str, dtype: Any = None) -> Any:
-        """A parameter of the base as the adapter saw it in training, in fp32 unless `dtype` says otherwise."""
+        """A parameter of the base as the adapter saw it in training, in fp32 unless `dtype` says otherwise. Raises
+        BadInput where the base lacks it, or has it in another shape."""
         import torch
 
         dtype = dtype or torch.float32
@@ -183,7 +184,8 @@ class Hollow:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def stored(self, group: Group, values: Tensors) -> Tensors:
-        """The way back: these parameters as the tensors of the checkpoint."""
+        """The way back: these parameters as the tensors of the checkpoint. Raises BadInput where they come out under
+        other names."""
         if group.converter is None:
             return {group.tensors[0][0]: values[group.params[0]]}
         from transformers.core_model_loading import revert_weight_conversion
@@ -206,7 +208,8 @@ class Hollow:
         return self.adapted | self.quantized | self.packed
 
     def merged(self, unit: str, exact: bool = False) -> Tensors:
-        """The parameters of one wrapped module after PEFT merged it: fp32, or fp64 all the way when `exact`."""
+        """The parameters of one wrapped module after PEFT merged it: fp32, or fp64 all the way when `exact`. Raises
+        BadInput where the merge would change the module's architecture, or PEFT cannot merge it."""
         import torch
 
         names = self.units[unit]

@@ -58,6 +58,7 @@ class TrainingBase:
         return _bitsandbytes().QuantState.from_dict(parts, device="cpu")
 
     def is_packed(self, base: Checkpoint, name: str) -> bool:
+        """Whether a tensor of the checkpoint lies there in 4 bits, with its state beside it."""
         return self.packed and f"{name}.absmax" in base.entries
 
     def quantized(self, model: Any) -> set[str]:

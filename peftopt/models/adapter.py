@@ -55,6 +55,7 @@ class Adapter:
 
     @cached_property
     def sha256(self) -> str:
+        """SHA-256 (hex) of its weights' file."""
         return identity.of_file(self.folder / WEIGHTS)
 
 

@@ -51,10 +51,12 @@ class Entry:
 
     @property
     def items(self) -> int:
+        """How many numbers it holds; 1 for a scalar."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """How many bytes of the file it takes."""
         return self.items * ITEM_BYTES[self.dtype]
 
 
@@ -130,10 +132,14 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors together, without the files' headers."""
         return sum(entry.nbytes for entry in self.entries.values())
 
     def read(self, entry: Entry, at: int, into: memoryview) -> None:
-        """Fill `into` with the tensor's bytes from offset `at`. Safe from several threads at once."""
+        """Fill `into` with the tensor's bytes from offset `at`. Safe from several threads at once.
+
+        Raises BadInput for a file that became shorter meanwhile.
+        """
         handle, position, left = self._handle(entry.file), entry.start + at, into
         while left:
             n = os.preadv(handle, [left], position)

@@ -42,12 +42,15 @@ class Policed:
         return getattr(self._engine, name)
 
     def encode(self, messages: Messages, answer: str | None = None) -> tuple[list[int], list[int]]:
+        """The engine's ids of the prompt as the policies leave it."""
         return self._engine.encode(self._policed(Request(messages, 0)).messages, answer)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        """The engine's answers, of at most `most` tokens."""
         return self._engine.generate(prompts, self.most(new_tokens, stop), stop)
 
     def load(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool, **arrivals: Any) -> Any:
+        """The engine's answers under load, of at most `most` tokens."""
         return self._engine.load(prompts, self.most(new_tokens, stop), stop, **arrivals)
 
     def most(self, new_tokens: int, stop: bool) -> int:

@@ -44,6 +44,7 @@ class Asked:
 
     @property
     def length(self) -> int:
+        """Tokens of the prompt."""
         return len(self.prompt)
 
 
@@ -57,6 +58,7 @@ class Waiting:
 
     @property
     def length(self) -> int:
+        """Tokens of the prompt, and of the answer as far as it is proven."""
         return self.asked.length + len(self.start)
 
 
@@ -215,7 +217,8 @@ class HasLength(Protocol):
     """What is asked in batches: `length` in tokens."""
 
     @property
-    def length(self) -> int: ...
+    def length(self) -> int:
+        """How many tokens it takes in a batch."""
 
 
 Sized = TypeVar("Sized", bound=HasLength)

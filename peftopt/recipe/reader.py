@@ -58,12 +58,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def scalar(node: yaml.Node, expected: str) -> str:
+    """The text of a single value. Raises Wrong for nothing, a list or a mapping; `expected` is what it must be."""
     if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null"):
         raise Wrong(f"must be {expected}, found {show(node)}")
     return str(node.value)
 
 
 def text_of(node: yaml.Node, at: str = "") -> str:
+    """A value that is text, not blank, and can be printed. Raises Wrong for others, such as a bare number."""
     value = scalar(node, "text")
     if not node.tag.endswith(":str"):
         raise Wrong(f"must be text, found {show(node)}", "put it in quotes if it is meant as text")
@@ -73,6 +75,8 @@ def text_of(node: yaml.Node, at: str = "") -> str:
 
 
 def whole(low: int, high: int = 1_000_000) -> Reader:
+    """A reader of whole numbers from `low` to `high`, in decimal digits."""
+
     def read(node: yaml.Node, at: str) -> int:
         value = scalar(node, expected := f"a whole number from {low:,} to {high:,}")
         plain = node.tag.endswith(":int") and re.fullmatch(r"[+-]?[0-9]{1,18}", value)
@@ -97,6 +101,8 @@ def quantity(units: Mapping[str, float], low: float, high: float, expected: str)
 
 
 def words(known: Mapping[str, Any]) -> Reader:
+    """A reader of one of these words; it returns what the word stands for."""
+
     def read(node: yaml.Node, at: str) -> Any:
         if (value := scalar(node, expected := f"one of {', '.join(known)}")) not in known:
             raise Wrong(f"must be {expected}, found {show(node)}")
@@ -110,6 +116,7 @@ def _has_no_default(field: dataclasses.Field[Any]) -> bool:
 
 
 def or_off(reader: Reader) -> Reader:
+    """The reader, which now also reads `off`, as None."""
     return lambda node, at: None if node.value == "off" else reader(node, at)
 
 
@@ -131,6 +138,7 @@ def typed(annotation: Any) -> Reader:
 
 
 def share(low: float, high: float) -> Reader:
+    """A reader of shares from `low` to `high` (1 is 100 %), written `15 %` or `0.15`; `off` is None."""
     expected = f"a share from {low * 100:g} % to {high * 100:g} %, such as 15 %, or off"
     return or_off(quantity({"": 1, "%": 100}, low, high, expected))
 
@@ -147,6 +155,7 @@ class Reading:
         self.problems: list[Problem] = []
 
     def note(self, at: str, message: str, hint: str = "", line: int | None = None) -> None:
+        """Keep a mistake, with the line on which `at` is written; `line` where another one is meant."""
         where = self.lines.get(at, 0) if line is None else line
         self.problems.append((where, f"{at}: {message}" if at else message, hint))
 
@@ -161,6 +170,7 @@ class Reading:
         return self.value(reader, root, "")
 
     def value(self, reader: Reader, node: yaml.Node, at: str) -> Any:
+        """What `reader` makes of a node; None where it raises, and the mistake is noted."""
         try:
             return reader(node, at)
         except (ValueError, PeftoptError) as error:
@@ -237,6 +247,8 @@ class Reading:
         return read
 
     def list_of(self, reader: Reader) -> Reader:
+        """A reader of a list whose items `reader` reads; the values as a tuple."""
+
         def read(node: yaml.Node, at: str) -> tuple[Any, ...]:
             if not isinstance(node, yaml.SequenceNode):
                 raise Wrong(f"must be a list, found {show(node)}", "write it in brackets: […]")

@@ -89,7 +89,7 @@ _ALL = "all"
 
 
 def _slice_counts(evidence: Evidence, variant: str) -> dict[str, tuple[int, int]]:
-    """slice -> (right, asked)."""
+    """Slice -> (right, asked)."""
     answers = evidence.rows(variant)
     rows = {**evidence.slices(variant), _ALL: list(answers)}
     return {tag: (sum(answers[row].correct for row in tagged), len(tagged)) for tag, tagged in rows.items()}

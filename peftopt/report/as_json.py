@@ -18,7 +18,8 @@ def render(decision: Decision) -> str:
 
 
 def decision_from_json(text: str) -> Decision:
-    """Read what `render` wrote. A bound that is null is infinite, an estimate that is null NaN."""
+    """Read what `render` wrote. A bound that is null is infinite, an estimate that is null NaN. Raises BadInput for
+    text that is not whole, or of another version."""
     try:
         found = json.loads(text)
     except ValueError as error:

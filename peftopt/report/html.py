@@ -23,6 +23,8 @@ NEAREST = 7.0
 
 @dataclass(frozen=True)
 class Dot:
+    """A block's ratio in the plot: `x` in per cent of the width, `y` in pixels below the row's highest dots."""
+
     x: float
     y: float
 
@@ -56,6 +58,7 @@ class Plot:
 
 
 def render(decision: Decision, evidence: Evidence) -> str:
+    """The page. Text from recipes, models and errors is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -133,6 +136,7 @@ class Scale:
 
     @classmethod
     def around(cls, ratios: Sequence[float]) -> Scale:
+        """The scale on which all these ratios lie, with a margin at either side."""
         logs = [math.log(ratio) for ratio in ratios]
         margin = max((max(logs) - min(logs)) * 0.06, 0.02)
         return cls(min(logs) - margin, max(logs) + margin)

@@ -25,6 +25,7 @@ def clean(text: object) -> str:
 
 
 def clip(text: str, length: int) -> str:
+    """The text, or as much of it as fits `length` characters with an ellipsis."""
     return text if len(text) <= length else text[: max(length - 1, 0)] + "…"
 
 
@@ -48,6 +49,7 @@ def figure(name: str, value: Interval | None) -> str:
 
 
 def estimate(name: str, value: Interval | None) -> str:
+    """ "41.2 ms": the estimate alone."""
     return MISSING if value is None or not math.isfinite(value.estimate) else format_value(name, value.estimate)
 
 
@@ -71,12 +73,14 @@ def critical(value: Interval) -> str:
 
 
 def count(value: Interval | None) -> str:
+    """ "3 of 320": a share of n as the count that it is."""
     if value is None or not math.isfinite(value.estimate):
         return MISSING
     return f"{round(value.estimate * value.n)} of {value.n}"
 
 
 def bounded(value: Interval) -> bool:
+    """Whether both bounds are finite."""
     return math.isfinite(value.low) and math.isfinite(value.high)
 
 

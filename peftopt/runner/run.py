@@ -31,7 +31,8 @@ class Listener(Protocol):
     def done(self, step: str, what: str, seconds: float | None, note: str = "") -> None:
         """One step is over; seconds None means that it was cached."""
 
-    def warn(self, text: str) -> None: ...
+    def warn(self, text: str) -> None:
+        """Something that makes the run weaker than it was meant to be, such as a failure."""
 
     def tell(self, text: str) -> None:
         """Something worth knowing that is not a warning."""
@@ -63,6 +64,7 @@ class Run:
             self.measurements.append(typed)
 
     def fail(self, variant: str, stage: str, error: WorkerFailed) -> None:
+        """Keep that a stage failed for a variant, and warn of it."""
         values = {"stage": stage, "reason": error.reason, "detail": error.detail, "hint": error.hint}
         self.log("failure", variant, values)
         self.listener.warn(f"{variant}: {stage} failed, {error}")
@@ -75,6 +77,7 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
+        """The recipe as it was planned."""
         return self.plan.recipe
 
     @property
@@ -92,12 +95,14 @@ class Run:
         return self.artifact_model(self.plan.models[variant.name])
 
     def artifact_model(self, artifact_id: str) -> Model:
+        """The model of an artifact; of planning.SOURCE the recipe's own base and adapter, unmerged."""
         if artifact_id == planning.SOURCE:
             return Model(self.recipe.base, (self.recipe.adapter,))
         found = json.loads((self.store.folder(artifact_id) / store.MANIFEST).read_text())
         return Model(str(self.store.folder(artifact_id) / store.MODEL), tuple(found["adapters"]))
 
     def alive(self) -> list[Variant]:
+        """The variants that have not failed, in the recipe's order."""
         failed = self.evidence.failures
         return [v for v in self.recipe.variants.values() if v.name not in failed]
 

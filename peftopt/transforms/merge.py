@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftopt import plugins
+from peftopt import plugins, store
 from peftopt.errors import BadInput
 from peftopt.merging.certificate import Check
 from peftopt.merging.job import Merge
@@ -18,9 +18,10 @@ from peftopt.models.adapter import check_base, check_mergeable, open_adapter
 from peftopt.records import Json, Model
 
 DTYPES = {"": "", "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+ONE_GB = 10**9
 CHOICES = {
     "dtype": tuple(DTYPES),
-    "certify": ("blocks", "full"),
+    "certify": ("auto", "blocks", "full"),
     "merge_base": ("full", "dequantized", "auto", "in-place"),
     "scheme": SCHEMES,
     "combination": ("cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "magnitude_prune"),
@@ -29,15 +30,16 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class Params:
-    """`dtype`: "bf16", "fp16", "fp32", or "" for the base's own. `certify`: "blocks" (while streaming) or "full" (the
-    saved folder's predictions too). `weights`: one per adapter, separated by commas ("" = all 1). `combination`: how
-    several LoRAs become one, "cat" (their exact weighted sum) or another type of PEFT's. `merge_base`: the weights
-    that the delta is added to, "full" as they are, "dequantized" as `scheme` (nf4, fp4) left them in training, "auto"
-    for whichever is nearer to the adapter on its 4-bit base, "in-place" for packed weights that stay packed.
-    `allow_base_mismatch`: merge though names or revisions say that the base is another one."""
+    """`dtype`: "bf16", "fp16", "fp32", or "" for the base's own. `certify`: "blocks" (while streaming), "full" (the
+    saved folder's predictions too) or "auto", which is "full" for a base of up to 1 GB. `weights`: one per adapter,
+    separated by commas ("" = all 1). `combination`: how several LoRAs become one, "cat" (their exact weighted sum) or
+    another type of PEFT's. `merge_base`: the weights that the delta is added to, "full" as they are, "dequantized" as
+    `scheme` (nf4, fp4) left them in training, "auto" for whichever is nearer to the adapter on its 4-bit base,
+    "in-place" for packed weights that stay packed. `allow_base_mismatch`: merge though names or revisions say that the
+    base is another one."""
 
     dtype: str = ""
-    certify: str = "full"
+    certify: str = "auto"
     weights: str = ""
     combination: str = "cat"
     merge_base: str = "full"
@@ -61,14 +63,22 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     if params.merge_base == "auto" and not _packed(model):
         _nearer(model, params, out, texts)
     else:
+        certify = _depth(model, params)
         with _opened(model, params) as job:
-            if params.certify == "full":
+            if certify == "full":
                 job.check_whole()  # needs what predictions need too
             job.write(out) if params.merge_base != "in-place" else job.write_packed(out)
-            if params.certify == "full" or params.merge_base == "in-place":
+            if certify == "full" or params.merge_base == "in-place":
                 job.checks.append(job.predictions(out, texts, lossy=params.merge_base == "in-place"))
-            job.certify(out, params.certify)
+            job.certify(out, certify)
     return Model(str(out))
+
+
+def _depth(model: Model, params: Params) -> str:
+    """How deeply the merge is certified: predictions need the whole model in memory, twice, in fp32."""
+    if params.certify != "auto":
+        return params.certify
+    return "blocks" if store.size(Path(model.path)) > ONE_GB else "full"
 
 
 def preview(model: Model, params: Params) -> list[dict[str, Json]]:

@@ -19,12 +19,14 @@ _MS = {"ms": 1.0, "sec": 1e3, "s": 1e3, "us": 1e-3, "ns": 1e-6}
 
 
 def recognises(data: Json) -> bool:
+    """Whether it is AIPerf's summary (a mapping) or its records (a list)."""
     if isinstance(data, Mapping):
         return "aiperf_version" in data or {"request_latency", "input_config"} <= data.keys()
     return bool(data) and all(isinstance(r, Mapping) and r.keys() >= {"metadata", "metrics"} for r in data)
 
 
 def read(data: Json, about: About) -> list[Found]:
+    """The one run that it holds. Raises ValueError for a summary schema other than 1.x."""
     return [_summary(data)] if isinstance(data, Mapping) else [_records(data)]
 
 

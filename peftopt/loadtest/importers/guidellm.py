@@ -25,6 +25,7 @@ _ALL = ("successful", "errored", "incomplete")
 
 
 def recognises(data: Json) -> bool:
+    """Whether it has `benchmarks`, and beside them the report's `args` or `metadata`."""
     return (
         isinstance(data, Mapping)
         and isinstance(data.get("benchmarks"), list)
@@ -33,6 +34,7 @@ def recognises(data: Json) -> bool:
 
 
 def read(data: Json, about: About) -> list[Found]:
+    """A run for each benchmark. Raises ValueError for a report format other than 1 and 2."""
     version = (data.get("metadata") or {}).get("version")
     if version not in (1, 2):
         raise ValueError(f"report format {version}, not 1 or 2")

@@ -23,12 +23,14 @@ FILE = re.compile(r"samples_(.+)_\d{4}-\d\d-\d\dT[\d.-]+\.jsonl")
 
 
 def recognises(data: Json) -> bool:
+    """Whether it holds `results` (a mapping), or the samples of a task (a list)."""
     if isinstance(data, Mapping):
         return isinstance(data.get("results"), Mapping) and ("n-samples" in data or "lm_eval_version" in data)
     return bool(data) and all(isinstance(r, Mapping) and r.keys() >= {"doc_id", "resps"} for r in data)
 
 
 def read(data: Json, about: About) -> list[Found]:
+    """A Found for each metric of each task. Raises ValueError for another version, or samples without a number."""
     return _results(data) if isinstance(data, Mapping) else _samples(data, about)
 
 

@@ -20,11 +20,13 @@ _KEYS = {"duration", "completed", "request_throughput", "output_throughput", "mo
 
 
 def recognises(data: Json) -> bool:
+    """Whether it is one result, or a list of them, with the keys that all versions write."""
     runs = data if isinstance(data, list) else [data]
     return bool(runs) and all(isinstance(run, Mapping) and run.keys() >= _KEYS for run in runs)
 
 
 def read(data: Json, about: About) -> list[Found]:
+    """A run for each result in the file."""
     return [_run(run) for run in (data if isinstance(data, list) else [data])]
 
 

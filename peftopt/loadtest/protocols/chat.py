@@ -13,11 +13,13 @@ PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/v1/chat/completions", True, True, Fal
 
 
 def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:
+    """The messages, or a bare text as the user's one message."""
     messages = [dict(m) for m in prompt.messages] or [{"role": "user", "content": prompt.text}]
     return {"messages": messages, **shared(model, new_tokens, stop, extensions)}
 
 
 def read(data: Json) -> Event:
+    """A chunk's delta. A thought, a tool call or a refusal counts as a token; the role alone does not."""
     if error := error_of(data):
         return Event(error=error)
     choice = choice_of(data)

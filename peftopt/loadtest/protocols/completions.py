@@ -13,6 +13,7 @@ PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/v1/completions", True, True, True
 
 
 def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:
+    """Token ids where there are some, else the text, else the messages' contents, one a line."""
     given = list(prompt.ids) or prompt.text or "\n".join(m["content"] for m in prompt.messages)
     return {"prompt": given, **shared(model, new_tokens, stop, extensions)}
 
@@ -31,6 +32,7 @@ def shared(model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[st
 
 
 def read(data: Json) -> Event:
+    """A chunk's text, ids and counts; the last one has the reason why the answer ended."""
     if error := error_of(data):
         return Event(error=error)
     choice = choice_of(data)

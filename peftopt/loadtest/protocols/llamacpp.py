@@ -15,6 +15,7 @@ _FINISH = {"eos": "stop", "word": "stop", "limit": "length"}
 
 
 def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:
+    """Ids, text or messages as for `completions`; greedy. There are no `extensions`: all of it is the server's own."""
     given = list(prompt.ids) or prompt.text or "\n".join(m["content"] for m in prompt.messages)
     fixed = {} if stop else {"ignore_eos": True}
     # the likeliest token needs no other samplers
@@ -24,6 +25,7 @@ def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bo
 
 
 def read(data: Json) -> Event:
+    """A message's token and text; the last one has the counts and the reason why the answer ended."""
     if error := error_of(data):
         return Event(error=error)
     ids, text = tuple(data.get("tokens") or ()), data.get("content") or ""

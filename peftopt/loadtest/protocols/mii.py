@@ -16,12 +16,14 @@ PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "", False, True, False
 
 
 def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:
+    """The prompt as text. The URL names the model, and there are no `extensions`."""
     text = prompt.text or "\n".join(m["content"] for m in prompt.messages)
     fixed = {} if stop else {"ignore_eos": True}
     return {"prompts": [text], "max_new_tokens": new_tokens, "do_sample": False, **fixed}
 
 
 def read(data: Json) -> Event:
+    """The whole answer, with the server's counts."""
     answers = json.loads(data) if isinstance(data, str) else data
     if error := error_of(answers):
         return Event(error=error)

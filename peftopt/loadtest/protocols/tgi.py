@@ -15,6 +15,7 @@ _FINISH = {"eos_token": "stop", "stop_sequence": "stop", "length": "length"}
 
 
 def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]:
+    """The prompt as text; `model` is the adapter's name. `stop` has no effect, and there are no `extensions`."""
     parameters: dict[str, Json] = {"max_new_tokens": new_tokens, "do_sample": False, "details": True}
     if model:
         parameters["adapter_id"] = model
@@ -23,6 +24,7 @@ def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bo
 
 
 def read(data: Json) -> Event:
+    """A message's token; a special one has no text. The last one has the counts."""
     if error := error_of(data):
         return Event(error=error)
     token, details = data.get("token"), data.get("details") or {}
