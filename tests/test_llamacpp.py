@@ -27,7 +27,7 @@ from peftopt.runner import single
 ROOT = Path(__file__).parent.parent
 BASE, ADAPTER = ROOT / "models" / "smollm2-135m-instruct", ROOT / "demo" / "adapter"
 LACKING, HOW = environments.lacking(plugins.catalogue()["llamacpp"])
-pytestmark = pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")
+pytestmark = [pytest.mark.engines, pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")]
 
 
 def convert(model: Model, out: Path, **params: str) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from peftopt.records import Model
 from peftopt.runner import single
 
 LACKING, HOW = environments.lacking(plugins.catalogue()["openvino"])
-pytestmark = pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")
+pytestmark = [pytest.mark.engines, pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")]
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,12 @@ from peftopt.runner import preflight
 ROOT = Path(__file__).parent.parent
 BASE, ADAPTER = ROOT / "models" / "smollm2-135m-instruct", ROOT / "demo" / "adapter"
 LACKING, HOW = environments.lacking(plugins.catalogue()["vllm"])
-real = pytest.mark.skipif(bool(LACKING) or not BASE.exists(), reason=HOW or "make models")
-
 QUESTIONS = ("My blender JU-88649 never came. I want my 821.49 EUR back!", "Hola, ¿dónde está mi silla?", "Hi")
+there = pytest.mark.skipif(bool(LACKING) or not BASE.exists(), reason=HOW or "make models")
+
+
+def real(test: Any) -> Any:
+    return pytest.mark.engines(there(test))
 
 
 def arguments(model: Model, **params: Any) -> str:
