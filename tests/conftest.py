@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.forked_workers import First, starting_by
 from helpers.tiny_models import TEXTS, make_base, make_lora
 from hypothesis import settings
+
+from peftopt import machine
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure of what is tested
 settings.load_profile("untimed")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # tests already keep two processes busy
 pytest.register_assert_rewrite("helpers.command_line", "helpers.engine_contract")  # what they assert is told in full
+
+LONG = ("test_plugins", "test_run", "test_cli", "test_merge", "test_demo", "test_architectures", "test_quantize")
+"""Files that take longest: they start first, so that no process is still at one when the others have nothing left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
 
 COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
 
@@ -26,6 +41,26 @@ def compilers() -> None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers() -> Iterator[None]:
+    """Workers are copies of one process (helpers/forked_workers.py), but with a GPU, which copies cannot share."""
+    if machine.gpus():
+        yield
+        return
+    first = First()
+    with starting_by(first.popen):
+        yield
+    first.close()
+
+
+@pytest.fixture(autouse=True)
+def fresh_workers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In tests with that mark, workers start from nothing, as users' do."""
+    fresh = request.node.get_closest_marker("fresh_workers")
+    with starting_by(subprocess.Popen) if fresh else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -359,6 +359,7 @@ def test_merge_then_quantize_then_bench_by_hand(
     assert [f for f in recipe.parent.iterdir() if f.name.startswith(".")] == []
 
 
+@pytest.mark.fresh_workers
 def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ schemas have them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 import zlib
@@ -36,7 +37,8 @@ class Server:
     adapter's weights when they share a batch with its requests, as vLLM 0.32 on CPU did; a stale one answers a name
     that it has heard before with the weights that were loaded then, and a sticky one after its unload too. Without
     `loads` it knows no way to load adapters. The weights of the `resident` names that were asked last are at hand; any
-    other's first token takes `swap` seconds more. A connection is let go of, without a word, after `keeps` requests."""
+    other's first token takes `swap` seconds more. A connection is let go of, without a word, after `keeps` requests.
+    Until `meeting` requests have been worked on at once, each waits for the others, a second at most."""
 
     def __init__(
         self,
@@ -53,8 +55,10 @@ class Server:
         resident: int = 1000,
         swap: float = 0.0,
         keeps: int = 1000,
+        meeting: int = 1,
     ) -> None:
         self.keeps = keeps
+        self.meeting, self.met = meeting, asyncio.Event()
         self.gap, self.first, self.strict, self.ids, self.models = gap, first, strict, ids, models
         self.loads, self.stale, self.sticky = loads, stale, sticky
         self.resident, self.swap = deque[str](maxlen=resident), swap
@@ -144,6 +148,10 @@ class Server:
         fixed = body.get("ignore_eos", False)
         end = n if fixed else min(n, 5)
         count = self.seen[name]
+        if self.most >= self.meeting:
+            self.met.set()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.met.wait(), 1)
         if name == "broken" or (name == "refused" and count % 2 == 0) or (name == "burst" and 4 <= count < 10):
             return self.whole(writer, 503, {"error": {"message": "the engine is overloaded"}})
         if name not in self.resident:
@@ -263,7 +271,7 @@ def served(**settings: Any) -> Iterator[Server]:
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
-    started.wait(10)
+    assert started.wait(60)
     try:
         yield server
     finally:
