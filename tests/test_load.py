@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from helpers.command_line import command, prompts
 from helpers.records import lines_of
 from helpers.servers import served
+from helpers.waiting import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -301,7 +301,7 @@ def test_open_loop_goes_on_sending_while_nothing_comes_back() -> None:
 
 
 def test_closed_loop_keeps_so_many_users() -> None:
-    with served(first=0.02) as server:
+    with served(meeting=3) as server:
         found = loaded(server.url, concurrency=3)
         assert server.most == 3
     assert len(found.played.requests) == 20 and all(not r.error for r in found.played.requests)
@@ -562,10 +562,9 @@ def test_an_interrupt_keeps_what_was_measured(number: int, questions: Path, tmp_
     with served() as server:
         argv = [sys.executable, "-m", "peftopt.cli", "load", server.url, *map(str, flags)]
         child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
-        while len(server.bodies) < 5 and child.poll() is None:
-            time.sleep(0.05)
+        wait_until(lambda: len(server.bodies) >= 5 or child.poll() is not None, 300)
         child.send_signal(number)
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate(timeout=120)
     assert child.returncode == 130, err
     (kept,) = lines_of(out)
     assert kept.values["stopped"] == "interrupted" and kept.values["requests"]

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from helpers.command_line import RECIPE, command, prompts
+from helpers.waiting import wait_until
 
 from peftopt import stats
 from peftopt.cli.shared import read_recipe
@@ -322,11 +322,18 @@ def test_an_interrupted_run_keeps_what_it_has_and_records_no_failure(
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not list((tmp_path / "results").glob("runs/*/logs/quality-*")):  # a worker is at work in a lane
+
+    def at_work() -> bool:
+        """A worker is, in a lane."""
+        return bool(list((tmp_path / "results").glob("runs/*/logs/quality-*")))
+
+    try:
+        wait_until(lambda: at_work() or process.poll() is not None, 600)
         assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
     assert lines(tmp_path / "results", "failure") == []
     assert not (run_folder(tmp_path / "results") / "decision.json").exists()
