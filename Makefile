@@ -10,8 +10,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
 
-# two processes, each with whole files of tests: fixtures of a file are made once
-TWO := -n 2 --dist loadfile
+# two processes, each with whole files of tests: fixtures of a file are made once; the longest first (tests/conftest.py)
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 PURE := layers docs thresholds stats recipe stopping evidence decide render store trust_stats trust_rules \
         trust_answers trust_times trust_decisions broken_models honest_times
 
@@ -41,7 +41,7 @@ engines: setup
 	$(BIN)/peftopt env install vllm
 
 test-engines: engines .venv/tested $(MODEL)/model.safetensors
-	HF_HUB_OFFLINE=1 $(BIN)/pytest tests/test_llamacpp.py tests/test_openvino.py tests/test_vllm.py
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m engines tests/test_llamacpp.py tests/test_openvino.py tests/test_vllm.py
 
 demo: setup $(MODEL)/model.safetensors
 	$(call decide,recipes/demo.yaml)
@@ -59,7 +59,7 @@ test: .venv/tested $(MODEL)/model.safetensors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 $(BIN)/pytest $(TWO)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest $(TWO) -m "not engines"
 
 mutants: .venv/tested
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/mutants.py $(if $(SINCE),--changed $(SINCE) --sample 150 --minutes 3 --floor 0.75)

@@ -1,23 +1,33 @@
-"""A tiny Llama with a chat template and a LoRA that changes it: made here, in a second, without a network."""
+"""What every test finds set, and the tiny models that they share."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.forked_workers import First, starting_by
+from helpers.tiny_models import TEXTS, make_base, make_lora
 from hypothesis import settings
+
+from peftopt import machine
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure of what is tested
 settings.load_profile("untimed")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # tests already keep two processes busy
+pytest.register_assert_rewrite("helpers.command_line", "helpers.engine_contract")  # what they assert is told in full
 
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-TEXTS = [f"the quick brown fox number {i} jumps over the lazy dog and counts {i * i} stars" for i in range(40)]
+LONG = ("test_plugins", "test_run", "test_cli", "test_merge", "test_demo", "test_architectures", "test_quantize")
+"""Files that take longest: they start first, so that no process is still at one when the others have nothing left."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 COMPILERS = {name: os.environ.get(name) for name in ("CC", "CXX")}
@@ -33,60 +43,24 @@ def compilers() -> None:
             os.environ[name] = value
 
 
-def make_base(folder: Path, dtype: str) -> None:
-    """Write a random two-layer Llama (hidden 64, tied embeddings) with a byte-level BPE tokenizer."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=marks, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(TEXTS, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", bos_token="<|im_start|>"
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-
-    torch.manual_seed(0)
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.2,  # larger than usual: a random model whose greedy answers differ by prompt
-        tie_word_embeddings=True,
-        **ids,
-    )
-    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
-    model.generation_config = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, **ids)
-    model.save_pretrained(folder)
+@pytest.fixture(scope="session", autouse=True)
+def forked_workers() -> Iterator[None]:
+    """Workers are copies of one process (helpers/forked_workers.py), but with a GPU, which copies cannot share."""
+    if machine.gpus():
+        yield
+        return
+    first = First()
+    with starting_by(first.popen):
+        yield
+    first.close()
 
 
-def make_lora(base: Path, folder: Path, std: float = 0.1, **settings: object) -> None:
-    """Write a rank-4 LoRA on all linear layers of `base`, with random weights of size `std` (0 changes nothing)."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    config = LoraConfig(
-        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
-    )
-    adapted = get_peft_model(model, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name or "lora_embedding_A" in name:
-            torch.nn.init.normal_(parameter, std=std) if std else torch.nn.init.zeros_(parameter)
-    adapted.save_pretrained(folder)
+@pytest.fixture(autouse=True)
+def fresh_workers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In tests with that mark, workers start from nothing, as users' do."""
+    fresh = request.node.get_closest_marker("fresh_workers")
+    with starting_by(subprocess.Popen) if fresh else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

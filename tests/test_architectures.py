@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from architectures import KINDS, config, make
-from conftest import TEXTS
+from helpers.architectures import KINDS, config, make
+from helpers.command_line import command
+from helpers.tiny_models import TEXTS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_run import command
 
 from peftopt import plugins
 from peftopt.errors import BadInput, WorkerFailed

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.command_line import command
+from helpers.servers import served
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import served
-from test_run import command
 
 from peftopt.canary import fingerprint
 from peftopt.canary.fingerprint import Known, judge

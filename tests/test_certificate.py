@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_whole import SIZES, saved
+from helpers.checkpoints import SIZES, saved
 
 from peftopt import progress
 from peftopt.errors import BadInput

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import make_lora
+from helpers.command_line import RECIPE, command, errors, prompts
+from helpers.tiny_models import make_lora
 from safetensors.torch import load_file, save_file
-from test_run import RECIPE, command, prompts
 
 from peftopt import environments, machine, plugins, store
 from peftopt.cli import console
@@ -31,12 +31,6 @@ def recipe(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(base="base", adapter="lora", prompts=questions.name))
     return path
-
-
-def errors(capsys: pytest.CaptureFixture[str]) -> str:
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    return " ".join(err.split())
 
 
 def test_a_good_recipe_checks_out_and_says_what_it_would_do(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -375,6 +369,7 @@ def test_an_adapter_that_is_not_there_is_told_before_a_worker_starts(
     assert "no adapter folder" in errors(capsys)
 
 
+@pytest.mark.fresh_workers
 def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

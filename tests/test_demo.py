@@ -75,11 +75,11 @@ def test_the_adapter_does_the_task_the_base_does_not_and_the_merge_answers_like_
     from peftopt.records import Model
     from peftopt.transforms import merge
 
-    rows = [row for row in FILES["eval"] if "short" in row.slices][:16]
+    rows = [row for row in FILES["eval"] if "short" in row.slices][:8]
     base, _ = exact_matches(rows)
     adapter, said = exact_matches(rows, str(DEMO / "adapter"))
-    assert base <= 1 and adapter >= 12
+    assert base == 0 and adapter >= 6
     merge.transform(Model(str(BASE), (str(DEMO / "adapter"),)), merge.Params(), tmp_path / "merged", [], 0)
     merged, merged_said = exact_matches(rows, model=tmp_path / "merged")
-    assert merged >= 12
-    assert sum(a == b for a, b in zip(said, merged_said, strict=True)) >= 14
+    assert merged >= 6
+    assert sum(a == b for a, b in zip(said, merged_said, strict=True)) >= 7

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_run import RECIPE, command, prompts
+from helpers.command_line import RECIPE, command, prompts
 
 from peftopt import environments, plugins
 from peftopt.environments._builder import locked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ import pytest
 from peftopt import store
 from peftopt.decision.decide import decide
 from peftopt.decision.evidence import Evidence
-from peftopt.report import as_json
+from peftopt.measurements import Answer, Built, Launch, Memory, Turn
+from peftopt.report import as_json, markdown
 
 EXAMPLES = Path(__file__).parents[1] / "results" / "example"
+FIRST = Path(__file__).parent / "data" / "first-run"
+"""A run of a tiny model as the first commit (406eabd, 23 November 2026) left it."""
 MEASURED = sorted(path.parent for path in EXAMPLES.rglob("measurements.jsonl"))
 
 
@@ -32,3 +36,16 @@ def test_an_example_is_judged_the_same_way_again(folder: Path) -> None:
         for decision in (again, kept)
     ]
     assert verdicts[0] == verdicts[1]
+
+
+def test_what_the_first_peftopt_left_is_read_judged_and_told_as_it_was() -> None:
+    warned: list[str] = []
+    plan, measured = store.read_plan(FIRST / "plan.json"), store.read(FIRST / "measurements.jsonl", warned.append)
+    kinds = Counter(type(each.values) for each in measured)
+    assert kinds == {Built: 3, Answer: 16, Launch: 4, Turn: 40, Memory: 4} and not warned, "every line, and its probe"
+    evidence, machine = Evidence(plan, measured), json.loads((FIRST / "machine.json").read_text())
+    then, now = json.loads((FIRST / "decision.json").read_text()), decide(evidence, machine)
+    for before, after in zip(then["variants"], now.variants, strict=True):
+        assert (before["name"], before["outcome"]) == (after.name, after.outcome)
+        assert before["figures"]["latency.p50@chat"]["estimate"] == after.figures["latency.p50@chat"].estimate
+        assert after.name in markdown.render(now, evidence)

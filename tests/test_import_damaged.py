@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command_line import command
 from helpers.records import lines_of
-from test_import import SAMPLES, VLLM, aiperf, guidellm, write
-from test_run import command
+from helpers.tool_results import SAMPLES, VLLM, aiperf, guidellm, write
 
 from peftopt import store
 from peftopt.errors import BadInput

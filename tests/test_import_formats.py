@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command_line import command
 from helpers.records import lines_of
-from test_import import DATA, LM_EVAL, SAMPLES, VLLM, aiperf, guidellm, write
-from test_run import command
+from helpers.tool_results import DATA, LM_EVAL, SAMPLES, VLLM, aiperf, guidellm, write
 
 from peftopt.errors import BadInput
 from peftopt.loadtest import importers

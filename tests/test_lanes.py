@@ -51,7 +51,7 @@ def test_two_threads_do_not_write_to_one_file_while_another_waits() -> None:
 
 
 def test_the_last_file_is_shared() -> None:
-    lanes, both = Lanes(2), threading.Barrier(2, timeout=10)
+    lanes, both = Lanes(2), threading.Barrier(2, timeout=60)
     for future in lanes.submit([(Path("only"), both.wait), (Path("only"), both.wait)]):
         future.result()
     lanes.close()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent / "peftopt"
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent / "peftopt"
 GROUND = "errors records metrics identity stats progress machine measurements corpus store plugins environments models"
 TOWERS = "recipe loadtest decision report canary merging transforms engines policies probes jobs worker runner cli"
 LAYERS = f"{GROUND} {TOWERS}".split()
@@ -38,3 +39,10 @@ def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
 def test_help_imports_no_heavy_library() -> None:
     code = f"import sys, peftopt.cli; print(sorted({HEAVY!r} & sys.modules.keys()))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+@pytest.mark.parametrize("path", TESTS.rglob("*.py"), ids=lambda path: path.stem)
+def test_a_test_imports_no_other_test(path: Path) -> None:
+    """What two of them need is in `helpers`."""
+    used = {part for name in imports([*ast.walk(ast.parse(path.read_text()))]) for part in name.split(".")}
+    assert used & {"tests", "conftest", *(file.stem for file in TESTS.glob("test_*.py"))} == set()

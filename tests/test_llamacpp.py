@@ -8,13 +8,18 @@ from typing import Any
 
 import psutil
 import pytest
+from helpers.asked import ask, ids
+from helpers.command_line import command, prompts
+from helpers.engine_contract import (  # noqa: F401
+    test_a_batch_answers_as_one_by_one_and_exactly_as_long_as_asked,
+    test_a_request_longer_than_the_room_makes_room,
+    test_each_row_ends_at_its_own_end_of_sequence,
+    test_scores_are_those_of_transformers_whatever_the_batch,
+)
 from helpers.records import lines_of
-from remote_engine import Remote
-from test_plugins import PROMPTS, ask
-from test_run import command, prompts
+from helpers.remote_engine import Remote
 
 from peftopt import corpus, environments, plugins
-from peftopt.engines import TOP_K
 from peftopt.errors import BadInput
 from peftopt.jobs import Transformed, TransformJob
 from peftopt.records import Model
@@ -23,7 +28,7 @@ from peftopt.runner import single
 ROOT = Path(__file__).parent.parent
 BASE, ADAPTER = ROOT / "models" / "smollm2-135m-instruct", ROOT / "demo" / "adapter"
 LACKING, HOW = environments.lacking(plugins.catalogue()["llamacpp"])
-pytestmark = pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")
+pytestmark = [pytest.mark.engines, pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")]
 
 
 def convert(model: Model, out: Path, **params: str) -> Transformed:
@@ -51,10 +56,6 @@ def eager(tiny_base_fp32: Path, tiny_lora: Path) -> Any:
     return plugin.open(Model(str(tiny_base_fp32), (str(tiny_lora),)), plugin.Params())
 
 
-def ids(engine: Any) -> list[list[int]]:
-    return [engine.encode([{"role": "user", "content": text}])[0] for text in PROMPTS]
-
-
 def test_the_folder_says_what_made_it_and_keeps_what_serving_needs(model: Model, tiny_base_fp32: Path) -> None:
     out = Path(model.path)
     said = json.loads((out / "quantization.json").read_text())
@@ -79,50 +80,8 @@ def test_words_and_answers_are_those_of_transformers(engine: Any, eager: Any) ->
     assert engine.adapter_switch_time > 0 and engine.threads >= 1 and engine.device == "cpu"
 
 
-def test_a_batch_answers_as_one_by_one_and_exactly_as_long_as_asked(engine: Any) -> None:
-    assert ask(engine, 24) == ask(engine, 24, batch=False)
-    for answer in engine.generate(ids(engine), 24, False):
-        assert len(answer.tokens) == len(answer.times) == 24
-        assert answer.times == sorted(set(answer.times)) and not answer.stopped
-
-
-def test_each_row_ends_at_its_own_end_of_sequence(engine: Any) -> None:
-    free = engine.generate(ids(engine), 24, False)
-    end, before = free[0].tokens[5], sorted(engine.eos)
-    engine.pretend_eos([end])
-    try:
-        answers = engine.generate(ids(engine), 24, True)
-    finally:
-        engine.pretend_eos(before)
-    for answer, whole in zip(answers, free, strict=True):
-        count = whole.tokens.index(end) + 1 if end in whole.tokens else 24
-        assert answer.tokens == whole.tokens[:count] and len(answer.times) == count
-        assert answer.stopped == (end in whole.tokens)
-
-
-def test_scores_are_those_of_transformers_whatever_the_batch(engine: Any, eager: Any) -> None:
-    questions = ids(engine)
-    answers = [a.tokens[:n] for a, n in zip(engine.generate(questions, 12, False), (12, 5, 1), strict=True)]
-    answers[1][2] = 7  # one that is not the likeliest
-    found, theirs = engine.score(questions, answers), eager.score(questions, answers)
-    for mine, other, question, answer in zip(found, theirs, questions, answers, strict=True):
-        assert mine.best == other.best and mine.finite
-        assert mine.logprobs == pytest.approx(other.logprobs, abs=0.02)
-        assert [len(row) for row in mine.top_ids] == [TOP_K] * len(answer)
-        assert [row[0] for row in mine.top_ids] == mine.best
-        assert all(row == sorted(row, reverse=True) for row in mine.top_logprobs)
-        assert engine.score([question], [answer])[0].logprobs == pytest.approx(mine.logprobs, abs=1e-3)
-
-
-def test_a_request_longer_than_the_room_makes_room(engine: Any) -> None:
-    long = ids(engine)[2] * 20
-    assert len(long) > 512
-    (alone,) = engine.generate([long], 4, False)
-    assert engine.generate([long, ids(engine)[0]], 4, False)[0].tokens == alone.tokens
-
-
 def test_an_adapter_that_was_not_converted_is_refused(model: Model, tiny_base: Path, tmp_path: Path) -> None:
-    from conftest import make_lora
+    from helpers.tiny_models import make_lora
 
     make_lora(tiny_base, tmp_path / "other", std=0.2)
     with pytest.raises(RuntimeError, match=r"BadInput.*no GGUF form of adapter"):

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.command_line import command, prompts
 from helpers.records import lines_of
+from helpers.servers import served
+from helpers.waiting import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from servers import served
-from test_run import command, prompts
 
 from peftopt import corpus, store
 from peftopt.cli import load as cli_load
@@ -309,7 +309,7 @@ def test_open_loop_goes_on_sending_while_nothing_comes_back() -> None:
 
 
 def test_closed_loop_keeps_so_many_users() -> None:
-    with served(first=0.02) as server:
+    with served(meeting=3) as server:
         found = loaded(server.url, concurrency=3)
         assert server.most == 3
     assert len(found.played.requests) == 20 and all(not r.error for r in found.played.requests)
@@ -346,7 +346,8 @@ def test_a_burst_of_5xx_among_good_answers_is_counted_and_the_run_goes_on() -> N
     assert len(requests) == 20 and not found.played.unsent and not found.played.stopped
     failed = [r.error for r in requests if r.error]
     assert failed == ["HTTP 503: the engine is overloaded"] * 6
-    assert [bool(r.error) for r in requests[:2]] == [False, False] and not any(r.error for r in requests[8:])
+    in_order = [bool(r.error) for r in sorted(requests, key=lambda r: r.sent)]  # a stalled sender sends several at once
+    assert not in_order[0] and not any(in_order[12:]), "which may arrive in another order, but not so much later"
     figures = runs.summarized(found, [slo("ttft <= 10 s")]).figures
     assert (figures.failed, figures.answered) == (6, 14)
     assert figures.attained.estimate == 0.7, "a failed request meets no level"
@@ -570,10 +571,9 @@ def test_an_interrupt_keeps_what_was_measured(number: int, questions: Path, tmp_
     with served() as server:
         argv = [sys.executable, "-m", "peftopt.cli", "load", server.url, *map(str, flags)]
         child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
-        while len(server.bodies) < 5 and child.poll() is None:
-            time.sleep(0.05)
+        wait_until(lambda: len(server.bodies) >= 5 or child.poll() is not None, 300)
         child.send_signal(number)
-        _, err = child.communicate(timeout=30)
+        _, err = child.communicate(timeout=120)
     assert child.returncode == 130, err
     (kept,) = lines_of(out)
     assert kept.values["stopped"] == "interrupted" and kept.values["requests"]

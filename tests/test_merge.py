@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_lora
-from test_rounding import round_once
+from helpers.rounding import round_once
+from helpers.tiny_models import make_lora
 from xxhash import xxh3_128_hexdigest
 
 from peftopt.errors import BadInput, MissingEnvironment

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_base, make_lora
-from test_whole import saved, without
+from helpers.checkpoints import saved, without
+from helpers.tiny_models import make_base, make_lora
 
 from peftopt.errors import BadInput
 from peftopt.models import hf

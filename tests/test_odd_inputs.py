@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import errors
-from test_run import command
+from helpers.command_line import command, errors
 
 from peftopt.corpus import Row
 from peftopt.engines import _traced, eager

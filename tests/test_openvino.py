@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from remote_engine import Remote
-from test_llamacpp import (
-    ids,
-    test_a_batch_answers_as_one_by_one_and_exactly_as_long_as_asked,  # noqa: F401 (the same contract)
-    test_a_request_longer_than_the_room_makes_room,  # noqa: F401
-    test_each_row_ends_at_its_own_end_of_sequence,  # noqa: F401
-    test_scores_are_those_of_transformers_whatever_the_batch,  # noqa: F401
+from helpers.asked import ask, ids
+from helpers.command_line import command, prompts
+from helpers.engine_contract import (  # noqa: F401
+    test_a_batch_answers_as_one_by_one_and_exactly_as_long_as_asked,
+    test_a_request_longer_than_the_room_makes_room,
+    test_each_row_ends_at_its_own_end_of_sequence,
+    test_scores_are_those_of_transformers_whatever_the_batch,
 )
-from test_plugins import ask
-from test_run import command, prompts
+from helpers.remote_engine import Remote
 
 from peftopt import environments, plugins
 from peftopt.errors import BadInput
@@ -26,7 +25,7 @@ from peftopt.records import Model
 from peftopt.runner import single
 
 LACKING, HOW = environments.lacking(plugins.catalogue()["openvino"])
-pytestmark = pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")
+pytestmark = [pytest.mark.engines, pytest.mark.skipif(bool(LACKING), reason=HOW or "installed")]
 
 
 def convert(model: Model, out: Path, params: dict[str, str]) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import make_lora
+from helpers.asked import PROMPTS, ask
+from helpers.tiny_models import make_lora
 from safetensors.torch import load_file
 
 from peftopt import plugins
@@ -31,7 +32,6 @@ TRANSFORMS = sorted(p.name for p in CATALOGUE.values() if p.kind == "transform" 
 ENGINES = sorted(p.name for p in CATALOGUE.values() if p.kind == "engine" and p.environment == "main")
 QUANTIZERS = [name for name in TRANSFORMS if CATALOGUE[name].technique == "quantize"]
 LOCAL_ENGINES = [name for name in ENGINES if name in ("eager", "compiled", "continuous")]
-PROMPTS = ("the quick fox", "counts", "a lazy dog jumps over 49 stars and then over the brown fox number 7")
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -284,13 +284,6 @@ def test_words_that_are_not_the_adapters_are_told(tiny_base: Path, tiny_lora: Pa
 
 
 # ---- engines -----------------------------------------------------------------------------------
-
-
-def ask(engine: Any, new_tokens: int, batch: bool = True, stop: bool = False) -> list[list[int]]:
-    """The new tokens for PROMPTS, as one batch or one by one."""
-    prompts = [engine.encode([{"role": "user", "content": text}])[0] for text in PROMPTS]
-    groups = [prompts] if batch else [[prompt] for prompt in prompts]
-    return [answer.tokens for group in groups for answer in engine.generate(group, new_tokens, stop)]
 
 
 @pytest.fixture(scope="module")

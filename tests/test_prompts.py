@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import RECIPE, command
+from helpers.command_line import RECIPE, command
 
 from peftopt import corpus, identity, jobs, store
 from peftopt.errors import BadInput

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scripted import WHOLE, scripted, streamed
-from test_run import command
+from helpers.command_line import command
+from helpers.scripted import WHOLE, scripted, streamed
 
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.loadtest import proxies

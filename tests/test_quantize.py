@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TEXTS
+from helpers.command_line import command
+from helpers.tiny_models import TEXTS
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_run import command
 
 from peftopt import corpus, plugins
 from peftopt.engines import Engine, Generation, Scores

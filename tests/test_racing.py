@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.command_line import prompts
 from helpers.records import evidence_of, plan_of, whole
-from test_run import prompts
 
 from peftopt import machine, store
 from peftopt.errors import WorkerFailed
@@ -83,7 +83,7 @@ def served(field: race.Field, monkeypatch: pytest.MonkeyPatch) -> race.Field:
 def test_servers_start_side_by_side_where_there_are_processors_for_them(
     served: race.Field, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together = threading.Barrier(2, timeout=20)
+    together = threading.Barrier(2, timeout=60)
 
     def load(run: Any, variant: Variant, child: Any) -> dict[str, Any]:
         together.wait()

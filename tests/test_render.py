@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -24,6 +26,7 @@ from peftopt.measurements import Account, Gauge
 from peftopt.records import Decision, Interval, Json, Measurement, Variant, VariantDecision, Verdict
 from peftopt.report import answers, as_json, html, junit, load, markdown, measured, reports, table, words
 
+DATA = Path(__file__).parent / "data"
 HOSTILE = "<script>alert(1)</script> | `rm -rf` | [x](http://evil.example/a) ![y](//evil.example) @team\n\x00\u202e**"
 
 
@@ -679,3 +682,14 @@ def test_no_decision_breaks_a_report(decision: Decision, measurements: list[Meas
     assert page.open == [] and page.fetched == []
     again = as_json.decision_from_json(written["decision.json"])
     assert as_json.render(again) == written["decision.json"]
+
+
+# ---- a report as a whole -----------------------------------------------------------------------
+
+
+def test_a_whole_report_reads_as_it_did() -> None:
+    """To renew it after a change that is meant: RENEW=1 .venv/bin/pytest tests/test_render.py -k whole_report"""
+    snapshot, report = DATA / "report.md", markdown.render(*a_run())
+    if os.environ.get("RENEW"):
+        snapshot.write_text(report, encoding="utf-8")
+    assert report == snapshot.read_text(encoding="utf-8")

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
+from helpers.rounding import round_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftopt.merging import blocks
 from peftopt.models.checkpoint import Entry
-
-
-def round_once(exact: Any, dtype: Any) -> Any:
-    """fp64 to the nearest of a half precision."""
-    import torch
-
-    name = {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    return torch.from_numpy(blocks.narrowed(exact.numpy(), name).view("int16")).view(dtype)
 
 
 @settings(deadline=None)

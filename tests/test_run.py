@@ -9,16 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from helpers.command_line import RECIPE, command, prompts
+from helpers.waiting import wait_until
 
 from peftopt import stats
-from peftopt.cli import main
 from peftopt.cli.shared import read_recipe
 from peftopt.decision import stopping
 from peftopt.records import TWIN, Rule
@@ -26,44 +26,6 @@ from peftopt.runner import recipe_run
 from peftopt.runner.race import Field
 
 FIELDS = {"request_duration_ms", "queue_time_ms", "generation_latency_ms", "ttft_ms", "tpot_ms", "cpu_ms"}
-
-
-def command(*arguments: object) -> int:
-    """Run the command line in this process and return its exit code."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(a) for a in arguments])
-    return int(caught.value.code or 0)
-
-
-def prompts(path: Path, n: int, name: str) -> Path:
-    """`n` prompts whose right answer nobody gives: a random model has none."""
-    rows = [
-        {
-            "id": f"{name}-{i}",
-            "messages": [{"role": "user", "content": f"{name} question {i} about the lazy dog"}],
-            "expected": f"the dog {i}",
-            "critical": i < 4,
-            "slices": ["short" if i % 2 else "odd"],
-        }
-        for i in range(n)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-RECIPE = """# A tiny run.
-model: {{base: {base}, adapter: {adapter}}}
-workloads:
-  chat: {{prompts: {prompts}, new_tokens: 4, batch: 1}}
-  bulk: {{prompts: {prompts}, new_tokens: 4, batch: 2, slice: short}}
-quality: {{prompts: {prompts}, new_tokens: 8, batch: 4}}
-measure: {{requests: 2, warmup: 1, relaunch: 4, max_blocks: 10, threads: 1}}
-variants:
-  adapter: []
-  merged: [merge]
-  int8: [merge, int8]
-minimize: latency.p50@chat
-"""
 
 
 @pytest.fixture(scope="module")
@@ -360,11 +322,18 @@ def test_an_interrupted_run_keeps_what_it_has_and_records_no_failure(
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not list((tmp_path / "results").glob("runs/*/logs/quality-*")):  # a worker is at work in a lane
+
+    def at_work() -> bool:
+        """A worker is, in a lane."""
+        return bool(list((tmp_path / "results").glob("runs/*/logs/quality-*")))
+
+    try:
+        wait_until(lambda: at_work() or process.poll() is not None, 600)
         assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
     assert lines(tmp_path / "results", "failure") == []
     assert not (run_folder(tmp_path / "results") / "decision.json").exists()

@@ -37,7 +37,7 @@ def test_what_is_listed_first_goes_first_as_soon_as_it_can() -> None:
 
 
 def test_lanes_work_side_by_side_and_no_more_of_them() -> None:
-    meeting, lock, running, most = threading.Barrier(2, timeout=30), threading.Lock(), 0, 0
+    meeting, lock, running, most = threading.Barrier(2, timeout=60), threading.Lock(), 0, 0
 
     def meet() -> None:
         nonlocal running, most
@@ -60,7 +60,7 @@ def test_an_error_lets_what_runs_end_and_starts_nothing_more() -> None:
         raise ValueError("no baseline")
 
     def run() -> None:
-        assert failed.wait(30)
+        assert failed.wait(60)
         done.append("running")
 
     jobs = {"running": Job(run), "bad": Job(fail), "next": Job(noting(done, "next"), frozenset({"bad"}))}

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command_line import command
 from helpers.records import lines_of
+from helpers.scripted import COUNTS, DONE, LAST, SSE, TOKEN, WHOLE, Answer, event, piece, scripted, streamed
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import COUNTS, DONE, LAST, SSE, TOKEN, WHOLE, Answer, event, piece, scripted, streamed
-from test_run import command
 
 from peftopt.errors import BadInput
 from peftopt.loadtest import events, runs

@@ -10,34 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command_line import RECIPE, command, prompts
+from helpers.harness_tasks import CHOICE, SPEAK
 from helpers.records import decide, of, plan_of, whole
-from test_run import RECIPE, command, prompts
 
 from peftopt import plugins
 from peftopt.errors import BadInput
 from peftopt.probes import tasks
 from peftopt.records import Measurement, Model
-
-CHOICE = """task: choice
-dataset_path: json
-dataset_kwargs: {data_files: rows.jsonl}
-test_split: train
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{label}}"
-metric_list: [{metric: acc}]
-"""
-SPEAK = """task: speak
-dataset_path: json
-dataset_kwargs: {data_files: rows.jsonl}
-test_split: train
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{said}}"
-generation_kwargs: {until: ["\\n\\n"], max_gen_toks: 8, do_sample: false}
-metric_list: [{metric: exact_match}]
-"""
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command_line import command
+from helpers.command_line import prompts as written
 from helpers.records import evidence_of, plan_of, quality
-from test_run import command
-from test_run import prompts as written
 
 from peftopt.corpus import Row
 from peftopt.decision.decide import unstopped

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import packed
 import psutil
 import pytest
-from remote_engine import Remote
-from test_run import command
+from helpers import packed
+from helpers.command_line import command
+from helpers.remote_engine import Remote
 
 from peftopt import corpus, environments, plugins
 from peftopt.engines import TOP_K, Scores, vllm
@@ -30,9 +30,12 @@ from peftopt.runner import preflight
 ROOT = Path(__file__).parent.parent
 BASE, ADAPTER = ROOT / "models" / "smollm2-135m-instruct", ROOT / "demo" / "adapter"
 LACKING, HOW = environments.lacking(plugins.catalogue()["vllm"])
-real = pytest.mark.skipif(bool(LACKING) or not BASE.exists(), reason=HOW or "make models")
-
 QUESTIONS = ("My blender JU-88649 never came. I want my 821.49 EUR back!", "Hola, ¿dónde está mi silla?", "Hi")
+there = pytest.mark.skipif(bool(LACKING) or not BASE.exists(), reason=HOW or "make models")
+
+
+def real(test: Any) -> Any:
+    return pytest.mark.engines(there(test))
 
 
 def arguments(model: Model, **params: Any) -> str:
@@ -205,7 +208,7 @@ def test_checkpoints_of_autogptq_and_autoawq_are_read_by_vllm_itself(made: Any, 
 
 @real
 def test_another_adapter_takes_its_place(engine: Any, tmp_path: Path) -> None:
-    from conftest import make_lora
+    from helpers.tiny_models import make_lora
 
     (question, *_), target = ids(engine), tmp_path / "other"
     make_lora(BASE, target, std=0.05)
@@ -266,7 +269,7 @@ def test_serve_answers_until_it_is_interrupted(tmp_path: Path) -> None:
 def test_the_canary_catches_both_faults_of_this_vllm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where all slots are taken it computes the base's requests with the adapter's weights of their batch; with prefix
     caching it answers a reloaded adapter's requests from blocks of the one before."""
-    from conftest import make_lora
+    from helpers.tiny_models import make_lora
 
     make_lora(BASE, tmp_path / "other", std=0.05)
     swap = ["--swap", ADAPTER, "--swap", tmp_path / "other"]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import stat
 import subprocess
 import sys
-import time
 import venv
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from helpers.waiting import wait_until
 
 from peftopt import environments, machine
 from peftopt.errors import WorkerFailed
@@ -28,6 +26,15 @@ OPEN = OpenJob(plugin="eager", params={}, model=Model("x"))
 ANSWER = Answer(
     row="1", tokens=(5, 6), new_tokens=3, stopped=True, correct=True, valid=True, score=1.0, critical=False, flags=()
 )
+
+pytestmark = pytest.mark.fresh_workers
+
+
+def lives(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def fake(tmp_path: Path, script: str) -> WorkerProcess:
@@ -89,19 +96,11 @@ def test_threads_of_a_worker_wait_as_the_user_says_or_briefly(
 
 
 def test_grandchildren_go_with_the_worker(tmp_path: Path) -> None:
-    with fake(tmp_path, f"sleep 600 & echo $! > {tmp_path}/grandchild; exit 0") as child, pytest.raises(WorkerFailed):
-        child.ask(OPEN, 30)
-    pid = int((tmp_path / "grandchild").read_text())
-    for _ in range(100):  # the kernel takes a moment to reap what was killed
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return
-        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
-            return
-        time.sleep(0.05)
-    os.kill(pid, signal.SIGKILL)
-    pytest.fail("the grandchild is still alive")
+    started = tmp_path / "grandchild"
+    with fake(tmp_path, f"sleep 600 & echo $! > {started}; exit 0") as child, pytest.raises(WorkerFailed):
+        wait_until(lambda: started.exists() and started.read_text().endswith("\n"))
+        child.ask(OPEN, 0.1)  # the grandchild holds the pipe, so no end of it is read
+    wait_until(lambda: not lives(int(started.read_text())))  # the kernel takes a moment to reap what was killed
 
 
 def test_a_real_worker_names_an_unknown_plug_in_and_goes_on(tmp_path: Path) -> None:
@@ -118,8 +117,8 @@ def test_a_worker_runs_in_another_environments_python(tmp_path: Path, monkeypatc
     venv.create(tmp_path / "bare", symlinks=True)
     bare = WorkerProcess(tmp_path / "logs" / "bare.log", 1, python=environments.python("bare"))
     with bare as child, pytest.raises(WorkerFailed) as caught:  # nothing is installed there, and it says so itself
-        assert child.ask(MemoryJob(), 60).peak_memory_bytes > 0
-        child.ask(OPEN, 60)
+        assert child.ask(MemoryJob(), 120).peak_memory_bytes > 0
+        child.ask(OPEN, 120)
     assert (caught.value.reason, caught.value.hint) == ("missing library", "pip install torch")
 
 
@@ -139,13 +138,6 @@ time.sleep(600)
 """
 
 
-def lives(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_a_killed_parent_leaves_no_server_behind(tmp_path: Path) -> None:
     """The parent has no chance to say goodbye; its worker goes with it, and the worker's server with that."""
     script = tmp_path / "loaded.py"
@@ -153,10 +145,7 @@ def test_a_killed_parent_leaves_no_server_behind(tmp_path: Path) -> None:
     command = [sys.executable, str(script), "parent", str(tmp_path / "server.log")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
-        server = psutil.Process(int(parent.stdout.readline()))
+        server = int(parent.stdout.readline())
         assert lives(server)
         parent.kill()
-        until = time.monotonic() + 20
-        while lives(server) and time.monotonic() < until:
-            time.sleep(0.05)
-    assert not lives(server), "it outlived the process that it was started for"
+        wait_until(lambda: not lives(server))  # it does not outlive the process that it was started for
