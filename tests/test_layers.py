@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +13,13 @@ ROOT = Path(__file__).parent.parent / "peftopt"
 GROUND = (
     "errors records metrics identity stats jsonl progress machine measurements store plugins corpus environments models"
 )
-TOWERS = "recipe loadtest decision report canary merging transforms engines policies probes worker runner cli"
+TOWERS = "recipe loadtest decision report canary merging transforms engines policies probes worker runner gateway cli"
 LAYERS = f"{GROUND} {TOWERS}".split()
 PURE = {"recipe", "decision", "report"}
 EFFECTS = {"torch", "time", "datetime", "subprocess", "socket", "random", "shutil"}
-HEAVY = {*re.findall(r"\w+", "torch torchao transformers peft numpy scipy pandas matplotlib safetensors jinja2 httpx")}
+LIBRARIES = "torch torchao transformers peft numpy scipy pandas matplotlib safetensors jinja2 httpx"
+SERVING = "aiohttp starlette uvicorn fastapi prometheus_client"
+HEAVY = {*f"{LIBRARIES} {SERVING}".split()}
 COMPILED = ROOT / "merging" / "kernel.py"  # numba compiles its functions when it is imported
 
 
