@@ -403,3 +403,27 @@ def test_sigterm_lets_what_runs_end_and_takes_in_no_more(tmp_path: Path) -> None
             assert long.result().status_code == 200
         assert gateway.process.wait(30) == 0
         assert gateway.lines()[-1]["status"] == 200
+
+
+# ---- what the log is good for ------------------------------------------------------------------
+
+
+def test_the_log_is_read_as_loads_and_replayed_as_a_trace(two: tuple[Path, Path], tmp_path: Path) -> None:
+    from peftopt.loadtest import importers, runs
+
+    with paced() as engine, serving(tmp_path, "--upstream", engine.url, "--adapters-from", tmp_path) as gateway:
+        gateway.operate("put", f"support={two[0]}")
+        for _ in range(6):
+            gateway.ask("x", "support", stream=True, max_tokens=3, stream_options={"include_usage": True})
+        gateway.ask("x", "nobody")
+        gateway.ask("x", "base")
+        until(lambda: len(gateway.lines()) == 8)
+        found = {run.requests[0].model: run for run in importers.read(gateway.log)}
+        assert {name: len(run.requests) for name, run in found.items()} == {"support": 6, "base": 1}
+        request = found["support"].requests[0]
+        line = gateway.lines()[0]
+        assert request.request_duration_ms == pytest.approx(line["request_duration_ms"], abs=0.01)
+        assert request.ttft_ms == pytest.approx(line["ttft_ms"], abs=0.01) and request.new_tokens == 3
+        assert found["support"].raw, "something can be decided on it"
+        traced = runs.read_trace(gateway.log)
+        assert len(traced) == 7 and traced[0].prompt_tokens == 7 and traced[0].model == "support"
