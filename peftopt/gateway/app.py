@@ -62,6 +62,7 @@ class Shared:
 
     @property
     def table(self) -> Table:
+        """The routes as they are now."""
         return self.lives.registry.table
 
     def let_in(self, tickets: list[Ticket]) -> None:
@@ -83,6 +84,7 @@ class App:
         self.shared = shared
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request of ASGI's."""
         if scope["type"] != "http":
             return
         path, method = scope["path"], scope["method"]

@@ -28,6 +28,7 @@ class Problem(Exception):
     """What it is in the log: see lines.Line.kind."""
 
     def body(self) -> bytes:
+        """The body of an answer."""
         return json.dumps({"error": self.value()}).encode()
 
     def event(self) -> bytes:
@@ -35,5 +36,6 @@ class Problem(Exception):
         return b"data: " + self.body() + b"\n\n"
 
     def value(self) -> dict[str, str | None]:
+        """OpenAI's four fields."""
         kind = TYPES.get(self.status, "server_error")
         return {"message": self.said, "type": kind, "param": self.param or None, "code": self.code}

@@ -29,6 +29,7 @@ class Key:
     _at: float = field(default=0.0, repr=False)
 
     def may_ask(self, adapter: str) -> bool:
+        """Whether it may name this adapter."""
         return not self.adapters or adapter in self.adapters
 
     def wait_s(self, now: float) -> float:

@@ -47,6 +47,7 @@ class Stored:
 
     @property
     def version(self) -> Version:
+        """What routes know of it."""
         return Version(self.id[:SHORT], served(self.name, self.id))
 
 

@@ -63,9 +63,11 @@ class Table:
     routes: Mapping[str, Route] = field(default_factory=dict)
 
     def with_route(self, name: str, route: Route) -> Table:
+        """The table with another route in a name's place."""
         return Table({**self.routes, name: route})
 
     def without(self, name: str) -> Table:
+        """The table without a name."""
         return Table({n: route for n, route in self.routes.items() if n != name})
 
     def served(self) -> dict[str, str]:

@@ -51,6 +51,7 @@ class Answer:
 
     @property
     def streams(self) -> bool:
+        """Whether it comes as server-sent events."""
         return "event-stream" in self.content_type
 
     async def pieces(self) -> AsyncIterator[bytes]:

@@ -23,10 +23,12 @@ THEIRS = ("cancelled", "request")
 
 
 def recognises(data: Json) -> bool:
+    """Whether every line says that it is one of serve's."""
     return isinstance(data, list) and bool(data) and all(isinstance(r, Mapping) and r.get("kind") == KIND for r in data)
 
 
 def read(data: Json, about: About) -> list[Found]:
+    """A run for each version of each adapter that answered. Raises ValueError for lines of another format."""
     if wrong := {row["format"] for row in data} - {1}:
         raise ValueError(f"format {sorted(wrong)[0]}, not 1")
     runs: dict[tuple[str, str, str], list[Mapping[str, Json]]] = defaultdict(list)
