@@ -13,12 +13,14 @@ ROOT = Path(__file__).parent.parent / "peftopt"
 GROUND = (
     "errors records metrics identity stats jsonl progress machine measurements store plugins corpus environments models"
 )
-TOWERS = "recipe loadtest decision report canary merging transforms engines policies probes worker runner gateway cli"
+TOWERS = (
+    "recipe loadtest decision report canary merging transforms engines policies probes server worker runner gateway cli"
+)
 LAYERS = f"{GROUND} {TOWERS}".split()
 PURE = {"recipe", "decision", "report"}
 EFFECTS = {"torch", "time", "datetime", "subprocess", "socket", "random", "shutil"}
 LIBRARIES = "torch torchao transformers peft numpy scipy pandas matplotlib safetensors jinja2 httpx"
-SERVING = "aiohttp starlette uvicorn fastapi prometheus_client"
+SERVING = "aiohttp starlette uvicorn fastapi prometheus_client orjson"
 HEAVY = {*f"{LIBRARIES} {SERVING}".split()}
 COMPILED = ROOT / "merging" / "kernel.py"  # numba compiles its functions when it is imported
 
