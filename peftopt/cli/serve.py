@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import app, named, options_from
+from peftopt.cli.shared import app, named, options_from, read_text
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.records import Json
 
 if TYPE_CHECKING:
     from peftopt.gateway.backends import Start
@@ -26,6 +28,10 @@ STATE = "serve-state"
 class Options:
     """The options of `serve`."""
 
+    run: Annotated[Path | None, typer.Argument(help="A finished run, in place of --base: what it chose is served.")] = (
+        None
+    )
+    variant: Annotated[str, typer.Option(help="Of the run, another variant than the chosen one.")] = ""
     base: Annotated[Path | None, typer.Option(help="Folder of the base, or of a merged model.")] = None
     adapter: Annotated[list[str], typer.Option(help="Adapter folder, or NAME=FOLDER; repeat for several.")] = field(
         default_factory=list
@@ -68,38 +74,58 @@ class Options:
     ] = False
 
 
+@dataclass(frozen=True)
+class What:
+    """What is served: of the options, or of a finished run."""
+
+    base: Path | None
+    adapters: dict[str, Path]
+    engine: str
+    name: str = "base"
+    params: Mapping[str, Json] = field(default_factory=dict)
+    slos_s: tuple[float, ...] = ()
+
+
 @app.command()
 @options_from(Options)
 def serve(options: Options) -> None:
     """Serve a base and its adapters until Ctrl-C: the gateway before vLLM, llama.cpp's server or an engine of ours."""
     from peftopt.cli.console import Console
 
-    _check(options)
+    what = _what(options)
     if options.engine_only:
         _engine_only(options)
     from peftopt.gateway import run
 
-    raise typer.Exit(run.run(_config(options), Console().tell))
+    raise typer.Exit(run.run(_config(options, what), Console().tell))
 
 
-def _check(options: Options) -> None:
+def _what(options: Options) -> What:
     """Raises BadInput for options that do not go together, or that name what cannot be served."""
+    from peftopt.gateway import decided
     from peftopt.runner import preflight
 
-    if (options.base is None) == (not options.upstream):
-        raise BadInput("serve takes --base DIR or --upstream URL", "name the folder of a model, or a server's address")
+    if sum(map(bool, (options.run, options.base, options.upstream))) != 1:
+        hint = "name a finished run, the folder of a model, or a server's address"
+        raise BadInput("serve takes one of RUN, --base DIR and --upstream URL", hint)
     given = [named(text) for text in options.adapter]
     if len(dict(given)) < len(given) or "base" in dict(given):
-        raise BadInput(
-            "two adapters, or an adapter and the base, have the same name", "name each: --adapter NAME=FOLDER"
-        )
+        what = "two adapters, or an adapter and the base, have the same name"
+        raise BadInput(what, "name each: --adapter NAME=FOLDER")
+    if options.run:
+        found = decided.of_run(options.run, options.variant)
+        apart = {found.name: Path(found.model.adapters[0])} if found.model.adapters else {}
+        name = "base" if apart else found.name
+        engine = options.engine or found.engine
+        return What(Path(found.model.path), apart | dict(given), engine, name, found.params, found.slos_s)
     if options.base:
         preflight.check_base(options.base, quantized=True, ours=False)
         for _, folder in given:
             preflight.check_adapter(folder, options.base, [])
+    return What(options.base, dict(given), options.engine)
 
 
-def _config(options: Options) -> Config:
+def _config(options: Options, what: What) -> Config:
     from peftopt import corpus
     from peftopt.engines._server import check_port
     from peftopt.gateway import keys, limits, lives
@@ -108,14 +134,12 @@ def _config(options: Options) -> Config:
 
     _check_extra()
     check_port(options.port)
-    given = dict(map(named, options.adapter))
     life = lives.Settings(keep_s=options.keep)
     if options.canary:
         life.prompts = {row.id: row.messages for row in corpus.read(str(options.canary))[:8]}
     key = ""
     if options.admin_key_env and not (key := os.environ.get(options.admin_key_env, "")):
         raise BadInput(f"the environment variable {options.admin_key_env} is not set", "export it, then run this again")
-    allowed = [*options.adapters_from, *(folder.resolve().parent for folder in given.values())]
     return Config(
         state=options.state,
         host=options.host,
@@ -123,37 +147,38 @@ def _config(options: Options) -> Config:
         admin=options.admin or socket_of(options.state),
         admin_key=key,
         upstream=options.upstream,
-        start=_starter(options) if options.base else None,
-        base=options.base,
-        max_rank=0,
-        adapters=given,
-        allowed=allowed,
+        start=_starter(options, what) if what.base else None,
+        base=what.base,
+        max_rank=options.max_rank,
+        adapters=what.adapters,
+        allowed=[*options.adapters_from, *(folder.resolve().parent for folder in what.adapters.values())],
         limits=limits.parse(options.limits),
         per_adapter=options.per_adapter,
         per_key=options.per_key,
-        keys=keys.parse(_text(options.keys), str(options.keys)) if options.keys else keys.Keys(),
+        keys=keys.parse(read_text(options.keys), str(options.keys)) if options.keys else keys.Keys(),
         timeouts=Timeouts(first=options.first, gap=options.gap, whole=options.whole),
         lives=life,
         log=options.log,
         drain_s=options.drain,
+        slos_s=what.slos_s,
     )
 
 
-def _starter(options: Options) -> Any:
+def _starter(options: Options, what: What) -> Callable[[Registry], Start]:
     """How the engine is started, once it is known which adapters it must hold."""
     from peftopt.gateway import backends, limits
     from peftopt.records import Model
 
     def start(registry: Registry) -> Start:
-        assert options.base
+        assert what.base
         carried = limits.parse(options.limits)
-        folders = [folder for _, folder in map(named, options.adapter)]
-        ranks = [_rank(folder) for folder in folders] + [stored.rank for stored in registry.versions.values()]
-        names = {*dict(map(named, options.adapter)), *(stored.name for stored in registry.versions.values())}
+        ranks = [*map(_rank, what.adapters.values()), *(stored.rank for stored in registry.versions.values())]
         wanted = backends.Wanted(
-            engine=options.engine or _installed(bool(names)),
-            model=Model(str(options.base.resolve())),
-            adapters=len(names),
+            engine=what.engine or _installed(),
+            model=Model(str(what.base.resolve())),
+            name=what.name,
+            params=what.params,
+            adapters=len({*what.adapters, *(stored.name for stored in registry.versions.values())}),
             rank=max([options.max_rank, *ranks]),
             running=carried.running,
             waiting=carried.waiting,
@@ -178,7 +203,7 @@ def _rank(folder: Path) -> int:
     return max([int(config.get("r") or 0), *map(int, patterns.values())])
 
 
-def _installed(adapters: bool) -> str:
+def _installed() -> str:
     """The engine that is used when none is named: vLLM where it is installed, else eager, which always is."""
     from peftopt import environments
 
@@ -199,13 +224,6 @@ def _check_extra() -> None:
     ]
     if lacking:
         raise MissingEnvironment(f"serve needs {', '.join(lacking)}", "pip install 'peftopt[serve]'")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise BadInput(f"cannot read {path}: {error}", "check the path") from error
 
 
 def _engine_only(options: Options) -> None:

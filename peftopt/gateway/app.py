@@ -235,7 +235,7 @@ class Exchange:
         line.adapter = name
         if not (shared.open and shared.lives.ready):
             why = "the gateway is not ready" if shared.open else "the gateway is being stopped"
-            raise Problem(503, why, "not_ready", headers={"retry-after": "5"})
+            raise Problem(503, why, "not_ready", headers={"retry-after": "5"}, kind="refused")
         ticket = Ticket(name, key.name)
         line.running_at_start, line.waiting_at_start = shared.admission.running, shared.admission.waiting
         await self._turn(ticket)

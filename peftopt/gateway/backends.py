@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peftopt import environments, machine
 from peftopt.engines._server import Server, check_port, free_port
 from peftopt.errors import BadInput
-from peftopt.records import Model
+from peftopt.records import Json, Model
 
 BASE = "base"
 """The route of the base, or of a merged model, where it is asked without an adapter."""
@@ -41,11 +41,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to start: `engine` by its plug-in's name, the model, how many `adapters` it must hold at once and their
-    highest `rank`, requests it may run at once (0 = its own default), `args` of its own command line."""
+    """What to start: `engine` by its plug-in's name, the `model`, the `name` that it answers to itself, the `params`
+    that a recipe gave the engine, how many `adapters` it must hold at once and their highest `rank`, requests it may
+    run and have waiting (0 = its own default), `args` of its own command line."""
 
     engine: str
     model: Model
+    name: str = BASE
+    params: Mapping[str, Json] = field(default_factory=dict)
     adapters: int = 0
     rank: int = 0
     running: int = 0
@@ -77,12 +80,13 @@ def _vllm(wanted: Wanted, port: int) -> Start:
     from peftopt.engines import vllm
 
     slots = wanted.slots or wanted.adapters + SPARE_SLOTS
-    params = vllm.Params(
-        compile=wanted.compile,
-        prefix_caching=wanted.prefix_caching,
-        max_num_seqs=wanted.running,
-        max_loras=slots if wanted.adapters else 0,
-        args=wanted.args,
+    told = vllm.Params(**wanted.params)
+    params = replace(
+        told,
+        compile=wanted.compile or told.compile,
+        prefix_caching=wanted.prefix_caching or told.prefix_caching,
+        max_num_seqs=wanted.running or told.max_num_seqs,
+        args=f"{told.args} {wanted.args}".strip(),
     )
     python = environments.python(vllm.PLUGIN.environment)
     command, variables = vllm.command(Model(wanted.model.path), params, port, (), python)
@@ -95,7 +99,7 @@ def _vllm(wanted: Wanted, port: int) -> Start:
             raise BadInput(f"vLLM serves LoRA up to rank {vllm.RANKS[-1]}, not {wanted.rank}", "merge the adapter")
         command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots)]
         command += ["--max-cpu-loras", str(slots)]
-    return Start(command, variables, f"http://127.0.0.1:{port}", {BASE: vllm.BASE}, loads=bool(wanted.adapters))
+    return Start(command, variables, f"http://127.0.0.1:{port}", {wanted.name: vllm.BASE}, loads=bool(wanted.adapters))
 
 
 def _llamacpp(wanted: Wanted, port: int) -> Start:
@@ -109,10 +113,12 @@ def _llamacpp(wanted: Wanted, port: int) -> Start:
         )
     home = Path(environments.python(llamacpp_server.PLUGIN.environment)).parent.parent
     binary = next(home.glob(f"lib/python*/site-packages/llama_cpp/{SERVER}"))
-    params = llamacpp_server.Params(slots=wanted.running or llamacpp_server.Params.slots, args=wanted.args)
+    known = {name: wanted.params[name] for name in ("context", "gpu_layers") if name in wanted.params}
+    slots = wanted.running or wanted.params.get("slots") or llamacpp_server.Params.slots
+    params = llamacpp_server.Params(slots=slots, args=wanted.args, **known)
     amx = "amx_int8" in machine.processor()
     command = llamacpp_server.command(wanted.model, params, port, str(binary), _threads(wanted), amx)
-    return Start(command, {}, f"http://127.0.0.1:{port}", {BASE: llamacpp_server.NAME})
+    return Start(command, {}, f"http://127.0.0.1:{port}", {wanted.name: llamacpp_server.NAME})
 
 
 def _ours(wanted: Wanted, port: int) -> Start:
@@ -120,7 +126,7 @@ def _ours(wanted: Wanted, port: int) -> Start:
     command += ["--engine", wanted.engine, "--threads", str(_threads(wanted)), "--drain", str(wanted.drain_s)]
     command += ["--max-batch", str(wanted.running)] if wanted.running else []
     variables = {"OMP_NUM_THREADS": str(_threads(wanted)), **machine.waiting()}
-    return Start(command, variables, f"http://127.0.0.1:{port}", {BASE: BASE}, loads=wanted.engine == "eager")
+    return Start(command, variables, f"http://127.0.0.1:{port}", {wanted.name: BASE}, loads=wanted.engine == "eager")
 
 
 def _threads(wanted: Wanted) -> int:

@@ -119,6 +119,7 @@ class Lives:
 
     async def _all_asked(self) -> list[str]:
         names = [v.served for route in self.registry.table.routes.values() for v in route.versions()]
+        self.tell(f"asking whether each answers as itself: {', '.join(names)}")
         try:
             async with self._client() as client:
                 for name in names:
