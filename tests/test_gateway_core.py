@@ -223,7 +223,7 @@ def a_line(**more: object) -> Line:
 
 
 def test_a_line_says_where_a_requests_time_went() -> None:
-    line = a_line(admitted=10.1, sent=10.1, first=10.3, last=10.9, done=11.0, new_tokens=4, status=200)
+    line = a_line(waited=0.1, sent=10.1, first=10.3, last=10.9, done=11.0, new_tokens=4, status=200)
     said = line.as_json()
     assert said["request_duration_ms"] == 1000 and said["queue_gateway_ms"] == 100 == said["queue_time_ms"]
     assert said["ttft_ms"] == 300 and said["tpot_ms"] == 200 and said["generation_latency_ms"] == 900

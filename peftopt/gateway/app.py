@@ -238,7 +238,11 @@ class Exchange:
             raise Problem(503, why, "not_ready", headers={"retry-after": "5"}, kind="refused")
         ticket = Ticket(name, key.name)
         line.running_at_start, line.waiting_at_start = shared.admission.running, shared.admission.waiting
-        await self._turn(ticket)
+        began = time.perf_counter()
+        try:
+            await self._turn(ticket)
+        finally:
+            line.waited = time.perf_counter() - began
         try:
             await self._routed(asked, body, str(asked.get("user") or key.name or line.request_id))
         finally:
@@ -266,7 +270,6 @@ class Exchange:
                 if late:
                     raise self._turned_away(late) from None
                 raise
-        line.admitted = time.perf_counter()
         if shared.admission.limits.running:
             line.batch_fill = shared.admission.running / shared.admission.limits.running
         shared.let_in([])

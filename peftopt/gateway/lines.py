@@ -30,7 +30,7 @@ ROTATE_BYTES = 256 * 2**20
 class Line:
     """A request's account. Times in seconds on one clock (perf_counter), nan or None where something did not happen.
 
-    `arrived` at the gateway, `admitted` to the engine, `first` and `last` byte of text, `done`; `gaps_ms` between
+    `arrived` at the gateway, `sent` to the engine, `first` and `last` byte of text, `done`; `gaps_ms` between
     pieces of the answer. `sources` names who gave a number that can come from several: "engine" says it itself,
     "gateway" measured it from outside, "derived" computed it from other numbers.
     """
@@ -44,7 +44,8 @@ class Line:
     arm: str = ""
     key: str = ""
     trace_id: str = ""
-    admitted: float | None = None
+    waited: float | None = None
+    """Seconds that it waited here to go on; None for one that did not come so far."""
     sent: float | None = None
     first: float | None = None
     last: float | None = None
@@ -72,9 +73,8 @@ class Line:
 
     @property
     def queue_gateway_ms(self) -> float:
-        """What it waited here: until it was admitted, or until it was turned away."""
-        until = self.admitted if self.admitted is not None else self.done
-        return 1e3 * ((until if until is not None else self.arrived) - self.arrived)
+        """What it waited here, until it went on or was turned away."""
+        return 1e3 * (self.waited or 0.0)
 
     @property
     def queue_engine_ms(self) -> float | None:

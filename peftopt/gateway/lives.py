@@ -173,7 +173,7 @@ class Lives:
         if wrong:
             return await self._reject(stored, wrong[0])
         arm = "canary" if weight else "live"
-        self.registry.keep(stored, state=arm)
+        self.registry.keep(self.registry.versions[version.served], state=arm)
         if route and weight:
             now = Route(route.live, version, weight, route.previous)
         else:

@@ -21,8 +21,9 @@ class Metrics:
     """One registry a process. `limits_s`: limits of the decision in seconds, a bound each."""
 
     def __init__(self, limits_s: Iterable[float] = ()) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         coarse = sorted({*BOUNDS, *limits_s})
         fine = sorted({*FINE, *limits_s})
@@ -82,8 +83,8 @@ class Metrics:
         self.queue.labels(*which, "gateway").observe(line.queue_gateway_ms / 1e3)
         if line.queue_engine_ms is not None:
             self.queue.labels(*which, "engine").observe(line.queue_engine_ms / 1e3)
-        if line.sent is not None and line.admitted is not None:
-            self.overhead.observe(max(0.0, line.sent - line.admitted))
+        if line.sent is not None:
+            self.overhead.observe(max(0.0, line.sent - line.arrived - (line.waited or 0.0)))
         if line.prompt_tokens:
             self.tokens.labels(*which, "prompt").inc(line.prompt_tokens)
         if line.new_tokens:
