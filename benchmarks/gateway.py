@@ -180,9 +180,8 @@ def main() -> None:
             for name in ratios:
                 left = np.array(asyncio.run(leave(ways[name], engine, prompt, streams, options.leave)))
                 within = int((left <= LEFT_WITHIN_S).sum())
-                print(
-                    f"{name:8} client leaves, {title}: {within} of {len(left)} ended within 1 s, at most {left.max():.3f} s"
-                )
+                ended = f"{within} of {len(left)} ended within 1 s, at most {left.max():.3f} s"
+                print(f"{name:8} client leaves, {title}: {ended}")
 
 
 if __name__ == "__main__":

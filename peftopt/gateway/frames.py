@@ -8,6 +8,7 @@ to the first token and the last few are parsed.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -65,14 +66,18 @@ class Frames:
         self.first_token = False
         self._edge = b""
         self._head = b""
-        self._tail = b""
+        self._tail: deque[bytes] = deque()
+        self._tail_bytes = 0
 
     def add(self, piece: bytes) -> None:
         """The next bytes of the stream."""
         joined = self._edge + piece
         self.messages += sum(joined.count(end) - self._edge.count(end) for end in ENDS)
         self._edge = joined[-3:]
-        self._tail = (self._tail + piece)[-TAIL_BYTES:]
+        self._tail.append(piece)
+        self._tail_bytes += len(piece)
+        while self._tail_bytes - len(self._tail[0]) > TAIL_BYTES:
+            self._tail_bytes -= len(self._tail.popleft())
         if not self.first_token:
             self._head = (self._head + piece)[:HEAD_BYTES]
             self.first_token = len(self._head) >= HEAD_BYTES or any(map(_has_text, _whole(self._head)))
@@ -80,14 +85,14 @@ class Frames:
     def ended(self) -> Ended:
         """What the last messages say, whether the stream is whole or not."""
         found = Ended()
-        for message in _whole(self._tail + ENDS[0]):
+        for message in _whole(b"".join(self._tail) + ENDS[0]):
             found.read(message)
         return found
 
     @property
     def done(self) -> bool:
         """Whether the stream has said that it is over."""
-        return DONE in self._tail[-64:]
+        return DONE in b"".join(self._tail)[-64:]
 
 
 def _whole(text: bytes) -> Iterator[Json]:

@@ -23,7 +23,7 @@ class Metrics:
     def __init__(self, limits_s: Iterable[float] = ()) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
-        disable_created_metrics()  # type: ignore[no-untyped-call]
+        disable_created_metrics()
         self.registry = CollectorRegistry()
         coarse = sorted({*BOUNDS, *limits_s})
         fine = sorted({*FINE, *limits_s})
