@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
-from helpers.paced import Paced, paced
+from helpers.paced import Paced, paced  # type: ignore[import-not-found]  # noqa: E402
 
-from peftopt.engines._server import free_port
+from peftopt.engines._server import free_port  # noqa: E402
 
 LEFT_WITHIN_S = 1.0
 

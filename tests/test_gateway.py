@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -427,3 +428,32 @@ def test_the_log_is_read_as_loads_and_replayed_as_a_trace(two: tuple[Path, Path]
         assert found["support"].raw, "something can be decided on it"
         traced = runs.read_trace(gateway.log)
         assert len(traced) == 7 and traced[0].prompt_tokens == 7 and traced[0].model == "support"
+
+
+def test_a_canary_that_is_slower_is_rolled_back_by_its_rule(two: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = two
+    options = ("--adapters-from", tmp_path)
+    with paced() as engine, serving(tmp_path, "--upstream", engine.url, *options) as gateway:
+        gateway.operate("put", f"support={first}")
+        live = next(name for name in engine.folders)
+        over, users = threading.Event(), ThreadPoolExecutor(8)
+
+        def user(number: int) -> None:
+            while not over.is_set():
+                for name in set(engine.folders) - {live}:
+                    engine.slow[name] = 0.1
+                gateway.ask("x", "support", user=f"user-{number}-{time.monotonic_ns()}", max_tokens=2)
+
+        traffic = [users.submit(user, number) for number in range(8)]
+        try:
+            asked = ("--canary", "50%", "--for", "60s", "--window", "1s", "--then", "promote")
+            code, said = gateway.operate("put", f"support={second}", *asked)
+        finally:
+            over.set()
+            users.shutdown()
+        assert all(each.result() is None for each in traffic)
+        assert code == 1 and "canary.latency" in said, said
+        listed = json.loads(gateway.operate("list", "--json")[1])
+        assert [row["arm"] for row in listed if row["name"] == "support"] == ["live"]
+        gateway.ask("x", "support")
+        assert engine.seen[-1]["model"] == live

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,14 +51,32 @@ def list_(admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> N
 def put(
     adapter: Annotated[str, typer.Argument(help="NAME=FOLDER")],
     canary: Annotated[str, typer.Option(help="Share of users that it answers at first, such as 10%.")] = "",
+    for_: Annotated[
+        str, typer.Option("--for", help="Judge the canary, for so long at most, such as 30m; this waits for it.")
+    ] = "",
+    then: Annotated[str, typer.Option(help="promote an accepted canary, or hold it where it is.")] = "hold",
+    slower: Annotated[float, typer.Option(help="The canary's median time may be this times the live one's.")] = 1.10,
+    window: Annotated[str, typer.Option(help="Length of the windows that are compared.")] = "30s",
     admin: Admin = "",
     key_env: KeyEnv = "",
     as_json: AsJson = False,
 ) -> None:
     """Check an adapter, load it, ask whether it answers as itself, and let it answer users."""
+    from peftopt.cli.console import Console
+
     name, folder = named(adapter)
-    body = {"folder": str(folder.resolve()), "canary": _share(canary)}
-    _told(_asked("PUT", f"/adapters/{name}", admin, key_env, body), as_json)
+    body: dict[str, Any] = {"folder": str(folder.resolve()), "canary": _share(canary)}
+    if for_:
+        if not canary or then not in ("promote", "hold"):
+            raise BadInput("--for judges a canary", "write --canary 10% --for 30m --then promote, or --then hold")
+        terms = {"for_s": _seconds(for_), "window_s": _seconds(window), "slower": slower, "then": then}
+        body["trial"] = terms
+    told = _asked("PUT", f"/adapters/{name}", admin, key_env, body)
+    if for_ and told["exit_code"] == 0:
+        Console().tell(told["said"])
+        while (told := _asked("GET", f"/adapters/{name}/trial", admin, key_env)) is None:
+            time.sleep(1.0)
+    _told(told, as_json)
 
 
 @adapters.command()
@@ -87,6 +106,14 @@ def _share(text: str) -> float:
         raise BadInput(f"--canary {text!r} is no share", "write 10% or 0.1") from None
 
 
+def _seconds(text: str) -> float:
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    try:
+        return float(text[:-1]) * units[text[-1:]]
+    except (ValueError, KeyError):
+        raise BadInput(f"{text!r} is not a length of time", "write 30s, 30m or 2h") from None
+
+
 def _asked(method: str, path: str, admin: str, key_env: str, body: Any = None) -> Any:
     """The answer of the gateway. Raises MissingEnvironment where none answers, BadInput for what it refuses."""
     import httpx
@@ -100,6 +127,8 @@ def _asked(method: str, path: str, admin: str, key_env: str, body: Any = None) -
             answer = http.request(method, url + path, json=body, headers=headers)
     except httpx.HTTPError as error:
         raise MissingEnvironment(f"no gateway answers at {where}: {error}", "start one, or name it: --admin") from error
+    if answer.status_code == 204:
+        return None
     told = answer.json()
     if answer.status_code in (401, 404, 422):
         raise BadInput(f"the gateway refuses: {told.get('detail')}", "see peftopt adapters --help")

@@ -9,21 +9,66 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from peftopt.errors import BAD_INPUT, BadInput, PeftoptError
 from peftopt.gateway.lives import Lives, Outcome
+from peftopt.gateway.trial import Terms
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from fastapi.responses import JSONResponse
 
 
 def application(lives: Lives, allowed: Sequence[Path], key: str = "") -> "FastAPI":
     """The application. `allowed`: folders below which adapters may lie; `key` that operators must send, "" for none."""
-    from fastapi import Body, Depends, FastAPI, HTTPException, Request
-    from fastapi.responses import JSONResponse
+    from fastapi import Body
+    from fastapi.responses import JSONResponse, Response
 
     roots = [folder.resolve() for folder in allowed]
+    app = _guarded(key)
+
+    @app.get("/adapters", summary="Routes and the versions behind them")
+    async def listed() -> list[dict[str, Any]]:
+        return lives.listed()
+
+    @app.put("/adapters/{name}", summary="Put an adapter: check it, load it, ask it, route it")
+    async def put(
+        name: str,
+        folder: Annotated[str, Body()],
+        canary: Annotated[float, Body()] = 0.0,
+        trial: Annotated[dict[str, Any] | None, Body()] = None,
+    ) -> JSONResponse:
+        terms = Terms(**trial) if trial else None
+        return _answered(await lives.put(name, _within(folder, roots), canary, terms))
+
+    @app.get("/adapters/{name}/trial", summary="What came of the canary's trial: 204 while it goes on")
+    async def trial(name: str) -> Response:
+        if name in lives.trials:
+            return Response(status_code=204)
+        if name in lives.verdicts:
+            return _answered(lives.verdicts[name])
+        raise BadInput(f"{name} is not and was not on trial", "put a version with --canary 10% --for 30m")
+
+    @app.post("/adapters/{name}/promote", summary="Let the canary answer everybody")
+    async def promote(name: str) -> JSONResponse:
+        return _answered(await lives.promote(name))
+
+    @app.post("/adapters/{name}/rollback", summary="Drop the canary, or go back to the version before")
+    async def rollback(name: str) -> JSONResponse:
+        return _answered(await lives.rollback(name))
+
+    @app.delete("/adapters/{name}", summary="Answer for it no more, and unload it")
+    async def remove(name: str) -> JSONResponse:
+        return _answered(await lives.remove(name))
+
+    return app
+
+
+def _guarded(key: str) -> "FastAPI":
+    """An application that asks for the key, and answers for what operators did wrong."""
+    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi.responses import JSONResponse
 
     def known(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
@@ -40,31 +85,14 @@ def application(lives: Lives, allowed: Sequence[Path], key: str = "") -> "FastAP
         told = {"exit_code": error.exit_code, "said": error.message, "hint": error.hint}
         return JSONResponse(told, status)
 
-    def answered(outcome: Outcome) -> JSONResponse:
-        told = {"exit_code": outcome.exit_code, "said": outcome.said, "version": outcome.version}
-        return JSONResponse(told, 200 if outcome.exit_code == 0 else 409)
-
-    @app.get("/adapters", summary="Routes and the versions behind them")
-    async def listed() -> list[dict[str, Any]]:
-        return lives.listed()
-
-    @app.put("/adapters/{name}", summary="Put an adapter: check it, load it, ask it, route it")
-    async def put(name: str, folder: str = Body(embed=True), canary: float = Body(0.0, embed=True)) -> JSONResponse:
-        return answered(await lives.put(name, _within(folder, roots), canary))
-
-    @app.post("/adapters/{name}/promote", summary="Let the canary answer everybody")
-    async def promote(name: str) -> JSONResponse:
-        return answered(await lives.promote(name))
-
-    @app.post("/adapters/{name}/rollback", summary="Drop the canary, or go back to the version before")
-    async def rollback(name: str) -> JSONResponse:
-        return answered(await lives.rollback(name))
-
-    @app.delete("/adapters/{name}", summary="Answer for it no more, and unload it")
-    async def remove(name: str) -> JSONResponse:
-        return answered(await lives.remove(name))
-
     return app
+
+
+def _answered(outcome: Outcome) -> "JSONResponse":
+    from fastapi.responses import JSONResponse
+
+    told = {"exit_code": outcome.exit_code, "said": outcome.said, "version": outcome.version}
+    return JSONResponse(told, 200 if outcome.exit_code == 0 else 409)
 
 
 def _within(folder: str, roots: Sequence[Path]) -> Path:

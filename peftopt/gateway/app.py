@@ -140,6 +140,8 @@ class Exchange:
             at=time.time(),
             trace_id=_trace_id(self.headers.get("traceparent", "")),
         )
+        self.sticky = ""
+        """What keeps a user at an arm: the request's `user`, else the key, else the request itself."""
         self.begun = False
         """Whether the answer's head has been sent."""
 
@@ -244,7 +246,8 @@ class Exchange:
         finally:
             line.waited = time.perf_counter() - began
         try:
-            await self._routed(asked, body, str(asked.get("user") or key.name or line.request_id))
+            self.sticky = str(asked.get("user") or key.name or line.request_id)
+            await self._routed(asked, body)
         finally:
             tokens = line.new_tokens + (line.prompt_tokens or 0)
             shared.let_in(shared.admission.leave(ticket, tokens, time.perf_counter()))
@@ -280,10 +283,10 @@ class Exchange:
 
     # ---- what is answered
 
-    async def _routed(self, asked: dict[str, Json], body: bytes, sticky: str) -> None:
+    async def _routed(self, asked: dict[str, Json], body: bytes) -> None:
         """Ask the version that the route has now, and none other to the end."""
         shared, line = self.shared, self.line
-        arm, version = shared.table.routes[line.adapter].choose(sticky)
+        arm, version = shared.table.routes[line.adapter].choose(self.sticky)
         line.arm, line.version = arm, version.id
         line.model_loading_time = shared.settings.model_loading_time
         line.adapter_switch_time = shared.lives.switched.pop(version.served, None)
@@ -377,6 +380,7 @@ class Exchange:
         """Count the request and write its line."""
         self.line.done = time.perf_counter()
         self.shared.metrics.count(self.line)
+        self.shared.lives.heard(self.line, self.sticky)
         lost = self.shared.log.lost
         self.shared.log.write(self.line)
         self.shared.metrics.log_lost.inc(self.shared.log.lost - lost)

@@ -18,11 +18,13 @@ from pathlib import Path
 
 from peftopt.canary import fingerprint, mixed
 from peftopt.canary.fingerprint import Known, Print
-from peftopt.errors import ACCEPTED, REJECTED, BadInput, WorkerFailed
+from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, WorkerFailed
 from peftopt.gateway.backends import BASE
+from peftopt.gateway.lines import Line
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import Registry, Stored
 from peftopt.gateway.routes import Route, Version
+from peftopt.gateway.trial import Judged, Terms, Trial
 from peftopt.loadtest.client import Client, Target
 from peftopt.models.adapter import WEIGHTS
 
@@ -86,6 +88,10 @@ class Lives:
         self.ready = False
         self.switched: dict[str, float] = {}
         """Seconds that each version's load took, by its name at the engine, until a request has told of it."""
+        self.trials: dict[str, Trial] = {}
+        """Canaries that are on trial, by route."""
+        self.verdicts: dict[str, Outcome] = {}
+        """What came of the last trial of each route."""
         self._prints: dict[str, Mapping[str, Print]] = {}
         self._noise: dict[str, float] = {}
         self._replaced: dict[str, float] = {}
@@ -136,9 +142,10 @@ class Lives:
 
     # ---- what operators ask for
 
-    async def put(self, name: str, folder: Path, weight: float = 0.0) -> Outcome:
-        """Take an adapter from its folder to users: to all, or to the share `weight` of them. It is rejected when it
-        does not load or does not answer as itself; those that are served stay as they are."""
+    async def put(self, name: str, folder: Path, weight: float = 0.0, terms: Terms | None = None) -> Outcome:
+        """Take an adapter from its folder to users: to all, or to the share `weight` of them, on trial by `terms` where
+        they are given. It is rejected when it does not load or does not answer as itself; those that are served stay as
+        they are."""
         if not self.loads:
             raise BadInput(
                 "this engine takes no adapters while it runs", "serve a base with --adapter on vllm or eager"
@@ -155,7 +162,11 @@ class Lives:
                 return Outcome(ACCEPTED, f"{stored.version.served} is live already", stored.version.id)
             if weight and route is None:
                 raise BadInput(f"nothing answers for {name} yet", "put the first version without --canary")
-            return await self._put(stored, route, weight)
+            outcome = await self._put(stored, route, weight)
+            if weight and terms and outcome.exit_code == ACCEPTED:
+                self.verdicts.pop(name, None)
+                self.trials[name] = Trial(terms, time.monotonic())
+            return outcome
 
     async def _put(self, stored: Stored, route: Route | None, weight: float) -> Outcome:
         version = stored.version
@@ -210,12 +221,46 @@ class Lives:
             route = self.registry.table.routes.get(name)
             if route is None:
                 raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
+            self.trials.pop(name, None)  # an operator decides
             try:
                 now = turned(route)
             except LookupError as error:
                 raise BadInput(f"{name}: {error}", "list what there is: peftopt adapters list") from error
             await self._change(name, now)
             return Outcome(ACCEPTED, f"{now.live.served} {said}", now.live.id)
+
+    # ---- canaries on trial
+
+    def heard(self, line: Line, sticky: str) -> None:
+        """A request is over: where its route is on trial, it counts, unless its client gave it up."""
+        trial = self.trials.get(line.adapter)
+        if trial and line.arm and line.kind not in ("cancelled", "request", "refused"):
+            trial.hear(time.monotonic(), line.arm, sticky, line.request_duration_ms, bool(line.kind))
+
+    async def judge(self) -> None:
+        """Promote, roll back or hold the canaries whose trials are decided or over."""
+        for name, trial in list(self.trials.items()):
+            now = time.monotonic()
+            judged = trial.judge(now)
+            if judged.outcome == "inconclusive" and not trial.over(now):
+                continue
+            del self.trials[name]
+            self.verdicts[name] = await self._concluded(name, judged, trial.terms)
+            self.tell(f"{name}: {self.verdicts[name].said}")
+            self.registry.tell("trial", name=name, outcome=judged.outcome, rule=judged.rule, why=judged.said)
+
+    async def _concluded(self, name: str, judged: Judged, terms: Terms) -> Outcome:
+        version = self.registry.table.routes[name].canary
+        id_ = version.id if version else ""
+        if judged.outcome == "rejected":
+            await self.rollback(name)
+            return Outcome(REJECTED, f"{name}@{id_} is rolled back by {judged.rule}: {judged.said}", id_)
+        if judged.outcome == "accepted" and terms.then == "promote":
+            await self.promote(name)
+            return Outcome(ACCEPTED, f"{name}@{id_} is promoted: {judged.said}", id_)
+        if judged.outcome == "accepted":
+            return Outcome(ACCEPTED, f"{name}@{id_} is accepted and stays a canary: {judged.said}", id_)
+        return Outcome(INCONCLUSIVE, f"{name}@{id_} is held: {judged.said}", id_)
 
     # ---- in the background
 

@@ -37,7 +37,7 @@ from peftopt.loadtest.client import Client, Target
 if TYPE_CHECKING:
     import uvicorn
 
-LOOK_EVERY_S, RECONCILE_EVERY_S, SAMPLE_EVERY_S = 0.5, 10.0, 2.0
+LOOK_EVERY_S, RECONCILE_EVERY_S, SAMPLE_EVERY_S, JUDGE_EVERY_S = 0.5, 10.0, 2.0, 1.0
 AGAIN_S, AGAIN_AT_MOST_S = 1.0, 60.0
 """A dead engine is started again after so long, each time after twice that."""
 
@@ -185,6 +185,7 @@ class Gateway:
             asyncio.ensure_future(self._keep_alive(how, lives)),
             asyncio.ensure_future(self._reconcile(lives)),
             asyncio.ensure_future(self._sample()),
+            asyncio.ensure_future(self._judge(lives)),
         ]
         try:
             await self.ended.wait()
@@ -233,6 +234,15 @@ class Gateway:
                 lives.ready = False
                 self.tell(error.message)
             self.metrics.ready.set(lives.ready)
+
+    async def _judge(self, lives: Lives) -> None:
+        """Look at the canaries on trial."""
+        while True:
+            await asyncio.sleep(JUDGE_EVERY_S)
+            try:
+                await lives.judge()
+            except PeftoptError as error:
+                self.tell(error.message)
 
     async def _sample(self) -> None:
         """The engine's own account of its memory and its cache, every few seconds, for the lines of the log."""

@@ -25,6 +25,8 @@ class Paced:
         self.answers: Counter[str] = Counter()
         self.url = ""
         self.deaf = False
+        self.slow: dict[str, float] = {}
+        """Seconds more before the first token, by the name that is asked."""
 
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -93,7 +95,7 @@ class Paced:
         if prompt == "oom":
             self.whole(writer, 500, {"error": {"message": "CUDA out of memory. Tried to allocate 2 GiB", "code": 500}})
             return
-        await asyncio.sleep(3600 if prompt == "hold" else self.first)
+        await asyncio.sleep(3600 if prompt == "hold" else self.first + self.slow.get(name, 0.0))
         tokens = body.get("max_tokens", 4)
         usage = {"prompt_tokens": 7, "completion_tokens": tokens, "total_tokens": 7 + tokens}
         told = {"queue_time_ms": 3.0, "time_to_first_token_ms": 5.0, "generation_time_ms": 6.0}
