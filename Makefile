@@ -24,12 +24,12 @@ setup: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,demo]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,demo,serve]'
 	touch $@
 
 # apart: what only tests need is not there to be imported by what is timed
 .venv/tested: .venv/ready
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,demo,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,demo,serve,dev]'
 	touch $@
 
 $(MODEL)/model.safetensors: | .venv/ready
@@ -65,7 +65,7 @@ mutants: .venv/tested
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/mutants.py $(if $(SINCE),--changed $(SINCE) --sample 150 --minutes 3 --floor 0.75)
 
 .venv/docs: .venv/ready
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,demo,docs]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,demo,serve,docs]'
 	touch $@
 
 docs: .venv/docs

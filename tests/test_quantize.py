@@ -350,7 +350,8 @@ def test_weights_whose_reader_is_not_installed_are_refused_with_what_to_install(
     err = " ".join(capsys.readouterr().err.split())
     assert f"{method} weights" in err and "pip install" in err and reader in err
     monkeypatch.setenv("PEFTOPT_ENVIRONMENTS", str(tmp_path / "none"))
-    for verb in (("serve", "--base", folder), ("bench", "--model", folder, "--engine", "vllm", "--prompts", task)):
+    serve = ("serve", "--engine-only", "--base", folder)
+    for verb in (serve, ("bench", "--model", folder, "--engine", "vllm", "--prompts", task)):
         assert command(*verb) == 4
         err = " ".join(capsys.readouterr().err.split())
         assert "peftopt env install vllm" in err and reader not in err, "vLLM reads such weights itself"

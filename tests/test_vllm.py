@@ -123,14 +123,14 @@ def test_serve_refuses_what_cannot_be_served(
     assert command("serve", "--base", tiny_base, *twice) == 2
     assert "NAME=FOLDER" in capsys.readouterr().err
     monkeypatch.setenv("PEFTOPT_ENVIRONMENTS", str(tmp_path))
-    assert command("serve", "--base", tiny_base) == 4
+    assert command("serve", "--engine-only", "--base", tiny_base) == 4
     assert "peftopt env install vllm" in capsys.readouterr().err
     (tmp_path / "vllm" / "bin").mkdir(parents=True)
     (tmp_path / "vllm" / "bin" / "python").symlink_to(sys.executable)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert command("serve", "--base", tiny_base, "--port", taken.getsockname()[1]) == 4
+        assert command("serve", "--engine-only", "--base", tiny_base, "--port", taken.getsockname()[1]) == 4
     assert "is taken" in capsys.readouterr().err
 
 
@@ -239,7 +239,7 @@ def test_a_server_that_does_not_start_says_why() -> None:
 
 @contextlib.contextmanager
 def serving(folder: Path, *flags: object) -> Iterator[str]:
-    """The URL of `peftopt serve` on the model and its adapter, once it answers; ended as by Ctrl-C."""
+    """The URL of vLLM by `peftopt serve` on the model and its adapter, once it answers; ended as by Ctrl-C."""
     port, program = vllm.free_port(), Path(sys.executable).with_name("peftopt")
     command_ = [program, "serve", "--base", BASE, "--adapter", f"support={ADAPTER}", "--port", port, *flags]
     with subprocess.Popen([*map(str, command_)], cwd=folder) as process:
@@ -258,7 +258,7 @@ def serving(folder: Path, *flags: object) -> Iterator[str]:
 
 @real
 def test_serve_answers_until_it_is_interrupted(tmp_path: Path) -> None:
-    with serving(tmp_path) as url:
+    with serving(tmp_path, "--engine-only") as url:
         listed = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]
     assert [model["id"] for model in listed] == ["base", "support"]
     with pytest.raises(httpx.ConnectError):
@@ -274,9 +274,35 @@ def test_the_canary_catches_both_faults_of_this_vllm(tmp_path: Path, capsys: pyt
     make_lora(BASE, tmp_path / "other", std=0.05)
     swap = ["--swap", ADAPTER, "--swap", tmp_path / "other"]
     few = ["--prompts", ROOT / "demo" / "data" / "eval.jsonl", "--fingerprints", 1, "--rounds", 1]
-    with serving(tmp_path, "--slots", 1, "--prefix-caching") as url:
+    with serving(tmp_path, "--engine-only", "--slots", 1, "--prefix-caching") as url:
         assert command("canary", url, *few, *swap, "--json", "--quiet") == 1
     found = json.loads(capsys.readouterr().out)
     assert found["residents"] == ["base", "support"] and not found["alike"] and not found["kept"]
     assert {answer["model"] for answer in found["stale"]} == {"peftopt-canary"}
     assert {answer["model"] for answer in found["wrong"]} == {"base"}, "and no adapter's answer was another's"
+
+
+@real
+def test_the_gateway_reloads_an_adapter_of_the_same_name_without_a_stale_answer(tmp_path: Path) -> None:
+    """With prefix caching, where the engine alone answers a reloaded name from blocks of the adapter before."""
+    from conftest import make_lora
+
+    make_lora(BASE, tmp_path / "other", std=0.05)
+    program, admin = Path(sys.executable).with_name("peftopt"), f"unix:{tmp_path}/serve-state/admin.sock"
+    flags = ("--prefix-caching", "--adapters-from", tmp_path, "--log", "requests.jsonl", "--engine", "vllm")
+    prompt = [{"role": "user", "content": "the parcel is late " * 40}]
+    ask = {"model": "support", "messages": prompt, "max_tokens": 8, "temperature": 0}
+
+    def text(url: str) -> str:
+        answer = httpx.post(f"{url}/v1/chat/completions", json=ask, trust_env=False, timeout=120)
+        return str(answer.json()["choices"][0]["message"]["content"])
+
+    with serving(tmp_path, *flags) as url:
+        before = text(url)
+        for folder in (tmp_path / "other", ADAPTER, tmp_path / "other"):
+            put = [program, "adapters", "put", f"support={folder}", "--admin", admin]
+            assert subprocess.run(list(map(str, put)), check=False).returncode == 0
+            assert (text(url) == before) is (folder == ADAPTER)
+    lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert len({line["version"] for line in lines}) == 2 and len(lines) == 4
+    assert all(line["sources"]["generation_latency_ms"] == "engine" for line in lines)

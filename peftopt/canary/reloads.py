@@ -179,7 +179,7 @@ async def _timed(doing: Awaitable[None]) -> float:
 async def _loaded(client: Client, name: str, folder: Path) -> None:
     if error := await client.lora("load", name, str(folder.resolve())):
         hint = "vLLM takes adapters at run time when it is started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
-        raise WorkerFailed("cannot load", f"{folder}: {error}", f"{hint}; peftopt serve does so")
+        raise WorkerFailed("cannot load", f"{folder}: {error}", f"{hint}; peftopt serve --engine-only does so")
 
 
 async def _unloaded(client: Client, name: str) -> None:

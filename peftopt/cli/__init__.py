@@ -15,7 +15,20 @@ from peftopt import __version__
 from peftopt.cli.shared import app
 from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, PeftoptError
 
-VERBS = ("job", "merge", "quantize", "compile", "bench", "load", "serve", "canary", "importing", "around", "env")
+VERBS = (
+    "job",
+    "merge",
+    "quantize",
+    "compile",
+    "bench",
+    "load",
+    "serve",
+    "adapters",
+    "canary",
+    "importing",
+    "around",
+    "env",
+)
 """The files of verbs, in the order of --help."""
 
 for _module in VERBS:

@@ -1,55 +1,248 @@
-"""serve: a base and its adapters with vLLM."""
+"""serve: the gateway before an engine."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import BaseFolder, app
-from peftopt.errors import BadInput
+from peftopt.cli.shared import app, named, options_from, read_text
+from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.records import Json
+
+if TYPE_CHECKING:
+    from peftopt.gateway.backends import Start
+    from peftopt.gateway.registry import Registry
+    from peftopt.gateway.run import Config
+
+STATE = "serve-state"
+"""Where a gateway keeps its adapters, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `serve`."""
+
+    run: Annotated[Path | None, typer.Argument(help="A finished run, in place of --base: what it chose is served.")] = (
+        None
+    )
+    variant: Annotated[str, typer.Option(help="Of the run, another variant than the chosen one.")] = ""
+    base: Annotated[Path | None, typer.Option(help="Folder of the base, or of a merged model.")] = None
+    adapter: Annotated[list[str], typer.Option(help="Adapter folder, or NAME=FOLDER; repeat for several.")] = field(
+        default_factory=list
+    )
+    upstream: Annotated[str, typer.Option(help="URL of a server that runs already, in place of --base.")] = ""
+    engine: Annotated[
+        str, typer.Option(help="vllm, llamacpp_server, eager, compiled or continuous; by default what is installed.")
+    ] = ""
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="Port for users.")] = 8000
+    admin: Annotated[
+        str, typer.Option(help="Where operators are listened to: unix:PATH or HOST:PORT; by default in --state.")
+    ] = ""
+    admin_key_env: Annotated[str, typer.Option(help="Environment variable with the operators' key.")] = ""
+    adapters_from: Annotated[
+        list[Path], typer.Option(help="Folder below which `adapters put` may take adapters; repeat for several.")
+    ] = field(default_factory=list)
+    state: Annotated[Path, typer.Option(help="Folder of the adapters and routes; it survives restarts.")] = Path(STATE)
+    limits: Annotated[str, typer.Option(help="running=32,waiting=64,wait=400ms, or off.")] = "off"
+    per_adapter: Annotated[int, typer.Option(help="Most requests here of one adapter; 0 = any.")] = 0
+    per_key: Annotated[int, typer.Option(help="Most requests here of one API key; 0 = any.")] = 0
+    keys: Annotated[Path | None, typer.Option(help="File of API keys' hashes; without it anybody may ask.")] = None
+    log: Annotated[str, typer.Option(help="File for a JSON line a request; - is standard output.")] = ""
+    canary: Annotated[
+        Path | None, typer.Option(help="JSON-lines prompts on which adapters should differ; six of our own otherwise.")
+    ] = None
+    first: Annotated[float, typer.Option(help="Seconds until the engine's first byte; 0 = any.")] = 120.0
+    gap: Annotated[float, typer.Option(help="Seconds between two pieces of an answer; 0 = any.")] = 60.0
+    whole: Annotated[float, typer.Option(help="Seconds for a whole answer; 0 = any.")] = 600.0
+    drain: Annotated[float, typer.Option(help="Seconds that running requests are waited for.")] = 30.0
+    keep: Annotated[float, typer.Option(help="Seconds that a replaced version stays loaded for a rollback.")] = 600.0
+    max_rank: Annotated[int, typer.Option(help="Highest rank of adapters to come; 0 = that of those given.")] = 0
+    slots: Annotated[int, typer.Option(help="Adapters in one batch (vLLM: max-loras); 0 = all and two more.")] = 0
+    compile_: Annotated[bool, typer.Option("--compile", help="Let vLLM compile the model: a slower start.")] = False
+    prefix_caching: Annotated[bool, typer.Option("--prefix-caching", help="Keep prompts' keys and values.")] = False
+    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 = one a core.")] = 0
+    args: Annotated[str, typer.Option(help="More of the engine's own options, as on its command line.")] = ""
+    engine_only: Annotated[
+        bool, typer.Option("--engine-only", help="Become vLLM's own server, without the gateway.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class What:
+    """What is served: of the options, or of a finished run."""
+
+    base: Path | None
+    adapters: dict[str, Path]
+    engine: str
+    name: str = "base"
+    params: Mapping[str, Json] = field(default_factory=dict)
+    slos_s: tuple[float, ...] = ()
 
 
 @app.command()
-def serve(
-    base: BaseFolder,
-    adapter: Annotated[list[str], typer.Option(help="Adapter folder, or NAME=FOLDER; repeat for several.")] = [],  # noqa: B006
-    port: Annotated[int, typer.Option(help="Port on this machine.")] = 8000,
-    slots: Annotated[int, typer.Option(help="Adapters in one batch (vLLM: max-loras); 0 = all.")] = 0,
-    compile_: Annotated[bool, typer.Option("--compile", help="Let vLLM compile the model: a slower start.")] = False,
-    prefix_caching: Annotated[bool, typer.Option("--prefix-caching", help="Keep prompts' keys and values.")] = False,
-    args: Annotated[str, typer.Option(help="More of `vllm serve`'s own options, as on its command line.")] = "",
-) -> None:
-    """Serve a base and its adapters with vLLM until Ctrl-C, as the engine `vllm` does: for load and canary."""
+@options_from(Options)
+def serve(options: Options) -> None:
+    """Serve a base and its adapters until Ctrl-C: the gateway before vLLM, llama.cpp's server or an engine of ours."""
+    from peftopt.cli.console import Console
+
+    what = _what(options)
+    if options.engine_only:
+        _engine_only(options)
+    from peftopt.gateway import run
+
+    raise typer.Exit(run.run(_config(options, what), Console().tell))
+
+
+def _what(options: Options) -> What:
+    """Raises BadInput for options that do not go together, or that name what cannot be served."""
+    from peftopt.gateway import decided
+    from peftopt.runner import preflight
+
+    if sum(map(bool, (options.run, options.base, options.upstream))) != 1:
+        hint = "name a finished run, the folder of a model, or a server's address"
+        raise BadInput("serve takes one of RUN, --base DIR and --upstream URL", hint)
+    given = [named(text) for text in options.adapter]
+    if len(dict(given)) < len(given) or "base" in dict(given):
+        what = "two adapters, or an adapter and the base, have the same name"
+        raise BadInput(what, "name each: --adapter NAME=FOLDER")
+    if options.run:
+        found = decided.of_run(options.run, options.variant)
+        apart = {found.name: Path(found.model.adapters[0])} if found.model.adapters else {}
+        name = "base" if apart else found.name
+        engine = options.engine or found.engine
+        return What(Path(found.model.path), apart | dict(given), engine, name, found.params, found.slos_s)
+    if options.base:
+        preflight.check_base(options.base, quantized=True, ours=False)
+        for _, folder in given:
+            preflight.check_adapter(folder, options.base, [])
+    return What(options.base, dict(given), options.engine)
+
+
+def _config(options: Options, what: What) -> Config:
+    from peftopt import corpus
+    from peftopt.engines._server import check_port
+    from peftopt.gateway import keys, limits, lives
+    from peftopt.gateway.run import Config, socket_of
+    from peftopt.gateway.upstream import Timeouts
+
+    _check_extra()
+    check_port(options.port)
+    life = lives.Settings(keep_s=options.keep)
+    if options.canary:
+        life.prompts = {row.id: row.messages for row in corpus.read(str(options.canary))[:8]}
+    key = ""
+    if options.admin_key_env and not (key := os.environ.get(options.admin_key_env, "")):
+        raise BadInput(f"the environment variable {options.admin_key_env} is not set", "export it, then run this again")
+    return Config(
+        state=options.state,
+        host=options.host,
+        port=options.port,
+        admin=options.admin or socket_of(options.state),
+        admin_key=key,
+        upstream=options.upstream,
+        start=_starter(options, what) if what.base else None,
+        base=what.base,
+        max_rank=options.max_rank,
+        adapters=what.adapters,
+        allowed=[*options.adapters_from, *(folder.resolve().parent for folder in what.adapters.values())],
+        limits=limits.parse(options.limits),
+        per_adapter=options.per_adapter,
+        per_key=options.per_key,
+        keys=keys.parse(read_text(options.keys), str(options.keys)) if options.keys else keys.Keys(),
+        timeouts=Timeouts(first=options.first, gap=options.gap, whole=options.whole),
+        lives=life,
+        log=options.log,
+        drain_s=options.drain,
+        slos_s=what.slos_s,
+    )
+
+
+def _starter(options: Options, what: What) -> Callable[[Registry], Start]:
+    """How the engine is started, once it is known which adapters it must hold."""
+    from peftopt.gateway import backends, limits
+    from peftopt.records import Model
+
+    def start(registry: Registry) -> Start:
+        assert what.base
+        carried = limits.parse(options.limits)
+        ranks = [*map(_rank, what.adapters.values()), *(stored.rank for stored in registry.versions.values())]
+        wanted = backends.Wanted(
+            engine=what.engine or _installed(),
+            model=Model(str(what.base.resolve())),
+            name=what.name,
+            params=what.params,
+            adapters=len({*what.adapters, *(stored.name for stored in registry.versions.values())}),
+            rank=max([options.max_rank, *ranks]),
+            running=carried.running,
+            waiting=carried.waiting,
+            compile=options.compile_,
+            prefix_caching=options.prefix_caching,
+            slots=options.slots,
+            threads=options.threads,
+            drain_s=options.drain,
+            args=options.args,
+        )
+        return backends.start(wanted)
+
+    return start
+
+
+def _rank(folder: Path) -> int:
+    """An adapter's rank; 0 for one of another kind than LoRA."""
+    from peftopt.models.adapter import CONFIG
+
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    patterns = config.get("rank_pattern") or {}
+    return max([int(config.get("r") or 0), *map(int, patterns.values())])
+
+
+def _installed() -> str:
+    """The engine that is used when none is named: vLLM where it is installed, else eager, which always is."""
+    from peftopt import environments
+
+    try:
+        environments.python("vllm")
+    except MissingEnvironment:
+        return "eager"
+    return "vllm"
+
+
+def _check_extra() -> None:
+    import importlib.util
+
+    lacking = [
+        name
+        for name in ("uvicorn", "uvloop", "starlette", "fastapi", "aiohttp", "prometheus_client")
+        if importlib.util.find_spec(name) is None
+    ]
+    if lacking:
+        raise MissingEnvironment(f"serve needs {', '.join(lacking)}", "pip install 'peftopt[serve]'")
+
+
+def _engine_only(options: Options) -> None:
+    """Become the engine's server: what `load` and `canary` ask directly."""
     from peftopt import environments
     from peftopt.cli.console import Console
     from peftopt.engines import vllm
     from peftopt.engines._server import check_port
     from peftopt.records import Model
-    from peftopt.runner import preflight
 
-    preflight.check_base(base, quantized=True, ours=False)
-    named = dict(_named(text) for text in adapter)
-    if len(named) < len(adapter) or vllm.BASE in named:
-        raise BadInput(
-            f"two adapters, or an adapter and the base ({vllm.BASE}), have the same name",
-            "name each: --adapter NAME=FOLDER",
-        )
-    for folder in named.values():
-        preflight.check_adapter(folder, base, [])
-    model = Model(str(base.resolve()), tuple(map(str, named.values())))
-    params = vllm.Params(compile=compile_, prefix_caching=prefix_caching, max_loras=slots, args=args)
+    if options.base is None or options.engine not in ("", "vllm"):
+        raise BadInput("--engine-only starts vLLM on a --base", "leave it out for other engines")
+    given = dict(map(named, options.adapter))
+    model = Model(str(options.base.resolve()), tuple(map(str, given.values())))
+    params = vllm.Params(
+        compile=options.compile_, prefix_caching=options.prefix_caching, max_loras=options.slots, args=options.args
+    )
     python = environments.python(vllm.PLUGIN.environment)
-    check_port(port)
-    command, variables = vllm.command(model, params, port, tuple(named), python)
-    Console().say(f"http://127.0.0.1:{port} will serve {', '.join([vllm.BASE, *named])}; Ctrl-C ends it")
+    check_port(options.port)
+    command, variables = vllm.command(model, params, options.port, tuple(given), python)
+    Console().say(f"http://127.0.0.1:{options.port} will serve {', '.join([vllm.BASE, *given])}; Ctrl-C ends it")
     os.execve(command[0], command, {**os.environ, **variables})
-
-
-def _named(text: str) -> tuple[str, Path]:
-    """NAME=FOLDER, or a folder that is called by its own name."""
-    name, equals, folder = text.rpartition("=")
-    path = Path(folder if equals else text)
-    return name or path.resolve().name, path

@@ -285,3 +285,10 @@ def print_lines(title: str, lines: dict[str, str], found: Any, as_json: bool) ->
 def plain(value: Any) -> Any:
     """What json.dumps asks for a value that it cannot write: a dataclass as a mapping, anything else as text."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def named(text: str) -> tuple[str, Path]:
+    """NAME=FOLDER, or a folder that is called by its own name."""
+    name, equals, folder = text.rpartition("=")
+    path = Path(folder if equals else text)
+    return name or path.resolve().name, path

@@ -92,6 +92,14 @@ class Server:
                 time.sleep(0.25)
         raise WorkerFailed("timeout", f"the server was not ready after {limit_s:g} s\n{self._last()}", self._where)
 
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
+    def why(self) -> str:
+        """How it ended, and its last lines."""
+        return f"exit status {self._process.poll()}\n{self._last()}"
+
     def processes(self) -> Sequence[int]:
         import psutil
 

@@ -1,0 +1,103 @@
+"""The operators' side: adapters listed, put, promoted, rolled back and removed, over HTTP with OpenAPI docs at /docs.
+
+It listens on a socket of its own, never on the users' port, and opens only folders below those that were allowed.
+"""
+
+# No `annotations` of the future here: FastAPI reads them, and could not find what is imported inside a function.
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from peftopt.errors import BAD_INPUT, BadInput, PeftoptError
+from peftopt.gateway.lives import Lives, Outcome
+from peftopt.gateway.trial import Terms
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from fastapi.responses import JSONResponse
+
+
+def application(lives: Lives, allowed: Sequence[Path], key: str = "") -> "FastAPI":
+    """The application. `allowed`: folders below which adapters may lie; `key` that operators must send, "" for none."""
+    from fastapi import Body
+    from fastapi.responses import JSONResponse, Response
+
+    roots = [folder.resolve() for folder in allowed]
+    app = _guarded(key)
+
+    @app.get("/adapters", summary="Routes and the versions behind them")
+    async def listed() -> list[dict[str, Any]]:
+        return lives.listed()
+
+    @app.put("/adapters/{name}", summary="Put an adapter: check it, load it, ask it, route it")
+    async def put(
+        name: str,
+        folder: Annotated[str, Body()],
+        canary: Annotated[float, Body()] = 0.0,
+        trial: Annotated[dict[str, Any] | None, Body()] = None,
+    ) -> JSONResponse:
+        terms = Terms(**trial) if trial else None
+        return _answered(await lives.put(name, _within(folder, roots), canary, terms))
+
+    @app.get("/adapters/{name}/trial", summary="What came of the canary's trial: 204 while it goes on")
+    async def trial(name: str) -> Response:
+        if name in lives.trials:
+            return Response(status_code=204)
+        if name in lives.verdicts:
+            return _answered(lives.verdicts[name])
+        raise BadInput(f"{name} is not and was not on trial", "put a version with --canary 10% --for 30m")
+
+    @app.post("/adapters/{name}/promote", summary="Let the canary answer everybody")
+    async def promote(name: str) -> JSONResponse:
+        return _answered(await lives.promote(name))
+
+    @app.post("/adapters/{name}/rollback", summary="Drop the canary, or go back to the version before")
+    async def rollback(name: str) -> JSONResponse:
+        return _answered(await lives.rollback(name))
+
+    @app.delete("/adapters/{name}", summary="Answer for it no more, and unload it")
+    async def remove(name: str) -> JSONResponse:
+        return _answered(await lives.remove(name))
+
+    return app
+
+
+def _guarded(key: str) -> "FastAPI":
+    """An application that asks for the key, and answers for what operators did wrong."""
+    from fastapi import Depends, FastAPI, HTTPException, Request
+    from fastapi.responses import JSONResponse
+
+    def known(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        digests = [hashlib.sha256(text.encode()).digest() for text in (given, key)]
+        if key and not hmac.compare_digest(*digests):
+            raise HTTPException(401, "send the operators' key: Authorization: Bearer KEY")
+
+    app = FastAPI(title="peftopt serve: adapters", dependencies=[Depends(known)])
+
+    @app.exception_handler(PeftoptError)
+    async def refused(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, PeftoptError)
+        status = 400 if error.exit_code == BAD_INPUT else 503
+        told = {"exit_code": error.exit_code, "said": error.message, "hint": error.hint}
+        return JSONResponse(told, status)
+
+    return app
+
+
+def _answered(outcome: Outcome) -> "JSONResponse":
+    from fastapi.responses import JSONResponse
+
+    told = {"exit_code": outcome.exit_code, "said": outcome.said, "version": outcome.version}
+    return JSONResponse(told, 200 if outcome.exit_code == 0 else 409)
+
+
+def _within(folder: str, roots: Sequence[Path]) -> Path:
+    path = Path(folder).resolve()
+    if not any(path == root or root in path.parents for root in roots):
+        hint = f"allowed: {', '.join(map(str, roots)) or 'none'}; name more with --adapters-from"
+        raise BadInput(f"{folder} is outside the folders that adapters may come from", hint)
+    return path

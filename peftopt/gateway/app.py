@@ -1,0 +1,434 @@
+"""The users' side, as an ASGI application: a request is checked, admitted, routed, passed through, and written down.
+
+The answer's bytes pass as they are. When the client goes, the engine is let go of, whether the answer streams or not,
+and before its first byte too. (ASGI: asgi.readthedocs.io, HTTP; `receive` gives http.disconnect.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftopt.gateway.admission import Admission, Refused, Ticket
+from peftopt.gateway.errors import Problem
+from peftopt.gateway.frames import Ended, Frames
+from peftopt.gateway.keys import Key, Keys
+from peftopt.gateway.lines import Line, Log
+from peftopt.gateway.lives import Lives
+from peftopt.gateway.metrics import Metrics
+from peftopt.gateway.routes import Table
+from peftopt.gateway.upstream import Answer, Fault, Upstream
+from peftopt.records import Json
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+GENERATES = ("/v1/chat/completions", "/v1/completions")
+MOST_BODY_BYTES = 8 * 2**20
+PASSED_HEADERS = ("traceparent", "tracestate", "x-request-id")
+OUT_OF_MEMORY = ("out of memory", "outofmemory", "cuda oom", "oom")
+GONE = 499
+"""The status in the log of a request whose client went away (nginx's word for it; nothing is sent)."""
+
+
+@dataclass
+class Settings:
+    """`most_body_bytes` of a request; `model_loading_time`: seconds that the engine took to start, for the log."""
+
+    most_body_bytes: int = MOST_BODY_BYTES
+    model_loading_time: float | None = None
+
+
+@dataclass
+class Shared:
+    """What every request uses. `open` is False while the gateway drains: it takes in no more."""
+
+    upstream: Upstream
+    lives: Lives
+    admission: Admission
+    keys: Keys
+    metrics: Metrics
+    log: Log
+    settings: Settings = field(default_factory=Settings)
+    sampled: Mapping[str, Json] = field(default_factory=dict)
+    open: bool = True
+    turns: dict[Ticket, asyncio.Future[None]] = field(default_factory=dict)
+
+    @property
+    def table(self) -> Table:
+        """The routes as they are now."""
+        return self.lives.registry.table
+
+    def let_in(self, tickets: list[Ticket]) -> None:
+        """Wake those whose turn it is."""
+        for ticket in tickets:
+            turn = self.turns.pop(ticket, None)
+            if turn and not turn.done():
+                turn.set_result(None)
+        self.metrics.running.set(self.admission.running)
+        self.metrics.waiting.set(self.admission.waiting)
+        if self.admission.limits.running:
+            self.metrics.fill.set(self.admission.running / self.admission.limits.running)
+
+
+class App:
+    """The application: its routes, and what answers each."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request of ASGI's."""
+        if scope["type"] != "http":
+            return
+        path, method = scope["path"], scope["method"]
+        if path in GENERATES and method == "POST":
+            await Exchange(self.shared, scope, receive, send).run()
+        else:
+            await _whole(send, *self._small(path, method, _headers(scope)))
+
+    def _small(self, path: str, method: str, headers: Mapping[str, str]) -> tuple[int, bytes, str]:
+        """Status, body and content type of what the gateway answers itself."""
+        known = {
+            "/v1/models": self._models,
+            "/health/live": _alive,
+            "/health/ready": self._ready,
+            "/health": self._ready,
+        }
+        if path == "/metrics" and method == "GET":
+            return 200, self.shared.metrics.text(), "text/plain; version=0.0.4; charset=utf-8"
+        if path == "/v1/models" and self.shared.keys.of(headers.get("authorization", "")) is None:
+            problem = _unknown_key()
+        elif path in known and method in ("GET", "HEAD"):
+            status, value = known[path]()
+            return status, json.dumps(value).encode(), "application/json"
+        elif path in known or path in GENERATES:
+            problem = Problem(405, f"{path} takes no {method}", "method_not_allowed")
+        else:
+            problem = Problem(404, f"there is nothing at {path}; there is {', '.join(GENERATES)}", "not_found")
+        return problem.status, problem.body(), "application/json"
+
+    def _models(self) -> tuple[int, Json]:
+        listed = [{"id": n, "object": "model", "created": 0, "owned_by": "peftopt"} for n in self.shared.table.routes]
+        return 200, {"object": "list", "data": listed}
+
+    def _ready(self) -> tuple[int, Json]:
+        ready = self.shared.lives.ready and self.shared.open
+        return (200 if ready else 503), {"ready": ready, "draining": not self.shared.open}
+
+
+def _alive() -> tuple[int, Json]:
+    return 200, {"alive": True}
+
+
+class Exchange:
+    """One request of a user's, from its first byte to its line in the log."""
+
+    def __init__(self, shared: Shared, scope: Scope, receive: Receive, send: Send) -> None:
+        self.shared, self.path, self.receive, self._send = shared, scope["path"], receive, send
+        self.headers = _headers(scope)
+        own = self.headers.get("x-request-id", "")
+        self.line = Line(
+            request_id=own if own.isprintable() and 0 < len(own) <= 128 else uuid.uuid4().hex,
+            arrived=time.perf_counter(),
+            at=time.time(),
+            trace_id=_trace_id(self.headers.get("traceparent", "")),
+        )
+        self.sticky = ""
+        """What keeps a user at an arm: the request's `user`, else the key, else the request itself."""
+        self.begun = False
+        """Whether the answer's head has been sent."""
+
+    async def run(self) -> None:
+        """Answer it, or let it go when its client does."""
+        try:
+            try:
+                body = await self._body()
+                await self._until_gone(self._answer(body))
+            except Problem as problem:
+                await self._problem(problem)
+            except Fault as fault:
+                await self._problem(_of_fault(fault))
+            except asyncio.CancelledError:
+                self.line.kind, self.line.error = "cancelled", "the gateway was stopped"
+                raise
+        finally:
+            self._over()
+
+    async def _until_gone(self, answering: Any) -> None:
+        """Run the answer; end it when the client is gone."""
+        work, gone = asyncio.ensure_future(answering), asyncio.ensure_future(self._gone())
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                self.line.kind, self.line.error, self.line.status = "cancelled", "the client went away", GONE
+                self.shared.metrics.cancelled.labels(self.line.adapter, "client").inc()
+                return
+            work.result()
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _gone(self) -> None:
+        while (await self.receive())["type"] != "http.disconnect":
+            continue
+
+    # ---- what is asked
+
+    async def _body(self) -> bytes:
+        most, pieces, size = self.shared.settings.most_body_bytes, [], 0
+        told = self.headers.get("content-length", "")
+        if told.isdigit() and int(told) > most:
+            raise Problem(413, f"the body has {told} bytes, and {most} are allowed", "body_too_large")
+        while True:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                raise Problem(400, "the client went away before its request was whole", "cut_off")
+            piece = message.get("body", b"")
+            pieces.append(piece)
+            size += len(piece)
+            if size > most:
+                raise Problem(413, f"the body has more than the {most} bytes that are allowed", "body_too_large")
+            if not message.get("more_body"):
+                return b"".join(pieces)
+
+    def _asked(self, body: bytes) -> dict[str, Json]:
+        """The request as JSON, with a model's name in it that is served."""
+        try:
+            asked = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise Problem(400, f"the body is not JSON: {error}"[:300], "invalid_json") from None
+        if not isinstance(asked, dict):
+            raise Problem(400, "the body is not a JSON object", "invalid_json")
+        name = asked.get("model")
+        if not isinstance(name, str) or not name:
+            raise Problem(400, "the body names no model", "missing_model", param="model")
+        return asked
+
+    def _key(self, name: str) -> Key:
+        """Whose request it is. Raises Problem for who may not ask, or not now."""
+        key = self.shared.keys.of(self.headers.get("authorization", ""))
+        if key is None:
+            raise _unknown_key()
+        self.line.key = key.name
+        if not key.may_ask(name):
+            raise Problem(
+                403, f"this API key may not ask {name!r}; it may ask {', '.join(key.adapters)}", "forbidden_model"
+            )
+        if wait := key.wait_s(time.monotonic()):
+            raise _refused(Refused("rate", wait, f"this API key may ask {key.rate:g} times a second"))
+        return key
+
+    async def _answer(self, body: bytes) -> None:
+        line, shared = self.line, self.shared
+        asked = self._asked(body)
+        name = str(asked["model"])
+        key = self._key(name)
+        if name not in shared.table.routes:
+            known = [n for n in shared.table.routes if key.may_ask(n)]
+            raise Problem(404, f"there is no model {name!r}; there are: {', '.join(known)}", "model_not_found", "model")
+        line.adapter = name
+        if not (shared.open and shared.lives.ready):
+            why = "the gateway is not ready" if shared.open else "the gateway is being stopped"
+            raise Problem(503, why, "not_ready", headers={"retry-after": "5"}, kind="refused")
+        ticket = Ticket(name, key.name)
+        line.running_at_start, line.waiting_at_start = shared.admission.running, shared.admission.waiting
+        began = time.perf_counter()
+        try:
+            await self._turn(ticket)
+        finally:
+            line.waited = time.perf_counter() - began
+        try:
+            self.sticky = str(asked.get("user") or key.name or line.request_id)
+            await self._routed(asked, body)
+        finally:
+            tokens = line.new_tokens + (line.prompt_tokens or 0)
+            shared.let_in(shared.admission.leave(ticket, tokens, time.perf_counter()))
+
+    async def _turn(self, ticket: Ticket) -> None:
+        """Wait until it may go on. Raises Problem when it is refused."""
+        shared, line = self.shared, self.line
+        refused = shared.admission.arrive(ticket, time.perf_counter())
+        if refused:
+            raise self._turned_away(refused)
+        if ticket.admitted != ticket.admitted:  # nan: it waits
+            turn = shared.turns[ticket] = asyncio.get_running_loop().create_future()
+            limit = shared.admission.limits.wait_ms / 1e3
+            try:
+                shared.let_in([])
+                async with asyncio.timeout(limit or None):
+                    await turn
+            except BaseException as error:
+                shared.turns.pop(ticket, None)
+                now = time.perf_counter()
+                late = shared.admission.refusal("wait", now) if isinstance(error, TimeoutError) else None
+                shared.let_in(shared.admission.leave(ticket, 0, now))
+                if late:
+                    raise self._turned_away(late) from None
+                raise
+        if shared.admission.limits.running:
+            line.batch_fill = shared.admission.running / shared.admission.limits.running
+        shared.let_in([])
+
+    def _turned_away(self, refused: Refused) -> Problem:
+        self.shared.metrics.refused.labels(self.line.adapter, refused.reason).inc()
+        return _refused(refused)
+
+    # ---- what is answered
+
+    async def _routed(self, asked: dict[str, Json], body: bytes) -> None:
+        """Ask the version that the route has now, and none other to the end."""
+        shared, line = self.shared, self.line
+        arm, version = shared.table.routes[line.adapter].choose(self.sticky)
+        line.arm, line.version = arm, version.id
+        line.model_loading_time = shared.settings.model_loading_time
+        line.adapter_switch_time = shared.lives.switched.pop(version.served, None)
+        line.sampled = shared.sampled
+        if asked["model"] != version.served:
+            body = json.dumps({**asked, "model": version.served}).encode()
+        headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
+        headers.setdefault("x-request-id", line.request_id)
+        shared.lives.in_flight[version.served] += 1
+        try:
+            line.sent = time.perf_counter()
+            async with asyncio.timeout(shared.upstream.timeouts.whole or None):
+                async with shared.upstream.ask(self.path, body, headers) as answer:
+                    line.status = answer.status
+                    await self._pass(answer)
+        except TimeoutError:
+            raise Fault("timeout", f"the answer took more than {shared.upstream.timeouts.whole:g} s") from None
+        finally:
+            shared.lives.in_flight[version.served] -= 1
+
+    async def _pass(self, answer: Answer) -> None:
+        if answer.streams and answer.status == 200:
+            await self._stream(answer)
+            return
+        whole = await answer.whole()
+        self._take(_ended(whole), 0)
+        if answer.status >= 400:
+            self.line.kind = _kind(answer.status, whole)
+            self.line.error = self.line.error or f"HTTP {answer.status} from the engine"
+        await self._whole(answer.status, whole, answer.content_type)
+
+    async def _stream(self, answer: Answer) -> None:
+        line, frames, before = self.line, Frames(), 0.0
+        try:
+            async for piece in answer.pieces():
+                now = time.perf_counter()
+                frames.add(piece)
+                if frames.first_token:
+                    if line.first is None:
+                        line.first = now
+                    else:
+                        line.gaps_ms.append(1e3 * (now - before))
+                    line.last = before = now
+                await self._piece(answer, piece)
+            if not frames.done:
+                raise Fault("upstream", "the engine's stream ended early")
+        finally:
+            self._take(frames.ended(), frames.messages)
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _take(self, ended: Ended, messages: int) -> None:
+        """Note what the answer's end says; without a count, each message is taken for a token."""
+        line = self.line
+        line.finish, line.engine = ended.finish, ended.metrics
+        line.prompt_tokens = ended.prompt_tokens
+        line.new_tokens = ended.new_tokens if ended.new_tokens is not None else max(0, messages - 1)
+        line.sources["new_tokens"] = "engine" if ended.new_tokens is not None else "derived"
+        if ended.error:
+            line.error = ended.error
+            line.kind = line.kind or _kind(500, ended.error.encode())
+
+    async def _piece(self, answer: Answer, piece: bytes) -> None:
+        if not self.begun:
+            await self._head(answer.status, answer.content_type, streams=True)
+        await self._send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def _head(self, status: int, content_type: str, streams: bool = False, more: Mapping[str, str] = {}) -> None:
+        self.begun = True
+        headers = {"content-type": content_type, "x-request-id": self.line.request_id, **more}
+        headers |= {"cache-control": "no-cache", "x-accel-buffering": "no"} if streams else {}
+        raw = [(name.encode(), value.encode("latin-1", "replace")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def _whole(self, status: int, body: bytes, content_type: str, more: Mapping[str, str] = {}) -> None:
+        await self._head(status, content_type, more={"content-length": str(len(body)), **more})
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    async def _problem(self, problem: Problem) -> None:
+        """Tell the client what is wrong: as an answer, or as the last message of a stream that has begun."""
+        line = self.line
+        line.error = problem.said
+        line.kind = line.kind or problem.kind
+        if not self.begun:
+            line.status = problem.status
+            await self._whole(problem.status, problem.body(), "application/json", problem.headers)
+            return
+        await self._send({"type": "http.response.body", "body": problem.event(), "more_body": True})
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _over(self) -> None:
+        """Count the request and write its line."""
+        self.line.done = time.perf_counter()
+        self.shared.metrics.count(self.line)
+        self.shared.lives.heard(self.line, self.sticky)
+        lost = self.shared.log.lost
+        self.shared.log.write(self.line)
+        self.shared.metrics.log_lost.inc(self.shared.log.lost - lost)
+
+
+async def _whole(send: Send, status: int, body: bytes, content_type: str) -> None:
+    headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _trace_id(traceparent: str) -> str:
+    """The trace of a W3C header (w3.org/TR/trace-context), "" without one."""
+    parts = traceparent.split("-")
+    return parts[1] if len(parts) == 4 and len(parts[1]) == 32 else ""
+
+
+def _ended(whole: bytes) -> Ended:
+    found = Ended()
+    try:
+        found.read(json.loads(whole))
+    except (ValueError, RecursionError):
+        return found
+    return found
+
+
+def _kind(status: int, body: bytes) -> str:
+    """The kind of an error that the engine answered with."""
+    if status < 500:
+        return "request"
+    text = body[:4096].decode(errors="replace").lower()
+    return "oom" if any(words in text for words in OUT_OF_MEMORY) else "upstream"
+
+
+def _unknown_key() -> Problem:
+    said = "this needs an API key that is known here: send Authorization: Bearer KEY"
+    return Problem(401, said, "invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def _refused(refused: Refused) -> Problem:
+    headers = {"retry-after": str(max(1, round(refused.retry_s)))}
+    return Problem(429, f"refused: {refused.said}", refused.reason, headers=headers, kind="refused")
+
+
+def _of_fault(fault: Fault) -> Problem:
+    status = 504 if fault.kind.startswith("timeout") else 503 if fault.kind == "engine_dead" else 502
+    return Problem(status, str(fault), fault.kind, kind=fault.kind)

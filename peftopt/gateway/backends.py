@@ -1,0 +1,138 @@
+"""What answers behind the gateway: an engine's server that is started here, or one that runs already.
+
+Each gives a URL, the names it brings from its start, and whether adapters can be loaded while it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from peftopt import environments, machine
+from peftopt.engines._server import Server, check_port, free_port
+from peftopt.errors import BadInput
+from peftopt.records import Json, Model
+
+BASE = "base"
+"""The route of the base, or of a merged model, where it is asked without an adapter."""
+
+OURS = ("eager", "compiled", "continuous")
+"""Engines of this environment, which peftopt.server puts behind OpenAI's API."""
+
+SPARE_SLOTS = 2
+"""Adapters that the engine holds beside those it starts with: the version that is put, and the one kept for a
+rollback."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How to start an engine's server. `brings`: the names it serves from its start, by route; `loads`: whether it
+    takes adapters while it runs; `ready_s`: seconds until it must answer."""
+
+    command: Sequence[str]
+    variables: Mapping[str, str]
+    url: str
+    brings: Mapping[str, str] = field(default_factory=dict)
+    loads: bool = False
+    ready_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to start: `engine` by its plug-in's name, the `model`, the `name` that it answers to itself, the `params`
+    that a recipe gave the engine, how many `adapters` it must hold at once and their highest `rank`, requests it may
+    run and have waiting (0 = its own default), `args` of its own command line."""
+
+    engine: str
+    model: Model
+    name: str = BASE
+    params: Mapping[str, Json] = field(default_factory=dict)
+    adapters: int = 0
+    rank: int = 0
+    running: int = 0
+    waiting: int = 0
+    compile: bool = False
+    prefix_caching: bool = False
+    slots: int = 0
+    threads: int = 0
+    drain_s: float = 30.0
+    args: str = ""
+
+
+def start(wanted: Wanted, port: int = 0) -> Start:
+    """The command line of an engine's server on a port of this machine. Raises BadInput for what it cannot serve,
+    MissingEnvironment where it is not installed."""
+    if port:
+        check_port(port)
+    port = port or free_port()
+    if wanted.engine == "vllm":
+        return _vllm(wanted, port)
+    if wanted.engine == "llamacpp_server":
+        return _llamacpp(wanted, port)
+    if wanted.engine in OURS:
+        return _ours(wanted, port)
+    raise BadInput(f"nothing serves the engine {wanted.engine!r}", f"known: vllm, llamacpp_server, {', '.join(OURS)}")
+
+
+def _vllm(wanted: Wanted, port: int) -> Start:
+    from peftopt.engines import vllm
+
+    slots = wanted.slots or wanted.adapters + SPARE_SLOTS
+    told = vllm.Params(**wanted.params)
+    params = replace(
+        told,
+        compile=wanted.compile or told.compile,
+        prefix_caching=wanted.prefix_caching or told.prefix_caching,
+        max_num_seqs=wanted.running or told.max_num_seqs,
+        args=f"{told.args} {wanted.args}".strip(),
+    )
+    python = environments.python(vllm.PLUGIN.environment)
+    command, variables = vllm.command(Model(wanted.model.path), params, port, (), python)
+    command += ["--enable-per-request-metrics", "--shutdown-timeout", str(round(wanted.drain_s))]
+    if wanted.waiting:  # a backstop: the gateway refuses before
+        command += ["--max-num-queued-reqs", str(wanted.waiting + wanted.running)]
+    if wanted.adapters:
+        rank = next((r for r in vllm.RANKS if r >= wanted.rank), 0)
+        if not rank:
+            raise BadInput(f"vLLM serves LoRA up to rank {vllm.RANKS[-1]}, not {wanted.rank}", "merge the adapter")
+        command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots)]
+        command += ["--max-cpu-loras", str(slots)]
+    return Start(command, variables, f"http://127.0.0.1:{port}", {wanted.name: vllm.BASE}, loads=bool(wanted.adapters))
+
+
+def _llamacpp(wanted: Wanted, port: int) -> Start:
+    from peftopt.engines import llamacpp_server
+    from peftopt.environments.llamacpp import SERVER
+
+    if wanted.adapters:
+        raise BadInput(
+            "llama.cpp's server applies its adapters to every request: it cannot tell them apart by name",
+            "serve the merged model there (peftopt merge, peftopt quantize --method gguf), or several on vllm or eager",
+        )
+    home = Path(environments.python(llamacpp_server.PLUGIN.environment)).parent.parent
+    binary = next(home.glob(f"lib/python*/site-packages/llama_cpp/{SERVER}"))
+    known = {name: wanted.params[name] for name in ("context", "gpu_layers") if name in wanted.params}
+    slots = wanted.running or wanted.params.get("slots") or llamacpp_server.Params.slots
+    params = llamacpp_server.Params(slots=slots, args=wanted.args, **known)
+    amx = "amx_int8" in machine.processor()
+    command = llamacpp_server.command(wanted.model, params, port, str(binary), _threads(wanted), amx)
+    return Start(command, {}, f"http://127.0.0.1:{port}", {wanted.name: llamacpp_server.NAME})
+
+
+def _ours(wanted: Wanted, port: int) -> Start:
+    command = [sys.executable, "-m", "peftopt.server", "--base", wanted.model.path, "--port", str(port)]
+    command += ["--engine", wanted.engine, "--threads", str(_threads(wanted)), "--drain", str(wanted.drain_s)]
+    command += ["--max-batch", str(wanted.running)] if wanted.running else []
+    variables = {"OMP_NUM_THREADS": str(_threads(wanted)), **machine.waiting()}
+    return Start(command, variables, f"http://127.0.0.1:{port}", {wanted.name: BASE}, loads=wanted.engine == "eager")
+
+
+def _threads(wanted: Wanted) -> int:
+    return wanted.threads or machine.cores()
+
+
+def launch(how: Start, log: Path) -> Server:
+    """Start it; `Server.ready` waits until it answers."""
+    return Server(how.command, how.variables, how.url, log)

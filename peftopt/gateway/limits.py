@@ -1,0 +1,81 @@
+"""How much a gateway carries: requests at once, requests that wait, and how long. Pure.
+
+From a measured rate and its service levels by Little's law (L = lambda W, Little 1961): requests at once are the rate
+times a request's mean time, and as many may wait as the rate takes in within what the level leaves for waiting.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+
+from peftopt.errors import BadInput
+
+OFF = "off"
+HINT = "write running=32,waiting=64,wait=400ms, or off"
+_FIELD = re.compile(r"(running|waiting|wait|rate)=([0-9.]+)(ms|s|/s)?")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`running` requests at the engine at once, `waiting` requests that may wait for it; 0 = without limit for the
+    first, none for the second where `running` is set. `wait_ms`: the longest wait, 0 = without limit. `rate`: requests
+    per second that the engine is known to serve, 0 = not known. `source` names where the numbers are from."""
+
+    running: int = 0
+    waiting: int = 0
+    wait_ms: float = 0.0
+    rate: float = 0.0
+    source: str = ""
+
+    def part(self, workers: int) -> Limits:
+        """One of so many workers' share. No worker has none."""
+        return replace(
+            self,
+            running=math.ceil(self.running / workers),
+            waiting=math.ceil(self.waiting / workers),
+            rate=self.rate / workers,
+        )
+
+
+def parse(text: str) -> Limits:
+    """The limits in "running=32,waiting=64,wait=400ms". Raises BadInput that says how to write them."""
+    if text in ("", OFF):
+        return Limits()
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        match = _FIELD.fullmatch(part.strip())
+        if not match or match[1] in found:
+            raise BadInput(f"--limits: {part!r} is not a limit", HINT)
+        unit = match[3] or ""
+        if unit not in {"wait": ("ms", "s"), "rate": ("/s",)}.get(match[1], ("",)):
+            raise BadInput(f"--limits: {part!r} has not the unit it needs", "write wait=400ms, rate=2.5/s, running=32")
+        try:
+            value = float(match[2])
+        except ValueError:
+            raise BadInput(
+                f"--limits: {match[2]!r} is not a number", "write running=32,waiting=64,wait=400ms"
+            ) from None
+        found[match[1]] = 1e3 * value if unit == "s" else value
+    if not found.get("running"):
+        raise BadInput("--limits: running is missing", "requests wait only where so many may run: running=32,…")
+    return Limits(
+        int(found["running"]), int(found.get("waiting", 0)), found.get("wait", 0.0), found.get("rate", 0.0), "--limits"
+    )
+
+
+def of_a_rate(rate: float, mean_s: float, limit_ms: float, unloaded_ms: float, source: str) -> Limits:
+    """The limits of an engine that holds a service level on the first token at `rate` requests per second.
+
+    `mean_s`: seconds that a request takes at that rate; `limit_ms` of the level; `unloaded_ms`: what a first
+    token takes when nothing else runs. A request may wait for what the level leaves.
+    """
+    wait_ms = max(0.0, limit_ms - unloaded_ms)
+    return Limits(
+        running=max(1, math.ceil(rate * mean_s)),
+        waiting=math.floor(rate * wait_ms / 1e3),
+        wait_ms=wait_ms,
+        rate=rate,
+        source=source,
+    )

@@ -1,0 +1,231 @@
+"""One JSON line a request: where its time went, which weights answered, and how it ended.
+
+`peftopt import` makes records of `peftopt load` of these lines, and `load --trace` replays them. No text of a user's is
+in them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from peftopt.errors import MissingEnvironment
+from peftopt.loadtest.moments import utc
+from peftopt.records import Json
+
+FORMAT = 1
+KIND = "peftopt.serve"
+"""What a line says of itself, for who reads it."""
+
+ROTATE_BYTES = 256 * 2**20
+"""A log is set aside under another name when it is this long."""
+
+
+@dataclass
+class Line:
+    """A request's account. Times in seconds on one clock (perf_counter), nan or None where something did not happen.
+
+    `arrived` at the gateway, `sent` to the engine, `first` and `last` byte of text, `done`; `gaps_ms` between
+    pieces of the answer. `sources` names who gave a number that can come from several: "engine" says it itself,
+    "gateway" measured it from outside, "derived" computed it from other numbers.
+    """
+
+    request_id: str
+    arrived: float
+    at: float
+    """When it arrived, in seconds since 1970."""
+    adapter: str = ""
+    version: str = ""
+    arm: str = ""
+    key: str = ""
+    trace_id: str = ""
+    waited: float | None = None
+    """Seconds that it waited here to go on; None for one that did not come so far."""
+    sent: float | None = None
+    first: float | None = None
+    last: float | None = None
+    done: float | None = None
+    gaps_ms: list[float] = field(default_factory=list)
+    prompt_tokens: int | None = None
+    new_tokens: int = 0
+    finish: str = ""
+    status: int = 0
+    error: str = ""
+    kind: str = ""
+    """Of an error: "refused", "oom", "timeout_first", "timeout_gap", "timeout", "engine_dead", "upstream", "cancelled",
+    "request"."""
+    running_at_start: int = 0
+    waiting_at_start: int = 0
+    batch_fill: float | None = None
+    """The share of what may run that did, when it went on; None without a limit."""
+    engine: Mapping[str, Json] = field(default_factory=dict)
+    """What the engine says of the request: see frames.Ended."""
+    sampled: Mapping[str, Json] = field(default_factory=dict)
+    """The nearest sample of the engine's memory: see sampling."""
+    model_loading_time: float | None = None
+    adapter_switch_time: float | None = None
+    sources: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def queue_gateway_ms(self) -> float:
+        """What it waited here, until it went on or was turned away."""
+        return 1e3 * (self.waited or 0.0)
+
+    @property
+    def queue_engine_ms(self) -> float | None:
+        """What it waited at the engine, where that tells."""
+        told = self.engine.get("queue_time_ms")
+        return float(told) if isinstance(told, int | float) else None
+
+    @property
+    def request_duration_ms(self) -> float:
+        """From its arrival to its last byte."""
+        return 1e3 * ((self.done if self.done is not None else self.arrived) - self.arrived)
+
+    @property
+    def generation_latency_ms(self) -> float | None:
+        """What the engine took for it: its own word, or from when it was sent until it was done."""
+        waited, decoded = self.engine.get("time_to_first_token_ms"), self.engine.get("generation_time_ms")
+        if isinstance(waited, int | float) and isinstance(decoded, int | float):
+            return float(waited) + float(decoded)
+        if self.sent is None or self.done is None:
+            return None
+        return 1e3 * (self.done - self.sent)
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """From its arrival to its first token; None for an answer that came whole."""
+        return None if self.first is None else 1e3 * (self.first - self.arrived)
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """The mean gap between tokens after the first."""
+        if self.first is None or self.last is None or self.new_tokens < 2:
+            return None
+        return 1e3 * (self.last - self.first) / (self.new_tokens - 1)
+
+    def as_json(self) -> dict[str, Json]:
+        """The line. Every time in ms, but for `model_loading_time` and `adapter_switch_time`, which are seconds."""
+        engine = self.queue_engine_ms
+        told = "engine" if "generation_time_ms" in self.engine else "gateway"
+        return {
+            "kind": KIND,
+            "format": FORMAT,
+            "ts": utc(self.at),
+            "timestamp": round(1e3 * self.at, 3),
+            "request_id": self.request_id,
+            "trace_id": self.trace_id,
+            "model": self.adapter,
+            "adapter": self.adapter,
+            "version": self.version,
+            "arm": self.arm,
+            "key": self.key,
+            "status": self.status,
+            "finish": self.finish,
+            "error": self.error,
+            "error_kind": self.kind,
+            "request_duration_ms": _ms(self.request_duration_ms),
+            "generation_latency_ms": _ms(self.generation_latency_ms),
+            "queue_time_ms": _ms(self.queue_gateway_ms + (engine or 0.0)),
+            "queue_gateway_ms": _ms(self.queue_gateway_ms),
+            "queue_engine_ms": _ms(engine),
+            "ttft_ms": _ms(self.ttft_ms),
+            "tpot_ms": _ms(self.tpot_ms),
+            "gaps_p95_ms": _ms(_p95(self.gaps_ms)),
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "model_loading_time": self.model_loading_time,
+            "adapter_switch_time": self.adapter_switch_time,
+            "gpu_memory_allocated": self.sampled.get("gpu_memory_allocated"),
+            "gpu_memory_reserved": self.sampled.get("gpu_memory_reserved"),
+            "kv_usage": self.sampled.get("kv_usage"),
+            "sample_age_ms": _ms(self.sampled.get("age_ms")),
+            "running_at_start": self.running_at_start,
+            "waiting_at_start": self.waiting_at_start,
+            "batch_fill": None if self.batch_fill is None else round(self.batch_fill, 4),
+            "sources": {"generation_latency_ms": told, **self.sources},
+        }
+
+
+def _ms(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+def _p95(gaps: list[float]) -> float | None:
+    return sorted(gaps)[min(len(gaps) - 1, int(0.95 * len(gaps)))] if gaps else None
+
+
+class Log:
+    """A file of lines, or standard output ("-"), or nothing (""). A line that cannot be written is counted in `lost`
+    and takes nothing else with it; the file is tried again at the next."""
+
+    def __init__(self, where: str, rotate_bytes: int = ROTATE_BYTES) -> None:
+        """Raises MissingEnvironment for a file that cannot be opened."""
+        self.written = self.lost = 0
+        self._rotate, self._file, self._path = rotate_bytes, None, None
+        if where == "-":
+            self._file = sys.stdout.buffer
+        elif where:
+            self._path = Path(where)
+            try:
+                self._file = self._opened(self._path)
+            except OSError as error:
+                raise MissingEnvironment(
+                    f"cannot write the log {where}: {error.strerror}", "choose another: --log"
+                ) from error
+
+    def write(self, line: Line) -> None:
+        """Add a line, whole or not at all."""
+        if self._file is None and self._path is None:
+            return
+        text = json.dumps(line.as_json(), separators=(",", ":")).encode() + b"\n"
+        try:
+            self._append(text)
+            self.written += 1
+        except OSError:
+            self.lost += 1
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._path and self._file:
+            self._file.close()
+
+    def _append(self, text: bytes) -> None:
+        if self._path is None:
+            assert self._file is not None
+            self._file.write(text)
+            self._file.flush()
+            return
+        if self._file is None:
+            self._file = self._opened(self._path)
+        at = os.fstat(self._file.fileno()).st_size
+        if at and at + len(text) > self._rotate:
+            self._set_aside()
+            at = 0
+        try:
+            written = os.write(self._file.fileno(), text)
+            if written < len(text):
+                raise OSError("a part of the line was written")
+        except OSError:
+            os.ftruncate(self._file.fileno(), at)  # half a line would spoil the next
+            raise
+
+    def _set_aside(self) -> None:
+        """Give the full file the first name that is free: NAME.1 is the oldest."""
+        assert self._path is not None and self._file is not None
+        number = 1
+        while (aside := self._path.with_name(f"{self._path.name}.{number}")).exists():
+            number += 1
+        self._file.close()
+        self._file = None
+        self._path.rename(aside)
+        self._file = self._opened(self._path)
+
+    @staticmethod
+    def _opened(path: Path) -> BinaryIO:
+        return path.open("ab", buffering=0)

@@ -1,0 +1,443 @@
+"""An adapter's life: put, checked, loaded, asked whether it answers as itself, routed, kept for a rollback, unloaded.
+
+    folder -> checks -> copy under its hash -> a name of its own at the engine -> load -> fingerprints, alone and in a
+    batch with those that are served -> one change of the routes -> the version before drains, is kept, is unloaded
+
+One thing happens at a time. Users are answered meanwhile; a request goes on with the version it began with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peftopt.canary import fingerprint, mixed
+from peftopt.canary.fingerprint import Known, Print
+from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, WorkerFailed
+from peftopt.gateway.backends import BASE
+from peftopt.gateway.lines import Line
+from peftopt.gateway.metrics import Metrics
+from peftopt.gateway.registry import Registry, Stored
+from peftopt.gateway.routes import Route, Version
+from peftopt.gateway.trial import Judged, Terms, Trial
+from peftopt.loadtest.client import Client, Target
+from peftopt.models.adapter import WEIGHTS
+
+TRIES, AGAIN_S = 3, 0.5
+"""A load that fails is tried again, each time after twice the pause."""
+
+PROMPTS = {
+    "story": "Tell me a short story about a lighthouse keeper.",
+    "extract": "Extract the name and the date: Maria Lopez was born on 4 May 1990 in Quito.",
+    "code": "Write a Python function that reverses a string.",
+    "question": "What is the capital of Australia, and why is it not Sydney?",
+    "list": "List three things to check before a long journey by car.",
+    "reply": "Answer this mail politely: my parcel has not arrived and I want my money back.",
+}
+"""What every version is asked, where the user gives no prompts: models that differ should differ here."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an operation: `exit_code` as the command line has it, and why."""
+
+    exit_code: int
+    said: str
+    version: str = ""
+
+
+@dataclass
+class Settings:
+    """`drain_s`: the longest that a version's requests are waited for before it is unloaded; `keep_s`: how long the one
+    before the live one stays loaded; `load_s`: the longest that a load may take; `max_rank` that the engine holds, 0 =
+    any; `prompts` to fingerprint with, `key_env` of an engine that asks for a key."""
+
+    drain_s: float = 30.0
+    keep_s: float = 600.0
+    load_s: float = 120.0
+    max_rank: int = 0
+    base: Path | None = None
+    prompts: Mapping[str, Sequence[Mapping[str, str]]] = field(
+        default_factory=lambda: {id_: ({"role": "user", "content": text},) for id_, text in PROMPTS.items()}
+    )
+    key_env: str = ""
+
+
+class Lives:
+    """The adapters of one engine. `in_flight` counts requests by the name at the engine; `ready` whether every route
+    has answered as itself since the engine started."""
+
+    def __init__(
+        self,
+        url: str,
+        registry: Registry,
+        settings: Settings,
+        metrics: Metrics,
+        brings: Mapping[str, str],
+        loads: bool,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.url, self.registry, self.settings, self.metrics = url, registry, settings, metrics
+        self.brings, self.loads, self.tell = dict(brings), loads, tell
+        self.in_flight: Counter[str] = Counter()
+        self.ready = False
+        self.switched: dict[str, float] = {}
+        """Seconds that each version's load took, by its name at the engine, until a request has told of it."""
+        self.trials: dict[str, Trial] = {}
+        """Canaries that are on trial, by route."""
+        self.verdicts: dict[str, Outcome] = {}
+        """What came of the last trial of each route."""
+        self._prints: dict[str, Mapping[str, Print]] = {}
+        self._noise: dict[str, float] = {}
+        self._replaced: dict[str, float] = {}
+        self._one = asyncio.Lock()
+
+    # ---- the engine starts
+
+    async def begin(self) -> list[str]:
+        """Load every version that is on record, and ask all that is served. What is odd, a sentence each. Raises
+        WorkerFailed for a live version that does not load or does not answer as itself."""
+        async with self._one:
+            self.ready = False
+            self._prints, self._noise = {}, {}
+            for name, at_engine in self.brings.items():
+                if name not in self.registry.table.routes:
+                    self.registry.route(name, Route(Version("", at_engine)))
+            for stored in [v for v in self.registry.versions.values() if v.state != "failed"]:
+                await self._reload(stored)
+            notes = await self._all_asked()
+            self._show()
+            self.ready = True
+            return notes
+
+    async def _reload(self, stored: Stored) -> None:
+        routed = stored.version.served in self.registry.table.served()
+        if not routed:  # a crash came between its load and its route: nobody was ever answered by it
+            self.registry.forget(stored.version.served)
+            return
+        if error := await self._loaded(stored):
+            raise WorkerFailed("cannot load", f"{stored.version.served}: {error}", "remove it, or put it again")
+
+    async def _all_asked(self) -> list[str]:
+        names = [v.served for route in self.registry.table.routes.values() for v in route.versions()]
+        self.tell(f"asking whether each answers as itself: {', '.join(names)}")
+        try:
+            async with self._client() as client:
+                for name in names:
+                    await self._fingerprint(client, name)
+                known, wrong = self._known(), await self._mixed(client, names)
+        except WorkerFailed as error:
+            return [f"nothing could be checked: {error.message}"]
+        if wrong:
+            raise WorkerFailed("wrong answers", "; ".join(wrong[:3]), "run peftopt canary against the engine")
+        return [
+            f"no prompt tells {a} and {b} apart: a wrong answer between them would not be seen"
+            for a, b in known.alike()
+        ]
+
+    # ---- what operators ask for
+
+    async def put(self, name: str, folder: Path, weight: float = 0.0, terms: Terms | None = None) -> Outcome:
+        """Take an adapter from its folder to users: to all, or to the share `weight` of them, on trial by `terms` where
+        they are given. It is rejected when it does not load or does not answer as itself; those that are served stay as
+        they are."""
+        if not self.loads:
+            raise BadInput(
+                "this engine takes no adapters while it runs", "serve a base with --adapter on vllm or eager"
+            )
+        if name in self.brings or "@" in name or not name.strip() or "/" in name:
+            raise BadInput(f"{name!r} cannot be an adapter's name", f"choose one without @ and /, and not {BASE}")
+        if not 0 <= weight < 1:
+            raise BadInput(f"a canary's share of {weight:g} is not between 0 and 1", "write --canary 10%")
+        async with self._one:
+            await asyncio.to_thread(self._checked, folder)
+            stored = await asyncio.to_thread(self.registry.copy, name, folder)
+            route = self.registry.table.routes.get(name)
+            if route and route.live.id == stored.version.id:
+                return Outcome(ACCEPTED, f"{stored.version.served} is live already", stored.version.id)
+            if weight and route is None:
+                raise BadInput(f"nothing answers for {name} yet", "put the first version without --canary")
+            outcome = await self._put(stored, route, weight)
+            if weight and terms and outcome.exit_code == ACCEPTED:
+                self.verdicts.pop(name, None)
+                self.trials[name] = Trial(terms, time.monotonic())
+            return outcome
+
+    async def _put(self, stored: Stored, route: Route | None, weight: float) -> Outcome:
+        version = stored.version
+        # a version that is loaded already, as the one kept for a rollback, keeps its name and its fingerprints
+        stored = self.registry.keep(stored, state="loading")
+        if version.served not in self._prints and (error := await self._loaded(stored)):
+            return await self._reject(stored, f"it does not load: {error}")
+        try:
+            async with self._client() as client:
+                if version.served not in self._prints:
+                    await self._fingerprint(client, version.served)
+                wrong = await self._mixed(client, [*self.registry.table.served(), version.served])
+        except WorkerFailed as error:
+            return await self._reject(stored, error.message)
+        if wrong:
+            return await self._reject(stored, wrong[0])
+        arm = "canary" if weight else "live"
+        self.registry.keep(self.registry.versions[version.served], state=arm)
+        if route and weight:
+            now = Route(route.live, version, weight, route.previous)
+        else:
+            now = Route(version, previous=route.live if route else None)
+        await self._change(stored.name, now)
+        share = f" for {weight:.0%} of users" if weight else ""
+        return Outcome(ACCEPTED, f"{version.served} answers{share}{self._doubt(version.served)}", version.id)
+
+    async def promote(self, name: str) -> Outcome:
+        """The canary answers everybody. Raises BadInput without one."""
+        return await self._turn(name, Route.promoted, "answers everybody")
+
+    async def rollback(self, name: str) -> Outcome:
+        """The canary answers nobody, or without one the version before the live one answers again, at once: it is still
+        loaded. Raises BadInput where there is neither."""
+        return await self._turn(name, Route.rolled_back, "answers everybody again")
+
+    async def remove(self, name: str) -> Outcome:
+        """Nobody is answered by it any more, and all its versions are unloaded. Raises BadInput for a name that is not
+        an adapter's."""
+        async with self._one:
+            route = self.registry.table.routes.get(name)
+            if route is None or name in self.brings:
+                raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
+            self.registry.route(name, None)
+            for version in route.versions():
+                self._replaced.setdefault(version.served, 0.0)
+            self._show()
+        left = await self.retire()
+        return Outcome(REJECTED if left else ACCEPTED, "; ".join(left) or f"{name} is unloaded")
+
+    async def _turn(self, name: str, turned: Callable[[Route], Route], said: str) -> Outcome:
+        async with self._one:
+            route = self.registry.table.routes.get(name)
+            if route is None:
+                raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
+            self.trials.pop(name, None)  # an operator decides
+            try:
+                now = turned(route)
+            except LookupError as error:
+                raise BadInput(f"{name}: {error}", "list what there is: peftopt adapters list") from error
+            await self._change(name, now)
+            return Outcome(ACCEPTED, f"{now.live.served} {said}", now.live.id)
+
+    # ---- canaries on trial
+
+    def heard(self, line: Line, sticky: str) -> None:
+        """A request is over: where its route is on trial, it counts, unless its client gave it up."""
+        trial = self.trials.get(line.adapter)
+        if trial and line.arm and line.kind not in ("cancelled", "request", "refused"):
+            trial.hear(time.monotonic(), line.arm, sticky, line.request_duration_ms, bool(line.kind))
+
+    async def judge(self) -> None:
+        """Promote, roll back or hold the canaries whose trials are decided or over."""
+        for name, trial in list(self.trials.items()):
+            now = time.monotonic()
+            judged = trial.judge(now)
+            if judged.outcome == "inconclusive" and not trial.over(now):
+                continue
+            del self.trials[name]
+            self.verdicts[name] = await self._concluded(name, judged, trial.terms)
+            self.tell(f"{name}: {self.verdicts[name].said}")
+            self.registry.tell("trial", name=name, outcome=judged.outcome, rule=judged.rule, why=judged.said)
+
+    async def _concluded(self, name: str, judged: Judged, terms: Terms) -> Outcome:
+        version = self.registry.table.routes[name].canary
+        id_ = version.id if version else ""
+        if judged.outcome == "rejected":
+            await self.rollback(name)
+            return Outcome(REJECTED, f"{name}@{id_} is rolled back by {judged.rule}: {judged.said}", id_)
+        if judged.outcome == "accepted" and terms.then == "promote":
+            await self.promote(name)
+            return Outcome(ACCEPTED, f"{name}@{id_} is promoted: {judged.said}", id_)
+        if judged.outcome == "accepted":
+            return Outcome(ACCEPTED, f"{name}@{id_} is accepted and stays a canary: {judged.said}", id_)
+        return Outcome(INCONCLUSIVE, f"{name}@{id_} is held: {judged.said}", id_)
+
+    # ---- in the background
+
+    async def retire(self) -> list[str]:
+        """Unload what no route needs any more and what has been kept long enough; what is still there after that."""
+        async with self._one:
+            for name, route in self.registry.table.routes.items():
+                old = route.previous
+                if old and old.id and time.monotonic() - self._replaced.get(old.served, 0.0) > self.settings.keep_s:
+                    self.registry.route(name, Route(route.live, route.canary, route.weight))
+            needed = self.registry.table.served()
+            gone = [v for v in list(self.registry.versions.values()) if v.version.served not in needed]
+            left = [why for stored in gone if (why := await self._unloaded(stored))]
+            self._show()
+            return left
+
+    async def reconcile(self) -> list[str]:
+        """Load again what the engine has lost, as after a restart that nobody told of; what was missing."""
+        async with self._one, self._client() as client:
+            listed = {str(model["id"]) for model in await client.models()}
+            missing = [v for v in self.registry.versions.values() if v.version.served not in listed]
+            for stored in [v for v in missing if v.state != "failed"]:
+                if error := await self._loaded(stored):
+                    self.tell(f"{stored.version.served} is not served and does not load: {error}")
+        return [v.version.served for v in missing]
+
+    # ---- the steps
+
+    def _checked(self, folder: Path) -> None:
+        """Raises BadInput for what is no safe adapter of this base: as merge checks it."""
+        from peftopt.models.adapter import open_adapter
+        from peftopt.runner import preflight
+
+        if self.settings.base:
+            preflight.check_adapter(folder, self.settings.base, [])
+        adapter = open_adapter(folder)
+        rank = int(adapter.config.get("r") or 0)
+        if self.settings.max_rank and rank > self.settings.max_rank:
+            raise BadInput(
+                f"{folder} has rank {rank}, and the engine was started for at most {self.settings.max_rank}",
+                "start the gateway again with this adapter, or with --max-rank",
+            )
+        if wrong := _not_finite(folder / WEIGHTS):
+            raise BadInput(f"{folder}: {wrong} holds a value that is not finite", "train or export it again")
+
+    async def _loaded(self, stored: Stored) -> str:
+        """Load a version, timed; why not, "" when it is loaded."""
+        pause, error = AGAIN_S, ""
+        for again in reversed(range(TRIES)):
+            started = time.perf_counter()
+            async with self._client(self.settings.load_s) as client:
+                error = await client.lora("load", stored.version.served, stored.folder)
+            if not error:
+                seconds = time.perf_counter() - started
+                self.metrics.switch.labels(stored.name).observe(seconds)
+                self.switched[stored.version.served] = seconds
+                self.registry.keep(stored, switch_s=seconds)
+                return ""
+            if again:
+                await asyncio.sleep(pause)
+                pause *= 2
+        return error
+
+    async def _unloaded(self, stored: Stored) -> str:
+        """Wait for its requests, unload it, and see that it is gone; what is wrong, "" for nothing."""
+        name, until = stored.version.served, time.monotonic() + self.settings.drain_s
+        while self.in_flight[name] and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        async with self._client(self.settings.load_s) as client:
+            error = await client.lora("unload", name)
+            still = name in {str(model["id"]) for model in await client.models()}
+        self._prints.pop(name, None)
+        self._noise.pop(name, None)
+        self._replaced.pop(name, None)
+        self.registry.forget(name)
+        return f"{name} is still served after its unload ({error or 'no error'})" if still else ""
+
+    async def _reject(self, stored: Stored, why: str) -> Outcome:
+        self.metrics.canary.labels(stored.name, stored.version.id, "wrong").inc()
+        await self._unloaded(stored)
+        self.registry.tell("rejected", served=stored.version.served, why=why)
+        return Outcome(REJECTED, f"{stored.version.served} is rejected: {why}", stored.version.id)
+
+    async def _change(self, name: str, route: Route) -> None:
+        """Route a name another way, in one step, and note the state of each version."""
+        before = self.registry.table.routes.get(name)
+        self.registry.route(name, route)
+        states = {route.live.served: "live"}
+        if route.canary:
+            states[route.canary.served] = "canary"
+        for version in (*(before.versions() if before else ()), *route.versions()):
+            if version.served not in states:
+                states[version.served] = "kept"
+                self._replaced[version.served] = time.monotonic()
+        for served, state in states.items():
+            if stored := self.registry.versions.get(served):
+                self.registry.keep(stored, state=state)
+        self._show()
+
+    async def _fingerprint(self, client: Client, name: str) -> None:
+        known = await mixed.alone(client, [name], self.settings.prompts, lambda *_: None)
+        self._prints |= known.prints
+        self._noise |= known.noise
+
+    async def _mixed(self, client: Client, names: Sequence[str]) -> list[str]:
+        """Ask all of them at once; whose answers are not their own."""
+        known = self._known()
+        jobs = [(name, id_) for name in dict.fromkeys(names) if name in known.prints for id_ in self.settings.prompts]
+        random.shuffle(jobs)
+        asked: list[Awaitable[Print | str]] = [
+            mixed.ask(client, name, self.settings.prompts[id_]) for name, id_ in jobs
+        ]
+        wrong = []
+        for (name, id_), answer in zip(jobs, await asyncio.gather(*asked), strict=True):
+            if isinstance(answer, str):
+                raise WorkerFailed("no answer", f"{name}: {answer}")
+            seen = fingerprint.judge(known, name, id_, answer)
+            route, _, version = name.partition("@")
+            self.metrics.canary.labels(route, version, "wrong" if seen else "own").inc()
+            wrong += [str(seen)] if seen else []
+        return wrong
+
+    def _known(self) -> Known:
+        return Known(self._prints, self._noise)
+
+    def _doubt(self, name: str) -> str:
+        """What cannot be seen of a version: whom no prompt tells it from."""
+        alike = [b if a == name else a for a, b in self._known().alike() if name in (a, b)]
+        return f" (no prompt tells it from {', '.join(alike)})" if alike else ""
+
+    def _client(self, timeout_s: float = 120.0) -> Client:
+        return Client(Target(self.url, key_env=self.settings.key_env, timeout_s=timeout_s))
+
+    def _show(self) -> None:
+        """What the metrics say of versions and arms."""
+        self.metrics.adapter_info.clear()
+        self.metrics.arm_weight.clear()
+        for stored in self.registry.versions.values():
+            labels = (stored.name, stored.version.id, stored.state, str(stored.rank), stored.base)
+            self.metrics.adapter_info.labels(*labels).set(1)
+        for name, route in self.registry.table.routes.items():
+            self.metrics.arm_weight.labels(name, "live").set(1 - route.weight)
+            if route.canary:
+                self.metrics.arm_weight.labels(name, "canary").set(route.weight)
+
+    def listed(self) -> list[dict[str, object]]:
+        """Routes and versions, for operators."""
+        found: list[dict[str, object]] = []
+        for name, route in self.registry.table.routes.items():
+            for arm in ("live", "canary", "previous"):
+                version: Version | None = getattr(route, arm)
+                if version is None:
+                    continue
+                stored = self.registry.versions.get(version.served)
+                weight = {"live": 1 - route.weight, "canary": route.weight}.get(arm, 0.0)
+                found.append(
+                    {
+                        "name": name,
+                        "arm": arm,
+                        "version": version.id,
+                        "weight": round(weight, 6),
+                        "in_flight": self.in_flight[version.served],
+                        "rank": stored.rank if stored else None,
+                        "load_s": stored.switch_s if stored else None,
+                    }
+                )
+        return found
+
+
+def _not_finite(file: Path) -> str:
+    """The first tensor of a file with a value that is not finite; "" for none."""
+    import ml_dtypes  # noqa: F401 (teaches numpy bfloat16)
+    import numpy as np
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (not a dict)
+            if not np.isfinite(tensors.get_tensor(name).astype(np.float32)).all():
+                return str(name)
+    return ""

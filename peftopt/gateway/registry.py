@@ -1,0 +1,185 @@
+"""The adapters on disk: each version's files under the hash of them, and the routes, whole after a crash at any moment.
+
+STATE/adapters/<sha256>/     an adapter's files, never changed
+STATE/registry.json          routes and versions, replaced whole
+STATE/events.jsonl           what happened, a line each
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import IO
+
+from peftopt import identity, store
+from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.gateway.routes import Route, Table, Version
+from peftopt.loadtest.moments import utc
+from peftopt.models.adapter import CONFIG, WEIGHTS
+from peftopt.records import Json
+
+FORMAT = 1
+FILES = (CONFIG, WEIGHTS)
+"""What is copied of an adapter: all that engines read."""
+SHORT = 12
+"""Characters of a hash that name a version."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A version: `name` of its route, `id` the hash of its files, `folder` of the copy, `state` one of "loading",
+    "live", "canary", "kept", "failed", `why` of a failure; `rank` and `base` as its config says."""
+
+    name: str
+    id: str
+    folder: str
+    state: str = "loading"
+    why: str = ""
+    rank: int = 0
+    base: str = ""
+    switch_s: float | None = None
+
+    @property
+    def version(self) -> Version:
+        """What routes know of it."""
+        return Version(self.id[:SHORT], served(self.name, self.id))
+
+
+def served(name: str, id_: str) -> str:
+    """A version's name at the engine."""
+    return f"{name}@{id_[:SHORT]}"
+
+
+@dataclass
+class Registry:
+    """What is served, in memory and on disk. `open_registry` makes one."""
+
+    root: Path
+    table: Table = field(default_factory=Table)
+    versions: dict[str, Stored] = field(default_factory=dict)
+    _lock: IO[str] | None = None
+
+    def copy(self, name: str, folder: Path) -> Stored:
+        """A version of a route out of a folder: its files are copied under their hash, unless they are there.
+        `folder` has passed preflight.check_adapter.
+
+        Raises BadInput for a folder whose files change meanwhile, MissingEnvironment for a disk that is full.
+        """
+        id_ = _hash(folder)
+        home = self.root / "adapters" / id_
+        if not home.is_dir():
+            temporary = home.with_name(f".{id_}.{os.getpid()}.tmp")
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+                for name_ in FILES:
+                    shutil.copyfile(folder / name_, temporary / name_)
+                if _hash(temporary) != id_:
+                    raise BadInput(f"{folder} changed while it was copied", "put it again when it is whole")
+                temporary.rename(home)
+            except OSError as error:
+                raise MissingEnvironment(
+                    f"cannot copy {folder} to {home}: {error.strerror}", "free some space, or name another --state"
+                ) from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        config = json.loads((home / CONFIG).read_text(encoding="utf-8"))
+        base = str(config.get("base_model_name_or_path") or "")
+        return Stored(name, id_, str(home), rank=int(config.get("r") or 0), base=base)
+
+    def keep(self, stored: Stored, **changes: Json) -> Stored:
+        """Note a version, or what has changed about it."""
+        now = replace(stored, **changes)
+        self.versions[now.version.served] = now
+        self.save()
+        self.tell("version", **{k: v for k, v in asdict(now).items() if k != "folder"})
+        return now
+
+    def forget(self, name: str) -> None:
+        """Drop a version by its name at the engine, and its files where no other route has them."""
+        stored = self.versions.pop(name, None)
+        self.save()
+        if stored and not any(v.id == stored.id for v in self.versions.values()):
+            shutil.rmtree(self.root / "adapters" / stored.id, ignore_errors=True)
+        self.tell("forgotten", served=name)
+
+    def route(self, name: str, route: Route | None) -> None:
+        """Put another route in the place of a name's, or take it away; on disk before anybody is routed by it."""
+        table = self.table.with_route(name, route) if route else self.table.without(name)
+        self.save(table)
+        self.table = table
+        self.tell("route", name=name, **(asdict(route) if route else {"removed": True}))
+
+    def save(self, table: Table | None = None) -> None:
+        """Write the registry whole. Raises MissingEnvironment where that fails; what was there stays."""
+        value = {
+            "format": FORMAT,
+            "routes": {name: asdict(route) for name, route in (table or self.table).routes.items()},
+            "versions": {name: asdict(stored) for name, stored in self.versions.items()},
+        }
+        try:
+            store.write(self.root / "registry.json", json.dumps(value, indent=1))
+        except OSError as error:
+            raise MissingEnvironment(
+                f"cannot write {self.root}/registry.json: {error.strerror}", "free some space, or name another --state"
+            ) from error
+
+    def tell(self, event: str, **what: Json) -> None:
+        """Add to what happened; a full disk loses the line and nothing else."""
+        line = json.dumps({"at": utc(time.time()), "event": event, **what})
+        try:
+            with (self.root / "events.jsonl").open("a", encoding="utf-8") as lines:
+                lines.write(line + "\n")
+        except OSError:
+            return
+
+
+def open_registry(root: Path) -> Registry:
+    """The registry in a folder, made where there is none; what a crash has left half done is cleared away. Raises
+    BadInput for one that another gateway has open or that is not whole, MissingEnvironment for a folder that cannot be
+    written."""
+    root = root.resolve()
+    try:
+        (root / "adapters").mkdir(parents=True, exist_ok=True)
+        lock = (root / "lock").open("w")
+    except OSError as error:
+        raise MissingEnvironment(f"cannot write {root}: {error.strerror}", "name another folder: --state") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise BadInput(f"another gateway uses {root}", "end it, or name another folder: --state") from None
+    for torn in (root / "adapters").glob(".*.tmp"):
+        shutil.rmtree(torn, ignore_errors=True)
+    found = Registry(root, _lock=lock)
+    path = root / "registry.json"
+    if path.is_file():
+        try:
+            _read(found, json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadInput(f"{path} is not whole: {error!r}", "restore it, or move the folder away") from error
+    return found
+
+
+def _read(registry: Registry, value: Mapping[str, Json]) -> None:
+    if value["format"] != FORMAT:
+        raise ValueError(f"format {value['format']}, this peftopt reads {FORMAT}")
+    registry.versions = {name: Stored(**stored) for name, stored in value["versions"].items()}
+    registry.table = Table({name: _route(route) for name, route in value["routes"].items()})
+
+
+def _route(value: Mapping[str, Json]) -> Route:
+    def version(name: str) -> Version | None:
+        return Version(**value[name]) if value.get(name) else None
+
+    return Route(Version(**value["live"]), version("canary"), float(value["weight"]), version("previous"))
+
+
+def _hash(folder: Path) -> str:
+    """The hash of what an engine reads of an adapter."""
+    return identity.of_value([[name, identity.of_file(folder / name)] for name in FILES])

@@ -1,0 +1,81 @@
+"""Which version of an adapter answers a name. Pure: a table that is replaced whole, so that a change is one step.
+
+A name that users know is a route. What the engine serves is a version of it, under a name of its own that holds the
+hash of its weights: no cache of the engine can take one version for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+Arm = Literal["live", "canary"]
+
+
+@dataclass(frozen=True)
+class Version:
+    """Weights under a route. `served` is their name at the engine; `id` their hash, "" for what the engine brought."""
+
+    id: str
+    served: str
+
+
+@dataclass(frozen=True)
+class Route:
+    """`live` answers, but for the share `weight` of users that `canary` answers; `previous` is kept for a rollback."""
+
+    live: Version
+    canary: Version | None = None
+    weight: float = 0.0
+    previous: Version | None = None
+
+    def choose(self, sticky: str) -> tuple[Arm, Version]:
+        """The arm and the version for a user; the same user gets the same one as long as the weight is the same."""
+        if self.canary and _share(self.canary.id, sticky) < self.weight:
+            return "canary", self.canary
+        return "live", self.live
+
+    def promoted(self) -> Route:
+        """The canary answers everybody; what was live is kept. Raises LookupError without a canary."""
+        if self.canary is None:
+            raise LookupError("there is no canary to promote")
+        return Route(self.canary, previous=self.live)
+
+    def rolled_back(self) -> Route:
+        """Without the canary where there is one, else what was live before. Raises LookupError without either."""
+        if self.canary:
+            return replace(self, canary=None, weight=0.0)
+        if self.previous is None:
+            raise LookupError("there is no earlier version")
+        return Route(self.previous, previous=self.live)
+
+    def versions(self) -> list[Version]:
+        """All that must stay loaded."""
+        return [v for v in (self.live, self.canary, self.previous) if v]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Every route, by the name that users know."""
+
+    routes: Mapping[str, Route] = field(default_factory=dict)
+
+    def with_route(self, name: str, route: Route) -> Table:
+        """The table with another route in a name's place."""
+        return Table({**self.routes, name: route})
+
+    def without(self, name: str) -> Table:
+        """The table without a name."""
+        return Table({n: route for n, route in self.routes.items() if n != name})
+
+    def served(self) -> dict[str, str]:
+        """Every version's name at the engine, and the name users know it by."""
+        return {v.served: name for name, route in self.routes.items() for v in route.versions()}
+
+
+def _share(salt: str, sticky: str) -> float:
+    """A number in [0, 1) that a user keeps."""
+    digest = hashlib.blake2b(f"{salt}\0{sticky}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

@@ -1,0 +1,342 @@
+"""A gateway from its start to its end: the engine, the two applications, what runs beside them, and the end in order.
+
+engine starts -> adapters load and answer as themselves -> ready -> SIGTERM -> no new requests -> drain -> the end
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftopt.engines._server import Server
+from peftopt.errors import BadInput, MissingEnvironment, PeftoptError
+from peftopt.gateway import admin, backends
+from peftopt.gateway.admission import Admission
+from peftopt.gateway.app import App, Settings, Shared
+from peftopt.gateway.backends import Start
+from peftopt.gateway.keys import Keys
+from peftopt.gateway.limits import Limits
+from peftopt.gateway.lines import Log
+from peftopt.gateway.lives import Lives
+from peftopt.gateway.lives import Settings as LifeSettings
+from peftopt.gateway.metrics import Metrics
+from peftopt.gateway.registry import Registry, open_registry
+from peftopt.gateway.routes import Route
+from peftopt.gateway.upstream import Timeouts, Upstream
+from peftopt.loadtest import client as clients
+from peftopt.loadtest import prometheus
+from peftopt.loadtest.client import Client, Target
+
+if TYPE_CHECKING:
+    import uvicorn
+
+LOOK_EVERY_S, RECONCILE_EVERY_S, SAMPLE_EVERY_S, JUDGE_EVERY_S = 0.5, 10.0, 2.0, 1.0
+AGAIN_S, AGAIN_AT_MOST_S = 1.0, 60.0
+"""A dead engine is started again after so long, each time after twice that."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to run. `upstream`: the URL of a server that runs already, else `start` makes the engine's command line for
+    a highest rank; `adapters` by name; `admin`: "unix:PATH" or "HOST:PORT"; `allowed`: where adapters may be put from;
+    `slos_s`: limits of the decision in seconds, each the bound of a bucket."""
+
+    state: Path
+    host: str = "127.0.0.1"
+    port: int = 8000
+    admin: str = ""
+    admin_key: str = ""
+    upstream: str = ""
+    start: Callable[[Registry], Start] | None = None
+    base: Path | None = None
+    max_rank: int = 0
+    adapters: dict[str, Path] = field(default_factory=dict)
+    allowed: Sequence[Path] = ()
+    limits: Limits = field(default_factory=Limits)
+    per_adapter: int = 0
+    per_key: int = 0
+    keys: Keys = field(default_factory=Keys)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    lives: LifeSettings = field(default_factory=LifeSettings)
+    log: str = ""
+    drain_s: float = 30.0
+    slos_s: Sequence[float] = ()
+    most_body_bytes: int = Settings.most_body_bytes
+
+
+def run(config: Config, tell: Callable[[str], None]) -> int:
+    """Serve until SIGTERM or Ctrl-C; the exit code. Raises BadInput and MissingEnvironment for what is wrong at the
+    start, WorkerFailed with the engine's last lines when it does not start or answers wrongly."""
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(Gateway(config, tell).whole())
+
+
+class Gateway:
+    """One gateway before one engine."""
+
+    def __init__(self, config: Config, tell: Callable[[str], None]) -> None:
+        self.config, self.tell = config, tell
+        self.registry = open_registry(config.state)
+        self.metrics = Metrics(config.slos_s)
+        self.log = Log(config.log)
+        self.engine: Server | None = None
+        self.ended = asyncio.Event()
+        self._show_limits()
+
+    async def whole(self) -> int:
+        """Start, serve, drain, end."""
+        config = self.config
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.ended.set)
+        how = await self._how()
+        brought = self._bring()
+        settings = replace(config.lives, base=config.base, max_rank=config.max_rank, drain_s=config.drain_s)
+        lives = Lives(how.url, self.registry, settings, self.metrics, how.brings, how.loads, self.tell)
+        async with Upstream(how.url, config.timeouts) as upstream:
+            admission = Admission(config.limits, config.per_adapter, config.per_key)
+            own = Settings(config.most_body_bytes)
+            self.shared = Shared(upstream, lives, admission, config.keys, self.metrics, self.log, own)
+            async with self._listening(lives):
+                try:
+                    await self._until(self._start(how, lives))
+                    for line in brought:
+                        self.tell(line)
+                    if not self.ended.is_set():
+                        await self._serve(how, lives)
+                finally:
+                    await self._drain()
+                    if self.engine:
+                        await asyncio.to_thread(self.engine.stop)
+                    self.log.close()
+        return 0
+
+    # ---- the start
+
+    async def _how(self) -> Start:
+        config = self.config
+        if config.start:
+            return config.start(self.registry)
+        async with Client(Target(config.upstream)) as client:
+            models = await client.models()
+        names = [str(model["id"]) for model in models]
+        ours = set(self.registry.versions)
+        brings = {name: name for name in names if name not in ours}
+        return Start((), {}, config.upstream.rstrip("/"), brings, loads=clients.labels(models) in ("vllm", "peftopt"))
+
+    def _bring(self) -> list[str]:
+        """Put the adapters of the command line on record; what a reader should know of it. An adapter that was put
+        later stays: a restart takes nothing back."""
+        said = []
+        for name, folder in self.config.adapters.items():
+            stored = self.registry.copy(name, folder)
+            route = self.registry.table.routes.get(name)
+            if route and route.live.id != stored.version.id:
+                said.append(
+                    f"{name} is served as {route.live.served}, put later than --adapter {folder}; to go back: "
+                    f"peftopt adapters put {name}={folder}"
+                )
+                continue
+            self.registry.keep(stored, state="live")
+            if route is None:
+                self.registry.route(name, Route(stored.version))
+        return said
+
+    async def _start(self, how: Start, lives: Lives) -> None:
+        """The engine, where it is ours, and the adapters on it."""
+        started = time.perf_counter()
+        if how.command:
+            self.tell(f"starting the engine: its log is {self._engine_log}")
+            self.engine = backends.launch(how, self._engine_log)
+            await asyncio.to_thread(self.engine.ready, how.ready_s)
+            seconds = time.perf_counter() - started
+            self.metrics.loading.set(seconds)
+            self.shared.settings.model_loading_time = seconds
+        for note in await lives.begin():
+            self.tell(note)
+        self.metrics.ready.set(1)
+        self.tell(
+            f"http://{self.config.host}:{self.config.port} serves {', '.join(self.registry.table.routes)}, ready after "
+            f"{time.perf_counter() - started:.1f} s; adapters: {self.config.admin}; Ctrl-C ends it"
+        )
+
+    @property
+    def _engine_log(self) -> Path:
+        return self.config.state.resolve() / "engine.log"
+
+    def _show_limits(self) -> None:
+        limits = self.config.limits
+        for what, value in (("running", limits.running), ("waiting", limits.waiting), ("wait_s", limits.wait_ms / 1e3)):
+            self.metrics.limit.labels(what).set(value)
+
+    # ---- while it runs
+
+    async def _serve(self, how: Start, lives: Lives) -> None:
+        """Until the end is asked for, with what runs beside: the engine is watched and sampled, routes are kept."""
+        beside = [
+            asyncio.ensure_future(self._keep_alive(how, lives)),
+            asyncio.ensure_future(self._reconcile(lives)),
+            asyncio.ensure_future(self._sample()),
+            asyncio.ensure_future(self._judge(lives)),
+        ]
+        try:
+            await self.ended.wait()
+        finally:
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
+
+    async def _keep_alive(self, how: Start, lives: Lives) -> None:
+        """Start a dead engine again: it is ready when its adapters have answered."""
+        pause = AGAIN_S
+        while self.engine:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if self.engine.alive():
+                continue
+            lives.ready = False
+            self.metrics.ready.set(0)
+            self.metrics.restarts.inc()
+            self.tell(f"the engine has died: {self.engine.why()}; it is started again in {pause:g} s")
+            self.registry.tell("engine died", why=self.engine.why())
+            await asyncio.sleep(pause)
+            await asyncio.to_thread(self.engine.stop)
+            try:
+                await self._start(how, lives)
+                pause = AGAIN_S
+            except PeftoptError as error:
+                pause = min(2 * pause, AGAIN_AT_MOST_S)
+                self.tell(error.message)
+
+    async def _reconcile(self, lives: Lives) -> None:
+        """What the engine lost is loaded again, what nobody needs is unloaded."""
+        while True:
+            await asyncio.sleep(RECONCILE_EVERY_S)
+            if self.engine and not (self.engine.alive() and lives.ready):
+                continue
+            try:
+                if lives.ready:
+                    for name in await lives.reconcile():
+                        self.tell(f"the engine had lost {name}: it is loaded again")
+                else:  # a server of somebody else's that was away
+                    for note in await lives.begin():
+                        self.tell(note)
+                for why in await lives.retire():
+                    self.tell(why)
+            except PeftoptError as error:
+                lives.ready = False
+                self.tell(error.message)
+            self.metrics.ready.set(lives.ready)
+
+    async def _judge(self, lives: Lives) -> None:
+        """Look at the canaries on trial."""
+        while True:
+            await asyncio.sleep(JUDGE_EVERY_S)
+            try:
+                await lives.judge()
+            except PeftoptError as error:
+                self.tell(error.message)
+
+    async def _sample(self) -> None:
+        """The engine's own account of its memory and its cache, every few seconds, for the lines of the log."""
+        while True:
+            status, text = await self.shared.upstream.get("/metrics")
+            if status == 200:
+                moment = prometheus.moment(prometheus.totals(text.decode(errors="replace")))
+                if "kv_cache" in moment:
+                    self.metrics.kv_usage.set(moment["kv_cache"])
+                    self.shared.sampled = {"kv_usage": moment["kv_cache"]}
+            await asyncio.sleep(SAMPLE_EVERY_S)
+
+    # ---- the end
+
+    async def _until(self, doing: Any) -> None:
+        """Do it, or leave it when the end is asked for."""
+        work, end = asyncio.ensure_future(doing), asyncio.ensure_future(self.ended.wait())
+        try:
+            await asyncio.wait((work, end), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            for task in (work, end):
+                task.cancel()
+            await asyncio.gather(work, end, return_exceptions=True)
+
+    async def _drain(self) -> None:
+        """No new requests; wait for those that run, as long as they may take."""
+        self.shared.open = False
+        until = time.monotonic() + self.config.drain_s
+        admission = self.shared.admission
+        while (admission.running or admission.waiting) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+
+    @contextlib.asynccontextmanager
+    async def _listening(self, lives: Lives) -> AsyncIterator[None]:
+        """Both applications on their sockets."""
+        config = self.config
+        operators = admin.application(lives, config.allowed, config.admin_key)
+        where = _address(config.admin)
+        if isinstance(where, Path):
+            where.parent.mkdir(parents=True, exist_ok=True)
+            where.unlink(missing_ok=True)
+        servers = [_server(App(self.shared), (config.host, config.port)), _server(operators, where)]
+        tasks = []
+        for server in servers:
+            tasks.append(asyncio.ensure_future(server.serve()))
+            while not server.started:
+                if tasks[-1].done():
+                    raise MissingEnvironment(f"cannot listen on {_shown(server)}", "choose another: --port or --admin")
+                await asyncio.sleep(0.01)
+        if isinstance(where, Path):
+            where.chmod(0o600)
+        try:
+            yield
+        finally:
+            for server in servers:
+                server.should_exit = True
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _address(text: str) -> Path | tuple[str, int]:
+    """Where operators are listened to. Raises BadInput for neither a socket nor a port."""
+    if text.startswith("unix:"):
+        return Path(text.removeprefix("unix:"))
+    host, _, port = text.rpartition(":")
+    if not port.isdigit():
+        raise BadInput(f"--admin {text!r} is no address", "write unix:PATH or 127.0.0.1:8001")
+    return host or "127.0.0.1", int(port)
+
+
+def _server(app: Any, where: Path | tuple[str, int]) -> uvicorn.Server:
+    import uvicorn
+
+    class Quiet(uvicorn.Server):
+        """Signals are the gateway's business."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield
+
+    place: dict[str, Any] = {"uds": str(where)} if isinstance(where, Path) else {"host": where[0], "port": where[1]}
+    quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "lifespan": "off", "server_header": False}
+    return Quiet(uvicorn.Config(app, **place, **quiet, timeout_graceful_shutdown=2))
+
+
+def _shown(server: uvicorn.Server) -> str:
+    return server.config.uds or f"{server.config.host}:{server.config.port}"
+
+
+def socket_of(state: Path) -> str:
+    """Where operators are listened to, unless told otherwise: a socket in the state's folder, or where that path is
+    too long for one (108 bytes on Linux), one in the user's runtime folder."""
+    path = state.resolve() / "admin.sock"
+    if len(os.fsencode(path)) > 100:
+        path = Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp")) / f"peftopt-{os.getuid()}-{os.getpid()}.sock"
+    return f"unix:{path}"

@@ -1,0 +1,326 @@
+"""The gateway's pure core: who goes on, who waits, which version answers, what a stream says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftopt.errors import BadInput
+from peftopt.gateway import keys, limits
+from peftopt.gateway.admission import Admission, Refused, Ticket
+from peftopt.gateway.frames import Frames
+from peftopt.gateway.limits import Limits
+from peftopt.gateway.lines import Line, Log
+from peftopt.gateway.routes import Route, Table, Version
+from peftopt.gateway.trial import Judged, Terms, Trial, bet_on_mean
+
+# ---- admission ---------------------------------------------------------------------------------
+
+
+def room(running: int, waiting: int, **more: float) -> Admission:
+    return Admission(Limits(running=running, waiting=waiting, **more))
+
+
+def waits(ticket: Ticket) -> bool:
+    return math.isnan(ticket.admitted)
+
+
+def test_without_limits_everybody_goes_on() -> None:
+    admission, tickets = Admission(Limits()), [Ticket("a") for _ in range(100)]
+    assert all(admission.arrive(ticket, 0.0) is None for ticket in tickets)
+    assert not any(map(waits, tickets)) and admission.running == 100
+
+
+def test_who_is_one_too_many_waits_and_who_is_more_than_that_is_refused() -> None:
+    admission = room(1, 1)
+    first, second, third = (Ticket("a") for _ in range(3))
+    assert admission.arrive(first, 0.0) is None and not waits(first)
+    assert admission.arrive(second, 0.0) is None and waits(second)
+    refused = admission.arrive(third, 0.0)
+    assert isinstance(refused, Refused) and refused.reason == "waiting" and refused.retry_s >= 1
+    assert admission.leave(first, 10, 1.0) == [second] and second.admitted == 1.0
+
+
+def test_a_wait_that_would_be_too_long_is_refused_at_once_and_names_where_the_limit_is_from() -> None:
+    admission = room(1, 100, wait_ms=1000.0, rate=2.0, source="run 20261128-demo")
+    assert [admission.arrive(Ticket("a"), 0.0) for _ in range(3)] == [None] * 3, "two wait, a second at 2 requests/s"
+    refused = admission.arrive(Ticket("a"), 0.0)
+    assert refused and refused.reason == "wait" and "run 20261128-demo" in refused.said and refused.retry_s >= 1
+
+
+def test_one_who_leaves_the_queue_lets_nobody_in_and_is_not_there_any_more() -> None:
+    admission = room(1, 5)
+    running, gone, next_ = Ticket("a"), Ticket("a"), Ticket("a")
+    for ticket in (running, gone, next_):
+        admission.arrive(ticket, 0.0)
+    assert admission.leave(gone, 0, 1.0) == [] and admission.waiting == 1
+    assert admission.leave(running, 5, 2.0) == [next_]
+
+
+def test_an_adapter_that_sends_ten_times_its_share_does_not_make_the_others_wait_for_it() -> None:
+    admission, first, quiet = room(1, 1000), Ticket("loud"), Ticket("quiet")
+    admission.arrive(first, 0.0)
+    for _ in range(100):
+        admission.arrive(Ticket("loud"), 0.0)
+    admission.arrive(quiet, 0.0)
+    order, inside = [], [first]
+    while inside:
+        ticket = inside.pop()
+        order.append(ticket.adapter)
+        inside += admission.leave(ticket, 10, 0.0)
+    assert len(order) == 102
+    assert "quiet" in order[:3], "one that runs and one more are all that it may wait for"
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 50)), min_size=1, max_size=60), st.integers(1, 4))
+def test_nobody_is_lost_and_nobody_starves(sent: list[tuple[str, int]], running: int) -> None:
+    """Whatever comes: as many leave as came, never more than may run at once, and in the end nobody is there."""
+    admission = room(running, 1000)
+    tickets = [(Ticket(adapter), tokens) for adapter, tokens in sent]
+    for ticket, _ in tickets:
+        assert admission.arrive(ticket, 0.0) is None
+    left, now = 0, 0.0
+    while left < len(tickets):
+        now += 1
+        ticket, tokens = next((t, n) for t, n in tickets if not waits(t) and t.admitted >= 0)
+        assert admission.running <= running
+        admission.leave(ticket, tokens, now)
+        ticket.admitted = -1.0
+        left += 1
+    assert admission.running == admission.waiting == 0
+
+
+def test_caps_hold_for_one_adapter_and_for_one_key() -> None:
+    admission = Admission(Limits(), per_adapter=2, per_key=3)
+    assert [admission.arrive(Ticket("a", "k"), 0.0) for _ in range(2)] == [None, None]
+    refused = admission.arrive(Ticket("a", "other"), 0.0)
+    assert refused and refused.reason == "adapter"
+    assert admission.arrive(Ticket("b", "k"), 0.0) is None
+    refused = admission.arrive(Ticket("c", "k"), 0.0)
+    assert refused and refused.reason == "key"
+
+
+# ---- limits ------------------------------------------------------------------------------------
+
+
+def test_limits_are_read_and_what_is_none_is_named() -> None:
+    assert limits.parse("off") == Limits() == limits.parse("")
+    read = limits.parse("running=32,waiting=64,wait=400ms,rate=2.5/s")
+    assert (read.running, read.waiting, read.wait_ms, read.rate) == (32, 64, 400.0, 2.5)
+    assert limits.parse("running=1,wait=2s").wait_ms == 2000
+    for wrong in ("running", "running=x", "waiting=3", "running=3ms", "wait=400,running=1", "running=1,running=2"):
+        with pytest.raises(BadInput):
+            limits.parse(wrong)
+
+
+def test_limits_of_a_rate_are_those_of_littles_law() -> None:
+    found = limits.of_a_rate(rate=2.0, mean_s=3.0, limit_ms=1500.0, unloaded_ms=500.0, source="a run")
+    assert (found.running, found.waiting, found.wait_ms, found.source) == (6, 2, 1000.0, "a run")
+    assert found.part(4).running == 2 and found.part(4).rate == 0.5
+
+
+# ---- routes ------------------------------------------------------------------------------------
+
+OLD, NEW = Version("aaa", "support@aaa"), Version("bbb", "support@bbb")
+
+
+def test_a_user_keeps_the_arm_and_the_share_of_users_is_the_weight() -> None:
+    route = Route(OLD, NEW, 0.1)
+    chosen = [route.choose(f"user-{n}")[0] for n in range(5000)]
+    assert chosen == [route.choose(f"user-{n}")[0] for n in range(5000)]
+    assert 0.08 < chosen.count("canary") / 5000 < 0.12
+    more = Route(OLD, NEW, 0.3)
+    assert all(more.choose(f"user-{n}")[0] == "canary" for n, arm in enumerate(chosen) if arm == "canary")
+
+
+def test_a_canary_is_promoted_or_rolled_back_and_a_live_one_goes_back_to_the_one_before() -> None:
+    route = Route(OLD, NEW, 0.1)
+    assert route.promoted() == Route(NEW, previous=OLD)
+    assert route.rolled_back() == Route(OLD)
+    assert route.promoted().rolled_back() == Route(OLD, previous=NEW)
+    for nothing in (Route(OLD).promoted, Route(OLD).rolled_back):
+        with pytest.raises(LookupError):
+            nothing()
+
+
+def test_every_version_that_a_route_names_stays_loaded() -> None:
+    table = Table().with_route("support", Route(OLD, NEW, 0.1)).with_route("base", Route(Version("", "base")))
+    assert table.served() == {"support@aaa": "support", "support@bbb": "support", "base": "base"}
+    assert table.without("support").served() == {"base": "base"}
+
+
+# ---- keys --------------------------------------------------------------------------------------
+
+
+def test_a_key_is_known_by_its_hash_and_may_do_what_its_line_says() -> None:
+    hashed = hashlib.sha256(b"secret").hexdigest()
+    known = keys.parse(f"# ours\n{hashed} team adapters=support,sales rate=2/s\n", "keys.txt")
+    key = known.of("Bearer secret")
+    assert key and key.name == "team" and key.may_ask("sales") and not key.may_ask("base")
+    assert known.of("Bearer other") is None and known.of("") is None and known.of("Basic secret") is None
+    assert [key.wait_s(0.0) > 0 for _ in range(3)] == [False, False, True], "two a second"
+    assert key.wait_s(1.0) == 0.0
+    assert keys.Keys().of("") is keys.ANYONE
+
+
+@pytest.mark.parametrize("line", ["secret team", "", f"{'a' * 64}", f"{'a' * 64} team rate=fast"])
+def test_a_file_of_keys_that_is_none_says_which_line(line: str) -> None:
+    with pytest.raises(BadInput, match="keys"):
+        keys.parse(line, "keys.txt")
+
+
+# ---- frames ------------------------------------------------------------------------------------
+
+
+def message(**value: object) -> bytes:
+    return b"data: " + json.dumps(value).encode() + b"\n\n"
+
+
+ROLE = message(choices=[{"delta": {"role": "assistant", "content": ""}}])
+WORD = message(choices=[{"delta": {"content": "a\n\nb"}}])
+LAST = message(choices=[{"delta": {}, "finish_reason": "stop"}])
+USAGE = message(choices=[], usage={"prompt_tokens": 5, "completion_tokens": 2}, metrics={"queue_time_ms": 1.5})
+STREAM = ROLE + WORD + WORD + LAST + USAGE + b"data: [DONE]\n\n"
+
+
+@given(st.lists(st.integers(1, len(STREAM) - 1), max_size=12), st.booleans())
+def test_a_stream_is_understood_however_it_is_cut(cuts: list[int], carriage: bool) -> None:
+    stream = STREAM.replace(b"\n\n", b"\r\n\r\n") if carriage else STREAM
+    at = sorted({0, *cuts, len(stream)})
+    frames = Frames()
+    for start, end in pairwise(at):
+        frames.add(stream[start:end])
+    ended = frames.ended()
+    assert frames.messages == 6 and frames.done and frames.first_token
+    assert (ended.finish, ended.prompt_tokens, ended.new_tokens) == ("stop", 5, 2)
+    assert ended.metrics == {"queue_time_ms": 1.5} and ended.error == ""
+
+
+def test_the_first_token_is_not_the_role() -> None:
+    frames = Frames()
+    frames.add(ROLE)
+    assert not frames.first_token
+    frames.add(WORD)
+    assert frames.first_token
+
+
+def test_an_error_in_a_stream_is_heard_and_garbage_is_passed_over() -> None:
+    frames = Frames()
+    frames.add(WORD + b"data: {not json\n\n" + message(error={"message": "EngineCore died"}))
+    assert frames.ended().error == "EngineCore died" and not frames.done
+
+
+# ---- lines -------------------------------------------------------------------------------------
+
+
+def a_line(**more: object) -> Line:
+    return Line("r", arrived=10.0, at=1e9, adapter="support", **more)  # type: ignore[arg-type]
+
+
+def test_a_line_says_where_a_requests_time_went() -> None:
+    line = a_line(waited=0.1, sent=10.1, first=10.3, last=10.9, done=11.0, new_tokens=4, status=200)
+    said = line.as_json()
+    assert said["request_duration_ms"] == 1000 and said["queue_gateway_ms"] == 100 == said["queue_time_ms"]
+    assert said["ttft_ms"] == 300 and said["tpot_ms"] == 200 and said["generation_latency_ms"] == 900
+    line.engine = {"queue_time_ms": 50.0, "time_to_first_token_ms": 100.0, "generation_time_ms": 600.0}
+    said = line.as_json()
+    assert said["queue_time_ms"] == 150 and said["queue_engine_ms"] == 50 and said["generation_latency_ms"] == 700
+    assert said["sources"]["generation_latency_ms"] == "engine"
+
+
+def test_a_log_that_is_full_is_set_aside_and_no_line_is_lost(tmp_path) -> None:
+    log = Log(str(tmp_path / "requests.jsonl"), rotate_bytes=3000)
+    for _ in range(20):
+        log.write(a_line(done=11.0))
+    log.close()
+    files = sorted(tmp_path.glob("requests.jsonl*"))
+    read = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len(read) == 20 == log.written and len(files) > 1 and not log.lost
+
+
+def test_a_log_that_cannot_be_written_loses_lines_and_counts_them(tmp_path, monkeypatch) -> None:
+    log = Log(str(tmp_path / "requests.jsonl"))
+    log.write(a_line(done=11.0))
+    with monkeypatch.context() as full:
+
+        def no_space(fd: int, text: bytes) -> int:
+            raise OSError(28, "No space left on device")
+
+        full.setattr("os.write", no_space)
+        log.write(a_line(done=11.0))
+    log.write(a_line(done=11.0))
+    assert (log.written, log.lost) == (2, 1)
+    assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == 2
+
+
+# ---- a canary on trial -------------------------------------------------------------------------
+
+
+def tried(ratio: float, failing: float = 0.0, windows: int = 60, seed: int = 0) -> Judged:
+    """A canary `ratio` times as slow as the live version, on an engine whose windows share a noise."""
+    dice, trial = random.Random(seed), Trial(Terms(window_s=1.0), began=0.0)
+    judged = trial.judge(0.0)
+    for window in range(windows):
+        shared = dice.gauss(0, 0.15)
+        for n in range(40):
+            arm = "canary" if n % 4 == 0 else "live"
+            ms = 100 * math.exp(shared + dice.gauss(0, 0.25)) * (ratio if arm == "canary" else 1)
+            failed = arm == "canary" and dice.random() < failing
+            trial.hear(window + n / 50, arm, f"user-{dice.randrange(1000)}", ms, failed)
+        judged = trial.judge(window + 1.0)
+        if judged.outcome != "inconclusive":
+            break
+    return judged
+
+
+def test_a_canary_as_good_is_accepted_a_slower_or_failing_one_rejected_by_name() -> None:
+    assert tried(1.0).outcome == "accepted"
+    slow = tried(1.5)
+    assert (slow.outcome, slow.rule) == ("rejected", "canary.latency")
+    failing = tried(1.0, failing=0.1)
+    assert (failing.outcome, failing.rule) == ("rejected", "canary.failures")
+
+
+def test_a_canary_at_the_limit_is_not_decided() -> None:
+    outcomes = Counter(tried(1.10, seed=seed, windows=30).outcome for seed in range(20))
+    assert outcomes["inconclusive"] >= 18
+    assert Counter(tried(1.0, failing=0.02, seed=seed).outcome for seed in range(10))["inconclusive"] >= 9
+
+
+def test_windows_in_which_an_arm_was_hardly_asked_say_nothing() -> None:
+    trial = Trial(Terms(window_s=1.0, least=5), began=0.0)
+    for window in range(50):
+        trial.hear(window + 0.1, "live", "a", 100.0, False)
+        trial.hear(window + 0.2, "canary", "b", 900.0, False)
+    judged = trial.judge(60.0)
+    assert judged.outcome == "inconclusive" and judged.windows == 0
+    assert not trial.over(60.0) and trial.over(1800.0)
+
+
+def test_where_halves_of_the_live_version_differ_nothing_is_accepted() -> None:
+    trial = Trial(Terms(window_s=1.0, least=3), began=0.0)
+    dice = random.Random(1)
+    for window in range(120):
+        for n in range(60):
+            user = f"user-{dice.randrange(1000)}"
+            half = hashlib.blake2b(user.encode(), digest_size=1).digest()[0] % 2
+            trial.hear(window + n / 80, "live", user, 100.0 * (1.5 if half else 1.0) + dice.random(), False)
+            trial.hear(window + n / 80, "canary", user, 100.0 + dice.random(), False)
+    assert trial.differs() and trial.judge(121.0).outcome == "inconclusive"
+
+
+@given(st.integers(0, 10**6))
+def test_a_mean_at_its_limit_is_seldom_decided(seed: int) -> None:
+    """One wrong verdict in 200 on a side is what it promises; of so few draws hardly any may be one."""
+    dice = random.Random(seed)
+    values = [int(dice.random() < 0.05) - int(dice.random() < 0.03) for _ in range(400)]
+    if bet_on_mean(values, 0.02, 1e-6) != "inconclusive":
+        raise AssertionError("one in a million")
