@@ -30,13 +30,7 @@ class Text(Engine):
         return frozenset(self._tokenizer.all_special_ids) | {id_ for id_, token in added if token.special}
 
     def encode(self, messages: Sequence[Mapping[str, str]], answer: str | None = None) -> tuple[list[int], list[int]]:
-        if self._tokenizer.chat_template:
-            text = rendered(self._tokenizer, messages)
-            prompt = self._tokenizer(text, add_special_tokens=False).input_ids
-        else:
-            prompt = self._tokenizer("\n".join(message["content"] for message in messages)).input_ids
-        if not prompt:
-            raise template.nothing("a prompt")
+        prompt = encoded(self._tokenizer, messages)
         if answer is None:
             return prompt, []
         # The answer is encoded apart, as it is generated: no token spans the end of the prompt.
@@ -44,7 +38,24 @@ class Text(Engine):
         return prompt, [*ids, *self._end]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return decoded(self._tokenizer, tokens)
+
+
+def encoded(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a prompt: the chat template and the generation prompt applied, or without one the messages' lines.
+    Raises BadInput for messages that the template refuses, and for a prompt of nothing."""
+    if tokenizer.chat_template:
+        prompt: list[int] = tokenizer(rendered(tokenizer, messages), add_special_tokens=False).input_ids
+    else:
+        prompt = tokenizer("\n".join(message["content"] for message in messages)).input_ids
+    if not prompt:
+        raise template.nothing("a prompt")
+    return prompt
+
+
+def decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of new tokens, special tokens kept out."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], prompt: bool = True, what: str = "a prompt") -> str:

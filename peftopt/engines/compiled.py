@@ -165,7 +165,7 @@ class Compiled(eager.Transformers):
             return super().generate(prompts, new_tokens, stop)
         with torch.inference_mode():
             step, state = self._step(shape)
-            tokens = self._prefill(_filled_up(prompts, shape), shape, state, timed=not stop).argmax(-1)
+            tokens = self._prefill(filled_up(prompts, shape), shape, state, timed=not stop).argmax(-1)
             columns, times = [tokens.tolist()], [time.perf_counter_ns()]
             eos = self.eos if stop else frozenset()
             going = [row for row in range(len(prompts)) if columns[0][row] not in eos]
@@ -187,12 +187,12 @@ class Compiled(eager.Transformers):
         if isinstance(shape, str):
             self._uncompiled[shape] += 1
             return super().score(prompts, answers)
-        filled = _filled_up(answers, shape)
+        filled = filled_up(answers, shape)
         given = torch.tensor([[*a, *[0] * (longest - len(a))] for a in filled], device=self._device)
         with torch.inference_mode():
             step, state = self._step(shape)
             shared, columns = eager.shared_prefix(prompts), []
-            logits = self._prefill(_filled_up(prompts, shape), shape, state, timed=False, shared=shared)
+            logits = self._prefill(filled_up(prompts, shape), shape, state, timed=False, shared=shared)
             with self._decoding():
                 for column in range(longest):
                     columns.append(eager.scored(logits[: len(answers)], given[: len(answers), column].tolist()))
@@ -453,7 +453,7 @@ def _lora_shape(model: Any) -> list[Any]:
 # ---- small parts -------------------------------------------------------------------------------------
 
 
-def _filled_up(rows: Sequence[Sequence[int]], shape: Shape) -> list[Sequence[int]]:
+def filled_up(rows: Sequence[Sequence[int]], shape: Shape) -> list[Sequence[int]]:
     """As many rows as the graph has: the last one repeated."""
     return [*rows, *[rows[-1]] * (shape[0] - len(rows))]
 

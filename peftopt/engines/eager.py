@@ -110,7 +110,7 @@ class Transformers(Text):
         inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": shared > 0, "logits_to_keep": longest}
         if not self._one_by_one:
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
-        with torch.inference_mode(), _contiguous_inputs(self._model.get_output_embeddings()):
+        with torch.inference_mode(), contiguous_inputs(self._model.get_output_embeddings()):
             if shared:  # the system prompt, say: computed once, its keys and values repeated for every row
                 prefix = torch.tensor([prompts[0][:shared]], device=self._device)
                 cache = self._model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
@@ -161,7 +161,7 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 
 @contextlib.contextmanager
-def _contiguous_inputs(head: Any) -> Iterator[None]:
+def contiguous_inputs(head: Any) -> Iterator[None]:
     """Hand the output head whole rows: on a slice of the sequence, PyTorch on CPU copies its weight for every row."""
     hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
