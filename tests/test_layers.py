@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "peftopt"
 GROUND = (
     "errors records metrics identity stats jsonl progress machine measurements store plugins corpus environments models"
 )
-TOWERS = "recipe loadtest decision report canary merging transforms engines policies probes worker runner cli"
+TOWERS = "recipe loadtest decision report canary merging transforms engines policies probes server worker runner cli"
 LAYERS = f"{GROUND} {TOWERS}".split()
 PURE = {"recipe", "decision", "report"}
 EFFECTS = {"torch", "time", "datetime", "subprocess", "socket", "random", "shutil"}
