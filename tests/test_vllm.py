@@ -20,6 +20,7 @@ import pytest
 from helpers import packed
 from helpers.command_line import command
 from helpers.remote_engine import Remote
+from helpers.tiny_models import make_lora
 
 from peftopt import corpus, environments, plugins
 from peftopt.engines import TOP_K, Scores, vllm
@@ -285,8 +286,6 @@ def test_the_canary_catches_both_faults_of_this_vllm(tmp_path: Path, capsys: pyt
 @real
 def test_the_gateway_reloads_an_adapter_of_the_same_name_without_a_stale_answer(tmp_path: Path) -> None:
     """With prefix caching, where the engine alone answers a reloaded name from blocks of the adapter before."""
-    from conftest import make_lora
-
     make_lora(BASE, tmp_path / "other", std=0.05)
     program, admin = Path(sys.executable).with_name("peftopt"), f"unix:{tmp_path}/serve-state/admin.sock"
     flags = ("--prefix-caching", "--adapters-from", tmp_path, "--log", "requests.jsonl", "--engine", "vllm")

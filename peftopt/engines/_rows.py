@@ -128,7 +128,7 @@ class Served(Limits):
     def add(self, name: str, folder: str) -> Any:
         """Put an adapter beside the others; its tokenizer. A name is a word without dots. Raises BadInput for one that
         cannot share the base with others."""
-        kind = check_shareable(Path(folder))
+        kind = check_shareable(Path(folder), self.vocabulary)
         tokenizer = hf.tokenizer(hf.tokenizer_home(Model(self._base, (folder,))), self._base)
         self._in_force = None
         try:
@@ -175,11 +175,10 @@ class Served(Limits):
 
     # ---- rows
 
-    def begin(self, prompts: Sequence[Sequence[int]], adapter: str = "", new_tokens: int = 0) -> Rows:
-        """Run prompts of one adapter. `new_tokens`: the most that will be asked of a row."""
+    def begin(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> Rows:
+        """Run prompts of one adapter."""
         from transformers import DynamicCache
 
-        self._check_room(prompts, new_tokens)
         self._use(adapter)
         ids, mask = self._left_padded(prompts)
         inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1}
@@ -252,8 +251,8 @@ class CompiledServed(compiled.Compiled, Limits):
         """The most rows of a batch; 0 = any number."""
         return 0
 
-    def begin(self, prompts: Sequence[Sequence[int]], adapter: str = "", new_tokens: int = 0) -> Steps:
-        """Run prompts; no more rows than `max_batch`."""
+    def begin(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> Steps:
+        """Run prompts, no more than `max_batch`. The longest and what is then asked of any must fit the cache."""
         import torch
 
         shape = self._shape(len(prompts), self.context, timed=False)
@@ -270,20 +269,22 @@ class CompiledServed(compiled.Compiled, Limits):
         return Steps(graph, len(prompts), logits)
 
 
-def check_shareable(folder: Path) -> str:
+def check_shareable(folder: Path, vocabulary: int) -> str:
     """The kind of an adapter. Raises BadInput for one that cannot be on a base beside others: it would change the base
     for all of them, or needs more than a forward pass of its layers."""
     adapter = open_adapter(folder)
     config = adapter.config
-    kept = config.get("modules_to_save") or ()
-    copies = [name for name in adapter.weights.entries if is_embedding(name) and not any(k in name for k in kept)]
+    saved = config.get("modules_to_save") or ()
+    embeddings = {name: entry.shape for name, entry in adapter.weights.entries.items() if is_embedding(name)}
+    copies = [name for name in embeddings if not any(module in name for module in saved)]
+    resized = [name for name, shape in embeddings.items() if shape[0] != vocabulary]
     reasons = {
         f"it is {adapter.kind}": adapter.kind in NO_DELTA and adapter.kind not in VIRTUAL,
         "it is an activated LoRA": bool(config.get("alora_invocation_tokens")),
         "it trained biases of the base": config.get("bias", "none") != "none",
         "it repeats layers of the base": bool(config.get("layer_replication")),
         "it changes the base's weights": adapter.kind == "LORA" and config.get("init_lora_weights") not in PLAIN_INITS,
-        f"it brings embeddings ({', '.join(copies[:1])})": bool(copies),
+        f"it brings embeddings ({', '.join([*copies, *resized][:1])})": bool(copies or resized),
     }
     if why := [reason for reason, holds in reasons.items() if holds]:
         hint = "merge it, and serve the merged model: peftopt merge"

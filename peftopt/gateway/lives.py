@@ -25,7 +25,8 @@ from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import Registry, Stored
 from peftopt.gateway.routes import Route, Version
 from peftopt.gateway.trial import Judged, Terms, Trial
-from peftopt.loadtest.client import Client, Target
+from peftopt.loadtest.client import Client
+from peftopt.loadtest.protocols import Target
 from peftopt.models.adapter import WEIGHTS
 
 TRIES, AGAIN_S = 3, 0.5

@@ -32,7 +32,8 @@ from peftopt.gateway.routes import Route
 from peftopt.gateway.upstream import Timeouts, Upstream
 from peftopt.loadtest import client as clients
 from peftopt.loadtest import prometheus
-from peftopt.loadtest.client import Client, Target
+from peftopt.loadtest.client import Client
+from peftopt.loadtest.protocols import Target
 
 if TYPE_CHECKING:
     import uvicorn

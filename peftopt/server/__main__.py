@@ -31,14 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         adapters = _named(options.adapter)
         model = _opened(options, adapters)
         _check_port(options.host, options.port)
-        asyncio.run(_serve(model, adapters, options))
+        if not asyncio.run(_serve(model, adapters, options)):
+            sys.stderr.flush()
+            os._exit(0)  # a thread that still computes cannot be asked to end, and may crash the interpreter's end
     except PeftoptError as error:
         sys.stderr.write(f"error: {error.message}\n" + (f"hint: {error.hint}\n" if error.hint else ""))
         return error.exit_code
     return 0
 
 
-async def _serve(model: Model, adapters: dict[str, str], options: argparse.Namespace) -> None:
+async def _serve(model: Model, adapters: dict[str, str], options: argparse.Namespace) -> bool:
+    """Serve until told to end; whether the model's thread has ended too."""
     from peftopt.server import app
     from peftopt.server.asked import Problem
     from peftopt.server.scheduler import BASE, Scheduler
@@ -60,6 +63,7 @@ async def _serve(model: Model, adapters: dict[str, str], options: argparse.Names
         sys.stderr.flush()
 
     await app.serve(scheduler, options.host, options.port, stop, options.drain, ready)
+    return not scheduler.alive
 
 
 def _opened(options: argparse.Namespace, adapters: dict[str, str]) -> Model:

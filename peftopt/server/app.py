@@ -50,7 +50,7 @@ class Service:
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
             ],
-            exception_handlers={Problem: _refuse, HTTPException: _no_route},
+            exception_handlers={Problem: _refuse, HTTPException: _no_route, Exception: _broken},
         )
 
     def check(self) -> None:
@@ -268,6 +268,11 @@ async def _refuse(_: Request, error: Exception) -> Response:
 async def _no_route(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _json(Problem(error.status_code, error.detail, "no_route").body, error.status_code)
+
+
+async def _broken(_: Request, error: Exception) -> Response:
+    """A bug, or no memory; Starlette prints where."""
+    return _json(Problem(500, f"{type(error).__name__}: {error}", "internal_error").body, 500)
 
 
 async def _say(send: Send, *messages: Json) -> None:

@@ -45,6 +45,7 @@ class Problem(Exception):
 
 
 def wrong(param: str, message: str) -> Problem:
+    """What to answer for a field that is wrong."""
     return Problem(400, message, "invalid_value", param)
 
 

@@ -33,11 +33,14 @@ class Rows(Protocol):
     logits: Any
     joins: bool
 
-    def step(self, tokens: Sequence[int]) -> None: ...
+    def step(self, tokens: Sequence[int]) -> None:
+        """Give each row its next token, and compute what follows."""
 
-    def keep(self, rows: Sequence[int]) -> None: ...
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but these."""
 
-    def join(self, others: Any) -> None: ...
+    def join(self, others: Any) -> None:
+        """Take in the rows of another batch."""
 
 
 class Model(Protocol):
@@ -47,26 +50,35 @@ class Model(Protocol):
     eos: frozenset[int]
 
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
 
     @property
-    def context(self) -> int: ...
+    def context(self) -> int:
+        """The most tokens of a prompt and its answer together."""
 
     @property
-    def vocabulary(self) -> int: ...
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
 
     @property
-    def repetition_penalty(self) -> float: ...
+    def repetition_penalty(self) -> float:
+        """What the model was made to be asked with; 1 is none."""
 
-    def begin(self, prompts: Sequence[Sequence[int]], adapter: str, new_tokens: int) -> Rows: ...
+    def begin(self, prompts: Sequence[Sequence[int]], adapter: str) -> Rows:
+        """Run prompts of one adapter."""
 
-    def most_rows(self, name: str) -> int: ...
+    def most_rows(self, name: str) -> int:
+        """The most rows of a batch of an adapter; 0 = any number."""
 
-    def add(self, name: str, folder: str) -> Any: ...
+    def add(self, name: str, folder: str) -> Any:
+        """Load an adapter; its tokenizer."""
 
-    def remove(self, name: str) -> None: ...
+    def remove(self, name: str) -> None:
+        """Unload an adapter."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free the model's memory."""
 
 
 @dataclass(eq=False)
@@ -176,6 +188,11 @@ class Scheduler:
             self._changed.notify()
 
     @property
+    def alive(self) -> bool:
+        """Whether the thread is there."""
+        return self._thread.is_alive()
+
+    @property
     def running(self) -> int:
         """Requests of which tokens are computed."""
         return sum(len(batch.jobs) for batch in list(self._batches))
@@ -224,7 +241,7 @@ class Scheduler:
         return await asyncio.wrap_future(order.done)
 
     async def end(self, reason: str) -> None:
-        """Fail what is left, and end the thread."""
+        """Fail what is left, and end the thread, between two tokens."""
         with self._changed:
             self._ending = True
             self.broken = self.broken or reason
@@ -240,7 +257,7 @@ class Scheduler:
                     self._changed.wait_for(self._has_work)
                     if self._ending:
                         break
-                    self._drop_gone()
+                    self._waiting = deque(self._still(self._waiting))
                     due = [order for order in self._orders if not self._in_use(order.adapter)]
                     self._orders = [order for order in self._orders if order not in due]
                     groups = self._admit()
@@ -262,13 +279,8 @@ class Scheduler:
         jobs = [*self._waiting, *(job for batch in self._batches for job in batch.jobs)]
         return any(job.adapter == adapter for job in jobs)
 
-    def _drop_gone(self) -> None:
-        """Forget requests that nobody waits for, before anything more of them is computed."""
-        self._waiting = deque(self._still(self._waiting))
-        for batch in list(self._batches):
-            self._keep(batch, self._still(batch.jobs))
-
     def _still(self, jobs: Sequence[Job] | deque[Job]) -> list[Job]:
+        """Those that somebody waits for."""
         stay = [job for job in jobs if not job.gone]
         self.counts["left"] += len(jobs) - len(stay)
         return stay
@@ -288,19 +300,26 @@ class Scheduler:
         under_way = {batch.adapter for batch in self._batches}
         for job in list(self._waiting):
             most, group = self._model.most_rows(job.adapter), groups.get(job.adapter, [])
-            alone = most and (job.adapter in under_way or len(group) >= most)
-            full = self._model.batches and not group and len(self._batches) + len(groups) >= self._model.batches
-            if free <= 0 or full:
+            whole = self._model.batches and not group and len(self._batches) + len(groups) >= self._model.batches
+            if free <= 0 or whole:
                 break
-            if alone:
+            alone = most and (job.adapter in under_way or len(group) >= most)
+            if alone or (self._model.batches and not self._fits([*group, job])):
                 continue
             groups.setdefault(job.adapter, []).append(job)
             self._waiting.remove(job)
             free -= 1
         return list(groups.values())
 
+    def _fits(self, group: Sequence[Job]) -> bool:
+        """Whether rows that begin together fit a cache of one length: the longest prompt and the longest answer."""
+        answers = [job.answer for job in group]
+        return max(len(a.prompt) for a in answers) + max(a.new_tokens for a in answers) <= self.context
+
     def _begin(self, jobs: list[Job]) -> None:
         """Run the prompts of a group, and let its rows join those of their adapter."""
+        if not (jobs := self._still(jobs)):
+            return
         now = time.perf_counter_ns()
         for job in jobs:
             job.answer.scheduled = now
@@ -308,8 +327,7 @@ class Scheduler:
         adapter, answers = jobs[0].adapter, [job.answer for job in jobs]
         batch = None
         try:
-            longest = max(answer.new_tokens for answer in answers)
-            batch = _Batch(adapter, self._model.begin([answer.prompt for answer in answers], adapter, longest), jobs)
+            batch = _Batch(adapter, self._model.begin([answer.prompt for answer in answers], adapter), jobs)
             self._batches.append(batch)
             self._speak(batch)
         except Exception as error:  # noqa: BLE001 (whatever a forward pass raises is told to its requests)
@@ -330,10 +348,10 @@ class Scheduler:
 
     def _step(self, batch: _Batch) -> None:
         """One more token for every row that is still waited for."""
-        self._keep(batch, self._still(batch.jobs))
-        if not batch.jobs:
-            return
         try:
+            self._keep(batch, self._still(batch.jobs))
+            if not batch.jobs:
+                return
             batch.rows.step([job.answer.tokens[-1] for job in batch.jobs])
             self._speak(batch)
         except Exception as error:  # noqa: BLE001 (whatever a forward pass raises is told to its requests)
