@@ -38,7 +38,7 @@ class Options:
     )
     upstream: Annotated[str, typer.Option(help="URL of a server that runs already, in place of --base.")] = ""
     engine: Annotated[
-        str, typer.Option(help="vllm, llamacpp_server, eager, compiled or continuous; by default what is installed.")
+        str, typer.Option(help="vllm, llamacpp_server, eager or compiled; by default vllm where it is installed, else eager.")
     ] = ""
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(help="Port for users.")] = 8000

@@ -18,7 +18,7 @@ from peftopt.records import Json, Model
 BASE = "base"
 """The route of the base, or of a merged model, where it is asked without an adapter."""
 
-OURS = ("eager", "compiled", "continuous")
+OURS = ("eager", "compiled")
 """Engines of this environment, which peftopt.server puts behind OpenAI's API."""
 
 SPARE_SLOTS = 2
@@ -73,7 +73,8 @@ def start(wanted: Wanted, port: int = 0) -> Start:
         return _llamacpp(wanted, port)
     if wanted.engine in OURS:
         return _ours(wanted, port)
-    raise BadInput(f"nothing serves the engine {wanted.engine!r}", f"known: vllm, llamacpp_server, {', '.join(OURS)}")
+    hint = f"choose one with --engine: vllm, llamacpp_server, {', '.join(OURS)}"
+    raise BadInput(f"nothing serves the engine {wanted.engine!r} over HTTP", hint)
 
 
 def _vllm(wanted: Wanted, port: int) -> Start:
@@ -122,6 +123,8 @@ def _llamacpp(wanted: Wanted, port: int) -> Start:
 
 
 def _ours(wanted: Wanted, port: int) -> Start:
+    if wanted.adapters and wanted.engine != "eager":
+        raise BadInput(f"the engine {wanted.engine} serves a merged model, without adapters", "merge, or take eager")
     command = [sys.executable, "-m", "peftopt.server", "--base", wanted.model.path, "--port", str(port)]
     command += ["--engine", wanted.engine, "--threads", str(_threads(wanted)), "--drain", str(wanted.drain_s)]
     command += ["--max-batch", str(wanted.running)] if wanted.running else []
