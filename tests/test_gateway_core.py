@@ -218,6 +218,12 @@ def test_an_error_in_a_stream_is_heard_and_garbage_is_passed_over() -> None:
     assert frames.ended().error == "EngineCore died" and not frames.done
 
 
+def test_the_account_that_llamacpp_gives_of_a_request_is_read() -> None:
+    frames = Frames()
+    frames.add(WORD + message(choices=[], timings={"prompt_ms": 60.0, "predicted_ms": 80.0}) + b"data: [DONE]\n\n")
+    assert frames.ended().metrics == {"time_to_first_token_ms": 60.0, "generation_time_ms": 80.0}
+
+
 # ---- lines -------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import typer
 
 from peftopt.cli.shared import app, named, options_from, read_text
 from peftopt.errors import BadInput, MissingEnvironment
-from peftopt.records import Json
+from peftopt.records import SAFETENSORS, Json
 
 if TYPE_CHECKING:
     from peftopt.gateway.backends import Start
@@ -38,7 +38,8 @@ class Options:
     )
     upstream: Annotated[str, typer.Option(help="URL of a server that runs already, in place of --base.")] = ""
     engine: Annotated[
-        str, typer.Option(help="vllm, llamacpp_server, eager or compiled; by default vllm where it is installed, else eager.")
+        str,
+        typer.Option(help="vllm, llamacpp_server, eager or compiled; by default vllm, or eager where it is missing."),
     ] = ""
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(help="Port for users.")] = 8000
@@ -102,6 +103,7 @@ def serve(options: Options) -> None:
 
 def _what(options: Options) -> What:
     """Raises BadInput for options that do not go together, or that name what cannot be served."""
+    from peftopt import plugins
     from peftopt.gateway import decided
     from peftopt.runner import preflight
 
@@ -119,7 +121,9 @@ def _what(options: Options) -> What:
         engine = options.engine or found.engine
         return What(Path(found.model.path), apart | dict(given), engine, name, found.params, found.slos_s)
     if options.base:
-        preflight.check_base(options.base, quantized=True, ours=False)
+        known = plugins.catalogue()
+        weights = known[options.engine].format if options.engine in known else SAFETENSORS
+        preflight.check_base(options.base, quantized=True, weights=weights, ours=False)
         for _, folder in given:
             preflight.check_adapter(folder, options.base, [])
     return What(options.base, dict(given), options.engine)

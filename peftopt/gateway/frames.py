@@ -29,7 +29,8 @@ DONE = b"[DONE]"
 @dataclass
 class Ended:
     """What the end of an answer says: `finish` reason, the server's counts of tokens, an `error` in it, and the
-    engine's own `metrics` of the request, where it tells them (vLLM's --enable-per-request-metrics)."""
+    engine's own `metrics` of the request, where it tells them (vLLM's --enable-per-request-metrics, llama.cpp's
+    timings)."""
 
     finish: str = ""
     prompt_tokens: int | None = None
@@ -52,6 +53,10 @@ class Ended:
             self.new_tokens = _count(usage.get("completion_tokens"), self.new_tokens)
         if isinstance(message.get("metrics"), dict):
             self.metrics = message["metrics"]
+        timings = message.get("timings")
+        if isinstance(timings, dict) and {"prompt_ms", "predicted_ms"} <= timings.keys():
+            told = {"time_to_first_token_ms": "prompt_ms", "generation_time_ms": "predicted_ms"}
+            self.metrics = {name: timings[theirs] for name, theirs in told.items()}
 
 
 def _count(value: Json, before: int | None) -> int | None:
