@@ -495,7 +495,7 @@ def test_a_torch_that_cannot_compile_ahead_compiles_at_the_first_request(
     model = Model(str(tiny_base_fp32))
     expected = ask(plain.open(model, plain.Params()), 8)
     monkeypatch.setattr(_graphs, "_can_compile_ahead", lambda: False)
-    engine = plugin.open(model, plugin.Params())
+    engine = plugin.open(model, plugin.Params(prompt_buckets="none"))
     assert ask(engine, 8) == expected
     assert engine.facts()["graphs"] >= 1 and engine.facts()["compile_time"] > 0
 
