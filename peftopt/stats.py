@@ -172,8 +172,9 @@ def paired(d: Iterable[float], level: float, launches: Launches = None) -> Inter
 
 
 def launches_matter(d: Iterable[float], launches: Sequence[int]) -> bool:
-    """Whether blocks of one launch may be more alike than others: there are fewer than LAUNCHES_TO_COMPARE, or an analysis
-    of variance over the ranks of blocks says so, at a level at which it rarely misses what would spoil a verdict."""
+    """Whether blocks of one launch may be more alike than others: there are fewer than LAUNCHES_TO_COMPARE, or an
+    analysis of variance over the ranks of blocks says so, at a level at which it rarely misses what would spoil a
+    verdict."""
     import numpy as np
     from scipy.stats import rankdata
 
