@@ -75,7 +75,9 @@ def trace(lines: Iterable[str]) -> list[Traced]:
         if not line.strip():
             continue
         try:
-            found.append(_traced(json.loads(line)))
+            values = json.loads(line)
+            if not _unanswered(values):
+                found.append(_traced(values))
         except BROKEN as error:
             raise ValueError(f"line {number}: {error!r}") from error
     start = min((t.at for t in found), default=0.0)
