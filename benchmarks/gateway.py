@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -61,6 +62,7 @@ def litellm(url: str, where: Path) -> Iterator[str]:
         [program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        env={**os.environ, "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"},
     )
     try:
         yield ready(f"http://127.0.0.1:{port}", "/health/liveliness", process)
