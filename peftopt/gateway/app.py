@@ -127,11 +127,15 @@ def _alive() -> tuple[int, Json]:
     return 200, {"alive": True}
 
 
+class Unread(Exception):
+    """The client does not read its answer."""
+
+
 class Exchange:
     """One request of a user's, from its first byte to its line in the log."""
 
     def __init__(self, shared: Shared, scope: Scope, receive: Receive, send: Send) -> None:
-        self.shared, self.path, self.receive, self._send = shared, scope["path"], receive, send
+        self.shared, self.path, self.receive, self._out = shared, scope["path"], receive, send
         self.headers = _headers(scope)
         own = self.headers.get("x-request-id", "")
         self.line = Line(
@@ -147,6 +151,7 @@ class Exchange:
 
     async def run(self) -> None:
         """Answer it, or let it go when its client does."""
+        line = self.line
         try:
             try:
                 body = await self._body()
@@ -155,9 +160,16 @@ class Exchange:
                 await self._problem(problem)
             except Fault as fault:
                 await self._problem(_of_fault(fault))
-            except asyncio.CancelledError:
-                self.line.kind, self.line.error = "cancelled", "the gateway was stopped"
-                raise
+        except Unread as unread:
+            line.kind, line.error, line.status = line.kind or "cancelled", line.error or str(unread), GONE
+            self.shared.metrics.cancelled.labels(line.adapter, "client").inc()
+        except asyncio.CancelledError:
+            line.kind, line.error = "cancelled", "the gateway was stopped"
+            raise
+        except Exception as error:
+            line.kind, line.error = "gateway", f"{type(error).__name__}: {error}"[:200]
+            line.status = line.status if self.begun else 500
+            raise
         finally:
             self._over()
 
@@ -286,7 +298,10 @@ class Exchange:
     async def _routed(self, asked: dict[str, Json], body: bytes) -> None:
         """Ask the version that the route has now, and none other to the end."""
         shared, line = self.shared, self.line
-        arm, version = shared.table.routes[line.adapter].choose(self.sticky)
+        route = shared.table.routes.get(line.adapter)
+        if route is None:
+            raise Problem(404, f"the model {line.adapter!r} was removed meanwhile", "model_not_found", "model")
+        arm, version = route.choose(self.sticky)
         line.arm, line.version = arm, version.id
         line.model_loading_time = shared.settings.model_loading_time
         line.adapter_switch_time = shared.lives.switched.pop(version.served, None)
@@ -308,6 +323,8 @@ class Exchange:
             shared.lives.in_flight[version.served] -= 1
 
     async def _pass(self, answer: Answer) -> None:
+        if not 200 <= answer.status < 600:
+            raise Fault("upstream", f"the engine answered with the status {answer.status}")
         if answer.streams and answer.status == 200:
             await self._stream(answer)
             return
@@ -347,6 +364,15 @@ class Exchange:
         if ended.error:
             line.error = ended.error
             line.kind = line.kind or _kind(500, ended.error.encode())
+
+    async def _send(self, message: MutableMapping[str, Any]) -> None:
+        """Send to the client. Raises Unread for one that takes nothing: it would keep a place at the engine."""
+        limit = self.shared.upstream.timeouts.gap
+        try:
+            async with asyncio.timeout(limit or None):
+                await self._out(message)
+        except TimeoutError:
+            raise Unread(f"the client read nothing for {limit:g} s") from None
 
     async def _piece(self, answer: Answer, piece: bytes) -> None:
         if not self.begun:

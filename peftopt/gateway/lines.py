@@ -58,7 +58,7 @@ class Line:
     error: str = ""
     kind: str = ""
     """Of an error: "refused", "oom", "timeout_first", "timeout_gap", "timeout", "engine_dead", "upstream", "cancelled",
-    "request"."""
+    "request", "gateway" (a fault of its own)."""
     running_at_start: int = 0
     waiting_at_start: int = 0
     batch_fill: float | None = None
