@@ -16,6 +16,7 @@ import pytest
 from helpers.paced import Paced, paced
 from safetensors.numpy import save_file
 
+from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, MissingEnvironment
 from peftopt.gateway.admission import Admission, Ticket
 from peftopt.gateway.app import App, Shared
 from peftopt.gateway.keys import Keys
@@ -24,6 +25,8 @@ from peftopt.gateway.lines import Log
 from peftopt.gateway.lives import Lives, Settings
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import open_registry
+from peftopt.gateway.routes import Route, Version
+from peftopt.gateway.trial import Judged, Terms
 from peftopt.gateway.upstream import Timeouts, Upstream
 
 PROMPTS = {"one": ({"role": "user", "content": "One?"},), "two": ({"role": "user", "content": "Two?"},)}
@@ -181,5 +184,154 @@ def test_a_request_whose_adapter_is_removed_while_it_waits_is_told_so(
             users.shared.let_in(users.shared.admission.leave(other, 0, 1.0))
             assert (await waits)[0]["status"] == 404
         assert users.lines()[0]["error_kind"] == "request" and not users.shared.admission.running
+
+    asyncio.run(main())
+
+
+# ---- operators who change their minds ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["remove", "rollback", "promote", "put", "canary"])
+def test_a_trial_ends_with_what_it_judges(engine: Paced, folders: list[Path], tmp_path: Path, change: str) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        await lives.put("support", folders[0])
+        await lives.put("support", folders[1], 0.5, Terms())
+        if change == "put":
+            await lives.put("support", folders[2])
+        elif change == "canary":
+            await lives.put("support", folders[2], 0.5)
+        else:
+            await getattr(lives, change)("support")
+        assert not lives.trials and lives.verdicts["support"].exit_code == INCONCLUSIVE
+        await lives.judge()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("outcome", ["rejected", "accepted"])
+def test_a_verdict_that_comes_late_changes_nothing(
+    engine: Paced, folders: list[Path], tmp_path: Path, outcome: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator promotes while the verdict waits for its turn: the promoted version is not rolled back."""
+
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        await lives.put("support", folders[0])
+        put = await lives.put("support", folders[1], 0.5, Terms(then="promote"))
+        verdict = Judged(outcome, "canary.latency", 9, "9 windows")
+        monkeypatch.setattr("peftopt.gateway.trial.Trial.judge", lambda *_: verdict)
+        promoting = asyncio.ensure_future(lives.promote("support"))
+        await asyncio.sleep(0)  # it has the lock, or is the next
+        await lives.judge()
+        await promoting
+        assert lives.registry.table.routes["support"].live.id == put.version
+        assert lives.verdicts["support"].exit_code == INCONCLUSIVE
+
+    asyncio.run(main())
+
+
+def test_a_put_that_is_rejected_leaves_a_version_that_answers_users_loaded(
+    engine: Paced, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        await lives.put("support", folders[0])
+        await lives.put("support", folders[1], 0.5)
+        canary = lives.registry.table.routes["support"].canary
+        assert canary
+
+        async def wrong(*_: object) -> list[str]:
+            return ["it answers as another"]
+
+        monkeypatch.setattr(lives, "_mixed", wrong)
+        assert (await lives.put("support", folders[1])).exit_code == REJECTED
+        assert canary.served in engine.folders and lives.registry.versions[canary.served].state == "canary"
+
+    asyncio.run(main())
+
+
+def test_a_rollback_does_not_wait_for_the_requests_of_what_is_removed(
+    engine: Paced, folders: list[Path], tmp_path: Path
+) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        for folder in folders[:2]:
+            await lives.put("support", folder)
+        await lives.put("sales", folders[2])
+        sales = lives.registry.table.routes["sales"].live.served
+        lives.in_flight[sales] = 1
+        removing = asyncio.ensure_future(lives.remove("sales"))
+        while "sales" in lives.registry.table.routes:
+            await asyncio.sleep(0)
+        assert (await lives.rollback("support")).exit_code == ACCEPTED
+        assert not removing.done() and sales in engine.folders, "its requests end on it"
+        lives.in_flight[sales] = 0
+        assert (await removing).exit_code == ACCEPTED and sales not in engine.folders
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [{"window_s": 0}, {"window_s": "30s"}, {"for_s": float("nan")}, {"then": "win"}, {"least": 0}, {"slower": -1}],
+)
+def test_terms_that_nothing_can_be_judged_by_are_refused(terms: dict[str, Any]) -> None:
+    with pytest.raises(BadInput):
+        Terms(**terms)
+
+
+# ---- what a crash or another engine has left ---------------------------------------------------
+
+
+def test_a_version_that_a_crash_left_at_the_engine_is_unloaded(
+    engine: Paced, folders: list[Path], tmp_path: Path
+) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        stored = lives.registry.keep(lives.registry.copy("support", folders[0]), state="loading")
+        engine.folders[stored.version.served] = stored.folder
+        await lives.begin()
+        assert not engine.folders and not lives.registry.versions
+
+    asyncio.run(main())
+
+
+def test_names_that_an_engine_brings_are_those_of_the_engine_that_runs(engine: Paced, tmp_path: Path) -> None:
+    """llama.cpp's server calls the base by another name than vLLM: the state of one may be used for the other."""
+
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        lives.registry.route("base", Route(Version("", "model")))
+        lives.registry.route("other", Route(Version("", "other")))
+        await lives.begin()
+        assert {name: route.live.served for name, route in lives.registry.table.routes.items()} == {"base": "base"}
+
+    asyncio.run(main())
+
+
+def test_a_full_disk_keeps_no_adapter_from_being_loaded_again(
+    engine: Paced, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        await lives.put("support", folders[0])
+        lives.registry.keep(lives.registry.copy("left", folders[1]), state="loading")
+
+        def full(*_: object) -> None:
+            raise MissingEnvironment("the disk is full")
+
+        monkeypatch.setattr(lives.registry, "save", full)
+        engine.folders.clear()
+        await lives.begin()
+        assert lives.ready and len(engine.folders) == 1
+        with pytest.raises(MissingEnvironment):
+            await lives.put("sales", folders[2])
+        assert lives.ready and "sales" not in lives.registry.table.routes
 
     asyncio.run(main())
