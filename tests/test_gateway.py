@@ -201,6 +201,20 @@ def test_paths_that_are_none_and_methods_that_are_none(gateway: Gateway) -> None
     assert [m["id"] for m in httpx.get(f"{gateway.url}/v1/models").json()["data"]] == ["base"]
 
 
+def test_a_head_without_an_end_is_refused_and_a_body_is_not_taken_for_one(gateway: Gateway) -> None:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=BIG_S) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n")
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100_000):
+                client.sendall(b"x-more: " + b"a" * 4096 + b"\r\n")
+        with contextlib.suppress(ConnectionError):
+            answer = client.recv(100)
+        assert not answer or answer.startswith(b"HTTP/1.1 400")
+    assert gateway.ask("long " * 100_000).status_code == 200
+
+
 def test_openais_own_client_works_unchanged(gateway: Gateway) -> None:
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none")

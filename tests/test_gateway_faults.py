@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from helpers.paced import Paced, paced
 from safetensors.numpy import save_file
 
+from peftopt.engines._server import free_port
 from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, MissingEnvironment
 from peftopt.gateway.admission import Admission, Ticket
 from peftopt.gateway.app import App, Shared
@@ -26,6 +29,7 @@ from peftopt.gateway.lives import Lives, Settings
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import open_registry
 from peftopt.gateway.routes import Route, Version
+from peftopt.gateway.run import Config, Gateway, run
 from peftopt.gateway.trial import Judged, Terms
 from peftopt.gateway.upstream import Timeouts, Upstream
 
@@ -335,3 +339,92 @@ def test_a_full_disk_keeps_no_adapter_from_being_loaded_again(
         assert lives.ready and "sales" not in lives.registry.table.routes
 
     asyncio.run(main())
+
+
+def test_a_version_that_is_on_no_record_is_not_brought(engine: Paced, tmp_path: Path) -> None:
+    """Nobody may ask for a version that an earlier gateway left at the engine: it may be one that was rejected."""
+    engine.folders["support@0123456789ab"] = "gone"
+    how = asyncio.run(Gateway(config(tmp_path, engine.url), print)._how())
+    assert how.brings == {"base": "base"}
+
+
+# ---- the gateway as a whole --------------------------------------------------------------------
+
+
+def config(where: Path, url: str, **more: Any) -> Config:
+    own = {"state": where / "state", "port": free_port(), "upstream": url, "admin": f"unix:{where}/admin.sock"}
+    return Config(**{**own, "lives": Settings(prompts=PROMPTS), "log": str(where / "log"), **more})
+
+
+def test_a_request_that_the_drain_cuts_off_has_its_line(engine: Paced, tmp_path: Path) -> None:
+    async def main() -> None:
+        gateway = Gateway(config(tmp_path, engine.url, drain_s=0.05), print)
+        serving = asyncio.ensure_future(gateway.whole())
+        while not (hasattr(gateway, "shared") and gateway.shared.lives.ready):
+            await asyncio.sleep(0.01)
+        body = b'{"model": "base", "messages": [{"role": "user", "content": "hold"}]}'
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.config.port)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        while not engine.running:
+            await asyncio.sleep(0.01)
+        gateway.ended.set()
+        assert await serving == 0
+        writer.close()
+
+    asyncio.run(main())
+    (line,) = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert line["error_kind"] == "cancelled" and "stopped" in line["error"]
+
+
+def test_an_engine_that_was_started_again_but_not_ready_is_asked_again(
+    engine: Paced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process lives, so nobody starts it once more: without this the gateway would never be ready again."""
+    monkeypatch.setattr("peftopt.gateway.run.RECONCILE_EVERY_S", 0.0)
+
+    async def main() -> None:
+        gateway = Gateway(config(tmp_path, engine.url), print)
+        gateway.engine = SimpleNamespace(alive=lambda: True)  # type: ignore[assignment]
+        lives = Lives(engine.url, gateway.registry, Settings(prompts=PROMPTS), Metrics(), {"base": "base"}, True, print)
+        beside = asyncio.ensure_future(gateway._reconcile(lives))
+        while not lives.ready:
+            await asyncio.sleep(0.01)
+        beside.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize("fails", [MissingEnvironment("the disk is full"), KeyError("id")])
+def test_what_cannot_be_cleared_away_keeps_nobody_from_being_answered(
+    engine: Paced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Exception
+) -> None:
+    monkeypatch.setattr("peftopt.gateway.run.RECONCILE_EVERY_S", 0.0)
+
+    async def main() -> None:
+        gateway = Gateway(config(tmp_path, engine.url), print)
+        lives = Lives(engine.url, gateway.registry, Settings(prompts=PROMPTS), Metrics(), {"base": "base"}, True, print)
+        await lives.begin()
+        tried = []
+
+        async def retire() -> list[str]:
+            tried.append(lives.ready)
+            raise fails
+
+        monkeypatch.setattr(lives, "retire", retire)
+        beside = asyncio.ensure_future(gateway._reconcile(lives))
+        while len(tried) < 3:
+            await asyncio.sleep(0.01)
+        beside.cancel()
+        assert all(tried) and lives.ready
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_port_that_is_taken_and_a_socket_that_is_a_file_are_named(engine: Paced, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(BadInput, match="precious"):
+        run(config(tmp_path, engine.url, admin=f"unix:{tmp_path}/precious"), print)
+    assert (tmp_path / "precious").read_text() == "mine"
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(MissingEnvironment, match="cannot listen"):
+        run(config(tmp_path / "more", engine.url, port=other.getsockname()[1]), print)
