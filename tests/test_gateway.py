@@ -261,12 +261,17 @@ def test_a_wait_that_lasts_too_long_ends_in_a_refusal(tmp_path: Path) -> None:
 def test_a_key_opens_what_its_line_names_and_nothing_else(engine: Paced, tmp_path: Path) -> None:
     import hashlib
 
-    good, odd = (hashlib.sha256(key).hexdigest() for key in (b"good", b"odd"))
-    (tmp_path / "keys").write_text(f"{good} team adapters=base\n{odd} odd adapters=x\n")
+    good, odd, slow = (hashlib.sha256(key).hexdigest() for key in (b"good", b"odd", b"slow"))
+    (tmp_path / "keys").write_text(f"{good} team adapters=base\n{odd} odd adapters=x\n{slow} slow rate=0.001/s\n")
     with serving(tmp_path, "--upstream", engine.url, "--keys", tmp_path / "keys") as gateway:
         asked = {key: gateway.ask("x", headers={"Authorization": f"Bearer {key}"}) for key in ("good", "odd", "none")}
         assert {key: answer.status_code for key, answer in asked.items()} == {"good": 200, "odd": 403, "none": 401}
         until(lambda: any(line["key"] == "team" for line in gateway.lines()))
+        headers = {"Authorization": "Bearer odd"}
+        assert httpx.get(f"{gateway.url}/v1/models", headers=headers).json()["data"] == [], "it may ask none of them"
+        headers = {"Authorization": "Bearer slow"}
+        assert [gateway.ask("x", headers=headers).status_code for _ in range(2)] == [200, 429]
+        until(lambda: gateway.metric("peftopt_refused_total") == 1)
         assert "good" not in gateway.log.read_text()
 
 

@@ -293,6 +293,20 @@ def test_a_log_that_is_full_is_set_aside_and_no_line_is_lost(tmp_path) -> None:
     assert len(read) == 20 == log.written and len(files) > 1 and not log.lost
 
 
+def test_a_log_that_cannot_be_set_aside_goes_on(tmp_path, monkeypatch) -> None:
+    """As in a folder of another user's, where the file itself may be written."""
+
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.rename", denied)
+    log = Log(str(tmp_path / "requests.jsonl"), rotate_bytes=3000)
+    for _ in range(20):
+        log.write(a_line(done=11.0))
+    log.close()
+    assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == 20 and not log.lost
+
+
 def test_a_log_that_cannot_be_written_loses_lines_and_counts_them(tmp_path, monkeypatch) -> None:
     log = Log(str(tmp_path / "requests.jsonl"))
     log.write(a_line(done=11.0))

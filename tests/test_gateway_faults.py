@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvloop
 from helpers.paced import Paced, paced
 from safetensors.numpy import save_file
 
@@ -372,7 +373,8 @@ def test_a_request_that_the_drain_cuts_off_has_its_line(engine: Paced, tmp_path:
         assert await serving == 0
         writer.close()
 
-    asyncio.run(main())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as it is run
+        runner.run(main())
     (line,) = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert line["error_kind"] == "cancelled" and "stopped" in line["error"]
 

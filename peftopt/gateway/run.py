@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     import uvicorn
 
 LOOK_EVERY_S, RECONCILE_EVERY_S, SAMPLE_EVERY_S, JUDGE_EVERY_S = 0.5, 10.0, 2.0, 1.0
+LINES_S = 5.0
+"""The longest that the end waits for the last lines of the log."""
 AGAIN_S, AGAIN_AT_MOST_S = 1.0, 60.0
 """A dead engine is started again after so long, each time after twice that."""
 
@@ -121,7 +123,8 @@ class Gateway:
                     await self._drain()
                     if self.engine:
                         await asyncio.to_thread(self.engine.stop)
-        self.log.close()  # those that the drain has cut off have their lines by now
+            await self._lines()
+        self.log.close()
         return 0
 
     # ---- the start
@@ -290,6 +293,12 @@ class Gateway:
         admission = self.shared.admission
         while (admission.running or admission.waiting) and time.monotonic() < until:
             await asyncio.sleep(0.05)
+
+    async def _lines(self) -> None:
+        """Wait for the lines of those that the end has cut off."""
+        until = time.monotonic() + LINES_S
+        while self.shared.here and time.monotonic() < until:
+            await asyncio.sleep(0.01)
 
     @contextlib.asynccontextmanager
     async def _listening(self, lives: Lives) -> AsyncIterator[None]:
