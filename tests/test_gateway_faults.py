@@ -155,6 +155,21 @@ def test_a_fault_of_the_gateways_own_is_an_error_in_its_line(engine: Paced, tmp_
     asyncio.run(main())
 
 
+def test_an_answer_without_an_end_has_a_limit_of_its_own(engine: Paced, tmp_path: Path) -> None:
+    """Not one on the pauses in it: an engine on a busy machine makes some."""
+
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        async with Upstream(engine.url, Timeouts(whole=0.5)) as upstream:
+            users = Users(lives, upstream, tmp_path / "log")
+            sent = await users.ask(stream=True, max_tokens=100_000)
+            assert b'"timeout"' in (sent[-2]["body"] if len(sent) > 2 else sent[-1]["body"])
+        assert users.lines()[0]["error_kind"] == "timeout"
+
+    asyncio.run(main())
+
+
 def test_a_client_that_reads_nothing_gives_its_place_up(engine: Paced, tmp_path: Path) -> None:
     """It has its answer, and the next one would wait for its place as long as an answer may take."""
 
