@@ -49,7 +49,7 @@ TESTS = Path(__file__).resolve().parents[1] / "tests"
 PACED = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from servers import served
+from helpers.servers import served
 with served(first=0.3, gap=0.06) as server:  # seconds, about what vLLM takes here
     print(server.url, flush=True)
     time.sleep(86400)

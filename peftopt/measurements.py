@@ -156,6 +156,16 @@ class Account:
     """Requests that it can answer together."""
 
     @property
+    def batch(self) -> float | None:
+        """Mean number of requests in the running batch."""
+        return self.running.mean if self.running else None
+
+    @property
+    def kv_cache_taken(self) -> float | None:
+        """The mean share of the key-value cache that is taken."""
+        return self.kv_cache.mean if self.kv_cache else None
+
+    @property
     def fill(self) -> float | None:
         """The share of its slots that a batch takes; None where it is not known."""
         batch = self.running.mean if self.busy is None and self.running else self.busy
@@ -285,6 +295,13 @@ class Memory:
     peak_memory_bytes: int | None = None
     gpu_memory_allocated: int | None = None
     gpu_memory_reserved: int | None = None
+
+    @property
+    def idle(self) -> float | None:
+        """The share of the reserved GPU memory that was not handed out; a server's driver tells only the first."""
+        if self.gpu_memory_allocated is None or not self.gpu_memory_reserved:
+            return None
+        return 1 - self.gpu_memory_allocated / self.gpu_memory_reserved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,8 @@ class Spec(NamedTuple):
 
     `unit` is the base unit of its values, `title` the heading of its column in a report. A metric that is
     `per_workload` is named with "@workload". `compared` marks one that already compares with the baseline, so that
-    "x" on top of it means nothing.
+    "x" on top of it means nothing. `reads` names the field of a record that holds it ("memory.peak_memory_bytes", of
+    `measurements`): its values are collected and shown without more code. "" for what is computed elsewhere.
     """
 
     unit: Unit
@@ -34,6 +35,7 @@ class Spec(NamedTuple):
     better: Better
     per_workload: bool = False
     compared: bool = False
+    reads: str = ""
 
 
 METRICS: Mapping[str, Spec] = {
@@ -45,9 +47,13 @@ METRICS: Mapping[str, Spec] = {
     "ttft.p99": Spec("ms", "TTFT P99", "time to first token, 99th percentile", LOWER, WORKLOAD),
     "tpot.p50": Spec("ms", "TPOT P50", "mean gap between tokens after the first, median request", LOWER, WORKLOAD),
     "throughput": Spec("tokens/s", "throughput", "output tokens per second", HIGHER, WORKLOAD),
-    "load_time": Spec("s", "load time", "from nothing to a model that can answer", LOWER),
-    "memory": Spec("bytes", "peak memory", "peak memory of the process", LOWER),
-    "gpu_memory": Spec("bytes", "GPU memory", "peak memory on the accelerator", LOWER),
+    "load_time": Spec(
+        "s", "load time", "from nothing to a model that can answer", LOWER, reads="launch.model_loading_time"
+    ),
+    "memory": Spec("bytes", "peak memory", "peak memory of the process", LOWER, reads="memory.peak_memory_bytes"),
+    "gpu_memory": Spec(
+        "bytes", "GPU memory", "peak memory on the accelerator", LOWER, reads="memory.gpu_memory_allocated"
+    ),
     "size": Spec("bytes", "size on disk", "files on disk", LOWER),
     "perplexity": Spec("ratio", "perplexity", "perplexity over the baseline's", LOWER),
     "accuracy": Spec("share", "accuracy", "prompts answered as expected", HIGHER),
@@ -79,10 +85,23 @@ REPORTED: Mapping[str, Spec] = {
         HIGHER,
         WORKLOAD,
     ),
-    "server_queue": Spec("ms", "in the server's queue", "mean time of a request in the queue", LOWER, WORKLOAD),
-    "server_batch": Spec("requests", "requests in a batch", "requests that are answered together", HIGHER, WORKLOAD),
-    "server_fill": Spec("share", "of its slots", "slots of the batch that are taken", HIGHER, WORKLOAD),
-    "server_kv_cache": Spec("share", "KV cache taken", "share of the key-value cache that is taken", LOWER, WORKLOAD),
+    "server_queue": Spec(
+        "ms", "in the server's queue", "mean time of a request in the queue", LOWER, WORKLOAD, reads="server.queue_ms"
+    ),
+    "server_batch": Spec(
+        "requests", "requests in a batch", "requests that are answered together", HIGHER, WORKLOAD, reads="server.batch"
+    ),
+    "server_fill": Spec(
+        "share", "of its slots", "slots of the batch that are taken", HIGHER, WORKLOAD, reads="server.fill"
+    ),
+    "server_kv_cache": Spec(
+        "share",
+        "KV cache taken",
+        "share of the key-value cache that is taken",
+        LOWER,
+        WORKLOAD,
+        reads="server.kv_cache_taken",
+    ),
     "warm_up": Spec("requests", "warm-up", "first requests of a launch that are slower than the rest", LOWER, WORKLOAD),
     "first_request": Spec("ratio", "first request", "first request of a launch over the rest", LOWER, WORKLOAD),
     "score": Spec("share", "score", "mean score of answers", HIGHER),
@@ -93,18 +112,50 @@ REPORTED: Mapping[str, Spec] = {
     "flips_worse": Spec("count", "worse", "prompts that only the baseline answers right", LOWER),
     "flips_better": Spec("count", "better", "prompts that only the variant answers right", HIGHER),
     "flips_p": Spec("ratio", "p", "chance of so uneven a count of flips between equals (exact McNemar)", EITHER),
-    "gpu_memory_allocated": Spec("bytes", "GPU memory", "peak memory that the caching allocator handed out", LOWER),
-    "gpu_memory_reserved": Spec("bytes", "GPU memory reserved", "peak memory that the caching allocator held", LOWER),
-    "fragmentation": Spec("share", "reserved but unused", "reserved GPU memory that was not handed out", LOWER),
-    "gpu_busy": Spec("share", "GPU busy", "share of a request in which kernels ran on the GPU", HIGHER),
-    "adapter_switch_time": Spec("s", "adapter switch", "from one adapter to another", LOWER),
-    "compile_time": Spec("s", "compile time", "compiling with an empty cache", LOWER),
-    "warm_start": Spec("s", "start from the compile cache", "getting ready with a filled cache", LOWER),
-    "graphs": Spec("count", "graphs", "compiled graphs", EITHER),
-    "graph_breaks": Spec("count", "graph breaks", "places where a graph ends and Python goes on", LOWER),
-    "recompiles": Spec("count", "recompiles", "graphs that were compiled again for another shape", LOWER),
-    "uncompiled": Spec("count", "requests answered uncompiled", "requests that no graph fitted", LOWER),
-    "eager_prompts": Spec("count", "requests with an eager prompt", "requests whose prompt no graph fitted", LOWER),
+    "gpu_memory_allocated": Spec(
+        "bytes",
+        "GPU memory",
+        "peak memory that the caching allocator handed out",
+        LOWER,
+        reads="memory.gpu_memory_allocated",
+    ),
+    "gpu_memory_reserved": Spec(
+        "bytes",
+        "GPU memory reserved",
+        "peak memory that the caching allocator held",
+        LOWER,
+        reads="memory.gpu_memory_reserved",
+    ),
+    "fragmentation": Spec(
+        "share", "reserved but unused", "reserved GPU memory that was not handed out", LOWER, reads="memory.idle"
+    ),
+    "gpu_busy": Spec(
+        "share", "GPU busy", "share of a request in which kernels ran on the GPU", HIGHER, reads="engine.gpu_busy"
+    ),
+    "adapter_switch_time": Spec(
+        "s", "adapter switch", "from one adapter to another", LOWER, reads="launch.adapter_switch_time"
+    ),
+    "compile_time": Spec("s", "compile time", "compiling with an empty cache", LOWER, reads="engine.compile_time"),
+    "warm_start": Spec(
+        "s", "start from the compile cache", "getting ready with a filled cache", LOWER, reads="engine.warm_start"
+    ),
+    "graphs": Spec("count", "graphs", "compiled graphs", EITHER, reads="engine.graphs"),
+    "graph_breaks": Spec(
+        "count", "graph breaks", "places where a graph ends and Python goes on", LOWER, reads="engine.graph_breaks"
+    ),
+    "recompiles": Spec(
+        "count", "recompiles", "graphs that were compiled again for another shape", LOWER, reads="engine.recompiles"
+    ),
+    "uncompiled": Spec(
+        "count", "requests answered uncompiled", "requests that no graph fitted", LOWER, reads="engine.uncompiled"
+    ),
+    "eager_prompts": Spec(
+        "count",
+        "requests with an eager prompt",
+        "requests whose prompt no graph fitted",
+        LOWER,
+        reads="engine.eager_prompts",
+    ),
     "break_even": Spec("count", "requests to break even", "requests that earn back what compiling took", LOWER),
 }
 """Every other metric that a report shows; no recipe can name it."""

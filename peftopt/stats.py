@@ -39,7 +39,7 @@ REACH = 1.5
 MOST_BLOCKS = 9_999
 """Where the planner stops counting: the limit lies at the estimate, and no number of blocks will tell."""
 
-FEWEST_LAUNCHES = 5
+LAUNCHES_TO_COMPARE = 5
 """Launches from which it can be seen that they do not differ."""
 
 LAUNCHES_SHOWN = 0.2
@@ -172,14 +172,15 @@ def paired(d: Iterable[float], level: float, launches: Launches = None) -> Inter
 
 
 def launches_matter(d: Iterable[float], launches: Sequence[int]) -> bool:
-    """Whether blocks of one launch may be more alike than others: there are fewer than FEWEST_LAUNCHES, or an analysis
-    of variance over the ranks of blocks says so, at a level at which it rarely misses what would spoil a verdict."""
+    """Whether blocks of one launch may be more alike than others: there are fewer than LAUNCHES_TO_COMPARE, or an
+    analysis of variance over the ranks of blocks says so, at a level at which it rarely misses what would spoil a
+    verdict."""
     import numpy as np
     from scipy.stats import rankdata
 
     x = _finite(d)
     blocks = [np.array(found) for found in _blocks_of(launches)]
-    if len(blocks) < FEWEST_LAUNCHES:
+    if len(blocks) < LAUNCHES_TO_COMPARE:
         return True
     ranks = rankdata(x)
     groups, rest = len(blocks) - 1, len(x) - len(blocks)

@@ -19,7 +19,6 @@ settings.register_profile("untimed", deadline=None)  # a busy machine is no fail
 settings.load_profile("untimed")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # tests already keep two processes busy
 pytest.register_assert_rewrite("helpers.command_line", "helpers.engine_contract")  # what they assert is told in full
 
 LONG = ("test_plugins", "test_run", "test_cli", "test_merge", "test_demo", "test_architectures", "test_quantize")

@@ -16,7 +16,7 @@ from peftopt.report import as_json, markdown
 
 EXAMPLES = Path(__file__).parents[1] / "results" / "example"
 FIRST = Path(__file__).parent / "data" / "first-run"
-"""A run of a tiny model as the first commit (406eabd, 23 November 2026) left it."""
+"""A run of a tiny model by the first commit's code (406eabd), made on 28 November 2026."""
 MEASURED = sorted(path.parent for path in EXAMPLES.rglob("measurements.jsonl"))
 
 
@@ -45,6 +45,8 @@ def test_what_the_first_peftopt_left_is_read_judged_and_told_as_it_was() -> None
     assert kinds == {Built: 3, Answer: 16, Launch: 4, Turn: 40, Memory: 4} and not warned, "every line, and its probe"
     evidence, machine = Evidence(plan, measured), json.loads((FIRST / "machine.json").read_text())
     then, now = json.loads((FIRST / "decision.json").read_text()), decide(evidence, machine)
+    read = as_json.decision_from_json((FIRST / "decision.json").read_text())
+    assert [v.name for v in read.variants] == [v["name"] for v in then["variants"]], "its decision is read too"
     for before, after in zip(then["variants"], now.variants, strict=True):
         assert (before["name"], before["outcome"]) == (after.name, after.outcome)
         assert before["figures"]["latency.p50@chat"]["estimate"] == after.figures["latency.p50@chat"].estimate

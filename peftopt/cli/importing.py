@@ -16,7 +16,7 @@ from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, BadInput
 def import_(
     file: Annotated[
         list[Path],
-        typer.Argument(help="Results of vllm bench serve, GuideLLM, AIPerf lm-evaluation-harness, or a log of serve."),
+        typer.Argument(help="Results of vllm bench serve, GuideLLM, AIPerf, lm-evaluation-harness, or a log of serve."),
     ],
     variant: Annotated[
         list[str], typer.Option(help="The variant they measured, or one for each file; by default the file's name.")

@@ -5,41 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 from peftopt import stats
 from peftopt.decision.evidence import FIELDS, Evidence
 from peftopt.decision.index import Field
-from peftopt.measurements import Account, Answer, EngineFacts, Gauge, Memory, Request, Survey
-from peftopt.metrics import QUANTILES
+from peftopt.measurements import Account, Answer, EngineFacts, Launch, Memory, Request, Survey
+from peftopt.metrics import METRICS, QUANTILES, REPORTED
 from peftopt.records import TWIN, Interval, Metric
-
-ENGINE_METRICS: Mapping[str, Callable[[EngineFacts], float | None]] = {
-    "compile_time": lambda facts: facts.compile_time,
-    "warm_start": lambda facts: facts.warm_start,
-    "graphs": lambda facts: facts.graphs,
-    "graph_breaks": lambda facts: facts.graph_breaks,
-    "recompiles": lambda facts: facts.recompiles,
-    "uncompiled": lambda facts: facts.uncompiled,
-    "eager_prompts": lambda facts: facts.eager_prompts,
-    "gpu_busy": lambda facts: facts.gpu_busy,
-}
-"""Metric -> what an engine says of it."""
-
-SERVER_METRICS: Mapping[str, Callable[[Account], float | None]] = {
-    "server_queue": lambda account: account.queue_ms,
-    "server_batch": lambda account: _mean(account.running),
-    "server_kv_cache": lambda account: _mean(account.kv_cache),
-    "server_fill": lambda account: account.fill,
-}
-"""Metric -> what a server says of it in its account of a turn."""
-
-MEMORY_METRICS: Mapping[str, Callable[[Memory], float | None]] = {
-    "memory": lambda peaks: peaks.peak_memory_bytes,
-    "gpu_memory": lambda peaks: peaks.gpu_memory_allocated,
-    "gpu_memory_allocated": lambda peaks: peaks.gpu_memory_allocated,
-    "gpu_memory_reserved": lambda peaks: peaks.gpu_memory_reserved,
-}
-"""Metric -> which peak of a worker it is."""
 
 RATIOS: Mapping[str, Field] = {"latency.ratio": "request_duration_ms", "cpu.ratio": "cpu_ms"}
 """Metric -> the field of a request that it compares with the baseline's."""
@@ -105,10 +78,7 @@ def _speed(evidence: Evidence, variant: str, workload: str, level: float) -> dic
     lengths = evidence.plan.recipe.workloads[workload].lengths
     if lengths == "natural" and (drift := evidence.ratio(source, evidence.baseline, workload, "new_tokens", level)):
         found[f"length.ratio@{workload}"] = drift
-    accounts = evidence.accounts[variant, workload]
-    for name, tell in SERVER_METRICS.items():
-        if told := _told(map(tell, accounts)):
-            found[f"{name}@{workload}"] = _range(told)
+    found |= {f"{name}@{workload}": value for name, value in _read(evidence, variant, workload, level).items()}
     if found_ := evidence.warm_up(variant, workload):
         found[f"warm_up@{workload}"], found[f"first_request@{workload}"] = map(_exactly, found_)
     return found
@@ -130,10 +100,6 @@ def _rate(requests: Sequence[Request], ms: float | None) -> float:
     if ms is None or any(request.error for request in requests):
         return 0.0
     return 1e3 * sum(request.new_tokens for request in requests) / ms
-
-
-def _mean(gauge: Gauge | None) -> float | None:
-    return gauge.mean if gauge else None
 
 
 def _bandwidth_shares(evidence: Evidence, variant: str, requests: Sequence[Request]) -> list[float]:
@@ -226,26 +192,27 @@ def _footprint(evidence: Evidence, variant: str, level: float) -> dict[str, Inte
     found = {}
     if size := evidence.size(variant):
         found["size"] = _exactly(size)
-    if launches := evidence.launches.get(variant):
-        found["load_time"] = _of_launches([launch.model_loading_time for launch in launches], level)
-        if switches := _told(launch.adapter_switch_time for launch in launches):
-            found["adapter_switch_time"] = _range(switches)
-    for name, peak in MEMORY_METRICS.items():
-        if peaks := _told(map(peak, evidence.memory.get(variant, ()))):
-            found[name] = _of_launches(peaks, level)
-    if idle := _told(map(_idle, evidence.memory.get(variant, ()))):
-        found["fragmentation"] = _range(idle)
-    for name, tell in ENGINE_METRICS.items():
-        if told := _told(map(tell, evidence.engines.get(variant, ()))):
-            found[name] = _range(told)
+    return found | _read(evidence, variant, "", level)
+
+
+def _read(evidence: Evidence, variant: str, workload: str, level: float) -> dict[str, Interval]:
+    """What is read off the records of probes as it is, of a workload or of the whole variant ("")."""
+    records: Mapping[str, Sequence[Launch | Memory | EngineFacts | Account]] = {
+        "launch": evidence.launches.get(variant, ()),
+        "memory": evidence.memory.get(variant, ()),
+        "engine": evidence.engines.get(variant, ()),
+        "server": evidence.accounts.get((variant, workload), ()),
+    }
+    found = {}
+    for name, spec in {**METRICS, **REPORTED}.items():
+        if not spec.reads or spec.per_workload != bool(workload):
+            continue
+        source, _, field = spec.reads.partition(".")
+        values = _told(map(attrgetter(field), records[source]))
+        if values:
+            judged = name in METRICS or spec.unit == "bytes"
+            found[name] = _of_launches(values, level) if judged else _range(values)
     return found
-
-
-def _idle(memory: Memory) -> float | None:
-    """The share of the reserved GPU memory that was not handed out; a server's driver tells only the first."""
-    if memory.gpu_memory_allocated is None or not memory.gpu_memory_reserved:
-        return None
-    return 1 - memory.gpu_memory_allocated / memory.gpu_memory_reserved
 
 
 def _told(values: Iterable[float | None]) -> list[float]:

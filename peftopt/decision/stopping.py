@@ -24,7 +24,7 @@ from peftopt.records import Recipe, Rule, Threshold, Variant, Verdict
 RACED, ANSWERED = ("gain", "not_slower"), ("parity", "critical_errors", "lost")
 """Rules that take blocks, and rules that take answers."""
 
-FEWEST_LAUNCHES = 3
+LAUNCHES_TO_DECIDE = 3
 """Launches from which Student's t can clear a limit that lies far off."""
 
 FEWEST_ANSWERS = 128
@@ -109,8 +109,8 @@ def undecidable(recipe: Recipe, prompts: int) -> Iterator[str]:
             f"{', '.join(raced)}: a race of so many variants is first judged after {first} blocks, and "
             f"measure.max_blocks is {most}: give {stats.next_look(first)}"
         )
-    if raced and (launches := -(-most // recipe.measure.relaunch)) < FEWEST_LAUNCHES:
-        relaunch = max(1, most // FEWEST_LAUNCHES)
+    if raced and (launches := -(-most // recipe.measure.relaunch)) < LAUNCHES_TO_DECIDE:
+        relaunch = max(1, most // LAUNCHES_TO_DECIDE)
         yield (
             f"{', '.join(raced)}: {most} blocks come from {counted(launches, 'launch', 'launches')}, which cannot show "
             f"what differs between launches: give measure.relaunch: {relaunch}"

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from peftopt.errors import MissingEnvironment
+from peftopt.loadtest.arrivals import SERVE_LOG
 from peftopt.loadtest.moments import utc
 from peftopt.records import Json
 
 FORMAT = 1
-KIND = "peftopt.serve"
-"""What a line says of itself, for who reads it."""
-
 ROTATE_BYTES = 256 * 2**20
 """A log is set aside under another name when it is this long."""
 
@@ -114,7 +112,7 @@ class Line:
         engine = self.queue_engine_ms
         told = "engine" if "generation_time_ms" in self.engine else "gateway"
         return {
-            "kind": KIND,
+            "kind": SERVE_LOG,
             "format": FORMAT,
             "ts": utc(self.at),
             "timestamp": round(1e3 * self.at, 3),

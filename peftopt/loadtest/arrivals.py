@@ -47,6 +47,10 @@ def mix(weights: Mapping[str, float], kind: str, n: int, seed: int, exponent: fl
     return [names[i] for i in picks]
 
 
+SERVE_LOG = "peftopt.serve"
+"""What each line of the log of `peftopt serve` says of itself."""
+
+
 @dataclass(frozen=True)
 class Traced:
     """One line of a trace: when, and what. `id` is a prompt of the prompts file; without one, a prompt of about
@@ -63,19 +67,26 @@ def trace(lines: Iterable[str]) -> list[Traced]:
     """A recorded trace, in the order of time, its first request at 0. Raises ValueError naming the broken line.
 
     A line is {"offset_s": 1.25, "id": "row-7"} or {"offset_s": 1.25, "prompt_tokens": 512, "new_tokens": 128}, with
-    "model" where it matters; Mooncake's {"timestamp": ms, "input_length", "output_length"} is read too.
+    "model" where it matters. Mooncake's {"timestamp": ms, "input_length", "output_length"} is read too, and the log of
+    `peftopt serve`, but for what was not answered: nobody knows how long that was.
     """
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            found.append(_traced(json.loads(line)))
+            values = json.loads(line)
+            if not _unanswered(values):
+                found.append(_traced(values))
         except BROKEN as error:
             raise ValueError(f"line {number}: {error!r}") from error
     start = min((t.at for t in found), default=0.0)
     moved = [Traced(t.at - start, t.id, t.prompt_tokens, t.new_tokens, t.model) for t in found]
     return sorted(moved, key=lambda t: t.at)
+
+
+def _unanswered(values: Mapping[str, Json]) -> bool:
+    return values.get("kind") == SERVE_LOG and not values.get("prompt_tokens")
 
 
 def _traced(values: Mapping[str, Json]) -> Traced:

@@ -44,9 +44,8 @@ def _variant(found: dict[str, Any]) -> VariantDecision:
             "techniques": tuple(found["techniques"]),
             "verdicts": tuple(Verdict(**{**v, "value": _interval(v["value"])}) for v in found["verdicts"]),
             "figures": {name: interval for name, v in found["figures"].items() if (interval := _interval(v))},
-            "notes": tuple(found["notes"]),
-            "certificates": tuple(found["certificates"]),
-            "remarks": tuple(found["remarks"]),
+            # an older peftopt did not write all of these
+            **{name: tuple(found.get(name, ())) for name in ("notes", "certificates", "remarks")},
         }
     )
 

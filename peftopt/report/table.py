@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from peftopt.metrics import TASK, counted, described, format_value
+from peftopt.metrics import REPORTED, TASK, counted, described, format_value
 from peftopt.records import Decision, Interval, VariantDecision, Verdict
 from peftopt.report import words
 from peftopt.report.words import MISSING, Table, clean, clip
@@ -22,6 +22,9 @@ HOW_TO_READ = (
     "Inconclusive means that the interval still holds the limit. It is not a pass: measure more.",
     "Critical errors carry their n: 0 of 320 shows a rate below 0.93 %, no less; “below 1 %” takes 299 prompts.",
 )
+
+FIRST = ("memory", "gpu_memory_allocated", "size", "load_time", "accuracy")
+"""Metrics of the whole variant in the first table."""
 
 Column = tuple[str, Callable[[VariantDecision], str]]
 
@@ -56,18 +59,25 @@ def further(decision: Decision) -> Table:
     main = everywhere[:1] or [""]
     columns: list[Column] = [("variant", lambda v: _name(decision, v))]
     columns += _columns(main, "ttft.p50", "ttft.p95", "latency.p99", "tpot.p50", "bandwidth")
-    columns += _columns(everywhere, "server_queue", "server_batch", "server_fill", "server_kv_cache")
+    columns += _columns(everywhere, *_read(per_workload=True))
     columns += _columns(main, "cpu.ratio")
     columns += _columns([""], "greedy_match", "top1", "top1.min", "kl", "kl.p95", "kl.max", "kl.token")
     columns += _columns([""], "delta_survival", "length")
     columns += _columns(everywhere, "length.ratio")
     columns += _columns([""], "flips")
     columns += _columns(everywhere, "warm_up")
-    columns += _columns([""], "gpu_memory_reserved", "fragmentation", "gpu_busy", "adapter_switch_time")
-    columns += _columns([""], "compile_time", "warm_start", "graphs", "graph_breaks", "recompiles")
-    columns += _columns([""], "uncompiled", "eager_prompts", "break_even")
+    columns += _columns([""], *_read(per_workload=False), "break_even")
     header, body = _filled(decision, columns)
     return header, body if len(header) > 1 else []
+
+
+def _read(per_workload: bool) -> list[str]:
+    """The metrics that are read off probes' records and that no column of the first table shows."""
+    return [
+        name
+        for name, spec in REPORTED.items()
+        if spec.reads and spec.per_workload == per_workload and name not in FIRST
+    ]
 
 
 def _title(name: str) -> str:
@@ -121,7 +131,7 @@ def _full(decision: Decision) -> list[Column]:
         *((f"speed@{w}", _speed_column(decision, w)) for w in others),
         *_columns([main], "latency.p50", "latency.p95"),
         *_columns([batch], "throughput"),
-        *_columns([""], "memory", "gpu_memory_allocated", "size", "load_time", "accuracy"),
+        *_columns([""], *FIRST),
         *_columns([""], *_tasks(decision), "validity", "perplexity", "critical_errors"),
     ]
 

@@ -16,6 +16,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +38,9 @@ class Forked:
 
     def __init__(self, stdin: int, stdout: int, told: int) -> None:
         self.stdin, self.stdout, self.told = os.fdopen(stdin, "wb"), os.fdopen(stdout, "rb"), os.fdopen(told, "rb")
-        self.pid = int(self.told.readline())
+        pid = self.told.readline()
+        assert pid, f"the process that workers are copies of has ended: import what {__file__} does"
+        self.pid = int(pid)
         self.returncode: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
@@ -54,13 +57,15 @@ class First:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self.lock = threading.Lock()
 
     def popen(self, command: list[str], **given: Any) -> Any:
         """In the place of `subprocess.Popen`."""
         if command != [sys.executable, "-m", "peftopt.worker"]:
             return subprocess.Popen(command, **given)
-        if self.process is None:
-            self.start(given["env"])
+        with self.lock:
+            if self.process is None:
+                self.start(given["env"])
         (stdin, ours_in), (ours_out, stdout), (ours_told, told) = os.pipe(), os.pipe(), os.pipe()
         message = json.dumps({"env": dict(given["env"]), "cwd": str(given["cwd"])}).encode()
         socket.send_fds(self.channel, [message], [stdin, stdout, given["stderr"].fileno(), told])

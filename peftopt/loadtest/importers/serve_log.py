@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from peftopt.loadtest.arrivals import SERVE_LOG
 from peftopt.loadtest.importers import GAPS, About, Found, from_zero
 from peftopt.loadtest.moments import utc
 from peftopt.loadtest.summary import Request
@@ -15,16 +16,17 @@ from peftopt.records import Json
 
 NAME, VERSIONS = "peftopt serve", "format 1"
 
-KIND = "peftopt.serve"
-"""What each line says of itself."""
-
 THEIRS = ("cancelled", "request")
 """Kinds of errors that are the client's: it went away, or asked for what cannot be."""
 
 
 def recognises(data: Json) -> bool:
     """Whether every line says that it is one of serve's."""
-    return isinstance(data, list) and bool(data) and all(isinstance(r, Mapping) and r.get("kind") == KIND for r in data)
+    return (
+        isinstance(data, list)
+        and bool(data)
+        and all(isinstance(r, Mapping) and r.get("kind") == SERVE_LOG for r in data)
+    )
 
 
 def read(data: Json, about: About) -> list[Found]:
