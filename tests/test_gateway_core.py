@@ -65,6 +65,22 @@ def test_one_who_leaves_the_queue_lets_nobody_in_and_is_not_there_any_more() -> 
     assert admission.leave(running, 5, 2.0) == [next_]
 
 
+def test_an_adapter_that_is_new_does_not_go_before_one_that_has_long_been_served() -> None:
+    """Nobody waited when it came: it starts level with the one that has gone on last, not at nothing."""
+    admission, old, new = room(1, 100), Ticket("old"), Ticket("new")
+    admission.arrive(old, 0.0)
+    admission.leave(old, 1_000_000, 1.0)
+    admission.arrive(new, 1.0)
+    for adapter in ["new"] * 20 + ["old"]:
+        admission.arrive(Ticket(adapter), 1.0)
+    order, inside = [], [new]
+    while inside:
+        ticket = inside.pop()
+        order.append(ticket.adapter)
+        inside += admission.leave(ticket, 10, 2.0)
+    assert order.index("old") <= 2
+
+
 def test_an_adapter_that_sends_ten_times_its_share_does_not_make_the_others_wait_for_it() -> None:
     admission, first, quiet = room(1, 1000), Ticket("loud"), Ticket("quiet")
     admission.arrive(first, 0.0)
@@ -121,6 +137,12 @@ def test_limits_are_read_and_what_is_none_is_named() -> None:
             limits.parse(wrong)
 
 
+@pytest.mark.parametrize("text", ["running=0.5", "running=2,waiting=1.5", "running=0"])
+def test_a_limit_that_would_be_none_is_refused(text: str) -> None:
+    with pytest.raises(BadInput):
+        limits.parse(text)
+
+
 def test_limits_of_a_rate_are_those_of_littles_law() -> None:
     found = limits.of_a_rate(rate=2.0, mean_s=3.0, limit_ms=1500.0, unloaded_ms=500.0, source="a run")
     assert (found.running, found.waiting, found.wait_ms, found.source) == (6, 2, 1000.0, "a run")
@@ -171,7 +193,17 @@ def test_a_key_is_known_by_its_hash_and_may_do_what_its_line_says() -> None:
     assert keys.Keys().of("") is keys.ANYONE
 
 
-@pytest.mark.parametrize("line", ["secret team", "", f"{'a' * 64}", f"{'a' * 64} team rate=fast"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "secret team",
+        "",
+        f"{'a' * 64}",
+        f"{'a' * 64} team rate=fast",
+        f"{'a' * 64} team rate=0/s",
+        f"{'a' * 64} t rate=1.2.3/s",
+    ],
+)
 def test_a_file_of_keys_that_is_none_says_which_line(line: str) -> None:
     with pytest.raises(BadInput, match="keys"):
         keys.parse(line, "keys.txt")
@@ -218,6 +250,15 @@ def test_an_error_in_a_stream_is_heard_and_garbage_is_passed_over() -> None:
     assert frames.ended().error == "EngineCore died" and not frames.done
 
 
+@pytest.mark.parametrize(
+    "data", ["[" * 60_000, '{"choices": 5}', '{"choices": [5]}', '{"choices": [{"delta": 5}]}', "5"]
+)
+def test_nonsense_in_a_stream_is_passed_over(data: str) -> None:
+    frames = Frames()
+    frames.add(f"data: {data}\n\ndata: [DONE]\n\n".encode())
+    assert frames.done and frames.messages == 2 and frames.ended().new_tokens is None
+
+
 def test_the_account_that_llamacpp_gives_of_a_request_is_read() -> None:
     frames = Frames()
     frames.add(WORD + message(choices=[], timings={"prompt_ms": 60.0, "predicted_ms": 80.0}) + b"data: [DONE]\n\n")
@@ -250,6 +291,20 @@ def test_a_log_that_is_full_is_set_aside_and_no_line_is_lost(tmp_path) -> None:
     files = sorted(tmp_path.glob("requests.jsonl*"))
     read = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert len(read) == 20 == log.written and len(files) > 1 and not log.lost
+
+
+def test_a_log_that_cannot_be_set_aside_goes_on(tmp_path, monkeypatch) -> None:
+    """As in a folder of another user's, where the file itself may be written."""
+
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.rename", denied)
+    log = Log(str(tmp_path / "requests.jsonl"), rotate_bytes=3000)
+    for _ in range(20):
+        log.write(a_line(done=11.0))
+    log.close()
+    assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == 20 and not log.lost
 
 
 def test_a_log_that_cannot_be_written_loses_lines_and_counts_them(tmp_path, monkeypatch) -> None:
@@ -321,6 +376,12 @@ def test_where_halves_of_the_live_version_differ_nothing_is_accepted() -> None:
             trial.hear(window + n / 80, "live", user, 100.0 * (1.5 if half else 1.0) + dice.random(), False)
             trial.hear(window + n / 80, "canary", user, 100.0 + dice.random(), False)
     assert trial.differs() and trial.judge(121.0).outcome == "inconclusive"
+
+
+def test_a_user_whose_name_is_not_text_is_heard_too() -> None:
+    trial = Trial(Terms(window_s=1.0), began=0.0)
+    trial.hear(0.1, "live", "\ud800", 100.0, False)
+    assert trial.judge(2.0).outcome == "inconclusive"
 
 
 @given(st.integers(0, 10**6))

@@ -12,7 +12,7 @@ import typer
 
 from peftopt.cli.serve import STATE
 from peftopt.cli.shared import AsJson, app, named
-from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment
+from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment, WorkerFailed
 
 adapters = typer.Typer(help="Put, promote, roll back and remove the adapters of a gateway.", no_args_is_help=True)
 app.add_typer(adapters, name="adapters")
@@ -129,7 +129,11 @@ def _asked(method: str, path: str, admin: str, key_env: str, body: Any = None) -
         raise MissingEnvironment(f"no gateway answers at {where}: {error}", "start one, or name it: --admin") from error
     if answer.status_code == 204:
         return None
-    told = answer.json()
+    try:
+        told = answer.json()
+    except ValueError:
+        said = f"the gateway answered HTTP {answer.status_code}: {answer.text[:200]}"
+        raise WorkerFailed("the gateway failed", said, "what it wrote at that moment tells why") from None
     if answer.status_code in (401, 404, 422):
         raise BadInput(f"the gateway refuses: {told.get('detail')}", "see peftopt adapters --help")
     if answer.status_code in (400, 503):

@@ -5,6 +5,7 @@ It listens on a socket of its own, never on the users' port, and opens only fold
 
 # No `annotations` of the future here: FastAPI reads them, and could not find what is imported inside a function.
 
+import dataclasses
 import hashlib
 import hmac
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def application(lives: Lives, allowed: Sequence[Path], key: str = "") -> "FastAP
         canary: Annotated[float, Body()] = 0.0,
         trial: Annotated[dict[str, Any] | None, Body()] = None,
     ) -> JSONResponse:
-        terms = Terms(**trial) if trial else None
+        terms = _terms(trial) if trial else None
         return _answered(await lives.put(name, _within(folder, roots), canary, terms))
 
     @app.get("/adapters/{name}/trial", summary="What came of the canary's trial: 204 while it goes on")
@@ -93,6 +94,13 @@ def _answered(outcome: Outcome) -> "JSONResponse":
 
     told = {"exit_code": outcome.exit_code, "said": outcome.said, "version": outcome.version}
     return JSONResponse(told, 200 if outcome.exit_code == 0 else 409)
+
+
+def _terms(trial: dict[str, Any]) -> Terms:
+    known = [field.name for field in dataclasses.fields(Terms)]
+    if unknown := set(trial) - set(known):
+        raise BadInput(f"a trial has no {', '.join(sorted(unknown))}", f"known: {', '.join(known)}")
+    return Terms(**trial)
 
 
 def _within(folder: str, roots: Sequence[Path]) -> Path:

@@ -1,9 +1,9 @@
 """Who may go to the engine now, who waits, and who is refused at once. Pure: time is a number that is passed in.
 
-Each adapter has a queue. The one that has been served the fewest tokens is next; one that comes back after a pause
-starts level with the least served of those that wait, so that nobody saves up (the virtual token counter of Sheng et
-al., Fairness in Serving Large Language Models, OSDI 2024). A request is refused when too many wait, or when it would
-wait longer than it may: better an answer now that says so than a late one.
+Each adapter has a queue. The one that has been served the fewest tokens is next. One that comes back after a pause
+starts level with the least served of those that wait, or where nobody waits, with the last that has gone on: so nobody
+saves up (the virtual token counter of Sheng et al., Fairness in Serving Large Language Models, OSDI 2024). A request is
+refused when too many wait, or when it would wait longer than it may: better an answer now that says so than a late one.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Admission:
     waiting: int = 0
     _queues: dict[str, deque[Ticket]] = field(default_factory=dict)
     _served: Counter[str] = field(default_factory=Counter)
+    _last: str = ""
+    """The adapter that has gone on last."""
     _here: Counter[tuple[str, str]] = field(default_factory=Counter)
     _left: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
@@ -74,6 +76,7 @@ class Admission:
             adapter = min((a for a, queue in self._queues.items() if queue), key=lambda a: (self._served[a], a))
             ticket = self._queues[adapter].popleft()
             ticket.admitted = now
+            self._last = adapter
             self.waiting -= 1
             self.running += 1
             let_in.append(ticket)
@@ -127,10 +130,11 @@ class Admission:
         return None
 
     def _catch_up(self, adapter: str) -> None:
-        """One that has not waited starts level with the least served of those that do."""
+        """One that has not waited starts level with the least served of those that do, or where none does, with the one
+        that has gone on last."""
         waiting = [self._served[other] for other, queue in self._queues.items() if queue]
-        if waiting:
-            self._served[adapter] = max(self._served[adapter], min(waiting))
+        level = min(waiting) if waiting else self._served[self._last]
+        self._served[adapter] = max(self._served[adapter], level)
 
     def _pace(self, now: float) -> float:
         """Requests per second that have left of late; 0 where that is not known yet."""

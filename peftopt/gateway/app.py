@@ -17,7 +17,7 @@ from typing import Any
 from peftopt.gateway.admission import Admission, Refused, Ticket
 from peftopt.gateway.errors import Problem
 from peftopt.gateway.frames import Ended, Frames
-from peftopt.gateway.keys import Key, Keys
+from peftopt.gateway.keys import ANYONE, Key, Keys
 from peftopt.gateway.lines import Line, Log
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.metrics import Metrics
@@ -47,7 +47,8 @@ class Settings:
 
 @dataclass
 class Shared:
-    """What every request uses. `open` is False while the gateway drains: it takes in no more."""
+    """What every request uses. `open` is False while the gateway drains: it takes in no more. `here`: requests that
+    have no line in the log yet."""
 
     upstream: Upstream
     lives: Lives
@@ -58,6 +59,7 @@ class Shared:
     settings: Settings = field(default_factory=Settings)
     sampled: Mapping[str, Json] = field(default_factory=dict)
     open: bool = True
+    here: int = 0
     turns: dict[Ticket, asyncio.Future[None]] = field(default_factory=dict)
 
     @property
@@ -95,15 +97,16 @@ class App:
 
     def _small(self, path: str, method: str, headers: Mapping[str, str]) -> tuple[int, bytes, str]:
         """Status, body and content type of what the gateway answers itself."""
+        key = self.shared.keys.of(headers.get("authorization", "")) if path == "/v1/models" else ANYONE
         known = {
-            "/v1/models": self._models,
+            "/v1/models": lambda: self._models(key or ANYONE),
             "/health/live": _alive,
             "/health/ready": self._ready,
             "/health": self._ready,
         }
         if path == "/metrics" and method == "GET":
             return 200, self.shared.metrics.text(), "text/plain; version=0.0.4; charset=utf-8"
-        if path == "/v1/models" and self.shared.keys.of(headers.get("authorization", "")) is None:
+        if key is None:
             problem = _unknown_key()
         elif path in known and method in ("GET", "HEAD"):
             status, value = known[path]()
@@ -114,8 +117,9 @@ class App:
             problem = Problem(404, f"there is nothing at {path}; there is {', '.join(GENERATES)}", "not_found")
         return problem.status, problem.body(), "application/json"
 
-    def _models(self) -> tuple[int, Json]:
-        listed = [{"id": n, "object": "model", "created": 0, "owned_by": "peftopt"} for n in self.shared.table.routes]
+    def _models(self, key: Key) -> tuple[int, Json]:
+        names = [name for name in self.shared.table.routes if key.may_ask(name)]
+        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "peftopt"} for name in names]
         return 200, {"object": "list", "data": listed}
 
     def _ready(self) -> tuple[int, Json]:
@@ -127,11 +131,15 @@ def _alive() -> tuple[int, Json]:
     return 200, {"alive": True}
 
 
+class Unread(Exception):
+    """The client does not read its answer."""
+
+
 class Exchange:
     """One request of a user's, from its first byte to its line in the log."""
 
     def __init__(self, shared: Shared, scope: Scope, receive: Receive, send: Send) -> None:
-        self.shared, self.path, self.receive, self._send = shared, scope["path"], receive, send
+        self.shared, self.path, self.receive, self._out = shared, scope["path"], receive, send
         self.headers = _headers(scope)
         own = self.headers.get("x-request-id", "")
         self.line = Line(
@@ -147,6 +155,8 @@ class Exchange:
 
     async def run(self) -> None:
         """Answer it, or let it go when its client does."""
+        line = self.line
+        self.shared.here += 1
         try:
             try:
                 body = await self._body()
@@ -155,10 +165,18 @@ class Exchange:
                 await self._problem(problem)
             except Fault as fault:
                 await self._problem(_of_fault(fault))
-            except asyncio.CancelledError:
-                self.line.kind, self.line.error = "cancelled", "the gateway was stopped"
-                raise
+        except Unread as unread:
+            line.kind, line.error, line.status = line.kind or "cancelled", line.error or str(unread), GONE
+            self.shared.metrics.cancelled.labels(line.adapter, "client").inc()
+        except asyncio.CancelledError:
+            line.kind, line.error = "cancelled", "the gateway was stopped"
+            raise
+        except Exception as error:
+            line.kind, line.error = "gateway", f"{type(error).__name__}: {error}"[:200]
+            line.status = line.status if self.begun else 500
+            raise
         finally:
+            self.shared.here -= 1
             self._over()
 
     async def _until_gone(self, answering: Any) -> None:
@@ -223,7 +241,8 @@ class Exchange:
                 403, f"this API key may not ask {name!r}; it may ask {', '.join(key.adapters)}", "forbidden_model"
             )
         if wait := key.wait_s(time.monotonic()):
-            raise _refused(Refused("rate", wait, f"this API key may ask {key.rate:g} times a second"))
+            self.line.adapter = name if name in self.shared.table.routes else ""
+            raise self._turned_away(Refused("rate", wait, f"this API key may ask {key.rate:g} times a second"))
         return key
 
     async def _answer(self, body: bytes) -> None:
@@ -286,7 +305,10 @@ class Exchange:
     async def _routed(self, asked: dict[str, Json], body: bytes) -> None:
         """Ask the version that the route has now, and none other to the end."""
         shared, line = self.shared, self.line
-        arm, version = shared.table.routes[line.adapter].choose(self.sticky)
+        route = shared.table.routes.get(line.adapter)
+        if route is None:
+            raise Problem(404, f"the model {line.adapter!r} was removed meanwhile", "model_not_found", "model")
+        arm, version = route.choose(self.sticky)
         line.arm, line.version = arm, version.id
         line.model_loading_time = shared.settings.model_loading_time
         line.adapter_switch_time = shared.lives.switched.pop(version.served, None)
@@ -308,6 +330,8 @@ class Exchange:
             shared.lives.in_flight[version.served] -= 1
 
     async def _pass(self, answer: Answer) -> None:
+        if not 200 <= answer.status < 600:
+            raise Fault("upstream", f"the engine answered with the status {answer.status}")
         if answer.streams and answer.status == 200:
             await self._stream(answer)
             return
@@ -347,6 +371,15 @@ class Exchange:
         if ended.error:
             line.error = ended.error
             line.kind = line.kind or _kind(500, ended.error.encode())
+
+    async def _send(self, message: MutableMapping[str, Any]) -> None:
+        """Send to the client. Raises Unread for one that takes nothing: it would keep a place at the engine."""
+        limit = self.shared.upstream.timeouts.gap
+        try:
+            async with asyncio.timeout(limit or None):
+                await self._out(message)
+        except TimeoutError:
+            raise Unread(f"the client read nothing for {limit:g} s") from None
 
     async def _piece(self, answer: Answer, piece: bytes) -> None:
         if not self.begun:

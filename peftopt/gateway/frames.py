@@ -25,6 +25,9 @@ HEAD_BYTES = 65_536
 
 DONE = b"[DONE]"
 
+MOST_COUNT = 2**53
+"""No count of tokens and no time in ms is as high: what says so is garbage."""
+
 
 @dataclass
 class Ended:
@@ -44,23 +47,34 @@ class Ended:
             return
         if error := message.get("error"):
             self.error = str(error.get("message", error) if isinstance(error, dict) else error)[:200]
-        for choice in message.get("choices") or ():
-            if isinstance(choice, dict) and choice.get("finish_reason"):
+        for choice in _choices(message):
+            if choice.get("finish_reason"):
                 self.finish = str(choice["finish_reason"])
         usage = message.get("usage")
         if isinstance(usage, dict):
             self.prompt_tokens = _count(usage.get("prompt_tokens"), self.prompt_tokens)
             self.new_tokens = _count(usage.get("completion_tokens"), self.new_tokens)
         if isinstance(message.get("metrics"), dict):
-            self.metrics = message["metrics"]
+            self.metrics = _numbers(message["metrics"])
         timings = message.get("timings")
         if isinstance(timings, dict) and {"prompt_ms", "predicted_ms"} <= timings.keys():
             told = {"time_to_first_token_ms": "prompt_ms", "generation_time_ms": "predicted_ms"}
-            self.metrics = {name: timings[theirs] for name, theirs in told.items()}
+            self.metrics = _numbers({name: timings[theirs] for name, theirs in told.items()})
 
 
 def _count(value: Json, before: int | None) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else before
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < MOST_COUNT else before
+
+
+def _numbers(told: dict[str, Json]) -> dict[str, Json]:
+    """What can be times: no nan, no infinity, nothing below zero."""
+    return {name: value for name, value in told.items() if isinstance(value, int | float) and 0 <= value < MOST_COUNT}
+
+
+def _choices(message: Json) -> list[dict[str, Json]]:
+    """A message's choices, whatever it is."""
+    choices = message.get("choices") if isinstance(message, dict) else None
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
 
 
 class Frames:
@@ -109,15 +123,13 @@ def _whole(text: bytes) -> Iterator[Json]:
         if data and data != DONE:
             try:
                 yield json.loads(data)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
 
 
 def _has_text(message: Json) -> bool:
     """Whether a message brings text, a tool call or a token: a first message of a chat may bring a role alone."""
-    for choice in (message.get("choices") or ()) if isinstance(message, dict) else ():
-        if not isinstance(choice, dict):
-            continue
+    for choice in _choices(message):
         delta = choice.get("delta")
         if choice.get("text") or choice.get("finish_reason"):
             return True

@@ -85,12 +85,12 @@ def _key(words: list[str], where: str) -> Key:
     key = Key("")
     for word in words:
         field_, equals, value = word.partition("=")
-        rate = re.fullmatch(r"([0-9.]+)/s", value)
+        rate = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)/s", value)
         if not equals and not key.name:
             key.name = word
         elif field_ == "adapters" and value:
             key.adapters = tuple(value.split(","))
-        elif field_ == "rate" and rate:
+        elif field_ == "rate" and rate and float(rate[1]) > 0:
             key.rate = float(rate[1])
         else:
             raise BadInput(f"{where}: {word!r} is not known", "write a name, adapters=a,b and rate=5/s")

@@ -57,6 +57,8 @@ def parse(text: str) -> Limits:
             raise BadInput(
                 f"--limits: {match[2]!r} is not a number", "write running=32,waiting=64,wait=400ms"
             ) from None
+        if match[1] in ("running", "waiting") and value != int(value):
+            raise BadInput(f"--limits: {part!r} is not a whole number of requests", HINT)
         found[match[1]] = 1e3 * value if unit == "s" else value
     if not found.get("running"):
         raise BadInput("--limits: running is missing", "requests wait only where so many may run: running=32,…")

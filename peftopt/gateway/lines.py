@@ -56,7 +56,7 @@ class Line:
     error: str = ""
     kind: str = ""
     """Of an error: "refused", "oom", "timeout_first", "timeout_gap", "timeout", "engine_dead", "upstream", "cancelled",
-    "request"."""
+    "request", "gateway" (a fault of its own)."""
     running_at_start: int = 0
     waiting_at_start: int = 0
     batch_fill: float | None = None
@@ -204,7 +204,7 @@ class Log:
         at = os.fstat(self._file.fileno()).st_size
         if at and at + len(text) > self._rotate:
             self._set_aside()
-            at = 0
+            at = os.fstat(self._file.fileno()).st_size
         try:
             written = os.write(self._file.fileno(), text)
             if written < len(text):
@@ -214,14 +214,18 @@ class Log:
             raise
 
     def _set_aside(self) -> None:
-        """Give the full file the first name that is free: NAME.1 is the oldest."""
+        """Give the full file the first name that is free: NAME.1 is the oldest. Where the folder allows no other name,
+        the file goes on."""
         assert self._path is not None and self._file is not None
         number = 1
         while (aside := self._path.with_name(f"{self._path.name}.{number}")).exists():
             number += 1
+        try:
+            self._path.rename(aside)
+        except OSError:
+            return
         self._file.close()
         self._file = None
-        self._path.rename(aside)
         self._file = self._opened(self._path)
 
     @staticmethod

@@ -9,6 +9,7 @@ One thing happens at a time. Users are answered meanwhile; a request goes on wit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from peftopt.canary import fingerprint, mixed
 from peftopt.canary.fingerprint import Known, Print
-from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, WorkerFailed
+from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, MissingEnvironment, PeftoptError, WorkerFailed
 from peftopt.gateway.backends import BASE
 from peftopt.gateway.lines import Line
 from peftopt.gateway.metrics import Metrics
@@ -106,9 +107,7 @@ class Lives:
         async with self._one:
             self.ready = False
             self._prints, self._noise = {}, {}
-            for name, at_engine in self.brings.items():
-                if name not in self.registry.table.routes:
-                    self.registry.route(name, Route(Version("", at_engine)))
+            self._bring()
             for stored in [v for v in self.registry.versions.values() if v.state != "failed"]:
                 await self._reload(stored)
             notes = await self._all_asked()
@@ -116,10 +115,23 @@ class Lives:
             self.ready = True
             return notes
 
+    def _bring(self) -> None:
+        """Route what the engine brings under the names it has there now: another engine may have been before."""
+        for name, route in list(self.registry.table.routes.items()):
+            if not route.live.id and name not in self.brings:
+                self.registry.route(name, None)
+        for name, at_engine in self.brings.items():
+            route_ = self.registry.table.routes.get(name)
+            if route_ is None or (not route_.live.id and route_.live.served != at_engine):
+                self.registry.route(name, Route(Version("", at_engine)))
+
     async def _reload(self, stored: Stored) -> None:
         routed = stored.version.served in self.registry.table.served()
         if not routed:  # a crash came between its load and its route: nobody was ever answered by it
-            self.registry.forget(stored.version.served)
+            async with self._client(self.settings.load_s) as client:
+                await client.lora("unload", stored.version.served)
+            with contextlib.suppress(MissingEnvironment):  # a full disk: it is forgotten the next time
+                self.registry.forget(stored.version.served)
             return
         if error := await self._loaded(stored):
             raise WorkerFailed("cannot load", f"{stored.version.served}: {error}", "remove it, or put it again")
@@ -164,6 +176,8 @@ class Lives:
             if weight and route is None:
                 raise BadInput(f"nothing answers for {name} yet", "put the first version without --canary")
             outcome = await self._put(stored, route, weight)
+            if outcome.exit_code == ACCEPTED:
+                self._end_trial(name, f"{stored.version.served} was put in its place")
             if weight and terms and outcome.exit_code == ACCEPTED:
                 self.verdicts.pop(name, None)
                 self.trials[name] = Trial(terms, time.monotonic())
@@ -211,24 +225,36 @@ class Lives:
             if route is None or name in self.brings:
                 raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
             self.registry.route(name, None)
+            self._end_trial(name, f"{name} was removed")
             for version in route.versions():
                 self._replaced.setdefault(version.served, 0.0)
             self._show()
         left = await self.retire()
         return Outcome(REJECTED if left else ACCEPTED, "; ".join(left) or f"{name} is unloaded")
 
-    async def _turn(self, name: str, turned: Callable[[Route], Route], said: str) -> Outcome:
+    async def _turn(
+        self, name: str, turned: Callable[[Route], Route], said: str, judged: Version | None = None
+    ) -> Outcome:
+        """Change a route; only as long as `judged` is its canary, where a trial asks for it."""
         async with self._one:
             route = self.registry.table.routes.get(name)
             if route is None:
                 raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
-            self.trials.pop(name, None)  # an operator decides
+            if judged and route.canary != judged:
+                raise BadInput(f"{judged.served} is not the canary any more", "put it again to judge it")
             try:
                 now = turned(route)
             except LookupError as error:
                 raise BadInput(f"{name}: {error}", "list what there is: peftopt adapters list") from error
             await self._change(name, now)
+            self._end_trial(name, f"an operator decided: {now.live.served} {said}")
             return Outcome(ACCEPTED, f"{now.live.served} {said}", now.live.id)
+
+    def _end_trial(self, name: str, why: str) -> None:
+        """End a trial before its verdict; who waits for it is told why."""
+        if self.trials.pop(name, None):
+            self.verdicts[name] = Outcome(INCONCLUSIVE, f"the trial of {name} has ended: {why}")
+            self.registry.tell("trial", name=name, outcome="inconclusive", rule="", why=why)
 
     # ---- canaries on trial
 
@@ -245,19 +271,25 @@ class Lives:
             judged = trial.judge(now)
             if judged.outcome == "inconclusive" and not trial.over(now):
                 continue
+            route = self.registry.table.routes.get(name)
+            if route is None or route.canary is None:
+                self._end_trial(name, "it has no canary any more")
+                continue
             del self.trials[name]
-            self.verdicts[name] = await self._concluded(name, judged, trial.terms)
+            try:
+                self.verdicts[name] = await self._concluded(name, route.canary, judged, trial.terms)
+            except PeftoptError as error:  # as a disk that is full: nothing was changed
+                self.verdicts[name] = Outcome(INCONCLUSIVE, f"{judged.said}, but {error.message}", route.canary.id)
             self.tell(f"{name}: {self.verdicts[name].said}")
             self.registry.tell("trial", name=name, outcome=judged.outcome, rule=judged.rule, why=judged.said)
 
-    async def _concluded(self, name: str, judged: Judged, terms: Terms) -> Outcome:
-        version = self.registry.table.routes[name].canary
-        id_ = version.id if version else ""
+    async def _concluded(self, name: str, version: Version, judged: Judged, terms: Terms) -> Outcome:
+        id_ = version.id
         if judged.outcome == "rejected":
-            await self.rollback(name)
+            await self._turn(name, Route.rolled_back, "answers everybody again", version)
             return Outcome(REJECTED, f"{name}@{id_} is rolled back by {judged.rule}: {judged.said}", id_)
         if judged.outcome == "accepted" and terms.then == "promote":
-            await self.promote(name)
+            await self._turn(name, Route.promoted, "answers everybody", version)
             return Outcome(ACCEPTED, f"{name}@{id_} is promoted: {judged.said}", id_)
         if judged.outcome == "accepted":
             return Outcome(ACCEPTED, f"{name}@{id_} is accepted and stays a canary: {judged.said}", id_)
@@ -266,17 +298,27 @@ class Lives:
     # ---- in the background
 
     async def retire(self) -> list[str]:
-        """Unload what no route needs any more and what has been kept long enough; what is still there after that."""
+        """Unload what no route needs any more and what has been kept long enough; what is still there after that.
+
+        The requests that run on those are waited for first, so that a rollback need not wait for them."""
         async with self._one:
             for name, route in self.registry.table.routes.items():
                 old = route.previous
                 if old and old.id and time.monotonic() - self._replaced.get(old.served, 0.0) > self.settings.keep_s:
                     self.registry.route(name, Route(route.live, route.canary, route.weight))
-            needed = self.registry.table.served()
-            gone = [v for v in list(self.registry.versions.values()) if v.version.served not in needed]
+            going = [stored.version.served for stored in self._not_needed()]
+        until = time.monotonic() + self.settings.drain_s
+        while any(self.in_flight[name] for name in going) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        async with self._one:
+            gone = [stored for stored in self._not_needed() if stored.version.served in going]  # none was put again
             left = [why for stored in gone if (why := await self._unloaded(stored))]
             self._show()
             return left
+
+    def _not_needed(self) -> list[Stored]:
+        needed = self.registry.table.served()
+        return [stored for name, stored in self.registry.versions.items() if name not in needed]
 
     async def reconcile(self) -> list[str]:
         """Load again what the engine has lost, as after a restart that nobody told of; what was missing."""
@@ -318,7 +360,8 @@ class Lives:
                 seconds = time.perf_counter() - started
                 self.metrics.switch.labels(stored.name).observe(seconds)
                 self.switched[stored.version.served] = seconds
-                self.registry.keep(stored, switch_s=seconds)
+                with contextlib.suppress(MissingEnvironment):  # a full disk keeps no adapter from being loaded again
+                    self.registry.keep(stored, switch_s=seconds)
                 return ""
             if again:
                 await asyncio.sleep(pause)
@@ -326,10 +369,8 @@ class Lives:
         return error
 
     async def _unloaded(self, stored: Stored) -> str:
-        """Wait for its requests, unload it, and see that it is gone; what is wrong, "" for nothing."""
-        name, until = stored.version.served, time.monotonic() + self.settings.drain_s
-        while self.in_flight[name] and time.monotonic() < until:
-            await asyncio.sleep(0.05)
+        """Unload it, and see that it is gone; what is wrong, "" for nothing."""
+        name = stored.version.served
         async with self._client(self.settings.load_s) as client:
             error = await client.lora("unload", name)
             still = name in {str(model["id"]) for model in await client.models()}
@@ -341,9 +382,19 @@ class Lives:
 
     async def _reject(self, stored: Stored, why: str) -> Outcome:
         self.metrics.canary.labels(stored.name, stored.version.id, "wrong").inc()
-        await self._unloaded(stored)
+        if before := self._routed_as(stored.version):  # it answers users, as the canary, or is kept for a rollback
+            self.registry.keep(self.registry.versions[stored.version.served], state=before)
+        else:
+            await self._unloaded(stored)
         self.registry.tell("rejected", served=stored.version.served, why=why)
         return Outcome(REJECTED, f"{stored.version.served} is rejected: {why}", stored.version.id)
+
+    def _routed_as(self, version: Version) -> str:
+        """The state of a version that a route has; "" without one."""
+        for route in self.registry.table.routes.values():
+            if version in route.versions():
+                return "live" if version == route.live else "canary" if version == route.canary else "kept"
+        return ""
 
     async def _change(self, name: str, route: Route) -> None:
         """Route a name another way, in one step, and note the state of each version."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -54,6 +55,11 @@ class Stored:
 def served(name: str, id_: str) -> str:
     """A version's name at the engine."""
     return f"{name}@{id_[:SHORT]}"
+
+
+def is_served_name(name: str) -> bool:
+    """Whether a gateway gave an engine this name: a version that is not on record was left there by an earlier one."""
+    return bool(re.fullmatch(rf".+@[0-9a-f]{{{SHORT}}}", name, re.DOTALL))
 
 
 @dataclass

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,13 +22,14 @@ from peftopt.gateway import admin, backends
 from peftopt.gateway.admission import Admission
 from peftopt.gateway.app import App, Settings, Shared
 from peftopt.gateway.backends import Start
+from peftopt.gateway.heads import bounded
 from peftopt.gateway.keys import Keys
 from peftopt.gateway.limits import Limits
 from peftopt.gateway.lines import Log
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.lives import Settings as LifeSettings
 from peftopt.gateway.metrics import Metrics
-from peftopt.gateway.registry import Registry, open_registry
+from peftopt.gateway.registry import Registry, is_served_name, open_registry
 from peftopt.gateway.routes import Route
 from peftopt.gateway.upstream import Timeouts, Upstream
 from peftopt.loadtest import client as clients
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     import uvicorn
 
 LOOK_EVERY_S, RECONCILE_EVERY_S, SAMPLE_EVERY_S, JUDGE_EVERY_S = 0.5, 10.0, 2.0, 1.0
+LINES_S = 5.0
+"""The longest that the end waits for the last lines of the log."""
 AGAIN_S, AGAIN_AT_MOST_S = 1.0, 60.0
 """A dead engine is started again after so long, each time after twice that."""
 
@@ -91,6 +95,8 @@ class Gateway:
         self.log = Log(config.log)
         self.engine: Server | None = None
         self.ended = asyncio.Event()
+        self.starting = False
+        """Whether a dead engine is being started again."""
         self._show_limits()
 
     async def whole(self) -> int:
@@ -117,7 +123,8 @@ class Gateway:
                     await self._drain()
                     if self.engine:
                         await asyncio.to_thread(self.engine.stop)
-                    self.log.close()
+            await self._lines()
+        self.log.close()
         return 0
 
     # ---- the start
@@ -130,7 +137,7 @@ class Gateway:
             models = await client.models()
         names = [str(model["id"]) for model in models]
         ours = set(self.registry.versions)
-        brings = {name: name for name in names if name not in ours}
+        brings = {name: name for name in names if name not in ours and not is_served_name(name)}
         return Start((), {}, config.upstream.rstrip("/"), brings, loads=clients.labels(models) in ("vllm", "peftopt"))
 
     def _bring(self) -> list[str]:
@@ -202,48 +209,57 @@ class Gateway:
             await asyncio.sleep(LOOK_EVERY_S)
             if self.engine.alive():
                 continue
-            lives.ready = False
+            self.starting, lives.ready = True, False
             self.metrics.ready.set(0)
             self.metrics.restarts.inc()
             self.tell(f"the engine has died: {self.engine.why()}; it is started again in {pause:g} s")
             self.registry.tell("engine died", why=self.engine.why())
             await asyncio.sleep(pause)
             await asyncio.to_thread(self.engine.stop)
-            try:
+            pause = min(2 * pause, AGAIN_AT_MOST_S)
+            with self._told():
                 await self._start(how, lives)
                 pause = AGAIN_S
-            except PeftoptError as error:
-                pause = min(2 * pause, AGAIN_AT_MOST_S)
-                self.tell(error.message)
+            self.starting = False
 
     async def _reconcile(self, lives: Lives) -> None:
         """What the engine lost is loaded again, what nobody needs is unloaded."""
         while True:
             await asyncio.sleep(RECONCILE_EVERY_S)
-            if self.engine and not (self.engine.alive() and lives.ready):
+            if self.starting or (self.engine and not self.engine.alive()):
                 continue
-            try:
+            answers = False
+            with self._told():
                 if lives.ready:
                     for name in await lives.reconcile():
                         self.tell(f"the engine had lost {name}: it is loaded again")
-                else:  # a server of somebody else's that was away
+                else:  # a server of somebody else's that was away, or one of ours that did not answer as it should
                     for note in await lives.begin():
                         self.tell(note)
-                for why in await lives.retire():
-                    self.tell(why)
-            except PeftoptError as error:
-                lives.ready = False
-                self.tell(error.message)
+                answers = True
+            lives.ready = lives.ready and answers
             self.metrics.ready.set(lives.ready)
+            if answers:
+                with self._told():  # what cannot be cleared away, as on a full disk, keeps nobody from being answered
+                    for why in await lives.retire():
+                        self.tell(why)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Tell of what fails: what runs beside the gateway goes on, or nobody would start a dead engine again."""
+        try:
+            yield
+        except PeftoptError as error:
+            self.tell(error.message)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the engine has to be watched)
+            self.tell(f"{type(error).__name__}: {error}")
 
     async def _judge(self, lives: Lives) -> None:
         """Look at the canaries on trial."""
         while True:
             await asyncio.sleep(JUDGE_EVERY_S)
-            try:
+            with self._told():
                 await lives.judge()
-            except PeftoptError as error:
-                self.tell(error.message)
 
     async def _sample(self) -> None:
         """The engine's own account of its memory and its cache, every few seconds, for the lines of the log."""
@@ -278,6 +294,12 @@ class Gateway:
         while (admission.running or admission.waiting) and time.monotonic() < until:
             await asyncio.sleep(0.05)
 
+    async def _lines(self) -> None:
+        """Wait for the lines of those that the end has cut off."""
+        until = time.monotonic() + LINES_S
+        while self.shared.here and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+
     @contextlib.asynccontextmanager
     async def _listening(self, lives: Lives) -> AsyncIterator[None]:
         """Both applications on their sockets."""
@@ -286,6 +308,8 @@ class Gateway:
         where = _address(config.admin)
         if isinstance(where, Path):
             where.parent.mkdir(parents=True, exist_ok=True)
+            if where.exists() and not where.is_socket():
+                raise BadInput(f"{where} is there, and it is not a socket", "name another path: --admin unix:PATH")
             where.unlink(missing_ok=True)
         servers = [_server(App(self.shared), (config.host, config.port)), _server(operators, where)]
         tasks = []
@@ -293,7 +317,8 @@ class Gateway:
             tasks.append(asyncio.ensure_future(server.serve()))
             while not server.started:
                 if tasks[-1].done():
-                    raise MissingEnvironment(f"cannot listen on {_shown(server)}", "choose another: --port or --admin")
+                    servers[0].should_exit = True
+                    tasks[-1].result()
                 await asyncio.sleep(0.01)
         if isinstance(where, Path):
             where.chmod(0o600)
@@ -319,7 +344,14 @@ def _server(app: Any, where: Path | tuple[str, int]) -> uvicorn.Server:
     import uvicorn
 
     class Quiet(uvicorn.Server):
-        """Signals are the gateway's business."""
+        """Signals are the gateway's business, and so is what to say of an address that is taken."""
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            try:
+                await super().startup(sockets)
+            except SystemExit:
+                hint = "choose another: --port or --admin"
+                raise MissingEnvironment(f"cannot listen on {_shown(self)}", hint) from None
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
@@ -327,6 +359,7 @@ def _server(app: Any, where: Path | tuple[str, int]) -> uvicorn.Server:
 
     place: dict[str, Any] = {"uds": str(where)} if isinstance(where, Path) else {"host": where[0], "port": where[1]}
     quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "lifespan": "off", "server_header": False}
+    quiet |= {"http": bounded(), "ws": "none"}
     return Quiet(uvicorn.Config(app, **place, **quiet, timeout_graceful_shutdown=2))
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal, cast
 
 from peftopt import stats
+from peftopt.errors import BadInput
 from peftopt.records import Outcome
 
 ALPHA = 0.01
@@ -36,6 +37,18 @@ class Terms:
     least: int = 5
     for_s: float = 1800.0
     then: Literal["promote", "hold"] = "hold"
+
+    def __post_init__(self) -> None:
+        """Raises BadInput for terms that nothing can be judged by."""
+        numbers = (self.slower, self.failures, self.window_s, self.least, self.for_s)
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise BadInput("a trial's terms are numbers", "write --for 30m --window 30s --slower 1.10")
+        if self.window_s <= 0 or self.for_s <= 0:
+            raise BadInput("a trial and its windows take more than 0 s", "write --for 30m --window 30s")
+        if self.slower <= 0 or not 0 <= self.failures < 1 or self.least < 1:
+            raise BadInput("a trial's limits are out of range", "write --slower 1.10; failures lie between 0 and 1")
+        if self.then not in ("promote", "hold"):
+            raise BadInput(f"nothing is done by the name of {self.then!r}", "write --then promote, or --then hold")
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,11 @@ class Trial:
     def hear(self, now: float, arm: str, sticky: str, duration_ms: float, failed: bool) -> None:
         """A request that is over. Those that their clients gave up are not told of."""
         self.close(now)
-        half = "first" if hashlib.blake2b(sticky.encode(), digest_size=1).digest()[0] % 2 else "second"
+        half = (
+            "first"
+            if hashlib.blake2b(sticky.encode(errors="surrogatepass"), digest_size=1).digest()[0] % 2
+            else "second"
+        )
         for name in (arm, *([half] if arm == "live" else [])):
             seen = self._arms.setdefault(name, _Arm())
             seen.failed.append(failed)

@@ -25,6 +25,9 @@ class Paced:
         self.answers: Counter[str] = Counter()
         self.url = ""
         self.deaf = False
+        self.says: Any = None
+        """Answered to everybody in place of an answer, with `status`; None for none."""
+        self.status = 200
         self.slow: dict[str, float] = {}
         """Seconds more before the first token, by the name that is asked."""
 
@@ -89,6 +92,9 @@ class Paced:
         name = body["model"]
         self.answers[name] += 1
         prompt = str(body.get("prompt") or body["messages"][-1]["content"])
+        if self.says is not None and not body.get("logprobs"):
+            self.whole(writer, self.status, self.says)
+            return
         if body.get("logprobs"):
             self.whole(writer, 200, self.fingerprint(name, prompt, body))
             return

@@ -1,0 +1,447 @@
+"""The gateway where things go wrong: engines that talk nonsense, operators who change their minds, disks that are full.
+
+In this process, before a paced engine: what is tested is what the gateway's parts do with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import uvloop
+from helpers.paced import Paced, paced
+from safetensors.numpy import save_file
+
+from peftopt.engines._server import free_port
+from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, MissingEnvironment
+from peftopt.gateway.admission import Admission, Ticket
+from peftopt.gateway.app import App, Shared
+from peftopt.gateway.keys import Keys
+from peftopt.gateway.limits import Limits
+from peftopt.gateway.lines import Log
+from peftopt.gateway.lives import Lives, Settings
+from peftopt.gateway.metrics import Metrics
+from peftopt.gateway.registry import open_registry
+from peftopt.gateway.routes import Route, Version
+from peftopt.gateway.run import Config, Gateway, run
+from peftopt.gateway.trial import Judged, Terms
+from peftopt.gateway.upstream import Timeouts, Upstream
+
+PROMPTS = {"one": ({"role": "user", "content": "One?"},), "two": ({"role": "user", "content": "Two?"},)}
+
+
+@pytest.fixture
+def engine() -> Iterator[Paced]:
+    with paced() as engine:
+        yield engine
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    """Three adapters of other weights each."""
+    return [adapter(tmp_path / name, scale) for scale, name in enumerate(("a", "b", "c"), 1)]
+
+
+def adapter(folder: Path, scale: float) -> Path:
+    folder.mkdir()
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    weights = {f"{layer}.lora_A.weight": (4, 8), f"{layer}.lora_B.weight": (8, 4)}
+    tensors = {name: np.full(shape, scale, np.float32) for name, shape in weights.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "base"}))
+    return folder
+
+
+def lives_of(engine: Paced, state: Path, **brings: str) -> Lives:
+    settings = Settings(drain_s=5.0, prompts=PROMPTS)
+    return Lives(engine.url, open_registry(state), settings, Metrics(), brings or {"base": "base"}, True, print)
+
+
+# ---- engines that talk nonsense ----------------------------------------------------------------
+
+
+class Users:
+    """The users' application, asked without sockets. `sent`: the messages of the last answer."""
+
+    def __init__(self, lives: Lives, upstream: Upstream, log: Path, running: int = 0) -> None:
+        self.log = log
+        self.shared = Shared(
+            upstream, lives, Admission(Limits(running, waiting=running)), Keys(), lives.metrics, Log(str(log))
+        )
+
+    async def ask(self, model: str = "base", stuck: bool = False, **more: Any) -> list[dict[str, Any]]:
+        """The messages of an answer; `stuck`: the client takes none of them."""
+        body = json.dumps({"model": model, "messages": [{"role": "user", "content": "x"}], **more}).encode()
+        asked, never = [{"type": "http.request", "body": body}], asyncio.Event()
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            if not asked:
+                await never.wait()
+            return asked.pop()
+
+        async def send(message: Any) -> None:
+            if stuck:
+                await never.wait()
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        await App(self.shared)(scope, receive, send)
+        return sent
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"choices": [], "usage": {"prompt_tokens": -5, "completion_tokens": -2}},
+        {"choices": [], "usage": {"prompt_tokens": 10**400, "completion_tokens": 1}},
+        {"choices": 5},
+        {"choices": [], "metrics": {"queue_time_ms": float("nan"), "time_to_first_token_ms": "soon"}},
+    ],
+)
+def test_an_answer_of_nonsense_passes_and_has_its_line(engine: Paced, tmp_path: Path, said: dict[str, Any]) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        engine.says = said
+        async with Upstream(engine.url, Timeouts()) as upstream:
+            users = Users(lives, upstream, tmp_path / "log")
+            head, body = await users.ask()
+        assert head["status"] == 200 and body["body"] == json.dumps(said).encode()
+        (line,) = users.lines()
+        assert line["status"] == 200 and not line["error_kind"] and (line["prompt_tokens"] or 0) >= 0
+        assert "NaN" not in users.log.read_text()
+        assert not users.shared.admission.running
+
+    asyncio.run(main())
+
+
+def test_a_status_that_http_does_not_have_is_the_engines_fault(engine: Paced, tmp_path: Path) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        engine.says, engine.status = {}, 999
+        async with Upstream(engine.url, Timeouts()) as upstream:
+            users = Users(lives, upstream, tmp_path / "log")
+            assert (await users.ask())[0]["status"] == 502
+        assert users.lines()[0]["error_kind"] == "upstream"
+
+    asyncio.run(main())
+
+
+def test_a_fault_of_the_gateways_own_is_an_error_in_its_line(engine: Paced, tmp_path: Path) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        async with Upstream(engine.url, Timeouts()) as upstream:
+            users = Users(lives, upstream, tmp_path / "log")
+            users.shared.lives.switched = None  # type: ignore[assignment]
+            with pytest.raises(AttributeError):
+                await users.ask()
+        (line,) = users.lines()
+        assert line["status"] == 500 and line["error_kind"] == "gateway" and "AttributeError" in line["error"]
+
+    asyncio.run(main())
+
+
+def test_an_answer_without_an_end_has_a_limit_of_its_own(engine: Paced, tmp_path: Path) -> None:
+    """Not one on the pauses in it: an engine on a busy machine makes some."""
+
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        async with Upstream(engine.url, Timeouts(whole=0.5)) as upstream:
+            users = Users(lives, upstream, tmp_path / "log")
+            sent = await users.ask(stream=True, max_tokens=100_000)
+            assert b'"timeout"' in (sent[-2]["body"] if len(sent) > 2 else sent[-1]["body"])
+        assert users.lines()[0]["error_kind"] == "timeout"
+
+    asyncio.run(main())
+
+
+def test_a_client_that_reads_nothing_gives_its_place_up(engine: Paced, tmp_path: Path) -> None:
+    """It has its answer, and the next one would wait for its place as long as an answer may take."""
+
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        async with Upstream(engine.url, Timeouts(gap=0.1)) as upstream:
+            users = Users(lives, upstream, tmp_path / "log", running=1)
+            assert await asyncio.wait_for(users.ask(stuck=True), 60) == []
+            assert not users.shared.admission.running
+        (line,) = users.lines()
+        assert line["error_kind"] == "cancelled" and "read nothing" in line["error"]
+
+    asyncio.run(main())
+
+
+def test_a_request_whose_adapter_is_removed_while_it_waits_is_told_so(
+    engine: Paced, folders: list[Path], tmp_path: Path
+) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        await lives.put("support", folders[0])
+        async with Upstream(engine.url, Timeouts()) as upstream:
+            users = Users(lives, upstream, tmp_path / "log", running=1)
+            other = Ticket("base")
+            users.shared.admission.arrive(other, 0.0)
+            waits = asyncio.ensure_future(users.ask("support"))
+            while not users.shared.admission.waiting:
+                await asyncio.sleep(0)
+            await lives.remove("support")
+            users.shared.let_in(users.shared.admission.leave(other, 0, 1.0))
+            assert (await waits)[0]["status"] == 404
+        assert users.lines()[0]["error_kind"] == "request" and not users.shared.admission.running
+
+    asyncio.run(main())
+
+
+# ---- operators who change their minds ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["remove", "rollback", "promote", "put", "canary"])
+def test_a_trial_ends_with_what_it_judges(engine: Paced, folders: list[Path], tmp_path: Path, change: str) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        await lives.put("support", folders[0])
+        await lives.put("support", folders[1], 0.5, Terms())
+        if change == "put":
+            await lives.put("support", folders[2])
+        elif change == "canary":
+            await lives.put("support", folders[2], 0.5)
+        else:
+            await getattr(lives, change)("support")
+        assert not lives.trials and lives.verdicts["support"].exit_code == INCONCLUSIVE
+        await lives.judge()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("outcome", ["rejected", "accepted"])
+def test_a_verdict_that_comes_late_changes_nothing(
+    engine: Paced, folders: list[Path], tmp_path: Path, outcome: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator promotes while the verdict waits for its turn: the promoted version is not rolled back."""
+
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        await lives.put("support", folders[0])
+        put = await lives.put("support", folders[1], 0.5, Terms(then="promote"))
+        verdict = Judged(outcome, "canary.latency", 9, "9 windows")
+        monkeypatch.setattr("peftopt.gateway.trial.Trial.judge", lambda *_: verdict)
+        promoting = asyncio.ensure_future(lives.promote("support"))
+        await asyncio.sleep(0)  # it has the lock, or is the next
+        await lives.judge()
+        await promoting
+        assert lives.registry.table.routes["support"].live.id == put.version
+        assert lives.verdicts["support"].exit_code == INCONCLUSIVE
+
+    asyncio.run(main())
+
+
+def test_a_put_that_is_rejected_leaves_a_version_that_answers_users_loaded(
+    engine: Paced, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        await lives.put("support", folders[0])
+        await lives.put("support", folders[1], 0.5)
+        canary = lives.registry.table.routes["support"].canary
+        assert canary
+
+        async def wrong(*_: object) -> list[str]:
+            return ["it answers as another"]
+
+        monkeypatch.setattr(lives, "_mixed", wrong)
+        assert (await lives.put("support", folders[1])).exit_code == REJECTED
+        assert canary.served in engine.folders and lives.registry.versions[canary.served].state == "canary"
+
+    asyncio.run(main())
+
+
+def test_a_rollback_does_not_wait_for_the_requests_of_what_is_removed(
+    engine: Paced, folders: list[Path], tmp_path: Path
+) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        for folder in folders[:2]:
+            await lives.put("support", folder)
+        await lives.put("sales", folders[2])
+        sales = lives.registry.table.routes["sales"].live.served
+        lives.in_flight[sales] = 1
+        removing = asyncio.ensure_future(lives.remove("sales"))
+        while "sales" in lives.registry.table.routes:
+            await asyncio.sleep(0)
+        assert (await lives.rollback("support")).exit_code == ACCEPTED
+        assert not removing.done() and sales in engine.folders, "its requests end on it"
+        lives.in_flight[sales] = 0
+        assert (await removing).exit_code == ACCEPTED and sales not in engine.folders
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [{"window_s": 0}, {"window_s": "30s"}, {"for_s": float("nan")}, {"then": "win"}, {"least": 0}, {"slower": -1}],
+)
+def test_terms_that_nothing_can_be_judged_by_are_refused(terms: dict[str, Any]) -> None:
+    with pytest.raises(BadInput):
+        Terms(**terms)
+
+
+# ---- what a crash or another engine has left ---------------------------------------------------
+
+
+def test_a_version_that_a_crash_left_at_the_engine_is_unloaded(
+    engine: Paced, folders: list[Path], tmp_path: Path
+) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        stored = lives.registry.keep(lives.registry.copy("support", folders[0]), state="loading")
+        engine.folders[stored.version.served] = stored.folder
+        await lives.begin()
+        assert not engine.folders and not lives.registry.versions
+
+    asyncio.run(main())
+
+
+def test_names_that_an_engine_brings_are_those_of_the_engine_that_runs(engine: Paced, tmp_path: Path) -> None:
+    """llama.cpp's server calls the base by another name than vLLM: the state of one may be used for the other."""
+
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        lives.registry.route("base", Route(Version("", "model")))
+        lives.registry.route("other", Route(Version("", "other")))
+        await lives.begin()
+        assert {name: route.live.served for name, route in lives.registry.table.routes.items()} == {"base": "base"}
+
+    asyncio.run(main())
+
+
+def test_a_full_disk_keeps_no_adapter_from_being_loaded_again(
+    engine: Paced, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        await lives.begin()
+        await lives.put("support", folders[0])
+        lives.registry.keep(lives.registry.copy("left", folders[1]), state="loading")
+
+        def full(*_: object) -> None:
+            raise MissingEnvironment("the disk is full")
+
+        monkeypatch.setattr(lives.registry, "save", full)
+        engine.folders.clear()
+        await lives.begin()
+        assert lives.ready and len(engine.folders) == 1
+        with pytest.raises(MissingEnvironment):
+            await lives.put("sales", folders[2])
+        assert lives.ready and "sales" not in lives.registry.table.routes
+
+    asyncio.run(main())
+
+
+def test_a_version_that_is_on_no_record_is_not_brought(engine: Paced, tmp_path: Path) -> None:
+    """Nobody may ask for a version that an earlier gateway left at the engine: it may be one that was rejected."""
+    engine.folders["support@0123456789ab"] = "gone"
+    how = asyncio.run(Gateway(config(tmp_path, engine.url), print)._how())
+    assert how.brings == {"base": "base"}
+
+
+# ---- the gateway as a whole --------------------------------------------------------------------
+
+
+def config(where: Path, url: str, **more: Any) -> Config:
+    own = {"state": where / "state", "port": free_port(), "upstream": url, "admin": f"unix:{where}/admin.sock"}
+    return Config(**{**own, "lives": Settings(prompts=PROMPTS), "log": str(where / "log"), **more})
+
+
+def test_a_request_that_the_drain_cuts_off_has_its_line(engine: Paced, tmp_path: Path) -> None:
+    async def main() -> None:
+        gateway = Gateway(config(tmp_path, engine.url, drain_s=0.05), print)
+        serving = asyncio.ensure_future(gateway.whole())
+        while not (hasattr(gateway, "shared") and gateway.shared.lives.ready):
+            await asyncio.sleep(0.01)
+        body = b'{"model": "base", "messages": [{"role": "user", "content": "hold"}]}'
+        _, writer = await asyncio.open_connection("127.0.0.1", gateway.config.port)
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        while not engine.running:
+            await asyncio.sleep(0.01)
+        gateway.ended.set()
+        assert await serving == 0
+        writer.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as it is run
+        runner.run(main())
+    (line,) = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert line["error_kind"] == "cancelled" and "stopped" in line["error"]
+
+
+def test_an_engine_that_was_started_again_but_not_ready_is_asked_again(
+    engine: Paced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process lives, so nobody starts it once more: without this the gateway would never be ready again."""
+    monkeypatch.setattr("peftopt.gateway.run.RECONCILE_EVERY_S", 0.0)
+
+    async def main() -> None:
+        gateway = Gateway(config(tmp_path, engine.url), print)
+        gateway.engine = SimpleNamespace(alive=lambda: True)  # type: ignore[assignment]
+        lives = Lives(engine.url, gateway.registry, Settings(prompts=PROMPTS), Metrics(), {"base": "base"}, True, print)
+        beside = asyncio.ensure_future(gateway._reconcile(lives))
+        while not lives.ready:
+            await asyncio.sleep(0.01)
+        beside.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+@pytest.mark.parametrize("fails", [MissingEnvironment("the disk is full"), KeyError("id")])
+def test_what_cannot_be_cleared_away_keeps_nobody_from_being_answered(
+    engine: Paced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Exception
+) -> None:
+    monkeypatch.setattr("peftopt.gateway.run.RECONCILE_EVERY_S", 0.0)
+
+    async def main() -> None:
+        gateway = Gateway(config(tmp_path, engine.url), print)
+        lives = Lives(engine.url, gateway.registry, Settings(prompts=PROMPTS), Metrics(), {"base": "base"}, True, print)
+        await lives.begin()
+        tried = []
+
+        async def retire() -> list[str]:
+            tried.append(lives.ready)
+            raise fails
+
+        monkeypatch.setattr(lives, "retire", retire)
+        beside = asyncio.ensure_future(gateway._reconcile(lives))
+        while len(tried) < 3:
+            await asyncio.sleep(0.01)
+        beside.cancel()
+        assert all(tried) and lives.ready
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_port_that_is_taken_and_a_socket_that_is_a_file_are_named(engine: Paced, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(BadInput, match="precious"):
+        run(config(tmp_path, engine.url, admin=f"unix:{tmp_path}/precious"), print)
+    assert (tmp_path / "precious").read_text() == "mine"
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(MissingEnvironment, match="cannot listen"):
+        run(config(tmp_path / "more", engine.url, port=other.getsockname()[1]), print)
