@@ -84,11 +84,10 @@ def ready(url: str, path: str, process: subprocess.Popen[bytes]) -> str:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     process.send_signal(signal.SIGTERM)
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(20)
-    finally:
-        process.kill()
-        process.wait()
+    process.kill()
+    process.wait()
 
 
 async def stream(session: aiohttp.ClientSession, url: str, tokens: int) -> tuple[float, float]:
