@@ -118,12 +118,14 @@ def expected(tiny_base_fp32: Path, adapters: dict[str, Path]) -> dict[str, list[
 
 
 class Gate:
-    """Lets so many steps through as the test says."""
+    """Lets so many steps through as the test says; `reached` counts those that have come to it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._turns, step = threading.Semaphore(0), _rows.Rows.step
+        self.reached = 0
 
         def gated(rows: Any, tokens: Any) -> None:
+            self.reached += 1
             assert self._turns.acquire(timeout=PATIENCE_S)
             step(rows, tokens)
 
@@ -455,7 +457,8 @@ def test_a_client_that_leaves_ends_its_computing(server: Running, gate: Gate, st
     left, computed = counts["left"], counts["computed"]
     line = sent(server, model="one", max_tokens=900, stream=stream)
     gate.steps(3)
-    until(lambda: counts["computed"] - computed == 4)
+    until(lambda: gate.reached == 4)  # the model's thread stands at the gate, so who comes now waits
+    assert counts["computed"] - computed == 4
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(server.ids, "one", PROMPTS[1])
         until(lambda: server.scheduler.waiting == 1)
