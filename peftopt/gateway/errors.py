@@ -1,18 +1,11 @@
-"""Errors over HTTP, as OpenAI's API gives them: {"error": {"message", "type", "param", "code"}}. Pure."""
+"""What a user is answered in place of the engine's answer. Pure."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
 
-TYPES = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "invalid_request_error",
-    429: "rate_limit_error",
-}
+from peftopt.loadtest import protocols
 
 
 @dataclass
@@ -29,13 +22,8 @@ class Problem(Exception):
 
     def body(self) -> bytes:
         """The body of an answer."""
-        return json.dumps({"error": self.value()}).encode()
+        return json.dumps(protocols.error(self.status, self.said, self.code, self.param)).encode()
 
     def event(self) -> bytes:
         """The same as the last message of a stream that has begun."""
         return b"data: " + self.body() + b"\n\n"
-
-    def value(self) -> dict[str, str | None]:
-        """OpenAI's four fields."""
-        kind = TYPES.get(self.status, "server_error")
-        return {"message": self.said, "type": kind, "param": self.param or None, "code": self.code}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from peftopt.loadtest import protocols
 from peftopt.records import Json
 
 TOP = 20
@@ -12,8 +13,6 @@ TOP = 20
 
 COMPLETION_TOKENS = 16
 """OpenAI's default for /v1/completions; a chat goes on to the end of the context."""
-
-KINDS = {400: "invalid_request_error", 404: "not_found_error", 413: "invalid_request_error"}
 
 UNSUPPORTED: Mapping[str, Sequence[Json]] = {
     "n": (1,),
@@ -40,8 +39,7 @@ class Problem(Exception):
     def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
         super().__init__(message)
         self.status = status
-        kind = KINDS.get(status, "server_error")
-        self.body: dict[str, Json] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body = protocols.error(status, message, code, param)
 
 
 def wrong(param: str, message: str) -> Problem:

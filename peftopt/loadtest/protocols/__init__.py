@@ -66,6 +66,24 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+ERROR_TYPES: Mapping[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+}
+"""OpenAI's word for an error, by its HTTP status; "server_error" for any other."""
+
+
+def error(status: int, message: str, code: str, param: str | None = None) -> dict[str, Json]:
+    """An error as OpenAI's API answers it: `code` is a word for programs, `param` the field that it is about. Source:
+    platform.openai.com/docs/api-reference, the error object."""
+    kind = ERROR_TYPES.get(status, "server_error")
+    return {"error": {"message": message, "type": kind, "param": param or None, "code": code}}
+
+
 def error_of(data: Json) -> str:
     """What a server says went wrong: OpenAI's {"error": {"message"}}, TGI's {"error"}, FastAPI's {"detail"}; "" = all
     is well."""
