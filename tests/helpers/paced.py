@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
+
+from helpers.threads import listening
 
 
 class Paced:
@@ -156,23 +157,7 @@ class Paced:
 @contextlib.contextmanager
 def paced(**settings: Any) -> Iterator[Paced]:
     """A paced engine on a port of its own, in a thread of its own."""
-    engine, started = Paced(**settings), threading.Event()
-    stop: list[Callable[[], object]] = []
-
-    async def serve() -> None:
-        over, loop = asyncio.Event(), asyncio.get_running_loop()
-        listener = await asyncio.start_server(engine.handle, "127.0.0.1", 0)
-        engine.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-        stop.append(lambda: loop.call_soon_threadsafe(over.set))
-        started.set()
-        await over.wait()
-        listener.close()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
-    thread.start()
-    started.wait(10)
-    try:
+    engine = Paced(**settings)
+    with listening(engine.handle) as url:
+        engine.url = url
         yield engine
-    finally:
-        stop[0]()
-        thread.join(10)

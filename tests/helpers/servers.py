@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import threading
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from helpers.threads import listening
 
 GOOD = ("base", "support", "sales")
 FAULTS = ("silent", "stall", "reset", "garbage", "early", "plain", "broken", "refused", "burst", "said")
@@ -257,23 +258,7 @@ class Server:
 @contextmanager
 def served(**settings: Any) -> Iterator[Server]:
     """A server on a port of its own, in a thread of its own."""
-    server, started = Server(**settings), threading.Event()
-    stop: list[Callable[[], object]] = []
-
-    async def serve() -> None:
-        over, loop = asyncio.Event(), asyncio.get_running_loop()
-        listener = await asyncio.start_server(server.handle, "127.0.0.1", 0)
-        server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
-        stop.append(lambda: loop.call_soon_threadsafe(over.set))
-        started.set()
-        await over.wait()
-        listener.close()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
-    thread.start()
-    assert started.wait(60)
-    try:
+    server = Server(**settings)
+    with listening(server.handle) as url:
+        server.url = url
         yield server
-    finally:
-        stop[0]()
-        thread.join(10)
