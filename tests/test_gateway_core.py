@@ -143,12 +143,6 @@ def test_a_limit_that_would_be_none_is_refused(text: str) -> None:
         limits.parse(text)
 
 
-def test_limits_of_a_rate_are_those_of_littles_law() -> None:
-    found = limits.of_a_rate(rate=2.0, mean_s=3.0, limit_ms=1500.0, unloaded_ms=500.0, source="a run")
-    assert (found.running, found.waiting, found.wait_ms, found.source) == (6, 2, 1000.0, "a run")
-    assert found.part(4).running == 2 and found.part(4).rate == 0.5
-
-
 # ---- routes ------------------------------------------------------------------------------------
 
 OLD, NEW = Version("aaa", "support@aaa"), Version("bbb", "support@bbb")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,17 @@ class Users:
         return [json.loads(line) for line in self.log.read_text().splitlines()]
 
 
+@asynccontextmanager
+async def users_of(
+    engine: Paced, folder: Path, timeouts: Timeouts | None = None, running: int = 0
+) -> AsyncIterator[Users]:
+    """Users of a gateway that has begun, its state and its log in the folder."""
+    lives = lives_of(engine, folder / "state")
+    await lives.begin()
+    async with Upstream(engine.url, timeouts or Timeouts()) as upstream:
+        yield Users(lives, upstream, folder / "log", running)
+
+
 @pytest.mark.parametrize(
     "said",
     [
@@ -112,11 +124,8 @@ class Users:
 )
 def test_an_answer_of_nonsense_passes_and_has_its_line(engine: Paced, tmp_path: Path, said: dict[str, Any]) -> None:
     async def main() -> None:
-        lives = lives_of(engine, tmp_path / "state")
-        await lives.begin()
-        engine.says = said
-        async with Upstream(engine.url, Timeouts()) as upstream:
-            users = Users(lives, upstream, tmp_path / "log")
+        async with users_of(engine, tmp_path) as users:
+            engine.says = said
             head, body = await users.ask()
         assert head["status"] == 200 and body["body"] == json.dumps(said).encode()
         (line,) = users.lines()
@@ -129,11 +138,8 @@ def test_an_answer_of_nonsense_passes_and_has_its_line(engine: Paced, tmp_path: 
 
 def test_a_status_that_http_does_not_have_is_the_engines_fault(engine: Paced, tmp_path: Path) -> None:
     async def main() -> None:
-        lives = lives_of(engine, tmp_path / "state")
-        await lives.begin()
-        engine.says, engine.status = {}, 999
-        async with Upstream(engine.url, Timeouts()) as upstream:
-            users = Users(lives, upstream, tmp_path / "log")
+        async with users_of(engine, tmp_path) as users:
+            engine.says, engine.status = {}, 999
             assert (await users.ask())[0]["status"] == 502
         assert users.lines()[0]["error_kind"] == "upstream"
 
@@ -142,10 +148,7 @@ def test_a_status_that_http_does_not_have_is_the_engines_fault(engine: Paced, tm
 
 def test_a_fault_of_the_gateways_own_is_an_error_in_its_line(engine: Paced, tmp_path: Path) -> None:
     async def main() -> None:
-        lives = lives_of(engine, tmp_path / "state")
-        await lives.begin()
-        async with Upstream(engine.url, Timeouts()) as upstream:
-            users = Users(lives, upstream, tmp_path / "log")
+        async with users_of(engine, tmp_path) as users:
             users.shared.lives.switched = None  # type: ignore[assignment]
             with pytest.raises(AttributeError):
                 await users.ask()
@@ -159,10 +162,7 @@ def test_an_answer_without_an_end_has_a_limit_of_its_own(engine: Paced, tmp_path
     """Not one on the pauses in it: an engine on a busy machine makes some."""
 
     async def main() -> None:
-        lives = lives_of(engine, tmp_path / "state")
-        await lives.begin()
-        async with Upstream(engine.url, Timeouts(whole=0.5)) as upstream:
-            users = Users(lives, upstream, tmp_path / "log")
+        async with users_of(engine, tmp_path, Timeouts(whole=0.5)) as users:
             sent = await users.ask(stream=True, max_tokens=100_000)
             assert b'"timeout"' in (sent[-2]["body"] if len(sent) > 2 else sent[-1]["body"])
         assert users.lines()[0]["error_kind"] == "timeout"
@@ -174,10 +174,7 @@ def test_a_client_that_reads_nothing_gives_its_place_up(engine: Paced, tmp_path:
     """It has its answer, and the next one would wait for its place as long as an answer may take."""
 
     async def main() -> None:
-        lives = lives_of(engine, tmp_path / "state")
-        await lives.begin()
-        async with Upstream(engine.url, Timeouts(gap=0.1)) as upstream:
-            users = Users(lives, upstream, tmp_path / "log", running=1)
+        async with users_of(engine, tmp_path, Timeouts(gap=0.1), running=1) as users:
             assert await asyncio.wait_for(users.ask(stuck=True), 60) == []
             assert not users.shared.admission.running
         (line,) = users.lines()
@@ -190,11 +187,9 @@ def test_a_request_whose_adapter_is_removed_while_it_waits_is_told_so(
     engine: Paced, folders: list[Path], tmp_path: Path
 ) -> None:
     async def main() -> None:
-        lives = lives_of(engine, tmp_path / "state")
-        await lives.begin()
-        await lives.put("support", folders[0])
-        async with Upstream(engine.url, Timeouts()) as upstream:
-            users = Users(lives, upstream, tmp_path / "log", running=1)
+        async with users_of(engine, tmp_path, running=1) as users:
+            lives = users.shared.lives
+            await lives.put("support", folders[0])
             other = Ticket("base")
             users.shared.admission.arrive(other, 0.0)
             waits = asyncio.ensure_future(users.ask("support"))
@@ -445,3 +440,21 @@ def test_a_port_that_is_taken_and_a_socket_that_is_a_file_are_named(engine: Pace
     assert (tmp_path / "precious").read_text() == "mine"
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(MissingEnvironment, match="cannot listen"):
         run(config(tmp_path / "more", engine.url, port=other.getsockname()[1]), print)
+
+
+def test_an_adapter_of_a_higher_rank_than_the_engine_holds_is_told_so(
+    engine: Paced, folders: list[Path], tmp_path: Path
+) -> None:
+    """The rank of a single layer counts as well."""
+    config = json.loads((folders[0] / "adapter_config.json").read_text())
+    (folders[0] / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {"q_proj": 64}}))
+
+    async def main() -> None:
+        lives = lives_of(engine, tmp_path / "state")
+        lives.settings.max_rank = 8
+        await lives.begin()
+        with pytest.raises(BadInput, match="rank 64"):
+            await lives.put("support", folders[0])
+        assert (await lives.put("support", folders[1])).exit_code == ACCEPTED
+
+    asyncio.run(main())

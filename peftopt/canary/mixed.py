@@ -63,22 +63,48 @@ def watch(
         async with Client(target) as client:
             names = await client.served(models)
             known = await alone(client, names, prompts, show)
-            jobs = [(name, id_) for name in names for id_ in prompts]
             dice, wrong, failed, asked = random.Random(seed), [], 0, 0
             for number in range(rounds):
-                order = dice.sample(jobs, len(jobs))
-                answers = await asyncio.gather(*(ask(client, name, prompts[id_]) for name, id_ in order))
-                for (name, id_), answer in zip(order, answers, strict=True):
-                    if isinstance(answer, str):
-                        failed += 1
-                        continue
-                    asked += 1
-                    if found := fingerprint.judge(known, name, id_, answer):
-                        wrong.append(found)
+                seen = await together(client, known, names, prompts, dice)
+                wrong += seen.wrong
+                failed += len(seen.failed)
+                asked += len(seen.answered)
                 show(ALONE * len(names) + number + 1, f"{asked} answers, {len(wrong)} wrong")
             return Found(known, asked, wrong, known.alike(), failed)
 
     return asyncio.run(session())
+
+
+@dataclass(frozen=True)
+class Round:
+    """One time that all were asked at once: whose requests were `answered`, a name each, those of them that were
+    `wrong`, and why others `failed`."""
+
+    answered: list[str]
+    wrong: list[Wrong]
+    failed: list[str]
+
+
+async def together(
+    client: Client,
+    known: Known,
+    names: Sequence[str],
+    prompts: Mapping[str, Sequence[Mapping[str, str]]],
+    dice: random.Random,
+) -> Round:
+    """Every name with every prompt, all at once, in a drawn order; each answer judged."""
+    order = [(name, id_) for name in names for id_ in prompts]
+    dice.shuffle(order)
+    answers = await asyncio.gather(*(ask(client, name, prompts[id_]) for name, id_ in order))
+    seen = Round([], [], [])
+    for (name, id_), answer in zip(order, answers, strict=True):
+        if isinstance(answer, str):
+            seen.failed.append(f"{name}: {answer}")
+            continue
+        seen.answered.append(name)
+        if wrong := fingerprint.judge(known, name, id_, answer):
+            seen.wrong.append(wrong)
+    return seen
 
 
 async def alone(

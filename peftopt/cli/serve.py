@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -153,7 +152,6 @@ def _config(options: Options, what: What) -> Config:
         upstream=options.upstream,
         start=_starter(options, what) if what.base else None,
         base=what.base,
-        max_rank=options.max_rank,
         adapters=what.adapters,
         allowed=[*options.adapters_from, *(folder.resolve().parent for folder in what.adapters.values())],
         limits=limits.parse(options.limits),
@@ -176,14 +174,13 @@ def _starter(options: Options, what: What) -> Callable[[Registry], Start]:
     def start(registry: Registry) -> Start:
         assert what.base
         carried = limits.parse(options.limits)
-        ranks = [*map(_rank, what.adapters.values()), *(stored.rank for stored in registry.versions.values())]
         wanted = backends.Wanted(
             engine=what.engine or _installed(),
             model=Model(str(what.base.resolve())),
             name=what.name,
             params=what.params,
-            adapters=len({*what.adapters, *(stored.name for stored in registry.versions.values())}),
-            rank=max([options.max_rank, *ranks]),
+            adapters=len({stored.name for stored in registry.versions.values()}),
+            rank=max([options.max_rank, *(stored.rank for stored in registry.versions.values())]),
             running=carried.running,
             waiting=carried.waiting,
             compile=options.compile_,
@@ -196,15 +193,6 @@ def _starter(options: Options, what: What) -> Callable[[Registry], Start]:
         return backends.start(wanted)
 
     return start
-
-
-def _rank(folder: Path) -> int:
-    """An adapter's rank; 0 for one of another kind than LoRA."""
-    from peftopt.models.adapter import CONFIG
-
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    patterns = config.get("rank_pattern") or {}
-    return max([int(config.get("r") or 0), *map(int, patterns.values())])
 
 
 def _installed() -> str:

@@ -17,7 +17,7 @@ from peftopt.corpus import Row
 from peftopt.engines import TOP_K, Scores, endpoint
 from peftopt.engines._server import Started, free_port
 from peftopt.errors import BadInput, WorkerFailed
-from peftopt.models.adapter import CONFIG
+from peftopt.models.adapter import CONFIG, highest_rank
 from peftopt.records import Json, Model, Step
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -185,7 +185,7 @@ def lora_rank(adapter: str) -> int:
     if found.get("peft_type") != "LORA" or odd:
         what = f"{found.get('peft_type')} adapters" if not odd else f"LoRA with {', '.join(odd)}"
         raise BadInput(f"vLLM cannot serve {what} ({adapter})", "merge it, or use the eager engine")
-    rank = max([int(found.get("r", 0)), *map(int, (found.get("rank_pattern") or {}).values())])
+    rank = highest_rank(found)
     if rank > RANKS[-1]:
         raise BadInput(f"vLLM serves LoRA up to rank {RANKS[-1]}, and {adapter} has {rank}", "merge it")
     return rank

@@ -22,7 +22,7 @@ from peftopt.gateway.lines import Line, Log
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.routes import Table
-from peftopt.gateway.upstream import Answer, Fault, Upstream
+from peftopt.gateway.upstream import Answer, Fault, Upstream, unless
 from peftopt.records import Json
 
 Scope = MutableMapping[str, Any]
@@ -160,7 +160,9 @@ class Exchange:
         try:
             try:
                 body = await self._body()
-                await self._until_gone(self._answer(body))
+                if not await unless(self._gone(), self._answer(body)):
+                    line.kind, line.error, line.status = "cancelled", "the client went away", GONE
+                    self.shared.metrics.cancelled.labels(line.adapter, "client").inc()
             except Problem as problem:
                 await self._problem(problem)
             except Fault as fault:
@@ -178,21 +180,6 @@ class Exchange:
         finally:
             self.shared.here -= 1
             self._over()
-
-    async def _until_gone(self, answering: Any) -> None:
-        """Run the answer; end it when the client is gone."""
-        work, gone = asyncio.ensure_future(answering), asyncio.ensure_future(self._gone())
-        try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                self.line.kind, self.line.error, self.line.status = "cancelled", "the client went away", GONE
-                self.shared.metrics.cancelled.labels(self.line.adapter, "client").inc()
-                return
-            work.result()
-        finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
 
     async def _gone(self) -> None:
         while (await self.receive())["type"] != "http.disconnect":

@@ -29,13 +29,14 @@ rollback."""
 @dataclass(frozen=True)
 class Start:
     """How to start an engine's server. `brings`: the names it serves from its start, by route; `loads`: whether it
-    takes adapters while it runs; `ready_s`: seconds until it must answer."""
+    takes adapters while it runs, of a rank up to `max_rank` (0 = any); `ready_s`: seconds until it must answer."""
 
     command: Sequence[str]
     variables: Mapping[str, str]
     url: str
     brings: Mapping[str, str] = field(default_factory=dict)
     loads: bool = False
+    max_rank: int = 0
     ready_s: float = 600.0
 
 
@@ -94,13 +95,15 @@ def _vllm(wanted: Wanted, port: int) -> Start:
     command += ["--enable-per-request-metrics", "--shutdown-timeout", str(round(wanted.drain_s))]
     if wanted.waiting:  # a backstop: the gateway refuses before
         command += ["--max-num-queued-reqs", str(wanted.waiting + wanted.running)]
+    rank = 0
     if wanted.adapters:
         rank = next((r for r in vllm.RANKS if r >= wanted.rank), 0)
         if not rank:
             raise BadInput(f"vLLM serves LoRA up to rank {vllm.RANKS[-1]}, not {wanted.rank}", "merge the adapter")
         command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots)]
         command += ["--max-cpu-loras", str(slots)]
-    return Start(command, variables, f"http://127.0.0.1:{port}", {wanted.name: vllm.BASE}, loads=bool(wanted.adapters))
+    brings = {wanted.name: vllm.BASE}
+    return Start(command, variables, f"http://127.0.0.1:{port}", brings, loads=bool(wanted.adapters), max_rank=rank)
 
 
 def _llamacpp(wanted: Wanted, port: int) -> Start:

@@ -1,14 +1,9 @@
-"""How much a gateway carries: requests at once, requests that wait, and how long. Pure.
-
-From a measured rate and its service levels by Little's law (L = lambda W, Little 1961): requests at once are the rate
-times a request's mean time, and as many may wait as the rate takes in within what the level leaves for waiting.
-"""
+"""How much a gateway carries: requests at once, requests that wait, and how long. Pure."""
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from peftopt.errors import BadInput
 
@@ -28,15 +23,6 @@ class Limits:
     wait_ms: float = 0.0
     rate: float = 0.0
     source: str = ""
-
-    def part(self, workers: int) -> Limits:
-        """One of so many workers' share. No worker has none."""
-        return replace(
-            self,
-            running=math.ceil(self.running / workers),
-            waiting=math.ceil(self.waiting / workers),
-            rate=self.rate / workers,
-        )
 
 
 def parse(text: str) -> Limits:
@@ -64,20 +50,4 @@ def parse(text: str) -> Limits:
         raise BadInput("--limits: running is missing", "requests wait only where so many may run: running=32,…")
     return Limits(
         int(found["running"]), int(found.get("waiting", 0)), found.get("wait", 0.0), found.get("rate", 0.0), "--limits"
-    )
-
-
-def of_a_rate(rate: float, mean_s: float, limit_ms: float, unloaded_ms: float, source: str) -> Limits:
-    """The limits of an engine that holds a service level on the first token at `rate` requests per second.
-
-    `mean_s`: seconds that a request takes at that rate; `limit_ms` of the level; `unloaded_ms`: what a first
-    token takes when nothing else runs. A request may wait for what the level leaves.
-    """
-    wait_ms = max(0.0, limit_ms - unloaded_ms)
-    return Limits(
-        running=max(1, math.ceil(rate * mean_s)),
-        waiting=math.floor(rate * wait_ms / 1e3),
-        wait_ms=wait_ms,
-        rate=rate,
-        source=source,
     )

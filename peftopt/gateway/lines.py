@@ -142,7 +142,7 @@ class Line:
             "gpu_memory_allocated": self.sampled.get("gpu_memory_allocated"),
             "gpu_memory_reserved": self.sampled.get("gpu_memory_reserved"),
             "kv_usage": self.sampled.get("kv_usage"),
-            "sample_age_ms": _ms(self.sampled.get("age_ms")),
+            "sample_age_ms": _ms(1e3 * ((self.sent or self.arrived) - self.sampled["at"])) if self.sampled else None,
             "running_at_start": self.running_at_start,
             "waiting_at_start": self.waiting_at_start,
             "batch_fill": None if self.batch_fill is None else round(self.batch_fill, 4),

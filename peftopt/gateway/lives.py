@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peftopt.canary import fingerprint, mixed
-from peftopt.canary.fingerprint import Known, Print
 from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, MissingEnvironment, PeftoptError, WorkerFailed
 from peftopt.gateway.backends import BASE
+from peftopt.gateway.fingerprints import Fingerprints
 from peftopt.gateway.lines import Line
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import Registry, Stored
@@ -94,8 +92,7 @@ class Lives:
         """Canaries that are on trial, by route."""
         self.verdicts: dict[str, Outcome] = {}
         """What came of the last trial of each route."""
-        self._prints: dict[str, Mapping[str, Print]] = {}
-        self._noise: dict[str, float] = {}
+        self.fingerprints = Fingerprints(settings.prompts)
         self._replaced: dict[str, float] = {}
         self._one = asyncio.Lock()
 
@@ -106,9 +103,9 @@ class Lives:
         WorkerFailed for a live version that does not load or does not answer as itself."""
         async with self._one:
             self.ready = False
-            self._prints, self._noise = {}, {}
+            self.fingerprints.clear()
             self._bring()
-            for stored in [v for v in self.registry.versions.values() if v.state != "failed"]:
+            for stored in list(self.registry.versions.values()):
                 await self._reload(stored)
             notes = await self._all_asked()
             self._show()
@@ -142,8 +139,8 @@ class Lives:
         try:
             async with self._client() as client:
                 for name in names:
-                    await self._fingerprint(client, name)
-                known, wrong = self._known(), await self._mixed(client, names)
+                    await self.fingerprints.take(client, name)
+                known, wrong = self.fingerprints.known, await self._mixed(client, names)
         except WorkerFailed as error:
             return [f"nothing could be checked: {error.message}"]
         if wrong:
@@ -187,12 +184,12 @@ class Lives:
         version = stored.version
         # a version that is loaded already, as the one kept for a rollback, keeps its name and its fingerprints
         stored = self.registry.keep(stored, state="loading")
-        if version.served not in self._prints and (error := await self._loaded(stored)):
+        if version.served not in self.fingerprints and (error := await self._loaded(stored)):
             return await self._reject(stored, f"it does not load: {error}")
         try:
             async with self._client() as client:
-                if version.served not in self._prints:
-                    await self._fingerprint(client, version.served)
+                if version.served not in self.fingerprints:
+                    await self.fingerprints.take(client, version.served)
                 wrong = await self._mixed(client, [*self.registry.table.served(), version.served])
         except WorkerFailed as error:
             return await self._reject(stored, error.message)
@@ -206,7 +203,9 @@ class Lives:
             now = Route(version, previous=route.live if route else None)
         await self._change(stored.name, now)
         share = f" for {weight:.0%} of users" if weight else ""
-        return Outcome(ACCEPTED, f"{version.served} answers{share}{self._doubt(version.served)}", version.id)
+        return Outcome(
+            ACCEPTED, f"{version.served} answers{share}{self.fingerprints.doubt(version.served)}", version.id
+        )
 
     async def promote(self, name: str) -> Outcome:
         """The canary answers everybody. Raises BadInput without one."""
@@ -325,7 +324,7 @@ class Lives:
         async with self._one, self._client() as client:
             listed = {str(model["id"]) for model in await client.models()}
             missing = [v for v in self.registry.versions.values() if v.version.served not in listed]
-            for stored in [v for v in missing if v.state != "failed"]:
+            for stored in missing:
                 if error := await self._loaded(stored):
                     self.tell(f"{stored.version.served} is not served and does not load: {error}")
         return [v.version.served for v in missing]
@@ -334,13 +333,13 @@ class Lives:
 
     def _checked(self, folder: Path) -> None:
         """Raises BadInput for what is no safe adapter of this base: as merge checks it."""
-        from peftopt.models.adapter import open_adapter
+        from peftopt.models.adapter import highest_rank, open_adapter
         from peftopt.runner import preflight
 
         if self.settings.base:
             preflight.check_adapter(folder, self.settings.base, [])
         adapter = open_adapter(folder)
-        rank = int(adapter.config.get("r") or 0)
+        rank = highest_rank(adapter.config)
         if self.settings.max_rank and rank > self.settings.max_rank:
             raise BadInput(
                 f"{folder} has rank {rank}, and the engine was started for at most {self.settings.max_rank}",
@@ -374,8 +373,7 @@ class Lives:
         async with self._client(self.settings.load_s) as client:
             error = await client.lora("unload", name)
             still = name in {str(model["id"]) for model in await client.models()}
-        self._prints.pop(name, None)
-        self._noise.pop(name, None)
+        self.fingerprints.drop(name)
         self._replaced.pop(name, None)
         self.registry.forget(name)
         return f"{name} is still served after its unload ({error or 'no error'})" if still else ""
@@ -390,58 +388,37 @@ class Lives:
         return Outcome(REJECTED, f"{stored.version.served} is rejected: {why}", stored.version.id)
 
     def _routed_as(self, version: Version) -> str:
-        """The state of a version that a route has; "" without one."""
+        """The arm of a version that a route has; "" without one."""
         for route in self.registry.table.routes.values():
-            if version in route.versions():
-                return "live" if version == route.live else "canary" if version == route.canary else "kept"
+            for arm, known, _ in route.arms():
+                if known == version:
+                    return arm
         return ""
 
     async def _change(self, name: str, route: Route) -> None:
         """Route a name another way, in one step, and note the state of each version."""
         before = self.registry.table.routes.get(name)
         self.registry.route(name, route)
-        states = {route.live.served: "live"}
-        if route.canary:
-            states[route.canary.served] = "canary"
-        for version in (*(before.versions() if before else ()), *route.versions()):
-            if version.served not in states:
-                states[version.served] = "kept"
-                self._replaced[version.served] = time.monotonic()
+        states: dict[str, str] = {version.served: arm for arm, version, _ in route.arms()}
+        for version in before.versions() if before else ():
+            states.setdefault(version.served, "leaving")
         for served, state in states.items():
+            if state in ("previous", "leaving"):
+                self._replaced[served] = time.monotonic()
             if stored := self.registry.versions.get(served):
                 self.registry.keep(stored, state=state)
         self._show()
 
-    async def _fingerprint(self, client: Client, name: str) -> None:
-        known = await mixed.alone(client, [name], self.settings.prompts, lambda *_: None)
-        self._prints |= known.prints
-        self._noise |= known.noise
-
     async def _mixed(self, client: Client, names: Sequence[str]) -> list[str]:
-        """Ask all of them at once; whose answers are not their own."""
-        known = self._known()
-        jobs = [(name, id_) for name in dict.fromkeys(names) if name in known.prints for id_ in self.settings.prompts]
-        random.shuffle(jobs)
-        asked: list[Awaitable[Print | str]] = [
-            mixed.ask(client, name, self.settings.prompts[id_]) for name, id_ in jobs
-        ]
-        wrong = []
-        for (name, id_), answer in zip(jobs, await asyncio.gather(*asked), strict=True):
-            if isinstance(answer, str):
-                raise WorkerFailed("no answer", f"{name}: {answer}")
-            seen = fingerprint.judge(known, name, id_, answer)
+        """Ask all of them at once, and count it; whose answers are not their own."""
+        seen = await self.fingerprints.together(client, names)
+        wrong = Counter(each.model for each in seen.wrong)
+        for name, n in Counter(seen.answered).items():
             route, _, version = name.partition("@")
-            self.metrics.canary.labels(route, version, "wrong" if seen else "own").inc()
-            wrong += [str(seen)] if seen else []
-        return wrong
-
-    def _known(self) -> Known:
-        return Known(self._prints, self._noise)
-
-    def _doubt(self, name: str) -> str:
-        """What cannot be seen of a version: whom no prompt tells it from."""
-        alike = [b if a == name else a for a, b in self._known().alike() if name in (a, b)]
-        return f" (no prompt tells it from {', '.join(alike)})" if alike else ""
+            self.metrics.canary.labels(route, version, "own").inc(n - wrong[name])
+            if wrong[name]:
+                self.metrics.canary.labels(route, version, "wrong").inc(wrong[name])
+        return [str(each) for each in seen.wrong]
 
     def _client(self, timeout_s: float = 120.0) -> Client:
         return Client(Target(self.url, key_env=self.settings.key_env, timeout_s=timeout_s))
@@ -454,21 +431,17 @@ class Lives:
             labels = (stored.name, stored.version.id, stored.state, str(stored.rank), stored.base)
             self.metrics.adapter_info.labels(*labels).set(1)
         for name, route in self.registry.table.routes.items():
-            self.metrics.arm_weight.labels(name, "live").set(1 - route.weight)
-            if route.canary:
-                self.metrics.arm_weight.labels(name, "canary").set(route.weight)
+            for arm, _, weight in route.arms():
+                if arm != "previous":
+                    self.metrics.arm_weight.labels(name, arm).set(weight)
 
     def listed(self) -> list[dict[str, object]]:
         """Routes and versions, for operators."""
-        found: list[dict[str, object]] = []
+        rows: list[dict[str, object]] = []
         for name, route in self.registry.table.routes.items():
-            for arm in ("live", "canary", "previous"):
-                version: Version | None = getattr(route, arm)
-                if version is None:
-                    continue
+            for arm, version, weight in route.arms():
                 stored = self.registry.versions.get(version.served)
-                weight = {"live": 1 - route.weight, "canary": route.weight}.get(arm, 0.0)
-                found.append(
+                rows.append(
                     {
                         "name": name,
                         "arm": arm,
@@ -479,7 +452,7 @@ class Lives:
                         "load_s": stored.switch_s if stored else None,
                     }
                 )
-        return found
+        return rows
 
 
 def _not_finite(file: Path) -> str:

@@ -69,8 +69,6 @@ class Metrics:
         self.canary = counter(
             "peftopt_canary_answers", "Answers that were checked, by verdict.", ("adapter", "version", "verdict")
         )
-        self.gpu_reserved = gauge("peftopt_gpu_memory_reserved_bytes", "Memory of the GPU that is taken.")
-        self.gpu_used = gauge("peftopt_gpu_utilization_ratio", "Share of time in which a kernel ran.")
 
     def count(self, line: Line) -> None:
         """Take a finished request into the account."""

@@ -22,7 +22,7 @@ from peftopt import identity, store
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.gateway.routes import Route, Table, Version
 from peftopt.loadtest.moments import utc
-from peftopt.models.adapter import CONFIG, WEIGHTS
+from peftopt.models.adapter import CONFIG, WEIGHTS, highest_rank
 from peftopt.records import Json
 
 FORMAT = 1
@@ -35,13 +35,12 @@ SHORT = 12
 @dataclass(frozen=True)
 class Stored:
     """A version: `name` of its route, `id` the hash of its files, `folder` of the copy, `state` one of "loading",
-    "live", "canary", "kept", "failed", `why` of a failure; `rank` and `base` as its config says."""
+    "live", "canary", "previous", "leaving"; `rank` and `base` as its config says."""
 
     name: str
     id: str
     folder: str
     state: str = "loading"
-    why: str = ""
     rank: int = 0
     base: str = ""
     switch_s: float | None = None
@@ -97,7 +96,7 @@ class Registry:
                 shutil.rmtree(temporary, ignore_errors=True)
         config = json.loads((home / CONFIG).read_text(encoding="utf-8"))
         base = str(config.get("base_model_name_or_path") or "")
-        return Stored(name, id_, str(home), rank=int(config.get("r") or 0), base=base)
+        return Stored(name, id_, str(home), rank=highest_rank(config), base=base)
 
     def keep(self, stored: Stored, **changes: Json) -> Stored:
         """Note a version, or what has changed about it."""

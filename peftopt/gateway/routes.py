@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Arm = Literal["live", "canary"]
+Arm = Literal["live", "canary", "previous"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,18 @@ class Route:
             raise LookupError("there is no earlier version")
         return Route(self.previous, previous=self.live)
 
+    def arms(self) -> list[tuple[Arm, Version, float]]:
+        """Each arm, its version, and the share of users that it answers."""
+        found: list[tuple[Arm, Version, float]] = [("live", self.live, 1 - self.weight)]
+        if self.canary:
+            found.append(("canary", self.canary, self.weight))
+        if self.previous:
+            found.append(("previous", self.previous, 0.0))
+        return found
+
     def versions(self) -> list[Version]:
         """All that must stay loaded."""
-        return [v for v in (self.live, self.canary, self.previous) if v]
+        return [version for _, version, _ in self.arms()]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from peftopt.gateway.lives import Settings as LifeSettings
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import Registry, is_served_name, open_registry
 from peftopt.gateway.routes import Route
-from peftopt.gateway.upstream import Timeouts, Upstream
+from peftopt.gateway.upstream import Timeouts, Upstream, unless
 from peftopt.loadtest import client as clients
 from peftopt.loadtest import prometheus
 from peftopt.loadtest.client import Client
@@ -61,7 +61,6 @@ class Config:
     upstream: str = ""
     start: Callable[[Registry], Start] | None = None
     base: Path | None = None
-    max_rank: int = 0
     adapters: dict[str, Path] = field(default_factory=dict)
     allowed: Sequence[Path] = ()
     limits: Limits = field(default_factory=Limits)
@@ -104,9 +103,9 @@ class Gateway:
         config = self.config
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self.ended.set)
+        brought = self._bring()  # first: the engine is started for their number and their ranks
         how = await self._how()
-        brought = self._bring()
-        settings = replace(config.lives, base=config.base, max_rank=config.max_rank, drain_s=config.drain_s)
+        settings = replace(config.lives, base=config.base, max_rank=how.max_rank, drain_s=config.drain_s)
         lives = Lives(how.url, self.registry, settings, self.metrics, how.brings, how.loads, self.tell)
         async with Upstream(how.url, config.timeouts) as upstream:
             admission = Admission(config.limits, config.per_adapter, config.per_key)
@@ -114,7 +113,7 @@ class Gateway:
             self.shared = Shared(upstream, lives, admission, config.keys, self.metrics, self.log, own)
             async with self._listening(lives):
                 try:
-                    await self._until(self._start(how, lives))
+                    await unless(self.ended.wait(), self._start(how, lives))
                     for line in brought:
                         self.tell(line)
                     if not self.ended.is_set():
@@ -269,22 +268,10 @@ class Gateway:
                 moment = prometheus.moment(prometheus.totals(text.decode(errors="replace")))
                 if "kv_cache" in moment:
                     self.metrics.kv_usage.set(moment["kv_cache"])
-                    self.shared.sampled = {"kv_usage": moment["kv_cache"]}
+                    self.shared.sampled = {"kv_usage": moment["kv_cache"], "at": time.perf_counter()}
             await asyncio.sleep(SAMPLE_EVERY_S)
 
     # ---- the end
-
-    async def _until(self, doing: Any) -> None:
-        """Do it, or leave it when the end is asked for."""
-        work, end = asyncio.ensure_future(doing), asyncio.ensure_future(self.ended.wait())
-        try:
-            await asyncio.wait((work, end), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
-        finally:
-            for task in (work, end):
-                task.cancel()
-            await asyncio.gather(work, end, return_exceptions=True)
 
     async def _drain(self) -> None:
         """No new requests; wait for those that run, as long as they may take."""

@@ -6,7 +6,7 @@ A request is closed with its connection, whatever ends it: the engine stops comp
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -161,6 +161,21 @@ class Upstream:
             except aiohttp.ClientError as error:
                 raise Fault("upstream", f"the engine did not answer: {_named(error)}") from error
         raise AssertionError("the last try returns or raises")
+
+
+async def unless(ended: Awaitable[object], doing: Awaitable[None]) -> bool:
+    """Do it, or leave it when something else has ended before; whether it was done. Raises what it raises."""
+    work, other = asyncio.ensure_future(doing), asyncio.ensure_future(ended)
+    try:
+        await asyncio.wait((work, other), return_when=asyncio.FIRST_COMPLETED)
+        done = work.done()
+        if done:
+            work.result()
+        return done
+    finally:
+        for task in (work, other):
+            task.cancel()
+        await asyncio.gather(work, other, return_exceptions=True)
 
 
 def _named(error: BaseException) -> str:

@@ -367,6 +367,11 @@ def plain_pairs(adapter: Adapter) -> dict[str, Pair] | None:
     return pairs
 
 
+def highest_rank(config: Mapping[str, Json]) -> int:
+    """The highest rank of a LoRA's pairs, those of its rank_pattern among them; 0 for other kinds of adapters."""
+    return max([int(config.get("r") or 0), *map(int, (config.get("rank_pattern") or {}).values())])
+
+
 def targets(config: Mapping[str, Json], module: str) -> bool:
     """Whether `target_modules` names this module, as PEFT matches it: a pattern, or the end of a dotted name."""
     wanted = config.get("target_modules")
