@@ -17,7 +17,9 @@ from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment, WorkerFail
 adapters = typer.Typer(help="Put, promote, roll back and remove the adapters of a gateway.", no_args_is_help=True)
 app.add_typer(adapters, name="adapters")
 
-Admin = Annotated[str, typer.Option(help="The gateway's address for operators: unix:PATH or HOST:PORT.")]
+Admin = Annotated[
+    str, typer.Option(help="Where the gateway listens to operators; by default serve-state/admin.sock here.")
+]
 KeyEnv = Annotated[str, typer.Option("--key-env", help="Environment variable with the operators' key.")]
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
