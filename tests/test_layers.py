@@ -13,7 +13,7 @@ LOW = "recipe loadtest decision report canary merging transforms engines policie
 LAYERS = f"{GROUND} {LOW} jobs server worker runner gateway cli".split()
 PURE = {"recipe", "decision", "report"}
 EFFECTS = {"torch", "time", "datetime", "subprocess", "socket", "random", "shutil"}
-LIBRARIES = "torch torchao transformers peft numpy scipy pandas matplotlib safetensors jinja2 httpx"
+LIBRARIES = "torch torchao transformers peft numpy scipy pandas matplotlib safetensors jinja2 aiohttp"
 HEAVY = {*f"{LIBRARIES} aiohttp starlette uvicorn fastapi prometheus_client orjson".split()}
 RUN = {ROOT / "merging" / "kernel.py", *(ROOT / "server").glob("*.py")}  # imported in a function, or run: by no module
 

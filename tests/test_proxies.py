@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from helpers.command_line import command
+from helpers.proxy import Led, http, socks5
 from helpers.scripted import WHOLE, scripted, streamed
 
 from peftopt.errors import BadInput, MissingEnvironment
@@ -54,23 +57,23 @@ def test_a_proxy_is_named_by_its_variable_and_no_way_to_this_machine() -> None:
 def test_a_proxy_that_is_none_is_refused_by_its_variable(proxy: str) -> None:
     environ = {"ALL_PROXY": proxy}
     with pytest.raises(BadInput, match="ALL_PROXY") as refused:
-        proxies.connection(URL, proxies.of(URL, environ), environ)
+        proxies.way(URL, proxies.of(URL, environ), environ)
     assert "NO_PROXY" in refused.value.hint
 
 
 def test_a_socks_proxy_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingEnvironment, match="ALL_PROXY"):
-        proxies.connection(URL, proxies.Proxy("ALL_PROXY", "socks5://127.0.0.1:1080"), {})
+        proxies.way(URL, proxies.Proxy("ALL_PROXY", "socks5://127.0.0.1:1080"), {})
 
 
 def test_certificates_are_read_where_something_is_encrypted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for broken in (tmp_path / "none.pem", tmp_path / "text.pem"):
         monkeypatch.setenv("SSL_CERT_FILE", str(broken))
         environ = {"SSL_CERT_FILE": str(broken)}
-        assert proxies.connection(URL, None, environ) == {"verify": False}
+        assert proxies.way(URL, None, environ) == proxies.Way()
         with pytest.raises(BadInput, match="SSL_CERT_FILE"):
-            proxies.connection("https://10.1.2.3", None, environ)
+            proxies.way("https://10.1.2.3", None, environ)
         (tmp_path / "text.pem").write_text("no certificate")
 
 
@@ -100,6 +103,25 @@ def test_the_verb_says_which_variable(
     prompts.write_text('{"prompt": "hi"}\n')
     assert command("load", "http://127.0.0.2:9", "--prompts", prompts, "--requests", 1) == code
     assert says in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("kind", [http, socks5])
+def test_a_load_goes_through_the_proxy_of_the_environment(
+    kind: Callable[[Led], AbstractContextManager[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "hi"}\n')
+    with scripted(streamed(WHOLE)) as server:
+        led = Led(server.url)
+        with kind(led) as proxy:
+            monkeypatch.setenv("ALL_PROXY", proxy)
+            flags = ["--prompts", prompts, "--requests", 2, "--concurrency", 1, "--new-tokens", 4]
+            assert command("load", "http://10.1.2.3:8000", *flags) == 0
+        assert len(server.bodies) >= 2
+    assert set(led.asked) == {("10.1.2.3", 8000)}, "nothing went around the proxy"
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://x:port", "http://"])

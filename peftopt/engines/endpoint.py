@@ -35,12 +35,12 @@ class Params:
     timeout_s: float = 120.0
 
 
-PLUGIN = plugins.engine(Params, needs=("httpx", "transformers"), serves=True)
+PLUGIN = plugins.engine(Params, needs=("aiohttp", "transformers"), serves=True)
 
 
 def prepare(model: Model) -> None:
     """Import the HTTP client and the tokenizers."""
-    import httpx  # noqa: F401
+    import aiohttp  # noqa: F401
     from transformers import AutoTokenizer  # noqa: F401
 
 

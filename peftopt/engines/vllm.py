@@ -48,7 +48,7 @@ class Params:
     args: str = ""
 
 
-PLUGIN = plugins.engine(Params, environment="vllm", serves=True, needs=("vllm", "httpx", "transformers"))
+PLUGIN = plugins.engine(Params, environment="vllm", serves=True, needs=("vllm", "aiohttp", "transformers"))
 
 
 prepare = endpoint.prepare

@@ -11,15 +11,13 @@ import os
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from peftopt.errors import BROKEN, BadInput, MissingEnvironment
-from peftopt.loadtest import events, protocols, proxies
+from peftopt.loadtest import events, protocols
+from peftopt.loadtest.http import Head, Http, Lost, Streaming, Unreachable
 from peftopt.loadtest.protocols import Event, Prompt, Target
 from peftopt.records import Json
-
-if TYPE_CHECKING:
-    import httpx
 
 
 @dataclass
@@ -70,8 +68,6 @@ class Client:
     """Connections to one server. Use as an async context manager."""
 
     def __init__(self, target: Target) -> None:
-        import httpx
-
         self.target = checked(target)
         self.protocol = protocols.module(target.protocol)
         self.extensions = self.usage = self.old_cap = True
@@ -85,20 +81,13 @@ class Client:
         headers = {"Content-Type": "application/json"}
         if target.key_env:
             headers["Authorization"] = f"Bearer {_key(target.key_env)}"
-        self._via = proxies.of(self.target.url, os.environ)
-        self._http = httpx.AsyncClient(
-            headers=headers,
-            timeout=httpx.Timeout(target.timeout_s, connect=min(10.0, target.timeout_s)),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=False,  # what the environment says is read here, so that what it says wrongly has a name
-            **proxies.connection(self.target.url, self._via, os.environ),
-        )
+        self._http = Http(self.target.url, headers, target.timeout_s, os.environ)
 
     async def __aenter__(self) -> Client:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self._http.aclose()
+        await self._http.close()
 
     # ---- what the server says of itself
 
@@ -117,30 +106,29 @@ class Client:
     async def _listed(self) -> list[dict[str, Json]] | BadInput:
         """The models, or why there is no list of them. Raises MissingEnvironment when no server answers, BadInput for
         an API key that it refuses."""
-        import httpx
-
         url, address = self.target.url, f"{self.target.url}/v1/models"
         try:
-            answer = await self._http.get(address)
-        except httpx.HTTPError as error:
-            through = f" through the proxy of {self._via.name}" if self._via else ""
+            answer = await self._http.get("/v1/models")
+        except (Unreachable, Lost, TimeoutError) as error:
+            via = self._http.via
+            through = f" through the proxy of {via.name}" if via else ""
             raise MissingEnvironment(
                 f"no server at {url}{through}: {_named(error)}", "start it, or check the address"
             ) from error
-        if answer.status_code == 401:
+        if answer.status == 401:
             raise BadInput(
                 f"{url} refuses the API key (HTTP 401)", "name the environment variable that holds it: api_key_env"
             )
-        if answer.status_code == 404 and self.target.protocol == "tgi":
+        if answer.status == 404 and self.target.protocol == "tgi":
             return []
-        if answer.is_redirect:
+        if answer.redirects_to:
             return BadInput(f"{address} redirects to {_to(answer)}", "give the server's own address")
-        if answer.status_code != 200:
-            why = f"HTTP {answer.status_code}: {_said(answer.text)}"
+        if answer.status != 200:
+            why = f"HTTP {answer.status}: {_said(answer.text)}"
             hint = "name what it serves (--model, or model: in a recipe), or check the URL, which has no /v1"
             return BadInput(f"{address} lists no models: {why}", hint)
         try:
-            return _models(answer.json())
+            return _models(json.loads(answer.body))
         except BROKEN as error:
             hint = "give the URL without /v1, of an OpenAI-compatible server; or name another protocol"
             return BadInput(f"the answer of {address} is not a list of models: {_named(error)}", hint)
@@ -181,13 +169,11 @@ class Client:
 
     async def metrics(self) -> str:
         """The engine's Prometheus metrics as text; "" where it has none."""
-        import httpx
-
         try:
-            answer = await self._http.get(f"{self.target.url}/metrics", timeout=5.0)
-        except httpx.HTTPError:
+            answer = await self._http.get("/metrics", limit_s=5.0)
+        except (Unreachable, Lost, TimeoutError):
             return ""
-        return answer.text if answer.status_code == 200 and "# TYPE" in answer.text else ""
+        return answer.text if answer.status == 200 and "# TYPE" in answer.text else ""
 
     # ---- requests
 
@@ -232,27 +218,25 @@ class Client:
 
     async def send(self, body: bytes) -> Reply:
         """Send a body and follow its answer to the end."""
-        import httpx
-
         reply = Reply(sent=time.perf_counter_ns())
         limit = self.target.timeout_s
         try:
             async with asyncio.timeout(limit):
                 try:
                     await self._answered(body, reply)
-                except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                except Lost:
                     if reply.status:
                         raise
                     # A server may let go of a connection that it had kept just when it is used again (llama.cpp's
                     # does, after some requests): every client tries anew then, and what it took is in the times.
                     await self._answered(body, reply)
-        except (TimeoutError, httpx.TimeoutException):
+        except TimeoutError:
             n = len(reply.times)
             reply.fail(f"stalled after {n} tokens, for {limit:g} s in all" if n else f"no answer within {limit:g} s")
-        except httpx.ConnectError as error:
-            reply.fail(f"cannot connect: {_named(error)}")
-        except httpx.HTTPError as error:
-            reply.fail(f"connection lost after {len(reply.times)} tokens: {_named(error)}")
+        except Unreachable as error:
+            reply.fail(f"cannot connect: {_line(str(error))}")
+        except Lost as error:
+            reply.fail(f"connection lost after {len(reply.times)} tokens: {_line(str(error))}")
         except BROKEN as error:
             reply.fail(f"garbage in the answer: {_named(error)}")
         reply.done = reply.done or time.perf_counter_ns()
@@ -261,7 +245,7 @@ class Client:
         return reply
 
     async def _answered(self, body: bytes, reply: Reply) -> None:
-        async with self._http.stream("POST", self.target.url + self.protocol.PATH, content=body) as response:
+        async with self._http.stream(self.protocol.PATH, body) as response:
             await self._follow(response, reply)
 
     async def post(self, path: str, body: bytes) -> Json:
@@ -281,32 +265,29 @@ class Client:
 
     async def _whole(self, path: str, body: bytes) -> tuple[int, str]:
         """(status, text) of an answer; (0, reason) without one."""
-        import httpx
-
         try:
-            async with asyncio.timeout(self.target.timeout_s):
-                answer = await self._http.post(self.target.url + path, content=body)
-            return answer.status_code, answer.text
+            answer = await self._http.post(path, body)
         except TimeoutError:
             return 0, f"no answer within {self.target.timeout_s:g} s"
-        except httpx.HTTPError as error:
-            return 0, _named(error)
+        except (Unreachable, Lost) as error:
+            return 0, _line(str(error))
+        return answer.status, answer.text
 
-    async def _follow(self, response: httpx.Response, reply: Reply) -> None:
-        reply.status = response.status_code
-        if response.is_redirect:
+    async def _follow(self, response: Streaming, reply: Reply) -> None:
+        reply.status = response.status
+        if response.redirects_to:
             reply.error = f"HTTP {reply.status}: it redirects to {_to(response)}: give that address"
         elif reply.status != 200:
-            text = (await response.aread())[: events.MOST_BYTES].decode(errors="replace")
+            text = (await response.read())[: events.MOST_BYTES].decode(errors="replace")
             reply.error = f"HTTP {reply.status}: {_said(text)}"
         elif not self.protocol.STREAMS:
-            reply.add(self.protocol.read(json.loads(await response.aread())), time.perf_counter_ns())
+            reply.add(self.protocol.read(json.loads(await response.read())), time.perf_counter_ns())
         else:
             await self._stream(response, reply)
 
-    async def _stream(self, response: httpx.Response, reply: Reply) -> None:
+    async def _stream(self, response: Streaming, reply: Reply) -> None:
         kind = response.headers.get("content-type", "")
-        pieces, head = _timed(response), []
+        pieces, head = response.pieces(), []
         if "event-stream" not in kind:  # some streams go by another name: the first bytes tell
             start = b""
             async for now, piece in pieces:
@@ -331,12 +312,6 @@ class Client:
             reply.error = f"the stream ended early, after {len(reply.times)} tokens"
 
 
-async def _timed(response: httpx.Response) -> AsyncIterator[tuple[int, bytes]]:
-    """The bytes of an answer as they arrive, and when (perf_counter_ns)."""
-    async for piece in response.aiter_bytes():
-        yield time.perf_counter_ns(), piece
-
-
 async def _joined(
     head: Sequence[tuple[int, bytes]], rest: AsyncIterator[tuple[int, bytes]]
 ) -> AsyncIterator[tuple[int, bytes]]:
@@ -348,8 +323,6 @@ async def _joined(
 
 def checked(target: Target) -> Target:
     """Raises BadInput for a target that cannot be one."""
-    import httpx
-
     if target.protocol not in protocols.NAMES:
         raise BadInput(f"no protocol named {target.protocol!r}", f"known: {', '.join(protocols.NAMES)}")
     if not target.url.startswith(("http://", "https://")):
@@ -363,10 +336,11 @@ def checked(target: Target) -> Target:
     if not target.timeout_s > 0:
         raise BadInput(f"the timeout must be more than 0 s, not {target.timeout_s:g}", "leave it out for 120 s")
     try:
-        whole = httpx.URL(target.url)
-    except httpx.InvalidURL as error:
+        address = urlsplit(target.url)
+        host, _ = address.hostname, address.port
+    except ValueError as error:
         raise BadInput(f"{target.url!r} is not a URL: {error}", "write it as in http://localhost:8000") from error
-    if not whole.host:
+    if not host:
         raise BadInput(f"{target.url!r} names no server", "write it as in http://localhost:8000")
     return replace(target, url=target.url.rstrip("/"))
 
@@ -393,9 +367,9 @@ def _models(data: Json) -> list[dict[str, Json]]:
     return [dict(m) for m in found if isinstance(m, Mapping) and isinstance(m.get("id"), str)]
 
 
-def _to(response: httpx.Response) -> str:
+def _to(answer: Head) -> str:
     """Where an answer redirects to, in words that can be printed."""
-    return repr(response.headers.get("location", ""))[1:-1][:200] or "nowhere"
+    return repr(answer.redirects_to)[1:-1][:200]
 
 
 def _said(text: str) -> str:
