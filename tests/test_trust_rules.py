@@ -391,6 +391,24 @@ def test_lost_answers_are_those_beyond_the_second_runs(family: int) -> None:
     assert rules.lost(case(asked(wrong, merged=wrong), 0.3, "merged")).outcome == "not judged"
 
 
+@pytest.mark.parametrize(("lost", "again", "limit"), [(1, 0, 0.05), (2, 1, 0.08), (0, 0, 0.03)])
+def test_too_few_right_answers_say_how_many_would_tell(lost: int, again: int, limit: float) -> None:
+    second, merged = rows(*range(again), correct=False), rows(*range(again, again + lost), correct=False)
+    said = rules.lost(case(asked({}, second, merged=merged, int8={}), limit, "merged", 2))
+    assert said.outcome == "inconclusive"
+    n = next(int(word) for word in said.reason.split("at this rate ")[1].split() if word.isdigit())
+
+    def upper(of: int) -> float:
+        return stats.excess(math.ceil(lost * of / 60), again * of // 60, of, 1 - 0.1 / 2).high
+
+    assert upper(n) <= limit and all(upper(fewer) > limit for fewer in range(61, n))
+
+
+def test_answers_lost_at_the_limit_are_not_told_apart_by_any_number() -> None:
+    said = rules.lost(case(asked({}, {}, merged=rows(0, 1, 2, correct=False), int8={}), 0.05, "merged"))
+    assert said.outcome == "inconclusive" and f"{rules.MOST_TIMES} times" in said.reason
+
+
 def test_cut_off_answers_are_bounded_over_the_family() -> None:
     plan = policed(CAP, Rule("shorten", "cut", 0.15))
     said = verdict(decide(plan, asked(cut=rows(1, 2, stopped=False)), {}), "cut", "shorten.cut")

@@ -273,6 +273,10 @@ def over(case: Case) -> Verdict:
     return Verdict("", outcome, reason, "", Interval(asked, asked, asked, len(cut)), "tokens", case.limit)
 
 
+MOST_TIMES = 10
+"""More than so many times the prompts that were asked are not proposed."""
+
+
 def lost(case: Case) -> Verdict:
     """Few right answers are lost: of all prompts, or for a policy that cuts them of those that it cut."""
     return _cut_answers_lost(case) if case.step.technique == "truncate" else _answers_lost(case)
@@ -288,10 +292,23 @@ def _answers_lost(case: Case) -> Verdict:
     worse, better, right = case.evidence.lost(variant)
     if not right:
         return Verdict("", "not judged", f"{case.baseline} was not right twice in any prompt", against)
-    value = stats.excess(worse, better, right, 1 - 0.1 / case.family)  # 5 % on the side that is judged
+    level = 1 - 0.1 / case.family  # 5 % on the side that is judged
+    value = stats.excess(worse, better, right, level)
     reason = f"{worse} of {right} right answers are lost, and {better} in {case.baseline}'s second run alone"
     reason = f"{variant}: {reason}" if variant != case.variant else reason
-    return Verdict("", against_limit(value, "<=", case.limit), reason, against, value, "share", case.limit)
+    outcome = against_limit(value, "<=", case.limit)
+    if outcome == "inconclusive":
+        reason += f"; {_right_answers_needed(worse, better, right, level, case.limit)}"
+    return Verdict("", outcome, reason, against, value, "share", case.limit)
+
+
+def _right_answers_needed(worse: int, better: int, right: int, level: float, limit: float) -> str:
+    """How many right answers would tell, were those to come lost at the same rate."""
+    for n in range(right + 1, MOST_TIMES * right + 1):
+        lost, lost_again = math.ceil(worse * n / right), better * n // right
+        if stats.excess(lost, lost_again, n, level).high <= limit:
+            return f"at this rate {n} right answers would tell"
+    return f"at this rate not even {MOST_TIMES} times as many would tell"
 
 
 def _cut_answers_lost(case: Case) -> Verdict:
