@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from helpers.tool_results import DATA, LM_EVAL, SAMPLES, VLLM, aiperf, guidellm,
 
 from peftopt import store
 from peftopt.errors import BadInput
+from peftopt.gateway.lines import Line
 from peftopt.loadtest import importers
 
 
@@ -173,6 +175,75 @@ def test_a_teams_own_tool_feeds_the_decision(
     shown = (out.parent / "report.md").read_text()
     assert "was loaded apart" in shown
     assert command("report", out.parent) == 0 and (out.parent / "report.md").read_text() == shown
+
+
+def served(windows: int, slow: float = 1.5, least: int = 4) -> list[str]:
+    """A log of serve: in each window of 10 s a canary of `support` answers `slow` times as slowly as the live one, and
+    another adapter answers too. In the last window the canary answers nothing."""
+    lines = []
+    for window in range(windows + 1):
+        hard = 1 + 0.2 * (window % 3)
+        for number in range(least):
+            at = 1.8e9 + 10 * window + number
+            for adapter, version, arm, factor in (
+                ("support", "aa11", "live", 1.0),
+                ("support", "bb22", "canary", slow),
+                ("sales", "cc33", "live", 9.0),
+            ):
+                if arm == "canary" and window == windows:
+                    continue
+                line = Line(
+                    f"{window}-{number}-{version}", arrived=0.0, at=at, adapter=adapter, version=version, arm=arm
+                )
+                line.first, line.last = 0.05 * hard * factor, 0.1 * hard * factor
+                line.done, line.sent, line.new_tokens, line.prompt_tokens, line.status = line.last, 0.0, 3, 5, 200
+                lines.append(json.dumps(line.as_json()))
+    return lines
+
+
+def test_windows_of_a_gateways_log_are_blocks_in_which_both_arms_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_base: Path, tiny_lora: Path
+) -> None:
+    log = write(tmp_path / "requests.jsonl", "\n".join(served(windows=14)))
+    out = tmp_path / "run" / "measurements.jsonl"
+    out.parent.mkdir()
+    runs = importers.read(log, window_s=10.0)
+    assert [run.names[2] for run in runs if "support" in run.names] == ["live", "canary"] * 14
+    assert all(len(run.requests) == 4 for run in runs)
+    assert any("1 of 15 windows" in what for what in runs[0].lacks)
+    flags = ["--window", 10, "--workload", "peak", "--out", out]
+    assert command("import", log, "--variant", "aa11=adapter", "--variant", "bb22=slower", *flags) == 0
+    assert Counter(record.variant for record in lines_of(out)) == {"adapter": 14, "slower": 14}, "and none of sales"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{base: {tiny_base}, adapter: {tiny_lora}}}\n"
+        "workloads:\n  peak: {prompts: none.jsonl, new_tokens: 3, rate: 2, lengths: natural}\n"
+        "variants:\n  adapter: [{engine: vllm}]\n  slower: [merge, {engine: vllm}]\n"
+        "tradeoffs: {merge: {parity: off, lost: off, critical_errors: off}}\nminimize: latency.p50@peak\n"
+    )
+    capsys.readouterr()
+    command("decide", out.parent, "--recipe", recipe, "--json")
+    (slower,) = [v for v in json.loads(capsys.readouterr().out)["variants"] if v["name"] == "slower"]
+    (gain,) = [v for v in slower["verdicts"] if v["rule"] == "merge.gain"]
+    assert gain["outcome"] == "rejected"
+    assert gain["value"]["estimate"] == pytest.approx(1.5), "hard windows are hard for both"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--variant", "aa11=adapter", "--variant", "zz=merged"], "aa11"),
+        (["--variant", "aa11=adapter", "--variant", "merged"], "ARM=NAME"),
+        (["--variant", "adapter", "--window", "0.001"], "no window"),
+    ],
+)
+def test_arms_that_the_log_does_not_have_are_refused(
+    flags: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [line for line in served(windows=2) if json.loads(line)["arm"] == "live" or "-1-" in line]
+    out = tmp_path / "measurements.jsonl"
+    assert command("import", write(tmp_path / "r.jsonl", "\n".join(rows)), *flags, "--out", out) == 2
+    assert says in " ".join(capsys.readouterr().err.split()) and not out.exists()
 
 
 @pytest.fixture(scope="module")

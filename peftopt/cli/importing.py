@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peftopt.cli.shared import AsJson, app
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, BadInput
+
+if TYPE_CHECKING:
+    from peftopt.cli.console import Console
+    from peftopt.loadtest.importers import Found
 
 
 @app.command("import")
@@ -19,7 +24,11 @@ def import_(
         typer.Argument(help="Results of vllm bench serve, GuideLLM, AIPerf, lm-evaluation-harness, or a log of serve."),
     ],
     variant: Annotated[
-        list[str], typer.Option(help="The variant they measured, or one for each file; by default the file's name.")
+        list[str],
+        typer.Option(
+            help="The variant they measured, or one for each file; by default the file's name. Of a log of serve also "
+            "ARM=NAME or VERSION=NAME, repeated; what is not named is left out."
+        ),
     ] = [],  # noqa: B006
     workload: Annotated[
         str, typer.Option(help="The recipe's workload that this was: `decide` takes it as a block of it.")
@@ -28,6 +37,9 @@ def import_(
         str,
         typer.Option(help="The task that samples of lm-evaluation-harness are of; by default the file's name says."),
     ] = "",
+    window: Annotated[
+        float, typer.Option(help="Cut a log of serve into windows of so many seconds: each is a block for `decide`.")
+    ] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Append them to this measurements.jsonl.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,29 +50,78 @@ def import_(
     from peftopt.loadtest import runs as loading
     from peftopt.metrics import counted
 
-    if len(variant) > 1 and len(variant) != len(file):
+    called = _arms(variant)
+    if not called and len(variant) > 1 and len(variant) != len(file):
         raise BadInput(
             f"--variant is given {len(variant)} times for {counted(len(file), 'file')}",
             "give it once, or once for each file",
         )
-    names = variant * len(file) if len(variant) == 1 else variant or [path.stem for path in file]
+    names = [path.stem for path in file]
+    if variant and not called:
+        names = variant if len(variant) > 1 else variant * len(file)
     console, raw, answered = Console(), True, True
-    for path, name in zip(file, names, strict=True):
-        for found in importers.read(path, task):
+    for path, whole in zip(file, names, strict=True):
+        runs = list(_named(path, importers.read(path, task, window), called, whole))
+        for found, name in runs:
             answered = answered and not found.failed
-            kept = loading.keep(out, found, name, workload)
             raw = raw and found.raw
+            kept = loading.keep(out, found, name, workload)
             if as_json:
                 print(json.dumps(report.as_json.plain(kept), allow_nan=False))
-                continue
-            console.say(f"{path}: {found.source}, {found.title}", "bold")
-            if found.requests:
-                console.table(report.load.HEADER, report.load.rows(importers.as_loaded(found)))
-            else:
-                shown = found.reported or {k: v for k, v in found.values.items() if k != "samples"}
-                console.pairs("as it reports", {k: v for k, v in shown.items() if v is not None})
-            for what in found.lacks:
-                console.warn(f"it lacks {what}")
-            if found.failed:
-                console.warn("nothing was answered: every request failed")
+            elif not window:
+                _show(console, path, found, f" as {name}" if called else "")
+        if window and not as_json:
+            _show_windows(console, path, runs)
     raise typer.Exit(ENVIRONMENT if not answered else ACCEPTED if raw else INCONCLUSIVE)
+
+
+def _arms(variants: list[str]) -> dict[str, str]:
+    """The variant of each arm or version, where they are given so. Raises BadInput for a mixture."""
+    pairs = [tuple(each.split("=", 1)) for each in variants if "=" in each]
+    if pairs and len(pairs) < len(variants):
+        raise BadInput("--variant is given as NAME and as ARM=NAME", "write ARM=NAME for each arm of the log")
+    return {arm: name for arm, name in pairs}
+
+
+def _named(path: Path, runs: list[Found], called: dict[str, str], whole: str) -> Iterator[tuple[Found, str]]:
+    """The runs of a file and the variant of each: all are `whole`'s, or each is the one that its arm or version is
+    `called`. Raises BadInput where a name is not in the file."""
+    there = dict.fromkeys(name for run in runs for name in run.names)
+    unknown = [name for name in called if name not in there]
+    if unknown:
+        raise BadInput(f"{path} has no {', '.join(unknown)}", f"there are: {', '.join(there) or 'none with a name'}")
+    for run in runs:
+        name = next((called[known] for known in run.names if known in called), "")
+        if name or not called:
+            yield run, name or whole
+
+
+def _show_windows(console: Console, path: Path, runs: list[tuple[Found, str]]) -> None:
+    """Tell of a log's windows: a line for each arm, and what they lack."""
+    from peftopt.metrics import counted
+
+    arms: dict[str, list[Found]] = {}
+    for found, name in runs:
+        arms.setdefault(f"{found.title} as {name}", []).append(found)
+    for title, windows in arms.items():
+        requests = counted(sum(len(found.requests) for found in windows), "request")
+        console.say(f"{path}: {title}: {counted(len(windows), 'window')}, {requests}", "bold")
+    for what in dict.fromkeys(what for found, _ in runs for what in found.lacks):
+        console.warn(f"it lacks {what}")
+
+
+def _show(console: Console, path: Path, found: Found, named: str) -> None:
+    """Tell of a run, and of what it lacks."""
+    from peftopt import report
+    from peftopt.loadtest import importers
+
+    console.say(f"{path}: {found.source}, {found.title}{named}", "bold")
+    if found.requests:
+        console.table(report.load.HEADER, report.load.rows(importers.as_loaded(found)))
+    else:
+        shown = found.reported or {k: v for k, v in found.values.items() if k != "samples"}
+        console.pairs("as it reports", {k: v for k, v in shown.items() if v is not None})
+    for what in found.lacks:
+        console.warn(f"it lacks {what}")
+    if found.failed:
+        console.warn("nothing was answered: every request failed")

@@ -33,16 +33,19 @@ RAW = "raw samples: its metrics have no intervals, so nothing can be decided on 
 
 @dataclass(frozen=True)
 class About:
-    """What is known of a result file beside what it holds: its `name`, and the `task` that the user says it is of."""
+    """What is known of a result file beside what it holds: its `name`, the `task` that the user says it is of, and
+    into windows of how many seconds a log is cut (0 = it is one run)."""
 
     name: str = ""
     task: str = ""
+    window_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Found:
     """One run of another tool. `requests` where it kept them, else what it `reported`; `probe` is "load" or "task";
-    `started` is when it began, as peftopt.moments writes it, "" where the file does not tell."""
+    `started` is when it began, as peftopt.moments writes it, "" where the file does not tell. `names` are what it may
+    be called by where a file holds several: of a gateway's log the version, the arm and the adapter."""
 
     title: str
     source: str
@@ -52,6 +55,7 @@ class Found:
     probe: str = "load"
     values: Mapping[str, Json] = field(default_factory=dict)
     started: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def failed(self) -> bool:
@@ -80,9 +84,9 @@ def modules() -> list[ModuleType]:
     return [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
 
 
-def read(path: Path, task: str = "") -> list[Found]:
-    """The runs in a result file, whichever tool wrote it; `task` as in About. Raises BadInput for a file that none can
-    read."""
+def read(path: Path, task: str = "", window_s: float = 0.0) -> list[Found]:
+    """The runs in a result file, whichever tool wrote it; `task` and `window_s` as in About. Raises BadInput for a file
+    that none can read."""
     known = modules()
     try:
         data = _parsed(corpus.text_of(path.read_bytes()))
@@ -102,7 +106,7 @@ def read(path: Path, task: str = "") -> list[Found]:
         hint = f"known: {'; '.join(f'{m.NAME} ({m.VERSIONS})' for m in known)}"
         raise BadInput(f"{path} is not a result file that can be read", hint)
     try:
-        found: list[Found] = [_sound(run) for run in importer.read(data, About(path.name, task))]
+        found: list[Found] = [_sound(run) for run in importer.read(data, About(path.name, task, window_s))]
     except BROKEN as error:
         hint = f"format versions that can be read: {importer.VERSIONS}"
         raise BadInput(f"{path} looks like {importer.NAME}, but is not whole: {error!r}", hint) from error

@@ -1,6 +1,7 @@
 """The log of `peftopt serve`: a JSON line a request.
 
-Each version of an adapter is a run of its own, under the arm that it answered in.
+Each version of an adapter is a run of its own, under the arm that it answered in. Cut into windows, it is a run for
+each window in which every arm of the adapter answered: they shared the engine there, so they are a pair.
 """
 
 from __future__ import annotations
@@ -13,6 +14,12 @@ from peftopt.loadtest.importers import GAPS, About, Found, from_zero
 from peftopt.loadtest.moments import utc
 from peftopt.loadtest.summary import Request
 from peftopt.records import Json
+
+Row = Mapping[str, Json]
+"""A line of the log."""
+
+Which = tuple[str, str, str]
+"""Adapter, version and arm."""
 
 NAME, VERSIONS = "peftopt serve", "format 1"
 
@@ -33,7 +40,7 @@ def read(data: Json, about: About) -> list[Found]:
     """A run for each version of each adapter that answered. Raises ValueError for lines of another format."""
     if wrong := {row["format"] for row in data} - {1}:
         raise ValueError(f"format {sorted(wrong)[0]}, not 1")
-    runs: dict[tuple[str, str, str], list[Mapping[str, Json]]] = defaultdict(list)
+    runs: dict[Which, list[Row]] = defaultdict(list)
     for row in data:
         runs[row["adapter"], row["version"], row["arm"]].append(row)
     # what was turned away before it had a version counts against the version that was live
@@ -42,12 +49,38 @@ def read(data: Json, about: About) -> list[Found]:
         at = (adapter, versions.get((adapter, "live"), ""), "live")
         if adapter and not arm and at in runs:
             runs[at] += runs.pop((adapter, version, arm))
-    return [_run(*which, sorted(rows, key=lambda r: r["timestamp"])) for which, rows in runs.items() if which[0]]
+    known = {which: sorted(rows, key=lambda r: r["timestamp"]) for which, rows in runs.items() if which[0]}
+    if about.window_s <= 0:
+        return [_run(which, rows, utc(rows[0]["timestamp"] / 1e3)) for which, rows in known.items()]
+    return [
+        found for adapter in dict.fromkeys(which[0] for which in known) for found in _windows(adapter, known, about)
+    ]
 
 
-def _run(adapter: str, version: str, arm: str, rows: Sequence[Mapping[str, Json]]) -> Found:
+def _windows(adapter: str, known: Mapping[Which, Sequence[Row]], about: About) -> list[Found]:
+    """A run for each arm of an adapter and each window in which all of its arms answered."""
+    span_ms = 1e3 * about.window_s
+    arms = {which: rows for which, rows in known.items() if which[0] == adapter}
+    windows: dict[int, dict[Which, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for which, rows in arms.items():
+        for row in rows:
+            windows[int(row["timestamp"] // span_ms)][which].append(row)
+    shared = {n: parts for n, parts in sorted(windows.items()) if len(parts) == len(arms)}
+    if not shared:
+        raise ValueError(f"no window of {about.window_s:g} s in which every version of {adapter} answered")
+    lost = len(windows) - len(shared)
+    lacks = (f"all arms in {lost} of {len(windows)} windows: those are left out",) if lost else ()
+    return [
+        _run(which, rows, utc(number * about.window_s), lacks)
+        for number, parts in shared.items()
+        for which, rows in parts.items()
+    ]
+
+
+def _run(which: Which, rows: Sequence[Row], started: str, also: Sequence[str] = ()) -> Found:
+    adapter, version, arm = which
     ours = [row for row in rows if row["error_kind"] not in THEIRS]
-    lacks = [GAPS]
+    lacks = [GAPS, *also]
     if theirs := len(rows) - len(ours):
         lacks.append(f"{theirs} of {len(rows)} requests, which their clients gave up or asked wrongly: left out")
     guessed = sum(row["sources"].get("new_tokens") == "derived" for row in ours)
@@ -58,11 +91,12 @@ def _run(adapter: str, version: str, arm: str, rows: Sequence[Mapping[str, Json]
         source=NAME,
         lacks=tuple(lacks),
         requests=from_zero([_request(row) for row in ours]),
-        started=utc(rows[0]["timestamp"] / 1e3),
+        started=started,
+        names=tuple(name for name in (version, f"{adapter}/{arm}", arm, adapter) if name),
     )
 
 
-def _request(row: Mapping[str, Json]) -> Request:
+def _request(row: Row) -> Request:
     arrived = row["timestamp"] / 1e3
     error = str(row["error"] or "")
     first = None if error or row["ttft_ms"] is None else arrived + row["ttft_ms"] / 1e3
