@@ -45,6 +45,10 @@ class Options:
     admin: Annotated[
         str, typer.Option(help="Where operators are listened to: unix:PATH or HOST:PORT; by default in --state.")
     ] = ""
+    workers: Annotated[int, typer.Option(help="Processes that answer users; each has its part of the limits.")] = 1
+    join: Annotated[
+        str, typer.Option(help="Socket where workers join that somebody else starts; `export gunicorn` uses it.")
+    ] = ""
     admin_key_env: Annotated[str, typer.Option(help="Environment variable with the operators' key.")] = ""
     adapters_from: Annotated[
         list[Path], typer.Option(help="Folder below which `adapters put` may take adapters; repeat for several.")
@@ -132,11 +136,15 @@ def _config(options: Options, what: What) -> Config:
     from peftopt import corpus
     from peftopt.engines._server import check_port
     from peftopt.gateway import keys, limits, lives
-    from peftopt.gateway.run import Config, socket_of
+    from peftopt.gateway.listening import socket_of
+    from peftopt.gateway.run import Config
     from peftopt.gateway.upstream import Timeouts
+    from peftopt.gateway.workers import shares
 
     _check_extra()
-    check_port(options.port)
+    if not options.join:
+        check_port(options.port)
+    shares.check(options.workers, limits.parse(options.limits), options.per_adapter, options.per_key)
     life = lives.Settings(keep_s=options.keep)
     if options.canary:
         life.prompts = {row.id: row.messages for row in corpus.read(str(options.canary))[:8]}
@@ -163,6 +171,8 @@ def _config(options: Options, what: What) -> Config:
         log=options.log,
         drain_s=options.drain,
         slos_s=what.slos_s,
+        workers=options.workers,
+        join=options.join,
     )
 
 
