@@ -110,9 +110,7 @@ def _what(options: Options) -> What:
     from peftopt.gateway import decided
     from peftopt.runner import preflight
 
-    if sum(map(bool, (options.run, options.base, options.upstream))) != 1:
-        hint = "name a finished run, the folder of a model, or a server's address"
-        raise BadInput("serve takes one of RUN, --base DIR and --upstream URL", hint)
+    check_source(options)
     given = [named(text) for text in options.adapter]
     if len(dict(given)) < len(given) or "base" in dict(given):
         what = "two adapters, or an adapter and the base, have the same name"
@@ -130,6 +128,13 @@ def _what(options: Options) -> What:
         for _, folder in given:
             preflight.check_adapter(folder, options.base, [])
     return What(options.base, dict(given), options.engine)
+
+
+def check_source(options: Options) -> None:
+    """Raises BadInput unless one thing to serve is named."""
+    if sum(map(bool, (options.run, options.base, options.upstream))) != 1:
+        hint = "name a finished run, the folder of a model, or a server's address"
+        raise BadInput("serve takes one of RUN, --base DIR and --upstream URL", hint)
 
 
 def _config(options: Options, what: What) -> Config:

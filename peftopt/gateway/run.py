@@ -277,11 +277,12 @@ class Gateway:
     async def _drain(self) -> None:
         """No new requests; wait for those that run, as long as they may take."""
         self.shared.open = False
-        until = time.monotonic() + self.config.drain_s
-        if self.supervisor:
-            await self.supervisor.published()
-        while self._busy() and time.monotonic() < until:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.drain_s):
+                if self.supervisor:
+                    await self.supervisor.published()
+                while self._busy():
+                    await asyncio.sleep(0.05)
 
     def _busy(self) -> int:
         """Requests that run or wait, here or in the workers."""
