@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from helpers.paced import Paced, paced
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peftopt.engines._server import free_port
 from peftopt.errors import BadInput
 from peftopt.gateway.keys import Key, Keys
 from peftopt.gateway.limits import Limits
@@ -218,6 +221,25 @@ def test_a_canary_is_judged_by_what_all_workers_hear(engine: Paced, two: tuple[P
             users.shutdown()
         assert all(each.result() is None for each in traffic)
         assert code == 1 and "canary.latency" in said, said
+
+
+def test_workers_that_somebody_else_starts_join_and_leave_with_the_supervisor(engine: Paced, tmp_path: Path) -> None:
+    """As gunicorn does: an ASGI server with the application of peftopt.gateway.asgi."""
+    port, path = free_port(), tmp_path / "workers.sock"
+    variables = {**os.environ, "PEFTOPT_JOIN": str(path)}
+    uvicorn = (sys.executable, "-m", "uvicorn", "peftopt.gateway.asgi:app", "--lifespan", "on", "--port", str(port))
+    joins = ("--upstream", engine.url, "--workers", WORKERS, "--join", path)
+    with serving(tmp_path, *joins, ready=False) as supervisor:
+        users = Gateway(f"http://127.0.0.1:{port}", supervisor.state, supervisor.log, supervisor.process)
+        with subprocess.Popen([*uvicorn, "--log-level", "error"], env=variables) as worker:
+            try:
+                until(lambda: is_ready(users))
+                assert users.ask("x").status_code == 200 and users.metric("peftopt_requests_total") == 1
+                assert by_worker(users).keys() == {"1"}
+                supervisor.process.kill()
+                assert worker.wait(BIG_S) is not None, "it has nothing to answer by"
+            finally:
+                worker.kill()
 
 
 # ---- the pure parts ----------------------------------------------------------------------------

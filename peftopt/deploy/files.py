@@ -6,10 +6,14 @@ import json
 import math
 import shlex
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftopt.deploy.deployed import Deployed, Exported, File
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATES = Path(__file__).parent / "templates"
 PERIOD_S = 10
@@ -59,16 +63,6 @@ def _cut(what: Deployed) -> tuple[str, ...]:
 
 
 def _file(name: str, what: Deployed) -> File:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"json": json.dumps, "shell": shlex.join, "unit": unit_word, "comment": _comment}
     values: dict[str, Any] = {
         "what": what,
         "times": what.times,
@@ -76,7 +70,22 @@ def _file(name: str, what: Deployed) -> File:
         "tries": math.ceil(what.times.start.seconds / PERIOD_S),
         "uid": UID,
     }
-    return File(name, environment.get_template(f"{name}.j2").render(values))
+    return File(name, _templates().get_template(f"{name}.j2").render(values))
+
+
+@cache
+def _templates() -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    found = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.filters |= {"json": json.dumps, "shell": shlex.join, "unit": unit_word, "comment": _comment}
+    return found
 
 
 def unit_word(word: str) -> str:
