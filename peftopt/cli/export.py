@@ -35,7 +35,7 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write the files to; those that are there stay.")],
     image: Annotated[str, typer.Option(help="Name of the image (compose, k8s).")] = "peftopt:latest",
     gpus: Annotated[int, typer.Option(help="GPUs of the container (compose, k8s).")] = 0,
-    cpus: Annotated[float, typer.Option(help="Cores of the container (compose, k8s).")] = 2.0,
+    cpus: Annotated[float, typer.Option(help="Cores that the container asks for (k8s).")] = 2.0,
     memory: Annotated[float, typer.Option(help="Memory of the container in GiB (compose, k8s).")] = 8.0,
 ) -> None:
     """Write what gunicorn, systemd, Compose or Kubernetes starts a gateway by, with times to end that add up."""
