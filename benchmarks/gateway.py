@@ -40,10 +40,10 @@ LEFT_WITHIN_S = 1.0
 
 
 @contextlib.contextmanager
-def gateway(url: str, where: Path) -> Iterator[str]:
-    """`peftopt serve` before the engine; its URL."""
+def gateway(url: str, where: Path, *more: str) -> Iterator[str]:
+    """`peftopt serve` before the engine, with more options; its URL."""
     port = free_port()
-    command = [sys.executable, "-m", "peftopt.cli", "serve", "--upstream", url, "--port", str(port)]
+    command = [sys.executable, "-m", "peftopt.cli", "serve", "--upstream", url, "--port", str(port), *more]
     process = subprocess.Popen([*command, "--state", str(where / "state"), "--log", str(where / "log.jsonl")], cwd=ROOT)
     try:
         yield ready(f"http://127.0.0.1:{port}", "/health/ready", process)

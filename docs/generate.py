@@ -1,6 +1,7 @@
-"""Write the pages of the docs that are read from the code: docs/metrics.md and docs/cli.md.
+"""Write the pages of the docs that are read from the code: docs/metrics.md, docs/cli.md, and in docs/deploying.md what
+`peftopt export` writes.
 
-    python docs/generate.py            # write both pages
+    python docs/generate.py            # write the pages
     python docs/generate.py --check    # exit 1, and write nothing, where a page is out of date
 
 The pages come from the table of metrics and from the options of the command line, not from the text on a terminal:
@@ -23,7 +24,7 @@ BETTER = {"lower": "lower", "higher": "higher", "either": "neither"}
 
 def pages() -> Mapping[str, str]:
     """The generated pages by file name."""
-    return {"metrics.md": metrics_page(), "cli.md": cli_page()}
+    return {"metrics.md": metrics_page(), "cli.md": cli_page(), "deploying.md": deploying_page()}
 
 
 def metrics_page() -> str:
@@ -92,6 +93,23 @@ def cli_page() -> str:
             *sections,
         ]
     ) + "\n"  # fmt: skip
+
+
+def deploying_page() -> str:
+    """The page as it is, with what `export` writes today under each line that names an export."""
+    page = (FOLDER / "deploying.md").read_text(encoding="utf-8")
+    return re.sub(r"<!-- export (\w+) (.*) -->\n```\w*\n(?:.*\n)*?```\n", _exported, page)
+
+
+def _exported(block: re.Match[str]) -> str:
+    from peftopt.cli.export import Here, Target, deployed
+    from peftopt.deploy import files
+
+    target, arguments = block[1], block[2]
+    where = Here(Path("/srv/peftopt"), "/opt/peftopt/bin/python", "/opt/peftopt/environments")
+    text = files.TARGETS[target](deployed(arguments.split(), Target(target), where)).files[0].text
+    language = "ini" if target == "systemd" else "yaml"
+    return f"<!-- export {target} {arguments} -->\n```{language}\n{text.rstrip()}\n```\n"
 
 
 def _verbs(command: Any, name: str) -> Iterator[tuple[str, Any]]:

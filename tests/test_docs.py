@@ -22,7 +22,7 @@ def generator() -> dict[str, Any]:
     return runpy.run_path(str(DOCS / "generate.py"))
 
 
-@pytest.mark.parametrize("page", ["metrics.md", "cli.md"])
+@pytest.mark.parametrize("page", ["metrics.md", "cli.md", "deploying.md"])
 def test_a_generated_page_is_up_to_date(page: str, generator: dict[str, Any]) -> None:
     assert (DOCS / page).read_text() == generator["pages"]()[page], "run python docs/generate.py"
 

@@ -24,6 +24,7 @@ VERBS = (
     "load",
     "serve",
     "adapters",
+    "export",
     "canary",
     "importing",
     "around",

@@ -45,6 +45,10 @@ class Options:
     admin: Annotated[
         str, typer.Option(help="Where operators are listened to: unix:PATH or HOST:PORT; by default in --state.")
     ] = ""
+    workers: Annotated[int, typer.Option(help="Processes that answer users; each has its part of the limits.")] = 1
+    join: Annotated[
+        str, typer.Option(help="Socket where workers join that somebody else starts; `export gunicorn` uses it.")
+    ] = ""
     admin_key_env: Annotated[str, typer.Option(help="Environment variable with the operators' key.")] = ""
     adapters_from: Annotated[
         list[Path], typer.Option(help="Folder below which `adapters put` may take adapters; repeat for several.")
@@ -106,9 +110,7 @@ def _what(options: Options) -> What:
     from peftopt.gateway import decided
     from peftopt.runner import preflight
 
-    if sum(map(bool, (options.run, options.base, options.upstream))) != 1:
-        hint = "name a finished run, the folder of a model, or a server's address"
-        raise BadInput("serve takes one of RUN, --base DIR and --upstream URL", hint)
+    check_source(options)
     given = [named(text) for text in options.adapter]
     if len(dict(given)) < len(given) or "base" in dict(given):
         what = "two adapters, or an adapter and the base, have the same name"
@@ -128,15 +130,26 @@ def _what(options: Options) -> What:
     return What(options.base, dict(given), options.engine)
 
 
+def check_source(options: Options) -> None:
+    """Raises BadInput unless one thing to serve is named."""
+    if sum(map(bool, (options.run, options.base, options.upstream))) != 1:
+        hint = "name a finished run, the folder of a model, or a server's address"
+        raise BadInput("serve takes one of RUN, --base DIR and --upstream URL", hint)
+
+
 def _config(options: Options, what: What) -> Config:
     from peftopt import corpus
     from peftopt.engines._server import check_port
     from peftopt.gateway import keys, limits, lives
-    from peftopt.gateway.run import Config, socket_of
+    from peftopt.gateway.listening import socket_of
+    from peftopt.gateway.run import Config
     from peftopt.gateway.upstream import Timeouts
+    from peftopt.gateway.workers import shares
 
     _check_extra()
-    check_port(options.port)
+    if not options.join:
+        check_port(options.port)
+    shares.check(options.workers, limits.parse(options.limits), options.per_adapter, options.per_key)
     life = lives.Settings(keep_s=options.keep)
     if options.canary:
         life.prompts = {row.id: row.messages for row in corpus.read(str(options.canary))[:8]}
@@ -163,6 +176,8 @@ def _config(options: Options, what: What) -> Config:
         log=options.log,
         drain_s=options.drain,
         slos_s=what.slos_s,
+        workers=options.workers,
+        join=options.join,
     )
 
 

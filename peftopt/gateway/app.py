@@ -10,16 +10,16 @@ import asyncio
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from peftopt.gateway.admission import Admission, Refused, Ticket
 from peftopt.gateway.errors import Problem
 from peftopt.gateway.frames import Ended, Frames
 from peftopt.gateway.keys import ANYONE, Key, Keys
 from peftopt.gateway.lines import Line, Log
-from peftopt.gateway.lives import Lives
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.routes import Table
 from peftopt.gateway.upstream import Answer, Fault, Upstream, unless
@@ -37,6 +37,25 @@ GONE = 499
 """The status in the log of a request whose client went away (nginx's word for it; nothing is sent)."""
 
 
+class Adapters(Protocol):
+    """What requests ask of the adapters: Lives, or in one of several workers what the supervisor tells of them.
+    `in_flight` counts requests by the name at the engine; `switched`: seconds of loads that no request has told of."""
+
+    in_flight: Counter[str]
+    switched: dict[str, float]
+
+    @property
+    def table(self) -> Table:
+        """The routes as they are now."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether every route has answered as itself."""
+
+    def heard(self, line: Line, sticky: str) -> None:
+        """A request is over."""
+
+
 @dataclass
 class Settings:
     """`most_body_bytes` of a request; `model_loading_time`: seconds that the engine took to start, for the log."""
@@ -48,10 +67,10 @@ class Settings:
 @dataclass
 class Shared:
     """What every request uses. `open` is False while the gateway drains: it takes in no more. `here`: requests that
-    have no line in the log yet."""
+    have no line in the log yet. `scrape`: the metrics of all workers, where there are several."""
 
     upstream: Upstream
-    lives: Lives
+    lives: Adapters
     admission: Admission
     keys: Keys
     metrics: Metrics
@@ -61,11 +80,16 @@ class Shared:
     open: bool = True
     here: int = 0
     turns: dict[Ticket, asyncio.Future[None]] = field(default_factory=dict)
+    scrape: Callable[[], Awaitable[bytes]] | None = None
 
     @property
     def table(self) -> Table:
         """The routes as they are now."""
-        return self.lives.registry.table
+        return self.lives.table
+
+    async def exposition(self) -> bytes:
+        """The metrics of the whole gateway."""
+        return await self.scrape() if self.scrape else self.metrics.text()
 
     def let_in(self, tickets: list[Ticket]) -> None:
         """Wake those whose turn it is."""
@@ -92,6 +116,9 @@ class App:
         path, method = scope["path"], scope["method"]
         if path in GENERATES and method == "POST":
             await Exchange(self.shared, scope, receive, send).run()
+        elif path == "/metrics" and method == "GET":
+            text = await self.shared.exposition()
+            await _whole(send, 200, text, "text/plain; version=0.0.4; charset=utf-8")
         else:
             await _whole(send, *self._small(path, method, _headers(scope)))
 
@@ -104,8 +131,6 @@ class App:
             "/health/ready": self._ready,
             "/health": self._ready,
         }
-        if path == "/metrics" and method == "GET":
-            return 200, self.shared.metrics.text(), "text/plain; version=0.0.4; charset=utf-8"
         if key is None:
             problem = _unknown_key()
         elif path in known and method in ("GET", "HEAD"):

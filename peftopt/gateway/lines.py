@@ -6,10 +6,12 @@ in them.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -160,11 +162,13 @@ def _p95(gaps: list[float]) -> float | None:
 
 class Log:
     """A file of lines, or standard output ("-"), or nothing (""). A line that cannot be written is counted in `lost`
-    and takes nothing else with it; the file is tried again at the next."""
+    and takes nothing else with it; the file is tried again at the next. A `shared` file has lines of several processes:
+    each holds a lock while it writes one or sets the file aside."""
 
-    def __init__(self, where: str, rotate_bytes: int = ROTATE_BYTES) -> None:
+    def __init__(self, where: str, rotate_bytes: int = ROTATE_BYTES, shared: bool = False) -> None:
         """Raises MissingEnvironment for a file that cannot be opened."""
         self.written = self.lost = 0
+        self._shared = shared
         self._rotate, self._file, self._path = rotate_bytes, None, None
         if where == "-":
             self._file = sys.stdout.buffer
@@ -201,21 +205,45 @@ class Log:
             return
         if self._file is None:
             self._file = self._opened(self._path)
-        at = os.fstat(self._file.fileno()).st_size
-        if at and at + len(text) > self._rotate:
-            self._set_aside()
-            at = os.fstat(self._file.fileno()).st_size
+        while True:
+            with self._alone(self._path) as file:
+                at = os.fstat(file.fileno()).st_size
+                if not at or at + len(text) <= self._rotate or not self._set_aside():
+                    self._add(file, text, at)
+                    return
+
+    @contextlib.contextmanager
+    def _alone(self, path: Path) -> Iterator[BinaryIO]:
+        """The file, without other processes meanwhile: the one that the path leads to, where another has set the one
+        that was open aside."""
+        assert self._file is not None
+        while self._shared:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            if _same(self._file, path):
+                break
+            self._file.close()
+            self._file = self._opened(path)
+        file = self._file
         try:
-            written = os.write(self._file.fileno(), text)
+            yield file
+        finally:
+            if self._shared and not file.closed:
+                fcntl.flock(file, fcntl.LOCK_UN)
+
+    @staticmethod
+    def _add(file: BinaryIO, text: bytes, at: int) -> None:
+        """Add a line to a file of `at` bytes, whole or not at all."""
+        try:
+            written = os.write(file.fileno(), text)
             if written < len(text):
                 raise OSError("a part of the line was written")
         except OSError:
-            os.ftruncate(self._file.fileno(), at)  # half a line would spoil the next
+            os.ftruncate(file.fileno(), at)  # half a line would spoil the next
             raise
 
-    def _set_aside(self) -> None:
-        """Give the full file the first name that is free: NAME.1 is the oldest. Where the folder allows no other name,
-        the file goes on."""
+    def _set_aside(self) -> bool:
+        """Give the full file the first name that is free, and open another: NAME.1 is the oldest. Whether that was
+        done: where the folder allows no other name, the file goes on."""
         assert self._path is not None and self._file is not None
         number = 1
         while (aside := self._path.with_name(f"{self._path.name}.{number}")).exists():
@@ -223,11 +251,20 @@ class Log:
         try:
             self._path.rename(aside)
         except OSError:
-            return
+            return False
         self._file.close()
         self._file = None
         self._file = self._opened(self._path)
+        return True
 
     @staticmethod
     def _opened(path: Path) -> BinaryIO:
         return path.open("ab", buffering=0)
+
+
+def _same(file: BinaryIO, path: Path) -> bool:
+    """Whether the path leads to the file that is open."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False

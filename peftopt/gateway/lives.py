@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from peftopt.gateway.fingerprints import Fingerprints
 from peftopt.gateway.lines import Line
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import Registry, Stored
-from peftopt.gateway.routes import Route, Version
+from peftopt.gateway.routes import Route, Table, Version
 from peftopt.gateway.trial import Judged, Terms, Trial
 from peftopt.loadtest.client import Client
 from peftopt.loadtest.protocols import Target
@@ -93,8 +93,15 @@ class Lives:
         self.verdicts: dict[str, Outcome] = {}
         """What came of the last trial of each route."""
         self.fingerprints = Fingerprints(settings.prompts)
+        self.published: Callable[[], Awaitable[None]] = _at_once
+        """Waits until every process that answers users follows the routes."""
         self._replaced: dict[str, float] = {}
         self._one = asyncio.Lock()
+
+    @property
+    def table(self) -> Table:
+        """The routes as they are now."""
+        return self.registry.table
 
     # ---- the engine starts
 
@@ -110,6 +117,7 @@ class Lives:
             notes = await self._all_asked()
             self._show()
             self.ready = True
+            await self.published()
             return notes
 
     def _bring(self) -> None:
@@ -228,6 +236,7 @@ class Lives:
             for version in route.versions():
                 self._replaced.setdefault(version.served, 0.0)
             self._show()
+            await self.published()
         left = await self.retire()
         return Outcome(REJECTED if left else ACCEPTED, "; ".join(left) or f"{name} is unloaded")
 
@@ -408,6 +417,7 @@ class Lives:
             if stored := self.registry.versions.get(served):
                 self.registry.keep(stored, state=state)
         self._show()
+        await self.published()
 
     async def _mixed(self, client: Client, names: Sequence[str]) -> list[str]:
         """Ask all of them at once, and count it; whose answers are not their own."""
@@ -453,6 +463,10 @@ class Lives:
                     }
                 )
         return rows
+
+
+async def _at_once() -> None:
+    """One process answers users, by the table that was changed."""
 
 
 def _not_finite(file: Path) -> str:

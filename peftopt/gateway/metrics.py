@@ -15,6 +15,8 @@ BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 FINE = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 OVERHEAD = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
 WHICH = ("adapter", "version", "arm")
+BY_WORKER = ("peftopt_running", "peftopt_waiting", "peftopt_batch_fill_ratio")
+"""Gauges that each worker has of its own, where there are several."""
 
 
 class Metrics:
@@ -54,6 +56,7 @@ class Metrics:
         self.errors = counter("peftopt_errors", "Requests that failed, by kind.", (*WHICH, "kind"))
         self.log_lost = counter("peftopt_log_lost", "Lines of the log that could not be written.", ())
         self.restarts = counter("peftopt_engine_restarts", "Times that the engine was started again.", ())
+        self.worker_restarts = counter("peftopt_worker_restarts", "Times that a worker was started again.", ())
         self.running = gauge("peftopt_running", "Requests at the engine.")
         self.waiting = gauge("peftopt_waiting", "Requests that wait here.")
         self.limit = gauge("peftopt_limit", "Limits in force; 0 is none.", ("what",))

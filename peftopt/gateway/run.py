@@ -7,38 +7,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from peftopt.engines._server import Server
-from peftopt.errors import BadInput, MissingEnvironment, PeftoptError
+from peftopt.errors import PeftoptError
 from peftopt.gateway import admin, backends
 from peftopt.gateway.admission import Admission
 from peftopt.gateway.app import App, Settings, Shared
 from peftopt.gateway.backends import Start
-from peftopt.gateway.heads import bounded
 from peftopt.gateway.keys import Keys
 from peftopt.gateway.limits import Limits
 from peftopt.gateway.lines import Log
+from peftopt.gateway.listening import address, listening, operated, socket_of
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.lives import Settings as LifeSettings
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import Registry, is_served_name, open_registry
 from peftopt.gateway.routes import Route
 from peftopt.gateway.upstream import Timeouts, Upstream, unless
+from peftopt.gateway.workers import messages, shares
+from peftopt.gateway.workers.supervisor import Plan, Supervisor
 from peftopt.loadtest import client as clients
 from peftopt.loadtest import prometheus
 from peftopt.loadtest.client import Client
 from peftopt.loadtest.protocols import Target
-
-if TYPE_CHECKING:
-    import uvicorn
 
 LOOK_EVERY_S, RECONCILE_EVERY_S, SAMPLE_EVERY_S, JUDGE_EVERY_S = 0.5, 10.0, 2.0, 1.0
 LINES_S = 5.0
@@ -51,7 +47,8 @@ AGAIN_S, AGAIN_AT_MOST_S = 1.0, 60.0
 class Config:
     """What to run. `upstream`: the URL of a server that runs already, else `start` makes the engine's command line for
     a highest rank; `adapters` by name; `admin`: "unix:PATH" or "HOST:PORT"; `allowed`: where adapters may be put from;
-    `slos_s`: limits of the decision in seconds, each the bound of a bucket."""
+    `slos_s`: limits of the decision in seconds, each the bound of a bucket; `workers` processes answer users, which
+    somebody else starts where they `join` at a socket."""
 
     state: Path
     host: str = "127.0.0.1"
@@ -73,6 +70,8 @@ class Config:
     drain_s: float = 30.0
     slos_s: Sequence[float] = ()
     most_body_bytes: int = Settings.most_body_bytes
+    workers: int = 1
+    join: str = ""
 
 
 def run(config: Config, tell: Callable[[str], None]) -> int:
@@ -93,6 +92,8 @@ class Gateway:
         self.metrics = Metrics(config.slos_s)
         self.log = Log(config.log)
         self.engine: Server | None = None
+        self.supervisor: Supervisor | None = None
+        """Of the workers, where there are several."""
         self.ended = asyncio.Event()
         self.starting = False
         """Whether a dead engine is being started again."""
@@ -276,10 +277,17 @@ class Gateway:
     async def _drain(self) -> None:
         """No new requests; wait for those that run, as long as they may take."""
         self.shared.open = False
-        until = time.monotonic() + self.config.drain_s
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.drain_s):
+                if self.supervisor:
+                    await self.supervisor.published()
+                while self._busy():
+                    await asyncio.sleep(0.05)
+
+    def _busy(self) -> int:
+        """Requests that run or wait, here or in the workers."""
         admission = self.shared.admission
-        while (admission.running or admission.waiting) and time.monotonic() < until:
-            await asyncio.sleep(0.05)
+        return admission.running + admission.waiting + (self.supervisor.busy if self.supervisor else 0)
 
     async def _lines(self) -> None:
         """Wait for the lines of those that the end has cut off."""
@@ -289,75 +297,41 @@ class Gateway:
 
     @contextlib.asynccontextmanager
     async def _listening(self, lives: Lives) -> AsyncIterator[None]:
-        """Both applications on their sockets."""
+        """Users and operators are listened to."""
         config = self.config
         operators = admin.application(lives, config.allowed, config.admin_key)
-        where = _address(config.admin)
-        if isinstance(where, Path):
-            where.parent.mkdir(parents=True, exist_ok=True)
-            if where.exists() and not where.is_socket():
-                raise BadInput(f"{where} is there, and it is not a socket", "name another path: --admin unix:PATH")
-            where.unlink(missing_ok=True)
-        servers = [_server(App(self.shared), (config.host, config.port)), _server(operators, where)]
-        tasks = []
-        for server in servers:
-            tasks.append(asyncio.ensure_future(server.serve()))
-            while not server.started:
-                if tasks[-1].done():
-                    servers[0].should_exit = True
-                    tasks[-1].result()
-                await asyncio.sleep(0.01)
-        if isinstance(where, Path):
-            where.chmod(0o600)
-        try:
-            yield
-        finally:
-            for server in servers:
-                server.should_exit = True
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _address(text: str) -> Path | tuple[str, int]:
-    """Where operators are listened to. Raises BadInput for neither a socket nor a port."""
-    if text.startswith("unix:"):
-        return Path(text.removeprefix("unix:"))
-    host, _, port = text.rpartition(":")
-    if not port.isdigit():
-        raise BadInput(f"--admin {text!r} is no address", "write unix:PATH or 127.0.0.1:8001")
-    return host or "127.0.0.1", int(port)
-
-
-def _server(app: Any, where: Path | tuple[str, int]) -> uvicorn.Server:
-    import uvicorn
-
-    class Quiet(uvicorn.Server):
-        """Signals are the gateway's business, and so is what to say of an address that is taken."""
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            try:
-                await super().startup(sockets)
-            except SystemExit:
-                hint = "choose another: --port or --admin"
-                raise MissingEnvironment(f"cannot listen on {_shown(self)}", hint) from None
-
-        @contextlib.contextmanager
-        def capture_signals(self) -> Iterator[None]:
+        where = address(config.admin)
+        async with self._users(lives), operated(operators, where):
             yield
 
-    place: dict[str, Any] = {"uds": str(where)} if isinstance(where, Path) else {"host": where[0], "port": where[1]}
-    quiet: dict[str, Any] = {"log_level": "error", "access_log": False, "lifespan": "off", "server_header": False}
-    quiet |= {"http": bounded(), "ws": "none"}
-    return Quiet(uvicorn.Config(app, **place, **quiet, timeout_graceful_shutdown=2))
+    @contextlib.asynccontextmanager
+    async def _users(self, lives: Lives) -> AsyncIterator[None]:
+        """Users are answered, by this process or by its workers."""
+        config = self.config
+        if config.workers == 1 and not config.join:
+            async with listening(App(self.shared), (config.host, config.port)):
+                yield
+            return
+        own = socket_of(config.state, "workers").removeprefix("unix:")
+        users = None if config.join else (config.host, config.port)
+        plan = Plan(config.workers, self._part, Path(config.join or own), users)
+        self.supervisor = Supervisor(plan, self.shared, lives, self.tell)
+        async with self.supervisor.running():
+            lives.published = self.supervisor.published
+            yield
 
-
-def _shown(server: uvicorn.Server) -> str:
-    return server.config.uds or f"{server.config.host}:{server.config.port}"
-
-
-def socket_of(state: Path) -> str:
-    """Where operators are listened to, unless told otherwise: a socket in the state's folder, or where that path is
-    too long for one (108 bytes on Linux), one in the user's runtime folder."""
-    path = state.resolve() / "admin.sock"
-    if len(os.fsencode(path)) > 100:
-        path = Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp")) / f"peftopt-{os.getuid()}-{os.getpid()}.sock"
-    return f"unix:{path}"
+    def _part(self, index: int) -> messages.Part:
+        """What a worker works with."""
+        config, workers = self.config, self.config.workers
+        return messages.Part(
+            index=index,
+            url=self.shared.upstream.url,
+            limits=shares.limits_of(config.limits, workers, index),
+            per_adapter=shares.part(config.per_adapter, workers, index),
+            per_key=shares.part(config.per_key, workers, index),
+            keys=messages.keys(shares.keys_of(config.keys, workers)),
+            timeouts=config.timeouts,
+            log=config.log,
+            slos_s=tuple(config.slos_s),
+            most_body_bytes=config.most_body_bytes,
+        )

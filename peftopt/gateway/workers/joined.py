@@ -1,0 +1,161 @@
+"""A worker: it answers users by what the supervisor tells of the adapters, and tells of its requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from peftopt.errors import MissingEnvironment
+from peftopt.gateway.admission import Admission
+from peftopt.gateway.app import Settings, Shared
+from peftopt.gateway.lines import Line, Log
+from peftopt.gateway.metrics import Metrics
+from peftopt.gateway.routes import Table
+from peftopt.gateway.upstream import Upstream
+from peftopt.gateway.workers import messages, sums
+from peftopt.gateway.workers.channel import MOST_BYTES, Channel, Closed
+from peftopt.gateway.workers.messages import Asked, Counts, Part, State
+from peftopt.records import Json
+
+JOIN_S, AGAIN_S = 60.0, 0.2
+"""The longest that a worker waits for the supervisor and for a place among its workers."""
+TELL_EVERY_S = 0.05
+"""How often a worker tells of its requests, where their numbers have changed."""
+LINES_S = 5.0
+"""The longest that the end waits for the last lines of the log."""
+
+
+class Followed:
+    """The adapters as the supervisor tells of them: what users' requests ask, in the place of Lives."""
+
+    def __init__(self) -> None:
+        self.state = State()
+        self.in_flight: Counter[str] = Counter()
+        self.switched: dict[str, float] = {}
+        self.table = Table()
+        self.channel: Channel | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether every route has answered as itself."""
+        return self.state.ready
+
+    def heard(self, line: Line, sticky: str) -> None:
+        """A request is over: the supervisor judges the routes that are on trial."""
+        if line.adapter in self.state.trials and self.channel:
+            with contextlib.suppress(Closed):
+                self.channel.tell("heard", {"line": asdict(replace(line, gaps_ms=[])), "sticky": sticky})
+
+    def follow(self, state: State) -> None:
+        """Serve by this from now on."""
+        told = self.told()
+        self.state, self.table = state, Table(state.routes)
+        self.switched = {name: seconds for name, seconds in state.switched.items() if name not in told}
+
+    def told(self) -> tuple[str, ...]:
+        """The versions whose load a request has told of."""
+        return tuple(sorted(self.state.switched.keys() - self.switched.keys()))
+
+
+class Joined:
+    """A worker among those of a supervisor; `index` as it has joined, 0 for any. `ended` is set when it has to end: the
+    supervisor says so, or is gone."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.followed = Followed()
+        self.ended = asyncio.Event()
+        self._counts = Counts()
+        self._part: Part | None = None
+        self._shared: Shared | None = None
+
+    async def connect(self, path: Path) -> None:
+        """Join, once there is a supervisor that has a place. Raises MissingEnvironment where there is none in time."""
+        until = time.monotonic() + JOIN_S
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError, Closed):
+                reader, writer = await asyncio.open_unix_connection(path, limit=MOST_BYTES)
+                self._channel = Channel(reader, writer, self._asked)
+                self._reading = asyncio.ensure_future(self._channel.run())
+                place = await self._channel.ask("join", messages.written(Asked(os.getpid(), self.index)))
+                if place is not None:
+                    self._part = messages.read(Part, place)
+                    self._reading.add_done_callback(lambda _: self.ended.set())
+                    return
+                self._channel.close()
+            await asyncio.sleep(AGAIN_S)
+        hint = "start the supervisor first: peftopt serve --join PATH"
+        raise MissingEnvironment(f"no supervisor has a place for a worker at {path}", hint)
+
+    @contextlib.asynccontextmanager
+    async def answering(self) -> AsyncIterator[Shared]:
+        """What its application uses, until this ends: the last lines of the log are written then."""
+        part = self._part
+        assert part is not None
+        log, metrics = Log(part.log, shared=True), Metrics(part.slos_s)
+        async with Upstream(part.url, part.timeouts) as upstream:
+            admission = Admission(part.limits, part.per_adapter, part.per_key)
+            own = Settings(part.most_body_bytes)
+            shared = Shared(upstream, self.followed, admission, part.known(), metrics, log, own, scrape=self._scrape)
+            self._shared = shared
+            self.followed.channel = self._channel
+            self._apply()
+            telling = asyncio.ensure_future(self._tell())
+            try:
+                yield shared
+            finally:
+                until = time.monotonic() + LINES_S
+                while shared.here and time.monotonic() < until:
+                    await asyncio.sleep(0.01)
+                telling.cancel()
+                log.close()
+                self._channel.close()
+                await asyncio.gather(telling, self._reading, return_exceptions=True)
+
+    async def _scrape(self) -> bytes:
+        """The metrics of all workers; one's own where the supervisor is going."""
+        try:
+            return str(await self._channel.ask("metrics")).encode()
+        except Closed:
+            return self._shared.metrics.text() if self._shared else b""
+
+    async def _asked(self, kind: str, value: Json) -> Json:
+        if kind == "state":
+            self.followed.follow(messages.read(State, value))
+            self._apply()
+            self._counts = self._counted()
+            return messages.written(self._counts)
+        if kind == "account":
+            return sums.written(sums.account(self._shared.metrics.registry)) if self._shared else []
+        if kind == "end":
+            self.ended.set()
+        return None
+
+    def _apply(self) -> None:
+        """Hand on what every request uses."""
+        if self._shared:
+            state = self.followed.state
+            self._shared.open, self._shared.sampled = state.open, state.sampled
+            self._shared.settings.model_loading_time = state.model_loading_time
+
+    async def _tell(self) -> None:
+        """Tell of the requests whenever their numbers have changed."""
+        with contextlib.suppress(Closed):
+            while True:
+                now = self._counted()
+                if now != self._counts:
+                    self._channel.tell("counts", messages.written(now))
+                    self._counts = now
+                await asyncio.sleep(TELL_EVERY_S)
+
+    def _counted(self) -> Counts:
+        in_flight = {name: n for name, n in self.followed.in_flight.items() if n}
+        admission = self._shared.admission if self._shared else None
+        busy = admission.running + admission.waiting if admission else 0
+        return Counts(in_flight, busy, self.followed.told())

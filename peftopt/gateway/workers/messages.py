@@ -1,0 +1,94 @@
+"""What supervisor and workers tell each other. JSON on the way, records at both ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TypeVar
+
+from peftopt.gateway.keys import Key, Keys
+from peftopt.gateway.limits import Limits
+from peftopt.gateway.routes import Route
+from peftopt.gateway.upstream import Timeouts
+from peftopt.records import Json
+
+Record = TypeVar("Record", "Asked", "Part", "State", "Counts")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A worker that wants to join: its process, and which of the workers it is, 0 for any that is missing."""
+
+    pid: int
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class KnownKey:
+    """An API key by its hash, as keys.Key has it."""
+
+    digest: str
+    name: str
+    adapters: tuple[str, ...]
+    rate: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """What worker `index` works with: the engine's `url`, its part of the limits, the keys, the log, and the bounds of
+    the metrics' buckets in seconds."""
+
+    index: int
+    url: str
+    limits: Limits
+    per_adapter: int
+    per_key: int
+    keys: tuple[KnownKey, ...]
+    timeouts: Timeouts
+    log: str
+    slos_s: tuple[float, ...]
+    most_body_bytes: int
+
+    def known(self) -> Keys:
+        """The keys as requests are checked by them."""
+        return Keys({key.digest: Key(key.name, key.adapters, key.rate) for key in self.keys})
+
+
+@dataclass(frozen=True)
+class State:
+    """What is served now. `open` is False while the gateway drains; `switched`: seconds that loads took which no
+    request has told of yet; `trials`: the routes that are on trial; `sampled`: the engine's memory."""
+
+    routes: Mapping[str, Route] = field(default_factory=dict)
+    ready: bool = False
+    open: bool = True
+    switched: Mapping[str, float] = field(default_factory=dict)
+    trials: tuple[str, ...] = ()
+    sampled: Mapping[str, float] = field(default_factory=dict)
+    model_loading_time: float | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A worker's requests: by the version at the engine, all that run or wait, and the loads that one has told of."""
+
+    in_flight: Mapping[str, int] = field(default_factory=dict)
+    busy: int = 0
+    told: tuple[str, ...] = ()
+
+
+def keys(known: Keys) -> tuple[KnownKey, ...]:
+    """Keys as they are told of."""
+    return tuple(KnownKey(digest, key.name, key.adapters, key.rate) for digest, key in known.known.items())
+
+
+def written(record: Record) -> Json:
+    """A record as JSON."""
+    return asdict(record)
+
+
+def read(kind: type[Record], value: Json) -> Record:
+    """The record in JSON that the other side has written."""
+    import cattrs
+
+    return cattrs.structure(value, kind)

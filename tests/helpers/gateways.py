@@ -1,0 +1,117 @@
+"""`peftopt serve` in a process of its own, as users and operators meet it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from peftopt.engines._server import free_port
+
+BIG_S = 60.0
+
+
+@dataclass
+class Gateway:
+    """A gateway that runs, and what it has written."""
+
+    url: str
+    state: Path
+    log: Path
+    process: subprocess.Popen[str]
+
+    def ask(self, prompt: str = "hi", model: str = "base", **more: Any) -> httpx.Response:
+        headers = more.pop("headers", {})
+        body = {"model": model, "messages": [{"role": "user", "content": prompt}], **more}
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=BIG_S)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric's samples, whatever their labels."""
+        text = httpx.get(f"{self.url}/metrics", timeout=BIG_S).text
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}(\{{| )", line))
+
+    def operate(self, *arguments: object) -> tuple[int, str]:
+        """An `adapters` verb: its exit code and what it printed."""
+        command = [sys.executable, "-m", "peftopt.cli", "adapters", *map(str, arguments)]
+        done = subprocess.run(
+            [*command, "--admin", f"unix:{self.state}/admin.sock"], capture_output=True, text=True, timeout=6 * BIG_S
+        )
+        return done.returncode, done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def serving(where: Path, *arguments: object, ready: bool = True) -> Iterator[Gateway]:
+    """`peftopt serve` in a process of its own, until this ends."""
+    port, state, log = free_port(), where / "state", where / "requests.jsonl"
+    command = [sys.executable, "-m", "peftopt.cli", "serve", "--port", port, "--state", state, "--log", log, *arguments]
+    said = (where / "said.txt").open("w")
+    process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, text=True)
+    gateway = Gateway(f"http://127.0.0.1:{port}", state, log, process)
+    try:
+        if ready:
+            until(lambda: process.poll() is None and is_ready(gateway), lambda: (where / "said.txt").read_text())
+        yield gateway
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(BIG_S)
+        finally:
+            process.kill()
+            process.wait()
+            said.close()
+
+
+def is_ready(gateway: Gateway) -> bool:
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(f"{gateway.url}/health/ready", timeout=5.0).status_code == 200
+    return False
+
+
+@contextlib.contextmanager
+def held(gateway: Gateway, n: int, model: str = "base") -> Iterator[None]:
+    """So many requests that are never answered, until this ends."""
+    body = {"model": model, "messages": [{"role": "user", "content": "hold"}]}
+    content = json.dumps(body).encode()
+    host, port = gateway.url.removeprefix("http://").split(":")
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        for _ in range(n):
+            line = stack.enter_context(socket.create_connection((host, int(port)), timeout=BIG_S))
+            line.sendall(head + content)
+        yield
+
+
+def until(true: Callable[[], bool], why: Callable[[], str] = lambda: "") -> None:
+    """Wait for something that must come true; how long it takes is not what is tested."""
+    end = time.monotonic() + BIG_S
+    while time.monotonic() < end:
+        if true():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"it has not come true: {why()}")
+
+
+def changed(adapter: Path, to: Path, scale: float) -> Path:
+    """An adapter with other weights."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(adapter, to)
+    tensors = {name: scale * tensor for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+    save_file(tensors, to / "adapter_model.safetensors")
+    return to
