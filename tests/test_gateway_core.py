@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import random
-from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -20,7 +18,6 @@ from peftopt.gateway.frames import Frames
 from peftopt.gateway.limits import Limits
 from peftopt.gateway.lines import Line, Log
 from peftopt.gateway.routes import Route, Table, Version
-from peftopt.gateway.trial import Judged, Terms, Trial, bet_on_mean
 
 # ---- admission ---------------------------------------------------------------------------------
 
@@ -314,74 +311,3 @@ def test_a_log_that_cannot_be_written_loses_lines_and_counts_them(tmp_path, monk
     log.write(a_line(done=11.0))
     assert (log.written, log.lost) == (2, 1)
     assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == 2
-
-
-# ---- a canary on trial -------------------------------------------------------------------------
-
-
-def tried(ratio: float, failing: float = 0.0, windows: int = 60, seed: int = 0) -> Judged:
-    """A canary `ratio` times as slow as the live version, on an engine whose windows share a noise."""
-    dice, trial = random.Random(seed), Trial(Terms(window_s=1.0), began=0.0)
-    judged = trial.judge(0.0)
-    for window in range(windows):
-        shared = dice.gauss(0, 0.15)
-        for n in range(40):
-            arm = "canary" if n % 4 == 0 else "live"
-            ms = 100 * math.exp(shared + dice.gauss(0, 0.25)) * (ratio if arm == "canary" else 1)
-            failed = arm == "canary" and dice.random() < failing
-            trial.hear(window + n / 50, arm, f"user-{dice.randrange(1000)}", ms, failed)
-        judged = trial.judge(window + 1.0)
-        if judged.outcome != "inconclusive":
-            break
-    return judged
-
-
-def test_a_canary_as_good_is_accepted_a_slower_or_failing_one_rejected_by_name() -> None:
-    assert tried(1.0).outcome == "accepted"
-    slow = tried(1.5)
-    assert (slow.outcome, slow.rule) == ("rejected", "canary.latency")
-    failing = tried(1.0, failing=0.1)
-    assert (failing.outcome, failing.rule) == ("rejected", "canary.failures")
-
-
-def test_a_canary_at_the_limit_is_not_decided() -> None:
-    outcomes = Counter(tried(1.10, seed=seed, windows=30).outcome for seed in range(20))
-    assert outcomes["inconclusive"] >= 18
-    assert Counter(tried(1.0, failing=0.02, seed=seed).outcome for seed in range(10))["inconclusive"] >= 9
-
-
-def test_windows_in_which_an_arm_was_hardly_asked_say_nothing() -> None:
-    trial = Trial(Terms(window_s=1.0, least=5), began=0.0)
-    for window in range(50):
-        trial.hear(window + 0.1, "live", "a", 100.0, False)
-        trial.hear(window + 0.2, "canary", "b", 900.0, False)
-    judged = trial.judge(60.0)
-    assert judged.outcome == "inconclusive" and judged.windows == 0
-    assert not trial.over(60.0) and trial.over(1800.0)
-
-
-def test_where_halves_of_the_live_version_differ_nothing_is_accepted() -> None:
-    trial = Trial(Terms(window_s=1.0, least=3), began=0.0)
-    dice = random.Random(1)
-    for window in range(120):
-        for n in range(60):
-            user = f"user-{dice.randrange(1000)}"
-            half = hashlib.blake2b(user.encode(), digest_size=1).digest()[0] % 2
-            trial.hear(window + n / 80, "live", user, 100.0 * (1.5 if half else 1.0) + dice.random(), False)
-            trial.hear(window + n / 80, "canary", user, 100.0 + dice.random(), False)
-    assert trial.differs() and trial.judge(121.0).outcome == "inconclusive"
-
-
-def test_a_user_whose_name_is_not_text_is_heard_too() -> None:
-    trial = Trial(Terms(window_s=1.0), began=0.0)
-    trial.hear(0.1, "live", "\ud800", 100.0, False)
-    assert trial.judge(2.0).outcome == "inconclusive"
-
-
-@given(st.integers(0, 10**6))
-def test_a_mean_at_its_limit_is_seldom_decided(seed: int) -> None:
-    """One wrong verdict in 200 on a side is what it promises; of so few draws hardly any may be one."""
-    dice = random.Random(seed)
-    values = [int(dice.random() < 0.05) - int(dice.random() < 0.03) for _ in range(400)]
-    if bet_on_mean(values, 0.02, 1e-6) != "inconclusive":
-        raise AssertionError("one in a million")

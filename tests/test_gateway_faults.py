@@ -219,8 +219,8 @@ def test_a_trial_ends_with_what_it_judges(engine: Paced, folders: list[Path], tm
             await lives.put("support", folders[2], 0.5)
         else:
             await getattr(lives, change)("support")
-        assert not lives.trials and lives.verdicts["support"].exit_code == INCONCLUSIVE
-        await lives.judge()
+        assert "support" not in lives.trials and lives.registry.ended["support"].exit_code == INCONCLUSIVE
+        await lives.trials.judge()
 
     asyncio.run(main())
 
@@ -236,14 +236,14 @@ def test_a_verdict_that_comes_late_changes_nothing(
         await lives.begin()
         await lives.put("support", folders[0])
         put = await lives.put("support", folders[1], 0.5, Terms(then="promote"))
-        verdict = Judged(outcome, "canary.latency", 9, "9 windows")
+        verdict = Judged(outcome, "canary.latency", "9 windows")
         monkeypatch.setattr("peftopt.gateway.trial.Trial.judge", lambda *_: verdict)
         promoting = asyncio.ensure_future(lives.promote("support"))
         await asyncio.sleep(0)  # it has the lock, or is the next
-        await lives.judge()
+        await lives.trials.judge()
         await promoting
         assert lives.registry.table.routes["support"].live.id == put.version
-        assert lives.verdicts["support"].exit_code == INCONCLUSIVE
+        assert lives.registry.ended["support"].exit_code == INCONCLUSIVE
 
     asyncio.run(main())
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from peftopt.cli.serve import STATE
-from peftopt.cli.shared import AsJson, app, named
+from peftopt.cli.shared import AsJson, app, named, options_from, read_text
 from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment, WorkerFailed
 
 adapters = typer.Typer(help="Put, promote, roll back and remove the adapters of a gateway.", no_args_is_help=True)
@@ -21,6 +22,8 @@ Admin = Annotated[
     str, typer.Option(help="Where the gateway listens to operators; by default serve-state/admin.sock here.")
 ]
 KeyEnv = Annotated[str, typer.Option("--key-env", help="Environment variable with the operators' key.")]
+AWAY_S = 300.0
+"""So long a gateway may be away, as in a restart, while a trial's verdict is awaited."""
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
 
@@ -49,35 +52,119 @@ def list_(admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> N
     Console().table(header, rows)
 
 
-@adapters.command()
-def put(
-    adapter: Annotated[str, typer.Argument(help="NAME=FOLDER")],
-    canary: Annotated[str, typer.Option(help="Share of users that it answers at first, such as 10%.")] = "",
+@dataclass(frozen=True)
+class Put:
+    """The options of `adapters put`."""
+
+    adapter: Annotated[str, typer.Argument(help="NAME=FOLDER")]
+    canary: Annotated[str, typer.Option(help="Share of users that it answers at first, such as 10%.")] = ""
+    shadow: Annotated[
+        str, typer.Option(help="Share of users' requests that both versions are asked again; it answers nobody by it.")
+    ] = ""
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON-lines prompts, with expected and critical, that both versions are asked.")
+    ] = None
     for_: Annotated[
-        str, typer.Option("--for", help="Judge the canary, for so long at most, such as 30m; this waits for it.")
-    ] = "",
-    then: Annotated[str, typer.Option(help="promote an accepted canary, or hold it where it is.")] = "hold",
-    slower: Annotated[float, typer.Option(help="The canary's median time may be this times the live one's.")] = 1.10,
-    window: Annotated[str, typer.Option(help="Length of the windows that are compared.")] = "30s",
-    admin: Admin = "",
-    key_env: KeyEnv = "",
-    as_json: AsJson = False,
-) -> None:
+        str, typer.Option("--for", help="Judge the version, for so long at most, such as 30m; this waits for it.")
+    ] = ""
+    then: Annotated[str, typer.Option(help="promote an accepted version, or hold it where it is.")] = "hold"
+    slower: Annotated[float, typer.Option(help="Its median time may be this times the live one's.")] = 1.10
+    critical: Annotated[
+        str, typer.Option(help="Most answers with a critical error, beyond the live version's: a share.")
+    ] = "2%"
+    changed: Annotated[str, typer.Option(help="Most greedy answers that may be others, such as 5%; any without.")] = ""
+    lost: Annotated[str, typer.Option(help="Most right answers to --prompts that may be lost.")] = "2%"
+    schema: Annotated[Path | None, typer.Option(help="JSON schema that every answer must keep.")] = None
+    new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer to --prompts.")] = 256
+    window: Annotated[str, typer.Option(help="Length of the windows that are compared.")] = "30s"
+    admin: Admin = ""
+    key_env: KeyEnv = ""
+    as_json: AsJson = False
+
+
+@adapters.command()
+@options_from(Put)
+def put(options: Put) -> None:
     """Check an adapter, load it, ask whether it answers as itself, and let it answer users."""
     from peftopt.cli.console import Console
 
-    name, folder = named(adapter)
-    body: dict[str, Any] = {"folder": str(folder.resolve()), "canary": _share(canary)}
-    if for_:
-        if not canary or then not in ("promote", "hold"):
-            raise BadInput("--for judges a canary", "write --canary 10% --for 30m --then promote, or --then hold")
-        terms = {"for_s": _seconds(for_), "window_s": _seconds(window), "slower": slower, "then": then}
-        body["trial"] = terms
-    told = _asked("PUT", f"/adapters/{name}", admin, key_env, body)
-    if for_ and told["exit_code"] == 0:
+    name, folder = named(options.adapter)
+    share = _share("--canary", options.canary)
+    body: dict[str, Any] = {"folder": str(folder.resolve()), "canary": share}
+    if options.for_:
+        body["trial"] = _terms(options)
+        body["prompts"] = _rows(options.prompts)
+    elif options.shadow or options.prompts:
+        raise BadInput("--shadow and --prompts are for a trial", "write --for 30m --then promote, or --then hold")
+    told = _asked("PUT", f"/adapters/{name}", options.admin, options.key_env, body)
+    if options.for_ and told["exit_code"] == 0:
         Console().tell(told["said"])
-        while (told := _asked("GET", f"/adapters/{name}/trial", admin, key_env)) is None:
-            time.sleep(1.0)
+        told = _awaited(f"/adapters/{name}/trial", options.admin, options.key_env)
+    _told(told, options.as_json)
+
+
+def _terms(options: Put) -> dict[str, Any]:
+    if not (options.canary or options.shadow or options.prompts) or options.then not in ("promote", "hold"):
+        hint = "write --canary 10%, --shadow 5% or --prompts FILE, and --for 30m --then promote, or --then hold"
+        raise BadInput("--for judges a canary, a shadow or answers to prompts", hint)
+    return {
+        "shadow": _share("--shadow", options.shadow),
+        "slower": options.slower,
+        "critical": _share("--critical", options.critical),
+        "changed": _share("--changed", options.changed) if options.changed else None,
+        "lost": _share("--lost", options.lost),
+        "schema": _schema(options.schema),
+        "new_tokens": options.new_tokens,
+        "window_s": _seconds(options.window),
+        "for_s": _seconds(options.for_),
+        "then": options.then,
+    }
+
+
+def _schema(path: Path | None) -> Any:
+    """Raises BadInput for what is not a JSON schema."""
+    from jsonschema import Draft202012Validator, SchemaError
+
+    if path is None:
+        return None
+    try:
+        schema = json.loads(read_text(path))
+        Draft202012Validator.check_schema(schema)
+    except (ValueError, SchemaError) as error:
+        raise BadInput(f"{path} is not a JSON schema: {str(error).splitlines()[0]}", "see json-schema.org") from error
+    return schema
+
+
+def _rows(path: Path | None) -> list[dict[str, Any]]:
+    from peftopt import corpus
+
+    return [asdict(row) for row in corpus.read(str(path))] if path else []
+
+
+def _awaited(path: str, admin: str, key_env: str) -> Any:
+    """A trial's verdict. A gateway that is started again meanwhile goes on with it. Raises MissingEnvironment where
+    none answers for AWAY_S."""
+    heard = time.monotonic()
+    while True:
+        try:
+            if (told := _asked("GET", path, admin, key_env)) is not None:
+                return told
+            heard = time.monotonic()
+        except MissingEnvironment:
+            if time.monotonic() - heard > AWAY_S:
+                raise
+        time.sleep(1.0)
+
+
+@adapters.command()
+def report(name: Name, admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> None:
+    """How a version's trial stands, or what came of the last one: every rule with its figures."""
+    from peftopt.cli.console import Console
+
+    told = _asked("GET", f"/adapters/{name}/report", admin, key_env)
+    if not as_json:
+        rows = [[rule["rule"], rule["outcome"], rule["reason"]] for rule in told.get("rules", [])]
+        Console().table(("rule", "outcome", "why"), rows)
     _told(told, as_json)
 
 
@@ -99,13 +186,12 @@ def remove(name: Name, admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson 
     _told(_asked("DELETE", f"/adapters/{name}", admin, key_env), as_json)
 
 
-def _share(text: str) -> float:
-    if not text:
-        return 0.0
+def _share(option: str, text: str) -> float:
     try:
-        return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+        value = float(text.removesuffix("%")) if text else 0.0
     except ValueError:
-        raise BadInput(f"--canary {text!r} is no share", "write 10% or 0.1") from None
+        raise BadInput(f"{option} {text!r} is not a share", "write 10% or 0.1") from None
+    return value / 100 if text.endswith("%") else value
 
 
 def _seconds(text: str) -> float:

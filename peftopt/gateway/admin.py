@@ -8,13 +8,19 @@ It listens on a socket of its own, never on the users' port, and opens only fold
 import dataclasses
 import hashlib
 import hmac
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from peftopt import corpus
+from peftopt.corpus import Row
 from peftopt.errors import BAD_INPUT, BadInput, PeftoptError
-from peftopt.gateway.lives import Lives, Outcome
+from peftopt.gateway.lives import Lives
+from peftopt.gateway.outcome import Outcome
+from peftopt.gateway.registry import plain
 from peftopt.gateway.trial import Terms
+from peftopt.measurements import structured
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -39,17 +45,21 @@ def application(lives: Lives, allowed: Sequence[Path], key: str = "") -> "FastAP
         folder: Annotated[str, Body()],
         canary: Annotated[float, Body()] = 0.0,
         trial: Annotated[dict[str, Any] | None, Body()] = None,
+        prompts: Annotated[list[Any] | None, Body()] = None,
     ) -> JSONResponse:
+        rows = _rows(prompts or [])
         terms = _terms(trial) if trial else None
-        return _answered(await lives.put(name, _within(folder, roots), canary, terms))
+        if rows and not terms:
+            raise BadInput("prompts are for a trial", "write --prompts FILE --for 30m")
+        return _answered(await lives.put(name, _within(folder, roots), canary, terms, rows))
 
-    @app.get("/adapters/{name}/trial", summary="What came of the canary's trial: 204 while it goes on")
+    @app.get("/adapters/{name}/trial", summary="What came of a version's trial: 204 while it goes on")
     async def trial(name: str) -> Response:
-        if name in lives.trials:
-            return Response(status_code=204)
-        if name in lives.verdicts:
-            return _answered(lives.verdicts[name])
-        raise BadInput(f"{name} is not and was not on trial", "put a version with --canary 10% --for 30m")
+        return Response(status_code=204) if name in lives.trials else _answered(_report(lives, name))
+
+    @app.get("/adapters/{name}/report", summary="How a version's trial stands, or what came of it: rule by rule")
+    async def report(name: str) -> JSONResponse:
+        return _answered(_report(lives, name))
 
     @app.post("/adapters/{name}/promote", summary="Let the canary answer everybody")
     async def promote(name: str) -> JSONResponse:
@@ -93,14 +103,42 @@ def _answered(outcome: Outcome) -> "JSONResponse":
     from fastapi.responses import JSONResponse
 
     told = {"exit_code": outcome.exit_code, "said": outcome.said, "version": outcome.version}
+    if outcome.rules:
+        told |= {"rules": [_finite(plain(verdict)) for verdict in outcome.rules]}
     return JSONResponse(told, 200 if outcome.exit_code == 0 else 409)
+
+
+def _report(lives: Lives, name: str) -> Outcome:
+    found = lives.trials.report(name)
+    if found is None:
+        raise BadInput(f"{name} is not and was not on trial", "put a version with --canary 10% --for 30m")
+    return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: null stands for a bound that is not known."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _terms(trial: dict[str, Any]) -> Terms:
     known = [field.name for field in dataclasses.fields(Terms)]
     if unknown := set(trial) - set(known):
         raise BadInput(f"a trial has no {', '.join(sorted(unknown))}", f"known: {', '.join(known)}")
-    return Terms(**trial)
+    return structured(Terms, trial, "trial")
+
+
+def _rows(prompts: Sequence[Any]) -> list[Row]:
+    rows = []
+    for number, value in enumerate(prompts, 1):
+        try:
+            rows.append(corpus.row_from(value, number))
+        except ValueError as error:
+            raise BadInput(f"prompt {number} is not one: {error}", f"each looks like {corpus.SHAPE}") from error
+    if len({row.id for row in rows}) < len(rows):
+        raise BadInput("two prompts have the same id", "make ids unique")
+    return rows
 
 
 def _within(folder: str, roots: Sequence[Path]) -> Path:

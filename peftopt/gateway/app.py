@@ -173,6 +173,8 @@ class Exchange:
             at=time.time(),
             trace_id=_trace_id(self.headers.get("traceparent", "")),
         )
+        self.asked: Mapping[str, Json] = {}
+        """The request, once it goes to the engine."""
         self.sticky = ""
         """What keeps a user at an arm: the request's `user`, else the key, else the request itself."""
         self.begun = False
@@ -317,6 +319,7 @@ class Exchange:
     async def _routed(self, asked: dict[str, Json], body: bytes) -> None:
         """Ask the version that the route has now, and none other to the end."""
         shared, line = self.shared, self.line
+        self.asked = asked
         route = shared.table.routes.get(line.adapter)
         if route is None:
             raise Problem(404, f"the model {line.adapter!r} was removed meanwhile", "model_not_found", "model")
@@ -425,7 +428,7 @@ class Exchange:
         """Count the request and write its line."""
         self.line.done = time.perf_counter()
         self.shared.metrics.count(self.line)
-        self.shared.lives.heard(self.line, self.sticky)
+        self.shared.lives.trials.heard(self.line, self.sticky, self.path, self.asked)
         lost = self.shared.log.lost
         self.shared.log.write(self.line)
         self.shared.metrics.log_lost.inc(self.shared.log.lost - lost)

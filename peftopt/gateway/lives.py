@@ -16,14 +16,16 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, MissingEnvironment, PeftoptError, WorkerFailed
+from peftopt.corpus import Row
+from peftopt.errors import ACCEPTED, REJECTED, BadInput, MissingEnvironment, WorkerFailed
 from peftopt.gateway.backends import BASE
 from peftopt.gateway.fingerprints import Fingerprints
-from peftopt.gateway.lines import Line
 from peftopt.gateway.metrics import Metrics
+from peftopt.gateway.outcome import Outcome
 from peftopt.gateway.registry import Registry, Stored
 from peftopt.gateway.routes import Route, Table, Version
-from peftopt.gateway.trial import Judged, Terms, Trial
+from peftopt.gateway.trial import Terms
+from peftopt.gateway.trials import Trials
 from peftopt.loadtest.client import Client
 from peftopt.loadtest.protocols import Target
 from peftopt.models.adapter import WEIGHTS
@@ -40,15 +42,6 @@ PROMPTS = {
     "reply": "Answer this mail politely: my parcel has not arrived and I want my money back.",
 }
 """What every version is asked, where the user gives no prompts: models that differ should differ here."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of an operation: `exit_code` as the command line has it, and why."""
-
-    exit_code: int
-    said: str
-    version: str = ""
 
 
 @dataclass
@@ -88,13 +81,10 @@ class Lives:
         self.ready = False
         self.switched: dict[str, float] = {}
         """Seconds that each version's load took, by its name at the engine, until a request has told of it."""
-        self.trials: dict[str, Trial] = {}
-        """Canaries that are on trial, by route."""
-        self.verdicts: dict[str, Outcome] = {}
-        """What came of the last trial of each route."""
         self.fingerprints = Fingerprints(settings.prompts)
         self.published: Callable[[], Awaitable[None]] = _at_once
         """Waits until every process that answers users follows the routes."""
+        self.trials = Trials(self)
         self._replaced: dict[str, float] = {}
         self._one = asyncio.Lock()
 
@@ -118,6 +108,7 @@ class Lives:
             self._show()
             self.ready = True
             await self.published()
+            self.trials.resume()
             return notes
 
     def _bring(self) -> None:
@@ -160,10 +151,12 @@ class Lives:
 
     # ---- what operators ask for
 
-    async def put(self, name: str, folder: Path, weight: float = 0.0, terms: Terms | None = None) -> Outcome:
-        """Take an adapter from its folder to users: to all, or to the share `weight` of them, on trial by `terms` where
-        they are given. It is rejected when it does not load or does not answer as itself; those that are served stay as
-        they are."""
+    async def put(
+        self, name: str, folder: Path, weight: float = 0.0, terms: Terms | None = None, rows: Sequence[Row] = ()
+    ) -> Outcome:
+        """Take an adapter from its folder to users: to all, or to the share `weight` of them. On trial by `terms`,
+        where they are given, with labelled prompts in `rows`: then without a weight it answers nobody. It is rejected
+        when it does not load or does not answer as itself; those that are served stay as they are."""
         if not self.loads:
             raise BadInput(
                 "this engine takes no adapters while it runs", "serve a base with --adapter on vllm or eager"
@@ -172,23 +165,25 @@ class Lives:
             raise BadInput(f"{name!r} cannot be an adapter's name", f"choose one without @ and /, and not {BASE}")
         if not 0 <= weight < 1:
             raise BadInput(f"a canary's share of {weight:g} is not between 0 and 1", "write --canary 10%")
+        if terms and not (weight or terms.shadow or rows):
+            raise BadInput("a trial has nothing to judge by", "write --canary 10%, --shadow 5% or --prompts FILE")
         async with self._one:
             await asyncio.to_thread(self._checked, folder)
             stored = await asyncio.to_thread(self.registry.copy, name, folder)
             route = self.registry.table.routes.get(name)
             if route and route.live.id == stored.version.id:
                 return Outcome(ACCEPTED, f"{stored.version.served} is live already", stored.version.id)
-            if weight and route is None:
-                raise BadInput(f"nothing answers for {name} yet", "put the first version without --canary")
-            outcome = await self._put(stored, route, weight)
-            if outcome.exit_code == ACCEPTED:
-                self._end_trial(name, f"{stored.version.served} was put in its place")
-            if weight and terms and outcome.exit_code == ACCEPTED:
-                self.verdicts.pop(name, None)
-                self.trials[name] = Trial(terms, time.monotonic())
-            return outcome
+            if (weight or terms) and route is None:
+                raise BadInput(f"nothing answers for {name} yet", "put the first version without --canary or --shadow")
+            if rejected := await self._fit(stored):
+                return rejected
+            self.trials.end(name, f"{stored.version.served} was put in its place")
+            if terms:
+                await self.trials.begin(name, stored.version, terms, bool(weight), rows)
+            return await self._routed(stored, route, weight, bool(terms))
 
-    async def _put(self, stored: Stored, route: Route | None, weight: float) -> Outcome:
+    async def _fit(self, stored: Stored) -> Outcome | None:
+        """Load a version and ask whether it answers as itself; why it is rejected, None where it is not."""
         version = stored.version
         # a version that is loaded already, as the one kept for a rollback, keeps its name and its fingerprints
         stored = self.registry.keep(stored, state="loading")
@@ -201,28 +196,28 @@ class Lives:
                 wrong = await self._mixed(client, [*self.registry.table.served(), version.served])
         except WorkerFailed as error:
             return await self._reject(stored, error.message)
-        if wrong:
-            return await self._reject(stored, wrong[0])
-        arm = "canary" if weight else "live"
-        self.registry.keep(self.registry.versions[version.served], state=arm)
-        if route and weight:
+        return await self._reject(stored, wrong[0]) if wrong else None
+
+    async def _routed(self, stored: Stored, route: Route | None, weight: float, tried: bool) -> Outcome:
+        """Let a version answer, or where it is on trial without a share of the users, stand beside the live one."""
+        version = stored.version
+        if route and (weight or tried):
             now = Route(route.live, version, weight, route.previous)
         else:
             now = Route(version, previous=route.live if route else None)
         await self._change(stored.name, now)
-        share = f" for {weight:.0%} of users" if weight else ""
-        return Outcome(
-            ACCEPTED, f"{version.served} answers{share}{self.fingerprints.doubt(version.served)}", version.id
-        )
+        share = f" for {weight:.0%} of users" if weight else " nobody yet: it is on trial" if tried else ""
+        said = f"{version.served} answers{share}{self.fingerprints.doubt(version.served)}"
+        return Outcome(ACCEPTED, said, version.id)
 
     async def promote(self, name: str) -> Outcome:
         """The canary answers everybody. Raises BadInput without one."""
-        return await self._turn(name, Route.promoted, "answers everybody")
+        return await self.turn(name, Route.promoted, "answers everybody")
 
     async def rollback(self, name: str) -> Outcome:
         """The canary answers nobody, or without one the version before the live one answers again, at once: it is still
         loaded. Raises BadInput where there is neither."""
-        return await self._turn(name, Route.rolled_back, "answers everybody again")
+        return await self.turn(name, Route.rolled_back, "answers everybody again")
 
     async def remove(self, name: str) -> Outcome:
         """Nobody is answered by it any more, and all its versions are unloaded. Raises BadInput for a name that is not
@@ -232,7 +227,7 @@ class Lives:
             if route is None or name in self.brings:
                 raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
             self.registry.route(name, None)
-            self._end_trial(name, f"{name} was removed")
+            self.trials.end(name, f"{name} was removed")
             for version in route.versions():
                 self._replaced.setdefault(version.served, 0.0)
             self._show()
@@ -240,7 +235,7 @@ class Lives:
         left = await self.retire()
         return Outcome(REJECTED if left else ACCEPTED, "; ".join(left) or f"{name} is unloaded")
 
-    async def _turn(
+    async def turn(
         self, name: str, turned: Callable[[Route], Route], said: str, judged: Version | None = None
     ) -> Outcome:
         """Change a route; only as long as `judged` is its canary, where a trial asks for it."""
@@ -255,53 +250,14 @@ class Lives:
             except LookupError as error:
                 raise BadInput(f"{name}: {error}", "list what there is: peftopt adapters list") from error
             await self._change(name, now)
-            self._end_trial(name, f"an operator decided: {now.live.served} {said}")
+            self.trials.end(name, f"an operator decided: {now.live.served} {said}")
             return Outcome(ACCEPTED, f"{now.live.served} {said}", now.live.id)
 
-    def _end_trial(self, name: str, why: str) -> None:
-        """End a trial before its verdict; who waits for it is told why."""
-        if self.trials.pop(name, None):
-            self.verdicts[name] = Outcome(INCONCLUSIVE, f"the trial of {name} has ended: {why}")
-            self.registry.tell("trial", name=name, outcome="inconclusive", rule="", why=why)
-
-    # ---- canaries on trial
-
-    def heard(self, line: Line, sticky: str) -> None:
-        """A request is over: where its route is on trial, it counts, unless its client gave it up."""
-        trial = self.trials.get(line.adapter)
-        if trial and line.arm and line.kind not in ("cancelled", "request", "refused"):
-            trial.hear(time.monotonic(), line.arm, sticky, line.request_duration_ms, bool(line.kind))
-
-    async def judge(self) -> None:
-        """Promote, roll back or hold the canaries whose trials are decided or over."""
-        for name, trial in list(self.trials.items()):
-            now = time.monotonic()
-            judged = trial.judge(now)
-            if judged.outcome == "inconclusive" and not trial.over(now):
-                continue
-            route = self.registry.table.routes.get(name)
-            if route is None or route.canary is None:
-                self._end_trial(name, "it has no canary any more")
-                continue
-            del self.trials[name]
-            try:
-                self.verdicts[name] = await self._concluded(name, route.canary, judged, trial.terms)
-            except PeftoptError as error:  # as a disk that is full: nothing was changed
-                self.verdicts[name] = Outcome(INCONCLUSIVE, f"{judged.said}, but {error.message}", route.canary.id)
-            self.tell(f"{name}: {self.verdicts[name].said}")
-            self.registry.tell("trial", name=name, outcome=judged.outcome, rule=judged.rule, why=judged.said)
-
-    async def _concluded(self, name: str, version: Version, judged: Judged, terms: Terms) -> Outcome:
-        id_ = version.id
-        if judged.outcome == "rejected":
-            await self._turn(name, Route.rolled_back, "answers everybody again", version)
-            return Outcome(REJECTED, f"{name}@{id_} is rolled back by {judged.rule}: {judged.said}", id_)
-        if judged.outcome == "accepted" and terms.then == "promote":
-            await self._turn(name, Route.promoted, "answers everybody", version)
-            return Outcome(ACCEPTED, f"{name}@{id_} is promoted: {judged.said}", id_)
-        if judged.outcome == "accepted":
-            return Outcome(ACCEPTED, f"{name}@{id_} is accepted and stays a canary: {judged.said}", id_)
-        return Outcome(INCONCLUSIVE, f"{name}@{id_} is held: {judged.said}", id_)
+    async def wrong(self, names: Sequence[str]) -> list[str]:
+        """Which of some versions do not answer as themselves when all are asked at once. Raises WorkerFailed where
+        they do not answer."""
+        async with self._client() as client:
+            return await self._mixed(client, names)
 
     # ---- in the background
 

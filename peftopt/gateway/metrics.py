@@ -69,6 +69,11 @@ class Metrics:
         self.arm_weight = gauge("peftopt_arm_weight", "Share of users that an arm answers.", ("adapter", "arm"))
         self.switch = histogram("peftopt_adapter_switch_seconds", "Loading an adapter.", ("adapter",), coarse)
         self.loading = gauge("peftopt_model_loading_seconds", "Starting the engine.")
+        self.shadow = counter(
+            "peftopt_shadow_requests",
+            "Users' requests that both versions were asked again, and those dropped for want of room.",
+            ("adapter", "what"),
+        )
         self.canary = counter(
             "peftopt_canary_answers", "Answers that were checked, by verdict.", ("adapter", "version", "verdict")
         )

@@ -1,7 +1,8 @@
 """The adapters on disk: each version's files under the hash of them, and the routes, whole after a crash at any moment.
 
 STATE/adapters/<sha256>/     an adapter's files, never changed
-STATE/registry.json          routes and versions, replaced whole
+STATE/registry.json          routes, versions and trials, replaced whole
+STATE/trials/<version>/      what a trial asks of the operator's own prompts, and what was answered
 STATE/events.jsonl           what happened, a line each
 """
 
@@ -20,8 +21,11 @@ from typing import IO
 
 from peftopt import identity, store
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.gateway.outcome import Outcome
 from peftopt.gateway.routes import Route, Table, Version
+from peftopt.gateway.trial import Trial
 from peftopt.loadtest.moments import utc
+from peftopt.measurements import structured
 from peftopt.models.adapter import CONFIG, WEIGHTS, highest_rank
 from peftopt.records import Json
 
@@ -35,7 +39,7 @@ SHORT = 12
 @dataclass(frozen=True)
 class Stored:
     """A version: `name` of its route, `id` the hash of its files, `folder` of the copy, `state` one of "loading",
-    "live", "canary", "previous", "leaving"; `rank` and `base` as its config says."""
+    "live", "canary", "shadow", "previous", "leaving"; `rank` and `base` as its config says."""
 
     name: str
     id: str
@@ -68,6 +72,10 @@ class Registry:
     root: Path
     table: Table = field(default_factory=Table)
     versions: dict[str, Stored] = field(default_factory=dict)
+    trials: dict[str, Trial] = field(default_factory=dict)
+    """Versions on trial, by route."""
+    ended: dict[str, Outcome] = field(default_factory=dict)
+    """What came of the last trial of each route."""
     _lock: IO[str] | None = None
 
     def copy(self, name: str, folder: Path) -> Stored:
@@ -127,6 +135,8 @@ class Registry:
             "format": FORMAT,
             "routes": {name: asdict(route) for name, route in (table or self.table).routes.items()},
             "versions": {name: asdict(stored) for name, stored in self.versions.items()},
+            "trials": plain(self.trials),
+            "ended": plain(self.ended),
         }
         try:
             store.write(self.root / "registry.json", json.dumps(value, indent=1))
@@ -166,7 +176,7 @@ def open_registry(root: Path) -> Registry:
     if path.is_file():
         try:
             _read(found, json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
             raise BadInput(f"{path} is not whole: {error!r}", "restore it, or move the folder away") from error
     return found
 
@@ -176,6 +186,16 @@ def _read(registry: Registry, value: Mapping[str, Json]) -> None:
         raise ValueError(f"format {value['format']}, this peftopt reads {FORMAT}")
     registry.versions = {name: Stored(**stored) for name, stored in value["versions"].items()}
     registry.table = Table({name: _route(route) for name, route in value["routes"].items()})
+    trials, ended = value.get("trials", {}), value.get("ended", {})
+    registry.trials = {name: structured(Trial, trial, f"trials.{name}") for name, trial in trials.items()}
+    registry.ended = {name: structured(Outcome, outcome, f"ended.{name}") for name, outcome in ended.items()}
+
+
+def plain(record: object) -> Json:
+    """A record of records as JSON has it."""
+    import cattrs
+
+    return cattrs.unstructure(record)
 
 
 def _route(value: Mapping[str, Json]) -> Route:

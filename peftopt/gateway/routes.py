@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-Arm = Literal["live", "canary", "previous"]
+Arm = Literal["live", "canary", "shadow", "previous"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Version:
 
 @dataclass(frozen=True)
 class Route:
-    """`live` answers, but for the share `weight` of users that `canary` answers; `previous` is kept for a rollback."""
+    """`live` answers, but for the share `weight` of users that `canary` answers; `previous` is kept for a rollback. A
+    canary of weight 0 answers nobody: it is a shadow."""
 
     live: Version
     canary: Version | None = None
@@ -55,7 +56,7 @@ class Route:
         """Each arm, its version, and the share of users that it answers."""
         found: list[tuple[Arm, Version, float]] = [("live", self.live, 1 - self.weight)]
         if self.canary:
-            found.append(("canary", self.canary, self.weight))
+            found.append(("canary" if self.weight else "shadow", self.canary, self.weight))
         if self.previous:
             found.append(("previous", self.previous, 0.0))
         return found

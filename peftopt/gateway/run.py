@@ -18,6 +18,7 @@ from peftopt.errors import PeftoptError
 from peftopt.gateway import admin, backends
 from peftopt.gateway.admission import Admission
 from peftopt.gateway.app import App, Settings, Shared
+from peftopt.gateway.asking import Asker, vocabulary_of
 from peftopt.gateway.backends import Start
 from peftopt.gateway.keys import Keys
 from peftopt.gateway.limits import Limits
@@ -112,6 +113,7 @@ class Gateway:
             admission = Admission(config.limits, config.per_adapter, config.per_key)
             own = Settings(config.most_body_bytes)
             self.shared = Shared(upstream, lives, admission, config.keys, self.metrics, self.log, own)
+            lives.trials.asker = Asker(self.shared, vocabulary_of(config.base))
             async with self._listening(lives):
                 try:
                     await unless(self.ended.wait(), self._start(how, lives))
@@ -259,7 +261,7 @@ class Gateway:
         while True:
             await asyncio.sleep(JUDGE_EVERY_S)
             with self._told():
-                await lives.judge()
+                await lives.trials.judge()
 
     async def _sample(self) -> None:
         """The engine's own account of its memory and its cache, every few seconds, for the lines of the log."""

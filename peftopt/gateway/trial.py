@@ -1,38 +1,57 @@
-"""Is the canary as good as the version that is live? Judged on windows of time, in three outcomes. Pure.
+"""Is the new version as good as the one that is live? One verdict a rule, in three outcomes. Pure.
 
-Both arms run on one engine and share its load and its noise, so what a window does to one it does to the other. The
-unit of speed is a window in which both answered: the log ratio of their medians, judged by `stats.bet`. The unit of
-failures is a pair of requests of one window, one of each arm: failures are rare, so their mean has to be judged, not
-the middle of their windows. Both may be looked at after every window. Two halves of the live arm's users are compared
-in the same way: where they differ, windows tell nothing, and nothing is accepted.
+`windows` tell of times and failures, `shadow` of answers to users' prompts, `labelled` of those to the operator's own.
+All but the last may be looked at at any time. A fine-tune is meant to answer otherwise, so that another answer alone
+rejects nothing: the operator says how many may change.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 from peftopt import stats
+from peftopt.canary import fingerprint
+from peftopt.decision.evidence import exp
 from peftopt.errors import BadInput
-from peftopt.records import Outcome
+from peftopt.gateway import bets
+from peftopt.gateway.bets import Tally
+from peftopt.gateway.labelled import Labelled
+from peftopt.gateway.said import Said, Vocabulary, flags
+from peftopt.gateway.windows import Windows
+from peftopt.metrics import counted, percent
+from peftopt.records import Interval, Json, Outcome, Verdict
 
 ALPHA = 0.01
-"""The chance of a wrong verdict on each side, shared by the rules."""
+"""The chance of a wrong verdict on each side, shared by the rules that judge at any time."""
 
-RULES = ("canary.latency", "canary.failures")
+MOST_DISTANCES = 200
+"""So many of the last distances between answers are kept, for the report."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """`slower`: the canary's median may be at most this times the live one's; `failures`: its share of failed requests
-    at most this much higher. Windows of `window_s` seconds in which each arm answered `least` requests. After `for_s`
-    seconds without a verdict it is held; an accepted one is promoted where `then` says so."""
+    """What is asked for how long, and how much worse the new version may be.
 
+    `shadow`: share of users' requests that both versions are asked again. `slower`: its median time may be at most this
+    times the live one's; `failures` and `critical`: the shares of its failed requests, and of its answers with a
+    critical error, at most this much higher; `changed`: the share of greedy answers that may be others, None = any;
+    `lost`: the share of right answers to labelled prompts that may be lost; `new_tokens` of an answer to those, at
+    most; `schema` that every answer keeps.
+
+    Windows of `window_s` seconds in which each arm answered `least` requests. After `for_s` seconds without a verdict
+    it is held; an accepted one is promoted where `then` says so."""
+
+    shadow: float = 0.0
     slower: float = 1.10
     failures: float = 0.02
+    critical: float = 0.02
+    changed: float | None = None
+    lost: float = 0.02
+    new_tokens: int = 256
+    schema: Mapping[str, Json] | None = None
     window_s: float = 30.0
     least: int = 5
     for_s: float = 1800.0
@@ -40,131 +59,161 @@ class Terms:
 
     def __post_init__(self) -> None:
         """Raises BadInput for terms that nothing can be judged by."""
-        numbers = (self.slower, self.failures, self.window_s, self.least, self.for_s)
+        shares = (self.shadow, self.failures, self.critical, self.lost, self.changed or 0.0)
+        numbers = (*shares, self.slower, self.window_s, self.least, self.for_s, self.new_tokens)
         if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
             raise BadInput("a trial's terms are numbers", "write --for 30m --window 30s --slower 1.10")
         if self.window_s <= 0 or self.for_s <= 0:
             raise BadInput("a trial and its windows take more than 0 s", "write --for 30m --window 30s")
-        if self.slower <= 0 or not 0 <= self.failures < 1 or self.least < 1:
-            raise BadInput("a trial's limits are out of range", "write --slower 1.10; failures lie between 0 and 1")
+        if not 0 <= self.shadow <= 1 or not all(0 <= share < 1 for share in shares[1:]):
+            raise BadInput("a share is out of range", "shares lie between 0 and 1: write --shadow 5% --changed 5%")
+        if self.slower <= 0 or self.least < 1 or self.new_tokens < 1:
+            raise BadInput("a trial's limits are out of range", "write --slower 1.10 --new-tokens 256")
         if self.then not in ("promote", "hold"):
             raise BadInput(f"nothing is done by the name of {self.then!r}", "write --then promote, or --then hold")
 
 
+@dataclass
+class Shadow:
+    """Users' prompts that both were asked again: answers with a critical error, greedy answers that changed, and how
+    far the versions' log-probabilities lie apart, the new one's and the live one's second run from its first (nats)."""
+
+    critical: Tally = field(default_factory=Tally)
+    changed: Tally = field(default_factory=Tally)
+    first: str = ""
+    """The first critical error that the live version did not make."""
+    apart: list[tuple[float, float]] = field(default_factory=list)
+
+    def add(self, new: Said, live: Said, again: Said, greedy: bool, terms: Terms, vocabulary: Vocabulary) -> None:
+        """One more prompt. The new version's answer is compared with the live one's first, the second run tells what
+        changes by itself."""
+        ours, *known = (flags(said, terms.schema, vocabulary) for said in (new, live, again))
+        self.critical.add(bool(ours - known[0]), bool(known[0] - ours))
+        if fresh := ours - known[0] - known[1]:
+            self.first = self.first or min(fresh)
+        if greedy and not (new.error or live.error or again.error):
+            self.changed.add(new.text != live.text, again.text != live.text)
+        if new.print and live.print and again.print:
+            found = fingerprint.distance(live.print, new.print), fingerprint.distance(live.print, again.print)
+            self.apart = [*self.apart, found][-MOST_DISTANCES:]
+
+
 @dataclass(frozen=True)
 class Judged:
-    """`outcome` by `rule` after so many windows, and why, in a sentence."""
+    """`outcome` by `rule`, and why, in a sentence; `verdicts` of every rule."""
 
     outcome: Outcome
     rule: str
-    windows: int
     said: str
-
-
-@dataclass
-class _Arm:
-    """One arm's requests of a window: the times of those that were answered, and of each whether it failed."""
-
-    times_ms: list[float] = field(default_factory=list)
-    failed: list[bool] = field(default_factory=list)
+    verdicts: tuple[Verdict, ...] = ()
 
 
 @dataclass
 class Trial:
-    """What has been seen since `began` (seconds on the clock of `hear`)."""
+    """What has been seen of a `version` (its name at the engine) in `passed_s` seconds. `users`: it answers some of
+    them, so that their requests tell its times. Labelled prompts alone tell none. `wrong`: an answer that was
+    another's; `itself`: times that it and the live one were asked whether they answer as themselves."""
 
+    version: str
     terms: Terms
-    began: float
-    ratios: list[float] = field(default_factory=list)
-    excess: list[int] = field(default_factory=list)
-    halves: list[float] = field(default_factory=list)
-    _window: int = 0
-    _arms: dict[str, _Arm] = field(default_factory=dict)
+    users: bool = True
+    passed_s: float = 0.0
+    windows: Windows = field(default_factory=lambda: Windows(Terms.window_s, Terms.least))
+    shadow: Shadow = field(default_factory=Shadow)
+    wrong: str = ""
+    itself: int = 0
+    prompts: int = 0
+    """Labelled prompts to ask; their answers are in a file of their own."""
 
-    def hear(self, now: float, arm: str, sticky: str, duration_ms: float, failed: bool) -> None:
-        """A request that is over. Those that their clients gave up are not told of."""
-        self.close(now)
-        half = (
-            "first"
-            if hashlib.blake2b(sticky.encode(errors="surrogatepass"), digest_size=1).digest()[0] % 2
-            else "second"
-        )
-        for name in (arm, *([half] if arm == "live" else [])):
-            seen = self._arms.setdefault(name, _Arm())
-            seen.failed.append(failed)
-            if not failed:
-                seen.times_ms.append(duration_ms)
+    @classmethod
+    def begin(cls, version: str, terms: Terms, users: bool = True, prompts: int = 0) -> Trial:
+        """A trial of which nothing has been seen."""
+        windows = Windows(terms.window_s, terms.least)
+        return cls(version, terms, users, windows=windows, prompts=prompts)
 
-    def close(self, now: float) -> None:
-        """Count the windows that are over."""
-        window = int((now - self.began) / self.terms.window_s)
-        if window == self._window:
-            return
-        live, canary = self._arms.get("live", _Arm()), self._arms.get("canary", _Arm())
-        self.excess += [int(one) - int(other) for one, other in zip(canary.failed, live.failed, strict=False)]
-        self._compare(self.ratios, canary, live)
-        self._compare(self.halves, self._arms.get("first", _Arm()), self._arms.get("second", _Arm()))
-        self._window, self._arms = window, {}
-
-    def _compare(self, into: list[float], one: _Arm, other: _Arm) -> None:
-        if min(len(one.times_ms), len(other.times_ms)) >= self.terms.least:
-            into.append(math.log(stats.median(one.times_ms) / stats.median(other.times_ms)))
-
-    def judge(self, now: float) -> Judged:
+    def judge(self, labelled: Labelled | None = None) -> Judged:
         """The verdict so far: a rule that is broken rejects, all of them kept accept."""
-        self.close(now)
-        terms, alpha = self.terms, ALPHA / len(RULES)
-        latency = stats.bet(self.ratios, math.log(terms.slower), alpha)
-        failures = bet_on_mean(self.excess, terms.failures, alpha)
-        n = len(self.ratios)
-        ratio = math.exp(latency.interval.estimate) if n else math.nan
-        much = f"{ratio:.2f}x the live version's time in {n} windows; at most {terms.slower:.2f}x is allowed"
-        if failures == "rejected":
-            share = sum(self.excess) / len(self.excess)
-            said = f"{share:.1%} more of its requests fail; at most {terms.failures:.1%} more are allowed"
-            return Judged("rejected", "canary.failures", n, said)
-        if latency.outcome == "rejected":
-            return Judged("rejected", "canary.latency", n, much)
-        if latency.outcome == failures == "accepted":
-            if self.differs():
-                said = "two halves of the live version's own users differ as much: windows tell nothing here"
-                return Judged("inconclusive", "canary.latency", n, said)
-            return Judged("accepted", "canary.latency", n, much)
-        return Judged("inconclusive", "canary.latency", n, f"{much}: not enough windows to tell" if n else "no windows")
+        verdicts = self._verdicts(labelled or Labelled())
+        for outcome in ("rejected", "inconclusive"):
+            if first := next((v for v in verdicts if v.outcome == outcome), None):
+                return Judged(first.outcome, first.rule, first.reason, verdicts)
+        last = verdicts[-1]
+        return Judged("accepted", last.rule, last.reason, verdicts)
 
-    def differs(self) -> bool:
-        """Whether two halves of the live arm's users differ by more than the canary may."""
-        limit = math.log(self.terms.slower)
-        sides: Sequence[Sequence[float]] = (self.halves, [-x for x in self.halves])
-        return any(stats.bet(side, limit, ALPHA).outcome == "rejected" for side in sides)
-
-    def over(self, now: float) -> bool:
+    @property
+    def over(self) -> bool:
         """Whether its time is up."""
-        return now - self.began >= self.terms.for_s
+        return self.passed_s >= self.terms.for_s
+
+    def _verdicts(self, labelled: Labelled) -> tuple[Verdict, ...]:
+        """The rules that reject at once come first, and times last: what answers is worth more than how soon."""
+        terms, shares = self.terms, []
+        if terms.shadow:
+            shares.append(_Share("critical_errors", self.shadow.critical, terms.critical, self._critical))
+        if terms.shadow and terms.changed is not None:
+            what = "greedy answers are others, beyond those of the live version's own second run"
+            shares.append(_Share("changed", self.shadow.changed, terms.changed, what))
+        timed = self.users or bool(terms.shadow)
+        if timed:
+            shares.append(_Share("failures", self.windows.failed, terms.failures, "more of its requests fail"))
+        alpha = ALPHA / (len(shares) + timed + bool(self.prompts))
+        found = [_wrong_adapter(self.wrong, self.itself)]
+        if self.prompts:
+            found += labelled.verdicts(terms.critical, terms.lost, alpha)
+        found += [share.judge(alpha) for share in shares]
+        return (*found, self._latency(alpha)) if timed else tuple(found)
+
+    @property
+    def _critical(self) -> str:
+        first = f", first: {self.shadow.first}" if self.shadow.first else ""
+        return f"more of its answers have a critical error{first}"
+
+    def _latency(self, alpha: float) -> Verdict:
+        """The median time against the live version's."""
+        limit = self.terms.slower
+        race = stats.bet(self.windows.ratios, math.log(limit), alpha)
+        ratio = exp(race.interval)
+        rule = Verdict("canary.latency", race.outcome, "no windows", "live", ratio, "x", limit)
+        n = len(self.windows.ratios)
+        if not n:
+            return rule
+        said = f"{_times(ratio)} the live version's time in {counted(n, 'window')}; at most {limit:.2f}x is allowed"
+        outcome = race.outcome
+        if outcome == "inconclusive":
+            said += ": not enough windows to tell"
+        elif outcome == "accepted" and self.windows.differs(math.log(limit), ALPHA):
+            outcome = "inconclusive"
+            said = "two halves of the live version's own requests differ as much: windows tell nothing here"
+        return Verdict("canary.latency", outcome, said, "live", ratio, "x", limit)
 
 
-STAKES = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""Shares of the wealth that are staked; all wealths are averaged."""
+def _wrong_adapter(wrong: str, asked: int) -> Verdict:
+    """One answer that is another version's rejects: caches or batches mix them up."""
+    said = wrong or f"each answered as itself, {counted(asked + 1, 'time')}"
+    return Verdict("canary.wrong_adapter", "rejected" if wrong else "accepted", said, "live")
 
 
-def bet_on_mean(differences: Sequence[float], limit: float, alpha: float) -> Outcome:
-    """Whether the mean of differences in [-1, 1] lies below a limit: accepted, rejected above it, or inconclusive.
+@dataclass(frozen=True)
+class _Share:
+    """A share of requests that may be higher than the live version's by a `limit`, and what they are."""
 
-    A gambler wins where each is below the limit on average whatever came before, another where it is above. If one's
-    claim is false, the chance that its wealth ever passes 1 / alpha is alpha at most (Ville).
-    Source: Waudby-Smith and Ramdas 2023, "Estimating means of bounded random variables by betting", 4.
-    """
-    for outcome, side, worst in (("accepted", -1, 1 - limit), ("rejected", 1, 1 + limit)):
-        wealth = [0.0] * len(STAKES)
-        for difference in differences:
-            for n, stake in enumerate(STAKES):
-                wealth[n] += math.log1p(stake / worst * side * (difference - limit))
-            if _averaged(wealth) >= -math.log(alpha):
-                return cast(Outcome, outcome)
-    return "inconclusive"
+    rule: str
+    tally: Tally
+    limit: float
+    what: str
+
+    def judge(self, alpha: float) -> Verdict:
+        """The verdict so far, which errs `alpha` a side at most whenever one looks."""
+        outcome, value = bets.judge(self.tally, self.limit, alpha), bets.interval(self.tally, alpha)
+        if not self.tally.n:
+            said = "no pair of requests yet"
+        else:
+            bounds = f"{percent(value.low, 1)} to {percent(value.high, 1)}, {counted(self.tally.n, 'pair')}"
+            said = f"{percent(value.estimate, 1)} {self.what} ({bounds}); at most {percent(self.limit, 1)} are allowed"
+            said += ": not enough pairs to tell" if outcome == "inconclusive" else ""
+        return Verdict(f"canary.{self.rule}", outcome, said, "live", value, "share", self.limit)
 
 
-def _averaged(wealth: Sequence[float]) -> float:
-    """The logarithm of the mean of wealths, of their logarithms."""
-    most = max(wealth)
-    return most + math.log(sum(math.exp(w - most) for w in wealth) / len(wealth))
+def _times(ratio: Interval) -> str:
+    bounded = math.isfinite(ratio.high) and ratio.low > 0
+    return f"{ratio.estimate:.2f}x" + (f" ({ratio.low:.2f} to {ratio.high:.2f})" if bounded else "")

@@ -1,0 +1,116 @@
+"""Versions asked beside the users: only where the gateway has room to spare, and only a few requests at once.
+
+A request of ours takes a place of the admission like any other, but it never waits in a queue: users go first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftopt.canary.mixed import TOP
+from peftopt.gateway.admission import Ticket
+from peftopt.gateway.said import Said, Vocabulary, read
+from peftopt.gateway.upstream import Fault
+from peftopt.records import Json
+
+if TYPE_CHECKING:
+    from peftopt.gateway.app import Shared
+
+CHAT = "/v1/chat/completions"
+BESIDE = "\0beside"
+"""What these requests are called in the waiting room: no adapter and no key has such a name."""
+LOOK_AGAIN_S = 0.05
+
+
+class Full(Exception):
+    """There is no room beside the users."""
+
+
+class Asker:
+    """Asks the engine where there is room."""
+
+    def __init__(self, shared: Shared, vocabulary: Vocabulary) -> None:
+        self.shared, self.vocabulary = shared, vocabulary
+        self.plain = False
+        """Whether the engine takes none of the fields that tell more of an answer."""
+
+    @property
+    def free(self) -> bool:
+        """Whether a request would go on at once, and leave no user waiting."""
+        admission = self.shared.admission
+        most = admission.limits.running
+        here = self.shared.open and self.shared.lives.ready
+        return here and not admission.waiting and (not most or admission.running < most)
+
+    async def room(self) -> None:
+        """Wait until there is some."""
+        while not self.free:
+            await asyncio.sleep(LOOK_AGAIN_S)
+
+    async def ask(self, path: str, asked: Mapping[str, Json], served: str) -> Said:
+        """A version's whole answer to a request. Raises Full."""
+        if not self.free:
+            raise Full
+        shared, ticket = self.shared, Ticket(BESIDE, BESIDE)
+        if shared.admission.arrive(ticket, time.perf_counter()):
+            raise Full
+        shared.let_in([])
+        shared.lives.in_flight[served] += 1
+        said = Said(0.0)
+        try:
+            said = await self._asked(path, asked, served)
+            return said
+        finally:
+            shared.lives.in_flight[served] -= 1
+            shared.let_in(shared.admission.leave(ticket, len(said.tokens), time.perf_counter()))
+
+    async def _asked(self, path: str, asked: Mapping[str, Json], served: str) -> Said:
+        body = {name: value for name, value in asked.items() if name not in ("stream", "stream_options", "n")}
+        said = await self._sent(path, {**body, **({} if self.plain else _telling(path, asked)), "model": served})
+        if said.error in ("HTTP 400", "HTTP 422") and not self.plain:
+            without = await self._sent(path, {**body, "model": served})
+            self.plain = not without.error
+            return without
+        return said
+
+    async def _sent(self, path: str, body: Mapping[str, Json]) -> Said:
+        upstream, began = self.shared.upstream, time.perf_counter()
+        try:
+            async with asyncio.timeout(upstream.timeouts.whole or None):
+                async with upstream.ask(path, json.dumps(body).encode(), {}) as answer:
+                    whole = await answer.whole()
+                    ms = 1e3 * (time.perf_counter() - began)
+                    return read(answer.status, whole, ms, self.vocabulary.end)
+        except (Fault, TimeoutError) as error:
+            return Said(1e3 * (time.perf_counter() - began), error=str(error) or "timeout")
+
+
+def _telling(path: str, asked: Mapping[str, Json]) -> dict[str, Json]:
+    """Fields that change no answer and tell more of it: token ids, and a chat's log-probabilities."""
+    more: dict[str, Json] = {"return_token_ids": True}
+    if path == CHAT and not asked.get("logprobs"):
+        more |= {"logprobs": True, "top_logprobs": TOP}
+    return more
+
+
+def labelled_body(messages: Sequence[Mapping[str, str]], new_tokens: int) -> dict[str, Json]:
+    """A greedy request of a labelled prompt."""
+    return {"messages": [dict(message) for message in messages], "max_tokens": new_tokens, "temperature": 0}
+
+
+def vocabulary_of(base: Path | None) -> Vocabulary:
+    """The special tokens of a base, as its tokenizer.json names them, and those that end an answer; none where that is
+    not known."""
+    from peftopt.models import template
+
+    file = base / "tokenizer.json" if base else None
+    if base is None or file is None or not file.is_file():
+        return Vocabulary()
+    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or []
+    end = frozenset(template.ends(base))
+    return Vocabulary(frozenset(token["id"] for token in added if token.get("special")) - end, end)

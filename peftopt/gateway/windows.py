@@ -1,0 +1,80 @@
+"""Is the new version as fast as the live one, and does it fail no more often? Judged on windows of time. Pure.
+
+Both run on one engine and share its load and its noise, so what a window does to one it does to the other. The unit of
+speed is a window: the log ratio of the two arms' medians, or where the version answers nobody, the median log ratio of
+requests that both were asked. The unit of failures is a pair of requests, one of each arm. Two halves of the live arm
+are compared in the same way: where they differ, windows tell nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+from peftopt import stats
+from peftopt.gateway.bets import Tally
+
+
+@dataclass
+class Arm:
+    """One arm's requests of a window: the times of those that were answered, and of each whether it failed."""
+
+    times_ms: list[float] = field(default_factory=list)
+    failed: list[bool] = field(default_factory=list)
+
+
+@dataclass
+class Windows:
+    """What the windows that are over say: `ratios` log(new / live), `halves` log(live / live), and `failed`. A window
+    that is half open is not kept: after a restart it is as if nobody had asked in it."""
+
+    window_s: float
+    least: int
+    ratios: list[float] = field(default_factory=list)
+    halves: list[float] = field(default_factory=list)
+    failed: Tally = field(default_factory=Tally)
+    _window: int = field(default=0, init=False)
+    _arms: dict[str, Arm] = field(default_factory=dict, init=False)
+    _pairs: list[tuple[float, float]] = field(default_factory=list, init=False)
+
+    def hear(self, at: float, arm: str, sticky: str, ms: float, failed: bool) -> None:
+        """A user's request that is over, `at` seconds from the start. Those that clients gave up are not told of."""
+        self.close(at)
+        digest = hashlib.blake2b(sticky.encode(errors="surrogatepass"), digest_size=1).digest()
+        half = "first" if digest[0] % 2 else "second"
+        for name in (arm, *([half] if arm == "live" else [])):
+            seen = self._arms.setdefault(name, Arm())
+            seen.failed.append(failed)
+            if not failed:
+                seen.times_ms.append(ms)
+
+    def pair(self, at: float, new_ms: float, live_ms: float, again_ms: float) -> None:
+        """A request that the new version was asked once and the live one twice, nobody waiting for it."""
+        self.close(at)
+        self._pairs.append((math.log(new_ms / live_ms), math.log(again_ms / live_ms)))
+
+    def close(self, at: float) -> None:
+        """Count the windows that are over."""
+        window = int(at / self.window_s)
+        if window == self._window:
+            return
+        live, canary = self._arms.get("live", Arm()), self._arms.get("canary", Arm())
+        for new, old in zip(canary.failed, live.failed, strict=False):
+            self.failed.add(new, old)
+        self._compare(self.ratios, canary, live)
+        self._compare(self.halves, self._arms.get("first", Arm()), self._arms.get("second", Arm()))
+        if self._pairs:
+            new_, again = zip(*self._pairs, strict=True)
+            self.ratios.append(stats.median(new_))
+            self.halves.append(stats.median(again))
+        self._window, self._arms, self._pairs = window, {}, []
+
+    def _compare(self, into: list[float], one: Arm, other: Arm) -> None:
+        if min(len(one.times_ms), len(other.times_ms)) >= self.least:
+            into.append(math.log(stats.median(one.times_ms) / stats.median(other.times_ms)))
+
+    def differs(self, limit: float, alpha: float) -> bool:
+        """Whether two halves of the live arm differ by more than a log ratio."""
+        sides = (self.halves, [-x for x in self.halves])
+        return any(stats.bet(side, limit, alpha).outcome == "rejected" for side in sides)
