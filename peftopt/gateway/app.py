@@ -428,7 +428,7 @@ class Exchange:
         """Count the request and write its line."""
         self.line.done = time.perf_counter()
         self.shared.metrics.count(self.line)
-        self.shared.lives.trials.heard(self.line, self.sticky, self.path, self.asked)
+        self.shared.lives.heard(self.line, self.sticky, self.path, self.asked)
         lost = self.shared.log.lost
         self.shared.log.write(self.line)
         self.shared.metrics.log_lost.inc(self.shared.log.lost - lost)

@@ -20,6 +20,7 @@ from peftopt.corpus import Row
 from peftopt.errors import ACCEPTED, REJECTED, BadInput, MissingEnvironment, WorkerFailed
 from peftopt.gateway.backends import BASE
 from peftopt.gateway.fingerprints import Fingerprints
+from peftopt.gateway.lines import Line
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.outcome import Outcome
 from peftopt.gateway.registry import Registry, Stored
@@ -29,6 +30,7 @@ from peftopt.gateway.trials import Trials
 from peftopt.loadtest.client import Client
 from peftopt.loadtest.protocols import Target
 from peftopt.models.adapter import WEIGHTS
+from peftopt.records import Json
 
 TRIES, AGAIN_S = 3, 0.5
 """A load that fails is tried again, each time after twice the pause."""
@@ -252,6 +254,10 @@ class Lives:
             await self._change(name, now)
             self.trials.end(name, f"an operator decided: {now.live.served} {said}")
             return Outcome(ACCEPTED, f"{now.live.served} {said}", now.live.id)
+
+    def heard(self, line: Line, sticky: str, path: str, asked: Mapping[str, Json]) -> None:
+        """A user's request is over, and this is what was asked where it came to that: see Trials.heard."""
+        self.trials.heard(line, sticky, path, asked)
 
     async def wrong(self, names: Sequence[str]) -> list[str]:
         """Which of some versions do not answer as themselves when all are asked at once. Raises WorkerFailed where

@@ -25,7 +25,7 @@ from peftopt.records import Json
 
 TRIES = 3
 """A prompt that is not answered is asked again: an engine may be starting anew."""
-TIMES = 2
+TIMES = 3
 """Times that both versions are asked again where the new one makes a critical error: one run may have been chance."""
 
 

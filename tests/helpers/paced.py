@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from helpers.threads import listening
@@ -29,6 +29,8 @@ class Paced:
         self.says: Any = None
         """Answered to everybody in place of an answer, with `status`; None for none."""
         self.status = 200
+        self.speaks: Callable[[str, str], str] = lambda name, prompt: "x"
+        """What the gateway is answered that asks beside the users: the name that is asked, and the prompt."""
         self.slow: dict[str, float] = {}
         """Seconds more before the first token, by the name that is asked."""
 
@@ -140,7 +142,8 @@ class Paced:
             level = (sum(map(ord, f"{weights}{prompt}{i}")) % 1000) / 100
             top = [{"token": f"t{j}", "logprob": -0.1 - level * (j + 1)} for j in range(body["top_logprobs"])]
             content.append({"token": "t0", "logprob": top[0]["logprob"], "top_logprobs": top})
-        return {"choices": [{"message": {"content": "x"}, "logprobs": {"content": content}, "finish_reason": "length"}]}
+        text, end = (self.speaks(name, prompt), "stop") if body.get("return_token_ids") else ("x", "length")
+        return {"choices": [{"message": {"content": text}, "logprobs": {"content": content}, "finish_reason": end}]}
 
     def whole(self, writer: asyncio.StreamWriter, status: int, data: Any, kind: str = "application/json") -> None:
         text = (data if isinstance(data, str) else json.dumps(data)).encode()
