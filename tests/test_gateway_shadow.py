@@ -1,5 +1,4 @@
-"""Versions that answer nobody: asked beside the users, judged, promoted or rolled back, over sockets and across a kill.
-"""
+"""Versions that answer nobody: asked beside the users, judged, promoted or rolled back; also across a kill."""
 
 from __future__ import annotations
 
