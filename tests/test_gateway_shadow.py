@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +17,7 @@ import pytest
 from helpers.gateways import BIG_S, Gateway, changed, serving, until
 from helpers.paced import Paced, paced
 
+WORSE = Path(__file__).parent.parent / "demo" / "worse.py"
 PROMPTS = 160
 """As many as it takes to exclude critical errors in 2 % of prompts."""
 
@@ -142,6 +145,27 @@ def test_a_trial_goes_on_after_the_gateway_was_killed(two: tuple[Path, Path], tm
             assert code == 0 and "promoted" in said, said
             assert listed(again)["previous"] == live.partition("@")[2]
         assert len(beside(engine)) < 3 * PROMPTS + 12, "only what was on its way is asked again"
+
+
+def test_a_worse_adapter_is_found_out_on_a_real_engine(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+    """The demo's way: a worse copy is put on trial with what the live version answers, and rolled back by a rule."""
+    worse = tmp_path / "worse"
+    subprocess.run([sys.executable, WORSE, worse, "--adapter", tiny_lora, "--scale", "0"], check=True, timeout=BIG_S)
+    options = ("--base", tiny_base, "--adapter", f"support={tiny_lora}", "--adapters-from", tmp_path)
+    with serving(tmp_path, *options, "--engine", "eager", "--threads", 1) as gateway:
+
+        def answer(number: int) -> str:
+            asked = gateway.ask(f"prompt {number}", "support", temperature=0, max_tokens=6)
+            return asked.json()["choices"][0]["message"]["content"]
+
+        before = [answer(number) for number in range(12)]
+        rows = [{"id": f"p{n}", "prompt": f"prompt {n}", "expected": text} for n, text in enumerate(before)]
+        file = tmp_path / "prompts.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        asked = ("--prompts", file, "--new-tokens", 6, "--for", "300s", "--then", "promote")
+        code, said = gateway.operate("put", f"support={worse}", *asked)
+        assert code == 1 and ("canary.accuracy" in said or "canary.critical_prompts" in said), said
+        assert [answer(number) for number in range(12)] == before, "the live version answers as it did"
 
 
 def _new(engine: Paced, live: str) -> str:
