@@ -162,8 +162,8 @@ def report(name: Name, admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson 
     from peftopt.cli.console import Console
 
     told = _asked("GET", f"/adapters/{name}/report", admin, key_env)
-    if not as_json:
-        rows = [[rule["rule"], rule["outcome"], rule["reason"]] for rule in told.get("rules", [])]
+    if told.get("rules") and not as_json:
+        rows = [[rule["rule"], rule["outcome"], rule["reason"]] for rule in told["rules"]]
         Console().table(("rule", "outcome", "why"), rows)
     _told(told, as_json)
 

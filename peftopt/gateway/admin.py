@@ -8,7 +8,6 @@ It listens on a socket of its own, never on the users' port, and opens only fold
 import dataclasses
 import hashlib
 import hmac
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ from peftopt.corpus import Row
 from peftopt.errors import BAD_INPUT, BadInput, PeftoptError
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.outcome import Outcome
-from peftopt.gateway.registry import plain
+from peftopt.gateway.registry import shown
 from peftopt.gateway.trial import Terms
 from peftopt.measurements import structured
 
@@ -104,7 +103,7 @@ def _answered(outcome: Outcome) -> "JSONResponse":
 
     told = {"exit_code": outcome.exit_code, "said": outcome.said, "version": outcome.version}
     if outcome.rules:
-        told |= {"rules": [_finite(plain(verdict)) for verdict in outcome.rules]}
+        told |= {"rules": shown(outcome.rules)}
     return JSONResponse(told, 200 if outcome.exit_code == 0 else 409)
 
 
@@ -113,13 +112,6 @@ def _report(lives: Lives, name: str) -> Outcome:
     if found is None:
         raise BadInput(f"{name} is not and was not on trial", "put a version with --canary 10% --for 30m")
     return found
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: null stands for a bound that is not known."""
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _terms(trial: dict[str, Any]) -> Terms:

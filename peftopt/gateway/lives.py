@@ -19,6 +19,7 @@ from pathlib import Path
 from peftopt.corpus import Row
 from peftopt.errors import ACCEPTED, REJECTED, BadInput, MissingEnvironment, WorkerFailed
 from peftopt.gateway.backends import BASE
+from peftopt.gateway.checks import check
 from peftopt.gateway.fingerprints import Fingerprints
 from peftopt.gateway.lines import Line
 from peftopt.gateway.metrics import Metrics
@@ -29,7 +30,6 @@ from peftopt.gateway.trial import Terms
 from peftopt.gateway.trials import Trials
 from peftopt.loadtest.client import Client
 from peftopt.loadtest.protocols import Target
-from peftopt.models.adapter import WEIGHTS
 from peftopt.records import Json
 
 TRIES, AGAIN_S = 3, 0.5
@@ -170,7 +170,7 @@ class Lives:
         if terms and not (weight or terms.shadow or rows):
             raise BadInput("a trial has nothing to judge by", "write --canary 10%, --shadow 5% or --prompts FILE")
         async with self._one:
-            await asyncio.to_thread(self._checked, folder)
+            await asyncio.to_thread(check, folder, self.settings.base, self.settings.max_rank)
             stored = await asyncio.to_thread(self.registry.copy, name, folder)
             route = self.registry.table.routes.get(name)
             if route and route.live.id == stored.version.id:
@@ -302,23 +302,6 @@ class Lives:
 
     # ---- the steps
 
-    def _checked(self, folder: Path) -> None:
-        """Raises BadInput for what is no safe adapter of this base: as merge checks it."""
-        from peftopt.models.adapter import highest_rank, open_adapter
-        from peftopt.runner import preflight
-
-        if self.settings.base:
-            preflight.check_adapter(folder, self.settings.base, [])
-        adapter = open_adapter(folder)
-        rank = highest_rank(adapter.config)
-        if self.settings.max_rank and rank > self.settings.max_rank:
-            raise BadInput(
-                f"{folder} has rank {rank}, and the engine was started for at most {self.settings.max_rank}",
-                "start the gateway again with this adapter, or with --max-rank",
-            )
-        if wrong := _not_finite(folder / WEIGHTS):
-            raise BadInput(f"{folder}: {wrong} holds a value that is not finite", "train or export it again")
-
     async def _loaded(self, stored: Stored) -> str:
         """Load a version, timed; why not, "" when it is loaded."""
         pause, error = AGAIN_S, ""
@@ -429,16 +412,3 @@ class Lives:
 
 async def _at_once() -> None:
     """One process answers users, by the table that was changed."""
-
-
-def _not_finite(file: Path) -> str:
-    """The first tensor of a file with a value that is not finite; "" for none."""
-    import ml_dtypes  # noqa: F401 (teaches numpy bfloat16)
-    import numpy as np
-    from safetensors import safe_open
-
-    with safe_open(file, framework="numpy") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (not a dict)
-            if not np.isfinite(tensors.get_tensor(name).astype(np.float32)).all():
-                return str(name)
-    return ""

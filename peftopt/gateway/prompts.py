@@ -7,6 +7,7 @@ STATE/trials/<version>/answers.jsonl    the answers, in the form of a run's meas
 from __future__ import annotations
 
 import asyncio
+import glob
 import json
 import random
 import shutil
@@ -39,10 +40,11 @@ class Prompts:
     @staticmethod
     def write(root: Path, version: str, rows: Sequence[Row]) -> None:
         """Keep the prompts of a version's trial. Raises MissingEnvironment for a disk that is full."""
-        folder = _folder(root, version)
+        folder, name = _folder(root, version), version.rpartition("@")[0]
         drawn = random.Random(version).sample(list(rows), len(rows))
         try:
-            shutil.rmtree(folder, ignore_errors=True)
+            for old in folder.parent.glob(f"{glob.escape(name)}@*"):  # of the route's last trial
+                shutil.rmtree(old, ignore_errors=True)
             folder.mkdir(parents=True)
             text = "".join(json.dumps(asdict(row)) + "\n" for row in drawn)
             (folder / "prompts.jsonl").write_text(text, encoding="utf-8")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -192,10 +193,23 @@ def _read(registry: Registry, value: Mapping[str, Json]) -> None:
 
 
 def plain(record: object) -> Json:
-    """A record of records as JSON has it."""
+    """A record of records, as `structured` reads it."""
     import cattrs
 
     return cattrs.unstructure(record)
+
+
+def shown(record: object) -> Json:
+    """The same for others to read. JSON has no infinity: null stands for a bound that is not known."""
+    return _finite(plain(record))
+
+
+def _finite(value: Json) -> Json:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _route(value: Mapping[str, Json]) -> Route:

@@ -84,6 +84,14 @@ class Shadow:
     """The first critical error that the live version did not make."""
     apart: list[tuple[float, float]] = field(default_factory=list)
 
+    @property
+    def distances(self) -> dict[str, float]:
+        """The medians of how far the new version, and the live one's second run, lie from its first (nats)."""
+        if not self.apart:
+            return {}
+        new, again = zip(*self.apart, strict=True)
+        return {"new": stats.median(new), "again": stats.median(again), "n": len(self.apart)}
+
     def add(self, new: Said, live: Said, again: Said, greedy: bool, terms: Terms, vocabulary: Vocabulary) -> None:
         """One more prompt. The new version's answer is compared with the live one's first, the second run tells what
         changes by itself."""
@@ -138,7 +146,7 @@ class Trial:
             if first := next((v for v in verdicts if v.outcome == outcome), None):
                 return Judged(first.outcome, first.rule, first.reason, verdicts)
         last = verdicts[-1]
-        return Judged("accepted", last.rule, last.reason, verdicts)
+        return Judged("accepted", last.rule, f"{counted(len(verdicts), 'rule')} kept; {last.reason}", verdicts)
 
     @property
     def over(self) -> bool:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from peftopt.corpus import Row
@@ -19,7 +19,7 @@ from peftopt.gateway.labelled import LIVE, NEW, RUNS, Labelled, Run
 from peftopt.gateway.lines import Line
 from peftopt.gateway.outcome import Outcome
 from peftopt.gateway.prompts import Prompts
-from peftopt.gateway.registry import plain
+from peftopt.gateway.registry import shown
 from peftopt.gateway.routes import Route, Version
 from peftopt.gateway.said import Said
 from peftopt.gateway.trial import Judged, Terms, Trial
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 2
 """So many users' prompts are asked again at once, at most; what comes meanwhile is dropped."""
-ITSELF_EVERY_S = 60.0
+ITSELF_EVERY_S = 120.0
 """A version on trial and the live one are asked so often whether they answer as themselves."""
 NOT_COUNTED = ("cancelled", "request", "refused")
 """Kinds of errors that are not the version's."""
@@ -76,7 +76,10 @@ class Trials:
             if route is None or route.canary is None or route.canary.served != trial.version:
                 self.end(name, "it has no canary any more")
             elif name not in self._began:
-                self._start(name, trial)
+                try:
+                    self._start(name, trial)
+                except PeftoptError as error:  # as where somebody took its prompts away
+                    self.end(name, error.message)
             elif trial.prompts and not self._tasks[name]:
                 self._run(name, self._ask_prompts(name, trial))
 
@@ -101,7 +104,17 @@ class Trials:
     def _run(self, name: str, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks[name].add(task)
-        task.add_done_callback(self._tasks[name].discard)
+        task.add_done_callback(self._done_with(name))
+
+    def _done_with(self, name: str) -> Callable[[asyncio.Task[None]], None]:
+        tasks = self._tasks[name]
+
+        def over(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            if not task.cancelled() and (error := task.exception()):
+                self.lives.tell(f"{name}: what is asked of its trial has stopped: {type(error).__name__}: {error}")
+
+        return over
 
     def end(self, name: str, why: str) -> None:
         """End a trial before its verdict; who waits for it is told why."""
@@ -241,8 +254,13 @@ class Trials:
         self.registry.ended[name] = outcome
         self._save()
         self.lives.tell(f"{name}: {outcome.said}")
-        told = {"outcome": judged.outcome, "rule": judged.rule, "why": judged.said, "apart": trial.shadow.apart}
-        self.registry.tell("trial", name=name, version=version.id, **told, rules=plain(judged.verdicts))
+        told = {
+            "outcome": judged.outcome,
+            "rule": judged.rule,
+            "why": judged.said,
+            "apart_nats": trial.shadow.distances,
+        }
+        self.registry.tell("trial", name=name, version=version.id, **told, rules=shown(judged.verdicts))
 
     async def _done(self, name: str, version: Version, judged: Judged, terms: Terms) -> Outcome:
         id_, rules = version.id, judged.verdicts
@@ -253,5 +271,5 @@ class Trials:
             await self.lives.turn(name, Route.promoted, "answers everybody", version)
             return Outcome(ACCEPTED, f"{name}@{id_} is promoted: {judged.said}", id_, rules)
         if judged.outcome == "accepted":
-            return Outcome(ACCEPTED, f"{name}@{id_} is accepted and stays a canary: {judged.said}", id_, rules)
+            return Outcome(ACCEPTED, f"{name}@{id_} is accepted and stays as it is: {judged.said}", id_, rules)
         return Outcome(INCONCLUSIVE, f"{name}@{id_} is held: {judged.rule}: {judged.said}", id_, rules)
