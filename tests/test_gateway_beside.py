@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -147,6 +148,23 @@ def test_a_version_that_no_longer_answers_as_itself_is_rolled_back_at_once(
             ended = lives.registry.ended["support"]
             assert ended.exit_code == REJECTED and "canary.wrong_adapter" in ended.said
             assert lives.registry.table.routes["support"].canary is None
+
+    asyncio.run(main())
+
+
+def test_a_gateway_that_ends_lets_go_of_what_it_asks_and_the_trial_goes_on(engine: Paced, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with users_of(engine, tmp_path) as users:
+            lives = users.shared.lives
+            lives.trials.asker = Asker(users.shared, Vocabulary())
+            await lives.put("support", adapter(tmp_path / "a", 1))
+            rows = [Row("p", ({"role": "user", "content": "hold"},), "x")]
+            await lives.put("support", adapter(tmp_path / "b", 2), terms=Terms(), rows=rows)
+            await until(lambda: users.shared.admission.running)
+            lives.trials.close()
+            await until(lambda: not users.shared.admission.running)
+        again = json.loads((tmp_path / "state" / "registry.json").read_text())
+        assert again["trials"]["support"]["prompts"] == 1
 
     asyncio.run(main())
 

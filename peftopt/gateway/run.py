@@ -279,6 +279,7 @@ class Gateway:
     async def _drain(self) -> None:
         """No new requests; wait for those that run, as long as they may take."""
         self.shared.open = False
+        self.shared.lives.trials.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_s):
                 if self.supervisor:

@@ -95,6 +95,8 @@ class Paced:
         name = body["model"]
         self.answers[name] += 1
         prompt = str(body.get("prompt") or body["messages"][-1]["content"])
+        if prompt == "hold":
+            await asyncio.sleep(3600)
         if self.says is not None and not body.get("logprobs"):
             self.whole(writer, self.status, self.says)
             return
@@ -104,7 +106,7 @@ class Paced:
         if prompt == "oom":
             self.whole(writer, 500, {"error": {"message": "CUDA out of memory. Tried to allocate 2 GiB", "code": 500}})
             return
-        await asyncio.sleep(3600 if prompt == "hold" else self.first + self.slow.get(name, 0.0))
+        await asyncio.sleep(self.first + self.slow.get(name, 0.0))
         tokens = body.get("max_tokens", 4)
         usage = {"prompt_tokens": 7, "completion_tokens": tokens, "total_tokens": 7 + tokens}
         told = {"queue_time_ms": 3.0, "time_to_first_token_ms": 5.0, "generation_time_ms": 6.0}
