@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 AT_ONCE = 2
 """So many users' prompts are asked again at once, at most; what comes meanwhile is dropped."""
-ITSELF_EVERY_S = 120.0
-"""A version on trial and the live one are asked so often whether they answer as themselves."""
+ITSELF_EVERY_S, ITSELF_SHARE = 120.0, 0.05
+"""A version on trial and the live one are asked so often whether they answer as themselves, and on a slow engine less
+often: this share of the time may go to it."""
 NOT_COUNTED = ("cancelled", "request", "refused")
 """Kinds of errors that are not the version's."""
 LENGTHS = 4
@@ -49,6 +50,7 @@ class Trials:
         self._began: dict[str, float] = {}
         """When each began, less what had passed before this gateway started (monotonic)."""
         self._itself: dict[str, float] = {}
+        """When each is asked next whether it answers as itself (monotonic)."""
         self._news: set[str] = set()
         """Trials of which something has been seen since they were judged."""
         self._tasks: dict[str, set[asyncio.Task[None]]] = {}
@@ -86,7 +88,7 @@ class Trials:
     def _start(self, name: str, trial: Trial) -> None:
         self._stop(name)
         self._began[name] = time.monotonic() - trial.passed_s
-        self._itself[name] = time.monotonic()
+        self._itself[name] = time.monotonic() + ITSELF_EVERY_S
         self._news.add(name)
         if trial.prompts:
             self._prompts[name] = Prompts.read(self.registry.root, trial.version)
@@ -207,15 +209,17 @@ class Trials:
 
     async def _ask_itself(self, name: str, trial: Trial) -> None:
         """Ask both, now and then, whether they still answer as themselves."""
-        if time.monotonic() - self._itself[name] < max(ITSELF_EVERY_S, trial.terms.window_s):
+        began = time.monotonic()
+        if began < self._itself[name]:
             return
-        self._itself[name] = time.monotonic()
         names = [self._served(name, trial, run) for run in RUNS[1:]]
         with contextlib.suppress(WorkerFailed):  # an engine that does not answer is seen by others
             wrong = await self.lives.wrong(names)
             trial.wrong = wrong[0] if wrong else trial.wrong
             trial.itself += 1
             self._news.add(name)
+        took = time.monotonic() - began
+        self._itself[name] = began + max(ITSELF_EVERY_S, took / ITSELF_SHARE)
 
     # ---- what comes of it
 
