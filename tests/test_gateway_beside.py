@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -136,9 +137,10 @@ def test_a_version_that_no_longer_answers_as_itself_is_rolled_back_at_once(
     engine: Paced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trials, "ITSELF_EVERY_S", 0.0)
+    monkeypatch.setattr(trials, "ITSELF_SHARE", math.inf)
 
     async def main() -> None:
-        async with tried(engine, tmp_path, terms=Terms(shadow=1.0, window_s=1e-6)) as users:
+        async with tried(engine, tmp_path, terms=EVERY) as users:
             lives = users.shared.lives
             await lives.trials.judge()
             assert "support" in lives.trials, "both answer as themselves"

@@ -28,9 +28,10 @@ def two(tiny_lora: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def one_live(two: tuple[Path, Path], where: Path) -> Iterator[tuple[Paced, Gateway, str]]:
+def one_live(two: tuple[Path, Path], where: Path, workers: int = 1) -> Iterator[tuple[Paced, Gateway, str]]:
     """A gateway whose first version is live, and that version's name at the engine."""
-    with paced() as engine, serving(where, "--upstream", engine.url, "--adapters-from", where) as gateway:
+    options = ("--adapters-from", where, "--workers", workers)
+    with paced() as engine, serving(where, "--upstream", engine.url, *options) as gateway:
         assert gateway.operate("put", f"support={two[0]}")[0] == 0
         yield engine, gateway, next(iter(engine.folders))
 
@@ -71,10 +72,11 @@ def listed(gateway: Gateway) -> dict[str, str]:
     return {row["arm"]: row["version"] for row in rows if row["name"] == "support"}
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_shadow_answers_nobody_and_is_rolled_back_for_its_critical_errors(
-    two: tuple[Path, Path], tmp_path: Path
+    two: tuple[Path, Path], tmp_path: Path, workers: int
 ) -> None:
-    with one_live(two, tmp_path) as (engine, gateway, live):
+    with one_live(two, tmp_path, workers) as (engine, gateway, live):
         engine.speaks = lambda name, prompt: "fine" if name == live else ""
         with users(gateway):
             options = ("--shadow", "100%", "--for", "300s", "--then", "promote", "--window", "1s")

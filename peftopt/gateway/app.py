@@ -52,8 +52,8 @@ class Adapters(Protocol):
     def ready(self) -> bool:
         """Whether every route has answered as itself."""
 
-    def heard(self, line: Line, sticky: str) -> None:
-        """A request is over."""
+    def heard(self, line: Line, sticky: str, path: str, asked: Mapping[str, Json]) -> None:
+        """A request is over, and this is what was asked, where it came so far that the engine was."""
 
 
 @dataclass

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftopt.canary.mixed import TOP
 from peftopt.gateway.admission import Ticket
+from peftopt.gateway.lines import Line
 from peftopt.gateway.said import Said, Vocabulary, read
 from peftopt.gateway.upstream import Fault
 from peftopt.records import Json
@@ -27,25 +29,30 @@ BESIDE = "\0beside"
 LOOK_AGAIN_S = 0.05
 
 
+def drawn(line: Line, share: float) -> bool:
+    """Whether a user's request is one of those that both versions are asked again: it was answered by the live one."""
+    return line.arm == "live" and not line.kind and random.random() < share
+
+
 class Full(Exception):
     """There is no room beside the users."""
 
 
 class Asker:
-    """Asks the engine where there is room."""
+    """Asks the engine where there is room. `busy`: the requests that run or wait, in all processes that answer users;
+    without it those of this one."""
 
-    def __init__(self, shared: Shared, vocabulary: Vocabulary) -> None:
+    def __init__(self, shared: Shared, vocabulary: Vocabulary, busy: Callable[[], int] | None = None) -> None:
         self.shared, self.vocabulary = shared, vocabulary
+        self._busy = busy or (lambda: shared.admission.running + shared.admission.waiting)
         self.plain = False
         """Whether the engine takes none of the fields that tell more of an answer."""
 
     @property
     def free(self) -> bool:
         """Whether a request would go on at once, and leave no user waiting."""
-        admission = self.shared.admission
-        most = admission.limits.running
-        here = self.shared.open and self.shared.lives.ready
-        return here and not admission.waiting and (not most or admission.running < most)
+        most = self.shared.admission.limits.running
+        return self.shared.open and self.shared.lives.ready and (not most or self._busy() < most)
 
     async def room(self) -> None:
         """Wait until there is some."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from peftopt.corpus import Row
 from peftopt.errors import ACCEPTED, REJECTED, BadInput, MissingEnvironment, WorkerFailed
+from peftopt.gateway.asking import drawn
 from peftopt.gateway.backends import BASE
 from peftopt.gateway.checks import check
 from peftopt.gateway.fingerprints import Fingerprints
@@ -256,8 +257,10 @@ class Lives:
             return Outcome(ACCEPTED, f"{now.live.served} {said}", now.live.id)
 
     def heard(self, line: Line, sticky: str, path: str, asked: Mapping[str, Json]) -> None:
-        """A user's request is over, and this is what was asked where it came to that: see Trials.heard."""
-        self.trials.heard(line, sticky, path, asked)
+        """A user's request is over: where its route is on trial it counts, and some are asked of both versions."""
+        self.trials.heard(line, sticky)
+        if drawn(line, self.trials.shares.get(line.adapter, 0.0)):
+            self.trials.shadow(line, path, asked)
 
     async def wrong(self, names: Sequence[str]) -> list[str]:
         """Which of some versions do not answer as themselves when all are asked at once. Raises WorkerFailed where

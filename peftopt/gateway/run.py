@@ -113,7 +113,7 @@ class Gateway:
             admission = Admission(config.limits, config.per_adapter, config.per_key)
             own = Settings(config.most_body_bytes)
             self.shared = Shared(upstream, lives, admission, config.keys, self.metrics, self.log, own)
-            lives.trials.asker = Asker(self.shared, vocabulary_of(config.base))
+            lives.trials.asker = Asker(self.shared, vocabulary_of(config.base), self._busy)
             async with self._listening(lives):
                 try:
                     await unless(self.ended.wait(), self._start(how, lives))
@@ -200,6 +200,7 @@ class Gateway:
         try:
             await self.ended.wait()
         finally:
+            lives.trials.close()
             for task in beside:
                 task.cancel()
             await asyncio.gather(*beside, return_exceptions=True)
@@ -279,7 +280,6 @@ class Gateway:
     async def _drain(self) -> None:
         """No new requests; wait for those that run, as long as they may take."""
         self.shared.open = False
-        self.shared.lives.trials.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_s):
                 if self.supervisor:

@@ -139,22 +139,28 @@ class Trials:
 
     # ---- what is seen
 
-    def heard(self, line: Line, sticky: str, path: str, asked: Mapping[str, Json]) -> None:
-        """A user's request is over: where its route is on trial, it counts, and some are asked of both versions."""
+    @property
+    def shares(self) -> dict[str, float]:
+        """The routes that are on trial, and the share of users' requests that both versions are asked again."""
+        return {name: trial.terms.shadow for name, trial in self.registry.trials.items()}
+
+    def heard(self, line: Line, sticky: str) -> None:
+        """A user's request is over: where its route is on trial, it counts."""
         trial = self.registry.trials.get(line.adapter)
         if trial is None or line.adapter not in self._began or not line.arm or line.kind in NOT_COUNTED:
             return
         if trial.users:
             at = self._passed(line.adapter)
             trial.windows.hear(at, line.arm, sticky, line.request_duration_ms, bool(line.kind))
-        if line.arm == "live" and not line.kind and random.random() < trial.terms.shadow:
-            self._shadow(line, trial, path, asked)
 
     def _passed(self, name: str) -> float:
         return time.monotonic() - self._began[name]
 
-    def _shadow(self, line: Line, trial: Trial, path: str, asked: Mapping[str, Json]) -> None:
+    def shadow(self, line: Line, path: str, asked: Mapping[str, Json]) -> None:
         """Ask both versions what a user asked, where there is room."""
+        trial = self.registry.trials.get(line.adapter)
+        if trial is None or line.adapter not in self._began:
+            return
         if self.asker is None or self._shadows >= AT_ONCE or not self.asker.free:
             self._counted(line.adapter, "dropped")
             return

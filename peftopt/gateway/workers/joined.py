@@ -7,13 +7,14 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from peftopt.errors import MissingEnvironment
 from peftopt.gateway.admission import Admission
 from peftopt.gateway.app import Settings, Shared
+from peftopt.gateway.asking import drawn
 from peftopt.gateway.lines import Line, Log
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.routes import Table
@@ -46,11 +47,15 @@ class Followed:
         """Whether every route has answered as itself."""
         return self.state.ready
 
-    def heard(self, line: Line, sticky: str) -> None:
-        """A request is over: the supervisor judges the routes that are on trial."""
-        if line.adapter in self.state.trials and self.channel:
-            with contextlib.suppress(Closed):
-                self.channel.tell("heard", {"line": asdict(replace(line, gaps_ms=[])), "sticky": sticky})
+    def heard(self, line: Line, sticky: str, path: str, asked: Mapping[str, Json]) -> None:
+        """A request is over: the supervisor judges the routes that are on trial, and asks both versions some again."""
+        if line.adapter not in self.state.trials or self.channel is None:
+            return
+        told = asdict(replace(line, gaps_ms=[]))
+        with contextlib.suppress(Closed):
+            self.channel.tell("heard", {"line": told, "sticky": sticky})
+            if drawn(line, self.state.trials[line.adapter]):
+                self.channel.tell("shadow", {"line": told, "path": path, "asked": asked})
 
     def follow(self, state: State) -> None:
         """Serve by this from now on."""

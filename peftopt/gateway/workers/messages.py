@@ -57,13 +57,14 @@ class Part:
 @dataclass(frozen=True)
 class State:
     """What is served now. `open` is False while the gateway drains; `switched`: seconds that loads took which no
-    request has told of yet; `trials`: the routes that are on trial; `sampled`: the engine's memory."""
+    request has told of yet; `trials`: the routes that are on trial, and the share of their requests that both
+    versions are asked again; `sampled`: the engine's memory."""
 
     routes: Mapping[str, Route] = field(default_factory=dict)
     ready: bool = False
     open: bool = True
     switched: Mapping[str, float] = field(default_factory=dict)
-    trials: tuple[str, ...] = ()
+    trials: Mapping[str, float] = field(default_factory=dict)
     sampled: Mapping[str, float] = field(default_factory=dict)
     model_loading_time: float | None = None
 

@@ -166,7 +166,9 @@ class Supervisor:
             if kind == "counts":
                 self._count(member, messages.read(Counts, value))
             elif kind == "heard":
-                self.lives.heard(Line(**value["line"]), value["sticky"])
+                self.lives.trials.heard(Line(**value["line"]), value["sticky"])
+            elif kind == "shadow":
+                self.lives.trials.shadow(Line(**value["line"]), value["path"], value["asked"])
             elif kind == "metrics":
                 return (await self.scrape()).decode()
             return None
@@ -245,7 +247,7 @@ class Supervisor:
             ready=lives.ready,
             open=shared.open,
             switched=dict(lives.switched),
-            trials=tuple(sorted(lives.trials)),
+            trials=lives.trials.shares,
             sampled=shared.sampled,
             model_loading_time=shared.settings.model_loading_time,
         )
