@@ -121,15 +121,15 @@ def _check(plugin: str, model: Model) -> None:
         preflight.check_adapter(Path(adapter), Path(model.path), [plugin] if merges else [])
 
 
-def _broken(plugin: str, found: Transformed, made: Path, out: Path) -> Exception:
+def _broken(plugin: str, transformed: Transformed, made: Path, out: Path) -> Exception:
     """The error for a folder that did not pass; one with a certificate is kept aside."""
-    if found.certificate is None:
-        return BadInput(f"{plugin} gave a broken model: {found.tier0[0]}", "check the adapter and the base")
+    if transformed.certificate is None:
+        return BadInput(f"{plugin} gave a broken model: {transformed.tier0[0]}", "check the adapter and the base")
     aside = out.with_name(f"{out.name}.failed")
     shutil.rmtree(aside, ignore_errors=True)
     made.rename(aside)
     return Rejected(
-        f"the {plugin} did not pass its certificate: {found.tier0[0].removeprefix('certificate: ')}",
+        f"the {plugin} did not pass its certificate: {transformed.tier0[0].removeprefix('certificate: ')}",
         f"nothing was written to {out}; the result is in {aside}, its parity.json says what was measured",
     )
 
