@@ -31,7 +31,8 @@ from peftopt.runner.schedule import Job, work
 CHUNK = 96
 """Prompts answered between two looks at whether a variant has already failed."""
 
-CHECKED, AHEAD = "baseline checked", "ahead of the race"
+CHECKED = "baseline checked"
+AHEAD = "ahead of the race"
 
 Hear = Callable[[float, str], None]
 """Told what share of a job is done, and what is going on."""
@@ -64,7 +65,9 @@ class _Hearers:
     """One bar for jobs that go on side by side: their shares, added up."""
 
     def __init__(self, show: Callable[[int, str], None]) -> None:
-        self.show, self.shares, self.lock = show, dict[str, float](), threading.Lock()
+        self.show = show
+        self.shares: dict[str, float] = {}
+        self.lock = threading.Lock()
 
     def of(self, job: str) -> Hear:
         self.shares[job] = 0.0
