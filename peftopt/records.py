@@ -242,8 +242,8 @@ class Recipe:
 
     def timed_requests(self, workload: str) -> int:
         """Timed requests in a turn of this workload."""
-        found = self.workloads[workload]
-        return found.requests if found.loaded else self.measure.requests
+        timed = self.workloads[workload]
+        return timed.requests if timed.loaded else self.measure.requests
 
 
 # ---- what a run leaves -------------------------------------------------------------------------
