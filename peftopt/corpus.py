@@ -67,7 +67,8 @@ def row_from(values: Json, number: int = 0) -> Row:
         slices=_names(values.get("slices"), "slices"),
     )
     for text in (row.id, row.expected, *row.slices, *(part for m in messages for part in m.values())):
-        if half := _HALF.search(text):
+        half = _HALF.search(text)
+        if half:
             raise ValueError(f"it holds half a character (the lone surrogate \\u{ord(half[0]):04x})")
     return row
 
@@ -84,11 +85,13 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 def _messages(values: Mapping[str, Json]) -> Sequence[Json]:
     """The messages of a row, or its prompt as one."""
-    if messages := values.get("messages"):
+    messages = values.get("messages")
+    if messages:
         if not isinstance(messages, list | tuple):
             raise ValueError(f"its messages are {_kind(messages)}, not a list")
         return messages
-    if (prompt := values.get("prompt")) is not None:
+    prompt = values.get("prompt")
+    if prompt is not None:
         return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _chat(prompt)
     for name, others in (("conversations", "ShareGPT's"), ("instruction", "Alpaca's"), ("text", "plain text")):
         if name in values:
@@ -107,7 +110,8 @@ def _message(message: Json, number: int) -> dict[str, str]:
     if not isinstance(message, Mapping):
         raise ValueError(f"message {number} is {_kind(message)}, not a mapping")
     _refuse_unsent(message, f"message {number} ")
-    role, content = message.get("role"), message.get("content")
+    role = message.get("role")
+    content = message.get("content")
     if not isinstance(role, str) or not role:
         form = " (ShareGPT's form has from and value)" if "from" in message else ""
         raise ValueError(f"message {number} has no role{form}")
@@ -123,8 +127,9 @@ def _is_text(part: Json) -> bool:
 
 
 def _refuse_unsent(values: Mapping[str, Json], where: str = "it ") -> None:
-    if found := [name for name in NOT_SENT if values.get(name)]:
-        raise ValueError(f"{where}has {' and '.join(found)}, which peftopt does not send: take such rows out")
+    unsent = [name for name in NOT_SENT if values.get(name)]
+    if unsent:
+        raise ValueError(f"{where}has {' and '.join(unsent)}, which peftopt does not send: take such rows out")
     if values.get("role") in ("tool", "function"):
         raise ValueError(f"{where}is a tool's, which peftopt does not send: take such rows out")
 
@@ -134,8 +139,10 @@ def _yes(value: Json, name: str) -> bool:
     if value is None or isinstance(value, bool):
         return bool(value)
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
-    if isinstance(value, str | int | float) and (text := f"{value}".strip().lower().removesuffix(".0")) in words:
-        return words[text]
+    if isinstance(value, str | int | float):
+        text = f"{value}".strip().lower().removesuffix(".0")
+        if text in words:
+            return words[text]
     raise ValueError(f"{name}: {value!r} is neither true nor false")
 
 
@@ -202,11 +209,10 @@ def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str
     """Raises BadInput for a calibration row that is evaluated too: no quantizer may see the questions of its exam."""
     exam = {row.prompt_id: row.id for row in evaluation}
     for row in calibration:
-        if twin := exam.get(row.prompt_id):
-            raise BadInput(
-                f"calibration row {row.id!r} of {path} is also evaluation row {twin!r}",
-                "take it out of one of the two files",
-            )
+        same = exam.get(row.prompt_id)
+        if same:
+            message = f"calibration row {row.id!r} of {path} is also evaluation row {same!r}"
+            raise BadInput(message, "take it out of one of the two files")
 
 
 def draw(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> tuple[tuple[Row, ...], ...]:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-ACCEPTED, REJECTED, BAD_INPUT, INCONCLUSIVE, ENVIRONMENT, BUG, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
-"""Exit codes, the same for every verb. Nothing measured is never ACCEPTED."""
+# Exit codes, the same for every verb. Nothing measured is never ACCEPTED.
+ACCEPTED = 0
+REJECTED = 1
+BAD_INPUT = 2
+INCONCLUSIVE = 3
+ENVIRONMENT = 4
+BUG = 5
+INTERRUPTED = 130
 
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 """What reading another program's JSON may raise: it is none, is too deep, or not of the shape that is meant."""
@@ -18,7 +24,8 @@ class PeftoptError(Exception):
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.message, self.hint = message, hint
+        self.message = message
+        self.hint = hint
 
 
 class BadInput(PeftoptError):
@@ -31,8 +38,10 @@ class BadRecipe(BadInput):
     """All the mistakes of one recipe at once; `problems` holds (line, message, hint), line 1-based or 0."""
 
     def __init__(self, path: str, problems: Sequence[tuple[int, str, str]]) -> None:
-        super().__init__(f"{path} has {len(problems)} mistake{'s' * (len(problems) != 1)}")
-        self.path, self.problems = path, tuple(problems)
+        count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        super().__init__(f"{path} has {count}")
+        self.path = path
+        self.problems = tuple(problems)
 
 
 class Rejected(PeftoptError):
@@ -54,10 +63,13 @@ class WorkerFailed(PeftoptError):
 
     def __init__(self, reason: str, detail: str = "", hint: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason, hint)
-        self.reason, self.detail = reason, detail
+        self.reason = reason
+        self.detail = detail
 
 
 def as_input(error: WorkerFailed) -> Exception:
     """A worker that refused its input met a mistake of the user's, not a fault of the machine."""
     kinds = {"refused": BadInput, "missing environment": MissingEnvironment, "unusable": Rejected}
-    return kinds[error.reason](error.detail, error.hint) if error.reason in kinds else error
+    if error.reason not in kinds:
+        return error
+    return kinds[error.reason](error.detail, error.hint)

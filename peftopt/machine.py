@@ -25,13 +25,11 @@ LIBRARIES = (
 
 def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
     """Installed versions by distribution name; a missing one is left out."""
-    found = {}
+    installed = {}
     for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def cores() -> int:
@@ -83,14 +81,17 @@ def lacks(device: str) -> str:
 
 def _nvidia_smi(query: str) -> list[str]:
     """The lines of one query; none without a driver."""
-    if not (tool := shutil.which("nvidia-smi")):
+    tool = shutil.which("nvidia-smi")
+    if not tool:
         return []
     command = [tool, query, "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except subprocess.TimeoutExpired:  # a driver that hangs tells nothing
         return []
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+    if answer.returncode != 0:
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
 
 
 def moment() -> dict[str, float]:
@@ -121,7 +122,7 @@ def disturbance(before: dict[str, float], after: dict[str, float], own_s: float,
 
     gone = {key: after[key] - before[key] for key in before}
     seconds = max(gone["clock"], 1e-9)
-    found: dict[str, Json] = {
+    values: dict[str, Json] = {
         "load": os.getloadavg()[0],
         "cores": cores(),
         "openmp": waiting(),
@@ -131,12 +132,14 @@ def disturbance(before: dict[str, float], after: dict[str, float], own_s: float,
         "throttled": round(gone["throttled"] / seconds / cores(), 4),
         "heat_events": gone["events"],
     }
-    if frequency := psutil.cpu_freq():
-        found["mhz"] = frequency.current
+    frequency = psutil.cpu_freq()
+    if frequency:
+        values["mhz"] = frequency.current
     heat: dict[str, list[Any]] = getattr(psutil, "sensors_temperatures", dict)()
-    if degrees := [sensor.current for sensors in heat.values() for sensor in sensors]:
-        found["temperature_c"] = max(degrees)
-    return found | _gpu_disturbance(pids)
+    degrees = [sensor.current for sensors in heat.values() for sensor in sensors]
+    if degrees:
+        values["temperature_c"] = max(degrees)
+    return values | _gpu_disturbance(pids)
 
 
 def _throttled_s() -> float:
@@ -175,8 +178,10 @@ def gpu_state(states: list[str], on_gpu: set[int], pids: set[int]) -> dict[str, 
     masks = [int(mask, 16) for _, mask in fields if mask.startswith("0x")]
     foreign = len(on_gpu - pids) if on_gpu & pids else max(0, len(on_gpu) - len(pids))
     heat = [int(degrees) for degrees, _ in fields if degrees.isdigit()]
-    found: dict[str, Json] = {"gpu_foreign": foreign, "gpu_slowed": any(mask & SLOWED for mask in masks)}
-    return {**found, "gpu_temperature_c": max(heat)} if heat else found
+    values: dict[str, Json] = {"gpu_foreign": foreign, "gpu_slowed": any(mask & SLOWED for mask in masks)}
+    if heat:
+        values["gpu_temperature_c"] = max(heat)
+    return values
 
 
 def cpu_s(pids: Iterable[int]) -> float:
@@ -191,13 +196,17 @@ def cpu_s(pids: Iterable[int]) -> float:
     return total
 
 
-REST_S, REST_LOOK_S = 3.0, 0.05
-"""How long processes are waited for, and how long they are looked at to tell that they rest."""
+REST_S = 3.0
+"""How long processes are waited for."""
+
+REST_LOOK_S = 0.05
+"""How long they are looked at to tell that they rest."""
 
 
 def rest(pids: Iterable[int], limit_s: float = REST_S) -> bool:
     """Wait until these processes compute nothing, at most for `limit_s` seconds; whether they came to rest."""
-    family, until = list(pids), time.monotonic() + limit_s
+    family = list(pids)
+    until = time.monotonic() + limit_s
     while time.monotonic() < until:
         before = cpu_s(family)
         time.sleep(REST_LOOK_S)

@@ -196,9 +196,9 @@ UNITS: Mapping[Unit, Mapping[str, str]] = {
 
 def known(metric: Metric) -> Spec:
     """What a metric stands for; it has one, since only parse_metric makes metrics."""
-    found = spec_of(metric.name)
-    assert found is not None, metric
-    return found
+    spec = spec_of(metric.name)
+    assert spec is not None, metric
+    return spec
 
 
 def counted(n: int, what: str, several: str = "") -> str:

@@ -113,8 +113,9 @@ def module(kind: str, name: str) -> ModuleType:
     ModuleNotFoundError for a name that is neither."""
     if name in _own(kind):
         return importlib.import_module(f"peftopt.{FOLDERS[kind]}.{name}")
-    if found := _declared(kind).get(name):
-        return cast(ModuleType, found.load())
+    declared = _declared(kind).get(name)
+    if declared:
+        return cast(ModuleType, declared.load())
     raise ModuleNotFoundError(f"no {kind} named {name!r}")
 
 
@@ -122,11 +123,11 @@ def module(kind: str, name: str) -> ModuleType:
 def catalogue() -> Mapping[str, Plugin]:
     """Every plug-in by name, transforms, engines and policies together, read once. A name of another package's never
     replaces one of peftopt's own."""
-    found: dict[str, Plugin] = {}
+    by_name: dict[str, Plugin] = {}
     for kind in FOLDERS:
         for name in (*_own(kind), *_declared(kind)):
-            found.setdefault(name, _described(kind, name))
-    return MappingProxyType(found)
+            by_name.setdefault(name, _described(kind, name))
+    return MappingProxyType(by_name)
 
 
 def missing(plugin: Plugin) -> list[str]:
@@ -142,7 +143,7 @@ def _own(kind: str) -> list[str]:
 @functools.cache
 def _declared(kind: str) -> Mapping[str, EntryPoint]:
     """Entry points of other packages, of the group "peftopt.transforms", "peftopt.engines" or "peftopt.policies"."""
-    return {found.name: found for found in entry_points(group=f"peftopt.{FOLDERS[kind]}")}
+    return {entry.name: entry for entry in entry_points(group=f"peftopt.{FOLDERS[kind]}")}
 
 
 def _described(kind: str, name: str) -> Plugin:

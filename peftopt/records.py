@@ -22,6 +22,11 @@ SAFETENSORS = "safetensors"
 """The format of weights that transformers opens; a plug-in may have another."""
 
 Json = Any
+"""JSON of other programs, whose form is theirs."""
+
+JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
+"""JSON of our own: what a report writes as data."""
+
 Outcome = Literal["accepted", "rejected", "inconclusive", "not judged"]
 Stage = Literal["build", "launch", "speed", "quality"]
 
@@ -237,8 +242,8 @@ class Recipe:
 
     def timed_requests(self, workload: str) -> int:
         """Timed requests in a turn of this workload."""
-        found = self.workloads[workload]
-        return found.requests if found.loaded else self.measure.requests
+        timed = self.workloads[workload]
+        return timed.requests if timed.loaded else self.measure.requests
 
 
 # ---- what a run leaves -------------------------------------------------------------------------

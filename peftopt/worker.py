@@ -49,24 +49,28 @@ class Worker:
         """Run one transform, scan what it wrote, and say what it took. `calibration` says where the rows came from."""
         from peftopt.probes import memory
 
-        source, out = module("transform", job.plugin), Path(job.out)
+        source = module("transform", job.plugin)
+        out = Path(job.out)
         texts = _rendered(job.rows, tokenizer_home(job.model), job.model.path) if job.rows else []
-        started, cpu = time.perf_counter(), time.process_time()
+        started = time.perf_counter()
+        cpu_started = time.process_time()
         with progress.heard(lambda at: self.tell("progress", at)):
             result = source.transform(job.model, source.Params(**job.params), out, texts, job.seed)
-        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        if made := provenance.read(out):
-            used = made["calibration"] and {"source": job.calibration, **made["calibration"]}
-            made = provenance.add(out, calibration=used)
+        seconds = time.perf_counter() - started
+        cpu_seconds = time.process_time() - cpu_started
+        quantization = provenance.read(out)
+        if quantization:
+            used = quantization["calibration"] and {"source": job.calibration, **quantization["calibration"]}
+            quantization = provenance.add(out, calibration=used)
         tier0, certificate = _examined(out, job.model)
         peaks = memory.peak()
         return jobs.Transformed(
             model=result,
             seconds=seconds,
-            cpu_seconds=cpu,
+            cpu_seconds=cpu_seconds,
             tier0=tuple(tier0),
             certificate=certificate,
-            quantization=made,
+            quantization=quantization,
             peak_memory_bytes=peaks.peak_memory_bytes,
             gpu_memory_allocated=peaks.gpu_memory_allocated,
             gpu_memory_reserved=peaks.gpu_memory_reserved,
@@ -120,11 +124,13 @@ class Worker:
         """One turn of a block: see probes/speed.py, and with users or a rate probes/load.py."""
         from peftopt.probes import load, speed
 
-        fresh, self.fresh = self.fresh, False
+        fresh = self.fresh
+        self.fresh = False
         if not job.users and not job.rate:
             turn = speed.turn(self.engine, job.batches, job.new_tokens, job.warmup, fresh, job.stop)
             return jobs.Timed(tuple(turn))
-        first, timed = job.batches[: job.warmup], [row for batch in job.batches[job.warmup :] for row in batch]
+        first = job.batches[: job.warmup]
+        timed = [row for batch in job.batches[job.warmup :] for row in batch]
         alone = speed.turn(self.engine, first, job.new_tokens, job.warmup, fresh, job.stop)
         loaded, engine = load.turn(self.engine, timed, job.new_tokens, job.stop, job.users, job.rate, job.seed)
         return jobs.Timed(tuple(alone), loaded, engine)
@@ -201,9 +207,9 @@ def _examined(out: Path, source: Model) -> tuple[list[str], Json]:
     foreign = weights.foreign_words(out, source)
     if not (out / CERTIFICATE).is_file():
         return weights.scan(out) + foreign, None
-    found = json.loads((out / CERTIFICATE).read_text(encoding="utf-8"))
-    failed = [f"certificate: {check['name']}: {check['detail']}" for check in found["checks"] if not check["passed"]]
-    return failed + foreign, found
+    certificate = json.loads((out / CERTIFICATE).read_text(encoding="utf-8"))
+    failed = [check for check in certificate["checks"] if not check["passed"]]
+    return [f"certificate: {check['name']}: {check['detail']}" for check in failed] + foreign, certificate
 
 
 def _rendered(rows: Iterable[Row], home: str, base: str = "") -> list[str]:

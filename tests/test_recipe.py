@@ -414,6 +414,7 @@ def test_missing_sections_are_named() -> None:
         ("minimize:", "measure: {deadline: 5 h}\nminimize:", 13, "must be 1 s to a day", "" ),
         ("minimize:", "measure: {deadline_s: 5}\nminimize:", 13, "unknown key", "did you mean 'deadline'?"),
         ("minimize:", "quality: {prompts: q, tasks: [a b]}\nminimize:", 13, "cannot be named 'a b'", "letters"),
+        ("minimize:", "quality: {prompts: q, tasks: [1]}\nminimize:", 13, "quality.tasks[1]: must be text", "quotes"),
         ("  - latency.p95@chat <= 400 ms", "  - task.arc >= 90 %", 12, "checked answers", "add quality"),
         ("minimize:", "quality: {}\nminimize:", 13, "quality: 'prompts' is missing", ""),
         ("minimize:", "tradeoffs: mine.yaml\nminimize:", 13, "must be default or a mapping", ""),

@@ -31,7 +31,8 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
     console = Console()
     sources = {"base": "", "adapter": "", "calibration": ""}
     plan = planning.plan(parsed, sources, environments.versions())
-    variants, artifacts = counted(len(parsed.variants), "variant"), counted(len(plan.builds), "artifact")
+    variants = counted(len(parsed.variants), "variant")
+    artifacts = counted(len(plan.builds), "artifact")
     console.say(f"{recipe}: {variants}, {artifacts} to build or reuse")
     width = max(map(len, parsed.variants))
     for variant in parsed.variants.values():
@@ -106,17 +107,22 @@ def doctor(as_json: AsJson = False) -> None:
     from peftopt import environments, machine, plugins
     from peftopt.cli.console import Console
 
-    found, known = machine.describe(), plugins.catalogue()
+    facts = machine.describe()
+    known = plugins.catalogue()
     needs = {p.name: environments.lacking(p) for p in known.values()}
     state = {name: what for name, (what, _) in needs.items()}
-    others = {o.name: [d] if (d := machine.lacks(o.device)) else state[o.through] for o in plugins.OTHERS if o.offered}
+    others = {}
+    for other in plugins.OTHERS:
+        if other.offered:
+            device = machine.lacks(other.device)
+            others[other.name] = [device] if device else state[other.through]
     if as_json:
-        print(json.dumps({**found, "missing": state, "others": others}))
+        print(json.dumps({**facts, "missing": state, "others": others}))
     else:
         console = Console()
-        versions = found.pop("versions")
-        gpu = found.pop("gpu") or ["none: measurements are of the CPU"]
-        console.pairs("machine", {**found, "gpu": ", ".join(gpu)})
+        versions = facts.pop("versions")
+        gpu = facts.pop("gpu") or ["none: measurements are of the CPU"]
+        console.pairs("machine", {**facts, "gpu": ", ".join(gpu)})
         console.pairs("versions", versions)
         console.say("plug-ins", "bold")
         header = ["name", "kind", "state", "what it does"]

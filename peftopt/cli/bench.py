@@ -12,6 +12,7 @@ from peftopt.cli.shared import AsJson, app, conclude
 from peftopt.errors import BadInput
 
 if TYPE_CHECKING:
+    from peftopt.records import Model
     from peftopt.runner.single import Benched
 
 
@@ -65,20 +66,21 @@ def bench(
         raise BadInput(f"{len(engine)} engines for {len(model)} models", "give one --engine, or one for each --model")
     models = [Model(str(m), (str(adapter),) if adapter and n == 0 else ()) for n, m in enumerate(model)]
     arms = [
-        single.Arm(f"{n} {Path(m.path).name}{' + adapter' * bool(m.adapters)}, {runs}", m, runs)
+        single.Arm(f"{n} {_title(m)}, {runs}", m, runs)
         for n, (m, runs) in enumerate(zip(models, engines, strict=True), 1)
     ]
     for m in models:
-        if why := template.endless(Path(m.path), Path(tokenizer_home(m))):
-            Console().warn(why)
-    found = single.bench(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
-    for each in found:
+        endless = template.endless(Path(m.path), Path(tokenizer_home(m)))
+        if endless:
+            Console().warn(endless)
+    timed = single.bench(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
+    for each in timed:
         if each.problem:
             Console().warn(
                 f"{each.name} {each.problem}: transformers may read this checkpoint wrongly, so its times mean little"
             )
     if as_json:
-        print(json.dumps([_flat(each) for each in found]))
+        print(json.dumps([_flat(each) for each in timed]))
         return
     header = [
         "model",
@@ -93,32 +95,39 @@ def bench(
         "load s",
         "n",
     ]
-    Console().table(header, [_bench_row(f) for f in found])
+    Console().table(header, [_bench_row(f) for f in timed])
 
 
-def _flat(found: Benched) -> dict[str, object]:
+def _title(model: Model) -> str:
+    name = Path(model.path).name
+    return f"{name} + adapter" if model.adapters else name
+
+
+def _flat(timed: Benched) -> dict[str, object]:
     """What was measured of a model, facts of its launch and peaks of its memory among the rest."""
     from peftopt.measurements import as_json
 
-    rest = {name: value for name, value in as_json(found).items() if name not in ("launch", "memory")}
-    return {**as_json(found.launch), **as_json(found.memory), **rest}
+    rest = {name: value for name, value in as_json(timed).items() if name not in ("launch", "memory")}
+    return {**as_json(timed.launch), **as_json(timed.memory), **rest}
 
 
-def _bench_row(found: Benched) -> list[str]:
+def _bench_row(timed: Benched) -> list[str]:
     from peftopt.metrics import format_value
     from peftopt.stats import fewest_for
 
-    n, ratio, peak = found.p50_ms.n, found.ratio, found.memory.peak_memory_bytes
+    n = timed.p50_ms.n
+    ratio = timed.ratio
+    peak = timed.memory.peak_memory_bytes
     return [
-        found.name,
+        timed.name,
         f"{ratio.estimate:.2f}x ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else "reference",
-        f"{found.p50_ms.estimate:.0f}",
-        f"{found.p95_ms.estimate:.0f}" if n >= fewest_for(0.95) else "too few requests",
-        f"{found.ttft_ms.estimate:.0f}",
-        f"{found.tpot_ms.estimate:.1f}" if found.tpot_ms.n else "-",
-        f"{found.cpu_ms.estimate:.0f}",
-        f"{found.throughput.estimate:.1f}",
+        f"{timed.p50_ms.estimate:.0f}",
+        f"{timed.p95_ms.estimate:.0f}" if n >= fewest_for(0.95) else "too few requests",
+        f"{timed.ttft_ms.estimate:.0f}",
+        f"{timed.tpot_ms.estimate:.1f}" if timed.tpot_ms.n else "-",
+        f"{timed.cpu_ms.estimate:.0f}",
+        f"{timed.throughput.estimate:.1f}",
         "-" if peak is None else format_value("memory", peak),
-        f"{found.launch.model_loading_time:.1f}",
+        f"{timed.launch.model_loading_time:.1f}",
         str(n),
     ]

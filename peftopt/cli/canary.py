@@ -48,7 +48,8 @@ def canary(
     if swap and len(swap) != 2:
         raise BadInput(f"--swap takes two adapters, and {len(swap)} are given", "give --swap FOLDER --swap OTHER")
     rows = corpus.read(str(prompts))
-    console, target = Console(quiet), Target(url, key_env=api_key_env, timeout_s=timeout)
+    console = Console(quiet)
+    target = Target(url, key_env=api_key_env, timeout_s=timeout)
     outcomes = []
     if len(set(model)) > 1:
         asked = {row.id: row.messages for row in rows[:fingerprints]}
@@ -68,21 +69,26 @@ def _watch_mixed(
     from peftopt.canary import mixed as watching
 
     with console.progress("canary", watching.ALONE * len(names) + rounds) as show:
-        found = watching.watch(target, names, prompts, rounds, show)
+        watched = watching.watch(target, names, prompts, rounds, show)
     if as_json:
-        values = {"asked": found.asked, "failed": found.failed, "alike": found.alike, "noise": found.known.noise}
-        print(json.dumps({**values, "wrong": [asdict(w) for w in found.wrong]}))
-        return found.outcome
-    noise = ", ".join(f"{name} {nats:.3f}" for name, nats in found.known.noise.items())
-    lines = {"own noise": f"{noise} nats", "mixed answers": f"{found.asked}, of which {len(found.wrong)} wrong"}
+        values = {
+            "asked": watched.asked,
+            "failed": watched.failed,
+            "alike": watched.alike,
+            "noise": watched.known.noise,
+        }
+        print(json.dumps({**values, "wrong": [asdict(w) for w in watched.wrong]}))
+        return watched.outcome
+    noise = ", ".join(f"{name} {nats:.3f}" for name, nats in watched.known.noise.items())
+    lines = {"own noise": f"{noise} nats", "mixed answers": f"{watched.asked}, of which {len(watched.wrong)} wrong"}
     console.pairs("canary", lines)
-    for pair in found.alike:
+    for pair in watched.alike:
         console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: wrong answers between them are not seen")
-    if found.failed:
-        console.warn(f"{found.failed} requests failed")
-    for wrong in list(dict.fromkeys(map(str, found.wrong)))[:10]:
+    if watched.failed:
+        console.warn(f"{watched.failed} requests failed")
+    for wrong in list(dict.fromkeys(map(str, watched.wrong)))[:10]:
         console.say(wrong, "red")
-    return found.outcome
+    return watched.outcome
 
 
 def _watch_reloads(
@@ -101,10 +107,10 @@ def _watch_reloads(
 
     residents = reloads.residents(target, list(dict.fromkeys(model)))
     with console.progress("reloads", watching.ALONE * (2 + len(residents)) + 2 * rounds) as show:
-        found = reloads.live(target, folders, residents, prompts, rounds, show)
+        reloaded = reloads.live(target, folders, residents, prompts, rounds, show)
     if as_json:
-        print(json.dumps(asdict(found)))
-        return found.outcome
+        print(json.dumps(asdict(reloaded)))
+        return reloaded.outcome
 
     def times(seconds: Sequence[float]) -> str:
         return f"{1e3 * stats.median(seconds):.0f} ms (first {1e3 * seconds[0]:.0f}, last {1e3 * seconds[-1]:.0f})"
@@ -112,24 +118,24 @@ def _watch_reloads(
     console.pairs(
         "reloads",
         {
-            "loads": f"{len(found.load_s)} of two adapters in turn, under one name and path",
-            "load": times(found.load_s),
-            "first request": times(found.first_s),
-            "the same again": times(found.warm_s),
-            "unload": times(found.unload_s),
-            "watched beside them": ", ".join(found.residents),
-            "answers": f"{found.asked} in all",
-            "stale": f"{len(found.stale)} of the reloaded name, not of the weights just loaded",
-            "wrong": f"{len(found.wrong)} of another model that is served",
+            "loads": f"{len(reloaded.load_s)} of two adapters in turn, under one name and path",
+            "load": times(reloaded.load_s),
+            "first request": times(reloaded.first_s),
+            "the same again": times(reloaded.warm_s),
+            "unload": times(reloaded.unload_s),
+            "watched beside them": ", ".join(reloaded.residents),
+            "answers": f"{reloaded.asked} in all",
+            "stale": f"{len(reloaded.stale)} of the reloaded name, not of the weights just loaded",
+            "wrong": f"{len(reloaded.wrong)} of another model that is served",
         },
     )
-    for pair in found.alike:
+    for pair in reloaded.alike:
         console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: wrong answers between them are not seen")
-    if found.failed:
-        console.warn(f"{found.failed} requests failed")
-    if found.kept:
-        console.say(f"still served after its unload: {found.kept} times", "red")
-    for title, answers in (("stale", found.stale), ("wrong", found.wrong)):
+    if reloaded.failed:
+        console.warn(f"{reloaded.failed} requests failed")
+    if reloaded.kept:
+        console.say(f"still served after its unload: {reloaded.kept} times", "red")
+    for title, answers in (("stale", reloaded.stale), ("wrong", reloaded.wrong)):
         for answer in list(dict.fromkeys(map(str, answers)))[:10]:
             console.say(f"{title}: {answer}", "red")
-    return found.outcome
+    return reloaded.outcome

@@ -59,13 +59,14 @@ def compile_(
         ours = [corpus.Row("compile", ({"role": "user", "content": "Say hello."},))]
         rows = corpus.read(str(prompts)) if prompts else ours
         loads = [single.Traffic(rows, b, new_tokens) for b in batch]
-    served, others = (adapter or [])[:1], (adapter or [])[1:]
-    opened = model_of(model, served[0] if served else None)
-    found = single.compile_model(opened, {**params, **asked}, loads, threads, list(map(str, others)))
-    print_lines(f"compiled {model}", _compile_lines(found), as_plain(found), as_json)
+    adapters = adapter or []
+    others = adapters[1:]
+    opened = model_of(model, adapters[0] if adapters else None)
+    compiled = single.compile_model(opened, {**params, **asked}, loads, threads, list(map(str, others)))
+    print_lines(f"compiled {model}", _compile_lines(compiled), as_plain(compiled), as_json)
 
 
-def _compile_lines(found: Compiled) -> dict[str, str]:
+def _compile_lines(compiled: Compiled) -> dict[str, str]:
     from peftopt.metrics import format_value
 
     def start(it: Start) -> str:
@@ -73,27 +74,27 @@ def _compile_lines(found: Compiled) -> dict[str, str]:
         shown = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
         return f"{it.total:.1f} s to an answer in every shape ({shown})"
 
-    facts = found.cold.facts
+    facts = compiled.cold.facts
     per_shape = {
         f"batch {t.batch}, {t.new_tokens} tokens": (
             f"{t.tpot_ms:.1f} ms a token, eager {t.eager_tpot_ms:.1f}; "
             + (f"pays after {t.break_even:.0f} requests" if t.break_even is not None else "does not pay")
         )
-        for t in found.traffic
+        for t in compiled.traffic
     }
     return {
-        "cold start": start(found.cold),
-        "warm start": f"{start(found.warm)}, {found.cold.total / found.warm.total:.1f}x faster than cold",
-        "eager start": start(found.eager),
+        "cold start": start(compiled.cold),
+        "warm start": f"{start(compiled.warm)}, {compiled.cold.total / compiled.warm.total:.1f}x faster than cold",
+        "eager start": start(compiled.eager),
         **per_shape,
-        "against eager": f"KL {found.kl:.2g} nats a token, {percent(found.greedy_match)} of "
-        f"{found.prompts} greedy answers the same",
+        "against eager": f"KL {compiled.kl:.2g} nats a token, {percent(compiled.greedy_match)} of "
+        f"{compiled.prompts} greedy answers the same",
         **{
             f"switch to {s.adapter}": f"{s.adapter_switch_time:.2f} s, {s.recompiles} recompiles, then "
             f"{s.first_answers_s:.1f} s to an answer in every shape"
-            for s in found.switches
+            for s in compiled.switches
         },
         "graphs": f"{facts.graphs}, {facts.graph_breaks} graph breaks, {facts.recompiles} recompiles",
-        "engine": "; ".join([*facts.log, *found.warm.facts.log]),
-        "compile cache": f"{found.cache} ({format_value('size', found.cache_bytes)})",
+        "engine": "; ".join([*facts.log, *compiled.warm.facts.log]),
+        "compile cache": f"{compiled.cache} ({format_value('size', compiled.cache_bytes)})",
     }

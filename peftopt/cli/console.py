@@ -90,13 +90,15 @@ class Console:
         self.done(title, "ready", time.perf_counter() - started)
 
     def _lines(self, title: str, total: int) -> Callable[[int, str], None]:
-        shown, started = 0, time.perf_counter()
+        started = time.perf_counter()
+        shown = 0
 
         def show(done: int, what: str) -> None:
             nonlocal shown
             with self.lock:
-                if done * 10 // max(total, 1) > shown:
-                    shown = done * 10 // max(total, 1)
+                tenth = done * 10 // max(total, 1)
+                if tenth > shown:
+                    shown = tenth
                     seconds = (time.perf_counter() - started) * (total - done) / done
                     left = f", {_about(seconds)} left" if done < total else ""
                     self.err.print(f"  {escape(title):<14} {done}/{total}{left} [dim]{escape(what)}[/dim]")

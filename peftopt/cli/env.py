@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peftopt.cli.shared import AsJson, app, plain, print_lines
+
+if TYPE_CHECKING:
+    from peftopt.environments import Environment
 
 environment_verbs = typer.Typer(no_args_is_help=True, help="Environments of the plug-ins whose pins need their own.")
 app.add_typer(environment_verbs, name="env")
@@ -20,16 +23,22 @@ def env_list(as_json: AsJson = False) -> None:
     """The environments: which there are, which are installed, how large they are, what they are for."""
     from peftopt import environments
     from peftopt.cli.console import Console
+
+    known = environments.known()
+    if as_json:
+        print(json.dumps([asdict(e) for e in known], default=plain))
+        return
+    state = {"missing": "not installed", "ready": "installed", "outdated": "outdated: install it with --force"}
+    rows = [[e.name, state[e.state], _size(e), e.help] for e in known]
+    Console().table(["name", "state", "size", "what it is for"], rows)
+
+
+def _size(environment: Environment) -> str:
+    """What it takes on disk: of one that is not installed, about."""
     from peftopt.metrics import format_value
 
-    found = environments.known()
-    if as_json:
-        print(json.dumps([asdict(e) for e in found], default=plain))
-        return
-    about = {e.name: "about " * (e.state == "missing") + format_value("size", e.size_bytes) for e in found}
-    state = {"missing": "not installed", "ready": "installed", "outdated": "outdated: install it with --force"}
-    rows = [[e.name, state[e.state], about[e.name], e.help] for e in found]
-    Console().table(["name", "state", "size", "what it is for"], rows)
+    size = format_value("size", environment.size_bytes)
+    return f"about {size}" if environment.state == "missing" else size
 
 
 @environment_verbs.command("install")

@@ -59,20 +59,24 @@ def import_(
     names = [path.stem for path in file]
     if variant and not called:
         names = variant if len(variant) > 1 else variant * len(file)
-    console, raw, answered = Console(), True, True
+    console = Console()
+    raw = True
+    answered = True
     for path, whole in zip(file, names, strict=True):
         runs = list(_named(path, importers.read(path, task, window), called, whole))
-        for found, name in runs:
-            answered = answered and not found.failed
-            raw = raw and found.raw
-            kept = loading.keep(out, found, name, workload)
+        for imported, name in runs:
+            answered = answered and not imported.failed
+            raw = raw and imported.raw
+            kept = loading.keep(out, imported, name, workload)
             if as_json:
                 print(json.dumps(report.as_json.plain(kept), allow_nan=False))
             elif not window:
-                _show(console, path, found, f" as {name}" if called else "")
+                _show(console, path, imported, f" as {name}" if called else "")
         if window and not as_json:
             _show_windows(console, path, runs)
-    raise typer.Exit(ENVIRONMENT if not answered else ACCEPTED if raw else INCONCLUSIVE)
+    if not answered:
+        raise typer.Exit(ENVIRONMENT)
+    raise typer.Exit(ACCEPTED if raw else INCONCLUSIVE)
 
 
 def _arms(variants: list[str]) -> dict[str, str]:
@@ -101,27 +105,27 @@ def _show_windows(console: Console, path: Path, runs: list[tuple[Found, str]]) -
     from peftopt.metrics import counted
 
     arms: dict[str, list[Found]] = {}
-    for found, name in runs:
-        arms.setdefault(f"{found.title} as {name}", []).append(found)
+    for imported, name in runs:
+        arms.setdefault(f"{imported.title} as {name}", []).append(imported)
     for title, windows in arms.items():
-        requests = counted(sum(len(found.requests) for found in windows), "request")
+        requests = counted(sum(len(imported.requests) for imported in windows), "request")
         console.say(f"{path}: {title}: {counted(len(windows), 'window')}, {requests}", "bold")
-    for what in dict.fromkeys(what for found, _ in runs for what in found.lacks):
+    for what in dict.fromkeys(what for imported, _ in runs for what in imported.lacks):
         console.warn(f"it lacks {what}")
 
 
-def _show(console: Console, path: Path, found: Found, named: str) -> None:
+def _show(console: Console, path: Path, imported: Found, named: str) -> None:
     """Tell of a run, and of what it lacks."""
     from peftopt import report
     from peftopt.loadtest import importers
 
-    console.say(f"{path}: {found.source}, {found.title}{named}", "bold")
-    if found.requests:
-        console.table(report.load.HEADER, report.load.rows(importers.as_loaded(found)))
+    console.say(f"{path}: {imported.source}, {imported.title}{named}", "bold")
+    if imported.requests:
+        console.table(report.load.HEADER, report.load.rows(importers.as_loaded(imported)))
     else:
-        shown = found.reported or {k: v for k, v in found.values.items() if k != "samples"}
+        shown = imported.reported or {k: v for k, v in imported.values.items() if k != "samples"}
         console.pairs("as it reports", {k: v for k, v in shown.items() if v is not None})
-    for what in found.lacks:
+    for what in imported.lacks:
         console.warn(f"it lacks {what}")
-    if found.failed:
+    if imported.failed:
         console.warn("nothing was answered: every request failed")

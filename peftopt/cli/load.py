@@ -316,10 +316,10 @@ def _load_one(options: Options, source: Source, slos: Sequence[Slo], console: Co
             loaded = _find_cliff(source.target, traffic, rate, show, console)
         else:
             loaded = runs.run(source.target, traffic, rate, show, options.patient)
-    found = runs.summarized(loaded, slos, options.slots or source.slots)
+    summary = runs.summarized(loaded, slos, options.slots or source.slots)
     if options.out:
-        runs.append(options.out, source.variant or source.target.url, found, source.workload)
-    _print(options, source, title, found, console)
+        runs.append(options.out, source.variant or source.target.url, summary, source.workload)
+    _print(options, source, title, summary, console)
     return runs.outcome(loaded, slos, options.find_rate)
 
 
@@ -357,15 +357,15 @@ def _last_answer_s(played: Played) -> float:
     return max((r.done for r in played.requests), default=0.0)
 
 
-def _print(options: Options, source: Source, title: str, found: LoadSummary, console: Console) -> None:
+def _print(options: Options, source: Source, title: str, summary: LoadSummary, console: Console) -> None:
     from peftopt import report
     from peftopt.measurements import as_json
 
     if options.as_json:
         named = {"variant": source.variant, "url": source.target.url}
-        print(json.dumps(report.as_json.plain({**named, **as_json(found)}), allow_nan=False))
+        print(json.dumps(report.as_json.plain({**named, **as_json(summary)}), allow_nan=False))
         return
-    console.table(report.load.HEADER, report.load.rows(found))
-    console.pairs(title, report.load.lines(found))
-    for note in found.notes:
+    console.table(report.load.HEADER, report.load.rows(summary))
+    console.pairs(title, report.load.lines(summary))
+    for note in summary.notes:
         console.warn(note)

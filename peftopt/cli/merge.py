@@ -82,11 +82,11 @@ def _preview(params: dict[str, Any], model: Model, as_json: bool) -> None:
     from peftopt.metrics import format_value
     from peftopt.runner import single
 
-    found = single.preview(PreviewJob(plugin="merge", params=params, model=model))
+    changes = single.preview(PreviewJob(plugin="merge", params=params, model=model))
     if as_json:
-        print(json.dumps([plain(change) for change in found]))
+        print(json.dumps([plain(change) for change in changes]))
         return
-    ratio = {t.name: t.delta_norm / t.weight_norm if t.weight_norm else 0.0 for t in found}
+    ratio = {t.name: t.delta_norm / t.weight_norm if t.weight_norm else 0.0 for t in changes}
     rows = [
         [
             t.name,
@@ -95,11 +95,12 @@ def _preview(params: dict[str, Any], model: Model, as_json: bool) -> None:
             format_value("size", t.bytes),
             f"{ratio[t.name]:.2e}",
         ]
-        for t in sorted(found, key=lambda t: -ratio[t.name])
+        for t in sorted(changes, key=lambda t: -ratio[t.name])
     ]
     console = Console()
     console.table(["tensor", "shape", "dtype", "size", "delta / weight"], rows)
-    total = sum(t.bytes for t in found)
-    console.say(f"{len(found)} tensors of {format_value('size', total)} would change; nothing was written")
-    if still := [t.name for t in found if not t.delta_norm]:
-        console.warn(f"no delta at all in {len(still)} of {len(found)}: {', '.join(still[:3])}")
+    total = sum(t.bytes for t in changes)
+    console.say(f"{len(changes)} tensors of {format_value('size', total)} would change; nothing was written")
+    unchanged = [t.name for t in changes if not t.delta_norm]
+    if unchanged:
+        console.warn(f"no delta at all in {len(unchanged)} of {len(changes)}: {', '.join(unchanged[:3])}")

@@ -59,7 +59,8 @@ def options_from(record: type[Record]) -> Callable[[Callable[[Record], None]], C
 
         # typer reads the options from the signature
         hints = typing.get_type_hints(record, include_extras=True)
-        verb.__name__, verb.__doc__ = function.__name__, function.__doc__
+        verb.__name__ = function.__name__
+        verb.__doc__ = function.__doc__
         verb.__annotations__ = hints
         verb.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # an attribute that typeshed lacks
             [
@@ -132,11 +133,13 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
     from peftopt.decision.evidence import Evidence
     from peftopt.recipe import plan as planning
 
-    changed, machine = [], {}
+    changed = []
+    machine = {}
     if recipe and not (folder / "plan.json").exists() and (folder / "measurements.jsonl").exists():
         plan = planning.elsewhere(recipe)
     else:
-        plan, machine = store.read_plan(folder / "plan.json"), json.loads(read_text(folder / "machine.json"))
+        plan = store.read_plan(folder / "plan.json")
+        machine = json.loads(read_text(folder / "machine.json"))
         changed = planning.changes(plan.recipe, recipe) if recipe else []
         plan = planning.rejudged(plan, recipe) if recipe else plan
     if recipe:
@@ -187,39 +190,44 @@ def transform(job: TransformJob, as_json: bool) -> None:
     from peftopt.metrics import format_value
     from peftopt.runner import single
 
-    found = single.transform(job, Console().progress)
+    transformed = single.transform(job, Console().progress)
     size = store.size(Path(job.out))
-    peak = found.peak_memory_bytes
+    peak = transformed.peak_memory_bytes
     lines = {
-        "time": f"{found.seconds:.1f} s",
+        "time": f"{transformed.seconds:.1f} s",
         "size": format_value("size", size),
         **({} if peak is None else {"peak memory": format_value("memory", peak)}),
-        **certified(found),
-        **_provenance(found),
-        **({"adapter": f"{job.model.adapters[0]}, kept apart"} if found.model.adapters else {}),
+        **certified(transformed),
+        **_provenance(transformed),
+        **({"adapter": f"{job.model.adapters[0]}, kept apart"} if transformed.model.adapters else {}),
     }
-    values = {**measurements.as_json(found), "path": job.out, "size_bytes": size}
+    values = {**measurements.as_json(transformed), "path": job.out, "size_bytes": size}
     print_lines(f"wrote {job.out}", lines, values, as_json)
 
 
-def certified(found: Transformed) -> dict[str, str]:
+def certified(transformed: Transformed) -> dict[str, str]:
     """What was checked of a new model, to print: the certificate of a merge, else that all weights are finite."""
-    if found.certificate is None:
+    if transformed.certificate is None:
         return {"weights": "all finite"}
     from peftopt.merging import certificate
 
-    return {"certificate": certificate.summary(found.certificate)}
+    return {"certificate": certificate.summary(transformed.certificate)}
 
 
-def _provenance(found: Transformed) -> dict[str, str]:
+def _provenance(transformed: Transformed) -> dict[str, str]:
     """What a quantizer's run should tell its user: what it calibrated on, what it chose, that its output works."""
-    made = found.quantization or {}
+    provenance = transformed.quantization or {}
     lines = {}
-    if used := made.get("calibration"):
-        lines["calibration"] = f"{used['tokens']} tokens of {used['rows']} rows ({used['source']})"
-    if notices := made.get("notices"):
+    calibration = provenance.get("calibration")
+    if calibration:
+        texts = f"{calibration['tokens']} tokens of {calibration['rows']} rows"
+        lines["calibration"] = f"{texts} ({calibration['source']})"
+    notices = provenance.get("notices")
+    if notices:
         lines["notice"] = "; ".join(notices)
-    return lines | ({"verified": made["verified"]} if "verified" in made else {})
+    if "verified" in provenance:
+        lines["verified"] = provenance["verified"]
+    return lines
 
 
 def weighted(text: str, option: str) -> tuple[str, float]:
@@ -272,12 +280,12 @@ def model_of(base: Path, adapter: Path | None) -> Model:
     return Model(str(base), (str(adapter),) if adapter else ())
 
 
-def print_lines(title: str, lines: dict[str, str], found: Any, as_json: bool) -> None:
+def print_lines(title: str, lines: dict[str, str], result: Any, as_json: bool) -> None:
     """Print a result: `found` as one line of JSON, or a title with its named `lines`."""
     from peftopt.cli.console import Console
 
     if as_json:
-        print(json.dumps(found, default=plain))
+        print(json.dumps(result, default=plain))
     else:
         Console().pairs(title, lines)
 

@@ -17,6 +17,9 @@ from peftopt.records import TWIN, Interval, Metric
 RATIOS: Mapping[str, Field] = {"latency.ratio": "request_duration_ms", "cpu.ratio": "cpu_ms"}
 """Metric -> the field of a request that it compares with the baseline's."""
 
+TIMED = ("throughput", *(f"{family}.{q}" for family in ("latency", "ttft", "tpot") for q in QUANTILES))
+"""The metrics that are quantiles of times, and the rate."""
+
 READ: Mapping[str, Callable[[Survey], float | None]] = {
     "cpu": lambda survey: survey.read_bytes_per_s,
     "cuda": lambda survey: survey.gpu_read_bytes_per_s,
@@ -33,13 +36,13 @@ def figures(evidence: Evidence, variant: str, level: float = 0.95) -> Mapping[st
 
 
 def _figures(evidence: Evidence, variant: str, level: float) -> dict[str, Interval]:
-    found: dict[str, Interval] = {}
+    values: dict[str, Interval] = {}
     for workload in evidence.plan.recipe.workloads:
-        found |= _speed(evidence, variant, workload, level)
-    found |= _quality(evidence, variant, level)
-    found |= _tasks(evidence, variant, level)
-    found |= _footprint(evidence, variant, level)
-    return found
+        values |= _speed(evidence, variant, workload, level)
+    values |= _quality(evidence, variant, level)
+    values |= _tasks(evidence, variant, level)
+    values |= _footprint(evidence, variant, level)
+    return values
 
 
 def figure(evidence: Evidence, variant: str, metric: Metric, level: float = 0.95) -> Interval | None:
@@ -61,27 +64,26 @@ def _speed(evidence: Evidence, variant: str, workload: str, level: float) -> dic
     requests = evidence.requests(variant, workload)
     if not requests:
         return {}
-    found = {}
-    names = ["throughput", *(f"{times}.{q}" for times in ("latency", "ttft", "tpot") for q in QUANTILES)]
-    for name in names:
-        if value := timed(evidence, variant, Metric(name, workload), level):
-            found[f"{name}@{workload}"] = value
-    if not evidence.plan.recipe.workloads[workload].loaded and (
-        shares := _bandwidth_shares(evidence, variant, requests)
-    ):
-        found[f"bandwidth@{workload}"] = stats.quantile(shares, 0.5)
+    asked = evidence.plan.recipe.workloads[workload]
+    values: dict[str, Interval | None] = {
+        name: timed(evidence, variant, Metric(name, workload), level) for name in TIMED
+    }
+    if not asked.loaded:
+        shares = _bandwidth_shares(evidence, variant, requests)
+        values["bandwidth"] = stats.quantile(shares, 0.5) if shares else None
     # the baseline's own line is its A/A arm
     source = variant if variant != evidence.baseline else variant + TWIN
-    for ratio_name, field in RATIOS.items():
-        if ratio := evidence.ratio(source, evidence.baseline, workload, field, level):
-            found[f"{ratio_name}@{workload}"] = ratio
-    lengths = evidence.plan.recipe.workloads[workload].lengths
-    if lengths == "natural" and (drift := evidence.ratio(source, evidence.baseline, workload, "new_tokens", level)):
-        found[f"length.ratio@{workload}"] = drift
-    found |= {f"{name}@{workload}": value for name, value in _read(evidence, variant, workload, level).items()}
-    if found_ := evidence.warm_up(variant, workload):
-        found[f"warm_up@{workload}"], found[f"first_request@{workload}"] = map(_exactly, found_)
-    return found
+    for name, field in RATIOS.items():
+        values[name] = evidence.ratio(source, evidence.baseline, workload, field, level)
+    if asked.lengths == "natural":
+        values["length.ratio"] = evidence.ratio(source, evidence.baseline, workload, "new_tokens", level)
+    values |= _read(evidence, variant, workload, level)
+    warm_up = evidence.warm_up(variant, workload)
+    if warm_up:
+        slow_requests, first_request = warm_up
+        values["warm_up"] = _exactly(slow_requests)
+        values["first_request"] = _exactly(first_request)
+    return {f"{name}@{workload}": value for name, value in values.items() if value}
 
 
 def _rates(evidence: Evidence, variant: str, workload: str, blocks: int | None) -> list[list[float]]:
@@ -129,31 +131,41 @@ def _quality(evidence: Evidence, variant: str, level: float) -> dict[str, Interv
     if not ours:
         return {}
     n = len(ours)
-    found = {
+    values = {
         "accuracy": stats.proportion(sum(answer.correct for answer in ours.values()), n, level),
         "score": stats.mean([answer.score for answer in ours.values()], level),
         "validity": stats.proportion(sum(answer.valid for answer in ours.values()), n, level),
     }
     shared = sorted(again.keys() & reference.keys())
     if not shared:
-        return found
-    same = sum(again[r].tokens == reference[r].tokens for r in shared)
-    found["greedy_match"] = stats.proportion(same, len(shared), level)
-    lengths = [again[r].new_tokens for r in shared], [reference[r].new_tokens for r in shared]
-    found["length"] = stats.ratio_of_means(*lengths, level)
-    found |= _divergence([(again[row], reference[row]) for row in shared], level)
+        return values
+    same = sum(again[row].tokens == reference[row].tokens for row in shared)
+    values["greedy_match"] = stats.proportion(same, len(shared), level)
+    lengths = [again[row].new_tokens for row in shared]
+    reference_lengths = [reference[row].new_tokens for row in shared]
+    values["length"] = stats.ratio_of_means(lengths, reference_lengths, level)
+    values |= _divergence([(again[row], reference[row]) for row in shared], level)
     if not is_baseline:
-        errors, asked = evidence.critical_errors(variant)
-        bad = sum(error.counts for error in errors)
-        found["critical_errors"] = Interval(bad / asked, 0.0, stats.upper_bound(bad, asked, (1 + level) / 2), asked)
-        worse, better = evidence.flips(variant)
-        found["flips"] = stats.proportion(worse, len(shared), level)
-        found["flips_worse"] = Interval(worse, worse, worse, len(shared))
-        found["flips_better"] = Interval(better, better, better, len(shared))
-        found["flips_p"] = _exactly(stats.flips(worse, better))
-        if kept := evidence.survival(variant):
-            found["delta_survival"] = kept
-    return found
+        values |= _changes(evidence, variant, len(shared), level)
+    return values
+
+
+def _changes(evidence: Evidence, variant: str, shared: int, level: float) -> dict[str, Interval]:
+    """Answers that are another than the baseline's, of so many that both gave."""
+    errors, asked = evidence.critical_errors(variant)
+    bad = sum(error.counts for error in errors)
+    worse, better = evidence.flips(variant)
+    values = {
+        "critical_errors": Interval(bad / asked, 0.0, stats.upper_bound(bad, asked, (1 + level) / 2), asked),
+        "flips": stats.proportion(worse, shared, level),
+        "flips_worse": Interval(worse, worse, worse, shared),
+        "flips_better": Interval(better, better, better, shared),
+        "flips_p": _exactly(stats.flips(worse, better)),
+    }
+    survival = evidence.survival(variant)
+    if survival:
+        values["delta_survival"] = survival
+    return values
 
 
 def _divergence(pairs: Sequence[tuple[Answer, Answer]], level: float) -> dict[str, Interval]:
@@ -168,31 +180,38 @@ def _divergence(pairs: Sequence[tuple[Answer, Answer]], level: float) -> dict[st
     agree = _told(ours.agree for ours, _ in scored)
     before = _told(theirs.nll for _, theirs in scored)
     tokens = [theirs.scored_tokens for _, theirs in scored]
-    found = {"kl": stats.ratio_of_means(kl, tokens, level), "top1": stats.ratio_of_means(agree, tokens, level)}
-    if means := [each / n for each, n in zip(kl, tokens, strict=True) if n]:
-        found["kl.p95"], found["kl.max"] = stats.quantile(means, 0.95), _most(means)
-    if worst := _told(ours.kl_worst for ours, _ in scored):
-        found["kl.token"] = _most(worst)
-    found["top1.min"] = _exactly(min(each / max(n, 1) for each, n in zip(agree, tokens, strict=True)))
-    found["perplexity"] = stats.perplexity_ratio(nll, before, tokens, level)
-    return found
+    values = {
+        "kl": stats.ratio_of_means(kl, tokens, level),
+        "top1": stats.ratio_of_means(agree, tokens, level),
+    }
+    means = [each / n for each, n in zip(kl, tokens, strict=True) if n]
+    if means:
+        values["kl.p95"] = stats.quantile(means, 0.95)
+        values["kl.max"] = _most(means)
+    worst = _told(ours.kl_worst for ours, _ in scored)
+    if worst:
+        values["kl.token"] = _most(worst)
+    values["top1.min"] = _exactly(min(each / max(n, 1) for each, n in zip(agree, tokens, strict=True)))
+    values["perplexity"] = stats.perplexity_ratio(nll, before, tokens, level)
+    return values
 
 
 def _tasks(evidence: Evidence, variant: str, level: float) -> dict[str, Interval]:
     """Mean scores; of tasks whose rows are right or wrong the exact interval."""
-    found = {}
+    means = {}
     for name, scores in evidence.tasks[variant].items():
         values = list(scores.values())
-        sure = set(values) <= {0.0, 1.0}
-        found[name] = stats.proportion(int(sum(values)), len(values), level) if sure else stats.mean(values, level)
-    return found
+        if set(values) <= {0.0, 1.0}:
+            means[name] = stats.proportion(int(sum(values)), len(values), level)
+        else:
+            means[name] = stats.mean(values, level)
+    return means
 
 
 def _footprint(evidence: Evidence, variant: str, level: float) -> dict[str, Interval]:
-    found = {}
-    if size := evidence.size(variant):
-        found["size"] = _exactly(size)
-    return found | _read(evidence, variant, "", level)
+    size = evidence.size(variant)
+    on_disk = {"size": _exactly(size)} if size else {}
+    return on_disk | _read(evidence, variant, "", level)
 
 
 def _read(evidence: Evidence, variant: str, workload: str, level: float) -> dict[str, Interval]:
@@ -203,7 +222,7 @@ def _read(evidence: Evidence, variant: str, workload: str, level: float) -> dict
         "engine": evidence.engines.get(variant, ()),
         "server": evidence.accounts.get((variant, workload), ()),
     }
-    found = {}
+    intervals = {}
     for name, spec in {**METRICS, **REPORTED}.items():
         if not spec.reads or spec.per_workload != bool(workload):
             continue
@@ -211,8 +230,8 @@ def _read(evidence: Evidence, variant: str, workload: str, level: float) -> dict
         values = _told(map(attrgetter(field), records[source]))
         if values:
             judged = name in METRICS or spec.unit == "bytes"
-            found[name] = _of_launches(values, level) if judged else _range(values)
-    return found
+            intervals[name] = _of_launches(values, level) if judged else _range(values)
+    return intervals
 
 
 def _told(values: Iterable[float | None]) -> list[float]:
@@ -232,15 +251,15 @@ def _most(values: Sequence[float]) -> Interval:
 def _amount(groups: Sequence[Sequence[float]], q: float, level: float) -> Interval | None:
     """The quantile of times or rates in groups that share their fate: from too few for a lower bound, it is at least
     nothing."""
-    found = stats.quantile_of_groups(groups, q, level)
-    return replace(found, low=max(0.0, found.low)) if found.n else None
+    quantile = stats.quantile_of_groups(groups, q, level)
+    return replace(quantile, low=max(0.0, quantile.low)) if quantile.n else None
 
 
 def _of_launches(values: Sequence[float], level: float) -> Interval:
     """The mean over launches of a time or a size. One launch has no interval: it does not show what the next one
     takes."""
-    found = stats.mean(values, level)
-    return replace(found, low=max(0.0, found.low))
+    mean = stats.mean(values, level)
+    return replace(mean, low=max(0.0, mean.low))
 
 
 def _range(values: Sequence[float]) -> Interval:

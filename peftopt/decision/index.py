@@ -112,8 +112,8 @@ class Index:
                 case EngineFacts() as facts:
                     self.engines[m.variant].append(facts)
 
-        for workload, found in loads.items():
-            self._take_loads(workload, found)
+        for workload, sent in loads.items():
+            self._take_loads(workload, sent)
 
     def _add_turn(self, variant: str, workload: str, turn: Turn) -> None:
         launches = self._launched[variant, workload]
@@ -133,13 +133,15 @@ class Index:
         self, variant: str, workload: str, block: int, timed: Sequence[Request], new_tokens: int = 0
     ) -> bool:
         """Whether the turn was measured. One in which requests failed is kept as a failure, any other is left out."""
-        if failed := [request for request in timed if request.error]:
-            words = f"{len(failed)} of {len(timed)} requests failed: {failed[0].error}"
-            self.failed[variant, workload][block] = words
+        failed = [request for request in timed if request.error]
+        if failed:
+            reason = f"{len(failed)} of {len(timed)} requests failed: {failed[0].error}"
+            self.failed[variant, workload][block] = reason
             self._partial[variant, workload][block] = timed
             return False
-        if why := _useless(timed, new_tokens):
-            self.left_out[f"{variant}@{workload}"] = why
+        useless = _useless(timed, new_tokens)
+        if useless:
+            self.left_out[f"{variant}@{workload}"] = useless
             return False
         self.turns[variant, workload][block] = timed
         return True
@@ -150,15 +152,16 @@ class Index:
         is left out has its place too, or later ones would be compared with others than they ran beside."""
         if all(load.started for _, load in loads):
             loads = sorted(loads, key=lambda each: each[1].started)
-        raced = [turns for found in (self.turns, self.failed) for (_, on), turns in found.items() if on == name]
-        block = max((block for turns in raced for block in turns), default=-1)
-        seen: set[str] | None = None
+        raced = {*self._blocks(self.turns, name), *self._blocks(self.failed, name)}
+        block = max(raced, default=-1)
+        in_block: set[str] | None = None
         workload = self.plan.recipe.workloads[name]
         fixed = workload.new_tokens if workload.lengths == "fixed" else 0
         for variant, load in loads:
-            if seen is None or variant in seen:
-                block, seen = block + 1, set()
-            seen.add(variant)
+            if in_block is None or variant in in_block:
+                block += 1
+                in_block = set()
+            in_block.add(variant)
             self.apart[f"{variant}@{name}"] = load.lacks
             timed = [request for request in load.requests if not request.warmup]
             if load.stopped == INTERRUPTED:
@@ -170,6 +173,11 @@ class Index:
                 self.turns[variant, name][block] = [replace(request, turn_ms=turn_ms) for request in timed]
                 self.accounts[variant, name].append(load.engine)
 
+    @staticmethod
+    def _blocks(turns: Mapping[tuple[str, str], Mapping[int, object]], workload: str) -> set[int]:
+        """The blocks of a workload in which any variant has a turn."""
+        return {block for (_, on), by_block in turns.items() if on == workload for block in by_block}
+
 
 def is_time(value: float) -> bool:
     """Whether a number can be the time of something: finite, and more than 0."""
@@ -178,7 +186,8 @@ def is_time(value: float) -> bool:
 
 def times(requests: Iterable[Request], field: Field) -> list[float]:
     """A field of all requests in which it is a time."""
-    return [value for request in requests if (value := VALUE[field](request)) is not None and is_time(value)]
+    values = map(VALUE[field], requests)
+    return [value for value in values if value is not None and is_time(value)]
 
 
 def _span_ms(requests: Sequence[Sent]) -> float:
@@ -193,6 +202,7 @@ def _useless(timed: Sequence[Request], new_tokens: int = 0) -> str:
         return "no raw requests, and figures without them have no intervals"
     if len(times(timed, "request_duration_ms")) < len(timed):
         return "a time that is none"
-    if new_tokens and (odd := [r.new_tokens for r in timed if r.new_tokens != new_tokens]):
-        return f"answers of {odd[0]} tokens, where the workload has {new_tokens}"
+    others = [request.new_tokens for request in timed if request.new_tokens != new_tokens]
+    if new_tokens and others:
+        return f"answers of {others[0]} tokens, where the workload has {new_tokens}"
     return ""

@@ -43,7 +43,8 @@ def rejudged(plan: Plan, recipe: Recipe) -> Plan:
 
     Raises BadInput for a recipe that asks for what the plan's run did not measure.
     """
-    old, hint = plan.recipe, "run the recipe: this takes measuring"
+    old = plan.recipe
+    hint = "run the recipe: this takes measuring"
     for name, variant in recipe.variants.items():
         if old.variants.get(name) != variant:
             raise BadInput(f"that run did not measure {name} as the recipe has it now", hint)
@@ -65,17 +66,17 @@ def rejudged(plan: Plan, recipe: Recipe) -> Plan:
 def changes(old: Recipe, new: Recipe) -> list[str]:
     """Which thresholds differ, in words: a limit that was chosen after the values were known does not test them."""
     limits = [{f"{r.technique}.{r.name}": r.limit for r in recipe.rules} for recipe in (old, new)]
-    found = [
+    lines = [
         f"{name} {_shown(limits[0].get(name))} -> {_shown(limits[1].get(name))}"
         for name in sorted(limits[0].keys() | limits[1].keys())
         if limits[0].get(name) != limits[1].get(name)
     ]
     texts = [{t.text for t in recipe.require} for recipe in (old, new)]
-    found += [f"no longer {text}" for text in sorted(texts[0] - texts[1])]
-    found += [f"now {text}" for text in sorted(texts[1] - texts[0])]
-    found += [f"leaves out {name}" for name in old.variants if name not in new.variants]
+    lines += [f"no longer {text}" for text in sorted(texts[0] - texts[1])]
+    lines += [f"now {text}" for text in sorted(texts[1] - texts[0])]
+    lines += [f"leaves out {name}" for name in old.variants if name not in new.variants]
     others = (("minimize", old.minimize, new.minimize), ("clock", old.measure.clock, new.measure.clock))
-    return found + [f"{name} {was} -> {is_}" for name, was, is_ in others if was != is_]
+    return lines + [f"{name} {was} -> {is_}" for name, was, is_ in others if was != is_]
 
 
 def _shown(limit: float | None) -> str:

@@ -1,7 +1,8 @@
 """YAML text -> values: every mistake at once, each with its line, its key path and the nearest known word. Pure.
 
 A *reader* takes a YAML node and its key path and returns a value, or raises ValueError that says what it must
-be. A broken value reads as None with its mistake noted, so that reading goes on to the next one.
+be. `Reader[int]` returns whole numbers. A broken value reads as None with its mistake noted, so that reading goes on to
+the next one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import yaml
 from yaml.reader import ReaderError
@@ -21,14 +22,26 @@ from yaml.reader import ReaderError
 from peftopt.errors import PeftoptError
 from peftopt.records import NAME
 
-MAX_CHARACTERS, MAX_NODES, MAX_DEPTH = 2**20, 2_000, 20
-"""Caps on a document: far above any real one, far below what would slow this machine down."""
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+MAX_CHARACTERS = 2**20
+"""Cap on a document's text. As the two below: far above any real one, far below what would slow this machine down."""
+
+MAX_NODES = 2_000
+"""Cap on a document's values."""
+
+MAX_DEPTH = 20
+"""Cap on how deep a document's values are nested."""
 
 _QUANTITY = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a-z%]*)")
 
-Reader = Callable[[yaml.Node, str], Any]
-SectionReader = Callable[[yaml.Node, str], dict[str, Any]]
+Value = TypeVar("Value")
+Record = TypeVar("Record", bound="DataclassInstance")
+Reader = Callable[[yaml.Node, str], Value]
+
 Problem = tuple[int, str, str]
+"""A mistake: its line, what is wrong, and a hint."""
 
 
 # ---- readers of one value ----------------------------------------------------------------------
@@ -42,13 +55,15 @@ class Wrong(ValueError):
         self.hint = hint
 
 
-def show(found: yaml.Node | str) -> str:
+def show(written: yaml.Node | str) -> str:
     """What the user wrote, short enough for a message and safe to print."""
-    if isinstance(found, yaml.ScalarNode):
-        return "nothing" if found.tag.endswith(":null") else show(found.value)
-    if isinstance(found, yaml.Node):
-        return "a list" if isinstance(found, yaml.SequenceNode) else "a mapping"
-    return repr(found if len(found) <= 48 else found[:47] + "…")
+    if isinstance(written, yaml.SequenceNode):
+        return "a list"
+    if isinstance(written, yaml.MappingNode):
+        return "a mapping"
+    if isinstance(written, yaml.Node):
+        return "nothing" if written.tag.endswith(":null") else show(str(written.value))
+    return repr(written if len(written) <= 48 else written[:47] + "…")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -74,11 +89,12 @@ def text_of(node: yaml.Node, at: str = "") -> str:
     return value
 
 
-def whole(low: int, high: int = 1_000_000) -> Reader:
+def whole(low: int, high: int = 1_000_000) -> Reader[int]:
     """A reader of whole numbers from `low` to `high`, in decimal digits."""
+    expected = f"a whole number from {low:,} to {high:,}"
 
     def read(node: yaml.Node, at: str) -> int:
-        value = scalar(node, expected := f"a whole number from {low:,} to {high:,}")
+        value = scalar(node, expected)
         plain = node.tag.endswith(":int") and re.fullmatch(r"[+-]?[0-9]{1,18}", value)
         if not plain or not low <= int(value) <= high:
             raise Wrong(f"must be {expected}, found {show(node)}")
@@ -87,7 +103,7 @@ def whole(low: int, high: int = 1_000_000) -> Reader:
     return read
 
 
-def quantity(units: Mapping[str, float], low: float, high: float, expected: str) -> Reader:
+def quantity(units: Mapping[str, float], low: float, high: float, expected: str) -> Reader[float]:
     """A number and its unit, "" being the bare number: "15 %" with {"": 1, "%": 100}, units per base unit."""
 
     def read(node: yaml.Node, at: str) -> float:
@@ -100,35 +116,34 @@ def quantity(units: Mapping[str, float], low: float, high: float, expected: str)
     return read
 
 
-def words(known: Mapping[str, Any]) -> Reader:
+def words(known: Mapping[str, Value]) -> Reader[Value]:
     """A reader of one of these words; it returns what the word stands for."""
+    expected = f"one of {', '.join(known)}"
 
-    def read(node: yaml.Node, at: str) -> Any:
-        if (value := scalar(node, expected := f"one of {', '.join(known)}")) not in known:
+    def read(node: yaml.Node, at: str) -> Value:
+        value = scalar(node, expected)
+        if value not in known:
             raise Wrong(f"must be {expected}, found {show(node)}")
         return known[value]
 
     return read
 
 
-def _has_no_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def or_off(reader: Reader) -> Reader:
+def or_off(reader: Reader[Value]) -> Reader[Value | None]:
     """The reader, which now also reads `off`, as None."""
     return lambda node, at: None if node.value == "off" else reader(node, at)
 
 
-def typed(annotation: Any) -> Reader:
+def typed(annotation: object) -> Reader[object]:
     """The reader for a field of a plug-in's `Params`. For `X | None`, None is the key left out."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    origin = typing.get_origin(annotation)
+    arguments = typing.get_args(annotation)
     if origin is typing.Literal:
-        return words({str(a): a for a in arguments})
+        return words({str(word): word for word in arguments})
     if origin in (typing.Union, types.UnionType):
-        (annotation,) = (a for a in arguments if a is not types.NoneType)
-        return typed(annotation)
-    simple: Mapping[Any, Reader] = {
+        (kind,) = (each for each in arguments if each is not types.NoneType)
+        return typed(kind)
+    simple: Mapping[object, Reader[object]] = {
         int: whole(-(10**9), 10**9),
         float: quantity({"": 1}, -1e300, 1e300, "a number"),
         bool: words({"true": True, "false": False}),
@@ -137,7 +152,7 @@ def typed(annotation: Any) -> Reader:
     return simple[annotation]
 
 
-def share(low: float, high: float) -> Reader:
+def share(low: float, high: float) -> Reader[float | None]:
     """A reader of shares from `low` to `high` (1 is 100 %), written `15 %` or `0.15`; `off` is None."""
     expected = f"a share from {low * 100:g} % to {high * 100:g} %, such as 15 %, or off"
     return or_off(quantity({"": 1, "%": 100}, low, high, expected))
@@ -159,8 +174,8 @@ class Reading:
         where = self.lines.get(at, 0) if line is None else line
         self.problems.append((where, f"{at}: {message}" if at else message, hint))
 
-    def document(self, text: str, reader: Reader) -> Any:
-        """What `reader` makes of the one YAML document in `text`."""
+    def document(self, text: str, reader: Reader[Value]) -> Value | None:
+        """What `reader` makes of the one YAML document in `text`; None where it cannot be read, and why is noted."""
         try:
             root = _compose(text)
         except _Unreadable as error:
@@ -169,7 +184,7 @@ class Reading:
         self.lines[""] = root.start_mark.line + 1
         return self.value(reader, root, "")
 
-    def value(self, reader: Reader, node: yaml.Node, at: str) -> Any:
+    def value(self, reader: Reader[Value], node: yaml.Node, at: str) -> Value | None:
         """What `reader` makes of a node; None where it raises, and the mistake is noted."""
         try:
             return reader(node, at)
@@ -182,26 +197,28 @@ class Reading:
         """The keys of a mapping, the key path of each, and its value; duplicates and odd keys are noted."""
         if not isinstance(node, yaml.MappingNode):
             raise Wrong(f"must be a mapping (key: value), found {show(node)}")
-        seen: dict[str, int] = {}
+        first_lines: dict[str, int] = {}
         for key_node, child in node.value:
             line = key_node.start_mark.line + 1
             key = key_node.value
             if not isinstance(key_node, yaml.ScalarNode) or not key_node.tag.endswith(":str"):
                 self.note(at, f"keys must be text, found {show(key_node)}", "put the key in quotes", line)
-            elif key in seen:
-                self.note(at, f"{show(key)} is written twice, first on line {seen[key]}", "remove one", line)
+            elif key in first_lines:
+                self.note(at, f"{show(key)} is written twice, first on line {first_lines[key]}", "remove one", line)
             else:
-                seen[key] = line
+                first_lines[key] = line
                 path = f"{at}.{key}" if at else key
                 self.lines[path] = line
                 yield key, path, child
 
-    def keys(self, readers: Mapping[str, Reader], required: Iterable[str] = ()) -> SectionReader:
-        """A reader of a mapping that has these keys."""
+    def keys(
+        self, readers: Mapping[str, Reader[Value]], required: Iterable[str] = ()
+    ) -> Reader[dict[str, Value | None]]:
+        """A reader of a mapping that has these keys. Keys that are not written are left out."""
 
-        def read(node: yaml.Node, at: str) -> dict[str, Any]:
-            values: dict[str, Any] = {}
-            meant = set()
+        def read(node: yaml.Node, at: str) -> dict[str, Value | None]:
+            values: dict[str, Value | None] = {}
+            meant: set[str] = set()
             for key, path, child in self.items(node, at):
                 meant.add(key)
                 if key in readers:
@@ -216,24 +233,24 @@ class Reading:
 
         return read
 
-    def record(self, cls: type, readers: Mapping[str, Reader], **given: Any) -> Reader:
+    def record(self, cls: type[Record], readers: Mapping[str, Reader[object]], **given: object) -> Reader[Record]:
         """A reader of a mapping into a dataclass, which says which keys are required."""
-        needed = [f.name for f in dataclasses.fields(cls) if f.name in readers and _has_no_default(f)]
+        needed = [field.name for field in dataclasses.fields(cls) if field.name in readers and _has_no_default(field)]
 
-        def read(node: yaml.Node, at: str) -> Any:
+        def read(node: yaml.Node, at: str) -> Record:
             before = len(self.problems)
             values = self.keys(readers, needed)(node, at)
             if len(self.problems) > before:
                 raise Wrong
-            return cls(**values, **given)
+            return filled(cls, {**values, **given})
 
         return read
 
-    def named(self, reader: Callable[[str], Reader]) -> Reader:
+    def named(self, reader: Callable[[str], Reader[Value]]) -> Reader[dict[str, Value | None]]:
         """A reader of name -> value, where `reader(name)` reads the value."""
 
-        def read(node: yaml.Node, at: str) -> dict[str, Any]:
-            values = {}
+        def read(node: yaml.Node, at: str) -> dict[str, Value | None]:
+            values: dict[str, Value | None] = {}
             for name, path, child in self.items(node, at):
                 if not NAME.fullmatch(name):
                     hint = "1 to 64 letters, digits, '_', '-' or '.', and no '.' in front"
@@ -246,13 +263,13 @@ class Reading:
 
         return read
 
-    def list_of(self, reader: Reader) -> Reader:
+    def list_of(self, reader: Reader[Value]) -> Reader[tuple[Value | None, ...]]:
         """A reader of a list whose items `reader` reads; the values as a tuple."""
 
-        def read(node: yaml.Node, at: str) -> tuple[Any, ...]:
+        def read(node: yaml.Node, at: str) -> tuple[Value | None, ...]:
             if not isinstance(node, yaml.SequenceNode):
                 raise Wrong(f"must be a list, found {show(node)}", "write it in brackets: […]")
-            values = []
+            values: list[Value | None] = []
             for number, child in enumerate(node.value, 1):
                 path = f"{at}[{number}]"
                 self.lines[path] = child.start_mark.line + 1
@@ -260,6 +277,17 @@ class Reading:
             return tuple(values)
 
         return read
+
+
+def filled(cls: type[Record], values: Mapping[str, object]) -> Record:
+    """A record of these values. Their types are what their readers return: no type checker compares the two."""
+    build: type = cls
+    record: Record = build(**values)
+    return record
+
+
+def _has_no_default(field: dataclasses.Field[object]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 # ---- YAML, with the parts of it that a recipe does without -------------------------------------
@@ -274,19 +302,22 @@ class _Unreadable(Exception):
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader without tags and aliases, and with a cap on depth and size."""
 
-    depth = nodes = 0
+    depth = 0
+    nodes = 0
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
-        self.depth, self.nodes = self.depth + 1, self.nodes + 1
+        self.depth += 1
+        self.nodes += 1
         refused = {
             "an anchor or an alias: write the value out": getattr(event, "anchor", None),
             "a YAML tag: remove it": getattr(event, "tag", None),
             f"nested more than {MAX_DEPTH} levels deep": self.depth > MAX_DEPTH,
             f"more than {MAX_NODES} values": self.nodes > MAX_NODES,
         }
-        for message in (message for message, seen in refused.items() if seen):
-            raise _Unreadable(event.start_mark.line + 1, message)
+        for message, is_there in refused.items():
+            if is_there:
+                raise _Unreadable(event.start_mark.line + 1, message)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

@@ -43,12 +43,12 @@ class BadThreshold(ValueError):
 def parse_metric(text: str) -> Metric:
     """The metric in "latency.p50@chat"; raises BadThreshold for an unknown name or a wrong "@"."""
     name, at, workload = (part.strip() for part in text.strip().partition("@"))
-    found = spec_of(name)
-    if found is None:
+    spec = spec_of(name)
+    if spec is None:
         raise BadThreshold(f"no metric named {_show(name)}", _nearest(name))
-    if found.per_workload and not workload:
+    if spec.per_workload and not workload:
         raise BadThreshold(f"{name} needs a workload", f"write {name}@ and the name of a workload")
-    if at and not found.per_workload:
+    if at and not spec.per_workload:
         raise BadThreshold(f"{name} is a metric of the whole variant, not of a workload", f"write {name}")
     if workload and not NAME.fullmatch(workload):
         raise BadThreshold(f"no workload can be named {_show(workload)}", "use letters, digits, - and _")
@@ -60,9 +60,11 @@ def parse(text: str) -> Threshold:
     text = " ".join(text.split())
     parts = re.split(f"({'|'.join(_OPERATORS)})", text)
     if len(parts) != 3:
-        found = "no comparison" if len(parts) == 1 else "more than one comparison"
-        raise BadThreshold(f"{found} in {_show(text)}", "write it like latency.p95@chat <= 400 ms")
-    metric, op, amount = parse_metric(parts[0]), _OPERATORS[parts[1]], parts[2].strip()
+        problem = "no comparison" if len(parts) == 1 else "more than one comparison"
+        raise BadThreshold(f"{problem} in {_show(text)}", "write it like latency.p95@chat <= 400 ms")
+    metric = parse_metric(parts[0])
+    op = _OPERATORS[parts[1]]
+    amount = parts[2].strip()
     limit, relative = _limit(metric, amount)
     spec = known(metric)
     if spec.better == ("higher" if op in ("<=", "<") else "lower"):
@@ -79,10 +81,7 @@ def parse(text: str) -> Threshold:
 def _limit(metric: Metric, text: str) -> tuple[float, bool]:
     """The limit in the metric's base unit, and whether it is relative to the baseline."""
     spec = known(metric)
-    op, share = (">=", "0.98x") if spec.better == "higher" else ("<=", "0.85x")
-    hint = f"write {metric} {op} {_EXAMPLES[spec.unit]}"
-    if not spec.compared and spec.unit != "ratio":
-        hint += f", or {op} {share} to compare with the baseline"
+    hint = _example(metric)
     match = _NUMBER.fullmatch(text)
     if not match:
         raise BadThreshold(f"{_show(text)} is not a limit: write a number, 0 or more, and its unit", hint)
@@ -101,8 +100,20 @@ def _limit(metric: Metric, text: str) -> tuple[float, bool]:
     return limit, relative
 
 
+def _example(metric: Metric) -> str:
+    """A hint: a limit of this metric as one writes it."""
+    spec = known(metric)
+    op = ">=" if spec.better == "higher" else "<="
+    hint = f"write {metric} {op} {_EXAMPLES[spec.unit]}"
+    if spec.compared or spec.unit == "ratio":
+        return hint
+    share = "0.98x" if spec.better == "higher" else "0.85x"
+    return f"{hint}, or {op} {share} to compare with the baseline"
+
+
 def _wrong_unit(metric: Metric, unit: str) -> str:
-    name, own = metric.name, known(metric).unit
+    name = metric.name
+    own = known(metric).unit
     if own == "ratio":
         return f"{name} is measured against the baseline, so its limit ends in x"
     allowed = f"{name} is measured in {', '.join(u for u in UNITS[own] if u)}"

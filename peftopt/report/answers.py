@@ -38,8 +38,8 @@ def _flips(evidence: Evidence, variant: str) -> list[Flip]:
     before = evidence.rows(evidence.baseline)
     errors = {error.row: error for error in evidence.critical_errors(variant)[0]}
     pairs = [(before[row], after, errors.get(row)) for row, after in evidence.rows(variant).items() if row in before]
-    flipped = [flip for pair in pairs if (flip := _flip(*pair))]
-    return sorted(flipped, key=lambda flip: flip.gravity)
+    flipped = [_flip(*pair) for pair in pairs]
+    return sorted((flip for flip in flipped if flip), key=lambda flip: flip.gravity)
 
 
 def _flip(old: Answer, new: Answer, error: CriticalError | None) -> Flip | None:
@@ -47,8 +47,10 @@ def _flip(old: Answer, new: Answer, error: CriticalError | None) -> Flip | None:
         gravity, change = _graded(error)
     elif old.correct == new.correct:
         return None
+    elif new.correct:
+        gravity, change = 4, "now right"
     else:
-        gravity, change = (4, "now right") if new.correct else (3, "now wrong")
+        gravity, change = 3, "now wrong"
     shown = (old.row, change, old.expected, old.output, new.output)
     return Flip(gravity, *map(clean, shown))
 
@@ -68,7 +70,7 @@ def slices(decision: Decision, evidence: Evidence) -> Table:
     """Share of right answers by slice: a row each, a column per variant, with the change to the baseline."""
     counts = {v.name: _slice_counts(evidence, v.name) for v in decision.variants if evidence.rows(v.name)}
     base = counts.get(decision.baseline, {})
-    keys = sorted({key for found in counts.values() for key in found} - {_ALL})
+    keys = sorted({key for by_slice in counts.values() for key in by_slice} - {_ALL})
     header = [clean(cell) for cell in ("slice", *counts)]
     if not keys:
         return header, []

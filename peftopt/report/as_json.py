@@ -6,61 +6,61 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from peftopt.errors import BadInput
-from peftopt.records import FORMAT, Decision, Interval, Json, VariantDecision, Verdict
+from peftopt.measurements import structured
+from peftopt.records import FORMAT, Decision, Interval, JsonValue
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_UNKNOWN = {"estimate": math.nan, "low": -math.inf, "high": math.inf, "level": math.nan}
+"""What null stands for in an interval, field by field."""
+
+_INTERVAL = {field.name for field in fields(Interval)}
 
 
 def render(decision: Decision) -> str:
     """The decision alone: the measurements have their own file."""
-    return json.dumps({"format": decision.format, **plain(decision)}, indent=2, allow_nan=False) + "\n"
+    return json.dumps({"format": decision.format, **_fields(decision)}, indent=2, allow_nan=False) + "\n"
 
 
 def decision_from_json(text: str) -> Decision:
     """Read what `render` wrote. A bound that is null is infinite, an estimate that is null NaN. Raises BadInput for
     text that is not whole, or of another version."""
     try:
-        found = json.loads(text)
+        written: JsonValue = json.loads(text)
     except ValueError as error:
         raise BadInput(f"the decision is not JSON: {error}", "decide again: `peftopt decide`") from None
-    version = found.get("format") if isinstance(found, dict) else None
-    if version != FORMAT:
+    if not isinstance(written, dict) or written.get("format") != FORMAT:
+        version = written.get("format") if isinstance(written, dict) else None
         raise BadInput(
             f"the decision has format {version}, this peftopt reads format {FORMAT}",
             "decide again from its measurements: `peftopt decide`",
         )
+    variants = _without_nulls(written.get("variants"))
     try:
-        variants = tuple(_variant(value) for value in found["variants"])
-        return Decision(**{**found, "variants": variants, "warnings": tuple(found["warnings"])})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"the decision is not whole: {error}", "decide again: `peftopt decide`") from None
+        return structured(Decision, {**written, "variants": variants}, "decision")
+    except BadInput as error:
+        raise BadInput(f"the decision is not whole: {error.message}", "decide again: `peftopt decide`") from None
 
 
-def _variant(found: dict[str, Any]) -> VariantDecision:
-    return VariantDecision(
-        **{
-            **found,
-            "techniques": tuple(found["techniques"]),
-            "verdicts": tuple(Verdict(**{**v, "value": _interval(v["value"])}) for v in found["verdicts"]),
-            "figures": {name: interval for name, v in found["figures"].items() if (interval := _interval(v))},
-            # an older peftopt did not write all of these
-            **{name: tuple(found.get(name, ())) for name in ("notes", "certificates", "remarks")},
-        }
-    )
+def _without_nulls(value: JsonValue) -> JsonValue:
+    """The value with every interval's nulls replaced by what they stand for."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == _INTERVAL:
+        return {name: _UNKNOWN.get(name) if each is None else each for name, each in value.items()}
+    return {name: _without_nulls(each) for name, each in value.items()}
 
 
-def _interval(found: dict[str, Any] | None) -> Interval | None:
-    if found is None:
-        return None
-    unknown = {"estimate": math.nan, "low": -math.inf, "high": math.inf, "level": math.nan}
-    return Interval(**{**found, **{key: value for key, value in unknown.items() if found[key] is None}})
-
-
-def plain(value: Json) -> Json:
+def plain(value: object) -> JsonValue:
     """Records in the order of their fields, mappings in that of their keys, no number that JSON lacks."""
-    if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if is_dataclass(value) and not isinstance(value, type):
+        return _fields(value)
     if isinstance(value, Mapping):
         return {str(key): plain(value[key]) for key in sorted(value, key=str)}
     if isinstance(value, list | tuple):
@@ -68,3 +68,7 @@ def plain(value: Json) -> Json:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+
+
+def _fields(record: DataclassInstance) -> dict[str, JsonValue]:
+    return {field.name: plain(getattr(record, field.name)) for field in fields(record)}

@@ -68,13 +68,14 @@ def render(decision: Decision, evidence: Evidence) -> str:
     environment = Environment(
         autoescape=True, finalize=shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    plots = [plot(decision, evidence, workload) for workload in table.workloads(decision)]
     template = resources.files("peftopt.report").joinpath("report.html.j2").read_text("utf-8")
     return environment.from_string(template).render(
         decision=decision,
         recipe=PurePath(decision.recipe).name or decision.recipe,
         warnings=table.warnings(decision),
         table=table.rows(decision),
-        plots=[p for w in table.workloads(decision) if (p := plot(decision, evidence, w))],
+        plots=[drawn for drawn in plots if drawn],
         rules={v.name: table.rule_rows(v) for v in decision.variants},
         flips=answers.flips(decision, evidence),
         by_workload=table.by_workload(decision),
@@ -98,33 +99,36 @@ def render(decision: Decision, evidence: Evidence) -> str:
 def plot(decision: Decision, evidence: Evidence, workload: str) -> Plot | None:
     """Ratio to the baseline by variant, with the raw block ratios beneath; None when there is no ratio."""
     name = table.ratio_name(decision, workload)
-    drawn = [(v, ratio) for v in decision.variants if _drawable(ratio := v.figures.get(name))]
+    ratios = [(variant, variant.figures.get(name)) for variant in decision.variants]
+    drawn = [(variant, ratio) for variant, ratio in ratios if ratio and _positive(ratio.estimate)]
     if not drawn:
         return None
     blocks = measured.block_ratios(decision, evidence, workload)
     limits = {v.name: _limit(decision, v, workload) for v, _ in drawn}
-    edges = [x for _, r in drawn if r for x in (r.estimate, r.low, r.high) if _positive(x)]
+    edges = [x for _, ratio in drawn for x in (ratio.estimate, ratio.low, ratio.high) if _positive(x)]
     central = sorted(x for v, _ in drawn for x in blocks.get(v.name, []) if _positive(x))
     central = central[len(central) // 20 : len(central) - len(central) // 20]
     scale = Scale.around([1.0, *edges, *central, *(x for x in limits.values() if x is not None)])
-    rows = [
-        PlotRow(
-            name=v.name + " (baseline)" * (v.name == decision.baseline),
-            outcome="baseline" if v.name == decision.baseline else v.outcome,
+
+    def row(number: int, variant: VariantDecision, ratio: Interval) -> PlotRow:
+        is_baseline = variant.name == decision.baseline
+        limit = limits[variant.name]
+        return PlotRow(
+            name=f"{variant.name} (baseline)" if is_baseline else variant.name,
+            outcome="baseline" if is_baseline else variant.outcome,
             text=words.speed(ratio, compact=True),
-            top=n * ROW,
+            top=number * ROW,
             x=scale.at(ratio.estimate),
             low=scale.at(ratio.low),
             high=scale.at(ratio.high),
-            limit=None if (limit := limits[v.name]) is None else scale.at(limit),
+            limit=None if limit is None else scale.at(limit),
             limit_text="" if limit is None else f"limit {limit:.2f}x",
-            dots=_dots(scale, blocks.get(v.name, [])),
+            dots=_dots(scale, blocks.get(variant.name, [])),
         )
-        for n, (v, ratio) in enumerate(drawn)
-        if ratio is not None
-    ]
+
+    rows = tuple(row(number, variant, ratio) for number, (variant, ratio) in enumerate(drawn))
     clock = "CPU time" if name.startswith("cpu") else "wall clock"
-    return Plot(workload, clock, len(rows) * ROW, scale.at(1.0), scale.ticks(), tuple(rows))
+    return Plot(workload, clock, len(rows) * ROW, scale.at(1.0), scale.ticks(), rows)
 
 
 @dataclass(frozen=True)
@@ -173,10 +177,6 @@ def _limit(decision: Decision, variant: VariantDecision, workload: str) -> float
 def _dots(scale: Scale, ratios: Sequence[float]) -> tuple[Dot, ...]:
     """One dot per block, spread over three heights so that equal ratios stay apart."""
     return tuple(Dot(scale.at(ratio), 4.0 * (n % 3)) for n, ratio in enumerate(ratios))
-
-
-def _drawable(ratio: Interval | None) -> bool:
-    return ratio is not None and _positive(ratio.estimate)
 
 
 def _positive(value: float) -> bool:

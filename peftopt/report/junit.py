@@ -20,7 +20,8 @@ def render(decision: Decision) -> str:
     undecided: Outcome = "inconclusive" if decision.outcome == "not judged" else decision.outcome
     _suite(suites, decision.recipe, "decision", [("decision", undecided, decision.sentence)])
     for variant in decision.variants:
-        if cases := list(_cases(variant, variant.name == decision.baseline)):
+        cases = list(_cases(variant, variant.name == decision.baseline))
+        if cases:
             _suite(suites, decision.recipe, variant.name, cases)
     for count in ("tests", *COUNTED):
         suites.set(count, str(sum(int(suite.get(count, "0")) for suite in suites)))
@@ -44,7 +45,8 @@ def _suite(suites: ElementTree.Element, recipe: str, name: str, cases: Sequence[
     for rule, outcome, reason in cases:
         names = {"classname": words.clean(f"{recipe}.{name}"), "name": words.clean(rule)}
         case = ElementTree.SubElement(suite, "testcase", names)
-        if tag := TAGS.get(outcome):
+        tag = TAGS.get(outcome)
+        if tag:
             ElementTree.SubElement(case, tag, message=words.clean(reason), type=outcome)
         else:
             ElementTree.SubElement(case, "system-out").text = words.clean(reason)

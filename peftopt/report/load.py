@@ -26,17 +26,23 @@ HEADER = (
 )
 
 
-def rows(found: LoadSummary) -> list[list[str]]:
+def rows(summary: LoadSummary) -> list[list[str]]:
     """The total first, then each served name where there are several."""
-    each = found.by_model if len(found.by_model) > 1 else {}
-    return [_row("all" if each else next(iter(found.by_model), ""), found.figures)] + [
+    each = summary.by_model if len(summary.by_model) > 1 else {}
+    return [_row("all" if each else next(iter(summary.by_model), ""), summary.figures)] + [
         _row(name, values) for name, values in each.items()
     ]
 
 
-def lines(found: LoadSummary) -> dict[str, str]:
+def lines(summary: LoadSummary) -> dict[str, str]:
     """What the table has no room for, by its title."""
-    return {**_levels(found.figures), **_searched(found), **_cold(found), **_server(found.engine), **_sender(found)}
+    return {
+        **_levels(summary.figures),
+        **_searched(summary),
+        **_cold(summary),
+        **_server(summary.engine),
+        **_sender(summary),
+    }
 
 
 def _levels(figures: Figures) -> dict[str, str]:
@@ -51,38 +57,39 @@ def _levels(figures: Figures) -> dict[str, str]:
     return said
 
 
-def _searched(found: LoadSummary) -> dict[str, str]:
+def _searched(summary: LoadSummary) -> dict[str, str]:
     """The highest rate, and the adapter cliff."""
     said = {}
-    if found.highest_rate is not None:
-        said["highest rate"] = f"{found.highest_rate:.3g} requests/s hold, verified by repeats"
-    elif found.trials:
+    if summary.highest_rate is not None:
+        said["highest rate"] = f"{summary.highest_rate:.3g} requests/s hold, verified by repeats"
+    elif summary.trials:
         said["highest rate"] = "none that was tried holds"
-    if found.adapters:
+    if summary.adapters:
         said["waiting"] = ", ".join(
-            f"{counted(size, 'adapter')} {_ms(wait)} ms" for size, wait in enumerate(found.adapters, 1)
+            f"{counted(size, 'adapter')} {_ms(wait)} ms" for size, wait in enumerate(summary.adapters, 1)
         )
-        queues = [ms for ms in found.queues_ms if ms is not None]
-        if len(queues) == len(found.queues_ms):
+        queues = [ms for ms in summary.queues_ms if ms is not None]
+        if len(queues) == len(summary.queues_ms):
             said["of it in the queue"] = ", ".join(f"{ms:,.0f} ms" for ms in queues)
         said["cliff"] = (
-            f"beyond {found.cliff}: give the engine more slots (vLLM: --max-loras), or a server fewer adapters"
-            if found.cliff
-            else f"none up to {len(found.adapters)} adapters"
+            f"beyond {summary.cliff}: give the engine more slots (vLLM: --max-loras), or a server fewer adapters"
+            if summary.cliff
+            else f"none up to {len(summary.adapters)} adapters"
         )
     return said
 
 
-def _cold(found: LoadSummary) -> dict[str, str]:
+def _cold(summary: LoadSummary) -> dict[str, str]:
     """How long the first request of each served name took."""
-    colds = [f"{name} {v.cold_ttft_ms:.0f} ms" for name, v in found.by_model.items() if v.cold_ttft_ms]
+    colds = [f"{name} {v.cold_ttft_ms:.0f} ms" for name, v in summary.by_model.items() if v.cold_ttft_ms]
     return {"first request": ", ".join(colds[:8]) + " to its first token"} if colds else {}
 
 
 def _server(engine: Account) -> dict[str, str]:
     """What the server says of itself."""
     said = {}
-    if batch := _batch(engine):
+    batch = _batch(engine)
+    if batch:
         said["batch"] = batch
     if engine.kv_cache:
         said["KV cache"] = f"{_percent(engine.kv_cache.mean)} on average{_peak(engine.kv_cache, _percent)}"
@@ -92,8 +99,8 @@ def _server(engine: Account) -> dict[str, str]:
     return said
 
 
-def _sender(found: LoadSummary) -> dict[str, str]:
-    late = found.own_delay
+def _sender(summary: LoadSummary) -> dict[str, str]:
+    late = summary.own_delay
     return {"sender's delay": f"P50 {late.p50_ms:.2f} ms, P95 {late.p95_ms:.2f} ms, at most {late.max_ms:.1f} ms"}
 
 

@@ -53,7 +53,7 @@ def _evidence(decision: Decision, evidence: Evidence, examples: int) -> list[str
 
 def escape(text: object) -> str:
     """Text that shows as it is: no markup, no mention, no link, on one line."""
-    return _MARKUP.sub(lambda found: "".join(map(_entity, found[0])), words.clean(text))
+    return _MARKUP.sub(lambda match: "".join(map(_entity, match[0])), words.clean(text))
 
 
 def _entity(character: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -31,11 +32,12 @@ def effort(decision: Decision, evidence: Evidence) -> Table:
 
 def facts(decision: Decision, evidence: Evidence) -> list[tuple[str, str]]:
     """How it was measured, in pairs of a label and its text; the machine's own words last."""
-    loads = [load for moments in evidence.machine.values() for m in moments if (load := m.load) is not None]
+    moments = itertools.chain.from_iterable(evidence.machine.values())
+    loads = [moment.load for moment in moments if moment.load is not None]
     launches = [launch for launches in evidence.launches.values() for launch in launches]
     planned = f"as soon as a look can decide (from {LOOKS[0]} on), {', '.join(map(str, LOOKS[1:]))}"
     clock = "process CPU time judged; wall clock shown beside it" if decision.clock == "cpu" else "wall clock judged"
-    found = {
+    texts = {
         "judged": f"{decision.minimize}, against {decision.baseline}",
         "clock": f"{clock} ({decision.clock_reason})" if decision.clock_reason else clock,
         "looks": f"planned: {planned} blocks; bets judge after every block" if evidence.turns else "",
@@ -45,7 +47,7 @@ def facts(decision: Decision, evidence: Evidence) -> list[tuple[str, str]]:
         **_engines(evidence),
         **{str(key): flat(value) for key, value in decision.machine.items()},
     }
-    return [(clean(key), clean(text)) for key, text in found.items() if text]
+    return [(clean(key), clean(text)) for key, text in texts.items() if text]
 
 
 def _engines(evidence: Evidence) -> dict[str, str]:
@@ -64,11 +66,12 @@ def block_ratios(decision: Decision, evidence: Evidence, workload: str) -> dict[
     The baseline's own are those of its hidden second copy.
     """
     field: Field = "cpu_ms" if ratio_name(decision, workload).startswith("cpu") else "request_duration_ms"
-    sources = {v.name: v.name + TWIN * (v.name == decision.baseline) for v in decision.variants}
-    return {
-        name: [_ratio(log) for log in evidence.paired(source, decision.baseline, workload, field)]
-        for name, source in sources.items()
-    }
+    ratios = {}
+    for variant in decision.variants:
+        source = variant.name + TWIN if variant.name == decision.baseline else variant.name
+        logs = evidence.paired(source, decision.baseline, workload, field)
+        ratios[variant.name] = [_ratio(log) for log in logs]
+    return ratios
 
 
 def _ratio(log: float) -> float:
@@ -79,8 +82,9 @@ def _ratio(log: float) -> float:
 
 def failures(evidence: Evidence) -> Table:
     """What did not run, and why."""
-    found = [(name, failed.stage, failed.reason, failed.detail) for name, failed in evidence.failures.items()]
-    return ["variant", "stage", "reason", "detail"], [[clean(cell or MISSING) for cell in row] for row in found]
+    rows = [(name, failed.stage, failed.reason, failed.detail) for name, failed in evidence.failures.items()]
+    body = [[clean(cell or MISSING) for cell in row] for row in rows]
+    return ["variant", "stage", "reason", "detail"], body
 
 
 def _distinct(values: Iterable[str | int | None]) -> str:

@@ -82,7 +82,8 @@ def _read(per_workload: bool) -> list[str]:
 
 def _title(name: str) -> str:
     """The heading of a metric's column: "P50@chat"."""
-    spec, (_, at, workload) = described(name), name.partition("@")
+    spec = described(name)
+    _, at, workload = name.partition("@")
     return f"{spec.title if spec else name}{at}{workload}"
 
 
@@ -112,9 +113,11 @@ def _filled(decision: Decision, columns: Sequence[Column]) -> Table:
     """A row per variant, without the columns that no variant fills. What only too few requests fill is not filled:
     the warnings say it once, of all variants."""
     cells = [[cell(variant) for _, cell in columns] for variant in decision.variants]
-    said = ("variant", "verdict", "decided by")
-    kept = [n for n, (name, _) in enumerate(columns) if name in said or any(_told(row[n]) for row in cells)]
-    return [clean(columns[n][0]) for n in kept], [[clean(row[n]) for n in kept] for row in cells]
+    always = ("variant", "verdict", "decided by")
+    kept = [n for n, (name, _) in enumerate(columns) if name in always or any(_told(row[n]) for row in cells)]
+    header = [clean(columns[n][0]) for n in kept]
+    body = [[clean(row[n]) for n in kept] for row in cells]
+    return header, body
 
 
 def _told(cell: str) -> bool:
@@ -145,7 +148,7 @@ def _compact(decision: Decision) -> list[Column]:
     main = (workloads(decision) or [""])[0]
     quality = "accuracy" if any("accuracy" in v.figures for v in decision.variants) else "perplexity"
     return [
-        ("variant", lambda v: clip(v.name, 20) + " *" * (v.name == decision.baseline)),
+        ("variant", lambda v: f"{clip(v.name, 20)} *" if v.name == decision.baseline else clip(v.name, 20)),
         (clip(f"speed@{main}", 20), lambda v: words.speed(_ratio(decision, v, main), compact=True)),
         ("P50", lambda v: words.estimate("latency.p50", v.figures.get(f"latency.p50@{main}"))),
         ("memory", lambda v: words.estimate("memory", v.figures.get("memory"))),
@@ -191,10 +194,12 @@ def _mean_column(name: str) -> Callable[[VariantDecision], str]:
 
 
 def _flipped(variant: VariantDecision) -> str:
-    worse, better = (variant.figures.get(f"flips_{way}") for way in ("worse", "better"))
+    worse = variant.figures.get("flips_worse")
+    better = variant.figures.get("flips_better")
     if worse is None or better is None or not math.isfinite(worse.estimate + better.estimate):
         return MISSING
-    text, p = f"{worse.estimate:.0f} worse, {better.estimate:.0f} better", variant.figures.get("flips_p")
+    text = f"{worse.estimate:.0f} worse, {better.estimate:.0f} better"
+    p = variant.figures.get("flips_p")
     return f"{text}, p = {p.estimate:.2g}" if p and worse.estimate else text
 
 
@@ -202,12 +207,13 @@ def _warm_up_column(workload: str) -> Callable[[VariantDecision], str]:
     """ "1 request, 2.4x": how many requests of a launch are slower than the rest, and by how much the first is."""
 
     def cell(variant: VariantDecision) -> str:
-        found, first = (variant.figures.get(f"{name}@{workload}") for name in ("warm_up", "first_request"))
-        if found is None or first is None or not math.isfinite(found.estimate + first.estimate):
+        slow = variant.figures.get(f"warm_up@{workload}")
+        first = variant.figures.get(f"first_request@{workload}")
+        if slow is None or first is None or not math.isfinite(slow.estimate + first.estimate):
             return MISSING
-        if not found.estimate:
+        if not slow.estimate:
             return "none"
-        return f"{counted(round(found.estimate), 'request')}, the first {first.estimate:.2g}x"
+        return f"{counted(round(slow.estimate), 'request')}, the first {first.estimate:.2g}x"
 
     return cell
 
@@ -231,13 +237,13 @@ def workloads(decision: Decision) -> list[str]:
 
 def _busiest(decision: Decision) -> str:
     """The workload with the highest throughput: the batch one."""
-    seen = [
+    throughputs = [
         (value.estimate, name.partition("@")[2])
         for v in decision.variants
         for name, value in v.figures.items()
         if name.startswith("throughput@") and math.isfinite(value.estimate)
     ]
-    return max(seen)[1] if seen else ""
+    return max(throughputs)[1] if throughputs else ""
 
 
 def _ratio(decision: Decision, variant: VariantDecision, workload: str) -> Interval | None:
@@ -258,7 +264,9 @@ def rule_rows(variant: VariantDecision) -> Table:
     """The variant's verdicts, columns that none of them fills left out."""
     cells = [_rule_row(verdict) for verdict in variant.verdicts]
     kept = [n for n in range(len(RULE_HEADER)) if n < 2 or any(row[n] != MISSING for row in cells)]
-    return [RULE_HEADER[n] for n in kept], [[clean(row[n]) for n in kept] for row in cells]
+    header = [RULE_HEADER[n] for n in kept]
+    body = [[clean(row[n]) for n in kept] for row in cells]
+    return header, body
 
 
 def _rule_row(verdict: Verdict) -> list[str]:
@@ -284,6 +292,8 @@ def warnings(decision: Decision) -> list[str]:
         for name, value in v.figures.items()
         if name.startswith("latency.p95@") and not words.bounded(value)
     ]
-    few = f"{words.TOO_FEW} for P95 ({fewest_for(0.95)} needed): {', '.join(tails)}"
     notes = [f"{v.name}: {note}" for v in decision.variants for note in v.notes]
-    return [clean(line) for line in [*decision.warnings, *notes, *[few][: len(tails)]]]
+    lines = [*decision.warnings, *notes]
+    if tails:
+        lines.append(f"{words.TOO_FEW} for P95 ({fewest_for(0.95)} needed): {', '.join(tails)}")
+    return [clean(line) for line in lines]

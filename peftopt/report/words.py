@@ -36,16 +36,16 @@ def figure(name: str, value: Interval | None) -> str:
     if name.partition("@")[0] == "critical_errors":
         return critical(value)
     middle = format_value(name, value.estimate)
-    if (tail := re.search(r"(?:latency|ttft|tpot)\.(p95|p99)", name)) and not bounded(value):
+    tail = re.search(r"(?:latency|ttft|tpot)\.(p95|p99)", name)
+    if tail and not bounded(value):
         return f"{TOO_FEW} for {tail[1].upper()}, or launches: {value.n}"
-    if (
-        math.isnan(value.low)
-        or math.isnan(value.high)
-        or value.low == value.high
-        or not (value.low > 0 or math.isfinite(value.high))
-    ):
+    unknown = math.isnan(value.low) or math.isnan(value.high)
+    says_nothing = value.low == value.high or not (value.low > 0 or math.isfinite(value.high))
+    if unknown or says_nothing:
         return middle
-    return f"{middle} ({_range(middle, format_value(name, value.low), format_value(name, value.high))})"
+    low = format_value(name, value.low)
+    high = format_value(name, value.high)
+    return f"{middle} ({_range(middle, low, high)})"
 
 
 def estimate(name: str, value: Interval | None) -> str:
@@ -58,7 +58,9 @@ def speed(ratio: Interval | None, compact: bool = False) -> str:
     shown = figure("latency.ratio", ratio)
     if ratio is None or shown == MISSING:
         return MISSING
-    change = f"{shown}, {100 * abs(ratio.estimate - 1):.{int(abs(ratio.estimate - 1) < 0.05)}f} %"
+    distance = abs(ratio.estimate - 1)
+    digits = 1 if distance < 0.05 else 0
+    change = f"{shown}, {100 * distance:.{digits}f} %"
     if ratio.low > 1:
         return shown.replace(" (", " SLOWER (", 1) if compact else f"{change} SLOWER"
     if compact:
@@ -89,7 +91,9 @@ def _range(middle: str, low: str, high: str) -> str:
     parts = [re.fullmatch(r"(-?[\d.,]+|-?∞)(.*)", text) for text in (middle, low, high)]
     units = {part[2] for part in parts if part and "∞" not in part[1]}
     if all(parts) and len(units) == 1:
-        low, high = low.removesuffix(unit := units.pop()), high.removesuffix(unit)
+        unit = units.pop()
+        low = low.removesuffix(unit)
+        high = high.removesuffix(unit)
     return f"{low} to {high}" if low.startswith("-") else f"{low}–{high}"
 
 
@@ -98,7 +102,9 @@ def reason(verdict: Verdict) -> str:
     needed = verdict.blocks_needed
     if verdict.outcome != "inconclusive" or needed is None:
         return verdict.reason or MISSING
-    more, minutes = max(needed - (verdict.value.n if verdict.value else 0), 1), verdict.minutes_needed
+    have = verdict.value.n if verdict.value else 0
+    more = max(needed - have, 1)
+    minutes = verdict.minutes_needed
     took = f" (about {max(minutes, 1):.0f} min)" if minutes is not None and math.isfinite(minutes) else ""
     still = f"about {more} more blocks needed{took}" if needed < MOST_BLOCKS else "too close to the limit to tell"
     return f"{verdict.reason}; {still}" if verdict.reason else still
@@ -115,7 +121,8 @@ def metric_of(verdict: Verdict) -> str:
 def flat(value: object) -> str:
     """A nested value on one line: "torch 2.6.0, peft 0.18.0"."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {text}" for key, item in value.items() if (text := flat(item)))
+        texts = {key: flat(item) for key, item in value.items()}
+        return ", ".join(f"{key} {text}" for key, text in texts.items() if text)
     if isinstance(value, list | tuple):
         return ", ".join(filter(None, map(flat, value)))
     return "" if value is None else str(value)

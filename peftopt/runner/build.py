@@ -48,7 +48,8 @@ def make_artifact(
     Returns what it took and what was found. Raises WorkerFailed when either of them fails: "unusable" for a model that
     was written and does not work. The folder may be half written then.
     """
-    plugin, out = plugins.catalogue()[job.plugin], Path(job.out)
+    plugin = plugins.catalogue()[job.plugin]
+    out = Path(job.out)
     quantizes = plugin.technique == "quantize"
     if quantizes:
         # what it writes is smaller, and by how much not yet known
@@ -56,15 +57,15 @@ def make_artifact(
     with contextlib.ExitStack() as stack:
         opener = stack.enter_context(_opener(plugin, job.model, log, threads, deadline_s)) if quantizes else None
         with WorkerProcess(log, threads, python=environments.interpreter(plugin)) as child, watch(child):
-            found = child.ask(job, deadline_s, hear=hear)
-        if opener and not found.tier0:
+            transformed = child.ask(job, deadline_s, hear=hear)
+        if opener and not transformed.tier0:
             if plugin.format == SAFETENSORS and _layers.unrounded(Path(job.model.path), out) > NOTHING:
                 detail = f"{job.plugin} wrote a model whose weights are as wide as before: nothing was quantized"
                 raise WorkerFailed("unusable", detail, "keep fewer layers, or use another method")
             hear(Reached("verifying", 0, 1, "in a fresh process"))
-            verified = _verified(opener, plugin, found.model, job.model, job.rows, log, threads, deadline_s)
-            found = replace(found, quantization=provenance.add(out, verified=verified))
-    return found
+            verified = _verified(opener, plugin, transformed.model, job.model, job.rows, log, threads, deadline_s)
+            transformed = replace(transformed, quantization=provenance.add(out, verified=verified))
+    return transformed
 
 
 @contextlib.contextmanager
@@ -107,10 +108,10 @@ def _verified(
             return problem(child, parent, "eager")
 
     try:
-        if (found := problem(opener(), made, plugin.reader)) and found != usual():
-            raise WorkerFailed(
-                "unusable", f"the model that {plugin.name} wrote {found}", "try more bits, or keep layers"
-            )
+        trouble = problem(opener(), made, plugin.reader)
+        if trouble and trouble != usual():
+            detail = f"the model that {plugin.name} wrote {trouble}"
+            raise WorkerFailed("unusable", detail, "try more bits, or keep layers")
     except WorkerFailed as error:
         if error.reason in LACKING:
             return f"not verified: its reader {plugin.reader} needs {error.detail}"
@@ -126,13 +127,15 @@ def _verified(
 def bars(progress: Progress | None) -> Iterator[Hear]:
     """Show what a worker reports: a bar for each phase, opened when the first word of it comes."""
     with contextlib.ExitStack() as stack:
-        phase, show = "", None
+        phase = ""
+        show = None
 
         def hear(at: Reached) -> None:
             nonlocal phase, show
             if progress and at.phase != phase:
                 stack.close()
-                phase, show = at.phase, stack.enter_context(progress(at.phase, at.total))
+                phase = at.phase
+                show = stack.enter_context(progress(at.phase, at.total))
             if show:
                 show(at.done, at.what)
 

@@ -26,7 +26,7 @@ from peftopt.models.adapter import (
 from peftopt.models.checkpoint import open_model
 from peftopt.models.hf import tokenizer_home
 from peftopt.models.provenance import read as read_provenance
-from peftopt.records import SAFETENSORS, YAML, Json, Model, Recipe, Step, task_name
+from peftopt.records import SAFETENSORS, YAML, Json, Model, Quality, Recipe, Step, task_name
 
 
 def check(recipe: Recipe) -> None:
@@ -71,16 +71,21 @@ def _home(recipe: Recipe) -> Path:
 
 def warnings(recipe: Recipe) -> list[str]:
     """What will measure badly, a sentence each, though it can be run: answers that cannot end."""
-    return [why] if (why := template.endless(Path(recipe.base), _home(recipe))) else []
+    endless = template.endless(Path(recipe.base), _home(recipe))
+    return [endless] if endless else []
 
 
 def foreseen(recipe: Recipe) -> list[str]:
     """What the recipe cannot decide with the prompts and blocks that it has: see `stopping.undecidable`."""
-    prompts = 0
-    if quality := recipe.quality:
-        prompts = len(corpus.read(quality.prompts, quality.slice))
-        prompts = min(prompts, quality.rows or prompts)
-    return list(stopping.undecidable(recipe, prompts))
+    return list(stopping.undecidable(recipe, _checked_prompts(recipe.quality)))
+
+
+def _checked_prompts(quality: Quality | None) -> int:
+    """How many prompts have their answers checked."""
+    if quality is None:
+        return 0
+    prompts = len(corpus.read(quality.prompts, quality.slice))
+    return min(prompts, quality.rows or prompts)
 
 
 def copies(recipe: Recipe) -> list[str]:
@@ -88,12 +93,13 @@ def copies(recipe: Recipe) -> list[str]:
     asked = {(w.prompts, w.slice): f"workload {w.name}" for w in recipe.workloads.values()}
     if recipe.quality:
         asked[recipe.quality.prompts, recipe.quality.slice] = "quality"
-    found = []
+    lines = []
     for (prompts, only), who in asked.items():
         rows = corpus.read(prompts, only)
-        if extra := len(rows) - corpus.distinct(rows):
-            found.append(f"{who}: {extra} of {len(rows)} prompts of {prompts} are copies of others: each counts once")
-    return found
+        extra = len(rows) - corpus.distinct(rows)
+        if extra:
+            lines.append(f"{who}: {extra} of {len(rows)} prompts of {prompts} are copies of others: each counts once")
+    return lines
 
 
 def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Row], who: str = "") -> None:
@@ -110,16 +116,16 @@ def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Ro
 def _check_needs(recipe: Recipe) -> None:
     """Raises MissingEnvironment for what steps and engines need and this machine lacks (libraries, environments,
     devices), all of it at once."""
-    found: dict[str, list[str]] = {}
+    lacking: dict[str, list[str]] = {}
     hints: dict[str, None] = {}
     for name, variant in recipe.variants.items():
         for step in (*variant.steps, variant.engine):
             what, hint = environments.lacking(plugins.catalogue()[step.plugin])
             if what:
-                found.setdefault(f"{step.plugin} needs {', '.join(what)}", []).append(name)
+                lacking.setdefault(f"{step.plugin} needs {', '.join(what)}", []).append(name)
                 hints |= {hint: None} if hint else {}
-    if found:
-        lacks = "; ".join(f"{what} (variant {', '.join(dict.fromkeys(names))})" for what, names in found.items())
+    if lacking:
+        lacks = "; ".join(f"{what} (variant {', '.join(dict.fromkeys(names))})" for what, names in lacking.items())
         elsewhere = "leave those variants out, or run the recipe on a machine that has it"
         raise MissingEnvironment(f"not on this machine: {lacks}", "; or ".join([*hints, elsewhere]))
 
@@ -133,19 +139,20 @@ def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
             "quality.tasks needs lm-evaluation-harness, which is not installed", "pip install 'peftopt[eval]'"
         )
     for name, variant in recipe.variants.items():
-        if (home := variant.engine.environment) != environments.MAIN:
+        environment = variant.engine.environment
+        if environment != environments.MAIN:
             raise BadInput(
-                f"quality.tasks cannot run on variant {name}: its engine runs in the environment {home}",
+                f"quality.tasks cannot run on variant {name}: its engine runs in the environment {environment}",
                 "measure tasks in a recipe whose variants run on eager or compiled",
             )
     for task in (t for t in tasks if t.endswith(YAML)):
         try:
-            found = re.search(r"^task:\s*['\"]?([^'\"\s#]+)", Path(task).read_text(encoding="utf-8"), re.MULTILINE)
+            line = re.search(r"^task:\s*['\"]?([^'\"\s#]+)", Path(task).read_text(encoding="utf-8"), re.MULTILINE)
         except (OSError, UnicodeError) as error:
             raise BadInput(f"cannot read the task file {task}: {error}", "give the path of its YAML file") from error
-        if not found or found[1] != task_name(task):
-            said = f"names its task {found[1]}" if found else "names no task"
-            raise BadInput(f"{task} {said}", f"write task: {task_name(task)} into it, as the file is called")
+        if not line or line[1] != task_name(task):
+            problem = f"names its task {line[1]}" if line else "names no task"
+            raise BadInput(f"{task} {problem}", f"write task: {task_name(task)} into it, as the file is called")
 
 
 def _check_endpoints(recipe: Recipe) -> None:
@@ -186,7 +193,8 @@ def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS
     config = _json(folder / "config.json", "a model's config")
     if "auto_map" in config:
         raise BadInput(f"{folder} brings its own code (auto_map)", "peftopt runs only architectures of transformers")
-    if settings := config.get("quantization_config"):
+    settings = config.get("quantization_config")
+    if settings:
         method = settings.get("quant_method", "unknown")
         if not quantized:
             raise BadInput(f"{folder} is already quantized ({method})", "start from the full-precision base")
@@ -272,9 +280,8 @@ def _check_fits(adapter: Adapter, base: Path) -> None:
     Only where base and adapter name things alike: a checkpoint may use older names, which the loader translates.
     """
     entries = open_model(base).entries
-    packed = {
-        name for name in entries if f"{name}.absmax" in entries
-    }  # by bitsandbytes: their shape is not the layer's
+    # by bitsandbytes: their shape is not the layer's
+    packed = {name for name in entries if f"{name}.absmax" in entries}
     weights = {name: list(entry.shape) for name, entry in entries.items() if name not in packed}
     check_names(adapter, entries)
     brought = any(is_embedding(name) for name in adapter.weights.entries)

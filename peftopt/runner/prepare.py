@@ -31,7 +31,8 @@ from peftopt.runner.schedule import Job, work
 CHUNK = 96
 """Prompts answered between two looks at whether a variant has already failed."""
 
-CHECKED, AHEAD = "baseline checked", "ahead of the race"
+CHECKED = "baseline checked"
+AHEAD = "ahead of the race"
 
 Hear = Callable[[float, str], None]
 """Told what share of a job is done, and what is going on."""
@@ -64,7 +65,9 @@ class _Hearers:
     """One bar for jobs that go on side by side: their shares, added up."""
 
     def __init__(self, show: Callable[[int, str], None]) -> None:
-        self.show, self.shares, self.lock = show, dict[str, float](), threading.Lock()
+        self.show = show
+        self.shares: dict[str, float] = {}
+        self.lock = threading.Lock()
 
     def of(self, job: str) -> Hear:
         self.shares[job] = 0.0
@@ -121,8 +124,9 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
         for variant in users:
             run.fail(variant, f"build ({build.step.plugin})", error)
         return
-    parity, quantized = artifact.facts.get("certificate"), artifact.facts.get("quantization")
-    found = Built(
+    parity = artifact.facts.get("certificate")
+    quantized = artifact.facts.get("quantization")
+    built = Built(
         id=build.id,
         plugin=build.step.plugin,
         cached=artifact.cached,
@@ -134,8 +138,8 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
         certificate=certificate.summary(parity) if parity else "",
         quantization=provenance.summary(quantized) if quantized else "",
     )
-    run.log(found, users[0])
-    run.listener.done("build", build.step.plugin, None if artifact.cached else artifact.seconds, found.quantization)
+    run.log(built, users[0])
+    run.listener.done("build", build.step.plugin, None if artifact.cached else artifact.seconds, built.quantization)
 
 
 def build_alone(run: Run, build: Build, threads: int) -> None:
@@ -144,7 +148,8 @@ def build_alone(run: Run, build: Build, threads: int) -> None:
     with run.listener.progress(f"build {build.step.plugin}", 100) as show:
         _build(run, calibration, threads, build, lambda share, what: show(int(100 * share), what))
     for variant in _users(run, build):
-        if failure := run.evidence.failures.get(variant):
+        failure = run.evidence.failures.get(variant)
+        if failure:
             raise WorkerFailed(failure.reason, failure.detail, failure.hint)
 
 
@@ -177,9 +182,9 @@ def _answers(run: Run, threads: int, hearers: _Hearers, stack: contextlib.ExitSt
         batch = quality.batch if launch == 1 else max(1, quality.batch // 2)
         part = rows if most is None else rows[: -(-most // quality.batch) * quality.batch]
         name = f"{variant.name} again" if launch == 2 else variant.name
-        found = _Exam(run, quality, variant, name, part, launch, batch, threads, hearers.of(name))
-        stack.callback(found.close)
-        return found
+        answering = _Exam(run, quality, variant, name, part, launch, batch, threads, hearers.of(name))
+        stack.callback(answering.close)
+        return answering
 
     yield baseline.name, Job(exam(baseline, None).answer, made[baseline.name])
     yield CHECKED, Job(partial(check_baseline, run), frozenset({baseline.name}))
@@ -201,7 +206,8 @@ def _exam(rows: Sequence[Row], most: int) -> list[Row]:
     def length(row: Row) -> int:
         return sum(len(m["content"]) for m in row.messages)
 
-    tagged, others = [r for r in rows if r.critical], [r for r in rows if not r.critical]
+    tagged = [row for row in rows if row.critical]
+    others = [row for row in rows if not row.critical]
     room = max(0, (most or len(rows)) - len(tagged))
     if room < len(others):
         others = [others[n * len(others) // room] for n in range(room)]
@@ -225,8 +231,15 @@ class _Exam:
         threads: int,
         hear: Hear,
     ) -> None:
-        self.run, self.quality, self.variant, self.name, self.rows = run, quality, variant, name, rows
-        self.launch, self.batch, self.threads, self.hear = launch, batch, threads, hear
+        self.run = run
+        self.quality = quality
+        self.variant = variant
+        self.name = name
+        self.rows = rows
+        self.launch = launch
+        self.batch = batch
+        self.threads = threads
+        self.hear = hear
         self.reference = run.folder / "logs" / "reference.npz"
         self.is_reference = variant.name == run.recipe.baseline and launch == 1
         self.child: WorkerProcess | None = None
@@ -244,10 +257,13 @@ class _Exam:
 
     def tasks(self) -> list[str]:
         """The tasks that are still to be asked: once, of a variant that nothing has rejected for good."""
-        evidence, name = self.run.evidence, self.variant.name
-        if not self.quality.tasks or self.launch != 1 or name in evidence.failures or stopping.hopeless(evidence, name):
+        evidence = self.run.evidence
+        name = self.variant.name
+        if not self.quality.tasks or self.launch != 1:
             return []
-        return [t for t in self.quality.tasks if TASK + task_name(t) not in evidence.tasks[name]]
+        if name in evidence.failures or stopping.hopeless(evidence, name):
+            return []
+        return [task for task in self.quality.tasks if TASK + task_name(task) not in evidence.tasks[name]]
 
     def compile(self) -> None:
         """Load the model, and compile what the race will need: it is in the compile cache then, and was compiled while
@@ -257,8 +273,10 @@ class _Exam:
 
     def answer(self) -> None:
         """Ask what is left, and log the answers."""
-        if left := self.left():
-            started, n = time.perf_counter(), len(self.rows) - len(left)
+        left = self.left()
+        if left:
+            started = time.perf_counter()
+            n = len(self.rows) - len(left)
 
             def tell(answer: Answer) -> None:
                 nonlocal n
@@ -285,13 +303,15 @@ class _Exam:
         deadline = self.run.recipe.measure.deadline_s
         task = str(Path(task).resolve()) if task.endswith(YAML) else task  # workers stand in a folder of their own
         with self._opened() as child:
-            found = child.ask(TaskJob(task, self.quality.task_rows), deadline, hear=hear)
-            self.run.log(found, self.variant.name)
+            task_answers = child.ask(TaskJob(task, self.quality.task_rows), deadline, hear=hear)
+            self.run.log(task_answers, self.variant.name)
 
     def _ask(self, tell: Callable[[Answer], None]) -> None:
-        quality, left = self.quality, self.left()
+        quality = self.quality
+        left = self.left()
+        chunks = [left] if self.is_reference else [left[i : i + CHUNK] for i in range(0, len(left), CHUNK)]
         with self._opened() as child:
-            for chunk in [left] if self.is_reference else [left[i : i + CHUNK] for i in range(0, len(left), CHUNK)]:
+            for chunk in chunks:
                 if self.launch == 1 and stopping.hopeless(self.run.evidence, self.variant.name):
                     break
                 job = QualityJob(
@@ -314,9 +334,9 @@ class _Exam:
             return
         asked = recipe.workloads[recipe.minimize.workload]
         batch = draw(corpus.read(asked.prompts, asked.slice), asked, 0, recipe)[0]
-        found = child.ask(KernelsJob(batch, asked.new_tokens), recipe.measure.deadline_s)
-        if found != NO_FACTS:
-            self.run.log(found, self.variant.name)
+        kernels = child.ask(KernelsJob(batch, asked.new_tokens), recipe.measure.deadline_s)
+        if kernels != NO_FACTS:
+            self.run.log(kernels, self.variant.name)
 
     def _compile(self) -> None:
         """Every shape of the workloads, and one that holds the answers."""

@@ -23,17 +23,21 @@ def race(run: Run, workload: Workload, ahead: Field | None = None) -> None:
     """Blocks in random order until every variant is decided, its references and the A/A arm alongside. The workers of
     the first blocks may have been started `ahead`."""
     recipe = run.recipe
-    started, first = time.perf_counter(), _next_block(run, workload)
+    started = time.perf_counter()
+    first = _next_block(run, workload)
     with run.listener.progress(f"race {workload.name}", run.evidence.budget) as show:
-        while wants := stopping.blocks(run.evidence, workload.name):
+        wants = stopping.blocks(run.evidence, workload.name)
+        while wants:
             show(_next_block(run, workload), f"{len(wants)} variants")
             with ahead or Field(run, workload) as field_:
                 ahead = None
                 for _ in range(recipe.measure.relaunch):
-                    if not (wants := stopping.blocks(run.evidence, workload.name)):
+                    if not wants:
                         break
                     field_.block(_next_block(run, workload), wants)
                     show(_next_block(run, workload), f"{len(wants)} variants")
+                    wants = stopping.blocks(run.evidence, workload.name)
+            wants = stopping.blocks(run.evidence, workload.name)  # the workers' memory is known now
     blocks = _next_block(run, workload) - first
     run.listener.done("race", f"{workload.name}, {blocks} blocks", time.perf_counter() - started)
 
@@ -54,7 +58,8 @@ class Field:
     """The workers of some consecutive blocks: each variant launched fresh once, then resident."""
 
     def __init__(self, run: Run, workload: Workload) -> None:
-        self.run, self.workload = run, workload
+        self.run = run
+        self.workload = workload
         self.rows = corpus.read(workload.prompts, workload.slice)
         self.stack = contextlib.ExitStack()
         # kept for as long as its workers: the kernel ends a worker with the thread that started it
@@ -70,7 +75,8 @@ class Field:
     def start(self) -> None:
         """Start the workers of the first block now, where there is room: they import for longer than they load."""
         wants = stopping.blocks(self.run.evidence, self.workload.name)
-        if wants and machine.free_memory() > ROOM * len(arms := self._arms(wants)):
+        arms = self._arms(wants)
+        if wants and machine.free_memory() > ROOM * len(arms):
             self._start(arms)
 
     def __exit__(self, *error: object) -> None:
@@ -104,13 +110,15 @@ class Field:
         def attempt() -> None:
             child = self._child(arm)
             pids = {pid for c in self.children.values() for pid in c.processes()}
-            before, cpu = machine.moment(), child.cpu_s()
+            before = machine.moment()
+            cpu_before = child.cpu_s()
             try:
                 timed = child.ask(job, self.run.recipe.measure.deadline_s)
             except WorkerFailed:
                 self.children.pop(arm, None)
                 raise
-            after, cpu = machine.moment(), child.cpu_s() - cpu
+            after = machine.moment()
+            cpu = child.cpu_s() - cpu_before
             disturbance = Disturbance(**machine.disturbance(before, after, cpu, pids))
             turn = Turn(block=number, order=order, requests=timed.requests, engine=timed.engine, machine=disturbance)
             self.run.log(turn, arm, self.workload.name)
@@ -121,7 +129,8 @@ class Field:
 
     def _job(self, number: int) -> SpeedJob:
         """What a block asks of every variant."""
-        recipe, workload = self.run.recipe, self.workload
+        recipe = self.run.recipe
+        workload = self.workload
         dice = random.Random(f"{recipe.seed}/{workload.name}/{number}/arrivals")
         return SpeedJob(
             batches=draw(self.rows, workload, number, recipe),
@@ -145,7 +154,8 @@ class Field:
     def _serve(self, arms: Sequence[str]) -> None:
         """Start these servers side by side, as many as there are processors for: each takes a minute or more. A model
         in process loads alone, at its turn: how long that takes is a metric."""
-        if (lanes := machine.cores() // CORES) < 2:
+        lanes = machine.cores() // CORES
+        if lanes < 2:
             return
 
         def open_(arm: str) -> None:
@@ -167,7 +177,8 @@ class Field:
 
     def _child(self, arm: str) -> WorkerProcess:
         """The arm's worker; its model is loaded when it first runs."""
-        if error := self.broken.pop(arm, None):
+        error = self.broken.pop(arm, None)
+        if error:
             raise error
         if arm not in self.children:
             child = self.started.pop(arm, None) or self._worker(arm)

@@ -2,7 +2,7 @@
 
     artifacts + answers -> blocks -> decision
 
-Nothing here judges: which variants still need blocks or answers is asked of `need`, on the records so far.
+Nothing here judges: which variants still need blocks or answers is asked of `stopping`, on the records so far.
 """
 
 from __future__ import annotations
@@ -66,8 +66,10 @@ def reopen(folder: Path, listener: Listener) -> Run:
     if [b.id for b in now.builds] != [b.id for b in plan.builds] or not folder.resolve().name.endswith(f"-{key}"):
         hint = "run the recipe again: a new run measures everything as it is now"
         raise BadInput(f"the models, prompts or libraries of {folder} have changed since it ran", hint)
-    was, is_ = json.loads((folder / "machine.json").read_text()), json.loads(json.dumps(machine.describe()))
-    if changed := [key for key in ("cpu", "cores", "gpu") if was.get(key) != is_.get(key)]:
+    then = json.loads((folder / "machine.json").read_text())
+    here = json.loads(json.dumps(machine.describe()))
+    changed = [key for key in ("cpu", "cores", "gpu") if then.get(key) != here.get(key)]
+    if changed:
         hint = "blocks of two machines are not of one race: go on there, or run the recipe here"
         raise BadInput(f"{folder} was measured on another machine: its {', '.join(changed)} differ", hint)
     home = store.Store(folder.resolve().parents[1], listener.warn)

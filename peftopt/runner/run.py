@@ -57,12 +57,12 @@ class Run:
 
     def log(self, values: Values, variant: str = "", workload: str = "", launch: int = 0) -> None:
         """Keep a measurement."""
-        found = Measured(values, variant, workload, launch)
+        measurement = Measured(values, variant, workload, launch)
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = Measurement(found.probe, variant, workload, launch, as_json(values), at)
+        line = Measurement(measurement.probe, variant, workload, launch, as_json(values), at)
         with self.lock:
             store.append(self.folder / "measurements.jsonl", line)
-            self.measurements.append(found)
+            self.measurements.append(measurement)
 
     def fail(self, variant: str, stage: str, error: WorkerFailed) -> None:
         """Keep that a stage failed for a variant, and warn of it."""
@@ -98,8 +98,8 @@ class Run:
         """The model of an artifact; of planning.SOURCE the recipe's own base and adapter, unmerged."""
         if artifact_id == planning.SOURCE:
             return Model(self.recipe.base, (self.recipe.adapter,))
-        found = json.loads((self.store.folder(artifact_id) / store.MANIFEST).read_text())
-        return Model(str(self.store.folder(artifact_id) / store.MODEL), tuple(found["adapters"]))
+        manifest = json.loads((self.store.folder(artifact_id) / store.MANIFEST).read_text())
+        return Model(str(self.store.folder(artifact_id) / store.MODEL), tuple(manifest["adapters"]))
 
     def alive(self) -> list[Variant]:
         """The variants that have not failed, in the recipe's order."""
@@ -129,7 +129,8 @@ def _content(recipe: Recipe) -> list[str]:
 
 def check_baseline(run: Run) -> None:
     """Without the baseline there is nothing to compare with, so the run ends here."""
-    if failure := run.evidence.failures.get(run.recipe.baseline):
+    failure = run.evidence.failures.get(run.recipe.baseline)
+    if failure:
         raise WorkerFailed(
             f"the baseline {run.recipe.baseline} could not be measured",
             f"{failure.stage} failed, {failure.reason}: {failure.detail}",
@@ -162,14 +163,15 @@ def worker(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Worke
         child.ask(PrepareJob(plugin=variant.engine.plugin, model=run.model(variant)), run.recipe.measure.deadline_s)
         yield child
         with contextlib.suppress(WorkerFailed):  # a worker that is gone has been recorded as what it died of
-            if (facts := child.ask(FactsJob(), 30)) != NO_FACTS:
+            facts = child.ask(FactsJob(), 30)
+            if facts != NO_FACTS:
                 run.log(replace(facts, why=facts.why or why), variant.name)
 
 
 def load(run: Run, variant: Variant, child: WorkerProcess) -> Launch:
     """Load the variant's model into a worker."""
-    engine, model = variant.engine, run.model(variant)
-    job = OpenJob(plugin=engine.plugin, model=model, params=engine.params, policies=variant.policies)
+    engine = variant.engine
+    job = OpenJob(plugin=engine.plugin, model=run.model(variant), params=engine.params, policies=variant.policies)
     return child.ask(job, run.recipe.measure.deadline_s)
 
 

@@ -37,7 +37,8 @@ def stage(recipe: Recipe, results: Path, folder: Path, listener: Listener) -> Ru
 def serving(run: Run, variant: Variant, rows: Sequence[Row], new_tokens: int, stop: bool) -> Iterator[Served]:
     """The variant's server, started by its own engine as in a race, or connected to; over when this is. Raises as the
     engine does: BadInput for what it refuses, WorkerFailed with a server's last lines when it does not start."""
-    started, threads = time.perf_counter(), run.recipe.measure.threads or machine.cores()
+    started = time.perf_counter()
+    threads = run.recipe.measure.threads or machine.cores()
     with contextlib.ExitStack() as stack:
         try:
             for build in _behind(run, variant):
@@ -55,8 +56,10 @@ def serving(run: Run, variant: Variant, rows: Sequence[Row], new_tokens: int, st
 
 def _behind(run: Run, variant: Variant) -> list[Build]:
     """The artifacts that the variant is made of, in the order in which they are made."""
-    builds, at, found = {b.id: b for b in run.plan.builds}, run.plan.models[variant.name], []
+    builds = {build.id: build for build in run.plan.builds}
+    chain = []
+    at = run.plan.models[variant.name]
     while at != planning.SOURCE:
-        found.append(builds[at])
+        chain.append(builds[at])
         at = builds[at].parent
-    return found[::-1]
+    return chain[::-1]

@@ -56,7 +56,8 @@ def transform(job: TransformJob, progress: Progress | None = None) -> Transforme
     Raises Rejected for a model that was written and does not work, and when a certificate failed: the folder is then
     beside it, for inspection.
     """
-    plugin, out = plugins.catalogue()[job.plugin], Path(job.out)
+    plugin = plugins.catalogue()[job.plugin]
+    out = Path(job.out)
     environments.interpreter(plugin)
     _check(job.plugin, job.model)
     step = Step(job.plugin, "transform", plugin.technique, job.params)
@@ -86,7 +87,8 @@ def _watched(child: WorkerProcess, job: TransformJob, progress: Progress | None)
     if progress is None or job.plugin != "merge":
         yield
         return
-    over, total = threading.Event(), max(1, store.size(Path(job.model.path)) // 10**6)
+    over = threading.Event()
+    total = max(1, store.size(Path(job.model.path)) // 10**6)
 
     def watch(show: Callable[[int, str], None]) -> None:
         while not over.wait(0.2):
@@ -121,15 +123,15 @@ def _check(plugin: str, model: Model) -> None:
         preflight.check_adapter(Path(adapter), Path(model.path), [plugin] if merges else [])
 
 
-def _broken(plugin: str, found: Transformed, made: Path, out: Path) -> Exception:
+def _broken(plugin: str, transformed: Transformed, made: Path, out: Path) -> Exception:
     """The error for a folder that did not pass; one with a certificate is kept aside."""
-    if found.certificate is None:
-        return BadInput(f"{plugin} gave a broken model: {found.tier0[0]}", "check the adapter and the base")
+    if transformed.certificate is None:
+        return BadInput(f"{plugin} gave a broken model: {transformed.tier0[0]}", "check the adapter and the base")
     aside = out.with_name(f"{out.name}.failed")
     shutil.rmtree(aside, ignore_errors=True)
     made.rename(aside)
     return Rejected(
-        f"the {plugin} did not pass its certificate: {found.tier0[0].removeprefix('certificate: ')}",
+        f"the {plugin} did not pass its certificate: {transformed.tier0[0].removeprefix('certificate: ')}",
         f"nothing was written to {out}; the result is in {aside}, its parity.json says what was measured",
     )
 
@@ -192,7 +194,8 @@ class Benched:
 
 def _check_arm(arm: Arm) -> None:
     """Raises BadInput for a model or an adapter that the arm's engine cannot open."""
-    engine, base = plugins.catalogue()[arm.engine], Path(arm.model.path)
+    engine = plugins.catalogue()[arm.engine]
+    base = Path(arm.model.path)
     ours = engine.environment == environments.MAIN
     preflight.check_base(base, quantized=True, weights=engine.format, ours=ours)
     plain = engine.format == SAFETENSORS and not preflight.quantized(base)
@@ -244,7 +247,8 @@ def _opened(arm: Arm, stack: ExitStack, log: Path, threads: int) -> Opened:
     cache = compile_cache(arm.model) if arm.engine == "compiled" else None
     python = environments.interpreter(plugins.catalogue()[arm.engine])
     child = stack.enter_context(WorkerProcess(log, threads or machine.cores(), cache, python))
-    model, problem = _absolute(arm.model), ""
+    model = _absolute(arm.model)
+    problem = ""
     child.ask(PrepareJob(plugin=arm.engine, model=model), DEADLINE_S)
     launch = child.ask(OpenJob(plugin=arm.engine, params={}, model=model), DEADLINE_S)
     if arm.engine == "eager" and preflight.quantized_elsewhere(Path(arm.model.path)):

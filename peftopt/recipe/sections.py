@@ -1,0 +1,221 @@
+"""The sections of a recipe as they were read, and what must hold between them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from peftopt.metrics import TASK
+from peftopt.metrics import known as known_metric
+from peftopt.recipe.reader import Reading, Value, Wrong, nearest, show
+from peftopt.records import (
+    SAFETENSORS,
+    Measure,
+    Metric,
+    Plugin,
+    Quality,
+    Recipe,
+    Rule,
+    Step,
+    Threshold,
+    Variant,
+    Workload,
+    task_name,
+)
+
+DEFAULT_BASELINE = "adapter"
+
+Limit = float | str | None
+"""A limit of the trade-off table. None switches the rule off; a word chooses what a quantizer is for."""
+
+Rows = Mapping[str, Mapping[str, Limit] | None]
+"""A trade-off table: the name of a row -> the halves of its rule -> their limits."""
+
+_AS_USUAL = Measure()
+
+_JUDGED_ON_ANSWERS = ("ratio", "share", "nats")
+"""The units of the metrics that need a `quality` section."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The section `model`: paths of the base and of the adapter."""
+
+    base: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Sections:
+    """A recipe's sections by their keys. None where one was left out, and where one has a mistake, which is noted."""
+
+    model: Sources | None = None
+    seed: int | None = 0
+    calibration: str | None = None
+    workloads: Mapping[str, Workload | None] | None = None
+    quality: Quality | None = None
+    measure: Measure | None = _AS_USUAL
+    variants: Mapping[str, Variant | None] | None = None
+    baseline: str | None = DEFAULT_BASELINE
+    tradeoffs: Rows | None = None
+    require: tuple[Threshold | None, ...] | None = ()
+    minimize: Metric | None = None
+
+    def recipe(self, name: str, path: str, rules: tuple[Rule, ...]) -> Recipe:
+        """The recipe, once no mistake was noted. Raises Wrong where a section has one."""
+        model = _whole(self.model)
+        return Recipe(
+            name=name,
+            path=path,
+            base=model.base,
+            adapter=model.adapter,
+            variants=_readable(_whole(self.variants)),
+            baseline=_whole(self.baseline),
+            workloads=_readable(_whole(self.workloads)),
+            quality=self.quality,
+            calibration=self.calibration,
+            rules=rules,
+            require=tuple(map(_whole, _whole(self.require))),
+            minimize=_whole(self.minimize),
+            measure=_whole(self.measure),
+            seed=_whole(self.seed),
+        )
+
+
+def _whole(section: Value | None) -> Value:
+    if section is None:
+        raise Wrong
+    return section
+
+
+def _readable(values: Mapping[str, Value | None] | None) -> dict[str, Value]:
+    """Those without a mistake."""
+    return {name: value for name, value in (values or {}).items() if value is not None}
+
+
+def check(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
+    """Note every mistake that one section alone does not show."""
+    _check_baseline(sections, reading)
+    _check_chains(sections, reading)
+    _check_calibration(sections, reading)
+    _check_loads(sections, reading, catalogue)
+    _check_minimize(sections, reading)
+    _check_metrics(sections, reading)
+
+
+def _check_baseline(sections: Sections, reading: Reading) -> None:
+    name = sections.baseline
+    variants = sections.variants
+    if not variants or not name:
+        return
+    at = "baseline" if "baseline" in reading.lines else "variants"
+    if name not in variants:
+        reading.note(at, f"no variant named {show(name)} as baseline", nearest(name, variants))
+    baseline = variants.get(name)
+    if baseline and (baseline.steps or baseline.policies):
+        hint = "the baseline is the adapter as it is served today: write []"
+        reading.note(at, f"the baseline {name} has transforms or policies", hint)
+
+
+def _check_chains(sections: Sections, reading: Reading) -> None:
+    first: dict[str, str] = {}
+    for name, variant in _readable(sections.variants).items():
+        chain = repr((variant.steps, variant.engine, variant.policies))
+        same = first.setdefault(chain, name)
+        if same != name:
+            reading.note(f"variants.{name}", f"is the same chain as {same}", "remove one of them")
+
+
+def _check_calibration(sections: Sections, reading: Reading) -> None:
+    if "calibration" in reading.lines:
+        return
+    hint = "add calibration: the path of a JSONL file of prompts and answers, or generic"
+    for name, variant in _readable(sections.variants).items():
+        for step in variant.steps:
+            if step.calibrates:
+                reading.note(f"variants.{name}", f"{step.plugin} needs calibration texts", hint)
+
+
+def check_formats(steps: Sequence[Step], at: str, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
+    """What one step writes, the next has to read: transforms read safetensors, engines the format they name."""
+    written = SAFETENSORS
+    for step in steps:
+        plugin = catalogue[step.plugin]
+        if step.kind == "transform" and written != SAFETENSORS:
+            reading.note(at, f"{step.plugin} cannot read what comes before it ({written})", "put it earlier")
+        elif step.kind == "engine" and written != plugin.format:
+            message = f"engine {step.plugin} opens {plugin.format}, and gets {written}"
+            reading.note(at, message, _fitting_step(plugin, written, catalogue))
+        written = plugin.format
+
+
+def _fitting_step(engine: Plugin, written: str, catalogue: Mapping[str, Plugin]) -> str:
+    """A hint: the engines that open what was written, or the transforms that write what this engine opens."""
+    if written == SAFETENSORS:
+        kind, wanted, written_as = "transform", engine.format, "a step before the engine"
+    else:
+        kind, wanted, written_as = "engine", written, "{engine: …}"
+    fitting = [plugin.name for plugin in catalogue.values() if plugin.kind == kind and plugin.format == wanted]
+    return f"{' or '.join(fitting)}, as {written_as}"
+
+
+def _check_loads(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
+    """Users and rates are for servers."""
+    for name, workload in _readable(sections.workloads).items():
+        at = f"workloads.{name}"
+        if workload.loaded:
+            _check_load(workload, at, sections, reading, catalogue)
+        elif f"{at}.requests" in reading.lines:
+            reading.note(at, "requests is only for a load", "add users or rate, or write measure: {requests: …}")
+
+
+def _check_load(load: Workload, at: str, sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
+    if load.users and load.rate:
+        hint = "keep users for a closed loop, or rate for an open one"
+        reading.note(at, "has users and a rate: a load has one of them", hint)
+    if load.batch > 1:
+        hint = f"write users: {load.batch} and remove batch"
+        reading.note(at, "has a batch under load, where the server makes the batches", hint)
+    variants = _readable(sections.variants).values()
+    unserved = [variant.name for variant in variants if not catalogue[variant.engine.plugin].serves]
+    if unserved:
+        servers = " or ".join(plugin.name for plugin in catalogue.values() if plugin.serves)
+        message = f"a load needs servers, and the engine of {', '.join(unserved)} is not one"
+        hint = f"give every variant an engine that serves ({servers}), or leave users and rate out"
+        reading.note(at, message, hint)
+
+
+def _check_minimize(sections: Sections, reading: Reading) -> None:
+    metric = sections.minimize
+    if metric and not (metric.workload and known_metric(metric).better == "lower"):
+        reading.note("minimize", f"{metric.name} is not a time of a workload", "write one, such as latency.p50@chat")
+
+
+def _check_metrics(sections: Sections, reading: Reading) -> None:
+    """Every metric that is asked for can be measured: its workload, its answers and its task are there."""
+    if sections.minimize:
+        _check_metric(sections.minimize, "minimize", sections, reading)
+    for number, threshold in enumerate(sections.require or (), 1):
+        if threshold:
+            _check_metric(threshold.metric, f"require[{number}]", sections, reading)
+
+
+def _check_metric(metric: Metric, at: str, sections: Sections, reading: Reading) -> None:
+    workloads = sections.workloads or {}
+    if workloads and metric.workload and metric.workload not in workloads:
+        reading.note(at, f"no workload named {show(metric.workload)}", nearest(metric.workload, workloads))
+    workload = workloads.get(metric.workload)
+    if metric.name == "throughput" and workload and workload.lengths == "natural":
+        hint = f"write lengths: fixed in the workload {metric.workload}"
+        reading.note(at, "throughput compares only answers of one length", hint)
+    if known_metric(metric).unit in _JUDGED_ON_ANSWERS and "quality" not in reading.lines:
+        reading.note(at, f"{metric.name} needs checked answers", "add quality: {prompts: …}")
+    elif metric.name.startswith(TASK) and sections.quality:
+        _check_task(metric.name.removeprefix(TASK), sections.quality.tasks, at, reading)
+
+
+def _check_task(name: str, tasks: Sequence[str], at: str, reading: Reading) -> None:
+    known = [task_name(task) for task in tasks]
+    if name not in known:
+        hint = nearest(name, known) if known else f"add quality: {{tasks: [{name}]}}"
+        reading.note(at, f"no task named {show(name)} in quality.tasks", hint)
