@@ -21,6 +21,9 @@ from peftopt.records import Json
 TOKENS, TOP = 6, 5
 """Tokens of a fingerprint, and the log-probabilities kept at each: five are what every server gives."""
 
+NO_LOGPROBS = "no log-probabilities in the answer"
+"""What is said of a server that answers and cannot be told from another by its answer."""
+
 ALONE = 3
 """Times that each model is asked while no other is: once one request at a time, then all its prompts at once."""
 
@@ -160,4 +163,4 @@ def _print(answer: Json) -> Print | str:
         found = [(c["token"], {t["token"]: float(t["logprob"]) for t in c["top_logprobs"]}) for c in content]
         return found or "no tokens"
     except (KeyError, TypeError, IndexError, ValueError):
-        return "no log-probabilities in the answer"
+        return NO_LOGPROBS

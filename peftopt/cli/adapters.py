@@ -36,7 +36,7 @@ def list_(admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> N
     if as_json:
         print(json.dumps(found))
         return
-    header = ("name", "arm", "version", "share", "in flight", "rank", "load s")
+    header = ("name", "arm", "version", "share", "in flight", "rank", "load s", "engine", "state")
     rows = [
         [
             str(row["name"]),
@@ -46,6 +46,8 @@ def list_(admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> N
             str(row["in_flight"]),
             "—" if row["rank"] is None else str(row["rank"]),
             "—" if row["load_s"] is None else f"{row['load_s']:.3f}",
+            row["engine"] or "—",
+            f"failed: {row['failed']}" if row["failed"] else "certified" if row["certified"] else "not certified",
         ]
         for row in found
     ]
@@ -56,7 +58,7 @@ def list_(admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> N
 class Put:
     """The options of `adapters put`."""
 
-    adapter: Annotated[str, typer.Argument(help="NAME=FOLDER")]
+    adapter: Annotated[str, typer.Argument(help="NAME=FOLDER of an adapter, or of a merged model.")]
     canary: Annotated[str, typer.Option(help="Share of users that it answers at first, such as 10%.")] = ""
     shadow: Annotated[
         str, typer.Option(help="Share of users' requests that both versions are asked again; it answers nobody by it.")
@@ -77,6 +79,12 @@ class Put:
     schema: Annotated[Path | None, typer.Option(help="JSON schema that every answer must keep.")] = None
     new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer to --prompts.")] = 256
     window: Annotated[str, typer.Option(help="Length of the windows that are compared.")] = "30s"
+    engine: Annotated[
+        str, typer.Option(help="Of a merged model: the engine that is started for it; by default the gateway's.")
+    ] = ""
+    certify: Annotated[
+        str, typer.Option(help="auto: it must answer as itself, a merged model as its adapter; none: it need not.")
+    ] = "auto"
     admin: Admin = ""
     key_env: KeyEnv = ""
     as_json: AsJson = False
@@ -85,12 +93,18 @@ class Put:
 @adapters.command()
 @options_from(Put)
 def put(options: Put) -> None:
-    """Check an adapter, load it, ask whether it answers as itself, and let it answer users."""
+    """Check an adapter, load it, ask whether it answers as itself, and let it answer users.
+
+    A folder with a whole model is served by an engine of its own, beside the first.
+    """
     from peftopt.cli.console import Console
 
     name, folder = named(options.adapter)
     share = _share("--canary", options.canary)
-    body: dict[str, Any] = {"folder": str(folder.resolve()), "canary": share}
+    if options.certify not in ("auto", "none"):
+        raise BadInput(f"--certify {options.certify!r} is not known", "write --certify auto or --certify none")
+    body: dict[str, Any] = {"folder": str(folder.resolve()), "canary": share, "engine": options.engine}
+    body["certify"] = options.certify == "auto"
     if options.for_:
         body["trial"] = _terms(options)
         body["prompts"] = _rows(options.prompts)

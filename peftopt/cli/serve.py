@@ -164,6 +164,7 @@ def _config(options: Options, what: What) -> Config:
         admin_key=key,
         upstream=options.upstream,
         start=_starter(options, what) if what.base else None,
+        second=_second(options, what),
         base=what.base,
         adapters=what.adapters,
         allowed=[*options.adapters_from, *(folder.resolve().parent for folder in what.adapters.values())],
@@ -194,7 +195,7 @@ def _starter(options: Options, what: What) -> Callable[[Registry], Start]:
             model=Model(str(what.base.resolve())),
             name=what.name,
             params=what.params,
-            adapters=len({stored.name for stored in registry.versions.values()}),
+            adapters=len({stored.name for stored in registry.versions.values() if not stored.engine}),
             rank=max([options.max_rank, *(stored.rank for stored in registry.versions.values())]),
             running=carried.running,
             waiting=carried.waiting,
@@ -204,6 +205,29 @@ def _starter(options: Options, what: What) -> Callable[[Registry], Start]:
             threads=options.threads,
             drain_s=options.drain,
             args=options.args,
+        )
+        return backends.start(wanted)
+
+    return start
+
+
+def _second(options: Options, what: What) -> Callable[[str, Path], Start]:
+    """How an engine is started for a merged model that is put while the first engine runs."""
+    from peftopt.gateway import backends, limits
+    from peftopt.records import Model
+
+    def start(engine: str, folder: Path) -> Start:
+        carried = limits.parse(options.limits)
+        wanted = backends.Wanted(
+            engine=engine or what.engine or _installed(),
+            model=Model(str(folder.resolve())),
+            running=carried.running,
+            waiting=carried.waiting,
+            compile=options.compile_,
+            prefix_caching=options.prefix_caching,
+            threads=options.threads,
+            drain_s=options.drain,
+            args=options.args if engine in ("", what.engine) else "",
         )
         return backends.start(wanted)
 

@@ -38,19 +38,21 @@ def application(lives: Lives, allowed: Sequence[Path], key: str = "") -> "FastAP
     async def listed() -> list[dict[str, Any]]:
         return lives.listed()
 
-    @app.put("/adapters/{name}", summary="Put an adapter: check it, load it, ask it, route it")
+    @app.put("/adapters/{name}", summary="Put an adapter or a merged model: check it, load it, ask it, route it")
     async def put(
         name: str,
         folder: Annotated[str, Body()],
         canary: Annotated[float, Body()] = 0.0,
         trial: Annotated[dict[str, Any] | None, Body()] = None,
         prompts: Annotated[list[Any] | None, Body()] = None,
+        engine: Annotated[str, Body()] = "",
+        certify: Annotated[bool, Body()] = True,
     ) -> JSONResponse:
         rows = _rows(prompts or [])
         terms = _terms(trial) if trial else None
         if rows and not terms:
             raise BadInput("prompts are for a trial", "write --prompts FILE --for 30m")
-        return _answered(await lives.put(name, _within(folder, roots), canary, terms, rows))
+        return _answered(await lives.put(name, _within(folder, roots), canary, terms, rows, engine, certify))
 
     @app.get("/adapters/{name}/trial", summary="What came of a version's trial: 204 while it goes on")
     async def trial(name: str) -> Response:

@@ -21,7 +21,7 @@ from peftopt.gateway.frames import Ended, Frames
 from peftopt.gateway.keys import ANYONE, Key, Keys
 from peftopt.gateway.lines import Line, Log
 from peftopt.gateway.metrics import Metrics
-from peftopt.gateway.routes import Table
+from peftopt.gateway.routes import Route, Table, Version
 from peftopt.gateway.upstream import Answer, Fault, Upstream, unless
 from peftopt.records import Json
 
@@ -50,7 +50,16 @@ class Adapters(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether every route has answered as itself."""
+        """Whether users are answered, but for those of versions that have `failed`."""
+
+    def failed(self) -> Mapping[str, str]:
+        """Why versions do not answer, by their names among all that is served."""
+
+    def certified(self, name: str) -> bool:
+        """Whether a version had to answer as itself before it was served, and did."""
+
+    def loading_s(self, name: str) -> float | None:
+        """Seconds that the start of a version's own engine took; None for one on the gateway's engine."""
 
     def heard(self, line: Line, sticky: str, path: str, asked: Mapping[str, Json]) -> None:
         """A request is over, and this is what was asked, where it came so far that the engine was."""
@@ -148,8 +157,10 @@ class App:
         return 200, {"object": "list", "data": listed}
 
     def _ready(self) -> tuple[int, Json]:
-        ready = self.shared.lives.ready and self.shared.open
-        return (200 if ready else 503), {"ready": ready, "draining": not self.shared.open}
+        lives = self.shared.lives
+        ready = lives.ready and self.shared.open
+        told = {"ready": ready, "draining": not self.shared.open, "failed": dict(lives.failed())}
+        return (200 if ready else 503), told
 
 
 def _alive() -> tuple[int, Json]:
@@ -323,26 +334,43 @@ class Exchange:
         route = shared.table.routes.get(line.adapter)
         if route is None:
             raise Problem(404, f"the model {line.adapter!r} was removed meanwhile", "model_not_found", "model")
-        arm, version = route.choose(self.sticky)
-        line.arm, line.version = arm, version.id
-        line.model_loading_time = shared.settings.model_loading_time
+        version = self._chosen(route)
         line.adapter_switch_time = shared.lives.switched.pop(version.served, None)
-        line.sampled = shared.sampled
-        if asked["model"] != version.served:
-            body = json.dumps({**asked, "model": version.served}).encode()
+        if version.url:  # an engine of its own
+            upstream = shared.upstream.at(version.url)
+            line.model_loading_time = shared.lives.loading_s(version.served)
+        else:
+            upstream = shared.upstream
+            line.model_loading_time, line.sampled = shared.settings.model_loading_time, shared.sampled
+        if asked["model"] != version.asked:
+            body = json.dumps({**asked, "model": version.asked}).encode()
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
         headers.setdefault("x-request-id", line.request_id)
         shared.lives.in_flight[version.served] += 1
         try:
             line.sent = time.perf_counter()
             async with asyncio.timeout(shared.upstream.timeouts.whole or None):
-                async with shared.upstream.ask(self.path, body, headers) as answer:
+                async with upstream.ask(self.path, body, headers) as answer:
                     line.status = answer.status
                     await self._pass(answer)
         except TimeoutError:
             raise Fault("timeout", f"the answer took more than {shared.upstream.timeouts.whole:g} s") from None
         finally:
             shared.lives.in_flight[version.served] -= 1
+
+    def _chosen(self, route: Route) -> Version:
+        """The version that answers, noted in the line; a canary that has failed answers nobody. Raises Problem where
+        the live version has failed."""
+        line, failed = self.line, self.shared.lives.failed()
+        arm, version = route.choose(self.sticky)
+        if arm == "canary" and version.served in failed:
+            arm, version = "live", route.live
+        line.arm, line.version = arm, version.id
+        line.certified = self.shared.lives.certified(version.served)
+        if why := failed.get(version.served):
+            said = f"{version.served} does not answer now: {why}; it is tried again, the other models are served"
+            raise Problem(503, said, "adapter_failed", "model", headers={"retry-after": "5"}, kind="engine_dead")
+        return version
 
     async def _pass(self, answer: Answer) -> None:
         if not 200 <= answer.status < 600:

@@ -29,7 +29,8 @@ rollback."""
 @dataclass(frozen=True)
 class Start:
     """How to start an engine's server. `brings`: the names it serves from its start, by route; `loads`: whether it
-    takes adapters while it runs, of a rank up to `max_rank` (0 = any); `ready_s`: seconds until it must answer."""
+    takes adapters while it runs, of a rank up to `max_rank` (0 = any); `ready_s`: seconds until it must answer; the
+    `engine`'s name, "" for a server that runs already."""
 
     command: Sequence[str]
     variables: Mapping[str, str]
@@ -38,6 +39,7 @@ class Start:
     loads: bool = False
     max_rank: int = 0
     ready_s: float = 600.0
+    engine: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,11 @@ def start(wanted: Wanted, port: int = 0) -> Start:
         check_port(port)
     port = port or free_port()
     if wanted.engine == "vllm":
-        return _vllm(wanted, port)
+        return replace(_vllm(wanted, port), engine=wanted.engine)
     if wanted.engine == "llamacpp_server":
-        return _llamacpp(wanted, port)
+        return replace(_llamacpp(wanted, port), engine=wanted.engine)
     if wanted.engine in OURS:
-        return _ours(wanted, port)
+        return replace(_ours(wanted, port), engine=wanted.engine)
     hint = f"choose one with --engine: vllm, llamacpp_server, {', '.join(OURS)}"
     raise BadInput(f"nothing serves the engine {wanted.engine!r} over HTTP", hint)
 

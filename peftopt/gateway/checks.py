@@ -1,15 +1,19 @@
-"""Whether an adapter's folder may be served: as merge checks it, before anything of it is copied or loaded."""
+"""What may be put before users: an adapter of this base, or a whole model. Read from headers, but for values that are
+not finite; pickles are never opened."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from peftopt.errors import BadInput
-from peftopt.models.adapter import WEIGHTS, highest_rank, open_adapter
+from peftopt.models.adapter import WEIGHTS
+from peftopt.records import SAFETENSORS
 
 
-def check(folder: Path, base: Path | None, max_rank: int) -> None:
-    """Raises BadInput for what is no safe adapter of this base, or of a higher rank than the engine holds (0 = any)."""
+def adapter(folder: Path, base: Path | None, max_rank: int) -> None:
+    """Raises BadInput for what is no safe adapter of this base, as merge checks it, and for a rank above `max_rank`
+    (0 = any)."""
+    from peftopt.models.adapter import highest_rank, open_adapter
     from peftopt.runner import preflight
 
     if base:
@@ -22,6 +26,18 @@ def check(folder: Path, base: Path | None, max_rank: int) -> None:
         )
     if wrong := _not_finite(folder / WEIGHTS):
         raise BadInput(f"{folder}: {wrong} holds a value that is not finite", "train or export it again")
+
+
+def model(folder: Path, engine: str) -> None:
+    """Raises BadInput for what is no safe model, as a base is checked, MissingEnvironment where the engine cannot read
+    its weights here."""
+    from peftopt import environments, plugins
+    from peftopt.runner import preflight
+
+    plugin = plugins.catalogue().get(engine)
+    weights = plugin.format if plugin else SAFETENSORS
+    ours = plugin is None or plugin.environment == environments.MAIN
+    preflight.check_base(folder, quantized=True, weights=weights, ours=ours)
 
 
 def _not_finite(file: Path) -> str:

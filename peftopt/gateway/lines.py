@@ -42,6 +42,8 @@ class Line:
     adapter: str = ""
     version: str = ""
     arm: str = ""
+    certified: bool | None = None
+    """Whether the version had to answer as itself before it was served; None for a request that had none."""
     key: str = ""
     trace_id: str = ""
     waited: float | None = None
@@ -124,6 +126,7 @@ class Line:
             "adapter": self.adapter,
             "version": self.version,
             "arm": self.arm,
+            "certified": self.certified,
             "key": self.key,
             "status": self.status,
             "finish": self.finish,

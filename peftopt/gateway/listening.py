@@ -41,22 +41,35 @@ async def listening(app: Any, where: Where) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def operated(app: Any, where: Path | tuple[str, int]) -> AsyncIterator[None]:
-    """The same for operators: a socket's path is for this user alone, and what an earlier process left there is taken
-    away. Raises BadInput for a path where something else lies."""
-    if isinstance(where, Path):
-        cleared(where, "--admin unix:PATH")
-    async with listening(app, where):
-        if isinstance(where, Path):
-            where.chmod(0o600)
+    """The same for operators: a socket's path is for this user alone. Raises BadInput for a path where something else
+    lies."""
+    if not isinstance(where, Path):
+        async with listening(app, where):
+            yield
+        return
+    async with listening(app, private(where, "--admin unix:PATH")):
         yield
+    where.unlink(missing_ok=True)
 
 
-def cleared(path: Path, option: str) -> None:
-    """Make room for a socket. Raises BadInput, which names the `option`, for a path where something else lies."""
+def private(path: Path, option: str) -> socket.socket:
+    """A socket at a path that this user alone can open, from its first moment on; one that an earlier process left
+    there is taken away. Raises BadInput, which names the `option`, for a path where something else lies,
+    MissingEnvironment for one that cannot be made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_socket():
         raise BadInput(f"{path} is there, and it is not a socket", f"name another path: {option}")
     path.unlink(missing_ok=True)
+    found = socket.socket(socket.AF_UNIX)
+    before = os.umask(0o177)
+    try:
+        found.bind(str(path))
+    except OSError as error:
+        found.close()
+        raise MissingEnvironment(f"cannot listen on {path}: {error}", f"choose another: {option}") from error
+    finally:
+        os.umask(before)
+    return found
 
 
 def settings() -> dict[str, Any]:

@@ -3,7 +3,9 @@
     folder -> checks -> copy under its hash -> a name of its own at the engine -> load -> fingerprints, alone and in a
     batch with those that are served -> one change of the routes -> the version before drains, is kept, is unloaded
 
-One thing happens at a time. Users are answered meanwhile; a request goes on with the version it began with.
+A merged model goes the same way, on an engine of its own. One thing is loaded at a time. A change of a route waits for
+nothing: it is one step, between two of the event loop. Users are answered meanwhile; a request goes on with the version
+it began with.
 """
 
 from __future__ import annotations
@@ -12,29 +14,27 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peftopt.corpus import Row
-from peftopt.errors import ACCEPTED, REJECTED, BadInput, MissingEnvironment, WorkerFailed
+from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, MissingEnvironment, WorkerFailed
+from peftopt.gateway import checks, copies, engines, merged
 from peftopt.gateway.asking import drawn
 from peftopt.gateway.backends import BASE
-from peftopt.gateway.checks import check
-from peftopt.gateway.fingerprints import Fingerprints
+from peftopt.gateway.engines import Engines
+from peftopt.gateway.failures import Failures
+from peftopt.gateway.fingerprints import Fingerprints, untold
 from peftopt.gateway.lines import Line
+from peftopt.gateway.loading import Loader
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.outcome import Outcome
 from peftopt.gateway.registry import Registry, Stored
 from peftopt.gateway.routes import Route, Table, Version
 from peftopt.gateway.trial import Terms
 from peftopt.gateway.trials import Trials
-from peftopt.loadtest.client import Client
-from peftopt.loadtest.protocols import Target
 from peftopt.records import Json
-
-TRIES, AGAIN_S = 3, 0.5
-"""A load that fails is tried again, each time after twice the pause."""
 
 PROMPTS = {
     "story": "Tell me a short story about a lighthouse keeper.",
@@ -65,8 +65,8 @@ class Settings:
 
 
 class Lives:
-    """The adapters of one engine. `in_flight` counts requests by the name at the engine; `ready` whether every route
-    has answered as itself since the engine started."""
+    """The adapters of one engine, and merged models on engines of their own. `in_flight` counts requests by version;
+    `ready`: whether users are answered, but for those who ask versions that are in `failures`."""
 
     def __init__(
         self,
@@ -77,14 +77,17 @@ class Lives:
         brings: Mapping[str, str],
         loads: bool,
         tell: Callable[[str], None],
+        engines: Engines | None = None,
     ) -> None:
-        self.url, self.registry, self.settings, self.metrics = url, registry, settings, metrics
+        self.registry, self.settings, self.metrics = registry, settings, metrics
         self.brings, self.loads, self.tell = dict(brings), loads, tell
+        self.engines = engines or Engines()
+        self.fingerprints = Fingerprints(settings.prompts)
+        self.loader = Loader(url, registry, metrics, self.engines, self.fingerprints, settings.load_s, settings.key_env)
+        self.failures = Failures()
         self.in_flight: Counter[str] = Counter()
         self.ready = False
-        self.switched: dict[str, float] = {}
-        """Seconds that each version's load took, by its name at the engine, until a request has told of it."""
-        self.fingerprints = Fingerprints(settings.prompts)
+        self.switched = self.loader.switched
         self.published: Callable[[], Awaitable[None]] = _at_once
         """Waits until every process that answers users follows the routes."""
         self.trials = Trials(self)
@@ -99,15 +102,17 @@ class Lives:
     # ---- the engine starts
 
     async def begin(self) -> list[str]:
-        """Load every version that is on record, and ask all that is served. What is odd, a sentence each. Raises
-        WorkerFailed for a live version that does not load or does not answer as itself."""
+        """Load every version that is on record, and ask all that is served. What is odd, a sentence each. A version
+        that does not load or does not answer is told in `failures`, and the others are served. Raises WorkerFailed for
+        an engine that does not answer, or answers wrongly."""
         async with self._one:
             self.ready = False
             self.fingerprints.clear()
             self._bring()
+            notes = []
             for stored in list(self.registry.versions.values()):
-                await self._reload(stored)
-            notes = await self._all_asked()
+                notes += await self._reload(stored)
+            notes += await self._all_asked()
             self._show()
             self.ready = True
             await self.published()
@@ -124,43 +129,123 @@ class Lives:
             if route_ is None or (not route_.live.id and route_.live.served != at_engine):
                 self.registry.route(name, Route(Version("", at_engine)))
 
-    async def _reload(self, stored: Stored) -> None:
-        routed = stored.version.served in self.registry.table.served()
-        if not routed:  # a crash came between its load and its route: nobody was ever answered by it
-            async with self._client(self.settings.load_s) as client:
-                await client.lora("unload", stored.version.served)
+    async def _reload(self, stored: Stored) -> list[str]:
+        """Load a version that is on record; what is odd about it, a sentence each."""
+        name = stored.version.served
+        if name not in self.registry.table.served():
+            # A crash came between its load and its route: nobody was ever answered by it.
+            await self.loader.unload(stored)
             with contextlib.suppress(MissingEnvironment):  # a full disk: it is forgotten the next time
-                self.registry.forget(stored.version.served)
-            return
-        if error := await self._loaded(stored):
-            raise WorkerFailed("cannot load", f"{stored.version.served}: {error}", "remove it, or put it again")
+                self.registry.forget(name)
+            return []
+        error = await self.loader.reload(stored)
+        if not error:
+            self.failures.clear(name)
+            return []
+        self._fails(name, error)
+        if await asyncio.to_thread(copies.whole, Path(stored.folder)):
+            return [f"{name} does not load: {error}"]
+        return [f"{name} cannot be loaded: {error}", *await self._without(stored)]
+
+    async def _without(self, stored: Stored) -> list[str]:
+        """Route a name without a version whose copy is damaged, where that can be; what was done."""
+        route = self.registry.table.routes[stored.name]
+        now = route.without(stored.version)
+        if now is None:
+            return [f"{stored.name} has no earlier version: it answers nobody until it is put again"]
+        with contextlib.suppress(MissingEnvironment):  # a full disk: it stays as it is, and is not answered
+            await self._change(stored.name, now)
+            return [f"{stored.name} is answered by {now.live.served}"]
+        return []
 
     async def _all_asked(self) -> list[str]:
-        names = [v.served for route in self.registry.table.routes.values() for v in route.versions()]
-        self.tell(f"asking whether each answers as itself: {', '.join(names)}")
-        try:
-            async with self._client() as client:
-                for name in names:
-                    await self.fingerprints.take(client, name)
-                known, wrong = self.fingerprints.known, await self._mixed(client, names)
-        except WorkerFailed as error:
-            return [f"nothing could be checked: {error.message}"]
-        if wrong:
+        """Ask every version that is loaded, alone and then all at once; what is odd, a sentence each."""
+        served = [name for name in self.registry.table.served() if name not in self.failures]
+        self.tell(f"asking whether each answers as itself: {', '.join(served)}")
+        silent = []
+        for name in served:
+            try:
+                await self.loader.alone(name)
+            except WorkerFailed as error:
+                if untold(error):
+                    silent.append(name)
+                elif name in self.registry.versions:
+                    self._fails(name, error.message)
+                else:
+                    raise
+        if wrong := await self._mixed(served):
             raise WorkerFailed("wrong answers", "; ".join(wrong[:3]), "run peftopt canary against the engine")
-        return [
+        notes = [
             f"no prompt tells {a} and {b} apart: a wrong answer between them would not be seen"
-            for a, b in known.alike()
+            for a, b in self.fingerprints.alike()
         ]
+        if silent:
+            what = f"nothing tells whether {', '.join(silent)} answer as themselves"
+            notes.append(f"{what}: the engine gives no log-probabilities. The log says certified: false of them")
+        return notes
+
+    def failed(self) -> Mapping[str, str]:
+        """Why versions do not answer, by their names among all that is served."""
+        return self.failures.all()
+
+    def loading_s(self, name: str) -> float | None:
+        """Seconds that the start of a version's own engine took; None for one on the gateway's engine."""
+        return self.engines.loading_s(name)
+
+    def certified(self, name: str) -> bool:
+        """Whether a version had to answer as itself before it was served, and did."""
+        stored = self.registry.versions.get(name)
+        return name in self.fingerprints and (stored is None or stored.certified)
 
     # ---- what operators ask for
 
     async def put(
-        self, name: str, folder: Path, weight: float = 0.0, terms: Terms | None = None, rows: Sequence[Row] = ()
+        self,
+        name: str,
+        folder: Path,
+        weight: float = 0.0,
+        terms: Terms | None = None,
+        rows: Sequence[Row] = (),
+        engine: str = "",
+        certify: bool = True,
     ) -> Outcome:
-        """Take an adapter from its folder to users: to all, or to the share `weight` of them. On trial by `terms`,
-        where they are given, with labelled prompts in `rows`: then without a weight it answers nobody. It is rejected
-        when it does not load or does not answer as itself; those that are served stay as they are."""
-        if not self.loads:
+        """Take an adapter, or a merged model with an `engine` of its own, from its folder to users: to all, or to the
+        share `weight` of them. On trial by `terms`, where they are given, with labelled prompts in `rows`: then without
+        a weight it answers nobody. It is rejected when it does not load or, where `certify` asks for it, does not
+        answer as itself; those that are served stay as they are."""
+        whole = merged.is_model(folder)
+        self._may_be_put(name, folder, weight, whole, engine)
+        if terms and not (weight or terms.shadow or rows):
+            raise BadInput("a trial has nothing to judge by", "write --canary 10%, --shadow 5% or --prompts FILE")
+        async with self._one:
+            engine = await asyncio.to_thread(self._checked, folder, engine) if whole else ""
+            if not whole:
+                await asyncio.to_thread(checks.adapter, folder, self.settings.base, self.settings.max_rank)
+            stored = await asyncio.to_thread(self.registry.copy, name, folder, engine)
+            route = self.registry.table.routes.get(name)
+            if route and route.live.id == stored.version.id and self._stands(stored.version.served, certify):
+                return Outcome(ACCEPTED, f"{stored.version.served} is live already", stored.version.id)
+            if (weight or terms) and route is None:
+                raise BadInput(f"nothing answers for {name} yet", "put the first version without --canary or --shadow")
+            stored = replace(stored, certified=certify)
+            fits = await self._fit(stored, route)
+            if fits.exit_code != ACCEPTED:
+                return fits
+            if self.registry.table.routes.get(name) != route:
+                return await self._too_late(stored)
+            self.trials.end(name, f"{stored.version.served} was put in its place")
+            if terms:
+                await self.trials.begin(name, stored.version, terms, bool(weight), rows)
+                if self.registry.table.routes.get(name) != route:
+                    self.trials.end(name, "its route was changed")
+                    return await self._too_late(stored)
+            return await self._routed(stored, route, weight, bool(terms), fits.said)
+
+    def _may_be_put(self, name: str, folder: Path, weight: float, whole: bool, engine: str) -> None:
+        """Raises BadInput for what no version can be put as here."""
+        if engine and not whole:
+            raise BadInput(f"{folder} is no whole model, and an engine is for one", "leave out --engine")
+        if not (whole or self.loads):
             raise BadInput(
                 "this engine takes no adapters while it runs", "serve a base with --adapter on vllm or eager"
             )
@@ -168,50 +253,78 @@ class Lives:
             raise BadInput(f"{name!r} cannot be an adapter's name", f"choose one without @ and /, and not {BASE}")
         if not 0 <= weight < 1:
             raise BadInput(f"a canary's share of {weight:g} is not between 0 and 1", "write --canary 10%")
-        if terms and not (weight or terms.shadow or rows):
-            raise BadInput("a trial has nothing to judge by", "write --canary 10%, --shadow 5% or --prompts FILE")
-        async with self._one:
-            await asyncio.to_thread(check, folder, self.settings.base, self.settings.max_rank)
-            stored = await asyncio.to_thread(self.registry.copy, name, folder)
-            route = self.registry.table.routes.get(name)
-            if route and route.live.id == stored.version.id:
-                return Outcome(ACCEPTED, f"{stored.version.served} is live already", stored.version.id)
-            if (weight or terms) and route is None:
-                raise BadInput(f"nothing answers for {name} yet", "put the first version without --canary or --shadow")
-            if rejected := await self._fit(stored):
-                return rejected
-            self.trials.end(name, f"{stored.version.served} was put in its place")
-            if terms:
-                await self.trials.begin(name, stored.version, terms, bool(weight), rows)
-            return await self._routed(stored, route, weight, bool(terms))
 
-    async def _fit(self, stored: Stored) -> Outcome | None:
-        """Load a version and ask whether it answers as itself; why it is rejected, None where it is not."""
+    def _stands(self, name: str, certify: bool) -> bool:
+        """Whether a version that is put again answers users, and has had to prove as much as is asked for now."""
+        return name not in self.failures and self.registry.versions[name].certified >= certify
+
+    def _checked(self, folder: Path, engine: str) -> str:
+        """The engine that a whole model is served by. Raises BadInput for what is no safe model, MissingEnvironment
+        where the engine is not installed or the memory does not hold another one."""
+        name = self.engines.named(engine, folder)
+        checks.model(folder, name)
+        engines.check_room(folder)
+        return name
+
+    async def _fit(self, stored: Stored, route: Route | None) -> Outcome:
+        """Load a version and ask whether it answers as itself: accepted with what is to be said of it, or rejected."""
         version = stored.version
         # a version that is loaded already, as the one kept for a rollback, keeps its name and its fingerprints
         stored = self.registry.keep(stored, state="loading")
-        if version.served not in self.fingerprints and (error := await self._loaded(stored)):
+        known = version.served in self.fingerprints and version.served not in self.failures
+        if not known and (error := await self.loader.load(stored)):
             return await self._reject(stored, f"it does not load: {error}")
+        said, why = "", ""
         try:
-            async with self._client() as client:
-                if version.served not in self.fingerprints:
-                    await self.fingerprints.take(client, version.served)
-                wrong = await self._mixed(client, [*self.registry.table.served(), version.served])
+            if not known:
+                await self.loader.alone(version.served)
+            names = [*self.registry.table.served(), version.served]
+            wrong = await self._mixed(names, version.served)
+            why = wrong[0] if wrong else ""
+            if stored.engine and route and not why:
+                said, why = await self._as_adapter(stored, route)
         except WorkerFailed as error:
-            return await self._reject(stored, error.message)
-        return await self._reject(stored, wrong[0]) if wrong else None
+            why = error.message
+        if why and stored.certified:
+            return await self._reject(stored, why)
+        self.failures.clear(version.served)
+        told = [said, f"--certify none lets this pass: {why}" if why else ""]
+        return Outcome(ACCEPTED, "; ".join(filter(None, told)), version.id)
 
-    async def _routed(self, stored: Stored, route: Route | None, weight: float, tried: bool) -> Outcome:
+    async def _as_adapter(self, stored: Stored, route: Route) -> tuple[str, str]:
+        """What is to be said of a merged model beside the adapter that answers now, and why it is not that adapter."""
+        live = self.registry.versions.get(route.live.served)
+        if live is None or live.engine:
+            return "", ""
+        found = merged.origin(Path(stored.folder))
+        compared = await asyncio.to_thread(merged.against, found, self.settings.base, Path(live.folder))
+        return compared.judged(self.fingerprints.known, stored.version.served, live.version.served, BASE)
+
+    async def _routed(self, stored: Stored, route: Route | None, weight: float, tried: bool, said: str) -> Outcome:
         """Let a version answer, or where it is on trial without a share of the users, stand beside the live one."""
-        version = stored.version
+        version = self.engines.where(stored.version.served) or stored.version
         if route and (weight or tried):
             now = Route(route.live, version, weight, route.previous)
         else:
-            now = Route(version, previous=route.live if route else None)
+            again = route and route.live == version  # it had failed, and the one before it is still there
+            before = (route.previous if again else route.live) if route else None
+            now = Route(version, previous=before)
         await self._change(stored.name, now)
         share = f" for {weight:.0%} of users" if weight else " nobody yet: it is on trial" if tried else ""
-        said = f"{version.served} answers{share}{self.fingerprints.doubt(version.served)}"
-        return Outcome(ACCEPTED, said, version.id)
+        doubt = self.fingerprints.doubt(version.served)
+        return Outcome(ACCEPTED, f"{version.served} answers{share}{doubt}" + (f"; {said}" if said else ""), version.id)
+
+    async def _too_late(self, stored: Stored) -> Outcome:
+        """The route was changed while a version was loaded: that change stays."""
+        name, version = stored.name, stored.version
+        if arm := self._routed_as(version):
+            self.registry.keep(self.registry.versions[version.served], state=arm)
+        else:
+            await self._unloaded(stored)
+        live = self.registry.table.routes.get(name)
+        now = f"{live.live.served} answers" if live else "it was removed"
+        said = f"{name} was changed while {version.served} was loaded, and stays so: {now}; put it again"
+        return Outcome(INCONCLUSIVE, said, version.id)
 
     async def promote(self, name: str) -> Outcome:
         """The canary answers everybody. Raises BadInput without one."""
@@ -223,18 +336,17 @@ class Lives:
         return await self.turn(name, Route.rolled_back, "answers everybody again")
 
     async def remove(self, name: str) -> Outcome:
-        """Nobody is answered by it any more, and all its versions are unloaded. Raises BadInput for a name that is not
-        an adapter's."""
-        async with self._one:
-            route = self.registry.table.routes.get(name)
-            if route is None or name in self.brings:
-                raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
-            self.registry.route(name, None)
-            self.trials.end(name, f"{name} was removed")
-            for version in route.versions():
-                self._replaced.setdefault(version.served, 0.0)
-            self._show()
-            await self.published()
+        """Nobody is answered by it any more, at once; then all its versions are unloaded. Raises BadInput for a name
+        that is not an adapter's."""
+        route = self.registry.table.routes.get(name)
+        if route is None or name in self.brings:
+            raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
+        self.registry.route(name, None)
+        self.trials.end(name, f"{name} was removed")
+        for version in route.versions():
+            self._replaced.setdefault(version.served, 0.0)
+        self._show()
+        await self.published()
         left = await self.retire()
         return Outcome(REJECTED if left else ACCEPTED, "; ".join(left) or f"{name} is unloaded")
 
@@ -242,19 +354,18 @@ class Lives:
         self, name: str, turned: Callable[[Route], Route], said: str, judged: Version | None = None
     ) -> Outcome:
         """Change a route; only as long as `judged` is its canary, where a trial asks for it."""
-        async with self._one:
-            route = self.registry.table.routes.get(name)
-            if route is None:
-                raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
-            if judged and route.canary != judged:
-                raise BadInput(f"{judged.served} is not the canary any more", "put it again to judge it")
-            try:
-                now = turned(route)
-            except LookupError as error:
-                raise BadInput(f"{name}: {error}", "list what there is: peftopt adapters list") from error
-            await self._change(name, now)
-            self.trials.end(name, f"an operator decided: {now.live.served} {said}")
-            return Outcome(ACCEPTED, f"{now.live.served} {said}", now.live.id)
+        route = self.registry.table.routes.get(name)
+        if route is None:
+            raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
+        if judged and route.canary != judged:
+            raise BadInput(f"{judged.served} is not the canary any more", "put it again to judge it")
+        try:
+            now = turned(route)
+        except LookupError as error:
+            raise BadInput(f"{name}: {error}", "list what there is: peftopt adapters list") from error
+        await self._change(name, now)
+        self.trials.end(name, f"an operator decided: {now.live.served} {said}")
+        return Outcome(ACCEPTED, f"{now.live.served} {said}", now.live.id)
 
     def heard(self, line: Line, sticky: str, path: str, asked: Mapping[str, Json]) -> None:
         """A user's request is over: where its route is on trial it counts, and some are asked of both versions."""
@@ -265,8 +376,7 @@ class Lives:
     async def wrong(self, names: Sequence[str]) -> list[str]:
         """Which of some versions do not answer as themselves when all are asked at once. Raises WorkerFailed where
         they do not answer."""
-        async with self._client() as client:
-            return await self._mixed(client, names)
+        return await self._mixed(names)
 
     # ---- in the background
 
@@ -274,12 +384,12 @@ class Lives:
         """Unload what no route needs any more and what has been kept long enough; what is still there after that.
 
         The requests that run on those are waited for first, so that a rollback need not wait for them."""
-        async with self._one:
-            for name, route in self.registry.table.routes.items():
-                old = route.previous
-                if old and old.id and time.monotonic() - self._replaced.get(old.served, 0.0) > self.settings.keep_s:
-                    self.registry.route(name, Route(route.live, route.canary, route.weight))
-            going = [stored.version.served for stored in self._not_needed()]
+        for name, route in self.registry.table.routes.items():
+            old = route.previous
+            if old and old.id and time.monotonic() - self._replaced.get(old.served, 0.0) > self.settings.keep_s:
+                self.registry.route(name, Route(route.live, route.canary, route.weight))
+        going = [stored.version.served for stored in self._not_needed()]
+        await self.published()  # from now on their requests can only end
         until = time.monotonic() + self.settings.drain_s
         while any(self.in_flight[name] for name in going) and time.monotonic() < until:
             await asyncio.sleep(0.05)
@@ -294,46 +404,87 @@ class Lives:
         return [stored for name, stored in self.registry.versions.items() if name not in needed]
 
     async def reconcile(self) -> list[str]:
-        """Load again what the engine has lost, as after a restart that nobody told of; what was missing."""
-        async with self._one, self._client() as client:
-            listed = {str(model["id"]) for model in await client.models()}
-            missing = [v for v in self.registry.versions.values() if v.version.served not in listed]
-            for stored in missing:
-                if error := await self._loaded(stored):
-                    self.tell(f"{stored.version.served} is not served and does not load: {error}")
-        return [v.version.served for v in missing]
+        """Load again what the engine has lost, as after a restart that nobody told of, and ask it before it is served;
+        what was missing. Raises WorkerFailed where wrong answers come of it."""
+        async with self._one:
+            listed = await self.loader.listed()
+            served = self.registry.table.served()
+            missing = [
+                name
+                for name, stored in self.registry.versions.items()
+                if name in served and name not in listed and name not in self.failures and not stored.engine
+            ]
+            for name in missing:
+                self._fails(name, "the engine has lost it: it is loaded again")
+            for name in missing:
+                await self._mended(name)
+            return missing
+
+    async def mend(self) -> list[str]:
+        """Try again what has failed, each when it is due, and engines that have died; what is served again."""
+        served = self.registry.table.served()
+        for name, why in self.engines.dead().items():
+            if name in served and name not in self.failures:
+                self.metrics.restarts.inc()
+                self._fails(name, f"its engine has died: {why}")
+        mended = []
+        if self.failures.due(time.monotonic()):
+            async with self._one:
+                for name in self.failures.due(time.monotonic()):
+                    if await self._mended(name):
+                        mended.append(name)
+        return mended
+
+    async def _mended(self, name: str) -> bool:
+        """Load a version again, ask it and those beside it, and let its route be answered; whether that went well."""
+        stored = self.registry.versions.get(name)
+        if stored is None or name not in self.registry.table.served():
+            self.failures.clear(name)
+            return False
+        if why := await self.loader.reload(stored):
+            self._fails(name, why)
+            return False
+        try:
+            if name not in self.fingerprints:
+                await self.loader.alone(name)
+            wrong = await self._mixed(self.registry.table.served(), name)
+        except WorkerFailed as error:
+            if not untold(error):
+                self._fails(name, error.message)
+                return False
+            wrong = []
+        if wrong:
+            self._fails(name, wrong[0])
+            raise WorkerFailed("wrong answers", f"after {name} was loaded again: {wrong[0]}")
+        self.failures.clear(name)
+        self._show()
+        await self.published()
+        return True
+
+    def _fails(self, name: str, why: str) -> None:
+        """A version answers nobody until it is mended. Users are told the first line of why: what an engine wrote is
+        for operators."""
+        self.failures.note(name, why.partition("\n")[0], time.monotonic())
+        self.registry.tell("failed", served=name, why=why)
+        self.tell(f"{name} has failed: {why}")
+        self._show()
 
     # ---- the steps
 
-    async def _loaded(self, stored: Stored) -> str:
-        """Load a version, timed; why not, "" when it is loaded."""
-        pause, error = AGAIN_S, ""
-        for again in reversed(range(TRIES)):
-            started = time.perf_counter()
-            async with self._client(self.settings.load_s) as client:
-                error = await client.lora("load", stored.version.served, stored.folder)
-            if not error:
-                seconds = time.perf_counter() - started
-                self.metrics.switch.labels(stored.name).observe(seconds)
-                self.switched[stored.version.served] = seconds
-                with contextlib.suppress(MissingEnvironment):  # a full disk keeps no adapter from being loaded again
-                    self.registry.keep(stored, switch_s=seconds)
-                return ""
-            if again:
-                await asyncio.sleep(pause)
-                pause *= 2
-        return error
-
     async def _unloaded(self, stored: Stored) -> str:
-        """Unload it, and see that it is gone; what is wrong, "" for nothing."""
+        """Unload it, see that it is gone, and forget it; what is wrong, "" for nothing."""
         name = stored.version.served
-        async with self._client(self.settings.load_s) as client:
-            error = await client.lora("unload", name)
-            still = name in {str(model["id"]) for model in await client.models()}
-        self.fingerprints.drop(name)
+        wrong = await self.loader.unload(stored)
+        self.failures.clear(name)
         self._replaced.pop(name, None)
         self.registry.forget(name)
-        return f"{name} is still served after its unload ({error or 'no error'})" if still else ""
+        return wrong
+
+    async def _mixed(self, names: Iterable[str], new: str = "") -> list[str]:
+        """Ask all of them at once; whose answers are not their own. Of those that have failed, only the `new` one is
+        asked."""
+        asked = [name for name in dict.fromkeys(names) if name == new or name not in self.failures]
+        return await self.loader.mixed(asked)
 
     async def _reject(self, stored: Stored, why: str) -> Outcome:
         self.metrics.canary.labels(stored.name, stored.version.id, "wrong").inc()
@@ -367,26 +518,13 @@ class Lives:
         self._show()
         await self.published()
 
-    async def _mixed(self, client: Client, names: Sequence[str]) -> list[str]:
-        """Ask all of them at once, and count it; whose answers are not their own."""
-        seen = await self.fingerprints.together(client, names)
-        wrong = Counter(each.model for each in seen.wrong)
-        for name, n in Counter(seen.answered).items():
-            route, _, version = name.partition("@")
-            self.metrics.canary.labels(route, version, "own").inc(n - wrong[name])
-            if wrong[name]:
-                self.metrics.canary.labels(route, version, "wrong").inc(wrong[name])
-        return [str(each) for each in seen.wrong]
-
-    def _client(self, timeout_s: float = 120.0) -> Client:
-        return Client(Target(self.url, key_env=self.settings.key_env, timeout_s=timeout_s))
-
     def _show(self) -> None:
         """What the metrics say of versions and arms."""
         self.metrics.adapter_info.clear()
         self.metrics.arm_weight.clear()
         for stored in self.registry.versions.values():
-            labels = (stored.name, stored.version.id, stored.state, str(stored.rank), stored.base)
+            state = "failed" if stored.version.served in self.failures else stored.state
+            labels = (stored.name, stored.version.id, state, str(stored.rank), stored.base)
             self.metrics.adapter_info.labels(*labels).set(1)
         for name, route in self.registry.table.routes.items():
             for arm, _, weight in route.arms():
@@ -408,6 +546,10 @@ class Lives:
                         "in_flight": self.in_flight[version.served],
                         "rank": stored.rank if stored else None,
                         "load_s": stored.switch_s if stored else None,
+                        "engine": stored.engine if stored else "",
+                        "url": version.url,
+                        "failed": self.failures.why(version.served),
+                        "certified": self.certified(version.served),
                     }
                 )
         return rows

@@ -1,6 +1,7 @@
-"""The adapters on disk: each version's files under the hash of them, and the routes, whole after a crash at any moment.
+"""What is served, on disk: each version's files under the hash of them, and the routes, whole after a crash at any
+moment.
 
-STATE/adapters/<sha256>/     an adapter's files, never changed
+STATE/adapters/<sha256>/     the files of an adapter or of a merged model, never changed
 STATE/registry.json          routes, versions and trials, replaced whole
 STATE/trials/<version>/      what a trial asks of the operator's own prompts, and what was answered
 STATE/events.jsonl           what happened, a line each
@@ -11,7 +12,6 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -20,19 +20,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from peftopt import identity, store
+from peftopt import store
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.gateway import copies
 from peftopt.gateway.outcome import Outcome
 from peftopt.gateway.routes import Route, Table, Version
 from peftopt.gateway.trial import Trial
 from peftopt.loadtest.moments import utc
 from peftopt.measurements import structured
-from peftopt.models.adapter import CONFIG, WEIGHTS, highest_rank
+from peftopt.models.adapter import CONFIG, highest_rank
 from peftopt.records import Json
 
 FORMAT = 1
-FILES = (CONFIG, WEIGHTS)
-"""What is copied of an adapter: all that engines read."""
 SHORT = 12
 """Characters of a hash that name a version."""
 
@@ -40,7 +39,8 @@ SHORT = 12
 @dataclass(frozen=True)
 class Stored:
     """A version: `name` of its route, `id` the hash of its files, `folder` of the copy, `state` one of "loading",
-    "live", "canary", "shadow", "previous", "leaving"; `rank` and `base` as its config says."""
+    "live", "canary", "shadow", "previous", "leaving"; `rank` and `base` as its config says. `engine` that serves a
+    merged model, "" for an adapter on the gateway's engine; `certified`: whether it had to answer as itself."""
 
     name: str
     id: str
@@ -49,6 +49,8 @@ class Stored:
     rank: int = 0
     base: str = ""
     switch_s: float | None = None
+    engine: str = ""
+    certified: bool = True
 
     @property
     def version(self) -> Version:
@@ -79,30 +81,17 @@ class Registry:
     """What came of the last trial of each route."""
     _lock: IO[str] | None = None
 
-    def copy(self, name: str, folder: Path) -> Stored:
-        """A version of a route out of a folder: its files are copied under their hash, unless they are there.
-        `folder` has passed preflight.check_adapter.
+    def copy(self, name: str, folder: Path, engine: str = "") -> Stored:
+        """A version of a route out of a folder: its files are copied under their hash. `folder` has passed the checks;
+        with an `engine` it is a merged model, else an adapter.
 
-        Raises BadInput for a folder whose files change meanwhile, MissingEnvironment for a disk that is full.
+        Raises MissingEnvironment for a disk that is full.
         """
-        id_ = _hash(folder)
+        files = copies.of_model(folder) if engine else copies.of_adapter(folder)
+        id_ = copies.take(files, self.root / "adapters")
         home = self.root / "adapters" / id_
-        if not home.is_dir():
-            temporary = home.with_name(f".{id_}.{os.getpid()}.tmp")
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-                for name_ in FILES:
-                    shutil.copyfile(folder / name_, temporary / name_)
-                if _hash(temporary) != id_:
-                    raise BadInput(f"{folder} changed while it was copied", "put it again when it is whole")
-                temporary.rename(home)
-            except OSError as error:
-                raise MissingEnvironment(
-                    f"cannot copy {folder} to {home}: {error.strerror}", "free some space, or name another --state"
-                ) from error
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+        if engine:
+            return Stored(name, id_, str(home), engine=engine)
         config = json.loads((home / CONFIG).read_text(encoding="utf-8"))
         base = str(config.get("base_model_name_or_path") or "")
         return Stored(name, id_, str(home), rank=highest_rank(config), base=base)
@@ -129,6 +118,10 @@ class Registry:
         self.save(table)
         self.table = table
         self.tell("route", name=name, **(asdict(route) if route else {"removed": True}))
+
+    def moved(self, version: Version) -> None:
+        """Note where a version runs now. It is on disk with the next change: a gateway that starts asks anew."""
+        self.table = self.table.at(version)
 
     def save(self, table: Table | None = None) -> None:
         """Write the registry whole. Raises MissingEnvironment where that fails; what was there stays."""
@@ -217,8 +210,3 @@ def _route(value: Mapping[str, Json]) -> Route:
         return Version(**value[name]) if value.get(name) else None
 
     return Route(Version(**value["live"]), version("canary"), float(value["weight"]), version("previous"))
-
-
-def _hash(folder: Path) -> str:
-    """The hash of what an engine reads of an adapter."""
-    return identity.of_value([[name, identity.of_file(folder / name)] for name in FILES])

@@ -16,10 +16,19 @@ Arm = Literal["live", "canary", "shadow", "previous"]
 
 @dataclass(frozen=True)
 class Version:
-    """Weights under a route. `served` is their name at the engine; `id` their hash, "" for what the engine brought."""
+    """Weights under a route. `served` names them among all that is served; `id` is their hash, "" for what the engine
+    brought. `url` of an engine of their own and `model`, their name there; "" for the gateway's engine, which knows
+    them as `served`. Where a version runs does not change which one it is."""
 
     id: str
     served: str
+    url: str = field(default="", compare=False)
+    model: str = field(default="", compare=False)
+
+    @property
+    def asked(self) -> str:
+        """Its name in a request to its engine."""
+        return self.model or self.served
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,25 @@ class Route:
             raise LookupError("there is no earlier version")
         return Route(self.previous, previous=self.live)
 
+    def without(self, version: Version) -> Route | None:
+        """The route without a version that cannot answer: the one before answers in the live one's place. None where
+        nothing is left."""
+        live = self.previous if self.live == version else self.live
+        if live is None or live == version:
+            return None
+        previous = None if self.previous in (version, live) else self.previous
+        if self.canary == version:
+            return Route(live, previous=previous)
+        return Route(live, self.canary, self.weight, previous)
+
+    def at(self, version: Version) -> Route:
+        """The route with a version where it runs now."""
+        here = {version: version}
+        live = here.get(self.live, self.live)
+        canary = here.get(self.canary, self.canary) if self.canary else None
+        previous = here.get(self.previous, self.previous) if self.previous else None
+        return Route(live, canary, self.weight, previous)
+
     def arms(self) -> list[tuple[Arm, Version, float]]:
         """Each arm, its version, and the share of users that it answers."""
         found: list[tuple[Arm, Version, float]] = [("live", self.live, 1 - self.weight)]
@@ -80,8 +108,17 @@ class Table:
         """The table without a name."""
         return Table({n: route for n, route in self.routes.items() if n != name})
 
+    def at(self, version: Version) -> Table:
+        """The table with a version where it runs now: an engine that was started again has another URL."""
+        return Table({name: route.at(version) for name, route in self.routes.items()})
+
+    def version(self, served: str) -> Version | None:
+        """A version by its name among all that is served, with where it runs; None for one that no route has."""
+        found = (v for route in self.routes.values() for v in route.versions() if v.served == served)
+        return next(found, None)
+
     def served(self) -> dict[str, str]:
-        """Every version's name at the engine, and the name users know it by."""
+        """Every version's name among all that is served, and the name users know it by."""
         return {v.served: name for name, route in self.routes.items() for v in route.versions()}
 
 

@@ -20,6 +20,7 @@ from peftopt.gateway.admission import Admission
 from peftopt.gateway.app import App, Settings, Shared
 from peftopt.gateway.asking import Asker, vocabulary_of
 from peftopt.gateway.backends import Start
+from peftopt.gateway.engines import Engines, Starter
 from peftopt.gateway.keys import Keys
 from peftopt.gateway.limits import Limits
 from peftopt.gateway.lines import Log
@@ -47,9 +48,10 @@ AGAIN_S, AGAIN_AT_MOST_S = 1.0, 60.0
 @dataclass(frozen=True)
 class Config:
     """What to run. `upstream`: the URL of a server that runs already, else `start` makes the engine's command line for
-    a highest rank; `adapters` by name; `admin`: "unix:PATH" or "HOST:PORT"; `allowed`: where adapters may be put from;
-    `slos_s`: limits of the decision in seconds, each the bound of a bucket; `workers` processes answer users, which
-    somebody else starts where they `join` at a socket."""
+    a highest rank; `second`: how an engine is started for a merged model that is put; `adapters` by name; `admin`:
+    "unix:PATH" or "HOST:PORT"; `allowed`: where adapters may be put from; `slos_s`: limits of the decision in seconds,
+    each the bound of a bucket; `workers` processes answer users, which somebody else starts where they `join` at a
+    socket."""
 
     state: Path
     host: str = "127.0.0.1"
@@ -58,6 +60,7 @@ class Config:
     admin_key: str = ""
     upstream: str = ""
     start: Callable[[Registry], Start] | None = None
+    second: Starter | None = None
     base: Path | None = None
     adapters: dict[str, Path] = field(default_factory=dict)
     allowed: Sequence[Path] = ()
@@ -108,7 +111,8 @@ class Gateway:
         brought = self._bring()  # first: the engine is started for their number and their ranks
         how = await self._how()
         settings = replace(config.lives, base=config.base, max_rank=how.max_rank, drain_s=config.drain_s)
-        lives = Lives(how.url, self.registry, settings, self.metrics, how.brings, how.loads, self.tell)
+        engines = Engines(config.second, config.state.resolve())
+        lives = Lives(how.url, self.registry, settings, self.metrics, how.brings, how.loads, self.tell, engines)
         async with Upstream(how.url, config.timeouts) as upstream:
             admission = Admission(config.limits, config.per_adapter, config.per_key)
             own = Settings(config.most_body_bytes)
@@ -123,6 +127,7 @@ class Gateway:
                         await self._serve(how, lives)
                 finally:
                     await self._drain()
+                    await engines.stop_all()
                     if self.engine:
                         await asyncio.to_thread(self.engine.stop)
             await self._lines()
@@ -196,6 +201,7 @@ class Gateway:
             asyncio.ensure_future(self._reconcile(lives)),
             asyncio.ensure_future(self._sample()),
             asyncio.ensure_future(self._judge(lives)),
+            asyncio.ensure_future(self._mend(lives)),
         ]
         try:
             await self.ended.wait()
@@ -263,6 +269,15 @@ class Gateway:
             await asyncio.sleep(JUDGE_EVERY_S)
             with self._told():
                 await lives.trials.judge()
+
+    async def _mend(self, lives: Lives) -> None:
+        """Start engines of versions that have died, and try again what has failed, each after a while."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if lives.ready:
+                with self._told():
+                    for name in await lives.mend():
+                        self.tell(f"{name} answers again")
 
     async def _sample(self) -> None:
         """The engine's own account of its memory and its cache, every few seconds, for the lines of the log."""

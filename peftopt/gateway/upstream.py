@@ -101,6 +101,12 @@ class Upstream:
         assert self._session is not None
         await self._session.close()
 
+    def at(self, url: str) -> Upstream:
+        """The same connections, to another engine; closed with these."""
+        other = Upstream(url, self.timeouts, self._headers)
+        other._session = self._session
+        return other
+
     @asynccontextmanager
     async def ask(self, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[Answer]:
         """The answer to a request, from its first byte on; closed when this is left. Only a connection that was never

@@ -121,7 +121,7 @@ def open_adapter(folder: Path, weight: float = 1.0) -> Adapter:
     file = folder / WEIGHTS
     if not file.is_file():
         raise _without_weights(folder)
-    _check_link(file, folder)
+    check_link(file, folder)
     _check_config(folder, config)
     adapter = Adapter(folder, config, Checkpoint([file]), weight)
     _check_tensors(adapter)
@@ -225,7 +225,7 @@ def is_embedding(key: str) -> bool:
     return key.endswith(".weight") and module.rpartition(".")[2] in EMBEDDINGS
 
 
-def _check_link(file: Path, folder: Path) -> None:
+def check_link(file: Path, folder: Path) -> None:
     """A link may lead to the blobs of the hub's own cache layout, and nowhere else outside the folder."""
     target, home = file.resolve(), folder.resolve()
     blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home

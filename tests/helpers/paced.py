@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,6 +32,12 @@ class Paced:
         self.status = 200
         self.speaks: Callable[[str, str], str] = lambda name, prompt: "x"
         """What the gateway is answered that asks beside the users: the name that is asked, and the prompt."""
+        self.mute = False
+        """Whether no log-probabilities are told."""
+        self.twisted = ""
+        """What is loaded now answers as other weights, named by this."""
+        self.loads_held, self.loads_waiting = False, 0
+        """Loads wait while they are held, and how many do."""
         self.slow: dict[str, float] = {}
         """Seconds more before the first token, by the name that is asked."""
 
@@ -61,6 +68,10 @@ class Paced:
                 writer, 200, "# TYPE vllm:kv_cache_usage_perc gauge\nvllm:kv_cache_usage_perc 0.25\n", "text/plain"
             )
         elif path.endswith("_lora_adapter"):
+            self.loads_waiting += 1
+            while self.loads_held and "unload" not in path:
+                await asyncio.sleep(0.01)
+            self.loads_waiting -= 1
             self.lora(path, body, writer)
         else:
             work = asyncio.ensure_future(self.generate(body, writer))
@@ -87,7 +98,7 @@ class Paced:
         elif self.deaf:
             self.whole(writer, 400, {"error": {"message": "no room for another adapter"}})
         else:
-            self.folders[body["lora_name"]] = body["lora_path"]
+            self.folders[body["lora_name"]] = body["lora_path"] + self.twisted
             self.whole(writer, 200, "done", "text/plain")
 
     async def generate(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
@@ -100,7 +111,7 @@ class Paced:
         if self.says is not None and not body.get("logprobs"):
             self.whole(writer, self.status, self.says)
             return
-        if body.get("logprobs"):
+        if body.get("logprobs") and not self.mute:
             self.whole(writer, 200, self.fingerprint(name, prompt, body))
             return
         if prompt == "oom":
@@ -166,3 +177,15 @@ def paced(**settings: Any) -> Iterator[Paced]:
     with listening(engine.handle) as url:
         engine.url = url
         yield engine
+
+
+async def main(port: int, weights: str) -> None:
+    """A paced engine as a process of its own, whose base answers as some weights."""
+    engine = Paced()
+    engine.folders["base"] = weights
+    async with await asyncio.start_server(engine.handle, "127.0.0.1", port) as server:
+        await server.serve_forever()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1]), sys.argv[2]))

@@ -47,6 +47,18 @@ class Followed:
         """Whether every route has answered as itself."""
         return self.state.ready
 
+    def failed(self) -> Mapping[str, str]:
+        """Why versions do not answer."""
+        return self.state.failed
+
+    def certified(self, name: str) -> bool:
+        """Whether a version had to answer as itself."""
+        return name in self.state.certified
+
+    def loading_s(self, name: str) -> float | None:
+        """Seconds that the start of a version's own engine took."""
+        return self.state.loading_s.get(name)
+
     def heard(self, line: Line, sticky: str, path: str, asked: Mapping[str, Json]) -> None:
         """A request is over: the supervisor judges the routes that are on trial, and asks both versions some again."""
         if line.adapter not in self.state.trials or self.channel is None:

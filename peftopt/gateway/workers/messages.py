@@ -58,7 +58,8 @@ class Part:
 class State:
     """What is served now. `open` is False while the gateway drains; `switched`: seconds that loads took which no
     request has told of yet; `trials`: the routes that are on trial, and the share of their requests that both
-    versions are asked again; `sampled`: the engine's memory."""
+    versions are asked again; `sampled`: the engine's memory; `failed`: why versions do not answer; `certified`: those
+    that had to answer as themselves; `loading_s`: seconds that the engines of versions took to start."""
 
     routes: Mapping[str, Route] = field(default_factory=dict)
     ready: bool = False
@@ -67,6 +68,9 @@ class State:
     trials: Mapping[str, float] = field(default_factory=dict)
     sampled: Mapping[str, float] = field(default_factory=dict)
     model_loading_time: float | None = None
+    failed: Mapping[str, str] = field(default_factory=dict)
+    certified: tuple[str, ...] = ()
+    loading_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from peftopt.errors import MissingEnvironment
 from peftopt.gateway.app import Shared
 from peftopt.gateway.lines import Line
-from peftopt.gateway.listening import cleared
+from peftopt.gateway.listening import private
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.metrics import BY_WORKER
 from peftopt.gateway.workers import messages, sums
@@ -85,7 +85,7 @@ class Supervisor:
         """The workers answer until this ends. Raises MissingEnvironment for an address that is taken."""
         with contextlib.ExitStack() as stack:
             own = [stack.enter_context(users) for users in _sockets(self.plan)]
-            joining = _private(self.plan.joined_at)
+            joining = private(self.plan.joined_at, "--join PATH")
             server = await asyncio.start_unix_server(self._connected, sock=joining, limit=MOST_BYTES)
             beside = [asyncio.ensure_future(self._kept(number, users)) for number, users in enumerate(own, 1)]
             publishing = asyncio.ensure_future(self._publish())
@@ -250,6 +250,9 @@ class Supervisor:
             trials=lives.trials.shares,
             sampled=shared.sampled,
             model_loading_time=shared.settings.model_loading_time,
+            failed=lives.failed(),
+            certified=tuple(name for name in lives.table.served() if lives.certified(name)),
+            loading_s={name: s for name in lives.table.served() if (s := lives.loading_s(name)) is not None},
         )
 
 
@@ -269,15 +272,3 @@ def _sockets(plan: Plan) -> list[socket.socket]:
     except OSError as error:
         what = f"cannot listen on {host}:{plan.users[1]}: {error.strerror}"
         raise MissingEnvironment(what, "choose another: --port") from error
-
-
-def _private(path: Path) -> socket.socket:
-    """A unix socket that this user alone can open."""
-    cleared(path, "--join PATH")
-    found = socket.socket(socket.AF_UNIX)
-    before = os.umask(0o177)
-    try:
-        found.bind(str(path))
-    finally:
-        os.umask(before)
-    return found

@@ -1,0 +1,90 @@
+"""Copies of adapters and merged models, each in a folder that is named by the hash of its files: on the disk whole, or
+not at all, also when the power fails."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from peftopt import identity
+from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.models.adapter import CONFIG, WEIGHTS, check_link
+
+MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".gguf")
+"""What is copied of a merged model: all that engines read, and no pickles and no code."""
+PIECE_BYTES = 2**20
+
+
+def of_adapter(folder: Path) -> list[Path]:
+    """The files that engines read of an adapter."""
+    return [folder / name for name in (CONFIG, WEIGHTS)]
+
+
+def of_model(folder: Path) -> list[Path]:
+    """The files that engines read of a model. Raises BadInput for a link to elsewhere."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in MODEL_FILES and file.is_file())
+    for file in files:
+        check_link(file, folder)
+    return files
+
+
+def take(files: Sequence[Path], into: Path) -> str:
+    """Copy files into a folder below `into` that is named by their hash, which is returned. A copy that is there and
+    whole stays; a damaged one is replaced. Raises MissingEnvironment where the disk does not take it."""
+    temporary = into / f".{os.getpid()}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        id_ = identity.of_value([[file.name, _copied(file, temporary / file.name)] for file in files])
+        _sync(temporary)
+        home = into / id_
+        if not whole(home):
+            shutil.rmtree(home, ignore_errors=True)
+            temporary.rename(home)
+            _sync(into)
+    except OSError as error:
+        raise MissingEnvironment(
+            f"cannot copy {files[0].parent} to {into}: {error.strerror}", "free some space, or name another --state"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return id_
+
+
+def whole(folder: Path) -> bool:
+    """Whether a copy is what its name says."""
+    try:
+        # In the order of `take`: an adapter's files are in it too, as their names are sorted.
+        files = sorted(file for file in folder.iterdir() if file.is_file())
+        return identity.of_value([[file.name, identity.of_file(file)] for file in files]) == folder.name
+    except OSError:
+        return False
+
+
+def check(folder: Path) -> None:
+    """Raises BadInput for a copy that a power cut or somebody has damaged."""
+    if not whole(folder):
+        raise BadInput("its copy is damaged: the files have another hash", "put the version again")
+
+
+def _copied(file: Path, to: Path) -> str:
+    """Copy a file, on the disk before this returns; the SHA-256 (hex) of the bytes that were read."""
+    digest = hashlib.sha256()
+    with file.open("rb") as source, to.open("wb") as target:
+        while piece := source.read(PIECE_BYTES):
+            digest.update(piece)
+            target.write(piece)
+        target.flush()
+        os.fsync(target.fileno())
+    return digest.hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
