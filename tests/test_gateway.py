@@ -185,7 +185,8 @@ def test_a_key_opens_what_its_line_names_and_nothing_else(engine: Paced, tmp_pat
 
     good, odd, slow = (hashlib.sha256(key).hexdigest() for key in (b"good", b"odd", b"slow"))
     (tmp_path / "keys").write_text(f"{good} team adapters=base\n{odd} odd adapters=x\n{slow} slow rate=0.001/s\n")
-    with serving(tmp_path, "--upstream", engine.url, "--keys", tmp_path / "keys") as gateway:
+    options = ("--keys", tmp_path / "keys", "--metrics", "users")
+    with serving(tmp_path, "--upstream", engine.url, *options) as gateway:
         asked = {key: gateway.ask("x", headers={"Authorization": f"Bearer {key}"}) for key in ("good", "odd", "none")}
         assert {key: answer.status_code for key, answer in asked.items()} == {"good": 200, "odd": 403, "none": 401}
         until(lambda: any(line["key"] == "team" for line in gateway.lines()))

@@ -14,7 +14,7 @@ LAYERS = f"{GROUND} {LOW} jobs server worker runner gateway deploy cli".split()
 PURE = {"recipe", "decision", "report"}
 IMPURE = {"torch", "time", "datetime", "subprocess", "socket", "random", "shutil", "peftopt.records.Json"}
 LIBRARIES = "torch torchao transformers peft numpy scipy pandas matplotlib safetensors jinja2 aiohttp"
-HEAVY = {*f"{LIBRARIES} aiohttp starlette uvicorn fastapi prometheus_client orjson".split()}
+HEAVY = {*f"{LIBRARIES} aiohttp starlette uvicorn fastapi prometheus_client orjson opentelemetry pynvml".split()}
 RUN = {ROOT / "merging" / "kernel.py", *(ROOT / "server").glob("*.py")}  # imported in a function, or run: by no module
 
 

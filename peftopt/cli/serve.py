@@ -59,6 +59,15 @@ class Options:
     per_key: Annotated[int, typer.Option(help="Most requests here of one API key; 0 = any.")] = 0
     keys: Annotated[Path | None, typer.Option(help="File of API keys' hashes; without it anybody may ask.")] = None
     log: Annotated[str, typer.Option(help="File for a JSON line a request; - is standard output.")] = ""
+    log_text: Annotated[
+        bool, typer.Option("--log-text", help="Log prompts and answers too, without what looks like a key.")
+    ] = False
+    log_keep: Annotated[int, typer.Option(help="Files of the log to keep that were set aside; 0 = all.")] = 0
+    metrics: Annotated[
+        str, typer.Option(help="Who reads /metrics: users or operators; by default users, unless --keys is given.")
+    ] = ""
+    trace: Annotated[str, typer.Option(help="URL of an OpenTelemetry collector (OTLP over HTTP) for spans.")] = ""
+    read: Annotated[float, typer.Option(help="Seconds for a request to come in; 0 = any.")] = 30.0
     canary: Annotated[
         Path | None, typer.Option(help="JSON-lines prompts on which adapters should differ; six of our own otherwise.")
     ] = None
@@ -175,11 +184,24 @@ def _config(options: Options, what: What) -> Config:
         timeouts=Timeouts(first=options.first, gap=options.gap, whole=options.whole),
         lives=life,
         log=options.log,
+        keys_file=options.keys,
+        read_s=options.read,
+        metrics=_users_read_metrics(options),
+        log_text=options.log_text,
+        log_keep=options.log_keep,
+        trace=options.trace,
         drain_s=options.drain,
         slos_s=what.slos_s,
         workers=options.workers,
         join=options.join,
     )
+
+
+def _users_read_metrics(options: Options) -> bool:
+    """Raises BadInput for readers that there are not."""
+    if options.metrics not in ("", "users", "operators"):
+        raise BadInput(f"--metrics {options.metrics!r} names nobody", "write --metrics users or --metrics operators")
+    return options.metrics == "users" or (not options.metrics and options.keys is None)
 
 
 def _starter(options: Options, what: What) -> Callable[[Registry], Start]:
@@ -250,7 +272,7 @@ def _check_extra() -> None:
 
     lacking = [
         name
-        for name in ("uvicorn", "uvloop", "starlette", "fastapi", "aiohttp", "prometheus_client")
+        for name in ("uvicorn", "uvloop", "starlette", "fastapi", "orjson", "prometheus_client")
         if importlib.util.find_spec(name) is None
     ]
     if lacking:

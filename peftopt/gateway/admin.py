@@ -8,7 +8,7 @@ It listens on a socket of its own, never on the users' port, and opens only fold
 import dataclasses
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,13 +26,20 @@ if TYPE_CHECKING:
     from fastapi.responses import JSONResponse
 
 
-def application(lives: Lives, allowed: Sequence[Path], key: str = "") -> "FastAPI":
-    """The application. `allowed`: folders below which adapters may lie; `key` that operators must send, "" for none."""
+def application(
+    lives: Lives, exposition: Callable[[], Awaitable[bytes]], allowed: Sequence[Path], key: str = ""
+) -> "FastAPI":
+    """The application. `exposition`: the metrics as text; `allowed`: folders below which adapters may lie; `key` that
+    operators must send, "" for none."""
     from fastapi import Body
     from fastapi.responses import JSONResponse, Response
 
     roots = [folder.resolve() for folder in allowed]
     app = _guarded(key)
+
+    @app.get("/metrics", summary="Prometheus' metrics: the same as on the users' port, where users may read them")
+    async def metrics() -> Response:
+        return Response(await exposition(), media_type="text/plain; version=0.0.4")
 
     @app.get("/adapters", summary="Routes and the versions behind them")
     async def listed() -> list[dict[str, Any]]:

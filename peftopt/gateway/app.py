@@ -15,14 +15,18 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from peftopt.gateway import texts
 from peftopt.gateway.admission import Admission, Refused, Ticket
-from peftopt.gateway.errors import Problem
+from peftopt.gateway.errors import Problem, without_places
 from peftopt.gateway.frames import Ended, Frames
+from peftopt.gateway.heads import READ_S
 from peftopt.gateway.keys import ANYONE, Key, Keys
 from peftopt.gateway.lines import Line, Log
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.routes import Route, Table, Version
-from peftopt.gateway.upstream import Answer, Fault, Upstream, unless
+from peftopt.gateway.sampling import Sample
+from peftopt.gateway.tracing import Trace, Traces
+from peftopt.gateway.upstream import MOST_ANSWER_BYTES, Answer, Fault, Upstream, unless
 from peftopt.records import Json
 
 Scope = MutableMapping[str, Any]
@@ -67,10 +71,18 @@ class Adapters(Protocol):
 
 @dataclass
 class Settings:
-    """`most_body_bytes` of a request; `model_loading_time`: seconds that the engine took to start, for the log."""
+    """`most_body_bytes` of a request and `read_s` seconds for it to come in (0 = without limit); `most_answer_bytes` of
+    an answer that does not stream; `model_loading_time`: seconds that the engine took to start, for the log. `metrics`:
+    users may read them; `log_text`: prompts and answers are logged; `most_running`: requests that the engine runs at
+    once, 0 where nobody knows."""
 
     most_body_bytes: int = MOST_BODY_BYTES
     model_loading_time: float | None = None
+    read_s: float = READ_S
+    most_answer_bytes: int = MOST_ANSWER_BYTES
+    metrics: bool = True
+    log_text: bool = False
+    most_running: int = 0
 
 
 @dataclass
@@ -85,7 +97,8 @@ class Shared:
     metrics: Metrics
     log: Log
     settings: Settings = field(default_factory=Settings)
-    sampled: Mapping[str, Json] = field(default_factory=dict)
+    sampled: Sample | None = None
+    traces: Traces | None = None
     open: bool = True
     here: int = 0
     turns: dict[Ticket, asyncio.Future[None]] = field(default_factory=dict)
@@ -100,6 +113,12 @@ class Shared:
         """The metrics of the whole gateway."""
         return await self.scrape() if self.scrape else self.metrics.text()
 
+    @property
+    def fill(self) -> float | None:
+        """Requests at the engine as a share of the limit, else of what it runs at once; None where neither is known."""
+        most = self.admission.limits.running or self.settings.most_running
+        return min(1.0, self.admission.running / most) if most else None
+
     def let_in(self, tickets: list[Ticket]) -> None:
         """Wake those whose turn it is."""
         for ticket in tickets:
@@ -108,8 +127,8 @@ class Shared:
                 turn.set_result(None)
         self.metrics.running.set(self.admission.running)
         self.metrics.waiting.set(self.admission.waiting)
-        if self.admission.limits.running:
-            self.metrics.fill.set(self.admission.running / self.admission.limits.running)
+        if self.fill is not None:
+            self.metrics.fill.set(self.fill)
 
 
 class App:
@@ -125,7 +144,7 @@ class App:
         path, method = scope["path"], scope["method"]
         if path in GENERATES and method == "POST":
             await Exchange(self.shared, scope, receive, send).run()
-        elif path == "/metrics" and method == "GET":
+        elif path == "/metrics" and method == "GET" and self.shared.settings.metrics:
             text = await self.shared.exposition()
             await _whole(send, 200, text, "text/plain; version=0.0.4; charset=utf-8")
         else:
@@ -177,6 +196,11 @@ class Exchange:
     def __init__(self, shared: Shared, scope: Scope, receive: Receive, send: Send) -> None:
         self.shared, self.path, self.receive, self._out = shared, scope["path"], receive, send
         self.headers = _headers(scope)
+        self.raw: bytearray | None = None
+        """The start of the answer, where its text is logged."""
+        self.trace: Trace | None = None
+        self.streams = False
+        self.served = ""
         own = self.headers.get("x-request-id", "")
         self.line = Line(
             request_id=own if own.isprintable() and 0 < len(own) <= 128 else uuid.uuid4().hex,
@@ -195,6 +219,8 @@ class Exchange:
         """Answer it, or let it go when its client does."""
         line = self.line
         self.shared.here += 1
+        if self.shared.traces:
+            self.trace = self.shared.traces.begin(self.headers, line)
         try:
             try:
                 body = await self._body()
@@ -226,6 +252,15 @@ class Exchange:
     # ---- what is asked
 
     async def _body(self) -> bytes:
+        limit = self.shared.settings.read_s
+        try:
+            async with asyncio.timeout(limit or None):
+                return await self._whole_body()
+        except TimeoutError:
+            said = f"the request's body did not come in within {limit:g} s"
+            raise Problem(408, said, "request_timeout", headers={"connection": "close"}) from None
+
+    async def _whole_body(self) -> bytes:
         most, pieces, size = self.shared.settings.most_body_bytes, [], 0
         told = self.headers.get("content-length", "")
         if told.isdigit() and int(told) > most:
@@ -280,8 +315,14 @@ class Exchange:
             raise Problem(404, f"there is no model {name!r}; there are: {', '.join(known)}", "model_not_found", "model")
         line.adapter = name
         if not (shared.open and shared.lives.ready):
+            reason = "not_ready" if shared.open else "draining"
             why = "the gateway is not ready" if shared.open else "the gateway is being stopped"
-            raise Problem(503, why, "not_ready", headers={"retry-after": "5"}, kind="refused")
+            shared.metrics.refused.labels(name, reason).inc()
+            raise Problem(503, why, reason, headers={"retry-after": "5"}, kind="refused")
+        self.streams = bool(asked.get("stream"))
+        if shared.settings.log_text:
+            line.text["prompt"] = texts.redacted(texts.prompt(asked))
+            self.raw = bytearray()
         ticket = Ticket(name, key.name)
         line.running_at_start, line.waiting_at_start = shared.admission.running, shared.admission.waiting
         began = time.perf_counter()
@@ -317,8 +358,7 @@ class Exchange:
                 if late:
                     raise self._turned_away(late) from None
                 raise
-        if shared.admission.limits.running:
-            line.batch_fill = shared.admission.running / shared.admission.limits.running
+        line.batch_fill = shared.fill
         shared.let_in([])
 
     def _turned_away(self, refused: Refused) -> Problem:
@@ -342,10 +382,13 @@ class Exchange:
         else:
             upstream = shared.upstream
             line.model_loading_time, line.sampled = shared.settings.model_loading_time, shared.sampled
+        self.served = version.asked
         if asked["model"] != version.asked:
             body = json.dumps({**asked, "model": version.asked}).encode()
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
         headers.setdefault("x-request-id", line.request_id)
+        if self.trace:
+            headers |= self.trace.headers()
         shared.lives.in_flight[version.served] += 1
         try:
             line.sent = time.perf_counter()
@@ -378,12 +421,14 @@ class Exchange:
         if answer.streams and answer.status == 200:
             await self._stream(answer)
             return
-        whole = await answer.whole()
+        whole = await answer.whole(self.shared.settings.most_answer_bytes)
         self._take(_ended(whole), 0)
+        self._keep(whole)
         if answer.status >= 400:
             self.line.kind = _kind(answer.status, whole)
             self.line.error = self.line.error or f"HTTP {answer.status} from the engine"
-        await self._whole(answer.status, whole, answer.content_type)
+        told = whole if answer.status < 500 else without_places(whole)
+        await self._whole(answer.status, told, answer.content_type)
 
     async def _stream(self, answer: Answer) -> None:
         line, frames, before = self.line, Frames(), 0.0
@@ -391,6 +436,7 @@ class Exchange:
             async for piece in answer.pieces():
                 now = time.perf_counter()
                 frames.add(piece)
+                self._keep(piece)
                 if frames.first_token:
                     if line.first is None:
                         line.first = now
@@ -403,6 +449,11 @@ class Exchange:
         finally:
             self._take(frames.ended(), frames.messages)
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _keep(self, piece: bytes) -> None:
+        """Keep the start of the answer for the log, where it is asked for."""
+        if self.raw is not None:
+            self.raw += piece[: max(0, texts.MOST_BYTES - len(self.raw))]
 
     def _take(self, ended: Ended, messages: int) -> None:
         """Note what the answer's end says; without a count, each message is taken for a token."""
@@ -443,7 +494,7 @@ class Exchange:
     async def _problem(self, problem: Problem) -> None:
         """Tell the client what is wrong: as an answer, or as the last message of a stream that has begun."""
         line = self.line
-        line.error = problem.said
+        line.error = problem.logged
         line.kind = line.kind or problem.kind
         if not self.begun:
             line.status = problem.status
@@ -455,6 +506,10 @@ class Exchange:
     def _over(self) -> None:
         """Count the request and write its line."""
         self.line.done = time.perf_counter()
+        if self.raw is not None:
+            self.line.text["answer"] = texts.redacted(texts.answer(bytes(self.raw), self.streams))
+        if self.trace:
+            self.trace.end(self.line, self.path, self.served, self.streams)
         self.shared.metrics.count(self.line)
         self.shared.lives.heard(self.line, self.sticky, self.path, self.asked)
         lost = self.shared.log.lost
@@ -507,4 +562,4 @@ def _refused(refused: Refused) -> Problem:
 
 def _of_fault(fault: Fault) -> Problem:
     status = 504 if fault.kind.startswith("timeout") else 503 if fault.kind == "engine_dead" else 502
-    return Problem(status, str(fault), fault.kind, kind=fault.kind)
+    return Problem(status, str(fault), fault.kind, kind=fault.kind, detail=fault.detail)

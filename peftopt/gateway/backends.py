@@ -13,6 +13,7 @@ from pathlib import Path
 from peftopt import environments, machine
 from peftopt.engines._server import Server, check_port, free_port
 from peftopt.errors import BadInput
+from peftopt.gateway.sampling import weights_bytes
 from peftopt.records import Json, Model
 
 BASE = "base"
@@ -20,6 +21,9 @@ BASE = "base"
 
 OURS = ("eager", "compiled")
 """Engines of this environment, which peftopt.server puts behind OpenAI's API."""
+
+MAX_BATCH = 8
+"""Requests that an engine of ours computes at once, where no limit says how many."""
 
 SPARE_SLOTS = 2
 """Adapters that the engine holds beside those it starts with: the version that is put, and the one kept for a
@@ -30,7 +34,8 @@ rollback."""
 class Start:
     """How to start an engine's server. `brings`: the names it serves from its start, by route; `loads`: whether it
     takes adapters while it runs, of a rank up to `max_rank` (0 = any); `ready_s`: seconds until it must answer; the
-    `engine`'s name, "" for a server that runs already."""
+    `engine`'s name, "" for a server that runs already; `most_running` requests at once. That, and the bytes of its
+    weights and its KV cache, are 0 where they are not known."""
 
     command: Sequence[str]
     variables: Mapping[str, str]
@@ -40,6 +45,9 @@ class Start:
     max_rank: int = 0
     ready_s: float = 600.0
     engine: str = ""
+    weights_bytes: int = 0
+    kv_bytes: int = 0
+    most_running: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,17 @@ def _vllm(wanted: Wanted, port: int) -> Start:
         command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots)]
         command += ["--max-cpu-loras", str(slots)]
     brings = {wanted.name: vllm.BASE}
-    return Start(command, variables, f"http://127.0.0.1:{port}", brings, loads=bool(wanted.adapters), max_rank=rank)
+    return Start(
+        command,
+        variables,
+        f"http://127.0.0.1:{port}",
+        brings,
+        loads=bool(wanted.adapters),
+        max_rank=rank,
+        weights_bytes=weights_bytes(Path(wanted.model.path)),
+        kv_bytes=0 if params.gpu_memory else params.kv_cache_gb * 2**30,
+        most_running=params.max_num_seqs,
+    )
 
 
 def _llamacpp(wanted: Wanted, port: int) -> Start:
@@ -124,7 +142,8 @@ def _llamacpp(wanted: Wanted, port: int) -> Start:
     params = llamacpp_server.Params(slots=slots, args=wanted.args, **known)
     amx = "amx_int8" in machine.processor()
     command = llamacpp_server.command(wanted.model, params, port, str(binary), _threads(wanted), amx)
-    return Start(command, {}, f"http://127.0.0.1:{port}", {wanted.name: llamacpp_server.NAME})
+    url = f"http://127.0.0.1:{port}"
+    return Start(command, {}, url, {wanted.name: llamacpp_server.NAME}, most_running=params.slots)
 
 
 def _ours(wanted: Wanted, port: int) -> Start:
@@ -132,9 +151,11 @@ def _ours(wanted: Wanted, port: int) -> Start:
         raise BadInput(f"the engine {wanted.engine} serves a merged model, without adapters", "merge, or take eager")
     command = [sys.executable, "-m", "peftopt.server", "--base", wanted.model.path, "--port", str(port)]
     command += ["--engine", wanted.engine, "--threads", str(_threads(wanted)), "--drain", str(wanted.drain_s)]
-    command += ["--max-batch", str(wanted.running)] if wanted.running else []
+    running = wanted.running or MAX_BATCH
+    command += ["--max-batch", str(running)]
     variables = {"OMP_NUM_THREADS": str(_threads(wanted)), **machine.waiting()}
-    return Start(command, variables, f"http://127.0.0.1:{port}", {wanted.name: BASE}, loads=wanted.engine == "eager")
+    url, loads = f"http://127.0.0.1:{port}", wanted.engine == "eager"
+    return Start(command, variables, url, {wanted.name: BASE}, loads=loads, most_running=running)
 
 
 def _threads(wanted: Wanted) -> int:

@@ -1,16 +1,32 @@
-"""What a user is answered in place of the engine's answer. Pure."""
+"""What a user is answered in place of the engine's answer. Pure.
+
+A user is not told where the engine is or what its folders are called: that is for the log.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 
 from peftopt.loadtest import protocols
 
+PLACES = re.compile(
+    rb"(?:[a-z][a-z0-9+.-]{1,9}://|\b(?:\d{1,3}\.){3}\d{1,3}:|\b(?:localhost|0\.0\.0\.0):)[^\s\"'\\<>,)]*"
+    rb"|(?<![\w.~/])~?(?:/[\w.@+-]+){2,}/?"
+)
+"""An address or a path in what an engine says of its own fault."""
+
+
+def without_places(body: bytes) -> bytes:
+    """The body of an engine's error without addresses and paths."""
+    return PLACES.sub(b"(hidden)", body)
+
 
 @dataclass
 class Problem(Exception):
-    """An answer in place of the engine's: an HTTP `status`, what to say, and `code`, a word for programs."""
+    """An answer in place of the engine's: an HTTP `status`, what to say, and `code`, a word for programs. `detail` is
+    for the log alone."""
 
     status: int
     said: str
@@ -19,6 +35,12 @@ class Problem(Exception):
     headers: dict[str, str] = field(default_factory=dict)
     kind: str = "request"
     """What it is in the log: see lines.Line.kind."""
+    detail: str = ""
+
+    @property
+    def logged(self) -> str:
+        """What the log says of it."""
+        return f"{self.said}: {self.detail}" if self.detail else self.said
 
     def body(self) -> bytes:
         """The body of an answer."""

@@ -99,12 +99,12 @@ class Frames:
             self._tail_bytes -= len(self._tail.popleft())
         if not self.first_token:
             self._head = (self._head + piece)[:HEAD_BYTES]
-            self.first_token = len(self._head) >= HEAD_BYTES or any(map(_has_text, _whole(self._head)))
+            self.first_token = len(self._head) >= HEAD_BYTES or any(map(_has_text, parsed(self._head)))
 
     def ended(self) -> Ended:
         """What the last messages say, whether the stream is whole or not."""
         found = Ended()
-        for message in _whole(b"".join(self._tail) + ENDS[0]):
+        for message in parsed(b"".join(self._tail) + ENDS[0]):
             found.read(message)
         return found
 
@@ -114,7 +114,7 @@ class Frames:
         return DONE in b"".join(self._tail)[-64:]
 
 
-def _whole(text: bytes) -> Iterator[Json]:
+def parsed(text: bytes) -> Iterator[Json]:
     """The parsed messages of a piece of a stream, but for one that has lost its start or lacks its end."""
     *messages, _ = text.replace(b"\r\n", b"\n").split(b"\n\n")
     for message in messages:

@@ -25,8 +25,8 @@ class Key:
     name: str
     adapters: tuple[str, ...] = ()
     rate: float = 0.0
-    _tokens: float = field(default=-1.0, repr=False)
-    _at: float = field(default=0.0, repr=False)
+    _tokens: float = field(default=-1.0, repr=False, compare=False)
+    _at: float = field(default=0.0, repr=False, compare=False)
 
     def may_ask(self, adapter: str) -> bool:
         """Whether it may name this adapter."""
@@ -62,6 +62,15 @@ class Keys:
         if scheme.lower() != "bearer":
             return None
         return self.known.get(hashlib.sha256(secret.strip().encode()).hexdigest())
+
+
+def renewed(old: Keys, new: Keys) -> Keys:
+    """The keys of a file that was read again: one whose line is the same keeps what it has used of its rate."""
+    known = dict(new.known)
+    for digest, before in old.known.items():
+        if known.get(digest) == before:
+            known[digest] = before
+    return Keys(known)
 
 
 def parse(text: str, name: str) -> Keys:

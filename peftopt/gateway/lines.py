@@ -1,13 +1,14 @@
 """One JSON line a request: where its time went, which weights answered, and how it ended.
 
 `peftopt import` makes records of `peftopt load` of these lines, and `load --trace` replays them. No text of a user's is
-in them.
+in them, unless the operator asks for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from peftopt.errors import MissingEnvironment
+from peftopt.gateway.sampling import NO_SAMPLE, Sample
 from peftopt.loadtest.arrivals import SERVE_LOG
 from peftopt.loadtest.moments import utc
 from peftopt.records import Json
@@ -59,19 +61,22 @@ class Line:
     status: int = 0
     error: str = ""
     kind: str = ""
-    """Of an error: "refused", "oom", "timeout_first", "timeout_gap", "timeout", "engine_dead", "upstream", "cancelled",
-    "request", "gateway" (a fault of its own)."""
+    """Of an error: "refused", "oom", "timeout_connect", "timeout_first", "timeout_gap", "timeout", "engine_dead",
+    "upstream", "cancelled", "request", "gateway" (a fault of its own)."""
     running_at_start: int = 0
     waiting_at_start: int = 0
     batch_fill: float | None = None
-    """The share of what may run that did, when it went on; None without a limit."""
+    """The share of what may run that did, when it went on: of the limit, or of what the engine runs at most; None where
+    neither is known."""
     engine: Mapping[str, Json] = field(default_factory=dict)
     """What the engine says of the request: see frames.Ended."""
-    sampled: Mapping[str, Json] = field(default_factory=dict)
-    """The nearest sample of the engine's memory: see sampling."""
+    sampled: Sample | None = None
+    """The nearest sample of the engine's memory."""
     model_loading_time: float | None = None
     adapter_switch_time: float | None = None
     sources: dict[str, str] = field(default_factory=dict)
+    text: dict[str, str] = field(default_factory=dict)
+    """The prompt and the answer, where the log was asked to keep them."""
 
     @property
     def queue_gateway_ms(self) -> float:
@@ -114,7 +119,11 @@ class Line:
     def as_json(self) -> dict[str, Json]:
         """The line. Every time in ms, but for `model_loading_time` and `adapter_switch_time`, which are seconds."""
         engine = self.queue_engine_ms
-        told = "engine" if "generation_time_ms" in self.engine else "gateway"
+        sources = {"generation_latency_ms": "engine" if "generation_time_ms" in self.engine else "gateway"}
+        sampled = self.sampled or NO_SAMPLE
+        for name in ("allocated", "reserved"):
+            if name in sampled.sources:
+                sources[f"gpu_memory_{name}"] = sampled.sources[name]
         return {
             "kind": SERVE_LOG,
             "format": FORMAT,
@@ -144,14 +153,16 @@ class Line:
             "new_tokens": self.new_tokens,
             "model_loading_time": self.model_loading_time,
             "adapter_switch_time": self.adapter_switch_time,
-            "gpu_memory_allocated": self.sampled.get("gpu_memory_allocated"),
-            "gpu_memory_reserved": self.sampled.get("gpu_memory_reserved"),
-            "kv_usage": self.sampled.get("kv_usage"),
-            "sample_age_ms": _ms(1e3 * ((self.sent or self.arrived) - self.sampled["at"])) if self.sampled else None,
+            "gpu_memory_allocated": sampled.allocated,
+            "gpu_memory_reserved": sampled.reserved,
+            "gpu_utilization": sampled.utilization,
+            "kv_usage": sampled.kv_usage,
+            "sample_age_ms": _ms(1e3 * ((self.sent or self.arrived) - sampled.at)) if self.sampled else None,
             "running_at_start": self.running_at_start,
             "waiting_at_start": self.waiting_at_start,
             "batch_fill": None if self.batch_fill is None else round(self.batch_fill, 4),
-            "sources": {"generation_latency_ms": told, **self.sources},
+            "sources": {**sources, **self.sources},
+            **self.text,
         }
 
 
@@ -163,15 +174,36 @@ def _p95(gaps: list[float]) -> float | None:
     return sorted(gaps)[min(len(gaps) - 1, int(0.95 * len(gaps)))] if gaps else None
 
 
+def _encoded(value: Json) -> bytes:
+    """A line of JSON. Half a surrogate, which a client may send escaped, is no UTF-8: only the slower way writes it."""
+    import orjson
+
+    try:
+        return orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
+    except orjson.JSONEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+def _set_aside(path: Path) -> dict[int, Path]:
+    """The files that a log has set aside, by their numbers."""
+    found = {}
+    for other in path.parent.glob(f"{glob.escape(path.name)}.*"):
+        number = other.name.removeprefix(f"{path.name}.")
+        if number.isdecimal():
+            found[int(number)] = other
+    return found
+
+
 class Log:
     """A file of lines, or standard output ("-"), or nothing (""). A line that cannot be written is counted in `lost`
     and takes nothing else with it; the file is tried again at the next. A `shared` file has lines of several processes:
     each holds a lock while it writes one or sets the file aside."""
 
-    def __init__(self, where: str, rotate_bytes: int = ROTATE_BYTES, shared: bool = False) -> None:
-        """Raises MissingEnvironment for a file that cannot be opened."""
+    def __init__(self, where: str, rotate_bytes: int = ROTATE_BYTES, shared: bool = False, keep: int = 0) -> None:
+        """`keep`: so many files that were set aside, 0 = all. Raises MissingEnvironment for a file that cannot be
+        opened."""
         self.written = self.lost = 0
-        self._shared = shared
+        self._shared, self._keep = shared, keep
         self._rotate, self._file, self._path = rotate_bytes, None, None
         if where == "-":
             self._file = sys.stdout.buffer
@@ -188,12 +220,17 @@ class Log:
         """Add a line, whole or not at all."""
         if self._file is None and self._path is None:
             return
-        text = json.dumps(line.as_json(), separators=(",", ":")).encode() + b"\n"
         try:
-            self._append(text)
+            self._append(_encoded(line.as_json()))
             self.written += 1
         except OSError:
             self.lost += 1
+
+    def reopen(self) -> None:
+        """Go on in the file that has the name now: another program, as logrotate, has moved the one before."""
+        if self._path and self._file:
+            self._file.close()
+            self._file = None
 
     def close(self) -> None:
         """Let go of the file."""
@@ -245,16 +282,19 @@ class Log:
             raise
 
     def _set_aside(self) -> bool:
-        """Give the full file the first name that is free, and open another: NAME.1 is the oldest. Whether that was
-        done: where the folder allows no other name, the file goes on."""
+        """Give the full file the next number, and open another: the lowest is the oldest. Whether that was done: where
+        the folder allows no other name, the file goes on."""
         assert self._path is not None and self._file is not None
-        number = 1
-        while (aside := self._path.with_name(f"{self._path.name}.{number}")).exists():
-            number += 1
+        aside = _set_aside(self._path)
+        number = max(aside, default=0) + 1
         try:
-            self._path.rename(aside)
+            self._path.rename(self._path.with_name(f"{self._path.name}.{number}"))
         except OSError:
             return False
+        for old, path in aside.items():
+            if self._keep and old <= number - self._keep:
+                with contextlib.suppress(OSError):
+                    path.unlink()
         self._file.close()
         self._file = None
         self._file = self._opened(self._path)

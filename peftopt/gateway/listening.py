@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftopt.errors import BadInput, MissingEnvironment
-from peftopt.gateway.heads import bounded
+from peftopt.gateway.heads import READ_S, bounded
 
 if TYPE_CHECKING:
     import uvicorn
@@ -24,9 +24,10 @@ CLOSE_S = 2
 
 
 @contextlib.asynccontextmanager
-async def listening(app: Any, where: Where) -> AsyncIterator[None]:
-    """The application answers there until this ends. Raises MissingEnvironment for an address that is taken."""
-    server = _server(app, where)
+async def listening(app: Any, where: Where, read_s: float = READ_S) -> AsyncIterator[None]:
+    """The application answers there until this ends; a request may take `read_s` seconds to come in, 0 = any. Raises
+    MissingEnvironment for an address that is taken."""
+    server = _server(app, where, read_s)
     task = asyncio.ensure_future(server.serve([where] if isinstance(where, socket.socket) else None))
     while not server.started:
         if task.done():
@@ -40,14 +41,14 @@ async def listening(app: Any, where: Where) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def operated(app: Any, where: Path | tuple[str, int]) -> AsyncIterator[None]:
+async def operated(app: Any, where: Path | tuple[str, int], read_s: float = READ_S) -> AsyncIterator[None]:
     """The same for operators: a socket's path is for this user alone. Raises BadInput for a path where something else
     lies."""
     if not isinstance(where, Path):
-        async with listening(app, where):
+        async with listening(app, where, read_s):
             yield
         return
-    async with listening(app, private(where, "--admin unix:PATH")):
+    async with listening(app, private(where, "--admin unix:PATH"), read_s):
         yield
     where.unlink(missing_ok=True)
 
@@ -72,12 +73,12 @@ def private(path: Path, option: str) -> socket.socket:
     return found
 
 
-def settings() -> dict[str, Any]:
+def settings(read_s: float = READ_S) -> dict[str, Any]:
     """What uvicorn is told wherever it listens for users."""
-    return {"log_level": "error", "access_log": False, "server_header": False, "http": bounded(), "ws": "none"}
+    return {"log_level": "error", "access_log": False, "server_header": False, "http": bounded(read_s), "ws": "none"}
 
 
-def _server(app: Any, where: Where) -> uvicorn.Server:
+def _server(app: Any, where: Where, read_s: float) -> uvicorn.Server:
     import uvicorn
 
     class Quiet(uvicorn.Server):
@@ -97,7 +98,7 @@ def _server(app: Any, where: Where) -> uvicorn.Server:
     place: dict[str, Any] = {"uds": str(where)} if isinstance(where, Path) else {}
     if isinstance(where, tuple):
         place = {"host": where[0], "port": where[1]}
-    return Quiet(uvicorn.Config(app, **place, **settings(), lifespan="off", timeout_graceful_shutdown=CLOSE_S))
+    return Quiet(uvicorn.Config(app, **place, **settings(read_s), lifespan="off", timeout_graceful_shutdown=CLOSE_S))
 
 
 def _shown(server: uvicorn.Server) -> str:

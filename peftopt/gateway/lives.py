@@ -520,6 +520,9 @@ class Lives:
 
     def _show(self) -> None:
         """What the metrics say of versions and arms."""
+        own = {(stored.name, stored.version.id) for stored in self.registry.versions.values()}
+        brought = {(name.partition("@")[0], "") for pair in self.brings.items() for name in pair}
+        self.metrics.keep(own | brought | {(name, "") for name in self.registry.table.routes})
         self.metrics.adapter_info.clear()
         self.metrics.arm_weight.clear()
         for stored in self.registry.versions.values():

@@ -5,7 +5,7 @@ Every limit of the decision is a bound of a bucket, so that "P95 <= limit" is an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,17 +27,22 @@ class Metrics:
 
         disable_created_metrics()
         self.registry = CollectorRegistry()
+        self._by_name: dict[str, Counter | Gauge | Histogram] = {}
         coarse = sorted({*BOUNDS, *limits_s})
         fine = sorted({*FINE, *limits_s})
 
         def histogram(name: str, help_: str, labels: Iterable[str], bounds: Iterable[float]) -> Histogram:
-            return Histogram(name, help_, list(labels), buckets=tuple(bounds), registry=self.registry)
+            made = Histogram(name, help_, list(labels), buckets=tuple(bounds), registry=self.registry)
+            self._by_name[name] = made
+            return made
 
         def counter(name: str, help_: str, labels: Iterable[str]) -> Counter:
-            return Counter(name, help_, list(labels), registry=self.registry)
+            made = self._by_name[name] = Counter(name, help_, list(labels), registry=self.registry)
+            return made
 
         def gauge(name: str, help_: str, labels: Iterable[str] = ()) -> Gauge:
-            return Gauge(name, help_, list(labels), registry=self.registry)
+            made = self._by_name[name] = Gauge(name, help_, list(labels), registry=self.registry)
+            return made
 
         self.duration = histogram("peftopt_request_duration_seconds", "From arrival to the last byte.", WHICH, coarse)
         self.queue = histogram(
@@ -51,7 +56,7 @@ class Metrics:
         )
         self.requests = counter("peftopt_requests", "Requests by HTTP status.", (*WHICH, "code"))
         self.tokens = counter("peftopt_tokens", "Tokens of prompts and answers.", (*WHICH, "kind"))
-        self.refused = counter("peftopt_refused", "Requests refused at once, by reason.", ("adapter", "reason"))
+        self.refused = counter("peftopt_refused", "Requests refused, by reason.", ("adapter", "reason"))
         self.cancelled = counter("peftopt_cancelled", "Requests given up, by whom.", ("adapter", "by"))
         self.errors = counter("peftopt_errors", "Requests that failed, by kind.", (*WHICH, "kind"))
         self.log_lost = counter("peftopt_log_lost", "Lines of the log that could not be written.", ())
@@ -62,6 +67,13 @@ class Metrics:
         self.limit = gauge("peftopt_limit", "Limits in force; 0 is none.", ("what",))
         self.fill = gauge("peftopt_batch_fill_ratio", "Requests at the engine as a share of what may run.")
         self.kv_usage = gauge("peftopt_kv_cache_usage_ratio", "Share of the engine's KV cache in use.")
+        of = ("source",)
+        self.gpu_allocated = gauge("peftopt_gpu_memory_allocated_bytes", "Memory that the engine's tensors have.", of)
+        self.gpu_reserved = gauge("peftopt_gpu_memory_reserved_bytes", "Memory that the engine holds.", of)
+        self.gpu_fragmentation = gauge(
+            "peftopt_gpu_memory_fragmentation_ratio", "Share of the reserved memory that no tensor has.", of
+        )
+        self.gpu_utilization = gauge("peftopt_gpu_utilization_ratio", "Share of time that the GPU was busy.", of)
         self.ready = gauge("peftopt_ready", "1 when every adapter has answered as itself.")
         self.adapter_info = gauge(
             "peftopt_adapter_info", "Versions that are loaded.", ("adapter", "version", "state", "rank", "base")
@@ -105,6 +117,22 @@ class Metrics:
         ):
             if value is not None:
                 histogram.labels(*which).observe(value / 1e3)
+
+    def keep(self, versions: Collection[tuple[str, str]]) -> None:
+        """Drop the series of adapters and versions that are not among these (adapter, version): a gateway whose
+        adapters come and go would have ever more of them. The version "" of an adapter that is kept stays: its requests
+        that were answered by none."""
+        kept = {*versions, ("", "")}
+        adapters = {adapter for adapter, _ in kept}
+        gone: set[tuple[str, str, str]] = set()
+        for family in self.registry.collect():
+            for sample in family.samples:
+                adapter, version = sample.labels.get("adapter", ""), sample.labels.get("version", "")
+                if (adapter, version) not in kept and (version or adapter not in adapters):
+                    gone.add((family.name, adapter, version))
+        for name, adapter, version in gone:
+            labels = {"adapter": adapter, "version": version} if version else {"adapter": adapter}
+            self._by_name[name].remove_by_labels(labels)
 
     def text(self) -> bytes:
         """The exposition format, version 0.0.4."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -14,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peftopt.engines._server import Server
-from peftopt.errors import PeftoptError
-from peftopt.gateway import admin, backends
+from peftopt.errors import BadInput, PeftoptError
+from peftopt.gateway import admin, backends, keys, sampling
 from peftopt.gateway.admission import Admission
 from peftopt.gateway.app import App, Settings, Shared
 from peftopt.gateway.asking import Asker, vocabulary_of
 from peftopt.gateway.backends import Start
 from peftopt.gateway.engines import Engines, Starter
+from peftopt.gateway.heads import READ_S
 from peftopt.gateway.keys import Keys
 from peftopt.gateway.limits import Limits
 from peftopt.gateway.lines import Log
@@ -30,11 +32,12 @@ from peftopt.gateway.lives import Settings as LifeSettings
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import Registry, is_served_name, open_registry
 from peftopt.gateway.routes import Route
+from peftopt.gateway.sampling import Known, Sampler
+from peftopt.gateway.tracing import Traces
 from peftopt.gateway.upstream import Timeouts, Upstream, unless
 from peftopt.gateway.workers import messages, shares
 from peftopt.gateway.workers.supervisor import Plan, Supervisor
 from peftopt.loadtest import client as clients
-from peftopt.loadtest import prometheus
 from peftopt.loadtest.client import Client
 from peftopt.loadtest.protocols import Target
 
@@ -51,7 +54,9 @@ class Config:
     a highest rank; `second`: how an engine is started for a merged model that is put; `adapters` by name; `admin`:
     "unix:PATH" or "HOST:PORT"; `allowed`: where adapters may be put from; `slos_s`: limits of the decision in seconds,
     each the bound of a bucket; `workers` processes answer users, which somebody else starts where they `join` at a
-    socket."""
+    socket. `keys_file`: where the keys are read again on SIGHUP; `read_s`: seconds for a request to come in; `metrics`:
+    users may read them; `log_text`: prompts and answers are logged; `log_keep`: files of the log that are kept, 0 =
+    all; `trace`: a collector's URL."""
 
     state: Path
     host: str = "127.0.0.1"
@@ -76,6 +81,12 @@ class Config:
     most_body_bytes: int = Settings.most_body_bytes
     workers: int = 1
     join: str = ""
+    keys_file: Path | None = None
+    read_s: float = READ_S
+    metrics: bool = True
+    log_text: bool = False
+    log_keep: int = 0
+    trace: str = ""
 
 
 def run(config: Config, tell: Callable[[str], None]) -> int:
@@ -94,20 +105,24 @@ class Gateway:
         self.config, self.tell = config, tell
         self.registry = open_registry(config.state)
         self.metrics = Metrics(config.slos_s)
-        self.log = Log(config.log)
+        self.log = Log(config.log, keep=config.log_keep)
+        self.traces = Traces(config.trace, config.host, config.port) if config.trace else None
         self.engine: Server | None = None
         self.supervisor: Supervisor | None = None
         """Of the workers, where there are several."""
         self.ended = asyncio.Event()
+        self.at_once = asyncio.Event()
+        """Nothing is waited for: the end was asked for twice."""
         self.starting = False
         """Whether a dead engine is being started again."""
+        self.in_terminal = os.isatty(0)
         self._show_limits()
 
     async def whole(self) -> int:
         """Start, serve, drain, end."""
         config = self.config
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self.ended.set)
+            asyncio.get_running_loop().add_signal_handler(number, self._end)
         brought = self._bring()  # first: the engine is started for their number and their ranks
         how = await self._how()
         settings = replace(config.lives, base=config.base, max_rank=how.max_rank, drain_s=config.drain_s)
@@ -115,9 +130,18 @@ class Gateway:
         lives = Lives(how.url, self.registry, settings, self.metrics, how.brings, how.loads, self.tell, engines)
         async with Upstream(how.url, config.timeouts) as upstream:
             admission = Admission(config.limits, config.per_adapter, config.per_key)
-            own = Settings(config.most_body_bytes)
-            self.shared = Shared(upstream, lives, admission, config.keys, self.metrics, self.log, own)
+            own = Settings(
+                config.most_body_bytes,
+                read_s=config.read_s,
+                metrics=config.metrics,
+                log_text=config.log_text,
+                most_running=how.most_running,
+            )
+            self.shared = Shared(
+                upstream, lives, admission, config.keys, self.metrics, self.log, own, traces=self.traces
+            )
             lives.trials.asker = Asker(self.shared, vocabulary_of(config.base), self._busy)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
             async with self._listening(lives):
                 try:
                     await unless(self.ended.wait(), self._start(how, lives))
@@ -129,10 +153,43 @@ class Gateway:
                     await self._drain()
                     await engines.stop_all()
                     if self.engine:
-                        await asyncio.to_thread(self.engine.stop)
+                        await self._stop(self.engine)
             await self._lines()
         self.log.close()
+        if self.traces:
+            await asyncio.to_thread(self.traces.close)
         return 0
+
+    def _end(self) -> None:
+        """The end is asked for; the second time, nothing is waited for."""
+        if self.ended.is_set():
+            self.at_once.set()
+        self.ended.set()
+
+    def _hung_up(self) -> None:
+        """The terminal is gone, which ends what runs in it; where it is there, somebody asks for the files again."""
+        if self.in_terminal and not os.isatty(0):
+            self._end()
+        else:
+            self.again()
+
+    def again(self) -> None:
+        """Read the keys again, and open the log again: it may have been moved."""
+        self.log.reopen()
+        if self.config.keys_file:
+            self._read_keys(self.config.keys_file)
+        if self.supervisor:
+            self.supervisor.again(shares.keys_of(self.shared.keys, self.config.workers))
+
+    def _read_keys(self, file: Path) -> None:
+        """The keys as the file has them now; as they were where it has none."""
+        try:
+            renewed = keys.parse(file.read_text(encoding="utf-8"), str(file))
+        except (BadInput, OSError, UnicodeDecodeError) as error:
+            self.tell(f"the keys stay as they were: {error}")
+            return
+        self.shared.keys = keys.renewed(self.shared.keys, renewed)
+        self.tell(f"{file} holds {len(renewed.known)} keys")
 
     # ---- the start
 
@@ -199,7 +256,7 @@ class Gateway:
         beside = [
             asyncio.ensure_future(self._keep_alive(how, lives)),
             asyncio.ensure_future(self._reconcile(lives)),
-            asyncio.ensure_future(self._sample()),
+            asyncio.ensure_future(self._sample(how)),
             asyncio.ensure_future(self._judge(lives)),
             asyncio.ensure_future(self._mend(lives)),
         ]
@@ -279,15 +336,15 @@ class Gateway:
                     for name in await lives.mend():
                         self.tell(f"{name} answers again")
 
-    async def _sample(self) -> None:
-        """The engine's own account of its memory and its cache, every few seconds, for the lines of the log."""
+    async def _sample(self, how: Start) -> None:
+        """What is known of the engine's memory and load, every few seconds."""
+        known = Known(how.weights_bytes, how.kv_bytes)
+        gpus = sampling.gpus() if how.command else None  # a server of somebody else's may have GPUs of its own
+        sampler = Sampler(self.shared.upstream.get, self.metrics, known, gpus, self.tell)
         while True:
-            status, text = await self.shared.upstream.get("/metrics")
-            if status == 200:
-                moment = prometheus.moment(prometheus.totals(text.decode(errors="replace")))
-                if "kv_cache" in moment:
-                    self.metrics.kv_usage.set(moment["kv_cache"])
-                    self.shared.sampled = {"kv_usage": moment["kv_cache"], "at": time.perf_counter()}
+            with self._told():
+                pids = await asyncio.to_thread(self.engine.processes) if self.engine and gpus else ()
+                self.shared.sampled = await sampler.sample(pids)
             await asyncio.sleep(SAMPLE_EVERY_S)
 
     # ---- the end
@@ -297,15 +354,27 @@ class Gateway:
         self.shared.open = False
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self.config.drain_s):
-                if self.supervisor:
-                    await self.supervisor.published()
-                while self._busy():
-                    await asyncio.sleep(0.05)
+                await unless(self.at_once.wait(), self._idle())
+
+    async def _idle(self) -> None:
+        """Wait until no request runs or waits."""
+        if self.supervisor:
+            await self.supervisor.published()
+        while self._busy():
+            await asyncio.sleep(0.05)
 
     def _busy(self) -> int:
         """Requests that run or wait, here or in the workers."""
         admission = self.shared.admission
         return admission.running + admission.waiting + (self.supervisor.busy if self.supervisor else 0)
+
+    async def _stop(self, engine: Server) -> None:
+        """End the engine, which gives what it still has under way up when nobody waits any more."""
+        stopping = asyncio.ensure_future(asyncio.to_thread(engine.stop))
+        if await unless(self.at_once.wait(), asyncio.shield(stopping)):
+            return
+        await asyncio.to_thread(engine.kill)
+        await stopping
 
     async def _lines(self) -> None:
         """Wait for the lines of those that the end has cut off."""
@@ -317,9 +386,9 @@ class Gateway:
     async def _listening(self, lives: Lives) -> AsyncIterator[None]:
         """Users and operators are listened to."""
         config = self.config
-        operators = admin.application(lives, config.allowed, config.admin_key)
+        operators = admin.application(lives, self._exposition, config.allowed, config.admin_key)
         where = address(config.admin)
-        async with self._users(lives), operated(operators, where):
+        async with self._users(lives), operated(operators, where, config.read_s):
             yield
 
     @contextlib.asynccontextmanager
@@ -327,7 +396,7 @@ class Gateway:
         """Users are answered, by this process or by its workers."""
         config = self.config
         if config.workers == 1 and not config.join:
-            async with listening(App(self.shared), (config.host, config.port)):
+            async with listening(App(self.shared), (config.host, config.port), config.read_s):
                 yield
             return
         own = socket_of(config.state, "workers").removeprefix("unix:")
@@ -338,6 +407,10 @@ class Gateway:
             lives.published = self.supervisor.published
             yield
 
+    async def _exposition(self) -> bytes:
+        """The metrics of the whole gateway."""
+        return await self.supervisor.scrape() if self.supervisor else self.metrics.text()
+
     def _part(self, index: int) -> messages.Part:
         """What a worker works with."""
         config, workers = self.config, self.config.workers
@@ -347,9 +420,15 @@ class Gateway:
             limits=shares.limits_of(config.limits, workers, index),
             per_adapter=shares.part(config.per_adapter, workers, index),
             per_key=shares.part(config.per_key, workers, index),
-            keys=messages.keys(shares.keys_of(config.keys, workers)),
+            keys=messages.keys(shares.keys_of(self.shared.keys, workers)),
             timeouts=config.timeouts,
             log=config.log,
             slos_s=tuple(config.slos_s),
-            most_body_bytes=config.most_body_bytes,
+            settings=replace(
+                self.shared.settings, most_running=shares.part(self.shared.settings.most_running, workers, index)
+            ),
+            log_keep=config.log_keep,
+            trace=config.trace,
+            host=config.host,
+            port=config.port,
         )

@@ -21,6 +21,8 @@ AT_ONCE_S = 0.1
 KEPT_S = 4.0
 """Connections are kept so long: less than the servers do, uvicorn's 5 s the least."""
 READ_BYTES = 65_536
+MOST_ANSWER_BYTES = 64 * 2**20
+"""The longest answer that does not stream."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,12 @@ class Timeouts:
 
 
 class Fault(Exception):
-    """What went wrong on the way to the engine: `kind` is a word of lines.Line.kind."""
+    """What went wrong on the way to the engine: `kind` is a word of lines.Line.kind; `detail`, as an address, is for
+    the log alone."""
 
-    def __init__(self, kind: str, said: str) -> None:
+    def __init__(self, kind: str, said: str, detail: str = "") -> None:
         super().__init__(said)
-        self.kind = kind
+        self.kind, self.detail = kind, detail
 
 
 class Answer:
@@ -67,15 +70,21 @@ class Answer:
             except TimeoutError:
                 raise Fault(kind, f"the engine sent nothing for {limit:g} s") from None
             except aiohttp.ClientError as error:
-                raise Fault("upstream", f"the engine's answer broke off: {_named(error)}") from error
+                raise Fault("upstream", "the engine's answer broke off", _named(error)) from error
             if not piece:
                 return
             first = False
             yield piece
 
-    async def whole(self) -> bytes:
-        """All of it."""
-        return b"".join([piece async for piece in self.pieces()])
+    async def whole(self, most_bytes: int = MOST_ANSWER_BYTES) -> bytes:
+        """All of it. Raises Fault for one that is longer than that: it is held in memory."""
+        pieces, size = [], 0
+        async for piece in self.pieces():
+            pieces.append(piece)
+            size += len(piece)
+            if size > most_bytes:
+                raise Fault("upstream", f"the engine's answer has more than {most_bytes} bytes: ask for a stream")
+        return b"".join(pieces)
 
 
 class Upstream:
@@ -155,17 +164,17 @@ class Upstream:
                     return await self._session.post(self.url + path, data=body, headers=headers)
             except aiohttp.ClientConnectorError as error:
                 if not again:
-                    raise Fault("engine_dead", f"no engine answers: {_named(error)}") from error
+                    raise Fault("engine_dead", "no engine answers", _named(error)) from error
                 await asyncio.sleep(CONNECT_AGAIN_S)
             except aiohttp.ServerTimeoutError as error:  # to connect
-                raise Fault("engine_dead", f"no connection to the engine in {self.timeouts.connect:g} s") from error
+                raise Fault("timeout_connect", f"no connection to the engine in {self.timeouts.connect:g} s") from error
             except TimeoutError:
                 raise Fault("timeout_first", f"the engine sent nothing for {limit:g} s") from None
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
                 if not again or clock() - started > AT_ONCE_S:
-                    raise Fault("upstream", f"the engine did not answer: {_named(error)}") from error
+                    raise Fault("upstream", "the engine did not answer", _named(error)) from error
             except aiohttp.ClientError as error:
-                raise Fault("upstream", f"the engine did not answer: {_named(error)}") from error
+                raise Fault("upstream", "the engine did not answer", _named(error)) from error
         raise AssertionError("the last try returns or raises")
 
 

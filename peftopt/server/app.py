@@ -168,9 +168,25 @@ class _Counts:
             GaugeMetricFamily("vllm:num_requests_running", "Requests in batches.", scheduler.running),
             GaugeMetricFamily("vllm:num_requests_waiting", "Requests that wait for a row.", scheduler.waiting),
             GaugeMetricFamily("peftopt_server_adapters", "Adapters that are loaded.", len(scheduler.served) - 1),
+            *_memory(),
             CounterMetricFamily("peftopt_server_computed_tokens", "New tokens, computed.", counts["computed"]),
             requests,
         ]
+
+
+def _memory() -> list[Metric]:
+    """What torch's allocator has given to tensors and holds of the GPU. Without a GPU, what this process holds of the
+    machine's memory: how much of that tensors have, nobody counts."""
+    import psutil
+    import torch
+
+    allocated, reserved = "peftopt_server_memory_allocated_bytes", "peftopt_server_memory_reserved_bytes"
+    if not torch.cuda.is_available():
+        return [GaugeMetricFamily(reserved, "Memory that the process holds.", psutil.Process().memory_info().rss)]
+    return [
+        GaugeMetricFamily(allocated, "Memory that tensors have.", torch.cuda.memory_allocated()),
+        GaugeMetricFamily(reserved, "Memory that the allocator holds.", torch.cuda.memory_reserved()),
+    ]
 
 
 class _Server(uvicorn.Server):

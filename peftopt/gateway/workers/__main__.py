@@ -19,15 +19,15 @@ async def worker(path: Path, index: int, users: socket.socket) -> None:
     """Answer until the supervisor says that it is over, or is gone."""
     joined = Joined(index)
     await joined.connect(path)
-    async with joined.answering() as shared, listening(App(shared), users):
+    async with joined.answering() as shared, listening(App(shared), users, shared.settings.read_s):
         await joined.ended.wait()
 
 
 def main() -> None:
-    """Run one worker. Its signals are the supervisor's business: all processes of a terminal get Ctrl-C."""
+    """Run one worker. Its signals are the supervisor's business: all processes of a terminal get its signals."""
     import uvloop
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="peftopt.gateway.workers")
     parser.add_argument("--join", type=Path, required=True, help="the supervisor's socket")

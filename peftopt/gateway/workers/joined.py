@@ -12,16 +12,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from peftopt.errors import MissingEnvironment
+from peftopt.gateway import keys
 from peftopt.gateway.admission import Admission
-from peftopt.gateway.app import Settings, Shared
+from peftopt.gateway.app import Shared
 from peftopt.gateway.asking import drawn
 from peftopt.gateway.lines import Line, Log
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.routes import Table
+from peftopt.gateway.tracing import Traces
 from peftopt.gateway.upstream import Upstream
 from peftopt.gateway.workers import messages, sums
 from peftopt.gateway.workers.channel import MOST_BYTES, Channel, Closed
-from peftopt.gateway.workers.messages import Asked, Counts, Part, State
+from peftopt.gateway.workers.messages import Asked, Counts, Part, Renewed, State
 from peftopt.records import Json
 
 JOIN_S, AGAIN_S = 60.0, 0.2
@@ -63,7 +65,7 @@ class Followed:
         """A request is over: the supervisor judges the routes that are on trial, and asks both versions some again."""
         if line.adapter not in self.state.trials or self.channel is None:
             return
-        told = asdict(replace(line, gaps_ms=[]))
+        told = asdict(replace(line, gaps_ms=[], sampled=None, text={}))
         with contextlib.suppress(Closed):
             self.channel.tell("heard", {"line": told, "sticky": sticky})
             if drawn(line, self.state.trials[line.adapter]):
@@ -115,11 +117,14 @@ class Joined:
         """What its application uses, until this ends: the last lines of the log are written then."""
         part = self._part
         assert part is not None
-        log, metrics = Log(part.log, shared=True), Metrics(part.slos_s)
+        log, metrics = Log(part.log, shared=True, keep=part.log_keep), Metrics(part.slos_s)
+        traces = Traces(part.trace, part.host, part.port) if part.trace else None
         async with Upstream(part.url, part.timeouts) as upstream:
             admission = Admission(part.limits, part.per_adapter, part.per_key)
-            own = Settings(part.most_body_bytes)
-            shared = Shared(upstream, self.followed, admission, part.known(), metrics, log, own, scrape=self._scrape)
+            shared = Shared(
+                upstream, self.followed, admission, part.known(), metrics, log, part.settings, traces=traces
+            )
+            shared.scrape = self._scrape
             self._shared = shared
             self.followed.channel = self._channel
             self._apply()
@@ -132,6 +137,8 @@ class Joined:
                     await asyncio.sleep(0.01)
                 telling.cancel()
                 log.close()
+                if traces:
+                    await asyncio.to_thread(traces.close)
                 self._channel.close()
                 await asyncio.gather(telling, self._reading, return_exceptions=True)
 
@@ -144,12 +151,19 @@ class Joined:
 
     async def _asked(self, kind: str, value: Json) -> Json:
         if kind == "state":
+            before = self.followed.table
             self.followed.follow(messages.read(State, value))
+            if self.followed.table != before:
+                self._forget()
             self._apply()
             self._counts = self._counted()
             return messages.written(self._counts)
         if kind == "account":
             return sums.written(sums.account(self._shared.metrics.registry)) if self._shared else []
+        if kind == "again" and self._shared:
+            known = messages.read(Renewed, value).known()
+            self._shared.log.reopen()
+            self._shared.keys = keys.renewed(self._shared.keys, known)
         if kind == "end":
             self.ended.set()
         return None
@@ -160,6 +174,13 @@ class Joined:
             state = self.followed.state
             self._shared.open, self._shared.sampled = state.open, state.sampled
             self._shared.settings.model_loading_time = state.model_loading_time
+
+    def _forget(self) -> None:
+        """Drop the metrics of versions that are not routed any more."""
+        routes = self.followed.table.routes
+        kept = {(name, version.id) for name, route in routes.items() for version in route.versions()}
+        if self._shared:
+            self._shared.metrics.keep(kept | {(name, "") for name in routes})
 
     async def _tell(self) -> None:
         """Tell of the requests whenever their numbers have changed."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
+from peftopt.gateway.app import Settings
 from peftopt.gateway.keys import Key, Keys
 from peftopt.gateway.limits import Limits
 from peftopt.gateway.routes import Route
+from peftopt.gateway.sampling import Sample
 from peftopt.gateway.upstream import Timeouts
 from peftopt.records import Json
 
-Record = TypeVar("Record", "Asked", "Part", "State", "Counts")
+Record = TypeVar("Record", "Asked", "Part", "State", "Counts", "Renewed")
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class KnownKey:
 
 @dataclass(frozen=True)
 class Part:
-    """What worker `index` works with: the engine's `url`, its part of the limits, the keys, the log, and the bounds of
-    the metrics' buckets in seconds."""
+    """What worker `index` works with: the engine's `url`, its part of the limits, the keys, the log and how many of its
+    files are kept, the bounds of the metrics' buckets in seconds, and what holds for every request. `trace`: where
+    spans are sent, which name `host` and `port`."""
 
     index: int
     url: str
@@ -47,11 +50,26 @@ class Part:
     timeouts: Timeouts
     log: str
     slos_s: tuple[float, ...]
-    most_body_bytes: int
+    settings: Settings
+    log_keep: int = 0
+    trace: str = ""
+    host: str = ""
+    port: int = 0
 
     def known(self) -> Keys:
         """The keys as requests are checked by them."""
-        return Keys({key.digest: Key(key.name, key.adapters, key.rate) for key in self.keys})
+        return _known(self.keys)
+
+
+@dataclass(frozen=True)
+class Renewed:
+    """The keys as the file has them now."""
+
+    keys: tuple[KnownKey, ...] = ()
+
+    def known(self) -> Keys:
+        """The keys as requests are checked by them."""
+        return _known(self.keys)
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,7 @@ class State:
     open: bool = True
     switched: Mapping[str, float] = field(default_factory=dict)
     trials: Mapping[str, float] = field(default_factory=dict)
-    sampled: Mapping[str, float] = field(default_factory=dict)
+    sampled: Sample | None = None
     model_loading_time: float | None = None
     failed: Mapping[str, str] = field(default_factory=dict)
     certified: tuple[str, ...] = ()
@@ -80,6 +98,10 @@ class Counts:
     in_flight: Mapping[str, int] = field(default_factory=dict)
     busy: int = 0
     told: tuple[str, ...] = ()
+
+
+def _known(told: Sequence[KnownKey]) -> Keys:
+    return Keys({key.digest: Key(key.name, key.adapters, key.rate) for key in told})
 
 
 def keys(known: Keys) -> tuple[KnownKey, ...]:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from peftopt.errors import MissingEnvironment
 from peftopt.gateway.app import Shared
+from peftopt.gateway.keys import Keys
 from peftopt.gateway.lines import Line
 from peftopt.gateway.listening import private
 from peftopt.gateway.lives import Lives
@@ -104,6 +105,13 @@ class Supervisor:
     async def published(self) -> None:
         """Wait until every worker follows what is served now. One that does not in time is killed."""
         await asyncio.gather(*(self._told(member) for member in list(self.members.values())))
+
+    def again(self, keys: Keys) -> None:
+        """Every worker opens the log again, and goes by these keys; `keys` with a worker's part of their rates."""
+        renewed = messages.written(messages.Renewed(messages.keys(keys)))
+        for member in self.members.values():
+            with contextlib.suppress(Closed):
+                member.channel.tell("again", renewed)
 
     async def scrape(self) -> bytes:
         """The metrics of all."""
