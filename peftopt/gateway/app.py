@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 import uuid
 from collections import Counter
@@ -19,7 +20,7 @@ from peftopt.gateway.admission import Admission, Refused, Ticket
 from peftopt.gateway.errors import Problem
 from peftopt.gateway.frames import Ended, Frames
 from peftopt.gateway.keys import ANYONE, Key, Keys
-from peftopt.gateway.lines import Line, Log
+from peftopt.gateway.lines import NO_ORIGIN, Line, Log, Origin
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.routes import Table
 from peftopt.gateway.upstream import Answer, Fault, Upstream, unless
@@ -58,10 +59,12 @@ class Adapters(Protocol):
 
 @dataclass
 class Settings:
-    """`most_body_bytes` of a request; `model_loading_time`: seconds that the engine took to start, for the log."""
+    """`most_body_bytes` of a request; `model_loading_time`: seconds that the engine took to start, for the log;
+    `origins`: the run that decided to serve a version, by the version's name at the engine."""
 
     most_body_bytes: int = MOST_BODY_BYTES
     model_loading_time: float | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,7 +95,7 @@ class Shared:
         return await self.scrape() if self.scrape else self.metrics.text()
 
     def let_in(self, tickets: list[Ticket]) -> None:
-        """Wake those whose turn it is."""
+        """Wake those whose fate is known: they may go on, or are refused."""
         for ticket in tickets:
             turn = self.turns.pop(ticket, None)
             if turn and not turn.done():
@@ -143,8 +146,13 @@ class App:
         return problem.status, problem.body(), "application/json"
 
     def _models(self, key: Key) -> tuple[int, Json]:
-        names = [name for name in self.shared.table.routes if key.may_ask(name)]
-        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "peftopt"} for name in names]
+        origins, listed = self.shared.settings.origins, []
+        for name, route in self.shared.table.routes.items():
+            model: dict[str, Json] = {"id": name, "object": "model", "created": 0, "owned_by": "peftopt"}
+            if origin := origins.get(route.live.served):
+                model["peftopt"] = origin.as_json()
+            if key.may_ask(name):
+                listed.append(model)
         return 200, {"object": "list", "data": listed}
 
     def _ready(self) -> tuple[int, Json]:
@@ -269,7 +277,7 @@ class Exchange:
         if not (shared.open and shared.lives.ready):
             why = "the gateway is not ready" if shared.open else "the gateway is being stopped"
             raise Problem(503, why, "not_ready", headers={"retry-after": "5"}, kind="refused")
-        ticket = Ticket(name, key.name)
+        ticket = Ticket(name, key.name, line.arrived)
         line.running_at_start, line.waiting_at_start = shared.admission.running, shared.admission.waiting
         began = time.perf_counter()
         try:
@@ -286,27 +294,29 @@ class Exchange:
     async def _turn(self, ticket: Ticket) -> None:
         """Wait until it may go on. Raises Problem when it is refused."""
         shared, line = self.shared, self.line
-        refused = shared.admission.arrive(ticket, time.perf_counter())
-        if refused:
-            raise self._turned_away(refused)
-        if ticket.admitted != ticket.admitted:  # nan: it waits
-            turn = shared.turns[ticket] = asyncio.get_running_loop().create_future()
-            limit = shared.admission.limits.wait_ms / 1e3
-            try:
-                shared.let_in([])
-                async with asyncio.timeout(limit or None):
-                    await turn
-            except BaseException as error:
-                shared.turns.pop(ticket, None)
-                now = time.perf_counter()
-                late = shared.admission.refusal("wait", now) if isinstance(error, TimeoutError) else None
-                shared.let_in(shared.admission.leave(ticket, 0, now))
-                if late:
-                    raise self._turned_away(late) from None
-                raise
+        shared.let_in(shared.admission.arrive(ticket, time.perf_counter()))
+        if ticket.waits:
+            await self._its_turn(ticket)
+        if ticket.refused:
+            raise self._turned_away(ticket.refused)
         if shared.admission.limits.running:
             line.batch_fill = shared.admission.running / shared.admission.limits.running
-        shared.let_in([])
+
+    async def _its_turn(self, ticket: Ticket) -> None:
+        """Wait until its fate is known, as long as it may."""
+        shared = self.shared
+        turn = shared.turns[ticket] = asyncio.get_running_loop().create_future()
+        may_wait = shared.admission.may_wait_s(ticket, time.perf_counter())
+        try:
+            async with asyncio.timeout(may_wait if may_wait < math.inf else None):
+                await turn
+        except TimeoutError:
+            shared.let_in(shared.admission.give_up(ticket, time.perf_counter()))
+        except BaseException:
+            shared.let_in(shared.admission.leave(ticket, 0, time.perf_counter()))
+            raise
+        finally:
+            shared.turns.pop(ticket, None)
 
     def _turned_away(self, refused: Refused) -> Problem:
         self.shared.metrics.refused.labels(self.line.adapter, refused.reason).inc()
@@ -322,6 +332,7 @@ class Exchange:
             raise Problem(404, f"the model {line.adapter!r} was removed meanwhile", "model_not_found", "model")
         arm, version = route.choose(self.sticky)
         line.arm, line.version = arm, version.id
+        line.origin = shared.settings.origins.get(version.served, NO_ORIGIN)
         line.model_loading_time = shared.settings.model_loading_time
         line.adapter_switch_time = shared.lives.switched.pop(version.served, None)
         line.sampled = shared.sampled

@@ -26,6 +26,22 @@ ROTATE_BYTES = 256 * 2**20
 """A log is set aside under another name when it is this long."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a finished run decided to serve: its name, the variant, and the SHA-256 of its decision.json."""
+
+    run: str = ""
+    variant: str = ""
+    decision: str = ""
+
+    def as_json(self) -> dict[str, Json]:
+        """Fields of a line of the log, and of a model in /v1/models."""
+        return {"run": self.run, "variant": self.variant, "decision": self.decision}
+
+
+NO_ORIGIN = Origin()
+
+
 @dataclass
 class Line:
     """A request's account. Times in seconds on one clock (perf_counter), nan or None where something did not happen.
@@ -70,6 +86,8 @@ class Line:
     model_loading_time: float | None = None
     adapter_switch_time: float | None = None
     sources: dict[str, str] = field(default_factory=dict)
+    origin: Origin = NO_ORIGIN
+    """Of a model that a run decided to serve."""
 
     @property
     def queue_gateway_ms(self) -> float:
@@ -125,6 +143,7 @@ class Line:
             "version": self.version,
             "arm": self.arm,
             "key": self.key,
+            **(self.origin.as_json() if self.origin.run else {}),
             "status": self.status,
             "finish": self.finish,
             "error": self.error,

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from peftopt.gateway.app import App, Settings, Shared
 from peftopt.gateway.backends import Start
 from peftopt.gateway.keys import Keys
 from peftopt.gateway.limits import Limits
-from peftopt.gateway.lines import Log
+from peftopt.gateway.lines import Log, Origin
 from peftopt.gateway.listening import address, listening, operated, socket_of
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.lives import Settings as LifeSettings
@@ -48,7 +48,7 @@ class Config:
     """What to run. `upstream`: the URL of a server that runs already, else `start` makes the engine's command line for
     a highest rank; `adapters` by name; `admin`: "unix:PATH" or "HOST:PORT"; `allowed`: where adapters may be put from;
     `slos_s`: limits of the decision in seconds, each the bound of a bucket; `workers` processes answer users, which
-    somebody else starts where they `join` at a socket."""
+    somebody else starts where they `join` at a socket; `origins`: what a run decided to serve, by name."""
 
     state: Path
     host: str = "127.0.0.1"
@@ -72,6 +72,7 @@ class Config:
     most_body_bytes: int = Settings.most_body_bytes
     workers: int = 1
     join: str = ""
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
 def run(config: Config, tell: Callable[[str], None]) -> int:
@@ -110,7 +111,7 @@ class Gateway:
         lives = Lives(how.url, self.registry, settings, self.metrics, how.brings, how.loads, self.tell)
         async with Upstream(how.url, config.timeouts) as upstream:
             admission = Admission(config.limits, config.per_adapter, config.per_key)
-            own = Settings(config.most_body_bytes)
+            own = Settings(config.most_body_bytes, origins=self._origins(how))
             self.shared = Shared(upstream, lives, admission, config.keys, self.metrics, self.log, own)
             async with self._listening(lives):
                 try:
@@ -139,6 +140,13 @@ class Gateway:
         ours = set(self.registry.versions)
         brings = {name: name for name in names if name not in ours and not is_served_name(name)}
         return Start((), {}, config.upstream.rstrip("/"), brings, loads=clients.labels(models) in ("vllm", "peftopt"))
+
+    def _origins(self, how: Start) -> dict[str, Origin]:
+        """The run that decided to serve a version, by the version's name at the engine."""
+        names = dict(how.brings)
+        for name, folder in self.config.adapters.items():
+            names[name] = self.registry.copy(name, folder).version.served
+        return {names[name]: origin for name, origin in self.config.origins.items() if name in names}
 
     def _bring(self) -> list[str]:
         """Put the adapters of the command line on record; what a reader should know of it. An adapter that was put
@@ -334,4 +342,5 @@ class Gateway:
             log=config.log,
             slos_s=tuple(config.slos_s),
             most_body_bytes=config.most_body_bytes,
+            origins=self.shared.settings.origins,
         )

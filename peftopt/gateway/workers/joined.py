@@ -101,7 +101,7 @@ class Joined:
         log, metrics = Log(part.log, shared=True), Metrics(part.slos_s)
         async with Upstream(part.url, part.timeouts) as upstream:
             admission = Admission(part.limits, part.per_adapter, part.per_key)
-            own = Settings(part.most_body_bytes)
+            own = Settings(part.most_body_bytes, origins=part.origins)
             shared = Shared(upstream, self.followed, admission, part.known(), metrics, log, own, scrape=self._scrape)
             self._shared = shared
             self.followed.channel = self._channel

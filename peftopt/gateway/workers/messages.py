@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from peftopt.gateway.keys import Key, Keys
 from peftopt.gateway.limits import Limits
+from peftopt.gateway.lines import Origin
 from peftopt.gateway.routes import Route
 from peftopt.gateway.upstream import Timeouts
 from peftopt.records import Json
@@ -35,8 +36,8 @@ class KnownKey:
 
 @dataclass(frozen=True)
 class Part:
-    """What worker `index` works with: the engine's `url`, its part of the limits, the keys, the log, and the bounds of
-    the metrics' buckets in seconds."""
+    """What worker `index` works with: the engine's `url`, its part of the limits, the keys, the log, the bounds of the
+    metrics' buckets in seconds, and the run that decided to serve a version."""
 
     index: int
     url: str
@@ -48,6 +49,7 @@ class Part:
     log: str
     slos_s: tuple[float, ...]
     most_body_bytes: int
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
     def known(self) -> Keys:
         """The keys as requests are checked by them."""
