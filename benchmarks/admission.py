@@ -75,8 +75,8 @@ def engine() -> Iterator[str]:
 
 def _serve_engine() -> None:
     """Be the engine, until the pipe is closed. It tells the time in its queue as vLLM does."""
-    from helpers.servers import METRICS, Server
-    from helpers.threads import listening
+    from helpers.servers import METRICS, Server  # type: ignore[import-not-found]
+    from helpers.threads import listening  # type: ignore[import-not-found]
 
     class Slots(asyncio.Semaphore):
         """Places, and how long requests waited for them."""
@@ -90,7 +90,7 @@ def _serve_engine() -> None:
             self.taken += 1
             return True
 
-    class Paced(Server):
+    class Paced(Server):  # type: ignore[misc]
         async def answer(self, method: str, path: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
             if path == "/metrics":
                 text = METRICS.format(running=self.running, queued=self.slots.waited_s, count=self.slots.taken)
@@ -175,8 +175,8 @@ def highest_rate(url: str, where: Path, seconds: float) -> tuple[float, Path]:
 
 def admission(with_limits: str, without: str, rate: float, repeats: int, seconds: float) -> None:
     """Too much load, with limits and without."""
-    dice, found = random.Random(0), {name: [] for name in ("limits", "no limits")}
-    urls = dict(zip(found, (with_limits, without), strict=True))
+    dice, urls = random.Random(0), {"limits": with_limits, "no limits": without}
+    found: dict[str, list[Answers]] = {name: [] for name in urls}
     for number in range(repeats):
         for name in dice.sample([*urls], len(urls)):
             found[name].append(_answers(_load(urls[name], TOO_MUCH * rate, seconds, number, "base")))
@@ -241,6 +241,11 @@ def _rest(url: str) -> None:
         time.sleep(0.25)
 
 
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
 def busy() -> str:
     """How busy the machine is."""
     return f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}, niceness {os.nice(0)}"
@@ -258,13 +263,13 @@ def main() -> None:
         url = stack.enter_context(engine())
         rate, found = highest_rate(url, where, options.seconds)
         print(f"{SLO} holds at {rate:.2f} requests/s at the engine itself; {busy()}", flush=True)
-        ways = []
-        for name, limits in (("limited", str(found)), ("unlimited", "off")):
-            (where / name).mkdir()
-            ways.append(stack.enter_context(gateway(url, where / name, "--limits", limits)))
+        limited, unlimited = (
+            stack.enter_context(gateway(url, _folder(where / name), "--limits", limits))
+            for name, limits in (("limited", str(found)), ("unlimited", "off"))
+        )
         for name, cell in cells.items():
             if options.cell in (None, name):
-                cell(*ways, rate, options.repeats, options.seconds)
+                cell(limited, unlimited, rate, options.repeats, options.seconds)
         print(busy(), flush=True)
 
 
