@@ -3,7 +3,7 @@
     python benchmarks/admission.py                          # both cells: about a quarter of an hour
     python benchmarks/admission.py --cell admission --repeats 3 --seconds 10
 
-The engine is paced: SLOTS requests at once, each of TOKENS tokens, GAP seconds apart after FIRST seconds; others wait
+The engine is paced: SLOTS requests at once, each of TOKENS tokens on average, GAP seconds apart after FIRST seconds; others wait
 in its own queue. The engine, the gateways and each load generator are processes of their own.
 """
 
@@ -130,11 +130,13 @@ async def _send(url: str, rate: float, seconds: float, seed: int, models: Sequen
 
     from peftopt.loadtest import arrivals
 
-    n = max(2, round(rate * seconds))
+    n, dice = max(2, round(rate * seconds)), random.Random(seed)
+    lengths = [dice.randint(1, 2 * TOKENS - 1) for _ in range(n)]
+    """Of the answers: were they all alike, those that begin together would end together."""
     began = time.perf_counter() + 0.5
 
-    async def ask(session: aiohttp.ClientSession, at: float, model: str) -> dict[str, float]:
-        body = {"model": model, "stream": True, "max_tokens": TOKENS, "ignore_eos": True}
+    async def ask(session: aiohttp.ClientSession, at: float, model: str, tokens: int) -> dict[str, float]:
+        body = {"model": model, "stream": True, "max_tokens": tokens, "ignore_eos": True}
         body["messages"] = [{"role": "user", "content": "x"}]
         due = began + at
         await asyncio.sleep(due - time.perf_counter())
@@ -149,7 +151,7 @@ async def _send(url: str, rate: float, seconds: float, seed: int, models: Sequen
 
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         due = enumerate(arrivals.arrivals("poisson", rate, n, seed))
-        return list(await asyncio.gather(*(ask(session, at, models[i % len(models)]) for i, at in due)))
+        return list(await asyncio.gather(*(ask(session, at, models[i % len(models)], lengths[i]) for i, at in due)))
 
 
 def highest_rate(url: str, where: Path, seconds: float) -> tuple[float, Path]:

@@ -13,13 +13,11 @@ import httpx
 import pytest
 from helpers.command_line import command, errors
 from helpers.finished_runs import FIRST_MS, USERS, finished_run
-from helpers.gateways import Gateway, serving, until
+from helpers.gateways import Gateway, held, serving, until
 from helpers.paced import paced
 
-from peftopt import store
 from peftopt.errors import BadInput
 from peftopt.gateway import decided
-from peftopt.gateway.limits import Limits
 from peftopt.loadtest import runs
 from peftopt.loadtest.runs import Loaded, Trial
 from peftopt.loadtest.sender import Played
@@ -194,15 +192,12 @@ def test_a_search_without_a_rate_or_a_limit_on_waiting_is_refused(
         decided.limits_of_file(search_file(tmp_path / "found.jsonl", rate, level))
 
 
-def test_the_file_that_a_search_over_http_writes_is_one_that_serve_reads(tmp_path: Path) -> None:
-    """The whole way: search a server, serve it within what was found, and see who is refused by which limit."""
-    (tmp_path / "p.jsonl").write_text('{"id": "1", "messages": [{"role": "user", "content": "hi"}]}\n')
-    out = tmp_path / "found.jsonl"
-    with paced(gap=0.001, first=0.001) as engine:
-        searching = ["--find-rate", "--slo", "ttft <= 20 s", "--prompts", tmp_path / "p.jsonl", "--requests", 4]
-        assert command("load", engine.url, *searching, "--rate", 1000, "--out", out, "--new-tokens", 2, "--quiet") == 0
-        limits: Limits = decided.limits_of_file(out)
-        assert limits.rate > 0 and store.read(out)
-        with serving(tmp_path, "--upstream", engine.url, "--limits", out) as gateway:
-            assert gateway.ask("hello").status_code == 200
-            assert gateway.metric("peftopt_limit") > 0
+def test_who_is_too_many_for_what_was_found_is_told_by_which_limit_of_which_file(tmp_path: Path) -> None:
+    found = search_file(tmp_path / "found.jsonl", 2.0)
+    with paced() as engine, serving(tmp_path, "--upstream", engine.url, "--limits", found) as gateway:
+        with held(gateway, 2):
+            until(lambda: engine.running == 2)
+            refused = gateway.ask("one too many")
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        said = refused.json()["error"]["message"]
+        assert "found.jsonl" in said and "ttft <= 500 ms" in said
