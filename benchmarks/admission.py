@@ -3,8 +3,8 @@
     python benchmarks/admission.py                          # both cells: about a quarter of an hour
     python benchmarks/admission.py --cell admission --repeats 3 --seconds 10
 
-The engine is paced: SLOTS requests at once, each of TOKENS tokens on average, GAP seconds apart after FIRST seconds; others wait
-in its own queue. The engine, the gateways and each load generator are processes of their own.
+The engine is paced: SLOTS requests at once, each of TOKENS tokens on average, GAP seconds apart after FIRST seconds;
+others wait in its own queue. The engine, the gateways and each load generator are processes of their own.
 """
 
 from __future__ import annotations
