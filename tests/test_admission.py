@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peftopt import environments
 from peftopt.errors import BadInput
-from peftopt.gateway import limits
+from peftopt.gateway import backends, limits
 from peftopt.gateway.admission import Admission, Refused, Ticket
+from peftopt.gateway.backends import Wanted
 from peftopt.gateway.limits import Held, Limits
+from peftopt.records import Model
 
 NAMES = st.sampled_from("abc")
 
@@ -90,9 +93,11 @@ def test_a_quiet_hour_does_not_make_an_engine_slow() -> None:
     """How fast requests left an engine that had room says how fast they came."""
     admission = room(2, 100, wait_ms=1000.0, rate=10.0)
     for hour in range(20):
-        ticket = Ticket("a")
-        admission.arrive(ticket, 3600.0 * hour)
-        admission.leave(ticket, 5, 3600.0 * hour + 0.1)
+        both = [Ticket("a"), Ticket("a")]
+        for ticket in both:
+            admission.arrive(ticket, 3600.0 * hour)
+        for ticket in both:
+            admission.leave(ticket, 5, 3600.0 * hour + 0.1)
     assert [refusal(admission, Ticket("a"), 72_000.0) for _ in range(8)] == [None] * 8
 
 
@@ -116,13 +121,15 @@ def test_one_that_has_waited_as_long_as_it_may_is_refused_and_gone() -> None:
 
 
 def test_caps_hold_for_one_adapter_and_for_one_key() -> None:
-    admission = Admission(Limits(), per_adapter=2, per_key=3)
-    assert [refusal(admission, Ticket("a", "k")) for _ in range(2)] == [None, None]
+    admission, first = Admission(Limits(), per_adapter=2, per_key=3), Ticket("a", "k")
+    assert [refusal(admission, ticket) for ticket in (first, Ticket("a", "k"))] == [None, None]
     refused = refusal(admission, Ticket("a", "other"))
     assert refused and refused.reason == "adapter"
     assert refusal(admission, Ticket("b", "k")) is None
     refused = refusal(admission, Ticket("c", "k"))
     assert refused and refused.reason == "key"
+    admission.leave(first, 5, 1.0)
+    assert refusal(admission, Ticket("a", "k")) is None, "there is room again"
 
 
 # ---- whose turn it is --------------------------------------------------------------------------
@@ -177,6 +184,26 @@ def test_long_answers_are_charged_when_they_go_on_and_not_only_at_their_end() ->
         admission.arrive(Ticket(name), 0.0)
     gone_on = Counter(ticket.adapter for filler in fillers for ticket in admission.leave(filler, 1, 1.0))
     assert gone_on == {"one": 5, "two": 5}
+
+
+def test_what_a_request_took_counts_once() -> None:
+    """One has answers of a hundred tokens, the other of ten: it gets ten for one."""
+    admission, inside = room(1, 1000), Ticket("short")
+    for ticket in [inside] + [Ticket("short") for _ in range(110)] + [Ticket("long") for _ in range(20)]:
+        admission.arrive(ticket, 0.0)
+    got: Counter[str] = Counter()
+    for _ in range(110):
+        tokens = 100 if inside.adapter == "long" else 10
+        got[inside.adapter] += 1
+        (inside,) = admission.leave(inside, tokens, 1.0)
+    assert 9 <= got["long"] <= 11
+
+
+def test_the_first_of_an_adapter_to_come_is_the_first_to_go_on() -> None:
+    admission, tickets = room(1, 10), [Ticket("a") for _ in range(5)]
+    for ticket in tickets:
+        admission.arrive(ticket, 0.0)
+    assert [admission.leave(ticket, 5, 1.0) for ticket in tickets] == [*([t] for t in tickets[1:]), []]
 
 
 def test_one_that_fills_the_room_gives_up_a_place_of_its_own() -> None:
@@ -343,6 +370,17 @@ def test_limits_are_read_and_what_is_none_is_named() -> None:
 def test_a_limit_that_would_be_none_is_refused(text: str) -> None:
     with pytest.raises(BadInput):
         limits.parse(text)
+
+
+def test_the_engines_own_caps_stand_behind_and_leave_room_for_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM counts those that run and wait, and tokens of prompts; each of six served names is asked eight at once."""
+    monkeypatch.setattr(environments, "python", lambda name: "/bin/true")
+    wanted = Wanted("vllm", Model("m"), adapters=3, rank=8, running=4, waiting=2, queued_tokens=500)
+    told = list(backends.start(wanted).command)
+    requests, tokens = (int(told[told.index(f"--max-num-queued-{what}") + 1]) for what in ("reqs", "tokens"))
+    assert requests >= 4 + 2 + 6 * 8 and tokens >= 500
+    free = list(backends.start(Wanted("vllm", Model("m"))).command)
+    assert not any("queued" in option for option in free)
 
 
 def test_limits_of_a_load_that_held_are_those_of_littles_law() -> None:
