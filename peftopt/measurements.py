@@ -235,6 +235,10 @@ class Load:
     notes: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
     """What the other tool does not tell, in words."""
+    slo: tuple[str, ...] = ()
+    """The service levels that were asked for, as they were written."""
+    highest_rate: float | None = None
+    """Requests a second at which they held, found by a search; None where none was searched, or none held."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

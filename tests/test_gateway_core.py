@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from itertools import pairwise
 
 import pytest
@@ -12,133 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftopt.errors import BadInput
-from peftopt.gateway import keys, limits
-from peftopt.gateway.admission import Admission, Refused, Ticket
+from peftopt.gateway import keys
 from peftopt.gateway.frames import Frames
-from peftopt.gateway.limits import Limits
 from peftopt.gateway.lines import Line, Log
 from peftopt.gateway.routes import Route, Table, Version
-
-# ---- admission ---------------------------------------------------------------------------------
-
-
-def room(running: int, waiting: int, **more: float) -> Admission:
-    return Admission(Limits(running=running, waiting=waiting, **more))
-
-
-def waits(ticket: Ticket) -> bool:
-    return math.isnan(ticket.admitted)
-
-
-def test_without_limits_everybody_goes_on() -> None:
-    admission, tickets = Admission(Limits()), [Ticket("a") for _ in range(100)]
-    assert all(admission.arrive(ticket, 0.0) is None for ticket in tickets)
-    assert not any(map(waits, tickets)) and admission.running == 100
-
-
-def test_who_is_one_too_many_waits_and_who_is_more_than_that_is_refused() -> None:
-    admission = room(1, 1)
-    first, second, third = (Ticket("a") for _ in range(3))
-    assert admission.arrive(first, 0.0) is None and not waits(first)
-    assert admission.arrive(second, 0.0) is None and waits(second)
-    refused = admission.arrive(third, 0.0)
-    assert isinstance(refused, Refused) and refused.reason == "waiting" and refused.retry_s >= 1
-    assert admission.leave(first, 10, 1.0) == [second] and second.admitted == 1.0
-
-
-def test_a_wait_that_would_be_too_long_is_refused_at_once_and_names_where_the_limit_is_from() -> None:
-    admission = room(1, 100, wait_ms=1000.0, rate=2.0, source="run 20261128-demo")
-    assert [admission.arrive(Ticket("a"), 0.0) for _ in range(3)] == [None] * 3, "two wait, a second at 2 requests/s"
-    refused = admission.arrive(Ticket("a"), 0.0)
-    assert refused and refused.reason == "wait" and "run 20261128-demo" in refused.said and refused.retry_s >= 1
-
-
-def test_one_who_leaves_the_queue_lets_nobody_in_and_is_not_there_any_more() -> None:
-    admission = room(1, 5)
-    running, gone, next_ = Ticket("a"), Ticket("a"), Ticket("a")
-    for ticket in (running, gone, next_):
-        admission.arrive(ticket, 0.0)
-    assert admission.leave(gone, 0, 1.0) == [] and admission.waiting == 1
-    assert admission.leave(running, 5, 2.0) == [next_]
-
-
-def test_an_adapter_that_is_new_does_not_go_before_one_that_has_long_been_served() -> None:
-    """Nobody waited when it came: it starts level with the one that has gone on last, not at nothing."""
-    admission, old, new = room(1, 100), Ticket("old"), Ticket("new")
-    admission.arrive(old, 0.0)
-    admission.leave(old, 1_000_000, 1.0)
-    admission.arrive(new, 1.0)
-    for adapter in ["new"] * 20 + ["old"]:
-        admission.arrive(Ticket(adapter), 1.0)
-    order, inside = [], [new]
-    while inside:
-        ticket = inside.pop()
-        order.append(ticket.adapter)
-        inside += admission.leave(ticket, 10, 2.0)
-    assert order.index("old") <= 2
-
-
-def test_an_adapter_that_sends_ten_times_its_share_does_not_make_the_others_wait_for_it() -> None:
-    admission, first, quiet = room(1, 1000), Ticket("loud"), Ticket("quiet")
-    admission.arrive(first, 0.0)
-    for _ in range(100):
-        admission.arrive(Ticket("loud"), 0.0)
-    admission.arrive(quiet, 0.0)
-    order, inside = [], [first]
-    while inside:
-        ticket = inside.pop()
-        order.append(ticket.adapter)
-        inside += admission.leave(ticket, 10, 0.0)
-    assert len(order) == 102
-    assert "quiet" in order[:3], "one that runs and one more are all that it may wait for"
-
-
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 50)), min_size=1, max_size=60), st.integers(1, 4))
-def test_nobody_is_lost_and_nobody_starves(sent: list[tuple[str, int]], running: int) -> None:
-    """Whatever comes: as many leave as came, never more than may run at once, and in the end nobody is there."""
-    admission = room(running, 1000)
-    tickets = [(Ticket(adapter), tokens) for adapter, tokens in sent]
-    for ticket, _ in tickets:
-        assert admission.arrive(ticket, 0.0) is None
-    left, now = 0, 0.0
-    while left < len(tickets):
-        now += 1
-        ticket, tokens = next((t, n) for t, n in tickets if not waits(t) and t.admitted >= 0)
-        assert admission.running <= running
-        admission.leave(ticket, tokens, now)
-        ticket.admitted = -1.0
-        left += 1
-    assert admission.running == admission.waiting == 0
-
-
-def test_caps_hold_for_one_adapter_and_for_one_key() -> None:
-    admission = Admission(Limits(), per_adapter=2, per_key=3)
-    assert [admission.arrive(Ticket("a", "k"), 0.0) for _ in range(2)] == [None, None]
-    refused = admission.arrive(Ticket("a", "other"), 0.0)
-    assert refused and refused.reason == "adapter"
-    assert admission.arrive(Ticket("b", "k"), 0.0) is None
-    refused = admission.arrive(Ticket("c", "k"), 0.0)
-    assert refused and refused.reason == "key"
-
-
-# ---- limits ------------------------------------------------------------------------------------
-
-
-def test_limits_are_read_and_what_is_none_is_named() -> None:
-    assert limits.parse("off") == Limits() == limits.parse("")
-    read = limits.parse("running=32,waiting=64,wait=400ms,rate=2.5/s")
-    assert (read.running, read.waiting, read.wait_ms, read.rate) == (32, 64, 400.0, 2.5)
-    assert limits.parse("running=1,wait=2s").wait_ms == 2000
-    for wrong in ("running", "running=x", "waiting=3", "running=3ms", "wait=400,running=1", "running=1,running=2"):
-        with pytest.raises(BadInput):
-            limits.parse(wrong)
-
-
-@pytest.mark.parametrize("text", ["running=0.5", "running=2,waiting=1.5", "running=0"])
-def test_a_limit_that_would_be_none_is_refused(text: str) -> None:
-    with pytest.raises(BadInput):
-        limits.parse(text)
-
 
 # ---- routes ------------------------------------------------------------------------------------
 

@@ -60,12 +60,14 @@ class Running:
 
 
 @contextmanager
-def serving(model: Any, adapters: dict[str, Path] | None = None, max_batch: int = 8) -> Iterator[Running]:
+def serving(
+    model: Any, adapters: dict[str, Path] | None = None, max_batch: int = 8, max_queued: int = 0
+) -> Iterator[Running]:
     port, begun, box = free_port(), threading.Event(), {}
 
     async def run() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        box["scheduler"] = scheduler = Scheduler(model, "base", max_batch)
+        box["scheduler"] = scheduler = Scheduler(model, "base", max_batch, max_queued=max_queued)
         for name, folder in (adapters or {}).items():
             await scheduler.load(name, str(folder))
         box["stop"] = lambda: loop.call_soon_threadsafe(stop.set)
@@ -485,6 +487,19 @@ def test_a_client_that_leaves_the_queue_is_never_computed(
         assert first.result() == expected["base"][0]
         until(lambda: server.scheduler.counts["left"] == 1)
         assert server.scheduler.counts["computed"] == TOKENS
+
+
+def test_who_is_more_than_may_wait_is_refused_and_the_others_are_answered(gate: Gate, tiny_base_fp32: Path) -> None:
+    model = _rows.Served(str(tiny_base_fp32), "cpu")
+    with serving(model, max_batch=1, max_queued=1) as server, ThreadPoolExecutor() as pool:
+        runs = pool.submit(server.ids, "base", PROMPTS[0])
+        until(lambda: server.scheduler.running == 1)
+        waits = pool.submit(server.ids, "base", PROMPTS[1])
+        until(lambda: server.scheduler.waiting == 1)
+        refused = server.post("completions", model="base", prompt=PROMPTS[2], max_tokens=2)
+        gate.steps(1000)
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "overloaded"
+        assert len(runs.result(PATIENCE_S)) == len(waits.result(PATIENCE_S)) == TOKENS
 
 
 def test_no_adapter_waits_for_the_batch_of_another(server: Running, gate: Gate, expected: dict) -> None:

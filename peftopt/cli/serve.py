@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +16,8 @@ from peftopt.records import SAFETENSORS, Json
 
 if TYPE_CHECKING:
     from peftopt.gateway.backends import Start
+    from peftopt.gateway.limits import Limits
+    from peftopt.gateway.lines import Origin
     from peftopt.gateway.registry import Registry
     from peftopt.gateway.run import Config
 
@@ -54,7 +56,13 @@ class Options:
         list[Path], typer.Option(help="Folder below which `adapters put` may take adapters; repeat for several.")
     ] = field(default_factory=list)
     state: Annotated[Path, typer.Option(help="Folder of the adapters and routes; it survives restarts.")] = Path(STATE)
-    limits: Annotated[str, typer.Option(help="running=32,waiting=64,wait=400ms, or off.")] = "off"
+    limits: Annotated[
+        str,
+        typer.Option(
+            help="running=32,waiting=64,wait=400ms; decision, what the run measured; a FILE of `peftopt load "
+            "--find-rate --out FILE`; or off. By default decision, where there is a run that tells."
+        ),
+    ] = ""
     per_adapter: Annotated[int, typer.Option(help="Most requests here of one adapter; 0 = any.")] = 0
     per_key: Annotated[int, typer.Option(help="Most requests here of one API key; 0 = any.")] = 0
     keys: Annotated[Path | None, typer.Option(help="File of API keys' hashes; without it anybody may ask.")] = None
@@ -97,6 +105,8 @@ class What:
     name: str = "base"
     params: Mapping[str, Json] = field(default_factory=dict)
     slos_s: tuple[float, ...] = ()
+    limits: Limits | None = None
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
 @app.command()
@@ -110,7 +120,10 @@ def serve(options: Options) -> None:
         _engine_only(options)
     from peftopt.gateway import run
 
-    raise typer.Exit(run.run(_config(options, what), Console().tell))
+    carried, console = _limits(options, what), Console()
+    for line in _told(options, what, carried):
+        console.tell(line)
+    raise typer.Exit(run.run(_config(options, what, carried), console.tell))
 
 
 def _what(options: Options) -> What:
@@ -129,7 +142,16 @@ def _what(options: Options) -> What:
         apart = {found.name: Path(found.model.adapters[0])} if found.model.adapters else {}
         name = "base" if apart else found.name
         engine = options.engine or found.engine
-        return What(Path(found.model.path), apart | dict(given), engine, name, found.params, found.slos_s)
+        return What(
+            Path(found.model.path),
+            apart | dict(given),
+            engine,
+            name,
+            found.params if engine == found.engine else {},
+            found.slos_s,
+            found.limits if engine == found.engine else None,
+            {found.name: found.origin},
+        )
     if options.base:
         known = plugins.catalogue()
         weights = known[options.engine].format if options.engine in known else SAFETENSORS
@@ -146,10 +168,45 @@ def check_source(options: Options) -> None:
         raise BadInput("serve takes one of RUN, --base DIR and --upstream URL", hint)
 
 
-def _config(options: Options, what: What) -> Config:
+def _told(options: Options, what: What, carried: Limits) -> Iterator[str]:
+    """What a reader should know before the start: what the run chose, and its limits."""
+    from peftopt.gateway import decided
+
+    for name, origin in what.origins.items():
+        which = f"the variant {origin.variant} of {origin.run}, decision {origin.decision[:12]}"
+        yield f"{name} is {which}, on {what.engine}"
+    if what.engine == "compiled" and (tokens := what.params.get("cache_len")):
+        yield (
+            f"it was measured with a cache of {tokens} tokens, and is served with a longer one, which costs some "
+            f"speed: where prompt and answer fit, --args '--context {tokens}' is as it was measured"
+        )
+    if carried.running:
+        wait = f", of at most {carried.wait_ms:.0f} ms" if carried.wait_ms else ""
+        yield f"limits: {carried.running} requests run, {carried.waiting} wait{wait}; from {carried.source}"
+    elif options.run and not options.limits:
+        yield f"no limits: the run has no load that met its limits on times. To find some, {decided.NO_LIMITS}"
+
+
+def _limits(options: Options, what: What) -> Limits:
+    """Those that are asked for. Raises BadInput where they cannot be known."""
+    from peftopt.gateway import decided, limits
+
+    if options.limits in ("", limits.DECISION):
+        if what.limits:
+            return what.limits
+        if options.limits:
+            why = "the run has no load that met its limits on times" if options.run else "there is no run"
+            raise BadInput(f"--limits decision: {why}", decided.NO_LIMITS)
+        return limits.Limits()
+    if options.limits == limits.OFF or "=" in options.limits:
+        return limits.parse(options.limits)
+    return decided.limits_of_file(Path(options.limits))
+
+
+def _config(options: Options, what: What, carried: Limits) -> Config:
     from peftopt import corpus
     from peftopt.engines._server import check_port
-    from peftopt.gateway import keys, limits, lives
+    from peftopt.gateway import keys, lives
     from peftopt.gateway.listening import socket_of
     from peftopt.gateway.run import Config
     from peftopt.gateway.upstream import Timeouts
@@ -158,7 +215,7 @@ def _config(options: Options, what: What) -> Config:
     _check_extra()
     if not options.join:
         check_port(options.port)
-    shares.check(options.workers, limits.parse(options.limits), options.per_adapter, options.per_key)
+    shares.check(options.workers, carried, options.per_adapter, options.per_key)
     life = lives.Settings(keep_s=options.keep)
     if options.canary:
         life.prompts = {row.id: row.messages for row in corpus.read(str(options.canary))[:8]}
@@ -172,12 +229,12 @@ def _config(options: Options, what: What) -> Config:
         admin=options.admin or socket_of(options.state),
         admin_key=key,
         upstream=options.upstream,
-        start=_starter(options, what) if what.base else None,
+        start=_starter(options, what, carried) if what.base else None,
         second=_second(options, what),
         base=what.base,
         adapters=what.adapters,
         allowed=[*options.adapters_from, *(folder.resolve().parent for folder in what.adapters.values())],
-        limits=limits.parse(options.limits),
+        limits=carried,
         per_adapter=options.per_adapter,
         per_key=options.per_key,
         keys=keys.parse(read_text(options.keys), str(options.keys)) if options.keys else keys.Keys(),
@@ -194,6 +251,7 @@ def _config(options: Options, what: What) -> Config:
         slos_s=what.slos_s,
         workers=options.workers,
         join=options.join,
+        origins=what.origins,
     )
 
 
@@ -204,14 +262,13 @@ def _users_read_metrics(options: Options) -> bool:
     return options.metrics == "users" or (not options.metrics and options.keys is None)
 
 
-def _starter(options: Options, what: What) -> Callable[[Registry], Start]:
+def _starter(options: Options, what: What, carried: Limits) -> Callable[[Registry], Start]:
     """How the engine is started, once it is known which adapters it must hold."""
-    from peftopt.gateway import backends, limits
+    from peftopt.gateway import backends
     from peftopt.records import Model
 
     def start(registry: Registry) -> Start:
         assert what.base
-        carried = limits.parse(options.limits)
         wanted = backends.Wanted(
             engine=what.engine or _installed(),
             model=Model(str(what.base.resolve())),
@@ -221,6 +278,7 @@ def _starter(options: Options, what: What) -> Callable[[Registry], Start]:
             rank=max([options.max_rank, *(stored.rank for stored in registry.versions.values())]),
             running=carried.running,
             waiting=carried.waiting,
+            queued_tokens=carried.queued_tokens,
             compile=options.compile_,
             prefix_caching=options.prefix_caching,
             slots=options.slots,

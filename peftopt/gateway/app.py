@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 import uuid
 from collections import Counter
@@ -21,7 +22,7 @@ from peftopt.gateway.errors import Problem, without_places
 from peftopt.gateway.frames import Ended, Frames
 from peftopt.gateway.heads import READ_S
 from peftopt.gateway.keys import ANYONE, Key, Keys
-from peftopt.gateway.lines import Line, Log
+from peftopt.gateway.lines import NO_ORIGIN, Line, Log, Origin
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.routes import Route, Table, Version
 from peftopt.gateway.sampling import Sample
@@ -74,7 +75,8 @@ class Settings:
     """`most_body_bytes` of a request and `read_s` seconds for it to come in (0 = without limit); `most_answer_bytes` of
     an answer that does not stream; `model_loading_time`: seconds that the engine took to start, for the log. `metrics`:
     users may read them; `log_text`: prompts and answers are logged; `most_running`: requests that the engine runs at
-    once, 0 where nobody knows."""
+    once, 0 where nobody knows; `origins`: the run that decided to serve a version, by the version's name at the
+    engine."""
 
     most_body_bytes: int = MOST_BODY_BYTES
     model_loading_time: float | None = None
@@ -83,6 +85,7 @@ class Settings:
     metrics: bool = True
     log_text: bool = False
     most_running: int = 0
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
 @dataclass
@@ -120,7 +123,7 @@ class Shared:
         return min(1.0, self.admission.running / most) if most else None
 
     def let_in(self, tickets: list[Ticket]) -> None:
-        """Wake those whose turn it is."""
+        """Wake those whose fate is known: they may go on, or are refused."""
         for ticket in tickets:
             turn = self.turns.pop(ticket, None)
             if turn and not turn.done():
@@ -171,8 +174,13 @@ class App:
         return problem.status, problem.body(), "application/json"
 
     def _models(self, key: Key) -> tuple[int, Json]:
-        names = [name for name in self.shared.table.routes if key.may_ask(name)]
-        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "peftopt"} for name in names]
+        origins, listed = self.shared.settings.origins, []
+        for name, route in self.shared.table.routes.items():
+            model: dict[str, Json] = {"id": name, "object": "model", "created": 0, "owned_by": "peftopt"}
+            if origin := origins.get(route.live.served):
+                model["peftopt"] = origin.as_json()
+            if key.may_ask(name):
+                listed.append(model)
         return 200, {"object": "list", "data": listed}
 
     def _ready(self) -> tuple[int, Json]:
@@ -323,7 +331,7 @@ class Exchange:
         if shared.settings.log_text:
             line.text["prompt"] = texts.redacted(texts.prompt(asked))
             self.raw = bytearray()
-        ticket = Ticket(name, key.name)
+        ticket = Ticket(name, key.name, line.arrived)
         line.running_at_start, line.waiting_at_start = shared.admission.running, shared.admission.waiting
         began = time.perf_counter()
         try:
@@ -340,26 +348,28 @@ class Exchange:
     async def _turn(self, ticket: Ticket) -> None:
         """Wait until it may go on. Raises Problem when it is refused."""
         shared, line = self.shared, self.line
-        refused = shared.admission.arrive(ticket, time.perf_counter())
-        if refused:
-            raise self._turned_away(refused)
-        if ticket.admitted != ticket.admitted:  # nan: it waits
-            turn = shared.turns[ticket] = asyncio.get_running_loop().create_future()
-            limit = shared.admission.limits.wait_ms / 1e3
-            try:
-                shared.let_in([])
-                async with asyncio.timeout(limit or None):
-                    await turn
-            except BaseException as error:
-                shared.turns.pop(ticket, None)
-                now = time.perf_counter()
-                late = shared.admission.refusal("wait", now) if isinstance(error, TimeoutError) else None
-                shared.let_in(shared.admission.leave(ticket, 0, now))
-                if late:
-                    raise self._turned_away(late) from None
-                raise
+        shared.let_in(shared.admission.arrive(ticket, time.perf_counter()))
+        if ticket.waits:
+            await self._its_turn(ticket)
+        if ticket.refused:
+            raise self._turned_away(ticket.refused)
         line.batch_fill = shared.fill
-        shared.let_in([])
+
+    async def _its_turn(self, ticket: Ticket) -> None:
+        """Wait until its fate is known, as long as it may."""
+        shared = self.shared
+        turn = shared.turns[ticket] = asyncio.get_running_loop().create_future()
+        may_wait = shared.admission.may_wait_s(ticket, time.perf_counter())
+        try:
+            async with asyncio.timeout(may_wait if may_wait < math.inf else None):
+                await turn
+        except TimeoutError:
+            shared.let_in(shared.admission.give_up(ticket, time.perf_counter()))
+        except BaseException:
+            shared.let_in(shared.admission.leave(ticket, 0, time.perf_counter()))
+            raise
+        finally:
+            shared.turns.pop(ticket, None)
 
     def _turned_away(self, refused: Refused) -> Problem:
         self.shared.metrics.refused.labels(self.line.adapter, refused.reason).inc()
@@ -375,6 +385,7 @@ class Exchange:
         if route is None:
             raise Problem(404, f"the model {line.adapter!r} was removed meanwhile", "model_not_found", "model")
         version = self._chosen(route)
+        line.origin = shared.settings.origins.get(version.served, NO_ORIGIN)
         line.adapter_switch_time = shared.lives.switched.pop(version.served, None)
         if version.url:  # an engine of its own
             upstream = shared.upstream.at(version.url)

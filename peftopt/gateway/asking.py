@@ -64,9 +64,10 @@ class Asker:
         if not self.free:
             raise Full
         shared, ticket = self.shared, Ticket(BESIDE, BESIDE)
-        if shared.admission.arrive(ticket, time.perf_counter()):
+        shared.let_in(shared.admission.arrive(ticket, time.perf_counter()))
+        if ticket.refused or ticket.waits:
+            shared.let_in(shared.admission.leave(ticket, 0, time.perf_counter()))
             raise Full
-        shared.let_in([])
         shared.lives.in_flight[served] += 1
         said = Said(0.0)
         try:

@@ -5,6 +5,7 @@ Each gives a URL, the names it brings from its start, and whether adapters can b
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,10 @@ OURS = ("eager", "compiled")
 
 MAX_BATCH = 8
 """Requests that an engine of ours computes at once, where no limit says how many."""
+
+CHECKED, CHECKED_TOKENS = 8, 128
+"""Prompts that each served name is asked at once to see whether it answers as itself, and about as many tokens as one
+has: the engine's own limits leave room for them."""
 
 SPARE_SLOTS = 2
 """Adapters that the engine holds beside those it starts with: the version that is put, and the one kept for a
@@ -54,7 +59,7 @@ class Start:
 class Wanted:
     """What to start: `engine` by its plug-in's name, the `model`, the `name` that it answers to itself, the `params`
     that a recipe gave the engine, how many `adapters` it must hold at once and their highest `rank`, requests it may
-    run and have waiting (0 = its own default), `args` of its own command line."""
+    run and have waiting and tokens of prompts in its queue (0 = its own default), `args` of its own command line."""
 
     engine: str
     model: Model
@@ -64,6 +69,7 @@ class Wanted:
     rank: int = 0
     running: int = 0
     waiting: int = 0
+    queued_tokens: int = 0
     compile: bool = False
     prefix_caching: bool = False
     slots: int = 0
@@ -103,8 +109,11 @@ def _vllm(wanted: Wanted, port: int) -> Start:
     python = environments.python(vllm.PLUGIN.environment)
     command, variables = vllm.command(Model(wanted.model.path), params, port, (), python)
     command += ["--enable-per-request-metrics", "--shutdown-timeout", str(round(wanted.drain_s))]
-    if wanted.waiting:  # a backstop: the gateway refuses before
-        command += ["--max-num-queued-reqs", str(wanted.waiting + wanted.running)]
+    checked = CHECKED * (slots + 1)
+    if wanted.running:  # a backstop: the gateway refuses before
+        command += ["--max-num-queued-reqs", str(wanted.running + wanted.waiting + checked)]
+    if wanted.queued_tokens:
+        command += ["--max-num-queued-tokens", str(wanted.queued_tokens + CHECKED_TOKENS * checked)]
     rank = 0
     if wanted.adapters:
         rank = next((r for r in vllm.RANKS if r >= wanted.rank), 0)
@@ -139,7 +148,8 @@ def _llamacpp(wanted: Wanted, port: int) -> Start:
     binary = next(home.glob(f"lib/python*/site-packages/llama_cpp/{SERVER}"))
     known = {name: wanted.params[name] for name in ("context", "gpu_layers") if name in wanted.params}
     slots = wanted.running or wanted.params.get("slots") or llamacpp_server.Params.slots
-    params = llamacpp_server.Params(slots=slots, args=wanted.args, **known)
+    told = str(wanted.params.get("args", ""))
+    params = llamacpp_server.Params(slots=slots, args=f"{told} {wanted.args}".strip(), **known)
     amx = "amx_int8" in machine.processor()
     command = llamacpp_server.command(wanted.model, params, port, str(binary), _threads(wanted), amx)
     url = f"http://127.0.0.1:{port}"
@@ -153,6 +163,11 @@ def _ours(wanted: Wanted, port: int) -> Start:
     command += ["--engine", wanted.engine, "--threads", str(_threads(wanted)), "--drain", str(wanted.drain_s)]
     running = wanted.running or MAX_BATCH
     command += ["--max-batch", str(running)]
+    if wanted.running:
+        queued = wanted.waiting + CHECKED * ((wanted.slots or wanted.adapters + SPARE_SLOTS) + 1)
+        command += ["--max-queued", str(queued)]
+    command += ["--device", str(wanted.params["device"])] if "device" in wanted.params else []
+    command += shlex.split(wanted.args)
     variables = {"OMP_NUM_THREADS": str(_threads(wanted)), **machine.waiting()}
     url, loads = f"http://127.0.0.1:{port}", wanted.engine == "eager"
     return Start(command, variables, url, {wanted.name: BASE}, loads=loads, most_running=running)

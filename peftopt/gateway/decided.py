@@ -6,43 +6,50 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftopt import report, store
+from peftopt import identity, report, store
 from peftopt.errors import BadInput
+from peftopt.gateway import held
+from peftopt.gateway.limits import Limits
+from peftopt.gateway.lines import Origin
 from peftopt.recipe import plan as planning
-from peftopt.records import Json, Model, Plan
+from peftopt.records import Decision, Json, Model, Plan
 
 SERVED_BY = {"llamacpp": "llamacpp_server"}
 """Engines of one process, and the server that runs the same files."""
 
 TIMES = ("latency", "ttft", "tpot")
 
+NO_LIMITS = (
+    "while it serves with --limits off: peftopt load URL --prompts FILE --find-rate --slo 'ttft <= 500 ms' "
+    "--out found.jsonl, then serve with --limits found.jsonl"
+)
+"""How to get limits that a run cannot tell."""
+
 
 @dataclass(frozen=True)
 class Decided:
-    """`variant` to serve; `model` with the adapters that stay apart; `name` that users know it by, the adapter's;
-    `engine` and its `params`; `slos_s`: every limit on a time in the recipe, in seconds."""
+    """`origin`: the variant to serve, of which run and decision; `model` with the adapters that stay apart; `name` that
+    users know it by, the adapter's; `engine` and its `params`; `slos_s`: every limit on a time in the recipe, in
+    seconds; `limits` of the gateway, None where the run tells none."""
 
-    variant: str
+    origin: Origin
     model: Model
     name: str
     engine: str
     params: Mapping[str, Json]
     slos_s: tuple[float, ...]
+    limits: Limits | None = None
 
 
 def of_run(folder: Path, variant: str = "") -> Decided:
     """The chosen variant of a run, or another one that is named. Raises BadInput for a folder that is no finished run,
-    a run that chose nothing, and an artifact that is gone or damaged."""
-    if not (folder / "decision.json").is_file():
+    a run that chose nothing, a variant that changes its users' requests, and an artifact that is gone or damaged."""
+    file = folder / "decision.json"
+    if not file.is_file():
         raise BadInput(f"{folder} is no finished run", "give a folder below results/runs: peftopt run RECIPE makes one")
-    decision = report.as_json.decision_from_json((folder / "decision.json").read_text(encoding="utf-8"))
+    decision = report.as_json.decision_from_json(file.read_text(encoding="utf-8"))
     plan = store.read_plan(folder / "plan.json")
-    name = variant or decision.chosen
-    if not name:
-        known = ", ".join(plan.recipe.variants)
-        raise BadInput(f"{folder.name} chose no variant: {decision.sentence}", f"name one: --variant, of {known}")
-    if name not in plan.recipe.variants:
-        raise BadInput(f"{folder.name} has no variant {name!r}", f"known: {', '.join(plan.recipe.variants)}")
+    name = _variant(folder, plan, decision, variant)
     engine = plan.recipe.variants[name].engine
     limits = {
         threshold.limit / 1e3
@@ -50,13 +57,46 @@ def of_run(folder: Path, variant: str = "") -> Decided:
         if threshold.metric.name.partition(".")[0] in TIMES and not threshold.relative
     }
     return Decided(
-        variant=name,
+        origin=Origin(run=folder.resolve().name, variant=name, decision=identity.of_file(file)),
         model=_model(folder, plan, name),
         name=Path(plan.recipe.adapter).name,
         engine=SERVED_BY.get(engine.plugin, engine.plugin),
         params=engine.params,
         slos_s=tuple(sorted(limits)),
+        limits=_limits(folder, plan, decision, name),
     )
+
+
+def _variant(folder: Path, plan: Plan, decision: Decision, asked: str) -> str:
+    name, known = asked or decision.chosen, ", ".join(plan.recipe.variants)
+    if not name:
+        raise BadInput(f"{folder.name} chose no variant: {decision.sentence}", f"name one: --variant, of {known}")
+    if name not in plan.recipe.variants:
+        raise BadInput(f"{folder.name} has no variant {name!r}", f"known: {known}")
+    if policies := plan.recipe.variants[name].policies:
+        plugins = ", ".join(policy.plugin for policy in policies)
+        what = f"the variant {name} changes its users' requests ({plugins}), and the gateway passes them as they are"
+        raise BadInput(what, "name a variant without it (--variant), and let your service change the requests")
+    return name
+
+
+def _limits(folder: Path, plan: Plan, decision: Decision, variant: str) -> Limits | None:
+    """Those of a search that was added to the run, else those of the load that the run measured itself."""
+    measured = store.read(folder / "measurements.jsonl")
+    source = f"the run {folder.resolve().name}"
+    found = held.searched(measured, source, variant) or held.raced(plan, decision, measured, variant, source)
+    return found.limits() if found else None
+
+
+def limits_of_file(path: Path) -> Limits:
+    """Those of the last search in a file of `load --find-rate --out`. Raises BadInput for a file without one."""
+    if not path.is_file():
+        raise BadInput(f"--limits: there is no file {path}", NO_LIMITS)
+    found = held.searched(store.read(path), path.name)
+    if found is None:
+        what = f"{path} holds no search that found a rate at which a limit on ttft or latency holds"
+        raise BadInput(f"--limits: {what}", NO_LIMITS)
+    return found.limits()
 
 
 def _model(folder: Path, plan: Plan, variant: str) -> Model:
@@ -66,5 +106,7 @@ def _model(folder: Path, plan: Plan, variant: str) -> Model:
     build = next(build for build in plan.builds if build.id == id_)
     artifact = home.find(build)
     if artifact is None:
-        raise BadInput(f"the model of {variant} is not in {home.folder(id_)}", "run the recipe again: it builds it")
+        what = f"the model of {variant} is not whole in {home.folder(id_)}"
+        hint = f"build it again: peftopt run {plan.recipe.path} --results {home.root}"
+        raise BadInput(what, hint)
     return artifact.model

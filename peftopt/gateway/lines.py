@@ -28,6 +28,22 @@ ROTATE_BYTES = 256 * 2**20
 """A log is set aside under another name when it is this long."""
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a finished run decided to serve: its name, the variant, and the SHA-256 of its decision.json."""
+
+    run: str = ""
+    variant: str = ""
+    decision: str = ""
+
+    def as_json(self) -> dict[str, Json]:
+        """Fields of a line of the log, and of a model in /v1/models."""
+        return {"run": self.run, "variant": self.variant, "decision": self.decision}
+
+
+NO_ORIGIN = Origin()
+
+
 @dataclass
 class Line:
     """A request's account. Times in seconds on one clock (perf_counter), nan or None where something did not happen.
@@ -77,6 +93,8 @@ class Line:
     sources: dict[str, str] = field(default_factory=dict)
     text: dict[str, str] = field(default_factory=dict)
     """The prompt and the answer, where the log was asked to keep them."""
+    origin: Origin = NO_ORIGIN
+    """Of a model that a run decided to serve."""
 
     @property
     def queue_gateway_ms(self) -> float:
@@ -137,6 +155,7 @@ class Line:
             "arm": self.arm,
             "certified": self.certified,
             "key": self.key,
+            **(self.origin.as_json() if self.origin.run else {}),
             "status": self.status,
             "finish": self.finish,
             "error": self.error,

@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from peftopt.gateway.engines import Engines, Starter
 from peftopt.gateway.heads import READ_S
 from peftopt.gateway.keys import Keys
 from peftopt.gateway.limits import Limits
-from peftopt.gateway.lines import Log
+from peftopt.gateway.lines import Log, Origin
 from peftopt.gateway.listening import address, listening, operated, socket_of
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.lives import Settings as LifeSettings
@@ -56,7 +56,7 @@ class Config:
     each the bound of a bucket; `workers` processes answer users, which somebody else starts where they `join` at a
     socket. `keys_file`: where the keys are read again on SIGHUP; `read_s`: seconds for a request to come in; `metrics`:
     users may read them; `log_text`: prompts and answers are logged; `log_keep`: files of the log that are kept, 0 =
-    all; `trace`: a collector's URL."""
+    all; `trace`: a collector's URL; `origins`: what a run decided to serve, by name."""
 
     state: Path
     host: str = "127.0.0.1"
@@ -87,6 +87,7 @@ class Config:
     log_text: bool = False
     log_keep: int = 0
     trace: str = ""
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
 
 def run(config: Config, tell: Callable[[str], None]) -> int:
@@ -136,6 +137,7 @@ class Gateway:
                 metrics=config.metrics,
                 log_text=config.log_text,
                 most_running=how.most_running,
+                origins=self._origins(how),
             )
             self.shared = Shared(
                 upstream, lives, admission, config.keys, self.metrics, self.log, own, traces=self.traces
@@ -203,6 +205,13 @@ class Gateway:
         ours = set(self.registry.versions)
         brings = {name: name for name in names if name not in ours and not is_served_name(name)}
         return Start((), {}, config.upstream.rstrip("/"), brings, loads=clients.labels(models) in ("vllm", "peftopt"))
+
+    def _origins(self, how: Start) -> dict[str, Origin]:
+        """The run that decided to serve a version, by the version's name at the engine."""
+        names = dict(how.brings)
+        for name, folder in self.config.adapters.items():
+            names[name] = self.registry.copy(name, folder).version.served
+        return {names[name]: origin for name, origin in self.config.origins.items() if name in names}
 
     def _bring(self) -> list[str]:
         """Put the adapters of the command line on record; what a reader should know of it. An adapter that was put

@@ -281,6 +281,7 @@ def append(path: Path, variant: str, found: LoadSummary, workload: str = "") -> 
     """Add a run to a file of measurements, on disk before this returns: the raw requests, and no metrics, which are
     computed from them."""
     kept = {key: value for key, value in as_json(found).items() if key not in COMPUTED}
+    kept["slo"] = found.figures.slo
     kept["trials"] = [{"rate": each.rate, "held": each.held, "stopped": each.stopped} for each in found.trials]
     _append(path, Measurement("load", variant, workload, values={"source": "peftopt", **kept}, at=utc(time.time())))
 

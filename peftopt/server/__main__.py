@@ -49,7 +49,7 @@ async def _serve(model: Model, adapters: dict[str, str], options: argparse.Names
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    scheduler = Scheduler(model, options.base, options.max_batch, options.context)
+    scheduler = Scheduler(model, options.base, options.max_batch, options.context, options.max_queued)
     try:
         for name, folder in adapters.items():
             await scheduler.load(name, folder)
@@ -115,6 +115,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8001)
     parser.add_argument("--threads", type=int, default=0, help="0 = all cores.")
     parser.add_argument("--max-batch", type=int, default=8, help="Requests that are computed at once.")
+    parser.add_argument("--max-queued", type=int, default=0, help="Requests that may wait for it; 0 = any number.")
     parser.add_argument(
         "--context", type=int, default=0, help="Tokens of a prompt and its answer; 0 = the model's (compiled: 2048)."
     )

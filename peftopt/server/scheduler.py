@@ -122,7 +122,7 @@ class Served:
 class Scheduler:
     """Its methods are called in the event loop; the thread hands tokens over to it."""
 
-    def __init__(self, model: Model, base: str, max_batch: int, context: int = 0) -> None:
+    def __init__(self, model: Model, base: str, max_batch: int, context: int = 0, max_queued: int = 0) -> None:
         self.served = {BASE: Served(base, "", Voice(model.tokenizer), round(time.time()))}
         self.context = min(filter(None, (context, model.context)), default=0)
         """The most tokens of a prompt and its answer; 0 = any number."""
@@ -132,7 +132,7 @@ class Scheduler:
         """Why nothing is computed any more."""
         self.scheduled: Callable[[float], None] = lambda seconds: None
         """Told how long each request waited."""
-        self._model, self._max_batch = model, max_batch
+        self._model, self._max_batch, self._max_queued = model, max_batch, max_queued
         self._penalty = model.repetition_penalty
         self._waiting: deque[Job] = deque()
         self._batches: list[_Batch] = []
@@ -163,6 +163,8 @@ class Scheduler:
         with self._changed:
             if self.broken:
                 raise Problem(503, f"the model is gone: {self.broken}", "engine_dead")
+            if self._max_queued and len(self._waiting) >= self._max_queued:
+                raise Problem(503, f"{len(self._waiting)} requests wait, as many as may", "overloaded")
             self._waiting.append(job)
             self._changed.notify()
         return job
