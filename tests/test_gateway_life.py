@@ -215,7 +215,7 @@ def test_what_the_engine_had_lost_is_asked_before_it_is_served_again(
             assert await lives.reconcile() == [name] and engine.answers[name] > asked
             assert (await gateway.ask("support"))[0] == 200
             engine.folders.clear()
-            engine.twisted = " of another's"
+            engine.twisted = "base"
             with pytest.raises(WorkerFailed, match="wrong answers"):
                 await lives.reconcile()
             assert (await gateway.ask("support"))[0] == 503, "another's weights answer nobody"

@@ -35,7 +35,7 @@ class Paced:
         self.mute = False
         """Whether no log-probabilities are told."""
         self.twisted = ""
-        """What is loaded now answers as other weights, named by this."""
+        """The model whose weights are loaded in place of those that are asked for; "" for none."""
         self.loads_held, self.loads_waiting = False, 0
         """Loads wait while they are held, and how many do."""
         self.slow: dict[str, float] = {}
@@ -98,7 +98,7 @@ class Paced:
         elif self.deaf:
             self.whole(writer, 400, {"error": {"message": "no room for another adapter"}})
         else:
-            self.folders[body["lora_name"]] = body["lora_path"] + self.twisted
+            self.folders[body["lora_name"]] = self.twisted or body["lora_path"]
             self.whole(writer, 200, "done", "text/plain")
 
     async def generate(self, body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
