@@ -14,7 +14,7 @@ from helpers.inside import Users, adapter, users_of
 from helpers.paced import Paced, paced
 
 from peftopt.corpus import Row
-from peftopt.errors import REJECTED
+from peftopt.errors import INCONCLUSIVE, REJECTED
 from peftopt.gateway import trials
 from peftopt.gateway.admission import Ticket
 from peftopt.gateway.asking import Asker, Full
@@ -167,6 +167,19 @@ def test_a_gateway_that_ends_lets_go_of_what_it_asks_and_the_trial_goes_on(engin
             await until(lambda: not users.shared.admission.running)
         again = json.loads((tmp_path / "state" / "registry.json").read_text())
         assert again["trials"]["support"]["prompts"] == 1
+
+    asyncio.run(main())
+
+
+def test_who_waits_for_a_version_is_not_told_what_came_of_another(engine: Paced, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with tried(engine, tmp_path) as users:
+            lives = users.shared.lives
+            first = lives.registry.table.routes["support"].canary
+            assert first and lives.trials.replaced("support", first.id) is None
+            await lives.put("support", adapter(tmp_path / "c", 3), terms=EVERY)
+            ended = lives.trials.replaced("support", first.id)
+            assert ended and ended.exit_code == INCONCLUSIVE and "support" in lives.trials
 
     asyncio.run(main())
 

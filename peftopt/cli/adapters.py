@@ -113,7 +113,7 @@ def put(options: Put) -> None:
     told = _asked("PUT", f"/adapters/{name}", options.admin, options.key_env, body)
     if options.for_ and told["exit_code"] == 0:
         Console().tell(told["said"])
-        told = _awaited(f"/adapters/{name}/trial", options.admin, options.key_env)
+        told = _awaited(f"/adapters/{name}/trial?version={told['version']}", options.admin, options.key_env)
     _told(told, options.as_json)
 
 

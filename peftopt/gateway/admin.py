@@ -62,7 +62,9 @@ def application(
         return _answered(await lives.put(name, _within(folder, roots), canary, terms, rows, engine, certify))
 
     @app.get("/adapters/{name}/trial", summary="What came of a version's trial: 204 while it goes on")
-    async def trial(name: str) -> Response:
+    async def trial(name: str, version: str = "") -> Response:
+        if version and (ended := lives.trials.replaced(name, version)):
+            return _answered(ended)
         return Response(status_code=204) if name in lives.trials else _answered(_report(lives, name))
 
     @app.get("/adapters/{name}/report", summary="How a version's trial stands, or what came of it: rule by rule")

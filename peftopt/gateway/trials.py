@@ -127,9 +127,10 @@ class Trials:
 
     def end(self, name: str, why: str) -> None:
         """End a trial before its verdict; who waits for it is told why."""
-        if self.registry.trials.pop(name, None):
+        if trial := self.registry.trials.pop(name, None):
             self._stop(name)
-            self.registry.ended[name] = Outcome(INCONCLUSIVE, f"the trial of {name} has ended: {why}")
+            version = trial.version.rpartition("@")[2]
+            self.registry.ended[name] = Outcome(INCONCLUSIVE, f"the trial of {name} has ended: {why}", version)
             self.registry.tell("trial", name=name, outcome="inconclusive", rule="", why=why)
             self._save()
 
@@ -260,6 +261,13 @@ class Trials:
         judged = trial.judge(self._labelled(name))
         said = f"{trial.version} has been on trial for {trial.passed_s:.0f} s: {judged.rule}: {judged.said}"
         return Outcome(INCONCLUSIVE, said, trial.version.rpartition("@")[2], judged.verdicts)
+
+    def replaced(self, name: str, version: str) -> Outcome | None:
+        """What to tell who waits for the verdict of a version, where another has been put on trial since."""
+        latest = self.report(name)
+        if latest is None or latest.version == version:
+            return None
+        return Outcome(INCONCLUSIVE, f"the trial of {name}@{version} has ended: {latest.version} was put in its place")
 
     async def _conclude(self, name: str, version: Version, judged: Judged, trial: Trial) -> None:
         del self.registry.trials[name]
