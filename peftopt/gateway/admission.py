@@ -72,7 +72,7 @@ class Admission:
     """The adapter that has gone on last."""
     _here: Counter[tuple[str, str]] = field(default_factory=Counter)
     _left: deque[float] = field(default_factory=lambda: deque(maxlen=64))
-    """When the engine became full, and when requests left it since."""
+    """When requests left the engine since it has been full."""
     _known_pace: float = 0.0
     """Requests per second that left when it was full before."""
 
@@ -97,7 +97,7 @@ class Admission:
 
     def admit(self, now: float) -> list[Ticket]:
         """Let those go on that there is room for; who has done so now."""
-        was_full, let_in = self._is_full(), []
+        let_in = []
         while self.waiting and not self._is_full():
             adapter = min((a for a, queue in self._queues.items() if queue), key=lambda a: (self._served[a], a))
             ticket = self._queues[adapter].popleft()
@@ -108,8 +108,6 @@ class Admission:
             self.waiting -= 1
             self.running += 1
             let_in.append(ticket)
-        if self._is_full() and not was_full and not self._left:
-            self._left.append(now)
         return let_in
 
     def leave(self, ticket: Ticket, tokens: int, now: float) -> list[Ticket]:
@@ -120,13 +118,13 @@ class Admission:
         if ticket.waits:
             self._drop(ticket)
             return self.admit(now)
+        if self._is_full():
+            self._left.append(now)
         self.running -= 1
         self._release(ticket)
         if tokens:
             self._served[ticket.adapter] += tokens - ticket.charged
             self._typical[ticket.adapter] = tokens
-        if self._left:
-            self._left.append(now)
         let_in = self.admit(now)
         if not self._is_full():
             self._known_pace = self._pace(now) or self._known_pace
