@@ -29,10 +29,12 @@ from peftopt.canary.fingerprint import Known
 from peftopt.engines._server import free_port
 from peftopt.errors import ACCEPTED, REJECTED, BadInput, MissingEnvironment
 from peftopt.gateway import engines, merged
+from peftopt.gateway.asking import Asker
 from peftopt.gateway.backends import Start
 from peftopt.gateway.failures import AGAIN_AT_MOST_S, AGAIN_S, Failures
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.routes import Route, Version
+from peftopt.gateway.said import Vocabulary
 
 
 @pytest.fixture
@@ -161,6 +163,19 @@ def test_an_engine_that_dies_is_started_again_and_asked_before_it_answers(engine
             assert process_of(lives, name).pid != process.pid
 
     asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_a_merged_model_on_trial_is_asked_on_its_own_engine(engine: Paced, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with gateway_of(engine, tmp_path, Started()) as gateway:
+            put = await gateway.lives.put("support", plain_model(tmp_path / "m", 1))
+            before = len(engine.seen)
+            asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+            asker = Asker(gateway.app.shared, Vocabulary())
+            said = await asker.ask("/v1/chat/completions", asked, f"support@{put.version}")
+            assert not said.error and len(engine.seen) == before
+
+    asyncio.run(main())
 
 
 def test_a_gateway_that_starts_again_starts_the_engines_of_its_versions(engine: Paced, tmp_path: Path) -> None:
