@@ -234,10 +234,10 @@ def _shown(values: Sequence[float], how: str) -> str:
 
 def _rest(url: str) -> None:
     """Wait until nothing runs or waits any more, a minute at most."""
-    import httpx
+    import httpx2
 
     for _ in range(240):
-        text = httpx.get(f"{url}/metrics").text
+        text = httpx2.get(f"{url}/metrics").text
         if "\npeftopt_running 0.0" in text and "\npeftopt_waiting 0.0" in text:
             return
         time.sleep(0.25)

@@ -71,12 +71,12 @@ def litellm(url: str, where: Path) -> Iterator[str]:
 
 
 def ready(url: str, path: str, process: subprocess.Popen[bytes]) -> str:
-    import httpx
+    import httpx2
 
     for _ in range(600):
         assert process.poll() is None, "it has ended"
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(url + path).status_code == 200:
+        with contextlib.suppress(httpx2.HTTPError):
+            if httpx2.get(url + path).status_code == 200:
                 return url
         time.sleep(0.1)
     raise SystemExit(f"{url} is not ready after a minute")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from helpers.gateway_parts import comes, gateway_of
 from helpers.inside import adapter as adapter_of
@@ -323,11 +323,11 @@ def test_a_gateway_that_listens_has_a_socket_of_its_owners(engine: Paced, tmp_pa
     path = tmp_path / "admin.sock"
     with subprocess.Popen([*command, "--state", tmp_path / "state", "--admin", f"unix:{path}"]) as process:
         try:
-            transport = httpx.HTTPTransport(uds=str(path))
-            with httpx.Client(transport=transport, base_url="http://gateway") as operators:
+            transport = httpx2.HTTPTransport(uds=str(path))
+            with httpx2.Client(transport=transport, base_url="http://gateway") as operators:
 
                 def listed() -> bool:
-                    with contextlib.suppress(httpx.HTTPError):
+                    with contextlib.suppress(httpx2.HTTPError):
                         return operators.get("/adapters").status_code == 200
                     return False
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 from helpers.gateway_parts import comes, gateway_of
@@ -265,13 +265,13 @@ class Served:
 
     def ready(self) -> bool:
         assert self.process.poll() is None
-        with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"http://127.0.0.1:{self.port}/health/ready").status_code == 200
+        with contextlib.suppress(httpx2.HTTPError):
+            return httpx2.get(f"http://127.0.0.1:{self.port}/health/ready").status_code == 200
         return False
 
     def ask(self, model: str) -> int:
         body = {"model": model, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
-        return httpx.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=300).status_code
+        return httpx2.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=300).status_code
 
     def operate(self, *arguments: object) -> Any:
         command = [sys.executable, "-m", "peftopt.cli", "adapters", *arguments, "--admin", self.admin, "--json"]

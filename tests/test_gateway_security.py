@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
+import httpx2
 import pytest
 from helpers.gateways import BIG_S, Gateway, held, is_ready, serving, until
 from helpers.paced import Paced, paced
@@ -137,9 +137,9 @@ def bearer(secret: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {secret}"}
 
 
-def operators(gateway: Gateway) -> httpx.Client:
+def operators(gateway: Gateway) -> httpx2.Client:
     """A client of the operators' socket."""
-    return httpx.Client(transport=httpx.HTTPTransport(uds=str(gateway.state / "admin.sock")), base_url="http://x")
+    return httpx2.Client(transport=httpx2.HTTPTransport(uds=str(gateway.state / "admin.sock")), base_url="http://x")
 
 
 WORKERS = pytest.mark.parametrize("workers", [1, 2])
@@ -151,7 +151,7 @@ def test_with_keys_the_metrics_are_the_operators(engine: Paced, tmp_path: Path, 
     options = ("--keys", tmp_path / "keys", "--workers", workers)
     with serving(tmp_path, "--upstream", engine.url, *options) as gateway:
         assert gateway.ask("x", headers=bearer("good")).status_code == 200
-        assert httpx.get(f"{gateway.url}/metrics", headers=bearer("good")).status_code == 404
+        assert httpx2.get(f"{gateway.url}/metrics", headers=bearer("good")).status_code == 404
         with operators(gateway) as client:
             text = client.get("/metrics").text
         assert re.search(r'peftopt_requests_total\{.*code="200".*\} 1', text)
@@ -277,7 +277,7 @@ def test_texts_are_logged_only_where_that_is_asked_for(engine: Paced, tmp_path: 
     with serving(tmp_path, "--upstream", engine.url, "--log-text") as gateway:
         gateway.ask(f"hello {SECRETS[0]}", user="maria@example.org", max_tokens=3)
         half = rb'{"model": "base", "prompt": "half a letter \ud800", "stream": true, "max_tokens": 3}'
-        httpx.post(f"{gateway.url}/v1/completions", content=half, timeout=BIG_S)
+        httpx2.post(f"{gateway.url}/v1/completions", content=half, timeout=BIG_S)
         until(lambda: len(gateway.lines()) == 2)
         whole, streamed = gateway.lines()
         assert "hello" in whole["prompt"] and SECRETS[0] not in whole["prompt"]
@@ -335,10 +335,10 @@ def test_who_asks_twice_for_the_end_does_not_wait_for_the_drain(tmp_path: Path) 
         with held(gateway, 1):
             until(lambda: engine.running == 1)
             gateway.process.send_signal(signal.SIGTERM)
-            until(lambda: httpx.get(f"{gateway.url}/health/ready", timeout=BIG_S).status_code == 503)
+            until(lambda: httpx2.get(f"{gateway.url}/health/ready", timeout=BIG_S).status_code == 503)
             refused = gateway.ask("too late")
             assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
-            text = httpx.get(f"{gateway.url}/metrics", timeout=BIG_S).text
+            text = httpx2.get(f"{gateway.url}/metrics", timeout=BIG_S).text
             assert re.search(r'peftopt_refused_total\{.*reason="draining".*\} 1', text)
             gateway.process.send_signal(signal.SIGTERM)
             assert gateway.process.wait(BIG_S) == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from helpers.collector import attributes, collecting
 from helpers.gateways import BIG_S, changed, serving, until
@@ -229,7 +229,7 @@ def test_what_is_unloaded_leaves_the_metrics(tiny_lora: Path, tmp_path: Path) ->
         first = gateway.lines()[0]["version"]
 
         def told() -> bool:
-            return f'version="{first}"' in httpx.get(f"{gateway.url}/metrics", timeout=BIG_S).text
+            return f'version="{first}"' in httpx2.get(f"{gateway.url}/metrics", timeout=BIG_S).text
 
         until(lambda: not told())
         assert gateway.metric("peftopt_requests_total") >= 1

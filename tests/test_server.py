@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 from helpers.command_line import command
@@ -46,9 +46,9 @@ class Running:
     url: str
     scheduler: Scheduler
     stop: Callable[[], None]
-    http: httpx.Client
+    http: httpx2.Client
 
-    def post(self, path: str, **body: Any) -> httpx.Response:
+    def post(self, path: str, **body: Any) -> httpx2.Response:
         return self.http.post(f"/v1/{path}", json=body)
 
     def ids(self, model: str, prompt: list[int], **more: Any) -> list[int]:
@@ -76,7 +76,7 @@ def serving(
     thread = threading.Thread(target=lambda: asyncio.run(run()))
     thread.start()
     assert begun.wait(PATIENCE_S)
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S, trust_env=False) as http:
+    with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S, trust_env=False) as http:
         try:
             yield Running(f"http://127.0.0.1:{port}", box["scheduler"], box["stop"], http)
         finally:
@@ -591,12 +591,12 @@ def test_sigterm_finishes_what_runs_and_refuses_what_is_new(tiny_base_fp32: Path
     flags = ["--base", tiny_base_fp32, "--adapter", f"one={adapters['one']}", "--port", port, "--drain", PATIENCE_S]
     process = subprocess.Popen([sys.executable, "-m", "peftopt.server", *map(str, flags), "--threads", "1"])
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S, trust_env=False) as http:
+        with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=PATIENCE_S, trust_env=False) as http:
 
             def health() -> int:
                 try:
                     return http.get("/health").status_code
-                except httpx.ConnectError:
+                except httpx2.ConnectError:
                     assert process.poll() is None
                     return 0
 

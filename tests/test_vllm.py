@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 from helpers import packed
@@ -247,8 +247,8 @@ def serving(folder: Path, *flags: object) -> Iterator[str]:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300  # one that never answers is no hang
         try:
             while process.poll() is None and time.monotonic() < deadline:
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}/health", trust_env=False).status_code == 200:
+                with contextlib.suppress(httpx2.HTTPError):
+                    if httpx2.get(f"{url}/health", trust_env=False).status_code == 200:
                         break
                 time.sleep(0.5)
             yield url
@@ -260,10 +260,10 @@ def serving(folder: Path, *flags: object) -> Iterator[str]:
 @real
 def test_serve_answers_until_it_is_interrupted(tmp_path: Path) -> None:
     with serving(tmp_path, "--engine-only") as url:
-        listed = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]
+        listed = httpx2.get(f"{url}/v1/models", trust_env=False).json()["data"]
     assert [model["id"] for model in listed] == ["base", "support"]
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(url, trust_env=False)
+    with pytest.raises(httpx2.ConnectError):
+        httpx2.get(url, trust_env=False)
 
 
 @real
@@ -293,7 +293,7 @@ def test_the_gateway_reloads_an_adapter_of_the_same_name_without_a_stale_answer(
     ask = {"model": "support", "messages": prompt, "max_tokens": 8, "temperature": 0}
 
     def text(url: str) -> str:
-        answer = httpx.post(f"{url}/v1/chat/completions", json=ask, trust_env=False, timeout=120)
+        answer = httpx2.post(f"{url}/v1/chat/completions", json=ask, trust_env=False, timeout=120)
         return str(answer.json()["choices"][0]["message"]["content"])
 
     with serving(tmp_path, *flags) as url:

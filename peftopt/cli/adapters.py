@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -22,6 +23,8 @@ Admin = Annotated[
     str, typer.Option(help="Where the gateway listens to operators; by default serve-state/admin.sock here.")
 ]
 KeyEnv = Annotated[str, typer.Option("--key-env", help="Environment variable with the operators' key.")]
+LONGEST_S = 600.0
+"""The longest that an operation may take, as the load of a large adapter."""
 AWAY_S = 300.0
 """So long a gateway may be away, as in a restart, while a trial's verdict is awaited."""
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
@@ -218,30 +221,42 @@ def _seconds(text: str) -> float:
 
 def _asked(method: str, path: str, admin: str, key_env: str, body: Any = None) -> Any:
     """The answer of the gateway. Raises MissingEnvironment where none answers, BadInput for what it refuses."""
-    import httpx
+    import aiohttp
 
     where = admin or f"unix:{Path(STATE).resolve()}/admin.sock"
-    transport = httpx.HTTPTransport(uds=where.removeprefix("unix:")) if where.startswith("unix:") else None
-    url = "http://gateway" if transport else f"http://{where}"
     headers = {"Authorization": f"Bearer {os.environ.get(key_env, '')}"} if key_env else {}
     try:
-        with httpx.Client(transport=transport, trust_env=False, timeout=600.0) as http:
-            answer = http.request(method, url + path, json=body, headers=headers)
-    except httpx.HTTPError as error:
+        status, text = asyncio.run(_sent(where, method, path, body, headers))
+    except (aiohttp.ClientError, OSError) as error:
         raise MissingEnvironment(f"no gateway answers at {where}: {error}", "start one, or name it: --admin") from error
-    if answer.status_code == 204:
+    if status == 204:
         return None
     try:
-        told = answer.json()
+        told = json.loads(text)
     except ValueError:
-        said = f"the gateway answered HTTP {answer.status_code}: {answer.text[:200]}"
+        said = f"the gateway answered HTTP {status}: {text[:200]}"
         raise WorkerFailed("the gateway failed", said, "what it wrote at that moment tells why") from None
-    if answer.status_code in (401, 404, 422):
+    if status in (401, 404, 422):
         raise BadInput(f"the gateway refuses: {told.get('detail')}", "see peftopt adapters --help")
-    if answer.status_code in (400, 503):
+    if status in (400, 503):
         kind = MissingEnvironment if told["exit_code"] == ENVIRONMENT else BadInput
         raise kind(told["said"], told["hint"])
     return told
+
+
+async def _sent(where: str, method: str, path: str, body: Any, headers: dict[str, str]) -> tuple[int, str]:
+    """(status, text) of the gateway's answer, from its socket or its port."""
+    import aiohttp
+
+    socket = where.removeprefix("unix:") if where.startswith("unix:") else ""
+    connector = aiohttp.UnixConnector(path=socket) if socket else aiohttp.TCPConnector()
+    url = "http://gateway" if socket else f"http://{where}"
+    limit = aiohttp.ClientTimeout(total=LONGEST_S)
+    async with (
+        aiohttp.ClientSession(connector=connector, timeout=limit, trust_env=False) as session,
+        session.request(method, url + path, json=body, headers=headers) as answer,
+    ):
+        return answer.status, await answer.text()
 
 
 def _told(told: Any, as_json: bool) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from peftopt.engines._server import free_port
 
@@ -31,17 +31,17 @@ class Gateway:
     log: Path
     process: subprocess.Popen[str]
 
-    def ask(self, prompt: str = "hi", model: str = "base", **more: Any) -> httpx.Response:
+    def ask(self, prompt: str = "hi", model: str = "base", **more: Any) -> httpx2.Response:
         headers = more.pop("headers", {})
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], **more}
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=BIG_S)
+        return httpx2.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=BIG_S)
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples, whatever their labels."""
-        text = httpx.get(f"{self.url}/metrics", timeout=BIG_S).text
+        text = httpx2.get(f"{self.url}/metrics", timeout=BIG_S).text
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}(\{{| )", line))
 
     def operate(self, *arguments: object) -> tuple[int, str]:
@@ -76,8 +76,8 @@ def serving(where: Path, *arguments: object, ready: bool = True) -> Iterator[Gat
 
 
 def is_ready(gateway: Gateway) -> bool:
-    with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"{gateway.url}/health/ready", timeout=5.0).status_code == 200
+    with contextlib.suppress(httpx2.HTTPError):
+        return httpx2.get(f"{gateway.url}/health/ready", timeout=5.0).status_code == 200
     return False
 
 
