@@ -24,12 +24,12 @@ from hypothesis import strategies as st
 from peftopt.errors import BadInput
 from peftopt.gateway import tracing
 from peftopt.gateway.admission import Admission
-from peftopt.gateway.app import Settings, Shared
 from peftopt.gateway.keys import Keys
 from peftopt.gateway.limits import Limits
 from peftopt.gateway.lines import Line, Log
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.sampling import ALLOCATED, RESERVED, Known, Nvml, Reading, Sample, Sampler, combined
+from peftopt.gateway.shared import Settings, Shared
 from peftopt.gateway.upstream import Fault, Timeouts, Upstream
 
 GIB = 2**30

@@ -12,7 +12,8 @@ import signal
 from pathlib import Path
 
 from peftopt.errors import BadInput, PeftoptError
-from peftopt.gateway.app import App, Receive, Scope, Send
+from peftopt.gateway.app import App
+from peftopt.gateway.exchange import Receive, Scope, Send
 from peftopt.gateway.workers.joined import Joined
 
 JOIN = "PEFTOPT_JOIN"

@@ -21,7 +21,7 @@ from peftopt.gateway.upstream import Fault
 from peftopt.records import Json
 
 if TYPE_CHECKING:
-    from peftopt.gateway.app import Shared
+    from peftopt.gateway.shared import Shared
 
 CHAT = "/v1/chat/completions"
 BESIDE = "\0beside"

@@ -18,7 +18,7 @@ from peftopt.engines._server import Server
 from peftopt.errors import BadInput, PeftoptError
 from peftopt.gateway import admin, backends, keys, sampling
 from peftopt.gateway.admission import Admission
-from peftopt.gateway.app import App, Settings, Shared
+from peftopt.gateway.app import App
 from peftopt.gateway.asking import Asker, vocabulary_of
 from peftopt.gateway.backends import Start
 from peftopt.gateway.engines import Engines, Starter
@@ -33,6 +33,7 @@ from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import Registry, is_served_name, open_registry
 from peftopt.gateway.routes import Route
 from peftopt.gateway.sampling import Known, Sampler
+from peftopt.gateway.shared import Settings, Shared
 from peftopt.gateway.tracing import Traces
 from peftopt.gateway.upstream import Timeouts, Upstream, unless
 from peftopt.gateway.workers import messages, shares

@@ -12,7 +12,7 @@ from typing import Any
 from helpers.inside import PROMPTS
 from helpers.paced import Paced
 from peftopt.gateway.admission import Admission
-from peftopt.gateway.app import App, Shared
+from peftopt.gateway.app import App
 from peftopt.gateway.engines import Engines, Starter
 from peftopt.gateway.keys import Keys
 from peftopt.gateway.limits import Limits
@@ -20,6 +20,7 @@ from peftopt.gateway.lines import Log
 from peftopt.gateway.lives import Lives, Settings
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import open_registry
+from peftopt.gateway.shared import Shared
 from peftopt.gateway.upstream import Timeouts, Upstream
 
 

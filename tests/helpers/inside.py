@@ -14,13 +14,14 @@ from safetensors.numpy import save_file
 
 from helpers.paced import Paced
 from peftopt.gateway.admission import Admission
-from peftopt.gateway.app import App, Shared
+from peftopt.gateway.app import App
 from peftopt.gateway.keys import Keys
 from peftopt.gateway.limits import Limits
 from peftopt.gateway.lines import Log
 from peftopt.gateway.lives import Lives, Settings
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import open_registry
+from peftopt.gateway.shared import Shared
 from peftopt.gateway.upstream import Timeouts, Upstream
 
 PROMPTS = {"one": ({"role": "user", "content": "One?"},), "two": ({"role": "user", "content": "Two?"},)}

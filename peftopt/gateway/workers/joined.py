@@ -14,11 +14,11 @@ from pathlib import Path
 from peftopt.errors import MissingEnvironment
 from peftopt.gateway import keys
 from peftopt.gateway.admission import Admission
-from peftopt.gateway.app import Shared
 from peftopt.gateway.asking import drawn
 from peftopt.gateway.lines import Line, Log
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.routes import Table
+from peftopt.gateway.shared import Shared
 from peftopt.gateway.tracing import Traces
 from peftopt.gateway.upstream import Upstream
 from peftopt.gateway.workers import messages, sums

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
-from peftopt.gateway.app import Settings
 from peftopt.gateway.keys import Key, Keys
 from peftopt.gateway.limits import Limits
 from peftopt.gateway.routes import Route
 from peftopt.gateway.sampling import Sample
+from peftopt.gateway.shared import Settings
 from peftopt.gateway.upstream import Timeouts
 from peftopt.records import Json
 

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peftopt.errors import MissingEnvironment
-from peftopt.gateway.app import Shared
 from peftopt.gateway.keys import Keys
 from peftopt.gateway.lines import Line
 from peftopt.gateway.listening import private
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.metrics import BY_WORKER
+from peftopt.gateway.shared import Shared
 from peftopt.gateway.workers import messages, sums
 from peftopt.gateway.workers.channel import MOST_BYTES, Channel, Closed
 from peftopt.gateway.workers.messages import Asked, Counts, Part, State

@@ -1,0 +1,114 @@
+"""What every request of users' uses: the adapters, the limits, the log, and how they are set."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from peftopt.gateway.admission import Admission, Ticket
+from peftopt.gateway.heads import READ_S
+from peftopt.gateway.keys import Keys
+from peftopt.gateway.lines import Line, Log, Origin
+from peftopt.gateway.metrics import Metrics
+from peftopt.gateway.routes import Table
+from peftopt.gateway.sampling import Sample
+from peftopt.gateway.tracing import Traces
+from peftopt.gateway.upstream import MOST_ANSWER_BYTES, Upstream
+from peftopt.records import Json
+
+MOST_BODY_BYTES = 8 * 2**20
+
+
+class Adapters(Protocol):
+    """What requests ask of the adapters: Lives, or in one of several workers what the supervisor tells of them.
+    `in_flight` counts requests by the name at the engine; `switched`: seconds of loads that no request has told of."""
+
+    in_flight: Counter[str]
+    switched: dict[str, float]
+
+    @property
+    def table(self) -> Table:
+        """The routes as they are now."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether users are answered, but for those of versions that have `failed`."""
+
+    def failed(self) -> Mapping[str, str]:
+        """Why versions do not answer, by their names among all that is served."""
+
+    def certified(self, name: str) -> bool:
+        """Whether a version had to answer as itself before it was served, and did."""
+
+    def loading_s(self, name: str) -> float | None:
+        """Seconds that the start of a version's own engine took; None for one on the gateway's engine."""
+
+    def heard(self, line: Line, sticky: str, path: str, asked: Mapping[str, Json]) -> None:
+        """A request is over, and this is what was asked, where it came so far that the engine was."""
+
+
+@dataclass
+class Settings:
+    """`most_body_bytes` of a request and `read_s` seconds for it to come in (0 = without limit); `most_answer_bytes` of
+    an answer that does not stream; `model_loading_time`: seconds that the engine took to start, for the log. `metrics`:
+    users may read them; `log_text`: prompts and answers are logged; `most_running`: requests that the engine runs at
+    once, 0 where nobody knows; `origins`: the run that decided to serve a version, by the version's name at the
+    engine."""
+
+    most_body_bytes: int = MOST_BODY_BYTES
+    model_loading_time: float | None = None
+    read_s: float = READ_S
+    most_answer_bytes: int = MOST_ANSWER_BYTES
+    metrics: bool = True
+    log_text: bool = False
+    most_running: int = 0
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+
+
+@dataclass
+class Shared:
+    """What every request uses. `open` is False while the gateway drains: it takes in no more. `here`: requests that
+    have no line in the log yet. `scrape`: the metrics of all workers, where there are several."""
+
+    upstream: Upstream
+    lives: Adapters
+    admission: Admission
+    keys: Keys
+    metrics: Metrics
+    log: Log
+    settings: Settings = field(default_factory=Settings)
+    sampled: Sample | None = None
+    traces: Traces | None = None
+    open: bool = True
+    here: int = 0
+    turns: dict[Ticket, asyncio.Future[None]] = field(default_factory=dict)
+    scrape: Callable[[], Awaitable[bytes]] | None = None
+
+    @property
+    def table(self) -> Table:
+        """The routes as they are now."""
+        return self.lives.table
+
+    async def exposition(self) -> bytes:
+        """The metrics of the whole gateway."""
+        return await self.scrape() if self.scrape else self.metrics.text()
+
+    @property
+    def fill(self) -> float | None:
+        """Requests at the engine as a share of the limit, else of what it runs at once; None where neither is known."""
+        most = self.admission.limits.running or self.settings.most_running
+        return min(1.0, self.admission.running / most) if most else None
+
+    def let_in(self, tickets: list[Ticket]) -> None:
+        """Wake those whose fate is known: they may go on, or are refused."""
+        for ticket in tickets:
+            turn = self.turns.pop(ticket, None)
+            if turn and not turn.done():
+                turn.set_result(None)
+        self.metrics.running.set(self.admission.running)
+        self.metrics.waiting.set(self.admission.waiting)
+        if self.fill is not None:
+            self.metrics.fill.set(self.fill)
