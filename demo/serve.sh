@@ -18,7 +18,7 @@ run() { say "$@"; local code=0; "$@" 2>&1 | tee -a "$out/transcript.txt" || code
 
 : > "$out/transcript.txt"
 "$python" demo/worse.py "$out/worse" --scale 0.3
-"$peftopt" merge --base "$base" --adapter demo/adapter --out "$out/merged" --certify blocks --quiet
+"$peftopt" merge --base "$base" --adapter demo/adapter --out "$out/merged" --certify full
 grep '"short"' demo/data/eval.jsonl > "$out/prompts.jsonl"
 
 say peftopt serve --engine eager --base "$base" --adapter triage=demo/adapter --log "$out/requests.jsonl"

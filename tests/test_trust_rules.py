@@ -404,6 +404,11 @@ def test_too_few_right_answers_say_how_many_would_tell(lost: int, again: int, li
     assert upper(n) <= limit and all(upper(fewer) > limit for fewer in range(61, n))
 
 
+def test_more_lost_than_the_limit_asks_for_no_more_answers() -> None:
+    said = rules.lost(case(asked({}, {}, merged=rows(0, 1, 2, 3, correct=False), int8={}), 0.05, "merged"))
+    assert said.outcome == "inconclusive" and "at this rate" not in said.reason
+
+
 def test_answers_lost_at_the_limit_are_not_told_apart_by_any_number() -> None:
     said = rules.lost(case(asked({}, {}, merged=rows(0, 1, 2, correct=False), int8={}), 0.05, "merged"))
     assert said.outcome == "inconclusive" and f"{rules.MOST_TIMES} times" in said.reason

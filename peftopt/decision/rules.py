@@ -297,7 +297,7 @@ def _answers_lost(case: Case) -> Verdict:
     reason = f"{worse} of {right} right answers are lost, and {better} in {case.baseline}'s second run alone"
     reason = f"{variant}: {reason}" if variant != case.variant else reason
     outcome = against_limit(value, "<=", case.limit)
-    if outcome == "inconclusive":
+    if outcome == "inconclusive" and value.estimate <= case.limit:
         reason += f"; {_right_answers_needed(worse, better, right, level, case.limit)}"
     return Verdict("", outcome, reason, against, value, "share", case.limit)
 
