@@ -800,6 +800,15 @@ def test_files_that_are_wrong_reject_and_those_that_were_not_built_leave_it_open
     assert outcome(decide(plan, bad, {}), "int8", "artifact.intact") == "rejected", "whose parent is damaged"
 
 
+def test_where_nothing_was_built_no_weights_are_said_to_be_whole() -> None:
+    plan = plan_of("merged")
+    bare = replace(plan.recipe, variants={**plan.recipe.variants, "cut": Variant("cut", (), EAGER, (CAP,))})
+    capped = planning.plan(bare, {"base": "b", "adapter": "a", "calibration": ""}, {})
+    said = verdict(decide(capped, asked(cut={}), {}), "cut", "artifact.intact")
+    assert said.outcome == "accepted" and "weights" not in said.reason
+    assert "weights" in verdict(decide(plan, builds(plan), {}), "merged", "artifact.intact").reason
+
+
 @pytest.mark.parametrize(("kept", "expected"), [(0.09, "rejected"), (0.11, "accepted")])
 def test_less_than_a_tenth_of_the_adapter_is_none(kept: float, expected: str) -> None:
     plan = plan_of("merged")

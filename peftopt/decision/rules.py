@@ -746,4 +746,6 @@ def _intact(evidence: Evidence, variant: Variant) -> Verdict:
         return Verdict("artifact.intact", "rejected", "; ".join(wrong[:3]))
     if not checked and variant.steps:
         return Verdict("artifact.intact", "inconclusive", "its artifact was not built")
+    if not checked:
+        return Verdict("artifact.intact", "accepted", "nothing was built for it")
     return Verdict("artifact.intact", "accepted", "all weights are finite and the files match their hash")
