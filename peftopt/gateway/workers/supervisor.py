@@ -31,7 +31,7 @@ from peftopt.records import Json
 
 PUBLISH_EVERY_S = 0.05
 """How often the state is compared with what the workers know. A change of the routes does not wait for it."""
-ACK_S = 10.0
+ACK_S = 30.0
 """The longest that a worker may take to follow a change. Then it is killed: it might go on with an old version."""
 ACCOUNT_S = 2.0
 """The longest that a scrape waits for a worker's metrics."""
