@@ -15,8 +15,9 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from helpers.gateways import BIG_S, Gateway, changed, held, is_ready, serving, until
+from helpers.gateways import BIG_S, Gateway, changed, held, is_ready, serving
 from helpers.paced import Paced, paced
+from helpers.waiting import wait_until
 
 from peftopt.engines._server import free_port
 
@@ -51,7 +52,7 @@ def test_a_stream_passes_byte_for_byte(gateway: Gateway, engine: Paced) -> None:
 
 def test_a_line_has_the_seven_fields_and_the_engines_own_account(gateway: Gateway) -> None:
     gateway.ask("line", stream=True, max_tokens=4, stream_options={"include_usage": True})
-    until(lambda: bool(gateway.lines()) and gateway.lines()[-1]["prompt_tokens"] == 7)
+    wait_until(lambda: bool(gateway.lines()) and gateway.lines()[-1]["prompt_tokens"] == 7)
     line = gateway.lines()[-1]
     seven = ("request_duration_ms", "generation_latency_ms", "queue_time_ms", "model_loading_time")
     assert {*seven, "adapter_switch_time", "gpu_memory_allocated", "gpu_memory_reserved"} <= line.keys()
@@ -84,19 +85,19 @@ def test_the_engine_is_let_go_of_when_the_client_goes(
         client.sendall(head.encode() + content)
         if stream and prompt == "slow":
             assert client.recv(100)
-        until(lambda: engine.running > running)
-    until(lambda: engine.left == before + 1)
-    until(lambda: gateway.metric("peftopt_cancelled_total") == cancelled + 1)
-    until(lambda: gateway.lines()[-1]["error_kind"] == "cancelled")
+        wait_until(lambda: engine.running > running)
+    wait_until(lambda: engine.left == before + 1)
+    wait_until(lambda: gateway.metric("peftopt_cancelled_total") == cancelled + 1)
+    wait_until(lambda: gateway.lines()[-1]["error_kind"] == "cancelled")
 
 
 def test_what_goes_wrong_at_the_engine_is_told_and_counted_by_kind(gateway: Gateway) -> None:
     answer = gateway.ask("oom")
     assert answer.status_code == 500 and "out of memory" in answer.text
-    until(lambda: gateway.lines()[-1]["error_kind"] == "oom")
+    wait_until(lambda: gateway.lines()[-1]["error_kind"] == "oom")
     broken = gateway.ask("reset", stream=True, max_tokens=8)
     assert "error" in broken.text and "[DONE]" not in broken.text
-    until(lambda: gateway.lines()[-1]["error_kind"] == "upstream")
+    wait_until(lambda: gateway.lines()[-1]["error_kind"] == "upstream")
     assert gateway.ask("after").status_code == 200, "the others are answered"
 
 
@@ -159,24 +160,24 @@ def test_who_is_too_many_is_refused_with_the_time_to_come_again(tmp_path: Path) 
     limits = ("--limits", "running=2,waiting=2,wait=600s")
     with paced() as engine, serving(tmp_path, "--upstream", engine.url, *limits) as gateway:
         with held(gateway, 4):
-            until(lambda: (gateway.metric("peftopt_running"), gateway.metric("peftopt_waiting")) == (2, 2))
+            wait_until(lambda: (gateway.metric("peftopt_running"), gateway.metric("peftopt_waiting")) == (2, 2))
             assert engine.running == 2
             refused = gateway.ask("one too many")
         assert refused.status_code == 429 and refused.json()["error"]["code"] == "waiting"
         assert int(refused.headers["retry-after"]) >= 1
         assert "--limits" in refused.json()["error"]["message"], "it says whose limit that is"
         assert gateway.metric("peftopt_refused_total") == 1
-        until(lambda: (gateway.metric("peftopt_running"), gateway.metric("peftopt_waiting")) == (0, 0))
+        wait_until(lambda: (gateway.metric("peftopt_running"), gateway.metric("peftopt_waiting")) == (0, 0))
         assert gateway.ask("there is room again").status_code == 200
 
 
 def test_a_wait_that_lasts_too_long_ends_in_a_refusal(tmp_path: Path) -> None:
     limits = ("--limits", "running=1,waiting=9,wait=100ms")
     with paced() as engine, serving(tmp_path, "--upstream", engine.url, *limits) as gateway, held(gateway, 1):
-        until(lambda: engine.running == 1)
+        wait_until(lambda: engine.running == 1)
         refused = gateway.ask("it waits for one that never ends")
         assert refused.status_code == 429 and refused.json()["error"]["code"] == "wait"
-        until(lambda: len(gateway.lines()) == 1)
+        wait_until(lambda: len(gateway.lines()) == 1)
         assert gateway.lines()[0]["queue_gateway_ms"] > 0
 
 
@@ -189,12 +190,12 @@ def test_a_key_opens_what_its_line_names_and_nothing_else(engine: Paced, tmp_pat
     with serving(tmp_path, "--upstream", engine.url, *options) as gateway:
         asked = {key: gateway.ask("x", headers={"Authorization": f"Bearer {key}"}) for key in ("good", "odd", "none")}
         assert {key: answer.status_code for key, answer in asked.items()} == {"good": 200, "odd": 403, "none": 401}
-        until(lambda: any(line["key"] == "team" for line in gateway.lines()))
+        wait_until(lambda: any(line["key"] == "team" for line in gateway.lines()))
         headers = {"Authorization": "Bearer odd"}
         assert httpx2.get(f"{gateway.url}/v1/models", headers=headers).json()["data"] == [], "it may ask none of them"
         headers = {"Authorization": "Bearer slow"}
         assert [gateway.ask("x", headers=headers).status_code for _ in range(2)] == [200, 429]
-        until(lambda: gateway.metric("peftopt_refused_total") == 1)
+        wait_until(lambda: gateway.metric("peftopt_refused_total") == 1)
         assert "good" not in gateway.log.read_text()
 
 
@@ -207,7 +208,7 @@ def test_each_wait_has_a_limit_and_a_counter_of_its_own(engine: Paced, tmp_path:
         assert gateway.ask("hold").status_code == 504
         stalled = gateway.ask("stall", stream=True, max_tokens=8)
         assert "timeout_gap" in stalled.text
-        until(lambda: len(gateway.lines()) == 2)
+        wait_until(lambda: len(gateway.lines()) == 2)
         kinds = [line["error_kind"] for line in gateway.lines()]
         assert kinds == ["timeout_first", "timeout_gap"]
 
@@ -263,7 +264,7 @@ def test_a_canary_answers_its_share_of_users_and_is_promoted(two: tuple[Path, Pa
         assert gateway.operate("put", f"support={second}", "--canary", "50%")[0] == 0
         for user in range(40):
             gateway.ask("x", "support", user=f"user-{user}", max_tokens=1)
-        until(lambda: len(gateway.lines()) == 40)
+        wait_until(lambda: len(gateway.lines()) == 40)
         arms = [line["arm"] for line in gateway.lines()]
         assert 5 < arms.count("canary") < 35
         assert len({line["version"] for line in gateway.lines()}) == 2
@@ -315,16 +316,16 @@ def test_what_the_engine_has_lost_is_loaded_again(two: tuple[Path, Path], tmp_pa
     with paced() as engine, serving(tmp_path, "--upstream", engine.url, "--adapters-from", tmp_path) as gateway:
         gateway.operate("put", f"support={two[0]}")
         engine.folders.clear()
-        until(lambda: bool(engine.folders))
+        wait_until(lambda: bool(engine.folders))
 
 
 def test_sigterm_lets_what_runs_end_and_takes_in_no_more(tmp_path: Path) -> None:
     with paced(gap=0.05) as engine, serving(tmp_path, "--upstream", engine.url) as gateway:
         with ThreadPoolExecutor(1) as users:
             long = users.submit(gateway.ask, "x", max_tokens=40)
-            until(lambda: engine.running == 1)
+            wait_until(lambda: engine.running == 1)
             gateway.process.send_signal(signal.SIGTERM)
-            until(lambda: not is_ready(gateway))
+            wait_until(lambda: not is_ready(gateway))
             assert long.result().status_code == 200
         assert gateway.process.wait(BIG_S) == 0
         assert gateway.lines()[-1]["status"] == 200
@@ -342,7 +343,7 @@ def test_the_log_is_read_as_loads_and_replayed_as_a_trace(two: tuple[Path, Path]
             gateway.ask("x", "support", stream=True, max_tokens=3, stream_options={"include_usage": True})
         gateway.ask("x", "nobody")
         gateway.ask("x", "base")
-        until(lambda: len(gateway.lines()) == 8)
+        wait_until(lambda: len(gateway.lines()) == 8)
         found = {run.requests[0].model: run for run in importers.read(gateway.log)}
         assert {name: len(run.requests) for name, run in found.items()} == {"support": 6, "base": 1}
         request = found["support"].requests[0]

@@ -69,12 +69,12 @@ def test_a_rollback_takes_effect_while_a_put_is_loading(
             putting = asyncio.ensure_future(lives.put("support", folders[2]))
             await comes(lambda: engine.loads_waiting)
             assert (await lives.rollback(name)).exit_code == ACCEPTED
-            await gateway.ask(name)
+            await gateway.answer(name)
             assert before and engine.seen[-1]["model"] == before.served and not putting.done()
             engine.loads_held = False
             outcome = await putting
             assert outcome.exit_code == (INCONCLUSIVE if name == "support" else ACCEPTED), outcome.said
-            await gateway.ask(name)
+            await gateway.answer(name)
             assert engine.seen[-1]["model"] == before.served
             assert (f"support@{outcome.version}" in engine.folders) == (name == "sales")
 
@@ -92,7 +92,7 @@ def test_a_name_that_is_removed_while_a_put_is_loading_stays_removed(
             await comes(lambda: engine.loads_waiting)
             removing = asyncio.ensure_future(gateway.lives.remove("support"))
             await comes(lambda: "support" not in gateway.lives.registry.table.routes)
-            assert (await gateway.ask("support"))[0] == 404
+            assert (await gateway.answer("support"))[0] == 404
             engine.loads_held = False
             assert (await putting).exit_code == INCONCLUSIVE and (await removing).exit_code == ACCEPTED
             assert not engine.folders and not gateway.lives.registry.versions
@@ -118,9 +118,9 @@ def test_a_torn_copy_is_noticed_at_the_start_and_the_version_before_answers(
         async with gateway_of(engine, tmp_path) as again:
             assert route.live.served not in engine.folders, "it was not loaded"
             assert any("damaged" in note for note in again.notes)
-            assert (await again.ask("support"))[0] == 200 and engine.seen[-1]["model"] == route.previous.served
+            assert (await again.answer("support"))[0] == 200 and engine.seen[-1]["model"] == route.previous.served
             assert (await again.lives.put("support", folders[1])).exit_code == ACCEPTED
-            await again.ask("support")
+            await again.answer("support")
             assert engine.seen[-1]["model"] == route.live.served
             assert copies.whole(Path(engine.folders[route.live.served])), "its copy is whole again"
 
@@ -139,11 +139,11 @@ def test_a_torn_copy_without_a_version_before_is_said_and_the_others_are_served(
             gateway.end()
         engine.folders.clear()
         async with gateway_of(engine, tmp_path) as again:
-            status, told = await again.ask("support")
+            status, told = await again.answer("support")
             assert status == 503 and "damaged" in told["error"]["message"]
-            assert (await again.ask("sales"))[0] == 200 and (await again.told())["failed"].keys() == {torn}
+            assert (await again.answer("sales"))[0] == 200 and (await again.told())["failed"].keys() == {torn}
             assert (await again.lives.put("support", folders[0])).exit_code == ACCEPTED
-            assert (await again.ask("support"))[0] == 200 and not (await again.told())["failed"]
+            assert (await again.answer("support"))[0] == 200 and not (await again.told())["failed"]
 
     asyncio.run(main())
 
@@ -172,9 +172,9 @@ def test_a_version_that_does_not_load_at_the_start_fails_alone_and_is_tried_agai
         async with gateway_of(engine, tmp_path) as again:
             lives = again.lives
             assert lives.ready and len((await again.told())["failed"]) == 1
-            status, told = await again.ask("support")
+            status, told = await again.answer("support")
             assert status == 503 and "no room" in told["error"]["message"]
-            assert (await again.ask("base"))[0] == 200
+            assert (await again.answer("base"))[0] == 200
             assert [row["failed"] != "" for row in lives.listed() if row["name"] == "support"] == [True]
             assert await lives.mend() == []
             engine.deaf = False
@@ -182,7 +182,7 @@ def test_a_version_that_does_not_load_at_the_start_fails_alone_and_is_tried_agai
             while not mended:
                 await asyncio.sleep(0.01)
                 mended = await lives.mend()
-            assert (await again.ask("support"))[0] == 200 and not (await again.told())["failed"]
+            assert (await again.answer("support"))[0] == 200 and not (await again.told())["failed"]
 
     asyncio.run(asyncio.wait_for(main(), 60))
 
@@ -196,7 +196,7 @@ def test_users_of_a_canary_that_has_failed_are_answered_by_the_live_version(
             await lives.put("support", folders[0])
             put = await lives.put("support", folders[1], 0.999)
             lives._fails(f"support@{put.version}", "it is gone")
-            assert (await gateway.ask("support"))[0] == 200
+            assert (await gateway.answer("support"))[0] == 200
             assert gateway.lines()[-1]["arm"] == "live"
 
     asyncio.run(main())
@@ -213,12 +213,12 @@ def test_what_the_engine_had_lost_is_asked_before_it_is_served_again(
             asked = engine.answers[name]
             engine.folders.clear()
             assert await lives.reconcile() == [name] and engine.answers[name] > asked
-            assert (await gateway.ask("support"))[0] == 200
+            assert (await gateway.answer("support"))[0] == 200
             engine.folders.clear()
             engine.twisted = "base"
             with pytest.raises(WorkerFailed, match="wrong answers"):
                 await lives.reconcile()
-            assert (await gateway.ask("support"))[0] == 503, "another's weights answer nobody"
+            assert (await gateway.answer("support"))[0] == 503, "another's weights answer nobody"
 
     asyncio.run(main())
 
@@ -234,7 +234,7 @@ def test_an_engine_that_has_an_adapter_already_is_not_told_to_load_it_in_vain(
             gateway.end()
         engine.deaf = True
         async with gateway_of(engine, tmp_path) as again:
-            assert (await again.ask("support"))[0] == 200 and not (await again.told())["failed"]
+            assert (await again.answer("support"))[0] == 200 and not (await again.told())["failed"]
 
     asyncio.run(main())
 
@@ -251,12 +251,12 @@ def test_an_engine_that_cannot_be_asked_is_served_with_a_notice_and_every_line_s
         async with gateway_of(engine, tmp_path) as gateway:
             lives = gateway.lives
             assert any("no log-probabilities" in note for note in gateway.notes)
-            await gateway.ask("base")
+            await gateway.answer("base")
             assert gateway.lines()[-1]["certified"] is False
             assert (await lives.put("support", folders[0])).exit_code == REJECTED and not engine.folders
             put = await lives.put("support", folders[0], certify=False)
             assert put.exit_code == ACCEPTED and "log-probabilities" in put.said
-            await gateway.ask("support")
+            await gateway.answer("support")
             assert gateway.lines()[-1]["certified"] is False
 
     asyncio.run(main())
@@ -268,8 +268,8 @@ def test_what_was_put_uncertified_stays_so_after_a_restart(engine: Paced, folder
             await gateway.lives.put("support", folders[0], certify=False)
             gateway.end()
         async with gateway_of(engine, tmp_path) as again:
-            await again.ask("support")
-            await again.ask("base")
+            await again.answer("support")
+            await again.answer("base")
         assert [line["certified"] for line in again.lines()] == [False, True]
 
     asyncio.run(main())
@@ -293,7 +293,7 @@ def test_what_was_put_uncertified_is_certified_when_it_is_put_again(
         async with gateway_of(engine, tmp_path) as gateway:
             for certify in (False, True):
                 assert (await gateway.lives.put("support", folders[0], certify=certify)).exit_code == ACCEPTED
-                await gateway.ask("support")
+                await gateway.answer("support")
         assert [line["certified"] for line in gateway.lines()] == [False, True]
 
     asyncio.run(main())

@@ -75,7 +75,7 @@ def test_a_merged_model_goes_an_adapters_way_on_an_engine_of_its_own(engine: Pac
             put = await lives.put("support", plain_model(tmp_path / "m", 1, adapter))
             assert put.exit_code == ACCEPTED and "names the adapter" in put.said, put.said
             before = len(engine.seen)
-            assert (await gateway.ask("support"))[0] == 200
+            assert (await gateway.answer("support"))[0] == 200
             assert len(engine.seen) == before, "the first engine was not asked"
             now = lives.registry.table.routes["support"]
             assert now.live.id == put.version and now.previous == live
@@ -87,7 +87,7 @@ def test_a_merged_model_goes_an_adapters_way_on_an_engine_of_its_own(engine: Pac
 
             process = process_of(lives, now.live.served)
             await lives.rollback("support")
-            await gateway.ask("support")
+            await gateway.answer("support")
             assert engine.seen[-1]["model"] == live.served and process.is_running(), "it is kept for a rollback"
             assert (await lives.remove("support")).exit_code == ACCEPTED
             assert not process.is_running() and not engine.folders
@@ -113,7 +113,7 @@ def test_a_merged_model_that_is_not_the_adapter_is_rejected_where_it_should_be(
             passes = not certify or certificate == "another"
             assert put.exit_code == (ACCEPTED if passes else REJECTED), put.said
             assert "nats" in put.said or certificate == "another"
-            await gateway.ask("support")
+            await gateway.answer("support")
             assert (gateway.lines()[-1]["version"] == put.version) == passes
             assert gateway.lines()[-1]["certified"] == (certify or not passes)
             if not passes:
@@ -128,12 +128,12 @@ def test_a_request_ends_on_the_engine_that_it_began_with(engine: Paced, tmp_path
         async with gateway_of(engine, tmp_path, Started()) as gateway:
             lives = gateway.lives
             first = await lives.put("support", plain_model(tmp_path / "m", 1))
-            held = asyncio.ensure_future(gateway.ask("support", max_tokens=500))
+            held = asyncio.ensure_future(gateway.answer("support", max_tokens=500))
             await comes(lambda: lives.in_flight[f"support@{first.version}"])
             second = await lives.put("support", plain_model(tmp_path / "n", 2))
             assert second.exit_code == ACCEPTED, "a version that is merged itself is not compared"
             assert (await held)[0] == 200
-            await gateway.ask("support")
+            await gateway.answer("support")
         assert [line["version"] for line in gateway.lines()] == [first.version, second.version]
 
     asyncio.run(main())
@@ -150,15 +150,15 @@ def test_an_engine_that_dies_is_started_again_and_asked_before_it_answers(engine
             process.kill()
             await comes(lambda: lives.engines.dead())
             assert not await lives.mend(), "not at once: it may die again"
-            status, told = await gateway.ask("support")
+            status, told = await gateway.answer("support")
             assert status == 503 and told["error"]["code"] == "adapter_failed" and name in told["error"]["message"]
             assert (await gateway.told())["failed"].keys() == {name}
-            assert (await gateway.ask("base"))[0] == 200, "the others are answered"
+            assert (await gateway.answer("base"))[0] == 200, "the others are answered"
             mended: list[str] = []
             while not mended:
                 await asyncio.sleep(0.01)
                 mended = await lives.mend()
-            assert mended == [name] and (await gateway.ask("support"))[0] == 200
+            assert mended == [name] and (await gateway.answer("support"))[0] == 200
             assert len(set(starter.ports)) == len(starter.ports), "each has a port of its own"
             assert process_of(lives, name).pid != process.pid
 
@@ -171,7 +171,7 @@ def test_a_merged_model_on_trial_is_asked_on_its_own_engine(engine: Paced, tmp_p
             put = await gateway.lives.put("support", plain_model(tmp_path / "m", 1))
             before = len(engine.seen)
             asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
-            asker = Asker(gateway.app.shared, Vocabulary())
+            asker = Asker(gateway.shared, Vocabulary())
             said = await asker.ask("/v1/chat/completions", asked, f"support@{put.version}")
             assert not said.error and len(engine.seen) == before
 
@@ -187,7 +187,7 @@ def test_a_gateway_that_starts_again_starts_the_engines_of_its_versions(engine: 
         assert not old.is_running()
         gateway.end()
         async with gateway_of(engine, tmp_path, Started()) as again:
-            assert (await again.ask("support"))[0] == 200
+            assert (await again.answer("support"))[0] == 200
             assert gateway.lines()[-1]["version"] == put.version
 
     asyncio.run(main())
@@ -261,7 +261,7 @@ class Served:
         options = ["--engine", "eager", "--threads", 1, "--adapters-from", where, "--admin", self.admin]
         command = ["serve", "--base", base, "--state", where / "state", "--port", self.port, *options]
         self.process = subprocess.Popen([sys.executable, "-m", "peftopt.cli", *map(str, command)])
-        wait_until(self.ready, 300)
+        wait_until(self.ready, seconds=300)
 
     def ready(self) -> bool:
         assert self.process.poll() is None

@@ -21,8 +21,9 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
-from helpers.gateways import BIG_S, Gateway, held, is_ready, serving, until
+from helpers.gateways import BIG_S, Gateway, held, is_ready, serving
 from helpers.paced import Paced, paced
+from helpers.waiting import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -104,7 +105,7 @@ def test_a_body_that_drips_in_is_given_up_and_has_its_line(hasty: Gateway) -> No
     with connected(hasty) as client:
         answer = dripped(client, head, b" ")
     assert answer.startswith(b"HTTP/1.1 408") and b"request_timeout" in answer
-    until(lambda: any(line["status"] == 408 for line in hasty.lines()))
+    wait_until(lambda: any(line["status"] == 408 for line in hasty.lines()))
 
 
 def test_a_body_that_nobody_asked_for_keeps_no_connection(hasty: Gateway) -> None:
@@ -176,10 +177,10 @@ def test_keys_that_change_are_read_again_and_a_bad_file_changes_nothing(
         assert statuses() == [{200}, {200}, {401}]
         file.write_text(a_key("new", "team") + a_key("kept", "other adapters=nothing"))
         gateway.process.send_signal(signal.SIGHUP)
-        until(lambda: statuses() == [{401}, {403}, {200}])  # revoked, allowed less, new
+        wait_until(lambda: statuses() == [{401}, {403}, {200}])  # revoked, allowed less, new
         file.write_text("nonsense\n")
         gateway.process.send_signal(signal.SIGHUP)
-        until(lambda: "stay as they were" in (tmp_path / "said.txt").read_text())
+        wait_until(lambda: "stay as they were" in (tmp_path / "said.txt").read_text())
         assert statuses() == [{401}, {403}, {200}]
 
 
@@ -206,7 +207,7 @@ def test_where_the_engine_is_stands_in_the_log_and_not_to_users(tmp_path: Path) 
         engine.says, engine.status = {"error": {"message": f"{engine.url}/x at /opt/engine/lib/model.py failed"}}, 500
         answer = gateway.ask("x")
         assert answer.status_code == 500 and port not in answer.text and "/opt" not in answer.text
-        until(lambda: any("/opt/engine" in line["error"] for line in gateway.lines()))
+        wait_until(lambda: any("/opt/engine" in line["error"] for line in gateway.lines()))
 
 
 def test_where_no_engine_answers_its_address_is_for_the_log() -> None:
@@ -271,14 +272,14 @@ def test_texts_are_logged_only_where_that_is_asked_for(engine: Paced, tmp_path: 
     (tmp_path / "silent").mkdir()
     with serving(tmp_path / "silent", "--upstream", engine.url) as gateway:
         gateway.ask("my-secret-prompt", user="maria@example.org")
-        until(lambda: bool(gateway.lines()))
+        wait_until(lambda: bool(gateway.lines()))
         written = gateway.log.read_text()
         assert "my-secret-prompt" not in written and "maria" not in written and "x x" not in written
     with serving(tmp_path, "--upstream", engine.url, "--log-text") as gateway:
         gateway.ask(f"hello {SECRETS[0]}", user="maria@example.org", max_tokens=3)
         half = rb'{"model": "base", "prompt": "half a letter \ud800", "stream": true, "max_tokens": 3}'
         httpx2.post(f"{gateway.url}/v1/completions", content=half, timeout=BIG_S)
-        until(lambda: len(gateway.lines()) == 2)
+        wait_until(lambda: len(gateway.lines()) == 2)
         whole, streamed = gateway.lines()
         assert "hello" in whole["prompt"] and SECRETS[0] not in whole["prompt"]
         assert whole["answer"] == "x x x " and streamed["answer"] == "yyy"
@@ -303,7 +304,7 @@ def test_a_terminal_that_is_closed_ends_what_runs_in_it(engine: Paced, tmp_path:
     gateway = Gateway(f"http://127.0.0.1:{port}", tmp_path / "state", tmp_path / "log", process)  # type: ignore[arg-type]
     try:
         os.close(its)
-        until(lambda: is_ready(gateway))
+        wait_until(lambda: is_ready(gateway))
         process.send_signal(signal.SIGHUP)
         assert gateway.ask("x").status_code == 200, "the terminal is there"
         os.close(ours)
@@ -333,9 +334,9 @@ def test_an_engine_is_ended_at_once_when_the_end_is_asked_for_twice(engine: Pace
 def test_who_asks_twice_for_the_end_does_not_wait_for_the_drain(tmp_path: Path) -> None:
     with paced() as engine, serving(tmp_path, "--upstream", engine.url, "--drain", 100_000) as gateway:
         with held(gateway, 1):
-            until(lambda: engine.running == 1)
+            wait_until(lambda: engine.running == 1)
             gateway.process.send_signal(signal.SIGTERM)
-            until(lambda: httpx2.get(f"{gateway.url}/health/ready", timeout=BIG_S).status_code == 503)
+            wait_until(lambda: httpx2.get(f"{gateway.url}/health/ready", timeout=BIG_S).status_code == 503)
             refused = gateway.ask("too late")
             assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
             text = httpx2.get(f"{gateway.url}/metrics", timeout=BIG_S).text

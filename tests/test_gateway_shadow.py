@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from helpers.gateways import BIG_S, Gateway, changed, serving, until
+from helpers.gateways import BIG_S, Gateway, changed, serving
 from helpers.paced import Paced, paced
+from helpers.waiting import wait_until
 
 WORSE = Path(__file__).parent.parent / "demo" / "worse.py"
 PROMPTS = 160
@@ -136,7 +137,7 @@ def test_a_trial_goes_on_after_the_gateway_was_killed(two: tuple[Path, Path], tm
             engine.speaks = speaks
             asked = ("--prompts", prompts(tmp_path), "--for", "300s", "--then", "promote")
             putting = operator.submit(gateway.operate, "put", f"support={two[1]}", *asked)
-            until(lambda: len(beside(engine)) > 60)
+            wait_until(lambda: len(beside(engine)) > 60)
             os.kill(gateway.process.pid, signal.SIGKILL)
             gateway.process.wait()
         gate.set()

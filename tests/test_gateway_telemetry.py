@@ -16,8 +16,9 @@ from typing import Any
 import httpx2
 import pytest
 from helpers.collector import attributes, collecting
-from helpers.gateways import BIG_S, changed, serving, until
+from helpers.gateways import BIG_S, changed, serving
 from helpers.paced import Paced, paced
+from helpers.waiting import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -175,9 +176,9 @@ def test_a_line_has_the_memory_and_who_told_it() -> None:
 
 def test_a_served_engines_sample_is_in_the_lines(tmp_path: Path) -> None:
     with paced() as engine, serving(tmp_path, "--upstream", engine.url) as gateway:
-        until(lambda: gateway.metric("peftopt_kv_cache_usage_ratio") == 0.25)
+        wait_until(lambda: gateway.metric("peftopt_kv_cache_usage_ratio") == 0.25)
         gateway.ask("x")
-        until(lambda: bool(gateway.lines()))
+        wait_until(lambda: bool(gateway.lines()))
         assert gateway.lines()[-1]["kv_usage"] == 0.25
 
 
@@ -225,13 +226,13 @@ def test_what_is_unloaded_leaves_the_metrics(tiny_lora: Path, tmp_path: Path) ->
         for folder in folders:
             assert gateway.operate("put", f"support={folder}")[0] == 0
             assert gateway.ask("x", "support").status_code == 200
-        until(lambda: len(gateway.lines()) == 3)
+        wait_until(lambda: len(gateway.lines()) == 3)
         first = gateway.lines()[0]["version"]
 
         def told() -> bool:
             return f'version="{first}"' in httpx2.get(f"{gateway.url}/metrics", timeout=BIG_S).text
 
-        until(lambda: not told())
+        wait_until(lambda: not told())
         assert gateway.metric("peftopt_requests_total") >= 1
 
 
@@ -293,7 +294,7 @@ def test_a_request_is_a_span_below_the_clients_and_above_the_engines(tmp_path: P
             gateway.ask("secret text", headers=headers, **told)
             passed = posted(engine)
             gateway.ask("oom")
-            until(lambda: len(gateway.lines()) == 2)
+            wait_until(lambda: len(gateway.lines()) == 2)
         first, second = collector.spans  # the end sends what is left
         assert first.trace_id.hex() == TRACE and first.parent_span_id.hex() == ABOVE
         assert f"traceparent: 00-{TRACE}-{first.span_id.hex()}-01" in passed.lower()
@@ -327,13 +328,13 @@ def test_every_worker_sends_its_spans_and_has_the_sample(tmp_path: Path) -> None
     with collecting() as collector, paced() as engine:
         options = ("--trace", collector.url, "--workers", 2, "--log-text")
         with serving(tmp_path, "--upstream", engine.url, *options) as gateway:
-            until(lambda: gateway.metric("peftopt_kv_cache_usage_ratio") == 0.25)
+            wait_until(lambda: gateway.metric("peftopt_kv_cache_usage_ratio") == 0.25)
 
             def sampled() -> bool:
                 gateway.ask("x")
                 return any(line["kv_usage"] == 0.25 for line in gateway.lines())
 
-            until(sampled)
+            wait_until(sampled)
         lines = gateway.lines()
         assert sorted(line["trace_id"] for line in lines) == sorted(span.trace_id.hex() for span in collector.spans)
         assert {line["prompt"] for line in lines} == {"user: x"}
@@ -400,7 +401,7 @@ def test_files_of_others_beside_the_log_are_left_alone(tmp_path: Path) -> None:
 def test_a_log_that_was_moved_goes_on_in_a_new_file_after_sighup(tmp_path: Path, workers: int) -> None:
     with paced() as engine, serving(tmp_path, "--upstream", engine.url, "--workers", workers) as gateway:
         gateway.ask("x")
-        until(lambda: len(gateway.lines()) == 1)
+        wait_until(lambda: len(gateway.lines()) == 1)
         gateway.log.rename(tmp_path / "moved")
         gateway.process.send_signal(signal.SIGHUP)
 
@@ -408,7 +409,7 @@ def test_a_log_that_was_moved_goes_on_in_a_new_file_after_sighup(tmp_path: Path,
             gateway.ask("y")
             return bool(gateway.lines())
 
-        until(goes_on)
+        wait_until(goes_on)
         assert (tmp_path / "moved").read_text().splitlines()
 
 

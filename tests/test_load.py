@@ -571,7 +571,7 @@ def test_an_interrupt_keeps_what_was_measured(number: int, questions: Path, tmp_
     with served() as server:
         argv = [sys.executable, "-m", "peftopt.cli", "load", server.url, *map(str, flags)]
         child = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
-        wait_until(lambda: len(server.bodies) >= 5 or child.poll() is not None, 300)
+        wait_until(lambda: len(server.bodies) >= 5 or child.poll() is not None, seconds=300)
         child.send_signal(number)
         _, err = child.communicate(timeout=120)
     assert child.returncode == 130, err

@@ -328,7 +328,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_records_no_failure(
         return bool(list((tmp_path / "results").glob("runs/*/logs/quality-*")))
 
     try:
-        wait_until(lambda: at_work() or process.poll() is not None, 600)
+        wait_until(lambda: at_work() or process.poll() is not None, seconds=600)
         assert process.poll() is None
         process.send_signal(number)
         _, err = process.communicate(timeout=300)

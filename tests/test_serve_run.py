@@ -13,8 +13,9 @@ import httpx2
 import pytest
 from helpers.command_line import command, errors
 from helpers.finished_runs import FIRST_MS, USERS, finished_run
-from helpers.gateways import Gateway, held, serving, until
+from helpers.gateways import Gateway, held, serving
 from helpers.paced import paced
+from helpers.waiting import wait_until
 
 from peftopt.errors import BadInput
 from peftopt.gateway import decided
@@ -46,7 +47,7 @@ def test_the_chosen_variant_answers_and_says_what_decided_so(gateway: Gateway, r
     told = {"run": run.name, "variant": "merged", "decision": decision}
     (model,) = httpx2.get(f"{gateway.url}/v1/models").json()["data"]
     assert model["id"] == "lora" and model["peftopt"] == told
-    until(lambda: bool(gateway.lines()))
+    wait_until(lambda: bool(gateway.lines()))
     assert told.items() <= gateway.lines()[-1].items()
 
 
@@ -196,7 +197,7 @@ def test_who_is_too_many_for_what_was_found_is_told_by_which_limit_of_which_file
     found = search_file(tmp_path / "found.jsonl", 2.0)
     with paced() as engine, serving(tmp_path, "--upstream", engine.url, "--limits", found) as gateway:
         with held(gateway, 2):
-            until(lambda: engine.running == 2)
+            wait_until(lambda: engine.running == 2)
             refused = gateway.ask("one too many")
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         said = refused.json()["error"]["message"]

@@ -16,8 +16,9 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
-from helpers.gateways import BIG_S, Gateway, changed, held, is_ready, serving, until
+from helpers.gateways import BIG_S, Gateway, changed, held, is_ready, serving
 from helpers.paced import Paced, paced
+from helpers.waiting import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -47,7 +48,7 @@ def two(tiny_lora: Path, tmp_path: Path) -> tuple[Path, Path]:
 def several(where: Path, engine: Paced, *arguments: object) -> Iterator[Gateway]:
     """A gateway of two workers, which have both joined."""
     with serving(where, "--upstream", engine.url, "--workers", WORKERS, *arguments) as gateway:
-        until(lambda: len(by_worker(gateway)) == WORKERS)
+        wait_until(lambda: len(by_worker(gateway)) == WORKERS)
         yield gateway
 
 
@@ -71,7 +72,7 @@ def held_by_all(gateway: Gateway, model: str = "base") -> Iterator[int]:
         while min(by_worker(gateway).values()) < 1:
             n += 1
             stack.enter_context(held(gateway, 1, model))
-            until(lambda n=n: sum(by_worker(gateway).values()) == n)  # type: ignore[misc]
+            wait_until(lambda n=n: sum(by_worker(gateway).values()) == n)  # type: ignore[misc]
         yield n
 
 
@@ -108,7 +109,7 @@ def test_a_version_is_unloaded_when_the_last_request_of_the_last_worker_has_ende
         with ThreadPoolExecutor(1) as operator:
             with held_by_all(gateway, "support") as n:
                 removing = operator.submit(gateway.operate, "remove", "support")
-                until(lambda: gateway.ask("x", "support").status_code == 404)
+                wait_until(lambda: gateway.ask("x", "support").status_code == 404)
                 assert not removing.done() and engine.folders and engine.running == n
             assert removing.result()[0] == 0
         assert not engine.folders
@@ -123,26 +124,26 @@ def test_metrics_are_those_of_all_workers_whoever_is_asked(engine: Paced, tmp_pa
             assert gateway.metric("peftopt_request_duration_seconds_count") == 12
             assert sum(by_worker(gateway).values()) == n == engine.running
             assert gateway.metric("peftopt_ready") == 1, "what the supervisor knows is told once"
-        until(lambda: len(gateway.lines()) == 12 + n)
+        wait_until(lambda: len(gateway.lines()) == 12 + n)
 
 
 def test_a_worker_that_is_killed_is_started_again_and_the_others_go_on(engine: Paced, tmp_path: Path) -> None:
     with several(tmp_path, engine) as gateway:
         for _ in range(8):
             gateway.ask("x")
-        until(lambda: gateway.metric("peftopt_requests_total") == 8)
+        wait_until(lambda: gateway.metric("peftopt_requests_total") == 8)
         with held_by_all(gateway) as n:
             running = by_worker(gateway)
             process = processes(gateway)[0]
             os.kill(process.pid, signal.SIGKILL)
-            until(lambda: gateway.metric("peftopt_worker_restarts_total") == 1)
-            until(lambda: len(processes(gateway)) == WORKERS and len(by_worker(gateway)) == WORKERS)
-            until(lambda: engine.running == sum(by_worker(gateway).values()) < n)
+            wait_until(lambda: gateway.metric("peftopt_worker_restarts_total") == 1)
+            wait_until(lambda: len(processes(gateway)) == WORKERS and len(by_worker(gateway)) == WORKERS)
+            wait_until(lambda: engine.running == sum(by_worker(gateway).values()) < n)
             assert engine.running in running.values(), "those of the other are held still"
             assert {gateway.ask("y").status_code for _ in range(10)} == {200}
             assert gateway.metric("peftopt_requests_total") >= 18, "a sum never falls"
             listed = json.loads(gateway.operate("list", "--json")[1])
-            until(lambda: json.loads(gateway.operate("list", "--json")[1])[0]["in_flight"] == engine.running)
+            wait_until(lambda: json.loads(gateway.operate("list", "--json")[1])[0]["in_flight"] == engine.running)
             assert listed[0]["name"] == "base"
 
 
@@ -151,12 +152,12 @@ def test_sigterm_lets_what_runs_in_all_workers_end(engine: Paced, tmp_path: Path
     with several(tmp_path, engine) as gateway:
         with ThreadPoolExecutor(8) as users:
             long = [users.submit(gateway.ask, "x", max_tokens=40) for _ in range(8)]
-            until(lambda: engine.running == 8)
+            wait_until(lambda: engine.running == 8)
             ours = processes(gateway)
             gateway.process.send_signal(signal.SIGTERM)
             for process in ours:  # as all processes of a control group get it
                 process.send_signal(signal.SIGTERM)
-            until(lambda: not is_ready(gateway))
+            wait_until(lambda: not is_ready(gateway))
             assert {each.result().status_code for each in long} == {200}
         assert gateway.process.wait(BIG_S) == 0
         assert [line["status"] for line in gateway.lines()] == [200] * 8
@@ -167,7 +168,7 @@ def test_workers_end_with_a_supervisor_that_is_killed(engine: Paced, tmp_path: P
     with several(tmp_path, engine) as gateway:
         ours = processes(gateway)
         os.kill(gateway.process.pid, signal.SIGKILL)
-        until(lambda: not any(process.is_running() for process in ours))
+        wait_until(lambda: not any(process.is_running() for process in ours))
 
 
 def test_a_worker_that_follows_no_change_is_killed_and_the_change_is_made(
@@ -177,8 +178,8 @@ def test_a_worker_that_follows_no_change_is_killed_and_the_change_is_made(
         stuck = processes(gateway)[0]
         stuck.send_signal(signal.SIGSTOP)
         assert gateway.operate("put", f"support={two[0]}")[0] == 0
-        until(lambda: stuck.pid not in {process.pid for process in processes(gateway)})
-        until(lambda: len(by_worker(gateway)) == WORKERS)
+        wait_until(lambda: stuck.pid not in {process.pid for process in processes(gateway)})
+        wait_until(lambda: len(by_worker(gateway)) == WORKERS)
         assert {gateway.ask("x", "support").status_code for _ in range(10)} == {200}
 
 
@@ -233,7 +234,7 @@ def test_workers_that_somebody_else_starts_join_and_leave_with_the_supervisor(en
         users = Gateway(f"http://127.0.0.1:{port}", supervisor.state, supervisor.log, supervisor.process)
         with subprocess.Popen([*uvicorn, "--log-level", "error"], env=variables) as worker:
             try:
-                until(lambda: is_ready(users))
+                wait_until(lambda: is_ready(users))
                 assert users.ask("x").status_code == 200 and users.metric("peftopt_requests_total") == 1
                 assert by_worker(users).keys() == {"1"}
                 supervisor.process.kill()

@@ -9,14 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from helpers.waiting import wait_until
 from peftopt.engines._server import free_port
 
 BIG_S = 60.0
@@ -63,7 +63,7 @@ def serving(where: Path, *arguments: object, ready: bool = True) -> Iterator[Gat
     gateway = Gateway(f"http://127.0.0.1:{port}", state, log, process)
     try:
         if ready:
-            until(lambda: process.poll() is None and is_ready(gateway), lambda: (where / "said.txt").read_text())
+            wait_until(lambda: process.poll() is None and is_ready(gateway), lambda: (where / "said.txt").read_text())
         yield gateway
     finally:
         process.send_signal(signal.SIGTERM)
@@ -93,16 +93,6 @@ def held(gateway: Gateway, n: int, model: str = "base") -> Iterator[None]:
             line = stack.enter_context(socket.create_connection((host, int(port)), timeout=BIG_S))
             line.sendall(head + content)
         yield
-
-
-def until(true: Callable[[], bool], why: Callable[[], str] = lambda: "") -> None:
-    """Wait for something that must come true; how long it takes is not what is tested."""
-    end = time.monotonic() + BIG_S
-    while time.monotonic() < end:
-        if true():
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"it has not come true: {why()}")
 
 
 def changed(adapter: Path, to: Path, scale: float) -> Path:

@@ -54,6 +54,12 @@ class Users:
 
     async def ask(self, model: str = "base", stuck: bool = False, **more: Any) -> list[dict[str, Any]]:
         """The messages of an answer; `stuck`: the client takes none of them."""
+        return await self.exchange("POST", "/v1/chat/completions", model, stuck, **more)
+
+    async def exchange(
+        self, method: str, path: str, model: str, stuck: bool = False, **more: Any
+    ) -> list[dict[str, Any]]:
+        """The messages of an answer to any request."""
         body = json.dumps({"model": model, "messages": [{"role": "user", "content": "x"}], **more}).encode()
         asked, never = [{"type": "http.request", "body": body}], asyncio.Event()
         sent: list[dict[str, Any]] = []
@@ -68,7 +74,7 @@ class Users:
                 await never.wait()
             sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        scope = {"type": "http", "method": method, "path": path, "headers": []}
         await App(self.shared)(scope, receive, send)
         return sent
 
