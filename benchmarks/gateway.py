@@ -3,6 +3,7 @@
     python benchmarks/gateway.py                    # the paced engine of the tests: no model is computed
     python benchmarks/gateway.py --requests 2000    # more pairs
     python benchmarks/gateway.py --litellm          # LiteLLM's proxy as a third way (pip install 'litellm[proxy]')
+    python benchmarks/gateway.py --engine URL --model NAME --streams 8 --rounds 20     # streams of a real engine
 
 Added time to first token is the difference within a pair, one user at a time, the order drawn for each pair. Streams
 at once are compared by their tokens per second. Clients that leave are counted by the engine's own side.
@@ -90,9 +91,12 @@ def end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-async def stream(session: aiohttp.ClientSession, url: str, tokens: int) -> tuple[float, float]:
+async def stream(
+    session: aiohttp.ClientSession, url: str, tokens: int, model: str = "base", **more: object
+) -> tuple[float, float]:
     """Seconds until the first text of an answer, and until its end."""
-    body = {"model": "base", "stream": True, "max_tokens": tokens, "messages": [{"role": "user", "content": "x"}]}
+    messages = [{"role": "user", "content": "x"}]
+    body = {"model": model, "stream": True, "max_tokens": tokens, "messages": messages, **more}
     began, first = time.perf_counter(), 0.0
     async with session.post(f"{url}/v1/chat/completions", json=body) as answer:
         assert answer.status == 200, await answer.text()
@@ -116,13 +120,34 @@ async def added(ways: dict[str, str], n: int) -> dict[str, np.ndarray]:
     return {name: 1e3 * (np.array(found) - direct) for name, found in times.items()}
 
 
-async def at_once(url: str, streams: int, tokens: int) -> float:
+async def at_once(url: str, streams: int, tokens: int, model: str = "base", **more: object) -> float:
     """Tokens per second of so many streams."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector) as session:
         began = time.perf_counter()
-        await asyncio.gather(*(stream(session, url, tokens) for _ in range(streams)))
+        await asyncio.gather(*(stream(session, url, tokens, model, **more) for _ in range(streams)))
         return streams * tokens / (time.perf_counter() - began)
+
+
+def real(url: str, model: str, streams: int, tokens: int, rounds: int) -> None:
+    """Streams of a real engine that runs already, asked directly and through the gateway, which goes first in turns.
+
+    The ratio is of the medians of neighbouring turns: an engine's own turns differ, so the interval is shown too."""
+    from peftopt import stats
+
+    with tempfile.TemporaryDirectory() as where, gateway(url, Path(where)) as ours:
+        ways = {"direct": url, "peftopt": ours}
+        for each in ways.values():
+            asyncio.run(at_once(each, streams, tokens, model, ignore_eos=True))
+        logs = []
+        for number in range(rounds):
+            names = sorted(ways, reverse=bool(number % 2))
+            speed = {name: asyncio.run(at_once(ways[name], streams, tokens, model, ignore_eos=True)) for name in names}
+            logs.append(float(np.log(speed["peftopt"] / speed["direct"])))
+            print(f"direct {speed['direct']:.1f} tokens/s, peftopt {speed['peftopt']:.1f}", flush=True)
+    ratio = stats.hodges_lehmann(logs, 0.95)
+    shown = f"{np.exp(ratio.estimate):.1%} of direct ({np.exp(ratio.low):.1%}-{np.exp(ratio.high):.1%})"
+    print(f"{streams} streams of {tokens} tokens, {rounds} pairs: {shown}")
 
 
 async def leave(url: str, engine: Paced, prompt: str, streams: bool, n: int) -> list[float]:
@@ -155,7 +180,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="pairs of the streams at once")
     parser.add_argument("--leave", type=int, default=100, help="clients that leave, on each of three paths")
     parser.add_argument("--litellm", action="store_true")
+    parser.add_argument("--engine", default="", help="URL of a real engine that runs already: only its streams")
+    parser.add_argument("--model", default="base", help="what that engine calls its model")
+    parser.add_argument("--tokens", type=int, default=64, help="of each of the streams at once")
     options = parser.parse_args()
+    if options.engine:
+        real(options.engine, options.model, options.streams, options.tokens, options.rounds)
+        return
     with contextlib.ExitStack() as stack:
         where = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engine = stack.enter_context(paced(gap=0.02, first=0.01))
@@ -167,9 +198,9 @@ def main() -> None:
             print(f"{name:8} adds to a first token: P50 {p50:.2f} ms, P99 {p99:.2f} ms, {len(ms)} pairs", flush=True)
         ratios: dict[str, list[float]] = {name: [] for name in ways if name != "direct"}
         for _ in range(options.rounds):
-            direct = asyncio.run(at_once(ways["direct"], options.streams, 64))
+            direct = asyncio.run(at_once(ways["direct"], options.streams, options.tokens))
             for name, each in ratios.items():
-                each.append(asyncio.run(at_once(ways[name], options.streams, 64)) / direct)
+                each.append(asyncio.run(at_once(ways[name], options.streams, options.tokens)) / direct)
         for name, each in ratios.items():
             print(
                 f"{name:8} {options.streams} streams: {np.median(each):.1%} of direct ({min(each):.1%}-{max(each):.1%})"
