@@ -41,15 +41,37 @@ class Decided:
     limits: Limits | None = None
 
 
-def of_run(folder: Path, variant: str = "") -> Decided:
-    """The chosen variant of a run, or another one that is named. Raises BadInput for a folder that is no finished run,
-    a run that chose nothing, a variant that changes its users' requests, and an artifact that is gone or damaged."""
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, and which of its variants is meant."""
+
+    plan: Plan
+    decision: Decision
+    variant: str
+
+
+def finished(folder: Path, variant: str = "") -> Finished:
+    """A run with its chosen variant, or another one that is named. Raises BadInput for a folder that is no finished run
+    and for a run that chose nothing."""
     file = folder / "decision.json"
     if not file.is_file():
         raise BadInput(f"{folder} is no finished run", "give a folder below results/runs: peftopt run RECIPE makes one")
     decision = report.as_json.decision_from_json(file.read_text(encoding="utf-8"))
     plan = store.read_plan(folder / "plan.json")
-    name = _variant(folder, plan, decision, variant)
+    name, known = variant or decision.chosen, ", ".join(plan.recipe.variants)
+    if not name:
+        raise BadInput(f"{folder.name} chose no variant: {decision.sentence}", f"name one: --variant, of {known}")
+    if name not in plan.recipe.variants:
+        raise BadInput(f"{folder.name} has no variant {name!r}", f"known: {known}")
+    return Finished(plan, decision, name)
+
+
+def of_run(folder: Path, variant: str = "") -> Decided:
+    """The chosen variant of a run, or another one that is named. Raises BadInput for what is no finished run, a variant
+    that changes its users' requests, and an artifact that is gone or damaged."""
+    run = finished(folder, variant)
+    plan, name = run.plan, run.variant
+    _check_policies(plan, name)
     engine = plan.recipe.variants[name].engine
     limits = {
         threshold.limit / 1e3
@@ -57,34 +79,27 @@ def of_run(folder: Path, variant: str = "") -> Decided:
         if threshold.metric.name.partition(".")[0] in TIMES and not threshold.relative
     }
     return Decided(
-        origin=Origin(run=folder.resolve().name, variant=name, decision=identity.of_file(file)),
+        origin=Origin(run=folder.resolve().name, variant=name, decision=identity.of_file(folder / "decision.json")),
         model=_model(folder, plan, name),
         name=Path(plan.recipe.adapter).name,
         engine=SERVED_BY.get(engine.plugin, engine.plugin),
         params=engine.params,
         slos_s=tuple(sorted(limits)),
-        limits=_limits(folder, plan, decision, name),
+        limits=_limits(folder, run),
     )
 
 
-def _variant(folder: Path, plan: Plan, decision: Decision, asked: str) -> str:
-    name, known = asked or decision.chosen, ", ".join(plan.recipe.variants)
-    if not name:
-        raise BadInput(f"{folder.name} chose no variant: {decision.sentence}", f"name one: --variant, of {known}")
-    if name not in plan.recipe.variants:
-        raise BadInput(f"{folder.name} has no variant {name!r}", f"known: {known}")
-    if policies := plan.recipe.variants[name].policies:
+def _check_policies(plan: Plan, variant: str) -> None:
+    if policies := plan.recipe.variants[variant].policies:
         plugins = ", ".join(policy.plugin for policy in policies)
-        what = f"the variant {name} changes its users' requests ({plugins}), and the gateway passes them as they are"
+        what = f"the variant {variant} changes its users' requests ({plugins}), and the gateway passes them as they are"
         raise BadInput(what, "name a variant without it (--variant), and let your service change the requests")
-    return name
 
 
-def _limits(folder: Path, plan: Plan, decision: Decision, variant: str) -> Limits | None:
+def _limits(folder: Path, run: Finished) -> Limits | None:
     """Those of a search that was added to the run, else those of the load that the run measured itself."""
     measured = store.read(folder / "measurements.jsonl")
-    source = f"the run {folder.resolve().name}"
-    found = held.searched(measured, source, variant) or held.raced(plan, decision, measured, variant, source)
+    found = held.of_run(run.plan, run.decision, measured, run.variant, f"the run {folder.resolve().name}")
     return found.limits() if found else None
 
 

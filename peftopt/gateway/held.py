@@ -20,6 +20,11 @@ WAITED = ("ttft", "latency")
 """Times that a wait before the engine adds to."""
 
 
+def of_run(plan: Plan, decision: Decision, measured: Sequence[Measured], variant: str, source: str) -> Held | None:
+    """Of a search that was added to a run, else of the load that the run measured itself."""
+    return searched(measured, source, variant) or raced(plan, decision, measured, variant, source)
+
+
 def searched(measured: Iterable[Measured], source: str, variant: str = "") -> Held | None:
     """Of the last search that found a rate, of one variant or of any ("")."""
     found = None
