@@ -203,8 +203,8 @@ def _encoded(value: Json) -> bytes:
         return json.dumps(value, separators=(",", ":")).encode() + b"\n"
 
 
-def _set_aside(path: Path) -> dict[int, Path]:
-    """The files that a log has set aside, by their numbers."""
+def set_aside(path: Path) -> dict[int, Path]:
+    """The files that a log has set aside, by their numbers: the highest is the newest."""
     found = {}
     for other in path.parent.glob(f"{glob.escape(path.name)}.*"):
         number = other.name.removeprefix(f"{path.name}.")
@@ -304,7 +304,7 @@ class Log:
         """Give the full file the next number, and open another: the lowest is the oldest. Whether that was done: where
         the folder allows no other name, the file goes on."""
         assert self._path is not None and self._file is not None
-        aside = _set_aside(self._path)
+        aside = set_aside(self._path)
         number = max(aside, default=0) + 1
         try:
             self._path.rename(self._path.with_name(f"{self._path.name}.{number}"))

@@ -50,6 +50,9 @@ def mix(weights: Mapping[str, float], kind: str, n: int, seed: int, exponent: fl
 SERVE_LOG = "peftopt.serve"
 """What each line of the log of `peftopt serve` says of itself."""
 
+SERVE_CHECK = SERVE_LOG + " check"
+"""What a line says that tells of a check of an adapter, not of a request."""
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -68,7 +71,7 @@ def trace(lines: Iterable[str]) -> list[Traced]:
 
     A line is {"offset_s": 1.25, "id": "row-7"} or {"offset_s": 1.25, "prompt_tokens": 512, "new_tokens": 128}, with
     "model" where it matters. Mooncake's {"timestamp": ms, "input_length", "output_length"} is read too, and the log of
-    `peftopt serve`, but for what was not answered: nobody knows how long that was.
+    `peftopt serve`, but for what was not answered, since nobody knows how long that was, and checks.
     """
     found = []
     for number, line in enumerate(lines, 1):
@@ -76,7 +79,7 @@ def trace(lines: Iterable[str]) -> list[Traced]:
             continue
         try:
             values = json.loads(line)
-            if not _unanswered(values):
+            if not _is_no_request(values):
                 found.append(_traced(values))
         except BROKEN as error:
             raise ValueError(f"line {number}: {error!r}") from error
@@ -85,8 +88,10 @@ def trace(lines: Iterable[str]) -> list[Traced]:
     return sorted(moved, key=lambda t: t.at)
 
 
-def _unanswered(values: Mapping[str, Json]) -> bool:
-    return values.get("kind") == SERVE_LOG and not values.get("prompt_tokens")
+def _is_no_request(values: Mapping[str, Json]) -> bool:
+    """Whether a line asked for no answer, or got none."""
+    kind = values.get("kind")
+    return kind == SERVE_CHECK or (kind == SERVE_LOG and not values.get("prompt_tokens"))
 
 
 def _traced(values: Mapping[str, Json]) -> Traced:

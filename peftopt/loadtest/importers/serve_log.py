@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from peftopt.loadtest.arrivals import SERVE_LOG
+from peftopt.loadtest.arrivals import SERVE_CHECK, SERVE_LOG
 from peftopt.loadtest.importers import GAPS, About, Found, from_zero
 from peftopt.loadtest.moments import utc
 from peftopt.loadtest.summary import Request
@@ -28,20 +28,21 @@ THEIRS = ("cancelled", "request")
 
 
 def recognises(data: Json) -> bool:
-    """Whether every line says that it is one of serve's."""
-    return (
-        isinstance(data, list)
-        and bool(data)
-        and all(isinstance(r, Mapping) and r.get("kind") == SERVE_LOG for r in data)
-    )
+    """Whether every line says that it is one of serve's, and one of a request is among them."""
+    if not isinstance(data, list) or not all(isinstance(row, Mapping) for row in data):
+        return False
+    kinds = {str(row.get("kind")) for row in data}
+    return SERVE_LOG in kinds and kinds <= {SERVE_LOG, SERVE_CHECK}
 
 
 def read(data: Json, about: About) -> list[Found]:
-    """A run for each version of each adapter that answered. Raises ValueError for lines of another format."""
-    if wrong := {row["format"] for row in data} - {1}:
+    """A run for each version of each adapter that answered. Raises ValueError for lines of another format.
+    Checks of adapters are passed over."""
+    asked = [row for row in data if row["kind"] == SERVE_LOG]
+    if wrong := {row["format"] for row in asked} - {1}:
         raise ValueError(f"format {sorted(wrong)[0]}, not 1")
     runs: dict[Which, list[Row]] = defaultdict(list)
-    for row in data:
+    for row in asked:
         runs[row["adapter"], row["version"], row["arm"]].append(row)
     # what was turned away before it had a version counts against the version that was live
     versions = {(adapter, arm): version for adapter, version, arm in runs if version}
