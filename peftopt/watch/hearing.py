@@ -34,6 +34,9 @@ FILLING = 2
 GROWTH_BYTES = 2**18
 """Memory that is so much above its record sets a new one."""
 
+REFUSED = 0.01
+"""The limit of the share that is refused where the run tells none: it may be one in a hundred."""
+
 Counts = tuple[int, int]
 """How many were amiss, of how many."""
 
@@ -91,8 +94,11 @@ def _slower(kind: Kind, bound: Bound, times: Callable[[Traffic], Mapping[Time, V
 
 
 def _failed(shares: Mapping[str, float]) -> dict[Topic, Count]:
-    """A topic for each kind of error; all timeouts are one kind, which may have the highest of their shares."""
-    joined: dict[str, float] = {}
+    """A topic for each kind of error that the run knows of, and for refusals. All timeouts are one kind, with the
+    highest of their shares: a run does not tell kinds apart, so each share holds for all of them."""
+    if not shares:
+        return {}
+    joined: dict[str, float] = {} if "refused" in shares else {"refused": REFUSED}
     for kind, share in shares.items():
         joined[_joined(kind)] = max(share, joined.get(_joined(kind), LEAST_SHARE))
     return dict(_failure(kind, share) for kind, share in joined.items() if share < 1)
@@ -122,7 +128,7 @@ def _lengths(what: str, lengths: Lengths, values: Callable[[Traffic], Values]) -
     """Shorter than the run's, and longer."""
 
     def short(traffic: Traffic) -> Counts:
-        return below(values(traffic), lengths.low), values(traffic).n
+        return values(traffic).below(lengths.low), values(traffic).n
 
     def long(traffic: Traffic) -> Counts:
         return values(traffic).above(lengths.high), values(traffic).n
@@ -133,18 +139,6 @@ def _lengths(what: str, lengths: Lengths, values: Callable[[Traffic], Values]) -
         for side, end, share, count in sides
         if share < 1
     }
-
-
-def below(values: Values, bound: float) -> int:
-    """How many are below a bound; of buckets those whose whole bucket is. By bisection over quantiles."""
-    low, high = 0, values.n
-    while low < high:
-        middle = (low + high + 1) // 2
-        if values.quantile((middle - 0.5) / values.n) < bound:
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 # ---- tokens per second -------------------------------------------------------------------------

@@ -44,9 +44,10 @@ class Listening:
     @property
     def seen(self) -> str:
         """What it has heard, for a person."""
-        if not self.detector.n:
-            return f"nothing heard yet, promised {shown(self.topic.mean)}"
-        return f"{said(self.detector.hits, self.detector.n, self.topic)}, promised {shown(self.topic.mean)}"
+        heard = "nothing heard yet"
+        if self.detector.n:
+            heard = said(self.detector.hits, self.detector.n, self.topic)
+        return f"{heard}; the limit is {shown(self.topic.mean)}"
 
 
 @dataclass

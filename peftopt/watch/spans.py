@@ -23,6 +23,9 @@ class Values(Protocol):
         """How many are above a bound. Where only buckets are known and none ends there, the next higher end is taken:
         fewer are counted, never more."""
 
+    def below(self, bound: float) -> int:
+        """How many are below a bound. Where only buckets are known, those of whole buckets: fewer, never more."""
+
     def quantile(self, q: float) -> float:
         """A quantile; of buckets the upper end of the bucket that it lies in; nan of nothing."""
 
@@ -41,6 +44,10 @@ class Sample:
     def above(self, bound: float) -> int:
         """How many are above a bound."""
         return sum(value > bound for value in self.values)
+
+    def below(self, bound: float) -> int:
+        """How many are below a bound."""
+        return sum(value < bound for value in self.values)
 
     def quantile(self, q: float) -> float:
         """The smallest number that at least a share q of them does not exceed; nan of nothing."""
@@ -64,6 +71,10 @@ class Buckets:
     def above(self, bound: float) -> int:
         """How many are above the first end that is not below the bound."""
         return sum(self.counts[bisect.bisect_left(self.ends, bound) + 1 :])
+
+    def below(self, bound: float) -> int:
+        """How many are in buckets that end below the bound."""
+        return sum(self.counts[: bisect.bisect_left(self.ends, bound)])
 
     def quantile(self, q: float) -> float:
         """The upper end of the bucket that the quantile lies in; nan of nothing."""

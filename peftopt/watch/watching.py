@@ -16,7 +16,7 @@ from peftopt.watch.hearing import Kind as Kind
 from peftopt.watch.hearing import Memory, Topic
 from peftopt.watch.listening import Listener, Listening, numbers, said, shown
 from peftopt.watch.promise import Promise
-from peftopt.watch.spans import Span, Traffic
+from peftopt.watch.spans import Span
 
 Outcome = Literal["nothing shown", "alarm", "out of range", "too little"]
 
@@ -50,7 +50,7 @@ class Gauge:
     adapter: str
     nearness: float
     seen: str
-    """Its number so far, for a person: "4.2 % of 1,204 requests over 500 ms, promised 5 %"."""
+    """Its number so far, for a person: "4.2 % of 1,204 requests took longer than 500 ms; the limit is 5 %"."""
 
 
 class Watching:
@@ -81,9 +81,7 @@ class Watching:
         speaking = [name for name, traffic in span.adapters.items() if name and traffic.asked]
         self._adapters += [name for name in speaking if name not in self._adapters]
         alarms = [*self._checked(span), *self._crowded(len(speaking), span)]
-        for name, traffics in self._heard(span).items():
-            alarms += [*self._counted(name, traffics, span), *self._timed(name, traffics, span)]
-        alarms += [*self._rated(span), *self._remembered(span)]
+        alarms += [*self._counted(span), *self._timed(span), *self._rated(span), *self._remembered(span)]
         self._kinds |= {alarm.kind for alarm in alarms}
         return alarms
 
@@ -109,29 +107,30 @@ class Watching:
 
     # ---- what is heard -------------------------------------------------------------------------
 
-    def _heard(self, span: Span) -> dict[str, list[Traffic]]:
-        """Who listens to which traffic. A single adapter has no other listener than who hears all."""
-        heard = {WHOLE: [*span.adapters.values()]}
-        if len(self._adapters) > 1:
-            heard |= {name: [span.adapters[name]] for name in self._adapters if name in span.adapters}
-        return heard
+    def _names(self, span: Span) -> list[str]:
+        """The adapters that have listeners of their own: a single one has no other than who hears all."""
+        return [name for name in self._adapters if name in span.adapters] if len(self._adapters) > 1 else []
 
-    def _counted(self, name: str, traffics: list[Traffic], span: Span) -> Iterator[Alarm]:
+    def _counted(self, span: Span) -> Iterator[Alarm]:
         """Requests, checks: how many of them were amiss."""
         for topic, count in self._counts.items():
-            counts = [count(traffic) for traffic in traffics]
-            n = sum(counted for _, counted in counts)
-            if n:
-                yield from self._bet(name, topic, sum(amiss for amiss, _ in counts) / n, n, span)
+            counts = {name: count(traffic) for name, traffic in span.adapters.items()}
+            whole = sum(amiss for amiss, _ in counts.values()), sum(n for _, n in counts.values())
+            heard = {WHOLE: whole, **{name: counts[name] for name in self._names(span)}}
+            for name, (amiss, n) in heard.items():
+                if n:
+                    yield from self._bet(name, topic, amiss / n, n, span)
 
-    def _timed(self, name: str, traffics: list[Traffic], span: Span) -> Iterator[Alarm]:
+    def _timed(self, span: Span) -> Iterator[Alarm]:
         """Tokens per second of the engine's time."""
         promised = self._promise.tokens_per_s
         if self._speed is None or promised is None or not hearing.comparable(self._promise, span):
             return
-        speed = self._listener(name).pool.hear(traffics)
-        if speed is not None:
-            yield from self._bet(name, self._speed, speed < promised, 1, span, f"{speed:,.4g} in the last")
+        heard = {WHOLE: [*span.adapters.values()], **{name: [span.adapters[name]] for name in self._names(span)}}
+        for name, traffics in heard.items():
+            speed = self._listener(name).pool.hear(traffics)
+            if speed is not None:
+                yield from self._bet(name, self._speed, speed < promised, 1, span, f"{speed:,.4g} in the last")
 
     def _rated(self, span: Span) -> Iterator[Alarm]:
         """Requests per second, of all adapters."""
@@ -177,7 +176,7 @@ class Watching:
         if listening.detector.level < self._threshold(name, listening):
             return
         won = listening.begin_anew()
-        what = f"{said(won.hits, won.n, topic)}, promised {shown(topic.mean)} at most ({topic.name})"
+        what = f"{said(won.hits, won.n, topic)}; the limit is {shown(topic.mean)} ({topic.name})"
         what = f"{what}; {figures}" if figures else what
         yield Alarm(topic.kind, topic.name, self._called(name), span.began + span.seconds, won.since, what)
 
