@@ -23,6 +23,9 @@ from peftopt.records import Model
 LAST_LINES = 15
 STOP_S = 20.0
 
+Option = tuple[str, ...]
+"""An option of a server's command line: its name, and its values."""
+
 
 class Started(endpoint.Served):
     """A server that was started here, and ends with the engine: its memory and CPU time are counted."""

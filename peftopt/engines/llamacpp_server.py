@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peftopt import machine, plugins
 from peftopt.engines import endpoint
-from peftopt.engines._server import Started, free_port
+from peftopt.engines._server import Option, Started, free_port
 from peftopt.environments.llamacpp import LIBRARY, SERVER, has_amx
 from peftopt.errors import BadInput
 from peftopt.models.gguf import WEIGHTS, library, lora_file, lora_scale
@@ -70,11 +70,32 @@ def command(model: Model, params: Params, port: int, binary: str, threads: int, 
     """`llama-server` for a model and its adapters, each with its own scale."""
     folder = Path(model.path)
     args = ["--model", str(folder / WEIGHTS), "--alias", NAME, "--host", "127.0.0.1", "--port", str(port)]
-    args += ["--parallel", str(params.slots), "--ctx-size", str(params.slots * params.context), "--fit", "off"]
-    args += ["--threads", str(threads), "--threads-batch", str(threads), "--n-gpu-layers", str(params.gpu_layers)]
-    args += ["--cache-prompt" if params.cache_prompt else "--no-cache-prompt", "--cache-ram", "0"]
-    args += ["--metrics", "--no-ui"]
-    args += ["--no-repack"] if amx else []
-    scaled = [f"{lora_file(folder, Path(a))}:{lora_scale(Path(a))}" for a in model.adapters]
-    args += ["--lora-scaled", ",".join(scaled)] if scaled else []
+    options = [*measured(params), *computing(params.gpu_layers, threads, amx), ("--metrics",), ("--no-ui",)]
+    options += [("--lora-scaled", scaled(model))] if model.adapters else []
+    args += [word for option in options for word in option]
     return [binary, *args, *shlex.split(params.args)]
+
+
+def measured(params: Params) -> list[Option]:
+    """The options of a server by which a run measures, without the recipe's own `args`."""
+    return [
+        ("--parallel", str(params.slots)),
+        ("--ctx-size", str(params.slots * params.context)),
+        ("--fit", "off"),
+        ("--cache-prompt" if params.cache_prompt else "--no-cache-prompt",),
+        ("--cache-ram", "0"),
+    ]
+
+
+def computing(gpu_layers: int, threads: int, amx: bool) -> list[Option]:
+    """The options that say what computes; `threads` 0 = llama.cpp's own number. `amx`: the processor has AMX, whose
+    kernels are kept out: see `environments.llamacpp.has_amx`."""
+    options: list[Option] = [("--n-gpu-layers", str(gpu_layers))]
+    options += [("--threads", str(threads)), ("--threads-batch", str(threads))] if threads else []
+    return [*options, ("--no-repack",)] if amx else options
+
+
+def scaled(model: Model) -> str:
+    """The GGUF forms of a model's adapters, each with its scale. Raises BadInput for one that llama.cpp cannot apply."""
+    folder = Path(model.path)
+    return ",".join(f"{lora_file(folder, Path(a))}:{lora_scale(Path(a))}" for a in model.adapters)

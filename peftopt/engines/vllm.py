@@ -15,7 +15,7 @@ from pathlib import Path
 from peftopt import machine, plugins
 from peftopt.corpus import Row
 from peftopt.engines import TOP_K, Scores, endpoint
-from peftopt.engines._server import Started, free_port
+from peftopt.engines._server import Option, Started, free_port
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.models.adapter import CONFIG, highest_rank
 from peftopt.records import Json, Model, Step
@@ -61,10 +61,11 @@ def check(base: Path, params: Params, before: Sequence[Step], rows: Sequence[Row
     """Raises BadInput for a format that vLLM has no kernels for on a CPU: the last quantizer's, or the base's."""
     formats = [KERNELS_ON_GPUS.get(step.plugin, "") for step in before if step.technique == "quantize"]
     if not machine.gpus() and (format_ := formats[-1] if formats else without_kernels(str(base))):
-        raise _no_kernels(format_)
+        raise no_kernels(format_)
 
 
-def _no_kernels(format_: str) -> BadInput:
+def no_kernels(format_: str) -> BadInput:
+    """The error for weights that vLLM runs on GPUs only."""
     return BadInput(f"vLLM has no kernels for {format_} on a CPU", "int8, w8a8, gptq and awq run there")
 
 
@@ -84,7 +85,7 @@ class Vllm(Started):
             raise BadInput("vLLM applies one adapter to a request", "merge several into one first: merge")
         device = "cuda" if _has_cuda() else "cpu"
         if device == "cpu" and (format_ := without_kernels(model.path)):
-            raise _no_kernels(format_)
+            raise no_kernels(format_)
         self._home, self._params, self.slots = model, params, params.max_num_seqs
         port, names = free_port(), tuple(name_of(a) for a in model.adapters)
         serving, variables = command(model, params, port, names)
@@ -147,24 +148,49 @@ def command(
     """`vllm serve` for a model and its adapters, and the environment variables it takes."""
     args = ["serve", model.path, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", BASE]
     args += ["--max-logprobs", str(TOP_K), "--disable-uvicorn-access-log"]
-    args += [] if params.compile else ["--enforce-eager"]
-    args += ["--enable-prefix-caching" if params.prefix_caching else "--no-enable-prefix-caching"]
-    for flag, value in (("--max-model-len", params.max_model_len), ("--max-num-seqs", params.max_num_seqs)):
-        args += [flag, str(value)] if value else []
-    if params.gpu_memory:
-        args += ["--gpu-memory-utilization", str(params.gpu_memory)]
-    else:  # then the share is only asked about at the start, when another variant may hold most of the machine
-        args += ["--kv-cache-memory-bytes", str(params.kv_cache_gb * 2**30), "--gpu-memory-utilization", "0.01"]
+    options = measured(params)
     if model.adapters:
-        rank = max(lora_rank(adapter) for adapter in model.adapters)
-        args += ["--enable-lora", "--max-lora-rank", str(next(r for r in RANKS if r >= rank))]
-        args += ["--max-loras", str(params.max_loras or len(model.adapters))]
-        args += ["--lora-modules", *(f"{n}={Path(a).resolve()}" for n, a in zip(names, model.adapters, strict=True))]
+        options += lora(max(map(lora_rank, model.adapters)), params.max_loras or len(model.adapters))
+        loaded = (f"{n}={Path(a).resolve()}" for n, a in zip(names, model.adapters, strict=True))
+        options += [("--lora-modules", *loaded)]
+    args += [word for option in options for word in option]
     variables = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
     }
     return [python, "-m", "vllm.entrypoints.cli.main", *args, *shlex.split(params.args)], variables
+
+
+def measured(params: Params) -> list[Option]:
+    """The options by which a run measures, without the recipe's own `args`."""
+    options: list[Option] = [] if params.compile else [("--enforce-eager",)]
+    options += [("--enable-prefix-caching",) if params.prefix_caching else ("--no-enable-prefix-caching",)]
+    options += [("--max-model-len", str(params.max_model_len))] if params.max_model_len else []
+    options += [("--max-num-seqs", str(params.max_num_seqs))] if params.max_num_seqs else []
+    if params.gpu_memory:
+        return [*options, ("--gpu-memory-utilization", str(params.gpu_memory))]
+    # then the share is only asked about at the start, when another variant may hold most of the machine
+    kv_cache = ("--kv-cache-memory-bytes", str(params.kv_cache_gb * 2**30))
+    return [*options, kv_cache, ("--gpu-memory-utilization", "0.01")]
+
+
+def lora(rank: int, slots: int) -> list[Option]:
+    """The options for adapters up to that rank, so many in one batch. Raises BadInput for a rank that is too high."""
+    return [("--enable-lora",), ("--max-lora-rank", str(padded(rank))), ("--max-loras", str(slots))]
+
+
+def queued(requests: int, tokens: int) -> list[Option]:
+    """The options that bound the queue: requests that run or wait, and tokens of prompts; 0 = without a bound."""
+    options: list[Option] = [("--max-num-queued-reqs", str(requests))] if requests else []
+    return [*options, ("--max-num-queued-tokens", str(tokens))] if tokens else options
+
+
+def padded(rank: int) -> int:
+    """The least rank that vLLM knows and that has room for this one. Raises BadInput where there is none."""
+    ranks = [known for known in RANKS if known >= rank]
+    if not ranks:
+        raise BadInput(f"vLLM serves LoRA up to rank {RANKS[-1]}, not {rank}", "merge it")
+    return ranks[0]
 
 
 def without_kernels(model: str) -> str:
@@ -180,15 +206,20 @@ def without_kernels(model: str) -> str:
 
 def lora_rank(adapter: str) -> int:
     """The highest rank of an adapter. Raises BadInput for one that vLLM cannot serve."""
-    found = json.loads((Path(adapter) / CONFIG).read_text(encoding="utf-8"))
-    odd = [name for name in ("use_dora", "modules_to_save", "layer_replication") if found.get(name)]
-    if found.get("peft_type") != "LORA" or odd:
-        what = f"{found.get('peft_type')} adapters" if not odd else f"LoRA with {', '.join(odd)}"
-        raise BadInput(f"vLLM cannot serve {what} ({adapter})", "merge it, or use the eager engine")
-    rank = highest_rank(found)
-    if rank > RANKS[-1]:
-        raise BadInput(f"vLLM serves LoRA up to rank {RANKS[-1]}, and {adapter} has {rank}", "merge it")
+    config = json.loads((Path(adapter) / CONFIG).read_text(encoding="utf-8"))
+    if odd := not_plain(config):
+        raise BadInput(f"vLLM cannot serve {odd} ({adapter})", "merge it, or use the eager engine")
+    rank = highest_rank(config)
+    padded(rank)
     return rank
+
+
+def not_plain(config: Mapping[str, Json]) -> str:
+    """What an adapter is, by its config, where that is more than LoRA on single layers; "" for such a plain LoRA."""
+    odd = [name for name in ("use_dora", "modules_to_save", "layer_replication") if config.get(name)]
+    if config.get("peft_type") != "LORA":
+        return f"{config.get('peft_type')} adapters"
+    return f"LoRA with {', '.join(odd)}" if odd else ""
 
 
 def name_of(adapter: str) -> str:

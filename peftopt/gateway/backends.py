@@ -81,17 +81,26 @@ class Wanted:
 def start(wanted: Wanted, port: int = 0) -> Start:
     """The command line of an engine's server on a port of this machine. Raises BadInput for what it cannot serve,
     MissingEnvironment where it is not installed."""
+    check(wanted.engine, wanted.adapters)
     if port:
         check_port(port)
-    port = port or free_port()
-    if wanted.engine == "vllm":
-        return replace(_vllm(wanted, port), engine=wanted.engine)
-    if wanted.engine == "llamacpp_server":
-        return replace(_llamacpp(wanted, port), engine=wanted.engine)
-    if wanted.engine in OURS:
-        return replace(_ours(wanted, port), engine=wanted.engine)
-    hint = f"choose one with --engine: vllm, llamacpp_server, {', '.join(OURS)}"
-    raise BadInput(f"nothing serves the engine {wanted.engine!r} over HTTP", hint)
+    starters = {"vllm": _vllm, "llamacpp_server": _llamacpp}
+    how = starters.get(wanted.engine, _ours)(wanted, port or free_port())
+    return replace(how, engine=wanted.engine)
+
+
+def check(engine: str, adapters: int) -> None:
+    """Raises BadInput for an engine that nothing serves over HTTP, and for one that serves no adapters apart."""
+    if engine not in ("vllm", "llamacpp_server", *OURS):
+        hint = f"choose one with --engine: vllm, llamacpp_server, {', '.join(OURS)}"
+        raise BadInput(f"nothing serves the engine {engine!r} over HTTP", hint)
+    if adapters and engine == "llamacpp_server":
+        raise BadInput(
+            "llama.cpp's server applies its adapters to every request: it cannot tell them apart by name",
+            "serve the merged model there (peftopt merge, peftopt quantize --method gguf), or several on vllm or eager",
+        )
+    if adapters and engine not in ("vllm", "eager"):
+        raise BadInput(f"the engine {engine} serves a merged model, without adapters", "merge, or take eager")
 
 
 def _vllm(wanted: Wanted, port: int) -> Start:
@@ -109,18 +118,13 @@ def _vllm(wanted: Wanted, port: int) -> Start:
     python = environments.python(vllm.PLUGIN.environment)
     command, variables = vllm.command(Model(wanted.model.path), params, port, (), python)
     command += ["--enable-per-request-metrics", "--shutdown-timeout", str(round(wanted.drain_s))]
-    checked = CHECKED * (slots + 1)
-    if wanted.running:  # a backstop: the gateway refuses before
-        command += ["--max-num-queued-reqs", str(wanted.running + wanted.waiting + checked)]
-    if wanted.queued_tokens:
-        command += ["--max-num-queued-tokens", str(wanted.queued_tokens + CHECKED_TOKENS * checked)]
-    rank = 0
+    checked = CHECKED * (slots + 1)  # a backstop: the gateway refuses before
+    requests = wanted.running + wanted.waiting + checked if wanted.running else 0
+    tokens = wanted.queued_tokens + CHECKED_TOKENS * checked if wanted.queued_tokens else 0
+    options = vllm.queued(requests, tokens)
     if wanted.adapters:
-        rank = next((r for r in vllm.RANKS if r >= wanted.rank), 0)
-        if not rank:
-            raise BadInput(f"vLLM serves LoRA up to rank {vllm.RANKS[-1]}, not {wanted.rank}", "merge the adapter")
-        command += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots)]
-        command += ["--max-cpu-loras", str(slots)]
+        options += [*vllm.lora(wanted.rank, slots), ("--max-cpu-loras", str(slots))]
+    command += [word for option in options for word in option]
     brings = {wanted.name: vllm.BASE}
     return Start(
         command,
@@ -128,7 +132,7 @@ def _vllm(wanted: Wanted, port: int) -> Start:
         f"http://127.0.0.1:{port}",
         brings,
         loads=bool(wanted.adapters),
-        max_rank=rank,
+        max_rank=vllm.padded(wanted.rank) if wanted.adapters else 0,
         weights_bytes=weights_bytes(Path(wanted.model.path)),
         kv_bytes=0 if params.gpu_memory else params.kv_cache_gb * 2**30,
         most_running=params.max_num_seqs,
@@ -139,11 +143,6 @@ def _llamacpp(wanted: Wanted, port: int) -> Start:
     from peftopt.engines import llamacpp_server
     from peftopt.environments.llamacpp import SERVER
 
-    if wanted.adapters:
-        raise BadInput(
-            "llama.cpp's server applies its adapters to every request: it cannot tell them apart by name",
-            "serve the merged model there (peftopt merge, peftopt quantize --method gguf), or several on vllm or eager",
-        )
     home = Path(environments.python(llamacpp_server.PLUGIN.environment)).parent.parent
     binary = next(home.glob(f"lib/python*/site-packages/llama_cpp/{SERVER}"))
     known = {name: wanted.params[name] for name in ("context", "gpu_layers") if name in wanted.params}
@@ -157,8 +156,6 @@ def _llamacpp(wanted: Wanted, port: int) -> Start:
 
 
 def _ours(wanted: Wanted, port: int) -> Start:
-    if wanted.adapters and wanted.engine != "eager":
-        raise BadInput(f"the engine {wanted.engine} serves a merged model, without adapters", "merge, or take eager")
     command = [sys.executable, "-m", "peftopt.server", "--base", wanted.model.path, "--port", str(port)]
     command += ["--engine", wanted.engine, "--threads", str(_threads(wanted)), "--drain", str(wanted.drain_s)]
     running = wanted.running or MAX_BATCH
