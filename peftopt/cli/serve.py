@@ -173,16 +173,14 @@ def _told(options: Options, what: What, carried: Limits) -> Iterator[str]:
     from peftopt.gateway import decided
 
     for name, origin in what.origins.items():
-        which = f"the variant {origin.variant} of {origin.run}, decision {origin.decision[:12]}"
-        yield f"{name} is {which}, on {what.engine}"
+        yield f"{name} is {origin}, on {what.engine}"
     if what.engine == "compiled" and (tokens := what.params.get("cache_len")):
         yield (
             f"it was measured with a cache of {tokens} tokens, and is served with a longer one, which costs some "
             f"speed: where prompt and answer fit, --args '--context {tokens}' is as it was measured"
         )
     if carried.running:
-        wait = f", of at most {carried.wait_ms:.0f} ms" if carried.wait_ms else ""
-        yield f"limits: {carried.running} requests run, {carried.waiting} wait{wait}; from {carried.source}"
+        yield f"limits: {carried}"
     elif options.run and not options.limits:
         yield f"no limits: the run has no load that met its limits on times. To find some, {decided.NO_LIMITS}"
 

@@ -96,6 +96,6 @@ def computing(gpu_layers: int, threads: int, amx: bool) -> list[Option]:
 
 
 def scaled(model: Model) -> str:
-    """The GGUF forms of a model's adapters, each with its scale. Raises BadInput for one that llama.cpp cannot apply."""
+    """The GGUF forms of a model's adapters, each with its scale. Raises BadInput for what llama.cpp cannot apply."""
     folder = Path(model.path)
     return ",".join(f"{lora_file(folder, Path(a))}:{lora_scale(Path(a))}" for a in model.adapters)

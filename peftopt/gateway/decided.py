@@ -9,10 +9,10 @@ from pathlib import Path
 from peftopt import identity, report, store
 from peftopt.errors import BadInput
 from peftopt.gateway import held
-from peftopt.gateway.limits import Limits
+from peftopt.gateway.limits import Held, Limits
 from peftopt.gateway.lines import Origin
 from peftopt.recipe import plan as planning
-from peftopt.records import Decision, Json, Model, Plan
+from peftopt.records import Decision, Json, Model, Plan, Step
 
 SERVED_BY = {"llamacpp": "llamacpp_server"}
 """Engines of one process, and the server that runs the same files."""
@@ -28,17 +28,25 @@ NO_LIMITS = (
 
 @dataclass(frozen=True)
 class Decided:
-    """`origin`: the variant to serve, of which run and decision; `model` with the adapters that stay apart; `name` that
-    users know it by, the adapter's; `engine` and its `params`; `slos_s`: every limit on a time in the recipe, in
-    seconds; `limits` of the gateway, None where the run tells none."""
+    """`origin`: the variant to serve, of which run and decision, and `chosen` the one that this chose, "" for none;
+    `model` with the adapters that stay apart; `name` that users know it by, the adapter's; `engine` that serves it and
+    its `params`; `measured_on`: the variant's engine in the recipe; `slos_s`: every limit on a time in the recipe, in
+    seconds; `held`: the load under which they held, None where the run tells none."""
 
     origin: Origin
     model: Model
     name: str
     engine: str
     params: Mapping[str, Json]
+    measured_on: Step
     slos_s: tuple[float, ...]
-    limits: Limits | None = None
+    held: Held | None = None
+    chosen: str = ""
+
+    @property
+    def limits(self) -> Limits | None:
+        """The limits of the gateway, None where the run tells none."""
+        return self.held.limits() if self.held else None
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,10 @@ def of_run(folder: Path, variant: str = "") -> Decided:
         name=Path(plan.recipe.adapter).name,
         engine=SERVED_BY.get(engine.plugin, engine.plugin),
         params=engine.params,
+        measured_on=engine,
         slos_s=tuple(sorted(limits)),
-        limits=_limits(folder, run),
+        held=_held(folder, run),
+        chosen=run.decision.chosen or "",
     )
 
 
@@ -96,11 +106,10 @@ def _check_policies(plan: Plan, variant: str) -> None:
         raise BadInput(what, "name a variant without it (--variant), and let your service change the requests")
 
 
-def _limits(folder: Path, run: Finished) -> Limits | None:
-    """Those of a search that was added to the run, else those of the load that the run measured itself."""
+def _held(folder: Path, run: Finished) -> Held | None:
+    """That of a search that was added to the run, else that of the load that the run measured itself."""
     measured = store.read(folder / "measurements.jsonl")
-    found = held.of_run(run.plan, run.decision, measured, run.variant, f"the run {folder.resolve().name}")
-    return found.limits() if found else None
+    return held.of_run(run.plan, run.decision, measured, run.variant, f"the run {folder.resolve().name}")
 
 
 def limits_of_file(path: Path) -> Limits:

@@ -31,6 +31,11 @@ class Limits:
     source: str = ""
     queued_tokens: int = 0
 
+    def __str__(self) -> str:
+        """In words, with where they are from."""
+        wait = f", of at most {self.wait_ms:.0f} ms" if self.wait_ms else ""
+        return f"{self.running} requests run, {self.waiting} wait{wait}; from {self.source}"
+
 
 @dataclass(frozen=True)
 class Held:

@@ -36,6 +36,10 @@ class Origin:
     variant: str = ""
     decision: str = ""
 
+    def __str__(self) -> str:
+        """In words, with as much of the hash as tells two decisions apart."""
+        return f"the variant {self.variant} of {self.run}, decision {self.decision[:12]}"
+
     def as_json(self) -> dict[str, Json]:
         """Fields of a line of the log, and of a model in /v1/models."""
         return {"run": self.run, "variant": self.variant, "decision": self.decision}
