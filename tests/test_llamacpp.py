@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import psutil
 import pytest
 from helpers.asked import ask, ids
@@ -16,13 +20,19 @@ from helpers.engine_contract import (  # noqa: F401
     test_each_row_ends_at_its_own_end_of_sequence,
     test_scores_are_those_of_transformers_whatever_the_batch,
 )
+from helpers.finished_runs import finished_run
+from helpers.launched import launched
 from helpers.records import lines_of
 from helpers.remote_engine import Remote
 
 from peftopt import corpus, environments, plugins
+from peftopt.deploy import llamacpp, reading
+from peftopt.engines import llamacpp_server
+from peftopt.engines._server import free_port
+from peftopt.environments.llamacpp import SERVER
 from peftopt.errors import BadInput
 from peftopt.jobs import Transformed, TransformJob
-from peftopt.records import Model
+from peftopt.records import Model, Step
 from peftopt.runner import single
 
 ROOT = Path(__file__).parent.parent
@@ -183,3 +193,29 @@ def test_a_recipe_s_own_servers_are_started_for_a_load_one_after_the_other(
     assert not left, "the servers are gone"
     assert command("load", recipe, "--results", results, "--variant", "one", "--requests", "3") == 0
     assert "cached" in capsys.readouterr().err, "what a load has built, the next finds"
+
+
+def test_an_exported_script_starts_a_server_that_answers(
+    model: Model, tiny_base_fp32: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    """With the adapter apart, by the options of a run on this server, all of which the server has."""
+    eager = reading.chosen(finished_run(tmp_path, tiny_base_fp32, tiny_lora, built=False), "adapter")
+    engine = Step("llamacpp_server", "engine", "", {"slots": 2, "context": 512})
+    decided = replace(eager.decided, model=model, measured_on=engine, params=engine.params)
+    chosen = replace(eager, decided=decided, format="gguf", scaled=llamacpp_server.scaled(model), amx=True)
+    (file,) = llamacpp.exported(chosen).files
+    (tmp_path / file.name).write_text(file.text)
+    (binary,) = Path(environments.python("llamacpp")).parent.parent.glob(
+        f"lib/python*/site-packages/llama_cpp/{SERVER}"
+    )
+    port = free_port()
+    variables = {"LLAMA_SERVER": str(binary), "PORT": str(port)}
+    body = {"model": "lora", "messages": [{"role": "user", "content": "the fox"}], "max_tokens": 4}
+    with launched(["bash", tmp_path / file.name], port, variables=variables) as url:
+        applied = httpx2.get(f"{url}/lora-adapters", trust_env=False).json()
+        answer = httpx2.post(f"{url}/v1/chat/completions", json=body, trust_env=False, timeout=60).json()
+    assert answer["usage"]["completion_tokens"] == 4 and [each["scale"] for each in applied] == [1.0]
+    printed = subprocess.run([binary, "--help"], capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"--[a-z][a-z-]+", file.text.partition("set -euo")[2])) <= set(
+        re.findall(r"--[a-z][a-z-]+", printed)
+    )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,17 @@ import psutil
 import pytest
 from helpers import packed
 from helpers.command_line import command
+from helpers.finished_runs import finished_run, on_engine
+from helpers.launched import launched
 from helpers.remote_engine import Remote
 from helpers.tiny_models import make_lora
 
 from peftopt import corpus, environments, plugins
+from peftopt.deploy import reading
+from peftopt.deploy import vllm as script
 from peftopt.engines import TOP_K, Scores, vllm
 from peftopt.errors import BadInput
-from peftopt.records import Model
+from peftopt.records import Model, Step
 from peftopt.runner import preflight
 
 ROOT = Path(__file__).parent.parent
@@ -242,19 +246,9 @@ def test_a_server_that_does_not_start_says_why() -> None:
 def serving(folder: Path, *flags: object) -> Iterator[str]:
     """The URL of vLLM by `peftopt serve` on the model and its adapter, once it answers; ended as by Ctrl-C."""
     port, program = vllm.free_port(), Path(sys.executable).with_name("peftopt")
-    command_ = [program, "serve", "--base", BASE, "--adapter", f"support={ADAPTER}", "--port", port, *flags]
-    with subprocess.Popen([*map(str, command_)], cwd=folder) as process:
-        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300  # one that never answers is no hang
-        try:
-            while process.poll() is None and time.monotonic() < deadline:
-                with contextlib.suppress(httpx2.HTTPError):
-                    if httpx2.get(f"{url}/health", trust_env=False).status_code == 200:
-                        break
-                time.sleep(0.5)
-            yield url
-        finally:
-            process.send_signal(signal.SIGINT)
-            process.wait(60)
+    served = ["--base", BASE, "--adapter", f"support={ADAPTER}", "--port", port]
+    with launched([program, "serve", *served, *flags], port, folder) as url:
+        yield url
 
 
 @real
@@ -305,3 +299,45 @@ def test_the_gateway_reloads_an_adapter_of_the_same_name_without_a_stale_answer(
     lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
     assert len({line["version"] for line in lines}) == 2 and len(lines) == 4
     assert all(line["sources"]["generation_latency_ms"] == "engine" for line in lines)
+
+
+# ---- exported scripts --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on vLLM with the adapter apart, whose load met its limit."""
+    results = tmp_path_factory.mktemp("results")
+    eager = finished_run(results, BASE, ADAPTER, require=("ttft.p95@peak <= 770 ms",), built=False)
+    return on_engine(eager, Step("vllm", "engine", "", {"max_model_len": 1024}))
+
+
+@real
+def test_an_exported_script_starts_a_server_that_answers_by_the_adapter(run: Path, tmp_path: Path) -> None:
+    assert command("export", "vllm", run, "--variant", "adapter", "--to", tmp_path) == 0
+    program, port = Path(environments.python("vllm")).with_name("vllm"), vllm.free_port()
+    variables = {"VLLM": str(program), "PORT": str(port), "VLLM_NO_USAGE_STATS": "1"}
+    row = corpus.read(str(ROOT / "demo" / "data" / "eval.jsonl"), "short")[0]
+    body = {"messages": list(map(dict, row.messages)), "max_tokens": 64, "temperature": 0}
+    with launched([tmp_path / "vllm.sh"], port, variables=variables) as url:
+        texts = [answer_of(url, {**body, "model": name}) for name in ("adapter", "base")]
+    assert json.loads(texts[0]).keys() == json.loads(row.expected).keys() and texts[0] != texts[1]
+
+
+def answer_of(url: str, body: dict[str, Any]) -> str:
+    answer = httpx2.post(f"{url}/v1/chat/completions", json=body, trust_env=False, timeout=120)
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+@real
+def test_this_vllm_has_every_option_that_scripts_name(run: Path) -> None:
+    """Those of quantized weights and of an engine that was not measured too."""
+    measured = replace(reading.chosen(run, "adapter"), quantized="compressed-tensors")
+    merged = replace(measured, decided=replace(measured.decided, model=Model(str(BASE))))
+    eager = replace(measured, decided=replace(measured.decided, measured_on=Step("eager", "engine", ""), params={}))
+    texts = [script.exported(each).files[0].text.partition("set -euo")[2] for each in (measured, merged, eager)]
+    options = {option for text in texts for option in re.findall(r"--[a-z][a-z-]+", text)}
+    main = [environments.python("vllm"), "-m", "vllm.entrypoints.cli.main", "serve", "--help=all"]
+    printed = subprocess.run(main, capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"--[a-z][a-z-]+", printed))
+    assert len(options) > 12 and options <= known, options - known

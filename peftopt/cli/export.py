@@ -1,10 +1,10 @@
-"""export: the files that others start a gateway by."""
+"""export: the files by which others start what a run decided."""
 
 from __future__ import annotations
 
 import enum
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,47 +16,144 @@ from peftopt.cli.shared import app, named
 from peftopt.errors import BadInput, MissingEnvironment
 
 if TYPE_CHECKING:
-    from peftopt.deploy.deployed import Deployed
+    from peftopt.deploy.chosen import Chosen
+    from peftopt.deploy.deployed import Deployed, Exported, File
+    from peftopt.deploy.flags import Flag
 
 
 class Target(enum.StrEnum):
-    """Who starts the gateway."""
+    """What starts, and by what."""
 
-    GUNICORN = "gunicorn"
+    PEFTOPT = "peftopt"
+    VLLM = "vllm"
+    SGLANG = "sglang"
+    LLAMACPP = "llamacpp"
     SYSTEMD = "systemd"
     COMPOSE = "compose"
     K8S = "k8s"
+    GUNICORN = "gunicorn"
+
+
+ENGINES = (Target.VLLM, Target.SGLANG, Target.LLAMACPP)
+"""Targets without the gateway."""
+WORDS = (
+    "TARGET: peftopt, vllm, sglang, llamacpp, systemd, compose, k8s, gunicorn; without it, all that fit. Then RUN, a "
+    "finished run; or -- and the options of `serve`, where the gateway is the target."
+)
 
 
 @app.command()
 def export(
-    target: Annotated[Target, typer.Argument(help="Who starts the gateway.")],
-    arguments: Annotated[list[str], typer.Argument(help="RUN, or the options of `serve` after --.")],
-    out: Annotated[Path, typer.Option(help="Folder to write the files to; those that are there stay.")],
+    words: Annotated[list[str], typer.Argument(help=WORDS, metavar="[TARGET] RUN")],
+    to: Annotated[Path, typer.Option(help="Folder to write the files to; those that are there stay.")],
+    variant: Annotated[str, typer.Option(help="Of the run, another variant than the chosen one.")] = "",
     image: Annotated[str, typer.Option(help="Name of the image (compose, k8s).")] = "peftopt:latest",
     gpus: Annotated[int, typer.Option(help="GPUs of the container (compose, k8s).")] = 0,
     cpus: Annotated[float, typer.Option(help="Cores that the container asks for (k8s).")] = 2.0,
     memory: Annotated[float, typer.Option(help="Memory of the container in GiB (compose, k8s).")] = 8.0,
 ) -> None:
-    """Write what gunicorn, systemd, Compose or Kubernetes starts a gateway by, with times to end that add up."""
+    """Write what starts the model that a run chose: launch scripts, a systemd unit, manifests. Each says which
+    measurement an option comes from. Without TARGET, all that fit the run."""
     from peftopt.cli.console import Console
-    from peftopt.deploy import files
 
-    what = replace(deployed(arguments, target, here()), image=image, gpus=gpus, cpus=cpus, memory_gib=memory)
-    exported = files.TARGETS[target](what)
-    if there := [file.name for file in exported.files if (out / file.name).exists()]:
-        raise BadInput(f"{out} has {', '.join(there)} already", "name another folder: --out, or delete them")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for file in exported.files:
-            (out / file.name).write_text(file.text, encoding="utf-8")
-    except OSError as error:
-        raise MissingEnvironment(f"cannot write {out}: {error.strerror}", "name another folder: --out") from error
+    def contained(what: Deployed) -> Deployed:
+        return replace(what, image=image, gpus=gpus, cpus=cpus, memory_gib=memory)
+
+    asked = _asked(words, variant)
     console = Console()
-    print(f"wrote {', '.join(str(out / file.name) for file in exported.files)}")
-    console.say(exported.use)
+    if asked.target:
+        exported = _exported(asked, asked.target, contained)
+        _write(to, exported.files)
+        console.say(exported.use)
+    else:
+        exported = _all(asked, contained)
+        _write(to, exported.files)
     for note in exported.notes:
         console.warn(note)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A `target`, None for all; the `words` of `serve`; and the run of them, None where they name another source."""
+
+    target: Target | None
+    words: tuple[str, ...]
+    run: Chosen | None
+
+
+def _asked(words: Sequence[str], variant: str) -> Asked:
+    """Raises BadInput for options of `serve` without a target, and for a variant without a run."""
+    from peftopt.deploy import reading
+
+    target = Target(words[0]) if words[0] in list(Target) else None
+    given = (*words[bool(target) :], *(("--variant", variant) if variant else ()))
+    if not given:
+        raise BadInput(f"export {target}: of what?", "name a finished run, or give the options of serve after --")
+    options = parsed(given)
+    if options.run is None and (variant or target is None):
+        raise BadInput("export without a run takes a target and no variant", "name a run: peftopt export RUN --to DIR")
+    return Asked(target, given, reading.chosen(options.run, options.variant) if options.run else None)
+
+
+def _exported(asked: Asked, target: Target, contained: Callable[[Deployed], Deployed]) -> Exported:
+    """The files of one target. Raises BadInput for one that cannot serve what was chosen."""
+    from peftopt.deploy import files, gateway, llamacpp, sglang, vllm
+
+    if target not in ENGINES:
+        what = contained(deployed(asked.words, target, here(), asked.run))
+        return gateway.exported(what) if target == Target.PEFTOPT else files.TARGETS[target](what)
+    if asked.run is None or parsed(asked.words) != _only_the_run(asked.words):
+        hint = f"name a finished run: peftopt export {target} RUN --to DIR; or take the target peftopt"
+        raise BadInput(f"the target {target} takes a run and no options of serve", hint)
+    scripts = {Target.VLLM: vllm.exported, Target.SGLANG: sglang.exported, Target.LLAMACPP: llamacpp.exported}
+    return scripts[target](asked.run)
+
+
+def _only_the_run(words: Sequence[str]) -> serve.Options:
+    """The options of `serve` with the run and the variant of these words alone."""
+    options = parsed(words)
+    assert options.run
+    return parsed([str(options.run), "--variant", options.variant])
+
+
+def _all(asked: Asked, contained: Callable[[Deployed], Deployed]) -> Exported:
+    """The files of every target that can serve what was chosen, each in a folder of its own, and a page on all. Raises
+    BadInput where there is none."""
+    from peftopt.deploy.deployed import Exported, File
+    from peftopt.deploy.readme import readme
+
+    assert asked.run
+    exports: dict[str, Exported] = {}
+    refusals: dict[str, str] = {}
+    for target in Target:
+        try:
+            exports[target] = _exported(asked, target, contained)
+        except BadInput as error:
+            refusals[target] = error.message
+    if not exports:
+        whys = "; ".join(dict.fromkeys(refusals.values()))
+        raise BadInput(f"nothing serves what was chosen: {whys}", "name another variant of the run: --variant")
+    written = [
+        File(f"{target}/{file.name}", file.text) for target, exported in exports.items() for file in exported.files
+    ]
+    notes = dict.fromkeys(note for target, exported in exports.items() for note in exported.notes)
+    return Exported((readme(asked.run, exports, refusals), *written), "", tuple(notes))
+
+
+def _write(folder: Path, files: Sequence[File]) -> None:
+    """Write the files; scripts can be run. Raises BadInput where one is there already."""
+    if there := [file.name for file in files if (folder / file.name).exists()]:
+        raise BadInput(f"{folder} has {', '.join(there)} already", "name another folder: --to, or delete them")
+    try:
+        for file in files:
+            path = folder / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(file.text, encoding="utf-8")
+            if path.suffix == ".sh":
+                path.chmod(0o755)
+    except OSError as error:
+        raise MissingEnvironment(f"cannot write {folder}: {error.strerror}", "name another folder: --to") from error
+    print(f"wrote {', '.join(str(folder / file.name) for file in files)}")
 
 
 @dataclass(frozen=True)
@@ -76,46 +173,53 @@ def here() -> Here:
     return Here(Path.cwd(), sys.executable, str(environments.root()))
 
 
-def deployed(arguments: Sequence[str], target: str, where: Here) -> Deployed:
-    """What `serve` with these arguments needs. Raises BadInput for arguments that do not go together."""
+def deployed(words: Sequence[str], target: str, where: Here, run: Chosen | None = None) -> Deployed:
+    """What `serve` with these words needs; `run` where they name one. Raises BadInput for words that do not go
+    together, and for what the gateway cannot serve."""
     from peftopt.deploy.deployed import UPSTREAM, Deployed
     from peftopt.deploy.times import Times
-    from peftopt.gateway.backends import OURS
+    from peftopt.gateway import backends
 
-    options = parsed(arguments)
+    options = parsed(words)
     if options.join or options.engine_only:
         raise BadInput("--join and --engine-only are not for a deployment", "leave them out")
 
     def absolute(path: Path) -> str:
         return str(where.folder / path)
 
-    engine, reads = _needs(options)
+    engine = UPSTREAM if options.upstream else options.engine or (run.decided.engine if run else "")
+    apart = len(options.adapter) + (len(run.decided.model.adapters) if run else 0)
+    if engine not in ("", UPSTREAM):
+        backends.check(engine, apart)
+    flags, left = _flags(words, options, run)
     workers = max(2, options.workers) if target == Target.GUNICORN else options.workers
     return Deployed(
-        arguments=tuple(arguments),
+        flags=flags,
+        left=left,
+        decided=_lines(run) if run else (),
         folder=str(where.folder),
         python=where.python,
         times=Times(options.drain, options.whole, not options.upstream, workers),
         host=options.host,
         port=options.port,
         workers=workers,
-        reads=tuple(map(absolute, reads)),
+        reads=tuple(map(absolute, _reads(options, run))),
         keys=absolute(options.keys) if options.keys else "",
         secret=options.admin_key_env,
         state=absolute(options.state),
         log="" if options.log in ("", "-") else absolute(Path(options.log).parent),
         engine=engine,
-        environments="" if engine in (*OURS, UPSTREAM) else where.environments,
+        environments="" if engine in (*backends.OURS, UPSTREAM) else where.environments,
     )
 
 
-def parsed(arguments: Sequence[str]) -> serve.Options:
-    """The options of `serve` in its arguments. Raises BadInput for a model that is not named once."""
+def parsed(words: Sequence[str]) -> serve.Options:
+    """The options of `serve` in its words. Raises BadInput for a model that is not named once."""
     from typer.main import get_command
 
     command: Any = get_command(app)
     verb = command.commands["serve"]
-    values = verb.make_context("peftopt serve", list(arguments)).params
+    values = verb.make_context("peftopt serve", list(words)).params
     paths = {name: Path(values[name]) for name in ("run", "base", "keys", "canary", "state") if values[name]}
     folders = {"adapters_from": [Path(folder) for folder in values["adapters_from"]]}
     options = serve.Options(**{**values, **paths, **folders})
@@ -123,18 +227,31 @@ def parsed(arguments: Sequence[str]) -> serve.Options:
     return options
 
 
-def _needs(options: serve.Options) -> tuple[str, list[Path]]:
-    """The engine by its name, "" for the default, and the folders and files that `serve` reads."""
-    from peftopt.deploy.deployed import UPSTREAM
+def _flags(
+    words: Sequence[str], options: serve.Options, run: Chosen | None
+) -> tuple[tuple[Flag, ...], tuple[Flag, ...]]:
+    """The words with their reasons, those of the run's decision among them, and the options that are left."""
+    from peftopt.deploy import gateway
 
+    if run is None:
+        return gateway.as_given(words), ()
+    if Path(words[0]) != options.run:
+        raise BadInput("options of serve stand behind the run", "write peftopt export TARGET RUN --to DIR -- OPTIONS")
+    return gateway.options(run.decided, words[0], words[1:], options.engine)
+
+
+def _lines(run: Chosen) -> tuple[str, ...]:
+    """What a file says of the run."""
+    from peftopt.deploy.chosen import another
+
+    return (f"{run.name} is {run.decided.origin}, measured on {run.engine}", *another(run))
+
+
+def _reads(options: serve.Options, run: Chosen | None) -> list[Path]:
+    """The folders and files that `serve` reads."""
     given = [options.base, options.canary, *(named(text)[1] for text in options.adapter), *options.adapters_from]
-    found = [path for path in given if path]
-    if options.upstream:
-        return UPSTREAM, found
-    if options.run is None:
-        return options.engine, found
-    from peftopt.gateway import decided
-
-    run = decided.of_run(options.run, options.variant)
-    found += [options.run.resolve().parent.parent, *map(Path, (run.model.path, *run.model.adapters))]
-    return options.engine or run.engine, found
+    paths = [path for path in given if path]
+    if run is None or options.run is None:
+        return paths
+    model = run.decided.model
+    return [*paths, options.run.resolve().parent.parent, *map(Path, (model.path, *model.adapters))]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from peftopt.deploy.flags import Flag
 from peftopt.deploy.times import Times
 
 UPSTREAM = "upstream"
@@ -14,13 +16,14 @@ UPSTREAM = "upstream"
 
 @dataclass(frozen=True)
 class Deployed:
-    """`arguments` of `serve`, read in the `folder` that relative paths start from; the `python` that has peftopt.
+    """`flags`: the arguments of `serve`, each with its reason, read in the `folder` that relative paths start from, and
+    those that are `left`; `decided`: lines on the run whose decision that is; the `python` that has peftopt.
 
     `reads`: folders and files, absolute; `keys`: the file of API keys, "" for none; `secret`: the environment variable
     of the operators' key, "" for none; `state`: its folder, absolute; `log`: the folder of the log, "" for none;
     `environments`: the folder of the engines' environments, "" where the engine has none of its own."""
 
-    arguments: tuple[str, ...]
+    flags: tuple[Flag, ...]
     folder: str
     python: str
     times: Times
@@ -38,6 +41,22 @@ class Deployed:
     gpus: int = 0
     cpus: float = 2.0
     memory_gib: float = 8.0
+    left: tuple[Flag, ...] = ()
+    decided: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments of `serve`."""
+        return tuple(word for flag in self.flags for word in flag.words)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Lines on the run: what is served, and where each argument comes from; () without a run."""
+        if not self.decided:
+            return ()
+        given = (f"{shlex.join(flag.words)}: {flag.why}" for flag in self.flags)
+        left = (f"{', '.join(flag.words)} is left: {flag.why}" for flag in self.left)
+        return (*self.decided, *given, *left)
 
     @property
     def command(self) -> tuple[str, ...]:

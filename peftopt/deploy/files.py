@@ -1,21 +1,13 @@
-"""The files of each target, from their templates. Pure but for the templates, which come with the package."""
+"""The files by which others start the gateway: gunicorn, systemd, Compose, Kubernetes. Pure."""
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
 from collections.abc import Callable, Mapping
-from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from peftopt.deploy.deployed import Deployed, Exported, File
+from peftopt.deploy.rendering import rendered
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-
-TEMPLATES = Path(__file__).parent / "templates"
 PERIOD_S = 10
 """Seconds between two questions whether a container is ready or alive."""
 UID = 10001
@@ -63,38 +55,5 @@ def _cut(what: Deployed) -> tuple[str, ...]:
 
 
 def _file(name: str, what: Deployed) -> File:
-    values: dict[str, Any] = {
-        "what": what,
-        "times": what.times,
-        "period_s": PERIOD_S,
-        "tries": math.ceil(what.times.start.seconds / PERIOD_S),
-        "uid": UID,
-    }
-    return File(name, _templates().get_template(f"{name}.j2").render(values))
-
-
-@cache
-def _templates() -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    found = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    found.filters |= {"json": json.dumps, "shell": shlex.join, "unit": unit_word, "comment": _comment}
-    return found
-
-
-def unit_word(word: str) -> str:
-    """A word of ExecStart= that systemd takes as it is: % and $ stand for something there (systemd.service(5))."""
-    escaped = word.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
-    plain = escaped and not any(c.isspace() or c in "\"';\\" for c in word)
-    return escaped if plain else f'"{escaped}"'
-
-
-def _comment(text: str) -> str:
-    """Words that end no comment."""
-    return " ".join(text.split())
+    tries = math.ceil(what.times.start.seconds / PERIOD_S)
+    return File(name, rendered(name, what=what, times=what.times, period_s=PERIOD_S, tries=tries, uid=UID))

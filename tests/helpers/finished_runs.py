@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from helpers.records import EAGER, MERGE, RULES, decide, quality
-from peftopt import report, store
+from helpers.records import EAGER, RULES, decide, quality
+from peftopt import plugins, report, store
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
 from peftopt.records import (
@@ -25,26 +27,31 @@ from peftopt.records import (
     Variant,
     Workload,
 )
-from peftopt.transforms import merge
 
 USERS, BLOCKS, REQUESTS = 4, 40, 8
 FIRST_MS, WHOLE_MS = 100.0, 400.0
 """Of the adapter's requests under load; the merged model takes half of each."""
 
+CERTIFIED = Step("merge", "transform", "merge", {"certify": "blocks"})
 CAP = Step("cap", "policy", "shorten", {"max_new_tokens": 8})
 
 
 def finished_run(
-    results: Path, base: Path, lora: Path, ratio: float = 0.5, require: tuple[str, ...] = (), built: bool = True
+    results: Path,
+    base: Path,
+    lora: Path,
+    ratio: float = 0.5,
+    require: tuple[str, ...] = (),
+    built: bool = True,
+    quantizer: Step | None = None,
+    device: str = "cpu",
 ) -> Path:
-    """A run that found the merged model to take `ratio` of the adapter's time, alone and with four users at once."""
-    plan = _plan(base, lora, require)
+    """A run that found the merged model to take `ratio` of the adapter's time, alone and with four users at once; with
+    a `quantizer`, the merged model that this has rounded."""
+    plan = _plan(base, lora, require, quantizer)
     if built:
-        (build,) = plan.builds
-        home = store.Store(results)
-        with home.locked(build):
-            home.build(build, lambda out: _merged(base, lora, out))
-    measured = _measured(plan, ratio)
+        _build(store.Store(results), plan, Model(str(base), (str(lora),)))
+    measured = [*_launches(plan, device), *_measured(plan, ratio)]
     folder = results / "runs" / "20261128T120000-tiny"
     folder.mkdir(parents=True)
     for each in measured:
@@ -54,7 +61,30 @@ def finished_run(
     return folder
 
 
-def _plan(base: Path, lora: Path, require: tuple[str, ...]) -> Plan:
+def on_engine(run: Path, engine: Step) -> Path:
+    """A copy of a run, beside it, whose variants were measured on another engine."""
+    folder = run.with_name(f"{run.name}-{engine.plugin}")
+    shutil.copytree(run, folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    for variant in plan["recipe"]["variants"].values():
+        variant["engine"] = asdict(engine)
+    store.write(folder / "plan.json", json.dumps(plan))
+    return folder
+
+
+def _build(home: store.Store, plan: Plan, model: Model) -> None:
+    for build in plan.builds:
+        with home.locked(build):
+            model = home.build(build, partial(_made, build.step, model)).model
+
+
+def _made(step: Step, source: Model, out: Path) -> tuple[Model, Mapping[str, Any]]:
+    transform = plugins.module("transform", step.plugin)
+    return transform.transform(source, transform.Params(**step.params), out, [], 0), {"seconds": 1.0}
+
+
+def _plan(base: Path, lora: Path, require: tuple[str, ...], quantizer: Step | None) -> Plan:
+    steps = (CERTIFIED, quantizer) if quantizer else (CERTIFIED,)
     recipe = Recipe(
         name="tiny",
         path=str(base.parent / "tiny.yaml"),
@@ -62,7 +92,7 @@ def _plan(base: Path, lora: Path, require: tuple[str, ...]) -> Plan:
         adapter=str(lora),
         variants={
             "adapter": Variant("adapter", (), EAGER),
-            "merged": Variant("merged", (MERGE,), EAGER),
+            "merged": Variant("merged", steps, EAGER),
             "capped": Variant("capped", (), EAGER, (CAP,)),
         },
         baseline="adapter",
@@ -80,9 +110,9 @@ def _plan(base: Path, lora: Path, require: tuple[str, ...]) -> Plan:
     return planning.plan(recipe, {"base": "b", "adapter": "a", "calibration": ""}, {})
 
 
-def _merged(base: Path, lora: Path, out: Path) -> tuple[Model, Mapping[str, Any]]:
-    params = merge.Params(certify="blocks")
-    return merge.transform(Model(str(base), (str(lora),)), params, out, [], 0), {"seconds": 1.0}
+def _launches(plan: Plan, device: str) -> list[Measurement]:
+    values = {"model_loading_time": 1.0, "threads": 2, "device": device}
+    return [Measurement("launch", name, values=values) for name in plan.recipe.variants]
 
 
 def _measured(plan: Plan, ratio: float) -> list[Measurement]:

@@ -1,0 +1,50 @@
+"""The page beside all files of a run: what each is, by which decision, and how to use it. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from peftopt.deploy.chosen import Chosen, another
+from peftopt.deploy.deployed import Exported, File
+from peftopt.deploy.rendering import rendered
+
+WHAT = {
+    "peftopt": "the gateway and its engine, by hand",
+    "vllm": "vLLM's own server, without the gateway",
+    "sglang": "SGLang's server",
+    "llamacpp": "llama.cpp's server",
+    "gunicorn": "the gateway's workers by gunicorn",
+    "systemd": "the gateway as a unit of systemd",
+    "compose": "the gateway by Docker Compose",
+    "k8s": "the gateway on Kubernetes",
+}
+"""What the files of each target start."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A target's files as Markdown, what they start, and how."""
+
+    target: str
+    files: str
+    what: str
+    use: str
+    notes: tuple[str, ...]
+
+
+def readme(chosen: Chosen, exports: Mapping[str, Exported], refusals: Mapping[str, str]) -> File:
+    """The page. `exports` by target, each in a folder of its target's name; `refusals`: why a target has none."""
+    rows = [_row(target, exported) for target, exported in exports.items()]
+    command = f"peftopt export {shlex.quote(chosen.folder)} --variant {chosen.decided.origin.variant}"
+    whys: dict[str, list[str]] = {}
+    for target, why in refusals.items():
+        whys.setdefault(why, []).append(target)
+    values = {"chosen": chosen, "another": another(chosen), "rows": rows, "command": command, "whys": whys}
+    return File("README.md", rendered("README.md", **values))
+
+
+def _row(target: str, exported: Exported) -> Row:
+    files = ", ".join(f"[{target}/{file.name}]({target}/{file.name})" for file in exported.files)
+    return Row(target, files, WHAT.get(target, target), exported.use, exported.notes)
