@@ -442,6 +442,12 @@ def test_what_is_given_counts_more_than_what_the_run_says(run: Path, tmp_path: P
     assert words["--limits"] == ("off",) and words["--workers"] == ("2",) and words["--variant"] == ("merged",)
 
 
+def test_options_of_serve_are_for_the_gateway_s_files_of_all(run: Path, tmp_path: Path) -> None:
+    assert command("export", run, "--to", tmp_path, "--", "--workers", "2") == 0
+    assert started(tmp_path / "peftopt", "peftopt")["--workers"] == ("2",)
+    assert "--workers" not in started(tmp_path / "vllm", "vllm")
+
+
 def test_a_run_without_limits_says_how_to_find_some(int8: Path, tmp_path: Path) -> None:
     assert "--limits" not in script_of(tmp_path, "peftopt", int8)
     assert "--find-rate" in (tmp_path / "serve.sh").read_text()

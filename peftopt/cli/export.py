@@ -102,7 +102,7 @@ def _exported(asked: Asked, target: Target, contained: Callable[[Deployed], Depl
     if target not in ENGINES:
         what = contained(deployed(asked.words, target, here(), asked.run))
         return gateway.exported(what) if target == Target.PEFTOPT else files.TARGETS[target](what)
-    if asked.run is None or parsed(asked.words) != _only_the_run(asked.words):
+    if asked.run is None or (asked.target and parsed(asked.words) != _only_the_run(asked.words)):
         hint = f"name a finished run: peftopt export {target} RUN --to DIR; or take the target peftopt"
         raise BadInput(f"the target {target} takes a run and no options of serve", hint)
     scripts = {Target.VLLM: vllm.exported, Target.SGLANG: sglang.exported, Target.LLAMACPP: llamacpp.exported}
