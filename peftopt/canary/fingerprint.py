@@ -46,9 +46,13 @@ class Known:
     prints: Mapping[str, Mapping[str, Print]]
     noise: Mapping[str, float]
 
+    def unit(self, model: str) -> float:
+        """The model's noise, or what says nothing where that is more: what its distances are counted in (nats)."""
+        return max(2 * LEAST / CLEAR, self.noise[model])
+
     def margin(self, model: str) -> float:
         """Twice the noise: what says nothing."""
-        return max(LEAST, CLEAR / 2 * self.noise[model])
+        return CLEAR / 2 * self.unit(model)
 
     def reach(self, model: str, prompt: str) -> float:
         """Further from its own fingerprint than this, an answer is not the model's: half way to the nearest other

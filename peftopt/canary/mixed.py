@@ -9,7 +9,7 @@ import asyncio
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from peftopt.canary import fingerprint
 from peftopt.canary.fingerprint import Known, Print, Wrong
@@ -80,12 +80,14 @@ def watch(
 
 @dataclass(frozen=True)
 class Round:
-    """One time that all were asked at once: whose requests were `answered`, a name each, those of them that were
-    `wrong`, and why others `failed`."""
+    """One time that some were asked: whose requests were `answered`, a name each, those of them that were `wrong`, and
+    whose others `failed` and why. `distances`: of each name the answer that lies furthest from its fingerprints, in
+    units of its own noise."""
 
-    answered: list[str]
-    wrong: list[Wrong]
-    failed: list[str]
+    answered: list[str] = field(default_factory=list)
+    wrong: list[Wrong] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)
+    distances: dict[str, float] = field(default_factory=dict)
 
 
 async def together(
@@ -99,12 +101,19 @@ async def together(
     order = [(name, id_) for name in names for id_ in prompts]
     dice.shuffle(order)
     answers = await asyncio.gather(*(ask(client, name, prompts[id_]) for name, id_ in order))
-    seen = Round([], [], [])
+    return judged(known, order, answers)
+
+
+def judged(known: Known, order: Sequence[tuple[str, str]], answers: Sequence[Print | str]) -> Round:
+    """What answers say of those who gave them; `order` has the name and the prompt of each."""
+    seen = Round()
     for (name, id_), answer in zip(order, answers, strict=True):
         if isinstance(answer, str):
-            seen.failed.append(f"{name}: {answer}")
+            seen.failed.append((name, answer))
             continue
         seen.answered.append(name)
+        off = fingerprint.distance(answer, known.prints[name][id_]) / known.unit(name)
+        seen.distances[name] = max(off, seen.distances.get(name, 0.0))
         if wrong := fingerprint.judge(known, name, id_, answer):
             seen.wrong.append(wrong)
     return seen

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from peftopt.cli.serve import STATE
-from peftopt.cli.shared import AsJson, app, named, options_from, read_text
+from peftopt.cli.shared import AsJson, app, named, options_from, read_text, seconds
 from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment, WorkerFailed
 
 adapters = typer.Typer(help="Put, promote, roll back and remove the adapters of a gateway.", no_args_is_help=True)
@@ -50,11 +51,19 @@ def list_(admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> N
             "—" if row["rank"] is None else str(row["rank"]),
             "—" if row["load_s"] is None else f"{row['load_s']:.3f}",
             row["engine"] or "—",
-            f"failed: {row['failed']}" if row["failed"] else "certified" if row["certified"] else "not certified",
+            _state(row),
         ]
         for row in found
     ]
     Console().table(header, rows)
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    if row["failed"]:
+        return f"failed: {row['failed']}"
+    if row.get("doubted"):
+        return f"does not answer as itself: {row['doubted']}"
+    return "certified" if row["certified"] else "not certified"
 
 
 @dataclass(frozen=True)
@@ -132,8 +141,8 @@ def _terms(options: Put) -> dict[str, Any]:
         "lost": _share("--lost", options.lost),
         "schema": _schema(options.schema),
         "new_tokens": options.new_tokens,
-        "window_s": _seconds(options.window),
-        "for_s": _seconds(options.for_),
+        "window_s": seconds(options.window),
+        "for_s": seconds(options.for_),
         "then": options.then,
     }
 
@@ -209,14 +218,6 @@ def _share(option: str, text: str) -> float:
     except ValueError:
         raise BadInput(f"{option} {text!r} is not a share", "write 10% or 0.1") from None
     return value / 100 if text.endswith("%") else value
-
-
-def _seconds(text: str) -> float:
-    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
-    try:
-        return float(text[:-1]) * units[text[-1:]]
-    except (ValueError, KeyError):
-        raise BadInput(f"{text!r} is not a length of time", "write 30s, 30m or 2h") from None
 
 
 def _asked(method: str, path: str, admin: str, key_env: str, body: Any = None) -> Any:

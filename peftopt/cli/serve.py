@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import app, named, options_from, read_text
+from peftopt.cli.shared import app, named, options_from, read_text, seconds
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.records import SAFETENSORS, Json
 
@@ -79,6 +79,14 @@ class Options:
     canary: Annotated[
         Path | None, typer.Option(help="JSON-lines prompts on which adapters should differ; six of our own otherwise.")
     ] = None
+    check_every: Annotated[
+        str,
+        typer.Option(help="How often each version is asked whether it answers as itself, such as 10m; 0 = never."),
+    ] = "10m"
+    check_then: Annotated[
+        str,
+        typer.Option(help="Of a version that does not, twice in a row: report it, or refuse its users until it does."),
+    ] = "report"
     first: Annotated[float, typer.Option(help="Seconds until the engine's first byte; 0 = any.")] = 120.0
     gap: Annotated[float, typer.Option(help="Seconds between two pieces of an answer; 0 = any.")] = 60.0
     whole: Annotated[float, typer.Option(help="Seconds for a whole answer; 0 = any.")] = 600.0
@@ -217,6 +225,8 @@ def _config(options: Options, what: What, carried: Limits) -> Config:
     life = lives.Settings(keep_s=options.keep)
     if options.canary:
         life.prompts = {row.id: row.messages for row in corpus.read(str(options.canary))[:8]}
+    if options.check_then not in ("report", "refuse"):
+        raise BadInput(f"--check-then {options.check_then!r} is not known", "write --check-then report, or refuse")
     key = ""
     if options.admin_key_env and not (key := os.environ.get(options.admin_key_env, "")):
         raise BadInput(f"the environment variable {options.admin_key_env} is not set", "export it, then run this again")
@@ -250,6 +260,8 @@ def _config(options: Options, what: What, carried: Limits) -> Config:
         workers=options.workers,
         join=options.join,
         origins=what.origins,
+        check_every_s=seconds(options.check_every),
+        refuse=options.check_then == "refuse",
     )
 
 

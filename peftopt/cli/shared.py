@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
@@ -300,3 +301,17 @@ def named(text: str) -> tuple[str, Path]:
     name, equals, folder = text.rpartition("=")
     path = Path(folder if equals else text)
     return name or path.resolve().name, path
+
+
+LENGTHS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+"""Units of a length of time, in seconds."""
+
+
+def seconds(text: str) -> float:
+    """A length of time such as 30s, 10m or 2h in seconds; 0 needs no unit. Raises BadInput for anything else."""
+    match = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)(ms|s|m|h|d)", text)
+    if match:
+        return float(match[1]) * LENGTHS[match[2]]
+    if text == "0":
+        return 0.0
+    raise BadInput(f"{text!r} is not a length of time", "write 30s, 30m or 2h")

@@ -66,7 +66,12 @@ class App:
     def _ready(self) -> tuple[int, Json]:
         lives = self.shared.lives
         ready = lives.ready and self.shared.open
-        told = {"ready": ready, "draining": not self.shared.open, "failed": dict(lives.failed())}
+        told = {
+            "ready": ready,
+            "draining": not self.shared.open,
+            "failed": dict(lives.failed()),
+            "doubted": dict(lives.doubted()),
+        }
         return (200 if ready else 503), told
 
 

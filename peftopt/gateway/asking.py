@@ -6,10 +6,12 @@ A request of ours takes a place of the admission like any other, but it never wa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,13 +40,27 @@ class Full(Exception):
     """There is no room beside the users."""
 
 
-class Asker:
-    """Asks the engine where there is room. `busy`: the requests that run or wait, in all processes that answer users;
-    without it those of this one."""
+@dataclass
+class Place:
+    """A place at the engine, and how many `tokens` were taken there; 0 where nobody knows."""
 
-    def __init__(self, shared: Shared, vocabulary: Vocabulary, busy: Callable[[], int] | None = None) -> None:
+    tokens: int = 0
+
+
+class Asker:
+    """Asks the engine where there is room. `busy`: the requests that run or wait, and `waiting`: those that wait, in
+    all processes that answer users; without them those of this one."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        vocabulary: Vocabulary,
+        busy: Callable[[], int] | None = None,
+        waiting: Callable[[], int] | None = None,
+    ) -> None:
         self.shared, self.vocabulary = shared, vocabulary
         self._busy = busy or (lambda: shared.admission.running + shared.admission.waiting)
+        self._waiting = waiting or (lambda: shared.admission.waiting)
         self.plain = False
         """Whether the engine takes none of the fields that tell more of an answer."""
 
@@ -52,7 +68,8 @@ class Asker:
     def free(self) -> bool:
         """Whether a request would go on at once, and leave no user waiting."""
         most = self.shared.admission.limits.running
-        return self.shared.open and self.shared.lives.ready and (not most or self._busy() < most)
+        has_room = not self._waiting() and (not most or self._busy() < most)
+        return self.shared.open and self.shared.lives.ready and has_room
 
     async def room(self) -> None:
         """Wait until there is some."""
@@ -61,21 +78,27 @@ class Asker:
 
     async def ask(self, path: str, asked: Mapping[str, Json], served: str) -> Said:
         """A version's whole answer to a request. Raises Full."""
+        async with self.place(served) as place:
+            said = await self._asked(path, asked, served)
+            place.tokens = len(said.tokens)
+            return said
+
+    @contextlib.asynccontextmanager
+    async def place(self, served: str) -> AsyncIterator[Place]:
+        """A place among the users' requests for one to a version. Raises Full."""
         if not self.free:
             raise Full
-        shared, ticket = self.shared, Ticket(BESIDE, BESIDE)
+        shared, ticket, place = self.shared, Ticket(BESIDE, BESIDE), Place()
         shared.let_in(shared.admission.arrive(ticket, time.perf_counter()))
         if ticket.refused or ticket.waits:
             shared.let_in(shared.admission.leave(ticket, 0, time.perf_counter()))
             raise Full
         shared.lives.in_flight[served] += 1
-        said = Said(0.0)
         try:
-            said = await self._asked(path, asked, served)
-            return said
+            yield place
         finally:
             shared.lives.in_flight[served] -= 1
-            shared.let_in(shared.admission.leave(ticket, len(said.tokens), time.perf_counter()))
+            shared.let_in(shared.admission.leave(ticket, place.tokens, time.perf_counter()))
 
     async def _asked(self, path: str, asked: Mapping[str, Json], served: str) -> Said:
         body = {name: value for name, value in asked.items() if name not in ("stream", "stream_options", "n")}

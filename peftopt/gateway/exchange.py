@@ -365,9 +365,7 @@ class Exchange:
             self.trace.end(self.line, self.path, self.served, self.streams)
         self.shared.metrics.count(self.line)
         self.shared.lives.heard(self.line, self.sticky, self.path, self.asked)
-        lost = self.shared.log.lost
-        self.shared.log.write(self.line)
-        self.shared.metrics.log_lost.inc(self.shared.log.lost - lost)
+        self.shared.write(self.line)
 
 
 async def answer_whole(send: Send, status: int, body: bytes, content_type: str) -> None:

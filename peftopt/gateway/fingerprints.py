@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Mapping, Sequence
 
@@ -10,16 +11,21 @@ from peftopt.canary.fingerprint import Known, Print
 from peftopt.errors import WorkerFailed
 from peftopt.loadtest.client import Client
 
+EARLIER = 4
+"""Of each adapter so many earlier versions are remembered, so that a stale answer can be told."""
+
 
 class Fingerprints:
-    """The fingerprints of all that is served, by the names at the engine."""
+    """The fingerprints of all that is served, by the names at the engine, and of `prompts` by their ids."""
 
     def __init__(self, prompts: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
-        self._prompts = prompts
+        self.prompts = prompts
         self._prints: dict[str, Mapping[str, Print]] = {}
         self._noise: dict[str, float] = {}
         self._own: set[str] = set()
         """Those on an engine of their own: no answer of another's can come from there."""
+        self._earlier: dict[str, tuple[Mapping[str, Print], float]] = {}
+        """Of versions that were served before: their prints and their noise."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._prints
@@ -29,8 +35,18 @@ class Fingerprints:
         """All of them."""
         return Known(self._prints, self._noise)
 
+    @property
+    def _all_known(self) -> Known:
+        """Those that are served, and those that were."""
+        prints = self._prints | {name: prints for name, (prints, _) in self._earlier.items()}
+        return Known(prints, self._noise | {name: noise for name, (_, noise) in self._earlier.items()})
+
+    def of(self, name: str) -> Mapping[str, Print] | None:
+        """Those of one, the same object until they are taken anew; None for one that was not asked."""
+        return self._prints.get(name)
+
     def clear(self) -> None:
-        """Forget all, as after a restart of the engine."""
+        """Forget all that is served, as after a restart of the engine."""
         self._prints, self._noise, self._own = {}, {}, set()
 
     def drop(self, name: str) -> None:
@@ -39,11 +55,22 @@ class Fingerprints:
         self._noise.pop(name, None)
         self._own.discard(name)
 
+    def retire(self, name: str) -> None:
+        """Forget one that was served, but for what tells its answers: another version must not give them."""
+        if name in self._prints and name not in self._own:
+            self._earlier[name] = (self._prints[name], self._noise[name])
+            adapter = name.partition("@")[0]
+            older = [other for other in self._earlier if other.partition("@")[0] == adapter][:-EARLIER]
+            for other in older:
+                del self._earlier[other]
+        self.drop(name)
+
     async def take(self, client: Client, name: str, model: str = "") -> None:
         """Ask one alone; `model` is its name on an engine of its own. Raises WorkerFailed without an answer, and for an
         engine that tells no log-probabilities: see `untold`."""
         asked = model or name
-        known = await mixed.alone(client, [asked], self._prompts, lambda *_: None)
+        known = await mixed.alone(client, [asked], self.prompts, lambda *_: None)
+        self._earlier.pop(name, None)
         self._prints[name] = known.prints[asked]
         self._noise[name] = known.noise[asked]
         if model:
@@ -52,12 +79,18 @@ class Fingerprints:
     async def together(self, client: Client, names: Sequence[str]) -> mixed.Round:
         """Ask those of the names that have been asked alone, all at once. Raises WorkerFailed without an answer."""
         asked = [name for name in dict.fromkeys(names) if name in self and name not in self._own]
-        return _answered(await mixed.together(client, self.known, asked, self._prompts, random.Random()))
+        return _answered(await mixed.together(client, self._all_known, asked, self.prompts, random.Random()))
 
     async def again(self, client: Client, name: str, model: str) -> mixed.Round:
         """Ask one on an engine of its own again, with all prompts at once. Raises WorkerFailed without an answer."""
-        own = Known({model: self._prints[name]}, {model: self._noise[name]})
-        return _answered(await mixed.together(client, own, [model], self._prompts, random.Random()))
+        answers = await asyncio.gather(*(mixed.ask(client, model, prompt) for prompt in self.prompts.values()))
+        return _answered(self.compared(name, dict(zip(self.prompts, answers, strict=True))))
+
+    def compared(self, name: str, answers: Mapping[str, Print | str]) -> mixed.Round:
+        """What answers of one say, by their prompts: each a fingerprint, or why there is none."""
+        own = Known({name: self._prints[name]}, {name: self._noise[name]})
+        known = own if name in self._own else self._all_known
+        return mixed.judged(known, [(name, id_) for id_ in answers], list(answers.values()))
 
     def alike(self) -> list[tuple[str, str]]:
         """Pairs on one engine that no prompt tells apart: a wrong answer between them would not be seen."""
@@ -76,5 +109,6 @@ def untold(error: WorkerFailed) -> bool:
 
 def _answered(seen: mixed.Round) -> mixed.Round:
     if seen.failed:
-        raise WorkerFailed("no answer", seen.failed[0])
+        name, why = seen.failed[0]
+        raise WorkerFailed("no answer", f"{name}: {why}")
     return seen

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from peftopt.errors import MissingEnvironment
 from peftopt.gateway.sampling import NO_SAMPLE, Sample
@@ -46,6 +46,13 @@ class Origin:
 
 
 NO_ORIGIN = Origin()
+
+
+class Written(Protocol):
+    """What a line of the log is made of: a request's account, or what a check of a version says."""
+
+    def as_json(self) -> dict[str, Json]:
+        """The line."""
 
 
 @dataclass
@@ -239,7 +246,7 @@ class Log:
                     f"cannot write the log {where}: {error.strerror}", "choose another: --log"
                 ) from error
 
-    def write(self, line: Line) -> None:
+    def write(self, line: Written) -> None:
         """Add a line, whole or not at all."""
         if self._file is None and self._path is None:
             return

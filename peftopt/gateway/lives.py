@@ -85,6 +85,8 @@ class Lives:
         self.fingerprints = Fingerprints(settings.prompts)
         self.loader = Loader(url, registry, metrics, self.engines, self.fingerprints, settings.load_s, settings.key_env)
         self.failures = Failures()
+        self.doubts: dict[str, str] = {}
+        """Versions that answer users though they do not answer as themselves, and how that was seen."""
         self.in_flight: Counter[str] = Counter()
         self.ready = False
         self.switched = self.loader.switched
@@ -108,6 +110,7 @@ class Lives:
         async with self._one:
             self.ready = False
             self.fingerprints.clear()
+            self.doubts.clear()
             self._bring()
             notes = []
             for stored in list(self.registry.versions.values()):
@@ -169,6 +172,7 @@ class Lives:
             except WorkerFailed as error:
                 if untold(error):
                     silent.append(name)
+                    self.loader.untold(name)
                 elif name in self.registry.versions:
                     self._fails(name, error.message)
                 else:
@@ -187,6 +191,10 @@ class Lives:
     def failed(self) -> Mapping[str, str]:
         """Why versions do not answer, by their names among all that is served."""
         return self.failures.all()
+
+    def doubted(self) -> Mapping[str, str]:
+        """Versions that answer users though they do not answer as themselves, and how that was seen."""
+        return dict(self.doubts)
 
     def loading_s(self, name: str) -> float | None:
         """Seconds that the start of a version's own engine took; None for one on the gateway's engine."""
@@ -256,7 +264,8 @@ class Lives:
 
     def _stands(self, name: str, certify: bool) -> bool:
         """Whether a version that is put again answers users, and has had to prove as much as is asked for now."""
-        return name not in self.failures and self.registry.versions[name].certified >= certify
+        doubtful = name in self.failures or name in self.doubts
+        return not doubtful and self.registry.versions[name].certified >= certify
 
     def _checked(self, folder: Path, engine: str) -> str:
         """The engine that a whole model is served by. Raises BadInput for what is no safe model, MissingEnvironment
@@ -285,9 +294,13 @@ class Lives:
                 said, why = await self._as_adapter(stored, route)
         except WorkerFailed as error:
             why = error.message
+            if untold(error):
+                self.loader.untold(version.served)
         if why and stored.certified:
             return await self._reject(stored, why)
         self.failures.clear(version.served)
+        if not why:
+            self.trust(version.served)
         told = [said, f"--certify none lets this pass: {why}" if why else ""]
         return Outcome(ACCEPTED, "; ".join(filter(None, told)), version.id)
 
@@ -378,6 +391,30 @@ class Lives:
         they do not answer."""
         return await self._mixed(names)
 
+    def doubt(self, name: str, why: str) -> None:
+        """A version that answers users does not answer as itself. That is told; what to do is the operator's."""
+        if self.doubts.get(name) == why:
+            return
+        self.doubts[name] = why
+        self.registry.tell("does not answer as itself", served=name, why=why)
+        what = "it still answers users: peftopt adapters list, rollback and remove are yours"
+        self.tell(f"WARNING: {name} does not answer as itself, twice in a row; {what}. {why}")
+        self._show()
+
+    def trust(self, name: str) -> None:
+        """A version answers as itself."""
+        if self.doubts.pop(name, ""):
+            self.registry.tell("answers as itself again", served=name)
+            self.tell(f"{name} answers as itself again")
+            self._show()
+
+    def refuse(self, name: str, why: str) -> None:
+        """Let a version answer nobody until it answers as itself again. What the engine brought can only be told of."""
+        if name in self.registry.versions:
+            self._fails(name, f"it does not answer as itself, twice in a row: {why}")
+        else:
+            self.doubt(name, why)
+
     # ---- in the background
 
     async def retire(self) -> list[str]:
@@ -395,6 +432,8 @@ class Lives:
             await asyncio.sleep(0.05)
         async with self._one:
             gone = [stored for stored in self._not_needed() if stored.version.served in going]  # none was put again
+            for stored in gone:
+                self.fingerprints.retire(stored.version.served)
             left = [why for stored in gone if (why := await self._unloaded(stored))]
             self._show()
             return left
@@ -476,6 +515,7 @@ class Lives:
         name = stored.version.served
         wrong = await self.loader.unload(stored)
         self.failures.clear(name)
+        self.doubts.pop(name, None)
         self._replaced.pop(name, None)
         self.registry.forget(name)
         return wrong
@@ -487,7 +527,6 @@ class Lives:
         return await self.loader.mixed(asked)
 
     async def _reject(self, stored: Stored, why: str) -> Outcome:
-        self.metrics.canary.labels(stored.name, stored.version.id, "wrong").inc()
         if before := self._routed_as(stored.version):  # it answers users, as the canary, or is kept for a rollback
             self.registry.keep(self.registry.versions[stored.version.served], state=before)
         else:
@@ -526,13 +565,19 @@ class Lives:
         self.metrics.adapter_info.clear()
         self.metrics.arm_weight.clear()
         for stored in self.registry.versions.values():
-            state = "failed" if stored.version.served in self.failures else stored.state
+            state = self._state(stored)
             labels = (stored.name, stored.version.id, state, str(stored.rank), stored.base)
             self.metrics.adapter_info.labels(*labels).set(1)
         for name, route in self.registry.table.routes.items():
             for arm, _, weight in route.arms():
                 if arm != "previous":
                     self.metrics.arm_weight.labels(name, arm).set(weight)
+
+    def _state(self, stored: Stored) -> str:
+        """What the metrics say of a version."""
+        if stored.version.served in self.failures:
+            return "failed"
+        return "doubted" if stored.version.served in self.doubts else stored.state
 
     def listed(self) -> list[dict[str, object]]:
         """Routes and versions, for operators."""
@@ -552,6 +597,7 @@ class Lives:
                         "engine": stored.engine if stored else "",
                         "url": version.url,
                         "failed": self.failures.why(version.served),
+                        "doubted": self.doubts.get(version.served, ""),
                         "certified": self.certified(version.served),
                     }
                 )

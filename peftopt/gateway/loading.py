@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
+from peftopt.canary import mixed
+from peftopt.canary.fingerprint import Print
 from peftopt.errors import BadInput, MissingEnvironment, PeftoptError
-from peftopt.gateway import copies
+from peftopt.gateway import copies, itself
 from peftopt.gateway.engines import Engines, as_text
 from peftopt.gateway.fingerprints import Fingerprints
+from peftopt.gateway.itself import Check, Itself
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import Registry, Stored
 from peftopt.loadtest.client import Client
@@ -43,6 +46,8 @@ class Loader:
         self._registry, self._metrics, self._engines, self._fingerprints = registry, metrics, engines, fingerprints
         self.switched: dict[str, float] = {}
         """Seconds that each version's load took, by its name, until a request has told of it."""
+        self.write: Callable[[Check], object] = _nowhere
+        """Adds a check to the log."""
 
     async def load(self, stored: Stored) -> str:
         """Load a version, timed; why not, "" when it is loaded."""
@@ -92,24 +97,49 @@ class Loader:
             await self._fingerprints.take(client, name, own.model if own else "")
 
     async def mixed(self, names: Sequence[str]) -> list[str]:
-        """Ask all of them at once, each engine's apart, and count it; whose answers are not their own."""
+        """Ask all of them at once, each engine's apart, and note what comes of it; whose answers are not their own."""
         async with self._client() as client:
-            seen = await self._fingerprints.together(client, names)
-        answered, wrong = Counter(seen.answered), Counter(each.model for each in seen.wrong)
-        told = [str(each) for each in seen.wrong]
+            rounds = [await self._fingerprints.together(client, names)]
         for name in names:
             own = self._engines.where(name)
             if own and name in self._fingerprints:
                 async with self._client(own.url) as client:
-                    seen = await self._fingerprints.again(client, name, own.model)
-                answered[name], wrong[name] = len(seen.answered), len(seen.wrong)
-                told += [f"{name} on its own engine: {each}" for each in seen.wrong]
-        for name, n in answered.items():
-            route, _, version = name.partition("@")
-            self._metrics.canary.labels(route, version, "own").inc(n - wrong[name])
-            if wrong[name]:
-                self._metrics.canary.labels(route, version, "wrong").inc(wrong[name])
-        return told
+                    rounds.append(await self._fingerprints.again(client, name, own.model))
+        for seen in rounds:
+            for name in dict.fromkeys(seen.answered):
+                self._note(name, itself.judged(name, seen))
+        return [str(each) for seen in rounds for each in seen.wrong]
+
+    async def one_by_one(self, name: str, place: Callable[[], AbstractAsyncContextManager[object]]) -> Check | None:
+        """Ask one again beside the users, a prompt after the other, each in a `place` of its own; note what comes of
+        it. None where it was asked alone or unloaded meanwhile: then it says nothing."""
+        if name not in self._registry.table.served():
+            return None
+        before, own = self._fingerprints.of(name), self._engines.where(name)
+        if before is None:
+            return self.untold(name)
+        answers: dict[str, Print | str] = {}
+        async with self._client(own.url if own else "") as client:
+            for id_, prompt in self._fingerprints.prompts.items():
+                async with place():
+                    answers[id_] = await mixed.ask(client, own.model if own else name, prompt)
+        if self._fingerprints.of(name) is not before:
+            return None
+        return self._note(name, itself.judged(name, self._fingerprints.compared(name, answers)))
+
+    def untold(self, name: str) -> Check:
+        """Note that nothing tells whether a version answers as itself: the engine gives no log-probabilities."""
+        return self._note(name, Itself("unclear", why=mixed.NO_LOGPROBS, answers={"unclear": 1}))
+
+    def _note(self, name: str, said: Itself) -> Check:
+        """Count what was asked of a version, and add it to the log."""
+        adapter, version, arm = self._registry.table.which(name)
+        for verdict, n in said.answers.items():
+            if n:
+                self._metrics.canary.labels(adapter, version, verdict).inc(n)
+        check = Check(adapter, version, arm, said.verdict, time.time(), said.distance, said.why, said.answers)
+        self.write(check)
+        return check
 
     # ---- small parts
 
@@ -140,3 +170,7 @@ class Loader:
 
     def _client(self, url: str = "", timeout_s: float = 120.0) -> Client:
         return Client(Target(url or self.url, key_env="" if url else self._key_env, timeout_s=timeout_s))
+
+
+def _nowhere(check: Check) -> None:
+    """There is no log."""

@@ -117,6 +117,16 @@ class Table:
         found = (v for route in self.routes.values() for v in route.versions() if v.served == served)
         return next(found, None)
 
+    def which(self, served: str) -> tuple[str, str, Arm | Literal[""]]:
+        """Of a version's name among all that is served: the adapter as users know it, the version's id, and its arm;
+        of one that no route has, what its name says, and no arm."""
+        for name, route in self.routes.items():
+            for arm, version, _ in route.arms():
+                if version.served == served:
+                    return name, version.id, arm
+        name, _, id_ = served.partition("@")
+        return name, id_, ""
+
     def served(self) -> dict[str, str]:
         """Every version's name among all that is served, and the name users know it by."""
         return {v.served: name for name, route in self.routes.items() for v in route.versions()}

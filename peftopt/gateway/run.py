@@ -30,6 +30,7 @@ from peftopt.gateway.listening import address, listening, operated, socket_of
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.lives import Settings as LifeSettings
 from peftopt.gateway.metrics import Metrics
+from peftopt.gateway.rechecks import Rechecks
 from peftopt.gateway.registry import Registry, is_served_name, open_registry
 from peftopt.gateway.routes import Route
 from peftopt.gateway.sampling import Known, Sampler
@@ -57,7 +58,8 @@ class Config:
     each the bound of a bucket; `workers` processes answer users, which somebody else starts where they `join` at a
     socket. `keys_file`: where the keys are read again on SIGHUP; `read_s`: seconds for a request to come in; `metrics`:
     users may read them; `log_text`: prompts and answers are logged; `log_keep`: files of the log that are kept, 0 =
-    all; `trace`: a collector's URL; `origins`: what a run decided to serve, by name."""
+    all; `trace`: a collector's URL; `origins`: what a run decided to serve, by name. `check_every_s`: so often each
+    version is asked whether it still answers as itself, 0 = never; `refuse`: one that does not answers nobody."""
 
     state: Path
     host: str = "127.0.0.1"
@@ -89,6 +91,8 @@ class Config:
     log_keep: int = 0
     trace: str = ""
     origins: Mapping[str, Origin] = field(default_factory=dict)
+    check_every_s: float = 0.0
+    refuse: bool = False
 
 
 def run(config: Config, tell: Callable[[str], None]) -> int:
@@ -107,7 +111,8 @@ class Gateway:
         self.config, self.tell = config, tell
         self.registry = open_registry(config.state)
         self.metrics = Metrics(config.slos_s)
-        self.log = Log(config.log, keep=config.log_keep)
+        several = config.workers > 1 or bool(config.join)
+        self.log = Log(config.log, shared=several, keep=config.log_keep)
         self.traces = Traces(config.trace, config.host, config.port) if config.trace else None
         self.engine: Server | None = None
         self.supervisor: Supervisor | None = None
@@ -143,7 +148,10 @@ class Gateway:
             self.shared = Shared(
                 upstream, lives, admission, config.keys, self.metrics, self.log, own, traces=self.traces
             )
-            lives.trials.asker = Asker(self.shared, vocabulary_of(config.base), self._busy)
+            asker = Asker(self.shared, vocabulary_of(config.base), self._busy, self._waiting)
+            lives.trials.asker = asker
+            lives.loader.write = self.shared.write
+            self.rechecks = Rechecks(lives, asker, config.refuse)
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._hung_up)
             async with self._listening(lives):
                 try:
@@ -270,6 +278,8 @@ class Gateway:
             asyncio.ensure_future(self._judge(lives)),
             asyncio.ensure_future(self._mend(lives)),
         ]
+        if self.config.check_every_s:
+            beside.append(asyncio.ensure_future(self._recheck()))
         try:
             await self.ended.wait()
         finally:
@@ -346,6 +356,13 @@ class Gateway:
                     for name in await lives.mend():
                         self.tell(f"{name} answers again")
 
+    async def _recheck(self) -> None:
+        """Ask those that answer users, now and then, whether they still answer as themselves."""
+        while True:
+            await asyncio.sleep(self.config.check_every_s)
+            with self._told():
+                await self.rechecks.round()
+
     async def _sample(self, how: Start) -> None:
         """What is known of the engine's memory and load, every few seconds."""
         known = Known(how.weights_bytes, how.kv_bytes)
@@ -377,6 +394,10 @@ class Gateway:
         """Requests that run or wait, here or in the workers."""
         admission = self.shared.admission
         return admission.running + admission.waiting + (self.supervisor.busy if self.supervisor else 0)
+
+    def _waiting(self) -> int:
+        """Requests that wait, here or in the workers."""
+        return self.shared.admission.waiting + (self.supervisor.waiting if self.supervisor else 0)
 
     async def _stop(self, engine: Server) -> None:
         """End the engine, which gives what it still has under way up when nobody waits any more."""

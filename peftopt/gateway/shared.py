@@ -11,7 +11,7 @@ from typing import Protocol
 from peftopt.gateway.admission import Admission, Ticket
 from peftopt.gateway.heads import READ_S
 from peftopt.gateway.keys import Keys
-from peftopt.gateway.lines import Line, Log, Origin
+from peftopt.gateway.lines import Line, Log, Origin, Written
 from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.routes import Table
 from peftopt.gateway.sampling import Sample
@@ -39,6 +39,9 @@ class Adapters(Protocol):
 
     def failed(self) -> Mapping[str, str]:
         """Why versions do not answer, by their names among all that is served."""
+
+    def doubted(self) -> Mapping[str, str]:
+        """Versions that answer users though they do not answer as themselves, and how that was seen."""
 
     def certified(self, name: str) -> bool:
         """Whether a version had to answer as itself before it was served, and did."""
@@ -95,6 +98,12 @@ class Shared:
     async def exposition(self) -> bytes:
         """The metrics of the whole gateway."""
         return await self.scrape() if self.scrape else self.metrics.text()
+
+    def write(self, line: Written) -> None:
+        """Add a line to the log; one that cannot be written is counted."""
+        lost = self.log.lost
+        self.log.write(line)
+        self.metrics.log_lost.inc(self.log.lost - lost)
 
     @property
     def fill(self) -> float | None:

@@ -18,6 +18,7 @@ import httpx2
 
 from helpers.waiting import wait_until
 from peftopt.engines._server import free_port
+from peftopt.loadtest.arrivals import SERVE_CHECK, SERVE_LOG
 
 BIG_S = 60.0
 
@@ -36,8 +37,14 @@ class Gateway:
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], **more}
         return httpx2.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=BIG_S)
 
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+    def lines(self, kind: str = SERVE_LOG) -> list[dict[str, Any]]:
+        """The lines of users' requests, or of another kind."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        return [line for line in lines if line["kind"] == kind]
+
+    def checks(self) -> list[dict[str, Any]]:
+        """The lines that say whether a version answers as itself."""
+        return self.lines(SERVE_CHECK)
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples, whatever their labels."""

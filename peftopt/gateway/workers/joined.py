@@ -53,6 +53,10 @@ class Followed:
         """Why versions do not answer."""
         return self.state.failed
 
+    def doubted(self) -> Mapping[str, str]:
+        """Versions that answer users though they do not answer as themselves."""
+        return self.state.doubted
+
     def certified(self, name: str) -> bool:
         """Whether a version had to answer as itself."""
         return name in self.state.certified
@@ -196,4 +200,4 @@ class Joined:
         in_flight = {name: n for name, n in self.followed.in_flight.items() if n}
         admission = self._shared.admission if self._shared else None
         busy = admission.running + admission.waiting if admission else 0
-        return Counts(in_flight, busy, self.followed.told())
+        return Counts(in_flight, busy, self.followed.told(), admission.waiting if admission else 0)

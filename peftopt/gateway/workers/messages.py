@@ -76,8 +76,9 @@ class Renewed:
 class State:
     """What is served now. `open` is False while the gateway drains; `switched`: seconds that loads took which no
     request has told of yet; `trials`: the routes that are on trial, and the share of their requests that both
-    versions are asked again; `sampled`: the engine's memory; `failed`: why versions do not answer; `certified`: those
-    that had to answer as themselves; `loading_s`: seconds that the engines of versions took to start."""
+    versions are asked again; `sampled`: the engine's memory; `failed`: why versions do not answer; `doubted`: those
+    that do though not as themselves; `certified`: those that had to answer as themselves; `loading_s`: seconds that the
+    engines of versions took to start."""
 
     routes: Mapping[str, Route] = field(default_factory=dict)
     ready: bool = False
@@ -87,17 +88,20 @@ class State:
     sampled: Sample | None = None
     model_loading_time: float | None = None
     failed: Mapping[str, str] = field(default_factory=dict)
+    doubted: Mapping[str, str] = field(default_factory=dict)
     certified: tuple[str, ...] = ()
     loading_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Counts:
-    """A worker's requests: by the version at the engine, all that run or wait, and the loads that one has told of."""
+    """A worker's requests: by the version at the engine, all that run or wait, the loads that one has told of, and
+    those that wait."""
 
     in_flight: Mapping[str, int] = field(default_factory=dict)
     busy: int = 0
     told: tuple[str, ...] = ()
+    waiting: int = 0
 
 
 def _known(told: Sequence[KnownKey]) -> Keys:

@@ -81,6 +81,11 @@ class Supervisor:
         """Requests that run or wait."""
         return sum(member.counts.busy for member in self.members.values())
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return sum(member.counts.waiting for member in self.members.values())
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The workers answer until this ends. Raises MissingEnvironment for an address that is taken."""
@@ -259,6 +264,7 @@ class Supervisor:
             sampled=shared.sampled,
             model_loading_time=shared.settings.model_loading_time,
             failed=lives.failed(),
+            doubted=lives.doubted(),
             certified=tuple(name for name in lives.table.served() if lives.certified(name)),
             loading_s={name: s for name in lives.table.served() if (s := lives.loading_s(name)) is not None},
         )
