@@ -127,6 +127,8 @@ class Sent(Request):
     last: float | None = None
     gaps_ms: tuple[float, ...] = ()
     """Between messages of the stream."""
+    kind: str | None = None
+    """Of an error its kind, as the log of `peftopt serve` has it ("refused", "oom", …); None where that is not told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +219,10 @@ class Turn:
     machine: Disturbance = UNDISTURBED
 
 
+SERVED = "peftopt serve"
+"""The source of a load that users were: the log of a gateway."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """Probe "load": a load that was run apart, by `peftopt load` or another tool. With a workload it is the variant's
@@ -224,6 +230,10 @@ class Load:
 
     source: str = ""
     title: str = ""
+    version: str = ""
+    """Of an adapter behind a gateway: which weights answered."""
+    arm: str = ""
+    """The same: "live", "canary", …"""
     started: str = ""
     """When it began (ISO 8601, UTC), "" where that is not told."""
     requests: tuple[Sent, ...] = ()

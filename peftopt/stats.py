@@ -314,7 +314,6 @@ def quantile_of_groups(groups: Iterable[Iterable[float]], q: float, level: float
     Source: Woodruff 1952 (inverting the share); Korn and Graubard 1998 (effective number of samples).
     """
     import numpy as np
-    from scipy.special import stdtrit
 
     parts = [np.array(list(group), dtype=float) for group in groups]
     parts = [part for part in parts if len(part)]
@@ -323,16 +322,25 @@ def quantile_of_groups(groups: Iterable[Iterable[float]], q: float, level: float
         raise ValueError("samples must be numbers")
     if len(parts) < 2:
         return replace(_quantile_of(x, len(x), q, level), low=-math.inf, high=math.inf)
-    n, tail = len(x), (1 + level) / 2
+    n = len(x)
     centre = x[min(math.ceil(q * n), n) - 1]
     below = np.array([(part <= centre).sum() for part in parts])
     sizes = np.array([len(part) for part in parts])
-    share = below.sum() / n
-    between = len(parts) / (len(parts) - 1) * np.square(below - share * sizes).sum()
-    alone = n * share * (1 - share)
-    effect = max(between / alone, 1.0) if alone else 1.0
-    few = (stdtrit(n - 1, tail) / stdtrit(len(parts) - 1, tail)) ** 2
-    return _quantile_of(x, math.floor(n / effect * few), q, level)
+    return _quantile_of(x, math.floor(_effective(below, sizes, level)), q, level)
+
+
+def share_of_groups(counts: Iterable[tuple[int, int]], level: float = 0.95) -> Interval:
+    """The share k / n over groups (k, n) that share their fate, with the exact interval of as many independent samples
+    as they are worth: see `quantile_of_groups`. One group has no interval. Source: Korn and Graubard 1998."""
+    import numpy as np
+
+    groups = [(k, n) for k, n in counts if n]
+    k, n = sum(k for k, _ in groups), sum(n for _, n in groups)
+    if len(groups) < 2:
+        return replace(_unknown(n, level), estimate=k / n if n else math.nan)
+    effective = _effective(np.array([k for k, _ in groups]), np.array([n for _, n in groups]), level)
+    low = 1 - upper_bound((1 - k / n) * effective, effective, (1 + level) / 2)
+    return Interval(k / n, low, upper_bound(k / n * effective, effective, (1 + level) / 2), n, level)
 
 
 def fewest_for(q: float, level: float = 0.95) -> int:
@@ -349,7 +357,7 @@ def proportion(k: int, n: int, level: float = 0.95) -> Interval:
     return Interval(k / n if n else math.nan, low, upper_bound(k, n, 1 - tail), n, level)
 
 
-def upper_bound(k: int, n: int, confidence: float = 0.95) -> float:
+def upper_bound(k: float, n: float, confidence: float = 0.95) -> float:
     """The highest rate that k events in n trials leave open, one-sided and exact; 1 - 0.05^(1/n) for k = 0.
 
     Source: Clopper and Pearson 1934; Eypasch et al. 1995 for k = 0.
@@ -487,6 +495,20 @@ def _finite(samples: Iterable[float]) -> Array:
     if x.ndim != 1 or not np.isfinite(x).all():
         raise ValueError("samples must be a row of finite numbers")
     return x
+
+
+def _effective(below: Array, sizes: Array, level: float) -> float:
+    """How many independent samples two or more groups are worth, of which so many are `below` something."""
+    import numpy as np
+    from scipy.special import stdtrit
+
+    n, groups, tail = int(sizes.sum()), len(sizes), (1 + level) / 2
+    share = below.sum() / n
+    between = groups / (groups - 1) * np.square(below - share * sizes).sum()
+    alone = n * share * (1 - share)
+    effect = max(between / alone, 1.0) if alone else 1.0
+    few = (stdtrit(n - 1, tail) / stdtrit(groups - 1, tail)) ** 2
+    return float(n / effect * few)
 
 
 def _quantile_of(ordered: Array, effective: int, q: float, level: float) -> Interval:

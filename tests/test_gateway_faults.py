@@ -27,6 +27,7 @@ from peftopt.gateway.routes import Route, Version
 from peftopt.gateway.run import Config, Gateway, run
 from peftopt.gateway.trial import Judged, Terms
 from peftopt.gateway.upstream import Timeouts
+from peftopt.loadtest.arrivals import SERVE_LOG
 
 
 @pytest.fixture
@@ -316,7 +317,8 @@ def test_a_request_that_the_drain_cuts_off_has_its_line(engine: Paced, tmp_path:
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as it is run
         runner.run(main())
-    (line,) = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    (line,) = [line for line in lines if line["kind"] == SERVE_LOG]
     assert line["error_kind"] == "cancelled" and "stopped" in line["error"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -33,8 +34,11 @@ from peftopt.gateway.asking import Asker
 from peftopt.gateway.fingerprints import EARLIER
 from peftopt.gateway.itself import Check
 from peftopt.gateway.limits import Limits
+from peftopt.gateway.lines import Line
 from peftopt.gateway.rechecks import Rechecks
 from peftopt.gateway.said import Vocabulary
+from peftopt.loadtest import importers
+from peftopt.loadtest.arrivals import trace
 
 # ---- what answers say ----------------------------------------------------------------------------
 
@@ -63,6 +67,22 @@ def test_of_a_round_only_its_own_answers_count() -> None:
     seen = Round(["a@1", "b@1", "b@1"], [Wrong("b@1", "p", "", 1.0, 0.1)], [], {"a@1": 0.5, "b@1": 9.0})
     assert itself.judged("a@1", seen) == itself.Itself("own", 0.5, "", {"own": 1, "unclear": 0})
     assert itself.judged("b@1", seen).verdict == "wrong"
+
+
+def test_checks_in_a_log_are_no_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither `import` nor `load --trace` takes one for such."""
+    check = json.dumps(Check("support", "aa11", "live", "stale", 1.8e9, 7.5, "why").as_json())
+    line = Line("r", 0.0, 1.8e9 + 1, adapter="support", version="aa11", arm="live", status=200)
+    line.sent, line.done, line.prompt_tokens, line.new_tokens = 0.0, 0.5, 5, 3
+    log = tmp_path / "requests.jsonl"
+    log.write_text("\n".join([check, json.dumps(line.as_json()), check]) + "\n")
+    (request,) = trace(log.read_text().splitlines())
+    assert (request.at, request.prompt_tokens) == (0.0, 5)
+    (run,) = importers.read(log)
+    assert len(run.requests) == 1
+    log.write_text(f"{check}\n{check}\n")
+    assert command("import", log) == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 # ---- beside the users, before a paced engine -----------------------------------------------------

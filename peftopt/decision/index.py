@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Literal
 
 from peftopt.measurements import (
+    SERVED,
     Account,
     Answer,
     Built,
@@ -74,6 +75,8 @@ class Index:
         """(variant, workload) -> block -> what failed in its turn; a result against the variant."""
         self.apart: dict[str, tuple[str, ...]] = {}
         """Variant@workload -> what its loads lack, where they were run apart from the race."""
+        self.production: dict[str, list[Load]] = defaultdict(list)
+        """Variant -> what users were answered by it, of no workload: no rule reads it."""
         self.figures: dict[tuple[str, float], Mapping[str, Interval]] = {}
         """(variant, level) -> the values of all its metrics, kept by figures.figures."""
         self._launch_of: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
@@ -88,6 +91,8 @@ class Index:
                     self._add_turn(m.variant, m.workload, turn)
                 case Load() as load if m.workload in plan.recipe.workloads:
                     loads[m.workload].append((m.variant, load))
+                case Load(source=source) as load if source == SERVED and not m.workload:
+                    self.production[m.variant].append(load)
                 case Answer() as answer:
                     self.answers[m.variant, m.launch][answer.row] = answer
                 case Task(task=name, samples=samples) if name and samples is not None:  # imported ones may lack them

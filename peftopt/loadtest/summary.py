@@ -29,7 +29,8 @@ NEVER = 1e300
 @dataclass(frozen=True)
 class Request:
     """One request. Times in seconds since the run began; `first` and `last` token's arrival, None for a server that
-    does not stream or sent none; `gaps_ms` between messages; `error` is "" for an answer that is whole."""
+    does not stream or sent none; `gaps_ms` between messages; `error` is "" for an answer that is whole; `kind` of
+    an error, where it is told."""
 
     id: str
     model: str
@@ -42,6 +43,7 @@ class Request:
     prompt_tokens: int | None = None
     new_tokens: int = 0
     error: str = ""
+    kind: str | None = None
     warmup: bool = False
 
     @property

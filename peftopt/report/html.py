@@ -10,7 +10,7 @@ from pathlib import PurePath
 
 from peftopt.decision.evidence import Evidence
 from peftopt.records import Decision, Interval, VariantDecision
-from peftopt.report import answers, measured, table, words
+from peftopt.report import answers, measured, production, table, words
 
 OUTPUT = 600
 DETAIL = 4_000
@@ -78,6 +78,9 @@ def render(decision: Decision, evidence: Evidence) -> str:
         plots=[drawn for drawn in plots if drawn],
         rules={v.name: table.rule_rows(v) for v in decision.variants},
         flips=answers.flips(decision, evidence),
+        about_production=production.ABOUT,
+        alarming=production.BAD,
+        production=production.sections(decision, evidence),
         by_workload=table.by_workload(decision),
         further=table.further(decision),
         slices=answers.slices(decision, evidence),

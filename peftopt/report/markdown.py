@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from peftopt.decision.evidence import Evidence
 from peftopt.records import Decision, Outcome, VariantDecision
-from peftopt.report import answers, measured, table, words
+from peftopt.report import answers, measured, production, table, words
 
 MOST = 65_000
 """GitHub refuses comments of more than 65,536 characters."""
@@ -42,6 +42,7 @@ def _evidence(decision: Decision, evidence: Evidence, examples: int) -> list[str
     flips = answers.flips(decision, evidence, examples)
     return [
         *(_variant(decision, variant, flips[variant.name]) for variant in decision.variants),
+        _section("In production", _production(decision, evidence)),
         _section("By workload", _table(table.by_workload(decision))),
         _section("More figures", _table(table.further(decision))),
         _section("Right answers by slice", _table(answers.slices(decision, evidence))),
@@ -74,6 +75,14 @@ def _variant(decision: Decision, variant: VariantDecision, flips: Sequence[answe
     lines = "\n".join(f"- {escape(line)}" for line in (*variant.certificates, *variant.remarks))
     parts = [_table(table.rule_rows(variant)), lines, _code_table(header, body)]
     return _section(title + decided, "\n\n".join(filter(None, parts)), titled=True)
+
+
+def _production(decision: Decision, evidence: Evidence) -> str:
+    parts = []
+    for each in production.sections(decision, evidence):
+        facts = "\n".join(f"- {escape(label)}: {escape(text)}" for label, text in each.facts)
+        parts += [f"**{escape(each.variant)}**", facts, _table(each.table)]
+    return "\n\n".join(filter(None, [escape(production.ABOUT), *parts])) if parts else ""
 
 
 def _method(decision: Decision, evidence: Evidence) -> str:

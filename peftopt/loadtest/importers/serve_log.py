@@ -13,6 +13,7 @@ from peftopt.loadtest.arrivals import SERVE_CHECK, SERVE_LOG
 from peftopt.loadtest.importers import GAPS, About, Found, from_zero
 from peftopt.loadtest.moments import utc
 from peftopt.loadtest.summary import Request
+from peftopt.measurements import SERVED
 from peftopt.records import Json
 
 Row = Mapping[str, Json]
@@ -21,7 +22,7 @@ Row = Mapping[str, Json]
 Which = tuple[str, str, str]
 """Adapter, version and arm."""
 
-NAME, VERSIONS = "peftopt serve", "format 1"
+NAME, VERSIONS = SERVED, "format 1"
 
 THEIRS = ("cancelled", "request")
 """Kinds of errors that are the client's: it went away, or asked for what cannot be."""
@@ -92,6 +93,7 @@ def _run(which: Which, rows: Sequence[Row], started: str, also: Sequence[str] = 
         source=NAME,
         lacks=tuple(lacks),
         requests=from_zero([_request(row) for row in ours]),
+        values={"version": version, "arm": arm},
         started=started,
         names=tuple(name for name in (version, f"{adapter}/{arm}", arm, adapter) if name),
     )
@@ -116,4 +118,5 @@ def _request(row: Row) -> Request:
         prompt_tokens=row["prompt_tokens"],
         new_tokens=row["new_tokens"],
         error=error,
+        kind=str(row["error_kind"]) if error else None,
     )
