@@ -43,8 +43,8 @@ def line(ended_s: float, adapter: str = "support", took_s: float = 0.5, **change
     return json.dumps({**request.as_json(), **changes}).encode() + b"\n"
 
 
-def check(at_s: float, verdict: str = "own", adapter: str = "support") -> bytes:
-    values = {"kind": SERVE_CHECK, "timestamp": 1e3 * (BEGAN + at_s), "adapter": adapter, "version": "v1"}
+def check(at_s: float, verdict: str = "own", adapter: str = "support", arm: str = "live") -> bytes:
+    values = {"kind": SERVE_CHECK, "timestamp": 1e3 * (BEGAN + at_s), "adapter": adapter, "version": "v1", "arm": arm}
     return json.dumps({**values, "verdict": verdict, "distance": 0.5}).encode() + b"\n"
 
 
@@ -399,6 +399,11 @@ def test_several_files_are_one_log(tmp_path: Path) -> None:
 
 
 # ---- who reads the log beside ------------------------------------------------------------------
+
+
+def test_a_check_of_a_version_that_answers_nobody_yet_is_left_out(tmp_path: Path) -> None:
+    span = only(log_of(tmp_path / "log", check(1, "wrong", arm="") + line(2) + check(3)))
+    assert [each.verdict for each in span.adapters["support"].checks] == ["own"]
 
 
 def test_checks_are_no_requests_for_import_and_replay(tmp_path: Path) -> None:

@@ -55,13 +55,15 @@ class Request(msgspec.Struct, tag_field="kind", tag=SERVE_LOG, gc=False):
 
 
 class Check(msgspec.Struct, tag_field="kind", tag=SERVE_CHECK, gc=False):
-    """A check of a version by its canary prompts. It takes no time of its own."""
+    """A check of a version by its canary prompts. It takes no time of its own. `arm` is "" where the version answers
+    nobody yet: a `put` that is refused harms no user."""
 
     timestamp: Moment
     adapter: str
     version: str
     verdict: Literal["own", "stale", "wrong", "unclear"]
     distance: float | None = None
+    arm: str = "live"
     request_duration_ms: float = 0.0
 
 

@@ -155,7 +155,7 @@ class Window:
             if isinstance(row, Request):
                 requests.append(row)
                 by_adapter[row.adapter].append(row)
-            else:
+            elif row.arm:
                 self._sums[row.adapter].checks.append(Check(row.version, row.verdict, row.distance))
         for adapter, asked in by_adapter.items():
             self._sums[adapter].add(asked, self._alike)
