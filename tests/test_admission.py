@@ -383,6 +383,13 @@ def test_the_engines_own_caps_stand_behind_and_leave_room_for_the_checks(monkeyp
     assert not any("queued" in option for option in free)
 
 
+@pytest.mark.parametrize("engine", ["vllm", "eager", "compiled"])
+def test_an_engine_serves_its_model_by_the_name_that_it_is_given(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environments, "python", lambda name: "/bin/true")
+    how = backends.start(Wanted(engine, Model("m"), name="support@1"))
+    assert how.brings == {"support@1": "support@1"} and "support@1" in how.command
+
+
 def test_limits_of_a_load_that_held_are_those_of_littles_law() -> None:
     """Four a second of two seconds each are eight at once. The limit is a second, of which the engine needs 400 ms."""
     found = Held(4.0, 2.0, "ttft <= 1 s", 1.0, 0.4, "run x", prefill=500.0).limits()

@@ -50,14 +50,14 @@ class Started:
         self.weights = "merged"
         self.ports: list[int] = []
 
-    def __call__(self, engine: str, folder: Path) -> Start:
+    def __call__(self, engine: str, folder: Path, name: str) -> Start:
         if engine == "nobody":
             raise BadInput("nothing serves the engine 'nobody'")
         port = free_port()
         self.ports.append(port)
-        command = [sys.executable, "-m", "helpers.paced", str(port), self.weights]
+        command = [sys.executable, "-m", "helpers.paced", str(port), name, self.weights]
         variables = {"PYTHONPATH": os.pathsep.join(sys.path)}
-        return Start(command, variables, f"http://127.0.0.1:{port}", {"base": "base"}, engine=engine or "eager")
+        return Start(command, variables, f"http://127.0.0.1:{port}", {name: name}, engine=engine or "eager")
 
 
 def process_of(lives: Lives, name: str) -> psutil.Process:
@@ -75,9 +75,10 @@ def test_a_merged_model_goes_an_adapters_way_on_an_engine_of_its_own(engine: Pac
             put = await lives.put("support", plain_model(tmp_path / "m", 1, adapter))
             assert put.exit_code == ACCEPTED and "names the adapter" in put.said, put.said
             before = len(engine.seen)
-            assert (await gateway.answer("support"))[0] == 200
-            assert len(engine.seen) == before, "the first engine was not asked"
+            status, told = await gateway.answer("support")
+            assert status == 200 and len(engine.seen) == before, "the first engine was not asked"
             now = lives.registry.table.routes["support"]
+            assert told["model"] == now.live.served, "as the first engine would name it"
             assert now.live.id == put.version and now.previous == live
             line = gateway.lines()[-1]
             assert (line["version"], line["arm"], line["certified"]) == (put.version, "live", True)
@@ -269,9 +270,11 @@ class Served:
             return httpx2.get(f"http://127.0.0.1:{self.port}/health/ready").status_code == 200
         return False
 
-    def ask(self, model: str) -> int:
+    def ask(self, model: str) -> str:
+        """The name that the answer has for the model."""
         body = {"model": model, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
-        return httpx2.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=300).status_code
+        answer = httpx2.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=300)
+        return str(answer.raise_for_status().json()["model"])
 
     def operate(self, *arguments: object) -> Any:
         command = [sys.executable, "-m", "peftopt.cli", "adapters", *arguments, "--admin", self.admin, "--json"]
@@ -295,14 +298,15 @@ def test_real_engines_come_back_after_a_kill_of_their_gateway(tiny_base: Path, t
     try:
         put = served.operate("put", f"support={tmp_path}/merged")
         assert put["exit_code"] == 0, put
-        assert served.ask("support") == 200 and len(served.engines()) == 2
+        name = f"support@{put['version']}"
+        assert served.ask("support") == name and len(served.engines()) == 2
         served.end(signal.SIGKILL)
         served = Served(tmp_path, tiny_base)
-        assert served.ask("support") == 200 and served.ask("base") == 200
+        assert served.ask("support") == name and served.ask("base") == "base"
         (row,) = [row for row in served.operate("list") if row["name"] == "support"]
         assert row["version"] == put["version"] and row["engine"] == "eager" and not row["failed"]
         assert served.operate("remove", "support")["exit_code"] == 0
-        assert len(served.engines()) == 1 and served.ask("base") == 200
+        assert len(served.engines()) == 1 and served.ask("base") == "base"
         served.end(signal.SIGTERM)
     finally:
         served.process.kill()
@@ -339,7 +343,7 @@ def test_a_route_without_a_version_that_cannot_answer_falls_back_to_the_one_befo
 
 
 def test_a_version_is_where_it_runs_now_in_every_arm() -> None:
-    a, moved = Version("a", "x@a", "http://old", "base"), Version("a", "x@a", "http://new", "base")
+    a, moved = Version("a", "x@a", "http://old"), Version("a", "x@a", "http://new")
     route = Route(Version("b", "x@b"), a, 0.5, a).at(moved)
     assert route.canary and route.previous and {route.canary.url, route.previous.url} == {"http://new"}
     assert not route.live.url and a == moved

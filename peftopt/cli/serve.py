@@ -16,6 +16,7 @@ from peftopt.records import SAFETENSORS, Json
 
 if TYPE_CHECKING:
     from peftopt.gateway.backends import Start
+    from peftopt.gateway.engines import Starter
     from peftopt.gateway.limits import Limits
     from peftopt.gateway.lines import Origin
     from peftopt.gateway.registry import Registry
@@ -301,16 +302,17 @@ def _starter(options: Options, what: What, carried: Limits) -> Callable[[Registr
     return start
 
 
-def _second(options: Options, what: What) -> Callable[[str, Path], Start]:
+def _second(options: Options, what: What) -> Starter:
     """How an engine is started for a merged model that is put while the first engine runs."""
     from peftopt.gateway import backends, limits
     from peftopt.records import Model
 
-    def start(engine: str, folder: Path) -> Start:
+    def start(engine: str, folder: Path, name: str) -> Start:
         carried = limits.parse(options.limits)
         wanted = backends.Wanted(
             engine=engine or what.engine or _installed(),
             model=Model(str(folder.resolve())),
+            name=name,
             running=carried.running,
             waiting=carried.waiting,
             compile=options.compile_,

@@ -66,10 +66,12 @@ class LlamaCppServer(Started):
         return {"log": [f"llama.cpp's server ({LIBRARY} {version(LIBRARY)}), {self.slots} slots: {ready}"]}
 
 
-def command(model: Model, params: Params, port: int, binary: str, threads: int, amx: bool) -> list[str]:
-    """`llama-server` for a model and its adapters, each with its own scale."""
+def command(
+    model: Model, params: Params, port: int, binary: str, threads: int, amx: bool, name: str = NAME
+) -> list[str]:
+    """`llama-server` for a model, which is served as `name`, and its adapters, each with its own scale."""
     folder = Path(model.path)
-    args = ["--model", str(folder / WEIGHTS), "--alias", NAME, "--host", "127.0.0.1", "--port", str(port)]
+    args = ["--model", str(folder / WEIGHTS), "--alias", name, "--host", "127.0.0.1", "--port", str(port)]
     options = [*measured(params), *computing(params.gpu_layers, threads, amx), ("--metrics",), ("--no-ui",)]
     options += [("--lora-scaled", scaled(model))] if model.adapters else []
     args += [word for option in options for word in option]

@@ -143,10 +143,10 @@ class Vllm(Started):
 
 
 def command(
-    model: Model, params: Params, port: int, names: Sequence[str], python: str = sys.executable
+    model: Model, params: Params, port: int, names: Sequence[str], python: str = sys.executable, base: str = BASE
 ) -> tuple[list[str], dict[str, str]]:
-    """`vllm serve` for a model and its adapters, and the environment variables it takes."""
-    args = ["serve", model.path, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", BASE]
+    """`vllm serve` for a model, which is served as `base`, and its adapters; the environment variables it takes."""
+    args = ["serve", model.path, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", base]
     args += ["--max-logprobs", str(TOP_K), "--disable-uvicorn-access-log"]
     options = measured(params)
     if model.adapters:

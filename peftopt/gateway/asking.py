@@ -113,7 +113,7 @@ class Asker:
         upstream, began = self.shared.upstream, time.perf_counter()
         version = self.shared.table.version(str(body["model"]))
         if version and version.url:  # an engine of its own
-            upstream, body = upstream.at(version.url), {**body, "model": version.asked}
+            upstream = upstream.at(version.url)
         try:
             async with asyncio.timeout(upstream.timeouts.whole or None):
                 async with upstream.ask(path, json.dumps(body).encode(), {}) as answer:

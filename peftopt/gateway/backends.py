@@ -57,9 +57,9 @@ class Start:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to start: `engine` by its plug-in's name, the `model`, the `name` that it answers to itself, the `params`
-    that a recipe gave the engine, how many `adapters` it must hold at once and their highest `rank`, requests it may
-    run and have waiting and tokens of prompts in its queue (0 = its own default), `args` of its own command line."""
+    """What to start: `engine` by its plug-in's name, the `model`, the `name` that it is served as, the `params` that a
+    recipe gave the engine, how many `adapters` it must hold at once and their highest `rank`, requests it may run and
+    have waiting and tokens of prompts in its queue (0 = its own default), `args` of its own command line."""
 
     engine: str
     model: Model
@@ -116,7 +116,7 @@ def _vllm(wanted: Wanted, port: int) -> Start:
         args=f"{told.args} {wanted.args}".strip(),
     )
     python = environments.python(vllm.PLUGIN.environment)
-    command, variables = vllm.command(Model(wanted.model.path), params, port, (), python)
+    command, variables = vllm.command(Model(wanted.model.path), params, port, (), python, wanted.name)
     command += ["--enable-per-request-metrics", "--shutdown-timeout", str(round(wanted.drain_s))]
     checked = CHECKED * (slots + 1)  # a backstop: the gateway refuses before
     requests = wanted.running + wanted.waiting + checked if wanted.running else 0
@@ -125,12 +125,11 @@ def _vllm(wanted: Wanted, port: int) -> Start:
     if wanted.adapters:
         options += [*vllm.lora(wanted.rank, slots), ("--max-cpu-loras", str(slots))]
     command += [word for option in options for word in option]
-    brings = {wanted.name: vllm.BASE}
     return Start(
         command,
         variables,
         f"http://127.0.0.1:{port}",
-        brings,
+        {wanted.name: wanted.name},
         loads=bool(wanted.adapters),
         max_rank=vllm.padded(wanted.rank) if wanted.adapters else 0,
         weights_bytes=weights_bytes(Path(wanted.model.path)),
@@ -150,14 +149,15 @@ def _llamacpp(wanted: Wanted, port: int) -> Start:
     told = str(wanted.params.get("args", ""))
     params = llamacpp_server.Params(slots=slots, args=f"{told} {wanted.args}".strip(), **known)
     amx = "amx_int8" in machine.processor()
-    command = llamacpp_server.command(wanted.model, params, port, str(binary), _threads(wanted), amx)
+    command = llamacpp_server.command(wanted.model, params, port, str(binary), _threads(wanted), amx, wanted.name)
     url = f"http://127.0.0.1:{port}"
-    return Start(command, {}, url, {wanted.name: llamacpp_server.NAME}, most_running=params.slots)
+    return Start(command, {}, url, {wanted.name: wanted.name}, most_running=params.slots)
 
 
 def _ours(wanted: Wanted, port: int) -> Start:
-    command = [sys.executable, "-m", "peftopt.server", "--base", wanted.model.path, "--port", str(port)]
-    command += ["--engine", wanted.engine, "--threads", str(_threads(wanted)), "--drain", str(wanted.drain_s)]
+    command = [sys.executable, "-m", "peftopt.server", "--base", wanted.model.path, "--name", wanted.name]
+    command += ["--port", str(port), "--engine", wanted.engine]
+    command += ["--threads", str(_threads(wanted)), "--drain", str(wanted.drain_s)]
     running = wanted.running or MAX_BATCH
     command += ["--max-batch", str(running)]
     if wanted.running:
@@ -167,7 +167,7 @@ def _ours(wanted: Wanted, port: int) -> Start:
     command += shlex.split(wanted.args)
     variables = {"OMP_NUM_THREADS": str(_threads(wanted)), **machine.waiting()}
     url, loads = f"http://127.0.0.1:{port}", wanted.engine == "eager"
-    return Start(command, variables, url, {wanted.name: BASE}, loads=loads, most_running=running)
+    return Start(command, variables, url, {wanted.name: wanted.name}, loads=loads, most_running=running)
 
 
 def _threads(wanted: Wanted) -> int:

@@ -18,8 +18,9 @@ from peftopt.gateway.backends import Start
 from peftopt.gateway.registry import Stored
 from peftopt.gateway.routes import Version
 
-Starter = Callable[[str, Path], Start]
-"""How an engine is started for a model: by the engine's name, "" for the gateway's own, and the model's folder."""
+Starter = Callable[[str, Path, str], Start]
+"""How an engine is started for a model: by the engine's name, "" for the gateway's own, the model's folder, and the
+name that it is served as."""
 
 MORE, LEAST_BYTES = 1.1, 512 * 2**20
 """An engine takes this times its weights, and so much for its process and its cache of keys and values."""
@@ -41,12 +42,12 @@ class Engines:
         self.starter, self._logs = starter, logs
         self._running: dict[str, Running] = {}
 
-    def named(self, engine: str, folder: Path) -> str:
-        """The engine that a merged model would be served by. Raises BadInput for one that is not known, and where
+    def named(self, engine: str, folder: Path, name: str) -> str:
+        """The engine that would serve a merged model as `name`. Raises BadInput for one that is not known, and where
         none can be started, MissingEnvironment where it is not installed."""
         if self.starter is None:
             raise BadInput(f"{folder} is a whole model, and this gateway starts no engines", "put an adapter")
-        return self.starter(engine, folder).engine
+        return self.starter(engine, folder, name).engine
 
     def where(self, name: str) -> Version | None:
         """A version with the engine that runs for it; None for one on the gateway's engine."""
@@ -67,11 +68,10 @@ class Engines:
         await self.stop(version.served)
         folder = Path(stored.folder)
         await asyncio.to_thread(check_room, folder)
-        how = self.starter(stored.engine, folder)
+        how = self.starter(stored.engine, folder, version.served)
         # By this thread: the kernel ends the process with the thread that started it.
         server = backends.launch(how, self._logs / f"engine-{version.id}.log")
-        model = next(iter(how.brings.values()))
-        running = Running(server, replace(version, url=how.url, model=model), 0.0)
+        running = Running(server, replace(version, url=how.url), 0.0)
         self._running[version.served] = running
         try:
             running.seconds = await asyncio.to_thread(server.ready, how.ready_s)

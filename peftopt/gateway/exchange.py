@@ -235,9 +235,9 @@ class Exchange:
         else:
             upstream = shared.upstream
             line.model_loading_time, line.sampled = shared.settings.model_loading_time, shared.sampled
-        self.served = version.asked
-        if asked["model"] != version.asked:
-            body = json.dumps({**asked, "model": version.asked}).encode()
+        self.served = version.served
+        if asked["model"] != version.served:
+            body = json.dumps({**asked, "model": version.served}).encode()
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
         headers.setdefault("x-request-id", line.request_id)
         if self.trace:

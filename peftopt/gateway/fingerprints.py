@@ -65,15 +65,14 @@ class Fingerprints:
                 del self._earlier[other]
         self.drop(name)
 
-    async def take(self, client: Client, name: str, model: str = "") -> None:
-        """Ask one alone; `model` is its name on an engine of its own. Raises WorkerFailed without an answer, and for an
-        engine that tells no log-probabilities: see `untold`."""
-        asked = model or name
-        known = await mixed.alone(client, [asked], self.prompts, lambda *_: None)
+    async def take(self, client: Client, name: str, own: bool = False) -> None:
+        """Ask one alone; `own`: it has an engine of its own. Raises WorkerFailed without an answer, and for an engine
+        that tells no log-probabilities: see `untold`."""
+        known = await mixed.alone(client, [name], self.prompts, lambda *_: None)
         self._earlier.pop(name, None)
-        self._prints[name] = known.prints[asked]
-        self._noise[name] = known.noise[asked]
-        if model:
+        self._prints[name] = known.prints[name]
+        self._noise[name] = known.noise[name]
+        if own:
             self._own.add(name)
 
     async def together(self, client: Client, names: Sequence[str]) -> mixed.Round:
@@ -81,9 +80,9 @@ class Fingerprints:
         asked = [name for name in dict.fromkeys(names) if name in self and name not in self._own]
         return _answered(await mixed.together(client, self._all_known, asked, self.prompts, random.Random()))
 
-    async def again(self, client: Client, name: str, model: str) -> mixed.Round:
+    async def again(self, client: Client, name: str) -> mixed.Round:
         """Ask one on an engine of its own again, with all prompts at once. Raises WorkerFailed without an answer."""
-        answers = await asyncio.gather(*(mixed.ask(client, model, prompt) for prompt in self.prompts.values()))
+        answers = await asyncio.gather(*(mixed.ask(client, name, prompt) for prompt in self.prompts.values()))
         return _answered(self.compared(name, dict(zip(self.prompts, answers, strict=True))))
 
     def compared(self, name: str, answers: Mapping[str, Print | str]) -> mixed.Round:

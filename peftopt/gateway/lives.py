@@ -226,7 +226,7 @@ class Lives:
         if terms and not (weight or terms.shadow or rows):
             raise BadInput("a trial has nothing to judge by", "write --canary 10%, --shadow 5% or --prompts FILE")
         async with self._one:
-            engine = await asyncio.to_thread(self._checked, folder, engine) if whole else ""
+            engine = await asyncio.to_thread(self._checked, name, folder, engine) if whole else ""
             if not whole:
                 await asyncio.to_thread(checks.adapter, folder, self.settings.base, self.settings.max_rank)
             stored = await asyncio.to_thread(self.registry.copy, name, folder, engine)
@@ -267,13 +267,13 @@ class Lives:
         doubtful = name in self.failures or name in self.doubts
         return not doubtful and self.registry.versions[name].certified >= certify
 
-    def _checked(self, folder: Path, engine: str) -> str:
+    def _checked(self, name: str, folder: Path, engine: str) -> str:
         """The engine that a whole model is served by. Raises BadInput for what is no safe model, MissingEnvironment
         where the engine is not installed or the memory does not hold another one."""
-        name = self.engines.named(engine, folder)
-        checks.model(folder, name)
+        engine = self.engines.named(engine, folder, name)
+        checks.model(folder, engine)
         engines.check_room(folder)
-        return name
+        return engine
 
     async def _fit(self, stored: Stored, route: Route | None) -> Outcome:
         """Load a version and ask whether it answers as itself: accepted with what is to be said of it, or rejected."""

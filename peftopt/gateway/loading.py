@@ -94,7 +94,7 @@ class Loader:
         """Take a version's fingerprints, at the engine that it runs on. Raises WorkerFailed without them."""
         own = self._engines.where(name)
         async with self._client(own.url if own else "") as client:
-            await self._fingerprints.take(client, name, own.model if own else "")
+            await self._fingerprints.take(client, name, own is not None)
 
     async def mixed(self, names: Sequence[str]) -> list[str]:
         """Ask all of them at once, each engine's apart, and note what comes of it; whose answers are not their own."""
@@ -104,7 +104,7 @@ class Loader:
             own = self._engines.where(name)
             if own and name in self._fingerprints:
                 async with self._client(own.url) as client:
-                    rounds.append(await self._fingerprints.again(client, name, own.model))
+                    rounds.append(await self._fingerprints.again(client, name))
         for seen in rounds:
             for name in dict.fromkeys(seen.answered):
                 self._note(name, itself.judged(name, seen))
@@ -122,7 +122,7 @@ class Loader:
         async with self._client(own.url if own else "") as client:
             for id_, prompt in self._fingerprints.prompts.items():
                 async with place():
-                    answers[id_] = await mixed.ask(client, own.model if own else name, prompt)
+                    answers[id_] = await mixed.ask(client, name, prompt)
         if self._fingerprints.of(name) is not before:
             return None
         return self._note(name, itself.judged(name, self._fingerprints.compared(name, answers)))

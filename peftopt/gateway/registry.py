@@ -206,7 +206,11 @@ def _finite(value: Json) -> Json:
 
 
 def _route(value: Mapping[str, Json]) -> Route:
-    def version(name: str) -> Version | None:
-        return Version(**value[name]) if value.get(name) else None
+    def version(arm: str) -> Version | None:
+        told = value.get(arm)
+        return Version(told["id"], told["served"], told.get("url", "")) if told else None
 
-    return Route(Version(**value["live"]), version("canary"), float(value["weight"]), version("previous"))
+    live = version("live")
+    if live is None:
+        raise ValueError("a route has no live version")
+    return Route(live, version("canary"), float(value["weight"]), version("previous"))

@@ -16,19 +16,13 @@ Arm = Literal["live", "canary", "shadow", "previous"]
 
 @dataclass(frozen=True)
 class Version:
-    """Weights under a route. `served` names them among all that is served; `id` is their hash, "" for what the engine
-    brought. `url` of an engine of their own and `model`, their name there; "" for the gateway's engine, which knows
-    them as `served`. Where a version runs does not change which one it is."""
+    """Weights under a route. `served` names them at their engine; `id` is their hash, "" for what the engine
+    brought. `url` of an engine of their own, "" for the gateway's engine. Where a version runs does not change which
+    one it is."""
 
     id: str
     served: str
     url: str = field(default="", compare=False)
-    model: str = field(default="", compare=False)
-
-    @property
-    def asked(self) -> str:
-        """Its name in a request to its engine."""
-        return self.model or self.served
 
 
 @dataclass(frozen=True)

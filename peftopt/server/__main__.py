@@ -44,12 +44,12 @@ async def _serve(model: Model, adapters: dict[str, str], options: argparse.Names
     """Serve until told to end; whether the model's thread has ended too."""
     from peftopt.server import app
     from peftopt.server.asked import Problem
-    from peftopt.server.scheduler import BASE, Scheduler
+    from peftopt.server.scheduler import Scheduler
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    scheduler = Scheduler(model, options.base, options.max_batch, options.context, options.max_queued)
+    scheduler = Scheduler(model, options.base, options.max_batch, options.context, options.max_queued, options.name)
     try:
         for name, folder in adapters.items():
             await scheduler.load(name, folder)
@@ -58,7 +58,7 @@ async def _serve(model: Model, adapters: dict[str, str], options: argparse.Names
         raise BadInput(str(problem), "give an adapter of this base, or leave it out") from problem
 
     def ready() -> None:
-        names = ", ".join([BASE, *adapters])
+        names = ", ".join([options.name, *adapters])
         sys.stderr.write(f"http://{options.host}:{options.port} serves {names} with {options.engine}\n")
         sys.stderr.flush()
 
@@ -109,6 +109,7 @@ def _check_port(host: str, port: int) -> None:
 def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("peftopt.server", description=__doc__)
     parser.add_argument("--base", required=True, help="Folder of the base, or of a merged model.")
+    parser.add_argument("--name", default="base", help="What it is served as.")
     parser.add_argument("--adapter", action="append", default=[], help="NAME=FOLDER; repeat for several.")
     parser.add_argument("--engine", choices=ENGINES, default="eager")
     parser.add_argument("--host", default="127.0.0.1")

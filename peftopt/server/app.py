@@ -21,7 +21,7 @@ from peftopt.records import Json
 from peftopt.server.answer import Piece
 from peftopt.server.asked import Asked, Problem, read, wrong
 from peftopt.server.replies import Reply
-from peftopt.server.scheduler import BASE, Job, Scheduler
+from peftopt.server.scheduler import Job, Scheduler
 
 MOST_BYTES = 32 * 2**20
 QUEUE_S = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -67,7 +67,7 @@ class Service:
                 "created": known.since,
                 "owned_by": "peftopt",
                 "root": known.folder,
-                "parent": None if name == BASE else BASE,
+                "parent": None if name == self.scheduler.name else self.scheduler.name,
                 "max_model_len": self.scheduler.context or None,
             }
             for name, known in served

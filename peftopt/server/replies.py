@@ -25,7 +25,7 @@ class Reply:
         self._head = {
             "id": f"{kind[0]}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": self._asked.model or "base",
+            "model": self._asked.model,
         }
         self._object = kind[1]
 

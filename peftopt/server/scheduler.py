@@ -24,7 +24,7 @@ from peftopt.server.answer import Answer, Piece, Voice
 from peftopt.server.asked import Asked, Problem, wrong
 
 BASE = "base"
-"""The name of the base, or of a merged model."""
+"""The name of the base, or of a merged model, unless it is told another."""
 
 
 class Rows(Protocol):
@@ -120,10 +120,14 @@ class Served:
 
 
 class Scheduler:
-    """Its methods are called in the event loop; the thread hands tokens over to it."""
+    """Its methods are called in the event loop; the thread hands tokens over to it. `name`: what the base, or a merged
+    model, is served as."""
 
-    def __init__(self, model: Model, base: str, max_batch: int, context: int = 0, max_queued: int = 0) -> None:
-        self.served = {BASE: Served(base, "", Voice(model.tokenizer), round(time.time()))}
+    def __init__(
+        self, model: Model, base: str, max_batch: int, context: int = 0, max_queued: int = 0, name: str = BASE
+    ) -> None:
+        self.name = name
+        self.served = {name: Served(base, "", Voice(model.tokenizer), round(time.time()))}
         self.context = min(filter(None, (context, model.context)), default=0)
         """The most tokens of a prompt and its answer; 0 = any number."""
         self.counts: Counter[str] = Counter()
@@ -149,7 +153,8 @@ class Scheduler:
 
     def submit(self, asked: Asked) -> Job:
         """Queue a request. Raises Problem for one that cannot be answered."""
-        known = self.served.get(asked.model or BASE)
+        asked = replace(asked, model=asked.model or self.name)
+        known = self.served.get(asked.model)
         if known is None:
             raise Problem(404, f"The model `{asked.model}` does not exist.", "model_not_found", "model")
         field_ = "messages" if asked.chat else "prompt"
@@ -209,8 +214,8 @@ class Scheduler:
     async def load(self, name: str, folder: str) -> None:
         """Serve an adapter. Raises Problem, as vLLM's runtime API does, for a name that is there: under it may be other
         weights."""
-        if name == BASE or name in self.served or name in self._changing:
-            what = f"The lora adapter '{name}' has already been loaded." if name != BASE else f"'{BASE}' is the base."
+        if name in self.served or name in self._changing:
+            what = f"'{name}' is the base." if name == self.name else f"The lora adapter '{name}' is loaded already."
             raise Problem(400, what, "already_loaded", "lora_name")
         if not Path(folder, "adapter_config.json").is_file():
             raise Problem(404, f"No adapter found for '{name}' at {folder}", "adapter_not_found", "lora_path")
@@ -228,7 +233,7 @@ class Scheduler:
     async def unload(self, name: str) -> None:
         """Serve an adapter no more, and free it when its last request is answered. Raises Problem for a name that is
         not there."""
-        if name == BASE or name not in self.served:
+        if name == self.name or name not in self.served:
             raise Problem(404, f"The lora adapter '{name}' cannot be found.", "adapter_not_found", "lora_name")
         adapter = self.served.pop(name).adapter
         await self._ordered(lambda: self._model.remove(adapter), adapter)

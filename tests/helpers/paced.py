@@ -179,13 +179,13 @@ def paced(**settings: Any) -> Iterator[Paced]:
         yield engine
 
 
-async def main(port: int, weights: str) -> None:
-    """A paced engine as a process of its own, whose base answers as some weights."""
-    engine = Paced()
-    engine.folders["base"] = weights
+async def main(port: int, name: str, weights: str) -> None:
+    """A paced engine as a process of its own, which serves one model, with these weights."""
+    engine = Paced(models=())
+    engine.folders[name] = weights
     async with await asyncio.start_server(engine.handle, "127.0.0.1", port) as server:
         await server.serve_forever()
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), sys.argv[2]))
+    asyncio.run(main(int(sys.argv[1]), sys.argv[2], sys.argv[3]))
