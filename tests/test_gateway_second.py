@@ -34,6 +34,7 @@ from peftopt.gateway.backends import Start
 from peftopt.gateway.failures import AGAIN_AT_MOST_S, AGAIN_S, Failures
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.routes import Route, Version
+from peftopt.gateway.run import Config, Gateway
 from peftopt.gateway.said import Vocabulary
 
 
@@ -120,6 +121,53 @@ def test_a_merged_model_that_is_not_the_adapter_is_rejected_where_it_should_be(
             if not passes:
                 assert lives.engines.where(f"support@{put.version}") is None, "its engine has ended"
             assert len(lives.registry.versions) == 1 + passes
+
+    asyncio.run(main())
+
+
+def test_what_the_gateway_was_started_with_is_put_over_and_comes_back(engine: Paced, tmp_path: Path) -> None:
+    async def main() -> None:
+        newer, newest = plain_model(tmp_path / "m", 1), plain_model(tmp_path / "n", 2)
+        async with gateway_of(engine, tmp_path, Started()) as gateway:
+            lives = gateway.lives
+
+            async def answers() -> str:
+                return str((await gateway.answer("base"))[1]["model"])
+
+            with pytest.raises(BadInput):
+                await lives.remove("base")
+            with pytest.raises(BadInput) as refused:
+                await lives.put("base", adapter_of(tmp_path / "a", 1))
+            assert "peftopt merge" in refused.value.hint
+            put = await lives.put("base", newer, 0.999)
+            assert put.exit_code == ACCEPTED and await answers() == f"base@{put.version}"
+            await lives.promote("base")
+            await lives.rollback("base")
+            assert await answers() == "base", "the first engine, which has never ended"
+            await lives.rollback("base")
+            assert await answers() == f"base@{put.version}"
+            gateway.end()
+        async with gateway_of(engine, tmp_path, Started()) as gateway:
+            lives = gateway.lives
+            assert await answers() == f"base@{put.version}", "a restart takes nothing back"
+            assert any("base" in note and "remove" in note for note in gateway.notes)
+            assert (await lives.put("base", newest)).exit_code == ACCEPTED
+            assert (await lives.remove("base")).exit_code == ACCEPTED
+            assert await answers() == "base" and not lives.registry.versions and not lives.engines._running
+
+    asyncio.run(main())
+
+
+def test_an_adapter_of_the_command_line_takes_the_name_that_another_engine_brought(
+    engine: Paced, tmp_path: Path
+) -> None:
+    async def main() -> None:
+        async with gateway_of(engine, tmp_path) as gateway:
+            gateway.end()
+        config = Config(tmp_path / "state", adapters={"base": adapter_of(tmp_path / "a", 1)})
+        again = Gateway(config, print)
+        again._bring()
+        assert again.registry.table.routes["base"].live.id
 
     asyncio.run(main())
 
@@ -340,6 +388,15 @@ def test_a_route_without_a_version_that_cannot_answer_falls_back_to_the_one_befo
     assert Route(a, b, 0.5, c).without(b) == Route(a, previous=c)
     assert Route(a, b, 0.5, c).without(c) == Route(a, b, 0.5)
     assert Route(a, b, 0.5).without(a) is None
+
+
+def test_what_another_engine_brings_takes_the_place_of_what_the_one_before_brought() -> None:
+    old, new, put = Version("", "base"), Version("", "support"), Version("a", "x@a")
+    assert Route(put, previous=old).bringing(new) == Route(put, previous=new)
+    assert Route(old, put, 0.5).bringing(new) == Route(new, put, 0.5)
+    assert Route(put, previous=old).bringing(None) == Route(put)
+    assert Route(old, previous=put).bringing(None) == Route(put)
+    assert Route(old).bringing(None) is None and Route(put).bringing(None) == Route(put)
 
 
 def test_a_version_is_where_it_runs_now_in_every_arm() -> None:

@@ -111,8 +111,7 @@ class Lives:
             self.ready = False
             self.fingerprints.clear()
             self.doubts.clear()
-            self._bring()
-            notes = []
+            notes = self._bring()
             for stored in list(self.registry.versions.values()):
                 notes += await self._reload(stored)
             notes += await self._all_asked()
@@ -122,15 +121,24 @@ class Lives:
             self.trials.resume()
             return notes
 
-    def _bring(self) -> None:
-        """Route what the engine brings under the names it has there now: another engine may have been before."""
+    def _bring(self) -> list[str]:
+        """Route what the engine brings under the names it has there now: another engine may have been before. What was
+        put over it stays, a sentence each."""
+        brought = {name: Version("", at_engine) for name, at_engine in self.brings.items()}
         for name, route in list(self.registry.table.routes.items()):
-            if not route.live.id and name not in self.brings:
-                self.registry.route(name, None)
-        for name, at_engine in self.brings.items():
-            route_ = self.registry.table.routes.get(name)
-            if route_ is None or (not route_.live.id and route_.live.served != at_engine):
-                self.registry.route(name, Route(Version("", at_engine)))
+            now = route.bringing(brought.get(name))
+            if now != route:
+                self.registry.route(name, now)
+        for name, version in brought.items():
+            if name not in self.registry.table.routes:
+                self.registry.route(name, Route(version))
+        live = {name: self.registry.table.routes[name].live for name in brought}
+        return [
+            f"{name} is answered by {version.served}, put over what the gateway was started with; to go back: peftopt "
+            f"adapters remove {name}"
+            for name, version in live.items()
+            if version.id
+        ]
 
     async def _reload(self, stored: Stored) -> list[str]:
         """Load a version that is on record; what is odd about it, a sentence each."""
@@ -163,7 +171,8 @@ class Lives:
 
     async def _all_asked(self) -> list[str]:
         """Ask every version that is loaded, alone and then all at once; what is odd, a sentence each."""
-        served = [name for name in self.registry.table.served() if name not in self.failures]
+        all_names = dict.fromkeys([*self.brings.values(), *self.registry.table.served()])
+        served = [name for name in all_names if name not in self.failures]
         self.tell(f"asking whether each answers as itself: {', '.join(served)}")
         silent = []
         for name in served:
@@ -253,12 +262,17 @@ class Lives:
         """Raises BadInput for what no version can be put as here."""
         if engine and not whole:
             raise BadInput(f"{folder} is no whole model, and an engine is for one", "leave out --engine")
+        if name in self.brings and not whole:
+            raise BadInput(
+                f"{name} is the model that the gateway was started with, and {folder} is an adapter",
+                "put the adapter under another name, or merge it (peftopt merge) and put the merged model",
+            )
         if not (whole or self.loads):
             raise BadInput(
                 "this engine takes no adapters while it runs", "serve a base with --adapter on vllm or eager"
             )
-        if name in self.brings or "@" in name or not name.strip() or "/" in name:
-            raise BadInput(f"{name!r} cannot be an adapter's name", f"choose one without @ and /, and not {BASE}")
+        if "@" in name or not name.strip() or "/" in name:
+            raise BadInput(f"{name!r} cannot be an adapter's name", "choose one without @ and /")
         if not 0 <= weight < 1:
             raise BadInput(f"a canary's share of {weight:g} is not between 0 and 1", "write --canary 10%")
 
@@ -349,19 +363,23 @@ class Lives:
         return await self.turn(name, Route.rolled_back, "answers everybody again")
 
     async def remove(self, name: str) -> Outcome:
-        """Nobody is answered by it any more, at once; then all its versions are unloaded. Raises BadInput for a name
-        that is not an adapter's."""
+        """Nobody is answered by it any more, at once; then all its versions are unloaded. A name that the gateway was
+        started with answers as at the start. Raises BadInput for a name without a version that was put."""
         route = self.registry.table.routes.get(name)
-        if route is None or name in self.brings:
+        if route is None:
             raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
-        self.registry.route(name, None)
+        left_over = Route(Version("", self.brings[name])) if name in self.brings else None
+        if route == left_over:
+            raise BadInput(f"{name} is what the gateway was started with", "start the gateway without it")
+        self.registry.route(name, left_over)
         self.trials.end(name, f"{name} was removed")
         for version in route.versions():
             self._replaced.setdefault(version.served, 0.0)
         self._show()
         await self.published()
         left = await self.retire()
-        return Outcome(REJECTED if left else ACCEPTED, "; ".join(left) or f"{name} is unloaded")
+        said = f"{name} answers as at the start" if left_over else f"{name} is unloaded"
+        return Outcome(REJECTED if left else ACCEPTED, "; ".join(left) or said)
 
     async def turn(
         self, name: str, turned: Callable[[Route], Route], said: str, judged: Version | None = None

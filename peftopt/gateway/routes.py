@@ -66,13 +66,24 @@ class Route:
             return Route(live, previous=previous)
         return Route(live, self.canary, self.weight, previous)
 
+    def replaced(self, old: Version, new: Version) -> Route:
+        """The route with another version in the place of one."""
+        live = new if self.live == old else self.live
+        canary = new if self.canary == old else self.canary
+        previous = new if self.previous == old else self.previous
+        return Route(live, canary, self.weight, previous)
+
     def at(self, version: Version) -> Route:
         """The route with a version where it runs now."""
-        here = {version: version}
-        live = here.get(self.live, self.live)
-        canary = here.get(self.canary, self.canary) if self.canary else None
-        previous = here.get(self.previous, self.previous) if self.previous else None
-        return Route(live, canary, self.weight, previous)
+        return self.replaced(version, version)
+
+    def bringing(self, version: Version | None) -> Route | None:
+        """The route on another engine of the gateway, which brings this version under the name, or none. None where
+        nothing is left."""
+        before = next((each for each in self.versions() if not each.id), None)
+        if before is None:
+            return self
+        return self.replaced(before, version) if version else self.without(before)
 
     def arms(self) -> list[tuple[Arm, Version, float]]:
         """Each arm, its version, and the share of users that it answers."""

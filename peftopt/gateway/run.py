@@ -229,14 +229,14 @@ class Gateway:
         for name, folder in self.config.adapters.items():
             stored = self.registry.copy(name, folder)
             route = self.registry.table.routes.get(name)
-            if route and route.live.id != stored.version.id:
+            if route and route.live.id not in ("", stored.version.id):  # "": another engine brought it
                 said.append(
                     f"{name} is served as {route.live.served}, put later than --adapter {folder}; to go back: "
                     f"peftopt adapters put {name}={folder}"
                 )
                 continue
             self.registry.keep(stored, state="live")
-            if route is None:
+            if route is None or not route.live.id:
                 self.registry.route(name, Route(stored.version))
         return said
 
