@@ -36,6 +36,7 @@ from peftopt.gateway.lives import Lives
 from peftopt.gateway.routes import Route, Version
 from peftopt.gateway.run import Config, Gateway
 from peftopt.gateway.said import Vocabulary
+from peftopt.gateway.sampling import Engine, Sampler
 
 
 @pytest.fixture
@@ -121,6 +122,26 @@ def test_a_merged_model_that_is_not_the_adapter_is_rejected_where_it_should_be(
             if not passes:
                 assert lives.engines.where(f"support@{put.version}") is None, "its engine has ended"
             assert len(lives.registry.versions) == 1 + passes
+
+    asyncio.run(main())
+
+
+def test_a_line_has_the_sample_of_the_engine_that_answered(engine: Paced, tmp_path: Path) -> None:
+    async def main() -> None:
+        engine.kv_usage = 0.5
+        async with gateway_of(engine, tmp_path, Started()) as gateway:
+            lives, upstream = gateway.lives, gateway.shared.upstream
+            sampler, own = Sampler(lives.metrics), Engine("", upstream.get)
+            put = await lives.put("support", plain_model(tmp_path / "m", 1))
+            gateway.shared.samples = await sampler.sample([own, *lives.engines.sampled(upstream)])
+            await gateway.answer("base")
+            await gateway.answer("support")
+            assert [line["kv_usage"] for line in gateway.lines()] == [0.5, 0.25]
+            of_second = f'peftopt_kv_cache_usage_ratio{{engine="support@{put.version}"}} 0.25'
+            assert of_second in lives.metrics.text().decode()
+            await lives.remove("support")
+            await sampler.sample([own, *lives.engines.sampled(upstream)])
+            assert of_second not in lives.metrics.text().decode(), "its engine has ended"
 
     asyncio.run(main())
 

@@ -29,7 +29,7 @@ from peftopt.gateway.keys import Keys
 from peftopt.gateway.limits import Limits
 from peftopt.gateway.lines import Line, Log
 from peftopt.gateway.metrics import Metrics
-from peftopt.gateway.sampling import ALLOCATED, RESERVED, Known, Nvml, Reading, Sample, Sampler, combined
+from peftopt.gateway.sampling import ALLOCATED, RESERVED, Engine, Known, Nvml, Reading, Sample, Sampler, combined
 from peftopt.gateway.shared import Settings, Shared
 from peftopt.gateway.upstream import Fault, Timeouts, Upstream
 
@@ -137,8 +137,9 @@ def test_a_driver_that_fails_is_told_of_once_and_not_asked_again() -> None:
         return 200, f"{KV} 0.5\n".encode()
 
     async def main() -> list[Sample]:
-        sampler = Sampler(get, Metrics(), Known(), driver, said.append)
-        return [await sampler.sample([7]) for _ in range(3)]
+        sampler = Sampler(Metrics(), driver, said.append)
+        engine = Engine("", get, processes=lambda: [7])
+        return [(await sampler.sample([engine]))[""] for _ in range(3)]
 
     samples = asyncio.run(main())
     assert driver.asked == 1 == len(said) and all(sample.kv_usage == 0.5 for sample in samples)
@@ -152,14 +153,36 @@ def test_the_metrics_say_who_told_and_forget_what_is_not_known_any_more() -> Non
         return answers.pop(0)
 
     async def main() -> None:
-        await Sampler(get, metrics, Known()).sample([])
+        await Sampler(metrics).sample([Engine("", get)])
         text = metrics.text().decode()
-        assert 'peftopt_gpu_memory_allocated_bytes{source="engine"} 6.0' in text
-        assert 'peftopt_gpu_memory_reserved_bytes{source="engine"} 8.0' in text
-        assert 'peftopt_gpu_memory_fragmentation_ratio{source="engine"} 0.25' in text
+        assert 'peftopt_gpu_memory_allocated_bytes{engine="",source="engine"} 6.0' in text
+        assert 'peftopt_gpu_memory_reserved_bytes{engine="",source="engine"} 8.0' in text
+        assert 'peftopt_gpu_memory_fragmentation_ratio{engine="",source="engine"} 0.25' in text
         assert "peftopt_gpu_utilization_ratio{" not in text
-        await Sampler(get, metrics, Known()).sample([])
+        await Sampler(metrics).sample([Engine("", get)])
         assert "peftopt_gpu_memory_allocated_bytes{" not in metrics.text().decode()
+
+    asyncio.run(main())
+
+
+def test_each_engines_gpu_is_read_by_its_own_processes_and_without_any_not_at_all() -> None:
+    class Driver:
+        def read(self, pids: Collection[int]) -> Reading:
+            return Reading(0.5, 100 * sum(pids))
+
+    async def get(path: str) -> tuple[int, bytes]:
+        return 0, b"gone"
+
+    async def main() -> None:
+        metrics = Metrics()
+        engines = [
+            Engine("", get),
+            Engine("a@1", get, processes=lambda: [1]),
+            Engine("a@2", get, processes=lambda: [2]),
+        ]
+        samples = await Sampler(metrics, Driver()).sample(engines)
+        assert {name: sample.reserved for name, sample in samples.items()} == {"": None, "a@1": 100, "a@2": 200}
+        assert 'peftopt_gpu_memory_reserved_bytes{engine="a@2",source="nvml"} 200.0' in metrics.text().decode()
 
     asyncio.run(main())
 

@@ -17,6 +17,8 @@ from peftopt.gateway import backends, copies
 from peftopt.gateway.backends import Start
 from peftopt.gateway.registry import Stored
 from peftopt.gateway.routes import Version
+from peftopt.gateway.sampling import Engine, Known
+from peftopt.gateway.upstream import Upstream
 
 Starter = Callable[[str, Path, str], Start]
 """How an engine is started for a model: by the engine's name, "" for the gateway's own, the model's folder, and the
@@ -28,11 +30,13 @@ MORE, LEAST_BYTES = 1.1, 512 * 2**20
 
 @dataclass
 class Running:
-    """An engine's process, where its version is asked, and the seconds that its start took."""
+    """An engine's process, where its version is asked, what is known of its memory, and the seconds that its start
+    took."""
 
     server: Server
     version: Version
-    seconds: float
+    known: Known
+    seconds: float = 0.0
 
 
 class Engines:
@@ -57,6 +61,14 @@ class Engines:
         """Seconds that the start of a version's engine took; None for one on the gateway's engine."""
         return self._running[name].seconds if name in self._running else None
 
+    def sampled(self, upstream: Upstream) -> list[Engine]:
+        """Those that run, as they are sampled by connections like these."""
+        return [
+            Engine(name, upstream.at(running.version.url).get, running.known, running.server.processes)
+            for name, running in self._running.items()
+            if running.server.alive()
+        ]
+
     async def start(self, stored: Stored) -> Version:
         """Start an engine for a version, unless it runs. Raises MissingEnvironment where the memory does not hold it,
         WorkerFailed with the engine's last lines when it does not start."""
@@ -71,7 +83,7 @@ class Engines:
         how = self.starter(stored.engine, folder, version.served)
         # By this thread: the kernel ends the process with the thread that started it.
         server = backends.launch(how, self._logs / f"engine-{version.id}.log")
-        running = Running(server, replace(version, url=how.url), 0.0)
+        running = Running(server, replace(version, url=how.url), Known(how.weights_bytes, how.kv_bytes))
         self._running[version.served] = running
         try:
             running.seconds = await asyncio.to_thread(server.ready, how.ready_s)

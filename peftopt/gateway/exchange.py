@@ -232,9 +232,10 @@ class Exchange:
         if version.url:  # an engine of its own
             upstream = shared.upstream.at(version.url)
             line.model_loading_time = shared.lives.loading_s(version.served)
+            line.sampled = shared.samples.get(version.served)
         else:
             upstream = shared.upstream
-            line.model_loading_time, line.sampled = shared.settings.model_loading_time, shared.sampled
+            line.model_loading_time, line.sampled = shared.settings.model_loading_time, shared.samples.get("")
         self.served = version.served
         if asked["model"] != version.served:
             body = json.dumps({**asked, "model": version.served}).encode()

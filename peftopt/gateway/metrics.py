@@ -66,10 +66,10 @@ class Metrics:
         self.waiting = gauge("peftopt_waiting", "Requests that wait here.")
         self.limit = gauge("peftopt_limit", "Limits in force; 0 is none.", ("what",))
         self.fill = gauge("peftopt_batch_fill_ratio", "Requests at the engine as a share of what may run.")
-        self.kv_usage = gauge("peftopt_kv_cache_usage_ratio", "Share of the engine's KV cache in use.")
-        of = ("source",)
-        self.gpu_allocated = gauge("peftopt_gpu_memory_allocated_bytes", "Memory that the engine's tensors have.", of)
-        self.gpu_reserved = gauge("peftopt_gpu_memory_reserved_bytes", "Memory that the engine holds.", of)
+        self.kv_usage = gauge("peftopt_kv_cache_usage_ratio", "Share of an engine's KV cache in use.", ("engine",))
+        of = ("engine", "source")
+        self.gpu_allocated = gauge("peftopt_gpu_memory_allocated_bytes", "Memory that an engine's tensors have.", of)
+        self.gpu_reserved = gauge("peftopt_gpu_memory_reserved_bytes", "Memory that an engine holds.", of)
         self.gpu_fragmentation = gauge(
             "peftopt_gpu_memory_fragmentation_ratio", "Share of the reserved memory that no tensor has.", of
         )

@@ -33,7 +33,7 @@ from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.rechecks import Rechecks
 from peftopt.gateway.registry import Registry, is_served_name, open_registry
 from peftopt.gateway.routes import Route
-from peftopt.gateway.sampling import Known, Sampler
+from peftopt.gateway.sampling import Engine, Known, Sampler
 from peftopt.gateway.shared import Settings, Shared
 from peftopt.gateway.tracing import Traces
 from peftopt.gateway.upstream import Timeouts, Upstream, unless
@@ -274,7 +274,7 @@ class Gateway:
         beside = [
             asyncio.ensure_future(self._keep_alive(how, lives)),
             asyncio.ensure_future(self._reconcile(lives)),
-            asyncio.ensure_future(self._sample(how)),
+            asyncio.ensure_future(self._sample(how, lives)),
             asyncio.ensure_future(self._judge(lives)),
             asyncio.ensure_future(self._mend(lives)),
         ]
@@ -363,16 +363,18 @@ class Gateway:
             with self._told():
                 await self.rechecks.round()
 
-    async def _sample(self, how: Start) -> None:
-        """What is known of the engine's memory and load, every few seconds."""
-        known = Known(how.weights_bytes, how.kv_bytes)
-        gpus = sampling.gpus() if how.command else None  # a server of somebody else's may have GPUs of its own
-        sampler = Sampler(self.shared.upstream.get, self.metrics, known, gpus, self.tell)
+    async def _sample(self, how: Start, lives: Lives) -> None:
+        """What is known of the engines' memory and load, every few seconds."""
+        upstream, sampler = self.shared.upstream, Sampler(self.metrics, sampling.gpus(), self.tell)
+        own = Engine("", upstream.get, Known(how.weights_bytes, how.kv_bytes), self._processes)
         while True:
             with self._told():
-                pids = await asyncio.to_thread(self.engine.processes) if self.engine and gpus else ()
-                self.shared.sampled = await sampler.sample(pids)
+                self.shared.samples = await sampler.sample([own, *lives.engines.sampled(upstream)])
             await asyncio.sleep(SAMPLE_EVERY_S)
+
+    def _processes(self) -> Sequence[int]:
+        """The engine's processes; none of a server of somebody else's, which may have GPUs of its own."""
+        return self.engine.processes() if self.engine else ()
 
     # ---- the end
 

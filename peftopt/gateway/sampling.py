@@ -1,4 +1,4 @@
-"""What is known of the engine's memory and load: a sample every few seconds, for the log and the metrics.
+"""What is known of the engines' memory and load: a sample every few seconds, for the log and the metrics.
 
 Each number says who told it: the engine itself, NVIDIA's driver (NVML), or a formula ("derived"). What nobody tells is
 None. `combined` is pure; `Sampler` asks.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,7 +46,7 @@ class Gpus(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """The engine at one moment. `at`: seconds on the clock of perf_counter; bytes `allocated` to tensors and `reserved`
+    """An engine at one moment. `at`: seconds on the clock of perf_counter; bytes `allocated` to tensors and `reserved`
     of the device; shares `kv_usage` and `utilization`, 0..1. `sources` by the field's name."""
 
     at: float
@@ -90,50 +90,62 @@ def _bytes(value: float | None) -> int | None:
     return None if value is None else int(value)
 
 
+@dataclass(frozen=True)
+class Engine:
+    """An engine to sample. `name` of the version that it runs for, "" for the gateway's own; `get` fetches a path of
+    it: (status, body); `processes`: those of an engine that was started here, which the GPUs' driver is asked about."""
+
+    name: str
+    get: Callable[[str], Awaitable[tuple[int, bytes]]]
+    known: Known = Known()
+    processes: Callable[[], Collection[int]] = tuple
+
+
 class Sampler:
-    """Asks an engine, and the GPUs where there are any. `get` fetches a path of the engine's: (status, body)."""
+    """Asks engines, and the GPUs where there are any."""
 
     def __init__(
-        self,
-        get: Callable[[str], Awaitable[tuple[int, bytes]]],
-        metrics: Metrics,
-        known: Known,
-        gpus: Gpus | None = None,
-        tell: Callable[[str], None] = lambda text: None,
+        self, metrics: Metrics, gpus: Gpus | None = None, tell: Callable[[str], None] = lambda text: None
     ) -> None:
-        self._get, self._metrics, self._known, self._gpus, self._tell = get, metrics, known, gpus, tell
+        self._metrics, self._gpus, self._tell = metrics, gpus, tell
 
-    async def sample(self, pids: Collection[int]) -> Sample:
-        """The engine now, noted in the metrics. `pids`: its processes."""
-        status, text = await self._get("/metrics")
-        totals = prometheus.totals(text.decode(errors="replace")) if status == 200 else {}
-        reading = await asyncio.to_thread(self._read, pids) if self._gpus else None
-        sample = combined(time.perf_counter(), totals, reading, self._known)
-        self._show(sample)
-        return sample
+    async def sample(self, engines: Sequence[Engine]) -> dict[str, Sample]:
+        """The engines now, by name, noted in the metrics."""
+        answers = await asyncio.gather(*(engine.get("/metrics") for engine in engines))
+        samples = {}
+        for engine, (status, text) in zip(engines, answers, strict=True):
+            totals = prometheus.totals(text.decode(errors="replace")) if status == 200 else {}
+            reading = await asyncio.to_thread(self._read, engine.processes)
+            samples[engine.name] = combined(time.perf_counter(), totals, reading, engine.known)
+        self._show(samples)
+        return samples
 
-    def _read(self, pids: Collection[int]) -> Reading | None:
+    def _read(self, processes: Callable[[], Collection[int]]) -> Reading | None:
         """What the driver tells; one that fails is not asked again."""
         try:
-            return self._gpus.read(pids) if self._gpus else None
+            pids = processes() if self._gpus else ()
+            return self._gpus.read(pids) if self._gpus and pids else None
         except Exception as error:  # noqa: BLE001 (a driver may fail in any way, and requests go on)
             self._gpus = None
             self._tell(f"the GPU is not sampled any more: {type(error).__name__}: {error}")
             return None
 
-    def _show(self, sample: Sample) -> None:
+    def _show(self, samples: Mapping[str, Sample]) -> None:
         metrics = self._metrics
-        if sample.kv_usage is not None:
-            metrics.kv_usage.set(sample.kv_usage)
-        for gauge, source, value in (
-            (metrics.gpu_allocated, sample.sources.get("allocated"), sample.allocated),
-            (metrics.gpu_reserved, sample.sources.get("reserved"), sample.reserved),
-            (metrics.gpu_utilization, "nvml", sample.utilization),
-            (metrics.gpu_fragmentation, "engine", sample.fragmentation),
-        ):
+        gauges = (metrics.gpu_allocated, metrics.gpu_reserved, metrics.gpu_utilization, metrics.gpu_fragmentation)
+        for gauge in (metrics.kv_usage, *gauges):
             gauge.clear()  # what is not known any more is not told as it was
-            if value is not None:
-                gauge.labels(source).set(value)
+        for name, sample in samples.items():
+            if sample.kv_usage is not None:
+                metrics.kv_usage.labels(name).set(sample.kv_usage)
+            for gauge, source, value in (
+                (metrics.gpu_allocated, sample.sources.get("allocated"), sample.allocated),
+                (metrics.gpu_reserved, sample.sources.get("reserved"), sample.reserved),
+                (metrics.gpu_utilization, "nvml", sample.utilization),
+                (metrics.gpu_fragmentation, "engine", sample.fragmentation),
+            ):
+                if value is not None:
+                    gauge.labels(name, source).set(value)
 
 
 class Nvml:

@@ -74,7 +74,8 @@ class Settings:
 @dataclass
 class Shared:
     """What every request uses. `open` is False while the gateway drains: it takes in no more. `here`: requests that
-    have no line in the log yet. `scrape`: the metrics of all workers, where there are several."""
+    have no line in the log yet. `samples` of the engines by the version that each runs for, "" for the gateway's own.
+    `scrape`: the metrics of all workers, where there are several."""
 
     upstream: Upstream
     lives: Adapters
@@ -83,7 +84,7 @@ class Shared:
     metrics: Metrics
     log: Log
     settings: Settings = field(default_factory=Settings)
-    sampled: Sample | None = None
+    samples: Mapping[str, Sample] = field(default_factory=dict)
     traces: Traces | None = None
     open: bool = True
     here: int = 0

@@ -32,6 +32,8 @@ class Paced:
         self.status = 200
         self.speaks: Callable[[str, str], str] = lambda name, prompt: "x"
         """What the gateway is answered that asks beside the users: the name that is asked, and the prompt."""
+        self.kv_usage = 0.25
+        """The share of its cache that it says is in use."""
         self.mute = False
         """Whether no log-probabilities are told."""
         self.twisted = ""
@@ -64,9 +66,8 @@ class Paced:
         elif path == "/health":
             self.whole(writer, 200, {})
         elif path == "/metrics":
-            self.whole(
-                writer, 200, "# TYPE vllm:kv_cache_usage_perc gauge\nvllm:kv_cache_usage_perc 0.25\n", "text/plain"
-            )
+            metric = "vllm:kv_cache_usage_perc"
+            self.whole(writer, 200, f"# TYPE {metric} gauge\n{metric} {self.kv_usage}\n", "text/plain")
         elif path.endswith("_lora_adapter"):
             self.loads_waiting += 1
             while self.loads_held and "unload" not in path:

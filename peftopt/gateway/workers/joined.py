@@ -176,7 +176,7 @@ class Joined:
         """Hand on what every request uses."""
         if self._shared:
             state = self.followed.state
-            self._shared.open, self._shared.sampled = state.open, state.sampled
+            self._shared.open, self._shared.samples = state.open, state.samples
             self._shared.settings.model_loading_time = state.model_loading_time
 
     def _forget(self) -> None:

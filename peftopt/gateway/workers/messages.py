@@ -76,7 +76,7 @@ class Renewed:
 class State:
     """What is served now. `open` is False while the gateway drains; `switched`: seconds that loads took which no
     request has told of yet; `trials`: the routes that are on trial, and the share of their requests that both
-    versions are asked again; `sampled`: the engine's memory; `failed`: why versions do not answer; `doubted`: those
+    versions are asked again; `samples` of the engines' memory; `failed`: why versions do not answer; `doubted`: those
     that do though not as themselves; `certified`: those that had to answer as themselves; `loading_s`: seconds that the
     engines of versions took to start."""
 
@@ -85,7 +85,7 @@ class State:
     open: bool = True
     switched: Mapping[str, float] = field(default_factory=dict)
     trials: Mapping[str, float] = field(default_factory=dict)
-    sampled: Sample | None = None
+    samples: Mapping[str, Sample] = field(default_factory=dict)
     model_loading_time: float | None = None
     failed: Mapping[str, str] = field(default_factory=dict)
     doubted: Mapping[str, str] = field(default_factory=dict)

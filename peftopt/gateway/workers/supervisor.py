@@ -261,7 +261,7 @@ class Supervisor:
             open=shared.open,
             switched=dict(lives.switched),
             trials=lives.trials.shares,
-            sampled=shared.sampled,
+            samples=shared.samples,
             model_loading_time=shared.settings.model_loading_time,
             failed=lives.failed(),
             doubted=lives.doubted(),
