@@ -127,6 +127,22 @@ def test_metrics_are_those_of_all_workers_whoever_is_asked(engine: Paced, tmp_pa
         wait_until(lambda: len(gateway.lines()) == 12 + n)
 
 
+def test_what_dead_workers_have_counted_of_a_version_goes_with_the_version(
+    engine: Paced, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with several(tmp_path, engine, "--adapters-from", tmp_path) as gateway:
+        assert gateway.operate("put", f"support={two[0]}")[0] == 0
+        with held_by_all(gateway, "support"):
+            pass
+        wait_until(lambda: gateway.metric("peftopt_requests_total") == len(gateway.lines()) > 0)
+        for process in processes(gateway):
+            os.kill(process.pid, signal.SIGKILL)
+        wait_until(lambda: gateway.metric("peftopt_worker_restarts_total") == WORKERS == len(by_worker(gateway)))
+        assert gateway.metric("peftopt_requests_total") > 0, "a sum never falls"
+        assert gateway.operate("remove", "support")[0] == 0
+        assert 'adapter="support"' not in httpx2.get(f"{gateway.url}/metrics", timeout=BIG_S).text
+
+
 def test_a_worker_that_is_killed_is_started_again_and_the_others_go_on(engine: Paced, tmp_path: Path) -> None:
     with several(tmp_path, engine) as gateway:
         for _ in range(8):

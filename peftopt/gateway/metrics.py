@@ -5,7 +5,7 @@ Every limit of the decision is a bound of a bucket, so that "P95 <= limit" is an
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Metrics:
         disable_created_metrics()
         self.registry = CollectorRegistry()
         self._by_name: dict[str, Counter | Gauge | Histogram] = {}
+        self._kept: set[tuple[str, str]] | None = None
         coarse = sorted({*BOUNDS, *limits_s})
         fine = sorted({*FINE, *limits_s})
 
@@ -122,17 +123,22 @@ class Metrics:
         """Drop the series of adapters and versions that are not among these (adapter, version): a gateway whose
         adapters come and go would have ever more of them. The version "" of an adapter that is kept stays: its requests
         that were answered by none."""
-        kept = {*versions, ("", "")}
-        adapters = {adapter for adapter, _ in kept}
+        self._kept = {*versions, ("", "")}
         gone: set[tuple[str, str, str]] = set()
         for family in self.registry.collect():
             for sample in family.samples:
-                adapter, version = sample.labels.get("adapter", ""), sample.labels.get("version", "")
-                if (adapter, version) not in kept and (version or adapter not in adapters):
-                    gone.add((family.name, adapter, version))
+                if not self.keeps(sample.labels):
+                    gone.add((family.name, sample.labels["adapter"], sample.labels.get("version", "")))
         for name, adapter, version in gone:
             labels = {"adapter": adapter, "version": version} if version else {"adapter": adapter}
             self._by_name[name].remove_by_labels(labels)
+
+    def keeps(self, labels: Mapping[str, str]) -> bool:
+        """Whether a series is of an adapter and a version that are kept, or of none."""
+        adapter, version = labels.get("adapter", ""), labels.get("version", "")
+        if self._kept is None or (adapter, version) in self._kept:
+            return True
+        return not version and any(adapter == name for name, _ in self._kept)
 
     def text(self) -> bytes:
         """The exposition format, version 0.0.4."""

@@ -5,8 +5,8 @@ A process that has died leaves the last account that it gave: a sum that fell wo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from peftopt.records import Json
@@ -90,6 +90,14 @@ def added_up(accounts: Sequence[Account]) -> Account:
                 added = {key: before.get(key, 0.0) + value for key, value in family.samples.items()}
                 found[name] = Family(name, family.help, family.type, {**before, **added})
     return found
+
+
+def only(of: Account, keeps: Callable[[Mapping[str, str]], bool]) -> Account:
+    """The series of an account whose labels are kept."""
+    return {
+        name: replace(family, samples={key: n for key, n in family.samples.items() if keeps(dict(key[1]))})
+        for name, family in of.items()
+    }
 
 
 def text(of: Account) -> bytes:

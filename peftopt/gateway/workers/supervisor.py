@@ -73,6 +73,7 @@ class Supervisor:
         self.plan, self.shared, self.lives, self.tell = plan, shared, lives, tell
         self.members: dict[int, Member] = {}
         self._past: sums.Account = {}
+        """What workers that are gone have counted, added up, of versions that are still there."""
         self._ending = False
         self._processes: dict[int, asyncio.subprocess.Process] = {}
 
@@ -122,7 +123,9 @@ class Supervisor:
         """The metrics of all."""
         await asyncio.gather(*(self._accounted(member) for member in list(self.members.values())))
         living = {member.index: member.account for member in self.members.values()}
-        own = sums.account(self.shared.metrics.registry)
+        metrics = self.shared.metrics
+        own = sums.account(metrics.registry)
+        self._past = sums.only(self._past, metrics.keeps)
         return sums.text(sums.whole(own, living, self._past, BY_WORKER))
 
     # ---- processes
