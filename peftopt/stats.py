@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -38,6 +39,9 @@ REACH = 1.5
 
 MOST_BLOCKS = 9_999
 """Where the planner stops counting: the limit lies at the estimate, and no number of blocks will tell."""
+
+MOST_WALSH = 1_000
+"""Blocks of which all Walsh averages are held at once: half a million."""
 
 LAUNCHES_TO_COMPARE = 5
 """Launches from which it can be seen that they do not differ."""
@@ -131,7 +135,7 @@ def race(
     if family < 1:
         raise ValueError(f"family must be 1 or more variants, found {family}")
     alpha = (1 if open_ended else BETS_SHARE) * ALPHA / 2 / family
-    won = _bets(x, groups, limit, alpha, resolution)[1]
+    won = _bets(x, _past_scale(x), groups, limit, alpha, resolution)[1]
     reached = [] if open_ended else [look for look in looks(family) if look <= len(x)]
     for look in reached:
         if won < look:
@@ -262,32 +266,48 @@ def bet(
     that decided; `family` only tells the planner.
     Source: Waudby-Smith and Ramdas 2023, "Estimating means of bounded random variables by betting".
     """
-    x, limit = _finite(d), float(limit)
-    groups = _groups(launches, len(x))
-    level = 1 - 2 * alpha
-    outcome, won = _bets(x, groups, limit, alpha, resolution)
-    look = min(won, len(x))
-    if not look:
-        return Race("inconclusive", _unknown(0, level), 0, None, "bets")
-    x, groups = x[:look], groups[:look]
-    margin = float(_past_scale(x).max()) + 1
-    floor, ceiling = float(x.min()) - margin, float(x.max()) + margin
+    x = _finite(d)
+    return _bet(x, _past_scale(x), _groups(launches, len(x)), float(limit), alpha, family, resolution)
 
-    def edge(side: int, won: float, lost: float) -> float:
-        """The limit nearest to `lost` at which this gambler wins, by bisection: wealth is monotone in it."""
-        if _first_win(x, groups, won, side, alpha) > look:
-            return -side * math.inf
-        for _ in range(40):
-            middle = (won + lost) / 2
-            wins = _first_win(x, groups, middle, side, alpha) <= look
-            won, lost = (middle, lost) if wins else (won, middle)
-        return won
 
-    high = edge(-1, limit - resolution if outcome == "accepted" else ceiling, floor)
-    low = edge(1, limit + resolution if outcome == "rejected" else floor, ceiling)
-    interval = Interval(_centre(x), low, high, look, level)
-    needed = _blocks_needed(x, interval.estimate, limit, family) if outcome == "inconclusive" else None
-    return Race(outcome, interval, look, needed, "bets", launches=len(set(groups)))
+class Gamblers:
+    """`bet` on blocks that come one by one, each a launch of its own, and are judged after every one of them: a block
+    costs a pass over those before it, in place of a pass for each. `outcome`: what `bet` says of all blocks so far."""
+
+    def __init__(self, limit: float, alpha: float = 0.01) -> None:
+        import numpy as np
+
+        self.limit, self.alpha = float(limit), alpha
+        self.outcome: Outcome = "inconclusive"
+        self._blocks, self._scale = array("d"), array("d")
+        self._held = {side: np.zeros(len(BETS)) for side in (-1, 1)}
+
+    def __len__(self) -> int:
+        """How many blocks were bet on: none after the one that decided."""
+        return len(self._blocks)
+
+    def add(self, block: float) -> None:
+        """The next block. Raises ValueError for one that is not finite."""
+        import numpy as np
+
+        if self.outcome != "inconclusive":
+            return
+        known = _reach(np.array(self._blocks))
+        score = _scores(_finite([block]) - self.limit, np.array([known]))
+        self._blocks.append(block)
+        self._scale.append(known)
+        sides: tuple[tuple[Outcome, int], ...] = (("accepted", -1), ("rejected", 1))
+        for outcome, side in sides:
+            self._held[side] += _gains(score, side)[:, 0]
+            if _mixed(self._held[side]) > -math.log(self.alpha):
+                self.outcome = outcome
+
+    def race(self) -> Race:
+        """All that `bet` says of the blocks so far."""
+        import numpy as np
+
+        x, scale = np.array(self._blocks), np.array(self._scale)
+        return _bet(x, scale, range(len(x)), self.limit, self.alpha, 1, 0.0)
 
 
 # ---- tails and rates: counts -------------------------------------------------------------------
@@ -551,7 +571,31 @@ def _centre(x: Array) -> float:
     """The Hodges-Lehmann estimate; nan of nothing."""
     import numpy as np
 
+    if len(x) > MOST_WALSH:
+        return _centre_of_many(x)
     return float(np.median(_walsh(x))) if len(x) else math.nan
+
+
+def _centre_of_many(x: Array) -> float:
+    """The same where the Walsh averages are too many to hold: those below a value are counted, by bisection."""
+    import numpy as np
+
+    halves = np.sort(x) / 2
+    total = len(x) * (len(x) + 1) // 2
+
+    def at_most(value: float) -> int:
+        ordered_pairs = np.searchsorted(halves, value - halves, side="right").sum()
+        of_one_block = np.searchsorted(2 * halves, value, side="right")
+        return int(ordered_pairs + of_one_block) // 2
+
+    def ranked(rank: int) -> float:
+        low, high = 2 * halves[0], 2 * halves[-1]
+        for _ in range(60):
+            middle = low / 2 + high / 2
+            low, high = (low, middle) if at_most(middle) >= rank else (middle, high)
+        return float(high)
+
+    return ranked((total + 1) // 2) / 2 + ranked(total // 2 + 1) / 2
 
 
 @lru_cache(maxsize=1024)
@@ -623,37 +667,78 @@ def _deviation(x: Array) -> float:
 
 
 def _past_scale(x: Array) -> Array:
-    """For each block, how far off the limit it counts fully: known before the block, so bets are fair."""
+    """For each block, how far off the limit it counts fully."""
     import numpy as np
 
-    n = np.arange(1, len(x))
-    past = np.tri(len(x), len(x), -1, dtype=bool)  # row i holds the blocks before block i
-
-    def medians(values: Array) -> Array:
-        ordered = np.sort(np.where(past, values, np.inf), axis=1)
-        return np.append([0.0] * min(len(x), 1), ordered[n, (n - 1) // 2] / 2 + ordered[n, n // 2] / 2)
-
-    return REACH * medians(np.abs(x - medians(np.broadcast_to(x, past.shape))[:, None]))
+    return np.array([_reach(x[:blocks]) for blocks in range(len(x))])
 
 
-def _bets(x: Array, groups: Sequence[int], limit: float, alpha: float, resolution: float) -> tuple[Outcome, int]:
+def _reach(past: Array) -> float:
+    """How far off the limit the block after these counts fully: known before the block, so bets are fair."""
+    import numpy as np
+
+    return REACH * _middle(np.abs(past - _middle(past))) if len(past) else 0.0
+
+
+def _middle(x: Array) -> float:
+    """The median, in a pass over the values; the halves are added, since a sum may be too large."""
+    import numpy as np
+
+    low, high = (len(x) - 1) // 2, len(x) // 2
+    ordered = np.partition(x, (low, high))
+    return float(ordered[low] / 2 + ordered[high] / 2)
+
+
+def _bet(
+    x: Array, scale: Array, groups: Sequence[int], limit: float, alpha: float, family: int, resolution: float
+) -> Race:
+    """What `bet` says of blocks, with the scale of each."""
+    level = 1 - 2 * alpha
+    outcome, won = _bets(x, scale, groups, limit, alpha, resolution)
+    look = min(won, len(x))
+    if not look:
+        return Race("inconclusive", _unknown(0, level), 0, None, "bets")
+    x, scale, groups = x[:look], scale[:look], groups[:look]
+    margin = float(scale.max()) + 1
+    floor, ceiling = float(x.min()) - margin, float(x.max()) + margin
+
+    def edge(side: int, won: float, lost: float) -> float:
+        """The limit nearest to `lost` at which this gambler wins, by bisection: wealth is monotone in it."""
+        if _first_win(x, scale, groups, won, side, alpha) > look:
+            return -side * math.inf
+        for _ in range(40):
+            middle = (won + lost) / 2
+            wins = _first_win(x, scale, groups, middle, side, alpha) <= look
+            won, lost = (middle, lost) if wins else (won, middle)
+        return won
+
+    high = edge(-1, limit - resolution if outcome == "accepted" else ceiling, floor)
+    low = edge(1, limit + resolution if outcome == "rejected" else floor, ceiling)
+    interval = Interval(_centre(x), low, high, look, level)
+    needed = _blocks_needed(x, interval.estimate, limit, family) if outcome == "inconclusive" else None
+    return Race(outcome, interval, look, needed, "bets", launches=len(set(groups)))
+
+
+def _bets(
+    x: Array, scale: Array, groups: Sequence[int], limit: float, alpha: float, resolution: float
+) -> tuple[Outcome, int]:
     """What the gamblers say, and the block at which the first of them has won; n + 1 for never."""
-    below, above = (_first_win(x, groups, limit + side * resolution, side, alpha) for side in (-1, 1))
+    below, above = (_first_win(x, scale, groups, limit + side * resolution, side, alpha) for side in (-1, 1))
     if below == above:
         return "inconclusive", len(x) + 1
     return ("accepted", below) if below < above else ("rejected", above)
 
 
-def _first_win(x: Array, groups: Sequence[int], limit: float, side: int, alpha: float) -> int:
+def _first_win(x: Array, scale: Array, groups: Sequence[int], limit: float, side: int, alpha: float) -> int:
     """The block at which the gambler on `side` (-1 below, 1 above) first holds 1 / alpha; n + 1 for never."""
     import numpy as np
 
-    wealth, ends = _log_wealth(x, groups, limit, side)
+    wealth, ends = _log_wealth(x, scale, groups, limit, side)
     won = wealth > -math.log(alpha)
     return ends[int(np.argmax(won))] if won.any() else len(x) + 1
 
 
-def _log_wealth(x: Array, groups: Sequence[int], limit: float, side: int) -> tuple[Array, list[int]]:
+def _log_wealth(x: Array, scale: Array, groups: Sequence[int], limit: float, side: int) -> tuple[Array, list[int]]:
     """(what the gambler holds after each launch, from a stake of 1; how many blocks there were by then). A last launch
     that has fewer blocks than others had may still be going on, and is not counted."""
     import numpy as np
@@ -661,16 +746,37 @@ def _log_wealth(x: Array, groups: Sequence[int], limit: float, side: int) -> tup
     blocks = _blocks_of(groups)
     if blocks and len(blocks[-1]) < max(map(len, blocks)):
         blocks.pop()
-    scale = _past_scale(x)
     sizes = [len(found) for found in blocks]
     known = np.repeat(scale[[found[0] for found in blocks]], sizes)  # what was known before the launch
     gap = x[[block for found in blocks for block in found]] - limit
-    scores = np.where(known > 0, np.clip(gap, -known, known) / np.where(known > 0, known, 1), np.sign(gap))
+    scores = _scores(gap, known)
     starts = np.cumsum([0, *sizes[:-1]]) if sizes else np.array([], dtype=int)
     means = np.add.reduceat(scores, starts) / sizes if sizes else scores
-    each: Array = np.cumsum(np.log1p(side * np.outer(BETS, means)), axis=1)  # bets x launches
+    each: Array = np.cumsum(_gains(means, side), axis=1)
+    return _mixed(each), [found[-1] + 1 for found in blocks]
+
+
+def _scores(gap: Array, known: Array) -> Array:
+    """How far blocks lie off the limit, as shares of what counts fully; a block without a past counts by its sign."""
+    import numpy as np
+
+    return np.where(known > 0, np.clip(gap, -known, known) / np.where(known > 0, known, 1), np.sign(gap))
+
+
+def _gains(means: Array, side: int) -> Array:
+    """What each bet gains or loses by each launch (bets x launches), logs."""
+    import numpy as np
+
+    gains: Array = np.log1p(side * np.outer(BETS, means))
+    return gains
+
+
+def _mixed(each: Array) -> Array:
+    """What a gambler holds whose stake is shared between all bets, log."""
+    import numpy as np
+
     mixed: Array = np.logaddexp.reduce(each, axis=0) - math.log(len(BETS))
-    return mixed, [found[-1] + 1 for found in blocks]
+    return mixed
 
 
 def _blocks_needed(x: Array, estimate: float, limit: float, family: int) -> int | None:

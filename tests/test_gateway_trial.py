@@ -71,6 +71,7 @@ def tried(ratio: float, failing: float = 0.0, windows: int = 60, seed: int = 0) 
             trial.windows.hear(window + n / 50, arm, f"user-{dice.randrange(1000)}", ms, failed)
         trial.windows.close(window + 1.0)
         judged = trial.judge()
+        assert trial.judge(brief=True).outcome == judged.outcome
         if judged.outcome != "inconclusive":
             break
     return judged
@@ -88,6 +89,16 @@ def test_a_canary_at_the_limit_is_not_decided() -> None:
     outcomes = Counter(tried(1.10, seed=seed, windows=30).outcome for seed in range(20))
     assert outcomes["inconclusive"] >= 18
     assert Counter(tried(1.0, failing=0.02, seed=seed).outcome for seed in range(10))["inconclusive"] >= 9
+
+
+def test_a_long_trial_is_judged_after_every_window_as_it_is_at_once() -> None:
+    """Thousands of windows, none of which decides: what was bet on before is not bet on again."""
+    dice, limit, trial = random.Random(3), math.log(1.10), Trial.begin("support@new", Terms(window_s=1.0))
+    for _ in range(3_000):
+        trial.windows.ratios.append(dice.gauss(limit, 0.2))
+        assert trial.judge(brief=True).outcome == "inconclusive"
+    again = structured(Trial, plain(trial), "trial")
+    assert again.judge() == trial.judge() and trial.judge().verdicts[-1].value.n == 3_000
 
 
 def test_windows_in_which_an_arm_was_hardly_asked_say_nothing() -> None:

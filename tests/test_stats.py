@@ -6,6 +6,7 @@ import itertools
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -228,12 +229,47 @@ def test_betting_stays_below_its_error_however_often_it_is_judged() -> None:
     assert outcomes.count("rejected") <= 15
 
 
+def wealth_and_ends(x: np.ndarray, launches: Sequence[int], limit: float, side: int) -> tuple[np.ndarray, list[int]]:
+    return stats._log_wealth(x, stats._past_scale(x), launches, limit, side)
+
+
+def scale_by_matrix(x: np.ndarray) -> np.ndarray:
+    """The scale of every block at once, in memory that grows with the square of the blocks."""
+    n = np.arange(1, len(x))
+    past = np.tri(len(x), len(x), -1, dtype=bool)
+
+    def medians(values: np.ndarray) -> np.ndarray:
+        ordered = np.sort(np.where(past, values, np.inf), axis=1)
+        return np.append([0.0], ordered[n, (n - 1) // 2] / 2 + ordered[n, n // 2] / 2)
+
+    return stats.REACH * medians(np.abs(x - medians(np.broadcast_to(x, past.shape))[:, None]))
+
+
+@given(st.lists(values | st.floats(-0.5, 0.5), min_size=1, max_size=60), st.floats(-0.6, 0.6))
+def test_blocks_that_come_one_by_one_are_judged_as_all_at_once(d: list[float], limit: float) -> None:
+    """At every number of blocks: as often as a trial looks."""
+    assert (stats._past_scale(np.array(d)) == scale_by_matrix(np.array(d))).all()
+    gamblers = stats.Gamblers(limit, 0.05)
+    for n, block in enumerate(d, 1):
+        gamblers.add(block)
+        whole = stats.bet(d[:n], limit, 0.05)
+        assert gamblers.outcome == whole.outcome
+        assert len(gamblers) == whole.look or whole.outcome == "inconclusive"
+    assert gamblers.race() == whole
+
+
+@given(st.integers(1, 60), st.integers(0, 10**6))
+def test_the_centre_of_many_blocks_is_that_of_their_walsh_averages(n: int, seed: int) -> None:
+    x = np.random.default_rng(seed).standard_t(2, n).round(seed % 3)
+    assert stats._centre_of_many(x) == pytest.approx(np.median(stats._walsh(x)), abs=1e-12, rel=1e-12)
+
+
 @pytest.mark.parametrize("side", [-1, 1])
 def test_bets_are_fair(side: int) -> None:
     """Over all sign patterns of given magnitudes, wealth is 1 on average after every block."""
     magnitudes = np.random.default_rng(2).exponential(size=9)
     patterns = (magnitudes * signs for signs in itertools.product((-1, 1), repeat=9))
-    wealth = [np.exp(stats._log_wealth(x, range(9), 0.0, side)[0]) for x in patterns]
+    wealth = [np.exp(wealth_and_ends(x, range(9), 0.0, side)[0]) for x in patterns]
     assert np.mean(wealth, axis=0) == pytest.approx(np.ones(9))
 
 
@@ -242,7 +278,7 @@ def test_bets_are_fair_where_blocks_of_a_launch_share_its_fate(side: int) -> Non
     """Over all signs of whole launches, wealth is 1 on average after every launch."""
     magnitudes, launches = np.random.default_rng(2).exponential(size=12), np.repeat(range(6), 2)
     patterns = (magnitudes * np.repeat(signs, 2) for signs in itertools.product((-1, 1), repeat=6))
-    wealth = [np.exp(stats._log_wealth(x, launches, 0.0, side)[0]) for x in patterns]
+    wealth = [np.exp(wealth_and_ends(x, launches, 0.0, side)[0]) for x in patterns]
     assert np.mean(wealth, axis=0) == pytest.approx(np.ones(6))
 
 
@@ -561,11 +597,11 @@ def test_the_wealth_of_bets_by_hand() -> None:
     """
     x = np.array([-0.2, -0.4, 0.06, 0.15])
     assert stats._past_scale(x) == pytest.approx([0, 0, 0.15, 0.3])
-    wealth, ends = stats._log_wealth(x, range(4), 0.0, -1)
+    wealth, ends = wealth_and_ends(x, range(4), 0.0, -1)
     assert wealth == pytest.approx(wealth_of(-1, -1, 0.4, 0.5)) and ends == [1, 2, 3, 4]
-    mirrored, _ = stats._log_wealth(-x, range(4), 0.0, 1)
+    mirrored, _ = wealth_and_ends(-x, range(4), 0.0, 1)
     assert mirrored == pytest.approx(wealth)
-    moved, _ = stats._log_wealth(x + 2, range(4), 2.0, -1)
+    moved, _ = wealth_and_ends(x + 2, range(4), 2.0, -1)
     assert moved == pytest.approx(wealth)
 
 
@@ -573,11 +609,11 @@ def test_a_launch_is_one_bet_on_the_mean_of_its_blocks_scores() -> None:
     """Scaled by what was known before the launch; one that may still be going on is no bet yet."""
     x, launches = np.array([-0.2, 0.1, -0.4, 0.3, -0.1]), [0, 0, 1, 1, 2]
     known = stats._past_scale(x)[2]
-    wealth, ends = stats._log_wealth(x, launches, 0.0, -1)
+    wealth, ends = wealth_and_ends(x, launches, 0.0, -1)
     second = np.clip(np.array([-0.4, 0.3]) / known, -1, 1).mean()
     assert wealth == pytest.approx(wealth_of(0.0, second)) and ends == [2, 4]
-    assert stats._log_wealth(x[:1], [0], 0.0, -1)[1] == [1], "the only launch there is counts"
-    assert stats._log_wealth(x, [0, 1, 0, 1, 1], 0.0, -1)[1] == [3, 5], "in the order in which they end"
+    assert wealth_and_ends(x[:1], [0], 0.0, -1)[1] == [1], "the only launch there is counts"
+    assert wealth_and_ends(x, [0, 1, 0, 1, 1], 0.0, -1)[1] == [3, 5], "in the order in which they end"
 
 
 def test_the_scale_of_a_bet_is_that_of_the_blocks_before_it() -> None:

@@ -436,7 +436,8 @@ def test_a_slope_by_hand() -> None:
 
 def test_launches_are_bets_in_the_order_in_which_they_ended() -> None:
     """One launch went on while another came and went: its bet is placed when its last block is known."""
-    assert stats._log_wealth(np.array([-0.2, 0.1, -0.4, 0.3]), [0, 1, 1, 0], 0.0, -1)[1] == [3, 4]
+    x = np.array([-0.2, 0.1, -0.4, 0.3])
+    assert stats._log_wealth(x, stats._past_scale(x), [0, 1, 1, 0], 0.0, -1)[1] == [3, 4]
 
 
 def test_launches_are_said_to_differ_where_chance_does_it_once_in_a_hundred_times() -> None:

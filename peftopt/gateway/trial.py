@@ -139,9 +139,10 @@ class Trial:
         windows = Windows(terms.window_s, terms.least)
         return cls(version, terms, users, windows=windows, prompts=prompts)
 
-    def judge(self, labelled: Labelled | None = None) -> Judged:
-        """The verdict so far: a rule that is broken rejects, all of them kept accept."""
-        verdicts = self._verdicts(labelled or Labelled())
+    def judge(self, labelled: Labelled | None = None, brief: bool = False) -> Judged:
+        """The verdict so far: a rule that is broken rejects, all of them kept accept. A `brief` one has the outcomes
+        alone of what takes long to put in figures."""
+        verdicts = self._verdicts(labelled or Labelled(), brief)
         for outcome in ("rejected", "inconclusive"):
             if first := next((v for v in verdicts if v.outcome == outcome), None):
                 return Judged(first.outcome, first.rule, first.reason, verdicts)
@@ -153,7 +154,7 @@ class Trial:
         """Whether its time is up."""
         return self.passed_s >= self.terms.for_s
 
-    def _verdicts(self, labelled: Labelled) -> tuple[Verdict, ...]:
+    def _verdicts(self, labelled: Labelled, brief: bool) -> tuple[Verdict, ...]:
         """The rules that reject at once come first, and times last: what answers is worth more than how soon."""
         terms, shares = self.terms, []
         if terms.shadow:
@@ -169,30 +170,30 @@ class Trial:
         if self.prompts:
             found += labelled.verdicts(terms.critical, terms.lost, alpha)
         found += [share.judge(alpha) for share in shares]
-        return (*found, self._latency(alpha)) if timed else tuple(found)
+        return (*found, self._latency(alpha, brief)) if timed else tuple(found)
 
     @property
     def _critical(self) -> str:
         first = f", first: {self.shadow.first}" if self.shadow.first else ""
         return f"more of its answers have a critical error{first}"
 
-    def _latency(self, alpha: float) -> Verdict:
+    def _latency(self, alpha: float, brief: bool) -> Verdict:
         """The median time against the live version's."""
-        limit = self.terms.slower
-        race = stats.bet(self.windows.ratios, math.log(limit), alpha)
-        ratio = exp(race.interval)
-        rule = Verdict("canary.latency", race.outcome, "no windows", "live", ratio, "x", limit)
-        n = len(self.windows.ratios)
-        if not n:
-            return rule
+        rule, limit, windows = "canary.latency", self.terms.slower, self.windows
+        bets = windows.speed(math.log(limit), alpha)
+        noisy = bets.outcome == "accepted" and windows.differs(math.log(limit), ALPHA)
+        outcome: Outcome = "inconclusive" if noisy else bets.outcome
+        if brief:
+            return Verdict(rule, outcome, "", "live")
+        ratio, n = exp(bets.race().interval), len(windows.ratios)
         said = f"{_times(ratio)} the live version's time in {counted(n, 'window')}; at most {limit:.2f}x is allowed"
-        outcome = race.outcome
-        if outcome == "inconclusive":
-            said += ": not enough windows to tell"
-        elif outcome == "accepted" and self.windows.differs(math.log(limit), ALPHA):
-            outcome = "inconclusive"
+        if not n:
+            said = "no windows"
+        elif noisy:
             said = "two halves of the live version's own requests differ as much: windows tell nothing here"
-        return Verdict("canary.latency", outcome, said, "live", ratio, "x", limit)
+        elif outcome == "inconclusive":
+            said += ": not enough windows to tell"
+        return Verdict(rule, outcome, said, "live", ratio, "x", limit)
 
 
 def _wrong_adapter(wrong: str, asked: int) -> Verdict:

@@ -246,9 +246,9 @@ class Trials:
                 continue
             self._news.discard(name)
             self._save()
-            judged = trial.judge(self._labelled(name))
-            if judged.outcome != "inconclusive" or trial.over:
-                await self._conclude(name, route.canary, judged, trial)
+            labelled = self._labelled(name)
+            if trial.over or trial.judge(labelled, brief=True).outcome != "inconclusive":
+                await self._conclude(name, route.canary, trial.judge(labelled), trial)
 
     def _labelled(self, name: str) -> Labelled:
         return self._prompts[name].labelled if name in self._prompts else Labelled()

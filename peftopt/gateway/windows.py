@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peftopt import stats
 from peftopt.gateway.bets import Tally
+from peftopt.stats import Gamblers
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Windows:
     _window: int = field(default=0, init=False)
     _arms: dict[str, Arm] = field(default_factory=dict, init=False)
     _pairs: list[tuple[float, float]] = field(default_factory=list, init=False)
+    _gamblers: dict[tuple[str, float, float], Gamblers] = field(default_factory=dict, init=False, compare=False)
 
     def hear(self, at: float, arm: str, sticky: str, ms: float, failed: bool) -> None:
         """A user's request that is over, `at` seconds from the start. Those that clients gave up are not told of."""
@@ -74,7 +77,21 @@ class Windows:
         if min(len(one.times_ms), len(other.times_ms)) >= self.least:
             into.append(math.log(stats.median(one.times_ms) / stats.median(other.times_ms)))
 
+    def speed(self, limit: float, alpha: float) -> Gamblers:
+        """Whether the ratios of all windows so far lie below a log ratio."""
+        return self._bets("ratios", self.ratios, limit, alpha)
+
     def differs(self, limit: float, alpha: float) -> bool:
         """Whether two halves of the live arm differ by more than a log ratio."""
-        sides = (self.halves, [-x for x in self.halves])
-        return any(stats.bet(side, limit, alpha).outcome == "rejected" for side in sides)
+        sides = {"first": self.halves, "second": [-ratio for ratio in self.halves]}
+        return any(self._bets(half, side, limit, alpha).outcome == "rejected" for half, side in sides.items())
+
+    def _bets(self, what: str, ratios: Sequence[float], limit: float, alpha: float) -> Gamblers:
+        """Bets on log ratios, of which those that were bet on before are not bet on again."""
+        key = (what, limit, alpha)
+        if key not in self._gamblers:
+            self._gamblers[key] = Gamblers(limit, alpha)
+        gamblers = self._gamblers[key]
+        for ratio in ratios[len(gamblers) :]:
+            gamblers.add(ratio)
+        return gamblers
