@@ -13,7 +13,7 @@ from peftopt.errors import BadInput
 
 if TYPE_CHECKING:
     from peftopt.records import Model
-    from peftopt.runner.single import Benched
+    from peftopt.runner.bench import Benched
 
 
 @app.command()
@@ -46,7 +46,8 @@ def bench(
     from peftopt.models import template
     from peftopt.models.hf import tokenizer_home
     from peftopt.records import Model
-    from peftopt.runner import recipe_run, single
+    from peftopt.runner import recipe_run
+    from peftopt.runner.bench import Arm, time_in_turns
 
     if more:
         if model or prompts or adapter:
@@ -66,14 +67,13 @@ def bench(
         raise BadInput(f"{len(engine)} engines for {len(model)} models", "give one --engine, or one for each --model")
     models = [Model(str(m), (str(adapter),) if adapter and n == 0 else ()) for n, m in enumerate(model)]
     arms = [
-        single.Arm(f"{n} {_title(m)}, {runs}", m, runs)
-        for n, (m, runs) in enumerate(zip(models, engines, strict=True), 1)
+        Arm(f"{n} {_title(m)}, {runs}", m, runs) for n, (m, runs) in enumerate(zip(models, engines, strict=True), 1)
     ]
     for m in models:
         endless = template.endless(Path(m.path), Path(tokenizer_home(m)))
         if endless:
             Console().warn(endless)
-    timed = single.bench(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
+    timed = time_in_turns(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
     for each in timed:
         if each.problem:
             Console().warn(

@@ -11,7 +11,7 @@ from peftopt.cli.shared import AsJson, ModelFolder, app, model_of, params_of, pr
 from peftopt.metrics import percent
 
 if TYPE_CHECKING:
-    from peftopt.runner.single import Compiled, Start
+    from peftopt.runner.compile import Compiled, Start
 
 
 @app.command("compile")
@@ -42,7 +42,8 @@ def compile_(
     """torch.compile a model and keep the compile cache beside it; says what cold and warm starts cost."""
     from peftopt import corpus, plugins
     from peftopt.measurements import as_json as as_plain
-    from peftopt.runner import preflight, single
+    from peftopt.runner import preflight
+    from peftopt.runner.compile import Traffic, compile_model
 
     preflight.check_base(model, quantized=True)
     params: dict[str, Any] = {}
@@ -52,17 +53,15 @@ def compile_(
         steps = [v.engine for v in recipe.variants.values() if v.engine.plugin == "compiled"]
         params = dict(steps[0].params) if steps else {}
         threads = threads or recipe.measure.threads
-        loads = [
-            single.Traffic(corpus.read(w.prompts, w.slice), w.batch, w.new_tokens) for w in recipe.workloads.values()
-        ]
+        loads = [Traffic(corpus.read(w.prompts, w.slice), w.batch, w.new_tokens) for w in recipe.workloads.values()]
     else:
         ours = [corpus.Row("compile", ({"role": "user", "content": "Say hello."},))]
         rows = corpus.read(str(prompts)) if prompts else ours
-        loads = [single.Traffic(rows, b, new_tokens) for b in batch]
+        loads = [Traffic(rows, b, new_tokens) for b in batch]
     adapters = adapter or []
     others = adapters[1:]
     opened = model_of(model, adapters[0] if adapters else None)
-    compiled = single.compile_model(opened, {**params, **asked}, loads, threads, list(map(str, others)))
+    compiled = compile_model(opened, {**params, **asked}, loads, threads, list(map(str, others)))
     print_lines(f"compiled {model}", _compile_lines(compiled), as_plain(compiled), as_json)
 
 
