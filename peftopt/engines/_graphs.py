@@ -80,8 +80,8 @@ class Graphs:
             graph = _recorded(graph, self._model, arguments)
         seconds = time.perf_counter() - started
         self.seconds[how] += seconds
-        said = "started from the compile cache" if how == "warm_start" else f"compiled in {seconds:.1f} s"
-        self.log.append(f"{what}: {said}")
+        how_long = "started from the compile cache" if how == "warm_start" else f"compiled in {seconds:.1f} s"
+        self.log.append(f"{what}: {how_long}")
         return graph
 
     def _loaded(self, file: Path, arguments: Sequence[Any]) -> Any:

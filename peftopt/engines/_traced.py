@@ -126,15 +126,15 @@ def share_layers(model: Any) -> None:
     instance of a subclass of its class, so that no other model in this process is touched."""
     import torch
 
-    made: dict[type, type] = {}
+    regions: dict[type, type] = {}
     for stack in (module for module in model.modules() if isinstance(module, torch.nn.ModuleList)):
         for layer in stack:
             if not hasattr(layer, "self_attn"):
                 continue
-            if (own := type(layer)) not in made:
+            if (own := type(layer)) not in regions:
                 region = torch.compiler.nested_compile_region(own.forward)
-                made[own] = type(own.__name__, (own,), {"forward": region})
-            layer.__class__ = made[own]
+                regions[own] = type(own.__name__, (own,), {"forward": region})
+            layer.__class__ = regions[own]
 
 
 def _fused(

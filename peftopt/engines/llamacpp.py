@@ -127,11 +127,11 @@ class LlamaCpp(Text):
 
     def _adapter(self, folder: Path, adapter: Path) -> Any:
         file = lora_file(folder, adapter)
-        found = self._lib.llama_adapter_lora_init(self._model, str(file).encode()) if file.is_file() else None
-        if not found:
+        opened = self._lib.llama_adapter_lora_init(self._model, str(file).encode()) if file.is_file() else None
+        if not opened:
             hint = "quantize the base with this adapter on it: peftopt quantize --method gguf --adapter …"
             raise BadInput(f"{folder} has no GGUF form of adapter {adapter}", hint)
-        return found
+        return opened
 
     def _make_room(self, rows: int, length: int) -> None:
         """An empty context for `rows` sequences of `length` tokens: the one that is there, or a larger one."""
@@ -230,7 +230,7 @@ def _load(lib: Any, file: Path, settings: Any) -> Any:
     if not file.is_file():
         hint = f"make one: peftopt quantize --method gguf --model {file.parent} --out …"
         raise BadInput(f"{file.parent} holds no {WEIGHTS}", hint)
-    found = lib.llama_model_load_from_file(str(file).encode(), settings)
-    if found is None:
+    model = lib.llama_model_load_from_file(str(file).encode(), settings)
+    if model is None:
         raise BadInput(f"llama.cpp cannot load {file}", "it may be damaged, or from another version: make it again")
-    return found
+    return model

@@ -140,8 +140,8 @@ class _Graph:
         given["beam_idx"] = np.arange(len(ids), dtype=np.int32)
         named = {name: value for name, value in given.items() if name in self._names}
         self._request.infer(named, share_inputs=True)
-        found: np.ndarray = self._request.get_tensor("logits").data
-        return found
+        logits: np.ndarray = self._request.get_tensor("logits").data
+        return logits
 
 
 def _keep_last_token(graph: Any) -> None:

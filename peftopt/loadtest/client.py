@@ -98,10 +98,10 @@ class Client:
         """
         if self.target.protocol == "mii":
             return []
-        found = await self._listed()
-        if isinstance(found, BadInput):
-            raise found
-        return found
+        models = await self._listed()
+        if isinstance(models, BadInput):
+            raise models
+        return models
 
     async def _listed(self) -> list[dict[str, Json]] | BadInput:
         """The models, or why there is no list of them. Raises MissingEnvironment when no server answers, BadInput for
@@ -359,12 +359,12 @@ def _key(variable: str) -> str:
 
 def _models(data: Json) -> list[dict[str, Json]]:
     """The models in an answer: OpenAI's {"data": […]}, or a bare list. Raises TypeError for another shape."""
-    found = data.get("data", data.get("models")) if isinstance(data, Mapping) else data
-    if found is None and isinstance(data, Mapping) and "data" in data:
+    listed = data.get("data", data.get("models")) if isinstance(data, Mapping) else data
+    if listed is None and isinstance(data, Mapping) and "data" in data:
         return []
-    if not isinstance(found, list):
+    if not isinstance(listed, list):
         raise TypeError(f"it is {_error_in(json.dumps(data)) or type(data).__name__}")
-    return [dict(m) for m in found if isinstance(m, Mapping) and isinstance(m.get("id"), str)]
+    return [dict(m) for m in listed if isinstance(m, Mapping) and isinstance(m.get("id"), str)]
 
 
 def _to(answer: Head) -> str:

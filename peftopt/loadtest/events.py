@@ -118,9 +118,9 @@ def _error(value: bytes) -> Json:
 def _stray(line: bytes) -> Json:
     """A server's error that it wrote into the stream as it is."""
     try:
-        found = json.loads(line.decode(errors="replace"))
+        message = json.loads(line.decode(errors="replace"))
     except ValueError:
-        found = None
-    if protocols.error_of(found):
-        return found
+        message = None
+    if protocols.error_of(message):
+        return message
     raise ValueError(f"{line[:80]!r} is not a server-sent event")

@@ -40,20 +40,20 @@ def totals(text: str) -> dict[str, float]:
 
     Source: prometheus.io/docs/instrumenting/exposition_formats, the text form.
     """
-    found: dict[str, float] = defaultdict(float)
+    sums: dict[str, float] = defaultdict(float)
     for line in text.splitlines():
         match = None if line.startswith("#") else _LINE.fullmatch(line.strip())
         if match:
             with contextlib.suppress(ValueError):
                 value = float(match[2])
-                found[match[1]] += value
-    return dict(found)
+                sums[match[1]] += value
+    return dict(sums)
 
 
 def moment(values: Mapping[str, float]) -> dict[str, float]:
     """The engine's state at one time, by our names; what it does not tell is not there."""
-    seen = {name: next((values[n] for n in known if n in values), None) for name, known in GAUGES.items()}
-    return {name: value for name, value in seen.items() if value is not None}
+    gauges = {name: next((values[n] for n in known if n in values), None) for name, known in GAUGES.items()}
+    return {name: value for name, value in gauges.items() if value is not None}
 
 
 def summary(moments: Sequence[Mapping[str, float]], first: Mapping[str, float], last: Mapping[str, float]) -> Account:

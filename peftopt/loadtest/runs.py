@@ -159,10 +159,10 @@ def find_rate(
                 await settle(client)
                 try:
                     rate = search.send(trials[-1].held)
-                except StopIteration as found:
-                    best = [t for t in trials if t.rate == found.value]
+                except StopIteration as highest:
+                    best = [t for t in trials if t.rate == highest.value]
                     last = best[-1].played if best else played
-                    return Loaded(last, warmed, notes, trials, found.value)
+                    return Loaded(last, warmed, notes, trials, highest.value)
 
     return asyncio.run(session())
 
@@ -174,17 +174,17 @@ def find_cliff(target: Target, traffic_: Traffic, rate: float, show: Show, tell:
     async def session() -> Loaded:
         async with Client(target) as client:
             names, warmed = await _ready(client, traffic_)
-            found = Loaded(Played(), warmed, [])
+            loaded = Loaded(Played(), warmed, [])
             for size in range(1, len(names) + 1):
                 planned = traffic_.planned(rate, names[:size])
-                found.played = await _play(client, traffic_, planned, show, patient=True)
-                found.sets.append(found.played)
-                tell(found.played)
-                found.notes = _notes(client, traffic_, found.played)
-                if found.played.stopped:
+                loaded.played = await _play(client, traffic_, planned, show, patient=True)
+                loaded.sets.append(loaded.played)
+                tell(loaded.played)
+                loaded.notes = _notes(client, traffic_, loaded.played)
+                if loaded.played.stopped:
                     break
                 await settle(client)
-            return found
+            return loaded
 
     return asyncio.run(session())
 
@@ -277,18 +277,18 @@ COMPUTED = ("figures", "by_model", "adapters", "queues_ms", "cliff")
 """What of a load is computed from its requests, and not kept."""
 
 
-def append(path: Path, variant: str, found: LoadSummary, workload: str = "") -> None:
+def append(path: Path, variant: str, loaded: LoadSummary, workload: str = "") -> None:
     """Add a run to a file of measurements, on disk before this returns: the raw requests, and no metrics, which are
     computed from them."""
-    kept = {key: value for key, value in as_json(found).items() if key not in COMPUTED}
-    kept["slo"] = found.figures.slo
-    kept["trials"] = [{"rate": each.rate, "held": each.held, "stopped": each.stopped} for each in found.trials]
+    kept = {key: value for key, value in as_json(loaded).items() if key not in COMPUTED}
+    kept["slo"] = loaded.figures.slo
+    kept["trials"] = [{"rate": each.rate, "held": each.held, "stopped": each.stopped} for each in loaded.trials]
     _append(path, Measurement("load", variant, workload, values={"source": "peftopt", **kept}, at=utc(time.time())))
 
 
-def keep(path: Path | None, found: Found, variant: str, workload: str = "") -> Measurement:
+def keep(path: Path | None, result: Found, variant: str, workload: str = "") -> Measurement:
     """Another tool's run as a record, added to a file of measurements where one is given."""
-    record = found.measurement(variant, utc(time.time()), workload)
+    record = result.measurement(variant, utc(time.time()), workload)
     if path:
         _append(path, record)
     return record

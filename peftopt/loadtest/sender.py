@@ -58,13 +58,13 @@ class Played:
 async def warm_up(client: Client, planned: Sequence[Planned], fixed: bool) -> list[Request]:
     """One request for each served name of the plan, one after the other: they pay for loading an adapter, and find
     out which fields the server takes. They are kept, marked."""
-    found = []
+    requests = []
     for model in dict.fromkeys(p.model for p in planned):
         first = next(p for p in planned if p.model == model)
         start = time.perf_counter_ns()
         reply = await client.ask(first.prompt, model, first.new_tokens, stop=not fixed)
-        found.append(_request(client, first, start, 0.0, reply, warmup=True))
-    return found
+        requests.append(_request(client, first, start, 0.0, reply, warmup=True))
+    return requests
 
 
 async def play(
@@ -197,8 +197,8 @@ class _Run:
     async def _scrape(self, moments: list[dict[str, float]]) -> None:
         while True:
             await asyncio.sleep(SCRAPE_EVERY_S)
-            if found := prometheus.moment(prometheus.totals(await self.client.metrics())):
-                moments.append(found)
+            if moment := prometheus.moment(prometheus.totals(await self.client.metrics())):
+                moments.append(moment)
 
     async def _watch(self) -> str:
         """Shows how it goes; returns when there is a reason to stop."""

@@ -69,8 +69,8 @@ def dtype_of(name: str) -> np.dtype[Any]:
         "U8": np.uint8,
         "BOOL": np.bool_,
     }
-    found: np.dtype[Any] = np.dtype(known[name])
-    return found
+    dtype: np.dtype[Any] = np.dtype(known[name])
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class Delta:
 
     def whole(self) -> np.ndarray:
         """In fp64, [rows, in]."""
-        found: np.ndarray = self.b.astype(self.exact_a.dtype) @ self.exact_a.T
-        return found
+        product: np.ndarray = self.b.astype(self.exact_a.dtype) @ self.exact_a.T
+        return product
 
 
 class Blocks:
@@ -174,10 +174,10 @@ class Blocks:
         futures = self._lanes.submit((t.file, job) for t, job in zip(targets, jobs, strict=True))
         running = dict(zip(futures, targets, strict=True))
         left, unsettled, settling = Counter(t.name for t in running.values()), Counter[Path](), []
-        found: dict[str, list[tuple[bool, tuple[float, float]]]] = defaultdict(list)
+        pieces: dict[str, list[tuple[bool, tuple[float, float]]]] = defaultdict(list)
         for done in as_completed(running):
             target = running[done]
-            found[target.name].append(done.result())
+            pieces[target.name].append(done.result())
             left[target.name] -= 1
             if left[target.name]:
                 continue
@@ -187,7 +187,7 @@ class Blocks:
             if unsettled[target.file] > SETTLED:
                 settling.append(self._settler.submit(draft.settle, target.file))
                 unsettled[target.file] = 0
-            changed, squares = zip(*found.pop(target.name), strict=True)
+            changed, squares = zip(*pieces.pop(target.name), strict=True)
             both = [math.sqrt(sum(each)) for each in zip(*squares, strict=True)] if norms else ()
             yield Written(target.name, any(changed), *both)
         for settled in settling:
@@ -267,8 +267,8 @@ class Blocks:
         if have is None or len(have) < nbytes:
             have = aligned((nbytes,), np.uint8)
             setattr(self._local, name, have)
-        found: np.ndarray = have[:nbytes].view(dtype).reshape(shape)
-        return found
+        view: np.ndarray = have[:nbytes].view(dtype).reshape(shape)
+        return view
 
     # ---- whole tensors -----------------------------------------------------------------------
 
@@ -303,8 +303,8 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     spare = np.empty(nbytes + LINE, np.uint8)
     start = -spare.ctypes.data % LINE
-    found: np.ndarray = spare[start : start + nbytes].view(dtype).reshape(shape)
-    return found
+    view: np.ndarray = spare[start : start + nbytes].view(dtype).reshape(shape)
+    return view
 
 
 def _widened(values: np.ndarray) -> np.ndarray:
@@ -345,8 +345,8 @@ def read_tensor(source: Checkpoint | Draft, entry: Entry) -> Any:
     import numpy as np
     import torch
 
-    found = read(source, entry)
-    return torch.from_numpy(found.reshape(-1).view(np.uint8)).view(getattr(torch, found.dtype.name)).view(entry.shape)
+    values = read(source, entry)
+    return torch.from_numpy(values.reshape(-1).view(np.uint8)).view(getattr(torch, values.dtype.name)).view(entry.shape)
 
 
 def narrowed(exact: np.ndarray, name: str) -> np.ndarray:

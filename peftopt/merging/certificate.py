@@ -64,7 +64,7 @@ def write(
 
     `tensors` maps a name to the dtype, shape and XXH3-128 of the bytes in the folder; only the file holds them.
     """
-    found = {
+    certificate = {
         "format": FORMAT,
         "made_by": f"peftopt {__version__}",
         "base": {"name": base.resolve().name, "config": identity.of_file(base / "config.json")},
@@ -78,20 +78,20 @@ def write(
     }
     # A line a tensor: a large model has thousands.
     lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(values)}" for name, values in tensors.items())
-    text = json.dumps(found, indent=1, ensure_ascii=False).removesuffix("\n}")
+    text = json.dumps(certificate, indent=1, ensure_ascii=False).removesuffix("\n}")
     (out / FILE).write_text(f'{text},\n "tensors": {{\n{lines}\n }}\n}}\n', encoding="utf-8")
-    return found
+    return certificate
 
 
-def summary(found: Mapping[str, Json]) -> str:
+def summary(certificate: Mapping[str, Json]) -> str:
     """The certificate in a line."""
-    failed = [check for check in found["checks"] if not check["passed"]]
+    failed = [check for check in certificate["checks"] if not check["passed"]]
     if failed:
-        return f"FAILED ({found['depth']}): {failed[0]['name']}: {failed[0]['detail']}"
-    details = {check["name"]: check["detail"] for check in found["checks"]}
+        return f"FAILED ({certificate['depth']}): {failed[0]['name']}: {failed[0]['detail']}"
+    details = {check["name"]: check["detail"] for check in certificate["checks"]}
     figures = details.get("predictions") or details.get("recomputed in fp64", "")
     chosen = f"; merge base {details['merge base']}" if "merge base" in details else ""
-    return f"passed ({found['depth']}, {len(details)} checks): {figures}{chosen}"
+    return f"passed ({certificate['depth']}, {len(details)} checks): {figures}{chosen}"
 
 
 # ---- while streaming -----------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def sample_lora(
     return errors
 
 
-def ulps(found: np.ndarray, exact: np.ndarray, weight: np.ndarray | float) -> float:
+def ulps(written: np.ndarray, exact: np.ndarray, weight: np.ndarray | float) -> float:
     """The largest distance of `found` from `exact` (fp64), in units in the last place of found's dtype at `exact`.
 
     The unit holds fp32's own rounding of sums as large as the largest `weight` that goes into them, which is what an
@@ -139,12 +139,12 @@ def ulps(found: np.ndarray, exact: np.ndarray, weight: np.ndarray | float) -> fl
     import ml_dtypes
     import numpy as np
 
-    if not found.size:
+    if not written.size:
         return 0.0
-    exact, limits = exact.reshape(found.shape), ml_dtypes.finfo(found.dtype)
+    exact, limits = exact.reshape(written.shape), ml_dtypes.finfo(written.dtype)
     unit = np.exp2(np.floor(np.log2(np.maximum(np.abs(exact), float(limits.tiny))))) * float(limits.eps)
     unit += float(np.finfo(np.float32).eps) * 32 * float(np.abs(weight).max())
-    return float((np.abs(found.astype(np.float64) - exact) / unit).max())
+    return float((np.abs(written.astype(np.float64) - exact) / unit).max())
 
 
 # ---- on the saved folder -------------------------------------------------------------------------
@@ -231,9 +231,9 @@ def full(
     dtype = _dtype(out)
     turns = 3 if dtype == torch.float32 else 4
     model = _live(base, adapters, combination, training, torch.float32)
-    found = prompts(out, texts)
-    steps = _Steps(min(ANSWERS, len(found)) + turns * len(found))
-    asked = _answered(model, found, steps)
+    encoded = prompts(out, texts)
+    steps = _Steps(min(ANSWERS, len(encoded)) + turns * len(encoded))
+    asked = _answered(model, encoded, steps)
     predict = partial(_predict, asked=asked, folder=out.parent, steps=steps)
     live = predict(model, what="the live adapter")
     with model.disable_adapter():
@@ -313,8 +313,8 @@ def kl(p: Any, q: Any) -> Any:
     return torch.cat(parts)
 
 
-def _mean(found: Sequence[Any]) -> float:
-    return sum(float(x.sum()) for x in found) / sum(len(x) for x in found)
+def _mean(parts: Sequence[Any]) -> float:
+    return sum(float(x.sum()) for x in parts) / sum(len(x) for x in parts)
 
 
 def _flips(a: Predictions, b: Predictions) -> int:
@@ -368,20 +368,20 @@ class _Steps:
         self.done += 1
 
 
-def _answered(model: Any, found: Sequence[list[int]], steps: _Steps) -> list[Asked]:
+def _answered(model: Any, encoded: Sequence[list[int]], steps: _Steps) -> list[Asked]:
     """The prompts, the first few with the model's greedy answer."""
     import torch
 
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "temperature": None, "top_p": None, "top_k": None}
     asked = []
-    for n, prompt in enumerate(found):
+    for n, prompt in enumerate(encoded):
         answer = []
         if n < ANSWERS:
             steps.next("the live adapter answers")
             ids = torch.tensor([prompt])
             with torch.inference_mode(), hf.quiet():
-                made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-            answer = made[0, len(prompt) :].tolist()
+                generated = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+            answer = generated[0, len(prompt) :].tolist()
         asked.append(Asked(prompt, answer))
     return asked
 
@@ -390,19 +390,19 @@ def _predict(model: Any, asked: Sequence[Asked], folder: Path, steps: _Steps, wh
     """What the model expects after each token; kept on the folder's disk where it is much."""
     import torch
 
-    found: list[Any] | OnDisk = []
+    logs: list[Any] | OnDisk = []
     held = 0
     for a in asked:
         steps.next(what)
         with torch.inference_mode(), hf.quiet():
             log = model(input_ids=torch.tensor([a.prompt + a.answer])).logits[0].float().log_softmax(-1)
         held += log.numel() * log.element_size()
-        if isinstance(found, list) and held > HELD:
-            kept, found = found, OnDisk(folder)
+        if isinstance(logs, list) and held > HELD:
+            kept, logs = logs, OnDisk(folder)
             for earlier in kept:
-                found.append(earlier)
-        found.append(log)
-    return Predictions(found)
+                logs.append(earlier)
+        logs.append(log)
+    return Predictions(logs)
 
 
 def _dtype(out: Path) -> Any:

@@ -95,7 +95,7 @@ class Merge:
             return None
         if self.config.get("model_type") in TRANSPOSED:
             return None
-        found: dict[str, list[Pair]] = {}
+        by_tensor: dict[str, list[Pair]] = {}
         for adapter in self.adapters:
             pairs = plain_pairs(adapter)
             if pairs is None:
@@ -110,11 +110,11 @@ class Merge:
                         f"and {[pair.b.shape[0], pair.a.shape[1]]} in the adapter",
                         "it was trained on another base: give that one",
                     )
-                found.setdefault(entry.name, []).append(pair)
+                by_tensor.setdefault(entry.name, []).append(pair)
             modules = [e.name.removesuffix(".weight") for e in self.base.entries.values() if len(e.shape) == 2]
             if any(module not in pairs and targets(adapter.config, module) for module in modules):
                 return None  # lacking keys, or fused experts: PEFT's own layers tell which
-        return found
+        return by_tensor
 
     def _is_head(self, entry: Entry) -> bool:
         """An output head may be one with the input embedding, and then has to be parted from it first."""
@@ -275,9 +275,9 @@ class Merge:
             draft = _Nowhere({e.name: self._slot(e, e.shape) for e in self.base.entries.values()})
             with Blocks(threads()) as blocks:
                 entries = [self.base.entries[name] for name in pairs]
-                found = {w.name: w for w in blocks.transfer(self.base, draft, entries, pairs, norms=True)}  # type: ignore[arg-type]
+                written = {w.name: w for w in blocks.transfer(self.base, draft, entries, pairs, norms=True)}  # type: ignore[arg-type]
             for entry in entries:
-                yield _line(entry, found[entry.name].delta_norm or 0.0, found[entry.name].weight_norm or 0.0)
+                yield _line(entry, written[entry.name].delta_norm or 0.0, written[entry.name].weight_norm or 0.0)
             return
         hollow = self._hollow()
         for values in hollow.changes():

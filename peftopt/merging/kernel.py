@@ -53,10 +53,10 @@ def intrinsic(function: Callable[..., Any]) -> Any:
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
-        found: Callable[..., Any] = njit(cache=True, **options)(function)
+        compiled: Callable[..., Any] = njit(cache=True, **options)(function)
     except RuntimeError:  # there is nowhere to keep it
-        found = njit(**options)(function)
-    return found
+        compiled = njit(**options)(function)
+    return compiled
 
 
 # ---- what numba lacks: floats of two bytes -------------------------------------------------------

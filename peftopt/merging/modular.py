@@ -44,12 +44,12 @@ class Rewrite:
     def stored(self) -> dict[str, tuple[int, ...] | None]:
         """The tensors of the checkpoint that are written here, with their shapes where those are a parameter's own."""
         hollow = self.hollow
-        found: dict[str, tuple[int, ...] | None] = {}
+        shapes: dict[str, tuple[int, ...] | None] = {}
         for name in hollow.touched & hollow.groups.keys():
             group = hollow.groups[name]
             shape = tuple(hollow.params[name].shape) if group.converter is None else None
-            found |= dict.fromkeys((key for key, _ in group.tensors), shape)
-        return found
+            shapes |= dict.fromkeys((key for key, _ in group.tensors), shape)
+        return shapes
 
     @property
     def added(self) -> dict[str, tuple[int, ...]]:
@@ -58,16 +58,16 @@ class Rewrite:
 
     def config(self, config: Mapping[str, Json]) -> dict[str, Json]:
         """The base's config with what the merge changes: embeddings no longer tied, or of another size."""
-        found = dict(config)
+        rewritten = dict(config)
         if self.untied:
-            found["tie_word_embeddings"] = False
+            rewritten["tie_word_embeddings"] = False
         size = self.hollow.config.get_text_config().vocab_size
-        if "text_config" in found:
-            if found["text_config"].get("vocab_size", size) != size:
-                found["text_config"] = {**found["text_config"], "vocab_size": size}
-        elif found.get("vocab_size", size) != size:
-            found["vocab_size"] = size
-        return found
+        if "text_config" in rewritten:
+            if rewritten["text_config"].get("vocab_size", size) != size:
+                rewritten["text_config"] = {**rewritten["text_config"], "vocab_size": size}
+        elif rewritten.get("vocab_size", size) != size:
+            rewritten["vocab_size"] = size
+        return rewritten
 
     def write(self, blocks: Blocks, draft: Draft) -> tuple[list[Written], list[tuple[str, float, int]]]:
         """Merge module by module into the draft; what was written, and the errors of the samples (certificate)."""

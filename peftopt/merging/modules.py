@@ -78,10 +78,10 @@ class Hollow:
             if group.converter is None and name not in self.overrides and name not in self.packed:
                 self._check_shape(name, stored)
 
-    def _check_shape(self, name: str, found: Sequence[int]) -> None:
-        if tuple(found) != tuple(self.params[name].shape):
+    def _check_shape(self, name: str, shape: Sequence[int]) -> None:
+        if tuple(shape) != tuple(self.params[name].shape):
             raise BadInput(
-                f"{name} is {list(found)} in the base and {list(self.params[name].shape)} in the adapter",
+                f"{name} is {list(shape)} in the base and {list(self.params[name].shape)} in the adapter",
                 "it was trained after a resize and does not bring this tensor: save it with save_embedding_layers=True",
             )
 
@@ -168,9 +168,9 @@ class Hollow:
             return self.value(self.tied[0] if name == self.tied[1] else self.tied[1], dtype)
         if name not in self.groups:
             raise BadInput(f"the base has no weight {name}", "its checkpoint is not whole: download it again")
-        found = self._loaded(self.groups[name], dtype)[name]
-        self._check_shape(name, found.shape)
-        return self.training.seen(name, found) if name in self.quantized else found
+        value = self._loaded(self.groups[name], dtype)[name]
+        self._check_shape(name, value.shape)
+        return self.training.seen(name, value) if name in self.quantized else value
 
     def _loaded(self, group: Group, dtype: Any) -> Tensors:
         """What transformers would load for these parameters."""
@@ -180,8 +180,8 @@ class Hollow:
         converter = copy.deepcopy(group.converter)
         for key, pattern in group.tensors:
             converter.add_tensor(group.params[0], key, pattern, tensors[key])
-        made = converter.convert(group.params[0], model=self.model, config=self.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        converted = converter.convert(group.params[0], model=self.model, config=self.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
     def stored(self, group: Group, values: Tensors) -> Tensors:
         """The way back: these parameters as the tensors of the checkpoint. Raises BadInput where they come out under
@@ -190,10 +190,10 @@ class Hollow:
             return {group.tensors[0][0]: values[group.params[0]]}
         from transformers.core_model_loading import revert_weight_conversion
 
-        made: Tensors = revert_weight_conversion(self.model, dict(values))
-        if odd := made.keys() ^ {key for key, _ in group.tensors}:
+        tensors: Tensors = revert_weight_conversion(self.model, dict(values))
+        if odd := tensors.keys() ^ {key for key, _ in group.tensors}:
             raise BadInput(f"cannot split {group.params[0]} back into the checkpoint's tensors ({sorted(odd)[0]})")
-        return made
+        return tensors
 
     # ---- merging -----------------------------------------------------------------------------
 
@@ -228,10 +228,10 @@ class Hollow:
                 else:
                     layer.merge(safe_merge=False, adapter_names=None)
                     result = layer.get_base_layer()
-            found = {f"{unit}.{name}": p.data for name, p in result.named_parameters()}
-            if found.keys() != set(names):
+            tensors = {f"{unit}.{name}": p.data for name, p in result.named_parameters()}
+            if tensors.keys() != set(names):
                 raise BadInput(f"merging {unit} would change its architecture", "serve this adapter unmerged")
-            return found
+            return tensors
         finally:
             self._drain(names)
 

@@ -39,10 +39,10 @@ class TrainingBase:
 
     def tensor(self, base: Checkpoint, name: str) -> Any:
         """A tensor of the checkpoint, dequantized where it is packed."""
-        found = read_tensor(base, base.entries[name])
+        packed = read_tensor(base, base.entries[name])
         if not self.is_packed(base, name):
-            return found
-        return _bitsandbytes().dequantize_4bit(found, self._state(base, name))
+            return packed
+        return _bitsandbytes().dequantize_4bit(packed, self._state(base, name))
 
     def pack(self, base: Checkpoint, name: str, value: Any) -> dict[str, Any]:
         """A weight packed again as this one was: the tensor and the state beside it, by their names on disk."""
@@ -82,8 +82,8 @@ class TrainingBase:
 
 def is_packed(settings: Any) -> bool:
     """Whether a config's quantization_config says 4-bit bitsandbytes."""
-    found = settings if isinstance(settings, dict) else {}
-    return found.get("quant_method") == "bitsandbytes" and bool(found.get("load_in_4bit"))
+    known = settings if isinstance(settings, dict) else {}
+    return known.get("quant_method") == "bitsandbytes" and bool(known.get("load_in_4bit"))
 
 
 def _bitsandbytes() -> Any:

@@ -36,14 +36,14 @@ def checked_beside(folder: Path) -> Iterator[None]:
     ) as child:
         try:
             yield
-            said = child.communicate()[0]
+            output = child.communicate()[0]
         finally:
             child.kill()
-    lines = said.decode().splitlines()
+    lines = output.decode().splitlines()
     if not lines:  # it died, of a lack of memory perhaps: asked here, where whatever it is is raised
         check(folder)
-    elif (found := json.loads(lines[-1])) is not None:
-        raise BadInput(found["message"], found["hint"])
+    elif (problem := json.loads(lines[-1])) is not None:
+        raise BadInput(problem["message"], problem["hint"])
 
 
 def check(folder: Path) -> None:

@@ -220,8 +220,8 @@ COPIES = (".base_layer", ".modules_to_save", ".original_module", ".token_adapter
 def is_embedding(key: str) -> bool:
     """Whether an adapter's key is a whole copy of an embedding's weight."""
     module = key.removesuffix(".weight")
-    while found := next((part for part in COPIES if module.endswith(part)), ""):
-        module = module.removesuffix(found)
+    while ending := next((part for part in COPIES if module.endswith(part)), ""):
+        module = module.removesuffix(ending)
     return key.endswith(".weight") and module.rpartition(".")[2] in EMBEDDINGS
 
 
@@ -266,16 +266,16 @@ def check_base(adapter: Adapter, folder: Path, config: Mapping[str, Json]) -> No
     """
     trained = adapter.config
     mapping = trained.get("auto_mapping") or {}
-    wanted, found = mapping.get("base_model_class"), config.get("architectures") or []
+    wanted, architectures = mapping.get("base_model_class"), config.get("architectures") or []
     problems = []
-    if wanted and found and wanted not in found:
-        problems.append(f"was trained on a {wanted}, and the base is a {found[0]}")
+    if wanted and architectures and wanted not in architectures:
+        problems.append(f"was trained on a {wanted}, and the base is a {architectures[0]}")
     home = folder.resolve()
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         name = home.parent.parent.name.removeprefix("models--").replace("--", "/")
-        said = str(trained.get("base_model_name_or_path") or name)
-        if said != name and not Path(said).exists():
-            problems.append(f"was trained on {said}, and the base is {name}")
+        trained_on = str(trained.get("base_model_name_or_path") or name)
+        if trained_on != name and not Path(trained_on).exists():
+            problems.append(f"was trained on {trained_on}, and the base is {name}")
         revision = trained.get("revision")
         if revision and re.fullmatch(r"[0-9a-f]{7,40}", revision) and not home.name.startswith(revision):
             problems.append(f"was trained on revision {revision}, and the base is {home.name}")
@@ -342,13 +342,13 @@ def plain_pairs(adapter: Adapter) -> dict[str, Pair] | None:
     pairs = {}
     for module, pair in sides.items():
         rank = pair["A"].shape[0]
-        said = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
+        configured = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
         alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha"))
         if pair["B"].shape[1] != rank:
             return None
-        if rank != said:
+        if rank != configured:
             raise BadInput(
-                f"adapter {adapter.folder}: {module} has rank {rank} in the weights and r: {said} in {CONFIG}",
+                f"adapter {adapter.folder}: {module} has rank {rank} in the weights and r: {configured} in {CONFIG}",
                 "the config was edited or belongs to another adapter; restore it",
             )
         if not targets(config, module):

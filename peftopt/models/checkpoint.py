@@ -113,9 +113,9 @@ class Checkpoint:
         self._handles: dict[Path, int] = {}
         self._maps: dict[Path, mmap.mmap] = {}
         for file in files:
-            found, self.metadata[file.name] = read_header(file)
-            self.files[file.name] = found
-            for entry in found:
+            entries, self.metadata[file.name] = read_header(file)
+            self.files[file.name] = entries
+            for entry in entries:
                 if entry.name in self.entries:
                     other = self.entries[entry.name].file.name
                     raise BadInput(f"{entry.name} is in both {other} and {file.name}", "remove the stray file")
@@ -224,12 +224,12 @@ def model_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
-        what = f"{len(found)} safetensors files and no {INDEX}" if found else "no safetensors weights"
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        what = f"{len(files)} safetensors files and no {INDEX}" if files else "no safetensors weights"
         hint = "pickled weights (.bin, .pt) are never opened; convert with save_pretrained(safe_serialization=True)"
         raise BadInput(f"{folder} has {what}", hint)
-    return found
+    return files
 
 
 def open_model(folder: Path) -> Checkpoint:
@@ -329,8 +329,8 @@ class Draft:
 
 def check_room(folder: Path, needed: int) -> None:
     """Raises MissingEnvironment when the folder's disk has less than `needed` bytes and a little free."""
-    found = os.statvfs(folder)
-    free, needed = found.f_bavail * found.f_frsize, needed + 2**24
+    disk = os.statvfs(folder)
+    free, needed = disk.f_bavail * disk.f_frsize, needed + 2**24
     if free < needed:
         raise MissingEnvironment(
             f"the disk of {folder.resolve()} has {free / 1e9:.2f} GB free, and {needed / 1e9:.2f} GB are needed",

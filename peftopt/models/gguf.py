@@ -21,14 +21,14 @@ def lora_scale(adapter: Path) -> float:
     """What llama.cpp has to multiply its own alpha / rank with. It has one scale for a whole adapter; PEFT's is one a
     module, and with rsLoRA alpha / sqrt(rank) (arXiv:2312.03732). Raises BadInput where one does not do, and for
     adapters that are not a plain LoRA on linear layers."""
-    found = open_adapter(adapter)
-    pairs = plain_pairs(found)
+    opened = open_adapter(adapter)
+    pairs = plain_pairs(opened)
     if not pairs:
         raise BadInput(
-            f"llama.cpp cannot apply adapter {adapter} ({found.kind}): it is not a plain LoRA on linear layers",
+            f"llama.cpp cannot apply adapter {adapter} ({opened.kind}): it is not a plain LoRA on linear layers",
             "merge it first: [merge, gguf, {engine: llamacpp}]",
         )
-    alpha = float(found.config["lora_alpha"])
+    alpha = float(opened.config["lora_alpha"])
     factors = [pair.scale * pair.a.shape[0] / alpha for pair in pairs.values()]
     if not math.isclose(min(factors), max(factors), rel_tol=1e-6):
         raise BadInput(

@@ -71,14 +71,14 @@ def config(folder: str) -> Any:
 
 def unquantized_config(model: Model, verb: str) -> Any:
     """The model's config; raises BadInput when its weights are already quantized."""
-    found = config(model.path)
-    if settings := getattr(found, "quantization_config", None):
+    loaded = config(model.path)
+    if settings := getattr(loaded, "quantization_config", None):
         method = settings.get("quant_method", "?") if isinstance(settings, dict) else "?"
         raise BadInput(
             f"cannot {verb} {model.path}: its weights are already quantized ({method})",
             f"{verb} the full-precision model; an adapter is merged before the model is quantized",
         )
-    return found
+    return loaded
 
 
 def tokenizer(folder: str, base: str = "") -> Any:
@@ -87,14 +87,14 @@ def tokenizer(folder: str, base: str = "") -> Any:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
+        loaded = AutoTokenizer.from_pretrained(folder, padding_side="left", local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         hint = "copy tokenizer.json and tokenizer_config.json next to the weights"
         raise BadInput(f"{folder} has no usable tokenizer: {_first_line(error)}", hint) from error
-    if base and base != folder and not found.chat_template:
+    if base and base != folder and not loaded.chat_template:
         with contextlib.suppress(OSError, ValueError, KeyError):  # the base may have no tokenizer at all
-            found.chat_template = AutoTokenizer.from_pretrained(base, local_files_only=True).chat_template
-    return found
+            loaded.chat_template = AutoTokenizer.from_pretrained(base, local_files_only=True).chat_template
+    return loaded
 
 
 def load(folder: str, unpacked: bool = False, device: str = "cpu", **kwargs: Any) -> Any:
@@ -185,15 +185,15 @@ def _whole(folder: str, any_shape: bool = False, strict: bool = False) -> Iterat
     # Patched, because the report says which weights and is lost where loading fails; and it fails for some only.
     with mock.patch("transformers.modeling_utils.log_state_dict_report", note):
         yield
-    for found in reports:
+    for report in reports:
         hint = "it is not whole, or its config.json is another model's: copy or download it again"
-        if found.error_msgs:
-            raise BadInput(f"cannot load {folder}: {found.error_msgs[0]}", hint)
-        if lacking := sorted({*found.missing_keys, *found.conversion_errors}):
+        if report.error_msgs:
+            raise BadInput(f"cannot load {folder}: {report.error_msgs[0]}", hint)
+        if lacking := sorted({*report.missing_keys, *report.conversion_errors}):
             raise BadInput(f"the checkpoint {folder} lacks {_some(lacking)}", hint)
-        if strict and (unread := sorted(found.unexpected_keys)):
+        if strict and (unread := sorted(report.unexpected_keys)):
             raise BadInput(f"transformers does not read {_some(unread)} of {folder}", "quantize it by another method")
-        for name, have, want in sorted(found.mismatched_keys if not any_shape else ()):
+        for name, have, want in sorted(report.mismatched_keys if not any_shape else ()):
             raise BadInput(f"the checkpoint {folder} has {name} as {list(have)}, its config says {list(want)}", hint)
 
 
@@ -467,8 +467,8 @@ def _as_loaded(model: Any, name: str, weights: dict[str, Any]) -> dict[str, Any]
     transformers had them, becomes one for all."""
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
 
-    found: dict[str, Any] = convert(model, model.peft_config[name], dict(weights), name)
-    return found
+    tensors: dict[str, Any] = convert(model, model.peft_config[name], dict(weights), name)
+    return tensors
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

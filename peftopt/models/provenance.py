@@ -28,7 +28,7 @@ def write(
     size that "auto" became); `calibration` what `calibrated` gives; `notices` what a user should know, a sentence each;
     `more` what the method chose by itself.
     """
-    found = {
+    record = {
         "format": FORMAT,
         "made_by": f"peftopt {__version__}",
         "method": method,
@@ -39,7 +39,7 @@ def write(
         "notices": list(notices),
         **more,
     }
-    _save(out, found)
+    _save(out, record)
 
 
 def calibrated(texts: Sequence[str], tokens: int) -> dict[str, Json]:
@@ -57,24 +57,24 @@ def read(out: Path) -> dict[str, Json] | None:
 def add(out: Path, **more: Json) -> dict[str, Json] | None:
     """Put in what only the caller knows: where the texts came from, that the folder was opened again. None without
     a file to put it in."""
-    found = read(out)
-    if found is not None:
-        _save(out, found := found | more)
-    return found
+    record = read(out)
+    if record is not None:
+        _save(out, record := record | more)
+    return record
 
 
-def summary(found: Mapping[str, Json]) -> str:
+def summary(record: Mapping[str, Json]) -> str:
     """The provenance in a line."""
-    library, version = next(iter(found["libraries"].items()), ("", ""))
-    params = ", ".join(f"{name} {value}" for name, value in found["params"].items() if value not in ("", 0, 0.0))
+    library, version = next(iter(record["libraries"].items()), ("", ""))
+    params = ", ".join(f"{name} {value}" for name, value in record["params"].items() if value not in ("", 0, 0.0))
     parts = [f"{library} {version}".strip(), params]
-    if calibration := found["calibration"]:
+    if calibration := record["calibration"]:
         source = calibration.get("source", "task")
         parts.append(f"{calibration['tokens']} calibration tokens of {calibration['rows']} rows ({source})")
-    if verified := found.get("verified"):
+    if verified := record.get("verified"):
         parts.append(verified)
-    return "; ".join(filter(None, [*parts, *found["notices"]]))
+    return "; ".join(filter(None, [*parts, *record["notices"]]))
 
 
-def _save(out: Path, found: Mapping[str, Json]) -> None:
-    (out / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+def _save(out: Path, record: Mapping[str, Json]) -> None:
+    (out / FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

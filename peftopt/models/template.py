@@ -49,10 +49,10 @@ def read(folder: Path) -> Template:
     named = _json(folder / "special_tokens_map.json") | config
     special = {name: _content(named[name]) for name in SPECIAL if named.get(name)}
     file = folder / "chat_template.jinja"
-    found = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template") or ""
-    if isinstance(found, list):
-        found = next((each["template"] for each in found if each["name"] == "default"), "")
-    return Template(str(found), special)
+    text = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template") or ""
+    if isinstance(text, list):
+        text = next((each["template"] for each in text if each["name"] == "default"), "")
+    return Template(str(text), special)
 
 
 def check(folder: Path, rows: Sequence[Row], answers: bool = False) -> None:
@@ -149,16 +149,16 @@ def _own_end(home: Path) -> list[int]:
 def first_token(text: str, added: Mapping[str, int]) -> tuple[str, int] | None:
     """The added token with which a text begins, blanks aside; None for a text that begins otherwise. Pure."""
     rest = text.lstrip()
-    found = [token for token in added if token and rest.startswith(token)]
-    return (longest := max(found, key=len), added[longest]) if found else None
+    tokens = [token for token in added if token and rest.startswith(token)]
+    return (longest := max(tokens, key=len), added[longest]) if tokens else None
 
 
 def _added(home: Path) -> dict[str, int]:
     """Tokens that were added to the vocabulary, with their ids: special ones are among them."""
     listed = _json(home / "tokenizer.json").get("added_tokens") or []
-    found = {token["content"]: int(token["id"]) for token in listed}
+    tokens = {token["content"]: int(token["id"]) for token in listed}
     decoder = _json(home / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    return found | {token["content"]: int(id_) for id_, token in decoder.items()}
+    return tokens | {token["content"]: int(id_) for id_, token in decoder.items()}
 
 
 def _content(token: Json) -> str:
@@ -169,7 +169,7 @@ def _content(token: Json) -> str:
 def _json(file: Path) -> dict[str, Json]:
     """A JSON object; empty for a file that is not there, or is none: whoever needs it says so."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return value if isinstance(value, dict) else {}

@@ -56,8 +56,8 @@ def check_inputs(folder: Path, params: Any, before: Sequence[Step], rows: Sequen
 
     encode, used = Tokenizer.from_file(str(file)), rows[: settings["samples"]]
     texts = ["\n".join([*(m["content"] for m in row.messages), row.expected]) for row in used]
-    found = encode.encode_batch(texts, add_special_tokens=False)
-    counts = [len(f.ids) + TEMPLATE * (len(row.messages) + 1) for f, row in zip(found, used, strict=True)]
+    encodings = encode.encode_batch(texts, add_special_tokens=False)
+    counts = [len(f.ids) + TEMPLATE * (len(row.messages) + 1) for f, row in zip(encodings, used, strict=True)]
     _check_tokens(sum(min(count, settings["max_tokens"]) for count in counts), len(used))
 
 
@@ -96,26 +96,26 @@ def quantize(
     layers' inputs, layers that are not there, and texts that are too few.
     """
     settings = asdict(params)
-    found = _layers.find(hf.unquantized_config(model, "quantize"), split=True)
-    notices = [*notices, *_layers.left_alone(found, method)]
-    kept, said = _layers.kept(found.layers, settings["keep"])
-    if found.experts:
-        kind = found.empty.config.model_type
-        _experts.check(kind, method, weights, activations, found.experts.intersection(kept))
-    suits(found.empty)
-    targets = {name: shape for name, shape in found.layers.items() if name not in kept}
-    notices, weights = [*notices, *said], dict(weights)
+    parts = _layers.find(hf.unquantized_config(model, "quantize"), split=True)
+    notices = [*notices, *_layers.left_alone(parts, method)]
+    kept, more_notices = _layers.kept(parts.layers, settings["keep"])
+    if parts.experts:
+        kind = parts.empty.config.model_type
+        _experts.check(kind, method, weights, activations, parts.experts.intersection(kept))
+    suits(parts.empty)
+    targets = {name: shape for name, shape in parts.layers.items() if name not in kept}
+    notices, weights = [*notices, *more_notices], dict(weights)
     if "group_size" in settings:
-        settings["group_size"], said = _layers.group_size(targets, settings["group_size"])
+        settings["group_size"], more_notices = _layers.group_size(targets, settings["group_size"])
         weights |= {"strategy": "group", "group_size": settings["group_size"]}
-        notices += said
+        notices += more_notices
     rows: list[dict[str, Any]] = []
     calibration = None
     if texts is not None:
-        most = min(settings["max_tokens"], hf.positions(found.empty) or settings["max_tokens"])
+        most = min(settings["max_tokens"], hf.positions(parts.empty) or settings["max_tokens"])
         widest = max(width for _, width in targets.values())
-        rows, calibration, said = _encoded(model, texts, settings | {"max_tokens": most}, widest)
-        notices += said
+        rows, calibration, more_notices = _encoded(model, texts, settings | {"max_tokens": most}, widest)
+        notices += more_notices
     import torch
 
     torch.manual_seed(seed)
@@ -123,13 +123,13 @@ def quantize(
     _experts.split(opened)
     more: dict[str, Json] = {}
     if smoothing:
-        more["smoothing"], said = _smoothing.smooth(opened, rows, found.layers, smoothing)
-        notices += said
+        more["smoothing"], more_notices = _smoothing.smooth(opened, rows, parts.layers, smoothing)
+        notices += more_notices
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": activations}}
     if share := settings.get("mixed"):
-        choice = {name: shape for name, shape in targets.items() if name not in found.experts}
+        choice = {name: shape for name, shape in targets.items() if name not in parts.experts}
         spared, more["mixed"] = _sensitivity.spared(opened, rows, choice, share, weights)
-        groups = _two_groups(choice, spared, weights, experts=bool(found.experts))
+        groups = _two_groups(choice, spared, weights, experts=bool(parts.experts))
         notices.append(
             f"{len(spared)} of {len(choice)} layers kept at 8 bits ({percent(more['mixed']['share'], 1)} of weights)"
         )
@@ -137,7 +137,7 @@ def quantize(
     scheme = {"config_groups": groups, "ignore": odd}
     with hf.quiet(), _counted(opened, rows), _norms_kept(opened) if not scales_norms else contextlib.nullcontext():
         _run(opened, recipe(scheme, rows), rows, hf.tokenizer(hf.tokenizer_home(model), model.path))
-    if found.experts:
+    if parts.experts:
         _experts.name_as_read(opened)
     hf.save(opened, model.path, out, save_compressed=True)
     libraries = ("llmcompressor", "compressed-tensors", "transformers", "torch")

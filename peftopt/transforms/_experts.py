@@ -28,15 +28,15 @@ def split(model: Any) -> list[str]:
 
     from peftopt.models import hf
 
-    found = get_non_linearized_moes(model)
+    experts = get_non_linearized_moes(model)
     with hf.quiet():
         if model.device.type != "meta":
             linearize_moe(model)
-            return [name for name, _ in found]
-        for name, module in found:
+            return [name for name, _ in experts]
+        for name, module in experts:
             apart = LinearExperts2D.get_linear_experts_cls(type(module))
             model.set_submodule(name, apart(getattr(module, "config", model.config)))
-    return [name for name, _ in found]
+    return [name for name, _ in experts]
 
 
 def check(
@@ -84,8 +84,8 @@ def _theirs(kind: str) -> tuple[str, ...] | None:
     names: dict[str, list[str]] = {}
     for conversion in get_checkpoint_conversion_mapping(kind) or ():
         targets, sources = conversion.target_patterns, conversion.source_patterns
-        found = [_NAMED.search(source) for source in sources]
-        if len(targets) == 1 and all(found):
-            names[targets[0].rpartition(".")[2]] = [match[1] for match in found if match]
+        matches = [_NAMED.search(source) for source in sources]
+        if len(targets) == 1 and all(matches):
+            names[targets[0].rpartition(".")[2]] = [match[1] for match in matches if match]
     together, down = names.get("gate_up_proj", []), names.get("down_proj", [])
     return (*together, *down) if len(together) == 2 and len(down) == 1 else None

@@ -84,17 +84,17 @@ def find(config: Any, split: bool = False) -> Found:
 
 def linear(config: Any) -> tuple[dict[str, tuple[int, int]], list[str]]:
     """The linear layers but the output head, and the head's names. Raises BadInput for a model without any."""
-    found = find(config)
-    return {**found.layers, **found.odd}, found.heads
+    parts = find(config)
+    return {**parts.layers, **parts.odd}, parts.heads
 
 
-def left_alone(found: Found, method: str) -> list[str]:
+def left_alone(parts: Found, method: str) -> list[str]:
     """A notice of the matrices that are no plain linear layers and so keep their dtype, where they count.
 
     Raises BadInput where they are nearly all that there is, as the experts of a large model are.
     """
-    left = {**{name: math.prod(shape) for name, shape in found.odd.items()}, **found.others}
-    rounded = sum(map(math.prod, found.layers.values()))
+    left = {**{name: math.prod(shape) for name, shape in parts.odd.items()}, **parts.others}
+    rounded = sum(map(math.prod, parts.layers.values()))
     share = sum(left.values()) / (sum(left.values()) + rounded)
     if share < WORTH_SAYING:
         return []
@@ -136,12 +136,12 @@ def check_group_size(folder: Path, wanted: int, keep: str) -> None:
 
 def units(layers: Shapes) -> list[list[str]]:
     """The layers in groups that share one scheme, each in the model's order."""
-    found: dict[tuple[str, object], list[str]] = {}
+    by_parent: dict[tuple[str, object], list[str]] = {}
     for name in layers:
         parent, _, own = name.rpartition(".")
         family = next((f for f in FUSED if own in f and all(f"{parent}.{o}" in layers for o in f)), own)
-        found.setdefault((parent, family), []).append(name)
-    return list(found.values())
+        by_parent.setdefault((parent, family), []).append(name)
+    return list(by_parent.values())
 
 
 def kept(layers: Shapes, keep: str) -> tuple[list[str], list[str]]:
@@ -157,15 +157,15 @@ def kept(layers: Shapes, keep: str) -> tuple[list[str], list[str]]:
             ends = sorted({name.rpartition(".")[2] for name in layers})
             raise BadInput(f"keep: no layer is named {pattern}", f"ends of names here: {', '.join(ends)}")
         wanted |= hits
-    found, notices = [], []
+    names, notices = [], []
     for unit in units(layers):
         if hit := wanted & set(unit):
-            found += unit
+            names += unit
             if others := [name for name in unit if name not in hit]:
                 notices.append(f"{', '.join(others)} kept too: vLLM runs them as one with {', '.join(sorted(hit))}")
-    if len(found) == len(layers):
+    if len(names) == len(layers):
         raise BadInput(f"keep: {keep} keeps every layer", "nothing would be quantized: name fewer")
-    return found, notices[:1] + [f"and {len(notices) - 1} more such layers kept"] * (len(notices) > 1)
+    return names, notices[:1] + [f"and {len(notices) - 1} more such layers kept"] * (len(notices) > 1)
 
 
 def _named(name: str, pattern: str) -> bool:

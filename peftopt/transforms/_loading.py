@@ -28,10 +28,10 @@ def quantize(
     carried along, unchanged, on the quantized base. Raises BadInput for weights that are already quantized, and for a
     model that is nearly all experts.
     """
-    found = _layers.find(hf.unquantized_config(model, "quantize"))
-    left = _layers.left_alone(found, method)
-    kept, notices = _layers.kept(found.layers, params.keep)
+    parts = _layers.find(hf.unquantized_config(model, "quantize"))
+    left = _layers.left_alone(parts, method)
+    kept, notices = _layers.kept(parts.layers, params.keep)
     notices = [*left, *notices]
-    hf.save(hf.load(model.path, quantization_config=settings([*found.heads, *found.odd, *kept])), model.path, out)
+    hf.save(hf.load(model.path, quantization_config=settings([*parts.heads, *parts.odd, *kept])), model.path, out)
     provenance.write(out, method, [*libraries, "transformers", "torch"], asdict(params), seed, notices=notices)
     return Model(str(out), model.adapters)

@@ -40,19 +40,19 @@ def measure(
         outputs: list[dict[Any, Any]] = []
         expected = []
         for row in rows:
-            with _remembered(layers) as seen:
+            with _remembered(layers) as output:
                 expected.append(torch.log_softmax(model(**row, use_cache=False).logits.float(), -1))
-            outputs.append(seen)
+            outputs.append(output)
         damage = []
         for n, unit in enumerate(units):
             progress.report("sensitivity", n, len(units), unit[0])
             before = _before(model, layers, unit)
             with _rounded(model, unit, weights):
                 total = 0.0
-                for row, seen, reference in zip(rows, outputs, expected, strict=True):
-                    with _replayed(before, seen):
-                        found = torch.log_softmax(model(**row, use_cache=False).logits.float(), -1)
-                    total += float((reference.exp() * (reference - found)).sum())
+                for row, output, reference in zip(rows, outputs, expected, strict=True):
+                    with _replayed(before, output):
+                        changed = torch.log_softmax(model(**row, use_cache=False).logits.float(), -1)
+                    total += float((reference.exp() * (reference - changed)).sum())
             damage.append(total / sum(r.shape[1] for r in expected))
     return damage, sum(r.shape[1] for r in expected)
 
@@ -65,12 +65,12 @@ def blocks(model: Any) -> list[Any]:
 
 def _first(rows: Sequence[Mapping[str, Any]], tokens: int) -> list[dict[str, Any]]:
     """The first rows until there are so many tokens, the last one cut."""
-    found = []
+    first = []
     for row in rows:
         if tokens > 1:
-            found.append({name: value[:, :tokens] for name, value in row.items()})
+            first.append({name: value[:, :tokens] for name, value in row.items()})
             tokens -= row["input_ids"].shape[1]
-    return found
+    return first
 
 
 def _before(model: Any, layers: Sequence[Any], unit: Sequence[str]) -> list[Any]:
@@ -82,23 +82,23 @@ def _before(model: Any, layers: Sequence[Any], unit: Sequence[str]) -> list[Any]
 @contextmanager
 def _remembered(layers: Sequence[Any]) -> Iterator[dict[Any, Any]]:
     """What each layer gives in one forward pass."""
-    seen: dict[Any, Any] = {}
+    outputs: dict[Any, Any] = {}
 
     def keep(layer: Any, _: Any, output: Any) -> None:
-        seen[layer] = output
+        outputs[layer] = output
 
     with ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_hook(keep).remove)
-        yield seen
+        yield outputs
 
 
 @contextmanager
-def _replayed(layers: Sequence[Any], seen: Mapping[Any, Any]) -> Iterator[None]:
+def _replayed(layers: Sequence[Any], outputs: Mapping[Any, Any]) -> Iterator[None]:
     """Let layers give what they gave before, without computing it."""
     with ExitStack() as stack:
         for layer in layers:
-            layer.forward = lambda *_, output=seen[layer], **__: output
+            layer.forward = lambda *_, output=outputs[layer], **__: output
             stack.callback(delattr, layer, "forward")
         yield
 
@@ -133,7 +133,7 @@ def spared(
     damage, tokens = measure(model, rows, units, weights)
     counts = [_layers.costs(layers, unit) for unit in units]
     chosen = worst(damage, counts, share)
-    found = {
+    figures = {
         "share": sum(counts[n] for n in chosen) / sum(counts),
         "tokens": tokens,
         "units": len(units),
@@ -141,4 +141,4 @@ def spared(
         "kl_spared": sum(damage[n] for n in chosen),
         "spared": [{"layers": list(units[n]), "kl": damage[n]} for n in sorted(chosen, key=lambda n: -damage[n])],
     }
-    return [name for n in chosen for name in units[n]], found
+    return [name for n in chosen for name in units[n]], figures

@@ -59,8 +59,8 @@ def smooth(
     if not kl <= LARGEST_KL:
         detail = f"smoothing alone, with nothing rounded, changes the model's predictions (KL {kl:.2g} nats a token)"
         raise WorkerFailed("unusable", detail, "leave smoothing out (0)")
-    found = {"norms": len(groups), "layers": sum(len(g.readers) for g in groups), "kl": kl}
-    return found, _notices(groups, offered, layers)
+    figures = {"norms": len(groups), "layers": sum(len(g.readers) for g in groups), "kl": kl}
+    return figures, _notices(groups, offered, layers)
 
 
 def _notices(groups: Sequence[Group], offered: Sequence[Group], layers: Collection[str]) -> list[str]:
@@ -86,7 +86,7 @@ def readers(model: Any, row: Mapping[str, Any]) -> list[Group]:
     import torch
 
     given: dict[int, tuple[str, Any]] = {}
-    found: dict[str, list[str]] = {}
+    by_source: dict[str, list[str]] = {}
 
     def gives(name: str) -> Any:
         def note(_: Any, __: Any, output: Any) -> None:
@@ -97,8 +97,8 @@ def readers(model: Any, row: Mapping[str, Any]) -> list[Group]:
 
     def takes(name: str) -> Any:
         def note(_: Any, inputs: tuple[Any, ...]) -> None:
-            if inputs and (seen := given.get(inputs[0].data_ptr())) and seen[1].numel() == inputs[0].numel():
-                found.setdefault(seen[0], []).append(name)
+            if inputs and (output := given.get(inputs[0].data_ptr())) and output[1].numel() == inputs[0].numel():
+                by_source.setdefault(output[0], []).append(name)
 
         return note
 
@@ -109,7 +109,7 @@ def readers(model: Any, row: Mapping[str, Any]) -> list[Group]:
             elif is_norm(module):
                 stack.callback(module.register_forward_hook(gives(name)).remove)
         model(**row, use_cache=False)
-    return [Group(source, tuple(dict.fromkeys(names))) for source, names in found.items()]
+    return [Group(source, tuple(dict.fromkeys(names))) for source, names in by_source.items()]
 
 
 def is_norm(module: Any) -> bool:
@@ -131,8 +131,8 @@ def unchanged(model: Any, row: Mapping[str, Any], groups: Sequence[Group]) -> li
 
         def same(some: Sequence[Group]) -> bool:
             with _scaled(model, some):
-                found = model(**row, use_cache=False).logits.float()
-            return bool((found - expected).abs().max() <= SAME * expected.abs().max())
+                logits = model(**row, use_cache=False).logits.float()
+            return bool((logits - expected).abs().max() <= SAME * expected.abs().max())
 
         if same(groups):
             return list(groups)
@@ -150,9 +150,9 @@ def _scaled(model: Any, groups: Sequence[Group]) -> Iterator[None]:
     import torch
 
     def scales(width: int, like: Any) -> Any:
-        found = torch.ones(width, dtype=like.dtype, device=like.device)
-        found[::2] = 2
-        return found
+        factors = torch.ones(width, dtype=like.dtype, device=like.device)
+        factors[::2] = 2
+        return factors
 
     def divide(width: int) -> Any:
         def change(_: Any, __: Any, output: Any) -> Any:

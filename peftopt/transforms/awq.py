@@ -84,11 +84,11 @@ def _modifier(rows: Sequence[Mapping[str, Any]]) -> Any:
     class AWQModifier(awq.AWQModifier):  # type: ignore[misc]
         def _set_resolved_mappings(self, model: Any) -> None:
             super()._set_resolved_mappings(model)
-            found = self._resolved_mappings  # type: ignore[has-type]
-            found = [m for m in found if any(hasattr(b, "quantization_scheme") for b in m.balance_layers)]
-            groups = [_smoothing.Group(m.smooth_name, tuple(m.balance_names)) for m in found]
+            mappings = self._resolved_mappings  # type: ignore[has-type]
+            mappings = [m for m in mappings if any(hasattr(b, "quantization_scheme") for b in m.balance_layers)]
+            groups = [_smoothing.Group(m.smooth_name, tuple(m.balance_names)) for m in mappings]
             sound = _smoothing.unchanged(model, _smoothing.first_tokens(rows), groups)
-            self._resolved_mappings = [m for m, group in zip(found, groups, strict=True) if group in sound]
+            self._resolved_mappings = [m for m, group in zip(mappings, groups, strict=True) if group in sound]
 
     return AWQModifier
 

@@ -63,11 +63,11 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
         lora_scale(adapter.folder)  # raises for what is not a plain LoRA
     out.mkdir(parents=True, exist_ok=True)
     plain = params.type in PLAIN
-    made = out / (WEIGHTS if plain else "plain.gguf")
-    _convert("convert_hf_to_gguf.py", made, model.path, params.type if plain else _own_type(model.path))
+    converted = out / (WEIGHTS if plain else "plain.gguf")
+    _convert("convert_hf_to_gguf.py", converted, model.path, params.type if plain else _own_type(model.path))
     if not plain:
-        _quantize(made, out / WEIGHTS, params)
-        made.unlink()
+        _quantize(converted, out / WEIGHTS, params)
+        converted.unlink()
     for adapter in adapters:
         (out / "adapters").mkdir(exist_ok=True)
         _convert("convert_lora_to_gguf.py", lora_file(out, adapter.folder), str(adapter.folder), "f32", base=model.path)

@@ -91,19 +91,19 @@ def preview(model: Model, params: Params) -> list[dict[str, Json]]:
 def _nearer(model: Model, params: Params, out: Path, texts: Sequence[str]) -> None:
     """Merge into the base as it is and as 4 bits left it, compare each with the adapter on its 4-bit base, and keep the
     one that is nearer. The other is gone afterwards."""
-    found: list[tuple[float, str, Path, Merge]] = []
-    seen = TrainingBase(params.scheme)
-    for base, training in (("full", TrainingBase()), ("dequantized", seen)):
+    merges: list[tuple[float, str, Path, Merge]] = []
+    trained_on = TrainingBase(params.scheme)
+    for base, training in (("full", TrainingBase()), ("dequantized", trained_on)):
         side = out.with_name(f"{out.name}.{base}")
         with _opened(model, params, training) as job:
             job.write(side)
-            job.training = seen  # the live adapter is compared on the base it was trained on, whatever was written
+            job.training = trained_on  # whatever was written, the live adapter is compared on the base of its training
             job.checks.append(job.predictions(side, texts, lossy=base == "full"))
-        found.append((float(job.checks[-1].values["kl"]), base, side, job))
-    figures = {base: kl for kl, base, *_ in found}
+        merges.append((float(job.checks[-1].values["kl"]), base, side, job))
+    figures = {base: kl for kl, base, *_ in merges}
     shown = ", ".join(f"KL {kl:.2g} when merged into the {base} weights" for base, kl in figures.items())
-    _, kept, side, job = min(found, key=lambda one: one[0])
-    for _, _, other, _ in found:
+    _, kept, side, job = min(merges, key=lambda one: one[0])
+    for _, _, other, _ in merges:
         if other != side:
             shutil.rmtree(other)
     side.rename(out)
@@ -144,8 +144,8 @@ def _opened(model: Model, params: Params, training: TrainingBase | None = None) 
 
 
 def _config(folder: Path) -> dict[str, Json]:
-    found: dict[str, Json] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return found
+    config: dict[str, Json] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
 
 
 def _packed(model: Model) -> bool:
@@ -175,9 +175,9 @@ def _weights(params: Params, adapters: Sequence[str]) -> list[float]:
     if not params.weights:
         return [1.0] * len(adapters)
     try:
-        found = [float(text) for text in params.weights.split(",")]
+        weights = [float(text) for text in params.weights.split(",")]
     except ValueError as error:
         raise BadInput(f"weights: {params.weights!r} are not numbers", "one per adapter, such as 0.7,0.3") from error
-    if len(found) != len(adapters) or not all(map(math.isfinite, found)):
-        raise BadInput(f"{len(found)} weights for {len(adapters)} adapters", "one finite number per adapter")
-    return found
+    if len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
+        raise BadInput(f"{len(weights)} weights for {len(adapters)} adapters", "one finite number per adapter")
+    return weights

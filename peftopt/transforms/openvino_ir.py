@@ -85,8 +85,8 @@ def _export(source: str, params: Params, out: Path) -> None:
             bits=4, sym=False, group_size=params.group_size, ratio=1.0
         )
     try:
-        made = OVModelForCausalLM.from_pretrained(source, export=True, compile=False, **settings)
+        exported = OVModelForCausalLM.from_pretrained(source, export=True, compile=False, **settings)
     except (KeyError, ValueError, NotImplementedError) as error:
         hint = "optimum-intel must know the architecture; run this model on a transformers engine instead"
         raise BadInput(f"optimum-intel cannot export {source}: {error}", hint) from error
-    made.save_pretrained(out)
+    exported.save_pretrained(out)

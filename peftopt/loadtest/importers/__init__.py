@@ -106,13 +106,13 @@ def read(path: Path, task: str = "", window_s: float = 0.0) -> list[Found]:
         hint = f"known: {'; '.join(f'{m.NAME} ({m.VERSIONS})' for m in known)}"
         raise BadInput(f"{path} is not a result file that can be read", hint)
     try:
-        found: list[Found] = [_sound(run) for run in importer.read(data, About(path.name, task, window_s))]
+        results: list[Found] = [_sound(run) for run in importer.read(data, About(path.name, task, window_s))]
     except BROKEN as error:
         hint = f"format versions that can be read: {importer.VERSIONS}"
         raise BadInput(f"{path} looks like {importer.NAME}, but is not whole: {error!r}", hint) from error
-    if not found:
+    if not results:
         raise BadInput(f"{path} ({importer.NAME}) holds no runs", "give a file of a finished run")
-    return found
+    return results
 
 
 def _parsed(text: str) -> Json:
@@ -122,29 +122,29 @@ def _parsed(text: str) -> Json:
         return [json.loads(line) for _, line in corpus.lines(text)]
 
 
-def _sound(found: Found) -> Found:
+def _sound(result: Found) -> Found:
     """The run without answers whose times or lengths are not valid, and how many those were. A failure stays a failure,
     whatever its times. Raises ValueError where nothing is left."""
-    kept = [r for r in (_failure(r) if r.error else r for r in found.requests) if r.error or _is_sound(r)]
-    if not (n := len(found.requests) - len(kept)):
-        return replace(found, requests=tuple(kept))
+    kept = [r for r in (_failure(r) if r.error else r for r in result.requests) if r.error or _is_sound(r)]
+    if not (n := len(result.requests) - len(kept)):
+        return replace(result, requests=tuple(kept))
     if not kept:
         raise ValueError("no request has valid times and lengths")
-    lack = f"valid times or lengths for {n} of {len(found.requests)} requests: they are set aside"
-    return replace(found, requests=tuple(kept), lacks=(*found.lacks, lack))
+    lack = f"valid times or lengths for {n} of {len(result.requests)} requests: they are set aside"
+    return replace(result, requests=tuple(kept), lacks=(*result.lacks, lack))
 
 
 def _is_sound(request: Request) -> bool:
     times = (request.scheduled, request.sent, request.done, *request.gaps_ms)
-    seen = [t for t in (request.first, request.last) if t is not None]
+    tokens = [t for t in (request.first, request.last) if t is not None]
     counts = [n for n in (request.prompt_tokens, request.new_tokens) if n is not None]
     return (
-        all(map(_is_number, [*times, *seen, *counts]))
+        all(map(_is_number, [*times, *tokens, *counts]))
         and request.new_tokens is not None
         and min([*counts, *request.gaps_ms], default=0) >= 0
         and request.sent <= request.done
-        and seen == sorted(seen)
-        and all(request.sent <= t for t in seen)
+        and tokens == sorted(tokens)
+        and all(request.sent <= t for t in tokens)
     )
 
 
@@ -189,9 +189,9 @@ def from_zero(requests: Sequence[Request]) -> tuple[Request, ...]:
     )
 
 
-def as_loaded(found: Found) -> LoadSummary:
+def as_loaded(result: Found) -> LoadSummary:
     """What `report.load` shows of a run."""
-    requests = found.requests
+    requests = result.requests
     return LoadSummary(
         figures=summary.figures(requests),
         by_model=summary.by_model(requests),

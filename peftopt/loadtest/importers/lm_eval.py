@@ -38,7 +38,7 @@ def _results(data: Mapping[str, Json]) -> list[Found]:
     version = str(data.get("lm_eval_version", "0.4"))
     if not version.startswith("0.4"):
         raise ValueError(f"lm-evaluation-harness {version}, not 0.4")
-    found = []
+    results = []
     for task, scores in data["results"].items():
         n = ((data.get("n-samples") or {}).get(task) or {}).get("effective")
         for key, value in scores.items():
@@ -52,8 +52,8 @@ def _results(data: Mapping[str, Json]) -> list[Found]:
             lacks = [f"{RAW}; its standard error does not pair two variants (give samples_*.jsonl, --log_samples)"]
             if number is None:
                 lacks.append(f"a number: its {metric} is {value}")
-            found.append(Found(f"{task} {metric}", f"{NAME} {version}", tuple(lacks), probe="task", values=values))
-    return found
+            results.append(Found(f"{task} {metric}", f"{NAME} {version}", tuple(lacks), probe="task", values=values))
+    return results
 
 
 def _samples(rows: list[Mapping[str, Json]], about: About) -> list[Found]:
@@ -72,15 +72,15 @@ def _samples(rows: list[Mapping[str, Json]], about: About) -> list[Found]:
         lacks.append(f"a number for {n} of {n + decides['n']} samples: they are set aside, whatever was answered")
     named = {"task": task} if task else {}
     values = {**named, "filter": rows[0].get("filter", "none"), **decides}
-    found = [Found(f"{task} {decides['metric']}".strip(), f"{NAME} 0.4", tuple(lacks), probe="task", values=values)]
+    results = [Found(f"{task} {decides['metric']}".strip(), f"{NAME} 0.4", tuple(lacks), probe="task", values=values)]
     names = dict.fromkeys((row.get("filter", "none"), metric) for row in rows for metric in row["metrics"])
     for filter_, metric in names:
         own = [row[metric] for row in rows if row.get("filter", "none") == filter_ and _is_number(row.get(metric))]
         if own and (filter_, metric) != (values["filter"], decides["metric"]):
             mean = stats.mean(own)
             values_ = {**named, "metric": metric, "filter": filter_, "value": mean.estimate, "n": mean.n}
-            found.append(Found(f"{task} {metric} ({filter_})", f"{NAME} 0.4", (), probe="task", values=values_))
-    return found
+            results.append(Found(f"{task} {metric} ({filter_})", f"{NAME} 0.4", (), probe="task", values=values_))
+    return results
 
 
 def scores(samples: Mapping[str, Sequence[Mapping[str, Json]]]) -> dict[str, Json]:
@@ -89,7 +89,7 @@ def scores(samples: Mapping[str, Sequence[Mapping[str, Json]]]) -> dict[str, Jso
     A row's id holds the name of its subtask. A row whose metric is not a finite number is set
     aside; `set_aside` counts them. Raises BadInput where no metric is a number per row.
     """
-    found: dict[str, float] = {}
+    by_row: dict[str, float] = {}
     named, aside = "", 0
     for subtask, rows in samples.items():
         first = rows[0].get("filter", "none") if rows else "none"
@@ -99,13 +99,13 @@ def scores(samples: Mapping[str, Sequence[Mapping[str, Json]]]) -> dict[str, Jso
         named = named or metric
         numbers = {f"{subtask}/{row['doc_id']}": float(row[metric]) for row in rows if _is_number(row.get(metric))}
         aside += len(rows) - len(numbers) if metric else 0
-        found |= numbers
-    if not found:
+        by_row |= numbers
+    if not by_row:
         raise BadInput("none of the task's metrics is a number for each row", "choose a task with acc or exact_match")
-    mean = sum(found.values()) / len(found)
-    rows_found = [{"id": id_, "value": value} for id_, value in found.items()]
+    mean = sum(by_row.values()) / len(by_row)
+    rows_found = [{"id": id_, "value": value} for id_, value in by_row.items()]
     left = {"set_aside": aside} if aside else {}
-    return {"metric": named, "value": mean, "n": len(found), **left, "samples": rows_found}
+    return {"metric": named, "value": mean, "n": len(by_row), **left, "samples": rows_found}
 
 
 _OWN = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics"}
@@ -116,12 +116,12 @@ _OWN |= {"doc_hash", "prompt_hash", "target_hash"}
 def _as_since_046(rows: Sequence[Mapping[str, Json]]) -> list[Mapping[str, Json]]:
     """Samples of 0.4.0 to 0.4.5 name neither their filter nor their metrics: a row's other numbers are its metrics, and
     a row that comes again has gone through the next filter."""
-    seen: Counter[str] = Counter()
+    rows_of: Counter[str] = Counter()
     whole: list[Mapping[str, Json]] = []
     for row in rows:
         if "metrics" not in row:
-            seen[str(row["doc_id"])] += 1
-            number = seen[str(row["doc_id"])]
+            rows_of[str(row["doc_id"])] += 1
+            number = rows_of[str(row["doc_id"])]
             own = {"filter": "none" if number == 1 else f"filter {number}"} if "filter" not in row else {}
             row = {**row, **own, "metrics": [key for key in row if key not in _OWN]}
         whole.append(row)

@@ -73,14 +73,14 @@ def _requests(run: Mapping[str, Json]) -> list[Request]:
     if n - sum(map(bool, errors)) > run["completed"]:  # older ones do not say why
         nothing = [not (run["ttfts"][i] or run["output_lens"][i]) for i in range(n)]
         errors = [error or ("failed, without a reason" if nothing[i] else "") for i, error in enumerate(errors)]
-    found = []
+    requests = []
     for i in range(n):
         gaps, error = run["itls"][i] or [], str(errors[i] or "").strip()
         sent, ttft = starts[i], run["ttfts"][i] or 0.0
         first = sent + ttft if ttft > 0 and not error else None
         last = None if first is None else first + sum(gaps)
         whole = (run.get("latencies") or [0.0] * n)[i]
-        found.append(
+        requests.append(
             Request(
                 id=str(i),
                 model=str(run["model_id"]),
@@ -95,7 +95,7 @@ def _requests(run: Mapping[str, Json]) -> list[Request]:
                 error=error.splitlines()[-1] if error else "",
             )
         )
-    return found
+    return requests
 
 
 def _reported(run: Mapping[str, Json]) -> dict[str, Json]:

@@ -89,10 +89,10 @@ def error_of(data: Json) -> str:
     is well."""
     if not isinstance(data, Mapping):
         return ""
-    found = data.get("error") or (data.get("message") if data.get("object") == "error" else "") or data.get("detail")
-    if isinstance(found, Mapping):
-        found = found.get("message") or found
-    return str(found)[:300] if found else ""
+    fault = data.get("error") or (data.get("message") if data.get("object") == "error" else "") or data.get("detail")
+    if isinstance(fault, Mapping):
+        fault = fault.get("message") or fault
+    return str(fault)[:300] if fault else ""
 
 
 def choice_of(data: Json) -> Mapping[str, Json]:
