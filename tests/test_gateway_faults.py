@@ -142,7 +142,7 @@ def test_a_request_whose_adapter_is_removed_while_it_waits_is_told_so(
 def test_a_trial_ends_with_what_it_judges(engine: Paced, folders: list[Path], tmp_path: Path, change: str) -> None:
     async def main() -> None:
         lives = lives_of(engine, tmp_path / "state")
-        await lives.begin()
+        await lives.upkeep.begin()
         await lives.put("support", folders[0])
         await lives.put("support", folders[1], 0.5, Terms())
         if change == "put":
@@ -165,7 +165,7 @@ def test_a_verdict_that_comes_late_changes_nothing(
 
     async def main() -> None:
         lives = lives_of(engine, tmp_path / "state")
-        await lives.begin()
+        await lives.upkeep.begin()
         await lives.put("support", folders[0])
         put = await lives.put("support", folders[1], 0.5, Terms(then="promote"))
         verdict = Judged(outcome, "canary.latency", "9 windows")
@@ -185,7 +185,7 @@ def test_a_put_that_is_rejected_leaves_a_version_that_answers_users_loaded(
 ) -> None:
     async def main() -> None:
         lives = lives_of(engine, tmp_path / "state")
-        await lives.begin()
+        await lives.upkeep.begin()
         await lives.put("support", folders[0])
         await lives.put("support", folders[1], 0.5)
         canary = lives.registry.table.routes["support"].canary
@@ -194,7 +194,7 @@ def test_a_put_that_is_rejected_leaves_a_version_that_answers_users_loaded(
         async def wrong(*_: object) -> list[str]:
             return ["it answers as another"]
 
-        monkeypatch.setattr(lives, "_mixed", wrong)
+        monkeypatch.setattr(lives, "wrong", wrong)
         assert (await lives.put("support", folders[1])).exit_code == REJECTED
         assert canary.served in engine.folders and lives.registry.versions[canary.served].state == "canary"
 
@@ -206,7 +206,7 @@ def test_a_rollback_does_not_wait_for_the_requests_of_what_is_removed(
 ) -> None:
     async def main() -> None:
         lives = lives_of(engine, tmp_path / "state")
-        await lives.begin()
+        await lives.upkeep.begin()
         for folder in folders[:2]:
             await lives.put("support", folder)
         await lives.put("sales", folders[2])
@@ -242,7 +242,7 @@ def test_a_version_that_a_crash_left_at_the_engine_is_unloaded(
         lives = lives_of(engine, tmp_path / "state")
         stored = lives.registry.keep(lives.registry.copy("support", folders[0]), state="loading")
         engine.folders[stored.version.served] = stored.folder
-        await lives.begin()
+        await lives.upkeep.begin()
         assert not engine.folders and not lives.registry.versions
 
     asyncio.run(main())
@@ -255,7 +255,7 @@ def test_names_that_an_engine_brings_are_those_of_the_engine_that_runs(engine: P
         lives = lives_of(engine, tmp_path / "state")
         lives.registry.route("base", Route(Version("", "model")))
         lives.registry.route("other", Route(Version("", "other")))
-        await lives.begin()
+        await lives.upkeep.begin()
         assert {name: route.live.served for name, route in lives.registry.table.routes.items()} == {"base": "base"}
 
     asyncio.run(main())
@@ -266,7 +266,7 @@ def test_a_full_disk_keeps_no_adapter_from_being_loaded_again(
 ) -> None:
     async def main() -> None:
         lives = lives_of(engine, tmp_path / "state")
-        await lives.begin()
+        await lives.upkeep.begin()
         await lives.put("support", folders[0])
         lives.registry.keep(lives.registry.copy("left", folders[1]), state="loading")
 
@@ -275,7 +275,7 @@ def test_a_full_disk_keeps_no_adapter_from_being_loaded_again(
 
         monkeypatch.setattr(lives.registry, "save", full)
         engine.folders.clear()
-        await lives.begin()
+        await lives.upkeep.begin()
         assert lives.ready and len(engine.folders) == 1
         with pytest.raises(MissingEnvironment):
             await lives.put("sales", folders[2])
@@ -349,7 +349,7 @@ def test_what_cannot_be_cleared_away_keeps_nobody_from_being_answered(
     async def main() -> None:
         gateway = Gateway(config(tmp_path, engine.url), print)
         lives = Lives(engine.url, gateway.registry, Settings(prompts=PROMPTS), Metrics(), {"base": "base"}, True, print)
-        await lives.begin()
+        await lives.upkeep.begin()
         tried = []
 
         async def retire() -> list[str]:
@@ -385,7 +385,7 @@ def test_an_adapter_of_a_higher_rank_than_the_engine_holds_is_told_so(
     async def main() -> None:
         lives = lives_of(engine, tmp_path / "state")
         lives.settings.max_rank = 8
-        await lives.begin()
+        await lives.upkeep.begin()
         with pytest.raises(BadInput, match="rank 64"):
             await lives.put("support", folders[0])
         assert (await lives.put("support", folders[1])).exit_code == ACCEPTED

@@ -28,7 +28,7 @@ from peftopt.canary.fingerprint import Wrong
 from peftopt.canary.mixed import Round
 from peftopt.cli.shared import seconds
 from peftopt.errors import REJECTED
-from peftopt.gateway import itself
+from peftopt.gateway import itself, standing
 from peftopt.gateway.admission import Ticket
 from peftopt.gateway.asking import Asker
 from peftopt.gateway.fingerprints import EARLIER
@@ -164,7 +164,7 @@ def test_weights_that_were_exchanged_are_told_of_and_answer_on(
             told = await found.gateway.told()
             assert told["ready"] and told["doubted"].keys() == {found.live} and not told["failed"]
             assert (await found.gateway.answer("support"))[0] == 200
-            listed = next(row for row in found.gateway.lives.listed() if row["name"] == "support")
+            listed = next(row for row in standing.rows(found.gateway.lives) if row["name"] == "support")
             assert listed["doubted"] and not listed["failed"]
             assert b'state="doubted"' in found.gateway.lives.metrics.text()
             await found.rechecks.round()
@@ -230,7 +230,7 @@ def test_a_version_that_was_rejected_names_no_answer(
         async with checked(engine, tmp_path, folders[0]) as found:
             engine.twisted = "base"
             with monkeypatch.context() as patched:
-                patched.setattr(found.gateway.lives, "_mixed", rejected)
+                patched.setattr(found.gateway.lives, "wrong", rejected)
                 assert (await found.gateway.lives.put("support", folders[1])).exit_code == REJECTED
             engine.folders[found.live] = "base"
             await found.rechecks.round()
@@ -274,7 +274,7 @@ def test_where_it_is_asked_for_the_version_answers_nobody_until_it_is_itself(
             told = await found.gateway.told()
             assert told["ready"] and told["failed"].keys() == {found.live}
             engine.folders[found.live] = right
-            assert await lives.mend() == [found.live]
+            assert await lives.upkeep.mend() == [found.live]
             assert (await found.gateway.answer("support"))[0] == 200
 
     asyncio.run(main())

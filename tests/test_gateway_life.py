@@ -22,7 +22,7 @@ from helpers.waiting import wait_until
 
 from peftopt.engines._server import free_port
 from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, WorkerFailed
-from peftopt.gateway import copies
+from peftopt.gateway import copies, standing
 from peftopt.gateway.listening import private
 from peftopt.gateway.registry import open_registry
 
@@ -175,13 +175,13 @@ def test_a_version_that_does_not_load_at_the_start_fails_alone_and_is_tried_agai
             status, told = await again.answer("support")
             assert status == 503 and "no room" in told["error"]["message"]
             assert (await again.answer("base"))[0] == 200
-            assert [row["failed"] != "" for row in lives.listed() if row["name"] == "support"] == [True]
-            assert await lives.mend() == []
+            assert [row["failed"] != "" for row in standing.rows(lives) if row["name"] == "support"] == [True]
+            assert await lives.upkeep.mend() == []
             engine.deaf = False
             mended: list[str] = []
             while not mended:
                 await asyncio.sleep(0.01)
-                mended = await lives.mend()
+                mended = await lives.upkeep.mend()
             assert (await again.answer("support"))[0] == 200 and not (await again.told())["failed"]
 
     asyncio.run(asyncio.wait_for(main(), 60))
@@ -195,7 +195,7 @@ def test_users_of_a_canary_that_has_failed_are_answered_by_the_live_version(
             lives = gateway.lives
             await lives.put("support", folders[0])
             put = await lives.put("support", folders[1], 0.999)
-            lives._fails(f"support@{put.version}", "it is gone")
+            lives.fails(f"support@{put.version}", "it is gone")
             assert (await gateway.answer("support"))[0] == 200
             assert gateway.lines()[-1]["arm"] == "live"
 
@@ -212,12 +212,12 @@ def test_what_the_engine_had_lost_is_asked_before_it_is_served_again(
             name = lives.registry.table.routes["support"].live.served
             asked = engine.answers[name]
             engine.folders.clear()
-            assert await lives.reconcile() == [name] and engine.answers[name] > asked
+            assert await lives.upkeep.reconcile() == [name] and engine.answers[name] > asked
             assert (await gateway.answer("support"))[0] == 200
             engine.folders.clear()
             engine.twisted = "base"
             with pytest.raises(WorkerFailed, match="wrong answers"):
-                await lives.reconcile()
+                await lives.upkeep.reconcile()
             assert (await gateway.answer("support"))[0] == 503, "another's weights answer nobody"
 
     asyncio.run(main())
@@ -280,7 +280,7 @@ def test_an_engine_that_does_not_answer_leaves_the_gateway_not_ready(engine: Pac
         async with gateway_of(engine, tmp_path) as gateway:
             gateway.lives.loader.url = f"http://127.0.0.1:{free_port()}"
             with pytest.raises(WorkerFailed):
-                await gateway.lives.begin()
+                await gateway.lives.upkeep.begin()
             assert not gateway.lives.ready
 
     asyncio.run(main())

@@ -219,7 +219,7 @@ def test_an_engine_that_dies_is_started_again_and_asked_before_it_answers(engine
             process = process_of(lives, name)
             process.kill()
             await comes(lambda: lives.engines.dead())
-            assert not await lives.mend(), "not at once: it may die again"
+            assert not await lives.upkeep.mend(), "not at once: it may die again"
             status, told = await gateway.answer("support")
             assert status == 503 and told["error"]["code"] == "adapter_failed" and name in told["error"]["message"]
             assert (await gateway.told())["failed"].keys() == {name}
@@ -227,7 +227,7 @@ def test_an_engine_that_dies_is_started_again_and_asked_before_it_answers(engine
             mended: list[str] = []
             while not mended:
                 await asyncio.sleep(0.01)
-                mended = await lives.mend()
+                mended = await lives.upkeep.mend()
             assert mended == [name] and (await gateway.answer("support"))[0] == 200
             assert len(set(starter.ports)) == len(starter.ports), "each has a port of its own"
             assert process_of(lives, name).pid != process.pid

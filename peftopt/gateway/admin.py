@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from peftopt import corpus
 from peftopt.corpus import Row
 from peftopt.errors import BAD_INPUT, BadInput, PeftoptError
+from peftopt.gateway import standing
 from peftopt.gateway.lives import Lives
 from peftopt.gateway.outcome import Outcome
 from peftopt.gateway.registry import shown
@@ -43,7 +44,7 @@ def application(
 
     @app.get("/adapters", summary="Routes and the versions behind them")
     async def listed() -> list[dict[str, Any]]:
-        return lives.listed()
+        return standing.rows(lives)
 
     @app.put("/adapters/{name}", summary="Put an adapter or a merged model: check it, load it, ask it, route it")
     async def put(

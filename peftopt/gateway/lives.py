@@ -11,7 +11,6 @@ it began with.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -19,8 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peftopt.corpus import Row
-from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, MissingEnvironment, WorkerFailed
-from peftopt.gateway import checks, copies, engines, merged
+from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, BadInput, WorkerFailed
+from peftopt.gateway import checks, engines, merged, standing
 from peftopt.gateway.asking import drawn
 from peftopt.gateway.backends import BASE
 from peftopt.gateway.engines import Engines
@@ -34,6 +33,7 @@ from peftopt.gateway.registry import Registry, Stored
 from peftopt.gateway.routes import Route, Table, Version
 from peftopt.gateway.trial import Terms
 from peftopt.gateway.trials import Trials
+from peftopt.gateway.upkeep import Upkeep
 from peftopt.records import Json
 
 PROMPTS = {
@@ -94,108 +94,14 @@ class Lives:
         """Waits until every process that answers users follows the routes."""
         self.trials = Trials(self)
         self._replaced: dict[str, float] = {}
-        self._one = asyncio.Lock()
+        self.upkeep = Upkeep(self)
+        self.one_at_a_time = asyncio.Lock()
+        """Held while something is loaded, asked for the first time, or unloaded."""
 
     @property
     def table(self) -> Table:
         """The routes as they are now."""
         return self.registry.table
-
-    # ---- the engine starts
-
-    async def begin(self) -> list[str]:
-        """Load every version that is on record, and ask all that is served. What is odd, a sentence each. A version
-        that does not load or does not answer is told in `failures`, and the others are served. Raises WorkerFailed for
-        an engine that does not answer, or answers wrongly."""
-        async with self._one:
-            self.ready = False
-            self.fingerprints.clear()
-            self.doubts.clear()
-            notes = self._bring()
-            for stored in list(self.registry.versions.values()):
-                notes += await self._reload(stored)
-            notes += await self._all_asked()
-            self._show()
-            self.ready = True
-            await self.published()
-            self.trials.resume()
-            return notes
-
-    def _bring(self) -> list[str]:
-        """Route what the engine brings under the names it has there now: another engine may have been before. What was
-        put over it stays, a sentence each."""
-        brought = {name: Version("", at_engine) for name, at_engine in self.brings.items()}
-        for name, route in list(self.registry.table.routes.items()):
-            now = route.bringing(brought.get(name))
-            if now != route:
-                self.registry.route(name, now)
-        for name, version in brought.items():
-            if name not in self.registry.table.routes:
-                self.registry.route(name, Route(version))
-        live = {name: self.registry.table.routes[name].live for name in brought}
-        return [
-            f"{name} is answered by {version.served}, put over what the gateway was started with; to go back: peftopt "
-            f"adapters remove {name}"
-            for name, version in live.items()
-            if version.id
-        ]
-
-    async def _reload(self, stored: Stored) -> list[str]:
-        """Load a version that is on record; what is odd about it, a sentence each."""
-        name = stored.version.served
-        if name not in self.registry.table.served():
-            # A crash came between its load and its route: nobody was ever answered by it.
-            await self.loader.unload(stored)
-            with contextlib.suppress(MissingEnvironment):  # a full disk: it is forgotten the next time
-                self.registry.forget(name)
-            return []
-        error = await self.loader.reload(stored)
-        if not error:
-            self.failures.clear(name)
-            return []
-        self._fails(name, error)
-        if await asyncio.to_thread(copies.whole, Path(stored.folder)):
-            return [f"{name} does not load: {error}"]
-        return [f"{name} cannot be loaded: {error}", *await self._without(stored)]
-
-    async def _without(self, stored: Stored) -> list[str]:
-        """Route a name without a version whose copy is damaged, where that can be; what was done."""
-        route = self.registry.table.routes[stored.name]
-        now = route.without(stored.version)
-        if now is None:
-            return [f"{stored.name} has no earlier version: it answers nobody until it is put again"]
-        with contextlib.suppress(MissingEnvironment):  # a full disk: it stays as it is, and is not answered
-            await self._change(stored.name, now)
-            return [f"{stored.name} is answered by {now.live.served}"]
-        return []
-
-    async def _all_asked(self) -> list[str]:
-        """Ask every version that is loaded, alone and then all at once; what is odd, a sentence each."""
-        all_names = dict.fromkeys([*self.brings.values(), *self.registry.table.served()])
-        served = [name for name in all_names if name not in self.failures]
-        self.tell(f"asking whether each answers as itself: {', '.join(served)}")
-        silent = []
-        for name in served:
-            try:
-                await self.loader.alone(name)
-            except WorkerFailed as error:
-                if untold(error):
-                    silent.append(name)
-                    self.loader.untold(name)
-                elif name in self.registry.versions:
-                    self._fails(name, error.message)
-                else:
-                    raise
-        if wrong := await self._mixed(served):
-            raise WorkerFailed("wrong answers", "; ".join(wrong[:3]), "run peftopt canary against the engine")
-        notes = [
-            f"no prompt tells {a} and {b} apart: a wrong answer between them would not be seen"
-            for a, b in self.fingerprints.alike()
-        ]
-        if silent:
-            what = f"nothing tells whether {', '.join(silent)} answer as themselves"
-            notes.append(f"{what}: the engine gives no log-probabilities. The log says certified: false of them")
-        return notes
 
     def failed(self) -> Mapping[str, str]:
         """Why versions do not answer, by their names among all that is served."""
@@ -234,7 +140,7 @@ class Lives:
         self._may_be_put(name, folder, weight, whole, engine)
         if terms and not (weight or terms.shadow or rows):
             raise BadInput("a trial has nothing to judge by", "write --canary 10%, --shadow 5% or --prompts FILE")
-        async with self._one:
+        async with self.one_at_a_time:
             engine = await asyncio.to_thread(self._checked, name, folder, engine) if whole else ""
             if not whole:
                 await asyncio.to_thread(checks.adapter, folder, self.settings.base, self.settings.max_rank)
@@ -302,7 +208,7 @@ class Lives:
             if not known:
                 await self.loader.alone(version.served)
             names = [*self.registry.table.served(), version.served]
-            wrong = await self._mixed(names, version.served)
+            wrong = await self.wrong(names, version.served)
             why = wrong[0] if wrong else ""
             if stored.engine and route and not why:
                 said, why = await self._as_adapter(stored, route)
@@ -336,7 +242,7 @@ class Lives:
             again = route and route.live == version  # it had failed, and the one before it is still there
             before = (route.previous if again else route.live) if route else None
             now = Route(version, previous=before)
-        await self._change(stored.name, now)
+        await self.change(stored.name, now)
         share = f" for {weight:.0%} of users" if weight else " nobody yet: it is on trial" if tried else ""
         doubt = self.fingerprints.doubt(version.served)
         return Outcome(ACCEPTED, f"{version.served} answers{share}{doubt}" + (f"; {said}" if said else ""), version.id)
@@ -375,7 +281,7 @@ class Lives:
         self.trials.end(name, f"{name} was removed")
         for version in route.versions():
             self._replaced.setdefault(version.served, 0.0)
-        self._show()
+        self.show()
         await self.published()
         left = await self.retire()
         said = f"{name} answers as at the start" if left_over else f"{name} is unloaded"
@@ -394,7 +300,7 @@ class Lives:
             now = turned(route)
         except LookupError as error:
             raise BadInput(f"{name}: {error}", "list what there is: peftopt adapters list") from error
-        await self._change(name, now)
+        await self.change(name, now)
         self.trials.end(name, f"an operator decided: {now.live.served} {said}")
         return Outcome(ACCEPTED, f"{now.live.served} {said}", now.live.id)
 
@@ -404,11 +310,6 @@ class Lives:
         if drawn(line, self.trials.shares.get(line.adapter, 0.0)):
             self.trials.shadow(line, path, asked)
 
-    async def wrong(self, names: Sequence[str]) -> list[str]:
-        """Which of some versions do not answer as themselves when all are asked at once. Raises WorkerFailed where
-        they do not answer."""
-        return await self._mixed(names)
-
     def doubt(self, name: str, why: str) -> None:
         """A version that answers users does not answer as itself. That is told; what to do is the operator's."""
         if self.doubts.get(name) == why:
@@ -417,19 +318,19 @@ class Lives:
         self.registry.tell("does not answer as itself", served=name, why=why)
         what = "it still answers users: peftopt adapters list, rollback and remove are yours"
         self.tell(f"WARNING: {name} does not answer as itself, twice in a row; {what}. {why}")
-        self._show()
+        self.show()
 
     def trust(self, name: str) -> None:
         """A version answers as itself."""
         if self.doubts.pop(name, ""):
             self.registry.tell("answers as itself again", served=name)
             self.tell(f"{name} answers as itself again")
-            self._show()
+            self.show()
 
     def refuse(self, name: str, why: str) -> None:
         """Let a version answer nobody until it answers as itself again. What the engine brought can only be told of."""
         if name in self.registry.versions:
-            self._fails(name, f"it does not answer as itself, twice in a row: {why}")
+            self.fails(name, f"it does not answer as itself, twice in a row: {why}")
         else:
             self.doubt(name, why)
 
@@ -448,83 +349,25 @@ class Lives:
         until = time.monotonic() + self.settings.drain_s
         while any(self.in_flight[name] for name in going) and time.monotonic() < until:
             await asyncio.sleep(0.05)
-        async with self._one:
+        async with self.one_at_a_time:
             gone = [stored for stored in self._not_needed() if stored.version.served in going]  # none was put again
             for stored in gone:
                 self.fingerprints.retire(stored.version.served)
             left = [why for stored in gone if (why := await self._unloaded(stored))]
-            self._show()
+            self.show()
             return left
 
     def _not_needed(self) -> list[Stored]:
         needed = self.registry.table.served()
         return [stored for name, stored in self.registry.versions.items() if name not in needed]
 
-    async def reconcile(self) -> list[str]:
-        """Load again what the engine has lost, as after a restart that nobody told of, and ask it before it is served;
-        what was missing. Raises WorkerFailed where wrong answers come of it."""
-        async with self._one:
-            listed = await self.loader.listed()
-            served = self.registry.table.served()
-            missing = [
-                name
-                for name, stored in self.registry.versions.items()
-                if name in served and name not in listed and name not in self.failures and not stored.engine
-            ]
-            for name in missing:
-                self._fails(name, "the engine has lost it: it is loaded again")
-            for name in missing:
-                await self._mended(name)
-            return missing
-
-    async def mend(self) -> list[str]:
-        """Try again what has failed, each when it is due, and engines that have died; what is served again."""
-        served = self.registry.table.served()
-        for name, why in self.engines.dead().items():
-            if name in served and name not in self.failures:
-                self.metrics.restarts.inc()
-                self._fails(name, f"its engine has died: {why}")
-        mended = []
-        if self.failures.due(time.monotonic()):
-            async with self._one:
-                for name in self.failures.due(time.monotonic()):
-                    if await self._mended(name):
-                        mended.append(name)
-        return mended
-
-    async def _mended(self, name: str) -> bool:
-        """Load a version again, ask it and those beside it, and let its route be answered; whether that went well."""
-        stored = self.registry.versions.get(name)
-        if stored is None or name not in self.registry.table.served():
-            self.failures.clear(name)
-            return False
-        if why := await self.loader.reload(stored):
-            self._fails(name, why)
-            return False
-        try:
-            if name not in self.fingerprints:
-                await self.loader.alone(name)
-            wrong = await self._mixed(self.registry.table.served(), name)
-        except WorkerFailed as error:
-            if not untold(error):
-                self._fails(name, error.message)
-                return False
-            wrong = []
-        if wrong:
-            self._fails(name, wrong[0])
-            raise WorkerFailed("wrong answers", f"after {name} was loaded again: {wrong[0]}")
-        self.failures.clear(name)
-        self._show()
-        await self.published()
-        return True
-
-    def _fails(self, name: str, why: str) -> None:
+    def fails(self, name: str, why: str) -> None:
         """A version answers nobody until it is mended. Users are told the first line of why: what an engine wrote is
         for operators."""
         self.failures.note(name, why.partition("\n")[0], time.monotonic())
         self.registry.tell("failed", served=name, why=why)
         self.tell(f"{name} has failed: {why}")
-        self._show()
+        self.show()
 
     # ---- the steps
 
@@ -538,9 +381,9 @@ class Lives:
         self.registry.forget(name)
         return wrong
 
-    async def _mixed(self, names: Iterable[str], new: str = "") -> list[str]:
-        """Ask all of them at once; whose answers are not their own. Of those that have failed, only the `new` one is
-        asked."""
+    async def wrong(self, names: Iterable[str], new: str = "") -> list[str]:
+        """Which of some versions do not answer as themselves when all are asked at once. Of those that have failed,
+        only the `new` one is asked. Raises WorkerFailed where they do not answer."""
         asked = [name for name in dict.fromkeys(names) if name == new or name not in self.failures]
         return await self.loader.mixed(asked)
 
@@ -560,7 +403,7 @@ class Lives:
                     return arm
         return ""
 
-    async def _change(self, name: str, route: Route) -> None:
+    async def change(self, name: str, route: Route) -> None:
         """Route a name another way, in one step, and note the state of each version."""
         before = self.registry.table.routes.get(name)
         self.registry.route(name, route)
@@ -572,54 +415,12 @@ class Lives:
                 self._replaced[served] = time.monotonic()
             if stored := self.registry.versions.get(served):
                 self.registry.keep(stored, state=state)
-        self._show()
+        self.show()
         await self.published()
 
-    def _show(self) -> None:
-        """What the metrics say of versions and arms."""
-        own = {(stored.name, stored.version.id) for stored in self.registry.versions.values()}
-        brought = {(name.partition("@")[0], "") for pair in self.brings.items() for name in pair}
-        self.metrics.keep(own | brought | {(name, "") for name in self.registry.table.routes})
-        self.metrics.adapter_info.clear()
-        self.metrics.arm_weight.clear()
-        for stored in self.registry.versions.values():
-            state = self._state(stored)
-            labels = (stored.name, stored.version.id, state, str(stored.rank), stored.base)
-            self.metrics.adapter_info.labels(*labels).set(1)
-        for name, route in self.registry.table.routes.items():
-            for arm, _, weight in route.arms():
-                if arm != "previous":
-                    self.metrics.arm_weight.labels(name, arm).set(weight)
-
-    def _state(self, stored: Stored) -> str:
-        """What the metrics say of a version."""
-        if stored.version.served in self.failures:
-            return "failed"
-        return "doubted" if stored.version.served in self.doubts else stored.state
-
-    def listed(self) -> list[dict[str, object]]:
-        """Routes and versions, for operators."""
-        rows: list[dict[str, object]] = []
-        for name, route in self.registry.table.routes.items():
-            for arm, version, weight in route.arms():
-                stored = self.registry.versions.get(version.served)
-                rows.append(
-                    {
-                        "name": name,
-                        "arm": arm,
-                        "version": version.id,
-                        "weight": round(weight, 6),
-                        "in_flight": self.in_flight[version.served],
-                        "rank": stored.rank if stored else None,
-                        "load_s": stored.switch_s if stored else None,
-                        "engine": stored.engine if stored else "",
-                        "url": version.url,
-                        "failed": self.failures.why(version.served),
-                        "doubted": self.doubts.get(version.served, ""),
-                        "certified": self.certified(version.served),
-                    }
-                )
-        return rows
+    def show(self) -> None:
+        """Let the metrics say what is served now."""
+        standing.show(self)
 
 
 async def _at_once() -> None:

@@ -250,7 +250,7 @@ class Gateway:
             seconds = time.perf_counter() - started
             self.metrics.loading.set(seconds)
             self.shared.settings.model_loading_time = seconds
-        for note in await lives.begin():
+        for note in await lives.upkeep.begin():
             self.tell(note)
         self.metrics.ready.set(1)
         self.tell(
@@ -317,10 +317,10 @@ class Gateway:
             answers = False
             with self._told():
                 if lives.ready:
-                    for name in await lives.reconcile():
+                    for name in await lives.upkeep.reconcile():
                         self.tell(f"the engine had lost {name}: it is loaded again")
                 else:  # a server of somebody else's that was away, or one of ours that did not answer as it should
-                    for note in await lives.begin():
+                    for note in await lives.upkeep.begin():
                         self.tell(note)
                 answers = True
             lives.ready = lives.ready and answers
@@ -353,7 +353,7 @@ class Gateway:
             await asyncio.sleep(LOOK_EVERY_S)
             if lives.ready:
                 with self._told():
-                    for name in await lives.mend():
+                    for name in await lives.upkeep.mend():
                         self.tell(f"{name} answers again")
 
     async def _recheck(self) -> None:

@@ -48,7 +48,7 @@ async def gateway_of(engine: Paced, where: Path, starter: Starter | None = None)
     lives = Lives(
         engine.url, open_registry(where / "state"), settings, Metrics(), {"base": "base"}, True, print, engines=own
     )
-    notes = await lives.begin()
+    notes = await lives.upkeep.begin()
     async with Upstream(engine.url, Timeouts()) as upstream:
         try:
             yield Gateway(lives, upstream, where / "log", notes)

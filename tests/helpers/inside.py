@@ -88,6 +88,6 @@ async def users_of(
 ) -> AsyncIterator[Users]:
     """Users of a gateway that has begun, its state and its log in the folder."""
     lives = lives_of(engine, folder / "state")
-    await lives.begin()
+    await lives.upkeep.begin()
     async with Upstream(engine.url, timeouts or Timeouts()) as upstream:
         yield Users(lives, upstream, folder / "log", running)
