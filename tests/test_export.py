@@ -175,6 +175,24 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     assert done.returncode == 0 and "peftopt.service" not in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments", [("--base", "b", "--log", "-", "--keys", "k"), ("--upstream", "http://e:1", "--admin-key-env", "KEY")]
+)
+def test_the_compose_file_follows_the_specification(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """By the schema of the Compose specification that comes with check-jsonschema; an unknown word fails."""
+    pytest.importorskip("check_jsonschema")
+    what = deployed(arguments, Target.COMPOSE, HERE)
+    text = files.compose(replace(what, gpus=1)).files[0].text
+
+    def checked(written: str) -> int:
+        (tmp_path / "compose.yaml").write_text(written)
+        check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml"]
+        return subprocess.run(check, cwd=tmp_path, capture_output=True).returncode
+
+    assert checked(text) == 0
+    assert checked(text.replace("healthcheck:", "healthchek:")) == 1
+
+
 def test_templates_are_in_the_wheel() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["peftopt"]
     packed = {file for pattern in data for file in (ROOT / "peftopt").glob(pattern)}
