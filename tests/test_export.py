@@ -279,6 +279,8 @@ def test_all_that_fits_a_run_is_written_and_a_page_says_what_each_is(
     for name in ("k8s/peftopt.yaml", "compose/compose.yaml"):
         text = (tmp_path / "out" / name).read_text()
         assert list(yaml.safe_load_all(text)) and f"# --limits decision: {USERS} requests run" in text
+    alerts = (tmp_path / "out" / "monitoring" / "alerts.yaml").read_text()
+    assert LIMIT in alerts and f"peftopt watch {run.name}" in alerts
     compile((tmp_path / "out" / "gunicorn" / "gunicorn.conf.py").read_text(), "gunicorn.conf.py", "exec")
     page = (tmp_path / "out" / "README.md").read_text()
     linked = re.findall(r"\]\(([^)]+)\)", page)
@@ -482,6 +484,7 @@ def test_a_run_without_limits_says_how_to_find_some(int8: Path, tmp_path: Path) 
         ("systemd",),
         ("RUN", "--variant", "nobody"),
         ("nowhere",),
+        ("monitoring", "--", "--base", "b"),
     ],
 )
 def test_words_that_say_nothing_to_export_are_refused(

@@ -284,7 +284,7 @@ def _notes(source: Source) -> list[Note]:
         Note("Alerts", 'ALERTS{alertname=~"Peftopt.*",alertstate="firing",severity="page"}', "{{alertname}}", "red"),
     ]
     if source.name == "gateway":
-        live = 'max by (adapter, version, state) (peftopt_adapter_info{state=~"live|canary"})'
+        live = 'max by (adapter, version, state) (peftopt_adapter_info{state=~"live|canary|doubted"})'
         before = live.replace("})", "} offset 2m)")
         notes.append(Note("Versions", f"{live}\n  unless {before}", "{{adapter}}@{{version}} is {{state}}", "blue"))
     return notes

@@ -53,7 +53,8 @@ def _answers() -> list[Alert]:
     """One answer with other weights is enough, and one out-of-memory. A version that was rejected at its check has
     answered no user, and is not loaded any more."""
     wrong = _new('peftopt_canary_answers_total{verdict=~"stale|wrong"}', "adapter, version, verdict")
-    gone = '(peftopt_canary_answers_total{version!=""} unless on (adapter, version) peftopt_adapter_info{state!="loading"})'
+    loaded = 'peftopt_adapter_info{state!="loading"}'
+    gone = f'(peftopt_canary_answers_total{{version!=""}} unless on (adapter, version) {loaded})'
     told = f'peftopt_canary_answers_total{{{OF},verdict="wrong"}}'
     return [
         Alert(
