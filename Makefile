@@ -5,6 +5,8 @@
 #               vLLM: some minutes, 5 GB); make test-engines runs their tests on the real thing
 # make mutants  changes the pure core, one small fault at a time, and counts what the tests notice; with SINCE=revision
 #               a sample of those on the lines that changed, which takes some minutes
+# make prometheus  fetches Prometheus and promtool from Debian into .venv (19 MB), for the tests of what export writes;
+#               without it they are skipped
 # make docs     builds the documentation into site/; a warning fails
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -18,7 +20,9 @@ PURE := layers docs thresholds stats recipe stopping evidence decide render stor
 # A verdict is a result, whichever it is: 0 accepted, 1 rejected, 3 undecided. Anything else went wrong.
 decide = $(BIN)/peftopt run $(1); code=$$?; case $$code in 0|1|3) ;; *) exit $$code ;; esac
 
-.PHONY: setup engines demo quick check test test-engines mutants docs clean
+PROMETHEUS := .venv/prometheus/usr/bin/promtool
+
+.PHONY: setup engines prometheus demo quick check test test-engines mutants docs clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -63,6 +67,16 @@ test: .venv/tested $(MODEL)/model.safetensors
 
 mutants: .venv/tested
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/mutants.py $(if $(SINCE),--changed $(SINCE) --sample 150 --minutes 3 --floor 0.75)
+
+prometheus: $(PROMETHEUS)
+
+# unpacked, not installed: that needs no root
+$(PROMETHEUS):
+	rm -rf .venv/prometheus
+	mkdir -p .venv/prometheus
+	cd .venv/prometheus && { apt-get -qq download prometheus || { apt-get -qq update && apt-get -qq download prometheus; }; }
+	cd .venv/prometheus && dpkg -x prometheus_*.deb . && rm prometheus_*.deb
+	touch $@
 
 .venv/docs: .venv/ready
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quantize,demo,serve,docs]'

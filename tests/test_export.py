@@ -175,6 +175,24 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     assert done.returncode == 0 and "peftopt.service" not in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments", [("--base", "b", "--log", "-", "--keys", "k"), ("--upstream", "http://e:1", "--admin-key-env", "KEY")]
+)
+def test_the_compose_file_follows_the_specification(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """By the schema of the Compose specification that comes with check-jsonschema; an unknown word fails."""
+    pytest.importorskip("check_jsonschema")
+    what = deployed(arguments, Target.COMPOSE, HERE)
+    text = files.compose(replace(what, gpus=1)).files[0].text
+
+    def checked(written: str) -> int:
+        (tmp_path / "compose.yaml").write_text(written)
+        check = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml"]
+        return subprocess.run(check, cwd=tmp_path, capture_output=True).returncode
+
+    assert checked(text) == 0
+    assert checked(text.replace("healthcheck:", "healthchek:")) == 1
+
+
 def test_templates_are_in_the_wheel() -> None:
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["peftopt"]
     packed = {file for pattern in data for file in (ROOT / "peftopt").glob(pattern)}
@@ -261,6 +279,8 @@ def test_all_that_fits_a_run_is_written_and_a_page_says_what_each_is(
     for name in ("k8s/peftopt.yaml", "compose/compose.yaml"):
         text = (tmp_path / "out" / name).read_text()
         assert list(yaml.safe_load_all(text)) and f"# --limits decision: {USERS} requests run" in text
+    alerts = (tmp_path / "out" / "monitoring" / "alerts.yaml").read_text()
+    assert LIMIT in alerts and f"peftopt watch {run.name}" in alerts
     compile((tmp_path / "out" / "gunicorn" / "gunicorn.conf.py").read_text(), "gunicorn.conf.py", "exec")
     page = (tmp_path / "out" / "README.md").read_text()
     linked = re.findall(r"\]\(([^)]+)\)", page)
@@ -464,6 +484,7 @@ def test_a_run_without_limits_says_how_to_find_some(int8: Path, tmp_path: Path) 
         ("systemd",),
         ("RUN", "--variant", "nobody"),
         ("nowhere",),
+        ("monitoring", "--", "--base", "b"),
     ],
 )
 def test_words_that_say_nothing_to_export_are_refused(

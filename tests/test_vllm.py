@@ -25,12 +25,14 @@ from helpers.remote_engine import Remote
 from helpers.tiny_models import make_lora
 
 from peftopt import corpus, environments, plugins
-from peftopt.deploy import reading
+from peftopt.deploy import monitoring, reading
 from peftopt.deploy import vllm as script
+from peftopt.deploy.monitoring.sources import VLLM, le
 from peftopt.engines import TOP_K, Scores, vllm
 from peftopt.errors import BadInput
 from peftopt.records import Model, Step
 from peftopt.runner import preflight
+from peftopt.watch.promise import Bound, Promise
 
 ROOT = Path(__file__).parent.parent
 BASE, ADAPTER = ROOT / "models" / "smollm2-135m-instruct", ROOT / "demo" / "adapter"
@@ -253,11 +255,27 @@ def serving(folder: Path, *flags: object) -> Iterator[str]:
 
 @real
 def test_serve_answers_until_it_is_interrupted(tmp_path: Path) -> None:
+    ask = {"model": "support", "prompt": "Hi", "max_tokens": 4}
     with serving(tmp_path, "--engine-only") as url:
         listed = httpx2.get(f"{url}/v1/models", trust_env=False).json()["data"]
+        assert httpx2.post(f"{url}/v1/completions", json=ask, trust_env=False, timeout=120).status_code == 200
+        metrics = httpx2.get(f"{url}/metrics", trust_env=False).text
     assert [model["id"] for model in listed] == ["base", "support"]
     with pytest.raises(httpx2.ConnectError):
         httpx2.get(url, trust_env=False)
+    check_what_is_monitored(metrics)
+
+
+def check_what_is_monitored(metrics: str) -> None:
+    """What `peftopt export` watches of vLLM is what this vLLM tells: the names, and the buckets' bounds."""
+    promise = Promise("run", "variant", tuple(Bound(time, time, 0.5, 0.05) for time in ("latency", "ttft", "tpot")))
+    files = {file.name: file.text for file in monitoring.exported(promise, "vllm").files}
+    told = set(re.findall(r"^([a-z0-9_:]+)\{", metrics, re.MULTILINE)) | set(VLLM.times.values())
+    for name in ("recording.yaml", "alerts.yaml", "dashboard.json", "slo.yaml"):
+        assert set(re.findall(r"vllm:[a-z0-9_]+", files[name])) - told == set()
+    for each, name in VLLM.times.items():
+        bounds = re.findall(rf'^{name}_bucket\{{.*le="([0-9.]+)"', metrics, re.MULTILINE)
+        assert {le(bound) for bound in VLLM.bounds[each]} == set(bounds)
 
 
 @real

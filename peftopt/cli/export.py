@@ -32,13 +32,21 @@ class Target(enum.StrEnum):
     COMPOSE = "compose"
     K8S = "k8s"
     GUNICORN = "gunicorn"
+    MONITORING = "monitoring"
+
+
+class Metrics(enum.StrEnum):
+    """Whose metrics production is monitored by."""
+
+    GATEWAY = "gateway"
+    VLLM = "vllm"
 
 
 ENGINES = (Target.VLLM, Target.SGLANG, Target.LLAMACPP)
 """Targets without the gateway."""
 WORDS = (
-    "TARGET: peftopt, vllm, sglang, llamacpp, systemd, compose, k8s, gunicorn; without it, all that fit. Then RUN, a "
-    "finished run; or -- and the options of `serve`, where the gateway is the target."
+    "TARGET: peftopt, vllm, sglang, llamacpp, systemd, compose, k8s, gunicorn, monitoring; without it, all that fit. "
+    "Then RUN, a finished run; or -- and the options of `serve`, where the gateway is the target."
 )
 
 
@@ -51,15 +59,19 @@ def export(
     gpus: Annotated[int, typer.Option(help="GPUs of the container (compose, k8s).")] = 0,
     cpus: Annotated[float, typer.Option(help="Cores that the container asks for (k8s).")] = 2.0,
     memory: Annotated[float, typer.Option(help="Memory of the container in GiB (compose, k8s).")] = 8.0,
+    metrics: Annotated[
+        Metrics, typer.Option(help="Whose metrics are watched: the gateway's, or those of a vLLM alone (monitoring).")
+    ] = Metrics.GATEWAY,
 ) -> None:
     """Write what starts the model that a run chose: launch scripts, a systemd unit, manifests. Each says which
-    measurement an option comes from. Without TARGET, all that fit the run."""
+    measurement an option comes from. And what it is monitored by: alert rules, a dashboard. Without TARGET, all that
+    fit the run."""
     from peftopt.cli.console import Console
 
     def contained(what: Deployed) -> Deployed:
         return replace(what, image=image, gpus=gpus, cpus=cpus, memory_gib=memory)
 
-    asked = _asked(words, variant)
+    asked = replace(_asked(words, variant), metrics=metrics)
     console = Console()
     if asked.target:
         exported = _exported(asked, asked.target, contained)
@@ -74,11 +86,13 @@ def export(
 
 @dataclass(frozen=True)
 class Asked:
-    """A `target`, None for all; the `words` of `serve`; and the run of them, None where they name another source."""
+    """A `target`, None for all; the `words` of `serve`; the run of them, None where they name another source; and whose
+    metrics are watched."""
 
     target: Target | None
     words: tuple[str, ...]
     run: Chosen | None
+    metrics: Metrics = Metrics.GATEWAY
 
 
 def _asked(words: Sequence[str], variant: str) -> Asked:
@@ -99,6 +113,8 @@ def _exported(asked: Asked, target: Target, contained: Callable[[Deployed], Depl
     """The files of one target. Raises BadInput for one that cannot serve what was chosen."""
     from peftopt.deploy import files, gateway, llamacpp, sglang, vllm
 
+    if target == Target.MONITORING:
+        return _monitoring(asked)
     if target not in ENGINES:
         what = contained(deployed(asked.words, target, here(), asked.run))
         return gateway.exported(what) if target == Target.PEFTOPT else files.TARGETS[target](what)
@@ -107,6 +123,17 @@ def _exported(asked: Asked, target: Target, contained: Callable[[Deployed], Depl
         raise BadInput(f"the target {target} takes a run and no options of serve", hint)
     scripts = {Target.VLLM: vllm.exported, Target.SGLANG: sglang.exported, Target.LLAMACPP: llamacpp.exported}
     return scripts[target](asked.run)
+
+
+def _monitoring(asked: Asked) -> Exported:
+    """What the run's decision is monitored by. Raises BadInput without a run, which has the limits."""
+    from peftopt.deploy import monitoring
+    from peftopt.watch import promised
+
+    options = parsed(asked.words)
+    if options.run is None:
+        raise BadInput("monitoring needs the limits of a run", "name one: peftopt export monitoring RUN --to DIR")
+    return monitoring.exported(promised.load(options.run, options.variant), asked.metrics.value)
 
 
 def _only_the_run(words: Sequence[str]) -> serve.Options:
@@ -125,7 +152,7 @@ def _all(asked: Asked, contained: Callable[[Deployed], Deployed]) -> Exported:
     assert asked.run
     exports: dict[str, Exported] = {}
     refusals: dict[str, str] = {}
-    for target in Target:
+    for target in [target for target in Target if target != Target.MONITORING]:
         try:
             exports[target] = _exported(asked, target, contained)
         except BadInput as error:
@@ -133,6 +160,7 @@ def _all(asked: Asked, contained: Callable[[Deployed], Deployed]) -> Exported:
     if not exports:
         whys = "; ".join(dict.fromkeys(refusals.values()))
         raise BadInput(f"nothing serves what was chosen: {whys}", "name another variant of the run: --variant")
+    exports[Target.MONITORING] = _monitoring(asked)
     written = [
         File(f"{target}/{file.name}", file.text) for target, exported in exports.items() for file in exported.files
     ]

@@ -19,6 +19,7 @@ WHAT = {
     "systemd": "the gateway as a unit of systemd",
     "compose": "the gateway by Docker Compose",
     "k8s": "the gateway on Kubernetes",
+    "monitoring": "what it is monitored by: alert rules and their tests, a dashboard, objectives",
 }
 """What the files of each target start."""
 
