@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx2
 import pytest
-from helpers.gateways import BIG_S, Gateway, changed, held, is_ready, serving
+from helpers.gateways import BIG_S, HTTP, Gateway, changed, held, is_ready, serving
 from helpers.paced import Paced, paced
 from helpers.waiting import wait_until
 
@@ -45,8 +44,8 @@ def test_an_answer_passes_as_it_is(gateway: Gateway, engine: Paced) -> None:
 
 def test_a_stream_passes_byte_for_byte(gateway: Gateway, engine: Paced) -> None:
     body = {"model": "base", "messages": [{"role": "user", "content": "s"}], "stream": True, "max_tokens": 5}
-    through = httpx2.post(f"{gateway.url}/v1/chat/completions", json=body, timeout=BIG_S)
-    direct = httpx2.post(f"{engine.url}/v1/chat/completions", json=body, timeout=BIG_S)
+    through = HTTP.post(f"{gateway.url}/v1/chat/completions", json=body)
+    direct = HTTP.post(f"{engine.url}/v1/chat/completions", json=body)
     assert through.content == direct.content and "event-stream" in through.headers["content-type"]
 
 
@@ -114,17 +113,17 @@ def test_what_goes_wrong_at_the_engine_is_told_and_counted_by_kind(gateway: Gate
     ],
 )
 def test_a_bad_request_gets_an_error_in_openais_form(gateway: Gateway, content: bytes, status: int, code: str) -> None:
-    answer = httpx2.post(f"{gateway.url}/v1/chat/completions", content=content, timeout=BIG_S)
+    answer = HTTP.post(f"{gateway.url}/v1/chat/completions", content=content)
     assert answer.status_code == status and answer.json()["error"]["code"] == code
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
 
 
 def test_paths_that_are_none_and_methods_that_are_none(gateway: Gateway) -> None:
-    assert httpx2.get(f"{gateway.url}/v1/files").status_code == 404
-    assert httpx2.get(f"{gateway.url}/v1/completions").status_code == 405
-    assert httpx2.get(f"{gateway.url}/adapters").status_code == 404, "operators have a socket of their own"
-    assert httpx2.get(f"{gateway.url}/health/live").status_code == 200
-    assert [m["id"] for m in httpx2.get(f"{gateway.url}/v1/models").json()["data"]] == ["base"]
+    assert HTTP.get(f"{gateway.url}/v1/files").status_code == 404
+    assert HTTP.get(f"{gateway.url}/v1/completions").status_code == 405
+    assert HTTP.get(f"{gateway.url}/adapters").status_code == 404, "operators have a socket of their own"
+    assert HTTP.get(f"{gateway.url}/health/live").status_code == 200
+    assert [m["id"] for m in HTTP.get(f"{gateway.url}/v1/models").json()["data"]] == ["base"]
 
 
 def test_a_head_without_an_end_is_refused_and_a_body_is_not_taken_for_one(gateway: Gateway) -> None:
@@ -192,7 +191,7 @@ def test_a_key_opens_what_its_line_names_and_nothing_else(engine: Paced, tmp_pat
         assert {key: answer.status_code for key, answer in asked.items()} == {"good": 200, "odd": 403, "none": 401}
         wait_until(lambda: any(line["key"] == "team" for line in gateway.lines()))
         headers = {"Authorization": "Bearer odd"}
-        assert httpx2.get(f"{gateway.url}/v1/models", headers=headers).json()["data"] == [], "it may ask none of them"
+        assert HTTP.get(f"{gateway.url}/v1/models", headers=headers).json()["data"] == [], "it may ask none of them"
         headers = {"Authorization": "Bearer slow"}
         assert [gateway.ask("x", headers=headers).status_code for _ in range(2)] == [200, 429]
         wait_until(lambda: gateway.metric("peftopt_refused_total") == 1)

@@ -18,6 +18,7 @@ import httpx2
 import psutil
 import pytest
 from helpers.gateway_parts import comes, gateway_of
+from helpers.gateways import HTTP
 from helpers.inside import adapter as adapter_of
 from helpers.paced import Paced, paced
 from helpers.waiting import wait_until
@@ -266,12 +267,12 @@ class Served:
     def ready(self) -> bool:
         assert self.process.poll() is None
         with contextlib.suppress(httpx2.HTTPError):
-            return httpx2.get(f"http://127.0.0.1:{self.port}/health/ready").status_code == 200
+            return HTTP.get(f"http://127.0.0.1:{self.port}/health/ready").status_code == 200
         return False
 
     def ask(self, model: str) -> int:
         body = {"model": model, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
-        return httpx2.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=300).status_code
+        return HTTP.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=300).status_code
 
     def operate(self, *arguments: object) -> Any:
         command = [sys.executable, "-m", "peftopt.cli", "adapters", *arguments, "--admin", self.admin, "--json"]

@@ -13,10 +13,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx2
 import psutil
 import pytest
-from helpers.gateways import BIG_S, Gateway, changed, held, is_ready, serving
+from helpers.gateways import BIG_S, HTTP, Gateway, changed, held, is_ready, serving
 from helpers.paced import Paced, paced
 from helpers.waiting import wait_until
 from hypothesis import given
@@ -54,7 +53,7 @@ def several(where: Path, engine: Paced, *arguments: object) -> Iterator[Gateway]
 
 def by_worker(gateway: Gateway) -> dict[str, float]:
     """Requests that run, by worker."""
-    lines = httpx2.get(f"{gateway.url}/metrics", timeout=BIG_S).text.splitlines()
+    lines = HTTP.get(f"{gateway.url}/metrics").text.splitlines()
     found = [line.rsplit(" ", 1) for line in lines if line.startswith("peftopt_running{")]
     return {name.partition('worker="')[2].rstrip('"}'): float(value) for name, value in found}
 

@@ -20,6 +20,8 @@ from helpers.waiting import wait_until
 from peftopt.engines._server import free_port
 
 BIG_S = 60.0
+HTTP = httpx2.Client(limits=httpx2.Limits(max_keepalive_connections=0), timeout=BIG_S, trust_env=False)
+"""Asks on a connection of its own each time, as other users do. A client for each would read all certificates again."""
 
 
 @dataclass
@@ -34,14 +36,14 @@ class Gateway:
     def ask(self, prompt: str = "hi", model: str = "base", **more: Any) -> httpx2.Response:
         headers = more.pop("headers", {})
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], **more}
-        return httpx2.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=BIG_S)
+        return HTTP.post(f"{self.url}/v1/chat/completions", json=body, headers=headers)
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples, whatever their labels."""
-        text = httpx2.get(f"{self.url}/metrics", timeout=BIG_S).text
+        text = HTTP.get(f"{self.url}/metrics").text
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}(\{{| )", line))
 
     def operate(self, *arguments: object) -> tuple[int, str]:
@@ -77,7 +79,7 @@ def serving(where: Path, *arguments: object, ready: bool = True) -> Iterator[Gat
 
 def is_ready(gateway: Gateway) -> bool:
     with contextlib.suppress(httpx2.HTTPError):
-        return httpx2.get(f"{gateway.url}/health/ready", timeout=5.0).status_code == 200
+        return HTTP.get(f"{gateway.url}/health/ready", timeout=5.0).status_code == 200
     return False
 
 
