@@ -312,7 +312,9 @@ def test_a_gateway_that_was_killed_serves_the_same_again(two: tuple[Path, Path],
 
 
 def test_what_the_engine_has_lost_is_loaded_again(two: tuple[Path, Path], tmp_path: Path) -> None:
-    with paced() as engine, serving(tmp_path, "--upstream", engine.url, "--adapters-from", tmp_path) as gateway:
+    soon = {"peftopt.gateway.run:RECONCILE_EVERY_S": 0.5}
+    options = ("--adapters-from", tmp_path)
+    with paced() as engine, serving(tmp_path, "--upstream", engine.url, *options, constants=soon) as gateway:
         gateway.operate("put", f"support={two[0]}")
         engine.folders.clear()
         wait_until(lambda: bool(engine.folders))
@@ -360,17 +362,17 @@ def test_a_canary_that_is_slower_is_rolled_back_by_its_rule(two: tuple[Path, Pat
     with paced() as engine, serving(tmp_path, "--upstream", engine.url, *options) as gateway:
         gateway.operate("put", f"support={first}")
         live = next(name for name in engine.folders)
-        over, users = threading.Event(), ThreadPoolExecutor(8)
+        over, users = threading.Event(), ThreadPoolExecutor(16)
 
         def user(number: int) -> None:
             while not over.is_set():
                 for name in set(engine.folders) - {live}:
-                    engine.slow[name] = 0.1
+                    engine.slow[name] = 0.4
                 gateway.ask("x", "support", user=f"user-{number}-{time.monotonic_ns()}", max_tokens=2)
 
-        traffic = [users.submit(user, number) for number in range(8)]
+        traffic = [users.submit(user, number) for number in range(16)]
         try:
-            asked = ("--canary", "50%", "--for", "300s", "--window", "1s", "--then", "promote")
+            asked = ("--canary", "50%", "--for", "300s", "--window", "0.5s", "--then", "promote")
             code, said = gateway.operate("put", f"support={second}", *asked)
         finally:
             over.set()

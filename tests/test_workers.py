@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -44,9 +45,9 @@ def two(tiny_lora: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def several(where: Path, engine: Paced, *arguments: object) -> Iterator[Gateway]:
+def several(where: Path, engine: Paced, *arguments: object, **more: Any) -> Iterator[Gateway]:
     """A gateway of two workers, which have both joined."""
-    with serving(where, "--upstream", engine.url, "--workers", WORKERS, *arguments) as gateway:
+    with serving(where, "--upstream", engine.url, "--workers", WORKERS, *arguments, **more) as gateway:
         wait_until(lambda: len(by_worker(gateway)) == WORKERS)
         yield gateway
 
@@ -173,7 +174,8 @@ def test_workers_end_with_a_supervisor_that_is_killed(engine: Paced, tmp_path: P
 def test_a_worker_that_follows_no_change_is_killed_and_the_change_is_made(
     engine: Paced, two: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    with several(tmp_path, engine, "--adapters-from", tmp_path) as gateway:
+    soon = {"peftopt.gateway.workers.supervisor:ACK_S": 5.0}
+    with several(tmp_path, engine, "--adapters-from", tmp_path, constants=soon) as gateway:
         stuck = processes(gateway)[0]
         stuck.send_signal(signal.SIGSTOP)
         assert gateway.operate("put", f"support={two[0]}")[0] == 0
@@ -202,19 +204,19 @@ def test_a_canary_is_judged_by_what_all_workers_hear(engine: Paced, two: tuple[P
     first, second = two
     with several(tmp_path, engine, "--adapters-from", tmp_path) as gateway:
         gateway.operate("put", f"support={first}")
-        live, over, users = next(iter(engine.folders)), threading.Event(), ThreadPoolExecutor(8)
+        live, over, users = next(iter(engine.folders)), threading.Event(), ThreadPoolExecutor(16)
 
         def user(number: int) -> None:
             n = 0
             while not over.is_set():
                 for name in set(engine.folders) - {live}:
-                    engine.slow[name] = 0.1
+                    engine.slow[name] = 0.4
                 gateway.ask("x", "support", user=f"user-{number}-{n}", max_tokens=2)
                 n += 1
 
-        traffic = [users.submit(user, number) for number in range(8)]
+        traffic = [users.submit(user, number) for number in range(16)]
         try:
-            asked = ("--canary", "50%", "--for", "300s", "--window", "1s")
+            asked = ("--canary", "50%", "--for", "300s", "--window", "0.5s")
             code, said = gateway.operate("put", f"support={second}", *asked)
         finally:
             over.set()

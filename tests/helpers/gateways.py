@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from helpers.forked import COMMANDS, Copy, engines
 from helpers.waiting import wait_until
 from peftopt.engines._server import free_port
 
@@ -31,7 +32,7 @@ class Gateway:
     url: str
     state: Path
     log: Path
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Copy
 
     def ask(self, prompt: str = "hi", model: str = "base", **more: Any) -> httpx2.Response:
         headers = more.pop("headers", {})
@@ -48,20 +49,23 @@ class Gateway:
 
     def operate(self, *arguments: object) -> tuple[int, str]:
         """An `adapters` verb: its exit code and what it printed."""
-        command = [sys.executable, "-m", "peftopt.cli", "adapters", *map(str, arguments)]
-        done = subprocess.run(
-            [*command, "--admin", f"unix:{self.state}/admin.sock"], capture_output=True, text=True, timeout=6 * BIG_S
-        )
-        return done.returncode, done.stdout + done.stderr
+        admin = ("--admin", f"unix:{self.state}/admin.sock")
+        return COMMANDS.output("peftopt.cli", "adapters", *arguments, *admin, timeout_s=6 * BIG_S)
 
 
 @contextlib.contextmanager
-def serving(where: Path, *arguments: object, ready: bool = True) -> Iterator[Gateway]:
-    """`peftopt serve` in a process of its own, until this ends."""
+def serving(
+    where: Path, *arguments: object, ready: bool = True, constants: Mapping[str, object] | None = None
+) -> Iterator[Gateway]:
+    """`peftopt serve` in a process of its own, until this ends; `constants`: other values than its modules have, by
+    "module:NAME", such as those of times that it waits."""
     port, state, log = free_port(), where / "state", where / "requests.jsonl"
-    command = [sys.executable, "-m", "peftopt.cli", "serve", "--port", port, "--state", state, "--log", log, *arguments]
-    said = (where / "said.txt").open("w")
-    process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, text=True)
+    command = ["peftopt.cli", "serve", "--port", port, "--state", state, "--log", log, *arguments]
+    with Path(os.devnull).open() as nothing, (where / "said.txt").open("w") as said:
+        streams = (nothing.fileno(), said.fileno(), said.fileno())
+        process = COMMANDS.copy(
+            command, streams, constants=constants, engines=engines() if "--upstream" not in arguments else None
+        )
     gateway = Gateway(f"http://127.0.0.1:{port}", state, log, process)
     try:
         if ready:
@@ -74,7 +78,6 @@ def serving(where: Path, *arguments: object, ready: bool = True) -> Iterator[Gat
         finally:
             process.kill()
             process.wait()
-            said.close()
 
 
 def is_ready(gateway: Gateway) -> bool:
