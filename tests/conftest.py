@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.forked_workers import First, starting_by
+from helpers.forked import COMMANDS, WORKERS, engines, starting_by
 from helpers.tiny_models import TEXTS, make_base, make_lora
 from hypothesis import settings
-
-from peftopt import machine
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no failure of what is tested
 settings.load_profile("untimed")
@@ -44,14 +42,11 @@ def compilers() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def forked_workers() -> Iterator[None]:
-    """Workers are copies of one process (helpers/forked_workers.py), but with a GPU, which copies cannot share."""
-    if machine.gpus():
+    """Workers are copies of one process (helpers/forked.py), but with a GPU, which copies cannot share."""
+    with starting_by(WORKERS.worker) if engines() else contextlib.nullcontext():
         yield
-        return
-    first = First()
-    with starting_by(first.popen):
-        yield
-    first.close()
+    COMMANDS.close()
+    WORKERS.close()
 
 
 @pytest.fixture(autouse=True)

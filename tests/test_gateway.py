@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx2
 import pytest
-from helpers.gateways import BIG_S, Gateway, changed, held, is_ready, serving
+from helpers.gateways import BIG_S, HTTP, Gateway, changed, held, is_ready, serving
 from helpers.paced import Paced, paced
 from helpers.waiting import wait_until
 
@@ -45,8 +44,8 @@ def test_an_answer_passes_as_it_is(gateway: Gateway, engine: Paced) -> None:
 
 def test_a_stream_passes_byte_for_byte(gateway: Gateway, engine: Paced) -> None:
     body = {"model": "base", "messages": [{"role": "user", "content": "s"}], "stream": True, "max_tokens": 5}
-    through = httpx2.post(f"{gateway.url}/v1/chat/completions", json=body, timeout=BIG_S)
-    direct = httpx2.post(f"{engine.url}/v1/chat/completions", json=body, timeout=BIG_S)
+    through = HTTP.post(f"{gateway.url}/v1/chat/completions", json=body)
+    direct = HTTP.post(f"{engine.url}/v1/chat/completions", json=body)
     assert through.content == direct.content and "event-stream" in through.headers["content-type"]
 
 
@@ -114,17 +113,17 @@ def test_what_goes_wrong_at_the_engine_is_told_and_counted_by_kind(gateway: Gate
     ],
 )
 def test_a_bad_request_gets_an_error_in_openais_form(gateway: Gateway, content: bytes, status: int, code: str) -> None:
-    answer = httpx2.post(f"{gateway.url}/v1/chat/completions", content=content, timeout=BIG_S)
+    answer = HTTP.post(f"{gateway.url}/v1/chat/completions", content=content)
     assert answer.status_code == status and answer.json()["error"]["code"] == code
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
 
 
 def test_paths_that_are_none_and_methods_that_are_none(gateway: Gateway) -> None:
-    assert httpx2.get(f"{gateway.url}/v1/files").status_code == 404
-    assert httpx2.get(f"{gateway.url}/v1/completions").status_code == 405
-    assert httpx2.get(f"{gateway.url}/adapters").status_code == 404, "operators have a socket of their own"
-    assert httpx2.get(f"{gateway.url}/health/live").status_code == 200
-    assert [m["id"] for m in httpx2.get(f"{gateway.url}/v1/models").json()["data"]] == ["base"]
+    assert HTTP.get(f"{gateway.url}/v1/files").status_code == 404
+    assert HTTP.get(f"{gateway.url}/v1/completions").status_code == 405
+    assert HTTP.get(f"{gateway.url}/adapters").status_code == 404, "operators have a socket of their own"
+    assert HTTP.get(f"{gateway.url}/health/live").status_code == 200
+    assert [m["id"] for m in HTTP.get(f"{gateway.url}/v1/models").json()["data"]] == ["base"]
 
 
 def test_a_head_without_an_end_is_refused_and_a_body_is_not_taken_for_one(gateway: Gateway) -> None:
@@ -192,7 +191,7 @@ def test_a_key_opens_what_its_line_names_and_nothing_else(engine: Paced, tmp_pat
         assert {key: answer.status_code for key, answer in asked.items()} == {"good": 200, "odd": 403, "none": 401}
         wait_until(lambda: any(line["key"] == "team" for line in gateway.lines()))
         headers = {"Authorization": "Bearer odd"}
-        assert httpx2.get(f"{gateway.url}/v1/models", headers=headers).json()["data"] == [], "it may ask none of them"
+        assert HTTP.get(f"{gateway.url}/v1/models", headers=headers).json()["data"] == [], "it may ask none of them"
         headers = {"Authorization": "Bearer slow"}
         assert [gateway.ask("x", headers=headers).status_code for _ in range(2)] == [200, 429]
         wait_until(lambda: gateway.metric("peftopt_refused_total") == 1)
@@ -313,7 +312,9 @@ def test_a_gateway_that_was_killed_serves_the_same_again(two: tuple[Path, Path],
 
 
 def test_what_the_engine_has_lost_is_loaded_again(two: tuple[Path, Path], tmp_path: Path) -> None:
-    with paced() as engine, serving(tmp_path, "--upstream", engine.url, "--adapters-from", tmp_path) as gateway:
+    soon = {"peftopt.gateway.run:RECONCILE_EVERY_S": 0.5}
+    options = ("--adapters-from", tmp_path)
+    with paced() as engine, serving(tmp_path, "--upstream", engine.url, *options, constants=soon) as gateway:
         gateway.operate("put", f"support={two[0]}")
         engine.folders.clear()
         wait_until(lambda: bool(engine.folders))
@@ -361,17 +362,17 @@ def test_a_canary_that_is_slower_is_rolled_back_by_its_rule(two: tuple[Path, Pat
     with paced() as engine, serving(tmp_path, "--upstream", engine.url, *options) as gateway:
         gateway.operate("put", f"support={first}")
         live = next(name for name in engine.folders)
-        over, users = threading.Event(), ThreadPoolExecutor(8)
+        over, users = threading.Event(), ThreadPoolExecutor(16)
 
         def user(number: int) -> None:
             while not over.is_set():
                 for name in set(engine.folders) - {live}:
-                    engine.slow[name] = 0.1
+                    engine.slow[name] = 0.4
                 gateway.ask("x", "support", user=f"user-{number}-{time.monotonic_ns()}", max_tokens=2)
 
-        traffic = [users.submit(user, number) for number in range(8)]
+        traffic = [users.submit(user, number) for number in range(16)]
         try:
-            asked = ("--canary", "50%", "--for", "300s", "--window", "1s", "--then", "promote")
+            asked = ("--canary", "50%", "--for", "300s", "--window", "0.5s", "--then", "promote")
             code, said = gateway.operate("put", f"support={second}", *asked)
         finally:
             over.set()

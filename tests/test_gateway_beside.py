@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -198,5 +199,29 @@ def test_prompts_wait_for_room_and_are_asked_when_there_is_some(engine: Paced, t
             users.shared.let_in(users.shared.admission.leave(user, 0, 1.0))
             await until(lambda: len(asked(engine)) == 6)
             lives.trials.end("support", "the test is over")
+
+    asyncio.run(main())
+
+
+def test_windows_that_a_request_closes_are_judged_at_the_next_look(
+    engine: Paced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under load it is a request, and seldom a look at the trial, that comes first in a new window."""
+
+    async def main() -> None:
+        async with users_of(engine, tmp_path) as users:
+            lives, now = users.shared.lives, 0.0
+            await lives.put("support", adapter(tmp_path / "a", 1))
+            await lives.put("support", adapter(tmp_path / "b", 2), 0.5, Terms(window_s=1.0, least=1))
+            monkeypatch.setattr(lives.trials, "_passed", lambda _: now)
+            await lives.trials.judge()
+            assert "support" in lives.trials
+            for window in range(40):
+                now = window + 0.5
+                lives.trials.heard(answered(), "user")
+                lives.trials.heard(replace(answered(), arm="canary", done=9.0), "user")
+            await lives.trials.judge()
+            ended = lives.registry.ended["support"]
+            assert ended.exit_code == REJECTED and "canary.latency" in ended.said
 
     asyncio.run(main())

@@ -18,6 +18,7 @@ import httpx2
 import psutil
 import pytest
 from helpers.gateway_parts import comes, gateway_of
+from helpers.gateways import HTTP
 from helpers.inside import adapter as adapter_of
 from helpers.paced import Paced, paced
 from helpers.waiting import wait_until
@@ -336,13 +337,13 @@ class Served:
     def ready(self) -> bool:
         assert self.process.poll() is None
         with contextlib.suppress(httpx2.HTTPError):
-            return httpx2.get(f"http://127.0.0.1:{self.port}/health/ready").status_code == 200
+            return HTTP.get(f"http://127.0.0.1:{self.port}/health/ready").status_code == 200
         return False
 
     def ask(self, model: str) -> str:
         """The name that the answer has for the model."""
         body = {"model": model, "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
-        answer = httpx2.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=300)
+        answer = HTTP.post(f"http://127.0.0.1:{self.port}/v1/chat/completions", json=body, timeout=300)
         return str(answer.raise_for_status().json()["model"])
 
     def operate(self, *arguments: object) -> Any:

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 import httpx2
 import pytest
-from helpers.gateways import BIG_S, Gateway, held, is_ready, serving
+from helpers.gateways import BIG_S, HTTP, Gateway, held, is_ready, serving
 from helpers.paced import Paced, paced
 from helpers.waiting import wait_until
 from hypothesis import given
@@ -152,7 +152,7 @@ def test_with_keys_the_metrics_are_the_operators(engine: Paced, tmp_path: Path, 
     options = ("--keys", tmp_path / "keys", "--workers", workers)
     with serving(tmp_path, "--upstream", engine.url, *options) as gateway:
         assert gateway.ask("x", headers=bearer("good")).status_code == 200
-        assert httpx2.get(f"{gateway.url}/metrics", headers=bearer("good")).status_code == 404
+        assert HTTP.get(f"{gateway.url}/metrics", headers=bearer("good")).status_code == 404
         with operators(gateway) as client:
             text = client.get("/metrics").text
         assert re.search(r'peftopt_requests_total\{.*code="200".*\} 1', text)
@@ -278,7 +278,7 @@ def test_texts_are_logged_only_where_that_is_asked_for(engine: Paced, tmp_path: 
     with serving(tmp_path, "--upstream", engine.url, "--log-text") as gateway:
         gateway.ask(f"hello {SECRETS[0]}", user="maria@example.org", max_tokens=3)
         half = rb'{"model": "base", "prompt": "half a letter \ud800", "stream": true, "max_tokens": 3}'
-        httpx2.post(f"{gateway.url}/v1/completions", content=half, timeout=BIG_S)
+        HTTP.post(f"{gateway.url}/v1/completions", content=half)
         wait_until(lambda: len(gateway.lines()) == 2)
         whole, streamed = gateway.lines()
         assert "hello" in whole["prompt"] and SECRETS[0] not in whole["prompt"]
@@ -336,10 +336,10 @@ def test_who_asks_twice_for_the_end_does_not_wait_for_the_drain(tmp_path: Path) 
         with held(gateway, 1):
             wait_until(lambda: engine.running == 1)
             gateway.process.send_signal(signal.SIGTERM)
-            wait_until(lambda: httpx2.get(f"{gateway.url}/health/ready", timeout=BIG_S).status_code == 503)
+            wait_until(lambda: HTTP.get(f"{gateway.url}/health/ready").status_code == 503)
             refused = gateway.ask("too late")
             assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
-            text = httpx2.get(f"{gateway.url}/metrics", timeout=BIG_S).text
+            text = HTTP.get(f"{gateway.url}/metrics").text
             assert re.search(r'peftopt_refused_total\{.*reason="draining".*\} 1', text)
             gateway.process.send_signal(signal.SIGTERM)
             assert gateway.process.wait(BIG_S) == 0

@@ -13,10 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx2
 import pytest
 from helpers.collector import attributes, collecting
-from helpers.gateways import BIG_S, changed, serving
+from helpers.gateways import BIG_S, HTTP, changed, serving
 from helpers.paced import Paced, paced
 from helpers.waiting import wait_until
 from hypothesis import given
@@ -253,7 +252,7 @@ def test_what_is_unloaded_leaves_the_metrics(tiny_lora: Path, tmp_path: Path) ->
         first = gateway.lines()[0]["version"]
 
         def told() -> bool:
-            return f'version="{first}"' in httpx2.get(f"{gateway.url}/metrics", timeout=BIG_S).text
+            return f'version="{first}"' in HTTP.get(f"{gateway.url}/metrics").text
 
         wait_until(lambda: not told())
         assert gateway.metric("peftopt_requests_total") >= 1

@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import httpx2
 import pytest
 from helpers.command_line import command, errors
 from helpers.finished_runs import FIRST_MS, USERS, finished_run
-from helpers.gateways import Gateway, held, serving
+from helpers.gateways import HTTP, Gateway, held, serving
 from helpers.paced import paced
 from helpers.waiting import wait_until
 
@@ -45,7 +44,7 @@ def test_the_chosen_variant_answers_and_says_what_decided_so(gateway: Gateway, r
     assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] >= 1
     decision = hashlib.sha256((run / "decision.json").read_bytes()).hexdigest()
     told = {"run": run.name, "variant": "merged", "decision": decision}
-    (model,) = httpx2.get(f"{gateway.url}/v1/models").json()["data"]
+    (model,) = HTTP.get(f"{gateway.url}/v1/models").json()["data"]
     assert model["id"] == "lora" and model["peftopt"] == told
     wait_until(lambda: bool(gateway.lines()))
     assert told.items() <= gateway.lines()[-1].items()
@@ -54,7 +53,7 @@ def test_the_chosen_variant_answers_and_says_what_decided_so(gateway: Gateway, r
 def test_it_answers_within_the_limits_that_the_run_measured(gateway: Gateway) -> None:
     """As the gauges say; and the limit of the run is the bound of a bucket."""
     gateway.ask("hello", model="lora", max_tokens=3, stream=True)
-    text = httpx2.get(f"{gateway.url}/metrics").text
+    text = HTTP.get(f"{gateway.url}/metrics").text
     assert f'peftopt_limit{{what="running"}} {float(USERS)}' in text
     assert re.search(r'peftopt_ttft_seconds_bucket\{.*le="0.77"', text)
 
@@ -62,7 +61,7 @@ def test_it_answers_within_the_limits_that_the_run_measured(gateway: Gateway) ->
 def test_another_variant_is_served_where_it_is_named(run: Path, tmp_path: Path) -> None:
     """The adapter stays apart: the base answers too, and it is not what the run decided on."""
     with serving(tmp_path, run, "--variant", "adapter", "--limits", "off") as gateway:
-        models = {each["id"]: each for each in httpx2.get(f"{gateway.url}/v1/models").json()["data"]}
+        models = {each["id"]: each for each in HTTP.get(f"{gateway.url}/v1/models").json()["data"]}
         assert models.keys() == {"base", "lora"}
         assert models["lora"]["peftopt"]["variant"] == "adapter" and "peftopt" not in models["base"]
         assert gateway.ask("hello", model="lora", max_tokens=2).status_code == 200

@@ -12,11 +12,11 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import httpx2
 import psutil
 import pytest
-from helpers.gateways import BIG_S, Gateway, changed, held, is_ready, serving
+from helpers.gateways import BIG_S, HTTP, Gateway, changed, held, is_ready, serving
 from helpers.paced import Paced, paced
 from helpers.waiting import wait_until
 from hypothesis import given
@@ -45,16 +45,16 @@ def two(tiny_lora: Path, tmp_path: Path) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def several(where: Path, engine: Paced, *arguments: object) -> Iterator[Gateway]:
+def several(where: Path, engine: Paced, *arguments: object, **more: Any) -> Iterator[Gateway]:
     """A gateway of two workers, which have both joined."""
-    with serving(where, "--upstream", engine.url, "--workers", WORKERS, *arguments) as gateway:
+    with serving(where, "--upstream", engine.url, "--workers", WORKERS, *arguments, **more) as gateway:
         wait_until(lambda: len(by_worker(gateway)) == WORKERS)
         yield gateway
 
 
 def by_worker(gateway: Gateway) -> dict[str, float]:
     """Requests that run, by worker."""
-    lines = httpx2.get(f"{gateway.url}/metrics", timeout=BIG_S).text.splitlines()
+    lines = HTTP.get(f"{gateway.url}/metrics").text.splitlines()
     found = [line.rsplit(" ", 1) for line in lines if line.startswith("peftopt_running{")]
     return {name.partition('worker="')[2].rstrip('"}'): float(value) for name, value in found}
 
@@ -190,7 +190,8 @@ def test_workers_end_with_a_supervisor_that_is_killed(engine: Paced, tmp_path: P
 def test_a_worker_that_follows_no_change_is_killed_and_the_change_is_made(
     engine: Paced, two: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    with several(tmp_path, engine, "--adapters-from", tmp_path) as gateway:
+    soon = {"peftopt.gateway.workers.supervisor:ACK_S": 5.0}
+    with several(tmp_path, engine, "--adapters-from", tmp_path, constants=soon) as gateway:
         stuck = processes(gateway)[0]
         stuck.send_signal(signal.SIGSTOP)
         assert gateway.operate("put", f"support={two[0]}")[0] == 0
@@ -219,19 +220,19 @@ def test_a_canary_is_judged_by_what_all_workers_hear(engine: Paced, two: tuple[P
     first, second = two
     with several(tmp_path, engine, "--adapters-from", tmp_path) as gateway:
         gateway.operate("put", f"support={first}")
-        live, over, users = next(iter(engine.folders)), threading.Event(), ThreadPoolExecutor(8)
+        live, over, users = next(iter(engine.folders)), threading.Event(), ThreadPoolExecutor(16)
 
         def user(number: int) -> None:
             n = 0
             while not over.is_set():
                 for name in set(engine.folders) - {live}:
-                    engine.slow[name] = 0.1
+                    engine.slow[name] = 0.4
                 gateway.ask("x", "support", user=f"user-{number}-{n}", max_tokens=2)
                 n += 1
 
-        traffic = [users.submit(user, number) for number in range(8)]
+        traffic = [users.submit(user, number) for number in range(16)]
         try:
-            asked = ("--canary", "50%", "--for", "300s", "--window", "1s")
+            asked = ("--canary", "50%", "--for", "300s", "--window", "0.5s")
             code, said = gateway.operate("put", f"support={second}", *asked)
         finally:
             over.set()

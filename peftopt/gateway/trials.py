@@ -53,6 +53,8 @@ class Trials:
         """When each is asked next whether it answers as itself (monotonic)."""
         self._news: set[str] = set()
         """Trials of which something has been seen since they were judged."""
+        self._judged: dict[str, tuple[int, int]] = {}
+        """How many windows and pairs of requests each was last judged by."""
         self._tasks: dict[str, set[asyncio.Task[None]]] = {}
         self._shadows = 0
 
@@ -98,7 +100,7 @@ class Trials:
         """Ask nothing more for a trial."""
         for task in self._tasks.pop(name, set()):
             task.cancel()
-        for kept in (self._prompts, self._began, self._itself):
+        for kept in (self._prompts, self._began, self._itself, self._judged):
             kept.pop(name, None)
         self._news.discard(name)
         self._tasks[name] = set()
@@ -237,14 +239,15 @@ class Trials:
             if route is None or route.canary is None or route.canary.served != trial.version:
                 self.end(name, "it has no canary any more")
                 continue
-            windows = len(trial.windows.ratios), trial.windows.failed.n
             trial.passed_s = self._passed(name)
             trial.windows.close(trial.passed_s)
             await self._ask_itself(name, trial)
-            fresh = name in self._news or windows != (len(trial.windows.ratios), trial.windows.failed.n)
+            windows = len(trial.windows.ratios), trial.windows.failed.n
+            fresh = name in self._news or windows != self._judged.get(name)
             if self.registry.trials.get(name) is not trial or not (fresh or trial.over):
                 continue
             self._news.discard(name)
+            self._judged[name] = windows
             self._save()
             labelled = self._labelled(name)
             if trial.over or trial.judge(labelled, brief=True).outcome != "inconclusive":

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from helpers.forked import COMMANDS, Copy, engines
 from helpers.waiting import wait_until
 from peftopt.engines._server import free_port
 from peftopt.loadtest.arrivals import SERVE_CHECK, SERVE_LOG
 
 BIG_S = 60.0
+HTTP = httpx2.Client(limits=httpx2.Limits(max_keepalive_connections=0), timeout=BIG_S, trust_env=False)
+"""Asks on a connection of its own each time, as other users do. A client for each would read all certificates again."""
 
 
 @dataclass
@@ -30,12 +33,12 @@ class Gateway:
     url: str
     state: Path
     log: Path
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Copy
 
     def ask(self, prompt: str = "hi", model: str = "base", **more: Any) -> httpx2.Response:
         headers = more.pop("headers", {})
         body = {"model": model, "messages": [{"role": "user", "content": prompt}], **more}
-        return httpx2.post(f"{self.url}/v1/chat/completions", json=body, headers=headers, timeout=BIG_S)
+        return HTTP.post(f"{self.url}/v1/chat/completions", json=body, headers=headers)
 
     def lines(self, kind: str = SERVE_LOG) -> list[dict[str, Any]]:
         """The lines of users' requests, or of another kind."""
@@ -48,25 +51,28 @@ class Gateway:
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples, whatever their labels."""
-        text = httpx2.get(f"{self.url}/metrics", timeout=BIG_S).text
+        text = HTTP.get(f"{self.url}/metrics").text
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if re.match(rf"{name}(\{{| )", line))
 
     def operate(self, *arguments: object) -> tuple[int, str]:
         """An `adapters` verb: its exit code and what it printed."""
-        command = [sys.executable, "-m", "peftopt.cli", "adapters", *map(str, arguments)]
-        done = subprocess.run(
-            [*command, "--admin", f"unix:{self.state}/admin.sock"], capture_output=True, text=True, timeout=6 * BIG_S
-        )
-        return done.returncode, done.stdout + done.stderr
+        admin = ("--admin", f"unix:{self.state}/admin.sock")
+        return COMMANDS.output("peftopt.cli", "adapters", *arguments, *admin, timeout_s=6 * BIG_S)
 
 
 @contextlib.contextmanager
-def serving(where: Path, *arguments: object, ready: bool = True) -> Iterator[Gateway]:
-    """`peftopt serve` in a process of its own, until this ends."""
+def serving(
+    where: Path, *arguments: object, ready: bool = True, constants: Mapping[str, object] | None = None
+) -> Iterator[Gateway]:
+    """`peftopt serve` in a process of its own, until this ends; `constants`: other values than its modules have, by
+    "module:NAME", such as those of times that it waits."""
     port, state, log = free_port(), where / "state", where / "requests.jsonl"
-    command = [sys.executable, "-m", "peftopt.cli", "serve", "--port", port, "--state", state, "--log", log, *arguments]
-    said = (where / "said.txt").open("w")
-    process = subprocess.Popen(list(map(str, command)), stdout=said, stderr=said, text=True)
+    command = ["peftopt.cli", "serve", "--port", port, "--state", state, "--log", log, *arguments]
+    with Path(os.devnull).open() as nothing, (where / "said.txt").open("w") as said:
+        streams = (nothing.fileno(), said.fileno(), said.fileno())
+        process = COMMANDS.copy(
+            command, streams, constants=constants, engines=engines() if "--upstream" not in arguments else None
+        )
     gateway = Gateway(f"http://127.0.0.1:{port}", state, log, process)
     try:
         if ready:
@@ -79,12 +85,11 @@ def serving(where: Path, *arguments: object, ready: bool = True) -> Iterator[Gat
         finally:
             process.kill()
             process.wait()
-            said.close()
 
 
 def is_ready(gateway: Gateway) -> bool:
     with contextlib.suppress(httpx2.HTTPError):
-        return httpx2.get(f"{gateway.url}/health/ready", timeout=5.0).status_code == 200
+        return HTTP.get(f"{gateway.url}/health/ready", timeout=5.0).status_code == 200
     return False
 
 
