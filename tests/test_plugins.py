@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -287,8 +287,9 @@ def test_words_that_are_not_the_adapters_are_told(tiny_base: Path, tiny_lora: Pa
 
 
 @pytest.fixture(scope="module")
-def opened(tiny_base_fp32: Path, tiny_lora: Path, built: Any) -> Any:
-    """Open each engine once, in fp32 with the LoRA unmerged (greedy answers are then exact)."""
+def opened(tiny_base_fp32: Path, tiny_lora: Path, built: Any) -> Iterator[Any]:
+    """Open each engine once, in fp32 with the LoRA unmerged (greedy answers are then exact). Each is closed at the end:
+    a thread that still generates would keep this process."""
     done: dict[str, Any] = {}
 
     def get(name: str) -> Any:
@@ -297,7 +298,9 @@ def opened(tiny_base_fp32: Path, tiny_lora: Path, built: Any) -> Any:
             done[name] = plugin.open(Model(str(tiny_base_fp32), (str(tiny_lora),)), plugin.Params())
         return done[name]
 
-    return get
+    yield get
+    for engine in done.values():
+        engine.close()
 
 
 @pytest.mark.parametrize("name", LOCAL_ENGINES)

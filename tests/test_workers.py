@@ -140,7 +140,7 @@ def test_what_dead_workers_have_counted_of_a_version_goes_with_the_version(
         wait_until(lambda: gateway.metric("peftopt_worker_restarts_total") == WORKERS == len(by_worker(gateway)))
         assert gateway.metric("peftopt_requests_total") > 0, "a sum never falls"
         assert gateway.operate("remove", "support")[0] == 0
-        assert 'adapter="support"' not in httpx2.get(f"{gateway.url}/metrics", timeout=BIG_S).text
+        assert 'adapter="support"' not in HTTP.get(f"{gateway.url}/metrics", timeout=BIG_S).text
 
 
 def test_a_worker_that_is_killed_is_started_again_and_the_others_go_on(engine: Paced, tmp_path: Path) -> None:
