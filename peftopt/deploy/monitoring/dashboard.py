@@ -163,8 +163,8 @@ def _gateway(promise: Promise) -> Sequence[Row]:
             "Memory of the engine",
             "bytes",
             (
-                Query("peftopt_gpu_memory_reserved_bytes", "reserved ({{source}})"),
-                Query("peftopt_gpu_memory_allocated_bytes", "allocated ({{source}})"),
+                Query("peftopt_gpu_memory_reserved_bytes", "{{engine}} reserved ({{source}})"),
+                Query("peftopt_gpu_memory_allocated_bytes", "{{engine}} allocated ({{source}})"),
             ),
             "Reserved: what it holds. Allocated: what its tensors have; derived: weights and KV cache in use.",
         ),
@@ -184,7 +184,7 @@ def _gateway(promise: Promise) -> Sequence[Row]:
 
 
 def _share(title: str, expr: str, about: str = "") -> Panel:
-    return Panel(title, "percentunit", (Query(expr, "{{instance}}"),), about, most=1.0)
+    return Panel(title, "percentunit", (Query(expr, "{{instance}} {{engine}}"),), about, most=1.0)
 
 
 def _versions(chosen: str) -> Row:
