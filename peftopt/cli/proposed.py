@@ -20,7 +20,8 @@ PROMPTS = "traffic.jsonl"
 
 
 def propose(run: Path, history: History, logs: Sequence[Path], file: Path | None, console: Console) -> None:
-    """Print the recipe, or write it to the file and its prompts beside that. A file that is there is left as it is."""
+    """Print the recipe, or write it to the file and its prompts beside that. A file that is there is left as it is.
+    Raises MissingEnvironment where it cannot be written."""
     source = run / "recipe.yaml"
     if not (source.is_file() and (run / "plan.json").is_file()):
         console.tell(f"{run} keeps no recipe: run one with the log's prompts as its workload")
@@ -35,8 +36,8 @@ def propose(run: Path, history: History, logs: Sequence[Path], file: Path | None
     named = str(prompts.resolve() if file else prompts) if rows else ""
     text = "\n".join((*_comment(run, traffic), proposal.recipe(read_text(source), folder, traffic, named)))
     if file is None:
-        console.tell("the recipe to run next; --propose FILE writes it, and its prompts:")
-        console.tell(text)
+        console.tell("the recipe to run next; --propose FILE writes it, and its prompts")
+        console.say(f"\n{text}")
         return
     try:
         if rows:

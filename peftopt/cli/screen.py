@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -17,7 +18,7 @@ from peftopt.watch import history as histories
 from peftopt.watch.history import NO_FIGURES, Figures
 from peftopt.watch.running import Heard, Watch
 from peftopt.watch.spans import Engine, Time
-from peftopt.watch.watching import Gauge, Outcome
+from peftopt.watch.watching import Alarm, Gauge, Outcome
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 UNKNOWN = "—"
@@ -28,7 +29,11 @@ SPARKED = 6
 """With more adapters than this each has a line of its own, without sparklines."""
 
 SHOWN, ALARMS_SHOWN = 8, 5
-BAR = 10
+"""The detectors that are shown, half as many on less than ROOMY columns, and the alarms."""
+
+ROOMY = 100
+BAR, WIDE = 10, 130
+"""Characters of a bar, and of the screen at most."""
 
 WORDS: dict[Outcome, tuple[str, str]] = {
     "nothing shown": ("nothing shows that production is not what was decided", "green"),
@@ -54,7 +59,7 @@ class About:
 
 def screen(watch: Watch, about: About, width: int) -> Group:
     """All of it, for a terminal of so many columns."""
-    return Group(*_parts(watch, about, width))
+    return Group(*_parts(watch, about, min(width, WIDE)))
 
 
 def _parts(watch: Watch, about: About, width: int) -> Iterator[RenderableType]:
@@ -66,13 +71,11 @@ def _parts(watch: Watch, about: About, width: int) -> Iterator[RenderableType]:
         yield Text()
         yield _engine(watch, max(NARROWEST, min(WIDEST, (width - 8) // 6 - 2)))
     if watch.watching.gauges:
-        yield Text()
+        yield Text("\nnearest to an alarm", style="bold")
         yield _gauges(watch.watching.gauges, width)
     if watch.alarms:
         yield Text("\nlast alarms", style="bold")
-        for alarm in list(watch.alarms)[-ALARMS_SHOWN:]:
-            who = f"{alarm.kind} {alarm.adapter}".strip()
-            yield Text.assemble((f"  {clock(alarm.at)}  ", "dim"), (f"{who}: ", "red"), alarm.what)
+        yield from _alarms(watch.alarms)
     notes = [f"not watched: {each}" for each in about.unwatched]
     notes += [*about.notices, *([f"left out: {about.left_out}"] if about.left_out else [])]
     if notes:
@@ -83,13 +86,13 @@ def _parts(watch: Watch, about: About, width: int) -> Iterator[RenderableType]:
 
 def _head(watch: Watch, about: About) -> Text:
     words, style = WORDS[watch.watching.outcome]
-    until = f" until {clock(watch.history.ended[-1])}" if watch.history.ended else ""
+    until = f", until {clock(watch.history.ended[-1])}" if watch.history.ended else ""
     return Text.assemble(
         ("peftopt watch ", "bold"),
         f"{watch.promise.run}, {watch.promise.variant}\n",
         (words, style),
         "\n",
-        (f"{about.source}{until}, windows of {about.every}\n{about.budget}", "dim"),
+        (f"{about.source}\nwindows of {about.every}{until}\n{about.budget}", "dim"),
     )
 
 
@@ -193,19 +196,33 @@ def spark(values: Iterable[float | None], width: int, limit: float | None = None
 
 
 def _gauges(gauges: Sequence[Gauge], width: int) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", width=width)
-    table.add_column("nearest to an alarm", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("", overflow="ellipsis", no_wrap=True, max_width=14)
-    table.add_column("", overflow="ellipsis", no_wrap=True, ratio=1)
-    for gauge in gauges[:SHOWN]:
+    table = Table(box=None, pad_edge=False, show_header=False, width=width)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="ellipsis", no_wrap=True, max_width=24)
+    table.add_column(overflow="fold", ratio=1)
+    shown = SHOWN if width >= ROOMY else SHOWN // 2
+    for gauge in gauges[:shown]:
         full = round(BAR * min(1.0, max(0.0, gauge.nearness)))
         style = "red" if gauge.nearness > 0.8 else "yellow" if gauge.nearness > 0.5 else "green"
         bar = Text.assemble(("█" * full, style), ("░" * (BAR - full), "dim"), f" {percent(gauge.nearness):>5}")
-        table.add_row(bar, gauge.kind, Text(gauge.adapter), Text(gauge.seen or gauge.name))
-    if len(gauges) > SHOWN:
-        table.add_row(Text(f"and {len(gauges) - SHOWN} more", style="dim"))
+        table.add_row(bar, Text(f"{gauge.kind} {gauge.adapter}".strip()), Text(gauge.seen or gauge.name))
+    if len(gauges) > shown:
+        table.add_row(Text(f"and {len(gauges) - shown} more", style="dim"))
     return table
+
+
+def _alarms(alarms: Iterable[Alarm]) -> Iterator[RenderableType]:
+    """The last alarm of each detector, the newest at the end, and how often it came."""
+    by_detector: dict[tuple[str, str, str], list[Alarm]] = {}
+    for alarm in sorted(alarms, key=lambda alarm: alarm.at):
+        same = by_detector.pop((alarm.kind, alarm.name, alarm.adapter), [])
+        by_detector[alarm.kind, alarm.name, alarm.adapter] = [*same, alarm]
+    for same in list(by_detector.values())[-ALARMS_SHOWN:]:
+        last = same[-1]
+        who = f"{last.kind} {last.adapter}".strip()
+        again = f" ({len(same)} times since {clock(same[0].at)})" if len(same) > 1 else ""
+        text = Text.assemble((f"{clock(last.at)} ", "dim"), (f"{who} ", "red"), last.what, (again, "dim"))
+        yield Padding(text, (0, 0, 0, 2))
 
 
 # ---- lines ---------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ class Session:
             print(json.dumps({**ended, **told, "left_out": dict(self.reading.left_out)}))
         elif not self.options.once:
             self.console.say(*screen.WORDS[outcome])
-        if "range" in self.kinds:
+        if "range" in self.kinds and (self.options.propose or not self.options.as_json):
             run, logs, file = self.options.run, self.options.logs, self.options.propose
             proposed.propose(run, self.watch.history, logs, file, self.console)
         elif self.options.propose:

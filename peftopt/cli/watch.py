@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peftopt.cli.shared import AsJson, app, options_from, seconds
-from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.errors import BadInput
 
 if TYPE_CHECKING:
     from peftopt.records import Json
@@ -125,7 +125,4 @@ def _reading(options: Options, promise: Promise, every_s: float, position: Json)
     if options.prometheus:
         since_s = seconds(options.since or SINCE)
         return Prometheus(options.prometheus, promise, every_s, since_s, position, options.select, key)
-    for log in options.logs:
-        if not log.is_file():
-            raise MissingEnvironment(f"there is no log {log}", "peftopt serve writes one with --log FILE")
-    return Log(options.logs, promise, every_s, position)
+    return Log(options.logs, promise, every_s, position or None)

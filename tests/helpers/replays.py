@@ -13,6 +13,7 @@ from typing import Any
 
 from helpers.records import EAGER, MERGE, RULES, decide, quality
 from peftopt import report, store
+from peftopt.loadtest.arrivals import SERVE_CHECK
 from peftopt.loadtest.moments import utc
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
@@ -25,8 +26,8 @@ REQUIRE = ("latency.p95@chat <= 8 s", "ttft.p95@chat <= 800 ms")
 ARMS = {"canary": "merged", "live": "adapter"}
 """Whose lines the arms of that log are: the merged model was tried beside the adapter."""
 
-BEGINS = 1_795_900_000.0
-"""When a replay begins, in seconds since 1970: after that log."""
+BEGINS = 1_795_400_000.0
+"""When a replay begins, in seconds since 1970: before this one."""
 
 Line = dict[str, Any]
 Fault = Callable[[Line], list[Line]]
@@ -144,7 +145,7 @@ def stale(share: float) -> Fault:
 def check(line: Line, verdict: str) -> Line:
     """A check of the version that answered, right after it."""
     about = {name: line[name] for name in ("ts", "timestamp", "adapter", "version")}
-    return {"kind": "peftopt.serve check", **about, "verdict": verdict, "distance": 0.5 if verdict == "own" else 9.0}
+    return {"kind": SERVE_CHECK, **about, "verdict": verdict, "distance": 0.5 if verdict == "own" else 9.0}
 
 
 def longer_prompts(times: float) -> Fault:

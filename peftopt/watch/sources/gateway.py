@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from peftopt.watch.promise import Promise
 from peftopt.watch.sources.alike import alike
@@ -30,6 +31,8 @@ NAMES = (
     *(FRAGMENTATION, UTILIZATION, SWITCHES, OVERHEAD),
 )
 """The samples that are read."""
+
+VERDICTS: tuple[Literal["own", "stale", "wrong", "unclear"], ...] = ("own", "stale", "wrong", "unclear")
 
 THEIRS = ("cancelled", "request")
 """Kinds of errors that are the client's."""
@@ -72,9 +75,9 @@ def _of_adapter(grown: Growth, adapter: str, running: list[float | None], promis
 def _checks(grown: Growth, adapter: str) -> tuple[Check, ...]:
     checks: list[Check] = []
     for version in grown.by(CHECKS, "version", adapter=adapter):
-        for verdict, n in grown.by(CHECKS, "verdict", adapter=adapter, version=version).items():
-            if verdict in ("own", "stale", "wrong", "unclear"):
-                checks += [Check(version, verdict)] * round(n)
+        which = {"adapter": adapter, "version": version}
+        for verdict in VERDICTS:
+            checks += [Check(version, verdict)] * round(grown.total(CHECKS, verdict=verdict, **which))
     return tuple(checks)
 
 
