@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -60,7 +61,7 @@ def _row(run: Path, log: Path, name: str, hours: float, seed: int) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def watched(run: Path, log: Path) -> tuple[int, list[dict[str, object]]]:
+def watched(run: Path, log: Path) -> tuple[int, list[dict[str, Any]]]:
     """The exit code of `peftopt watch --once`, and what it printed."""
     state = log.with_suffix(".state")
     state.unlink(missing_ok=True)

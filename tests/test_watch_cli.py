@@ -21,6 +21,8 @@ from helpers.paced import paced
 from helpers.prometheus import prometheus, recorded
 from helpers.waiting import wait_until
 
+from peftopt.watch import running
+
 HOURS = 4.0
 SLACK_S = 60.0
 """A window may hold requests of both sides of a fault's beginning."""
@@ -68,6 +70,7 @@ def test_a_planted_fault_is_named_rightly_and_nothing_else_is(
     watched = Watched(capsys, run, "--variant", "merged", "--logs", log, "--state", tmp_path / "state")
     assert watched.kinds <= expected and bool(watched.kinds) == bool(expected)
     assert watched.code == (0 if fault is None else 3 if expected == {"range"} else 1)
+    assert {alarm["name"] for alarm in watched.of("alarm") if alarm["detector"] == "errors"} <= {"oom"}
     begins = replays.BEGINS + 1800 * HOURS
     assert all(alarm["at"] >= begins - SLACK_S and alarm["adapter"] == "triage" for alarm in watched.of("alarm"))
 
@@ -202,7 +205,7 @@ def test_nothing_to_read_is_said_with_what_to_do(
         (["--server", "http://x", "--prometheus", "http://y"], "--logs FILE, --server URL and --prometheus URL"),
         (["--server", "http://x", "--select", 'job="a"'], "--prometheus"),
         (["--server", "http://x", "--every", "soon"], "30s"),
-        (["--server", "http://x", "--arl", "0d"], "30d"),
+        (["--server", "http://x", "--arl", "0d"], "--arl"),
         (["--server", "http://x", "--every", "2h", "--arl", "1h"], "--arl"),
         (["--server", "http://x", "--variant", "none"], "adapter, merged"),
     ],
@@ -224,6 +227,15 @@ def test_a_state_that_is_none_is_refused(
     assert command("watch", run, *options) == 2
     assert "--state" in errors(capsys)
     assert (tmp_path / "state").read_text() == state
+
+
+def test_two_watches_with_one_state_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = replays.write(tmp_path / "log", replays.replay(0.5))
+    with running.alone(tmp_path / "state"):
+        options = ("--variant", "merged", "--logs", log, "--once", "--state", tmp_path / "state")
+        assert command("watch", run, *options) == 2
+    assert "--state" in errors(capsys)
+    assert command("watch", run, *options) == 0
 
 
 @pytest.mark.parametrize("other", [["--every", "30s"], ["--arl", "1d"], ["--logs", "other"]])

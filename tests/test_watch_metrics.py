@@ -71,10 +71,12 @@ def test_adapters_are_told_apart_and_versions_added_up() -> None:
 
 def test_refusals_and_checks_are_heard() -> None:
     counted = Metrics()
+    counted.count(line("support"))
     before = look(counted, 0.0)
     counted.refused.labels("support", "wait").inc(3)
     counted.canary.labels("support", "a", "own").inc(2)
     counted.canary.labels("support", "a", "stale").inc()
+    counted.canary.labels("support", "b", "wrong").inc(6)  # put, refused, and never live
     traffic = metrics.span(before, look(counted, 60.0), PROMISE).adapters["support"]
     assert (traffic.refused, traffic.asked) == (3, 3)
     assert Counter(check.verdict for check in traffic.checks) == {"own": 2, "stale": 1}

@@ -75,15 +75,16 @@ def watch(options: Options) -> None:
     every_s, arl_s = seconds(options.every or EVERY), seconds(options.arl or ARL)
     promise = promised.load(options.run, options.variant)
     path = options.state or options.run / STATE
-    saved = running.read(path)
-    if saved:
-        _check(saved, options, source, path)
-        every_s, arl_s = saved.every_s, saved.arl_s
-    watch = saved.watch(promise, path) if saved else running.begun(promise, arl_s, every_s)
-    reading = _reading(options, promise, every_s, saved.position if saved else None)
-    begin = time.time() - seconds(options.since) if options.since and not saved else 0.0
-    session = Session(options, watch, reading, Kept(path, source, every_s, arl_s), begin)
-    raise typer.Exit(session.once() if options.once else session.until_interrupted())
+    with running.alone(path):
+        saved = running.read(path)
+        if saved:
+            _check(saved, options, source, path)
+            every_s, arl_s = saved.every_s, saved.arl_s
+        watch = saved.watch(promise, path) if saved else running.begun(promise, arl_s, every_s)
+        reading = _reading(options, promise, every_s, saved.position if saved else None)
+        begin = time.time() - seconds(options.since) if options.since and not saved else 0.0
+        session = Session(options, watch, reading, Kept(path, source, every_s, arl_s), begin)
+        raise typer.Exit(session.once() if options.once else session.until_interrupted())
 
 
 def _named_source(options: Options) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,6 +150,25 @@ class Kept:
         except OSError as error:
             what = f"cannot write the state {self.path}: {error.strerror}"
             raise MissingEnvironment(what, "name another: --state FILE") from error
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """No other watch goes on with this state meanwhile; the kernel frees the lock of a process that died. Raises
+    BadInput where one does, MissingEnvironment where nothing can be written there."""
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        handle = lock.open("w")
+    except OSError as error:
+        what = f"cannot keep a state at {path}: {error.strerror}"
+        raise MissingEnvironment(what, "name another place: --state FILE") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            what = f"another watch goes on with the state {path}"
+            raise BadInput(what, "let it end, or name another: --state FILE") from error
+        yield
 
 
 def _broken(path: Path) -> BadInput:

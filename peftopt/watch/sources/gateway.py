@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from peftopt.loadtest.importers.serve_log import THEIRS
 from peftopt.watch.promise import Promise
 from peftopt.watch.sources.alike import alike
 from peftopt.watch.sources.scrape import Growth, Scrape
@@ -34,9 +35,6 @@ NAMES = (
 
 VERDICTS: tuple[Literal["own", "stale", "wrong", "unclear"], ...] = ("own", "stale", "wrong", "unclear")
 
-THEIRS = ("cancelled", "request")
-"""Kinds of errors that are the client's."""
-
 
 def is_there(look: Scrape) -> bool:
     """Whether a gateway's metrics are among them."""
@@ -51,10 +49,10 @@ def traffic(grown: Growth, before: Scrape, after: Scrape, promise: Promise) -> d
     adapters = dict.fromkeys(
         name for metric in (REQUESTS, REFUSED, CHECKS) for name, n in grown.by(metric, "adapter").items() if name and n
     )
-    return {name: _of_adapter(grown, name, [*running, busy], promise) for name in adapters}
+    return {name: _of_adapter(grown, after, name, [*running, busy], promise) for name in adapters}
 
 
-def _of_adapter(grown: Growth, adapter: str, running: list[float | None], promise: Promise) -> Traffic:
+def _of_adapter(grown: Growth, after: Scrape, adapter: str, running: list[float | None], promise: Promise) -> Traffic:
     times = {time: grown.buckets(name, adapter=adapter) for time, name in TIMES.items()}
     answered = times["latency"].n
     prompts = grown.total(TOKENS, adapter=adapter, kind="prompt")
@@ -68,13 +66,15 @@ def _of_adapter(grown: Growth, adapter: str, running: list[float | None], promis
         refused=round(grown.total(REFUSED, adapter=adapter)),
         tokens=round(grown.total(TOKENS, adapter=adapter, kind="new")),
         engine_s=grown.total(WORKED, adapter=adapter),
-        checks=_checks(grown, adapter),
+        checks=_checks(grown, after, adapter),
     )
 
 
-def _checks(grown: Growth, adapter: str) -> tuple[Check, ...]:
+def _checks(grown: Growth, after: Scrape, adapter: str) -> tuple[Check, ...]:
+    """Of the versions that have answered somebody: a `put` that is refused harms no user."""
+    answered = {labels["version"] for labels in map(dict, after.by_name.get(REQUESTS, ())) if "version" in labels}
     checks: list[Check] = []
-    for version in grown.by(CHECKS, "version", adapter=adapter):
+    for version in answered.intersection(grown.by(CHECKS, "version", adapter=adapter)):
         which = {"adapter": adapter, "version": version}
         for verdict in VERDICTS:
             checks += [Check(version, verdict)] * round(grown.total(CHECKS, verdict=verdict, **which))
