@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftopt.errors import BadInput
+from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.gateway import lines as gateway_lines
 from peftopt.gateway.lines import Line
 from peftopt.gateway.sampling import Sample as Sampled
@@ -225,15 +225,15 @@ def test_an_older_line_without_what_is_not_needed_is_read(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("content", [b'{"a": 1}\n' * 3, b"\x00\x01" * 999 + b"\n", b"GET / 200\n"])
 def test_a_file_without_a_line_of_ours_is_refused(content: bytes, tmp_path: Path) -> None:
-    with pytest.raises(BadInput) as refused:
+    with pytest.raises(MissingEnvironment) as refused:
         list(Log([log_of(tmp_path / "log", content)], PROMISE).read())
     assert "serve" in refused.value.hint
 
 
 def test_a_log_that_is_not_there_is_refused_and_an_empty_one_has_nothing(tmp_path: Path) -> None:
-    with pytest.raises(BadInput):
+    with pytest.raises(MissingEnvironment):
         list(Log([tmp_path / "none"], PROMISE).read())
-    with pytest.raises(BadInput):
+    with pytest.raises(MissingEnvironment):
         list(Log([tmp_path], PROMISE).read())
     spans, log = whole(log_of(tmp_path / "log", b""))
     assert (spans, log.lines) == ([], 0)
@@ -325,7 +325,7 @@ def read(log: Log) -> list[Span]:
     """What can be read now; nothing where no line of ours has come yet."""
     try:
         return list(log.read())
-    except BadInput:
+    except MissingEnvironment:
         return []
 
 

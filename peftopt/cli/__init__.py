@@ -24,6 +24,7 @@ VERBS = (
     "load",
     "serve",
     "adapters",
+    "watch",
     "export",
     "canary",
     "importing",

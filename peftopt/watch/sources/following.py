@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from peftopt.errors import BadInput
+from peftopt.errors import MissingEnvironment
 from peftopt.gateway import lines as gateway_lines
 
 MOST_BYTES = 2**20
@@ -74,7 +74,7 @@ class Files:
 
     def lines(self, over: bool = False) -> Iterator[bytes]:
         """The lines since the last time, with their ends. One that is still being written is left for the next time,
-        unless the log is `over`. Raises BadInput where there is no file."""
+        unless the log is `over`. Raises MissingEnvironment where there is no file."""
         opened = self._opened()
         try:
             for number, each in enumerate(opened):
@@ -123,7 +123,8 @@ class Files:
             if self.end and self.end.head and each.holds(self.end):
                 return found
         if not found:
-            raise BadInput(f"there is no log {self._paths[-1]}", "give the file that peftopt serve --log writes")
+            hint = "give the file that peftopt serve --log writes"
+            raise MissingEnvironment(f"there is no log {self._paths[-1]}", hint)
         return self._unread(self._mark, found) if self._mark else found
 
     def _unread(self, mark: Mark, found: list[_File]) -> list[_File]:
@@ -169,13 +170,14 @@ def _modified_ns(path: Path) -> int:
 
 
 def _open(path: Path) -> _File | None:
-    """None for a file that is not there, or not any more. Raises BadInput for one that cannot be read."""
+    """None for a file that is not there, or not any more. Raises MissingEnvironment for one that cannot be read."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}", "check the path and its permissions") from error
+        hint = "check the path and its permissions"
+        raise MissingEnvironment(f"cannot read {path}: {error.strerror}", hint) from error
     status = os.fstat(file.fileno())
     first = file.readline(HEAD_BYTES)
     head = _hash(first) if first.endswith(b"\n") or len(first) == HEAD_BYTES else ""

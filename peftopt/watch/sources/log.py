@@ -119,12 +119,12 @@ class Log:
 
     def read(self, now: float | None = None) -> Iterator[Span]:
         """The windows that are complete by now: those that a later line ended, and by the clock, where `now` (seconds
-        since 1970) is given, one that is over. Raises BadInput for a log that is not there, or whose lines are all
-        others'."""
+        since 1970) is given, one that is over. Raises MissingEnvironment for a log that is not there, or whose lines
+        are all others'."""
         yield from self._spans(over=False)
         if not (self.lines or self._goes_on) and self._left_out.first:
             reasons = "; ".join(f"{where}: {reason}" for reason, where in self._left_out.first.items())
-            raise BadInput(f"nothing to read: {reasons}", "give the file that peftopt serve --log writes")
+            raise MissingEnvironment(f"nothing to read: {reasons}", "give the file that peftopt serve --log writes")
         if now is not None and self._window and 1e3 * now >= self._end_ms + LATE_MS:
             yield self._closed()
             self._move(self._files.end)

@@ -1,0 +1,104 @@
+"""The recipe to run next, printed or written: a run's own, with the traffic that was seen as its workload."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from peftopt import corpus, store
+from peftopt.cli.console import Console
+from peftopt.cli.shared import read_text
+from peftopt.errors import BROKEN, MissingEnvironment
+from peftopt.watch import proposal
+from peftopt.watch.history import History
+from peftopt.watch.proposal import Messages, Seen
+
+PROMPTS = "traffic.jsonl"
+"""What the prompts file is called in a recipe that is only printed."""
+
+
+def propose(run: Path, history: History, logs: Sequence[Path], file: Path | None, console: Console) -> None:
+    """Print the recipe, or write it to the file and its prompts beside that. A file that is there is left as it is.
+    Raises MissingEnvironment where it cannot be written."""
+    source = run / "recipe.yaml"
+    if not (source.is_file() and (run / "plan.json").is_file()):
+        console.tell(f"{run} keeps no recipe: run one with the log's prompts as its workload")
+        return
+    if file and file.exists():
+        console.tell(f"{file} is there already, and is left as it is: the recipe to run next is not written")
+        return
+    traffic = proposal.of_history(history, _sampled(logs) if file else [])
+    rows = proposal.rows(traffic)
+    prompts = file.with_suffix(".prompts.jsonl") if file else Path(PROMPTS)
+    folder = Path(store.read_plan(run / "plan.json").recipe.path).parent
+    named = str(prompts.resolve() if file else prompts) if rows else ""
+    text = "\n".join((*_comment(run, traffic), proposal.recipe(read_text(source), folder, traffic, named)))
+    if file is None:
+        console.tell("the recipe to run next; --propose FILE writes it, and its prompts")
+        console.say(f"\n{text}")
+        return
+    try:
+        if rows:
+            store.write(prompts, "\n".join(rows) + "\n")
+        store.write(file, text)
+    except OSError as error:
+        raise MissingEnvironment(f"cannot write {file}: {error.strerror}", "name another: --propose FILE") from error
+    console.tell(f"wrote the recipe to run next: peftopt check {file}, then peftopt run {file}")
+
+
+def _comment(run: Path, traffic: Seen) -> Iterator[str]:
+    yield f"# Proposed by peftopt watch: the recipe of {run.resolve().name}, with its users' traffic as the workload:"
+    yield f"# {', '.join(_figures(traffic))}."
+    if traffic.prompts:
+        yield "# The prompts are the users' own, as the log has kept them."
+    elif traffic.prompt_tokens:
+        yield "# The prompts are made up, as long as the users' were; `peftopt serve --log-text` keeps the users' own."
+    else:
+        yield "# The prompts are the run's: how long the users' were is not known."
+
+
+def _figures(traffic: Seen) -> Iterator[str]:
+    yield f"up to {traffic.rate:.3g} requests/s"
+    for what, lengths in (("prompts", traffic.prompt_tokens), ("answers", traffic.new_tokens)):
+        if lengths:
+            low, middle, high = (proposal.quantile(lengths, q) for q in (0.05, 0.5, 0.95))
+            yield f"{what} of {low:.0f} to {high:.0f} tokens, {middle:.0f} in the middle"
+
+
+def _sampled(logs: Sequence[Path]) -> list[Messages]:
+    """Prompts that logs have kept, different ones, drawn at random; none of a log without texts."""
+    dice, kept, met = random.Random(0), dict[str, Messages](), 0
+    for prompt in _logged(logs):
+        messages = proposal.logged(prompt)
+        if prompt in kept or not _can_be_asked(messages):
+            continue
+        met += 1
+        if len(kept) < proposal.MOST_PROMPTS:
+            kept[prompt] = messages
+        elif dice.random() < proposal.MOST_PROMPTS / met:
+            del kept[dice.choice(list(kept))]
+            kept[prompt] = messages
+    return list(kept.values())
+
+
+def _logged(logs: Sequence[Path]) -> Iterator[str]:
+    for path in logs:
+        with path.open("rb") as lines:
+            for line in lines:
+                if b'"prompt":' in line:
+                    try:
+                        prompt = json.loads(line)["prompt"]
+                    except BROKEN:
+                        continue
+                    if isinstance(prompt, str) and prompt:
+                        yield prompt
+
+
+def _can_be_asked(messages: Messages) -> bool:
+    try:
+        corpus.row_from({"messages": messages})
+    except ValueError:
+        return False
+    return True

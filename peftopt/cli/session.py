@@ -1,0 +1,144 @@
+"""One call of `watch`: what it reads, what it shows, where it keeps the state, and what it proposes at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from peftopt.cli import proposed, screen
+from peftopt.cli.console import Console
+from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, MissingEnvironment
+from peftopt.metrics import counted
+from peftopt.watch.running import Heard, Kept, Source, Watch
+from peftopt.watch.watching import Outcome
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from peftopt.cli.watch import Options
+
+EXITS: dict[Outcome, int] = {
+    "nothing shown": ACCEPTED,
+    "alarm": REJECTED,
+    "out of range": INCONCLUSIVE,
+    "too little": INCONCLUSIVE,
+}
+
+
+@dataclass
+class Session:
+    """`begin`: spans that began before it are passed over (seconds since 1970)."""
+
+    options: Options
+    watch: Watch
+    reading: Source
+    kept: Kept
+    begin: float = 0.0
+    console: Console = field(default_factory=Console)
+    kinds: set[str] = field(default_factory=set)
+    """Of the alarms of this call."""
+    reached: bool = False
+    """Whether the source was ever read."""
+
+    @property
+    def live(self) -> bool:
+        """Whether a screen is drawn again and again."""
+        return not self.options.once and not self.options.as_json and self.console.out.is_terminal
+
+    def once(self) -> int:
+        """All that there is by now, on one screen; the exit code."""
+        self._hear()
+        self.kept.write(self.watch, self.reading)
+        if not self.options.as_json:
+            self.console.out.print(self._screen())
+        return self._over()
+
+    def until_interrupted(self) -> int:
+        """Every window, as they pass, until Ctrl-C; the exit code."""
+        with contextlib.suppress(KeyboardInterrupt), self._showing() as show:
+            while True:
+                started, trouble = time.monotonic(), ""
+                try:
+                    self._hear()
+                    self.kept.write(self.watch, self.reading)
+                except MissingEnvironment as error:
+                    if not self.reached:
+                        raise
+                    trouble = f"{error.message}; trying again"
+                show(trouble)
+                time.sleep(max(0.0, self.kept.every_s - (time.monotonic() - started)))
+        return self._over()
+
+    # ---- hearing and showing
+
+    def _hear(self) -> None:
+        """The spans since the last time."""
+        spans = (span for span in self.reading.read(time.time()) if span.began >= self.begin)
+        for heard in self.watch.hear(spans):
+            self.kinds |= {alarm.kind for alarm in heard.alarms}
+            self._tell(heard)
+        if not self.reading.lines and not self.watch.history.ended and self.options.once:
+            hint = "has anybody asked yet? peftopt serve writes a line for each request"
+            raise MissingEnvironment(f"there is nothing to read: {self.kept.source}", hint)
+        self.reached = True
+
+    def _tell(self, heard: Heard) -> None:
+        if self.options.as_json:
+            for values in screen.records(heard, self.watch):
+                print(json.dumps(values), flush=True)
+        elif not self.options.once and not self.live:
+            for line in screen.lines(heard, self.watch):
+                self.console.say(line)
+
+    @contextlib.contextmanager
+    def _showing(self) -> Iterator[Callable[[str], None]]:
+        """What is called after every window, with what is wrong with the source."""
+        if self.live:
+            from rich.live import Live
+
+            with Live(console=self.console.out, auto_refresh=False) as live:
+                yield lambda trouble: live.update(self._screen(trouble), refresh=True)
+        else:
+            about = self._about()
+            for text in (about.budget, *(f"not watched: {each}" for each in about.unwatched)):
+                self.console.tell(text)
+            yield lambda trouble: self.console.warn(trouble) if trouble else None
+
+    def _screen(self, trouble: str = "") -> Group:
+        return screen.screen(self.watch, self._about(trouble), self.console.out.width)
+
+    def _about(self, trouble: str = "") -> screen.About:
+        detectors = counted(len(self.watch.watching.gauges), "detector")
+        left_out = (f"{counted(n, 'line')}, {reason}" for reason, n in self.reading.left_out.items())
+        return screen.About(
+            source=self.kept.source,
+            every=screen.lasting(self.kept.every_s),
+            budget=f"at most one false alarm in {screen.lasting(self.kept.arl_s)}, on average, over {detectors}",
+            unwatched=self.watch.promise.unwatched,
+            notices=self.reading.notices,
+            left_out="; ".join(left_out),
+            trouble=trouble,
+        )
+
+    # ---- the end
+
+    def _over(self) -> int:
+        """The last words; the exit code."""
+        outcome = self.watch.watching.outcome
+        if self.options.as_json:
+            about = self._about()
+            ended = {"kind": "outcome", "outcome": outcome, "exit_code": EXITS[outcome], "windows": self.watch.heard}
+            told = {"false_alarms": about.budget, "unwatched": about.unwatched, "notices": about.notices}
+            print(json.dumps({**ended, **told, "left_out": dict(self.reading.left_out)}))
+        elif not self.options.once:
+            self.console.say(*screen.WORDS[outcome])
+        if "range" in self.kinds and (self.options.propose or not self.options.as_json):
+            run, logs, file = self.options.run, self.options.logs, self.options.propose
+            proposed.propose(run, self.watch.history, logs, file, self.console)
+        elif self.options.propose:
+            self.console.tell("no recipe is proposed: nothing shows that the traffic is not the run's")
+        return EXITS[outcome]
