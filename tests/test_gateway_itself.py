@@ -15,7 +15,7 @@ import psutil
 import pytest
 from helpers.command_line import command, errors
 from helpers.gateway_parts import Gateway, gateway_of
-from helpers.gateways import BIG_S, changed, serving
+from helpers.gateways import BIG_S, HTTP, changed, serving
 from helpers.gateways import Gateway as Served
 from helpers.inside import PROMPTS
 from helpers.inside import adapter as adapter_of
@@ -386,12 +386,15 @@ def test_an_engine_that_does_not_answer_leaves_it_unclear(engine: Paced, folders
 
 
 def engine_of(gateway: Served) -> str:
-    """Where the engine of a gateway is asked."""
-    for process in psutil.Process(gateway.process.pid).children(recursive=True):
-        words = process.cmdline()
-        if "peftopt.server" in words:
-            return f"http://127.0.0.1:{words[words.index('--port') + 1]}"
-    raise AssertionError("it has no engine")
+    """Where the engine of a gateway is asked: what the gateway itself is connected to."""
+    users = int(gateway.url.rpartition(":")[2])
+
+    def asked() -> set[int]:
+        connections = psutil.Process(gateway.process.pid).net_connections("tcp")
+        return {one.raddr.port for one in connections if one.raddr and one.laddr.port != users}
+
+    wait_until(lambda: len(asked()) == 1)
+    return f"http://127.0.0.1:{asked().pop()}"
 
 
 def test_weights_exchanged_at_a_real_engine_are_found_out_and_in_the_log(
@@ -415,7 +418,7 @@ def test_weights_exchanged_at_a_real_engine_are_found_out_and_in_the_log(
             http.post("/v1/load_lora_adapter", json={**name, "lora_path": str(other)}).raise_for_status()
 
         def told() -> dict[str, str]:
-            return httpx2.get(f"{gateway.url}/health/ready", timeout=BIG_S).json()["doubted"]
+            return HTTP.get(f"{gateway.url}/health/ready", timeout=BIG_S).json()["doubted"]
 
         wait_until(lambda: bool(told()))
         assert told().keys() == {f"support@{version}"} and verdicts()[-1] == "wrong"
@@ -440,7 +443,7 @@ def test_with_several_workers_the_supervisor_asks(engine: Paced, tiny_lora: Path
         wait_until(lambda: any(line["verdict"] == "wrong" for line in gateway.checks()))
 
         def told() -> dict[str, str]:
-            return httpx2.get(f"{gateway.url}/health/ready", timeout=BIG_S).json()["doubted"]
+            return HTTP.get(f"{gateway.url}/health/ready", timeout=BIG_S).json()["doubted"]
 
         wait_until(lambda: told().keys() == {name})
         assert gateway.ask("hi", "support").status_code == 200
