@@ -4,7 +4,6 @@ Prometheus."""
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from helpers.command_line import command, errors
 from helpers.finished_runs import finished_run
 from helpers.gateways import serving
 from helpers.paced import paced
-from helpers.prometheus import prometheus, recorded
+from helpers.prometheus_tools import needs_prometheus, scraping
+from helpers.recorded_prometheus import recorded
 from helpers.waiting import wait_until
 
 from peftopt.watch import running
@@ -324,14 +324,14 @@ def test_what_prometheus_has_kept_is_watched(
         assert command("watch", *options, "--once", "--select", 'job="other"') == 2  # the state is of all
 
 
-@pytest.mark.skipif(shutil.which("prometheus") is None, reason="Prometheus is not installed")
+@needs_prometheus
 def test_a_real_prometheus_is_watched(fast_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (
         paced() as engine,
         serving(tmp_path, "--upstream", engine.url) as gateway,
-        prometheus(tmp_path / "data", gateway.url) as url,
+        scraping(tmp_path, gateway.url.removeprefix("http://")) as server,
     ):
-        options = (fast_run, "--prometheus", url, "--select", 'job="gateway"', "--state", tmp_path / "kept")
+        options = (fast_run, "--prometheus", server.url, "--select", 'job="test"', "--state", tmp_path / "kept")
         windows: list[dict[str, Any]] = []
 
         def asked() -> bool:

@@ -85,7 +85,8 @@ def test_refusals_and_checks_are_heard() -> None:
 def test_the_engine_is_as_the_last_look_tells() -> None:
     counted = Metrics()
     counted.running.set(3)
-    counted.gpu_reserved.labels("", "nvml").set(5e9)
+    counted.gpu_reserved.labels("", "nvml").set(3e9)
+    counted.gpu_reserved.labels("support@b", "nvml").set(2e9)  # the second engine of a merged model
     counted.gpu_utilization.labels("", "nvml").set(0.7)
     counted.switch.labels("support").observe(2.0)
     counted.switch.labels("sales").observe(2.0)

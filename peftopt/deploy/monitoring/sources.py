@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peftopt.watch.promise import Bound
+from peftopt.watch.sources import gateway, vllm
 from peftopt.watch.spans import Time
 
 Metrics = Literal["gateway", "vllm"]
@@ -74,11 +75,7 @@ KINDS = ("oom", "timeout_connect", "timeout_first", "timeout_gap", "timeout", "e
 GATEWAY = Source(
     name="gateway",
     by="adapter",
-    times={
-        "latency": "peftopt_request_duration_seconds",
-        "ttft": "peftopt_ttft_seconds",
-        "tpot": "peftopt_tpot_seconds",
-    },
+    times=gateway.TIMES,
     requests="peftopt_requests_total",
     errors="peftopt_errors_total",
     kind="kind",
@@ -87,11 +84,7 @@ GATEWAY = Source(
 VLLM = Source(
     name="vllm",
     by="model_name",
-    times={
-        "latency": "vllm:e2e_request_latency_seconds",
-        "ttft": "vllm:time_to_first_token_seconds",
-        "tpot": "vllm:request_time_per_output_token_seconds",
-    },
+    times=vllm.TIMES,
     requests="vllm:request_success_total",
     errors="vllm:request_success_total",
     kind="finished_reason",

@@ -1,51 +1,19 @@
-"""A Prometheus that scrapes a server; and where there is none, looks at real metrics in the form of its API."""
+"""Looks at real metrics in the form of the API of a Prometheus, at the times that a test chooses."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from helpers.threads import listening
-from helpers.waiting import wait_until
-from peftopt.engines._server import free_port
-
-
-@contextlib.contextmanager
-def prometheus(where: Path, target: str) -> Iterator[str]:
-    """The URL of a real one, which scrapes the target every second, until this ends."""
-    where.mkdir()
-    host = target.removeprefix("http://")
-    config = {"job_name": "gateway", "scrape_interval": "1s", "static_configs": [{"targets": [host]}]}
-    (where / "prometheus.yml").write_text(json.dumps({"scrape_configs": [config]}))
-    port = free_port()
-    command = ["prometheus", f"--config.file={where}/prometheus.yml", f"--storage.tsdb.path={where}/tsdb"]
-    said = (where / "said.txt").open("w")
-    process = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=said, stderr=said)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until(lambda: _is_ready(url), (where / "said.txt").read_text)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
-        said.close()
-
-
-def _is_ready(url: str) -> bool:
-    with contextlib.suppress(httpx2.HTTPError):
-        return httpx2.get(f"{url}/-/ready", timeout=5.0).status_code == 200
-    return False
 
 
 @contextlib.contextmanager
