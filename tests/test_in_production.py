@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +14,7 @@ from helpers.records import builds, lines_of, plan_of, speed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from peftopt import stats, store
+from peftopt import store
 from peftopt.decision import decide as judging
 from peftopt.decision import production
 from peftopt.decision.evidence import Evidence
@@ -277,26 +276,6 @@ def test_a_moment_is_read_as_it_was_written() -> None:
     assert since_1970(utc(1.8e9 + 0.125)) == 1.8e9 + 0.125
     with pytest.raises(ValueError):
         since_1970("")
-
-
-# ---- shares of groups ----------------------------------------------------------------------------
-
-counts = st.lists(
-    st.integers(1, 30).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), min_size=2, max_size=20
-)
-
-
-@given(counts)
-def test_groups_that_share_their_fate_say_no_more_than_their_samples(groups: list[tuple[int, int]]) -> None:
-    k, n = sum(k for k, _ in groups), sum(n for _, n in groups)
-    found, alone = stats.share_of_groups(groups), stats.proportion(k, n)
-    assert math.isclose(found.estimate, k / n) and found.n == n
-    assert 0 <= found.low <= alone.low + 1e-9 and alone.high - 1e-9 <= found.high <= 1
-
-
-def test_one_group_has_no_interval_and_none_no_share() -> None:
-    assert stats.share_of_groups([(1, 10)]).high == math.inf
-    assert math.isnan(stats.share_of_groups([]).estimate)
 
 
 def test_a_file_of_measurements_keeps_what_the_section_needs(run: Path) -> None:

@@ -697,3 +697,68 @@ def test_bets_bound_on_both_sides_however_far_blocks_lie_apart() -> None:
         found = stats.race([sign * (6 + 2 * (-1) ** n) for n in range(60)], 0.0, open_ended=True)
         assert found.outcome == ("accepted" if sign < 0 else "rejected")
         assert math.isfinite(found.interval.low) and math.isfinite(found.interval.high)
+
+
+# ---- shares of groups ----------------------------------------------------------------------------
+
+counts = st.lists(
+    st.integers(1, 30).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), min_size=2, max_size=20
+)
+
+
+@given(counts)
+def test_groups_that_share_their_fate_say_no_more_than_their_samples(groups: list[tuple[int, int]]) -> None:
+    k, n = sum(k for k, _ in groups), sum(n for _, n in groups)
+    found, alone = stats.share_of_groups(groups), stats.proportion(k, n)
+    assert math.isclose(found.estimate, k / n) and found.n == n
+    assert 0 <= found.low <= alone.low + 1e-9 and alone.high - 1e-9 <= found.high <= 1
+
+
+def test_one_group_has_no_interval_and_none_no_share() -> None:
+    assert stats.share_of_groups([(1, 10)]).high == math.inf
+    assert math.isnan(stats.share_of_groups([]).estimate)
+
+
+@given(counts)
+def test_a_share_and_its_complement_have_mirrored_bounds(groups: list[tuple[int, int]]) -> None:
+    share, rest = stats.share_of_groups(groups), stats.share_of_groups([(n - k, n) for k, n in groups])
+    assert (1 - rest.low, 1 - rest.high) == pytest.approx((share.high, share.low))
+
+
+def test_the_bounds_of_a_share_are_exact_for_what_its_groups_are_worth() -> None:
+    from scipy.stats import beta
+
+    alike, apart = [(5, 10)] * 20, [(0, 10), (10, 10)] * 10
+    k, worth = [np.array([k for k, _ in groups]) for groups in (alike, apart)], []
+    for shares, groups in zip(k, (alike, apart), strict=True):
+        n = stats._effective(shares, np.array([10] * 20), 0.9)
+        interval = stats.share_of_groups(groups, 0.9)
+        assert interval.low == pytest.approx(beta.ppf(0.05, n / 2, n / 2 + 1))
+        assert interval.high == pytest.approx(beta.ppf(0.95, n / 2 + 1, n / 2))
+        worth.append(n)
+    assert worth[0] > 100 > 20 > worth[1], "all or nothing in a group is one sample"
+
+
+def test_two_groups_have_an_interval() -> None:
+    interval = stats.share_of_groups([(1, 10), (2, 10), (0, 0)])
+    assert interval.low < 0.15 < interval.high < 1 and interval.n == 20
+
+
+@pytest.mark.parametrize(("block", "outcome"), [(-1.0, "accepted"), (1.0, "rejected")])
+def test_clear_blocks_one_by_one_decide_as_all_at_once(block: float, outcome: str) -> None:
+    """At the error that is usual, and no more are bet on after that."""
+    gamblers, blocks = stats.Gamblers(0.0), [block * size for size in np.linspace(0.9, 1.1, 60)]
+    for each in blocks:
+        gamblers.add(each)
+    whole = stats.bet(blocks, 0.0)
+    assert gamblers.outcome == whole.outcome == outcome
+    assert len(gamblers) == whole.look < 60
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 1_001])
+def test_the_centre_is_the_median_of_walsh_averages_for_few_blocks_and_many(n: int) -> None:
+    x = np.random.default_rng(n).standard_normal(n)
+    i, j = np.triu_indices(n)
+    expected = pytest.approx(np.median((x[i] + x[j]) / 2), abs=1e-12, rel=1e-12)
+    assert stats._centre(x) == expected
+    assert stats._centre_of_many(x) == expected
