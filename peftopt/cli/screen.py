@@ -201,13 +201,17 @@ def _gauges(gauges: Sequence[Gauge], width: int) -> Table:
     table.add_column(overflow="ellipsis", no_wrap=True, max_width=24)
     table.add_column(overflow="fold", ratio=1)
     shown = SHOWN if width >= ROOMY else SHOWN // 2
-    for gauge in gauges[:shown]:
+    heard = [gauge for gauge in gauges if gauge.seen]
+    for gauge in heard[:shown]:
         full = round(BAR * min(1.0, max(0.0, gauge.nearness)))
         style = "red" if gauge.nearness > 0.8 else "yellow" if gauge.nearness > 0.5 else "green"
         bar = Text.assemble(("█" * full, style), ("░" * (BAR - full), "dim"), f" {percent(gauge.nearness):>5}")
-        table.add_row(bar, Text(f"{gauge.kind} {gauge.adapter}".strip()), Text(gauge.seen or gauge.name))
-    if len(gauges) > shown:
-        table.add_row(Text(f"and {len(gauges) - shown} more", style="dim"))
+        table.add_row(bar, Text(f"{gauge.kind} {gauge.adapter}".strip()), Text(gauge.seen))
+    more = [f"and {len(heard) - shown} more"] if len(heard) > shown else []
+    if silent := len(gauges) - len(heard):
+        more.append(f"{counted(silent, 'detector')} heard nothing yet")
+    if more:
+        table.add_row("", "", Text("; ".join(more), style="dim"))
     return table
 
 

@@ -43,11 +43,10 @@ class Listening:
 
     @property
     def seen(self) -> str:
-        """What it has heard, for a person."""
-        heard = "nothing heard yet"
-        if self.detector.n:
-            heard = said(self.detector.hits, self.detector.n, self.topic)
-        return f"{heard}; the limit is {shown(self.topic.mean)}"
+        """What it has heard, for a person; "" where that is nothing yet."""
+        if not self.detector.n:
+            return ""
+        return f"{said(self.detector.hits, self.detector.n, self.topic)}; the limit is {shown(self.topic.mean)}"
 
 
 @dataclass

@@ -50,7 +50,8 @@ class Gauge:
     adapter: str
     nearness: float
     seen: str
-    """Its number so far, for a person: "4.2 % of 1,204 requests took longer than 500 ms; the limit is 5 %"."""
+    """Its number so far, for a person: "4.2 % of 1,204 requests took longer than 500 ms; the limit is 5 %". "" where it
+    has heard nothing yet."""
 
 
 class Watching:
