@@ -150,7 +150,6 @@ class Watching:
     def _checked(self, span: Span) -> Iterator[Alarm]:
         """One answer of other weights is enough: its verdict excuses all that noise does."""
         for name, traffic in span.adapters.items():
-            self._judged |= any(check.verdict != "unclear" for check in traffic.checks)
             for verdict in ("stale", "wrong"):
                 amiss = [check for check in traffic.checks if check.verdict == verdict]
                 if amiss:
@@ -173,7 +172,7 @@ class Watching:
         listening = self._listener(name).by_topic[topic]
         if not listening.hear(float(value), n, span.began):
             return
-        self._judged |= topic.kind not in ("range", "memory")
+        self._judged |= topic.kind not in ("range", "memory", "quality")
         if listening.detector.level < self._threshold(name, listening):
             return
         won = listening.begin_anew()
