@@ -124,7 +124,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._turns, step = threading.Semaphore(0), _rows.Rows.step
-        self.reached = 0
+        self.reached = self.released = 0
 
         def gated(rows: Any, tokens: Any) -> None:
             self.reached += 1
@@ -134,7 +134,12 @@ class Gate:
         monkeypatch.setattr(_rows.Rows, "step", gated)
 
     def steps(self, count: int) -> None:
+        self.released += count
         self._turns.release(count)
+
+    def taken(self) -> bool:
+        """Whether the model stands at the gate again, after all steps that it may take."""
+        return self.reached > self.released
 
     def open(self) -> None:
         self.steps(100_000)
@@ -184,7 +189,8 @@ def test_rows_that_join_and_leave_a_batch_change_no_answer(server: Running, gate
             found.append(pool.submit(server.ids, "one", PROMPTS[n], max_tokens=length))
             until(lambda n=n: server.scheduler.running + server.scheduler.waiting == n + 1)
             gate.steps(2)
-            until(lambda n=n: server.scheduler.running == n + 1)
+            until(gate.taken)
+            assert server.scheduler.running == n + 1
         gate.open()
         assert [f.result() for f in found] == [a[:n] for a, n in zip(expected["one"], lengths, strict=True)]
     assert server.scheduler.counts["computed"] - before == sum(lengths)
