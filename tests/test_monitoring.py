@@ -120,7 +120,7 @@ def test_every_alert_says_what_happened_where_from_and_what_to_do(metrics: Metri
     for rule in rules(exported(PROMISE, metrics), "alerts.yaml"):
         notes = rule["annotations"]
         assert notes["summary"] and PROMISE.run in notes["description"] and PROMISE.variant in notes["description"]
-        assert notes["runbook"].startswith(f"peftopt watch {PROMISE.run}")
+        assert notes["runbook"].startswith(f"peftopt watch results/runs/{PROMISE.run}")
         assert rule["labels"]["severity"] in ("page", "ticket")
 
 

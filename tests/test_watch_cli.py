@@ -89,7 +89,9 @@ def test_once_goes_on_where_it_ended(run: Path, tmp_path: Path, capsys: pytest.C
     assert windows >= len(expected.of("window"))  # one that was over by the clock was cut where the log ended
     assert {alarm["name"] for alarm in alarms} == {alarm["name"] for alarm in expected.of("alarm")}
     again = Watched(capsys, run, "--variant", "merged", "--logs", log, "--state", tmp_path / "state")
-    assert (again.code, again.of("window"), again.of("alarm")) == (0, [], [])  # since the last --once
+    assert (again.code, again.of("window"), again.of("alarm")) == (3, [], [])  # nobody has asked since the last --once
+    assert command("watch", run, "--variant", "merged", "--logs", log, "--state", tmp_path / "state", "--once") == 3
+    assert "no request since" in capsys.readouterr().out
 
 
 def test_the_screen_has_the_limits_the_detectors_and_the_budget(
@@ -204,6 +206,10 @@ def test_nothing_to_read_is_said_with_what_to_do(
         ([], "--logs FILE, --server URL and --prometheus URL"),
         (["--server", "http://x", "--prometheus", "http://y"], "--logs FILE, --server URL and --prometheus URL"),
         (["--server", "http://x", "--select", 'job="a"'], "--prometheus"),
+        (["--logs", "x", "--every", "0"], "--every"),
+        (["--logs", "x", "--every", "1000d"], "--every"),
+        (["--logs", "x", "--key-env", "KEY"], "--key-env"),
+        (["--server", "http://x", "--key-env", "NOBODY_HAS_SET_THIS"], "NOBODY_HAS_SET_THIS"),
         (["--server", "http://x", "--every", "soon"], "30s"),
         (["--server", "http://x", "--arl", "0d"], "--arl"),
         (["--server", "http://x", "--every", "2h", "--arl", "1h"], "--arl"),
@@ -320,7 +326,7 @@ def test_what_prometheus_has_kept_is_watched(
         assert [window["adapters"]["base"]["failed"] for window in watched.of("window")] == [0, 0, 25, 25, 25]
         assert (watched.code, watched.kinds) == (1, {"errors"})
         again = Watched(capsys, *options)
-        assert (again.code, again.of("window")) == (0, [])
+        assert (again.code, again.of("window")) == (3, [])
         assert command("watch", *options, "--once", "--select", 'job="other"') == 2  # the state is of all
 
 

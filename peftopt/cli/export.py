@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from peftopt.deploy.chosen import Chosen
     from peftopt.deploy.deployed import Deployed, Exported, File
     from peftopt.deploy.flags import Flag
+
+
+IMAGE = r"[a-z0-9]+(?:[._/:@-]+[A-Za-z0-9]+)*"
+"""The name of an image, with a registry, a tag or a digest."""
 
 
 class Target(enum.StrEnum):
@@ -56,9 +62,9 @@ def export(
     to: Annotated[Path, typer.Option(help="Folder to write the files to; those that are there stay.")],
     variant: Annotated[str, typer.Option(help="Of the run, another variant than the chosen one.")] = "",
     image: Annotated[str, typer.Option(help="Name of the image (compose, k8s).")] = "peftopt:latest",
-    gpus: Annotated[int, typer.Option(help="GPUs of the container (compose, k8s).")] = 0,
-    cpus: Annotated[float, typer.Option(help="Cores that the container asks for (k8s).")] = 2.0,
-    memory: Annotated[float, typer.Option(help="Memory of the container in GiB (compose, k8s).")] = 8.0,
+    gpus: Annotated[int, typer.Option(help="GPUs of the container (compose, k8s).", min=0)] = 0,
+    cpus: Annotated[float, typer.Option(help="Cores that the container asks for (k8s).", min=0.1)] = 2.0,
+    memory: Annotated[float, typer.Option(help="Memory of the container in GiB (compose, k8s).", min=0.5)] = 8.0,
     metrics: Annotated[
         Metrics, typer.Option(help="Whose metrics are watched: the gateway's, or those of a vLLM alone (monitoring).")
     ] = Metrics.GATEWAY,
@@ -71,6 +77,8 @@ def export(
     def contained(what: Deployed) -> Deployed:
         return replace(what, image=image, gpus=gpus, cpus=cpus, memory_gib=memory)
 
+    if not re.fullmatch(IMAGE, image) or not math.isfinite(cpus + memory):
+        raise BadInput("--image, --cpus and --memory make no container", "such as --image peftopt:latest --memory 8")
     asked = replace(_asked(words, variant), metrics=metrics)
     console = Console()
     if asked.target:
@@ -100,6 +108,9 @@ def _asked(words: Sequence[str], variant: str) -> Asked:
     from peftopt.deploy import reading
 
     target = Target(words[0]) if words[0] in list(Target) else None
+    if target is None and not Path(words[0]).exists() and not words[0].startswith("-"):
+        known = ", ".join(Target)
+        raise BadInput(f"{words[0]} is neither a target nor a run", f"targets: {known}; runs lie below results/runs")
     given = (*words[bool(target) :], *(("--variant", variant) if variant else ()))
     if not given:
         raise BadInput(f"export {target}: of what?", "name a finished run, or give the options of serve after --")

@@ -32,6 +32,8 @@ SHOWN, ALARMS_SHOWN = 8, 5
 """The detectors that are shown, half as many on less than ROOMY columns, and the alarms."""
 
 ROOMY = 100
+NEAREST = 0.99
+"""Nearer than that no detector is shown to be that has not alarmed."""
 BAR, WIDE = 10, 130
 """Characters of a bar, and of the screen at most."""
 
@@ -55,6 +57,8 @@ class About:
     notices: Sequence[str] = ()
     left_out: str = ""
     trouble: str = ""
+    silent: str = ""
+    """Since when nobody has asked, where that is odd."""
 
 
 def screen(watch: Watch, about: About, width: int) -> Group:
@@ -85,7 +89,9 @@ def _parts(watch: Watch, about: About, width: int) -> Iterator[RenderableType]:
 
 
 def _head(watch: Watch, about: About) -> Text:
-    words, style = WORDS[watch.watching.outcome]
+    outcome = watch.watching.outcome
+    words, style = WORDS["too little" if about.silent and outcome == "nothing shown" else outcome]
+    words = f"{words}: {about.silent}" if about.silent else words
     until = f", until {clock(watch.history.ended[-1])}" if watch.history.ended else ""
     return Text.assemble(
         ("peftopt watch ", "bold"),
@@ -205,7 +211,9 @@ def _gauges(gauges: Sequence[Gauge], width: int) -> Table:
     for gauge in heard[:shown]:
         full = round(BAR * min(1.0, max(0.0, gauge.nearness)))
         style = "red" if gauge.nearness > 0.8 else "yellow" if gauge.nearness > 0.5 else "green"
-        bar = Text.assemble(("█" * full, style), ("░" * (BAR - full), "dim"), f" {percent(gauge.nearness):>5}")
+        bar = Text.assemble(
+            ("█" * full, style), ("░" * (BAR - full), "dim"), f" {percent(min(NEAREST, gauge.nearness)):>5}"
+        )
         table.add_row(bar, Text(f"{gauge.kind} {gauge.adapter}".strip()), Text(gauge.seen))
     more = [f"and {len(heard) - shown} more"] if len(heard) > shown else []
     if silent := len(gauges) - len(heard):
@@ -237,7 +245,11 @@ def lines(heard: Heard, watch: Watch) -> Iterator[str]:
     span = heard.span
     seen = [f"{name}: {_words(watch.history.adapters[name][-1], watch)}" for name in sorted(span.adapters)]
     nearest = next(iter(watch.watching.gauges), None)
-    near = f"; nearest: {percent(nearest.nearness)} {nearest.kind} {nearest.adapter}".rstrip() if nearest else ""
+    near = (
+        f"; nearest: {percent(min(NEAREST, nearest.nearness))} {nearest.kind} {nearest.adapter}".rstrip()
+        if nearest
+        else ""
+    )
     yield f"{clock(span.began + span.seconds)} {'; '.join(seen) or 'no requests'}{near}"
     for alarm in heard.alarms:
         yield f"{clock(alarm.at)} ALARM {alarm.kind} {alarm.adapter}: {alarm.what}"

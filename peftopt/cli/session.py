@@ -28,6 +28,9 @@ EXITS: dict[Outcome, int] = {
     "too little": INCONCLUSIVE,
 }
 
+SILENT_WINDOWS = 5
+"""Without a request for so many windows, that is said first."""
+
 
 @dataclass
 class Session:
@@ -43,6 +46,8 @@ class Session:
     """Of the alarms of this call."""
     reached: bool = False
     """Whether the source was ever read."""
+    asked: int = 0
+    """Requests of this call."""
 
     @property
     def live(self) -> bool:
@@ -80,6 +85,7 @@ class Session:
         spans = (span for span in self.reading.read(time.time()) if span.began >= self.begin)
         for heard in self.watch.hear(spans):
             self.kinds |= {alarm.kind for alarm in heard.alarms}
+            self.asked += sum(traffic.asked for traffic in heard.span.adapters.values())
             self._tell(heard)
         if not self.reading.lines and not self.watch.history.ended and self.options.once:
             hint = "has anybody asked yet? peftopt serve writes a line for each request"
@@ -122,13 +128,25 @@ class Session:
             notices=self.reading.notices,
             left_out="; ".join(left_out),
             trouble=trouble,
+            silent=self._silent(),
         )
+
+    def _silent(self) -> str:
+        """Since when nobody has asked: where that is since the last call, or for some windows."""
+        last = self.watch.history.last_asked
+        if last is None:
+            return ""
+        late = time.time() - last > SILENT_WINDOWS * self.kept.every_s
+        silent = not self.asked if self.options.once else late
+        return f"no request since {screen.clock(last)}" if silent else ""
 
     # ---- the end
 
     def _over(self) -> int:
         """The last words; the exit code."""
         outcome = self.watch.watching.outcome
+        if self.options.once and not self.asked and outcome == "nothing shown":
+            outcome = "too little"
         if self.options.as_json:
             about = self._about()
             ended = {"kind": "outcome", "outcome": outcome, "exit_code": EXITS[outcome], "windows": self.watch.heard}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 EVERY, ARL, SINCE = "60s", "30d", "1h"
 STATE = "watch.json"
+SHORTEST_S = 1.0
+"""The shortest window."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def watch(options: Options) -> None:
     from peftopt.watch.running import Kept
 
     source = _named_source(options)
-    every_s, arl_s = seconds(options.every or EVERY), seconds(options.arl or ARL)
+    every_s, arl_s = _lengths(options)
     promise = promised.load(options.run, options.variant)
     path = options.state or options.run / STATE
     with running.alone(path):
@@ -87,6 +90,17 @@ def watch(options: Options) -> None:
         raise typer.Exit(session.once() if options.once else session.until_interrupted())
 
 
+def _lengths(options: Options) -> tuple[float, float]:
+    """Seconds of a window, and without a false alarm. Raises BadInput for a window that is too short or too long."""
+    every_s, arl_s = seconds(options.every or EVERY), seconds(options.arl or ARL)
+    if every_s < SHORTEST_S:
+        raise BadInput(f"--every {options.every} is no window to judge", "give a second or more: --every 60s")
+    if arl_s < every_s:
+        what = f"--arl {options.arl or ARL} is shorter than a window of --every {options.every or EVERY}"
+        raise BadInput(what, "give a shorter window, or a longer time without a false alarm: --every 60s --arl 30d")
+    return every_s, arl_s
+
+
 def _named_source(options: Options) -> str:
     """The one source as it was named. Raises BadInput unless there is one."""
     named = [f"--server {options.server}"] if options.server else []
@@ -99,6 +113,10 @@ def _named_source(options: Options) -> str:
         )
     if options.select and not options.prometheus:
         raise BadInput("--select chooses series of a Prometheus", "leave it out, or name one: --prometheus URL")
+    if options.key_env and options.logs:
+        raise BadInput("--key-env is for --server and --prometheus", "leave it out: a log needs no key")
+    if options.key_env and not os.environ.get(options.key_env):
+        raise BadInput(f"--key-env: {options.key_env} is not set", f"export {options.key_env}=KEY")
     return named[0]
 
 
@@ -114,8 +132,6 @@ def _check(saved: Saved, options: Options, source: str, path: Path) -> None:
 
 def _reading(options: Options, promise: Promise, every_s: float, position: Json) -> Source:
     """The source, opened where another watch has left it. Raises MissingEnvironment where it is not there."""
-    import os
-
     from peftopt.watch.sources.log import Log
     from peftopt.watch.sources.prometheus import Prometheus
     from peftopt.watch.sources.server import Server

@@ -72,6 +72,12 @@ class History:
                 self.new_tokens += _evenly(traffic.new_tokens)
 
     @property
+    def last_asked(self) -> float | None:
+        """The end of the last window in which anybody asked, of those that are kept; None without one."""
+        asked = [end for end, rate in zip(self.ended, self.rates, strict=True) if rate]
+        return asked[-1] if asked else None
+
+    @property
     def rates(self) -> list[float]:
         """Requests a second in each window, over all adapters."""
         asked = [sum(windows[i].asked for windows in self.adapters.values()) for i in range(len(self.ended))]

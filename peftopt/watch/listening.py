@@ -46,7 +46,8 @@ class Listening:
         """What it has heard, for a person; "" where that is nothing yet."""
         if not self.detector.n:
             return ""
-        return f"{said(self.detector.hits, self.detector.n, self.topic)}; the limit is {shown(self.topic.mean)}"
+        heard = said(self.detector.hits, self.detector.n, self.topic)
+        return f"{heard}; {shown(self.topic.mean)} at most was promised ({self.topic.name})"
 
 
 @dataclass

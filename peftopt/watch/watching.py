@@ -50,8 +50,8 @@ class Gauge:
     adapter: str
     nearness: float
     seen: str
-    """Its number so far, for a person: "4.2 % of 1,204 requests took longer than 500 ms; the limit is 5 %". "" where it
-    has heard nothing yet."""
+    """Its number so far, for a person: "4.2 % of 1,204 requests took longer than 500 ms; 5 % at most was promised".
+    "" where it has heard nothing yet."""
 
 
 class Watching:
@@ -176,7 +176,7 @@ class Watching:
         if listening.detector.level < self._threshold(name, listening):
             return
         won = listening.begin_anew()
-        what = f"{said(won.hits, won.n, topic)}; the limit is {shown(topic.mean)} ({topic.name})"
+        what = f"{said(won.hits, won.n, topic)}; {shown(topic.mean)} at most was promised ({topic.name})"
         what = f"{what}; {figures}" if figures else what
         yield Alarm(topic.kind, topic.name, self._called(name), span.began + span.seconds, won.since, what)
 

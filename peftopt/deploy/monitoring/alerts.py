@@ -47,7 +47,7 @@ class Alert:
             "annotations": {
                 "summary": self.summary,
                 "description": f"{self.description} {origin}",
-                "runbook": f"peftopt watch {literal(shlex.quote(promise.run))} --prometheus URL",
+                "runbook": f"peftopt watch {literal(shlex.quote(f'results/runs/{promise.run}'))} --prometheus URL",
             },
         }
 
