@@ -112,12 +112,12 @@ def _artifact(folder: Path, manifest: dict[str, Json], cached: bool) -> Artifact
 # ---- a run's folder ----------------------------------------------------------------------------
 
 
-def append(path: Path, measurement: Measurement) -> None:
-    """Add one line, on disk before this returns. Half a character (a lone surrogate), which no file can hold, is
+def append(path: Path, *measurements: Measurement) -> None:
+    """Add a line for each, on disk before this returns. Half a character (a lone surrogate), which no file can hold, is
     written as its JSON escape, and is read again as it was."""
-    line = json.dumps({"format": FORMAT, **asdict(measurement)}, ensure_ascii=False)
+    lines = [json.dumps({"format": FORMAT, **asdict(each)}, ensure_ascii=False) for each in measurements]
     with path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
-        handle.write(line + "\n")
+        handle.write("".join(line + "\n" for line in lines))
         handle.flush()
         os.fsync(handle.fileno())
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.forked import COMMANDS, WORKERS, engines, starting_by
+from helpers.forked import COMMANDS, WORKERS, starting_by, workers
 from helpers.tiny_models import TEXTS, make_base, make_lora
 from hypothesis import settings
 
@@ -43,7 +43,7 @@ def compilers() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def forked_workers() -> Iterator[None]:
     """Workers are copies of one process (helpers/forked.py), but with a GPU, which copies cannot share."""
-    with starting_by(WORKERS.worker) if engines() else contextlib.nullcontext():
+    with starting_by(WORKERS.worker) if workers() else contextlib.nullcontext():
         yield
     COMMANDS.close()
     WORKERS.close()

@@ -7,8 +7,6 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from helpers.command_line import RECIPE, command, prompts
+from helpers.forked import COMMANDS, workers
 from helpers.waiting import wait_until
 
 from peftopt import stats
@@ -316,26 +315,28 @@ def test_an_interrupted_run_keeps_what_it_has_and_records_no_failure(
 ) -> None:
     recipe, results, _ = ran
     shutil.copytree(results / "artifacts", tmp_path / "results" / "artifacts")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "peftopt.cli", "run", recipe, "--results", tmp_path / "results", "--quiet"],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    asked = ("peftopt.cli", "run", recipe, "--results", tmp_path / "results", "--quiet")
+    process = COMMANDS.begin(tmp_path / "said", *asked, workers=workers())
 
     def at_work() -> bool:
         """A worker is, in a lane."""
-        return bool(list((tmp_path / "results").glob("runs/*/logs/quality-*")))
+        return any((tmp_path / "results").glob("runs/*/logs/quality-*")) and bool(working_in(tmp_path))
 
     try:
         wait_until(lambda: at_work() or process.poll() is not None, seconds=600)
         assert process.poll() is None
         process.send_signal(number)
-        _, err = process.communicate(timeout=300)
+        code = process.wait(300)
     finally:
         process.kill()
-    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
+    said = (tmp_path / "said").read_text()
+    assert code == 130 and "interrupted" in said and "Traceback" not in said
     assert lines(tmp_path / "results", "failure") == []
     assert not (run_folder(tmp_path / "results") / "decision.json").exists()
-    alive = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert alive.stdout == ""
+    wait_until(lambda: not working_in(tmp_path))
+
+
+def working_in(folder: Path) -> list[int]:
+    """The processes whose working folder lies there, as those of workers do."""
+    found = psutil.process_iter(["cwd"])
+    return [process.pid for process in found if str(process.info["cwd"] or "").startswith(str(folder))]

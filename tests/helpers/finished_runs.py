@@ -54,8 +54,7 @@ def finished_run(
     measured = [*_launches(plan, device), *_measured(plan, ratio)]
     folder = results / "runs" / "20261128T120000-tiny"
     folder.mkdir(parents=True)
-    for each in measured:
-        store.append(folder / "measurements.jsonl", each)
+    store.append(folder / "measurements.jsonl", *measured)
     store.write(folder / "plan.json", json.dumps(asdict(plan)))
     store.write(folder / "decision.json", report.as_json.render(decide(plan, measured, {})))
     return folder

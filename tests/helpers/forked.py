@@ -2,8 +2,8 @@
 tiny model takes is imports of torch, transformers and PEFT, and most of a gateway's start is imports too.
 
 Each is a process of its own, with its own memory, group, folder and environment. Only what a library reads from the
-environment while it is imported is that of the first. The engine that a gateway starts is a copy too (`WORKERS`), with
-the first process as its parent.
+environment while it is imported is that of the first. Engines and workers that a command starts are copies too, of
+`WORKERS`, with the first process as their parent.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from peftopt.runner import process
 
 MESSAGE = 1 << 18
 DESCRIPTORS = 5
-"""Most that come with a message: input, output, errors, where the end is told, and the socket for engines."""
+"""Most that come with a message: input, output, errors, where the end is told, and the socket for workers."""
 
 
 class Copy:
@@ -89,30 +89,35 @@ class First:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
         constants: Mapping[str, object] | None = None,
-        engines: First | None = None,
+        workers: First | None = None,
     ) -> Copy:
         """A process that runs `python -m` a module with arguments, the `command`. `constants`: other values than the
-        modules have, by "module:NAME". `engines`: engines that the process starts are copies of that one."""
+        modules have, by "module:NAME". `workers`: engines and workers that the process starts are copies of that
+        one."""
         environment = dict(os.environ if environment is None else environment)
         module, *arguments = map(str, command)
         asked = {"module": module, "arguments": arguments, "env": environment, "constants": dict(constants or {})}
         asked["cwd"] = str(folder or Path.cwd())
         heard, told = os.pipe()
-        beside = [engines.running(environment).fileno()] if engines else []
+        beside = [workers.running(environment).fileno()] if workers else []
         socket.send_fds(self.running(environment), [json.dumps(asked).encode()], [*streams, told, *beside])
         os.close(told)
         return Copy(heard)
 
+    def begin(self, said: Path, *command: object, **more: Any) -> Copy:
+        """A copy that reads nothing, and that writes what it says to a file."""
+        with Path(os.devnull).open() as nothing, said.open("w") as file:
+            return self.copy(command, (nothing.fileno(), file.fileno(), file.fileno()), **more)
+
     def output(self, *command: object, timeout_s: float) -> tuple[int, str]:
-        """The exit code of a copy that ends by itself, and what it has printed."""
-        with tempfile.TemporaryFile("w+") as said, Path(os.devnull).open() as nothing:
-            copy = self.copy(command, (nothing.fileno(), said.fileno(), said.fileno()))
+        """The exit code of a copy that ends by itself, and what it has said."""
+        with tempfile.TemporaryDirectory() as folder:
+            copy = self.begin(Path(folder, "said"), *command)
             try:
                 copy.wait(timeout_s)
             finally:
                 copy.kill()
-            said.seek(0)
-            return copy.wait(), said.read()
+            return copy.wait(), Path(folder, "said").read_text()
 
     def worker(self, command: list[str], **given: Any) -> Any:
         """A worker process, in the place of `subprocess.Popen`."""
@@ -169,8 +174,8 @@ COMMANDS = First(
 )
 
 
-def engines() -> First | None:
-    """What a gateway's engines are copies of; None where each has to start from nothing: copies cannot share a GPU."""
+def workers() -> First | None:
+    """What workers and engines are copies of; None where each has to start from nothing: copies cannot share a GPU."""
     return None if machine.gpus() else WORKERS
 
 
@@ -215,12 +220,12 @@ def main(number: str, *imported: str) -> None:
             os.close(each)
 
 
-def keep(given: dict[str, Any], stdin: int, stdout: int, stderr: int, told: int, *engines: int) -> None:
+def keep(given: dict[str, Any], stdin: int, stdout: int, stderr: int, told: int, *workers: int) -> None:
     """Be the parent of one process, and tell its id and how it ended."""
     if (copy := os.fork()) == 0:
         os.close(told)
-        work(given, (stdin, stdout, stderr), *engines)
-    for each in (stdin, stdout, stderr, *engines):
+        work(given, (stdin, stdout, stderr), *workers)
+    for each in (stdin, stdout, stderr, *workers):
         os.close(each)
     os.write(told, f"{copy}\n".encode())
     _, status = os.waitpid(copy, 0)
@@ -229,9 +234,10 @@ def keep(given: dict[str, Any], stdin: int, stdout: int, stderr: int, told: int,
     os._exit(0)
 
 
-def work(given: dict[str, Any], streams: tuple[int, int, int], *engines: int) -> None:
+def work(given: dict[str, Any], streams: tuple[int, int, int], *workers: int) -> None:
     """Become the process, as `python -m` its module would."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, though the tests may run without one
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
     for descriptor in set(streams):
@@ -249,10 +255,10 @@ def work(given: dict[str, Any], streams: tuple[int, int, int], *engines: int) ->
             module, _, constant = name.partition(":")
             assert hasattr(importlib.import_module(module), constant)
             setattr(importlib.import_module(module), constant, value)
-        for descriptor in engines:
+        for descriptor in workers:
             first = First()
             first.channel = socket.socket(fileno=descriptor)
-            _server.subprocess = with_popen(first.engine)
+            _server.subprocess, process.subprocess = with_popen(first.engine), with_popen(first.worker)
         runpy.run_module(given["module"], run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

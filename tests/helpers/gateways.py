@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
@@ -16,7 +15,7 @@ from typing import Any
 
 import httpx2
 
-from helpers.forked import COMMANDS, Copy, engines
+from helpers.forked import COMMANDS, Copy, workers
 from helpers.waiting import wait_until
 from peftopt.engines._server import free_port
 from peftopt.loadtest.arrivals import SERVE_CHECK, SERVE_LOG
@@ -68,11 +67,8 @@ def serving(
     "module:NAME", such as those of times that it waits."""
     port, state, log = free_port(), where / "state", where / "requests.jsonl"
     command = ["peftopt.cli", "serve", "--port", port, "--state", state, "--log", log, *arguments]
-    with Path(os.devnull).open() as nothing, (where / "said.txt").open("w") as said:
-        streams = (nothing.fileno(), said.fileno(), said.fileno())
-        process = COMMANDS.copy(
-            command, streams, constants=constants, engines=engines() if "--upstream" not in arguments else None
-        )
+    own = None if "--upstream" in arguments else workers()
+    process = COMMANDS.begin(where / "said.txt", *command, constants=constants, workers=own)
     gateway = Gateway(f"http://127.0.0.1:{port}", state, log, process)
     try:
         if ready:
