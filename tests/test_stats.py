@@ -714,7 +714,13 @@ def test_groups_that_share_their_fate_say_no_more_than_their_samples(groups: lis
     assert 0 <= found.low <= alone.low + 1e-9 and alone.high - 1e-9 <= found.high <= 1
 
 
+@pytest.mark.parametrize("value", [-1.0, 1.0])
+def test_the_centre_of_blocks_that_are_all_alike_is_their_value(value: float) -> None:
+    assert stats._centre_of_many(np.full(5, value)) == pytest.approx(value)
+
+
 def test_one_group_has_no_interval_and_none_no_share() -> None:
+    assert stats.share_of_groups([(1, 10)]).estimate == 0.1
     assert stats.share_of_groups([(1, 10)]).high == math.inf
     assert math.isnan(stats.share_of_groups([]).estimate)
 
