@@ -19,7 +19,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest.register_assert_rewrite("helpers.command_line", "helpers.engine_contract")  # what they assert is told in full
 
-LONG = ("test_plugins", "test_run", "test_cli", "test_merge", "test_demo", "test_architectures", "test_quantize")
+LONG = (
+    *("test_plugins", "test_cli", "test_demo", "test_endpoint", "test_run", "test_gateway_shadow", "test_merge"),
+    *("test_architectures", "test_server", "test_tasks", "test_gateway_trial", "test_export", "test_decide"),
+    *("test_gateway_second", "test_quantize", "test_workers", "test_gateway_itself", "test_serve_run"),
+)
 """Files that take longest: they start first, so that no process is still at one when the others have nothing left."""
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import runpy
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -150,10 +150,13 @@ def test_a_trial_goes_on_after_the_gateway_was_killed(two: tuple[Path, Path], tm
         assert len(beside(engine)) < 3 * PROMPTS + 12, "only what was on its way is asked again"
 
 
-def test_a_worse_adapter_is_found_out_on_a_real_engine(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
+def test_a_worse_adapter_is_found_out_on_a_real_engine(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The demo's way: a worse copy is put on trial with what the live version answers, and rolled back by a rule."""
     worse = tmp_path / "worse"
-    subprocess.run([sys.executable, WORSE, worse, "--adapter", tiny_lora, "--scale", "0"], check=True, timeout=BIG_S)
+    monkeypatch.setattr(sys, "argv", [str(WORSE), str(worse), "--adapter", str(tiny_lora), "--scale", "0"])
+    runpy.run_path(str(WORSE), run_name="__main__")
     options = ("--base", tiny_base, "--adapter", f"support={tiny_lora}", "--adapters-from", tmp_path)
     with serving(tmp_path, *options, "--engine", "eager", "--threads", 1) as gateway:
 

@@ -30,6 +30,7 @@ from peftopt.deploy import vllm as script
 from peftopt.deploy.monitoring.sources import VLLM, le
 from peftopt.engines import TOP_K, Scores, vllm
 from peftopt.errors import BadInput
+from peftopt.loadtest.arrivals import SERVE_CHECK, SERVE_LOG
 from peftopt.records import Model, Step
 from peftopt.runner import preflight
 from peftopt.watch.promise import Bound, Promise
@@ -314,7 +315,9 @@ def test_the_gateway_reloads_an_adapter_of_the_same_name_without_a_stale_answer(
             put = [program, "adapters", "put", f"support={folder}", "--admin", admin]
             assert subprocess.run(list(map(str, put)), check=False).returncode == 0
             assert (text(url) == before) is (folder == ADAPTER)
-    lines = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    every = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert {line["verdict"] for line in every if line["kind"] == SERVE_CHECK} == {"own"}
+    lines = [line for line in every if line["kind"] == SERVE_LOG]
     assert len({line["version"] for line in lines}) == 2 and len(lines) == 4
     assert all(line["sources"]["generation_latency_ms"] == "engine" for line in lines)
 

@@ -55,7 +55,7 @@ class Copy:
                 raise subprocess.TimeoutExpired("peftopt", timeout or 0)
             with self.ending:  # another thread may wait too
                 if self.returncode is None:
-                    self.returncode = os.waitstatus_to_exitcode(int(self.told.readline()))
+                    self.returncode = os.waitstatus_to_exitcode(int(self.told.readline() or signal.SIGKILL))
         assert self.returncode is not None
         return self.returncode
 
