@@ -21,7 +21,7 @@ def exported(promise: Promise, metrics: Metrics) -> Exported:
     source = SOURCES[metrics]
     notes = _notes(promise, source)
     told = gateway if metrics == "gateway" else vllm
-    alerts = [*limits.alerts(promise, source), *told.alerts(promise)]
+    alerts = [*limits.alerts(promise, source), *told.alerts()]
     by = f"By: peftopt export monitoring, for the run {promise.run}, variant {promise.variant}; metrics of {metrics}"
     records: JsonValue = {"groups": [{"name": "peftopt-limits", "rules": limits.recording(promise, source)}]}
     rules: JsonValue = {"groups": [{"name": "peftopt-alerts", "rules": [alert.rule(promise) for alert in alerts]}]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from peftopt.deploy.monitoring.alerts import ALL, Alert, Series
 from peftopt.deploy.monitoring.sources import percent
-from peftopt.watch.promise import Promise
 
 REFUSED = 0.01
 """Of the requests that may be refused for want of room before somebody should look."""
@@ -35,10 +34,9 @@ def healthy(samples: int) -> Series:
     }
 
 
-def alerts(promise: Promise) -> list[Alert]:
+def alerts() -> list[Alert]:
     """All of them. An event that makes a new series is heard at its first sample, which increase() would miss."""
-    found = [*_answers(), *_life(), _refused(), *_memory(), *_lost()]
-    return found + ([_demand(promise.rate)] if promise.rate else [])
+    return [*_answers(), *_life(), _refused(), *_memory(), *_lost()]
 
 
 def _new(series: str, by: str) -> str:
@@ -158,23 +156,6 @@ def _refused() -> Alert:
         ),
         fires={REFUSALS: "0+12x300"},
         silent={REFUSALS: "0+5x300"},
-    )
-
-
-def _demand(rate: float) -> Alert:
-    below, above = 60 * rate * 0.9, 60 * rate * 1.1
-    return Alert(
-        name="PeftoptDemand",
-        severity="ticket",
-        expr=f"sum by (instance) (rate(peftopt_requests_total[30m])) > {rate:.6g}",
-        hold="30m",
-        summary="{{ $labels.instance }} is asked {{ $value | humanize }} times a second",
-        description=(
-            f"The run held its limits up to {rate:.3g} requests a second of one gateway, and nobody knows what holds "
-            "above that. Add a replica, or measure a higher rate: peftopt load --find-rate."
-        ),
-        fires={REQUESTS: f"0+{above:g}x300"},
-        silent={REQUESTS: f"0+{below:g}x300"},
     )
 
 

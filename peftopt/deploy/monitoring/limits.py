@@ -72,14 +72,14 @@ def error_share(source: Source, kinds: list[str], window: str, chosen: str = "")
 
 
 def alerts(promise: Promise, source: Source) -> list[Alert]:
-    """All alerts on limits and on errors."""
+    """All alerts on limits, on errors, and on a rate that nobody has measured."""
     found = []
     for bound in watched(promise, source):
         found += [_over_limit(source, bound, burn) for burn in burns(bound.share)]
         found.append(_blind(source, bound))
     for share, kinds in shares(promise, source).items():
         found += [_errors(source, kinds, burn) for burn in burns(share)]
-    return found
+    return found + ([_demand(source, promise.rate)] if promise.rate else [])
 
 
 def _above(recorded: str, matcher: str, burn: Burn, short: str, source: Source, counter: str) -> str:
@@ -160,6 +160,23 @@ def _errors(source: Source, kinds: tuple[str, ...], burn: Burn) -> Alert:
             _all(source): f"0+{ALL * (1 - often):g}x2880",
         },
         silent={f"{source.errors}{{{labels}}}": f"0+{ALL * burn.allowed:g}x2880", _all(source): f"0+{ALL}x2880"},
+    )
+
+
+def _demand(source: Source, rate: float) -> Alert:
+    below, above = 60 * rate * 0.9, 60 * rate * 1.1
+    return Alert(
+        name="PeftoptDemand",
+        severity="ticket",
+        expr=f"sum by (instance) (rate({source.requests}[30m])) > {rate:.6g}",
+        hold="30m",
+        summary="{{ $labels.instance }} has {{ $value | humanize }} requests a second",
+        description=(
+            f"The run held its limits up to {rate:.3g} requests a second of one server, and nobody knows what holds "
+            "above that. Add a replica, or measure a higher rate: peftopt load --find-rate."
+        ),
+        fires={_all(source): f"0+{above:g}x300"},
+        silent={_all(source): f"0+{below:g}x300"},
     )
 
 

@@ -7,7 +7,6 @@ identity: what needs these is the gateway's.
 from __future__ import annotations
 
 from peftopt.deploy.monitoring.alerts import ALL, Alert, Series
-from peftopt.watch.promise import Promise
 
 NOT_TOLD = (
     "vLLM's metrics do not tell adapters apart: the limits are on all of a model's requests together",
@@ -30,9 +29,9 @@ def healthy(samples: int) -> Series:
     }
 
 
-def alerts(promise: Promise) -> list[Alert]:
+def alerts() -> list[Alert]:
     """All of them."""
-    found = [
+    return [
         Alert(
             name="PeftoptNoMetrics",
             severity="page",
@@ -62,21 +61,3 @@ def alerts(promise: Promise) -> list[Alert]:
             silent={TURNED_AWAY: "7+0x300"},
         ),
     ]
-    return found + ([_demand(promise.rate)] if promise.rate else [])
-
-
-def _demand(rate: float) -> Alert:
-    below, above = 60 * rate * 0.9, 60 * rate * 1.1
-    return Alert(
-        name="PeftoptDemand",
-        severity="ticket",
-        expr=f"sum by (instance) (rate(vllm:request_success_total[30m])) > {rate:.6g}",
-        hold="30m",
-        summary="{{ $labels.instance }} answers {{ $value | humanize }} requests a second",
-        description=(
-            f"The run held its limits up to {rate:.3g} requests a second of one engine, and nobody knows what holds "
-            "above that. Add a replica, or measure a higher rate: peftopt load --find-rate."
-        ),
-        fires={DONE: f"0+{above:g}x300"},
-        silent={DONE: f"0+{below:g}x300"},
-    )
