@@ -30,6 +30,7 @@ VERBS = (
     "importing",
     "around",
     "kept",
+    "data",
     "env",
 )
 """The files of verbs, in the order of --help."""

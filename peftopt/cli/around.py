@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import AsJson, Results, app, read_recipe
+from peftopt.cli.shared import AsJson, Results, app
 from peftopt.errors import ENVIRONMENT, BadInput
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
     from peftopt.cli.console import Console
     from peftopt.metrics import counted
     from peftopt.recipe import plan as planning
-    from peftopt.runner import preflight
+    from peftopt.runner import judged, preflight
 
-    parsed, _ = read_recipe(recipe)
+    parsed, _ = judged.read_recipe(recipe)
     preflight.check(parsed)
     store.Store(results.resolve()).check_writable()
     console = Console()
