@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.command_line import command, errors, prompts
+from helpers.finished_runs import finished_run
 from helpers.tiny_models import make_base, make_lora
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,9 +22,9 @@ from peftopt.cli.shared import read_recipe
 from peftopt.decision import forecast
 from peftopt.engines import _shapes, compiled
 from peftopt.errors import BadInput
-from peftopt.measurements import Forecast, Measured, Pass
+from peftopt.measurements import Forecast, Measured, Pass, as_json
 from peftopt.models import cut
-from peftopt.records import Interval
+from peftopt.records import Interval, Measurement
 from peftopt.runner import recipe_run
 from peftopt.runner.forecast import Outlook
 
@@ -319,6 +320,20 @@ def test_a_run_keeps_what_was_expected_and_asks_once(deep: tuple[Path, Path], tm
     speeds = [m for m in kept if isinstance(m.values, Forecast) and m.values.kind == "speed"]
     assert [(m.variant, m.workload) for m in speeds] == [("other", "chat")]
     assert run.evidence.forecasts[0][2] == kept[0].values
+
+
+def test_the_report_shows_what_was_expected_beside_what_was_measured(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    folder = finished_run(tmp_path, tiny_base, tiny_lora, ratio=0.5, built=False)
+    told = Forecast(kind="speed", against="adapter", ratio=0.7, low=0.6, high=0.8, reason="on 4 of 30 layers")
+    store.append(folder / "measurements.jsonl", Measurement("forecast", "merged", "chat", values=as_json(told)))
+    command("report", folder)
+    for report in ("report.md", "report.html"):
+        text = (folder / report).read_text()
+        section = text[text.index("Expected and measured") :]
+        row = section[section.index("merged") : section.index("on 4 of 30 layers")]
+        assert "0.70x" in row and "0.60–0.80" in row and "0.50x" in row
 
 
 def test_what_cannot_be_told_is_said_and_stops_nothing(

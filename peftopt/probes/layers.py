@@ -63,11 +63,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Shape:
-    """A workload's requests: `rows` prompts together, each of so many tokens."""
+    """A workload's requests: `rows` times a prompt of these ids."""
 
     workload: str
     rows: int
-    prompt: int
+    prompt: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,10 @@ def tried(
     """Time every variant on every workload, in rounds of random order, for some `seconds` each. `rank`: an adapter
     padded to it is timed too, 0 for none. A variant that fails is left out, with its reason."""
     lengths = {each.workload: _lengths(bench.source, each) for each in asked}
-    shapes = [Shape(each.workload, each.batch, typical(lengths[each.workload], each.batch)) for each in asked]
+    words = hf.config(bench.plain.path).get_text_config().vocab_size
+    shapes = [
+        Shape(each.workload, each.batch, _words(typical(lengths[each.workload], each.batch), words)) for each in asked
+    ]
     steps = len(variants) + 1
     left_out: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
@@ -179,6 +182,11 @@ def tried(
 def _lengths(model: Model, asked: Asked) -> tuple[int, ...]:
     tokenizer = hf.tokenizer(hf.tokenizer_home(model), model.path)
     return tuple(len(encoded(tokenizer, row.messages)) for row in asked.rows)
+
+
+def _words(count: int, known: int) -> tuple[int, ...]:
+    """So many ids of a vocabulary: what they say does not change a time."""
+    return tuple((7919 * n + 101) % known for n in range(count))
 
 
 def typical(lengths: Sequence[int], rows: int) -> int:
@@ -225,11 +233,9 @@ def _uncollected() -> Iterator[None]:
 
 
 def _pass(engine: Engine, shape: Shape) -> Pass:
-    """One request, of ids that are words of no language: what they say does not change a time."""
-    known = len(engine.tokenizer)
-    prompt = [(7919 * n + 101) % known for n in range(shape.prompt)]
+    """One request."""
     started = time.perf_counter_ns()
-    answers = engine.generate([prompt] * shape.rows, TOKENS, stop=False)
+    answers = engine.generate([shape.prompt] * shape.rows, TOKENS, stop=False)
     times = answers[0].times
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     return Pass(prompt_ms=(times[0] - started) / 1e6, step_ms=min(gaps) / 1e6)

@@ -16,7 +16,8 @@ from peftopt.errors import BadInput, WorkerFailed
 from peftopt.jobs import LayersJob
 from peftopt.measurements import Forecast, Measured, Pass
 from peftopt.models.adapter import highest_rank, open_adapter
-from peftopt.models.cut import layers_of
+from peftopt.models.checkpoint import open_model
+from peftopt.models.cut import layer_of, layers_of
 from peftopt.probes.layers import FEW, ONE, PADDED, PLAIN, Asked, Few
 from peftopt.progress import Hear
 from peftopt.records import GENERIC, SAFETENSORS, Interval, Model, Recipe, Variant, Workload
@@ -68,7 +69,9 @@ def outlook(recipe: Recipe, hear: Hear = lambda _: None) -> Outlook:
     try:
         if layers_of(Path(recipe.base)) <= FEW:
             return Outlook(left_out=left_out)
-        few = _asked(recipe, variants, workloads, padded if padded > own else 0, hear)
+        room = _room(Path(recipe.base))
+        left_out |= {variant.name: "too little memory to open it beside the others" for variant in variants[room:]}
+        few = _asked(recipe, variants[:room], workloads, padded if padded > own else 0, hear)
     except (BadInput, WorkerFailed) as error:
         reason = error.message if isinstance(error, BadInput) else error.detail or error.reason
         return Outlook(left_out=dict.fromkeys(recipe.variants, reason), seconds=time.perf_counter() - started)
@@ -87,6 +90,12 @@ def _can_be_tried(variant: Variant) -> bool:
     steps = [plugins.catalogue()[step.plugin] for step in variant.steps]
     here = all(plugin.environment == environments.MAIN and plugin.format == SAFETENSORS for plugin in steps)
     return variant.engine.plugin == "eager" and here and not variant.policies
+
+
+def _room(base: Path) -> int:
+    """How many cut models half of the free memory holds side by side, beside those of the base."""
+    each = sum(e.nbytes for e in open_model(base).entries.values() if layer_of(e.name) < FEW)
+    return max(0, machine.free_memory() // (2 * each) - 2)
 
 
 def _elsewhere(variant: Variant) -> str:
