@@ -17,7 +17,8 @@ from typing import Generic, TypeVar, get_args, get_type_hints
 from peftopt.corpus import Row
 from peftopt.loadtest.protocols import Prompt, Target
 from peftopt.measurements import NO_ACCOUNT, Account, EngineFacts, Launch, Memory, Request, Sent, Survey, Task, as_json
-from peftopt.records import NO_INVARIANTS, Invariants, Json, Model, Step
+from peftopt.probes.layers import Asked, Few
+from peftopt.records import NO_INVARIANTS, Invariants, Json, Model, Step, Variant
 
 Reply = TypeVar("Reply")
 Record = TypeVar("Record")
@@ -292,6 +293,24 @@ class BandwidthJob(Job[Survey]):
     """How fast this machine reads memory: see probes/bandwidth.py."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayersJob(Job[Few]):
+    """What variants take on the first layers of a model: see probes/layers.py."""
+
+    model: Model
+    variants: tuple[Variant, ...]
+    asked: tuple[Asked, ...]
+    folder: str
+    """Where the cut models are written; the asker removes it."""
+    seconds: float
+    """Of a variant on a workload."""
+    rows: tuple[Row, ...] = ()
+    """To calibrate with."""
+    rank: int = 0
+    """An adapter padded to it is timed too, 0 for none."""
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class KernelsJob(Job[EngineFacts]):
     """Which kernels a batch runs on the GPU: see probes/kernels.py. NO_FACTS for an engine that computes elsewhere."""
@@ -317,6 +336,7 @@ JOBS: Mapping[str, type[Job[Json]]] = {
         AliveJob,
         TaskJob,
         BandwidthJob,
+        LayersJob,
         KernelsJob,
     )
 }

@@ -9,6 +9,7 @@ import typer
 
 from peftopt.cli.shared import (
     AsJson,
+    NoForecast,
     Quiet,
     Results,
     RunFolder,
@@ -28,6 +29,7 @@ def run(
     more: Annotated[
         bool, typer.Option("--more", help="Add blocks to the last run of this recipe, if it is undecided.")
     ] = False,
+    no_forecast: NoForecast = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -41,7 +43,7 @@ def run(
     if more and (prepared.folder / "decision.json").exists():
         recipe_run.add_blocks(prepared)
     else:
-        recipe_run.execute(prepared)
+        recipe_run.execute(prepared, forecasts=not no_forecast)
     conclude(prepared.folder, console, as_json)
 
 

@@ -41,6 +41,9 @@ EXIT = {"accepted": ACCEPTED, "rejected": REJECTED, "inconclusive": INCONCLUSIVE
 Results = Annotated[Path, typer.Option(help="Folder of artifacts and runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+NoForecast = Annotated[
+    bool, typer.Option("--no-forecast", help="Do not time the first layers to say what will be slower.")
+]
 BaseFolder = Annotated[Path, typer.Option("--base", help="Folder of the base model (safetensors).")]
 ModelFolder = Annotated[Path, typer.Option("--model", help="Folder of a model (safetensors).")]
 Out = Annotated[Path, typer.Option("--out", help="New folder to write; it appears whole or not at all.")]
