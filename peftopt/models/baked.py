@@ -69,6 +69,16 @@ class Prefix:
             layer.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1))  # which copies
         return cache
 
+    def inputs(self, mask: Any) -> dict[str, Any]:
+        """What a forward pass of new sequences takes besides their ids. `mask` [rows, tokens] is 0 for padding on the
+        left, which stands between the virtual tokens and a sequence's own, and so takes no position."""
+        import torch
+
+        rows = mask.shape[0]
+        whole = torch.cat([mask.new_ones(rows, self.tokens), mask], dim=1)
+        positions = (whole.cumsum(1) - 1)[:, self.tokens :]
+        return {"past_key_values": self.start(rows), "attention_mask": whole, "position_ids": positions}
+
 
 def is_baked(folder: str | Path) -> bool:
     """Whether this is a folder of `peftopt bake`, and no adapter of PEFT's."""
@@ -204,23 +214,27 @@ def tensors(baked: Baked) -> list[tuple[Any, Any]]:
     return layers
 
 
+def named(layers: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """Keys and values by the names that they have in WEIGHTS."""
+    pairs = enumerate(layers)
+    return {f"{n}.{side}": one.contiguous() for n, pair in pairs for side, one in zip(SIDES, pair, strict=True)}
+
+
 def write(out: Path, layers: Sequence[tuple[Any, Any]], base: Mapping[str, Json], about: Mapping[str, Json]) -> Baked:
     """Leave WEIGHTS and CONFIG in the folder `out`: keys and values as `tensors` gives them, the `base` as `base_of`
     names it, and what else to say of it (`about`: peft_type, adapter, …)."""
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
-    named = {
-        f"{n}.{side}": one.contiguous() for n, pair in enumerate(layers) for side, one in zip(SIDES, pair, strict=True)
-    }
-    save_file(named, out / WEIGHTS)
+    by_name = named(layers)
+    save_file(by_name, out / WEIGHTS)
     config = {
         "format": FORMAT,
         "made_by": f"peftopt {__version__}",
         **about,
         "virtual_tokens": layers[0][0].shape[1],
         "layers": len(layers),
-        "kv_bytes": sum(one.numel() * one.element_size() for one in named.values()),
+        "kv_bytes": sum(one.numel() * one.element_size() for one in by_name.values()),
         "dtype": str(layers[0][0].dtype).removeprefix("torch."),
         "base": dict(base),
     }
