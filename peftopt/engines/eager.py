@@ -81,6 +81,7 @@ class Transformers(Text):
         self._stopping, self._endless = _greedy(self._model.generation_config, tokenizer, words)
         if prompt:  # the cache is the one that holds it
             self._stopping.cache_implementation = self._endless.cache_implementation = None
+        self._window = baked.smallest_window(loaded.config)
         self.positions = hf.positions(self._model, self.virtual_tokens)
         super().__init__(tokenizer, _as_list(self._stopping.eos_token_id))
 
@@ -89,9 +90,15 @@ class Transformers(Text):
 
         Raises BadInput where the model has too few positions.
         """
+        self._check_room(prompts, new_tokens)
+        answers: dict[int, Generation] = {}
+        for rows in self._together(prompts, new_tokens):
+            answers |= zip(rows, self._generated([prompts[row] for row in rows], new_tokens, stop), strict=True)
+        return [answers[row] for row in range(len(prompts))]
+
+    def _generated(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         import torch
 
-        self._check_room(prompts, new_tokens)
         ids, mask = self._left_padded(prompts)
         settings = self._stopping if stop else self._endless
         # `generate` fills what a config leaves None from the model's own, so the model's own must be without EOS too;
@@ -110,20 +117,28 @@ class Transformers(Text):
         return [trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
-        """In one forward pass; what all prompts begin with is computed once. Prompt methods take a row at a time.
+        """In one forward pass; what all prompts begin with is computed once. Live prompt methods take a row at a time.
 
         Raises BadInput where the model has too few positions.
         """
-        if self._one_by_one and len(prompts) > 1:
-            # PEFT puts the virtual tokens before the padding and drops `position_ids`: only a lone row is exact.
-            return [self.score([p], [a])[0] for p, a in zip(prompts, answers, strict=True)]
-        import torch
-
-        shared = 0 if self._one_by_one else shared_prefix(prompts)
-        before = shared + (self._prefix.tokens if self._prefix else 0)
-        ids, mask = self._left_padded([prompt[shared:] for prompt in prompts])
         longest = max(map(len, answers))
         self._check_room(prompts, longest)
+        # PEFT puts the virtual tokens before the padding and drops `position_ids`: only a lone row is exact.
+        lone = [[row] for row in range(len(prompts))]
+        scores: dict[int, Scores] = {}
+        for rows in lone if self._one_by_one else self._together(prompts, longest):
+            scores |= zip(
+                rows, self._scored(*([each[row] for row in rows] for each in (prompts, answers))), strict=True
+            )
+        return [scores[row] for row in range(len(prompts))]
+
+    def _scored(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        import torch
+
+        longest = max(map(len, answers))
+        shared = shared_prefix(prompts) if self._within_window(prompts, longest) and not self._one_by_one else 0
+        before = shared + (self._prefix.tokens if self._prefix else 0)
+        ids, mask = self._left_padded([prompt[shared:] for prompt in prompts])
         rows = torch.zeros(len(answers), longest, dtype=torch.long)
         for row, answer in zip(rows, answers, strict=True):
             row[: len(answer)] = torch.tensor(answer)
@@ -170,6 +185,21 @@ class Transformers(Text):
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _together(self, prompts: Sequence[Sequence[int]], more: int) -> list[list[int]]:
+        """Which rows can be padded to one length, by their numbers: all, but for a baked prompt before padding that a
+        sliding window counts."""
+        if self._prefix is None or self._within_window(prompts, more):
+            return [list(range(len(prompts)))]
+        by_length: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(row)
+        return list(by_length.values())
+
+    def _within_window(self, prompts: Sequence[Sequence[int]], more: int) -> bool:
+        """Whether padding between the tokens of a row hides none of them: a sliding window counts it as tokens."""
+        lengths = set(map(len, prompts))
+        return not self._window or len(lengths) == 1 or self.virtual_tokens + max(lengths) + more <= self._window
 
     def _begun(self, mask: Any) -> dict[str, Any]:
         """What `generate` takes besides the prompts' ids, whose `mask` [prompts, longest prompt] is 0 for padding: a

@@ -113,11 +113,25 @@ class Live:
                 embedded = prompt.to(self.base.get_input_embeddings().weight.dtype)
                 cache = DynamicCache(config=self.base.config)
                 self.base(inputs_embeds=embedded, past_key_values=cache, use_cache=True)
-        if any(layer.keys is None for layer in cache.layers):
+        layers = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers if layer.keys is not None]
+        expected, shapes = self.expected(), [_shapes(pair) for pair in layers]
+        if shapes != expected:
             raise BadInput(
-                f"adapter {self.adapter.folder} has no keys and values for some layers of the base", "serve it live"
+                f"adapter {self.adapter.folder} does not fit the base: PEFT gives it {_shown(shapes)}, and "
+                f"the base keeps {_shown(expected)}",
+                "PEFT cannot run this prompt on this base either: train another kind, such as PROMPT_TUNING",
             )
-        return [(layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers]
+        return layers
+
+    def expected(self) -> list[tuple[int, ...]]:
+        """What a pass of the base leaves in each layer of its cache: see `_shapes`."""
+        import torch
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.base.config)
+        with torch.inference_mode(), hf.quiet():
+            self.base(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
+        return [_shapes((layer.keys[0], layer.values[0])) for layer in cache.layers]
 
     def generate(self, **inputs: Any) -> Any:
         """Token ids of the prompt and its answer."""
@@ -141,24 +155,24 @@ class Live:
         return self.base(input_ids=input_ids)
 
 
+def _shapes(pair: tuple[Any, Any]) -> tuple[int, ...]:
+    """Heads and head size of a layer's keys, then of its values."""
+    return tuple(size for one in pair for size in (one.shape[0], one.shape[2]))
+
+
+def _shown(layers: Sequence[tuple[int, ...]]) -> str:
+    """Shapes of layers, as a message names them."""
+    kinds = sorted({f"{heads} heads of {size}" for heads, size, *_ in layers})
+    return f"{len(layers)} layers with {' or '.join(kinds)}"
+
+
 # ---- the certificate ---------------------------------------------------------------------------
 
 
 def shapes(folder: Baked, live: Live) -> Check:
     """Every layer has keys and values of the shape that a pass of the base leaves in its cache."""
-    import torch
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=live.base.config)
-    with torch.inference_mode(), hf.quiet():
-        live.base(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
-
-    def shape(one: Any) -> tuple[int, int]:
-        heads, _, size = one.shape[-3:]
-        return heads, size
-
-    expected = [(shape(layer.keys), shape(layer.values)) for layer in cache.layers]
-    written = [(shape(keys), shape(values)) for keys, values in baked.tensors(folder)]
+    expected = live.expected()
+    written = [_shapes(pair) for pair in baked.tensors(folder)]
     wrong = sum(one != other for one, other in zip(expected, written, strict=False))
     wrong += abs(len(expected) - len(written))
     detail = f"{len(written)} layers of {folder.tokens} virtual tokens, {wrong} of them unlike the base's cache"

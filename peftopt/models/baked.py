@@ -71,7 +71,8 @@ class Prefix:
 
     def inputs(self, mask: Any) -> dict[str, Any]:
         """What a forward pass of new sequences takes besides their ids. `mask` [rows, tokens] is 0 for padding on the
-        left, which stands between the virtual tokens and a sequence's own, and so takes no position."""
+        left, which stands between the virtual tokens and a sequence's own, and takes no position. A sliding window does
+        count it: there, sequences of several lengths are exact only up to `smallest_window` columns."""
         import torch
 
         rows = mask.shape[0]
@@ -165,6 +166,14 @@ def check_cache(settings: Any, tokens: int) -> list[Any]:
                 "serve the adapter live, or train one with fewer virtual tokens",
             )
     return layers
+
+
+def smallest_window(settings: Any) -> int:
+    """The tokens of the smallest sliding window of a model of this config; 0 where no layer has one."""
+    from transformers import DynamicCache
+
+    windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=settings).layers]
+    return min((window for window in windows if window), default=0)
 
 
 def load(baked: Baked, model: Any) -> Prefix:
