@@ -90,12 +90,10 @@ class Live:
         self.tokens = int(self.model.active_peft_config.num_virtual_tokens)
         self._task = {} if task is None else {"task_ids": torch.tensor([task])}
 
-    def widened(self) -> Live:
-        """The same in fp32; this one is no more afterwards."""
-        import torch
-
+    def again(self, dtype: Any = None) -> Live:
+        """The same in another dtype; this one is no more afterwards."""
         self.model = self.base = None
-        return Live(self.folder, self.adapter, self._number, torch.float32)
+        return Live(self.folder, self.adapter, self._number, dtype)
 
     def layers(self) -> list[tuple[Any, Any]]:
         """Keys and values of the virtual tokens, [key-value heads, virtual tokens, head size] a layer.
@@ -199,15 +197,16 @@ def predictions(
     import torch
 
     widens = depth == "full" and live.base.dtype != torch.float32
+    if widens:
+        live = live.again(torch.float32)
     steps = Steps(min(certificate.ANSWERS, len(prompts)) + 4 * len(prompts))
     asked = certificate.answered_by(live, prompts, steps)
     predict = partial(certificate.predicted_by, asked=asked, folder=folder.folder.parent, steps=steps)
-    noisy = predict(live.once if widens else live.twice, what="the live adapter, for its own noise")
-    if widens:
-        live = live.widened()
     exact = predict(live.once, what="the live adapter")
     plain = predict(live.plain, what="the base")
     ours = predict(partial(_begun, baked.load(folder, live.base), live.base), what="the baked prompt")
+    again = live.again().once if widens else live.twice
+    noisy = predict(again, what="the live adapter, for its own noise")
     return certificate.compare(exact, ours, noisy, plain, asked, decode, change="prompt")
 
 

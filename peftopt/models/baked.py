@@ -138,10 +138,10 @@ def check_base(baked: Baked, folder: Path) -> None:
     """Raises BadInput for a base that is not the one it was baked from: another config, shapes or weights."""
     known = baked.config.get("base") or {}
     base = base_of(folder)
-    for what in ("config", "weights"):
+    for what, other in (("config", "another config"), ("weights", "other weights")):
         if base[what] != known.get(what):
             raise BadInput(
-                f"{baked.folder} was baked from {known.get('name', '?')}, whose {what} differs from that of {folder}",
+                f"{baked.folder} was baked from {known.get('name', '?')}, and {folder} has {other}",
                 "give the base that it was baked from, or bake the adapter on this one: peftopt bake",
             )
 
