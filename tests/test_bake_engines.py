@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import gc
+import json
+import shutil
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.gateways import Gateway
+from helpers.gateways import serving as gateway_serving
+from helpers.our_server import PATIENCE_S, Gate, Running, serving, until
 from helpers.tiny_prompts import KINDS, bake, make_prompt
 
 from peftopt import plugins
-from peftopt.engines import compiled, continuous, eager
+from peftopt.engines import _rows, compiled, continuous, eager
 from peftopt.errors import BadInput
 from peftopt.records import Model
 
@@ -188,3 +194,129 @@ def test_closing_frees_the_prompt(name: str, prompts: dict[str, Prompt], tiny_ba
     del engine
     gc.collect()
     assert kept() is None
+
+
+# ---- our server --------------------------------------------------------------------------------
+
+
+def asked_at_once(server: Running, named: Sequence[tuple[str, int]]) -> list[list[int]]:
+    """The answers to these names and numbers of PROMPTS, all asked together."""
+    with ThreadPoolExecutor(len(named)) as pool:
+        return list(pool.map(lambda one: server.ids(one[0], PROMPTS[one[1]], max_tokens=TOKENS), named))
+
+
+def test_baked_prompts_a_lora_and_the_base_are_served_beside_each_other(
+    prompts: dict[str, Prompt], tiny_base_fp32: Path, tiny_lora: Path
+) -> None:
+    folders = {"lora": tiny_lora, **{name: prompt.baked for name, prompt in prompts.items()}}
+    expected = {
+        "base": alone(tiny_base_fp32, None),
+        "lora": alone(tiny_base_fp32, tiny_lora),
+        **{name: prompt.answers for name, prompt in prompts.items()},
+    }
+    with serving(_rows.Served(str(tiny_base_fp32), "cpu"), folders, max_batch=6) as server:
+        named = [(name, row) for row in range(len(PROMPTS)) for name in expected]
+        assert asked_at_once(server, named) == [expected[name][row] for name, row in named]
+
+
+def test_rows_of_a_baked_prompt_join_and_leave_one_batch(
+    prompts: dict[str, Prompt], tiny_base_fp32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    served = {"a": prompts["P_TUNING"].baked, "b": prompts["other"].baked}
+    lengths = (TOKENS, 6, 8, 5)
+    with serving(_rows.Served(str(tiny_base_fp32), "cpu"), served) as server, ThreadPoolExecutor(5) as pool:
+        answers = []
+        for row, length in enumerate(lengths):
+            answers.append(pool.submit(server.ids, "a", PROMPTS[row], max_tokens=length))
+            if row:  # the model stands at the gate, and takes nobody in before it has made a step
+                until(lambda: server.scheduler.waiting == 1)
+                gate.steps(1)
+            until(lambda row=row: server.scheduler.running == row + 1 and gate.taken())
+            assert [len(batch.jobs) for batch in server.scheduler._batches] == [row + 1], "one batch"
+        other = pool.submit(server.ids, "b", PROMPTS[0], max_tokens=TOKENS)
+        until(lambda: server.scheduler.waiting == 1)
+        gate.steps(1)
+        until(lambda: len(server.scheduler._batches) == 2)
+        gate.open()
+        wanted = prompts["P_TUNING"].answers
+        assert [answer.result(PATIENCE_S) for answer in answers] == [
+            wanted[row][:length] for row, length in enumerate(lengths)
+        ]
+        assert other.result(PATIENCE_S) == prompts["other"].answers[0]
+
+
+def test_an_unload_frees_a_baked_prompt_and_another_takes_its_name(
+    prompts: dict[str, Prompt], tiny_base_fp32: Path
+) -> None:
+    model = _rows.Served(str(tiny_base_fp32), "cpu")
+    with serving(model, {"p": prompts["P_TUNING"].baked}) as server:
+        assert server.ids("p", PROMPTS[0], max_tokens=TOKENS) == prompts["P_TUNING"].answers[0]
+        (prefix,) = model._baked.values()
+        kept = weakref.ref(prefix.layers[0][0])
+        del prefix
+        assert server.post("unload_lora_adapter", lora_name="p").status_code == 200
+        gc.collect()
+        assert kept() is None
+        assert server.post("completions", model="p", prompt=PROMPTS[0]).status_code == 404
+        path = str(prompts["other"].baked)
+        assert server.post("load_lora_adapter", lora_name="p", lora_path=path).status_code == 200
+        assert server.ids("p", PROMPTS[0], max_tokens=TOKENS) == prompts["other"].answers[0]
+
+
+def test_the_server_counts_virtual_tokens_and_refuses_a_prompt_of_another_base(
+    prompts: dict[str, Prompt], tiny_base_fp32: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(prompts["P_TUNING"].baked, tmp_path / "other")
+    config = json.loads((other / "baked.json").read_text())
+    config["base"]["weights"] = "0" * 64
+    (other / "baked.json").write_text(json.dumps(config))
+    with serving(_rows.Served(str(tiny_base_fp32), "cpu"), {"p": prompts["P_TUNING"].baked}) as server:
+        room = server.scheduler.context - VIRTUAL
+        body = {"model": "p", "prompt": [5] * (room - 1)}
+        assert server.post("completions", **body, max_tokens=1).status_code == 200
+        refused = server.post("completions", **body, max_tokens=2)
+        assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
+        refused = server.post("load_lora_adapter", lora_name="q", lora_path=str(other))
+        assert refused.status_code == 400 and "differs" in refused.json()["error"]["message"]
+
+
+# ---- the gateway -------------------------------------------------------------------------------
+
+
+def said(gateway: Gateway, model: str) -> str:
+    answer = gateway.ask("count the stars", model, max_tokens=16, temperature=0)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def chat(base: Path, folder: Path | None) -> str:
+    """The live adapter's answer to the same question."""
+    engine = eager.open(Model(str(base), (str(folder),) if folder else ()), eager.Params("cpu"))
+    prompt = engine.encode([{"role": "user", "content": "count the stars"}])[0]
+    text = engine.decode(engine.generate([prompt], 16, True)[0].tokens)
+    engine.close()
+    return text
+
+
+def test_the_gateway_puts_a_baked_prompt_and_then_another_while_it_serves(
+    prompts: dict[str, Prompt], tiny_base_fp32: Path, tmp_path: Path
+) -> None:
+    first, second = prompts["PROMPT_TUNING"], prompts["other"]
+    options = ("--base", tiny_base_fp32, "--adapter", f"p={first.baked}", "--engine", "eager", "--threads", 1)
+    options += ("--adapters-from", second.baked.parent)
+    with gateway_serving(tmp_path, *options) as gateway:
+        assert said(gateway, "p") == chat(tiny_base_fp32, first.live)
+        code, told = gateway.operate("put", f"p={second.baked}")
+        assert code == 0, told
+        assert said(gateway, "p") == chat(tiny_base_fp32, second.live)
+        assert said(gateway, "base") == chat(tiny_base_fp32, None)
+        code, told = gateway.operate("rollback", "p")
+        assert code == 0, told
+        assert said(gateway, "p") == chat(tiny_base_fp32, first.live)
+        broken = shutil.copytree(first.baked, second.baked.parent / "broken")
+        weights = broken / "prefix.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-40])
+        code, told = gateway.operate("put", f"p={broken}")
+        assert code != 0 and "not whole" in told
+        assert said(gateway, "p") == chat(tiny_base_fp32, first.live)

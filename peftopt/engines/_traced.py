@@ -41,8 +41,8 @@ def step(model: Any, token: Any, mask: Any, position: Any, slot: Any, keys: list
 
 
 def read(model: Any, ids: Any, mask: Any, position: Any, last: Any, keys: list[Any], values: list[Any]) -> Any:
-    """The prompts, whose shapes are those of `compiled.Prompt`: fills the cache's places after the virtual tokens, which
-    are there, and returns the logits [rows, vocabulary] of each prompt's next token."""
+    """The prompts, whose shapes are those of `compiled.Prompt`: fills the cache's places after the virtual tokens, and
+    returns the logits [rows, vocabulary] of each prompt's next token."""
     from transformers.cache_utils import Cache, DynamicLayer
 
     virtual = mask.shape[1] - ids.shape[1]

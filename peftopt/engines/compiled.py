@@ -101,8 +101,8 @@ PromptShape = tuple[int, int, int]
 
 
 class State(NamedTuple):
-    """What a step works on, in place: `token` and `position` [rows, 1], `mask` [rows, cache] with 0 for padding before a
-    prompt, `slot` [1], the next token's place in the cache, and per layer `keys`, `values` [rows, heads, cache, size].
+    """What a step works on, in place: `token` and `position` [rows, 1], `mask` [rows, cache] with 0 for padding before
+    prompts, `slot` [1], the next token's place in the cache, and per layer `keys`, `values` [rows, heads, cache, size].
     A baked prompt has the first slots, in which nothing is written again."""
 
     token: Any
@@ -286,10 +286,10 @@ class Compiled(eager.Transformers):
     # ---- shapes ---------------------------------------------------------------------------------
 
     def _shape(self, rows: int, length: int, timed: bool) -> Shape | str:
-        """The shape that answers so many rows of at most `length` tokens, after the virtual ones: rows padded to a power
+        """The shape that answers so many rows of at most `length` tokens after the virtual ones: rows padded to a power
         of two, the cache to its set length or a power of two. What is not `timed` takes a graph for more rows rather
-        than have one compiled for the last few. Or why it has to run uncompiled: bounded shapes are bounded
-        compiling."""
+        than have one compiled for the last few. Or why it has to run uncompiled: bounded shapes are bounded compiling.
+        """
         length += self.virtual_tokens
         batch = 2 ** (rows - 1).bit_length()
         room = self._params.cache_len or max(SHORTEST, 2 ** (length - 1).bit_length())

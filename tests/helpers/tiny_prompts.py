@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-KINDS = {"PROMPT_TUNING": "PromptTuningConfig", "P_TUNING": "PromptEncoderConfig", "PREFIX_TUNING": "PrefixTuningConfig"}
+KINDS = {
+    "PROMPT_TUNING": "PromptTuningConfig",
+    "P_TUNING": "PromptEncoderConfig",
+    "PREFIX_TUNING": "PrefixTuningConfig",
+}
 
 
 def make_prompt(base: Path, folder: Path, kind: str, tokens: int, seed: int = 1) -> Path:
