@@ -229,6 +229,23 @@ def test_the_folder_is_small_and_says_what_it_is_and_the_base_is_as_it_was(
     assert set(parity(out)["tensors"]) == {"0.keys", "0.values", "1.keys", "1.values"}
 
 
+def test_baking_leaves_its_input_and_the_working_folder_alone(
+    tiny_base_fp32: Path,
+    prompt: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    elsewhere = tmp_path / "cwd"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    before = [identity.of_folder(folder) for folder in (tiny_base_fp32, prompt)]
+    bake.transform(Model(str(tiny_base_fp32), (str(prompt),)), bake.Params(), tmp_path / "out", [], 0)
+    assert [identity.of_folder(folder) for folder in (tiny_base_fp32, prompt)] == before
+    assert list(elsewhere.iterdir()) == []
+    assert capfd.readouterr().out == "", "stdout is the worker's protocol"
+
+
 def test_the_tokenizer_that_the_adapter_was_trained_with_comes_along(
     tiny_base_fp32: Path, prompt: Path, tmp_path: Path
 ) -> None:
