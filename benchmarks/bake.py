@@ -144,7 +144,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             adapter = soft_prompt(arguments.model, Path(folder) / "adapter", tokens)
             live = Model(base, (str(adapter),))
-            made = bake.transform(live, bake.Params(), Path(folder) / "baked", [], 0)
+            made = bake.transform(live, bake.Params(certify="own"), Path(folder) / "baked", [], 0)
             kv_bytes = baked.open_baked(Path(folder) / "baked").kv_bytes
             variants = {"live": live, "baked": made} if arguments.engine == "eager" else {"baked": made}
             engines = {

@@ -16,13 +16,15 @@ import pytest
 from helpers.gateways import Gateway
 from helpers.gateways import serving as gateway_serving
 from helpers.our_server import PATIENCE_S, Gate, Running, serving, until
-from helpers.tiny_prompts import KINDS, bake, make_prompt
+from helpers.tiny_models import make_prompt
 
 from peftopt import plugins
 from peftopt.engines import _rows, compiled, continuous, eager
 from peftopt.errors import BadInput
 from peftopt.records import Model
+from peftopt.transforms import bake
 
+KINDS = ("prompt", "p-mlp", "prefix")
 TOKENS = 12
 PROMPTS = [[5, 9, 77, 30], [8, 8, 100, 41, 33, 200, 12], [7], [9, 4, 4, 250, 16, 18, 3, 5, 99]]
 VIRTUAL = 5
@@ -41,12 +43,14 @@ class Prompt:
 def prompts(tiny_base_fp32: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Prompt]:
     """One of each kind, and a second p-tuning."""
     home, made = tmp_path_factory.mktemp("prompts"), {}
-    for name, kind, tokens in [*((kind, kind, VIRTUAL) for kind in KINDS), ("other", "P_TUNING", 11)]:
-        live = make_prompt(tiny_base_fp32, home / "live" / name, kind, tokens, seed=len(made))
-        made[name] = Prompt(live, bake(tiny_base_fp32, live, home / name), alone(tiny_base_fp32, live))
+    for name, kind, tokens in [*((kind, kind, VIRTUAL) for kind in KINDS), ("other", "p-mlp", 11)]:
+        live = make_prompt(tiny_base_fp32, home / "live" / name, kind, tokens)
+        of_live = Model(str(tiny_base_fp32), (str(live),))
+        (folder,) = bake.transform(of_live, bake.Params(certify="own"), home / name, [], 0).adapters
+        made[name] = Prompt(live, Path(folder), alone(tiny_base_fp32, live))
     plain = alone(tiny_base_fp32, None)
     assert all(prompt.answers != plain for prompt in made.values())
-    assert made["other"].answers != made["P_TUNING"].answers
+    assert made["other"].answers != made["p-mlp"].answers
     return made
 
 
@@ -87,10 +91,8 @@ def test_the_compiled_engine_answers_as_the_live_adapter(
 def test_inductor_takes_the_prompt_and_the_step_after_virtual_tokens(
     prompts: dict[str, Prompt], tiny_base_fp32: Path
 ) -> None:
-    engine = compiled.open(
-        model(tiny_base_fp32, prompts["P_TUNING"]), compiled.Params(cache_len=64, prompt_buckets="16")
-    )
-    assert tokens(engine, PROMPTS) == prompts["P_TUNING"].answers
+    engine = compiled.open(model(tiny_base_fp32, prompts["p-mlp"]), compiled.Params(cache_len=64, prompt_buckets="16"))
+    assert tokens(engine, PROMPTS) == prompts["p-mlp"].answers
     assert engine.facts()["uncompiled"] == engine.facts()["eager_prompts"] == 0
     engine.close()
 
@@ -99,24 +101,24 @@ def test_the_virtual_tokens_count_for_the_length_of_the_cache(prompts: dict[str,
     longest = max(map(len, PROMPTS)) + TOKENS
     engines = {
         room: compiled.Compiled(
-            model(tiny_base_fp32, prompts["P_TUNING"]),
+            model(tiny_base_fp32, prompts["p-mlp"]),
             compiled.Params(fullgraph=False, cache_len=room, prompt_buckets="9"),
             backend="eager",
         )
         for room in (longest + VIRTUAL, longest + VIRTUAL - 1)
     }
-    assert all(tokens(engine, PROMPTS) == prompts["P_TUNING"].answers for engine in engines.values())
+    assert all(tokens(engine, PROMPTS) == prompts["p-mlp"].answers for engine in engines.values())
     assert [engine.facts()["uncompiled"] for engine in engines.values()] == [0, 1]
 
 
 def test_compiled_scores_are_those_of_the_live_adapter(prompts: dict[str, Prompt], tiny_base_fp32: Path) -> None:
     same = [5, 9, 77, 30]
     rows, answers = [[*same, *row] for row in PROMPTS], [[3, 9, 41], [7], [200, 14], [5, 6, 7, 8]]
-    live = eager.open(Model(str(tiny_base_fp32), (str(prompts["P_TUNING"].live),)), eager.Params("cpu"))
+    live = eager.open(Model(str(tiny_base_fp32), (str(prompts["p-mlp"].live),)), eager.Params("cpu"))
     expected = [live.score([row], [answer])[0] for row, answer in zip(rows, answers, strict=True)]
     for buckets in ("16", "none"):
         params = compiled.Params(fullgraph=False, cache_len=64, prompt_buckets=buckets)
-        engine = compiled.Compiled(model(tiny_base_fp32, prompts["P_TUNING"]), params, backend="eager")
+        engine = compiled.Compiled(model(tiny_base_fp32, prompts["p-mlp"]), params, backend="eager")
         for ours, theirs in zip(engine.score(rows, answers), expected, strict=True):
             assert ours.best == theirs.best and ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
         with engine.without_adapters():
@@ -154,7 +156,7 @@ def test_a_full_cache_lets_rows_wait_and_start_again(prompts: dict[str, Prompt],
 
 
 def test_two_engines_of_one_process_keep_their_prompts_apart(prompts: dict[str, Prompt], tiny_base_fp32: Path) -> None:
-    names = ("P_TUNING", "other")
+    names = ("p-mlp", "other")
     engines = [continuous.open(model(tiny_base_fp32, prompts[name]), continuous.Params(block=4)) for name in names]
     try:
         for _ in range(2):
@@ -179,14 +181,14 @@ def test_a_live_prompt_method_is_refused_with_what_to_do(
 ) -> None:
     plugin = plugins.module("engine", name)
     with pytest.raises(BadInput) as refused:
-        plugin.open(Model(str(tiny_base_fp32), (str(prompts["P_TUNING"].live),)), plugin.Params())
+        plugin.open(Model(str(tiny_base_fp32), (str(prompts["p-mlp"].live),)), plugin.Params())
     assert "peftopt bake" in refused.value.hint
 
 
 @pytest.mark.parametrize("name", ["compiled", "continuous"])
 def test_closing_frees_the_prompt(name: str, prompts: dict[str, Prompt], tiny_base_fp32: Path) -> None:
     plugin = plugins.module("engine", name)
-    engine = plugin.open(model(tiny_base_fp32, prompts["P_TUNING"]), plugin.Params())
+    engine = plugin.open(model(tiny_base_fp32, prompts["p-mlp"]), plugin.Params())
     if name == "continuous":
         tokens(engine, PROMPTS[:1])
     kept = weakref.ref(engine._prefix.layers[0][0])
@@ -194,6 +196,58 @@ def test_closing_frees_the_prompt(name: str, prompts: dict[str, Prompt], tiny_ba
     del engine
     gc.collect()
     assert kept() is None
+
+
+# ---- words of a copy of the base ---------------------------------------------------------------
+
+
+def certificate(folder: Path) -> dict[str, Any]:
+    told = json.loads((folder / "parity.json").read_text())
+    return {"passed": told["passed"], **{check["name"]: check for check in told["checks"]}}
+
+
+@pytest.mark.parametrize("kind", ["prompt", "p-mlp"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_copy_with_the_virtual_tokens_as_words_answers_as_the_live_adapter(
+    kind: str, dtype: str, prompts: dict[str, Prompt], tiny_base: Path, tiny_base_fp32: Path, tmp_path: Path
+) -> None:
+    base = {"fp32": tiny_base_fp32, "bf16": tiny_base}[dtype]
+    live = Model(str(base), (str(prompts[kind].live),))
+    copy = bake.transform(live, bake.Params(target="vllm"), tmp_path / "words", [], 0)
+    assert copy == Model(str(tmp_path / "words"))
+    told = certificate(tmp_path / "words")
+    assert told["passed"], told
+    ours, theirs = eager.open(copy, eager.Params("cpu")), eager.open(live, eager.Params("cpu"))
+    message = [{"role": "user", "content": "count the stars"}]
+    words, plain = ours.encode(message)[0], theirs.encode(message)[0]
+    assert words[VIRTUAL:] == plain, "the chat template begins with the words"
+    assert ours.tokenizer("the fox").input_ids == words[:VIRTUAL] + theirs.tokenizer("the fox").input_ids
+    assert set(words[:VIRTUAL]) <= ours.special_tokens and len(set(words[:VIRTUAL])) == VIRTUAL
+    assert ours.decode(words[:VIRTUAL]) == ""
+    if dtype == "fp32":  # in bf16 another order of sums may turn a token
+        assert [ours.generate([words[:VIRTUAL] + row], TOKENS, False)[0].tokens for row in PROMPTS] == (
+            prompts[kind].answers
+        )
+
+
+def test_the_words_certificate_fails_where_they_are_not_the_prompt(
+    prompts: dict[str, Prompt], tiny_base_fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftopt.merging import baking
+
+    own = baking.Live.prompt
+    monkeypatch.setattr(baking.Live, "prompt", lambda live: own(live).flip(1))
+    live = Model(str(tiny_base_fp32), (str(prompts["prompt"].live),))
+    bake.transform(live, bake.Params(target="vllm"), tmp_path / "words", [], 0)
+    told = certificate(tmp_path / "words")
+    assert not told["passed"] and not told["predictions"]["passed"]
+
+
+def test_prefix_tuning_has_no_words(prompts: dict[str, Prompt], tiny_base_fp32: Path, tmp_path: Path) -> None:
+    live = Model(str(tiny_base_fp32), (str(prompts["prefix"].live),))
+    with pytest.raises(BadInput, match="PREFIX_TUNING") as refused:
+        bake.transform(live, bake.Params(target="vllm"), tmp_path / "words", [], 0)
+    assert "--for" in refused.value.hint
 
 
 # ---- our server --------------------------------------------------------------------------------
@@ -223,7 +277,7 @@ def test_rows_of_a_baked_prompt_join_and_leave_one_batch(
     prompts: dict[str, Prompt], tiny_base_fp32: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
-    served = {"a": prompts["P_TUNING"].baked, "b": prompts["other"].baked}
+    served = {"a": prompts["p-mlp"].baked, "b": prompts["other"].baked}
     lengths = (TOKENS, 6, 8, 5)
     with serving(_rows.Served(str(tiny_base_fp32), "cpu"), served) as server, ThreadPoolExecutor(5) as pool:
         answers = []
@@ -239,7 +293,7 @@ def test_rows_of_a_baked_prompt_join_and_leave_one_batch(
         gate.steps(1)
         until(lambda: len(server.scheduler._batches) == 2)
         gate.open()
-        wanted = prompts["P_TUNING"].answers
+        wanted = prompts["p-mlp"].answers
         assert [answer.result(PATIENCE_S) for answer in answers] == [
             wanted[row][:length] for row, length in enumerate(lengths)
         ]
@@ -250,8 +304,8 @@ def test_an_unload_frees_a_baked_prompt_and_another_takes_its_name(
     prompts: dict[str, Prompt], tiny_base_fp32: Path
 ) -> None:
     model = _rows.Served(str(tiny_base_fp32), "cpu")
-    with serving(model, {"p": prompts["P_TUNING"].baked}) as server:
-        assert server.ids("p", PROMPTS[0], max_tokens=TOKENS) == prompts["P_TUNING"].answers[0]
+    with serving(model, {"p": prompts["p-mlp"].baked}) as server:
+        assert server.ids("p", PROMPTS[0], max_tokens=TOKENS) == prompts["p-mlp"].answers[0]
         (prefix,) = model._baked.values()
         kept = weakref.ref(prefix.layers[0][0])
         del prefix
@@ -267,18 +321,18 @@ def test_an_unload_frees_a_baked_prompt_and_another_takes_its_name(
 def test_the_server_counts_virtual_tokens_and_refuses_a_prompt_of_another_base(
     prompts: dict[str, Prompt], tiny_base_fp32: Path, tmp_path: Path
 ) -> None:
-    other = shutil.copytree(prompts["P_TUNING"].baked, tmp_path / "other")
+    other = shutil.copytree(prompts["p-mlp"].baked, tmp_path / "other")
     config = json.loads((other / "baked.json").read_text())
     config["base"]["weights"] = "0" * 64
     (other / "baked.json").write_text(json.dumps(config))
-    with serving(_rows.Served(str(tiny_base_fp32), "cpu"), {"p": prompts["P_TUNING"].baked}) as server:
+    with serving(_rows.Served(str(tiny_base_fp32), "cpu"), {"p": prompts["p-mlp"].baked}) as server:
         room = server.scheduler.context - VIRTUAL
         body = {"model": "p", "prompt": [5] * (room - 1)}
         assert server.post("completions", **body, max_tokens=1).status_code == 200
         refused = server.post("completions", **body, max_tokens=2)
         assert refused.status_code == 400 and refused.json()["error"]["code"] == "context_length_exceeded"
         refused = server.post("load_lora_adapter", lora_name="q", lora_path=str(other))
-        assert refused.status_code == 400 and "differs" in refused.json()["error"]["message"]
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "lora_path"
 
 
 # ---- the gateway -------------------------------------------------------------------------------
@@ -302,7 +356,7 @@ def chat(base: Path, folder: Path | None) -> str:
 def test_the_gateway_puts_a_baked_prompt_and_then_another_while_it_serves(
     prompts: dict[str, Prompt], tiny_base_fp32: Path, tmp_path: Path
 ) -> None:
-    first, second = prompts["PROMPT_TUNING"], prompts["other"]
+    first, second = prompts["prompt"], prompts["other"]
     options = ("--base", tiny_base_fp32, "--adapter", f"p={first.baked}", "--engine", "eager", "--threads", 1)
     options += ("--adapters-from", second.baked.parent)
     with gateway_serving(tmp_path, *options) as gateway:

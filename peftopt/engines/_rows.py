@@ -272,6 +272,10 @@ class CompiledServed(compiled.Compiled, Limits):
         """The most rows of a batch; 0 = any number."""
         return 0
 
+    def virtual(self, name: str) -> int:
+        """How many virtual tokens stand before each prompt: it has no adapters."""
+        return 0
+
     def begin(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> Steps:
         """Run prompts, no more than `max_batch`. The longest and what is then asked of any must fit the cache."""
         import torch

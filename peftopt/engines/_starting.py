@@ -12,7 +12,7 @@ def register(prefix: Prefix) -> str:
     """Make a scheduler whose rows start after this prompt known to transformers, by the name that is returned."""
     from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
-    class Starting(FIFOScheduler):
+    class Starting(FIFOScheduler):  # type: ignore[misc]  # transformers has no types here
         """First come, first served; a row has the virtual tokens behind it when it begins."""
 
         def add_waiting_request(self, state: Any) -> None:
