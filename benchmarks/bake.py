@@ -2,12 +2,15 @@
 
     python benchmarks/bake.py --model models/smollm2-135m-instruct             # some ten minutes on two cores
     python benchmarks/bake.py --model FOLDER --tokens 128 --batch 1 --rounds 40
+    python benchmarks/bake.py --clock cpu                                       # on a machine with other work
     python benchmarks/bake.py --engine compiled --batch 8 --new-tokens 16      # or server: the rows of our own server
 
 All three are the engine `eager` in one process, asked in turns of random order for the same prompts. Live prompts have
 no other engine that batches them: with --engine there are two. The soft prompts are random words' embeddings: times do
 not depend on what they say. Prints ratios of TTFT, and of the time until the last token where there are several, with
-exact 95 % intervals; the aim is a baked prompt within 3 % of the base without virtual tokens.
+exact 95 % intervals; the aim is a baked prompt within 3 % of the base without virtual tokens. `--clock cpu` counts this
+process's CPU time, on one thread, of a request for one token and of one for all: it does not grow when others take the
+processors.
 """
 
 from __future__ import annotations
@@ -88,17 +91,28 @@ def opened(engine: str, model: Any, room: int, length: int) -> Any:
     return eager.open(model, eager.Params())
 
 
-def timed_ms(engine: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float]:
-    """Milliseconds from the request to its first token and to its last one."""
+def timed_ms(engine: Any, prompts: Sequence[Sequence[int]], new_tokens: int, clock: str) -> tuple[float, float]:
+    """Milliseconds from the request to its first token and to its last one; by the clock "cpu", of CPU time."""
+    if clock == "cpu":
+        one = _cpu_ms(engine, prompts, 1)
+        return one, _cpu_ms(engine, prompts, new_tokens) if new_tokens > 1 else one
     started = time.perf_counter_ns()
     times = engine.generate(prompts, new_tokens, stop=False)[0].times
     return float(times[0] - started) / 1e6, float(times[-1] - started) / 1e6
 
 
+def _cpu_ms(engine: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
+    began = time.process_time_ns()
+    engine.generate(prompts, new_tokens, stop=False)
+    return (time.process_time_ns() - began) / 1e6
+
+
 Times = dict[str, list[tuple[float, float]]]
 
 
-def raced(engines: dict[str, Any], batch: int, length: int, rounds: int, new_tokens: int, dice: random.Random) -> Times:
+def raced(
+    engines: dict[str, Any], batch: int, length: int, rounds: int, new_tokens: int, clock: str, dice: random.Random
+) -> Times:
     """Times of each engine in ms, a pair a round: every round's prompts are the same for all."""
     times: Times = {name: [] for name in engines}
     vocabulary = len(next(iter(engines.values())).tokenizer)
@@ -106,7 +120,7 @@ def raced(engines: dict[str, Any], batch: int, length: int, rounds: int, new_tok
         lengths = [length] + [dice.randint(length // 2, length) for _ in range(batch - 1)]
         prompts = [[dice.randrange(100, vocabulary) for _ in range(n)] for n in lengths]
         for name in dice.sample(list(engines), len(engines)):
-            times[name].append(timed_ms(engines[name], prompts, new_tokens))
+            times[name].append(timed_ms(engines[name], prompts, new_tokens, clock))
     return {name: values[WARMUP:] for name, values in times.items()}
 
 
@@ -125,15 +139,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--length", type=int, default=48, help="tokens of the longest prompt")
     parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--engine", choices=["eager", "compiled", "server"], default="eager")
     parser.add_argument("--new-tokens", type=int, default=1)
     arguments = parser.parse_args()
+
+    import torch
 
     from peftopt import stats
     from peftopt.models import baked
     from peftopt.records import Model
     from peftopt.transforms import bake
 
+    if arguments.clock == "cpu":
+        torch.set_num_threads(1)
     base = str(arguments.model.resolve())
     dice = random.Random(0)
     longest = max(arguments.tokens) + arguments.length + arguments.new_tokens
@@ -151,8 +170,8 @@ def main() -> None:
                 name: opened(arguments.engine, model, room, arguments.length) for name, model in variants.items()
             }
             for batch in arguments.batch:
-                shape = batch, arguments.length, arguments.rounds, arguments.new_tokens
-                times = raced({"without": plain, **engines}, *shape, dice)
+                how = batch, arguments.length, arguments.rounds, arguments.new_tokens, arguments.clock
+                times = raced({"without": plain, **engines}, *how, dice)
                 for at, token in enumerate(sorted({1, arguments.new_tokens})):
                     taken = {name: [both[at] for both in values] for name, values in times.items()}
                     pairs = [(one, other) for one in variants for other in ("without", "live") if other in taken]
