@@ -24,12 +24,12 @@ from pathlib import Path
 
 from peftopt import machine, plugins, report, store
 from peftopt.cli.around import starters
-from peftopt.cli.shared import read_recipe
 from peftopt.decision import forecast as judging
 from peftopt.decision.evidence import Evidence
 from peftopt.measurements import Forecast, Measured, as_json, structured
 from peftopt.records import Decision, Interval, Recipe
 from peftopt.runner import forecast
+from peftopt.runner.judged import read_recipe
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "results" / "example"

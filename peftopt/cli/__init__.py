@@ -18,6 +18,7 @@ from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, PeftoptError
 VERBS = (
     "job",
     "merge",
+    "bake",
     "quantize",
     "compile",
     "bench",

@@ -124,13 +124,14 @@ def transform(job: TransformJob, as_json: bool) -> None:
     transformed = single.transform(job, Console().progress)
     size = store.size(Path(job.out))
     peak = transformed.peak_memory_bytes
+    kept = [folder for folder in transformed.model.adapters if folder != str(Path(job.out))]
     lines = {
         "time": f"{transformed.seconds:.1f} s",
         "size": format_value("size", size),
         **({} if peak is None else {"peak memory": format_value("memory", peak)}),
         **certified(transformed),
         **_provenance(transformed),
-        **({"adapter": f"{job.model.adapters[0]}, kept apart"} if transformed.model.adapters else {}),
+        **({"adapter": f"{job.model.adapters[0]}, kept apart"} if kept else {}),
     }
     values = {**measurements.as_json(transformed), "path": job.out, "size_bytes": size}
     print_lines(f"wrote {job.out}", lines, values, as_json)

@@ -65,3 +65,34 @@ def make_lora(base: Path, folder: Path, std: float = 0.1, **settings: object) ->
         if "lora_B" in name or "lora_embedding_A" in name:
             torch.nn.init.normal_(parameter, std=std) if std else torch.nn.init.zeros_(parameter)
     adapted.save_pretrained(folder)
+
+
+PROMPTS: dict[str, tuple[str, dict[str, object]]] = {
+    "prompt": ("PromptTuningConfig", {}),
+    "p-mlp": ("PromptEncoderConfig", {"encoder_hidden_size": 16}),
+    "p-lstm": ("PromptEncoderConfig", {"encoder_hidden_size": 16, "encoder_reparameterization_type": "LSTM"}),
+    "prefix": ("PrefixTuningConfig", {}),
+    "prefix-projected": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 16}),
+    "multitask": ("MultitaskPromptTuningConfig", {"num_tasks": 3, "num_ranks": 2}),
+    "cpt": ("CPTConfig", {"cpt_token_ids": [5, 6, 7, 8, 9], "cpt_mask": [1] * 5, "cpt_tokens_type_mask": [1] * 5}),
+    "cartridge": ("CartridgeConfig", {}),
+}
+"""Methods of PEFT that put virtual tokens before a prompt: a config's class, and settings."""
+
+
+def make_prompt(base: Path, folder: Path, method: str, tokens: int = 5) -> Path:
+    """Write an adapter of one of PROMPTS, with random weights that visibly change the answers of `base`; for CPT,
+    `tokens` is always 5."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    name, settings = PROMPTS[method]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    size = {} if method == "cpt" else {"num_virtual_tokens": tokens}
+    adapted = peft.get_peft_model(model, getattr(peft, name)(task_type="CAUSAL_LM", **size, **settings))
+    for parameter in adapted.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    adapted.eval().save_pretrained(folder)
+    return folder
