@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from peftopt import machine, stats
-from peftopt.diagnose import company, keeping, unfused
+from peftopt.diagnose import batching, choice, company, keeping, prompts, unfused
 from peftopt.diagnose.measured import TURNS, Turns
 from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import Bottleneck, Diagnosis, Row
@@ -21,7 +21,12 @@ from peftopt.records import Interval
 Measure = Callable[[Pass], Awaitable[Sequence[Row]]]
 """A bottleneck's module: it measures with the pass, until `until`, and says what costs what."""
 
-MODULES: Mapping[Bottleneck, Measure] = {"unfused": unfused.rows}
+MODULES: Mapping[Bottleneck, Measure] = {
+    "unfused": unfused.rows,
+    "choice": choice.rows,
+    "prompts": prompts.rows,
+    "batching": batching.rows,
+}
 """Who measures each bottleneck, in the order in which they are measured."""
 
 SHARES: Mapping[Bottleneck, float] = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peftopt.diagnose import judging
+from peftopt.diagnose.asking import Turn, unanswered
 from peftopt.diagnose.cells import Cell, launches_of
 from peftopt.diagnose.company import Names
 from peftopt.diagnose.measured import Kept, Measured, Turns
@@ -61,10 +62,21 @@ class Pass:
             begun = time.monotonic()
             for number in random.SystemRandom().sample(range(len(cells)), len(cells)):
                 cell = cells[number]
-                turn = await self.servers.asker(cell.launch).ask(cell.load, block, number)
-                self.turns.add(Kept(name, block, cell, turn))
+                self.turns.add(Kept(name, block, cell, await self._turn(cell, block, number)))
             took = time.monotonic() - begun
             self.tell(f"{name}: block {block + 1} of {end}, {took:.1f} s")
             if self.left_s < took:
                 break
         return self.turns.of(name)
+
+    async def _turn(self, cell: Cell, block: int, number: int) -> Turn:
+        """A cell asked once; an adapter that has to be fresh is loaded before, and unloaded after."""
+        asker, load = self.servers.asker(cell.launch), cell.load
+        if not load.fresh:
+            return await asker.ask(load, block, number)
+        client, name = self.servers.client(cell.launch), f"{load.names[0]}-fresh-{block}"
+        if error := await client.lora("load", name, self.servers.folders[load.names[0]]):
+            return unanswered(load, error)
+        turn = await asker.ask(replace(load, names=(name,) * len(load.names)), block, number)
+        error = await client.lora("unload", name)
+        return unanswered(load, error) if error else replace(turn, names=load.names)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from peftopt.diagnose import costs, differs
-from peftopt.diagnose.advice import advice
 from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, evenly, launches_of
 from peftopt.diagnose.company import Names
-from peftopt.diagnose.costs import Phase, Told
 from peftopt.diagnose.measured import Measured
+from peftopt.diagnose.parts import Part, alone, asking, lone, rows_of, together
 from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import Bottleneck, Row
 from peftopt.diagnose.setting import Setting, abilities
@@ -19,17 +17,6 @@ from peftopt.records import Interval
 NAME: Bottleneck = "unfused"
 SWITCHES = 4
 """Requests that alternate between two adapters."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A pair to measure, and what to say of it. `phases` to compare; `advice` by its part's name."""
-
-    pair: Pair
-    batch: int
-    phases: tuple[Phase, ...]
-    subject: str
-    words: Mapping[str, object]
 
 
 def parts(setting: Setting, names: Names) -> list[Part]:
@@ -52,22 +39,6 @@ def parts(setting: Setting, names: Names) -> list[Part]:
         *_padding(setting, names, one if can.told else many),
         *_beside(setting, names, many),
     ]
-
-
-def alone(setting: Setting, names: Names) -> Launch:
-    """A server of one adapter."""
-    can = abilities(setting.engine)
-    if not can.starts:
-        return Launch(adapters=names.all)
-    return Launch(adapters=(names.adapter,), lora=can.told, slots=int(can.told), rank=names.rank if can.told else 0)
-
-
-def together(setting: Setting, names: Names) -> Launch:
-    """A server of all adapters."""
-    one = alone(setting, names)
-    if not one.lora:
-        return replace(one, adapters=names.all)
-    return replace(one, adapters=names.all, slots=len(names.all), rank=names.padded_rank or names.rank)
 
 
 def _capability(setting: Setting, names: Names, one: Launch) -> list[Part]:
@@ -152,16 +123,6 @@ def _beside(setting: Setting, names: Names, many: Launch) -> list[Part]:
     return found
 
 
-def asking(setting: Setting, launch: Launch, names: tuple[str, ...]) -> Cell:
-    """A cell of the usual requests, which come together."""
-    return Cell(launch, Load(names, setting.prompt_tokens, (setting.new_tokens,)))
-
-
-def lone(setting: Setting, launch: Launch, name: str, batch: int) -> Cell:
-    """A cell of one name."""
-    return asking(setting, launch, (name,) * batch)
-
-
 def why(setting: Setting, names: Names) -> str:
     """Why no part is asked."""
     if not names.adapter:
@@ -186,9 +147,8 @@ async def rows(diagnosed: Pass) -> list[Row]:
 
 
 def _rows(setting: Setting, part: Part, measured: Measured, merged: Launch | None) -> list[Row]:
-    """A row for each phase of a part; the adapter's own say what merging gained, where it was measured."""
-    told = Told(part.subject, advice(part.pair.part, setting.engine, **part.words), part.batch)
-    rows = {phase: costs.row(NAME, part.pair, phase, measured, told) for phase in part.phases}
+    """The rows of a part; the adapter's own say what merging gained, where it was measured."""
+    rows = rows_of(NAME, setting, part, measured)
     if part.pair.part != "the adapter" or not merged:
         return list(rows.values())
     after = lone(setting, merged, BASE, part.batch)
@@ -197,4 +157,4 @@ def _rows(setting: Setting, part: Part, measured: Measured, merged: Launch | Non
 
 def gained(row: Row, gain: Interval | None, what: str) -> Row:
     """The row with what its advice gained."""
-    return replace(row, gain=gain, gained=f"{what}: {gain.estimate:.2f}x the time") if gain else row
+    return replace(row, gain=gain, gained=what) if gain else row
