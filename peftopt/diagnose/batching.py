@@ -17,6 +17,7 @@ from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import Bottleneck, Row
 from peftopt.diagnose.setting import Setting
 from peftopt.loadtest.summary import ATTAINED
+from peftopt.measurements import Caching
 from peftopt.metrics import counted, percent
 
 NAME: Bottleneck = "batching"
@@ -49,6 +50,7 @@ async def rows(diagnosed: Pass) -> list[Row]:
         *together(setting, ladder, measured),
         *continuous(setting, joining, waves, measured),
         *all_rows(NAME, setting, wanted, measured),
+        *kept(setting, await diagnosed.caching()),
     ]
 
 
@@ -200,6 +202,33 @@ def expected(joining: Cell) -> float:
     answers = joining.load.answers
     waves = [answers[start : start + BATCH] for start in range(0, len(answers), BATCH)]
     return sum(answers) / BATCH / sum(max(wave) for wave in waves)
+
+
+# ---- the KV cache --------------------------------------------------------------------------------
+
+
+def kept(setting: Setting, caching: Caching | None) -> list[Row]:
+    """Whether the KV cache saves time at a usual request's length; of other engines than ours that is not seen."""
+    if caching is None:
+        return [costs.not_asked(NAME, "no KV cache", f"{setting.engine} has no switch for it")]
+    judged = judging.judged(judging.logs_of(caching.kept_ms, caching.anew_ms), most=SAVED)
+    tokens = setting.prompt_tokens + setting.new_tokens
+    row = costs.not_asked(NAME, "no KV cache", "")
+    sentence = (
+        f"With its KV cache a token after {tokens} others takes {judged.ratio.estimate:.2f}x the time of computing all "
+        f"anew; the cache holds {caching.kv_bytes:,} bytes a token"
+    )
+    return [
+        replace(
+            row,
+            phase="decode",
+            finding=judged.finding,
+            sentence=sentence,
+            advice=_advice(judged, setting, "no KV cache"),
+            ratio=judged.ratio,
+            blocks=judged.blocks,
+        )
+    ]
 
 
 def _advice(judged: judging.Judged, setting: Setting, part: str, **words: object) -> str:

@@ -73,11 +73,8 @@ async def _session(
     names = company.gathered(setting, made, notes.append)
     asked = [more] if more else list(MODULES)
     async with Servers(setting, folder, names.folders, tell) as servers:
-        if "unfused" in asked:
-            tell("merging the adapter, to measure what that gains")
-            servers.merged = await asyncio.to_thread(company.merged, setting, names, made, notes.append)
         turns = Turns(folder / TURNS)
-        whole = Pass(setting, folder, made, servers, turns, names, more=bool(more), tell=tell, notes=notes)
+        whole = Pass(setting, folder, made, servers, turns, names, started, bool(more), tell, notes)
         rows = [row for row in (before.rows if before else ()) if row.bottleneck not in asked]
         end = started + 60 * minutes
         for place, bottleneck in enumerate(asked):

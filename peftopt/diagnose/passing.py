@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from peftopt.diagnose import judging
+from peftopt.diagnose import inside, judging
 from peftopt.diagnose.asking import Turn, unanswered
 from peftopt.diagnose.cells import Cell, launches_of
 from peftopt.diagnose.company import Names
@@ -16,6 +17,7 @@ from peftopt.diagnose.measured import Kept, Measured, Turns
 from peftopt.diagnose.records import Bottleneck
 from peftopt.diagnose.serving import Servers
 from peftopt.diagnose.setting import Abilities, Setting, abilities
+from peftopt.measurements import Caching
 
 FIRST_LOOK = judging.LOOKS[0]
 
@@ -36,6 +38,8 @@ class Pass:
     tell: Callable[[str], None] = lambda text: None
     notes: list[str] = field(default_factory=list)
     """What a reader should know of the whole pass."""
+    _caching: Caching | None = None
+    _looked: bool = False
 
     @property
     def abilities(self) -> Abilities:
@@ -46,6 +50,14 @@ class Pass:
     def left_s(self) -> float:
         """Seconds until the bottleneck at hand has to be done."""
         return self.until - time.monotonic()
+
+    async def caching(self) -> Caching | None:
+        """What is seen of the model in a process of its own, where the engine is ours; it is looked at once."""
+        if not self._looked:
+            log = self.folder / "logs" / "inside.log"
+            self._caching = await asyncio.to_thread(inside.look, self.setting, self.names, log, self.notes.append)
+            self._looked = True
+        return self._caching
 
     async def measure(self, name: Bottleneck, cells: Sequence[Cell], blocks: int = FIRST_LOOK) -> Measured:
         """Ask every cell in each block, in random order, their servers all up; all turns of these cells so far.

@@ -17,6 +17,7 @@ from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import FREE, Bottleneck, Row
 from peftopt.diagnose.setting import Setting
 from peftopt.errors import BadInput
+from peftopt.measurements import Caching
 from peftopt.models.adapter import open_adapter
 from peftopt.records import Interval
 from peftopt.report.words import bounded
@@ -50,6 +51,7 @@ async def rows(diagnosed: Pass) -> list[Row]:
     silent = await differs.unchanged(diagnosed, NAME, launch, list(lengths))
     measured = await diagnosed.measure(NAME, cells)
     told = [with_slope(row, ladder, measured) for row in all_rows(NAME, setting, wanted, measured)]
+    note_bytes(diagnosed, await diagnosed.caching())
     return [*silent, *told, *cache(setting, own, lengths)]
 
 
@@ -131,6 +133,15 @@ def fitted(values: Mapping[int, float]) -> float:
 
 
 # ---- the cache -----------------------------------------------------------------------------------
+
+
+def note_bytes(diagnosed: Pass, seen: Caching | None) -> None:
+    """Say so where the cache does not hold what the config says."""
+    if seen is None:
+        return
+    said = making.shape_of(Path(diagnosed.setting.base)).kv_bytes
+    if seen.kv_bytes != said:
+        diagnosed.notes.append(f"the cache holds {seen.kv_bytes:,} bytes a token, and the config says {said:,}")
 
 
 def cache(setting: Setting, own: Sequence[str], lengths: Mapping[str, int]) -> list[Row]:

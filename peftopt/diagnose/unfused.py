@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
-from peftopt.diagnose import costs, differs
+from peftopt.diagnose import company, costs, differs
 from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, evenly, launches_of
 from peftopt.diagnose.company import Names
 from peftopt.diagnose.measured import Measured
@@ -12,6 +13,7 @@ from peftopt.diagnose.parts import Part, alone, asking, lone, rows_of, together
 from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import Bottleneck, Row
 from peftopt.diagnose.setting import Setting, abilities
+from peftopt.metrics import percent
 from peftopt.records import Interval
 
 NAME: Bottleneck = "unfused"
@@ -136,14 +138,32 @@ async def rows(diagnosed: Pass) -> list[Row]:
     wanted = parts(setting, names)
     if not wanted:
         return [costs.not_asked(NAME, "the adapter", why(setting, names))]
-    merged = Launch(model="merged") if diagnosed.servers.merged else None
+    merged, caching = await asyncio.gather(_merged(diagnosed), diagnosed.caching())
     cells = cells_of(part.pair for part in wanted)
     if merged:
         cells += [lone(setting, merged, BASE, batch) for batch in (1, BATCH)]
     await diagnosed.servers.up(launches_of(cells))
     silent = await differs.unchanged(diagnosed, NAME, alone(setting, names), [names.adapter])
     measured = await diagnosed.measure(NAME, cells)
-    return [*silent, *(row for part in wanted for row in _rows(setting, part, measured, merged))]
+    told = [row for part in wanted for row in _rows(setting, part, measured, merged)]
+    share = caching.adapter_share if caching else None
+    return [*silent, *(explained(row, share) for row in told)]
+
+
+async def _merged(diagnosed: Pass) -> Launch | None:
+    """The adapter merged, to measure what that gains; None where it cannot be."""
+    note, servers = diagnosed.notes.append, diagnosed.servers
+    diagnosed.tell("merging the adapter, to measure what that gains")
+    merge = (diagnosed.setting, diagnosed.names, diagnosed.made, note)
+    servers.merged = servers.merged or await asyncio.to_thread(company.merged, *merge)
+    return Launch(model="merged") if servers.merged else None
+
+
+def explained(row: Row, share: float | None) -> Row:
+    """The row on a lone token of the adapter with what its matrices take of it, by a profile, as an explanation."""
+    if share is None or (row.part, row.phase, row.batch) != ("the adapter", "decode", 1):
+        return row
+    return replace(row, sentence=f"{row.sentence}; by a profile its matrices take {percent(share)} of a token's time")
 
 
 def _rows(setting: Setting, part: Part, measured: Measured, merged: Launch | None) -> list[Row]:
