@@ -15,8 +15,8 @@ HEADER = ["part", "phase", "batch", "finding", "costs", "of a request", "what to
 
 HOW_TO_READ = (
     "A row compares two ways of serving that differ in one thing, asked in turns in random order, block by block.",
-    f"costs: the ratio of times with it to times without it, with its {percent(LEVEL)} interval. Surely above {FREE:g}x "
-    "it is a cost, surely below it is none; else it is undecided, and --more adds blocks.",
+    f"costs: the ratio of times with it to times without it, with its {percent(LEVEL)} interval. Surely above "
+    f"{FREE:g}x it is a cost, surely below it is none; else it is undecided, and --more adds blocks.",
     f"Rows are judged after {LOOKS[0]} blocks at the earliest. All {FAMILY} comparisons together call something a cost "
     f"that is not one in {percent(ALPHA)} of diagnoses at most.",
     f"Where the two ways are two servers, a cost must be above {FREE * LAUNCHES:.2f}x: launches of one and the same "
