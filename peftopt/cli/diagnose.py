@@ -35,8 +35,10 @@ class Options:
     ] = "eager"
     base_name: Annotated[str, typer.Option(help="What a running server calls the base.")] = "base"
     prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts to ask; made-up words by default.")] = None
-    prompt_tokens: Annotated[int, typer.Option(help="About as many tokens has a made-up prompt.")] = 48
-    new_tokens: Annotated[int, typer.Option(help="Tokens every answer gets, exactly.")] = 16
+    prompt_tokens: Annotated[int, typer.Option(help="About as many tokens has a made-up prompt.")] = 24
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens of a usual answer: of such a request shares are told. Few of them are computed.")
+    ] = 64
     slo: Annotated[
         list[str],
         typer.Option(
