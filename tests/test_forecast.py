@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from peftopt import store
-from peftopt.cli.shared import read_recipe
 from peftopt.decision import forecast
 from peftopt.engines import _shapes, compiled
 from peftopt.errors import BadInput
@@ -27,6 +26,7 @@ from peftopt.models import cut
 from peftopt.records import Interval, Measurement
 from peftopt.runner import recipe_run
 from peftopt.runner.forecast import Outlook
+from peftopt.runner.judged import read_recipe
 
 MS = st.floats(0.1, 1e3)
 

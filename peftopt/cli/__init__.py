@@ -28,6 +28,7 @@ VERBS = (
     "watch",
     "export",
     "canary",
+    "diagnose",
     "importing",
     "around",
     "kept",

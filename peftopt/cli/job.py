@@ -14,6 +14,7 @@ from peftopt.cli.shared import (
     Results,
     RunFolder,
     app,
+    beside,
     conclude,
     find_run,
 )
@@ -77,6 +78,6 @@ def report(run_folder: RunFolder = None, results: Results = Path("results")) -> 
 
     folder = find_run(run_folder, results)
     console = Console()
-    judged.report_again(folder, console.warn)
+    judged.report_again(folder, console.warn, beside(folder))
     print(store.read_text(folder / "report.md"))
     console.err.print(f"report: {folder / 'report.html'}", soft_wrap=True)

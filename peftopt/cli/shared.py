@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from peftopt.jobs import Transformed, TransformJob
     from peftopt.records import Model, Plugin, Recipe
+    from peftopt.report.words import Section
 
 Record = TypeVar("Record", bound="DataclassInstance")
 
@@ -101,7 +102,7 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
     from peftopt import report, store
     from peftopt.runner import judged
 
-    decision = judged.judge(folder, console.warn, recipe)
+    decision = judged.judge(folder, console.warn, recipe, beside(folder))
     if as_json:
         print(store.read_text(folder / "decision.json"))
     else:
@@ -112,6 +113,13 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
         console.say(decision.sentence, "bold")
         console.say(f"report: {folder / 'report.html'}")
     raise typer.Exit(EXIT[decision.outcome])
+
+
+def beside(folder: Path) -> list[Section]:
+    """What else is known of a run, for its reports: its diagnosis, where `diagnose --run` left one."""
+    from peftopt.diagnose import keeping, page
+
+    return [page.section(keeping.read(folder))] if (folder / keeping.DIAGNOSIS).exists() else []
 
 
 def transform(job: TransformJob, as_json: bool) -> None:

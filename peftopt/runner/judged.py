@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from peftopt.decision.evidence import Evidence
 from peftopt.recipe import parse as recipes
 from peftopt.recipe import plan as planning
 from peftopt.records import Decision, Recipe
+from peftopt.report.words import Section
 
 JUDGED = "judged.json"
 """The plan that a run was judged by, where it is another than that of its recipe."""
@@ -50,10 +51,10 @@ def read_recipe(path: Path) -> tuple[Recipe, str]:
     return recipes.parse(text, str(path.resolve()), plugins.catalogue(), defaults, read), text
 
 
-def judge(folder: Path, warn: Warn, recipe: Recipe | None = None) -> Decision:
+def judge(folder: Path, warn: Warn, recipe: Recipe | None = None, beside: Sequence[Section] = ()) -> Decision:
     """Decide from a run folder's files alone, and write decision.json and the reports; by the thresholds of another
     recipe where one is given, and by that recipe alone where no run of peftopt's measured. The plan that judges is kept
-    where it is not the run's own, so that reports show what was judged."""
+    where it is not the run's own, so that reports show what was judged. `beside`: further sections of the reports."""
     changed = []
     machine = {}
     if recipe and not (folder / "plan.json").exists() and (folder / "measurements.jsonl").exists():
@@ -73,18 +74,18 @@ def judge(folder: Path, warn: Warn, recipe: Recipe | None = None) -> Decision:
         warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
         decision = replace(decision, warnings=(warning, *decision.warnings))
     store.write(folder / "decision.json", report.as_json.render(decision))
-    _write_reports(folder, evidence)
+    _write_reports(folder, evidence, beside)
     return decision
 
 
-def report_again(folder: Path, warn: Warn) -> None:
+def report_again(folder: Path, warn: Warn, beside: Sequence[Section] = ()) -> None:
     """Write the reports of a decision as it is on disk."""
     plan = store.read_plan(folder / (JUDGED if (folder / JUDGED).exists() else "plan.json"))
-    _write_reports(folder, Evidence(plan, store.read(folder / "measurements.jsonl", warn)))
+    _write_reports(folder, Evidence(plan, store.read(folder / "measurements.jsonl", warn)), beside)
 
 
-def _write_reports(folder: Path, evidence: Evidence) -> None:
+def _write_reports(folder: Path, evidence: Evidence, beside: Sequence[Section]) -> None:
     """Every report is rendered from decision.json as it is on disk, so that a later `report` gives the same bytes."""
     decision = report.as_json.decision_from_json(store.read_text(folder / "decision.json"))
-    for name, text in report.reports(decision, evidence).items():
+    for name, text in report.reports(decision, evidence, beside).items():
         store.write(folder / name, text)
