@@ -152,7 +152,7 @@ def make_models(folder: Path) -> Path:
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(**ids)  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(base)
     return base
 

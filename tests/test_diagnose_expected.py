@@ -115,8 +115,8 @@ def times(extra: float, around: float, noise: list[float], base_ms: float = 100.
 
 def reason(extra: float, around: float = 0.0, noise: list[float] | None = None, padded: float | None = None) -> str:
     measured = times(extra, around, noise or [1.0] * BLOCKS)
-    higher = [100.0 * (1 + padded) + around] * BLOCKS if padded is not None else []
-    return expected.judged(WORK, measured, higher, 64).reason
+    padding = [100.0 * (padded - extra)] * BLOCKS if padded is not None else []
+    return expected.judged(WORK, measured, padding, 64).reason
 
 
 @given(st.floats(0, 0.4), st.floats(0, 200), NOISE)
@@ -145,7 +145,7 @@ def test_too_few_blocks_accuse_nobody() -> None:
 
 
 def test_a_row_names_the_rank_that_would_cost_as_much_and_what_to_do() -> None:
-    row = expected.row(WORK, "support", 8, expected.judged(WORK, times(1.2, 0.0, [1.0] * BLOCKS), [220.0] * BLOCKS, 64))
+    row = expected.row(WORK, "support", 8, expected.judged(WORK, times(1.2, 0.0, [1.0] * BLOCKS), [0.0] * BLOCKS, 64))
     assert row
     assert (row.bottleneck, row.part, row.finding, row.batch) == ("unfused", "padded rank", "fault", 8)
     assert "240" in row.sentence and "rank 8" in row.sentence

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from peftopt import stats
 from peftopt.diagnose.records import Row
+from peftopt.errors import BadInput
 from peftopt.metrics import percent
 from peftopt.models.adapter import is_embedding, open_adapter, plain_pairs
 from peftopt.models.checkpoint import Entry, open_model
@@ -81,7 +82,10 @@ def read(base: Path, adapter: Path) -> Work | None:
 
     Raises BadInput for folders that are broken.
     """
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{base} is not a model folder: {error}", "it needs a config.json") from error
     pairs = plain_pairs(open_adapter(adapter))
     if not pairs or any(config.get(key) for key in PACKED_OR_ROUTED):
         return None
@@ -154,15 +158,15 @@ class Judged:
     extra: Interval
 
 
-def judged(work: Work, times: Times, padded: Sequence[float] = (), padded_rank: int = 0) -> Judged:
-    """Why a prefill takes longer with the adapter. `padded`: prefills (ms, by block) of the same adapter, which was
-    padded with zeros to `padded_rank` before it was loaded; () where there is none. Where they should cost more and do
+def judged(work: Work, times: Times, padding: Sequence[float] = (), padded_rank: int = 0) -> Judged:
+    """Why a prefill takes longer with the adapter. `padding`: how much longer (ms, by block) those of the same adapter
+    take, padded with zeros to `padded_rank` before it was loaded; () where there is none. Where it should cost and does
     not, the engine has padded both."""
     extra = computed(times)
     if not extra.low > work.share("prefill") + BEYOND * work.dense("prefill"):
         return Judged("its own", extra)
-    blocks = zip(times.base_prefill, times.prefill, padded, strict=False)
-    more = stats.hodges_lehmann([(higher - own) / base for base, own, higher in blocks], LEVEL)
+    base_ms = stats.median(times.base_prefill)
+    more = stats.hodges_lehmann([ms / base_ms for ms in padding], LEVEL)
     needed = work.share("prefill") * (padded_rank - work.rank) / work.rank
     return Judged("padded rank" if more.high < needed / 2 else "more work", extra)
 
@@ -183,13 +187,14 @@ def row(work: Work, name: str, batch: int, found: Judged) -> Row | None:
     were run together."""
     if found.reason == "its own":
         return None
-    longer, low, high = (_percent(bound) for bound in bounds(found.extra))
+    longer, low, high = (_percent(bound) for bound in (found.extra.estimate, found.extra.low, found.extra.high))
     rank = round(work.rank * found.extra.estimate / work.share("prefill"))
     sentence = (
         f"{name}: prompts take {longer} longer ({low} to {high}), and the arithmetic of its rank {work.rank} explains "
         f"{_percent(work.share('prefill'))}; a rank of {rank} would need as much. {WHY[found.reason]}"
     )
-    ratio = Interval(*(1 + value for value in bounds(found.extra)), found.extra.n, found.extra.level)
+    extra = found.extra
+    ratio = replace(extra, estimate=1 + extra.estimate, low=1 + extra.low, high=1 + extra.high)
     return Row(
         bottleneck="unfused",
         part=found.reason,
@@ -201,11 +206,6 @@ def row(work: Work, name: str, batch: int, found: Judged) -> Row | None:
         ratio=ratio,
         blocks=found.extra.n,
     )
-
-
-def bounds(interval: Interval) -> tuple[float, float, float]:
-    """Its estimate, and its bounds."""
-    return interval.estimate, interval.low, interval.high
 
 
 def _percent(share: float) -> str:

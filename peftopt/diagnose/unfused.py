@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from peftopt.diagnose import costs, differs
+from peftopt.diagnose import costs, differs, expected
 from peftopt.diagnose.advice import advice
 from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, evenly, launches_of
 from peftopt.diagnose.company import Names
 from peftopt.diagnose.costs import Phase, Told
+from peftopt.diagnose.expected import Work
 from peftopt.diagnose.measured import Measured
 from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import Bottleneck, Row
@@ -176,13 +178,47 @@ async def rows(diagnosed: Pass) -> list[Row]:
     if not wanted:
         return [costs.not_asked(NAME, "the adapter", why(setting, names))]
     merged = Launch(model="merged") if diagnosed.servers.merged else None
+    work = expected.read(Path(setting.base), Path(names.folders[names.adapter]))
     cells = cells_of(part.pair for part in wanted)
     if merged:
         cells += [lone(setting, merged, BASE, batch) for batch in (1, BATCH)]
     await diagnosed.servers.up(launches_of(cells))
     silent = await differs.unchanged(diagnosed, NAME, alone(setting, names), [names.adapter])
     measured = await diagnosed.measure(NAME, cells)
-    return [*silent, *(row for part in wanted for row in _rows(setting, part, measured, merged))]
+    told = [row for part in wanted for row in _rows(setting, part, measured, merged)]
+    if work is None:
+        return [*silent, *told]
+    beyond = expected.row(work, names.adapter, BATCH, _judged(work, names, wanted, measured))
+    return [*silent, *([beyond] if beyond else []), *(_explained(row, work) for row in told)]
+
+
+def _explained(row: Row, work: Work) -> Row:
+    """The row with what the adapter's arithmetic explains of its cost."""
+    if row.part != "the adapter" or row.finding != "costs" or row.ratio is None:
+        return row
+    phase: expected.Phase = "prefill" if row.phase == "prefill" else "decode"
+    return replace(row, sentence=f"{row.sentence}; {expected.explained(work, phase, row.ratio.estimate)}")
+
+
+def _judged(work: Work, names: Names, wanted: Sequence[Part], measured: Measured) -> expected.Judged:
+    """Whether the adapter's prefill is its own work: of a whole batch, since that computes most beside what a step of
+    one row shows."""
+    own = {part.batch: part.pair for part in wanted if part.pair.part == "the adapter"}
+    sides = [
+        measured.values(cell, phase)
+        for batch, phase in ((BATCH, "prefill"), (1, "decode"))
+        for cell in (own[batch].plain, own[batch].costly)
+    ]
+    blocks = sorted(set.intersection(*(set(side) for side in sides)))
+    times = expected.Times(*([side[block] for block in blocks] for side in sides))
+    padded = next(
+        (p.pair for p in wanted if p.pair.part == "rank padding" and p.batch == BATCH and not names.cut), None
+    )
+    if padded is None:
+        return expected.judged(work, times)
+    costly, plain = measured.paired(padded, "prefill")
+    longer = [high - low for high, low in zip(costly, plain, strict=True)]
+    return expected.judged(work, times, longer, names.padded_rank)
 
 
 def _rows(setting: Setting, part: Part, measured: Measured, merged: Launch | None) -> list[Row]:
