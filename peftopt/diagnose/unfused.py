@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 
-from peftopt.diagnose import company, costs, differs
+from peftopt.diagnose import beyond, company, costs, differs, expected
 from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, evenly, launches_of
 from peftopt.diagnose.company import Names
 from peftopt.diagnose.measured import Measured
@@ -138,6 +139,7 @@ async def rows(diagnosed: Pass) -> list[Row]:
     wanted = parts(setting, names)
     if not wanted:
         return [costs.not_asked(NAME, "the adapter", why(setting, names))]
+    work = expected.read(Path(setting.base), Path(names.folders[names.adapter]))
     merged, caching = await asyncio.gather(_merged(diagnosed), diagnosed.caching())
     asked = [_with_merged(setting, part, merged) for part in wanted]
     await diagnosed.servers.up(launches_of(united(asked)))
@@ -145,7 +147,8 @@ async def rows(diagnosed: Pass) -> list[Row]:
     measured = await diagnosed.measure(NAME, asked)
     told = [row for part in wanted for row in _rows(setting, part, measured, merged)]
     share = caching.adapter_share if caching else None
-    return [*silent, *(explained(row, share) for row in told)]
+    more = beyond.rows(work, names, wanted, measured) if work else []
+    return [*silent, *more, *(explained(beyond.explained(row, work), share) for row in told)]
 
 
 def _with_merged(setting: Setting, part: Part, merged: Launch | None) -> list[Cell]:
