@@ -27,6 +27,7 @@ VERBS = (
     "watch",
     "export",
     "canary",
+    "diagnose",
     "importing",
     "around",
     "env",
