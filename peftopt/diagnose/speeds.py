@@ -13,7 +13,6 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from peftopt import stats
-from peftopt.records import Json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,14 +55,6 @@ class Speeds:
     merge_s: Samples
     start_s: Samples
     notes: tuple[str, ...] = ()
-
-    def as_json(self) -> dict[str, Json]:
-        """All of it, with the samples."""
-        return {
-            **{name: value for name, value in vars(self).items() if name not in ("merged", "apart")},
-            "merged": vars(self.merged),
-            "apart": vars(self.apart),
-        }
 
 
 @dataclass(frozen=True)
