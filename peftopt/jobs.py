@@ -16,7 +16,19 @@ from typing import Generic, TypeVar, get_args, get_type_hints
 
 from peftopt.corpus import Row
 from peftopt.loadtest.protocols import Prompt, Target
-from peftopt.measurements import NO_ACCOUNT, Account, EngineFacts, Launch, Memory, Request, Sent, Survey, Task, as_json
+from peftopt.measurements import (
+    NO_ACCOUNT,
+    Account,
+    Caching,
+    EngineFacts,
+    Launch,
+    Memory,
+    Request,
+    Sent,
+    Survey,
+    Task,
+    as_json,
+)
 from peftopt.records import NO_INVARIANTS, Invariants, Json, Model, Step
 
 Reply = TypeVar("Reply")
@@ -278,6 +290,14 @@ class AliveJob(Job[Alive]):
     rows: tuple[Row, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CachingJob(Job[Caching]):
+    """Look at the KV cache of the eager engine's model at a token that has so many before it: see probes/caching.py."""
+
+    tokens: int
+    rounds: int
+
+
 @dataclass(frozen=True)
 class TaskJob(Job[Task]):
     """One task of lm-evaluation-harness, by its name or its file: see probes/tasks.py."""
@@ -315,6 +335,7 @@ JOBS: Mapping[str, type[Job[Json]]] = {
         SpeedJob,
         QualityJob,
         AliveJob,
+        CachingJob,
         TaskJob,
         BandwidthJob,
         KernelsJob,

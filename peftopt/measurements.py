@@ -567,6 +567,20 @@ def _each(kind: type[Plain], one: Callable[[object], Plain], values: object) -> 
     return tuple(one(value) for value in values)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Caching:
+    """What the open model's KV cache saves and holds, and what of a token's time the adapter's matrices take."""
+
+    kept_ms: tuple[float, ...]
+    """A token with the cache, round by round."""
+    anew_ms: tuple[float, ...]
+    """The same token with all before it computed anew."""
+    kv_bytes: int
+    """Keys and values of one token in all layers, as the cache holds them."""
+    adapter_share: float | None = None
+    """Of a token's time, by torch's profiler; None without a LoRA."""
+
+
 # ---- records to JSON ---------------------------------------------------------------------------
 
 

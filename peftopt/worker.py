@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from peftopt import jobs, machine, progress
 from peftopt.corpus import Row
 from peftopt.errors import MissingEnvironment, PeftoptError, WorkerFailed
-from peftopt.measurements import EngineFacts, Launch, Memory, Survey, Task, as_json
+from peftopt.measurements import Caching, EngineFacts, Launch, Memory, Survey, Task, as_json
 from peftopt.merging.certificate import FILE as CERTIFICATE
 from peftopt.models import provenance
 from peftopt.models.hf import tokenizer, tokenizer_home
@@ -169,6 +169,12 @@ class Worker:
 
         with progress.heard(lambda at: self.tell("progress", at)):
             return tasks.run(self.engine, job.task, job.rows)
+
+    def caching(self, job: jobs.CachingJob) -> Caching:
+        """What the KV cache saves and holds: see probes/caching.py."""
+        from peftopt.probes import caching
+
+        return caching.look(self.engine.model, job.tokens, job.rounds)
 
     def bandwidth(self, job: jobs.BandwidthJob) -> Survey:
         """How fast this machine reads memory: see probes/bandwidth.py."""

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "peftopt"
-GROUND = "errors records metrics identity stats progress machine measurements corpus store plugins environments models"
+GROUND = (
+    "errors records forms metrics identity stats progress machine measurements corpus store plugins environments models"
+)
 LOW = "recipe loadtest decision report canary merging transforms engines policies probes"
 LAYERS = f"{GROUND} {LOW} jobs server worker runner gateway watch diagnose deploy cli".split()
 PURE = {"recipe", "decision", "report"}

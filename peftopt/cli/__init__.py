@@ -30,6 +30,7 @@ VERBS = (
     "diagnose",
     "importing",
     "around",
+    "kept",
     "env",
 )
 """The files of verbs, in the order of --help."""

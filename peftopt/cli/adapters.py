@@ -76,7 +76,7 @@ class Put:
         str, typer.Option(help="Share of users' requests that both versions are asked again; it answers nobody by it.")
     ] = ""
     prompts: Annotated[
-        Path | None, typer.Option(help="JSON-lines prompts, with expected and critical, that both versions are asked.")
+        Path | None, typer.Option(help="Prompts, with expected and critical, that both versions are asked.")
     ] = None
     for_: Annotated[
         str, typer.Option("--for", help="Judge the version, for so long at most, such as 30m; this waits for it.")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @app.command()
 def bench(
     model: Annotated[list[Path] | None, typer.Option(help="Model folder; repeat to compare with the first.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter on top of the first model, unmerged.")] = None,
     engine: Annotated[
         list[str],

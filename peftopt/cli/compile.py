@@ -24,7 +24,7 @@ def compile_(
     workload: Annotated[
         Path | None, typer.Option(help="A recipe: warm the shapes of its workloads, with its engine's parameters.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts; one of ours by default.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts; one of ours by default.")] = None,
     batch: Annotated[list[int], typer.Option(help="Batch sizes to compile for; repeat the option.")] = [1],  # noqa: B006
     new_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 32,
     threads: Annotated[int, typer.Option(help="Threads per process; 0 = all cores.")] = 0,

@@ -198,9 +198,10 @@ def _print(diagnosis: Diagnosis, folder: Path, console: Console) -> None:
     """One screen: the dearest first, and a line for what costs nothing."""
     from peftopt.diagnose import screen
 
-    header, rows, outcomes = screen.table(diagnosis)
+    rows = screen.shown(diagnosis)
     if rows:
-        console.table(header, rows, outcomes)
+        outcomes = [screen.OUTCOMES[row.finding] for row in rows]
+        console.table(screen.HEADER, [screen.cells(row) for row in rows], outcomes)
     for line in screen.lines(diagnosis):
         console.say(line)
     console.say(f"kept in {folder}")

@@ -31,7 +31,7 @@ class Options:
     """What the user asks of `load`. None is an option that was not given: the recipe's value or the default applies."""
 
     target: Annotated[str, typer.Argument(help="URL of a server, or a recipe: its variants that are servers, in turn.")]
-    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts; a recipe has its own.")] = None
+    prompts: Annotated[Path | None, typer.Option(help="Prompts; a recipe has its own.")] = None
     model: Annotated[
         list[str],
         typer.Option(

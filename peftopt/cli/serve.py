@@ -78,7 +78,7 @@ class Options:
     trace: Annotated[str, typer.Option(help="URL of an OpenTelemetry collector (OTLP over HTTP) for spans.")] = ""
     read: Annotated[float, typer.Option(help="Seconds for a request to come in; 0 = any.")] = 30.0
     canary: Annotated[
-        Path | None, typer.Option(help="JSON-lines prompts on which adapters should differ; six of our own otherwise.")
+        Path | None, typer.Option(help="Prompts on which adapters should differ; six of our own otherwise.")
     ] = None
     check_every: Annotated[
         str,

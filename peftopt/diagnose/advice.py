@@ -36,16 +36,20 @@ ADVICE: Mapping[str, Mapping[str, str]] = {
         VLLM: "--max-loras {live}: as many slots as adapters are live at once",
         ANY: "no more than {cliff} live adapters a server, or more slots",
     },
+    "service level": {
+        ANY: "fewer adapters a server, or the hottest merged; peftopt load --find-rate says what it holds"
+    },
     "skew": {ANY: "merge the hottest adapter: it has most of the traffic"},
     "first request": {ANY: "ask an adapter once after its load, before users do: peftopt adapters put"},
     "virtual tokens": {ANY: "compute them once: peftopt bake --base {base} --adapter {adapter} --out baked"},
+    "KV cache": {ANY: "fewer virtual tokens; an engine that shares a prefix between requests keeps them once"},
     "batching": {
         OURS: "--max-batch {rows}: requests that come together are computed together",
         VLLM: "--max-num-seqs {rows}",
         LLAMACPP: "--parallel {rows}",
         ANY: "let the engine compute requests together",
     },
-    "lockstep": {ANY: "an engine whose rows join and leave (continuous batching)"},
+    "static batches": {ANY: "an engine whose rows join and leave (continuous batching)"},
     "shared prompt": {
         VLLM: "--enable-prefix-caching",
         LLAMACPP: "--cache-prompt",

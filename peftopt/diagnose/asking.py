@@ -26,12 +26,15 @@ MOST = 64
 @dataclass(frozen=True, kw_only=True)
 class Turn:
     """What a cell's requests took. `ttft_ms` and `tpot_ms` of each request that was answered, in the order of the
-    load; `tpot_ms` is the median gap between tokens, in time per token. `whole_ms`: from when the first was sent to
-    when the last was done. `failed`: why others were not answered."""
+    load; `tpot_ms` is the median gap between tokens, in time per token; `longest_gap_ms` the longest;
+    `latency_ms` the whole request. `whole_ms`: from when the first was sent to when the last was done. `failed`: why
+    others were not answered."""
 
     names: tuple[str, ...]
     ttft_ms: tuple[float, ...]
     tpot_ms: tuple[float, ...]
+    longest_gap_ms: tuple[float, ...]
+    latency_ms: tuple[float, ...]
     whole_ms: float
     new_tokens: int
     prompt_tokens: int
@@ -117,6 +120,8 @@ def turn(load: Load, replies: Sequence[Reply], started: int) -> Turn:
         names=load.names,
         ttft_ms=tuple((reply.times[0] - reply.sent) / 1e6 for reply in answered if reply.times),
         tpot_ms=tuple(gap for reply in answered if (gap := _gap_ms(reply)) is not None),
+        longest_gap_ms=tuple(max(gaps_ms(reply), default=0.0) for reply in answered),
+        latency_ms=tuple((reply.done - reply.sent) / 1e6 for reply in answered),
         whole_ms=(max((reply.done for reply in replies), default=started) - started) / 1e6,
         new_tokens=sum(reply.new_tokens for reply in answered),
         prompt_tokens=sum(reply.prompt_tokens or 0 for reply in answered),
@@ -124,9 +129,19 @@ def turn(load: Load, replies: Sequence[Reply], started: int) -> Turn:
     )
 
 
+def unanswered(load: Load, error: str) -> Turn:
+    """The turn of a load that could not be sent."""
+    return turn(load, [Reply(sent=0, error=error)], 0)
+
+
+def gaps_ms(reply: Reply) -> list[float]:
+    """Between messages."""
+    return [(after - before) / 1e6 for before, after in itertools.pairwise(reply.times)]
+
+
 def _gap_ms(reply: Reply) -> float | None:
     """The median gap between messages, as time per token: a pause of the machine hardly moves it."""
-    gaps = [(after - before) / 1e6 for before, after in itertools.pairwise(reply.times)]
+    gaps = gaps_ms(reply)
     if not gaps or reply.new_tokens < 2:
         return None
     return stats.median(gaps) * len(gaps) / (reply.new_tokens - 1)

@@ -7,7 +7,7 @@ what differs between its times is the cost of that one thing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Literal
 
 BATCH = 8
@@ -41,13 +41,15 @@ answered."""
 @dataclass(frozen=True)
 class Load:
     """Requests: whom each asks (`names`), and how many tokens its answer has (`new_tokens`, one for all, or one for
-    each in turn). Prompts have `prompt_tokens` of their own after `shared_tokens` that all have in common."""
+    each in turn). Prompts have `prompt_tokens` of their own after `shared_tokens` that all have in common. `fresh`: the
+    adapter has just been loaded, under a name of its own."""
 
     names: tuple[str, ...]
     prompt_tokens: int
     new_tokens: tuple[int, ...]
     shared_tokens: int = 0
     order: Order = "together"
+    fresh: bool = False
 
     @property
     def answers(self) -> tuple[int, ...]:
@@ -107,8 +109,3 @@ def skewed(names: Sequence[str], requests: int) -> tuple[str, ...]:
     for place in rest[: requests - sum(counts)]:
         counts[place] += 1
     return tuple(name for name, count in zip(names, counts, strict=True) for _ in range(count))
-
-
-def asking(cell: Cell, *names: str) -> Cell:
-    """The same cell, but for whom its requests ask."""
-    return replace(cell, load=replace(cell.load, names=names))

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from peftopt import machine, stats
-from peftopt.diagnose import company, keeping, unfused
+from peftopt.diagnose import batching, choice, company, keeping, prompts, unfused
 from peftopt.diagnose.measured import TURNS, Turns
 from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import Bottleneck, Diagnosis, Row
@@ -21,7 +21,12 @@ from peftopt.records import Interval
 Measure = Callable[[Pass], Awaitable[Sequence[Row]]]
 """A bottleneck's module: it measures with the pass, until `until`, and says what costs what."""
 
-MODULES: Mapping[Bottleneck, Measure] = {"unfused": unfused.rows}
+MODULES: Mapping[Bottleneck, Measure] = {
+    "unfused": unfused.rows,
+    "choice": choice.rows,
+    "prompts": prompts.rows,
+    "batching": batching.rows,
+}
 """Who measures each bottleneck, in the order in which they are measured."""
 
 SHARES: Mapping[Bottleneck, float] = {
@@ -68,11 +73,8 @@ async def _session(
     names = company.gathered(setting, made, notes.append)
     asked = [more] if more else list(MODULES)
     async with Servers(setting, folder, names.folders, tell) as servers:
-        if "unfused" in asked:
-            tell("merging the adapter, to measure what that gains")
-            servers.merged = await asyncio.to_thread(company.merged, setting, names, made, notes.append)
         turns = Turns(folder / TURNS)
-        whole = Pass(setting, folder, made, servers, turns, names, more=bool(more), tell=tell, notes=notes)
+        whole = Pass(setting, folder, made, servers, turns, names, started, bool(more), tell, notes)
         rows = [row for row in (before.rows if before else ()) if row.bottleneck not in asked]
         end = started + 60 * minutes
         for place, bottleneck in enumerate(asked):

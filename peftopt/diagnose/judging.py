@@ -14,15 +14,16 @@ from peftopt.records import Interval
 LEVEL = 0.95
 """Of the intervals that are shown."""
 
-FAMILY = 32
+FAMILY = 33
 """Comparisons that a diagnosis may make: they share its error, so that a clean engine is called costly by none."""
 
-ALPHA = 0.05
-"""The chance that any of the family is called a cost at most, were all of them at the limit."""
+ALPHA = 0.01
+"""The chance that any of the family is called a cost at most, however noisy the machine, were all of them at the limit.
+Twenty diagnoses of a clean engine shall all be clean."""
 
-LOOKS, SHARES = (10, 16, 24, 40, 60), (0.65, 0.15, 0.1, 0.05, 0.05)
+LOOKS, SHARES = (12, 18, 27, 40, 60), (0.82, 0.06, 0.05, 0.04, 0.03)
 """Numbers of blocks at which a comparison is judged, and the share of ALPHA of each. The first that decides is final,
-so blocks may be added. Ten blocks that all say the same have a probability of 2^-10, which FAMILY of them may err."""
+so blocks may be added. Twelve blocks all say the same by chance once in 2^12 times, which all of FAMILY may do."""
 
 LAUNCHES = 1.05
 """How far two launches of one and the same server may differ: what lies within is not a cost of what they differ in.
@@ -38,13 +39,13 @@ class Judged:
     blocks: int
 
 
-def judged(logs: Sequence[float], one_server: bool = True) -> Judged:
-    """A cost, none, or undecided. `logs`: log(costly / plain) of each block, in order.
+def judged(logs: Sequence[float], one_server: bool = True, most: float = FREE) -> Judged:
+    """A cost, none, or undecided: whether the ratio is above `most`. `logs`: log(costly / plain) by block, in order.
 
     Raises ValueError for a log that is not finite.
     """
     ratio = exp(stats.hodges_lehmann(logs, LEVEL))
-    limit = math.log(FREE)
+    limit = math.log(most)
     margin = 0.0 if one_server else math.log(LAUNCHES)
     for look, share in zip(LOOKS, SHARES, strict=True):
         if look > len(logs):

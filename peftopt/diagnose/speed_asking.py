@@ -114,8 +114,8 @@ async def _session(setting: Setting, traffic: Traffic, folder: Path, made: Path,
             mixed=asking.steps("mixed"),
             rows=BATCH,
             sharing=tuple(asking.sharing),
-            engine_bytes=_memory(servers.servers[merged]),
-            apart_bytes=_memory(servers.servers[apart]),
+            engine_bytes=memory(servers.servers[merged]),
+            apart_bytes=memory(servers.servers[apart]),
             adapter_bytes=sum(file.stat().st_size for file in adapter.glob("*.safetensors")),
             kv_bytes_per_token=making.shape_of(Path(setting.base)).kv_bytes,
             kv_tokens=BATCH * (asking.prompt_tokens + STEPS),
@@ -223,7 +223,7 @@ async def _reload(servers: Servers, launch: Launch, name: str) -> float:
     return seconds
 
 
-def _memory(server: Server) -> int:
+def memory(server: Server) -> int:
     """Bytes that only this server's processes hold: what one more of its kind takes beside it."""
     import psutil
 

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import asyncio
+from dataclasses import replace
 
-from peftopt.diagnose import costs, differs
-from peftopt.diagnose.advice import advice
+from peftopt.diagnose import company, costs, differs
 from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, evenly, launches_of
 from peftopt.diagnose.company import Names
-from peftopt.diagnose.costs import Phase, Told
 from peftopt.diagnose.measured import Measured
+from peftopt.diagnose.parts import Part, alone, asking, lone, rows_of, together
 from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import Bottleneck, Row
 from peftopt.diagnose.setting import Setting, abilities
+from peftopt.metrics import percent
 from peftopt.records import Interval
 
 NAME: Bottleneck = "unfused"
 SWITCHES = 4
 """Requests that alternate between two adapters."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A pair to measure, and what to say of it. `phases` to compare; `advice` by its part's name."""
-
-    pair: Pair
-    batch: int
-    phases: tuple[Phase, ...]
-    subject: str
-    words: Mapping[str, object]
 
 
 def parts(setting: Setting, names: Names) -> list[Part]:
@@ -52,22 +41,6 @@ def parts(setting: Setting, names: Names) -> list[Part]:
         *_padding(setting, names, one if can.told else many),
         *_beside(setting, names, many),
     ]
-
-
-def alone(setting: Setting, names: Names) -> Launch:
-    """A server of one adapter."""
-    can = abilities(setting.engine)
-    if not can.starts:
-        return Launch(adapters=names.all)
-    return Launch(adapters=(names.adapter,), lora=can.told, slots=int(can.told), rank=names.rank if can.told else 0)
-
-
-def together(setting: Setting, names: Names) -> Launch:
-    """A server of all adapters."""
-    one = alone(setting, names)
-    if not one.lora:
-        return replace(one, adapters=names.all)
-    return replace(one, adapters=names.all, slots=len(names.all), rank=names.padded_rank or names.rank)
 
 
 def _capability(setting: Setting, names: Names, one: Launch) -> list[Part]:
@@ -152,16 +125,6 @@ def _beside(setting: Setting, names: Names, many: Launch) -> list[Part]:
     return found
 
 
-def asking(setting: Setting, launch: Launch, names: tuple[str, ...]) -> Cell:
-    """A cell of the usual requests, which come together."""
-    return Cell(launch, Load(names, setting.prompt_tokens, (setting.new_tokens,)))
-
-
-def lone(setting: Setting, launch: Launch, name: str, batch: int) -> Cell:
-    """A cell of one name."""
-    return asking(setting, launch, (name,) * batch)
-
-
 def why(setting: Setting, names: Names) -> str:
     """Why no part is asked."""
     if not names.adapter:
@@ -175,20 +138,37 @@ async def rows(diagnosed: Pass) -> list[Row]:
     wanted = parts(setting, names)
     if not wanted:
         return [costs.not_asked(NAME, "the adapter", why(setting, names))]
-    merged = Launch(model="merged") if diagnosed.servers.merged else None
+    merged, caching = await asyncio.gather(_merged(diagnosed), diagnosed.caching())
     cells = cells_of(part.pair for part in wanted)
     if merged:
         cells += [lone(setting, merged, BASE, batch) for batch in (1, BATCH)]
     await diagnosed.servers.up(launches_of(cells))
     silent = await differs.unchanged(diagnosed, NAME, alone(setting, names), [names.adapter])
     measured = await diagnosed.measure(NAME, cells)
-    return [*silent, *(row for part in wanted for row in _rows(setting, part, measured, merged))]
+    told = [row for part in wanted for row in _rows(setting, part, measured, merged)]
+    share = caching.adapter_share if caching else None
+    return [*silent, *(explained(row, share) for row in told)]
+
+
+async def _merged(diagnosed: Pass) -> Launch | None:
+    """The adapter merged, to measure what that gains; None where it cannot be."""
+    note, servers = diagnosed.notes.append, diagnosed.servers
+    diagnosed.tell("merging the adapter, to measure what that gains")
+    merge = (diagnosed.setting, diagnosed.names, diagnosed.made, note)
+    servers.merged = servers.merged or await asyncio.to_thread(company.merged, *merge)
+    return Launch(model="merged") if servers.merged else None
+
+
+def explained(row: Row, share: float | None) -> Row:
+    """The row on a lone token of the adapter with what its matrices take of it, by a profile, as an explanation."""
+    if share is None or (row.part, row.phase, row.batch) != ("the adapter", "decode", 1):
+        return row
+    return replace(row, sentence=f"{row.sentence}; by a profile its matrices take {percent(share)} of a token's time")
 
 
 def _rows(setting: Setting, part: Part, measured: Measured, merged: Launch | None) -> list[Row]:
-    """A row for each phase of a part; the adapter's own say what merging gained, where it was measured."""
-    told = Told(part.subject, advice(part.pair.part, setting.engine, **part.words), part.batch)
-    rows = {phase: costs.row(NAME, part.pair, phase, measured, told) for phase in part.phases}
+    """The rows of a part; the adapter's own say what merging gained, where it was measured."""
+    rows = rows_of(NAME, setting, part, measured)
     if part.pair.part != "the adapter" or not merged:
         return list(rows.values())
     after = lone(setting, merged, BASE, part.batch)
@@ -197,4 +177,4 @@ def _rows(setting: Setting, part: Part, measured: Measured, merged: Launch | Non
 
 def gained(row: Row, gain: Interval | None, what: str) -> Row:
     """The row with what its advice gained."""
-    return replace(row, gain=gain, gained=f"{what}: {gain.estimate:.2f}x the time") if gain else row
+    return replace(row, gain=gain, gained=what) if gain else row

@@ -127,6 +127,11 @@ class Transformers(Text):
             logits = self._model(**inputs).logits
             return [scored(logits[i, : len(answer)], answer) for i, answer in enumerate(answers)]
 
+    @property
+    def model(self) -> Any:
+        """The loaded model, adapters on top: for a probe that looks inside."""
+        return self._model
+
     def without_adapters(self) -> contextlib.AbstractContextManager[None]:
         """The base alone answers and scores, for as long as this context lasts."""
         owner = self._owners[0]

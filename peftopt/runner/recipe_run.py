@@ -50,6 +50,8 @@ def prepare(
         store.write(folder / "recipe.yaml", text)
         store.write(folder / "plan.json", json.dumps(asdict(plan), indent=1))
         store.write(folder / "machine.json", json.dumps(machine.describe(), indent=1))
+        for line in preflight.prompts(recipe):
+            listener.tell(line)
         for line in (*preflight.warnings(recipe), *preflight.copies(recipe)):
             listener.warn(line)
         for line in preflight.foreseen(recipe):
