@@ -140,7 +140,7 @@ def _by_rows(measured: Mapping[int, float], rows: int) -> tuple[float, ...]:
     than with fewer rows, since a shorter time could only be noise."""
     known = sorted(measured)
     rising = list(accumulate((measured[n] for n in known), max))
-    return tuple(_between(known, rising, n) for n in range(rows + 1))
+    return tuple(accumulate((_between(known, rising, n) for n in range(rows + 1)), max))
 
 
 def _between(known: Sequence[int], values: Sequence[float], n: int) -> float:
