@@ -30,13 +30,14 @@ T = TypeVar("T")
 
 SPEEDS = "speeds.json"
 
-BLOCKS, FEWEST_BLOCKS, ENOUGH_S = 7, 3, 60.0
+BLOCKS, FEWEST_BLOCKS, ENOUGH_S = 7, 3, 45.0
 """Every cell is asked once a block. No block is begun after ENOUGH_S, but for the fewest."""
 
-ROWS = (1, 2, 4, BATCH)
-"""Requests at once whose decode steps are timed."""
+ROWS, MIXED_ROWS = (1, 2, 4, BATCH), (2, BATCH)
+"""Requests at once whose decode steps are timed, of one adapter and of as many adapters. Their prompts are short: a
+step's time is that of the weights."""
 
-STEPS = 10
+STEPS = 7
 """Tokens of an answer whose gaps are a step's time."""
 
 SHORT_TOKENS, MOST_TOKENS = 16, 512
@@ -118,7 +119,7 @@ async def _session(setting: Setting, traffic: Traffic, folder: Path, made: Path,
             apart_bytes=memory(servers.servers[apart]),
             adapter_bytes=sum(file.stat().st_size for file in adapter.glob("*.safetensors")),
             kv_bytes_per_token=making.shape_of(Path(setting.base)).kv_bytes,
-            kv_tokens=BATCH * (asking.prompt_tokens + STEPS),
+            kv_tokens=BATCH * (SHORT_TOKENS + STEPS),
             load_s=tuple(load_s),
             merge_s=(merge_s,),
             start_s=(start_s,),
@@ -145,7 +146,7 @@ class _Asking:
         cells: list[Cell] = [
             *((way, "prefill", n) for way in ("merged", "apart") for n in (SHORT_TOKENS, self.prompt_tokens)),
             *((way, "step", rows) for way in ("merged", "apart") for rows in ROWS),
-            *(("mixed", "step", rows) for rows in ROWS[1:]),
+            *(("mixed", "step", rows) for rows in MIXED_ROWS),
         ]
         started = time.monotonic()
         for block in range(BLOCKS):
@@ -181,7 +182,7 @@ class _Asking:
         else:
             launch = self._apart
             names = tuple(self._names[:rows]) if way == "mixed" else (self._names[self._asked % 2],) * rows
-        tokens = size if phase == "prefill" else self.prompt_tokens
+        tokens = size if phase == "prefill" else SHORT_TOKENS
         load = Load(names, tokens, (STEPS if phase == "step" else 2,))
         return await self._asked_once(launch, load, "decode" if phase == "step" else phase)
 
@@ -190,7 +191,7 @@ class _Asking:
         way = {self._merged: BASE, self._apart: self._names[0]}
         # the merged model is faster: with more tokens, both compute until about the same time
         tokens = {self._merged: 2 * STEPS, self._apart: STEPS}
-        loads = {launch: Load((name,), self.prompt_tokens, (tokens[launch],)) for launch, name in way.items()}
+        loads = {launch: Load((name,), SHORT_TOKENS, (tokens[launch],)) for launch, name in way.items()}
         both = await asyncio.gather(*(self._asked_once(launch, load, "decode") for launch, load in loads.items()))
         alone = [self._samples["merged", "step", 1][-1], self._samples["apart", "step", 1][-1]]
         return sum(together / single for together, single in zip(both, alone, strict=True)) / 2
