@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import AsJson, Quiet, Results, app, named, options_from
+from peftopt.cli.shared import AsJson, Quiet, Results, app, judged_evidence, named, options_from, write_reports
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class Options:
         Path | None,
         typer.Option(help="Folder to keep it in.", show_default="results/diagnoses/TIME; with --more the newest"),
     ] = None
+    run: Annotated[
+        Path | None, typer.Option(help="A finished run, whose report then shows the diagnosis.", show_default=False)
+    ] = None
     results: Results = Path("results")
     as_json: AsJson = False
     quiet: Quiet = False
@@ -88,7 +91,10 @@ def diagnose(options: Options) -> None:
     more = _bottleneck(options.more)
     folder = _folder(options)
     setting = keeping.read_setting(folder) if more and not options.base else _setting(options)
+    if options.run and not (options.run / "decision.json").exists():
+        raise BadInput(f"--run {options.run}: no decision there", "give the folder of a finished run")
     diagnosis = diagnosing.diagnose(setting, folder, options.minutes, more, console.tell)
+    _write(diagnosis, folder, options.run, console)
     if options.as_json:
         print(keeping.text(diagnosis), end="")
     else:
@@ -115,6 +121,18 @@ def _plan(options: Options, console: Console) -> int:
     if planned.evaluated.best is None:
         return REJECTED
     return ACCEPTED if planned.evaluated.sure else INCONCLUSIVE
+
+
+def _write(diagnosis: Diagnosis, folder: Path, run: Path | None, console: Console) -> None:
+    """The pages of a diagnosis, and those of the run that it belongs to."""
+    from peftopt import store
+    from peftopt.diagnose import keeping, page
+
+    for name, text in page.pages(diagnosis).items():
+        store.write(folder / name, text)
+    if run:
+        keeping.write(diagnosis, run)
+        write_reports(run, judged_evidence(run, console))
 
 
 def outcome(diagnosis: Diagnosis) -> int:
@@ -204,4 +222,4 @@ def _print(diagnosis: Diagnosis, folder: Path, console: Console) -> None:
         console.table(screen.HEADER, [screen.cells(row) for row in rows], outcomes)
     for line in screen.lines(diagnosis):
         console.say(line)
-    console.say(f"kept in {folder}")
+    console.say(f"report: {folder / 'diagnosis.html'}")

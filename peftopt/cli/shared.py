@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peftopt.decision.evidence import Evidence
     from peftopt.jobs import Transformed, TransformJob
     from peftopt.records import Decision, Model, Plugin, Recipe
+    from peftopt.report.words import Section
 
 Record = TypeVar("Record", bound="DataclassInstance")
 
@@ -180,8 +181,15 @@ def write_reports(folder: Path, evidence: Evidence) -> None:
     from peftopt import report, store
 
     decision = report.as_json.decision_from_json(read_text(folder / "decision.json"))
-    for name, text in report.reports(decision, evidence).items():
+    for name, text in report.reports(decision, evidence, _beside(folder)).items():
         store.write(folder / name, text)
+
+
+def _beside(folder: Path) -> list[Section]:
+    """What else is known of a run: its diagnosis, where `diagnose --run` left one."""
+    from peftopt.diagnose import keeping, page
+
+    return [page.section(keeping.read(folder))] if (folder / keeping.DIAGNOSIS).exists() else []
 
 
 def transform(job: TransformJob, as_json: bool) -> None:

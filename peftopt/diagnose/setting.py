@@ -25,8 +25,6 @@ class Setting:
     new_tokens: int = 16
     slo: tuple[str, ...] = ()
     threads: int = 0
-    run: str = ""
-    """The folder of a run whose report shows the diagnosis, "" for none."""
 
     @property
     def first(self) -> str:
