@@ -203,7 +203,7 @@ def run(arguments: argparse.Namespace, base: Path, fault: str, folder: Path, see
     if arguments.adapter:
         adapters = [word for text in arguments.adapter for word in ("--adapter", text)]
     command = [sys.executable, "-m", "peftopt.cli", "diagnose", "--base", str(base), *adapters, "--quiet"]
-    command += ["--out", str(folder), "--minutes", str(arguments.minutes)]
+    command += ["--out", str(folder), "--minutes", str(arguments.minutes), "--threads", str(arguments.threads)]
     variables = environment(CLEAN if arguments.url else fault)
     with contextlib.ExitStack() as stack:
         if arguments.url:
@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="Runs of each fault.")
     parser.add_argument("--clean", type=int, default=20, help="Runs without a fault.")
     parser.add_argument("--minutes", type=float, default=4.5, help="Of each diagnosis.")
+    parser.add_argument("--threads", type=int, default=1, help="Of each server: with one, other work disturbs least.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--url", action="store_true", help="Diagnose a server that runs already.")
     parser.add_argument("--base", type=Path, help="A model of your own.")
