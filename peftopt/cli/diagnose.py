@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import AsJson, Quiet, Results, app, judged_evidence, named, options_from, write_reports
+from peftopt.cli.shared import AsJson, Quiet, Results, app, beside, named, options_from
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
 
 if TYPE_CHECKING:
@@ -35,8 +36,10 @@ class Options:
     ] = "eager"
     base_name: Annotated[str, typer.Option(help="What a running server calls the base.")] = "base"
     prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts to ask; made-up words by default.")] = None
-    prompt_tokens: Annotated[int, typer.Option(help="About as many tokens has a made-up prompt.")] = 48
-    new_tokens: Annotated[int, typer.Option(help="Tokens every answer gets, exactly.")] = 16
+    prompt_tokens: Annotated[int, typer.Option(help="About as many tokens has a made-up prompt.")] = 24
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens of a usual answer: of such a request shares are told. Few of them are computed.")
+    ] = 64
     slo: Annotated[
         list[str],
         typer.Option(
@@ -51,6 +54,17 @@ class Options:
     more: Annotated[str, typer.Option(help=f"Add blocks to one bottleneck of a diagnosis before (--out): {NAMES}.")] = (
         ""
     )
+    plan: Annotated[
+        str,
+        typer.Option(
+            help="Merge or keep apart under this traffic, such as \"adapters=40 zipf=1.1 rps=12 slo='ttft <= 500 ms' "
+            'reload=1/day"; also prompt=, new=, memory=, gpus=.'
+        ),
+    ] = ""
+    plan_from: Annotated[
+        Path | None,
+        typer.Option(help="The same under the traffic of a log of peftopt serve; --plan adds or overrides."),
+    ] = None
     out: Annotated[
         Path | None,
         typer.Option(help="Folder to keep it in.", show_default="results/diagnoses/TIME; with --more the newest"),
@@ -74,6 +88,8 @@ def diagnose(options: Options) -> None:
     from peftopt.diagnose import diagnosing, keeping
 
     console = Console(options.quiet)
+    if options.plan or options.plan_from:
+        raise typer.Exit(_plan(options, console))
     more = _bottleneck(options.more)
     folder = _folder(options)
     setting = keeping.read_setting(folder) if more and not options.base else _setting(options)
@@ -88,16 +104,38 @@ def diagnose(options: Options) -> None:
     raise typer.Exit(outcome(diagnosis))
 
 
+def _plan(options: Options, console: Console) -> int:
+    """Merge or keep apart: the screen, and the exit code."""
+    from peftopt.diagnose import plan_words, planning
+
+    if options.more:
+        raise BadInput("--plan and --more do not go together", "plan first, then add blocks to a diagnosis")
+    setting = _setting(options)
+    traffic = planning.read(options.plan, options.plan_from)
+    folder = options.out or options.results / "diagnoses" / time.strftime("%Y-%m-%d-%H%M%S")
+    planned = planning.run(setting, traffic, folder, console.tell)
+    if options.as_json:
+        print(json.dumps(planned.values, indent=1))
+    else:
+        console.table(plan_words.HEADER, plan_words.rows(planned.evaluated))
+        console.pairs("merge or keep apart", plan_words.sentences(planned.evaluated, planned.breakevens))
+        console.say(f"kept in {folder}; another plan with --out {folder} measures nothing anew")
+    if planned.evaluated.best is None:
+        return REJECTED
+    return ACCEPTED if planned.evaluated.sure else INCONCLUSIVE
+
+
 def _write(diagnosis: Diagnosis, folder: Path, run: Path | None, console: Console) -> None:
     """The pages of a diagnosis, and those of the run that it belongs to."""
     from peftopt import store
     from peftopt.diagnose import keeping, page
+    from peftopt.runner import judged
 
     for name, text in page.pages(diagnosis).items():
         store.write(folder / name, text)
     if run:
         keeping.write(diagnosis, run)
-        write_reports(run, judged_evidence(run, console))
+        judged.report_again(run, console.warn, beside(run))
 
 
 def outcome(diagnosis: Diagnosis) -> int:

@@ -106,9 +106,9 @@ def ordered(rows: Sequence[Row]) -> tuple[Row, ...]:
 def usual(turns: Turns, setting: Setting) -> Interval:
     """A lone request as it is served: of the first adapter, else of whatever was asked alone (ms)."""
     alone = [
-        (cell.load.names[0] != setting.first, turn.whole_ms)
+        (cell.load.names[0] != setting.first, turn.ttft_ms[0] + turn.tpot_ms[0] * (setting.new_tokens - 1))
         for cell, turn in turns.all()
-        if len(cell.load.names) == 1 and not turn.failed
+        if len(turn.ttft_ms) == len(turn.tpot_ms) == len(cell.load.names) == 1 and cell.launch.model == "base"
     ]
     others = min((other for other, _ in alone), default=False)
     return stats.quantile([whole for other, whole in alone if other == others], 0.5)
