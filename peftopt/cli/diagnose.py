@@ -184,13 +184,16 @@ def _folder(options: Options) -> Path:
 
 def _setting(options: Options) -> Setting:
     """What is diagnosed. Raises BadInput for options that are missing, or do not go together."""
-    from peftopt.diagnose.setting import Setting
+    from peftopt.diagnose.setting import STARTED, Setting
     from peftopt.loadtest import summary
+    from peftopt.recipe.reader import nearest
 
     if options.base is None or not options.adapter:
         raise BadInput("diagnose needs --base and --adapter", "give a base and one adapter or more")
-    if options.minutes <= 0 or options.new_tokens < 2 or options.prompt_tokens < 1:
+    if not 0 < options.minutes < float("inf") or options.new_tokens < 2 or options.prompt_tokens < 1:
         raise BadInput("--minutes and --prompt-tokens must be more than 0, and --new-tokens at least 2")
+    if options.engine not in STARTED and "://" not in options.engine:
+        raise BadInput(f"no engine named {options.engine!r}", f"{nearest(options.engine, STARTED)}; or give a URL")
     adapters: dict[str, str] = {}
     for text in options.adapter:
         name, folder = named(text)
