@@ -88,13 +88,13 @@ def diagnose(options: Options) -> None:
     from peftopt.diagnose import diagnosing, keeping
 
     console = Console(options.quiet)
+    if options.run and not (options.run / "decision.json").exists():
+        raise BadInput(f"--run {options.run}: no decision there", "give the folder of a finished run")
     if options.plan or options.plan_from:
         raise typer.Exit(_plan(options, console))
     more = _bottleneck(options.more)
     folder = _folder(options)
     setting = keeping.read_setting(folder) if more and not options.base else _setting(options)
-    if options.run and not (options.run / "decision.json").exists():
-        raise BadInput(f"--run {options.run}: no decision there", "give the folder of a finished run")
     diagnosis = diagnosing.diagnose(setting, folder, options.minutes, more, console.tell)
     _write(diagnosis, folder, options.run, console)
     if options.as_json:
@@ -114,6 +114,9 @@ def _plan(options: Options, console: Console) -> int:
     traffic = planning.read(options.plan, options.plan_from)
     folder = options.out or options.results / "diagnoses" / time.strftime("%Y-%m-%d-%H%M%S")
     planned = planning.run(setting, traffic, folder, console.tell)
+    if options.run:
+        planning.write(planned.values, options.run)
+        write_reports(options.run, judged_evidence(options.run, console))
     if options.as_json:
         print(json.dumps(planned.values, indent=1))
     else:
