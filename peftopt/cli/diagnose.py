@@ -107,6 +107,7 @@ def diagnose(options: Options) -> None:
 def _plan(options: Options, console: Console) -> int:
     """Merge or keep apart: the screen, and the exit code."""
     from peftopt.diagnose import plan_words, planning
+    from peftopt.runner import judged
 
     if options.more:
         raise BadInput("--plan and --more do not go together", "plan first, then add blocks to a diagnosis")
@@ -116,7 +117,7 @@ def _plan(options: Options, console: Console) -> int:
     planned = planning.run(setting, traffic, folder, console.tell)
     if options.run:
         planning.write(planned.values, options.run)
-        write_reports(options.run, judged_evidence(options.run, console))
+        judged.report_again(options.run, console.warn, beside(options.run))
     if options.as_json:
         print(json.dumps(planned.values, indent=1))
     else:
