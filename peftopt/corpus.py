@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from peftopt import identity
+from peftopt import forms, identity
 from peftopt.errors import BadInput
 from peftopt.records import GENERIC, Json, Recipe, Workload
 
@@ -52,17 +54,25 @@ SHAPE = '{"id": "…", "messages": [{"role": "user", "content": "…"}], "expect
 def row_from(values: Json, number: int = 0) -> Row:
     """A Row from its JSON form; one without an id is called by its line's `number`. Raises ValueError that says what it
     lacks."""
+    return _row(values, _asked(values), number)
+
+
+def _asked(values: Json) -> forms.Asked:
     if not isinstance(values, Mapping):
-        raise ValueError(f"it is {_kind(values)}, not a mapping")
+        raise ValueError(f"it is {forms.kind(values)}, not a mapping")
     _refuse_unsent(values)
-    messages = tuple(_message(m, n) for n, m in enumerate(_messages(values), 1))
+    return forms.asked(values)
+
+
+def _row(values: Mapping[str, Json], asked: forms.Asked, number: int) -> Row:
+    messages = tuple(_message(m, n) for n, m in enumerate(asked.messages, 1))
     id_ = values.get("id")
     if isinstance(id_, bool | list | dict):
-        raise ValueError(f"its id is {_kind(id_)}, not text or a number")
+        raise ValueError(f"its id is {forms.kind(id_)}, not text or a number")
     row = Row(
         id=f"line-{number}" if id_ is None or id_ == "" else str(id_),
         messages=messages,
-        expected=_expected(values.get("expected")),
+        expected=_expected(asked.expected),
         critical=_yes(values.get("critical"), "critical"),
         slices=_names(values.get("slices"), "slices"),
     )
@@ -83,47 +93,19 @@ def _expected(value: Json) -> str:
 _HALF = re.compile("[\ud800-\udfff]")
 
 
-def _messages(values: Mapping[str, Json]) -> Sequence[Json]:
-    """The messages of a row, or its prompt as one."""
-    messages = values.get("messages")
-    if messages:
-        if not isinstance(messages, list | tuple):
-            raise ValueError(f"its messages are {_kind(messages)}, not a list")
-        return messages
-    prompt = values.get("prompt")
-    if prompt is not None:
-        return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _chat(prompt)
-    for name, others in (("conversations", "ShareGPT's"), ("instruction", "Alpaca's"), ("text", "plain text")):
-        if name in values:
-            raise ValueError(f"it has {name!r} ({others} form) and no messages: write them as role and content")
-    raise ValueError("it has neither messages nor a prompt")
-
-
-def _chat(prompt: Json) -> Sequence[Json]:
-    """A prompt that is itself a list of messages, as preference data have it."""
-    if isinstance(prompt, list) and prompt and all(isinstance(m, Mapping) for m in prompt):
-        return prompt
-    raise ValueError(f"its prompt is {_kind(prompt)}, not text")
-
-
 def _message(message: Json, number: int) -> dict[str, str]:
     if not isinstance(message, Mapping):
-        raise ValueError(f"message {number} is {_kind(message)}, not a mapping")
+        raise ValueError(f"message {number} is {forms.kind(message)}, not a mapping")
     _refuse_unsent(message, f"message {number} ")
     role = message.get("role")
     content = message.get("content")
     if not isinstance(role, str) or not role:
-        form = " (ShareGPT's form has from and value)" if "from" in message else ""
+        form = " (ShareGPT's form has from and value, in conversations)" if "from" in message else ""
         raise ValueError(f"message {number} has no role{form}")
-    if isinstance(content, list) and content and all(_is_text(part) for part in content):
-        content = "".join(part["text"] for part in content)
+    content = forms.text(content)
     if not isinstance(content, str):
-        raise ValueError(f"the content of message {number} is {_kind(content)}, not text")
+        raise ValueError(f"the content of message {number} is {forms.kind(content)}, not text")
     return {"role": role, "content": content}
-
-
-def _is_text(part: Json) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _refuse_unsent(values: Mapping[str, Json], where: str = "it ") -> None:
@@ -157,36 +139,95 @@ def _names(value: Json, name: str) -> tuple[str, ...]:
     return tuple(map(str, value))
 
 
-def _kind(value: Json) -> str:
-    """What a JSON value is, in words."""
-    words = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
-    return words.get(type(value), "nothing")
+@dataclass(frozen=True)
+class Corpus:
+    """The rows of a file, in order, and the `form` that it has."""
+
+    rows: tuple[Row, ...]
+    form: str
 
 
-def read(path: str, only_slice: str = "") -> list[Row]:
-    """The rows of a JSON-lines file, in order. Raises BadInput naming the line that is broken or repeated."""
+def opened(path: str) -> Corpus:
+    """A file of prompts: JSON lines, a JSON array, or a table (.csv, .tsv) whose first line names the columns. Raises
+    BadInput naming the row that is broken or repeated."""
     rows: list[Row] = []
-    seen: dict[str, int] = {}
+    first: dict[str, str] = {}
+    layout, records = _records(path)
+    names = set()
+    for where, values, number in records:
+        try:
+            values = json.loads(values) if isinstance(values, str) else values
+            asked = _asked(values)
+            row = _row(values, asked, number)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path}:{where} is not a prompt: {error}", f"each row looks like {SHAPE}") from error
+        if row.id in first:
+            raise BadInput(f"{path}:{where} repeats the id {row.id!r} of {first[row.id]}", "make ids unique")
+        first[row.id] = f"line {where}"
+        names.add(asked.form)
+        rows.append(row)
+    if not rows:
+        raise BadInput(f"{path} holds no prompts", "add at least one row")
+    return Corpus(tuple(rows), f"{' and '.join(sorted(names))}, {layout}")
+
+
+Record = tuple[int, Json, int]
+"""Where a row stands in its file (a line), what it holds (JSON text or values), and its number."""
+
+
+def _records(path: str) -> tuple[str, Iterable[Record]]:
+    """The layout of a file in words, and its rows."""
     try:
         text = text_of(Path(path).read_bytes())
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read prompts {path}: {error}", "give a UTF-8 JSON-lines file") from error
+        raise BadInput(
+            f"cannot read prompts {path}: {error}", "give a UTF-8 file of JSON lines, JSON or CSV"
+        ) from error
+    separator = TABLES.get(Path(path).suffix.lower())
+    if separator:
+        return "a table", _table(path, text, separator)
     if text.lstrip().startswith("["):
-        hint = f"write each of its rows on a line of its own: jq -c '.[]' {path}"
-        raise BadInput(f"{path} is a JSON array, not JSON lines", hint)
-    for number, line in lines(text):
         try:
-            row = row_from(json.loads(line), number)
+            array = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise BadInput(f"{path}:{number} is not a prompt: {error}", f"each line looks like {SHAPE}") from error
-        if row.id in seen:
-            raise BadInput(f"{path}:{number} repeats the id {row.id!r} of line {seen[row.id]}", "make ids unique")
-        seen[row.id] = number
-        rows.append(row)
-    rows = [row for row in rows if not only_slice or only_slice in row.slices]
+            raise BadInput(f"{path} is not JSON: {error}", "write a JSON array, or a row a line") from error
+        return "a JSON array", ((n, values, n) for n, values in enumerate(array, 1))
+    return "JSON lines", ((n, line, n) for n, line in lines(text))
+
+
+TABLES = {".csv": ",", ".tsv": "\t"}
+"""Endings of tables, and what separates their columns."""
+CONVERSATIONS = ("messages", "conversations", "conversation", "history")
+"""Columns whose cells are JSON."""
+
+
+def _table(path: str, text: str, separator: str) -> Iterator[Record]:
+    """The rows of a table, empty cells left out."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        columns = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = columns
+        if not {*forms.QUESTIONS, "instruction", *CONVERSATIONS} & {*columns}:
+            hint = f"name a column {', '.join(forms.QUESTIONS)} or instruction, and one expected or completion"
+            raise BadInput(f"{path} has no column of prompts: {', '.join(columns)}", hint)
+        for number, cells in enumerate(reader, 1):
+            if None in cells:
+                raise ValueError(f"row {number} has more cells than there are columns")
+            yield reader.line_num, {name: _cell(name, cell) for name, cell in cells.items() if cell}, number
+    except (csv.Error, ValueError) as error:
+        raise BadInput(f"{path} is not a table: {error}", "quote cells that hold a separator or a line end") from error
+
+
+def _cell(column: str, cell: str) -> Json:
+    """A cell; a whole conversation in one is JSON."""
+    return json.loads(cell) if column in CONVERSATIONS else cell
+
+
+def read(path: str, only_slice: str = "") -> list[Row]:
+    """The rows of a file in this slice, all for "". Raises BadInput as `opened` does, and where there are none."""
+    rows = [row for row in opened(path).rows if not only_slice or only_slice in row.slices]
     if not rows:
-        which = f" in slice {only_slice!r}" if only_slice else ""
-        raise BadInput(f"{path} holds no prompts{which}", "add at least one JSON line")
+        raise BadInput(f"{path} holds no prompts in slice {only_slice!r}", "name a slice that rows are tagged with")
     return rows
 
 

@@ -255,16 +255,20 @@ def test_what_a_step_needs_and_is_not_installed_is_said_before_anything_is_built
         assert "int8 needs torchao (variant int8" in said and "pip install torchao" in said
 
 
-def test_new_writes_a_recipe_with_the_users_paths_once(
+def test_new_writes_a_recipe_that_check_accepts(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(recipe.parent)
-    schema = recipe.parent / "schema.json"
-    schema.write_text("{}")
-    assert command("new", "mine.yaml", "--base", "base", "--adapter", "lora", "--prompts", "eval.jsonl") == 0
-    text = (recipe.parent / "mine.yaml").read_text()
-    assert "base: base" in text and "adapter: lora" in text and "prompts: eval.jsonl" in text
-    assert command("new", "mine.yaml") == 2
+    own = ("--base", "base", "--adapter", "lora", "--prompts", "eval.jsonl")
+    (recipe.parent / "deep").mkdir()
+    assert command("new", "mine.yaml", *own) == command("new", "deep/mine.yaml", *own) == 0
+    assert command("new", "mine.yaml", *own) == 2, "nothing is written over"
+    assert command("check", "mine.yaml") == command("check", "deep/mine.yaml") == 0
+    assert "merged" in capsys.readouterr().out
+    assert command("new", "other.yaml", "--base", "base") == 2
+    assert command("new", "other.yaml", "--like", "quick", *own) == 0
+    text = (recipe.parent / "other.yaml").read_text()
+    assert "base: base" in text and "slice:" not in text and "schema:" not in text
 
 
 def test_off_a_terminal_progress_is_lines_with_the_time_left(

@@ -93,7 +93,7 @@ def test_our_server_frees_what_it_unloads(tiny_base_fp32: Path, adapters: list[P
         listed = httpx2.get(f"{server.target.url}/v1/models", trust_env=False).json()["data"]
     rows = by_part(cycled.rows(seen))
     assert seen.cycles == FEW and len(seen.host) == FEW + 1
-    assert rows["host memory at rest"].finding == "no cost", seen.host
+    assert rows["memory at rest"].finding == "no cost", seen.host
     assert rows["load and unload"].finding == "no cost"
     assert not [step for step in seen.steps if step.error]
     assert f'peftopt_server_requests_total{{outcome="left"}} {FEW}.0' in metrics, "in each cycle a client leaves"
@@ -104,7 +104,7 @@ def test_our_server_frees_what_it_unloads(tiny_base_fp32: Path, adapters: list[P
 def test_a_megabyte_that_each_unload_keeps_is_found(tiny_base_fp32: Path, adapters: list[Path], tmp_path: Path) -> None:
     with started("leak", tiny_base_fp32, tmp_path) as server:
         rows = by_part(asyncio.run(cycles.measure(server, adapters, PROMPTS, BUDGET_S, nothing, PATIENT)))
-    row = rows["host memory at rest"]
+    row = rows["memory at rest"]
     assert row.finding == "costs" and row.extra and row.unit == "MB"
     assert 1.5 < row.extra.low <= row.extra.high < 3, "two unloads in each cycle"
     assert "a load, a request and an unload" in row.sentence, "no other kind of use has to come with it"
@@ -116,7 +116,7 @@ def test_an_unload_that_never_returns_is_an_outcome(tiny_base_fp32: Path, adapte
     with started("stuck", tiny_base_fp32, tmp_path) as server:
         rows = by_part(asyncio.run(cycles.measure(server, adapters, PROMPTS, BUDGET_S, nothing, limits)))
     assert {row.finding for row in rows.values()} == {"fault"}
-    assert "never returned" in rows["host memory at rest"].sentence
+    assert "never returned" in rows["memory at rest"].sentence
     assert "still answered" in rows["load and unload"].sentence
 
 
@@ -154,7 +154,7 @@ def test_each_step_that_is_late_is_named() -> None:
         seen = Cycled(cycles=4, host=[1.0, 1.0], steps=[Step(what, 9.0, "no answer within 9 s", late=True)])
         rows = by_part(cycled.rows(seen))
         assert rows["load and unload"].finding == "fault" and what in rows["load and unload"].sentence
-        memory = rows["host memory at rest"].finding
+        memory = rows["memory at rest"].finding
         assert memory == ("fault" if what.startswith("unload") else "undecided")
 
 

@@ -129,9 +129,13 @@ CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "
         ({"messages": [*ASKED, {"role": "tool", "content": "sunny"}]}, "message 2 is a tool's"),
         ({"messages": [{"role": "assistant", "content": None}]}, "content of message 1 is nothing"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content of message 1 is a list"),
-        ({"conversations": [{"from": "human", "value": "hi"}]}, "ShareGPT"),
+        ({"conversations": [{"from": "tool", "value": "hi"}]}, "turn 1 is from 'tool'"),
+        ({"conversations": "hi"}, "conversations are text"),
+        ({"messages": [*ASKED, {"role": "assistant", "content": "hi"}], "expected": "hi"}, "take one of them out"),
+        ({"text": "hi"}, "plain text"),
         ({"messages": [{"from": "human", "value": "hi"}]}, "message 1 has no role"),
-        ({"instruction": "say hi", "input": "", "output": "hi"}, "Alpaca"),
+        ({"instruction": ["say hi"]}, "instruction"),
+        ({"instruction": "say hi", "history": ["hi"]}, "history"),
         ({"messages": "hi"}, "messages are text"),
         ({"messages": ["hi"]}, "message 1 is text"),
         ({"prompt": 5}, "prompt is a number"),
@@ -142,7 +146,7 @@ CALL = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "
         ({"prompt": "a", "critical": [1]}, "critical"),
         ({"prompt": "a", "slices": {"a": 1}}, "slices"),
         ({"prompt": "a", "slices": [None]}, "slices"),
-        ([{"prompt": "a"}], "JSON array"),
+        ([["a"]], "it is a list"),
         ("text", "it is text"),
         (None, "it is nothing"),
         ({"prompt": "a \ud83d"}, r"\\ud83d"),
@@ -156,10 +160,78 @@ def test_a_row_that_cannot_be_asked_as_it_is_says_what_it_lacks(tmp_path: Path, 
     assert says.replace("\\\\", "\\") in message and "Error" not in message
 
 
-def test_the_line_is_named_and_an_array_gets_its_way_out(tmp_path: Path) -> None:
+def test_the_line_or_the_row_of_an_array_is_named(tmp_path: Path) -> None:
     assert ":3 is not a prompt" in refused(tmp_path, raw=b'{"prompt": "a"}\n\n{"id": 1}\n')
     assert ":2 repeats the id 'a'" in refused(tmp_path, {"id": "a", "prompt": "1"}, {"id": "a", "prompt": "2"})
-    assert "JSON array" in refused(tmp_path, raw=b'\n[\n {"prompt": "a"},\n {"prompt": "b"}\n]\n')
+    assert ":2 is not a prompt" in refused(tmp_path, raw=b'[{"prompt": "a"},\n {"id": "b"}]')
+    assert "is not JSON" in refused(tmp_path, raw=b'[{"prompt": "a"},\n {"prompt": "b"}\n')
+
+
+# ---- other people's forms ----------------------------------------------------------------------
+
+SYSTEM = {"role": "system", "content": "Be short."}
+USER = {"role": "user", "content": "hello there"}
+FORMS = {
+    "OpenAI chat": {"messages": [SYSTEM, USER, {"role": "assistant", "content": "hi"}]},
+    "ShareGPT": {
+        "conversations": [
+            {"from": "system", "value": "Be short."},
+            {"from": "human", "value": "hello there"},
+            {"from": "gpt", "value": "hi"},
+        ]
+    },
+    "Alpaca": {"system": "Be short.", "instruction": "hello there", "input": "", "output": "hi"},
+    "prompt and answer": {"prompt": [SYSTEM, USER], "completion": [{"role": "assistant", "content": "hi"}]},
+    "peftopt's own": {"id": "1", "messages": [SYSTEM, USER], "expected": "hi"},
+}
+
+
+@pytest.mark.parametrize("layout", ["lines", "array"])
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_gives_the_same_prompt_and_answer(tmp_path: Path, form: str, layout: str) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps([FORMS[form]] if layout == "array" else FORMS[form]))
+    read = corpus.opened(str(path))
+    (row,) = read.rows
+    assert row.messages == (SYSTEM, USER) and row.expected == "hi"
+    assert form in read.form
+
+
+@pytest.mark.parametrize(("ending", "separator"), [("csv", ","), ("tsv", "\t")])
+def test_a_table_gives_the_same_rows(tmp_path: Path, ending: str, separator: str) -> None:
+    path = tmp_path / f"p.{ending}"
+    cells = [["id", "question", "answer", "critical"], ["7", '"hello\nthere"', "hi", "yes"], ["8", "again", "", ""]]
+    path.write_text("\r\n".join(separator.join(line) for line in cells))
+    first, second = corpus.read(str(path))
+    assert (first.id, first.messages[0]["content"], first.expected, first.critical) == ("7", "hello\nthere", "hi", True)
+    assert (second.expected, second.critical) == ("", False)
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("name,answer\na,b\n", "no column of prompts"),
+        ("prompt\na,b\n", "more cells"),
+        ('prompt\n"a\n', "not a table"),
+        ("messages\nhi\n", "not a table"),
+    ],
+)
+def test_a_table_that_is_none_says_so(tmp_path: Path, table: str, says: str) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(table)
+    with pytest.raises(BadInput, match=says):
+        corpus.read(str(path))
+
+
+def test_turns_before_the_last_answer_are_part_of_the_prompt(tmp_path: Path) -> None:
+    turns = [USER, {"role": "assistant", "content": "hi"}, {"role": "user", "content": "and?"}]
+    last = {"role": "assistant", "content": "bye"}
+    (row,) = rows(tmp_path, {"messages": [*turns, last]})
+    assert row.messages == tuple(turns) and row.expected == "bye"
+    (open_,) = rows(tmp_path, {"messages": turns})
+    assert open_.messages == tuple(turns) and open_.expected == ""
+    (alpaca,) = rows(tmp_path, {"instruction": "Sum up.", "input": "A long text.", "history": [["a", "b"]]})
+    assert [m["content"] for m in alpaca.messages] == ["a", "b", "Sum up.\n\nA long text."]
 
 
 def test_a_hash_of_half_a_character_is_one() -> None:

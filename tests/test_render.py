@@ -538,17 +538,29 @@ def test_a_comment_on_github_is_never_too_long() -> None:
 # ---- for machines ------------------------------------------------------------------------------
 
 
-def test_only_accepted_looks_like_a_pass_in_junit() -> None:
-    root = ElementTree.fromstring(junit.render(a_decision()))
-    counts = {s.get("name"): [s.get(k) for k in ("tests", "failures", "errors", "skipped")] for s in root}
-    assert counts == {
+def test_a_build_that_ships_a_variant_does_not_fail_for_those_it_turned_down() -> None:
+    def counts(decision: Decision) -> dict[str, list[str | None]]:
+        root = ElementTree.fromstring(junit.render(decision))
+        return {str(s.get("name")): [s.get(k) for k in ("tests", "failures", "errors", "skipped")] for s in root}
+
+    shipped = a_decision()
+    assert counts(shipped) == {
         "decision": ["1", "0", "0", "0"],
+        "merged": ["4", "0", "0", "0"],
+        "int8": ["2", "0", "0", "2"],
+        "gptq4": ["2", "0", "0", "1"],
+        "awq4": ["1", "0", "0", "1"],
+    }
+    rejected = dataclasses.replace(shipped, outcome="rejected", chosen=None)
+    assert counts(rejected) == {
+        "decision": ["1", "1", "0", "0"],
         "merged": ["4", "0", "0", "0"],
         "int8": ["2", "2", "0", "0"],
         "gptq4": ["2", "0", "1", "0"],
         "awq4": ["1", "0", "0", "1"],
     }
-    assert [root.get(k) for k in ("tests", "failures", "errors", "skipped")] == ["10", "2", "1", "1"]
+    root = ElementTree.fromstring(junit.render(rejected))
+    assert [root.get(k) for k in ("tests", "failures", "errors", "skipped")] == ["10", "3", "1", "1"]
     error = root.find(".//error")
     assert error is not None and "32 more blocks" in str(error.get("message"))
 
@@ -561,13 +573,14 @@ def test_a_decision_about_nothing_is_an_error_in_junit() -> None:
 def test_an_outcome_that_no_verdict_gave_is_a_case_of_its_own() -> None:
     decision = a_decision()
     undone = dataclasses.replace(decision.variants[1], outcome="inconclusive", decided_by="measurement.a_a")
-    root = ElementTree.fromstring(junit.render(dataclasses.replace(decision, variants=(undone,))))
-    assert root.get("errors") == "1"
+    open_ = dataclasses.replace(decision, outcome="inconclusive", chosen=None, variants=(undone,))
+    root = ElementTree.fromstring(junit.render(open_))
+    assert root.get("errors") == "2"
 
 
 def test_junit_holds_hostile_text() -> None:
     root = ElementTree.fromstring(junit.render(hostile()[0]))
-    assert "<script>" in str(root.find(".//failure").get("message"))  # type: ignore[union-attr]
+    assert "<script>" in str(root.find(".//skipped").get("message"))  # type: ignore[union-attr]
 
 
 def test_a_decision_survives_its_file() -> None:

@@ -18,6 +18,7 @@ from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, PeftoptError
 VERBS = (
     "job",
     "merge",
+    "bake",
     "quantize",
     "compile",
     "bench",
@@ -27,8 +28,11 @@ VERBS = (
     "watch",
     "export",
     "canary",
+    "diagnose",
     "importing",
     "around",
+    "kept",
+    "data",
     "env",
 )
 """The files of verbs, in the order of --help."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from peftopt.cli.serve import STATE
-from peftopt.cli.shared import AsJson, app, named, options_from, read_text, seconds
+from peftopt.cli.shared import AsJson, app, named, options_from, seconds
 from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment, WorkerFailed
 
 adapters = typer.Typer(help="Put, promote, roll back and remove the adapters of a gateway.", no_args_is_help=True)
@@ -76,7 +76,7 @@ class Put:
         str, typer.Option(help="Share of users' requests that both versions are asked again; it answers nobody by it.")
     ] = ""
     prompts: Annotated[
-        Path | None, typer.Option(help="JSON-lines prompts, with expected and critical, that both versions are asked.")
+        Path | None, typer.Option(help="Prompts, with expected and critical, that both versions are asked.")
     ] = None
     for_: Annotated[
         str, typer.Option("--for", help="Judge the version, for so long at most, such as 30m; this waits for it.")
@@ -151,10 +151,12 @@ def _schema(path: Path | None) -> Any:
     """Raises BadInput for what is not a JSON schema."""
     from jsonschema import Draft202012Validator, SchemaError
 
+    from peftopt import store
+
     if path is None:
         return None
     try:
-        schema = json.loads(read_text(path))
+        schema = json.loads(store.read_text(path))
         Draft202012Validator.check_schema(schema)
     except (ValueError, SchemaError) as error:
         raise BadInput(f"{path} is not a JSON schema: {str(error).splitlines()[0]}", "see json-schema.org") from error

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import AsJson, Results, app, read_recipe
+from peftopt.cli.shared import AsJson, NoForecast, Results, app
 from peftopt.errors import ENVIRONMENT, BadInput
 
 if TYPE_CHECKING:
-    from peftopt.records import Step
+    from peftopt.cli.console import Console
+    from peftopt.records import Recipe, Step
 
 
 @app.command()
-def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], results: Results = Path("results")) -> None:
-    """Say what is wrong with a recipe and its files, and what it would do; runs nothing."""
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    results: Results = Path("results"),
+    no_forecast: NoForecast = False,
+) -> None:
+    """Say what is wrong with a recipe and its files, what it would do, and what of it will be slower; runs nothing."""
     from peftopt import environments, store
     from peftopt.cli.console import Console
     from peftopt.metrics import counted
     from peftopt.recipe import plan as planning
-    from peftopt.runner import preflight
+    from peftopt.runner import judged, preflight
 
-    parsed, _ = read_recipe(recipe)
+    parsed, _ = judged.read_recipe(recipe)
     preflight.check(parsed)
     store.Store(results.resolve()).check_writable()
     console = Console()
@@ -39,10 +45,29 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
         chain = [_words(step) for step in (*variant.steps, *variant.policies)] or ["base + adapter"]
         mark = "  (baseline)" if variant.name == parsed.baseline else ""
         console.say(f"  {variant.name:<{width}}  {' -> '.join(chain)}, on {_words(variant.engine)}{mark}")
+    for line in preflight.prompts(parsed):
+        console.say(line)
     for line in (*preflight.warnings(parsed), *preflight.copies(parsed)):
         console.warn(line)
     for line in preflight.foreseen(parsed):
         console.warn(f"cannot be decided: {line}")
+    if not no_forecast:
+        _foretell(parsed, console)
+
+
+def _foretell(recipe: Recipe, console: Console) -> None:
+    """Warn of what will be slower, and say of which variants nothing can be said."""
+    from peftopt.runner import build, forecast
+
+    with build.bars(console.progress) as hear:
+        outlook = forecast.outlook(recipe, hear)
+    for line in outlook.warnings:
+        console.warn(line)
+    if outlook.forecasts:
+        console.done("forecast", f"of {len(outlook.variants)} variants", outlook.seconds)
+    for reason in dict.fromkeys(outlook.left_out.values()):
+        names = ", ".join(name for name, why in outlook.left_out.items() if why == reason)
+        console.tell(f"no forecast of {names}: {reason}")
 
 
 def _words(step: Step) -> str:
@@ -67,36 +92,57 @@ def starters() -> Mapping[str, Path]:
 @app.command()
 def new(
     file: Annotated[Path, typer.Argument(help="The recipe to write; must not exist.")] = Path("recipe.yaml"),
-    like: Annotated[str, typer.Option(help=f"The recipe to copy: {', '.join(starters())}.")] = "quick",
-    base: Annotated[str, typer.Option(help="Base model folder, as the recipe should name it.")] = "",
-    adapter: Annotated[str, typer.Option(help="Adapter folder.")] = "",
-    prompts: Annotated[str, typer.Option(help="Evaluation prompts (JSON lines).")] = "",
+    like: Annotated[
+        str, typer.Option(help=f"Copy this recipe instead, with your paths in it: {', '.join(starters())}.")
+    ] = "",
+    base: Annotated[Path | None, typer.Option(help="Base model folder.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Evaluation prompts.")] = None,
 ) -> None:
-    """Write a recipe to start from."""
+    """Write a recipe that fits a model, an adapter, prompts and this machine, and runs as it is."""
     from peftopt import store
+    from peftopt.recipe import starter
 
     known = starters()
-    if like not in known:
+    if like and like not in known:
         raise BadInput(f"no recipe to copy is named {like!r}", f"known: {', '.join(known)}")
     if file.exists():
         raise BadInput(f"{file} exists already", "choose another name")
-    text = _adapt(known[like].read_text(encoding="utf-8"), base, adapter, prompts)
+    if base and adapter and prompts and not like:
+        from peftopt.runner import starting
+
+        text = starter.recipe(starting.facts(base, adapter, prompts, file))
+        next_step = f"peftopt check {file}, then peftopt run {file}"
+    elif like:
+        text = _adapt(known[like].read_text(encoding="utf-8"), base, adapter, prompts)
+        next_step = f"edit it, then peftopt check {file} and peftopt run {file}"
+    else:
+        lacking = [
+            f"--{name}" for name, given in (("base", base), ("adapter", adapter), ("prompts", prompts)) if not given
+        ]
+        raise BadInput(f"a recipe of your own needs {', '.join(lacking)}", "or copy one of ours: --like quick")
     try:
         store.write(file, text)
     except OSError as error:
         raise BadInput(f"cannot write {file}: {error.strerror}", "choose another place") from error
-    print(f"wrote {file}; next: edit it, then `peftopt check {file}` and `peftopt run {file}`")
+    print(f"wrote {file}; next: {next_step}")
 
 
-def _adapt(text: str, base: str, adapter: str, prompts: str) -> str:
-    """A starter recipe with the user's own paths in it: base and adapter under `model:`, prompts wherever they are."""
-    import re
+DEMOS = re.compile(r", (slice: short|schema: [^,}\s]+)")
+"""What a starter says of the demo's own prompts."""
+
+
+def _adapt(text: str, base: Path | None, adapter: Path | None, prompts: Path | None) -> str:
+    """A starter recipe with the user's own paths in it: base and adapter under `model:`, prompts wherever they are.
+    What it says of the demo's prompts goes."""
 
     def own(line: str) -> str:
+        if line.startswith("#"):
+            return line
         for key, value in (("base", base), ("adapter", adapter), ("prompts", prompts)):
-            if value and not line.startswith("#") and (key == "prompts" or line.startswith("model:")):
+            if value and (key == "prompts" or line.startswith("model:")):
                 line = re.sub(rf"\b{key}: [^,}}\s]+", f"{key}: {value}".replace("\\", r"\\"), line)
-        return line
+        return DEMOS.sub("", line) if prompts else line
 
     return "\n".join(map(own, text.split("\n")))
 

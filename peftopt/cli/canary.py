@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @app.command()
 def canary(
     url: Annotated[str, typer.Argument(help="URL of a server with several adapters.")],
-    prompts: Annotated[Path, typer.Option(help="JSON-lines prompts on which the models should differ.")],
+    prompts: Annotated[Path, typer.Option(help="Prompts on which the models should differ.")],
     model: Annotated[list[str], typer.Option(help="Served names to tell apart, the base among them; repeat.")] = [],  # noqa: B006
     swap: Annotated[
         list[Path],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftopt.cli.shared import AsJson, ModelFolder, app, model_of, params_of, print_lines, read_recipe
+from peftopt.cli.shared import AsJson, ModelFolder, app, model_of, params_of, print_lines
 from peftopt.metrics import percent
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def compile_(
     workload: Annotated[
         Path | None, typer.Option(help="A recipe: warm the shapes of its workloads, with its engine's parameters.")
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts; one of ours by default.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts; one of ours by default.")] = None,
     batch: Annotated[list[int], typer.Option(help="Batch sizes to compile for; repeat the option.")] = [1],  # noqa: B006
     new_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 32,
     threads: Annotated[int, typer.Option(help="Threads per process; 0 = all cores.")] = 0,
@@ -42,14 +42,14 @@ def compile_(
     """torch.compile a model and keep the compile cache beside it; says what cold and warm starts cost."""
     from peftopt import corpus, plugins
     from peftopt.measurements import as_json as as_plain
-    from peftopt.runner import preflight
+    from peftopt.runner import judged, preflight
     from peftopt.runner.compile import Traffic, compile_model
 
     preflight.check_base(model, quantized=True)
     params: dict[str, Any] = {}
     asked = params_of(plugins.catalogue()["compiled"], {}, settings)
     if workload is not None:
-        recipe, _ = read_recipe(workload)
+        recipe, _ = judged.read_recipe(workload)
         steps = [v.engine for v in recipe.variants.values() if v.engine.plugin == "compiled"]
         params = dict(steps[0].params) if steps else {}
         threads = threads or recipe.measure.threads

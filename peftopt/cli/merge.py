@@ -29,7 +29,7 @@ def merge(
         typer.Option(help="blocks (while streaming), full (the saved model's predictions too), auto: full up to 1 GB."),
     ] = "auto",
     prompts: Annotated[
-        Path | None, typer.Option(help="JSON-lines prompts for the full certificate; some of ours by default.")
+        Path | None, typer.Option(help="Prompts for the full certificate; some of ours by default.")
     ] = None,
     merge_base: Annotated[
         str,

@@ -22,8 +22,7 @@ def quantize(
         str,
         typer.Option(
             metavar="FILE",
-            help="JSON-lines prompts with answers, like the real traffic, for gptq, awq and w8a8; generic for some "
-            "texts of ours.",
+            help="Prompts with answers, like the real traffic, for gptq, awq and w8a8; generic for some texts of ours.",
         ),
     ] = "",
     adapter: Annotated[Path | None, typer.Option(help="Adapter to keep apart on the quantized base.")] = None,

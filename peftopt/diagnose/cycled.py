@@ -14,6 +14,7 @@ from peftopt.diagnose.records import Row
 from peftopt.metrics import counted, format_value
 from peftopt.records import Interval
 
+PARTS = {"host": "memory at rest", "gpu": "GPU memory at rest"}
 MEMORY = {"host": "the host's memory", "gpu": "the GPU's memory"}
 
 
@@ -89,7 +90,7 @@ def rows(cycled: Cycled, blamed: Sequence[str] = (), free: int = 0) -> tuple[Row
 def _memory(name: str, levels: Sequence[float], cycled: Cycled, blamed: Sequence[str], free: int) -> Row:
     late = cycled.late
     kept = leaks.judge(levels, returned=not (late and late.what.startswith("unload")))
-    row = _row(part=f"{name} memory at rest", finding="no cost", sentence="", blocks=kept.cycles)
+    row = _row(part=PARTS[name], finding="no cost", sentence="", blocks=kept.cycles)
     row = replace(row, extra=_in_mb(kept.per_cycle), unit="MB")
     what, often = MEMORY[name], counted(kept.cycles, "cycle")
     between = f"{_size(kept.per_cycle.low)} to {_size(kept.per_cycle.high)}"

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
+from urllib.parse import urlsplit
 
 from peftopt import machine
 from peftopt.canary import reloads
@@ -23,6 +24,12 @@ from peftopt.diagnose.records import Row
 from peftopt.errors import PeftoptError, WorkerFailed
 from peftopt.loadtest.client import Client, Reply
 from peftopt.loadtest.protocols import Prompt, Target
+
+SHOWN = (1, *leaks.LOOKS)
+"""Cycles after which a log says how they go."""
+
+FEWEST = 3
+"""Cycles that are gone through even where time is over: an unload that never returns is seen in one."""
 
 NEW_TOKENS, LONG = 4, 16
 """Tokens of an answer that is waited for, and of one that is left or is under way at an unload."""
@@ -55,6 +62,21 @@ class Server(Protocol):
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """A server that runs already. Where it listens on this machine, its processes are those that listen there, with all
+    that they started."""
+
+    target: Target
+
+    def processes(self) -> Sequence[int]:
+        """Their ids; () where they are not seen."""
+        address = urlsplit(self.target.url)
+        if address.hostname not in ("127.0.0.1", "localhost", "::1"):
+            return ()
+        return resting.listening(address.port or (443 if address.scheme == "https" else 80))
+
+
+@dataclass(frozen=True)
 class Limits:
     """The longest that a step may take, in seconds."""
 
@@ -63,13 +85,17 @@ class Limits:
     unload_s: float = 30.0
 
 
+PATIENT = Limits()
+"""What is waited for where nothing else is said."""
+
+
 async def measure(
     server: Server,
     adapters: Sequence[Path],
     prompts: Sequence[Prompt],
     budget_s: float,
     show: Callable[[int, str], None],
-    limits: Limits = Limits(),
+    limits: Limits = PATIENT,
 ) -> tuple[Row, ...]:
     """The rows of the bottleneck "unloading", within about `budget_s` seconds. `show` hears how many cycles are done,
     and how they go. Raises MissingEnvironment where no server answers."""
@@ -85,7 +111,7 @@ async def cycles(
     prompts: Sequence[Prompt],
     budget_s: float,
     show: Callable[[int, str], None] = lambda done, what: None,
-    limits: Limits = Limits(),
+    limits: Limits = PATIENT,
     kinds: Sequence[Kind] = tuple(KINDS),
     most: int = leaks.LOOKS[-1],
 ) -> Cycled:
@@ -95,10 +121,10 @@ async def cycles(
     patience_s = 2 * max(limits.load_s, limits.use_s, limits.unload_s)  # the limits here come first
     async with Client(replace(server.target, timeout_s=patience_s)) as client:
         others = [str(model["id"]) for model in await client.models()]
-        work = _Cycles(client, adapters, prompts, limits, kinds, others)
+        work = Cycles(client, adapters, prompts, limits, kinds, others)
         await work.begin()
         await work.rest(server)
-        while work.cycled.cycles < most and time.monotonic() < until:
+        while work.cycled.cycles < most and (time.monotonic() < until or work.cycled.cycles < FEWEST):
             went = await work.cycle()
             await work.rest(server)
             show(work.cycled.cycles, so_far(work.cycled))
@@ -137,8 +163,9 @@ class _Late(Exception):
 
 
 @dataclass
-class _Cycles:
-    """Cycles on one server. `others`: names that it served before, which are asked whether it still answers."""
+class Cycles:
+    """Cycles on one server. `others`: names that it served before, which are asked whether it still answers. `check`
+    is called after each load, with the name and the folder."""
 
     client: Client
     adapters: Sequence[Path]
@@ -147,6 +174,7 @@ class _Cycles:
     kinds: Sequence[Kind]
     others: Sequence[str]
     cycled: Cycled = field(default_factory=Cycled)
+    check: Callable[[str, Path], Awaitable[None]] | None = None
     failing: int = 0
     started: int = field(default_factory=time.time_ns)
 
@@ -200,6 +228,9 @@ class _Cycles:
 
     async def _load(self, name: str, folder: Path) -> None:
         await self._step("load", reloads.loaded(self.client, name, folder), self.limits.load_s)
+        if self.check:
+            with suppress(WorkerFailed):
+                await self._step("check", self.check(name, folder), self.limits.use_s)
 
     async def _unload(self, name: str, what: str = "unload") -> None:
         await self._step(what, reloads.unloaded(self.client, name), self.limits.unload_s)

@@ -75,9 +75,16 @@ class Kept:
     cycles: int
 
 
-def judge(levels: Sequence[float], full: int = 0, tolerated: float = TOLERATED, returned: bool = True) -> Kept:
+def judge(
+    levels: Sequence[float],
+    full: int = 0,
+    tolerated: float = TOLERATED,
+    returned: bool = True,
+    leak_from: int | None = None,
+) -> Kept:
     """The outcome of a series of bytes at rest, `levels[0]` before the first cycle. `full`: the number of cycles that
-    fill the caches that are known of; `returned`: whether each unload had an answer.
+    fill the caches that are known of; `returned`: whether each unload had an answer; `leak_from`: LEAK_FROM, or fewer
+    where a level stands for many cycles. Anything else that is counted at rest is judged alike, such as open files.
 
     Raises ValueError for levels that are not finite.
     """
@@ -95,7 +102,7 @@ def judge(levels: Sequence[float], full: int = 0, tolerated: float = TOLERATED, 
     if no_leak:
         return replace(kept, outcome="caches" if min(late) - levels[0] > CACHED else "frees")
     grows = stats.judge(per_cycle, tolerated) == "rejected"
-    if grows and cycles >= LEAK_FROM and min(_growth(late)) > tolerated:
+    if grows and cycles >= (leak_from or LEAK_FROM) and min(_growth(late)) > tolerated:
         return replace(kept, outcome="leaks")
     return kept
 

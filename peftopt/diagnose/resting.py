@@ -82,6 +82,21 @@ def _unique(pid: int) -> int:
     return int(memory.uss) + int(getattr(memory, "swap", 0))
 
 
+def listening(port: int) -> Sequence[int]:
+    """The processes of this machine that listen at a port, with all that they started; () where none is seen."""
+    import psutil
+
+    family: set[int] = set()
+    with contextlib.suppress(psutil.Error):
+        for each in psutil.net_connections("tcp"):
+            if each.pid and each.status == psutil.CONN_LISTEN and tuple(each.laddr)[1:2] == (port,):
+                family.add(each.pid)
+    for pid in list(family):
+        with contextlib.suppress(psutil.Error):
+            family.update(child.pid for child in psutil.Process(pid).children(recursive=True))
+    return sorted(family)
+
+
 def handles_and_threads(pids: Iterable[int]) -> tuple[int, int]:
     """Open files and sockets, and threads, of these processes together; one that is gone has none."""
     import psutil

@@ -1,8 +1,8 @@
-"""The decision as JUnit XML: a suite per variant, a case per verdict. Only accepted looks like a pass."""
+"""The decision as JUnit XML: a suite per variant, a case per verdict. A build fails where nothing is shipped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from xml.etree import ElementTree
 
 from peftopt.records import Decision, Outcome, VariantDecision
@@ -10,19 +10,25 @@ from peftopt.report import words
 
 Case = tuple[str, Outcome, str]
 
-TAGS: dict[Outcome, str] = {"rejected": "failure", "inconclusive": "error", "not judged": "skipped"}
+Tags = Mapping[Outcome, str]
+"""The element that tells of an outcome; a case without one has passed."""
+
+UNDECIDED: Tags = {"rejected": "failure", "inconclusive": "error", "not judged": "skipped"}
+TURNED_DOWN: Tags = dict.fromkeys(UNDECIDED, "skipped")
 COUNTED = {"failures": "failure", "errors": "error", "skipped": "skipped"}
 
 
 def render(decision: Decision) -> str:
-    """Rejected is a failure, inconclusive an error, not judged skipped; to have decided nothing is an error."""
+    """Where a variant is shipped, what was turned down is skipped, with its reason: CI asks for the decision. Else
+    rejected is a failure, inconclusive an error, not judged skipped; to have decided nothing is an error."""
     suites = ElementTree.Element("testsuites", name="peftopt")
     undecided: Outcome = "inconclusive" if decision.outcome == "not judged" else decision.outcome
-    _suite(suites, decision.recipe, "decision", [("decision", undecided, decision.sentence)])
+    _suite(suites, decision.recipe, "decision", [("decision", undecided, decision.sentence)], UNDECIDED)
+    tags = TURNED_DOWN if decision.outcome == "accepted" else UNDECIDED
     for variant in decision.variants:
         cases = list(_cases(variant, variant.name == decision.baseline))
         if cases:
-            _suite(suites, decision.recipe, variant.name, cases)
+            _suite(suites, decision.recipe, variant.name, cases, tags)
     for count in ("tests", *COUNTED):
         suites.set(count, str(sum(int(suite.get(count, "0")) for suite in suites)))
     ElementTree.indent(suites)
@@ -38,15 +44,15 @@ def _cases(variant: VariantDecision, baseline: bool) -> Iterator[Case]:
         yield variant.decided_by or "outcome", variant.outcome, "; ".join(variant.notes) or "see the warnings"
 
 
-def _suite(suites: ElementTree.Element, recipe: str, name: str, cases: Sequence[Case]) -> None:
+def _suite(suites: ElementTree.Element, recipe: str, name: str, cases: Sequence[Case], tags: Tags) -> None:
     suite = ElementTree.SubElement(suites, "testsuite", name=words.clean(name), tests=str(len(cases)))
     for count, counted in COUNTED.items():
-        suite.set(count, str(sum(TAGS.get(outcome) == counted for _, outcome, _ in cases)))
+        suite.set(count, str(sum(tags.get(outcome) == counted for _, outcome, _ in cases)))
     for rule, outcome, reason in cases:
         names = {"classname": words.clean(f"{recipe}.{name}"), "name": words.clean(rule)}
         case = ElementTree.SubElement(suite, "testcase", names)
-        tag = TAGS.get(outcome)
+        tag = tags.get(outcome)
         if tag:
-            ElementTree.SubElement(case, tag, message=words.clean(reason), type=outcome)
+            ElementTree.SubElement(case, tag, message=words.clean(f"{outcome}: {reason}"), type=outcome)
         else:
             ElementTree.SubElement(case, "system-out").text = words.clean(reason)

@@ -12,6 +12,7 @@ from peftopt import corpus, environments, plugins
 from peftopt.corpus import Row
 from peftopt.decision import stopping
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.metrics import counted
 from peftopt.models import template
 from peftopt.models.adapter import (
     EMBEDDINGS,
@@ -23,6 +24,8 @@ from peftopt.models.adapter import (
     is_embedding,
     open_adapter,
 )
+from peftopt.models.baked import check_base as check_prompt_base
+from peftopt.models.baked import is_baked, open_baked
 from peftopt.models.checkpoint import open_model
 from peftopt.models.hf import tokenizer_home
 from peftopt.models.provenance import read as read_provenance
@@ -47,9 +50,32 @@ def check(recipe: Recipe) -> None:
         rows = corpus.read(recipe.quality.prompts, recipe.quality.slice)
         if recipe.calibration:
             corpus.check_apart(rows, texts, recipe.calibration)
+        _check_expected(recipe, rows)
         if recipe.quality.schema:
             schema(recipe.quality.schema)
         _check_tasks(recipe, recipe.quality.tasks)
+
+
+def _check_expected(recipe: Recipe, rows: Sequence[Row]) -> None:
+    """Accuracy is a share of right answers: somebody has to say what is right."""
+    asked = next((t for t in recipe.require if t.metric.name == "accuracy"), None)
+    if asked and recipe.quality and not any(row.expected for row in rows):
+        raise BadInput(
+            f"accuracy is required, and none of the {len(rows)} prompts of {recipe.quality.prompts} has a right answer",
+            "give each row an `expected` answer (or a last turn of the assistant), or require perplexity instead",
+        )
+
+
+def prompts(recipe: Recipe) -> list[str]:
+    """Each file of prompts in a sentence: how many rows, in which form they were read, how many with a right answer."""
+    files = [w.prompts for w in recipe.workloads.values()]
+    files += [recipe.quality.prompts] if recipe.quality else []
+    lines = []
+    for path in dict.fromkeys(files):
+        read = corpus.opened(path)
+        right = sum(bool(row.expected) for row in read.rows)
+        lines.append(f"{path}: {counted(len(read.rows), 'prompt')} ({read.form}), {right} with a right answer")
+    return lines
 
 
 def _check_template(recipe: Recipe, calibration: Sequence[Row]) -> None:
@@ -265,8 +291,16 @@ def quantized_elsewhere(folder: Path) -> bool:
 
 
 def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = ()) -> None:
-    """A PEFT adapter in safetensors whose shapes fit this base, and which the variants in `merges` can merge. `base` is
-    None where its weights have names or shapes that an adapter's are not compared with."""
+    """A PEFT adapter in safetensors whose shapes fit this base, and which the variants in `merges` can merge, or a
+    prompt that was baked from this base. `base` is None where its weights have names or shapes that an adapter's are
+    not compared with."""
+    if is_baked(folder):
+        prompt = open_baked(folder)
+        if merges:
+            raise BadInput(f"{folder} is a baked prompt, which has no weight delta", "take `merge` out")
+        if base:
+            check_prompt_base(prompt, base)
+        return
     adapter = open_adapter(folder)
     if merges:
         check_mergeable(adapter)

@@ -1,0 +1,62 @@
+"""The facts that a first recipe is written from, read off a user's folders, prompts and machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from peftopt import corpus, machine, store
+from peftopt.engines._text import encoded
+from peftopt.errors import BadInput
+from peftopt.models.adapter import check_mergeable, open_adapter
+from peftopt.models.hf import tokenizer, tokenizer_home
+from peftopt.recipe.starter import Facts
+from peftopt.records import Model
+from peftopt.runner import preflight
+
+SOFT = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
+"""PEFT types whose virtual tokens can be baked."""
+
+
+def facts(base: Path, adapter: Path, prompts: Path, file: Path) -> Facts:
+    """What a recipe in `file` depends on. Raises BadInput for a base, an adapter or prompts that cannot be used."""
+    preflight.check_base(base, quantized=True)
+    preflight.check_adapter(adapter, None if preflight.quantized(base) else base)
+    rows = corpus.read(str(prompts))
+    model = Model(str(base), (str(adapter),))
+    words = tokenizer(tokenizer_home(model), model.path)
+    method, why = _method(adapter, preflight.quantized(base))
+    answers = [row.expected for row in rows if row.expected]
+
+    def named(path: Path) -> str:
+        return str(path) if path.is_absolute() else os.path.relpath(path, file.parent)
+
+    return Facts(
+        base=named(base),
+        adapter=named(adapter),
+        prompts=named(prompts),
+        method=method,
+        why=why,
+        distinct=corpus.distinct(rows),
+        prompt_tokens=[len(encoded(words, row.messages)) for row in rows],
+        answer_tokens=[len(words(answer, add_special_tokens=False).input_ids) + 1 for answer in answers],
+        slices=sorted({name for row in rows for name in row.slices}),
+        base_bytes=store.size(base),
+        memory_bytes=machine.free_memory(),
+        cores=machine.cores(),
+        gpu=", ".join(machine.gpus()),
+    )
+
+
+def _method(adapter: Path, quantized: bool) -> tuple[str, str]:
+    """What rids this adapter of its cost, "" for nothing, and why."""
+    opened = open_adapter(adapter)
+    if opened.kind in SOFT:
+        return "bake", ""
+    if quantized:
+        return "", "The base is quantized already: a merge into it would round most of the adapter away."
+    try:
+        check_mergeable(opened)
+    except BadInput as error:
+        return "", error.message
+    return "merge", ""
