@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
-import sys
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from helpers.faulty_server import Started, started
 from helpers.servers import served
 from helpers.tiny_models import make_lora
 
@@ -23,43 +20,13 @@ from peftopt.diagnose.cycled import Cycled, Step
 from peftopt.diagnose.cycles import Limits
 from peftopt.diagnose.records import Row
 from peftopt.engines import _rows
-from peftopt.engines._server import Server, free_port
 from peftopt.loadtest.protocols import Prompt, Target
 
-TESTS = Path(__file__).parent
 PROMPTS = [Prompt(messages=({"role": "user", "content": f"count to {number}"},)) for number in range(3)]
 PATIENT = Limits(load_s=300, use_s=300, unload_s=300)
 BUDGET_S = 600.0
 FEW = 16
 """Cycles that decide, where tests say so."""
-
-
-@dataclass
-class Started:
-    """A server, and the processes that are known of it."""
-
-    target: Target
-    pids: Sequence[int] = ()
-
-    def processes(self) -> Sequence[int]:
-        return self.pids
-
-
-@contextmanager
-def started(fault: str, base: Path, folder: Path) -> Iterator[Started]:
-    """Our own server with a fault, in a process of its own. It is no copy of another one: what copies share counts
-    half, until one of them writes to it."""
-    port = free_port()
-    words = [sys.executable, "-m", "helpers.faulty_server", fault, "--base", base, "--port", port]
-    words += ["--threads", 1, "--device", "cpu"]
-    variables = {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
-    server = Server([str(word) for word in words], variables, f"http://127.0.0.1:{port}", folder / "said")
-    try:
-        server.ready(300)
-        yield Started(Target(server.url, timeout_s=300), server.processes())
-    finally:
-        server.kill()
-        server.stop()
 
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,7 @@ class _Late(Exception):
 @dataclass
 class Cycles:
     """Cycles on one server. `others`: names that it served before, which are asked whether it still answers. `check`
-    is called after each load, with the name and the folder."""
+    is called after each load, with the name and the folder. `present`: the name that may be loaded now."""
 
     client: Client
     adapters: Sequence[Path]
@@ -176,6 +176,7 @@ class Cycles:
     cycled: Cycled = field(default_factory=Cycled)
     check: Callable[[str, Path], Awaitable[None]] | None = None
     failing: int = 0
+    present: str = ""
     started: int = field(default_factory=time.time_ns)
 
     async def begin(self) -> None:
@@ -187,6 +188,7 @@ class Cycles:
 
     async def rest(self, server: Server) -> None:
         """Note what the server holds at rest."""
+        await self.client.hang_up()
         held = await resting.at_rest(server.processes)
         if held is not None:
             self.cycled.host.append(held.host)
@@ -217,16 +219,23 @@ class Cycles:
             self.failing += 1
             if self.failing >= FAILING:
                 self.cycled.stopped = str(error)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self.limits.unload_s):
-                    await self.client.lora("unload", name)  # it may be there
+            await self.clear()
         except _Late:
             self.cycled.others_answer = await self._still_answers(prompt)
         return not (self.cycled.stopped or self.cycled.late)
 
+    async def clear(self) -> None:
+        """Unload what a cycle that failed or was cut off has left behind."""
+        if self.present:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.limits.unload_s):
+                    await self.client.lora("unload", self.present)
+        self.present = ""
+
     # ---- steps
 
     async def _load(self, name: str, folder: Path) -> None:
+        self.present = name
         await self._step("load", reloads.loaded(self.client, name, folder), self.limits.load_s)
         if self.check:
             with suppress(WorkerFailed):
@@ -234,6 +243,7 @@ class Cycles:
 
     async def _unload(self, name: str, what: str = "unload") -> None:
         await self._step(what, reloads.unloaded(self.client, name), self.limits.unload_s)
+        self.present = ""
 
     async def _ask(self, name: str, prompt: Prompt) -> None:
         await self._request("request", self.client.ask(prompt, name, NEW_TOKENS, stop=False))
