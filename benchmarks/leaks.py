@@ -93,14 +93,11 @@ def real(count: int, base: Path, adapters: list[Path], engine: str, threads: int
     prompts = [Prompt(messages=({"role": "user", "content": text},)) for text in soaking.QUESTIONS]
     with soaking.engine(base, adapters, engine, threads, Path(tempfile.mkdtemp())) as server:
         began = time.monotonic()
-        cycled.decided = cycles.decided = lambda seen: False
-        seen = asyncio.run(
-            cycles.cycles(server, adapters, prompts, 1e9, show, cycles.Limits(300, 300, 300), most=count)
-        )
+        patient = cycles.Limits(300, 300, 300)
+        seen = asyncio.run(cycles.cycles(server, adapters, prompts, 1e9, show, patient, most=count, early=False))
         seconds = time.monotonic() - began
-    print(
-        f"{seen.cycles} cycles in {seconds:.0f} s; MB at rest: " + " ".join(f"{x / 1e6:.1f}" for x in seen.host[::10])
-    )
+    levels = " ".join(f"{level / 1e6:.1f}" for level in seen.host)
+    print(f"{seen.cycles} cycles in {seconds:.0f} s; MB at rest: {levels}")
     for look in [look for look in leaks.LOOKS if look < seen.cycles]:
         print(f"after {look} cycles: {leaks.judge(seen.host[: look + 1])}")
     for row in cycled.rows(seen):

@@ -72,7 +72,7 @@ def test_a_megabyte_that_each_unload_keeps_is_found(tiny_base_fp32: Path, adapte
     with started("leak", tiny_base_fp32, tmp_path) as server:
         rows = by_part(asyncio.run(cycles.measure(server, adapters, PROMPTS, BUDGET_S, nothing, PATIENT)))
     row = rows["memory at rest"]
-    assert row.finding == "costs" and row.extra and row.unit == "MB"
+    assert row.finding == "costs" and row.extra and row.unit == "MB a cycle"
     assert 1.5 < row.extra.low <= row.extra.high < 3, "two unloads in each cycle"
     assert "a load, a request and an unload" in row.sentence, "no other kind of use has to come with it"
     assert row.advice

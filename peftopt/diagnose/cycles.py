@@ -114,9 +114,10 @@ async def cycles(
     limits: Limits = PATIENT,
     kinds: Sequence[Kind] = tuple(KINDS),
     most: int = leaks.LOOKS[-1],
+    early: bool = True,
 ) -> Cycled:
-    """Cycle until memory is decided upon, something does not work, or time is over; at most `most` cycles. The server
-    must see this machine's files. Raises MissingEnvironment where no server answers."""
+    """Cycle until memory is decided upon (`early`), something does not work, or time is over; at most `most` cycles.
+    The server must see this machine's files. Raises MissingEnvironment where no server answers."""
     until = time.monotonic() + budget_s
     patience_s = 2 * max(limits.load_s, limits.use_s, limits.unload_s)  # the limits here come first
     async with Client(replace(server.target, timeout_s=patience_s)) as client:
@@ -128,7 +129,7 @@ async def cycles(
             went = await work.cycle()
             await work.rest(server)
             show(work.cycled.cycles, so_far(work.cycled))
-            if not went or decided(work.cycled):
+            if not went or (early and decided(work.cycled)):
                 break
         return work.cycled
 
@@ -150,7 +151,7 @@ async def blame(
         left_s = until - time.monotonic()
         if left_s <= 0:
             break
-        seen = await cycles(server, adapters, prompts, left_s, show, limits, kinds, PROBE)
+        seen = await cycles(server, adapters, prompts, left_s, show, limits, kinds, PROBE, early=False)
         if grows(seen):
             guilty.append(what)
         if guilty and not kinds:
