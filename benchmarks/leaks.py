@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -33,7 +34,7 @@ LONGEST = leaks.LOOKS[-1]
 LEAKS = (0.0, 0.25 * MB, MB)
 """Bytes a cycle that are planted."""
 
-Series = np.ndarray[tuple[int], np.dtype[np.float64]]
+Series = np.typing.NDArray[np.float64]
 
 
 def noise(dice: np.random.Generator, spread: float, alike: float = 0.0) -> Series:
@@ -46,17 +47,17 @@ def noise(dice: np.random.Generator, spread: float, alike: float = 0.0) -> Serie
 
 def steps(dice: np.random.Generator) -> Series:
     """An allocator that grows by 2 to 8 MB in one of fifty cycles."""
-    return np.cumsum((dice.random(LONGEST + 1) < 0.02) * dice.uniform(2, 8, LONGEST + 1) * MB)
+    return np.asarray(np.cumsum((dice.random(LONGEST + 1) < 0.02) * dice.uniform(2, 8, LONGEST + 1) * MB), dtype=float)
 
 
 def wave(dice: np.random.Generator, period: int) -> Series:
     """A collector that comes by after so many cycles of 1 MB."""
-    return (np.arange(LONGEST + 1) + dice.integers(period)) % period * MB
+    return np.asarray((np.arange(LONGEST + 1) + dice.integers(period)) % period * MB, dtype=float)
 
 
 def cache(slots: int) -> Series:
     """A cache of so many adapters of 4 MB."""
-    return np.minimum(np.arange(LONGEST + 1), slots) * 4 * MB
+    return np.asarray(np.minimum(np.arange(LONGEST + 1), slots) * 4 * MB, dtype=float)
 
 
 SHAPES: Mapping[str, Callable[[np.random.Generator], Series]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from peftopt.diagnose.cycles import Limits
 from peftopt.diagnose.records import Row
 from peftopt.engines import _rows
 from peftopt.loadtest.protocols import Prompt, Target
+from peftopt.models import hf
 
 PROMPTS = [Prompt(messages=({"role": "user", "content": f"count to {number}"},)) for number in range(3)]
 PATIENT = Limits(load_s=300, use_s=300, unload_s=300)
@@ -156,3 +158,19 @@ def test_no_tensor_of_an_adapter_outlives_it(tiny_base_fp32: Path, tmp_path: Pat
             assert not [each for each in own if each() is not None]
     finally:
         gc.enable()
+
+
+def test_a_load_keeps_no_objects(tiny_base_fp32: Path, tiny_lora: Path) -> None:
+    """safetensors' readers of files keep two for each tensor."""
+    model = _rows.Served(str(tiny_base_fp32), "cpu")
+
+    def cycle(number: int) -> int:
+        model.add(f"adapter{number}", str(tiny_lora))
+        model.remove(f"adapter{number}")
+        if number >= 20:  # what is imported and compiled at first is there
+            gc.collect()
+        return sys.getallocatedblocks()
+
+    blocks = [cycle(number) for number in range(31)]
+    tensors = len(hf.adapter_weights(str(tiny_lora)))
+    assert (blocks[-1] - blocks[20]) / 10 < tensors
