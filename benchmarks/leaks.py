@@ -65,6 +65,8 @@ SHAPES: Mapping[str, Callable[[np.random.Generator], Series]] = {
     "noise of 150 KB": lambda dice: noise(dice, 150e3),
     "noise of 200 KB, neighbours alike": lambda dice: noise(dice, 200e3, 0.8),
     "noise of 1 MB": lambda dice: noise(dice, MB),
+    "noise of 3 MB": lambda dice: noise(dice, 3 * MB),
+    "steps in noise of 3 MB": lambda dice: noise(dice, 3 * MB) + steps(dice),
     "steps": lambda dice: noise(dice, 20e3) + steps(dice),
     "waves of 5 cycles": lambda dice: noise(dice, 20e3) + wave(dice, 5),
     "waves of 12 cycles": lambda dice: noise(dice, 20e3) + wave(dice, 12),
