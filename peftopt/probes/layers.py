@@ -72,11 +72,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tried:
-    """The passes of one variant on a workload, in the order of rounds: the n-th of all variants are one round."""
+    """The passes of one variant on a workload, in the order of rounds: the n-th of all variants are one round. `cpu`:
+    the same passes in CPU time of the process."""
 
     variant: str
     workload: str
     passes: tuple[Pass, ...]
+    cpu: tuple[Pass, ...]
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def _timed(
         except Exception as error:  # noqa: BLE001 (as above)
             left_out[name] = _why(error)
             del engines[name]
-    rounds: list[dict[str, Pass]] = []
+    rounds: list[dict[str, tuple[Pass, Pass]]] = []
     until = time.perf_counter() + seconds * len(engines)
     with _uncollected():
         while len(rounds) < ROUNDS or time.perf_counter() < until:
@@ -218,7 +220,8 @@ def _timed(
             order.shuffle(names)
             rounds.append({name: _pass(engines[name], shape) for name in names})
     for name in engines:
-        yield Tried(name, shape.workload, tuple(each[name] for each in rounds))
+        walls, cpus = zip(*(each[name] for each in rounds), strict=True)
+        yield Tried(name, shape.workload, walls, cpus)
 
 
 @contextlib.contextmanager
@@ -232,13 +235,21 @@ def _uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def _pass(engine: Engine, shape: Shape) -> Pass:
-    """One request."""
-    started = time.perf_counter_ns()
-    answers = engine.generate([shape.prompt] * shape.rows, TOKENS, stop=False)
-    times = answers[0].times
-    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return Pass(prompt_ms=(times[0] - started) / 1e6, step_ms=min(gaps) / 1e6)
+def _pass(engine: Engine, shape: Shape) -> tuple[Pass, Pass]:
+    """One request for a single token and one for TOKENS: by the wall clock, and in CPU time, which other processes on
+    the same processors do not lengthen as much."""
+    prompts = [shape.prompt] * shape.rows
+    started, cpu_started = time.perf_counter_ns(), time.process_time_ns()
+    (first, *_) = engine.generate(prompts, 1, stop=False)[0].times
+    between, cpu_between = time.perf_counter_ns(), time.process_time_ns()
+    times = engine.generate(prompts, TOKENS, stop=False)[0].times
+    cpu_done = time.process_time_ns()
+    prompt_ns = min(first - started, times[0] - between)
+    step_ns = min(later - earlier for earlier, later in itertools.pairwise(times))
+    cpu_prompt_ns = cpu_between - cpu_started
+    cpu_steps_ns = max(cpu_done - cpu_between - cpu_prompt_ns, 1)
+    wall = Pass(prompt_ms=prompt_ns / 1e6, step_ms=step_ns / 1e6)
+    return wall, Pass(prompt_ms=cpu_prompt_ns / 1e6, step_ms=cpu_steps_ns / 1e6 / (TOKENS - 1))
 
 
 def products_ms(base: Path, layers: int, rows: int) -> float:
