@@ -18,7 +18,7 @@ from peftopt.measurements import Forecast, Measured, Pass
 from peftopt.models.adapter import highest_rank, open_adapter
 from peftopt.models.checkpoint import open_model
 from peftopt.models.cut import layer_of, layers_of
-from peftopt.probes.layers import FEW, ONE, PADDED, PLAIN, Asked, Few
+from peftopt.probes.layers import APART, APART_ONE, FEW, PADDED, PLAIN, PLAIN_ONE, Asked, Few
 from peftopt.progress import Hear
 from peftopt.records import GENERIC, SAFETENSORS, Interval, Model, Recipe, Variant, Workload
 from peftopt.runner.process import WorkerProcess
@@ -154,10 +154,12 @@ def _by_cpu(few: Few, workload: str) -> bool:
 
 def _wholes(few: Few, name: str, workload: str) -> list[Pass]:
     """The same for the whole model."""
-    plain, one, passes = (_passes(few, each, workload) for each in (PLAIN, ONE, name))
-    if not plain or not one:
+    apart = any(each.apart for each in few.tried if (each.variant, each.workload) == (name, workload))
+    names = (APART_ONE, APART, name) if apart else (PLAIN_ONE, PLAIN, name)
+    one, several, passes = (_passes(few, each, workload) for each in names)
+    if not one or not several:
         return []
-    fixed = judging.beside(one, plain, few.few)
+    fixed = judging.beside(one, several, few.few)
     return [judging.whole(each, fixed, few.few, few.layers) for each in passes]
 
 
