@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="a folder of finished runs")
     parser.add_argument("--keep", type=Path, help="a file to keep forecasts in")
     asked = parser.parse_args()
+    forecast.DEADLINE_S = 3600.0  # a busy machine is no reason to say nothing
     kept = _kept(asked.keep)
     facts = machine.describe()
     print(f"{facts.get('cpu')}, {machine.cores()} cores, Python {platform.python_version()}, {facts['versions']}\n")

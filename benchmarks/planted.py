@@ -158,13 +158,13 @@ def make_models(folder: Path) -> Path:
 
 
 def make_adapters(base: Path, folder: Path, seed: int, loras: int) -> list[str]:
-    """Random LoRAs of rank 8 and a soft prompt, as words of the command line."""
+    """Random LoRAs of rank 8 and a soft prompt, as NAME=FOLDER."""
     import torch
     from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    words = []
+    named = []
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
     prompt = PromptTuningConfig(num_virtual_tokens=VIRTUAL_TOKENS, task_type=TaskType.CAUSAL_LM)
     configs: dict[str, Any] = {**{f"support-{number}": lora for number in range(loras)}, "tone": prompt}
@@ -174,8 +174,8 @@ def make_adapters(base: Path, folder: Path, seed: int, loras: int) -> list[str]:
             if "lora_B" in parameter or "prompt_embeddings" in parameter:
                 torch.nn.init.normal_(values, std=0.1)
         adapted.save_pretrained(folder / name)
-        words += ["--adapter", f"{name}={folder / name}"]
-    return words
+        named.append(f"{name}={folder / name}")
+    return named
 
 
 def environment(fault: str) -> dict[str, str]:
@@ -185,10 +185,11 @@ def environment(fault: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def elsewhere(base: Path, adapters: Sequence[str], fault: str, log: Path) -> Iterator[str]:
+def elsewhere(base: Path, adapters: Sequence[str], fault: str, log: Path, threads: int) -> Iterator[str]:
     """The URL of a server with that fault."""
     port = free_port()
     command = [sys.executable, "-m", "peftopt.server", "--base", str(base), *adapters, "--port", str(port)]
+    command += ["--threads", str(threads)]
     server = Server(command, environment(fault), f"http://127.0.0.1:{port}", log)
     try:
         server.ready(300.0)
@@ -199,31 +200,24 @@ def elsewhere(base: Path, adapters: Sequence[str], fault: str, log: Path) -> Ite
 
 def run(arguments: argparse.Namespace, base: Path, fault: str, folder: Path, seed: int) -> None:
     """One diagnosis, kept in the folder."""
-    adapters = arguments.adapter or make_adapters(base, folder / "adapters", seed, LORAS if arguments.url else 2)
-    if arguments.adapter:
-        adapters = [word for text in arguments.adapter for word in ("--adapter", text)]
+    named = arguments.adapter or make_adapters(base, folder / "adapters", seed, LORAS if arguments.url else 2)
+    if arguments.url:  # our server has LoRAs or soft prompts
+        soft = fault == "silent-prompt"
+        named = [text for text in named if text.startswith("tone=") == soft]
+    adapters = [word for text in named for word in ("--adapter", text)]
     command = [sys.executable, "-m", "peftopt.cli", "diagnose", "--base", str(base), *adapters, "--quiet"]
-    command += ["--out", str(folder), "--minutes", str(arguments.minutes)]
+    command += ["--out", str(folder), "--minutes", str(arguments.minutes), "--threads", str(arguments.threads)]
     variables = environment(CLEAN if arguments.url else fault)
     with contextlib.ExitStack() as stack:
         if arguments.url:
-            loras = [word for word in adapters if "tone=" not in word and word != "--adapter"]
-            served = [word for text in loras for word in ("--adapter", text)]
-            url = stack.enter_context(elsewhere(base, served, fault, folder / "logs-elsewhere.log"))
-            command += ["--engine", url]
+            (folder / "logs").mkdir(exist_ok=True)
+            log = folder / "logs" / "elsewhere.log"
+            command += ["--engine", stack.enter_context(elsewhere(base, adapters, fault, log, arguments.threads))]
         said = stack.enter_context((folder / "said.txt").open("w"))
-        subprocess.run(
-            command,
-            cwd=ROOT,
-            env=variables,
-            stdout=said,
-            stderr=said,
-            check=False,
-            timeout=arguments.minutes * 180 + 900,
-        )
-    logs = "".join(log.read_text(errors="replace") for log in folder.glob("logs*/**/*.log")) + "".join(
-        log.read_text(errors="replace") for log in folder.glob("logs-*.log")
-    )
+        limit_s = arguments.minutes * 180 + 900
+        with contextlib.suppress(subprocess.TimeoutExpired):  # then there is no diagnosis, which the report says
+            subprocess.run(command, cwd=ROOT, env=variables, stdout=said, stderr=said, check=False, timeout=limit_s)
+    logs = "".join(log.read_text(errors="replace") for log in (folder / "logs").glob("*.log"))
     if fault and f"planted: {fault}" not in logs:
         raise SystemExit(f"{folder}: no server had the fault; {(folder / 'said.txt').read_text()[-2000:]}")
 
@@ -282,6 +276,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1, help="Runs of each fault.")
     parser.add_argument("--clean", type=int, default=20, help="Runs without a fault.")
     parser.add_argument("--minutes", type=float, default=4.5, help="Of each diagnosis.")
+    parser.add_argument("--threads", type=int, default=1, help="Of each server: with one, other work disturbs least.")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--url", action="store_true", help="Diagnose a server that runs already.")
     parser.add_argument("--base", type=Path, help="A model of your own.")

@@ -22,7 +22,7 @@ from peftopt.diagnose.asking import Turn
 from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, differing, evenly, skewed
 from peftopt.diagnose.company import Names
 from peftopt.diagnose.diagnosing import ordered
-from peftopt.diagnose.measured import Kept, Measured
+from peftopt.diagnose.measured import TURNS, Kept, Measured
 from peftopt.diagnose.parts import Part, all_rows, groups, lone, together
 from peftopt.diagnose.passing import fitting, united
 from peftopt.diagnose.records import FREE, Diagnosis, Finding, Row
@@ -355,6 +355,17 @@ def test_a_rank_that_is_not_one_is_left_alone(tiny_base: Path, tmp_path: Path) -
         making.of_rank(soft, 8, tmp_path / "padded")
 
 
+def test_measurements_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
+    began = setting(adapters={"support": str(tmp_path / "lora")})
+    keeping.begin(began, tmp_path)
+    keeping.begin(replace(began, new_tokens=9), tmp_path)  # nothing was measured yet
+    (tmp_path / TURNS).touch()
+    keeping.begin(replace(began, new_tokens=9, slo=("ttft <= 1 s",)), tmp_path)
+    for other in ({"base": "other"}, {"engine": "vllm"}, {"adapters": {"support": "x"}}, {"prompt_tokens": 1}):
+        with pytest.raises(BadInput, match="measurements of another"):
+            keeping.begin(replace(began, new_tokens=9, **other), tmp_path)
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 
@@ -367,6 +378,9 @@ def test_a_rank_that_is_not_one_is_left_alone(tiny_base: Path, tmp_path: Path) -
         (["--more", "choices"], "no such bottleneck"),
         (["--more", "choice"], "no diagnosis"),
         (["--base", "nowhere", "--adapter", "a", "--minutes", "0"], "--minutes"),
+        (["--base", "nowhere", "--adapter", "a", "--minutes", "nan"], "--minutes"),
+        (["--base", "nowhere", "--adapter", "a", "--minutes", "inf"], "--minutes"),
+        (["--base", "nowhere", "--adapter", "a", "--engine", "vlm"], "vllm"),
         (["--base", "nowhere", "--adapter", "nowhere"], "nowhere"),
     ],
 )

@@ -74,6 +74,18 @@ def test_the_other_way_round_it_is_the_inverse(pairs: list[tuple[float, float]])
     assert forecast.slower(one) == forecast.faster(other)
 
 
+@given(st.lists(st.builds(Pass, prompt_ms=MS, step_ms=MS), max_size=60), st.integers(0, 59))
+def test_a_moment_that_disturbs_one_pass_of_a_group_changes_nothing(passes: list[Pass], at: int) -> None:
+    groups = forecast.least(passes)
+    assert len(groups) >= min(len(passes), forecast.GROUPS)
+    assert all(group.step_ms >= min(each.step_ms for each in passes) for group in groups)
+    if at < len(passes) and len(passes) >= 2 * forecast.GROUPS:
+        disturbed = [*passes[:at], Pass(prompt_ms=1e6, step_ms=1e6), *passes[at + 1 :]]
+        again = forecast.least(disturbed)
+        assert all(group.step_ms < 1e6 and group.prompt_ms < 1e6 for group in again)
+        assert sum(one != other for one, other in zip(groups, again, strict=True)) <= 1
+
+
 def test_rounds_too_few_for_an_interval_warn_of_nothing() -> None:
     assert not forecast.slower(forecast.ratio([9.0, 9.0, 9.0], [1.0, 1.0, 1.0]))
 

@@ -8,16 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.command_line import command, errors
+from helpers.forked import COMMANDS, workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftopt.diagnose import breakeven, options, plan, simulation, traffic, traffic_log
+from peftopt.diagnose import breakeven, keeping, options, plan, planning, simulation, speed_asking, traffic, traffic_log
 from peftopt.diagnose.options import Option, Room
+from peftopt.diagnose.setting import Setting
 from peftopt.diagnose.simulation import Due, Engine
 from peftopt.diagnose.speeds import Costs, Drawn, Speeds, Times, resampled, typical
 from peftopt.diagnose.traffic import Traffic
-from peftopt.errors import BadInput
+from peftopt.errors import ACCEPTED, BAD_INPUT, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
 from peftopt.loadtest.summary import slo
+from peftopt.measurements import as_json
 
 QUICK = settings(max_examples=60, deadline=None)
 
@@ -406,14 +410,14 @@ def test_more_reloads_never_give_more_goodput(one: float, other: float) -> None:
 def test_break_even_in_adapters_ends_where_copies_do_not_fit() -> None:
     tight = replace(planned(), slos=(slo("tpot <= 45 ms"),), rps=0.2, memory_bytes=int(6.5e9))
     result = chosen(tight, speeds())
-    adapters, _, reloads = breakeven.breakevens(speeds(), result, draws=4)
+    adapters, _, reloads = breakeven.breakevens(speeds(), result, draws=2)
     assert adapters.most == 6 and adapters.value and adapters.value.estimate == math.inf
     assert reloads.value and 0 < reloads.value.low < math.inf
 
 
 def test_where_apart_holds_the_levels_one_adapter_is_the_break_even() -> None:
     result = chosen(replace(planned(), rps=0.5), speeds())
-    adapters, zipf, reloads = breakeven.breakevens(speeds(), result, draws=4)
+    adapters, zipf, reloads = breakeven.breakevens(speeds(), result, draws=2)
     assert adapters.value and adapters.value.estimate == 1
     assert zipf.value and zipf.value.estimate == math.inf
     assert reloads.value and reloads.value.estimate == 0
@@ -422,5 +426,123 @@ def test_where_apart_holds_the_levels_one_adapter_is_the_break_even() -> None:
 def test_skew_makes_it_pay_to_merge_the_hottest() -> None:
     told = replace(planned(), adapters=6, rps=1.0, slos=(slo("tpot <= 60 ms"),), memory_bytes=int(2.5e9))
     result = chosen(told, speeds(mixed_s=0.03))
-    _, zipf, _ = breakeven.breakevens(speeds(mixed_s=0.03), result, draws=4)
+    _, zipf, _ = breakeven.breakevens(speeds(mixed_s=0.03), result, draws=2)
     assert zipf.value and zipf.value.estimate < math.inf
+
+
+# ---- the command line --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is printed and kept does not depend on how many draws there are."""
+    monkeypatch.setattr(plan, "DRAWS", 4)
+    monkeypatch.setattr(breakeven, "DRAWS", 1)
+
+
+def measured_before(folder: Path, times: Speeds) -> list[str]:
+    """A folder in which an engine's times are kept, and the options that name what was measured."""
+    keeping.begin(Setting(base="base", adapters={"support": "lora"}), folder)
+    (folder / speed_asking.SPEEDS).write_text(json.dumps(as_json(times)))
+    return ["diagnose", "--base", "base", "--adapter", "support=lora", "--out", str(folder), "--quiet"]
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_a_plan_is_judged_by_times_that_were_measured_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = measured_before(tmp_path, speeds())
+    assert command(*words, "--plan", "adapters=1 rps=0.5 slo='ttft <= 1 s' memory=9GB") == ACCEPTED
+    assert "merge" in capsys.readouterr().out
+    kept = json.loads((tmp_path / planning.PLAN).read_text())
+    assert kept["recommended"]["family"] == "all merged" and kept["sure"]
+    assert kept["options"][0]["goodput_rate"]["estimate"] <= 0.5
+    assert {"plan.html", "plan.md"} <= {file.name for file in tmp_path.iterdir()}
+    assert planning.section(tmp_path)
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_json_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = measured_before(tmp_path, speeds())
+    command(*words, "--plan", "adapters=3 rps=0.2 slo='ttft <= 1 s' memory=2GB", "--json")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / planning.PLAN).read_text())
+    assert printed["merged_engines_that_fit"] == 2
+    assert [option["fits"] for option in printed["options"] if option["family"] == "all merged"] == [False]
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_a_plan_that_no_option_holds_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = measured_before(tmp_path, speeds())
+    assert command(*words, "--plan", "adapters=2 rps=1 slo='ttft <= 1 ms' memory=9GB") == REJECTED
+    assert "nothing" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("few_draws")
+def test_a_plan_from_a_log_names_its_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "requests.jsonl"
+    log.write_text("\n".join(line(number * 9, "only") for number in range(40)) + "\n")
+    words = measured_before(tmp_path / "out", speeds())
+    more = ["--plan-from", log, "--plan", "slo='ttft <= 1 s' memory=9GB"]
+    assert command(*words, *more) == ACCEPTED
+    assert "only" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "named", "code"),
+    [
+        (["--plan", "adapters=3"], "rps=", BAD_INPUT),
+        (["--plan", "adapters=3 rps=1"], "slo=", BAD_INPUT),
+        (["--plan", "adapters=3 rps=fast"], "rps", BAD_INPUT),
+        (["--plan", "adaptors=3"], "adapters", BAD_INPUT),
+        (["--plan-from", "nowhere.jsonl"], "nowhere.jsonl", ENVIRONMENT),
+        (["--plan", traffic.EXAMPLE, "--more", "batching"], "--more", BAD_INPUT),
+        (["--plan", traffic.EXAMPLE, "--engine", "llamacpp_server"], "--engine", BAD_INPUT),
+        (["--plan", traffic.EXAMPLE, "--engine", "http://127.0.0.1:1"], "--engine", BAD_INPUT),
+        (["--plan", traffic.EXAMPLE, "--run", "nowhere"], "nowhere", BAD_INPUT),
+        (["--plan", traffic.EXAMPLE], "nowhere", BAD_INPUT),
+    ],
+)
+def test_a_mistake_is_said_before_anything_is_measured(
+    options: list[str],
+    named: str,
+    code: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("diagnose", "--base", "nowhere", "--adapter", "nowhere", *options) == code
+    assert named in errors(capsys)
+
+
+def test_times_of_another_setting_are_not_taken_for_this_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = measured_before(tmp_path, speeds())
+    assert command(*words, "--plan", traffic.EXAMPLE, "--threads", "7") == BAD_INPUT
+    assert "--out" in errors(capsys)
+
+
+def test_broken_times_are_the_users_to_replace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = measured_before(tmp_path, speeds())
+    for text in ("{}", "[]", "torn", '{"merged": {"prefill": {"x": []}}}'):
+        (tmp_path / speed_asking.SPEEDS).write_text(text)
+        assert command(*words, "--plan", traffic.EXAMPLE) == BAD_INPUT
+        assert errors(capsys)
+
+
+def test_our_own_engine_is_measured_and_its_plan_judged(tiny_lora: Path, tiny_base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["diagnose", "--base", tiny_base, "--adapter", f"support={tiny_lora}", "--out", out, "--threads", "1"]
+    words += ["--plan", "adapters=3 rps=2 zipf=1 slo='ttft <= 5 s' memory=9GB prompt=20 new=4"]
+    process = COMMANDS.begin(tmp_path / "said", "peftopt.cli", *words, workers=workers())
+    try:
+        code = process.wait(240)
+    finally:
+        process.kill()
+    assert code in (ACCEPTED, INCONCLUSIVE), (tmp_path / "said").read_text()
+    times = speed_asking.read(out)
+    assert min(len(samples) for samples in times.merged.step.values()) >= speed_asking.FEWEST_BLOCKS
+    assert times.engine_bytes > 10**7 and times.kv_bytes_per_token > 0
+    assert json.loads((out / planning.PLAN).read_text())["options"]

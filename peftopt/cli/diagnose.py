@@ -88,13 +88,13 @@ def diagnose(options: Options) -> None:
     from peftopt.diagnose import diagnosing, keeping
 
     console = Console(options.quiet)
+    if options.run and not (options.run / "decision.json").exists():
+        raise BadInput(f"--run {options.run}: no decision there", "give the folder of a finished run")
     if options.plan or options.plan_from:
         raise typer.Exit(_plan(options, console))
     more = _bottleneck(options.more)
     folder = _folder(options)
     setting = keeping.read_setting(folder) if more and not options.base else _setting(options)
-    if options.run and not (options.run / "decision.json").exists():
-        raise BadInput(f"--run {options.run}: no decision there", "give the folder of a finished run")
     diagnosis = diagnosing.diagnose(setting, folder, options.minutes, more, console.tell)
     _write(diagnosis, folder, options.run, console)
     if options.as_json:
@@ -107,6 +107,7 @@ def diagnose(options: Options) -> None:
 def _plan(options: Options, console: Console) -> int:
     """Merge or keep apart: the screen, and the exit code."""
     from peftopt.diagnose import plan_words, planning
+    from peftopt.runner import judged
 
     if options.more:
         raise BadInput("--plan and --more do not go together", "plan first, then add blocks to a diagnosis")
@@ -114,6 +115,9 @@ def _plan(options: Options, console: Console) -> int:
     traffic = planning.read(options.plan, options.plan_from)
     folder = options.out or options.results / "diagnoses" / time.strftime("%Y-%m-%d-%H%M%S")
     planned = planning.run(setting, traffic, folder, console.tell)
+    if options.run:
+        planning.write(planned.values, options.run)
+        judged.report_again(options.run, console.warn, beside(options.run))
     if options.as_json:
         print(json.dumps(planned.values, indent=1))
     else:
@@ -184,13 +188,16 @@ def _folder(options: Options) -> Path:
 
 def _setting(options: Options) -> Setting:
     """What is diagnosed. Raises BadInput for options that are missing, or do not go together."""
-    from peftopt.diagnose.setting import Setting
+    from peftopt.diagnose.setting import STARTED, Setting
     from peftopt.loadtest import summary
+    from peftopt.recipe.reader import nearest
 
     if options.base is None or not options.adapter:
         raise BadInput("diagnose needs --base and --adapter", "give a base and one adapter or more")
-    if options.minutes <= 0 or options.new_tokens < 2 or options.prompt_tokens < 1:
+    if not 0 < options.minutes < float("inf") or options.new_tokens < 2 or options.prompt_tokens < 1:
         raise BadInput("--minutes and --prompt-tokens must be more than 0, and --new-tokens at least 2")
+    if options.engine not in STARTED and "://" not in options.engine:
+        raise BadInput(f"no engine named {options.engine!r}", f"{nearest(options.engine, STARTED)}; or give a URL")
     adapters: dict[str, str] = {}
     for text in options.adapter:
         name, folder = named(text)

@@ -116,10 +116,13 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
 
 
 def beside(folder: Path) -> list[Section]:
-    """What else is known of a run, for its reports: its diagnosis, where `diagnose --run` left one."""
-    from peftopt.diagnose import keeping, page
+    """What else is known of a run, for its reports: its diagnosis and its plan, where `diagnose --run` left
+    them."""
+    from peftopt.diagnose import keeping, page, planning
 
-    return [page.section(keeping.read(folder))] if (folder / keeping.DIAGNOSIS).exists() else []
+    diagnosed = [page.section(keeping.read(folder))] if (folder / keeping.DIAGNOSIS).exists() else []
+    planned = planning.section(folder)
+    return [*diagnosed, *([planned] if planned else [])]
 
 
 def transform(job: TransformJob, as_json: bool) -> None:

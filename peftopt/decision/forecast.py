@@ -26,6 +26,9 @@ LEAST = 0.05
 
 LEVEL = 0.95
 
+GROUPS = 8
+"""What passes are put into, of each of which the least times count: from six on there is an exact interval."""
+
 ROUNDED = ("plain transformers rounds the activations at every layer, and multiplies in full width", "run it on vllm")
 PACKED = ("plain transformers has no kernel for packed weights, and unpacks them", "run it on vllm")
 
@@ -79,6 +82,17 @@ def beside(one: Sequence[Pass], several: Sequence[Pass], few: int) -> Pass:
         prompt_ms=fixed(stats.median(p.prompt_ms for p in one), stats.median(p.prompt_ms for p in several)),
         step_ms=fixed(stats.median(p.step_ms for p in one), stats.median(p.step_ms for p in several)),
     )
+
+
+def least(passes: Sequence[Pass]) -> list[Pass]:
+    """The least times of each of GROUPS groups of passes that followed each other, since whatever else goes on makes a
+    time longer only; few passes are groups of their own. Groups of variants of the same rounds stay pairs."""
+    size = max(1, len(passes) // GROUPS)
+    groups = [passes[start : start + size] for start in range(0, len(passes) - size + 1, size)]
+    return [
+        Pass(prompt_ms=min(each.prompt_ms for each in group), step_ms=min(each.step_ms for each in group))
+        for group in groups
+    ]
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Interval:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from peftopt import machine, stats
-from peftopt.diagnose import batching, choice, company, keeping, prompts, unfused
+from peftopt.diagnose import batching, choice, company, keeping, prompts, unfused, unloading
 from peftopt.diagnose.measured import TURNS, Turns
 from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import Bottleneck, Diagnosis, Row
@@ -26,15 +26,16 @@ MODULES: Mapping[Bottleneck, Measure] = {
     "choice": choice.rows,
     "prompts": prompts.rows,
     "batching": batching.rows,
+    "unloading": unloading.rows,
 }
 """Who measures each bottleneck, in the order in which they are measured."""
 
 SHARES: Mapping[Bottleneck, float] = {
-    "unfused": 0.35,
+    "unfused": 0.3,
     "choice": 0.2,
     "prompts": 0.15,
     "batching": 0.2,
-    "unloading": 0.1,
+    "unloading": 0.15,
 }
 """Of the time, what each bottleneck gets; what one leaves, the others share."""
 

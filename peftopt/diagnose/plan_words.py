@@ -19,6 +19,16 @@ RULE = (
     "memory, the fastest"
 )
 
+HOW_TO_READ = (
+    "goodput/s: requests a second that meet every service level, with the range of 95 % of the draws. A draw has "
+    "measured times drawn anew, and other arrivals, the same for all options.",
+    "hottest, coldest: the share of requests that meet them, of the most popular adapter and of the less popular half.",
+    "adapters held: the share of adapters of which 95 % of requests meet them.",
+    "reload: from a new version of an adapter to its first answer.",
+    "chosen: the share of draws in which the rule takes it.",
+    "It is simulated from times of single batches on this machine; docs/planning.md says what that leaves out.",
+)
+
 
 def rows(evaluated: Evaluated) -> list[list[str]]:
     """A row for each option, in the columns of HEADER."""
@@ -152,6 +162,7 @@ def as_json(evaluated: Evaluated, breakevens: Sequence[Breakeven], speeds: dict[
             }
             for each in breakevens
         },
+        "table": {"header": list(HEADER), "rows": rows(evaluated)},
         "requests_simulated": evaluated.requests,
         "draws": evaluated.draws,
         "speeds": speeds,

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftopt import machine, store
-from peftopt.diagnose import breakeven, plan, plan_words, speed_asking, traffic, traffic_log
+from peftopt.diagnose import breakeven, plan, plan_page, plan_words, speed_asking, traffic, traffic_log
 from peftopt.diagnose.breakeven import Breakeven
 from peftopt.diagnose.plan import Evaluated
 from peftopt.diagnose.setting import Setting
 from peftopt.diagnose.traffic import Traffic
+from peftopt.errors import BROKEN
 from peftopt.measurements import as_json
 from peftopt.metrics import format_value
 from peftopt.records import Json
+from peftopt.report.words import Section
 
 PLAN = "plan.json"
 
@@ -44,8 +46,23 @@ def run(setting: Setting, planned: Traffic, folder: Path, tell: Callable[[str], 
     """Measure what is not known yet, judge every option, and keep it in the folder. Raises as `speed_asking.speeds`."""
     speeds = speed_asking.speeds(setting, planned, folder, tell)
     tell("simulating the options")
-    evaluated = plan.evaluate(speeds, planned)
-    breakevens = breakeven.breakevens(speeds, evaluated)
+    evaluated = plan.evaluate(speeds, planned, plan.DRAWS)
+    breakevens = breakeven.breakevens(speeds, evaluated, breakeven.DRAWS)
     values = plan_words.as_json(evaluated, breakevens, as_json(speeds))
-    store.write(folder / PLAN, json.dumps(values, indent=1, allow_nan=False) + "\n")
+    write(values, folder)
+    for name, page in plan_page.pages(evaluated, breakevens).items():
+        store.write(folder / name, page)
     return Planned(evaluated, breakevens, values)
+
+
+def write(values: Mapping[str, Json], folder: Path) -> None:
+    """Keep what a plan says."""
+    store.write(folder / PLAN, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def section(folder: Path) -> Section | None:
+    """For the report of a run: the plan that its folder holds, None for none."""
+    try:
+        return plan_page.section(json.loads((folder / PLAN).read_text(encoding="utf-8")))
+    except (OSError, *BROKEN):
+        return None

@@ -161,7 +161,8 @@ def _with_merged(setting: Setting, part: Part, merged: Launch | None) -> list[Ce
 async def _merged(diagnosed: Pass) -> Launch | None:
     """The adapter merged, to measure what that gains; None where it cannot be."""
     note, servers = diagnosed.notes.append, diagnosed.servers
-    diagnosed.tell("merging the adapter, to measure what that gains")
+    if diagnosed.abilities.starts:
+        diagnosed.tell("merging the adapter, to measure what that gains")
     merge = (diagnosed.setting, diagnosed.names, diagnosed.made, note)
     servers.merged = servers.merged or await asyncio.to_thread(company.merged, *merge)
     return Launch(model="merged") if servers.merged else None

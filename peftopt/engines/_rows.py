@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftopt import machine
 from peftopt.engines import compiled, eager
 from peftopt.errors import BadInput
 from peftopt.models import baked, hf
@@ -154,6 +155,7 @@ class Served(Limits):
         self._in_force = None
         self._names.remove(name)
         self._drop(name)
+        machine.give_back()
 
     def _drop(self, name: str) -> None:
         """Remove what there is of an adapter; with the last one, every layer of PEFT's."""
@@ -203,7 +205,7 @@ class Served(Limits):
         with eager.contiguous_inputs(self._owners[-1].get_output_embeddings()):
             if prefix := self._baked.get(adapter):
                 out = self.forward(adapter, **{**inputs, **prefix.inputs(mask)})
-                _close_up(out.past_key_values, prefix.tokens, lengths)
+                _close_up(out.past_key_values, prefix, lengths)
                 lengths = [prefix.tokens + length for length in lengths]
             elif not self._one_by_one:
                 cache = DynamicCache(config=self._owners[-1].config)
@@ -294,23 +296,18 @@ class CompiledServed(compiled.Compiled, Limits):
         return Steps(graph, len(prompts), logits)
 
 
-def _close_up(cache: Any, virtual: int, lengths: Sequence[int]) -> None:
-    """Move the padding of a new cache, which lies between the virtual tokens and the shorter prompts, to the front: a
-    row's tokens are the last columns."""
+def _close_up(cache: Any, prefix: baked.Prefix, lengths: Sequence[int]) -> None:
+    """Let the padding of a new cache, which lies between the virtual tokens and the shorter prompts, come first: a
+    row's tokens are the last columns. What is in a column of padding is never looked at."""
     import torch
 
-    width = virtual + max(lengths)
-    columns = torch.arange(width)
-    orders = []
-    for length in lengths:
+    for row, length in enumerate(lengths):
         padding = max(lengths) - length
-        orders.append(torch.cat([columns[virtual : virtual + padding], columns[:virtual], columns[width - length :]]))
-    if len(set(lengths)) == 1:
-        return
-    for layer in cache.layers:
-        order = torch.stack(orders)[:, None, :, None].to(layer.keys.device)
-        layer.keys = layer.keys.gather(2, order.expand_as(layer.keys))
-        layer.values = layer.values.gather(2, order.expand_as(layer.values))
+        columns = slice(padding, padding + prefix.tokens)
+        with torch.inference_mode():
+            for layer, (keys, values) in zip(cache.layers, prefix.layers, strict=True) if padding else ():
+                layer.keys[row, :, columns] = keys[0]
+                layer.values[row, :, columns] = values[0]
 
 
 def check_shareable(folder: Path, vocabulary: int) -> str:

@@ -46,9 +46,14 @@ def _name(prefix: Prefix) -> str:
 
 def _write(cache: Any, request: str, prefix: Prefix) -> None:
     """Copy keys and values [1, heads, virtual tokens, size] to the first places of a row's pages, whose tensors are
-    [places, heads, size] for the layers of each group."""
+    [places, heads, size] for the layers of each group.
+
+    On a GPU the batch that is under way, on a stream of its own, may still write to pages that were another row's, and
+    the next one must find the copy: both are waited for.
+    """
     import torch
 
+    _wait(cache)
     places = [
         torch.tensor(group.get_write_indices(request, 0, prefix.tokens), device=cache.device)
         for group in cache.group_cache_managers
@@ -57,3 +62,11 @@ def _write(cache: Any, request: str, prefix: Prefix) -> None:
         group, place = cache.layer_index_to_group_indices[number]
         for pages, states in ((cache.key_cache, keys), (cache.value_cache, values)):
             pages[place].index_copy_(0, places[group], states[0].transpose(0, 1))
+    _wait(cache)
+
+
+def _wait(cache: Any) -> None:
+    import torch
+
+    if torch.device(cache.device).type == "cuda":
+        torch.cuda.synchronize()

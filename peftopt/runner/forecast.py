@@ -145,11 +145,11 @@ def _passes(few: Few, name: str, workload: str) -> Sequence[Pass]:
 
 def _wholes(few: Few, name: str, workload: str) -> list[Pass]:
     """The same for the whole model."""
-    plain, one = _passes(few, PLAIN, workload), _passes(few, ONE, workload)
+    plain, one, passes = (judging.least(_passes(few, each, workload)) for each in (PLAIN, ONE, name))
     if not plain or not one:
         return []
     fixed = judging.beside(one, plain, few.few)
-    return [judging.whole(each, fixed, few.few, few.layers) for each in _passes(few, name, workload)]
+    return [judging.whole(each, fixed, few.few, few.layers) for each in passes]
 
 
 def _ratio(ours: Sequence[Pass], theirs: Sequence[Pass], new_tokens: int) -> Interval:
