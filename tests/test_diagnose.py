@@ -446,14 +446,16 @@ def test_our_own_engine_is_diagnosed_from_start_to_end(tiny_lora: Path, tiny_bas
     out = tmp_path / "out"
     words = ["diagnose", "--base", tiny_base, "--adapter", f"support={tiny_lora}", "--out", out]
     words += ["--minutes", "0.2", "--new-tokens", "4", "--threads", "1", "--prompt-tokens", "8"]
-    process = COMMANDS.begin(tmp_path / "said", "peftopt.cli", *words, workers=workers())
+    few = {"peftopt.diagnose.company:LIVE": 3}
+    process = COMMANDS.begin(tmp_path / "said", "peftopt.cli", *words, workers=workers(), constants=few)
     try:
-        code = process.wait(240)
+        code = process.wait(600)
     finally:
         process.kill()
     said = (tmp_path / "said").read_text()
     assert code in (ACCEPTED, INCONCLUSIVE), said
     rows = keeping.read(out).rows
     assert {row.bottleneck for row in rows} >= {"unfused", "choice", "prompts", "batching"}
-    assert all(row.gain for row in rows if row.part == "the adapter")
+    advised = [row for row in rows if row.part in ("the adapter", "virtual tokens") and row.phase == "prefill"]
+    assert len(advised) == 3 and all(row.gain for row in advised)
     assert not [row for row in rows if row.finding == "fault"], said

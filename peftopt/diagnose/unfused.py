@@ -10,12 +10,11 @@ from peftopt.diagnose import beyond, company, costs, differs, expected
 from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, evenly, launches_of
 from peftopt.diagnose.company import Names
 from peftopt.diagnose.measured import Measured
-from peftopt.diagnose.parts import Part, alone, asking, lone, rows_of, together
+from peftopt.diagnose.parts import Part, alone, asking, gained, lone, rows_of, together
 from peftopt.diagnose.passing import Pass, united
 from peftopt.diagnose.records import Bottleneck, Row
 from peftopt.diagnose.setting import Setting, abilities
 from peftopt.metrics import percent
-from peftopt.records import Interval
 
 NAME: Bottleneck = "unfused"
 SWITCHES = 4
@@ -183,8 +182,3 @@ def _rows(setting: Setting, part: Part, measured: Measured, merged: Launch | Non
         return list(rows.values())
     after = lone(setting, merged, BASE, part.batch)
     return [gained(row, costs.gain(measured, part.pair.costly, after, phase), "merged") for phase, row in rows.items()]
-
-
-def gained(row: Row, gain: Interval | None, what: str) -> Row:
-    """The row with what its advice gained."""
-    return replace(row, gain=gain, gained=what) if gain else row
