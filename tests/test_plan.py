@@ -20,6 +20,7 @@ from peftopt.diagnose.simulation import Due, Engine
 from peftopt.diagnose.speeds import Costs, Drawn, Speeds, Times, resampled, typical
 from peftopt.diagnose.traffic import Traffic
 from peftopt.errors import ACCEPTED, BAD_INPUT, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
+from peftopt.loadtest.client import Reply
 from peftopt.loadtest.summary import slo
 from peftopt.measurements import as_json
 
@@ -256,6 +257,22 @@ def test_an_engine_computes_no_more_than_time_has_passed(due: list[Due], sharing
 
 
 # ---- speeds ------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 8), st.integers(3, 20), st.floats(0.001, 0.5), st.floats(0, 0.9))
+def test_a_step_is_timed_while_all_rows_are_under_way(rows: int, tokens: int, step: float, late: float) -> None:
+    """Rows begin one after the other, by less than a step."""
+    replies = []
+    for row in range(rows):
+        begun = row * late * step
+        times = [round(1e9 * (1 + begun + token * step)) for token in range(tokens)]
+        replies.append(Reply(sent=0, times=times, counted=tokens))
+    assert math.isclose(speed_asking.step_s(replies), step, rel_tol=1e-3)
+
+
+def test_tokens_that_come_several_in_a_message_are_counted() -> None:
+    times = [round(1e9 * (1 + 0.2 * message)) for message in range(6)]
+    assert math.isclose(speed_asking.step_s([Reply(sent=0, times=times, counted=11)]), 0.1)
 
 
 def test_steps_between_the_measured_batches_lie_between_them() -> None:
