@@ -29,7 +29,8 @@ from peftopt.measurements import (
     Task,
     as_json,
 )
-from peftopt.records import NO_INVARIANTS, Invariants, Json, Model, Step
+from peftopt.probes.layers import Asked, Few
+from peftopt.records import NO_INVARIANTS, Invariants, Json, Model, Step, Variant
 
 Reply = TypeVar("Reply")
 Record = TypeVar("Record")
@@ -312,6 +313,24 @@ class BandwidthJob(Job[Survey]):
     """How fast this machine reads memory: see probes/bandwidth.py."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayersJob(Job[Few]):
+    """What variants take on the first layers of a model: see probes/layers.py."""
+
+    model: Model
+    variants: tuple[Variant, ...]
+    asked: tuple[Asked, ...]
+    folder: str
+    """Where the cut models are written; the asker removes it."""
+    seconds: float
+    """Of a variant on a workload."""
+    rows: tuple[Row, ...] = ()
+    """To calibrate with."""
+    rank: int = 0
+    """An adapter padded to it is timed too, 0 for none."""
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class KernelsJob(Job[EngineFacts]):
     """Which kernels a batch runs on the GPU: see probes/kernels.py. NO_FACTS for an engine that computes elsewhere."""
@@ -338,6 +357,7 @@ JOBS: Mapping[str, type[Job[Json]]] = {
         CachingJob,
         TaskJob,
         BandwidthJob,
+        LayersJob,
         KernelsJob,
     )
 }

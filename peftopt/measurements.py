@@ -405,7 +405,41 @@ class More:
     max_blocks: int
 
 
-Values = Survey | Built | Launch | Turn | Load | Answer | Memory | EngineFacts | Task | Failure | Retry | More
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Probe "forecast": what was expected of a variant before anything was built or measured; see decision/forecast.py.
+    A ratio of times, above 1 for slower."""
+
+    kind: str
+    """"speed" against another variant, "eager" against the matrix products alone, "rank" against the adapter's own
+    rank, "shapes" of requests under compile."""
+    against: str = ""
+    """The variant that it is compared with, "" for none."""
+    ratio: float | None = None
+    low: float | None = None
+    """Of its 95 % interval."""
+    high: float | None = None
+    warns: bool = False
+    """Whether it is sure enough, and bad enough, to be said before the run."""
+    reason: str = ""
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """What one request took: its prompt, and each further token, in milliseconds."""
+
+    prompt_ms: float
+    step_ms: float
+
+    def request_ms(self, new_tokens: int) -> float:
+        """The whole request."""
+        return self.prompt_ms + (new_tokens - 1) * self.step_ms
+
+
+Values = (
+    Survey | Built | Launch | Turn | Load | Answer | Memory | EngineFacts | Task | Failure | Retry | More | Forecast
+)
 
 PROBES: Mapping[str, type[Values]] = {
     "machine": Survey,
@@ -420,6 +454,7 @@ PROBES: Mapping[str, type[Values]] = {
     "failure": Failure,
     "retry": Retry,
     "more": More,
+    "forecast": Forecast,
 }
 """A probe's name in measurements.jsonl -> the record of its values."""
 

@@ -86,6 +86,11 @@ def merger(params: type, *, needs: tuple[str, ...] = ()) -> Plugin:
     return Plugin("", "transform", "", "merge", params, needs)
 
 
+def baker(params: type, *, needs: tuple[str, ...] = ()) -> Plugin:
+    """A transform that computes an adapter's virtual tokens once."""
+    return Plugin("", "transform", "", "bake", params, needs)
+
+
 def engine(
     params: type,
     *,

@@ -71,6 +71,17 @@ class Store:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
 
+    def model(self, artifact_id: str, source: Model) -> Model:
+        """The model of an artifact; of "" the `source` that a recipe starts from. What stands in an adapter's place,
+        as a baked prompt does, sits on what it was made from."""
+        if not artifact_id:
+            return source
+        folder = self.folder(artifact_id)
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest.get("on_parent"):
+            return Model(self.model(manifest["build"]["parent"], source).path, (str(folder / MODEL),))
+        return Model(str(folder / MODEL), tuple(manifest["adapters"]))
+
     def build(self, build: Build, make: Callable[[Path], tuple[Model, Mapping[str, Json]]]) -> Artifact:
         """Build it in a temporary folder and move it into place whole; `make` fills the folder it is given."""
         folder = self.folder(build.id)
@@ -80,12 +91,14 @@ class Store:
         try:
             temporary.mkdir(parents=True)
             model, facts = make(temporary / MODEL)
+            on_parent = model.path != str(temporary / MODEL)
             manifest = {
                 "format": FORMAT,
                 "build": asdict(build),
                 "content": identity.of_folder(temporary / MODEL),
-                "size_bytes": size(temporary / MODEL),
-                "adapters": model.adapters,
+                "size_bytes": size(temporary / MODEL) + (size(Path(model.path)) if on_parent else 0),
+                "on_parent": on_parent,
+                "adapters": [] if on_parent else model.adapters,
                 **facts,
             }
             write(temporary / MANIFEST, json.dumps(manifest, indent=1))
@@ -100,7 +113,6 @@ def _artifact(folder: Path, manifest: dict[str, Json], cached: bool) -> Artifact
     return Artifact(
         id=manifest["build"]["id"],
         path=str(folder),
-        model=Model(str(folder / MODEL), tuple(manifest["adapters"])),
         content=manifest["content"],
         size_bytes=manifest["size_bytes"],
         seconds=manifest["seconds"],
@@ -171,6 +183,18 @@ def _measurement(path: Path, number: int, line: bytes) -> Measurement:
     raise BadInput(
         f"{path}:{number} has format {version}, this peftopt reads {FORMAT}", "use the peftopt that wrote it"
     )
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises BadInput where it cannot be read, is other text, or has more than 100 MB."""
+    try:
+        if path.stat().st_size > 100_000_000:
+            raise BadInput(f"{path} is {path.stat().st_size / 1e6:.0f} MB", "a text file is expected here")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text", "save it as UTF-8") from error
 
 
 def write(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from peftopt.merging.certificate import FILE as CERTIFICATE
 from peftopt.models import provenance
 from peftopt.models.hf import tokenizer, tokenizer_home
 from peftopt.plugins import module
+from peftopt.probes.layers import Few
 from peftopt.records import Json, Model
 
 if TYPE_CHECKING:
@@ -181,6 +182,15 @@ class Worker:
         from peftopt.probes import bandwidth
 
         return bandwidth.survey()
+
+    def layers(self, job: jobs.LayersJob) -> Few:
+        """What variants take on the first layers of a model: see probes/layers.py."""
+        from peftopt.probes import layers
+
+        texts = _rendered(job.rows, tokenizer_home(job.model), job.model.path) if job.rows else []
+        with progress.heard(lambda at: self.tell("progress", at)):
+            bench = layers.Bench(job.model, Path(job.folder), texts)
+            return layers.tried(bench, job.variants, job.asked, job.seconds, job.rank, job.seed)
 
     def switch(self, job: jobs.SwitchJob) -> jobs.Switched:
         """Another adapter in the place of the one that is served. Time in seconds."""

@@ -22,8 +22,9 @@ from peftopt.diagnose.asking import Turn
 from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, differing, evenly, skewed
 from peftopt.diagnose.company import Names
 from peftopt.diagnose.diagnosing import ordered
-from peftopt.diagnose.measured import Kept, Measured
-from peftopt.diagnose.parts import Part, all_rows, lone, together
+from peftopt.diagnose.measured import TURNS, Kept, Measured
+from peftopt.diagnose.parts import Part, all_rows, groups, lone, together
+from peftopt.diagnose.passing import fitting, united
 from peftopt.diagnose.records import FREE, Diagnosis, Finding, Row
 from peftopt.diagnose.setting import Setting
 from peftopt.errors import ACCEPTED, BAD_INPUT, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
@@ -199,22 +200,22 @@ def test_nothing_measured_is_never_free(engine: str, known: Names) -> None:
 
 def test_a_cost_has_its_figures_and_what_to_do() -> None:
     times = measured({PART.pair.costly: [12.0] * 12, PART.pair.plain: [8.0] * 12})
-    row = costs.row("unfused", PART.pair, "prefill", times, TOLD)
+    row = costs.row("unfused", PART.pair, "prefill", times, TOLD, 5)
     assert (row.finding, row.advice, row.blocks) == ("costs", "do this", 12)
     assert row.ratio and row.ratio.estimate == pytest.approx(1.5)
     assert row.extra and row.extra.estimate == pytest.approx(4)
-    assert row.share == pytest.approx(4 / 120)
+    assert row.share == pytest.approx(4 / (12 + 4 * 12))
 
 
 def test_what_is_undecided_says_how_to_decide_it() -> None:
     times = measured({PART.pair.costly: [12.0] * 3, PART.pair.plain: [8.0] * 3})
-    row = costs.row("unfused", PART.pair, "decode", times, TOLD)
+    row = costs.row("unfused", PART.pair, "decode", times, TOLD, 5)
     assert row.finding == "undecided" and "--more unfused" in row.advice
 
 
 def test_requests_that_are_refused_are_a_fault() -> None:
     kept = [Kept("unfused", 0, cell, turn(cell.load, 1, ["HTTP 500"])) for cell in cells_of([PART.pair])]
-    row = costs.row("unfused", PART.pair, "prefill", Measured(kept), TOLD)
+    row = costs.row("unfused", PART.pair, "prefill", Measured(kept), TOLD, 5)
     assert row.finding == "fault" and "HTTP 500" in row.sentence
 
 
@@ -266,6 +267,21 @@ def test_a_diagnosis_is_read_as_it_was_written(tmp_path: Path) -> None:
     keeping.write(written, tmp_path)
     assert keeping.read(tmp_path).rows == written.rows
     assert keeping.text(keeping.read(tmp_path)) == keeping.text(written)
+
+
+PARTS = unfused.parts(setting(), Names("support", ("sales",), "high", 8, 64))
+GROUPS = groups(PARTS)
+CELLS = united(GROUPS)
+
+
+@given(st.lists(st.floats(0.01, 5), min_size=len(CELLS), max_size=len(CELLS)), st.floats(0, 60))
+def test_comparisons_go_on_whole_as_far_as_the_time_reaches(took: list[float], seconds: float) -> None:
+    times = dict(zip(CELLS, took, strict=True))
+    kept = fitting(GROUPS, times, seconds)
+    assert set(GROUPS[0]) <= set(kept)
+    assert set(kept) == set(GROUPS[0]) or sum(times[cell] for cell in kept) <= seconds
+    assert set(kept) == set(united(group for group in GROUPS if set(group) <= set(kept)))
+    assert fitting(GROUPS, times, math.inf) == CELLS
 
 
 # ---- the cliff and the knee ----------------------------------------------------------------------
@@ -339,6 +355,17 @@ def test_a_rank_that_is_not_one_is_left_alone(tiny_base: Path, tmp_path: Path) -
         making.of_rank(soft, 8, tmp_path / "padded")
 
 
+def test_measurements_of_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
+    began = setting(adapters={"support": str(tmp_path / "lora")})
+    keeping.begin(began, tmp_path)
+    keeping.begin(replace(began, new_tokens=9), tmp_path)  # nothing was measured yet
+    (tmp_path / TURNS).touch()
+    keeping.begin(replace(began, new_tokens=9, slo=("ttft <= 1 s",)), tmp_path)
+    for other in ({"base": "other"}, {"engine": "vllm"}, {"adapters": {"support": "x"}}, {"prompt_tokens": 1}):
+        with pytest.raises(BadInput, match="measurements of another"):
+            keeping.begin(replace(began, new_tokens=9, **other), tmp_path)
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 
@@ -351,6 +378,9 @@ def test_a_rank_that_is_not_one_is_left_alone(tiny_base: Path, tmp_path: Path) -
         (["--more", "choices"], "no such bottleneck"),
         (["--more", "choice"], "no diagnosis"),
         (["--base", "nowhere", "--adapter", "a", "--minutes", "0"], "--minutes"),
+        (["--base", "nowhere", "--adapter", "a", "--minutes", "nan"], "--minutes"),
+        (["--base", "nowhere", "--adapter", "a", "--minutes", "inf"], "--minutes"),
+        (["--base", "nowhere", "--adapter", "a", "--engine", "vlm"], "vllm"),
         (["--base", "nowhere", "--adapter", "nowhere"], "nowhere"),
     ],
 )

@@ -28,7 +28,8 @@ from peftopt.probes import kernels, speed
 from peftopt.records import Model
 
 CATALOGUE = plugins.catalogue()
-TRANSFORMS = sorted(p.name for p in CATALOGUE.values() if p.kind == "transform" and p.environment == "main")
+LOCAL = [p for p in CATALOGUE.values() if p.kind == "transform" and p.environment == "main"]
+TRANSFORMS = sorted(p.name for p in LOCAL if p.technique != "bake")  # which writes no model: tests/test_bake.py
 ENGINES = sorted(p.name for p in CATALOGUE.values() if p.kind == "engine" and p.environment == "main")
 QUANTIZERS = [name for name in TRANSFORMS if CATALOGUE[name].technique == "quantize"]
 LOCAL_ENGINES = [name for name in ENGINES if name in ("eager", "compiled", "continuous")]
@@ -84,7 +85,7 @@ def built(
 def test_a_plugin_describes_itself(name: str) -> None:
     plugin = CATALOGUE[name]
     assert plugin.help.endswith(".") and len(plugin.help) < 110
-    assert plugin.technique in ("merge", "quantize", "compile", "truncate", "shorten", "")
+    assert plugin.technique in ("merge", "bake", "quantize", "compile", "truncate", "shorten", "")
     assert is_dataclass(plugin.params) and plugin.params.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert {f.type for f in fields(plugin.params)} <= {"int", "float", "str", "bool"}
     plugin.params()  # every field has a default

@@ -18,6 +18,7 @@ from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, PeftoptError
 VERBS = (
     "job",
     "merge",
+    "bake",
     "quantize",
     "compile",
     "bench",
@@ -31,6 +32,7 @@ VERBS = (
     "importing",
     "around",
     "kept",
+    "data",
     "env",
 )
 """The files of verbs, in the order of --help."""

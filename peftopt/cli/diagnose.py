@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import AsJson, Quiet, Results, app, judged_evidence, named, options_from, write_reports
+from peftopt.cli.shared import AsJson, Quiet, Results, app, beside, named, options_from
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
 
 if TYPE_CHECKING:
@@ -36,8 +36,10 @@ class Options:
     ] = "eager"
     base_name: Annotated[str, typer.Option(help="What a running server calls the base.")] = "base"
     prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts to ask; made-up words by default.")] = None
-    prompt_tokens: Annotated[int, typer.Option(help="About as many tokens has a made-up prompt.")] = 48
-    new_tokens: Annotated[int, typer.Option(help="Tokens every answer gets, exactly.")] = 16
+    prompt_tokens: Annotated[int, typer.Option(help="About as many tokens has a made-up prompt.")] = 24
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens of a usual answer: of such a request shares are told. Few of them are computed.")
+    ] = 64
     slo: Annotated[
         list[str],
         typer.Option(
@@ -105,6 +107,7 @@ def diagnose(options: Options) -> None:
 def _plan(options: Options, console: Console) -> int:
     """Merge or keep apart: the screen, and the exit code."""
     from peftopt.diagnose import plan_words, planning
+    from peftopt.runner import judged
 
     if options.more:
         raise BadInput("--plan and --more do not go together", "plan first, then add blocks to a diagnosis")
@@ -114,7 +117,7 @@ def _plan(options: Options, console: Console) -> int:
     planned = planning.run(setting, traffic, folder, console.tell)
     if options.run:
         planning.write(planned.values, options.run)
-        write_reports(options.run, judged_evidence(options.run, console))
+        judged.report_again(options.run, console.warn, beside(options.run))
     if options.as_json:
         print(json.dumps(planned.values, indent=1))
     else:
@@ -130,12 +133,13 @@ def _write(diagnosis: Diagnosis, folder: Path, run: Path | None, console: Consol
     """The pages of a diagnosis, and those of the run that it belongs to."""
     from peftopt import store
     from peftopt.diagnose import keeping, page
+    from peftopt.runner import judged
 
     for name, text in page.pages(diagnosis).items():
         store.write(folder / name, text)
     if run:
         keeping.write(diagnosis, run)
-        write_reports(run, judged_evidence(run, console))
+        judged.report_again(run, console.warn, beside(run))
 
 
 def outcome(diagnosis: Diagnosis) -> int:
@@ -184,13 +188,16 @@ def _folder(options: Options) -> Path:
 
 def _setting(options: Options) -> Setting:
     """What is diagnosed. Raises BadInput for options that are missing, or do not go together."""
-    from peftopt.diagnose.setting import Setting
+    from peftopt.diagnose.setting import STARTED, Setting
     from peftopt.loadtest import summary
+    from peftopt.recipe.reader import nearest
 
     if options.base is None or not options.adapter:
         raise BadInput("diagnose needs --base and --adapter", "give a base and one adapter or more")
-    if options.minutes <= 0 or options.new_tokens < 2 or options.prompt_tokens < 1:
+    if not 0 < options.minutes < float("inf") or options.new_tokens < 2 or options.prompt_tokens < 1:
         raise BadInput("--minutes and --prompt-tokens must be more than 0, and --new-tokens at least 2")
+    if options.engine not in STARTED and "://" not in options.engine:
+        raise BadInput(f"no engine named {options.engine!r}", f"{nearest(options.engine, STARTED)}; or give a URL")
     adapters: dict[str, str] = {}
     for text in options.adapter:
         name, folder = named(text)

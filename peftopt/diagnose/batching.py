@@ -10,9 +10,9 @@ from itertools import pairwise
 from peftopt import stats
 from peftopt.diagnose import choice, costs, judging
 from peftopt.diagnose.advice import advice
-from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of
+from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair
 from peftopt.diagnose.measured import Measured
-from peftopt.diagnose.parts import Part, all_rows, alone, lone
+from peftopt.diagnose.parts import Part, all_rows, alone, groups, lone
 from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import Bottleneck, Row
 from peftopt.diagnose.setting import Setting
@@ -32,8 +32,8 @@ SHARED_TOKENS = 128
 """Of a system prompt that all requests have in common."""
 
 WAVES = 2
-SHORT = 4
-"""Tokens of the short answers, where lengths differ."""
+SHORT, LONG = 2, 8
+"""Tokens of answers, where lengths differ."""
 
 
 async def rows(diagnosed: Pass) -> list[Row]:
@@ -44,7 +44,7 @@ async def rows(diagnosed: Pass) -> list[Row]:
     ladder = [lone(setting, launch, asked, batch) for batch in BATCHES]
     joining, waves = uneven(setting, launch, asked)
     wanted = parts(setting, launch, asked)
-    cells = [*ladder, joining, waves, *(c for c in cells_of(p.pair for p in wanted) if c not in ladder)]
+    cells = [[ladder[0], ladder[-1]], *groups(wanted), [joining, waves], ladder]
     measured = await diagnosed.measure(NAME, cells)
     return [
         *together(setting, ladder, measured),
@@ -66,7 +66,7 @@ def parts(setting: Setting, launch: Launch, asked: str) -> list[Part]:
 
 def uneven(setting: Setting, launch: Launch, asked: str) -> tuple[Cell, Cell]:
     """Requests of short and long answers, as they come and in lockstep."""
-    load = Load((asked,) * (WAVES * BATCH), setting.prompt_tokens, (SHORT, setting.new_tokens), order="joining")
+    load = Load((asked,) * (WAVES * BATCH), setting.prompt_tokens, (SHORT, LONG), order="joining")
     return Cell(launch, load), Cell(launch, replace(load, order="waves"))
 
 
@@ -180,7 +180,7 @@ def continuous(setting: Setting, joining: Cell, waves: Cell, measured: Measured)
     judged = judging.judged(logs, most=JOINED)
     requests = counted(len(joining.load.names), "request")
     sentence = (
-        f"{requests} with answers of {SHORT} and {setting.new_tokens} tokens take "
+        f"{requests} with answers of {SHORT} and {LONG} tokens take "
         f"{judged.ratio.estimate:.2f}x the time when each new one joins as soon as one is done, instead of {BATCH} in "
         f"lockstep ({percent(1 - expected(joining))} less were to be had)"
     )

@@ -12,10 +12,10 @@ from peftopt import stats
 from peftopt.diagnose import costs, judging
 from peftopt.diagnose.advice import advice
 from peftopt.diagnose.asking import Turn
-from peftopt.diagnose.cells import BATCH, Cell, Launch, Load, Pair, cells_of, evenly, skewed
+from peftopt.diagnose.cells import BATCH, Cell, Launch, Load, Pair, evenly, skewed
 from peftopt.diagnose.company import Names
 from peftopt.diagnose.measured import Measured
-from peftopt.diagnose.parts import Part, all_rows, asking, lone, together
+from peftopt.diagnose.parts import Part, all_rows, asking, groups, lone, together
 from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import Bottleneck, Row
 from peftopt.diagnose.setting import Setting, abilities
@@ -37,7 +37,7 @@ async def rows(diagnosed: Pass) -> list[Row]:
     wanted = parts(setting, names, launch)
     alone = lone(setting, launch, names.adapter, 1)
     even = live(setting, names, launch, len(names.live))
-    measured = await diagnosed.measure(NAME, [alone, even, *(c for c in cells_of(p.pair for p in wanted) if c != even)])
+    measured = await diagnosed.measure(NAME, [[alone, even], *groups(wanted)])
     levels, derived = promised(setting, measured, alone)
     ladder = [live(setting, names, launch, count) for count in counts(len(names.live))]
     return [
@@ -70,7 +70,7 @@ def parts(setting: Setting, names: Names, launch: Launch) -> list[Part]:
             f"{BATCH} requests over {count} adapters instead of one",
             words,
         )
-        for count in counts(len(names.live))[1:]
+        for count in reversed(counts(len(names.live))[1:])
     ]
     if len(names.live) > 2:
         even = live(setting, names, launch, len(names.live))
@@ -79,7 +79,7 @@ def parts(setting: Setting, names: Names, launch: Launch) -> list[Part]:
         found.append(Part(Pair("skew", costly=even, plain=zipf), BATCH, ("whole request",), subject, words))
     can = abilities(setting.engine)
     if can.starts and can.loads:
-        load = Load((names.adapter,), setting.prompt_tokens, (2,))
+        load = Load((names.adapter,), setting.prompt_tokens, (1,))
         pair = Pair("first request", costly=Cell(launch, replace(load, fresh=True)), plain=Cell(launch, load))
         found.append(Part(pair, 1, ("prefill",), "The first request after a load instead of a later one"))
     return found
@@ -116,7 +116,7 @@ def cliff(setting: Setting, ladder: Sequence[Cell], measured: Measured) -> list[
                     advice=advice("the cliff", setting.engine, live=sizes[-1], cliff=sizes[step]),
                     ratio=judging.judged(judging.logs_of(costly, plain)).ratio,
                     extra=extra,
-                    share=costs.share(measured, ladder[step + 1], "whole request", extra.estimate),
+                    share=costs.share(measured, ladder[step + 1], "whole request", extra.estimate, setting.new_tokens),
                     blocks=each.blocks,
                 )
             ]

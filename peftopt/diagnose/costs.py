@@ -34,8 +34,9 @@ class Told:
     """More to know, after the figures."""
 
 
-def row(bottleneck: Bottleneck, pair: Pair, phase: Phase, measured: Measured, told: Told) -> Row:
-    """What the blocks of a pair say of a phase. Without any it is "undecided", a "fault" where the server refused."""
+def row(bottleneck: Bottleneck, pair: Pair, phase: Phase, measured: Measured, told: Told, tokens: int) -> Row:
+    """What the blocks of a pair say of a phase, of requests whose answers have so many tokens. Without
+    any it is "undecided", a "fault" where the server refused."""
     costly, plain = measured.paired(pair, phase)
     blank = Row(
         bottleneck=bottleneck, part=pair.part, phase=phase, batch=told.batch, finding="undecided", sentence=told.subject
@@ -56,7 +57,7 @@ def row(bottleneck: Bottleneck, pair: Pair, phase: Phase, measured: Measured, to
         advice=_advice(judged, bottleneck, told),
         ratio=judged.ratio,
         extra=extra,
-        share=share(measured, pair.costly, phase, extra.estimate),
+        share=share(measured, pair.costly, phase, extra.estimate, tokens),
         blocks=judged.blocks,
     )
 
@@ -79,17 +80,18 @@ def more(bottleneck: Bottleneck) -> str:
     return f"peftopt diagnose --more {bottleneck}"
 
 
-def share(measured: Measured, cell: Cell, phase: Phase, extra_ms: float) -> float | None:
+def share(measured: Measured, cell: Cell, phase: Phase, extra_ms: float, tokens: int) -> float | None:
     """The part of a request of the cell that so many ms more of a phase take, 0 to 1; None where that is not known."""
-    wholes = list(measured.values(cell, "whole request").values())
-    if not wholes:
+    times = "whole request" if phase == "whole request" else "prefill"
+    known = list(measured.values(cell, times).values())
+    gaps = list(measured.values(cell, "decode").values())
+    if not known or (phase != "whole request" and not gaps):
         return None
-    whole = stats.median(wholes)
-    requests = len(cell.load.names)
-    if cell.load.order == "one by one":
-        whole /= requests
-    times = max(cell.load.answers) - 1 if phase == "decode" else 1
-    return min(max(extra_ms * times / whole, 0.0), 1.0)
+    whole = stats.median(known)
+    if phase != "whole request":
+        whole += stats.median(gaps) * (tokens - 1)
+    extra = extra_ms * (tokens - 1) if phase == "decode" else extra_ms
+    return min(max(extra / whole, 0.0), 1.0)
 
 
 def gain(measured: Measured, before: Cell, after: Cell, phase: Phase = "whole request") -> Interval | None:

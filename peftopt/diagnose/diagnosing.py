@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from peftopt import machine, stats
-from peftopt.diagnose import batching, choice, company, keeping, prompts, unfused
+from peftopt.diagnose import batching, choice, company, keeping, prompts, unfused, unloading
 from peftopt.diagnose.measured import TURNS, Turns
 from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import Bottleneck, Diagnosis, Row
@@ -26,15 +26,16 @@ MODULES: Mapping[Bottleneck, Measure] = {
     "choice": choice.rows,
     "prompts": prompts.rows,
     "batching": batching.rows,
+    "unloading": unloading.rows,
 }
 """Who measures each bottleneck, in the order in which they are measured."""
 
 SHARES: Mapping[Bottleneck, float] = {
-    "unfused": 0.35,
+    "unfused": 0.3,
     "choice": 0.2,
     "prompts": 0.15,
     "batching": 0.2,
-    "unloading": 0.1,
+    "unloading": 0.15,
 }
 """Of the time, what each bottleneck gets; what one leaves, the others share."""
 
@@ -106,9 +107,9 @@ def ordered(rows: Sequence[Row]) -> tuple[Row, ...]:
 def usual(turns: Turns, setting: Setting) -> Interval:
     """A lone request as it is served: of the first adapter, else of whatever was asked alone (ms)."""
     alone = [
-        (cell.load.names[0] != setting.first, turn.whole_ms)
+        (cell.load.names[0] != setting.first, turn.ttft_ms[0] + turn.tpot_ms[0] * (setting.new_tokens - 1))
         for cell, turn in turns.all()
-        if len(cell.load.names) == 1 and not turn.failed
+        if len(turn.ttft_ms) == len(turn.tpot_ms) == len(cell.load.names) == 1 and cell.launch.model == "base"
     ]
     others = min((other for other, _ in alone), default=False)
     return stats.quantile([whole for other, whole in alone if other == others], 0.5)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from peftopt import store
+from peftopt.diagnose.measured import TURNS
 from peftopt.diagnose.records import Diagnosis
 from peftopt.diagnose.setting import Setting
 from peftopt.errors import BadInput, MissingEnvironment
@@ -17,12 +19,22 @@ SETTING, DIAGNOSIS = "setting.json", "diagnosis.json"
 
 
 def begin(setting: Setting, folder: Path) -> None:
-    """Make the folder, and write what is diagnosed. Raises MissingEnvironment for one that cannot be written."""
+    """Make the folder, and write what is diagnosed. Raises MissingEnvironment for one that cannot be written, BadInput
+    for one with measurements of something else."""
+    if (folder / TURNS).exists() and _measured(read_setting(folder)) != _measured(setting):
+        what = f"{folder} has measurements of another base, engine, adapter or load"
+        raise BadInput(what, "choose another --out, or repeat the command that began it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         store.write(folder / SETTING, json.dumps(as_json(setting), indent=1))
     except OSError as error:
         raise MissingEnvironment(f"cannot write {folder}: {error.strerror}", "choose another --out") from error
+
+
+def _measured(setting: Setting) -> Setting:
+    """What measurements depend on, wherever the command was typed."""
+    folders = {name: str(Path(folder).resolve()) for name, folder in setting.adapters.items()}
+    return replace(setting, base=str(Path(setting.base).resolve()), adapters=folders, slo=())
 
 
 def write(diagnosis: Diagnosis, folder: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from peftopt.diagnose import costs
 from peftopt.diagnose.advice import advice
-from peftopt.diagnose.cells import Cell, Launch, Load, Pair
+from peftopt.diagnose.cells import Cell, Launch, Load, Pair, cells_of
 from peftopt.diagnose.company import Names
 from peftopt.diagnose.costs import Phase, Told
 from peftopt.diagnose.measured import Measured
@@ -27,10 +27,16 @@ class Part:
     words: Mapping[str, object] = field(default_factory=dict)
 
 
+def groups(parts: Iterable[Part]) -> list[list[Cell]]:
+    """The cells of each part, for a pass that has to leave some out."""
+    return [cells_of([part.pair]) for part in parts]
+
+
 def rows_of(bottleneck: Bottleneck, setting: Setting, part: Part, measured: Measured) -> dict[Phase, Row]:
     """A row for each phase of a part."""
     told = Told(part.subject, advice(part.pair.part, setting.engine, **part.words), part.batch)
-    return {phase: costs.row(bottleneck, part.pair, phase, measured, told) for phase in part.phases}
+    tokens = setting.new_tokens
+    return {phase: costs.row(bottleneck, part.pair, phase, measured, told, tokens) for phase in part.phases}
 
 
 def all_rows(bottleneck: Bottleneck, setting: Setting, parts: Iterable[Part], measured: Measured) -> list[Row]:
@@ -62,7 +68,7 @@ def together(setting: Setting, names: Names) -> Launch:
 
 def asking(setting: Setting, launch: Launch, names: tuple[str, ...]) -> Cell:
     """A cell of the usual requests, which come together."""
-    return Cell(launch, Load(names, setting.prompt_tokens, (setting.new_tokens,)))
+    return Cell(launch, Load(names, setting.prompt_tokens, (setting.steps,)))
 
 
 def lone(setting: Setting, launch: Launch, name: str, batch: int) -> Cell:

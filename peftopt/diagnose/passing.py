@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -59,27 +59,42 @@ class Pass:
             self._looked = True
         return self._caching
 
-    async def measure(self, name: Bottleneck, cells: Sequence[Cell], blocks: int = FIRST_LOOK) -> Measured:
-        """Ask every cell in each block, in random order, their servers all up; all turns of these cells so far.
+    async def measure(self, name: Bottleneck, groups: Sequence[Sequence[Cell]]) -> Measured:
+        """Ask cells in blocks, each in random order, their servers all up; all turns of the bottleneck so far.
 
-        So many `blocks`, or up to the next number at which a comparison is judged where the pass adds to one before; at
-        least one, and fewer than that where the time is up.
+        `groups`: the cells of each comparison, what is likely dearest first. The first block has them all. Of the rest,
+        as many groups go on as reach the first look in the time that is left, and at least one: a comparison that stops
+        short decides nothing. A pass that adds to one before brings those that lag to the first look, and else all to
+        the next.
         """
-        if not cells:
+        wanted = united(groups)
+        if not wanted:
             return self.turns.of(name)
-        await self.servers.up(launches_of(cells))
+        await self.servers.up(launches_of(wanted))
+        had = {cell: len(self.turns.of(name).turns(cell)) for cell in wanted}
+        if self.more and min(had.values()) < FIRST_LOOK:
+            wanted = [cell for cell in wanted if had[cell] < FIRST_LOOK]
+        least = min(had[cell] for cell in wanted)
+        blocks = (judging.next_look(least) if self.more else FIRST_LOOK) - least
         start = self.turns.of(name).next_block
-        end = judging.next_look(start) if self.more else blocks
-        for block in range(start, end):
+        for block in range(start, start + blocks):
             begun = time.monotonic()
-            for number in random.SystemRandom().sample(range(len(cells)), len(cells)):
-                cell = cells[number]
-                self.turns.add(Kept(name, block, cell, await self._turn(cell, block, number)))
-            took = time.monotonic() - begun
-            self.tell(f"{name}: block {block + 1} of {end}, {took:.1f} s")
-            if self.left_s < took:
+            took = await self._block(name, wanted, block)
+            self.tell(f"{name}: block {block - start + 1} of {blocks}, {time.monotonic() - begun:.1f} s")
+            if block == start:
+                wanted = fitting(groups, took, self.left_s / max(blocks - 1, 1))
+            if self.left_s < time.monotonic() - begun:
                 break
         return self.turns.of(name)
+
+    async def _block(self, name: Bottleneck, cells: Sequence[Cell], block: int) -> dict[Cell, float]:
+        """Every cell once, in random order; the seconds of each."""
+        took = {}
+        for number in random.SystemRandom().sample(range(len(cells)), len(cells)):
+            begun = time.monotonic()
+            self.turns.add(Kept(name, block, cells[number], await self._turn(cells[number], block, number)))
+            took[cells[number]] = time.monotonic() - begun
+        return took
 
     async def _turn(self, cell: Cell, block: int, number: int) -> Turn:
         """A cell asked once; an adapter that has to be fresh is loaded before, and unloaded after."""
@@ -92,3 +107,20 @@ class Pass:
         turn = await asker.ask(replace(load, names=(name,) * len(load.names)), block, number)
         error = await client.lora("unload", name)
         return unanswered(load, error) if error else replace(turn, names=load.names)
+
+
+def united(groups: Iterable[Iterable[Cell]]) -> list[Cell]:
+    """The cells of all groups, each once."""
+    return list(dict.fromkeys(cell for group in groups for cell in group))
+
+
+def fitting(groups: Sequence[Sequence[Cell]], took: Mapping[Cell, float], seconds: float) -> list[Cell]:
+    """The cells of the first groups that fit in so many seconds a block, and of the first one in any case. Cells that
+    were not asked in this pass have what they need. Pure."""
+    asked = [[cell for cell in group if cell in took] for group in groups]
+    kept: list[list[Cell]] = []
+    for group in filter(None, asked):
+        more = united([*kept, group])
+        if not kept or sum(took[cell] for cell in more) <= seconds:
+            kept.append(group)
+    return united(kept)

@@ -9,10 +9,10 @@ from pathlib import Path
 from peftopt import stats
 from peftopt.diagnose import costs, differs, judging, making
 from peftopt.diagnose.advice import advice
-from peftopt.diagnose.cells import BASE, Cell, Launch, Pair, cells_of, launches_of
+from peftopt.diagnose.cells import BASE, Cell, Launch, Pair
 from peftopt.diagnose.costs import Phase
 from peftopt.diagnose.measured import Measured
-from peftopt.diagnose.parts import Part, all_rows, lone
+from peftopt.diagnose.parts import Part, all_rows, groups, lone
 from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import FREE, Bottleneck, Row
 from peftopt.diagnose.setting import Setting
@@ -46,10 +46,10 @@ async def rows(diagnosed: Pass) -> list[Row]:
     launch = Launch(adapters=tuple(lengths))
     wanted = parts(setting, launch, lengths, own)
     ladder = {tokens: lone(setting, launch, name, 1) for name, tokens in lengths.items() if name in made}
-    cells = list(dict.fromkeys([*cells_of(part.pair for part in wanted), *ladder.values()]))
-    await diagnosed.servers.up(launches_of(cells))
+    asked = [*groups(wanted), list(ladder.values())]
+    await diagnosed.servers.up([launch])
     silent = await differs.unchanged(diagnosed, NAME, launch, list(lengths))
-    measured = await diagnosed.measure(NAME, cells)
+    measured = await diagnosed.measure(NAME, asked)
     told = [with_slope(row, ladder, measured) for row in all_rows(NAME, setting, wanted, measured)]
     note_bytes(diagnosed, await diagnosed.caching())
     return [*silent, *told, *cache(setting, own, lengths)]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 
-from peftopt.diagnose import company, costs, differs
+from peftopt.diagnose import beyond, company, costs, differs, expected
 from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, evenly, launches_of
 from peftopt.diagnose.company import Names
 from peftopt.diagnose.measured import Measured
 from peftopt.diagnose.parts import Part, alone, asking, lone, rows_of, together
-from peftopt.diagnose.passing import Pass
+from peftopt.diagnose.passing import Pass, united
 from peftopt.diagnose.records import Bottleneck, Row
 from peftopt.diagnose.setting import Setting, abilities
 from peftopt.metrics import percent
@@ -35,8 +36,8 @@ def parts(setting: Setting, names: Names) -> list[Part]:
         ]
     one, many = alone(setting, names), together(setting, names)
     return [
-        *_capability(setting, names, one),
         *_adapter(setting, names, one),
+        *_capability(setting, names, one),
         *_slots(setting, names, one, many),
         *_padding(setting, names, one if can.told else many),
         *_beside(setting, names, many),
@@ -113,12 +114,12 @@ def _beside(setting: Setting, names: Names, many: Launch) -> list[Part]:
         return []
     asked, other = names.adapter, names.others[0]
     found: list[Part] = []
-    if names.other_rank:
+    if names.other_rank and abilities(setting.engine).mixes:
         mixed = asking(setting, many, evenly((asked, names.other_rank), BATCH))
         alike = asking(setting, many, evenly((asked, other), BATCH))
         subject = f"A batch of ranks {names.rank} and {names.padded_rank} instead of two adapters of one rank"
         found.append(Part(Pair("mixed ranks", mixed, alike), BATCH, ("prefill", "decode"), subject, {}))
-    load = Load((asked,) * SWITCHES, setting.prompt_tokens, (2,), order="one by one")
+    load = Load((asked,) * SWITCHES, setting.prompt_tokens, (1,), order="one by one")
     alternating = replace(load, names=evenly((asked, other), SWITCHES))
     pair = Pair("switching", costly=Cell(many, alternating), plain=Cell(many, load))
     found.append(Part(pair, 1, ("prefill",), "Requests that alternate between two adapters", {}))
@@ -138,22 +139,31 @@ async def rows(diagnosed: Pass) -> list[Row]:
     wanted = parts(setting, names)
     if not wanted:
         return [costs.not_asked(NAME, "the adapter", why(setting, names))]
+    work = expected.read(Path(setting.base), Path(names.folders[names.adapter]))
     merged, caching = await asyncio.gather(_merged(diagnosed), diagnosed.caching())
-    cells = cells_of(part.pair for part in wanted)
-    if merged:
-        cells += [lone(setting, merged, BASE, batch) for batch in (1, BATCH)]
-    await diagnosed.servers.up(launches_of(cells))
+    asked = [_with_merged(setting, part, merged) for part in wanted]
+    await diagnosed.servers.up(launches_of(united(asked)))
     silent = await differs.unchanged(diagnosed, NAME, alone(setting, names), [names.adapter])
-    measured = await diagnosed.measure(NAME, cells)
+    measured = await diagnosed.measure(NAME, asked)
     told = [row for part in wanted for row in _rows(setting, part, measured, merged)]
     share = caching.adapter_share if caching else None
-    return [*silent, *(explained(row, share) for row in told)]
+    more = beyond.rows(work, names, wanted, measured) if work else []
+    return [*silent, *more, *(explained(beyond.explained(row, work), share) for row in told)]
+
+
+def _with_merged(setting: Setting, part: Part, merged: Launch | None) -> list[Cell]:
+    """The cells of a part; the merged model's too, where merging is what to do."""
+    cells = cells_of([part.pair])
+    if merged and part.pair.part == "the adapter":
+        cells.append(lone(setting, merged, BASE, part.batch))
+    return cells
 
 
 async def _merged(diagnosed: Pass) -> Launch | None:
     """The adapter merged, to measure what that gains; None where it cannot be."""
     note, servers = diagnosed.notes.append, diagnosed.servers
-    diagnosed.tell("merging the adapter, to measure what that gains")
+    if diagnosed.abilities.starts:
+        diagnosed.tell("merging the adapter, to measure what that gains")
     merge = (diagnosed.setting, diagnosed.names, diagnosed.made, note)
     servers.merged = servers.merged or await asyncio.to_thread(company.merged, *merge)
     return Launch(model="merged") if servers.merged else None

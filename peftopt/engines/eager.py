@@ -1,4 +1,4 @@
-"""transformers `generate` as most services call it: PyTorch eager, adapters unmerged."""
+"""transformers `generate` as most services call it: PyTorch eager, adapters unmerged, prompts baked or live."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peftopt import plugins
 from peftopt.engines import TOP_K, Generation, Scores
 from peftopt.engines._text import Text, trimmed
 from peftopt.errors import BadInput
-from peftopt.models import hf
+from peftopt.models import baked, hf
+from peftopt.models.adapter import open_adapter, task_of
 from peftopt.records import Model
 
 
 @dataclass(frozen=True)
 class Params:
-    """`device`: "auto" (CUDA where there is one), "cpu" or "cuda"."""
+    """`device`: "auto" (CUDA where there is one), "cpu" or "cuda". `task`: which task of a multitask prompt the live
+    adapter gives, -1 for none."""
 
     device: str = "auto"
+    task: int = -1
 
 
 PLUGIN = plugins.engine(Params, needs=("torch", "transformers", "peft"))
@@ -30,13 +34,13 @@ def prepare(model: Model) -> None:
     """Import PyTorch, transformers and PEFT: seconds of work that belong to no model."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
-    if model.adapters:  # else three of seven seconds for nothing
+    if not all(map(baked.is_baked, model.adapters)):  # else three of seven seconds for nothing
         import peft  # noqa: F401
 
 
 def open(model: Model, params: Params) -> Transformers:
     """Load the model and its adapters. Raises BadInput for a folder or an adapter that cannot be read."""
-    return Transformers(model, params.device)
+    return Transformers(model, params.device, task=params.task)
 
 
 class Transformers(Text):
@@ -44,29 +48,41 @@ class Transformers(Text):
 
     scores = True
 
-    def __init__(self, model: Model, device: str, unpacked: bool = False) -> None:
+    def __init__(self, model: Model, device: str, unpacked: bool = False, task: int = -1) -> None:
         import torch
 
+        prompt = baked.of_model(model)
+        adapters = () if prompt else model.adapters
+        number = task_of(open_adapter(Path(adapters[0])).config, task) if adapters else None
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = torch.device(device)
         self.device, self.threads = str(self._device), torch.get_num_threads()
         tokenizer = hf.tokenizer(hf.tokenizer_home(model), model.path)
-        loaded = hf.load(model.path, unpacked=unpacked or bool(model.adapters), device=self.device)
+        loaded = hf.load(model.path, unpacked=unpacked or bool(adapters), device=self.device)
         words = loaded.get_input_embeddings().num_embeddings
         started = time.perf_counter()
-        for index, adapter in enumerate(model.adapters):
+        for index, adapter in enumerate(adapters):
             # PEFT's default would hold the adapter in fp32 on a bf16 base, and convert at every layer and token. A
             # service that minds its latency does not, and against it a merge would gain more than it is worth.
             loaded = hf.attach(loaded, adapter, f"adapter{index}", keep_dtype=True)
-        if len(model.adapters) > 1:
-            loaded.base_model.set_adapter([f"adapter{index}" for index in range(len(model.adapters))])
+        if len(adapters) > 1:
+            loaded.base_model.set_adapter([f"adapter{index}" for index in range(len(adapters))])
+        self._prefix = baked.load(prompt, loaded) if prompt else None
         self.adapter_switch_time = time.perf_counter() - started if model.adapters else None
         self._model = loaded
-        self._owners = [loaded, loaded.get_base_model()] if model.adapters else [loaded]
-        self._one_by_one = bool(model.adapters) and loaded.active_peft_config.is_prompt_learning
+        self._owners = [loaded, loaded.get_base_model()] if adapters else [loaded]
+        self._one_by_one = bool(adapters) and loaded.active_peft_config.is_prompt_learning
+        self._task = None if number is None else torch.tensor([number], device=self._device)
+        self.virtual_tokens = prompt.tokens if prompt else 0
+        """How many virtual tokens stand before every prompt."""
+        if self._one_by_one:
+            self.virtual_tokens = loaded.active_peft_config.num_virtual_tokens
         self._stopping, self._endless = _greedy(self._model.generation_config, tokenizer, words)
-        self.positions = hf.positions(self._model)
+        if prompt:  # the cache is the one that holds it
+            self._stopping.cache_implementation = self._endless.cache_implementation = None
+        self._window = baked.smallest_window(loaded.config)
+        self.positions = hf.positions(self._model, self.virtual_tokens)
         super().__init__(tokenizer, _as_list(self._stopping.eos_token_id))
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
@@ -74,9 +90,15 @@ class Transformers(Text):
 
         Raises BadInput where the model has too few positions.
         """
+        self._check_room(prompts, new_tokens)
+        answers: dict[int, Generation] = {}
+        for rows in self._together(prompts, new_tokens):
+            answers |= zip(rows, self._generated([prompts[row] for row in rows], new_tokens, stop), strict=True)
+        return [answers[row] for row in range(len(prompts))]
+
+    def _generated(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         import torch
 
-        self._check_room(prompts, new_tokens)
         ids, mask = self._left_padded(prompts)
         settings = self._stopping if stop else self._endless
         # `generate` fills what a config leaves None from the model's own, so the model's own must be without EOS too;
@@ -87,43 +109,58 @@ class Transformers(Text):
         with torch.inference_mode():
             output = self._model.generate(
                 input_ids=ids,
-                attention_mask=mask,
                 max_new_tokens=new_tokens,
                 streamer=clock,
+                **self._begun(mask),
             )
         rows = output[:, ids.shape[1] :].tolist()
         return [trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
-        """In one forward pass; what all prompts begin with is computed once. Prompt methods take a row at a time.
+        """In one forward pass; what all prompts begin with is computed once. Live prompt methods take a row at a time.
 
         Raises BadInput where the model has too few positions.
         """
-        if self._one_by_one and len(prompts) > 1:
-            # PEFT puts the virtual tokens before the padding and drops `position_ids`: only a lone row is exact.
-            return [self.score([p], [a])[0] for p, a in zip(prompts, answers, strict=True)]
-        import torch
-
-        shared = 0 if self._one_by_one else shared_prefix(prompts)
-        ids, mask = self._left_padded([prompt[shared:] for prompt in prompts])
         longest = max(map(len, answers))
         self._check_room(prompts, longest)
+        # PEFT puts the virtual tokens before the padding and drops `position_ids`: only a lone row is exact.
+        lone = [[row] for row in range(len(prompts))]
+        scores: dict[int, Scores] = {}
+        for rows in lone if self._one_by_one else self._together(prompts, longest):
+            scores |= zip(
+                rows, self._scored(*([each[row] for row in rows] for each in (prompts, answers))), strict=True
+            )
+        return [scores[row] for row in range(len(prompts))]
+
+    def _scored(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
+        import torch
+
+        longest = max(map(len, answers))
+        shared = shared_prefix(prompts) if self._within_window(prompts, longest) and not self._one_by_one else 0
+        before = shared + (self._prefix.tokens if self._prefix else 0)
+        ids, mask = self._left_padded([prompt[shared:] for prompt in prompts])
         rows = torch.zeros(len(answers), longest, dtype=torch.long)
         for row, answer in zip(rows, answers, strict=True):
             row[: len(answer)] = torch.tensor(answer)
         rows = rows.to(self._device)
         # Padding after an answer needs no mask: a causal model never looks ahead. The last token predicts nothing.
         ids = torch.cat([ids, rows[:, :-1]], dim=1)
-        mask = torch.cat([torch.ones_like(ids[:, :1]).expand(-1, shared), mask, torch.ones_like(rows[:, :-1])], dim=1)
-        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": shared > 0, "logits_to_keep": longest}
+        mask = torch.cat([torch.ones_like(ids[:, :1]).expand(-1, before), mask, torch.ones_like(rows[:, :-1])], dim=1)
+        inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": before > 0, "logits_to_keep": longest}
         if not self._one_by_one:
-            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, shared:]
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, before:]
+        if self._task is not None:
+            inputs["task_ids"] = self._task
         with torch.inference_mode(), contiguous_inputs(self._model.get_output_embeddings()):
             if shared:  # the system prompt, say: computed once, its keys and values repeated for every row
+                cache = self._prefix.start(1) if self._prefix else None
                 prefix = torch.tensor([prompts[0][:shared]], device=self._device)
-                cache = self._model(input_ids=prefix, use_cache=True, logits_to_keep=1).past_key_values
+                begun = {"past_key_values": cache, "use_cache": True}
+                cache = self._model(input_ids=prefix, **begun, logits_to_keep=1).past_key_values
                 cache.batch_repeat_interleave(len(prompts))
                 inputs["past_key_values"] = cache
+            elif self._prefix:
+                inputs["past_key_values"] = self._prefix.start(len(prompts))
             logits = self._model(**inputs).logits
             return [scored(logits[i, : len(answer)], answer) for i, answer in enumerate(answers)]
 
@@ -132,10 +169,16 @@ class Transformers(Text):
         """The loaded model, adapters on top: for a probe that looks inside."""
         return self._model
 
-    def without_adapters(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator[None]:
         """The base alone answers and scores, for as long as this context lasts."""
-        owner = self._owners[0]
-        return owner.disable_adapter() if hasattr(owner, "peft_config") else contextlib.nullcontext()
+        owner, prefix, task = self._owners[0], self._prefix, self._task
+        self._prefix = self._task = None
+        try:
+            with owner.disable_adapter() if hasattr(owner, "peft_config") else contextlib.nullcontext():
+                yield
+        finally:
+            self._prefix, self._task = prefix, task
 
     def close(self) -> None:
         """Drop the model; on a GPU, also hand back the memory that torch caches."""
@@ -148,10 +191,36 @@ class Transformers(Text):
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _together(self, prompts: Sequence[Sequence[int]], more: int) -> list[list[int]]:
+        """Which rows can be padded to one length, by their numbers: all, but for a baked prompt before padding that a
+        sliding window counts."""
+        if self._prefix is None or self._within_window(prompts, more):
+            return [list(range(len(prompts)))]
+        by_length: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(row)
+        return list(by_length.values())
+
+    def _within_window(self, prompts: Sequence[Sequence[int]], more: int) -> bool:
+        """Whether padding between the tokens of a row hides none of them: a sliding window counts it as tokens."""
+        lengths = set(map(len, prompts))
+        return not self._window or len(lengths) == 1 or self.virtual_tokens + max(lengths) + more <= self._window
+
+    def _begun(self, mask: Any) -> dict[str, Any]:
+        """What `generate` takes besides the prompts' ids, whose `mask` [prompts, longest prompt] is 0 for padding: a
+        baked prompt's cache, or a multitask prompt's task."""
+        if self._prefix:
+            return self._prefix.inputs(
+                mask
+            )  # a mask longer than the ids tells `generate` that these come after the cache
+        task = {} if self._task is None else {"task_ids": self._task}
+        return {"attention_mask": mask, **task}
+
     def _check_room(self, prompts: Sequence[Sequence[int]], more: int) -> None:
         """Raises BadInput for prompts that, with so many tokens `more`, need a position that there is not."""
         if self.positions and (longest := max(map(len, prompts)) + more) > self.positions:
             what = f"a prompt and its answer of {longest} tokens are longer than the model's {self.positions} positions"
+            what += f" after {self.virtual_tokens} virtual tokens" if self.virtual_tokens else ""
             raise BadInput(what, "give shorter prompts, or ask for fewer new tokens")
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Any, Any]:

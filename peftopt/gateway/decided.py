@@ -124,13 +124,13 @@ def limits_of_file(path: Path) -> Limits:
 
 
 def _model(folder: Path, plan: Plan, variant: str) -> Model:
+    source = Model(plan.recipe.base, (plan.recipe.adapter,))
     if (id_ := plan.models[variant]) == planning.SOURCE:
-        return Model(plan.recipe.base, (plan.recipe.adapter,))
+        return source
     home = store.Store(folder.resolve().parent.parent)
     build = next(build for build in plan.builds if build.id == id_)
-    artifact = home.find(build)
-    if artifact is None:
+    if home.find(build) is None:
         what = f"the model of {variant} is not whole in {home.folder(id_)}"
         hint = f"build it again: peftopt run {plan.recipe.path} --results {home.root}"
         raise BadInput(what, hint)
-    return artifact.model
+    return home.model(id_, source)

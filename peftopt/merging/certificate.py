@@ -232,9 +232,9 @@ def full(
     turns = 3 if dtype == torch.float32 else 4
     model = _live(base, adapters, combination, training, torch.float32)
     encoded = prompts(out, texts)
-    steps = _Steps(min(ANSWERS, len(encoded)) + turns * len(encoded))
-    asked = _answered(model, encoded, steps)
-    predict = partial(_predict, asked=asked, folder=out.parent, steps=steps)
+    steps = Steps(min(ANSWERS, len(encoded)) + turns * len(encoded))
+    asked = answered_by(model, encoded, steps)
+    predict = partial(predicted_by, asked=asked, folder=out.parent, steps=steps)
     live = predict(model, what="the live adapter")
     with model.disable_adapter():
         plain = predict(model, what="the base")
@@ -246,7 +246,7 @@ def full(
         del model
         model = _live(base, adapters, combination, training, dtype)
         noisy = predict(model, what="the live adapter in the output's dtype")
-    return compare(live, merged, noisy, plain, asked, _decoder(out), lossy)
+    return compare(live, merged, noisy, plain, asked, decoder(out), lossy)
 
 
 def compare(
@@ -257,9 +257,10 @@ def compare(
     asked: Sequence[Asked],
     decode: Callable[[list[int]], str],
     lossy: bool = False,
+    change: str = "delta",
 ) -> Check:
     """The verdict over four sets of predictions: the adapter's, the merged model's, the adapter's in the output's
-    dtype (the null), and the base's."""
+    dtype (the null), and the base's. `change`: what the adapter does to the base, in a word."""
     ours, null, away = ([kl(a, b) for a, b in zip(live.logs, x.logs, strict=True)] for x in (merged, noisy, plain))
     mean, noise, distance = (_mean(x) for x in (ours, null, away))
     survived = _mean([kl(a, b) for a, b in zip(merged.logs, plain.logs, strict=True)])
@@ -275,7 +276,7 @@ def compare(
     if not lossy and flips > null_flips + 3 * math.sqrt(null_flips + 1):
         problems.append("more top tokens change than by the adapter's own noise")
     if not (mean < distance / 2):
-        problems.append("not nearer to the adapter than the base is: the delta is lost")
+        problems.append(f"not nearer to the adapter than the base is: the {change} is lost")
     values = {
         "kl": mean,
         "kl_null": noise,
@@ -357,18 +358,19 @@ def _live(base: Path, adapters: Sequence[Adapter], combination: str, training: T
     return model
 
 
-class _Steps:
+class Steps:
     """Says how far the certificate is: a step is one prompt, answered or predicted by one model."""
 
     def __init__(self, total: int) -> None:
         self.done, self.total = 0, total
 
     def next(self, what: str) -> None:
+        """Another step begins."""
         progress.report("certifying", self.done, self.total, what)
         self.done += 1
 
 
-def _answered(model: Any, encoded: Sequence[list[int]], steps: _Steps) -> list[Asked]:
+def answered_by(model: Any, encoded: Sequence[list[int]], steps: Steps) -> list[Asked]:
     """The prompts, the first few with the model's greedy answer."""
     import torch
 
@@ -386,7 +388,7 @@ def _answered(model: Any, encoded: Sequence[list[int]], steps: _Steps) -> list[A
     return asked
 
 
-def _predict(model: Any, asked: Sequence[Asked], folder: Path, steps: _Steps, what: str) -> Predictions:
+def predicted_by(model: Any, asked: Sequence[Asked], folder: Path, steps: Steps, what: str) -> Predictions:
     """What the model expects after each token; kept on the folder's disk where it is much."""
     import torch
 
@@ -416,7 +418,7 @@ def _dtype(out: Path) -> Any:
     return getattr(torch, dtype_of(max(totals, key=lambda name: totals[name])).name)
 
 
-def _decoder(out: Path) -> Any:
+def decoder(out: Path) -> Any:
     """Token ids to text; the ids themselves where the folder has no tokenizer."""
     if (out / "tokenizer.json").is_file():
         return hf.tokenizer(str(out)).decode

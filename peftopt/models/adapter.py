@@ -18,9 +18,12 @@ from peftopt.records import Json
 WEIGHTS, CONFIG = "adapter_model.safetensors", ADAPTER
 PREFIX = "base_model.model."
 
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE")
+"""PEFT types that put virtual tokens, or their keys and values, before every sequence."""
+
 NO_DELTA = {
     **dict.fromkeys(
-        ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "CARTRIDGE"),
+        PROMPTS,
         "it adds virtual tokens or key-value pairs to every sequence and has no weight delta",
     ),
     "ADAPTION_PROMPT": "it adds gated prompt tokens inside the attention and has no weight delta",
@@ -258,6 +261,26 @@ def check_mergeable(adapter: Adapter) -> None:
         )
 
 
+def task_of(config: Mapping[str, Json], task: int) -> int | None:
+    """The task whose prompt a multitask adapter gives, by its number; None for other adapters. `task` is what the user
+    named, -1 for nothing. Raises BadInput for a task that there is not, and for a multitask adapter without one."""
+    kind = str(config.get("peft_type", "")).upper()
+    if kind != "MULTITASK_PROMPT_TUNING":
+        if task >= 0:
+            raise BadInput(f"a {kind} adapter has no tasks, and task {task} is asked for", "leave the task out")
+        return None
+    tasks = int(config.get("num_tasks") or 1)
+    if task < 0 and tasks == 1:
+        return 0
+    if not 0 <= task < tasks:
+        what = f"task {task}" if task >= 0 else "no task"
+        raise BadInput(
+            f"the adapter has prompts for {tasks} tasks, and {what} is named",
+            f"name one of 0 to {tasks - 1}: --task of peftopt bake, or engine: {{eager: {{task: 0}}}} in a recipe",
+        )
+    return task
+
+
 def check_base(adapter: Adapter, folder: Path, config: Mapping[str, Json]) -> None:
     """Raises BadInput when what the adapter says of its base contradicts the base: class, name, revision or weights.
 
@@ -287,7 +310,7 @@ def check_base(adapter: Adapter, folder: Path, config: Mapping[str, Json]) -> No
                 if not alike(theirs, ours):
                     problems.append(f"was trained on {other}, whose weights are not those of {folder}")
     if problems:
-        hint = "give the base it was trained on; --allow-base-mismatch merges all the same"
+        hint = "give the base it was trained on; --allow-base-mismatch takes this one all the same"
         raise BadInput(f"adapter {adapter.folder} {problems[0]}", hint)
 
 

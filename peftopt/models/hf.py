@@ -197,8 +197,9 @@ def _whole(folder: str, any_shape: bool = False, strict: bool = False) -> Iterat
             raise BadInput(f"the checkpoint {folder} has {name} as {list(have)}, its config says {list(want)}", hint)
 
 
-def positions(model: Any) -> int:
-    """How many positions a model has learned, or laid down in a table; 0 where it has no such bound."""
+def positions(model: Any, virtual: int = 0) -> int:
+    """How many positions a model has learned, or laid down in a table, less those of `virtual` tokens that stand before
+    every prompt; 0 where it has no such bound. Raises BadInput where virtual tokens take them all."""
     import torch
 
     tables = [
@@ -207,7 +208,14 @@ def positions(model: Any) -> int:
         if isinstance(module, torch.nn.Embedding) and re.search(r"wpe|posit", name.rpartition(".")[2])
     ]
     tables += [len(buffer) for name, buffer in model.named_buffers() if name.endswith(".embed_positions")]
-    return min(tables, default=0)
+    if not tables:
+        return 0
+    if min(tables) <= virtual:
+        raise BadInput(
+            f"{virtual} virtual tokens leave no room for a prompt among the {min(tables)} positions of the model",
+            "train an adapter with fewer virtual tokens",
+        )
+    return min(tables) - virtual
 
 
 @contextlib.contextmanager
@@ -416,6 +424,14 @@ def copy_tokenizer(model: Model, out: Path) -> None:
         settings = json.loads((out / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
         text = json.dumps({**settings, "chat_template": template}, indent=2, ensure_ascii=False)
         (out / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def carry_tokenizer(model: Model, out: Path) -> None:
+    """Put a tokenizer that an adapter brings into the folder that stands in the adapter's place."""
+    home = Path(tokenizer_home(model))
+    for name in TOKENIZER_FILES if home != Path(model.path) else ():
+        if (home / name).is_file():
+            shutil.copyfile(home / name, out / name)
 
 
 def template_home(model: Model) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from peftopt.models.baked import is_baked
 from peftopt.models.hf import TEMPLATE, template_home, tokenizer_home
 from peftopt.records import Json, Model
 
@@ -68,7 +69,12 @@ WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_
 
 
 def foreign_words(folder: Path, model: Model) -> list[str]:
-    """What of a folder's tokenizer, chat template and end of sequence is not that of the model it was made from."""
+    """What of a folder's tokenizer, chat template and end of sequence is not that of the model it was made from. A
+    baked prompt holds none of the base's words: only those that its adapter brought."""
+    if is_baked(folder):
+        home = Path(tokenizer_home(model))
+        brought = WORDS if home != Path(model.path) else ()
+        return [f"{name} is not the adapter's" for name in brought if _bytes(folder / name) != _bytes(home / name)]
     homes = dict.fromkeys(WORDS, Path(tokenizer_home(model))) | {TEMPLATE: Path(template_home(model))}
     wrong = [
         f"{name} is not the adapter's" for name, home in homes.items() if _bytes(folder / name) != _bytes(home / name)

@@ -74,6 +74,7 @@ def render(decision: Decision, evidence: Evidence, beside: Sequence[Section] = (
         by_workload=table.by_workload(decision),
         further=table.further(decision),
         slices=answers.slices(decision, evidence),
+        expected=measured.expected(decision, evidence),
         effort=measured.effort(decision, evidence),
         facts=measured.facts(decision, evidence),
         failures=measured.failures(evidence),

@@ -54,6 +54,7 @@ def _evidence(decision: Decision, evidence: Evidence, examples: int, beside: Seq
         _section("By workload", _table(table.by_workload(decision))),
         _section("More figures", _table(table.further(decision))),
         _section("Right answers by slice", _table(answers.slices(decision, evidence))),
+        _section("Expected and measured", _table(measured.expected(decision, evidence), DETAIL)),
         _section("How it was measured", _method(decision, evidence)),
         _heading("Failures", _table(measured.failures(evidence), DETAIL)),
         _section("How to read this", "\n".join(f"- {escape(line)}" for line in table.HOW_TO_READ)),

@@ -24,6 +24,8 @@ from peftopt.models.adapter import (
     is_embedding,
     open_adapter,
 )
+from peftopt.models.baked import check_base as check_prompt_base
+from peftopt.models.baked import is_baked, open_baked
 from peftopt.models.checkpoint import open_model
 from peftopt.models.hf import tokenizer_home
 from peftopt.models.provenance import read as read_provenance
@@ -289,8 +291,16 @@ def quantized_elsewhere(folder: Path) -> bool:
 
 
 def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = ()) -> None:
-    """A PEFT adapter in safetensors whose shapes fit this base, and which the variants in `merges` can merge. `base` is
-    None where its weights have names or shapes that an adapter's are not compared with."""
+    """A PEFT adapter in safetensors whose shapes fit this base, and which the variants in `merges` can merge, or a
+    prompt that was baked from this base. `base` is None where its weights have names or shapes that an adapter's are
+    not compared with."""
+    if is_baked(folder):
+        prompt = open_baked(folder)
+        if merges:
+            raise BadInput(f"{folder} is a baked prompt, which has no weight delta", "take `merge` out")
+        if base:
+            check_prompt_base(prompt, base)
+        return
     adapter = open_adapter(folder)
     if merges:
         check_mergeable(adapter)

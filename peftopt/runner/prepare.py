@@ -95,8 +95,9 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
     users = _users(run, build)
     if all(name in run.evidence.failures for name in users):
         return  # its parent failed
-    # A merge needs no texts, but its certificate compares predictions, and does so better on the user's own prompts.
-    rows = tuple(calibration) if build.step.calibrates or build.step.technique == "merge" else ()
+    # These need no texts, but their certificates compare predictions, and do so better on the user's own prompts.
+    certified = build.step.technique in ("merge", "bake")
+    rows = tuple(calibration) if build.step.calibrates or certified else ()
 
     def told(at: Reached) -> None:
         hear(at.share, f"{build.step.plugin}: {at.phase} {at.what}")

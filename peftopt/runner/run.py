@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -96,10 +95,7 @@ class Run:
 
     def artifact_model(self, artifact_id: str) -> Model:
         """The model of an artifact; of planning.SOURCE the recipe's own base and adapter, unmerged."""
-        if artifact_id == planning.SOURCE:
-            return Model(self.recipe.base, (self.recipe.adapter,))
-        manifest = json.loads((self.store.folder(artifact_id) / store.MANIFEST).read_text())
-        return Model(str(self.store.folder(artifact_id) / store.MODEL), tuple(manifest["adapters"]))
+        return self.store.model(artifact_id, Model(self.recipe.base, (self.recipe.adapter,)))
 
     def alive(self) -> list[Variant]:
         """The variants that have not failed, in the recipe's order."""

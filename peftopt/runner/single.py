@@ -58,7 +58,13 @@ def transform(job: TransformJob, progress: Progress | None = None) -> Transforme
         raise as_input(error) from error
     finally:
         shutil.rmtree(temporary.parent, ignore_errors=True)
-    return replace(made, model=replace(made.model, path=str(out)))
+    return replace(made, model=_moved(made.model, temporary, out))
+
+
+def _moved(model: Model, temporary: Path, out: Path) -> Model:
+    """The model when its new folder, which may be the weights or what stands in an adapter's place, has been moved."""
+    where = {str(temporary): str(out)}
+    return Model(where.get(model.path, model.path), tuple(where.get(a, a) for a in model.adapters))
 
 
 @contextlib.contextmanager
@@ -98,7 +104,8 @@ def preview(job: PreviewJob) -> tuple[Change, ...]:
 
 def _check(plugin: str, model: Model) -> None:
     merges = plugin == "merge"  # which knows more of quantized bases, and says more of what cannot be merged
-    preflight.check_base(Path(model.path), quantized=merges, ours=not merges)
+    bakes = plugins.catalogue()[plugin].technique == "bake"
+    preflight.check_base(Path(model.path), quantized=merges or bakes, ours=not merges)
     for adapter in model.adapters:
         preflight.check_adapter(Path(adapter), Path(model.path), [plugin] if merges else [])
 

@@ -17,6 +17,7 @@ SMALL = {
 }
 GEMMA = {**SMALL, "head_dim": 16, "sliding_window": 64}
 EXPERTS = {**SMALL, "num_experts_per_tok": 2}
+NOT_OF_OPT = ("intermediate_size", "initializer_range", "num_key_value_heads")
 OPT = {"ffn_dim": 128, "max_position_embeddings": 128, "word_embed_proj_dim": 64, "init_std": 0.2}
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -27,7 +28,12 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("CohereConfig", SMALL),
     "olmo2": ("Olmo2Config", SMALL),
     "gpt_neox": ("GPTNeoXConfig", {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
-    "opt": ("OPTConfig", {**{k: v for k, v in SMALL.items() if "intermediate" not in k and "range" not in k}, **OPT}),
+    "opt": ("OPTConfig", {**{k: v for k, v in SMALL.items() if k not in NOT_OF_OPT}, **OPT}),
+    "gpt2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": 0.2}),
+    "mistral": ("MistralConfig", {**SMALL, "sliding_window": 16}),
+    "qwen3": ("Qwen3Config", {**SMALL, "head_dim": 16}),
+    "gemma": ("GemmaConfig", {**SMALL, "head_dim": 16}),
+    "phi3": ("Phi3Config", SMALL),
     "falcon": (
         "FalconConfig",
         {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2},

@@ -11,8 +11,8 @@ CHAT_TEMPLATE = (
 TEXTS = [f"the quick brown fox number {i} jumps over the lazy dog and counts {i * i} stars" for i in range(40)]
 
 
-def make_base(folder: Path, dtype: str) -> None:
-    """Write a random two-layer Llama (hidden 64, tied embeddings) with a byte-level BPE tokenizer."""
+def make_base(folder: Path, dtype: str, layers: int = 2) -> None:
+    """Write a random Llama (two layers, hidden 64, tied embeddings) with a byte-level BPE tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -36,7 +36,7 @@ def make_base(folder: Path, dtype: str) -> None:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
@@ -65,3 +65,34 @@ def make_lora(base: Path, folder: Path, std: float = 0.1, **settings: object) ->
         if "lora_B" in name or "lora_embedding_A" in name:
             torch.nn.init.normal_(parameter, std=std) if std else torch.nn.init.zeros_(parameter)
     adapted.save_pretrained(folder)
+
+
+PROMPTS: dict[str, tuple[str, dict[str, object]]] = {
+    "prompt": ("PromptTuningConfig", {}),
+    "p-mlp": ("PromptEncoderConfig", {"encoder_hidden_size": 16}),
+    "p-lstm": ("PromptEncoderConfig", {"encoder_hidden_size": 16, "encoder_reparameterization_type": "LSTM"}),
+    "prefix": ("PrefixTuningConfig", {}),
+    "prefix-projected": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 16}),
+    "multitask": ("MultitaskPromptTuningConfig", {"num_tasks": 3, "num_ranks": 2}),
+    "cpt": ("CPTConfig", {"cpt_token_ids": [5, 6, 7, 8, 9], "cpt_mask": [1] * 5, "cpt_tokens_type_mask": [1] * 5}),
+    "cartridge": ("CartridgeConfig", {}),
+}
+"""Methods of PEFT that put virtual tokens before a prompt: a config's class, and settings."""
+
+
+def make_prompt(base: Path, folder: Path, method: str, tokens: int = 5) -> Path:
+    """Write an adapter of one of PROMPTS, with random weights that visibly change the answers of `base`; for CPT,
+    `tokens` is always 5."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    name, settings = PROMPTS[method]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    size = {} if method == "cpt" else {"num_virtual_tokens": tokens}
+    adapted = peft.get_peft_model(model, getattr(peft, name)(task_type="CAUSAL_LM", **size, **settings))
+    for parameter in adapted.prompt_encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    adapted.eval().save_pretrained(folder)
+    return folder
