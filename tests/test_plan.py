@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from helpers.command_line import command, errors
-from helpers.forked import COMMANDS, workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -549,17 +548,18 @@ def test_broken_times_are_the_users_to_replace(tmp_path: Path, capsys: pytest.Ca
         assert errors(capsys)
 
 
-def test_our_own_engine_is_measured_and_its_plan_judged(tiny_lora: Path, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("few_draws")
+def test_our_own_engine_is_measured_and_its_plan_judged(
+    tiny_lora: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("BLOCKS", 2), ("FEWEST_BLOCKS", 2), ("LOADS", 1)):
+        monkeypatch.setattr(speed_asking, name, value)
     out = tmp_path / "out"
     words = ["diagnose", "--base", tiny_base, "--adapter", f"support={tiny_lora}", "--out", out, "--threads", "1"]
-    words += ["--plan", "adapters=3 rps=2 zipf=1 slo='ttft <= 5 s' memory=9GB prompt=20 new=4"]
-    process = COMMANDS.begin(tmp_path / "said", "peftopt.cli", *words, workers=workers())
-    try:
-        code = process.wait(240)
-    finally:
-        process.kill()
-    assert code in (ACCEPTED, INCONCLUSIVE), (tmp_path / "said").read_text()
+    plan_text = "adapters=3 rps=0.1 zipf=1 slo='ttft <= 60 s' memory=9GB prompt=20 new=4"
+    assert command(*words, "--plan", plan_text) in (ACCEPTED, INCONCLUSIVE)
     times = speed_asking.read(out)
-    assert min(len(samples) for samples in times.merged.step.values()) >= speed_asking.FEWEST_BLOCKS
+    assert {len(samples) for samples in (*times.merged.step.values(), *times.mixed.values())} == {2}
+    assert list(times.apart.step) == list(speed_asking.ROWS) and len(times.apart.prefill) == 2
     assert times.engine_bytes > 10**7 and times.kv_bytes_per_token > 0
-    assert json.loads((out / planning.PLAN).read_text())["options"]
+    assert json.loads((out / planning.PLAN).read_text())["recommended"]
