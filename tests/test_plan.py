@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from helpers.command_line import command, errors
-from helpers.forked import COMMANDS, workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +19,7 @@ from peftopt.diagnose.simulation import Due, Engine
 from peftopt.diagnose.speeds import Costs, Drawn, Speeds, Times, resampled, typical
 from peftopt.diagnose.traffic import Traffic
 from peftopt.errors import ACCEPTED, BAD_INPUT, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
+from peftopt.loadtest.client import Reply
 from peftopt.loadtest.summary import slo
 from peftopt.measurements import as_json
 
@@ -256,6 +256,22 @@ def test_an_engine_computes_no_more_than_time_has_passed(due: list[Due], sharing
 
 
 # ---- speeds ------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 8), st.integers(3, 20), st.floats(0.001, 0.5), st.floats(0, 0.9))
+def test_a_step_is_timed_while_all_rows_are_under_way(rows: int, tokens: int, step: float, late: float) -> None:
+    """Rows begin one after the other, by less than a step."""
+    replies = []
+    for row in range(rows):
+        begun = row * late * step
+        times = [round(1e9 * (1 + begun + token * step)) for token in range(tokens)]
+        replies.append(Reply(sent=0, times=times, counted=tokens))
+    assert math.isclose(speed_asking.step_s(replies), step, rel_tol=1e-3)
+
+
+def test_tokens_that_come_several_in_a_message_are_counted() -> None:
+    times = [round(1e9 * (1 + 0.2 * message)) for message in range(6)]
+    assert math.isclose(speed_asking.step_s([Reply(sent=0, times=times, counted=11)]), 0.1)
 
 
 def test_steps_between_the_measured_batches_lie_between_them() -> None:
@@ -532,17 +548,18 @@ def test_broken_times_are_the_users_to_replace(tmp_path: Path, capsys: pytest.Ca
         assert errors(capsys)
 
 
-def test_our_own_engine_is_measured_and_its_plan_judged(tiny_lora: Path, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("few_draws")
+def test_our_own_engine_is_measured_and_its_plan_judged(
+    tiny_lora: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("BLOCKS", 2), ("FEWEST_BLOCKS", 2), ("LOADS", 1)):
+        monkeypatch.setattr(speed_asking, name, value)
     out = tmp_path / "out"
     words = ["diagnose", "--base", tiny_base, "--adapter", f"support={tiny_lora}", "--out", out, "--threads", "1"]
-    words += ["--plan", "adapters=3 rps=2 zipf=1 slo='ttft <= 5 s' memory=9GB prompt=20 new=4"]
-    process = COMMANDS.begin(tmp_path / "said", "peftopt.cli", *words, workers=workers())
-    try:
-        code = process.wait(240)
-    finally:
-        process.kill()
-    assert code in (ACCEPTED, INCONCLUSIVE), (tmp_path / "said").read_text()
+    plan_text = "adapters=3 rps=0.1 zipf=1 slo='ttft <= 60 s' memory=9GB prompt=20 new=4"
+    assert command(*words, "--plan", plan_text) in (ACCEPTED, INCONCLUSIVE)
     times = speed_asking.read(out)
-    assert min(len(samples) for samples in times.merged.step.values()) >= speed_asking.FEWEST_BLOCKS
+    assert {len(samples) for samples in (*times.merged.step.values(), *times.mixed.values())} == {2}
+    assert list(times.apart.step) == list(speed_asking.ROWS) and len(times.apart.prefill) == 2
     assert times.engine_bytes > 10**7 and times.kv_bytes_per_token > 0
-    assert json.loads((out / planning.PLAN).read_text())["options"]
+    assert json.loads((out / planning.PLAN).read_text())["recommended"]

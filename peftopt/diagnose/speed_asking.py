@@ -14,15 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from peftopt import store
+from peftopt import stats, store
 from peftopt.diagnose import company, keeping, making
-from peftopt.diagnose.cells import BASE, BATCH, Launch, Load
+from peftopt.diagnose.cells import BASE, BATCH, Launch
 from peftopt.diagnose.serving import Servers
 from peftopt.diagnose.setting import Setting, abilities
 from peftopt.diagnose.speeds import Speeds, Times
 from peftopt.diagnose.traffic import Traffic
 from peftopt.engines._server import Server
 from peftopt.errors import BROKEN, BadInput, WorkerFailed
+from peftopt.loadtest import arrivals
+from peftopt.loadtest.client import Reply
+from peftopt.loadtest.protocols import Prompt
 from peftopt.measurements import as_json, structured
 from peftopt.records import Json
 
@@ -181,31 +184,49 @@ class _Asking:
             launch, names = self._merged, (BASE,) * rows
         else:
             launch = self._apart
-            names = tuple(self._names[:rows]) if way == "mixed" else (self._names[self._asked % 2],) * rows
-        tokens = size if phase == "prefill" else SHORT_TOKENS
-        load = Load(names, tokens, (STEPS if phase == "step" else 2,))
-        return await self._asked_once(launch, load, "decode" if phase == "step" else phase)
+            names = tuple(self._names[:rows]) if way == "mixed" else (self._names[0],) * rows
+        if phase == "step":
+            return step_s(await self._replies(launch, names, SHORT_TOKENS, STEPS))
+        (reply,) = await self._replies(launch, names, size, 2)
+        self._lengths[size] = reply.prompt_tokens or size
+        return (reply.times[0] - reply.sent) / 1e9
 
     async def _shared(self) -> float:
         """How many times longer a step of one row takes while the other server computes too: the mean over both."""
-        way = {self._merged: BASE, self._apart: self._names[0]}
         # the merged model is faster: with more tokens, both compute until about the same time
-        tokens = {self._merged: 2 * STEPS, self._apart: STEPS}
-        loads = {launch: Load((name,), SHORT_TOKENS, (tokens[launch],)) for launch, name in way.items()}
-        both = await asyncio.gather(*(self._asked_once(launch, load, "decode") for launch, load in loads.items()))
+        merged = self._replies(self._merged, (BASE,), SHORT_TOKENS, 2 * STEPS)
+        apart = self._replies(self._apart, (self._names[0],), SHORT_TOKENS, STEPS)
+        both = [step_s(replies) for replies in await asyncio.gather(merged, apart)]
         alone = [self._samples["merged", "step", 1][-1], self._samples["apart", "step", 1][-1]]
         return sum(together / single for together, single in zip(both, alone, strict=True)) / 2
 
-    async def _asked_once(self, launch: Launch, load: Load, phase: str) -> float:
-        """Seconds of a phase. Raises WorkerFailed where a request is not answered."""
-        self._asked += 1
-        turn = await self._servers.asker(launch).ask(load, self._asked)
-        value = turn.value(phase)
-        if value is None:
-            raise WorkerFailed("request failed", "; ".join(turn.failed) or "no token's time is known", "see the logs")
-        if turn.prompt_tokens:
-            self._lengths[load.prompt_tokens] = turn.prompt_tokens // len(load.names)
-        return value / 1e3
+    async def _replies(self, launch: Launch, names: Sequence[str], prompt_tokens: int, new_tokens: int) -> list[Reply]:
+        """Ask all names at once, each with a prompt of its own. Raises WorkerFailed where one is not answered whole."""
+        client = self._servers.client(launch)
+        bodies = []
+        for name in names:
+            self._asked += 1
+            prompt = Prompt(text=arrivals.made_up(prompt_tokens, self._asked))
+            bodies.append(client.encoded(prompt, self._servers.called(name), new_tokens, stop=False))
+        replies = await asyncio.gather(*(client.send(body) for body in bodies))
+        for reply in replies:
+            if reply.error or len(reply.times) < 2:
+                why = reply.error or f"{len(reply.times)} of {new_tokens} tokens came"
+                raise WorkerFailed("request failed", why, "the server's log is in the folder's logs")
+        return replies
+
+
+def step_s(replies: Sequence[Reply]) -> float:
+    """Seconds of a decode step of all rows: the median request's time per token, while all of them were under way."""
+    start, end = max(reply.times[0] for reply in replies), min(reply.times[-1] for reply in replies)
+    each = []
+    for reply in replies:
+        times = [at for at in reply.times if start <= at <= end]
+        if len(times) < 2 or times[0] == times[-1]:  # hardly ever together: by itself, then
+            times = reply.times
+        per_message = (reply.new_tokens - 1) / (len(reply.times) - 1)
+        each.append((times[-1] - times[0]) / (len(times) - 1) / per_message)
+    return stats.median(each) / 1e9
 
 
 async def _timed(awaited: Awaitable[T]) -> tuple[float, T]:
