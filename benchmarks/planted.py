@@ -63,8 +63,8 @@ ORDER = "order.json"
 
 @dataclass(frozen=True)
 class Shown:
-    """The row that shows a fault: any of these `parts` of a bottleneck, with that `finding`. `beside`: other rows (bottleneck,
-    part) that may say "fault" for the same cause."""
+    """The row that shows a fault: any of these `parts` of a bottleneck, with that `finding`. `beside`: other rows, by
+    bottleneck and part, that may say "fault" for the same cause."""
 
     bottleneck: str
     parts: tuple[str, ...]
