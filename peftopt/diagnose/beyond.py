@@ -50,7 +50,7 @@ def _padding(names: Names, wanted: Sequence[Part], measured: Measured, batch: in
 
 
 def explained(row: Row, work: Work | None) -> Row:
-    """The row with what the adapter's arithmetic explains of its cost."""
+    """The row with what the adapter's arithmetic explains of its cost, where it is a LoRA's own work."""
     if work is None or row.part != ADAPTER or row.finding != "costs" or row.ratio is None:
         return row
     phase: expected.Phase = "prefill" if row.phase == "prefill" else "decode"

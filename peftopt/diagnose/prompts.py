@@ -48,7 +48,7 @@ async def rows(diagnosed: Pass) -> list[Row]:
     ladder = {tokens: lone(setting, launch, name, 1) for name, tokens in lengths.items() if name in made}
     asked = [*groups(wanted), list(ladder.values())]
     await diagnosed.servers.up([launch])
-    silent = await differs.unchanged(diagnosed, NAME, launch, list(lengths))
+    silent = await differs.unchanged(diagnosed, NAME, launch, [*own, *made])
     measured = await diagnosed.measure(NAME, asked)
     told = [with_slope(row, ladder, measured) for row in all_rows(NAME, setting, wanted, measured)]
     note_bytes(diagnosed, await diagnosed.caching())

@@ -148,7 +148,7 @@ async def rows(diagnosed: Pass) -> list[Row]:
     told = [row for part in wanted for row in _rows(setting, part, measured, merged)]
     share = caching.adapter_share if caching else None
     more = beyond.rows(work, names, wanted, measured) if work else []
-    return [*silent, *more, *(explained(beyond.explained(row, work), share) for row in told)]
+    return [*silent, *more, *(explained(beyond.explained(row, None if more else work), share) for row in told)]
 
 
 def _with_merged(setting: Setting, part: Part, merged: Launch | None) -> list[Cell]:
