@@ -17,15 +17,16 @@ ADAPTER, PADDING = "the adapter", "rank padding"
 """Parts that are looked at."""
 
 
-def rows(work: Work, names: Names, wanted: Sequence[Part], measured: Measured) -> list[Row]:
+def rows(work: Work, names: Names, wanted: Sequence[Part], measured: Measured, swollen: bool = False) -> list[Row]:
     """A fault where the adapter's prefill does more than a LoRA's own work; else none. A whole batch is asked first: it
-    computes most beside what a step of one row shows to be around it."""
+    computes most beside what a step of one row shows to be around it. `swollen`: see expected."""
     own = {part.batch: part.pair for part in wanted if part.pair.part == ADAPTER}
     if 1 not in own:
         return []
     for batch in sorted(own, reverse=True):
         times = _times(own[batch], own[1], measured)
-        judged = expected.judged(work, times, _padding(names, wanted, measured, batch), names.padded_rank)
+        padding = _padding(names, wanted, measured, batch)
+        judged = expected.judged(work, times, padding, names.padded_rank, swollen)
         if row := expected.row(work, names.adapter, batch, judged):
             return [row]
     return []
