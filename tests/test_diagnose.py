@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftopt.cli.diagnose import outcome
-from peftopt.diagnose import batching, choice, costs, judging, keeping, making, prompts, unfused
+from peftopt.diagnose import batching, choice, costs, judging, keeping, making, prompts, screen, unfused
 from peftopt.diagnose.asking import Turn
 from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, differing, evenly, skewed
 from peftopt.diagnose.company import Names
@@ -260,6 +260,20 @@ def diagnosis(*findings: Finding) -> Diagnosis:
 )
 def test_the_exit_code_says_what_came_of_it(findings: Sequence[Finding], code: int) -> None:
     assert outcome(diagnosis(*findings)) == code
+
+
+@pytest.mark.parametrize(
+    ("extra", "unit", "shown"),
+    [
+        (Interval(1.92, 1.09, 3.16, 16), "MB", "1.92 MB (1.09–3.16)"),
+        (Interval(1.92, -math.inf, math.inf, 2), "MB", "1.92 MB (open)"),
+        (Interval(0.64, 0.5, 0.7, 16), "of requests within it", "64 % of requests within it"),
+        (Interval(math.nan, -math.inf, math.inf, 0), "MB", ""),
+    ],
+)
+def test_an_amount_is_shown_in_its_unit(extra: Interval, unit: str, shown: str) -> None:
+    row = replace(costs.not_asked("unloading", "memory at rest", ""), extra=extra, unit=unit)
+    assert screen.costs(row) == shown
 
 
 def test_a_diagnosis_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ async def rows(diagnosed: Pass) -> list[Row]:
     asked = [[*cells_of([part.pair]), *_known(after.get(part.pair.costly))] for part in wanted]
     asked.append(list(ladder.values()))
     await diagnosed.servers.up([launch])
-    silent = await differs.unchanged(diagnosed, NAME, launch, list(lengths))
+    silent = await differs.unchanged(diagnosed, NAME, launch, [*own, *made])
     measured = await diagnosed.measure(NAME, asked)
     told = [
         with_slope(gained(row, _gain(measured, part, after, phase), "baked"), ladder, measured)
