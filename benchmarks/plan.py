@@ -237,9 +237,11 @@ def main() -> None:
     parser.add_argument("--memory", default="", help="of the plan, such as 16GB; what is free by default")
     parser.add_argument("--seconds", type=float, default=40.0, help="of each load")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0, help="of each server; 0 = all cores")
     parser.add_argument("--times", default="", help="a folder with the engine's times, or to keep them in")
     arguments = parser.parse_args()
-    setting = Setting(base=arguments.base, adapters={"adapter": arguments.adapter}, engine=arguments.engine)
+    adapters = {"adapter": arguments.adapter}
+    setting = Setting(arguments.base, adapters, arguments.engine, threads=arguments.threads)
     levels = " ".join(f"slo='{level}'" for level in arguments.slo or ["ttft <= 500 ms"])
     memory = f"memory={arguments.memory}" if arguments.memory else ""
     common = f"{levels} zipf={arguments.zipf} prompt={arguments.prompt} new={arguments.new} {memory}"
@@ -256,9 +258,9 @@ def main() -> None:
             shutil.copytree(merged, copy)
         bench = Bench(speeds, setting, names.rank, copies, work, arguments.seconds, arguments.rounds)
         table = []
-        for adapters in arguments.adapters:
+        for count in arguments.adapters:
             for rps in arguments.rps:
-                planned = planning.read(f"adapters={adapters} rps={rps} {common}", None)
+                planned = planning.read(f"adapters={count} rps={rps} {common}", None)
                 table += asyncio.run(agreement(replace(planned, memory_bytes=first.memory_bytes), bench))
         print(f"\n| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}")
         print("\n".join(f"| {' | '.join(row)} |" for row in table))
