@@ -8,14 +8,12 @@ from pathlib import Path
 from peftopt import corpus, machine, store
 from peftopt.engines._text import encoded
 from peftopt.errors import BadInput
-from peftopt.models.adapter import check_mergeable, open_adapter
+from peftopt.merging.baking import check_bakeable
+from peftopt.models.adapter import PROMPTS, Adapter, check_mergeable, open_adapter
 from peftopt.models.hf import tokenizer, tokenizer_home
 from peftopt.recipe.starter import Facts
 from peftopt.records import Model
 from peftopt.runner import preflight
-
-SOFT = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
-"""PEFT types whose virtual tokens can be baked."""
 
 
 def facts(base: Path, adapter: Path, prompts: Path, file: Path) -> Facts:
@@ -51,8 +49,8 @@ def facts(base: Path, adapter: Path, prompts: Path, file: Path) -> Facts:
 def _method(adapter: Path, quantized: bool) -> tuple[str, str]:
     """What rids this adapter of its cost, "" for nothing, and why."""
     opened = open_adapter(adapter)
-    if opened.kind in SOFT:
-        return "bake", ""
+    if opened.kind in PROMPTS:
+        return _bakeable(opened)
     if quantized:
         return "", "The base is quantized already: a merge into it would round most of the adapter away."
     try:
@@ -60,3 +58,11 @@ def _method(adapter: Path, quantized: bool) -> tuple[str, str]:
     except BadInput as error:
         return "", error.message
     return "merge", ""
+
+
+def _bakeable(opened: Adapter) -> tuple[str, str]:
+    try:
+        check_bakeable(opened)
+    except BadInput as error:
+        return "", error.message
+    return "bake", ""
