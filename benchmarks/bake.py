@@ -2,10 +2,15 @@
 
     python benchmarks/bake.py --model models/smollm2-135m-instruct             # some ten minutes on two cores
     python benchmarks/bake.py --model FOLDER --tokens 128 --batch 1 --rounds 40
+    python benchmarks/bake.py --clock cpu                                       # on a machine with other work
+    python benchmarks/bake.py --engine compiled --batch 8 --new-tokens 16      # or server: the rows of our own server
 
-All three are the engine `eager` in one process, asked in turns of random order for one token of the same prompts. The
-soft prompts are random words' embeddings: times do not depend on what they say. Prints ratios of TTFT with exact 95 %
-intervals; the aim is a baked prompt within 3 % of the base without virtual tokens.
+All three are the engine `eager` in one process, asked in turns of random order for the same prompts. Live prompts have
+no other engine that batches them: with --engine there are two. The soft prompts are random words' embeddings: times do
+not depend on what they say. Prints ratios of TTFT, and of the time until the last token where there are several, with
+exact 95 % intervals; the aim is a baked prompt within 3 % of the base without virtual tokens. `--clock cpu` counts this
+process's CPU time, on one thread, of a request for one token and of one for all: it does not grow when others take the
+processors.
 """
 
 from __future__ import annotations
@@ -45,22 +50,77 @@ def soft_prompt(model: Path, folder: Path, tokens: int) -> Path:
     return folder
 
 
-def first_token_ms(engine: Any, prompts: Sequence[Sequence[int]]) -> float:
-    """Milliseconds from the request to its first token."""
+class Rows:
+    """The rows that our server batches, as an engine that generates."""
+
+    def __init__(self, model: Any) -> None:
+        from peftopt.engines import _rows
+
+        self._served, self._name = _rows.Served(model.path, "auto"), ""
+        for folder in model.adapters:
+            self._name = "prompt"
+            self._served.add(self._name, folder)
+        self.tokenizer = self._served.tokenizer
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> Any:
+        """Greedy answers, of which only the times are kept."""
+        from peftopt.engines import Generation
+
+        rows = self._served.begin(prompts, self._name)
+        times = []
+        for number in range(new_tokens):
+            tokens = rows.logits.argmax(-1).tolist()
+            times.append(time.perf_counter_ns())
+            if number + 1 < new_tokens:
+                rows.step(tokens)
+        return [Generation([], times, stop)]
+
+    def close(self) -> None:
+        """Free the model."""
+        self._served.close()
+
+
+def opened(engine: str, model: Any, room: int, length: int) -> Any:
+    """The engine with a model. A compiled one has a cache of `room` tokens and prompts padded to `length`."""
+    from peftopt.engines import compiled, eager
+
+    if engine == "server":
+        return Rows(model)
+    if engine == "compiled":
+        return compiled.open(model, compiled.Params(cache_len=room, prompt_buckets=str(length)))
+    return eager.open(model, eager.Params())
+
+
+def timed_ms(engine: Any, prompts: Sequence[Sequence[int]], new_tokens: int, clock: str) -> tuple[float, float]:
+    """Milliseconds from the request to its first token and to its last one; by the clock "cpu", of CPU time."""
+    if clock == "cpu":
+        one = _cpu_ms(engine, prompts, 1)
+        return one, _cpu_ms(engine, prompts, new_tokens) if new_tokens > 1 else one
     started = time.perf_counter_ns()
-    answers = engine.generate(prompts, 1, stop=False)
-    return float(answers[0].times[0] - started) / 1e6
+    times = engine.generate(prompts, new_tokens, stop=False)[0].times
+    return float(times[0] - started) / 1e6, float(times[-1] - started) / 1e6
 
 
-def raced(engines: dict[str, Any], batch: int, length: int, rounds: int, dice: random.Random) -> dict[str, list[float]]:
-    """Times to the first token of each engine in ms, a value a round: every round's prompts are the same for all."""
-    times: dict[str, list[float]] = {name: [] for name in engines}
+def _cpu_ms(engine: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
+    began = time.process_time_ns()
+    engine.generate(prompts, new_tokens, stop=False)
+    return (time.process_time_ns() - began) / 1e6
+
+
+Times = dict[str, list[tuple[float, float]]]
+
+
+def raced(
+    engines: dict[str, Any], batch: int, length: int, rounds: int, new_tokens: int, clock: str, dice: random.Random
+) -> Times:
+    """Times of each engine in ms, a pair a round: every round's prompts are the same for all."""
+    times: Times = {name: [] for name in engines}
     vocabulary = len(next(iter(engines.values())).tokenizer)
     for _ in range(rounds + WARMUP):
         lengths = [length] + [dice.randint(length // 2, length) for _ in range(batch - 1)]
         prompts = [[dice.randrange(100, vocabulary) for _ in range(n)] for n in lengths]
         for name in dice.sample(list(engines), len(engines)):
-            times[name].append(first_token_ms(engines[name], prompts))
+            times[name].append(timed_ms(engines[name], prompts, new_tokens, clock))
     return {name: values[WARMUP:] for name, values in times.items()}
 
 
@@ -79,30 +139,45 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--length", type=int, default=48, help="tokens of the longest prompt")
     parser.add_argument("--rounds", type=int, default=24)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--engine", choices=["eager", "compiled", "server"], default="eager")
+    parser.add_argument("--new-tokens", type=int, default=1)
     arguments = parser.parse_args()
 
+    import torch
+
     from peftopt import stats
-    from peftopt.engines import eager
     from peftopt.models import baked
     from peftopt.records import Model
     from peftopt.transforms import bake
 
+    if arguments.clock == "cpu":
+        torch.set_num_threads(1)
     base = str(arguments.model.resolve())
     dice = random.Random(0)
-    plain = eager.open(Model(base), eager.Params())
-    print("virtual tokens | batch | cache | live / without | baked / without | baked / live | without, ms")
+    longest = max(arguments.tokens) + arguments.length + arguments.new_tokens
+    room = 2 ** (longest - 1).bit_length()
+    plain = opened(arguments.engine, Model(base), room, arguments.length)
+    print("virtual tokens | batch | cache | until token | ratio | without, ms")
     for tokens in arguments.tokens:
         with tempfile.TemporaryDirectory() as folder:
             adapter = soft_prompt(arguments.model, Path(folder) / "adapter", tokens)
             live = Model(base, (str(adapter),))
-            made = bake.transform(live, bake.Params(), Path(folder) / "baked", [], 0)
+            made = bake.transform(live, bake.Params(certify="own"), Path(folder) / "baked", [], 0)
             kv_bytes = baked.open_baked(Path(folder) / "baked").kv_bytes
-            engines = {"live": eager.open(live, eager.Params()), "baked": eager.open(made, eager.Params())}
+            variants = {"live": live, "baked": made} if arguments.engine == "eager" else {"baked": made}
+            engines = {
+                name: opened(arguments.engine, model, room, arguments.length) for name, model in variants.items()
+            }
             for batch in arguments.batch:
-                times = raced({"without": plain, **engines}, batch, arguments.length, arguments.rounds, dice)
-                cells = [ratio(times["live"], times["without"]), ratio(times["baked"], times["without"])]
-                cells += [ratio(times["baked"], times["live"]), f"{stats.median(times['without']):.1f}"]
-                print(f"{tokens} | {batch} | {kv_bytes / 1e6:.2f} MB | {' | '.join(cells)}", flush=True)
+                how = batch, arguments.length, arguments.rounds, arguments.new_tokens, arguments.clock
+                times = raced({"without": plain, **engines}, *how, dice)
+                for at, token in enumerate(sorted({1, arguments.new_tokens})):
+                    taken = {name: [both[at] for both in values] for name, values in times.items()}
+                    pairs = [(one, other) for one in variants for other in ("without", "live") if other in taken]
+                    cells = [f"{a} / {b} {ratio(taken[a], taken[b])}" for a, b in pairs if a != b]
+                    row = [str(tokens), str(batch), f"{kv_bytes / 1e6:.2f} MB", str(token), *cells]
+                    print(" | ".join([*row, f"{stats.median(taken['without']):.1f}"]), flush=True)
             for engine in engines.values():
                 engine.close()
 

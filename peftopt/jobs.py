@@ -16,8 +16,21 @@ from typing import Generic, TypeVar, get_args, get_type_hints
 
 from peftopt.corpus import Row
 from peftopt.loadtest.protocols import Prompt, Target
-from peftopt.measurements import NO_ACCOUNT, Account, EngineFacts, Launch, Memory, Request, Sent, Survey, Task, as_json
-from peftopt.records import NO_INVARIANTS, Invariants, Json, Model, Step
+from peftopt.measurements import (
+    NO_ACCOUNT,
+    Account,
+    Caching,
+    EngineFacts,
+    Launch,
+    Memory,
+    Request,
+    Sent,
+    Survey,
+    Task,
+    as_json,
+)
+from peftopt.probes.layers import Asked, Few
+from peftopt.records import NO_INVARIANTS, Invariants, Json, Model, Step, Variant
 
 Reply = TypeVar("Reply")
 Record = TypeVar("Record")
@@ -278,6 +291,14 @@ class AliveJob(Job[Alive]):
     rows: tuple[Row, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CachingJob(Job[Caching]):
+    """Look at the KV cache of the eager engine's model at a token that has so many before it: see probes/caching.py."""
+
+    tokens: int
+    rounds: int
+
+
 @dataclass(frozen=True)
 class TaskJob(Job[Task]):
     """One task of lm-evaluation-harness, by its name or its file: see probes/tasks.py."""
@@ -290,6 +311,24 @@ class TaskJob(Job[Task]):
 @dataclass(frozen=True)
 class BandwidthJob(Job[Survey]):
     """How fast this machine reads memory: see probes/bandwidth.py."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersJob(Job[Few]):
+    """What variants take on the first layers of a model: see probes/layers.py."""
+
+    model: Model
+    variants: tuple[Variant, ...]
+    asked: tuple[Asked, ...]
+    folder: str
+    """Where the cut models are written; the asker removes it."""
+    seconds: float
+    """Of a variant on a workload."""
+    rows: tuple[Row, ...] = ()
+    """To calibrate with."""
+    rank: int = 0
+    """An adapter padded to it is timed too, 0 for none."""
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -315,8 +354,10 @@ JOBS: Mapping[str, type[Job[Json]]] = {
         SpeedJob,
         QualityJob,
         AliveJob,
+        CachingJob,
         TaskJob,
         BandwidthJob,
+        LayersJob,
         KernelsJob,
     )
 }

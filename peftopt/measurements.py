@@ -411,7 +411,41 @@ class More:
     max_blocks: int
 
 
-Values = Survey | Built | Launch | Turn | Load | Answer | Memory | EngineFacts | Task | Failure | Retry | More
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Probe "forecast": what was expected of a variant before anything was built or measured; see decision/forecast.py.
+    A ratio of times, above 1 for slower."""
+
+    kind: str
+    """"speed" against another variant, "eager" against the matrix products alone, "rank" against the adapter's own
+    rank, "shapes" of requests under compile."""
+    against: str = ""
+    """The variant that it is compared with, "" for none."""
+    ratio: float | None = None
+    low: float | None = None
+    """Of its 95 % interval."""
+    high: float | None = None
+    warns: bool = False
+    """Whether it is sure enough, and bad enough, to be said before the run."""
+    reason: str = ""
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """What one request took: its prompt, and each further token, in milliseconds."""
+
+    prompt_ms: float
+    step_ms: float
+
+    def request_ms(self, new_tokens: int) -> float:
+        """The whole request."""
+        return self.prompt_ms + (new_tokens - 1) * self.step_ms
+
+
+Values = (
+    Survey | Built | Launch | Turn | Load | Answer | Memory | EngineFacts | Task | Failure | Retry | More | Forecast
+)
 
 PROBES: Mapping[str, type[Values]] = {
     "machine": Survey,
@@ -426,6 +460,7 @@ PROBES: Mapping[str, type[Values]] = {
     "failure": Failure,
     "retry": Retry,
     "more": More,
+    "forecast": Forecast,
 }
 """A probe's name in measurements.jsonl -> the record of its values."""
 
@@ -571,6 +606,20 @@ def _each(kind: type[Plain], one: Callable[[object], Plain], values: object) -> 
     if all(type(value) is kind for value in values):
         return tuple(values)
     return tuple(one(value) for value in values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caching:
+    """What the open model's KV cache saves and holds, and what of a token's time the adapter's matrices take."""
+
+    kept_ms: tuple[float, ...]
+    """A token with the cache, round by round."""
+    anew_ms: tuple[float, ...]
+    """The same token with all before it computed anew."""
+    kv_bytes: int
+    """Keys and values of one token in all layers, as the cache holds them."""
+    adapter_share: float | None = None
+    """Of a token's time, by torch's profiler; None without a LoRA."""
 
 
 # ---- records to JSON ---------------------------------------------------------------------------

@@ -185,6 +185,18 @@ def _measurement(path: Path, number: int, line: bytes) -> Measurement:
     )
 
 
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file. Raises BadInput where it cannot be read, is other text, or has more than 100 MB."""
+    try:
+        if path.stat().st_size > 100_000_000:
+            raise BadInput(f"{path} is {path.stat().st_size / 1e6:.0f} MB", "a text file is expected here")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text", "save it as UTF-8") from error
+
+
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 from peftopt import jobs, machine, progress
 from peftopt.corpus import Row
 from peftopt.errors import MissingEnvironment, PeftoptError, WorkerFailed
-from peftopt.measurements import EngineFacts, Launch, Memory, Survey, Task, as_json
+from peftopt.measurements import Caching, EngineFacts, Launch, Memory, Survey, Task, as_json
 from peftopt.merging.certificate import FILE as CERTIFICATE
 from peftopt.models import provenance
 from peftopt.models.hf import tokenizer, tokenizer_home
 from peftopt.plugins import module
+from peftopt.probes.layers import Few
 from peftopt.records import Json, Model
 
 if TYPE_CHECKING:
@@ -172,11 +173,26 @@ class Worker:
         with progress.heard(lambda at: self.tell("progress", at)):
             return tasks.run(self.engine, job.task, job.rows)
 
+    def caching(self, job: jobs.CachingJob) -> Caching:
+        """What the KV cache saves and holds: see probes/caching.py."""
+        from peftopt.probes import caching
+
+        return caching.look(self.engine.model, job.tokens, job.rounds)
+
     def bandwidth(self, job: jobs.BandwidthJob) -> Survey:
         """How fast this machine reads memory: see probes/bandwidth.py."""
         from peftopt.probes import bandwidth
 
         return bandwidth.survey()
+
+    def layers(self, job: jobs.LayersJob) -> Few:
+        """What variants take on the first layers of a model: see probes/layers.py."""
+        from peftopt.probes import layers
+
+        texts = _rendered(job.rows, tokenizer_home(job.model), job.model.path) if job.rows else []
+        with progress.heard(lambda at: self.tell("progress", at)):
+            bench = layers.Bench(job.model, Path(job.folder), texts)
+            return layers.tried(bench, job.variants, job.asked, job.seconds, job.rank, job.seed)
 
     def switch(self, job: jobs.SwitchJob) -> jobs.Switched:
         """Another adapter in the place of the one that is served. Time in seconds."""

@@ -18,10 +18,10 @@ from helpers.forked import COMMANDS, workers
 from helpers.waiting import wait_until
 
 from peftopt import stats
-from peftopt.cli.shared import read_recipe
 from peftopt.decision import stopping
 from peftopt.records import TWIN, Rule
 from peftopt.runner import recipe_run
+from peftopt.runner.judged import read_recipe
 from peftopt.runner.race import Field
 
 FIELDS = {"request_duration_ms", "queue_time_ms", "generation_latency_ms", "ttft_ms", "tpot_ms", "cpu_ms"}

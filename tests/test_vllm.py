@@ -22,7 +22,7 @@ from helpers.command_line import command
 from helpers.finished_runs import finished_run, on_engine
 from helpers.launched import launched
 from helpers.remote_engine import Remote
-from helpers.tiny_models import make_lora
+from helpers.tiny_models import make_lora, make_prompt
 
 from peftopt import corpus, environments, plugins
 from peftopt.deploy import monitoring, reading
@@ -33,6 +33,7 @@ from peftopt.errors import BadInput
 from peftopt.loadtest.arrivals import SERVE_CHECK, SERVE_LOG
 from peftopt.records import Model, Step
 from peftopt.runner import preflight
+from peftopt.transforms import bake
 from peftopt.watch.promise import Bound, Promise
 
 ROOT = Path(__file__).parent.parent
@@ -212,6 +213,24 @@ def test_checkpoints_of_autogptq_and_autoawq_are_read_by_vllm_itself(made: Any, 
         remote.close()
     own, quantizers = gap(found, packed_), gap(whole, packed_)
     assert own < quantizers / 2 and own < 0.25, (own, quantizers)
+
+
+@real
+def test_virtual_tokens_as_words_are_served_as_the_live_adapter(tmp_path: Path) -> None:
+    live = Model(str(BASE), (str(make_prompt(BASE, tmp_path / "prompt", "prompt", tokens=40)),))
+    copy = bake.transform(live, bake.Params(target="vllm", certify="own"), tmp_path / "words", [], 0)
+    plugin = plugins.module("engine", "eager")
+    theirs, base = (plugin.open(model, plugin.Params()) for model in (live, Model(str(BASE))))
+    remote = Remote("vllm", copy, max_model_len=1024, prefix_caching=True, args="--block-size 32")
+    try:
+        questions = ids(theirs)
+        assert [question[40:] for question in ids(remote)] == questions
+        answers = [g.tokens for g in theirs.generate(questions, 24, False)]
+        exact, plain = (each.score(questions, answers) for each in (theirs, base))
+        for _ in range(2):  # the second time the words' keys and values are in vLLM's prefix cache
+            assert gap(remote.score(ids(remote), answers), exact) < min(0.1, gap(plain, exact) / 4)
+    finally:
+        remote.close()
 
 
 @real

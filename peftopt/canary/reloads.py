@@ -90,10 +90,10 @@ def live(
     async def session() -> Lived:
         async with Client(target) as client:
             for name, folder in zip(names, folders, strict=True):
-                await _loaded(client, name, folder)
+                await loaded(client, name, folder)
             known = await mixed.alone(client, names, prompts, show, batches=False)
             for name in names:
-                await _unloaded(client, name)
+                await unloaded(client, name)
             beside = await mixed.alone(client, residents, prompts, lambda n, what: show(2 * mixed.ALONE + n, what))
             # The two first: an answer that is theirs and a resident's, which may be the same adapter, is theirs.
             known = Known({**known.prints, **beside.prints}, {**known.noise, **beside.noise})
@@ -127,7 +127,7 @@ class _Life:
         client, found, first = self.client, self.found, next(iter(self.prompts.items()))
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(folder, place)
-        found.load_s.append(await _timed(_loaded(client, NAME, place)))
+        found.load_s.append(await _timed(loaded(client, NAME, place)))
         times = []
         for id_, messages in (*self.prompts.items(), first):
             started = time.perf_counter()
@@ -138,7 +138,7 @@ class _Life:
         found.warm_s.append(times[-1])
         await self._beside()
         await self._mixed([*found.residents, own])
-        found.unload_s.append(await _timed(_unloaded(client, NAME)))
+        found.unload_s.append(await _timed(unloaded(client, NAME)))
         found.kept += not isinstance(await mixed.ask(client, NAME, first[1]), str)
         await self._beside()
         await self._mixed(found.residents)
@@ -176,12 +176,14 @@ async def _timed(doing: Awaitable[None]) -> float:
     return time.perf_counter() - started
 
 
-async def _loaded(client: Client, name: str, folder: Path) -> None:
+async def loaded(client: Client, name: str, folder: Path) -> None:
+    """Load an adapter. Raises WorkerFailed where the server refuses, or has no way to load one."""
     if error := await client.lora("load", name, str(folder.resolve())):
         hint = "vLLM takes adapters at run time when it is started with VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
         raise WorkerFailed("cannot load", f"{folder}: {error}", f"{hint}; peftopt serve --engine-only does so")
 
 
-async def _unloaded(client: Client, name: str) -> None:
+async def unloaded(client: Client, name: str) -> None:
+    """Unload it. Raises WorkerFailed where the server refuses."""
     if error := await client.lora("unload", name):
         raise WorkerFailed("cannot unload", f"{name}: {error}")

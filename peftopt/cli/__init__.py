@@ -28,9 +28,11 @@ VERBS = (
     "watch",
     "export",
     "canary",
+    "diagnose",
     "importing",
     "around",
     "kept",
+    "data",
     "env",
 )
 """The files of verbs, in the order of --help."""

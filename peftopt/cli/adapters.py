@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from peftopt.cli.serve import STATE
-from peftopt.cli.shared import AsJson, app, named, options_from, read_text, seconds
+from peftopt.cli.shared import AsJson, app, named, options_from, seconds
 from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment, WorkerFailed
 
 adapters = typer.Typer(help="Put, promote, roll back and remove the adapters of a gateway.", no_args_is_help=True)
@@ -151,10 +151,12 @@ def _schema(path: Path | None) -> Any:
     """Raises BadInput for what is not a JSON schema."""
     from jsonschema import Draft202012Validator, SchemaError
 
+    from peftopt import store
+
     if path is None:
         return None
     try:
-        schema = json.loads(read_text(path))
+        schema = json.loads(store.read_text(path))
         Draft202012Validator.check_schema(schema)
     except (ValueError, SchemaError) as error:
         raise BadInput(f"{path} is not a JSON schema: {str(error).splitlines()[0]}", "see json-schema.org") from error

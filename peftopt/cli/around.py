@@ -10,23 +10,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import AsJson, Results, app, read_recipe
+from peftopt.cli.shared import AsJson, NoForecast, Results, app
 from peftopt.errors import ENVIRONMENT, BadInput
 
 if TYPE_CHECKING:
-    from peftopt.records import Step
+    from peftopt.cli.console import Console
+    from peftopt.records import Recipe, Step
 
 
 @app.command()
-def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], results: Results = Path("results")) -> None:
-    """Say what is wrong with a recipe and its files, and what it would do; runs nothing."""
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    results: Results = Path("results"),
+    no_forecast: NoForecast = False,
+) -> None:
+    """Say what is wrong with a recipe and its files, what it would do, and what of it will be slower; runs nothing."""
     from peftopt import environments, store
     from peftopt.cli.console import Console
     from peftopt.metrics import counted
     from peftopt.recipe import plan as planning
-    from peftopt.runner import preflight
+    from peftopt.runner import judged, preflight
 
-    parsed, _ = read_recipe(recipe)
+    parsed, _ = judged.read_recipe(recipe)
     preflight.check(parsed)
     store.Store(results.resolve()).check_writable()
     console = Console()
@@ -46,6 +51,23 @@ def check(recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")], resu
         console.warn(line)
     for line in preflight.foreseen(parsed):
         console.warn(f"cannot be decided: {line}")
+    if not no_forecast:
+        _foretell(parsed, console)
+
+
+def _foretell(recipe: Recipe, console: Console) -> None:
+    """Warn of what will be slower, and say of which variants nothing can be said."""
+    from peftopt.runner import build, forecast
+
+    with build.bars(console.progress) as hear:
+        outlook = forecast.outlook(recipe, hear)
+    for line in outlook.warnings:
+        console.warn(line)
+    if outlook.forecasts:
+        console.done("forecast", f"of {len(outlook.variants)} variants", outlook.seconds)
+    for reason in dict.fromkeys(outlook.left_out.values()):
+        names = ", ".join(name for name, why in outlook.left_out.items() if why == reason)
+        console.tell(f"no forecast of {names}: {reason}")
 
 
 def _words(step: Step) -> str:

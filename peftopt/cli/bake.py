@@ -31,6 +31,14 @@ def bake(
     prompts: Annotated[
         Path | None, typer.Option(help="JSON-lines prompts for the certificate; some of ours by default.")
     ] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--for",
+            help="ours: keys and values in a folder that stands where the adapter stood. vllm: a copy of the base with "
+            "the virtual tokens as words, which vLLM and any other engine serves.",
+        ),
+    ] = "ours",
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Bake though the adapter names another base.")
     ] = False,
@@ -45,6 +53,7 @@ def bake(
         "task": -1 if task is None else task,
         "certify": certify,
         "allow_base_mismatch": allow_base_mismatch,
+        "target": target,
     }
     rows = tuple(corpus.read(str(prompts))) if prompts else ()
     model = Model(str(base), (str(adapter),))

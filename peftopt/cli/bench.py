@@ -13,14 +13,17 @@ from peftopt.errors import BadInput
 
 if TYPE_CHECKING:
     from peftopt.records import Model
-    from peftopt.runner.bench import Benched
+    from peftopt.runner.bench import Arm, Benched
 
 
 @app.command()
 def bench(
     model: Annotated[list[Path] | None, typer.Option(help="Model folder; repeat to compare with the first.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Prompts.")] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter on top of the first model, unmerged.")] = None,
+    adapter: Annotated[
+        list[Path],
+        typer.Option(help="Adapter on top of the first model, unmerged; with --soak, those that come and go; repeat."),
+    ] = [],  # noqa: B006
     engine: Annotated[
         list[str],
         typer.Option(
@@ -38,17 +41,38 @@ def bench(
         typer.Option(help="Instead: add blocks to this undecided run of a recipe, as many as its planner asks for."),
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="With --more: about how long it may take.")] = None,
+    soak: Annotated[
+        float | None,
+        typer.Option(help="Instead: minutes of load on a server, while adapters come and go. What does it keep?"),
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="With --soak: the base that an engine's server is started on.")
+    ] = None,
+    url: Annotated[str, typer.Option(help="With --soak: a server that runs already, in place of --base.")] = "",
+    users: Annotated[int, typer.Option(help="With --soak: users who ask at once, each when answered.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="With --soak: write the result to this JSON file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time one model, or several against the first in interleaved blocks; or go on with an undecided run."""
-    from peftopt import plugins
+    """Time one model, or several against the first in interleaved blocks; go on with an undecided run; or soak a
+    server: a long load while adapters come and go."""
     from peftopt.cli.console import Console
     from peftopt.models import template
     from peftopt.models.hf import tokenizer_home
-    from peftopt.records import Model
     from peftopt.runner import recipe_run
-    from peftopt.runner.bench import Arm, time_in_turns
+    from peftopt.runner.bench import time_in_turns
 
+    if soak is not None:
+        if model or more or len(engine) != 1:
+            raise BadInput(
+                "--soak takes one engine and no --model or --more", "name the base: --base DIR, or --url URL"
+            )
+        from peftopt.cli import soak as soaking
+
+        soaking.soak(
+            soaking.Asked(soak, base, url, tuple(adapter), engine[0], prompts, users, new_tokens, threads, out, as_json)
+        )
+    if base or url or out:
+        raise BadInput("--base, --url and --out go with --soak", "to time a model, name it: --model DIR")
     if more:
         if model or prompts or adapter:
             raise BadInput("--more goes on with a run's own models and prompts", "leave the other options out")
@@ -58,19 +82,9 @@ def bench(
     if not model or prompts is None:
         raise BadInput("bench needs --model and --prompts", "or --more RUN, to go on with an undecided run")
 
-    known = [p.name for p in plugins.catalogue().values() if p.kind == "engine"]
-    for name in engine:
-        if name not in known:
-            raise BadInput(f"no engine named {name!r}", f"known: {', '.join(known)}")
-    engines = engine * len(model) if len(engine) == 1 else engine
-    if len(engines) != len(model):
-        raise BadInput(f"{len(engine)} engines for {len(model)} models", "give one --engine, or one for each --model")
-    models = [Model(str(m), (str(adapter),) if adapter and n == 0 else ()) for n, m in enumerate(model)]
-    arms = [
-        Arm(f"{n} {_title(m)}, {runs}", m, runs) for n, (m, runs) in enumerate(zip(models, engines, strict=True), 1)
-    ]
-    for m in models:
-        endless = template.endless(Path(m.path), Path(tokenizer_home(m)))
+    arms = _arms(model, adapter, engine)
+    for arm in arms:
+        endless = template.endless(Path(arm.model.path), Path(tokenizer_home(arm.model)))
         if endless:
             Console().warn(endless)
     timed = time_in_turns(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
@@ -96,6 +110,27 @@ def bench(
         "n",
     ]
     Console().table(header, [_bench_row(f) for f in timed])
+
+
+def _arms(model: list[Path], adapter: list[Path], engine: list[str]) -> list[Arm]:
+    """What is timed. Raises BadInput for engines that are not known, or not as many as the models."""
+    from peftopt import plugins
+    from peftopt.records import Model
+    from peftopt.runner.bench import Arm
+
+    if len(adapter) > 1:
+        raise BadInput(f"{len(adapter)} adapters, and a model is timed with one on top", "give --adapter once")
+    known = [p.name for p in plugins.catalogue().values() if p.kind == "engine"]
+    for name in engine:
+        if name not in known:
+            raise BadInput(f"no engine named {name!r}", f"known: {', '.join(known)}")
+    engines = engine * len(model) if len(engine) == 1 else engine
+    if len(engines) != len(model):
+        raise BadInput(f"{len(engine)} engines for {len(model)} models", "give one --engine, or one for each --model")
+    models = [Model(str(m), (str(adapter[0]),) if adapter and n == 0 else ()) for n, m in enumerate(model)]
+    return [
+        Arm(f"{n} {_title(m)}, {runs}", m, runs) for n, (m, runs) in enumerate(zip(models, engines, strict=True), 1)
+    ]
 
 
 def _title(model: Model) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftopt.cli.shared import AsJson, ModelFolder, app, model_of, params_of, print_lines, read_recipe
+from peftopt.cli.shared import AsJson, ModelFolder, app, model_of, params_of, print_lines
 from peftopt.metrics import percent
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ def compile_(
     """torch.compile a model and keep the compile cache beside it; says what cold and warm starts cost."""
     from peftopt import corpus, plugins
     from peftopt.measurements import as_json as as_plain
-    from peftopt.runner import preflight
+    from peftopt.runner import judged, preflight
     from peftopt.runner.compile import Traffic, compile_model
 
     preflight.check_base(model, quantized=True)
     params: dict[str, Any] = {}
     asked = params_of(plugins.catalogue()["compiled"], {}, settings)
     if workload is not None:
-        recipe, _ = read_recipe(workload)
+        recipe, _ = judged.read_recipe(workload)
         steps = [v.engine for v in recipe.variants.values() if v.engine.plugin == "compiled"]
         params = dict(steps[0].params) if steps else {}
         threads = threads or recipe.measure.threads

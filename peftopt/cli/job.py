@@ -9,16 +9,14 @@ import typer
 
 from peftopt.cli.shared import (
     AsJson,
+    NoForecast,
     Quiet,
     Results,
     RunFolder,
     app,
+    beside,
     conclude,
     find_run,
-    judged_evidence,
-    read_recipe,
-    read_text,
-    write_reports,
 )
 
 
@@ -32,20 +30,21 @@ def run(
     more: Annotated[
         bool, typer.Option("--more", help="Add blocks to the last run of this recipe, if it is undecided.")
     ] = False,
+    no_forecast: NoForecast = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Build every variant, measure it against the adapter, decide, and write the report."""
     from peftopt.cli.console import Console
-    from peftopt.runner import recipe_run
+    from peftopt.runner import judged, recipe_run
 
     console = Console(quiet)
-    parsed, text = read_recipe(recipe)
+    parsed, text = judged.read_recipe(recipe)
     prepared = recipe_run.prepare(parsed, text, results, console, fresh, more)
     if more and (prepared.folder / "decision.json").exists():
         recipe_run.add_blocks(prepared)
     else:
-        recipe_run.execute(prepared)
+        recipe_run.execute(prepared, forecasts=not no_forecast)
     conclude(prepared.folder, console, as_json)
 
 
@@ -64,18 +63,21 @@ def decide(
 ) -> None:
     """Judge a run again from its files alone: no model, no GPU."""
     from peftopt.cli.console import Console
+    from peftopt.runner import judged
 
-    parsed = read_recipe(recipe)[0] if recipe else None
+    parsed = judged.read_recipe(recipe)[0] if recipe else None
     conclude(find_run(run_folder, results, parsed.name if parsed else ""), Console(), as_json, parsed)
 
 
 @app.command()
 def report(run_folder: RunFolder = None, results: Results = Path("results")) -> None:
     """Write a run's reports again from decision.json and its measurements, and print the Markdown one."""
+    from peftopt import store
     from peftopt.cli.console import Console
+    from peftopt.runner import judged
 
     folder = find_run(run_folder, results)
     console = Console()
-    write_reports(folder, judged_evidence(folder, console))
-    print(read_text(folder / "report.md"))
+    judged.report_again(folder, console.warn, beside(folder))
+    print(store.read_text(folder / "report.md"))
     console.err.print(f"report: {folder / 'report.html'}", soft_wrap=True)

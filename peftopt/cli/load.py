@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftopt.cli.shared import AsJson, Quiet, Results, app, options_from, read_recipe, weighted
+from peftopt.cli.shared import AsJson, Quiet, Results, app, options_from, weighted
 from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput
 from peftopt.metrics import percent
 
@@ -256,8 +256,9 @@ def chosen(file: Path, options: Options) -> tuple[Recipe, Workload]:
     """The recipe with only the variants to load, and the workload to send. Raises BadInput where it has none such."""
     from peftopt import plugins
     from peftopt.recipe.reader import nearest
+    from peftopt.runner import judged
 
-    recipe, _ = read_recipe(file)
+    recipe, _ = judged.read_recipe(file)
     known = plugins.catalogue()
     serving = {name: v for name, v in recipe.variants.items() if known[v.engine.plugin].serves}
     if not serving:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from peftopt import corpus, store
 from peftopt.cli.console import Console
-from peftopt.cli.shared import read_text
 from peftopt.errors import BROKEN, MissingEnvironment
 from peftopt.watch import proposal
 from peftopt.watch.history import History
@@ -34,7 +33,7 @@ def propose(run: Path, history: History, logs: Sequence[Path], file: Path | None
     prompts = file.with_suffix(".prompts.jsonl") if file else Path(PROMPTS)
     folder = Path(store.read_plan(run / "plan.json").recipe.path).parent
     named = str(prompts.resolve() if file else prompts) if rows else ""
-    text = "\n".join((*_comment(run, traffic), proposal.recipe(read_text(source), folder, traffic, named)))
+    text = "\n".join((*_comment(run, traffic), proposal.recipe(store.read_text(source), folder, traffic, named)))
     if file is None:
         console.tell("the recipe to run next; --propose FILE writes it, and its prompts")
         console.say(f"\n{text}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import app, named, options_from, read_text, seconds
+from peftopt.cli.shared import app, named, options_from, seconds
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.records import SAFETENSORS, Json
 
@@ -211,7 +211,7 @@ def _limits(options: Options, what: What) -> Limits:
 
 
 def _config(options: Options, what: What, carried: Limits) -> Config:
-    from peftopt import corpus
+    from peftopt import corpus, store
     from peftopt.engines._server import check_port
     from peftopt.gateway import keys, lives
     from peftopt.gateway.listening import socket_of
@@ -246,7 +246,7 @@ def _config(options: Options, what: What, carried: Limits) -> Config:
         limits=carried,
         per_adapter=options.per_adapter,
         per_key=options.per_key,
-        keys=keys.parse(read_text(options.keys), str(options.keys)) if options.keys else keys.Keys(),
+        keys=keys.parse(store.read_text(options.keys), str(options.keys)) if options.keys else keys.Keys(),
         timeouts=Timeouts(first=options.first, gap=options.gap, whole=options.whole),
         lives=life,
         log=options.log,

@@ -19,9 +19,9 @@ from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInp
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-    from peftopt.decision.evidence import Evidence
     from peftopt.jobs import Transformed, TransformJob
-    from peftopt.records import Decision, Model, Plugin, Recipe
+    from peftopt.records import Model, Plugin, Recipe
+    from peftopt.report.words import Section
 
 Record = TypeVar("Record", bound="DataclassInstance")
 
@@ -37,14 +37,14 @@ app = typer.Typer(
 )
 
 
-JUDGED = "judged.json"
-"""The plan that a run was judged by, where it is another than that of its recipe."""
-
 EXIT = {"accepted": ACCEPTED, "rejected": REJECTED, "inconclusive": INCONCLUSIVE, "not judged": ENVIRONMENT}
 
 Results = Annotated[Path, typer.Option(help="Folder of artifacts and runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+NoForecast = Annotated[
+    bool, typer.Option("--no-forecast", help="Do not time the first layers to say what will be slower.")
+]
 BaseFolder = Annotated[Path, typer.Option("--base", help="Folder of the base model (safetensors).")]
 ModelFolder = Annotated[Path, typer.Option("--model", help="Folder of a model (safetensors).")]
 Out = Annotated[Path, typer.Option("--out", help="New folder to write; it appears whole or not at all.")]
@@ -85,32 +85,6 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
 
 
-def read_recipe(path: Path) -> tuple[Recipe, str]:
-    """A recipe and its text. Raises BadRecipe with all its mistakes, BadInput for a file that `read_text` refuses."""
-    from peftopt import plugins
-    from peftopt.recipe import parse as recipes
-
-    text = read_text(path)
-    defaults = (Path(__file__).parent.parent / "recipes" / "tradeoffs.yaml").read_text(encoding="utf-8")
-
-    def read(name: str) -> str:
-        return Path(name).read_text(encoding="utf-8")
-
-    return recipes.parse(text, str(path.resolve()), plugins.catalogue(), defaults, read), text
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises BadInput where it cannot be read, is other text, or has more than 100 MB."""
-    try:
-        if path.stat().st_size > 100_000_000:
-            raise BadInput(f"{path} is {path.stat().st_size / 1e6:.0f} MB", "a text file is expected here")
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}", "check the path") from error
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is not UTF-8 text", "save it as UTF-8") from error
-
-
 def find_run(given: Path | None, results: Path, recipe: str = "") -> Path:
     """The run the user names, or the newest one, of that recipe where one is named. Raises BadInput without a run."""
     if given is not None:
@@ -124,38 +98,13 @@ def find_run(given: Path | None, results: Path, recipe: str = "") -> Path:
 
 
 def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = None) -> None:
-    """Decide from the run folder's files, write the reports, print the table, exit with the outcome; by the thresholds
-    of another recipe where one is given, and by that recipe alone where no run of peftopt's measured. The plan that
-    judges is kept where it is not the run's own, so that `report` shows what was judged."""
-    from dataclasses import replace
-
+    """Judge a run's folder (`judged.judge`), print the table, exit with the outcome."""
     from peftopt import report, store
-    from peftopt.decision.decide import decide as judge
-    from peftopt.decision.evidence import Evidence
-    from peftopt.recipe import plan as planning
+    from peftopt.runner import judged
 
-    changed = []
-    machine = {}
-    if recipe and not (folder / "plan.json").exists() and (folder / "measurements.jsonl").exists():
-        plan = planning.elsewhere(recipe)
-    else:
-        plan = store.read_plan(folder / "plan.json")
-        machine = json.loads(read_text(folder / "machine.json"))
-        changed = planning.changes(plan.recipe, recipe) if recipe else []
-        plan = planning.rejudged(plan, recipe) if recipe else plan
-    if recipe:
-        store.write(folder / JUDGED, json.dumps(asdict(plan), indent=1))
-    else:
-        (folder / JUDGED).unlink(missing_ok=True)
-    evidence = Evidence(plan, store.read(folder / "measurements.jsonl", console.warn))
-    decision: Decision = judge(evidence, machine)
-    if changed:
-        warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
-        decision = replace(decision, warnings=(warning, *decision.warnings))
-    store.write(folder / "decision.json", report.as_json.render(decision))
-    write_reports(folder, evidence)
+    decision = judged.judge(folder, console.warn, recipe, beside(folder))
     if as_json:
-        print(read_text(folder / "decision.json"))
+        print(store.read_text(folder / "decision.json"))
     else:
         header, rows = report.table.rows(decision, compact=True)
         console.table(header, rows, [v.outcome for v in decision.variants])
@@ -166,22 +115,14 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
     raise typer.Exit(EXIT[decision.outcome])
 
 
-def judged_evidence(folder: Path, console: Any) -> Evidence:
-    """The evidence behind a run folder's decision.json: its measurements, by the plan that judged them."""
-    from peftopt import store
-    from peftopt.decision.evidence import Evidence
+def beside(folder: Path) -> list[Section]:
+    """What else is known of a run, for its reports: its diagnosis and its plan, where `diagnose --run` left
+    them."""
+    from peftopt.diagnose import keeping, page, planning
 
-    plan = store.read_plan(folder / (JUDGED if (folder / JUDGED).exists() else "plan.json"))
-    return Evidence(plan, store.read(folder / "measurements.jsonl", console.warn))
-
-
-def write_reports(folder: Path, evidence: Evidence) -> None:
-    """Every report is rendered from decision.json as it is on disk, so that a later `report` gives the same bytes."""
-    from peftopt import report, store
-
-    decision = report.as_json.decision_from_json(read_text(folder / "decision.json"))
-    for name, text in report.reports(decision, evidence).items():
-        store.write(folder / name, text)
+    diagnosed = [page.section(keeping.read(folder))] if (folder / keeping.DIAGNOSIS).exists() else []
+    planned = planning.section(folder)
+    return [*diagnosed, *([planned] if planned else [])]
 
 
 def transform(job: TransformJob, as_json: bool) -> None:

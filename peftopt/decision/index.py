@@ -16,6 +16,7 @@ from peftopt.measurements import (
     Disturbance,
     EngineFacts,
     Failure,
+    Forecast,
     Launch,
     Load,
     Measured,
@@ -77,6 +78,8 @@ class Index:
         """Variant@workload -> what its loads lack, where they were run apart from the race."""
         self.production: dict[str, list[Load]] = defaultdict(list)
         """Variant -> what users were answered by it, of no workload: no rule reads it."""
+        self.forecasts: list[tuple[str, str, Forecast]] = []
+        """What was expected before the run: variant, workload, and what of it."""
         self.figures: dict[tuple[str, float], Mapping[str, Interval]] = {}
         """(variant, level) -> the values of all its metrics, kept by figures.figures."""
         self._launch_of: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
@@ -112,6 +115,8 @@ class Index:
                     self._loading.append((m.workload, launch))
                 case More(max_blocks=granted):
                     self.budget = max(self.budget, granted)
+                case Forecast() as forecast:
+                    self.forecasts.append((m.variant, m.workload, forecast))
                 case Memory() as memory:
                     self.memory[m.variant].append(memory)
                 case EngineFacts() as facts:

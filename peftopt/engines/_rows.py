@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from peftopt import machine
 from peftopt.engines import compiled, eager
 from peftopt.errors import BadInput
-from peftopt.models import hf
+from peftopt.models import baked, hf
 from peftopt.models.adapter import NO_DELTA, PLAIN_INITS, is_embedding, open_adapter
 from peftopt.records import Model
 
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
-"""PEFT types that put virtual tokens before a prompt: one row at a time."""
+"""PEFT types that put virtual tokens before a prompt: one row at a time, unless they are baked."""
 
 UNAPPLIED = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")
 """What a generation config may ask of every answer, and rows do not do."""
@@ -110,7 +111,8 @@ class Limits(eager.Transformers):
 
 
 class Served(Limits):
-    """A base and any number of adapters by name, of which one at a time is in force. "" names the base alone."""
+    """A base and any number of adapters by name, of which one at a time is in force. "" names the base alone. Of a
+    baked prompt nothing has to be in force: its rows are the base's, and begin with its keys and values."""
 
     batches = 0
     """How many batches can be under way at once; 0 = any number."""
@@ -120,16 +122,21 @@ class Served(Limits):
         _check_cache(self._model.config)
         self._base = base
         self._names: list[str] = []
+        self._baked: dict[str, baked.Prefix] = {}
         self._in_force: str | None = ""
         self._virtual = False
 
     # ---- adapters
 
     def add(self, name: str, folder: str) -> Any:
-        """Put an adapter beside the others; its tokenizer. A name is a word without dots. Raises BadInput for one that
-        cannot share the base with others."""
+        """Put an adapter or a baked prompt beside the others; its tokenizer. A name is a word without dots. Raises
+        BadInput for one that cannot share the base with others."""
+        model = Model(self._base, (folder,))
+        tokenizer = hf.tokenizer(hf.tokenizer_home(model), self._base)
+        if prompt := baked.of_model(model):
+            self._baked[name] = baked.load(prompt, self._owners[-1])
+            return tokenizer
         kind = check_shareable(Path(folder), self.vocabulary)
-        tokenizer = hf.tokenizer(hf.tokenizer_home(Model(self._base, (folder,))), self._base)
         self._in_force = None
         try:
             self._model = hf.attach(self._model, folder, name, keep_dtype=True)
@@ -142,10 +149,13 @@ class Served(Limits):
         return tokenizer
 
     def remove(self, name: str) -> None:
-        """Take an adapter away, and free it."""
+        """Take an adapter or a baked prompt away, and free it."""
+        if self._baked.pop(name, None):
+            return
         self._in_force = None
         self._names.remove(name)
         self._drop(name)
+        machine.give_back()
 
     def _drop(self, name: str) -> None:
         """Remove what there is of an adapter; with the last one, every layer of PEFT's."""
@@ -159,10 +169,19 @@ class Served(Limits):
         self._owners, self._in_force, self._virtual, self._one_by_one = [self._model], "", False, False
 
     def most_rows(self, name: str) -> int:
-        """The most rows of a batch; 0 = any number."""
+        """The most rows of a batch; 0 = any number. A sliding window counts the padding after a baked prompt."""
+        if name in self._baked:
+            return 1 if self._window else 0
         return 1 if self._virtual and name else 0
 
+    def virtual(self, name: str) -> int:
+        """How many virtual tokens stand before each prompt of an adapter."""
+        if name in self._baked:
+            return self._baked[name].tokens
+        return int(self._model.peft_config[name].num_virtual_tokens) if self._virtual and name else 0
+
     def _use(self, name: str) -> None:
+        name = "" if name in self._baked else name
         if name == self._in_force:
             return
         if name:
@@ -184,7 +203,11 @@ class Served(Limits):
         inputs = {"input_ids": ids, "attention_mask": mask, "logits_to_keep": 1}
         lengths = [len(prompt) for prompt in prompts]
         with eager.contiguous_inputs(self._owners[-1].get_output_embeddings()):
-            if not self._one_by_one:
+            if prefix := self._baked.get(adapter):
+                out = self.forward(adapter, **{**inputs, **prefix.inputs(mask)})
+                _close_up(out.past_key_values, prefix, lengths)
+                lengths = [prefix.tokens + length for length in lengths]
+            elif not self._one_by_one:
                 cache = DynamicCache(config=self._owners[-1].config)
                 positions = (mask.cumsum(1) - 1).clamp(min=0)
                 out = self.forward(adapter, **inputs, past_key_values=cache, position_ids=positions)
@@ -251,6 +274,10 @@ class CompiledServed(compiled.Compiled, Limits):
         """The most rows of a batch; 0 = any number."""
         return 0
 
+    def virtual(self, name: str) -> int:
+        """How many virtual tokens stand before each prompt: it has no adapters."""
+        return 0
+
     def begin(self, prompts: Sequence[Sequence[int]], adapter: str = "") -> Steps:
         """Run prompts, no more than `max_batch`. The longest and what is then asked of any must fit the cache."""
         import torch
@@ -267,6 +294,20 @@ class CompiledServed(compiled.Compiled, Limits):
                 return step(self._inner, *state)
 
         return Steps(graph, len(prompts), logits)
+
+
+def _close_up(cache: Any, prefix: baked.Prefix, lengths: Sequence[int]) -> None:
+    """Let the padding of a new cache, which lies between the virtual tokens and the shorter prompts, come first: a
+    row's tokens are the last columns. What is in a column of padding is never looked at."""
+    import torch
+
+    for row, length in enumerate(lengths):
+        padding = max(lengths) - length
+        columns = slice(padding, padding + prefix.tokens)
+        with torch.inference_mode():
+            for layer, (keys, values) in zip(cache.layers, prefix.layers, strict=True) if padding else ():
+                layer.keys[row, :, columns] = keys[0]
+                layer.values[row, :, columns] = values[0]
 
 
 def check_shareable(folder: Path, vocabulary: int) -> str:

@@ -41,11 +41,13 @@ def step(model: Any, token: Any, mask: Any, position: Any, slot: Any, keys: list
 
 
 def read(model: Any, ids: Any, mask: Any, position: Any, last: Any, keys: list[Any], values: list[Any]) -> Any:
-    """The prompts, whose shapes are those of `compiled.Prompt`: fills the cache's first places, and returns the logits
-    [rows, vocabulary] of each prompt's next token."""
+    """The prompts, whose shapes are those of `compiled.Prompt`: fills the cache's places after the virtual tokens, and
+    returns the logits [rows, vocabulary] of each prompt's next token."""
     from transformers.cache_utils import Cache, DynamicLayer
 
+    virtual = mask.shape[1] - ids.shape[1]
     cache = Cache(layers=[DynamicLayer() for _ in keys])
+    begin(cache, len(ids), keys, values, virtual)
     logits = model(
         input_ids=ids,
         attention_mask=mask if len(ids) > 1 else None,  # a lone prompt has no padding before it
@@ -54,16 +56,23 @@ def read(model: Any, ids: Any, mask: Any, position: Any, last: Any, keys: list[A
         use_cache=True,
         logits_to_keep=last,
     ).logits[:, -1]
-    keep(cache, keys, values)
+    keep(cache, keys, values, virtual)
     return logits
 
 
-def keep(cache: Any, keys: list[Any], values: list[Any]) -> None:
-    """Copy a cache that has grown into the first places of a static one."""
+def begin(cache: Any, rows: int, keys: list[Any], values: list[Any], virtual: int) -> None:
+    """Let a cache that grows begin with the virtual tokens, the first places of a static one."""
+    if virtual:
+        for number, (key, value) in enumerate(zip(keys, values, strict=True)):
+            cache.update(key[:rows, :, :virtual], value[:rows, :, :virtual], number)
+
+
+def keep(cache: Any, keys: list[Any], values: list[Any], start: int = 0) -> None:
+    """Copy a cache that has grown into the first places of a static one, from the place `start` on."""
     for layer, key, value in zip(cache.layers, keys, values, strict=True):
         length = layer.keys.shape[2]
-        key[:, :, :length].copy_(layer.keys)
-        value[:, :, :length].copy_(layer.values)
+        key[:, :, start:length].copy_(layer.keys[:, :, start:])
+        value[:, :, start:length].copy_(layer.values[:, :, start:])
 
 
 def _linear(linear: Any, x: Any) -> Any:

@@ -101,8 +101,9 @@ PromptShape = tuple[int, int, int]
 
 
 class State(NamedTuple):
-    """What a step works on, in place: `token` and `position` [rows, 1], `mask` [rows, cache] with 0 for padding on the
-    left, `slot` [1], the next token's place in the cache, and per layer `keys`, `values` [rows, heads, cache, size]."""
+    """What a step works on, in place: `token` and `position` [rows, 1], `mask` [rows, cache] with 0 for padding before
+    prompts, `slot` [1], the next token's place in the cache, and per layer `keys`, `values` [rows, heads, cache, size].
+    A baked prompt has the first slots, in which nothing is written again."""
 
     token: Any
     mask: Any
@@ -113,8 +114,8 @@ class State(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What a prompt's graph works on: `ids`, `mask` and `position` [rows, bucket], padded on the left to the longest
-    prompt and on the right to the bucket; `last` [1], the place of the last token."""
+    """What a prompt's graph works on: `ids` and `position` [rows, bucket], padded on the left to the longest prompt and
+    on the right to the bucket; `mask` [rows, virtual tokens + bucket]; `last` [1], the place of the last token."""
 
     ids: Any
     mask: Any
@@ -133,14 +134,15 @@ class Compiled(eager.Transformers):
     def __init__(self, model: Model, params: Params, backend: str = "inductor") -> None:
         super().__init__(model, params.device, unpacked=True)
         if self._one_by_one:
-            raise BadInput("prompt methods (p-tuning, prefix, …) cannot be compiled here", "use the eager engine")
+            what = "the virtual tokens of a live prompt method (p-tuning, prefix, …) cannot be compiled"
+            raise BadInput(what, "bake them first (peftopt bake), or use the eager engine")
         if any(type(module).__name__ == "Linear8bitLt" for module in self._model.modules()):
             what = "LLM.int8() (bnb8) sets its weights anew at every call, which no graph can hold"
             raise BadInput(what, "quantize with int8 to compile, or use the eager engine")
         self._params = params
         self._inner = self._owners[-1]  # below PEFT's wrapper, whose own forward adds nothing to LoRA's layers
         self._longest = _longest(self._inner.config)
-        self._adapters = model.adapters
+        self._adapters = () if self._prefix else model.adapters
         self._attention = params.attention
         if params.attention == "auto":
             fused = self._inner.config.get_text_config().model_type in PLAIN
@@ -186,6 +188,8 @@ class Compiled(eager.Transformers):
         """Feed the answers to the compiled step, token by token: these are the predictions of the graphs themselves."""
         import torch
 
+        if self.virtual_tokens and not self._prefix:  # left out for a while, and the graphs begin with it
+            return super().score(prompts, answers)
         longest = max(map(len, answers))
         shape = self._shape(len(prompts), max(map(len, prompts)) + longest, timed=False)
         if isinstance(shape, str):
@@ -282,9 +286,11 @@ class Compiled(eager.Transformers):
     # ---- shapes ---------------------------------------------------------------------------------
 
     def _shape(self, rows: int, length: int, timed: bool) -> Shape | str:
-        """The shape that answers so many rows of at most `length` tokens: rows padded to a power of two, the cache to
-        its set length or a power of two. What is not `timed` takes a graph for more rows rather than have one compiled
-        for the last few. Or why it has to run uncompiled: bounded shapes are bounded compiling."""
+        """The shape that answers so many rows of at most `length` tokens after the virtual ones: rows padded to a power
+        of two, the cache to its set length or a power of two. What is not `timed` takes a graph for more rows rather
+        than have one compiled for the last few. Or why it has to run uncompiled: bounded shapes are bounded compiling.
+        """
+        length += self.virtual_tokens
         batch = 2 ** (rows - 1).bit_length()
         room = self._params.cache_len or max(SHORTEST, 2 ** (length - 1).bit_length())
         fits = [s for s in self._steps if s[1] >= length and (s[0] == batch or (s[0] > batch and not timed))]
@@ -301,7 +307,7 @@ class Compiled(eager.Transformers):
         longer prompts rather than have another compiled. Or why the prompts have to run eagerly, "" where they are
         meant to."""
         asked = self._params.prompt_buckets
-        enough = [bucket for bucket in buckets(asked, shape[1]) if bucket >= length]
+        enough = [bucket for bucket in buckets(asked, shape[1] - self.virtual_tokens) if bucket >= length]
         there = [bucket for bucket in enough if (*shape, bucket) in self._prompts]
         if not enough:
             return "" if asked == EAGERLY else f"longer than the longest of prompt_buckets: {asked}"
@@ -326,17 +332,20 @@ class Compiled(eager.Transformers):
 
         if shape not in self._prompts:
             rows, room, bucket = shape
-            ids, mask, position = (torch.ones(rows, bucket, dtype=torch.long, device=self._device) for _ in range(3))
+            ids, position = (torch.ones(rows, bucket, dtype=torch.long, device=self._device) for _ in range(2))
+            mask = torch.ones(rows, self.virtual_tokens + bucket, dtype=torch.long, device=self._device)
             prompt = Prompt(ids, mask, position, torch.zeros(1, dtype=torch.long, device=self._device))
             state = self._steps[rows, room][1]
             what = f"batch {rows}, cache {room}, prompts up to {bucket}"
             arguments = (*prompt, state.keys, state.values)
-            graph = self._graphs.ready(_traced.read, shape, arguments, self._adapters, what)
+            sizes = (*shape, self.virtual_tokens)
+            graph = self._graphs.ready(_traced.read, sizes, arguments, self._adapters, what)
             self._prompts[shape] = graph, prompt
         return self._prompts[shape]
 
     def _empty(self, shape: Shape) -> State:
-        """The tensors that a graph of this shape works on, made once: CUDA graphs need them to stay where they are."""
+        """The tensors that a graph of this shape works on, made once: CUDA graphs need them to stay where they are. A
+        baked prompt is copied into them here, and never again."""
         import torch
         from transformers import DynamicCache
 
@@ -352,10 +361,13 @@ class Compiled(eager.Transformers):
             return torch.zeros(rows, like.shape[1], room, like.shape[3], dtype=like.dtype, device=self._device)
 
         keys, values = [slots(layer.keys) for layer in probe.layers], [slots(layer.values) for layer in probe.layers]
+        if self._prefix:
+            _traced.keep(self._prefix.start(rows), keys, values)
         if not self._graphs.ahead:  # torch records no CUDA graph that writes to inputs which might move
             for each in (*keys, *values):
                 torch._dynamo.mark_static_address(each)
-        return State(whole(rows, 1), whole(rows, room), whole(rows, 1), whole(1), keys, values)
+        slot = whole(1) + self.virtual_tokens  # a graph runs once when it is made, and must not write over these
+        return State(whole(rows, 1), whole(rows, room), whole(rows, 1), slot, keys, values)
 
     def _prefill(
         self, prompts: Sequence[Sequence[int]], shape: Shape, state: State, timed: bool, shared: int = 0
@@ -364,54 +376,62 @@ class Compiled(eager.Transformers):
 
         Where they run eagerly, the first `shared` tokens of all of them are run once.
         """
-        longest = max(map(len, prompts))
+        longest, virtual = max(map(len, prompts)), self.virtual_tokens
         if isinstance(bucket := self._bucket(shape, longest, timed), tuple):
             ids, mask = self._left_padded(prompts)
             logits = self._read_compiled(ids, mask, bucket, state)
         else:
             self._eager_prompts.update([bucket] if bucket else [])
             logits, mask = self._read_eagerly(prompts, state, shared)
-        state.mask[:, :longest].copy_(mask)
-        state.mask[:, longest:].fill_(1)
-        state.position.copy_(mask.sum(1, keepdim=True))
-        state.slot.fill_(longest)
+        state.mask[:, virtual : virtual + longest].copy_(mask)
+        state.mask[:, virtual + longest :].fill_(1)
+        state.position.copy_(mask.sum(1, keepdim=True) + virtual)
+        state.slot.fill_(virtual + longest)
         state.token.copy_(logits.argmax(-1, keepdim=True))
         return logits
 
     def _read_compiled(self, ids: Any, mask: Any, bucket: PromptShape, state: State) -> Any:
         """No token sees the padding on its right, and the steps overwrite what that leaves in the cache."""
         graph, prompt = self._prompt(bucket)
-        longest = ids.shape[1]
+        longest, virtual = ids.shape[1], self.virtual_tokens
         prompt.ids[:, :longest].copy_(ids)
         prompt.ids[:, longest:].fill_(0)
-        prompt.mask[:, :longest].copy_(mask)
-        prompt.mask[:, longest:].fill_(1)
-        prompt.position.copy_((prompt.mask.cumsum(1) - 1).clamp(min=0))
+        prompt.mask[:, virtual : virtual + longest].copy_(mask)
+        prompt.mask[:, virtual + longest :].fill_(1)
+        prompt.position.copy_((prompt.mask.cumsum(1) - 1).clamp(min=0)[:, virtual:])
         prompt.last.fill_(longest - 1)
         return graph(self._inner, *prompt, state.keys, state.values)
 
     def _read_eagerly(self, prompts: Sequence[Sequence[int]], state: State, shared: int) -> tuple[Any, Any]:
-        """Logits and the mask [rows, longest prompt]."""
+        """Logits, and the mask [rows, longest prompt] of the rows' own tokens."""
         import torch
-        from transformers import DynamicCache
 
         ids, mask = self._left_padded([prompt[shared:] for prompt in prompts])
-        cache = DynamicCache(config=self._inner.config)
+        before = self.virtual_tokens + shared
+        cache = self._begun_cache(1 if shared else len(prompts), state)
         if shared:
             prefix = torch.tensor([prompts[0][:shared]], device=self._device)
             self._inner(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache.batch_repeat_interleave(len(prompts))
-            mask = torch.cat([torch.ones_like(mask[:, :1]).expand(-1, shared), mask], dim=1)
+        mask = torch.cat([mask.new_ones(len(prompts), before), mask], dim=1)
         out = self._inner(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, shared:],
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, before:],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        _traced.keep(cache, state.keys, state.values)
-        return out.logits[:, -1], mask
+        _traced.keep(cache, state.keys, state.values, self.virtual_tokens)
+        return out.logits[:, -1], mask[:, self.virtual_tokens :]
+
+    def _begun_cache(self, rows: int, state: State) -> Any:
+        """A cache that grows, which holds the virtual tokens."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self._inner.config)
+        _traced.begin(cache, rows, state.keys, state.values, self.virtual_tokens)
+        return cache
 
     # ---- attention ------------------------------------------------------------------------------
 

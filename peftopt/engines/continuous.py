@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftopt import plugins
-from peftopt.engines import Generation, Scores, eager
+from peftopt.engines import Generation, Scores, _starting, eager
 from peftopt.engines._text import trimmed
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.records import Model
@@ -20,7 +20,8 @@ SILENT_S = 600.0
 class Params:
     """`cache_tokens`: tokens that the paged cache holds, over all rows; `block` tokens a page; `step_tokens`: the most
     tokens, of prompts and of rows that go on, in one forward pass. `prefix_sharing`: rows with the same first page
-    share it; off, since a benchmark that asks a prompt twice would find its answer half made. `device` as in `eager`.
+    share it; off, since a benchmark that asks a prompt twice would find its answer half made, and impossible after a
+    baked prompt. `device` as in `eager`.
     """
 
     cache_tokens: int = 8192
@@ -47,9 +48,11 @@ class Continuous(eager.Transformers):
     def __init__(self, model: Model, params: Params) -> None:
         super().__init__(model, params.device)
         if self._one_by_one:
-            raise BadInput(
-                "prompt methods (p-tuning, prefix, …) cannot be batched by this engine", "use the eager engine"
-            )
+            what = "the virtual tokens of a live prompt method (p-tuning, prefix, …) cannot be batched by this engine"
+            raise BadInput(what, "bake them first (peftopt bake), or use the eager engine")
+        if self._prefix and params.prefix_sharing:
+            what = "rows after a baked prompt cannot share pages: these are found by token ids, and it has none"
+            raise BadInput(what, "leave out prefix_sharing, or take the baked prompt away")
         self._params = params
         self._inner = self._owners[-1]  # below PEFT's wrapper, whose own forward adds nothing to LoRA's layers
         self._manager: Any = None
@@ -62,7 +65,7 @@ class Continuous(eager.Transformers):
         """
         self._check_room(prompts, new_tokens)
         room = self._params.cache_tokens
-        if (longest := max(map(len, prompts)) + new_tokens) > room:
+        if (longest := self.virtual_tokens + max(map(len, prompts)) + new_tokens) > room:
             raise BadInput(f"a row of {longest} tokens does not fit a cache of {room}", "raise cache_tokens")
         manager = self._running()
         eos = sorted(self.eos) if stop else -1
@@ -98,12 +101,14 @@ class Continuous(eager.Transformers):
         from transformers import ContinuousBatchingConfig
 
         if self._manager is None:
+            scheduler = {"scheduler_type": _starting.register(self._prefix)} if self._prefix else {}
             params = self._params
             settings = ContinuousBatchingConfig(
                 block_size=params.block,
                 num_blocks=-(-params.cache_tokens // params.block),
                 max_batch_tokens=params.step_tokens,
                 allow_block_sharing=params.prefix_sharing,
+                **scheduler,
             )
             self._manager = self._inner.init_continuous_batching(self._stopping, settings)
             self._manager.start()
@@ -115,3 +120,4 @@ class Continuous(eager.Transformers):
             self._manager.stop()
             self._manager.destroy()
             self._manager = None
+            _starting.unregister(self._prefix)

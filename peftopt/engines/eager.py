@@ -164,6 +164,11 @@ class Transformers(Text):
             logits = self._model(**inputs).logits
             return [scored(logits[i, : len(answer)], answer) for i, answer in enumerate(answers)]
 
+    @property
+    def model(self) -> Any:
+        """The loaded model, adapters on top: for a probe that looks inside."""
+        return self._model
+
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:
         """The base alone answers and scores, for as long as this context lasts."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from peftopt import identity
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.models import baked
 from peftopt.models.adapter import CONFIG, WEIGHTS, check_link
 
 MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".gguf")
@@ -19,8 +20,9 @@ PIECE_BYTES = 2**20
 
 
 def of_adapter(folder: Path) -> list[Path]:
-    """The files that engines read of an adapter."""
-    return [folder / name for name in (CONFIG, WEIGHTS)]
+    """The files that engines read of an adapter, or of a baked prompt."""
+    names = (baked.CONFIG, baked.WEIGHTS) if baked.is_baked(folder) else (CONFIG, WEIGHTS)
+    return [folder / name for name in names]
 
 
 def of_model(folder: Path) -> list[Path]:

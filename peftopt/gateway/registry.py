@@ -29,6 +29,7 @@ from peftopt.gateway.trial import Trial
 from peftopt.loadtest.moments import utc
 from peftopt.measurements import structured
 from peftopt.models.adapter import CONFIG, highest_rank
+from peftopt.models.baked import is_baked, open_baked
 from peftopt.records import Json
 
 FORMAT = 1
@@ -83,7 +84,7 @@ class Registry:
 
     def copy(self, name: str, folder: Path, engine: str = "") -> Stored:
         """A version of a route out of a folder: its files are copied under their hash. `folder` has passed the checks;
-        with an `engine` it is a merged model, else an adapter.
+        with an `engine` it is a merged model, else an adapter or a baked prompt.
 
         Raises MissingEnvironment for a disk that is full.
         """
@@ -92,6 +93,8 @@ class Registry:
         home = self.root / "adapters" / id_
         if engine:
             return Stored(name, id_, str(home), engine=engine)
+        if is_baked(home):
+            return Stored(name, id_, str(home), base=str((open_baked(home).config.get("base") or {}).get("name", "")))
         config = json.loads((home / CONFIG).read_text(encoding="utf-8"))
         base = str(config.get("base_model_name_or_path") or "")
         return Stored(name, id_, str(home), rank=highest_rank(config), base=base)

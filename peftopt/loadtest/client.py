@@ -25,6 +25,8 @@ class Reply:
     """An answer, whole or not. Times are perf_counter_ns; `times` has one for each message that brought a token.
 
     `error` is "" for an answer that is complete. `new_tokens` is the server's count, else that of ids or of messages.
+    `leave_after`: messages with a token after which its client goes away, 0 = it stays; `begun`, where given, is set
+    with the first.
     """
 
     sent: int
@@ -37,6 +39,8 @@ class Reply:
     counted: int | None = None
     status: int = 0
     error: str = ""
+    leave_after: int = 0
+    begun: asyncio.Event | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -56,6 +60,8 @@ class Reply:
         """Take in a message that arrived at `now`, in perf_counter_ns."""
         if event.is_token:
             self.times.append(now)
+            if self.begun:
+                self.begun.set()
         self.text += event.text
         self.ids += event.ids
         self.finish = event.finish or self.finish
@@ -216,9 +222,10 @@ class Client:
             body["max_completion_tokens"] = body.pop("max_tokens")
         return json.dumps(body).encode()
 
-    async def send(self, body: bytes) -> Reply:
-        """Send a body and follow its answer to the end."""
-        reply = Reply(sent=time.perf_counter_ns())
+    async def send(self, body: bytes, reply: Reply | None = None) -> Reply:
+        """Send a body and follow its answer to the end, or for as long as its client stays. The answer is put into
+        `reply`, which others may look at meanwhile, or else into a new one."""
+        reply = reply or Reply(sent=time.perf_counter_ns())
         limit = self.target.timeout_s
         try:
             async with asyncio.timeout(limit):
@@ -306,7 +313,7 @@ class Client:
                 reply.done = now  # and on to the end of the response, so that its connection is used again
             elif not reply.done:
                 reply.add(self.protocol.read(message), now)
-                if reply.error:
+                if reply.error or (reply.leave_after and len(reply.times) >= reply.leave_after):
                     return
         if not reply.finish and not (reply.done and reply.times):
             reply.error = f"the stream ended early, after {len(reply.times)} tokens"

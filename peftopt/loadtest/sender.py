@@ -63,7 +63,7 @@ async def warm_up(client: Client, planned: Sequence[Planned], fixed: bool) -> li
         first = next(p for p in planned if p.model == model)
         start = time.perf_counter_ns()
         reply = await client.ask(first.prompt, model, first.new_tokens, stop=not fixed)
-        requests.append(_request(client, first, start, 0.0, reply, warmup=True))
+        requests.append(request_of(client, first, start, 0.0, reply, warmup=True))
     return requests
 
 
@@ -79,7 +79,7 @@ async def play(
     """Send the plan. `concurrency` > 0 makes it a closed loop: so many at once, each due when one before it is done,
     and `at` is not looked at. `patient` never stops for saturation. A Ctrl-C or SIGTERM ends it with what there is."""
     run = _Run(client, planned, fixed, concurrency, burstiness, patient, show)
-    with _interruptible() as interrupted:
+    with interruptible() as interrupted:
         try:
             await run.whole()
         except asyncio.CancelledError:
@@ -183,7 +183,7 @@ class _Run:
             cut = Request(planned.id, planned.model, due, sent, self._now(), error="cut off: the run was stopped")
             self.played.requests.append(cut)
             raise
-        self.played.requests.append(_request(self.client, planned, self.start, due, reply))
+        self.played.requests.append(request_of(self.client, planned, self.start, due, reply))
 
     def _now(self) -> float:
         return (time.perf_counter_ns() - self.start) / 1e9
@@ -232,7 +232,8 @@ async def settle(client: Client) -> None:
         await asyncio.sleep(0.25)
 
 
-def _request(client: Client, planned: Planned, start: int, due: float, reply: Reply, warmup: bool = False) -> Request:
+def request_of(client: Client, planned: Planned, start: int, due: float, reply: Reply, warmup: bool = False) -> Request:
+    """What is kept of an answer. `start`: when the run began (perf_counter_ns); `due`: seconds after it."""
     streams = client.protocol.STREAMS
     times = [(t - start) / 1e9 for t in reply.times] if streams else []
     gaps = tuple((b - a) * 1e3 for a, b in itertools.pairwise(times))
@@ -253,7 +254,7 @@ def _request(client: Client, planned: Planned, start: int, due: float, reply: Re
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM cancel the task at hand once, which then ends in its own way; says whether they did."""
     task, loop, hit = asyncio.current_task(), asyncio.get_running_loop(), False
     assert task is not None

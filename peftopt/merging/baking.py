@@ -69,7 +69,7 @@ def bake(model: Model, adapter: Adapter, task: int | None, depth: str, out: Path
     checks = [
         shapes(folder, live),
         finite(folder),
-        predictions(folder, live, depth, _prompts(model, live, texts), decode),
+        predictions(folder, live, depth, prompts(model, live, texts), decode),
     ]
     method = f"PEFT's own {adapter.kind} prompt, through the base once"
     certificate.write(out, home, [adapter], method, depth, checks, digests(folder))
@@ -95,6 +95,11 @@ class Live:
         self.model = self.base = None
         return Live(self.folder, self.adapter, self._number, dtype)
 
+    def prompt(self) -> Any:
+        """The virtual tokens as PEFT gives them to the base: embeddings [1, virtual tokens, hidden size], or a cache of
+        keys and values where it trains those."""
+        return self.model.get_prompt(1, **self._task)
+
     def layers(self) -> list[tuple[Any, Any]]:
         """Keys and values of the virtual tokens, [key-value heads, virtual tokens, head size] a layer.
 
@@ -104,7 +109,7 @@ class Live:
         from transformers import DynamicCache
 
         with torch.inference_mode(), hf.refusing(str(self.adapter.folder)):
-            prompt = self.model.get_prompt(1, **self._task)
+            prompt = self.prompt()
             if not torch.is_tensor(prompt):  # prefix tuning: keys and values, as they were trained
                 cache = prompt
             else:
@@ -231,7 +236,7 @@ def digests(folder: Baked) -> Mapping[str, Json]:
     return listed
 
 
-def _prompts(model: Model, live: Live, texts: Sequence[str]) -> list[list[int]]:
+def prompts(model: Model, live: Live, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of the prompts to compare on, such as the base has positions for."""
     encoded = certificate.prompts(Path(hf.tokenizer_home(model)), texts)
     room = hf.positions(live.base, live.tokens + certificate.NEW_TOKENS)

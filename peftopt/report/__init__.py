@@ -5,19 +5,20 @@ A report shows what was judged: it reads the decision and the evidence behind it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from peftopt.decision.evidence import Evidence
 from peftopt.records import Decision
 from peftopt.report import as_json, html, junit, load, markdown, table
+from peftopt.report.words import Section
 
 __all__ = ["as_json", "html", "junit", "load", "markdown", "reports", "table"]
 
 
-def reports(decision: Decision, evidence: Evidence) -> Mapping[str, str]:
-    """File name -> its text, for every report that is rendered from decision.json."""
+def reports(decision: Decision, evidence: Evidence, beside: Sequence[Section] = ()) -> Mapping[str, str]:
+    """File name -> its text, for every report that is rendered from decision.json; `beside`: further sections."""
     return {
-        "report.md": markdown.render(decision, evidence),
-        "report.html": html.render(decision, evidence),
+        "report.md": markdown.render(decision, evidence, beside),
+        "report.html": html.render(decision, evidence, beside),
         "junit.xml": junit.render(decision),
     }

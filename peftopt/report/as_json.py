@@ -39,22 +39,22 @@ def decision_from_json(text: str) -> Decision:
             f"the decision has format {version}, this peftopt reads format {FORMAT}",
             "decide again from its measurements: `peftopt decide`",
         )
-    variants = _without_nulls(written.get("variants"))
+    variants = without_nulls(written.get("variants"))
     try:
         return structured(Decision, {**written, "variants": variants}, "decision")
     except BadInput as error:
         raise BadInput(f"the decision is not whole: {error.message}", "decide again: `peftopt decide`") from None
 
 
-def _without_nulls(value: JsonValue) -> JsonValue:
+def without_nulls(value: JsonValue) -> JsonValue:
     """The value with every interval's nulls replaced by what they stand for."""
     if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
+        return [without_nulls(item) for item in value]
     if not isinstance(value, dict):
         return value
     if value.keys() == _INTERVAL:
         return {name: _UNKNOWN.get(name) if each is None else each for name, each in value.items()}
-    return {name: _without_nulls(each) for name, each in value.items()}
+    return {name: without_nulls(each) for name, each in value.items()}
 
 
 def plain(value: object) -> JsonValue:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import PurePath
 
 from peftopt.decision.evidence import Evidence
 from peftopt.records import Decision, Interval, VariantDecision
 from peftopt.report import answers, measured, production, table, words
+from peftopt.report.words import Section
 
 OUTPUT = 600
 DETAIL = 4_000
@@ -57,20 +57,11 @@ class Plot:
     rows: tuple[PlotRow, ...]
 
 
-def render(decision: Decision, evidence: Evidence) -> str:
-    """The page. Text from recipes, models and errors is escaped."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-
-    def shown(value: object) -> object:
-        return value if isinstance(value, Markup) else words.clean(value)
-
-    environment = Environment(
-        autoescape=True, finalize=shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+def render(decision: Decision, evidence: Evidence, beside: Sequence[Section] = ()) -> str:
+    """The page, with sections of what else is known of the run."""
     plots = [plot(decision, evidence, workload) for workload in table.workloads(decision)]
-    template = resources.files("peftopt.report").joinpath("report.html.j2").read_text("utf-8")
-    return environment.from_string(template).render(
+    return page(
+        "report.html.j2",
         decision=decision,
         recipe=PurePath(decision.recipe).name or decision.recipe,
         warnings=table.warnings(decision),
@@ -79,21 +70,44 @@ def render(decision: Decision, evidence: Evidence) -> str:
         rules={v.name: table.rule_rows(v) for v in decision.variants},
         flips=answers.flips(decision, evidence),
         about_production=production.ABOUT,
-        alarming=production.BAD,
         production=production.sections(decision, evidence),
         by_workload=table.by_workload(decision),
         further=table.further(decision),
         slices=answers.slices(decision, evidence),
+        expected=measured.expected(decision, evidence),
         effort=measured.effort(decision, evidence),
         facts=measured.facts(decision, evidence),
         failures=measured.failures(evidence),
         how_to_read=table.HOW_TO_READ,
-        missing=words.MISSING,
-        row_height=ROW,
-        clip=lambda text: words.clip(text, OUTPUT),
-        detail=lambda text: words.clip(text, DETAIL),
-        slug=lambda outcome: outcome.replace(" ", "-"),
+        beside=beside,
     )
+
+
+def page(template: str, **values: object) -> str:
+    """A page of a template of this folder. Text from recipes, models and errors is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def shown(value: object) -> object:
+        return value if isinstance(value, Markup) else words.clean(value)
+
+    environment = Environment(
+        loader=PackageLoader("peftopt.report", ""),
+        autoescape=True,
+        finalize=shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    kit = {
+        "alarming": production.BAD,
+        "missing": words.MISSING,
+        "row_height": ROW,
+        "clip": lambda text: words.clip(text, OUTPUT),
+        "detail": lambda text: words.clip(text, DETAIL),
+        "slug": lambda outcome: outcome.replace(" ", "-"),
+    }
+    return environment.get_template(template).render({**kit, **values})
 
 
 # ---- the forest plot ---------------------------------------------------------------------------

@@ -20,13 +20,20 @@ _MARKUP = re.compile(r"[&<>|`*\[\]\\~#$]|(?<!\w)[_@]|_(?!\w)|(?<=:)//|(?<=w)\.(?
 _NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
-def render(decision: Decision, evidence: Evidence) -> str:
+def render(decision: Decision, evidence: Evidence, beside: Sequence[words.Section] = ()) -> str:
     """As much of the report as a comment can hold: all of it, or without example answers, or the table alone."""
     head = _head(decision)
     shortened = "Shortened: the rest is in report.html."
-    full, plain = ([*head, *_evidence(decision, evidence, examples)] for examples in (answers.EXAMPLES, 0))
+    full, plain = ([*head, *_evidence(decision, evidence, examples, beside)] for examples in (answers.EXAMPLES, 0))
     texts = ["\n\n".join(filter(None, parts)) + "\n" for parts in (full, plain, [*head, shortened])]
     return next((text for text in texts if len(text) <= MOST), words.clip(texts[-1], MOST))
+
+
+def sections(title: str, sentence: str, notes: Sequence[str], parts: Sequence[words.Section]) -> str:
+    """A page of sections, without a decision."""
+    told = "\n".join(f"- {escape(note)}" for note in notes)
+    bodies = [f"### {escape(part.title)}\n\n{escape(part.about)}\n\n{_table(part.table)}" for part in parts]
+    return "\n\n".join(filter(None, [f"## {escape(title)}", f"**{escape(sentence)}**", *bodies, told])) + "\n"
 
 
 def _head(decision: Decision) -> list[str]:
@@ -38,14 +45,16 @@ def _head(decision: Decision) -> list[str]:
     ]
 
 
-def _evidence(decision: Decision, evidence: Evidence, examples: int) -> list[str]:
+def _evidence(decision: Decision, evidence: Evidence, examples: int, beside: Sequence[words.Section]) -> list[str]:
     flips = answers.flips(decision, evidence, examples)
     return [
         *(_variant(decision, variant, flips[variant.name]) for variant in decision.variants),
         _section("In production", _production(decision, evidence)),
+        *(_section(part.title, f"{escape(part.about)}\n\n{_table(part.table)}") for part in beside),
         _section("By workload", _table(table.by_workload(decision))),
         _section("More figures", _table(table.further(decision))),
         _section("Right answers by slice", _table(answers.slices(decision, evidence))),
+        _section("Expected and measured", _table(measured.expected(decision, evidence), DETAIL)),
         _section("How it was measured", _method(decision, evidence)),
         _heading("Failures", _table(measured.failures(evidence), DETAIL)),
         _section("How to read this", "\n".join(f"- {escape(line)}" for line in table.HOW_TO_READ)),

@@ -9,10 +9,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from peftopt.decision.evidence import FAILED, Evidence
+from peftopt.decision.forecast import times
 from peftopt.decision.index import Field
 from peftopt.records import TWIN, Decision
 from peftopt.report.table import ratio_name
-from peftopt.report.words import MISSING, Table, clean, flat
+from peftopt.report.words import MISSING, Table, clean, flat, speed
 from peftopt.stats import LOOKS
 
 
@@ -78,6 +79,21 @@ def _ratio(log: float) -> float:
     if abs(log) == FAILED:
         return math.inf if log > 0 else 0.0
     return math.exp(log)
+
+
+def expected(decision: Decision, evidence: Evidence) -> Table:
+    """What was expected of the variants before the run, beside what was measured; no rows where nothing was."""
+    shown = {variant.name for variant in decision.variants}
+    body = []
+    for variant, workload, forecast in evidence.forecasts:
+        if variant not in shown or not (forecast.kind == "speed" or forecast.warns):
+            continue
+        seen = None
+        if forecast.kind == "speed":
+            seen = evidence.ratio(variant, forecast.against, workload, "request_duration_ms", 0.95)
+        cells = (workload, variant, forecast.against, times(forecast), speed(seen), forecast.reason)
+        body.append([clean(cell or MISSING) for cell in cells])
+    return ["workload", "variant", "against", "expected", "measured", "reason"], body
 
 
 def failures(evidence: Evidence) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from peftopt.metrics import format_value
 from peftopt.records import Interval, Verdict
@@ -15,6 +16,16 @@ TOO_FEW = "too few requests"
 
 Table = tuple[list[str], list[list[str]]]
 """A header and its rows, every cell a plain string: escaping is the renderer's."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report beside the decision, such as a diagnosis."""
+
+    title: str
+    about: str
+    table: Table
+
 
 _ILLEGAL = re.compile("[^\t\n\r -~\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

@@ -21,7 +21,7 @@ from peftopt.jobs import BandwidthJob
 from peftopt.measurements import Measured, More
 from peftopt.metrics import counted
 from peftopt.records import Recipe
-from peftopt.runner import preflight
+from peftopt.runner import build, forecast, preflight
 from peftopt.runner.prepare import make_ready
 from peftopt.runner.process import WorkerProcess
 from peftopt.runner.race import Field, race
@@ -117,8 +117,11 @@ def _about(blocks: int, each: float | None) -> str:
     return f", about {counted(max(round(blocks * each), 1), 'minute')}" if each and known else ""
 
 
-def execute(run: Run) -> None:
-    """Everything that leaves measurements, in the order of time."""
+def execute(run: Run, forecasts: bool = True) -> None:
+    """Everything that leaves measurements, in the order of time; first, where `forecasts` are wanted, what will be
+    slower."""
+    if forecasts:
+        foretell(run)
     survey(run)
     first, *others = run.recipe.workloads.values()
     with contextlib.closing(Field(run, first)) as field:
@@ -128,6 +131,20 @@ def execute(run: Run) -> None:
     for workload in others:
         race(run, workload)
         check_baseline(run)
+
+
+def foretell(run: Run) -> None:
+    """Warn of what will be slower, once per run, and keep what was expected beside what will be measured."""
+    if run.evidence.forecasts or run.evidence.surveyed:
+        return
+    with build.bars(run.listener.progress) as hear:
+        outlook = forecast.outlook(run.recipe, hear)
+    for each in outlook.forecasts:
+        run.log(each.values, each.variant, each.workload)
+    for line in outlook.warnings:
+        run.listener.warn(line)
+    if outlook.forecasts:
+        run.listener.done("forecast", f"of {len(outlook.variants)} variants", outlook.seconds)
 
 
 def survey(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -57,6 +58,8 @@ async def _serve(model: Model, adapters: dict[str, str], options: argparse.Names
         await scheduler.end("it cannot start")
         raise BadInput(str(problem), "give an adapter of this base, or leave it out") from problem
 
+    _freeze(options.engine)
+
     def ready() -> None:
         names = ", ".join([options.name, *adapters])
         sys.stderr.write(f"http://{options.host}:{options.port} serves {names} with {options.engine}\n")
@@ -64,6 +67,15 @@ async def _serve(model: Model, adapters: dict[str, str], options: argparse.Names
 
     await app.serve(scheduler, options.host, options.port, stop, options.drain, ready)
     return not scheduler.alive
+
+
+def _freeze(engine: str) -> None:
+    """Leave what is there at the start out of every later search for objects in cycles: it takes a second, in which no
+    token is computed. PEFT is a large part of it, and the first load would bring it."""
+    if engine == "eager":
+        import peft  # noqa: F401
+    gc.collect()
+    gc.freeze()
 
 
 def _opened(options: argparse.Namespace, adapters: dict[str, str]) -> Model:

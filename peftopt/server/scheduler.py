@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peftopt.errors import BadInput, PeftoptError
+from peftopt.models.adapter import CONFIG
+from peftopt.models.baked import is_baked
 from peftopt.server.answer import Answer, Piece, Voice
 from peftopt.server.asked import Asked, Problem, wrong
 
@@ -71,6 +73,9 @@ class Model(Protocol):
     def most_rows(self, name: str) -> int:
         """The most rows of a batch of an adapter; 0 = any number."""
 
+    def virtual(self, name: str) -> int:
+        """How many virtual tokens stand before each prompt of an adapter."""
+
     def add(self, name: str, folder: str) -> Any:
         """Load an adapter; its tokenizer."""
 
@@ -111,12 +116,14 @@ class _Order:
 
 @dataclass(frozen=True)
 class Served:
-    """A name that is served: the folder, the model's own name of it ("" = the base), and its words."""
+    """A name that is served: the folder, the model's own name of it ("" = the base), its words, and how many virtual
+    tokens stand before its prompts."""
 
     folder: str
     adapter: str
     voice: Voice
     since: int
+    virtual: int = 0
 
 
 class Scheduler:
@@ -162,7 +169,7 @@ class Scheduler:
             prompt = known.voice.prompt(asked)
         except BadInput as error:
             raise wrong(field_, str(error)) from error
-        new_tokens = self._room(asked, prompt, field_)
+        new_tokens = self._room(asked, prompt, known.virtual, field_)
         asked = replace(asked, repetition_penalty=asked.repetition_penalty or self._penalty)
         job = Job(Answer(asked, prompt, new_tokens, known.voice, self._model.eos), known.adapter, known.voice)
         with self._changed:
@@ -174,15 +181,16 @@ class Scheduler:
             self._changed.notify()
         return job
 
-    def _room(self, asked: Asked, prompt: Sequence[int], field_: str) -> int:
-        """How many tokens the answer may have."""
+    def _room(self, asked: Asked, prompt: Sequence[int], virtual: int, field_: str) -> int:
+        """How many tokens the answer may have, after so many `virtual` ones and the prompt."""
         words = self._model.vocabulary
         if not prompt or not all(0 <= token < words for token in prompt):
             what = f"a token id must be from 0 to {words - 1}" if prompt else "the prompt is empty: not one token"
             raise wrong(field_, what)
-        room = self.context - len(prompt) if self.context else asked.new_tokens or 2**31
+        room = self.context - virtual - len(prompt) if self.context else asked.new_tokens or 2**31
         if room < max(asked.new_tokens, 1):
-            what = f"a prompt of {len(prompt)} tokens and {max(asked.new_tokens, 1)} new ones"
+            what = f"{virtual} virtual tokens, " if virtual else ""
+            what += f"a prompt of {len(prompt)} tokens and {max(asked.new_tokens, 1)} new ones"
             message = f"{what} are more than the model's context of {self.context} tokens"
             raise Problem(400, message, "context_length_exceeded", field_)
         return asked.new_tokens or room
@@ -212,12 +220,12 @@ class Scheduler:
     # ---- adapters, in the event loop
 
     async def load(self, name: str, folder: str) -> None:
-        """Serve an adapter. Raises Problem, as vLLM's runtime API does, for a name that is there: under it may be other
-        weights."""
+        """Serve an adapter or a baked prompt. Raises Problem, as vLLM's runtime API does, for a name that is there:
+        under it may be other weights."""
         if name in self.served or name in self._changing:
             what = f"'{name}' is the base." if name == self.name else f"The lora adapter '{name}' is loaded already."
             raise Problem(400, what, "already_loaded", "lora_name")
-        if not Path(folder, "adapter_config.json").is_file():
+        if not (Path(folder, CONFIG).is_file() or is_baked(folder)):
             raise Problem(404, f"No adapter found for '{name}' at {folder}", "adapter_not_found", "lora_path")
         self._changing.add(name)
         self._loads += 1
@@ -228,7 +236,8 @@ class Scheduler:
             raise wrong("lora_path", f"{error.message}; {error.hint}") from error
         finally:
             self._changing.discard(name)
-        self.served[name] = Served(folder, adapter, Voice(tokenizer), round(time.time()))
+        since, virtual = round(time.time()), self._model.virtual(adapter)
+        self.served[name] = Served(folder, adapter, Voice(tokenizer), since, virtual)
 
     async def unload(self, name: str) -> None:
         """Serve an adapter no more, and free it when its last request is answered. Raises Problem for a name that is

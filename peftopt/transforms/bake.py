@@ -10,12 +10,13 @@ from pathlib import Path
 from peftopt import plugins, store
 from peftopt.corpus import Row
 from peftopt.errors import BadInput
-from peftopt.merging import baking
+from peftopt.merging import baking, words
 from peftopt.models.adapter import Adapter, check_base, open_adapter, task_of
 from peftopt.models.baked import is_baked
 from peftopt.records import SAFETENSORS, Model, Step
 
 CERTIFY = ("auto", "full", "own")
+TARGETS = ("ours", "vllm")
 ONE_GB = 10**9
 
 
@@ -23,11 +24,13 @@ ONE_GB = 10**9
 class Params:
     """`task`: which task of a multitask adapter, -1 for none. `certify`: compare predictions in fp32 ("full"), in the
     base's own dtype ("own"), or "auto", which is "full" for a base of up to 1 GB that is not quantized.
-    `allow_base_mismatch`: bake though names or revisions say that the adapter's base is another one."""
+    `allow_base_mismatch`: bake though names or revisions say that the adapter's base is another one. `target`: "ours"
+    leaves keys and values in a folder of their own; "vllm" a copy of the base that has the virtual tokens as words."""
 
     task: int = -1
     certify: str = "auto"
     allow_base_mismatch: bool = False
+    target: str = "ours"
 
 
 PLUGIN = plugins.baker(Params, needs=("torch", "transformers", "peft", "safetensors"))
@@ -43,6 +46,9 @@ def transform(model: Model, params: Params, out: Path, texts: Sequence[str], see
     """
     adapter = _opened(model, params)
     task = task_of(adapter.config, params.task)
+    if params.target == "vllm":
+        words.write(model, adapter, task, _depth(Path(model.path), params), out, texts)
+        return Model(str(out))
     baking.bake(model, adapter, task, _depth(Path(model.path), params), out, texts)
     return Model(model.path, (str(out),))
 
@@ -61,13 +67,16 @@ def _opened(model: Model, params: Params) -> Adapter:
         raise BadInput(f"nothing to bake: {model.path} has no adapter", "name one as model.adapter, or drop `bake`")
     if len(model.adapters) > 1:
         raise BadInput(f"{len(model.adapters)} adapters cannot be baked together", "bake each by itself")
-    if params.certify not in CERTIFY:
-        raise BadInput(f"bake has no certify: {params.certify}", f"use {', '.join(CERTIFY)}")
+    for name, value, known in (("certify", params.certify, CERTIFY), ("target", params.target, TARGETS)):
+        if value not in known:
+            raise BadInput(f"bake has no {name}: {value}", f"use {', '.join(known)}")
     folder, base = Path(model.adapters[0]), Path(model.path)
     if is_baked(folder):
         raise BadInput(f"{folder} is baked already", "use it as it is")
     adapter = open_adapter(folder)
     baking.check_bakeable(adapter)
+    if params.target == "vllm":
+        words.check_words(adapter)
     if not params.allow_base_mismatch:
         check_base(adapter, base, json.loads((base / "config.json").read_text(encoding="utf-8")))
     return adapter

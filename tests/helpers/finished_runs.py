@@ -71,10 +71,10 @@ def on_engine(run: Path, engine: Step) -> Path:
     return folder
 
 
-def _build(home: store.Store, plan: Plan, model: Model) -> None:
+def _build(home: store.Store, plan: Plan, source: Model) -> None:
     for build in plan.builds:
         with home.locked(build):
-            model = home.build(build, partial(_made, build.step, model)).model
+            home.build(build, partial(_made, build.step, home.model(build.parent, source)))
 
 
 def _made(step: Step, source: Model, out: Path) -> tuple[Model, Mapping[str, Any]]:

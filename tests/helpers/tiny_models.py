@@ -11,8 +11,8 @@ CHAT_TEMPLATE = (
 TEXTS = [f"the quick brown fox number {i} jumps over the lazy dog and counts {i * i} stars" for i in range(40)]
 
 
-def make_base(folder: Path, dtype: str) -> None:
-    """Write a random two-layer Llama (hidden 64, tied embeddings) with a byte-level BPE tokenizer."""
+def make_base(folder: Path, dtype: str, layers: int = 2) -> None:
+    """Write a random Llama (two layers, hidden 64, tied embeddings) with a byte-level BPE tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -36,7 +36,7 @@ def make_base(folder: Path, dtype: str) -> None:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

@@ -1,0 +1,83 @@
+"""The verbs as functions. Each does what the command of its name does, and raises what that prints as an error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from peftopt import corpus
+from peftopt.api.opened import Run, open_run
+from peftopt.decision.decide import decide as judge
+from peftopt.decision.evidence import Evidence
+from peftopt.jobs import Transformed, TransformJob
+from peftopt.records import GENERIC, Decision, Json, Model
+from peftopt.runner import judged, recipe_run, single
+from peftopt.runner.build import Progress
+from peftopt.runner.run import Listener
+
+
+def merge(
+    base: str | Path,
+    adapter: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    **params: Json,
+) -> Transformed:
+    """Fold adapters into the base's weights, in a new folder; `params` are those of the transform `merge`.
+
+    Raises BadInput for what cannot be merged, Rejected where the certificate failed.
+    """
+    adapters = (adapter,) if isinstance(adapter, str | Path) else tuple(adapter)
+    model = Model(str(base), tuple(map(str, adapters)))
+    return single.transform(TransformJob(plugin="merge", params=params, model=model, out=str(out)), progress)
+
+
+def quantize(
+    model: str | Path,
+    method: str,
+    out: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    calibration: str = "",
+    seed: int = 0,
+    progress: Progress | None = None,
+    **params: Json,
+) -> Transformed:
+    """Quantize a model's weights by a quantizer (`peftopt list techniques`), in a new folder; `adapter` is kept apart.
+    `calibration`: a file of rows like the traffic, or "generic". Raises as `merge` does."""
+    job = TransformJob(
+        plugin=method,
+        params=params,
+        model=Model(str(model), (str(adapter),) if adapter else ()),
+        out=str(out),
+        rows=corpus.calibration(calibration or None),
+        seed=seed,
+        calibration=GENERIC if calibration == GENERIC else "task",
+    )
+    return single.transform(job, progress)
+
+
+def run(
+    recipe: str | Path,
+    results: str | Path = "results",
+    *,
+    listener: Listener | None = None,
+    fresh: bool = False,
+) -> Run:
+    """Build every variant of a recipe, measure it against the adapter, decide, and write the reports. An unfinished run
+    of the same recipe goes on. `listener` hears of each step, warning and share of the way.
+
+    Raises BadRecipe for a recipe with mistakes, BadInput for its files, WorkerFailed without a baseline.
+    """
+    parsed, text = judged.read_recipe(Path(recipe))
+    prepared = recipe_run.prepare(parsed, text, Path(results), listener or judged.Silent(), fresh)
+    recipe_run.execute(prepared)
+    judged.judge(prepared.folder, (listener or judged.Silent()).warn)
+    return open_run(prepared.folder)
+
+
+def decide(run: str | Path | Run) -> Decision:
+    """Judge a run again from its files alone; nothing is written."""
+    opened = run if isinstance(run, Run) else open_run(run)
+    return judge(Evidence(opened.plan, list(opened.records)), opened.machine)

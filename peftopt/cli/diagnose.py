@@ -1,0 +1,235 @@
+"""diagnose: where does a deployment lose time and memory?"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftopt.cli.shared import AsJson, Quiet, Results, app, beside, named, options_from
+from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
+
+if TYPE_CHECKING:
+    from peftopt.cli.console import Console
+    from peftopt.diagnose.records import Bottleneck, Diagnosis
+    from peftopt.diagnose.setting import Setting
+
+MINUTES = 4.5
+NAMES = "unfused, choice, prompts, batching, unloading"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `diagnose`."""
+
+    base: Annotated[Path | None, typer.Option("--base", help="Folder of the base model (safetensors).")] = None
+    adapter: Annotated[
+        list[str], typer.Option(help="Adapter folder, or NAME=FOLDER; repeat for several. The first is looked at most.")
+    ] = field(default_factory=list)
+    engine: Annotated[
+        str, typer.Option(help="eager, vllm, llamacpp_server, or the URL of a server that runs already.")
+    ] = "eager"
+    base_name: Annotated[str, typer.Option(help="What a running server calls the base.")] = "base"
+    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts to ask; made-up words by default.")] = None
+    prompt_tokens: Annotated[int, typer.Option(help="About as many tokens has a made-up prompt.")] = 24
+    new_tokens: Annotated[
+        int, typer.Option(help="Tokens of a usual answer: of such a request shares are told. Few of them are computed.")
+    ] = 64
+    slo: Annotated[
+        list[str],
+        typer.Option(
+            help="What users are promised, such as 'ttft <= 500 ms'; repeat for several.",
+            show_default="five times a lone request's TTFT",
+        ),
+    ] = field(default_factory=list)
+    threads: Annotated[int, typer.Option(help="Threads per server; 0 = all cores.")] = 0
+    minutes: Annotated[float, typer.Option(help="About how long it may take; what is then open is undecided.")] = (
+        MINUTES
+    )
+    more: Annotated[str, typer.Option(help=f"Add blocks to one bottleneck of a diagnosis before (--out): {NAMES}.")] = (
+        ""
+    )
+    plan: Annotated[
+        str,
+        typer.Option(
+            help="Merge or keep apart under this traffic, such as \"adapters=40 zipf=1.1 rps=12 slo='ttft <= 500 ms' "
+            'reload=1/day"; also prompt=, new=, memory=, gpus=.'
+        ),
+    ] = ""
+    plan_from: Annotated[
+        Path | None,
+        typer.Option(help="The same under the traffic of a log of peftopt serve; --plan adds or overrides."),
+    ] = None
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to keep it in.", show_default="results/diagnoses/TIME; with --more the newest"),
+    ] = None
+    run: Annotated[
+        Path | None, typer.Option(help="A finished run, whose report then shows the diagnosis.", show_default=False)
+    ] = None
+    results: Results = Path("results")
+    as_json: AsJson = False
+    quiet: Quiet = False
+
+
+@app.command()
+@options_from(Options)
+def diagnose(options: Options) -> None:
+    """Measure where a PEFT deployment loses time and memory, and say what to do about each, the dearest first.
+
+    Exit codes: 0 done, 1 something does not work, 3 nothing could be decided, 4 nothing could be measured.
+    """
+    from peftopt.cli.console import Console
+    from peftopt.diagnose import diagnosing, keeping
+
+    console = Console(options.quiet)
+    if options.run and not (options.run / "decision.json").exists():
+        raise BadInput(f"--run {options.run}: no decision there", "give the folder of a finished run")
+    if options.plan or options.plan_from:
+        raise typer.Exit(_plan(options, console))
+    more = _bottleneck(options.more)
+    folder = _folder(options)
+    setting = keeping.read_setting(folder) if more and not options.base else _setting(options)
+    diagnosis = diagnosing.diagnose(setting, folder, options.minutes, more, console.tell)
+    _write(diagnosis, folder, options.run, console)
+    if options.as_json:
+        print(keeping.text(diagnosis), end="")
+    else:
+        _print(diagnosis, folder, console)
+    raise typer.Exit(outcome(diagnosis))
+
+
+def _plan(options: Options, console: Console) -> int:
+    """Merge or keep apart: the screen, and the exit code."""
+    from peftopt.diagnose import plan_words, planning
+    from peftopt.runner import judged
+
+    if options.more:
+        raise BadInput("--plan and --more do not go together", "plan first, then add blocks to a diagnosis")
+    setting = _setting(options)
+    traffic = planning.read(options.plan, options.plan_from)
+    folder = options.out or options.results / "diagnoses" / time.strftime("%Y-%m-%d-%H%M%S")
+    planned = planning.run(setting, traffic, folder, console.tell)
+    if options.run:
+        planning.write(planned.values, options.run)
+        judged.report_again(options.run, console.warn, beside(options.run))
+    if options.as_json:
+        print(json.dumps(planned.values, indent=1))
+    else:
+        console.table(plan_words.HEADER, plan_words.rows(planned.evaluated))
+        console.pairs("merge or keep apart", plan_words.sentences(planned.evaluated, planned.breakevens))
+        console.say(f"kept in {folder}; another plan with --out {folder} measures nothing anew")
+    if planned.evaluated.best is None:
+        return REJECTED
+    return ACCEPTED if planned.evaluated.sure else INCONCLUSIVE
+
+
+def _write(diagnosis: Diagnosis, folder: Path, run: Path | None, console: Console) -> None:
+    """The pages of a diagnosis, and those of the run that it belongs to."""
+    from peftopt import store
+    from peftopt.diagnose import keeping, page
+    from peftopt.runner import judged
+
+    for name, text in page.pages(diagnosis).items():
+        store.write(folder / name, text)
+    if run:
+        keeping.write(diagnosis, run)
+        judged.report_again(run, console.warn, beside(run))
+
+
+def outcome(diagnosis: Diagnosis) -> int:
+    """The exit code. Nothing measured is never "done"."""
+    findings = {row.finding for row in diagnosis.rows}
+    if "fault" in findings:
+        return REJECTED
+    if findings & {"costs", "no cost"}:
+        return ACCEPTED
+    return INCONCLUSIVE if "undecided" in findings else ENVIRONMENT
+
+
+def _bottleneck(name: str) -> Bottleneck | None:
+    """The bottleneck of --more. Raises BadInput for a name that is not one."""
+    from peftopt.diagnose.diagnosing import MODULES
+    from peftopt.recipe.reader import nearest
+
+    if not name:
+        return None
+    for known in MODULES:
+        if name == known:
+            return known
+    raise BadInput(f"--more {name}: no such bottleneck", nearest(name, MODULES))
+
+
+def _folder(options: Options) -> Path:
+    """Where the diagnosis is kept, or is kept already. Raises BadInput where there is none to go on with, and for a
+    folder that holds one."""
+    from peftopt.diagnose.keeping import DIAGNOSIS
+
+    home = options.results / "diagnoses"
+    if not options.more:
+        folder = options.out or home / time.strftime("%Y-%m-%d-%H%M%S")
+        if (folder / DIAGNOSIS).exists():
+            raise BadInput(f"{folder} holds a diagnosis", "add blocks to it with --more NAME, or choose another --out")
+        return folder
+    if options.out:
+        return options.out
+    kept: Sequence[Path] = sorted(file.parent for file in home.glob(f"*/{DIAGNOSIS}"))
+    if not kept:
+        raise BadInput(
+            f"--more {options.more}: no diagnosis in {home}", "diagnose first, or name its folder with --out"
+        )
+    return kept[-1]
+
+
+def _setting(options: Options) -> Setting:
+    """What is diagnosed. Raises BadInput for options that are missing, or do not go together."""
+    from peftopt.diagnose.setting import STARTED, Setting
+    from peftopt.loadtest import summary
+    from peftopt.recipe.reader import nearest
+
+    if options.base is None or not options.adapter:
+        raise BadInput("diagnose needs --base and --adapter", "give a base and one adapter or more")
+    if not 0 < options.minutes < float("inf") or options.new_tokens < 2 or options.prompt_tokens < 1:
+        raise BadInput("--minutes and --prompt-tokens must be more than 0, and --new-tokens at least 2")
+    if options.engine not in STARTED and "://" not in options.engine:
+        raise BadInput(f"no engine named {options.engine!r}", f"{nearest(options.engine, STARTED)}; or give a URL")
+    adapters: dict[str, str] = {}
+    for text in options.adapter:
+        name, folder = named(text)
+        if name in adapters:
+            raise BadInput(f"two adapters are called {name}", "name each: --adapter NAME=FOLDER")
+        adapters[name] = str(folder)
+    for level in options.slo:
+        try:
+            summary.slo(level)
+        except ValueError as error:
+            raise BadInput(f"--slo {error}") from error
+    return Setting(
+        base=str(options.base),
+        adapters=adapters,
+        engine=options.engine,
+        base_name=options.base_name,
+        prompts=str(options.prompts or ""),
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        slo=tuple(options.slo),
+        threads=options.threads,
+    )
+
+
+def _print(diagnosis: Diagnosis, folder: Path, console: Console) -> None:
+    """One screen: the dearest first, and a line for what costs nothing."""
+    from peftopt.diagnose import screen
+
+    rows = screen.shown(diagnosis)
+    if rows:
+        outcomes = [screen.OUTCOMES[row.finding] for row in rows]
+        console.table(screen.HEADER, [screen.cells(row) for row in rows], outcomes)
+    for line in screen.lines(diagnosis):
+        console.say(line)
+    console.say(f"report: {folder / 'diagnosis.html'}")

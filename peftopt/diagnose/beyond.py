@@ -1,0 +1,51 @@
+"""What was measured of an adapter, beside what its arithmetic needs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from peftopt.diagnose import expected
+from peftopt.diagnose.cells import BATCH
+from peftopt.diagnose.company import Names
+from peftopt.diagnose.expected import Work
+from peftopt.diagnose.measured import Measured
+from peftopt.diagnose.parts import Part
+from peftopt.diagnose.records import Row
+
+ADAPTER, PADDING = "the adapter", "rank padding"
+"""Parts that are looked at."""
+
+
+def rows(work: Work, names: Names, wanted: Sequence[Part], measured: Measured) -> list[Row]:
+    """A fault where the adapter's prefill does more than a LoRA's own work; else none.
+
+    A whole batch is judged, which computes most beside what a step of one row shows to be around it.
+    """
+    own = {part.batch: part.pair for part in wanted if part.pair.part == ADAPTER}
+    if not {1, BATCH} <= own.keys():
+        return []
+    prefills = [measured.values(cell, "prefill") for cell in (own[BATCH].plain, own[BATCH].costly)]
+    steps = [measured.values(cell, "decode") for cell in (own[1].plain, own[1].costly)]
+    blocks = sorted(set.intersection(*(set(side) for side in (*prefills, *steps))))
+    times = expected.Times(*([side[block] for block in blocks] for side in (*prefills, *steps)))
+    judged = expected.judged(work, times, _padding(names, wanted, measured), names.padded_rank)
+    row = expected.row(work, names.adapter, BATCH, judged)
+    return [row] if row else []
+
+
+def _padding(names: Names, wanted: Sequence[Part], measured: Measured) -> list[float]:
+    """How much longer the padded adapter's prefills take, by block; [] where its zeros were there before."""
+    pairs = [part.pair for part in wanted if (part.pair.part, part.batch) == (PADDING, BATCH)]
+    if names.cut or not pairs:
+        return []
+    high, low = measured.paired(pairs[0], "prefill")
+    return [with_it - without for with_it, without in zip(high, low, strict=True)]
+
+
+def explained(row: Row, work: Work | None) -> Row:
+    """The row with what the adapter's arithmetic explains of its cost."""
+    if work is None or row.part != ADAPTER or row.finding != "costs" or row.ratio is None:
+        return row
+    phase: expected.Phase = "prefill" if row.phase == "prefill" else "decode"
+    return replace(row, sentence=f"{row.sentence}; {expected.explained(work, phase, row.ratio.estimate)}")

@@ -1,0 +1,115 @@
+"""A diagnosis from start to end: the bottlenecks one after the other, within its time, and what they say together."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+
+from peftopt import machine, stats
+from peftopt.diagnose import batching, choice, company, keeping, prompts, unfused, unloading
+from peftopt.diagnose.measured import TURNS, Turns
+from peftopt.diagnose.passing import Pass
+from peftopt.diagnose.records import Bottleneck, Diagnosis, Row
+from peftopt.diagnose.serving import Servers
+from peftopt.diagnose.setting import Setting
+from peftopt.records import Interval
+
+Measure = Callable[[Pass], Awaitable[Sequence[Row]]]
+"""A bottleneck's module: it measures with the pass, until `until`, and says what costs what."""
+
+MODULES: Mapping[Bottleneck, Measure] = {
+    "unfused": unfused.rows,
+    "choice": choice.rows,
+    "prompts": prompts.rows,
+    "batching": batching.rows,
+    "unloading": unloading.rows,
+}
+"""Who measures each bottleneck, in the order in which they are measured."""
+
+SHARES: Mapping[Bottleneck, float] = {
+    "unfused": 0.3,
+    "choice": 0.2,
+    "prompts": 0.15,
+    "batching": 0.2,
+    "unloading": 0.15,
+}
+"""Of the time, what each bottleneck gets; what one leaves, the others share."""
+
+
+def diagnose(
+    setting: Setting, folder: Path, minutes: float, more: Bottleneck | None, tell: Callable[[str], None]
+) -> Diagnosis:
+    """Measure all bottlenecks in about so many `minutes`, or add blocks to one of a diagnosis before (`more`), and keep
+    it all in `folder`: setting.json, turns.jsonl, diagnosis.json, logs of servers.
+
+    Raises BadInput for a base or an adapter that cannot be served, MissingEnvironment for an engine that is not
+    installed, WorkerFailed for a server that does not start.
+    """
+    before = keeping.read(folder) if more else None
+    keeping.begin(setting, folder)
+    made = Path(tempfile.mkdtemp(prefix="peftopt-"))
+    try:
+        diagnosis = asyncio.run(_session(setting, folder, made, minutes, more, before, tell))
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    keeping.write(diagnosis, folder)
+    return diagnosis
+
+
+async def _session(
+    setting: Setting,
+    folder: Path,
+    made: Path,
+    minutes: float,
+    more: Bottleneck | None,
+    before: Diagnosis | None,
+    tell: Callable[[str], None],
+) -> Diagnosis:
+    started = time.monotonic()
+    notes: list[str] = []
+    names = company.gathered(setting, made, notes.append)
+    asked = [more] if more else list(MODULES)
+    async with Servers(setting, folder, names.folders, tell) as servers:
+        turns = Turns(folder / TURNS)
+        whole = Pass(setting, folder, made, servers, turns, names, started, bool(more), tell, notes)
+        rows = [row for row in (before.rows if before else ()) if row.bottleneck not in asked]
+        end = started + 60 * minutes
+        for place, bottleneck in enumerate(asked):
+            left = sum(SHARES[other] for other in asked[place:])
+            now = time.monotonic()
+            whole.until = now + (end - now) * SHARES[bottleneck] / left
+            rows += await MODULES[bottleneck](whole)
+    seconds = time.monotonic() - started
+    return Diagnosis(
+        rows=ordered(rows),
+        engine=setting.engine,
+        base=setting.base,
+        adapters=tuple(setting.adapters),
+        threads=setting.threads or machine.cores(),
+        seconds=seconds + (before.seconds if before else 0.0),
+        usual_request_ms=usual(turns, setting),
+        notes=tuple(dict.fromkeys([*(before.notes if before else ()), *notes])),
+    )
+
+
+FIRST_TO_LAST = ("fault", "costs", "undecided", "no cost", "not asked")
+
+
+def ordered(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Faults first, then the dearest costs by their share of a request, and so on; what was not asked last."""
+    return tuple(sorted(rows, key=lambda row: (FIRST_TO_LAST.index(row.finding), -(row.share or 0.0))))
+
+
+def usual(turns: Turns, setting: Setting) -> Interval:
+    """A lone request as it is served: of the first adapter, else of whatever was asked alone (ms)."""
+    alone = [
+        (cell.load.names[0] != setting.first, turn.ttft_ms[0] + turn.tpot_ms[0] * (setting.new_tokens - 1))
+        for cell, turn in turns.all()
+        if len(turn.ttft_ms) == len(turn.tpot_ms) == len(cell.load.names) == 1 and cell.launch.model == "base"
+    ]
+    others = min((other for other, _ in alone), default=False)
+    return stats.quantile([whole for other, whole in alone if other == others], 0.5)

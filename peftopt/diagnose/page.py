@@ -1,0 +1,102 @@
+"""A diagnosis as a page, in HTML and Markdown, and as a section of a run's report. Pure, but for the template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from peftopt.diagnose import screen
+from peftopt.diagnose.judging import ALPHA, FAMILY, LAUNCHES, LEVEL, LOOKS
+from peftopt.diagnose.records import BOTTLENECKS, FREE, Diagnosis, Row
+from peftopt.metrics import counted, format_value, percent
+from peftopt.report import html, markdown
+from peftopt.report.words import MISSING, Section, figure
+
+HEADER = ["part", "phase", "batch", "finding", "costs", "of a request", "what to do", "gain measured", "detail"]
+
+HOW_TO_READ = (
+    "A row compares two ways of serving that differ in one thing, asked in turns in random order, block by block.",
+    f"costs: the ratio of times with it to times without it, with its {percent(LEVEL)} interval. Surely above "
+    f"{FREE:g}x it is a cost, surely below it is none; else it is undecided, and --more adds blocks.",
+    f"Rows are judged after {LOOKS[0]} blocks at the earliest. All {FAMILY} comparisons together call something a cost "
+    f"that is not one in {percent(ALPHA)} of diagnoses at most.",
+    f"Where the two ways are two servers, a cost must be above {FREE * LAUNCHES:.2f}x: launches of one and the same "
+    "server differ by some percent, and no number of blocks shows it.",
+    "of a request: the part of such a request's time that it takes, which orders the rows.",
+    "gain measured: the time after the advice over the time before, where it was tried here.",
+)
+
+
+def pages(diagnosis: Diagnosis) -> Mapping[str, str]:
+    """File name -> its text."""
+    title = f"diagnosis of {', '.join(diagnosis.adapters)}"
+    parts = sections(diagnosis)
+    page = html.page(
+        "sections.html.j2",
+        title=title,
+        outcome=outcome(diagnosis),
+        sentence=sentence(diagnosis),
+        sections=parts,
+        facts=facts(diagnosis),
+        notes=HOW_TO_READ,
+    )
+    told = [*(f"{key}: {text}" for key, text in facts(diagnosis)), *HOW_TO_READ]
+    return {"diagnosis.html": page, "diagnosis.md": markdown.sections(title, sentence(diagnosis), told, parts)}
+
+
+def section(diagnosis: Diagnosis) -> Section:
+    """For the report of a run: what costs, and what is open."""
+    rows = [row for row in diagnosis.rows if row.finding in ("fault", "costs", "undecided")]
+    cells = [[f"{row.bottleneck}: {row.part}", *_cells(row)[1:]] for row in rows]
+    return Section("Where its time goes", sentence(diagnosis), (HEADER, cells))
+
+
+def sections(diagnosis: Diagnosis) -> list[Section]:
+    """A section for each bottleneck, its rows dearest first."""
+    found = []
+    for bottleneck, what in BOTTLENECKS.items():
+        rows = [row for row in diagnosis.rows if row.bottleneck == bottleneck]
+        if rows:
+            found.append(Section(f"{bottleneck}: {what}", _summary(rows), (HEADER, [_cells(row) for row in rows])))
+    return found
+
+
+def outcome(diagnosis: Diagnosis) -> str:
+    """The finding that a page begins with."""
+    findings = [row.finding for row in diagnosis.rows]
+    return next((screen.OUTCOMES[each] for each in ("fault", "undecided") if each in findings), "accepted")
+
+
+def sentence(diagnosis: Diagnosis) -> str:
+    """What is dearest, or what does not work."""
+    faults = [row for row in diagnosis.rows if row.finding == "fault"]
+    if faults:
+        return faults[0].sentence
+    costly = [row for row in diagnosis.rows if row.finding == "costs"]
+    if costly:
+        return f"Of {counted(len(costly), 'cost')} the dearest is this. {costly[0].sentence}"
+    open_ = screen.undecided(diagnosis)
+    return f"No cost is sure; {counted(len(open_), 'row')} undecided" if open_ else "Nothing that was measured costs"
+
+
+def facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
+    """How it was measured."""
+    return [
+        ("base", diagnosis.base),
+        ("adapters", ", ".join(diagnosis.adapters)),
+        ("engine", f"{diagnosis.engine}, {counted(diagnosis.threads, 'thread')}"),
+        ("a lone request", figure("latency.p50", diagnosis.usual_request_ms)),
+        ("measured in", format_value("load_time", diagnosis.seconds)),
+        *(("note", note) for note in diagnosis.notes),
+    ]
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    counts = {finding: sum(row.finding == finding for row in rows) for finding in screen.OUTCOMES}
+    return ", ".join(f"{count} {finding}" for finding, count in counts.items() if count)
+
+
+def _cells(row: Row) -> list[str]:
+    """A row's cells: those of the screen, and its sentence."""
+    part, *rest = screen.cells(row)
+    detail = row.sentence if not row.why or row.why in row.sentence else f"{row.sentence}: {row.why}"
+    return [part.partition(": ")[2], *(cell or MISSING for cell in rest), detail]

@@ -1,0 +1,278 @@
+"""What variants take on the first layers of a model, in seconds: made by their own plug-ins, opened by their engine.
+
+The base and its adapters are cut to a few layers (models/cut.py). What a quantizer does to a layer, and how the engine
+then runs it, is what it will do to all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from peftopt import plugins, progress
+from peftopt.corpus import Row
+from peftopt.engines import Engine
+from peftopt.engines._text import encoded
+from peftopt.errors import BadInput, PeftoptError
+from peftopt.measurements import Pass
+from peftopt.models import cut, hf
+from peftopt.models.adapter import is_embedding
+from peftopt.models.checkpoint import open_model
+from peftopt.records import Json, Model, Step, Variant
+
+FEW = 4
+"""Layers of a model that is tried: enough to outweigh what a request takes beside them."""
+
+TOKENS = 6
+"""That a request generates: the prompt's time is that of the first, a step's the shortest gap between the others."""
+
+ROUNDS = 6
+"""At least: from so many on there is an exact 95 % interval."""
+
+PLAIN, ONE = "~plain", "~one"
+"""The base without an adapter, cut to FEW layers and to one: what a request takes beside the layers."""
+
+PADDED = "~padded"
+"""The adapter on the base, padded to a server's rank."""
+
+EASY: Mapping[str, Json] = {"samples": 8, "max_tokens": 256, "n_grid": 1, "certify": "blocks"}
+"""Parameters that only shape what the weights are, or how they are checked, and not how fast they are: the cheapest."""
+
+BEYOND_CACHE = 1 << 27
+"""Bytes of weights to multiply with in turn, more than a processor's caches hold: the products of a whole model do."""
+
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A workload: its prompts, `batch` of them together."""
+
+    workload: str
+    batch: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A workload's requests: `rows` times a prompt of these ids."""
+
+    workload: str
+    rows: int
+    prompt: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """The passes of one variant on a workload, in the order of rounds: the n-th of all variants are one round."""
+
+    variant: str
+    workload: str
+    passes: tuple[Pass, ...]
+
+
+@dataclass(frozen=True)
+class Products:
+    """A step's matrix products alone on a workload, all layers and the head, in milliseconds."""
+
+    workload: str
+    ms: float
+
+
+@dataclass(frozen=True)
+class Few:
+    """What was tried on `few` of a model's `layers`; `left_out` says of a variant why it could not be. `lengths`: the
+    tokens of every prompt of a workload."""
+
+    few: int
+    layers: int
+    tried: tuple[Tried, ...]
+    products: tuple[Products, ...]
+    lengths: Mapping[str, tuple[int, ...]]
+    left_out: Mapping[str, str]
+
+
+class Bench:
+    """The cut models and what is made of them, below one folder."""
+
+    def __init__(self, model: Model, folder: Path, texts: Sequence[str]) -> None:
+        self.folder = folder
+        self.texts = texts
+        self.base = Path(model.path)
+        self.layers = cut.layers_of(self.base)
+        if self.layers <= FEW:
+            raise BadInput(f"{self.base} has {self.layers} layers", "it is measured as soon as it is tried")
+        self.adapters = [Path(adapter) for adapter in model.adapters]
+        self.plain = Model(str(cut.cut_model(self.base, folder / "plain", FEW)))
+        self.one = Model(str(cut.cut_model(self.base, folder / "one", 1)))
+        self.source = Model(self.plain.path, self._adapters(0))
+        self.models: dict[tuple[str, ...], Model] = {(): self.source}
+
+    def padded(self, rank: int) -> Model:
+        """The adapter on the base, padded to a rank."""
+        return Model(self.plain.path, self._adapters(rank))
+
+    def _adapters(self, rank: int) -> tuple[str, ...]:
+        name = f"adapter-{rank}" if rank else "adapter"
+        places = [self.folder / f"{name}-{n}" for n in range(len(self.adapters))]
+        pairs = zip(self.adapters, places, strict=True)
+        return tuple(str(cut.cut_adapter(adapter, place, FEW, rank)) for adapter, place in pairs)
+
+    def model(self, steps: Sequence[Step]) -> Model:
+        """What these steps make of the cut model; each is done once, whoever asks for it."""
+        key = tuple(f"{step.plugin} {sorted(step.params.items())}" for step in steps)
+        if key not in self.models:
+            before = self.model(steps[:-1])
+            self.models[key] = self._made(steps[-1], before, self.folder / f"made-{len(self.models)}")
+        return self.models[key]
+
+    def _made(self, step: Step, before: Model, out: Path) -> Model:
+        source = plugins.module("transform", step.plugin)
+        known = {each.name for each in fields(source.Params)}
+        params = {**step.params, **{name: value for name, value in EASY.items() if name in known}}
+        made: Model = source.transform(before, source.Params(**params), out, self.texts if step.calibrates else (), 0)
+        return made
+
+
+def tried(
+    bench: Bench, variants: Sequence[Variant], asked: Sequence[Asked], seconds: float, rank: int = 0, seed: int = 0
+) -> Few:
+    """Time every variant on every workload, in rounds of random order, for some `seconds` each. `rank`: an adapter
+    padded to it is timed too, 0 for none. A variant that fails is left out, with its reason."""
+    lengths = {each.workload: _lengths(bench.source, each) for each in asked}
+    words = hf.config(bench.plain.path).get_text_config().vocab_size
+    shapes = [
+        Shape(each.workload, each.batch, _words(typical(lengths[each.workload], each.batch), words)) for each in asked
+    ]
+    steps = len(variants) + 1
+    left_out: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        engines: dict[str, Engine] = {}
+
+        def opened(name: str, model: Model, engine: Step | None = None) -> None:
+            plugin = plugins.module("engine", engine.plugin if engine else "eager")
+            engines[name] = plugin.open(model, plugin.Params(**(engine.params if engine else {})))
+            stack.callback(engines[name].close)
+
+        opened(ONE, bench.one)
+        opened(PLAIN, bench.plain)
+        for n, variant in enumerate(variants):
+            progress.report("forecast", n, steps, f"making {variant.name} of {FEW} layers")
+            try:
+                opened(variant.name, bench.model(variant.steps), variant.engine)
+            except Exception as error:  # noqa: BLE001 (whatever a library raises is no reason not to time the others)
+                left_out[variant.name] = _why(error)
+        if rank:
+            opened(PADDED, bench.padded(rank))
+        progress.report("forecast", steps - 1, steps, "timing")
+        passes = [each for shape in shapes for each in _timed(engines, shape, seconds, random.Random(seed), left_out)]
+    products = tuple(Products(shape.workload, products_ms(bench.base, bench.layers, shape.rows)) for shape in shapes)
+    progress.report("forecast", steps, steps)
+    return Few(FEW, bench.layers, tuple(passes), products, lengths, left_out)
+
+
+def _lengths(model: Model, asked: Asked) -> tuple[int, ...]:
+    tokenizer = hf.tokenizer(hf.tokenizer_home(model), model.path)
+    return tuple(len(encoded(tokenizer, row.messages)) for row in asked.rows)
+
+
+def _words(count: int, known: int) -> tuple[int, ...]:
+    """So many ids of a vocabulary: what they say does not change a time."""
+    return tuple((7919 * n + 101) % known for n in range(count))
+
+
+def typical(lengths: Sequence[int], rows: int) -> int:
+    """The median length of a batch of so many rows, which is that of its longest one."""
+    place: int = math.ceil(len(lengths) * 0.5 ** (1 / rows))
+    return sorted(lengths)[place - 1]
+
+
+def _why(error: Exception) -> str:
+    text = error.message if isinstance(error, PeftoptError) else f"{type(error).__name__}: {error}"
+    return text.strip().partition("\n")[0][:200]
+
+
+def _timed(
+    engines: dict[str, Engine], shape: Shape, seconds: float, order: random.Random, left_out: dict[str, str]
+) -> Iterator[Tried]:
+    """The passes of all engines on a shape. The first of each is not timed: it unpacks, and fills caches."""
+    for name in list(engines):
+        try:
+            _pass(engines[name], shape)
+        except Exception as error:  # noqa: BLE001 (as above)
+            left_out[name] = _why(error)
+            del engines[name]
+    rounds: list[dict[str, Pass]] = []
+    until = time.perf_counter() + seconds * len(engines)
+    with _uncollected():
+        while len(rounds) < ROUNDS or time.perf_counter() < until:
+            names = list(engines)
+            order.shuffle(names)
+            rounds.append({name: _pass(engines[name], shape) for name in names})
+    for name in engines:
+        yield Tried(name, shape.workload, tuple(each[name] for each in rounds))
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """No collection of garbage inside a request."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _pass(engine: Engine, shape: Shape) -> Pass:
+    """One request."""
+    started = time.perf_counter_ns()
+    answers = engine.generate([shape.prompt] * shape.rows, TOKENS, stop=False)
+    times = answers[0].times
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+    return Pass(prompt_ms=(times[0] - started) / 1e6, step_ms=min(gaps) / 1e6)
+
+
+def products_ms(base: Path, layers: int, rows: int) -> float:
+    """The matrix products of one step alone, in the base's own dtype on the CPU or the GPU that the engines take: the
+    layers' and the head's, in milliseconds. Weights are taken in turn: they come from memory, as a model's do."""
+    import torch
+
+    matrices = {e.name: e for e in open_model(base).entries.values() if len(e.shape) == 2}
+    of_layer = [e.shape for name, e in matrices.items() if cut.layer_of(name) == 0]
+    heads = [e.shape for name, e in matrices.items() if cut.layer_of(name) < 0 and is_embedding(name)]
+    dtype = _dtype(next(iter(matrices.values())).dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def product_ms(shape: tuple[int, ...]) -> float:
+        copies = max(1, BEYOND_CACHE // (shape[0] * shape[1] * dtype.itemsize))
+        weights = [torch.ones(shape, dtype=dtype, device=device) for _ in range(min(copies, layers))]
+        x = torch.ones(rows, shape[1], dtype=dtype, device=device)
+        best = float("inf")
+        with torch.inference_mode():
+            for _ in range(REPEATS):
+                started = time.perf_counter()
+                for weight in weights:
+                    y = torch.nn.functional.linear(x, weight)
+                float(y[0, 0])  # a GPU is done when the number is here
+                best = min(best, (time.perf_counter() - started) / len(weights))
+        return best * 1e3
+
+    each = {shape: product_ms(shape) for shape in dict.fromkeys(of_layer)}
+    head = product_ms(max(heads, key=lambda shape: shape[0])) if heads else 0.0
+    return layers * sum(each[shape] for shape in of_layer) + head
+
+
+def _dtype(word: str) -> Any:
+    """Torch's dtype for a word of the safetensors format."""
+    import torch
+
+    return {"F32": torch.float32, "F16": torch.float16}.get(word, torch.bfloat16)

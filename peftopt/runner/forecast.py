@@ -1,0 +1,209 @@
+"""Before hours are spent: what a recipe's variants will take, from their first layers and from the prompts alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftopt import corpus, environments, machine, plugins, stats
+from peftopt.decision import forecast as judging
+from peftopt.engines import _shapes, compiled
+from peftopt.errors import BadInput, WorkerFailed
+from peftopt.jobs import LayersJob
+from peftopt.measurements import Forecast, Measured, Pass
+from peftopt.models.adapter import highest_rank, open_adapter
+from peftopt.models.checkpoint import open_model
+from peftopt.models.cut import layer_of, layers_of
+from peftopt.probes.layers import FEW, ONE, PADDED, PLAIN, Asked, Few
+from peftopt.progress import Hear
+from peftopt.records import GENERIC, SAFETENSORS, Interval, Model, Recipe, Variant, Workload
+from peftopt.runner.process import WorkerProcess
+
+SECONDS = 1.0
+"""That a variant is timed on a workload."""
+
+DEADLINE_S = 600.0
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is expected of a recipe: forecasts, each of a variant and a workload; why others have none; and what it took
+    in seconds."""
+
+    forecasts: tuple[Measured, ...] = ()
+    left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def variants(self) -> frozenset[str]:
+        """Those of which something is expected."""
+        return frozenset(each.variant for each in self.forecasts)
+
+    @property
+    def warnings(self) -> list[str]:
+        """A sentence for each forecast that warns; of a variant on a workload the first alone."""
+        sentences: dict[tuple[str, str, str], str] = {}
+        for each in self.forecasts:
+            forecast = each.values
+            if isinstance(forecast, Forecast) and forecast.warns:
+                key = (each.variant, each.workload, forecast.kind)
+                sentences.setdefault(key, judging.sentence(each.variant, each.workload, forecast))
+        return list(sentences.values())
+
+
+def outlook(recipe: Recipe, hear: Hear = lambda _: None) -> Outlook:
+    """Ask a worker for the times of the first layers, and weigh them. A recipe of which nothing can be said, and a
+    model that is measured as soon as it is tried, cost nothing: no worker starts."""
+    variants = [variant for variant in recipe.variants.values() if _can_be_tried(variant)]
+    graphs = [variant for variant in recipe.variants.values() if variant.engine.plugin == "compiled"]
+    own, padded = _ranks(recipe)
+    left_out = {name: _elsewhere(v) for name, v in recipe.variants.items() if v not in (*variants, *graphs)}
+    workloads = [workload for workload in recipe.workloads.values() if not workload.loaded]
+    if not workloads or not (len(variants) > 1 or graphs or padded > own):
+        return Outlook(left_out=left_out)
+    started = time.perf_counter()
+    try:
+        if layers_of(Path(recipe.base)) <= FEW:
+            return Outlook(left_out=left_out)
+        room = _room(Path(recipe.base))
+        left_out |= {variant.name: "too little memory to open it beside the others" for variant in variants[room:]}
+        few = _asked(recipe, variants[:room], workloads, padded if padded > own else 0, hear)
+    except (BadInput, WorkerFailed) as error:
+        reason = error.message if isinstance(error, BadInput) else error.detail or error.reason
+        return Outlook(left_out=dict.fromkeys(recipe.variants, reason), seconds=time.perf_counter() - started)
+    forecasts = [
+        *_speeds(recipe, variants, workloads, few),
+        *_overheads(recipe, variants, workloads, few),
+        *_paddings(recipe, workloads, few, own, padded),
+        *_graphs(graphs, workloads, few),
+    ]
+    return Outlook(tuple(forecasts), {**left_out, **few.left_out}, time.perf_counter() - started)
+
+
+def _can_be_tried(variant: Variant) -> bool:
+    """Whether its plug-ins run in a worker of this environment, in seconds, and its requests are everybody's: compiling
+    takes as long for few layers as a run of them."""
+    steps = [plugins.catalogue()[step.plugin] for step in variant.steps]
+    here = all(plugin.environment == environments.MAIN and plugin.format == SAFETENSORS for plugin in steps)
+    return variant.engine.plugin == "eager" and here and not variant.policies
+
+
+def _room(base: Path) -> int:
+    """How many cut models half of the free memory holds side by side, beside those of the base."""
+    each = sum(e.nbytes for e in open_model(base).entries.values() if layer_of(e.name) < FEW)
+    return max(0, machine.free_memory() // (2 * each) - 2)
+
+
+def _elsewhere(variant: Variant) -> str:
+    if variant.policies:
+        return "it changes the requests themselves"
+    return f"on {variant.engine.plugin}, which is not tried on a few layers"
+
+
+def _ranks(recipe: Recipe) -> tuple[int, int]:
+    """The adapter's rank and what a vLLM of the recipe pads it to; 0 and 0 where none serves it unmerged."""
+    from peftopt.engines import vllm
+
+    apart = [v for v in recipe.variants.values() if v.engine.plugin == "vllm" and not _merges(v)]
+    own = highest_rank(open_adapter(Path(recipe.adapter)).config) if apart else 0
+    return (own, vllm.padded(own)) if 0 < own <= vllm.RANKS[-1] else (0, 0)
+
+
+def _merges(variant: Variant) -> bool:
+    return any(step.technique == "merge" for step in variant.steps)
+
+
+def _asked(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Workload], rank: int, hear: Hear) -> Few:
+    calibrates = any(step.calibrates for variant in variants for step in variant.steps)
+    threads = recipe.measure.threads or machine.cores()
+    with tempfile.TemporaryDirectory(prefix="peftopt-forecast-") as folder:
+        job = LayersJob(
+            model=Model(recipe.base, (recipe.adapter,)),
+            variants=tuple(variants),
+            asked=tuple(Asked(w.name, w.batch, tuple(corpus.read(w.prompts, w.slice))) for w in workloads),
+            folder=f"{folder}/cut",
+            seconds=SECONDS,
+            rows=tuple(corpus.calibration(recipe.calibration or GENERIC)) if calibrates else (),
+            rank=rank,
+            seed=recipe.seed,
+        )
+        with WorkerProcess(Path(folder) / "worker.log", threads) as child:
+            return child.ask(job, DEADLINE_S, hear=hear)
+
+
+# ---- what is said of it ------------------------------------------------------------------------
+
+
+def _passes(few: Few, name: str, workload: str) -> Sequence[Pass]:
+    """The passes of a variant on a workload; () where it was not tried."""
+    return next((t.passes for t in few.tried if (t.variant, t.workload) == (name, workload)), ())
+
+
+def _wholes(few: Few, name: str, workload: str) -> list[Pass]:
+    """The same for the whole model."""
+    plain, one, passes = (judging.least(_passes(few, each, workload)) for each in (PLAIN, ONE, name))
+    if not plain or not one:
+        return []
+    fixed = judging.beside(one, plain, few.few)
+    return [judging.whole(each, fixed, few.few, few.layers) for each in passes]
+
+
+def _ratio(ours: Sequence[Pass], theirs: Sequence[Pass], new_tokens: int) -> Interval:
+    return judging.ratio([p.request_ms(new_tokens) for p in ours], [p.request_ms(new_tokens) for p in theirs])
+
+
+def _speeds(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Workload], few: Few) -> Iterator[Measured]:
+    for workload in workloads:
+        wholes = {variant.name: _wholes(few, variant.name, workload.name) for variant in variants}
+        tried = [name for name, passes in wholes.items() if passes]
+        for variant in [variant for variant in variants if variant.name in tried]:
+            for other in judging.against(recipe, variant, tried):
+                ours, theirs = wholes[variant.name], wholes[other]
+                interval = _ratio(ours, theirs, workload.new_tokens)
+                prompt = _medians([p.prompt_ms for p in ours], [p.prompt_ms for p in theirs])
+                step = _medians([p.step_ms for p in ours], [p.step_ms for p in theirs])
+                layers = f"{few.few} of {few.layers} layers"
+                told = judging.speed(variant, other, interval, prompt, step, layers)
+                yield Measured(told, variant.name, workload.name)
+
+
+def _medians(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return stats.median(mine / other for mine, other in zip(ours, theirs, strict=True))
+
+
+def _overheads(
+    recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Workload], few: Few
+) -> Iterator[Measured]:
+    """How much of a token's time is not arithmetic, of the first eager variant without an adapter on top."""
+    merged = next((variant for variant in variants if _merges(variant)), None)
+    elsewhere = any(variant.engine.plugin != "eager" for variant in recipe.variants.values())
+    products = {each.workload: each.ms for each in few.products}
+    for workload in workloads if merged else ():
+        steps = [each.step_ms for each in _wholes(few, PLAIN, workload.name)]
+        if steps and merged:
+            interval = judging.ratio(steps, [products[workload.name]] * len(steps))
+            yield Measured(judging.eager(interval, elsewhere), merged.name, workload.name)
+
+
+def _paddings(recipe: Recipe, workloads: Sequence[Workload], few: Few, own: int, padded: int) -> Iterator[Measured]:
+    """The adapter padded to a server's rank against the adapter as it is."""
+    apart = [v.name for v in recipe.variants.values() if v.engine.plugin == "vllm" and not _merges(v)]
+    for workload in workloads if padded > own else ():
+        wide, narrow = (_wholes(few, name, workload.name) for name in (PADDED, recipe.baseline))
+        if wide and narrow:
+            told = judging.rank(_ratio(wide, narrow, workload.new_tokens), own, padded)
+            yield from (Measured(told, name, workload.name) for name in apart)
+
+
+def _graphs(variants: Sequence[Variant], workloads: Sequence[Workload], few: Few) -> Iterator[Measured]:
+    """What a compiled engine has to compile, and what it leaves uncompiled."""
+    for variant in variants:
+        params = compiled.Params(**variant.engine.params)
+        for workload in workloads:
+            wanted = _shapes.wanted(few.lengths[workload.name], workload.batch, workload.new_tokens, params)
+            told = judging.shapes(wanted.uncompiled, wanted.eager, wanted.graphs, wanted.padding, wanted.longest)
+            yield Measured(told, variant.name, workload.name)

@@ -1,0 +1,91 @@
+"""A recipe from its file, and a run's folder from measurements to decision and reports."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from peftopt import plugins, report, store
+from peftopt.decision.decide import decide
+from peftopt.decision.evidence import Evidence
+from peftopt.recipe import parse as recipes
+from peftopt.recipe import plan as planning
+from peftopt.records import Decision, Recipe
+from peftopt.report.words import Section
+
+JUDGED = "judged.json"
+"""The plan that a run was judged by, where it is another than that of its recipe."""
+
+Warn = Callable[[str], None]
+
+
+class Silent:
+    """A listener that hears and says nothing."""
+
+    def done(self, step: str, what: str, seconds: float | None, note: str = "") -> None:
+        """Nothing is shown."""
+
+    def warn(self, text: str) -> None:
+        """Nothing is shown."""
+
+    def tell(self, text: str) -> None:
+        """Nothing is shown."""
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        """No bar."""
+        yield lambda done, what: None
+
+
+def read_recipe(path: Path) -> tuple[Recipe, str]:
+    """A recipe and its text. Raises BadRecipe with all its mistakes, BadInput for a file that is not text."""
+    text = store.read_text(path)
+    defaults = (Path(__file__).parent.parent / "recipes" / "tradeoffs.yaml").read_text(encoding="utf-8")
+
+    def read(name: str) -> str:
+        return Path(name).read_text(encoding="utf-8")
+
+    return recipes.parse(text, str(path.resolve()), plugins.catalogue(), defaults, read), text
+
+
+def judge(folder: Path, warn: Warn, recipe: Recipe | None = None, beside: Sequence[Section] = ()) -> Decision:
+    """Decide from a run folder's files alone, and write decision.json and the reports; by the thresholds of another
+    recipe where one is given, and by that recipe alone where no run of peftopt's measured. The plan that judges is kept
+    where it is not the run's own, so that reports show what was judged. `beside`: further sections of the reports."""
+    changed = []
+    machine = {}
+    if recipe and not (folder / "plan.json").exists() and (folder / "measurements.jsonl").exists():
+        plan = planning.elsewhere(recipe)
+    else:
+        plan = store.read_plan(folder / "plan.json")
+        machine = json.loads(store.read_text(folder / "machine.json"))
+        changed = planning.changes(plan.recipe, recipe) if recipe else []
+        plan = planning.rejudged(plan, recipe) if recipe else plan
+    if recipe:
+        store.write(folder / JUDGED, json.dumps(asdict(plan), indent=1))
+    else:
+        (folder / JUDGED).unlink(missing_ok=True)
+    evidence = Evidence(plan, store.read(folder / "measurements.jsonl", warn))
+    decision = decide(evidence, machine)
+    if changed:
+        warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
+        decision = replace(decision, warnings=(warning, *decision.warnings))
+    store.write(folder / "decision.json", report.as_json.render(decision))
+    _write_reports(folder, evidence, beside)
+    return decision
+
+
+def report_again(folder: Path, warn: Warn, beside: Sequence[Section] = ()) -> None:
+    """Write the reports of a decision as it is on disk."""
+    plan = store.read_plan(folder / (JUDGED if (folder / JUDGED).exists() else "plan.json"))
+    _write_reports(folder, Evidence(plan, store.read(folder / "measurements.jsonl", warn)), beside)
+
+
+def _write_reports(folder: Path, evidence: Evidence, beside: Sequence[Section]) -> None:
+    """Every report is rendered from decision.json as it is on disk, so that a later `report` gives the same bytes."""
+    decision = report.as_json.decision_from_json(store.read_text(folder / "decision.json"))
+    for name, text in report.reports(decision, evidence, beside).items():
+        store.write(folder / name, text)
