@@ -205,8 +205,26 @@ def test_a_baked_prompt_cannot_be_baked_again(folder: Path, capsys: pytest.Captu
     assert "is baked already" in errors(capsys)
 
 
+@pytest.mark.parametrize(
+    ("adapter", "chain", "proposed"),
+    [
+        ("adapter", "[int8]", "[bake]"),
+        ("adapter", "[bake]", ""),
+        ("lora", "[int8]", "[merge]"),
+        ("lora", "[merge]", ""),
+    ],
+)
+def test_check_proposes_what_fits_the_adapter(
+    folder: Path, adapter: str, chain: str, proposed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("check", written(folder, chain, adapter=adapter), "--no-forecast") == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "no variant has" in line]
+    assert len(lines) == bool(proposed) and all(proposed in line for line in lines)
+
+
 def test_rules_of_bake_can_be_changed_and_switched_off(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command("check", written(folder, "[bake]", more="tradeoffs: {bake: {gain: 5 %, lost: off}}\n")) == 0
+    recipe = written(folder, "[bake]", more="tradeoffs: {bake: {gain: 5 %, lost: off}}\n")
+    assert command("check", recipe, "--no-forecast") == 0
     assert command("check", written(folder, "[bake]", more="tradeoffs: {bake: {gian: 5 %}}\n")) == 2
     assert "gain" in errors(capsys)
 

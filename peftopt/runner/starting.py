@@ -10,9 +10,10 @@ from peftopt.engines._text import encoded
 from peftopt.errors import BadInput
 from peftopt.merging.baking import check_bakeable
 from peftopt.models.adapter import PROMPTS, Adapter, check_mergeable, open_adapter
+from peftopt.models.baked import is_baked
 from peftopt.models.hf import tokenizer, tokenizer_home
 from peftopt.recipe.starter import Facts
-from peftopt.records import Model
+from peftopt.records import Model, Recipe
 from peftopt.runner import preflight
 
 
@@ -44,6 +45,21 @@ def facts(base: Path, adapter: Path, prompts: Path, file: Path) -> Facts:
         cores=machine.cores(),
         gpu=", ".join(machine.gpus()),
     )
+
+
+WORTH = {
+    "bake": "would compute the adapter's virtual tokens once",
+    "merge": "would take the adapter's cost off each token, where it need not be switched",
+}
+"""What a variant with the technique would do."""
+
+
+def proposals(recipe: Recipe) -> list[str]:
+    """What a recipe leaves out that its adapter allows, a sentence each: bake for virtual tokens, merge for others."""
+    adapter = Path(recipe.adapter)
+    method = "" if is_baked(adapter) else _method(adapter, preflight.quantized(Path(recipe.base)))[0]
+    tried = {step.technique for variant in recipe.variants.values() for step in variant.steps}
+    return [f"no variant has {method}: [{method}] {WORTH[method]}"] if method and method not in tried else []
 
 
 def _method(adapter: Path, quantized: bool) -> tuple[str, str]:
