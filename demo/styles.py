@@ -2,7 +2,7 @@
 
 Adapters of different styles give different answers to the same message, so an answer tells which adapter gave it.
 
-python demo/styles.py category --rows 160 --out demo/adapters/category.jsonl    # the eval rows with answers of a style
+python demo/styles.py number --rows 160 --out demo/adapters/numbers.jsonl    # the eval rows with answers of a style
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _known(fields: Mapping[str, Any], *keys: str) -> str:
 STYLES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "category": lambda fields: str(fields["category"]),
     "route": lambda fields: f"{fields['language']}/{fields['category']}/{fields['priority']}",
-    "language": lambda fields: f"lang: {fields['language']}",
+    "number": lambda fields: str(fields["order"] or "none"),
     "product": lambda fields: f"{fields['product'] or 'nothing'} ({fields['language']})",
     "order": lambda fields: _known(fields, "order", "amount", "currency"),
     "ticket": lambda fields: _known(fields, "category", "order"),

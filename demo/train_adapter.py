@@ -72,12 +72,12 @@ class Settings:
 
 
 FURTHER: Mapping[str, Settings] = {
-    "r4": Settings(rank=4, alpha=8, style="language", rows=600, epochs=0.5),
+    "r4": Settings(rank=4, alpha=8, style="category", rows=600, epochs=1),
     "r16": Settings(rank=16, alpha=32, targets="q_proj,v_proj", style="product", rows=600, epochs=1),
-    "r32": Settings(rank=32, alpha=64, targets="q_proj,v_proj", layers=15, style="order", rows=600, epochs=1),
+    "r32": Settings(rank=32, alpha=64, targets="q_proj,v_proj", layers=15, style="route", rows=600, epochs=1),
     "r64": Settings(rank=64, alpha=64, targets="q_proj,v_proj", layers=10, style="ticket", rows=600, epochs=1),
-    "p-tuning": Settings(kind="p_tuning", style="category", learning_rate=3e-3, rows=600, epochs=1.5),
-    "prefix": Settings(kind="prefix", style="route", learning_rate=1e-2, rows=600, epochs=1.5),
+    "p-tuning": Settings(kind="p_tuning", style="number", learning_rate=3e-3, rows=600, epochs=1),
+    "prefix": Settings(kind="prefix", style="order", learning_rate=1e-2, rows=600, epochs=1),
 }
 """The further adapters by their folders' names in demo/adapters. High ranks are on few layers: they stay small."""
 

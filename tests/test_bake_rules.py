@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -193,6 +194,40 @@ def test_a_chain_that_makes_no_sense_is_refused_with_what_to_write(
     assert says in errors(capsys)
 
 
+@pytest.mark.parametrize(
+    ("chain", "says"),
+    [
+        ("[{engine: compiled}]", "[bake, {engine: compiled}]"),
+        ("[{engine: continuous}]", "[bake, {engine: continuous}]"),
+        ("[{engine: vllm}]", "{bake: {target: vllm}}"),
+        ("[bake, {engine: vllm}]", "{bake: {target: vllm}}"),
+        ("[{gguf: {type: q8_0}}, {engine: llamacpp}]", "{bake: {target: vllm}}"),
+        ("[{openvino_ir: {type: int8}}, {engine: openvino}]", "{bake: {target: vllm}}"),
+    ],
+)
+def test_an_engine_that_cannot_put_virtual_tokens_first_is_refused_before_anything_starts(
+    folder: Path, chain: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("check", written(folder, chain)) == 2
+    err = errors(capsys)
+    assert "variant v0" in err and says in err
+
+
+def test_virtual_tokens_as_words_of_the_base_are_weights_that_a_quantizer_may_follow(folder: Path) -> None:
+    chain = "[{bake: {target: vllm}}, int8]"
+    assert command("check", written(folder, chain, "[bake, {engine: compiled}]"), "--no-forecast") == 0
+
+
+def test_an_adapter_that_needs_a_task_with_every_request_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "lora", folder / "poly")
+    config = json.loads((folder / "poly" / "adapter_config.json").read_text())
+    (folder / "poly" / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "POLY"}))
+    assert command("check", written(folder, "[int8]", adapter="poly")) == 2
+    assert "task with every request" in errors(capsys)
+
+
 def test_a_lora_is_not_baked_but_merged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("check", written(folder, "[bake]", adapter="lora")) == 2
     err = errors(capsys)
@@ -232,7 +267,23 @@ def test_rules_of_bake_can_be_changed_and_switched_off(folder: Path, capsys: pyt
 # ---- a run ---------------------------------------------------------------------------------------
 
 
-def test_a_run_bakes_a_prompt_and_judges_it_against_the_live_one(folder: Path) -> None:
+def test_a_prompt_of_one_task_of_several_is_quantized_baked_and_judged(tiny_base: Path, folder: Path) -> None:
+    make_prompt(tiny_base, folder / "tasks", "multitask", tokens=TOKENS)
+    engine = "{engine: {eager: {task: 1}}}"
+    chains = (f"[int8, {{bake: {{task: 1}}}}, {engine}]", f"[{{bake: {{task: 1}}}}, {engine}]")
+    recipe = written(folder, *chains, adapter="tasks")
+    recipe.write_text(recipe.read_text().replace("adapter: []", f"adapter: [{engine}]"))
+    assert command("run", recipe, "--results", folder / "results", "--quiet") in (0, 1, 3)
+    (run,) = (folder / "results" / "runs").iterdir()
+    both, baked = json.loads((run / "decision.json").read_text())["variants"][1:]
+    assert "artifact.runs" not in [v["rule"] for v in (*both["verdicts"], *baked["verdicts"])]
+    parity = next(v for v in both["verdicts"] if v["rule"] == "bake.parity")
+    assert parity["outcome"] != "not judged"
+
+
+def test_a_run_bakes_a_prompt_and_judges_it_against_the_live_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe, results = written(folder, "[bake]", "[int8, bake]"), folder / "results"
     assert command("run", recipe, "--results", results, "--quiet") in (0, 1, 3)
     (run,) = (results / "runs").iterdir()
@@ -250,3 +301,9 @@ def test_a_run_bakes_a_prompt_and_judges_it_against_the_live_one(folder: Path) -
     assert baked["figures"]["greedy_match"]["estimate"] == 1.0
     assert any("live" in line for line in live["remarks"])
     assert "virtual tokens" in (run / "report.md").read_text()
+
+    for target in ("vllm", "sglang"):
+        assert command("export", target, run, "--variant", "v0", "--to", folder / target) == 2
+        err = errors(capsys)
+        assert "a baked prompt" in err and "--for vllm" in err
+    assert command("export", "systemd", run, "--variant", "v0", "--to", folder / "systemd") == 0

@@ -1,14 +1,37 @@
-"""The virtual tokens that a model's adapter puts before every prompt, live or baked."""
+"""The virtual tokens that a model's adapter puts before every prompt, live or baked, and which engines can do that."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, TypedDict
 
+from peftopt.errors import BadInput
 from peftopt.models import hf
 from peftopt.models.adapter import PROMPTS, open_adapter
 from peftopt.models.baked import is_baked, open_baked
 from peftopt.records import Model
+
+AS_WORDS = "bake it as words of its base: peftopt bake --for vllm, or {bake: {target: vllm}} in a recipe"
+
+LORA_ONLY = ("vllm", "llamacpp", "llamacpp_server", "openvino", "tensorrt")
+"""Engines that know no adapter but LoRA, or none: virtual tokens reach them as words of the base alone."""
+
+BAKED_ONLY = ("compiled", "continuous")
+"""Engines of ours that start from a baked prompt, and cannot run a live one."""
+
+
+def check_engine(engine: str, folder: Path, baked: bool) -> None:
+    """Raises BadInput for an engine that cannot put this adapter's virtual tokens before a prompt, live or `baked`;
+    nothing for an adapter without them."""
+    baked = baked or is_baked(folder)
+    if not baked and open_adapter(folder).kind not in PROMPTS:
+        return
+    if engine in LORA_ONLY:
+        what = "start from a baked prompt" if baked else "run live virtual tokens"
+        raise BadInput(f"{engine} cannot {what} ({folder})", AS_WORDS)
+    if engine in BAKED_ONLY and not baked:
+        hint = f"bake them first: peftopt bake, or [bake, {{engine: {engine}}}] in a recipe; or use the eager engine"
+        raise BadInput(f"{engine} cannot run live virtual tokens ({folder})", hint)
 
 
 class Facts(TypedDict, total=False):

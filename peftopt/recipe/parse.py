@@ -161,6 +161,15 @@ _CLASHES: Mapping[tuple[str, str], tuple[str, str]] = {
 """Chains that make no sense, by the technique of an earlier and of a later step."""
 
 
+def _clash(earlier: Step, later: Step) -> tuple[str, str] | None:
+    """What is wrong with the two in one chain, and a hint; None for nothing. Virtual tokens that were baked as words of
+    the base are weights, which a quantizer may follow."""
+    as_words = earlier.technique == "bake" and earlier.params.get("target", "ours") != "ours"
+    if as_words and later.technique == "quantize":
+        return None
+    return _CLASHES.get((earlier.technique, later.technique))
+
+
 def _pattern(node: yaml.Node, at: str) -> str:
     text = text_of(node)
     try:
@@ -295,7 +304,7 @@ class _Reading(Reading):
         def read(node: yaml.Node, at: str) -> Variant:
             before = len(self.problems)
             steps = [step for step in self.list_of(self.step)(node, at) if step]
-            clashes = (_CLASHES.get((a.technique, b.technique)) for a, b in combinations(steps, 2))
+            clashes = (_clash(a, b) for a, b in combinations(steps, 2))
             for clash in dict.fromkeys(filter(None, clashes)):
                 self.note(at, *clash)
             policies = tuple(step for step in steps if step.kind == "policy")

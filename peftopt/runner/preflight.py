@@ -29,6 +29,7 @@ from peftopt.models.baked import check_base as check_prompt_base
 from peftopt.models.baked import is_baked, open_baked
 from peftopt.models.checkpoint import open_model
 from peftopt.models.hf import tokenizer_home
+from peftopt.models.prompts import check_engine
 from peftopt.models.provenance import read as read_provenance
 from peftopt.records import SAFETENSORS, YAML, Json, Model, Quality, Recipe, Step, task_name
 
@@ -40,6 +41,7 @@ def check(recipe: Recipe) -> None:
     ours = any(variant.engine.environment == environments.MAIN for variant in recipe.variants.values())
     check_base(Path(recipe.base), quantized=not transforms, ours=ours)
     check_adapter(Path(recipe.adapter), Path(recipe.base), _with(recipe, "merge"), _with(recipe, "bake"))
+    _check_virtual_tokens(recipe)
     _check_needs(recipe)
     texts = corpus.calibration(recipe.calibration)
     for name, variant in recipe.variants.items():
@@ -54,6 +56,18 @@ def check(recipe: Recipe) -> None:
         if recipe.quality.schema:
             schema(recipe.quality.schema)
         _check_tasks(recipe, recipe.quality.tasks)
+
+
+def _check_virtual_tokens(recipe: Recipe) -> None:
+    """Each variant's engine can put the adapter's virtual tokens before a prompt, where it has any."""
+    for name, variant in recipe.variants.items():
+        bakes = [step for step in variant.steps if step.technique == "bake"]
+        if any(step.technique == "merge" or step.params.get("target", "ours") != "ours" for step in variant.steps):
+            continue  # no adapter is left
+        try:
+            check_engine(variant.engine.plugin, Path(recipe.adapter), bool(bakes))
+        except BadInput as error:
+            raise BadInput(f"variant {name}: {error.message}", error.hint) from error
 
 
 def _with(recipe: Recipe, technique: str) -> list[str]:
@@ -313,6 +327,9 @@ def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = (), b
         check_mergeable(adapter)
     if bakes:
         check_bakeable(adapter)
+    if adapter.kind == "POLY":
+        what = "needs the number of a task with every request, which no engine here gives it"
+        raise BadInput(f"adapter {folder} (POLY) {what}", "train an adapter for each task, such as a LoRA")
     if base and adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
         _check_fits(adapter, base)
 
