@@ -95,6 +95,7 @@ class Worker:
 
     def open(self, job: jobs.OpenJob) -> Launch:
         """Load a model into an engine. Times in seconds; `adapter_switch_time` where an adapter was attached."""
+        from peftopt.models import prompts
         from peftopt.policies import Policed
         from peftopt.probes import bandwidth, memory
 
@@ -111,6 +112,7 @@ class Worker:
             device=self.engine.device,
             pid=os.getpid(),
             **bandwidth.reads(job.model),
+            **prompts.facts(job.model),
             gpu_memory_allocated=gpu.gpu_memory_allocated,
             gpu_memory_reserved=gpu.gpu_memory_reserved,
         )
