@@ -125,7 +125,7 @@ class Recorded(compiled.Compiled):
 
     def __init__(self, params: compiled.Params) -> None:
         self._params = params
-        self._longest = 2**31
+        self._longest, self._prefix, self.virtual_tokens = 2**31, None, 0
         self._steps, self._prompts, self._warmed = {}, {}, set()
 
     def _step(self, shape: Any) -> Any:
