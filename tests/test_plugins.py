@@ -447,9 +447,7 @@ def test_an_engine_is_warm_for_all_that_batches_of_some_prompts_need(tiny_base: 
     engine = plugin.open(Model(str(tiny_base)), plugin.Params(cache_len=256))
     engine._ready = lambda *_: None
     engine.warm([20] * 2 + [90] * 98, 8, 8, True)
-    assert engine._bucket((8, 256), 20, True) == (8, 256, 96), (
-        "what no batch is likely to need is not compiled later"
-    )
+    assert engine._bucket((8, 256), 20, True) == (8, 256, 96), "what no batch is likely to need is not compiled later"
 
 
 def broken(engine: Any) -> Any:
