@@ -16,8 +16,8 @@ What is true, and may therefore be said:
 - padded-rank: a LoRA is padded to rank 256 at its load. Unfused, "padded rank": fault.
 - slot-cliff: with four live adapters, a request of a fifth evicts one and loads its own. Choice, "the cliff": costs.
 - leak: each unload keeps 1 MB. Unloading, "memory at rest": costs.
-- stuck-unload: an unload never returns. Unloading, "load and unload": fault. That nobody knows then what memory does
-  may be said too.
+- stuck-unload: an unload never returns. Unloading, "load and unload": fault. What memory does is not known
+  then, and what waits for an unload fails: that may be said too.
 - silent-prompt: a soft prompt is loaded and not used. Prompts, "it changes nothing": fault.
 - clean: none of these. No row says "fault", no memory is kept, and there is no cliff.
 
@@ -63,21 +63,24 @@ ORDER = "order.json"
 
 @dataclass(frozen=True)
 class Shown:
-    """The row that shows a fault: any of these `parts` of a bottleneck, with that `finding`. `beside`: parts that say
-    "fault" for the same cause."""
+    """The row that shows a fault: any of these `parts` of a bottleneck, with that `finding`. `beside`: other rows, by
+    bottleneck and part, that may say "fault" for the same cause."""
 
     bottleneck: str
     parts: tuple[str, ...]
     finding: str
-    beside: tuple[str, ...] = ()
+    beside: tuple[tuple[str, str], ...] = ()
 
+
+ALSO_STUCK = (("unloading", "memory at rest"), ("choice", "first request"))
+"""Where an unload is waited for too."""
 
 SHOWN: Mapping[str, Shown] = {
     "extra-matmul": Shown("unfused", ("more work",), "fault"),
     "padded-rank": Shown("unfused", ("padded rank",), "fault"),
     "slot-cliff": Shown("choice", ("the cliff",), "costs"),
     "leak": Shown("unloading", ("memory at rest",), "costs"),
-    "stuck-unload": Shown("unloading", ("load and unload",), "fault", ("memory at rest",)),
+    "stuck-unload": Shown("unloading", ("load and unload",), "fault", ALSO_STUCK),
     "silent-prompt": Shown("prompts", ("it changes nothing",), "fault"),
 }
 
@@ -98,7 +101,7 @@ def row_of(fault: str, diagnosis: Diagnosis) -> Row | None:
 def accusations(diagnosis: Diagnosis, fault: str = CLEAN) -> list[Row]:
     """Rows that say what is not so of a server with that fault."""
     shown = SHOWN.get(fault)
-    true = {(shown.bottleneck, part) for part in (*shown.parts, *shown.beside)} if shown else set()
+    true = {*((shown.bottleneck, part) for part in shown.parts), *shown.beside} if shown else set()
     return [
         row
         for row in diagnosis.rows

@@ -1,4 +1,4 @@
-"""Measure the demo adapter against its base: greedy decoding over the eval rows, written as accuracy.json."""
+"""Measure an adapter of the demo against its base: greedy decoding over the eval rows, written as accuracy.json."""
 
 from __future__ import annotations
 
@@ -21,14 +21,17 @@ import jsonschema
 import peft
 import torch
 import transformers
+from styles import answer as right_answer
+from styles import style_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 
 
-def read_rows(path: Path, limit: int) -> list[dict[str, Any]]:
-    """The first `limit` rows of a data file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:limit]]
+def read_rows(path: Path, limit: int, style: str) -> list[dict[str, Any]]:
+    """The first `limit` rows of a data file, with the answers of a style."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:limit]]
+    return [{**row, "expected": right_answer(row["expected"], style)} for row in rows]
 
 
 def decode(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch: int, cap: int, name: str) -> list[str]:
@@ -66,17 +69,28 @@ def parse(answer: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def score(rows: list[dict[str, Any]], answers: list[str], schema: dict[str, Any]) -> dict[str, Any]:
-    """Exact match, fields right, schema validity, and exact match of each slice and of the critical rows."""
-    validator = jsonschema.Draft202012Validator(schema)
+def score(rows: list[dict[str, Any]], answers: list[str], schema: dict[str, Any], style: str) -> dict[str, Any]:
+    """Exact match of all, of each slice and of the critical rows; of JSON also fields right and schema validity."""
     exact: dict[str, list[bool]] = defaultdict(list)
+    for row, answer in zip(rows, answers, strict=True):
+        critical = ["critical"] if row.get("critical") else []
+        for name in ["all", *row["slices"], *critical]:
+            exact[name].append(answer == row["expected"])
+    return {
+        "n": len(rows),
+        "exact_match": mean(exact.pop("all")),
+        "critical": {"n": len(exact["critical"]), "exact_match": mean(exact.pop("critical"))},
+        **(score_json(rows, answers, schema) if style == "json" else {}),
+        "slices": {name: {"n": len(exact[name]), "exact_match": mean(exact[name])} for name in sorted(exact)},
+    }
+
+
+def score_json(rows: list[dict[str, Any]], answers: list[str], schema: dict[str, Any]) -> dict[str, Any]:
+    """Fields right and schema validity."""
+    validator = jsonschema.Draft202012Validator(schema)
     fields: dict[str, list[bool]] = defaultdict(list)
     valid = []
     for row, answer in zip(rows, answers, strict=True):
-        right = answer == row["expected"]
-        critical = ["critical"] if row.get("critical") else []
-        for name in ["all", *row["slices"], *critical]:
-            exact[name].append(right)
         given = parse(answer)
         valid.append(validator.is_valid(given))
         for key, value in json.loads(row["expected"]).items():
@@ -84,13 +98,9 @@ def score(rows: list[dict[str, Any]], answers: list[str], schema: dict[str, Any]
             fields[key].append(same)
     by_field = {key: mean(values) for key, values in fields.items()}
     return {
-        "n": len(rows),
-        "exact_match": mean(exact.pop("all")),
         "field_accuracy": round(sum(by_field.values()) / len(by_field), 4),
         "schema_valid": mean(valid),
-        "critical": {"n": len(exact["critical"]), "exact_match": mean(exact.pop("critical"))},
         "fields": by_field,
-        "slices": {name: {"n": len(exact[name]), "exact_match": mean(exact[name])} for name in sorted(exact)},
     }
 
 
@@ -119,7 +129,8 @@ def main() -> int:
         return 1
     torch.set_num_threads(arguments.threads)
     out: Path = arguments.out or arguments.adapter / "accuracy.json"
-    rows = read_rows(arguments.data, arguments.limit)
+    style = style_of(arguments.adapter)
+    rows = read_rows(arguments.data, arguments.limit, style)
     schema = json.loads(arguments.schema.read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(arguments.base, padding_side="left")
     scores: dict[str, Any] = {}
@@ -130,7 +141,7 @@ def main() -> int:
             model = peft.PeftModel.from_pretrained(model, arguments.adapter, autocast_adapter_dtype=False).eval()
         answers = decode(model, tokenizer, rows, arguments.batch, arguments.max_new_tokens, name)
         command = shlex.join(["python", "demo/evaluate_adapter.py", *sys.argv[1:]])
-        scores[name] = {"command": command, **score(rows, answers, schema)}
+        scores[name] = {"command": command, **score(rows, answers, schema, style)}
         written += [
             {"model": name, "id": row["id"], "answer": answer, "expected": row["expected"]}
             for row, answer in zip(rows, answers, strict=True)
@@ -140,6 +151,7 @@ def main() -> int:
     if arguments.only and out.exists():
         scores = json.loads(out.read_text(encoding="utf-8"))["models"] | scores
     report = {
+        "style": style,
         "decoding": {"dtype": "bfloat16", "greedy": True, "max_new_tokens": arguments.max_new_tokens},
         "versions": {
             "python": platform.python_version(),

@@ -72,6 +72,12 @@ class Launch:
     """Bytes of weights that a decode step reads."""
     kv_bytes: int = 0
     """Bytes that a decode step reads for each token in the cache; 0 where it is not known."""
+    virtual_tokens: int | None = None
+    """How many the adapter puts before every prompt; None for an adapter of weights, and for none."""
+    prompt_kv_bytes: int | None = None
+    """What their keys and values take of each sequence's cache; None where that is not known."""
+    baked: bool = False
+    """Whether they were computed beforehand, and are not by each request."""
     gpu_memory_allocated: int | None = None
     gpu_memory_reserved: int | None = None
 

@@ -156,6 +156,12 @@ REPORTED: Mapping[str, Spec] = {
         LOWER,
         reads="engine.eager_prompts",
     ),
+    "virtual_tokens": Spec(
+        "count", "virtual tokens", "tokens that the adapter puts before every prompt, live or baked", LOWER
+    ),
+    "prompt_kv": Spec(
+        "bytes", "their KV cache", "keys and values of the virtual tokens, in each sequence's cache", LOWER
+    ),
     "break_even": Spec("count", "requests to break even", "requests that earn back what compiling took", LOWER),
 }
 """Every other metric that a report shows; no recipe can name it."""

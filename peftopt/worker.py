@@ -95,6 +95,7 @@ class Worker:
 
     def open(self, job: jobs.OpenJob) -> Launch:
         """Load a model into an engine. Times in seconds; `adapter_switch_time` where an adapter was attached."""
+        from peftopt.models import prompts
         from peftopt.policies import Policed
         from peftopt.probes import bandwidth, memory
 
@@ -111,6 +112,7 @@ class Worker:
             device=self.engine.device,
             pid=os.getpid(),
             **bandwidth.reads(job.model),
+            **prompts.facts(job.model),
             gpu_memory_allocated=gpu.gpu_memory_allocated,
             gpu_memory_reserved=gpu.gpu_memory_reserved,
         )
@@ -190,7 +192,7 @@ class Worker:
         texts = _rendered(job.rows, tokenizer_home(job.model), job.model.path) if job.rows else []
         with progress.heard(lambda at: self.tell("progress", at)):
             bench = layers.Bench(job.model, Path(job.folder), texts)
-            return layers.tried(bench, job.variants, job.asked, job.seconds, job.rank, job.seed)
+            return layers.try_out(bench, job.variants, job.asked, job.seconds, job.rank, job.seed)
 
     def switch(self, job: jobs.SwitchJob) -> jobs.Switched:
         """Another adapter in the place of the one that is served. Time in seconds."""

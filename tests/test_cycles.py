@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from helpers.faulty_server import Started, started
 from helpers.servers import served
 from helpers.tiny_models import make_lora
 
@@ -23,43 +21,14 @@ from peftopt.diagnose.cycled import Cycled, Step
 from peftopt.diagnose.cycles import Limits
 from peftopt.diagnose.records import Row
 from peftopt.engines import _rows
-from peftopt.engines._server import Server, free_port
 from peftopt.loadtest.protocols import Prompt, Target
+from peftopt.models import hf
 
-TESTS = Path(__file__).parent
 PROMPTS = [Prompt(messages=({"role": "user", "content": f"count to {number}"},)) for number in range(3)]
 PATIENT = Limits(load_s=300, use_s=300, unload_s=300)
 BUDGET_S = 600.0
 FEW = 16
 """Cycles that decide, where tests say so."""
-
-
-@dataclass
-class Started:
-    """A server, and the processes that are known of it."""
-
-    target: Target
-    pids: Sequence[int] = ()
-
-    def processes(self) -> Sequence[int]:
-        return self.pids
-
-
-@contextmanager
-def started(fault: str, base: Path, folder: Path) -> Iterator[Started]:
-    """Our own server with a fault, in a process of its own. It is no copy of another one: what copies share counts
-    half, until one of them writes to it."""
-    port = free_port()
-    words = [sys.executable, "-m", "helpers.faulty_server", fault, "--base", base, "--port", port]
-    words += ["--threads", 1, "--device", "cpu"]
-    variables = {"PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
-    server = Server([str(word) for word in words], variables, f"http://127.0.0.1:{port}", folder / "said")
-    try:
-        server.ready(300)
-        yield Started(Target(server.url, timeout_s=300), server.processes())
-    finally:
-        server.kill()
-        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +74,7 @@ def test_a_megabyte_that_each_unload_keeps_is_found(tiny_base_fp32: Path, adapte
     with started("leak", tiny_base_fp32, tmp_path) as server:
         rows = by_part(asyncio.run(cycles.measure(server, adapters, PROMPTS, BUDGET_S, nothing, PATIENT)))
     row = rows["memory at rest"]
-    assert row.finding == "costs" and row.extra and row.unit == "MB"
+    assert row.finding == "costs" and row.extra and row.unit == "MB a cycle"
     assert 1.5 < row.extra.low <= row.extra.high < 3, "two unloads in each cycle"
     assert "a load, a request and an unload" in row.sentence, "no other kind of use has to come with it"
     assert row.advice
@@ -189,3 +158,19 @@ def test_no_tensor_of_an_adapter_outlives_it(tiny_base_fp32: Path, tmp_path: Pat
             assert not [each for each in own if each() is not None]
     finally:
         gc.enable()
+
+
+def test_a_load_keeps_no_objects(tiny_base_fp32: Path, tiny_lora: Path) -> None:
+    """safetensors' readers of files keep two for each tensor."""
+    model = _rows.Served(str(tiny_base_fp32), "cpu")
+
+    def cycle(number: int) -> int:
+        model.add(f"adapter{number}", str(tiny_lora))
+        model.remove(f"adapter{number}")
+        if number >= 20:  # what is imported and compiled at first is there
+            gc.collect()
+        return sys.getallocatedblocks()
+
+    blocks = [cycle(number) for number in range(31)]
+    tensors = len(hf.adapter_weights(str(tiny_lora)))
+    assert (blocks[-1] - blocks[20]) / 10 < tensors

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftopt.cli.diagnose import outcome
-from peftopt.diagnose import batching, choice, costs, judging, keeping, making, prompts, unfused
+from peftopt.diagnose import batching, choice, costs, judging, keeping, making, prompts, screen, unfused
 from peftopt.diagnose.asking import Turn
 from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, differing, evenly, skewed
 from peftopt.diagnose.company import Names
@@ -262,6 +262,20 @@ def test_the_exit_code_says_what_came_of_it(findings: Sequence[Finding], code: i
     assert outcome(diagnosis(*findings)) == code
 
 
+@pytest.mark.parametrize(
+    ("extra", "unit", "shown"),
+    [
+        (Interval(1.92, 1.09, 3.16, 16), "MB", "1.92 MB (1.09–3.16)"),
+        (Interval(1.92, -math.inf, math.inf, 2), "MB", "1.92 MB (open)"),
+        (Interval(0.64, 0.5, 0.7, 16), "of requests within it", "64 % of requests within it"),
+        (Interval(math.nan, -math.inf, math.inf, 0), "MB", ""),
+    ],
+)
+def test_an_amount_is_shown_in_its_unit(extra: Interval, unit: str, shown: str) -> None:
+    row = replace(costs.not_asked("unloading", "memory at rest", ""), extra=extra, unit=unit)
+    assert screen.costs(row) == shown
+
+
 def test_a_diagnosis_is_read_as_it_was_written(tmp_path: Path) -> None:
     written = diagnosis("costs", "undecided")
     keeping.write(written, tmp_path)
@@ -446,14 +460,16 @@ def test_our_own_engine_is_diagnosed_from_start_to_end(tiny_lora: Path, tiny_bas
     out = tmp_path / "out"
     words = ["diagnose", "--base", tiny_base, "--adapter", f"support={tiny_lora}", "--out", out]
     words += ["--minutes", "0.2", "--new-tokens", "4", "--threads", "1", "--prompt-tokens", "8"]
-    process = COMMANDS.begin(tmp_path / "said", "peftopt.cli", *words, workers=workers())
+    few = {"peftopt.diagnose.company:LIVE": 3}
+    process = COMMANDS.begin(tmp_path / "said", "peftopt.cli", *words, workers=workers(), constants=few)
     try:
-        code = process.wait(240)
+        code = process.wait(600)
     finally:
         process.kill()
     said = (tmp_path / "said").read_text()
     assert code in (ACCEPTED, INCONCLUSIVE), said
     rows = keeping.read(out).rows
     assert {row.bottleneck for row in rows} >= {"unfused", "choice", "prompts", "batching"}
-    assert all(row.gain for row in rows if row.part == "the adapter")
+    advised = [row for row in rows if row.part in ("the adapter", "virtual tokens") and row.phase == "prefill"]
+    assert len(advised) == 3 and all(row.gain for row in advised)
     assert not [row for row in rows if row.finding == "fault"], said

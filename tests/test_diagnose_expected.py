@@ -139,6 +139,15 @@ def test_padding_that_costs_nothing_though_it_should_was_there_before() -> None:
     assert reason(0.1, padded=0.1) == "its own"
 
 
+def test_adapters_that_take_far_more_memory_than_their_files_are_padded() -> None:
+    measured = times(1.2, 0.0, [1.0] * BLOCKS)
+    assert expected.judged(WORK, measured, swollen=True).reason == "padded rank"
+    assert expected.judged(WORK, times(0.2, 0.0, [1.0] * BLOCKS), swollen=True).reason == "its own"
+    assert expected.swollen(257e6, 14e6), "eight adapters of rank 8, padded to 256"
+    assert not expected.swollen(87e6 + 14e6, 14e6)
+    assert not expected.swollen(2 * 1e9, 1e9), "bf16 held as fp32"
+
+
 def test_too_few_blocks_accuse_nobody() -> None:
     measured = times(2.0, 0.0, [1.0] * (BLOCKS - 1))
     assert expected.judged(WORK, measured).reason == "its own"

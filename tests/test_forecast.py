@@ -86,6 +86,18 @@ def test_a_moment_that_disturbs_one_pass_of_a_group_changes_nothing(passes: list
         assert sum(one != other for one, other in zip(groups, again, strict=True)) <= 1
 
 
+@given(st.lists(MS, min_size=8, max_size=20), st.floats(0.5, 2.0))
+def test_the_clock_that_differs_less_tells(times: list[float], scale: float) -> None:
+    passes = [Pass(prompt_ms=each, step_ms=each) for each in times]
+    scaled = [Pass(prompt_ms=scale * each, step_ms=scale * each) for each in times]
+    still = [Pass(prompt_ms=1.0, step_ms=1.0)] * len(times)
+    assert not forecast.by_cpu(passes, scaled)  # as noisy as each other: the wall clock
+    assert not forecast.by_cpu(still, passes)
+    middle = sorted(times)[len(times) // 2]
+    if sum(each == pytest.approx(middle) for each in times) < len(times) / 3:
+        assert forecast.by_cpu(passes, still)
+
+
 def test_rounds_too_few_for_an_interval_warn_of_nothing() -> None:
     assert not forecast.slower(forecast.ratio([9.0, 9.0, 9.0], [1.0, 1.0, 1.0]))
 
@@ -113,7 +125,7 @@ class Recorded(compiled.Compiled):
 
     def __init__(self, params: compiled.Params) -> None:
         self._params = params
-        self._longest = 2**31
+        self._longest, self._prefix, self.virtual_tokens = 2**31, None, 0
         self._steps, self._prompts, self._warmed = {}, {}, set()
 
     def _step(self, shape: Any) -> Any:

@@ -54,6 +54,7 @@ def filling(dice: np.random.Generator) -> np.ndarray:
 SHAPES = {
     "flat": lambda dice: noise(dice, 20e3),
     "noise": lambda dice: noise(dice, 150e3),
+    "much noise": lambda dice: noise(dice, 3 * MB),
     "neighbours alike": lambda dice: noise(dice, 200e3, 0.8),
     "steps": lambda dice: noise(dice, 20e3) + steps(dice),
     "waves": lambda dice: noise(dice, 20e3) + wave(dice),
@@ -73,6 +74,12 @@ def test_a_megabyte_a_cycle_is_a_leak_whatever_lies_on_top(shape: str) -> None:
         kept = cycled(SHAPES[shape](np.random.default_rng(seed)) + np.arange(CYCLES + 1) * MB)
         assert kept.outcome == "leaks"
         assert leaks.TOLERATED < kept.per_cycle.low < 1.1 * MB < 1.1 * kept.per_cycle.high
+
+
+def test_a_quiet_server_is_told_to_free_whatever_the_noise() -> None:
+    for shape in ("flat", "noise", "much noise", "neighbours alike"):
+        for seed in range(RUNS):
+            assert cycled(SHAPES[shape](np.random.default_rng(seed))).outcome in ("frees", "caches")
 
 
 def test_twenty_of_twenty_clean_runs_are_clean_and_twenty_of_twenty_leaks_are_found() -> None:

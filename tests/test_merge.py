@@ -524,7 +524,7 @@ def test_prompt_methods_are_refused_with_what_to_do_instead(
     adapter = make_adapter(bases("llama"), tmp_path / "adapter", prompt_config(kind))
     with pytest.raises(BadInput, match="has no weight delta") as refused:
         merged(bases("llama"), adapter, out=tmp_path / "out")
-    assert "serve it unmerged" in refused.value.hint
+    assert "bake it" in refused.value.hint
 
 
 SETTINGS: Mapping[str, dict[str, Any]] = {

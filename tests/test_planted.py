@@ -220,6 +220,9 @@ def test_a_clean_run_may_name_costs_and_no_fault(planted: dict[str, Any]) -> Non
         assert accusations(diagnosis(ROW, own)) == [own]
         assert accusations(diagnosis(ROW, own), fault) == []
         assert accusations(diagnosis(replace(own, finding="no cost"))) == []
+    beside = replace(ROW, bottleneck="unloading", part="memory at rest", finding="fault")
+    assert accusations(diagnosis(beside), "stuck-unload") == []
+    assert accusations(diagnosis(beside), "slot-cliff") == [beside]
 
 
 def test_the_other_clean_runs_are_the_truth_about_a_cost(planted: dict[str, Any]) -> None:

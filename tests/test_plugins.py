@@ -441,13 +441,15 @@ def test_an_engine_is_warm_for_all_that_batches_of_some_prompts_need(tiny_base: 
         assert engine.facts()["uncompiled"] == 0, "nothing has been asked yet"
         return sorted(done)
 
-    assert made(True, 1) == [(1, 256), (1, 256, 32), (1, 256, 48), (1, 256, 64), (1, 256, 96)]
-    assert made(True, 4) == [(4, 256), (4, 256, 96)], "the longest of four has 90 tokens, or does not fit"
-    assert made(False, 1) == [(1, 256), (1, 256, 96)]
+    assert made(True, 1) == [(1, 256), (1, 256, 32, 0), (1, 256, 48, 0), (1, 256, 64, 0), (1, 256, 96, 0)]
+    assert made(True, 4) == [(4, 256), (4, 256, 96, 0)], "the longest of four has 90 tokens, or does not fit"
+    assert made(False, 1) == [(1, 256), (1, 256, 96, 0)]
     engine = plugin.open(Model(str(tiny_base)), plugin.Params(cache_len=256))
     engine._ready = lambda *_: None
     engine.warm([20] * 2 + [90] * 98, 8, 8, True)
-    assert engine._bucket((8, 256), 20, True) == (8, 256, 96), "what no batch is likely to need is not compiled later"
+    assert engine._bucket((8, 256), 20, True) == (8, 256, 96), (
+        "what no batch is likely to need is not compiled later"
+    )
 
 
 def broken(engine: Any) -> Any:

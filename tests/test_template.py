@@ -29,6 +29,7 @@ REFUSES = (
 )
 SYSTEM = {"role": "system", "content": "be brief"}
 USER = {"role": "user", "content": "hello"}
+ANSWER = {"role": "assistant", "content": "a"}
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def lines(path: Path, *chats: list[dict[str, str]]) -> Path:
     ("chat", "says"),
     [
         ([SYSTEM, USER], "System role not supported"),
-        ([USER, USER, {"role": "assistant", "content": "a"}], "roles must alternate"),
+        ([USER, ANSWER, ANSWER, USER], "roles must alternate"),
     ],
 )
 @pytest.mark.parametrize("verb", ["bench", "compile", "quantize"])

@@ -29,7 +29,7 @@ def check(
     from peftopt.cli.console import Console
     from peftopt.metrics import counted
     from peftopt.recipe import plan as planning
-    from peftopt.runner import judged, preflight
+    from peftopt.runner import judged, preflight, starting
 
     parsed, _ = judged.read_recipe(recipe)
     preflight.check(parsed)
@@ -45,7 +45,7 @@ def check(
         chain = [_words(step) for step in (*variant.steps, *variant.policies)] or ["base + adapter"]
         mark = "  (baseline)" if variant.name == parsed.baseline else ""
         console.say(f"  {variant.name:<{width}}  {' -> '.join(chain)}, on {_words(variant.engine)}{mark}")
-    for line in preflight.prompts(parsed):
+    for line in (*preflight.prompts(parsed), *starting.proposals(parsed)):
         console.say(line)
     for line in (*preflight.warnings(parsed), *preflight.copies(parsed)):
         console.warn(line)

@@ -36,7 +36,7 @@ def bake(
         typer.Option(
             "--for",
             help="ours: keys and values in a folder that stands where the adapter stood. vllm: a copy of the base with "
-            "the virtual tokens as words, which vLLM and any other engine serves.",
+            "the virtual tokens as words, which vLLM serves as a plain model.",
         ),
     ] = "ours",
     allow_base_mismatch: Annotated[

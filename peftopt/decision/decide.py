@@ -10,6 +10,7 @@ from dataclasses import replace
 from peftopt import stats
 from peftopt.decision.evidence import Evidence
 from peftopt.decision.figures import figures
+from peftopt.decision.prompts import virtual_tokens
 from peftopt.decision.rules import family, parent_of, protects, rule_name, verdicts
 from peftopt.measurements import Answer
 from peftopt.metrics import counted, percent
@@ -78,7 +79,8 @@ def _warm_up_notes(evidence: Evidence, variant: str) -> list[str]:
 
 
 def _remarks(evidence: Evidence, variant: Variant) -> Iterator[str]:
-    """What a reader should know of the variant's answers, beside the verdicts."""
+    """What a reader should know of the variant beside the verdicts: its virtual tokens, its answers."""
+    yield from virtual_tokens(evidence, variant)
     if variant.name == evidence.baseline:
         yield from _proposed_cap(evidence)
         return

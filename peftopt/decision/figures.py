@@ -211,7 +211,14 @@ def _tasks(evidence: Evidence, variant: str, level: float) -> dict[str, Interval
 def _footprint(evidence: Evidence, variant: str, level: float) -> dict[str, Interval]:
     size = evidence.size(variant)
     on_disk = {"size": _exactly(size)} if size else {}
-    return on_disk | _read(evidence, variant, "", level)
+    return on_disk | _virtual(evidence, variant) | _read(evidence, variant, "", level)
+
+
+def _virtual(evidence: Evidence, variant: str) -> dict[str, Interval]:
+    """Of a variant that has virtual tokens, how many, and what their keys and values take of a sequence's cache."""
+    launch = next(iter(evidence.launches.get(variant, ())), None)
+    known = {"virtual_tokens": launch.virtual_tokens, "prompt_kv": launch.prompt_kv_bytes} if launch else {}
+    return {name: _exactly(value) for name, value in known.items() if value is not None}
 
 
 def _read(evidence: Evidence, variant: str, workload: str, level: float) -> dict[str, Interval]:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from peftopt import stats
+from peftopt.decision.evidence import NOISIER
 from peftopt.decision.rules import parent_of
 from peftopt.measurements import Forecast, Pass
 from peftopt.metrics import percent
@@ -25,6 +26,9 @@ LEAST = 0.05
 """The share of a time that is the layers' at least, where noise leaves less than nothing for them."""
 
 LEVEL = 0.95
+
+TYPICAL = 16
+"""Tokens of a request whose times are compared to choose a clock."""
 
 GROUPS = 8
 """What passes are put into, of each of which the least times count: from six on there is an exact interval."""
@@ -95,6 +99,18 @@ def least(passes: Sequence[Pass]) -> list[Pass]:
     ]
 
 
+def by_cpu(wall: Sequence[Pass], cpu: Sequence[Pass]) -> bool:
+    """Whether CPU time tells more than the wall clock, by the passes of one model: where the wall clock's differ
+    NOISIER times as much, since others keep the processors busy."""
+
+    def spread(passes: Sequence[Pass]) -> float:
+        logs = [math.log(p.request_ms(TYPICAL)) for p in passes]
+        middle = stats.median(logs)
+        return stats.median(abs(each - middle) for each in logs)
+
+    return spread(wall) > NOISIER * spread(cpu)
+
+
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
     """Times over others', paired by round: the centre and the exact interval of Hodges and Lehmann. Raises ValueError
     for no times, and for others than positive ones."""
@@ -126,11 +142,11 @@ def against(recipe: Recipe, variant: Variant, tried: Sequence[str]) -> list[str]
 # ---- saying it ---------------------------------------------------------------------------------
 
 
-def speed(variant: Variant, other: str, interval: Interval, prompt: float, step: float, layers: str) -> Forecast:
-    """A variant's time over another's. `prompt` and `step` are the ratios of the two parts, `layers` says of what."""
+def speed(variant: Variant, other: str, interval: Interval, prompt: float, step: float, how: str) -> Forecast:
+    """A variant's time over another's. `prompt` and `step` are the ratios of the two parts, `how` says of what."""
     name = next((step.plugin for step in reversed(variant.steps) if step.plugin in WHY), "")
     cause, advice = WHY.get(name, ("", "")) if slower(interval) else ("", "")
-    parts = f"a prompt {prompt:.2f}x, a token {step:.2f}x on {layers}"
+    parts = f"a prompt {prompt:.2f}x, a token {step:.2f}x {how}"
     return Forecast(
         kind="speed",
         against=other,

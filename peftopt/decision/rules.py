@@ -1,7 +1,7 @@
 """The named rules: one half-row of the trade-off table, or one requirement, asked of one variant. Pure.
 
 Every rule has three outcomes; inconclusive never passes. A rule of a technique is judged on what isolates it: the
-variant against the same variant without it, a merge against the unmerged adapter.
+variant against the same variant without it, a merge or a baked prompt against the unmerged adapter.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ LOST = 0.1
 """What must be left of the adapter's shift from the base for it to count as applied at all."""
 
 TAILS = ("p95", "p99")
+
+SAME_MODEL = ("merge", "bake")
+"""Techniques that give the same model without the adapter's cost: they are judged against the unmerged adapter."""
 
 WHOLE = "variant"
 """The row of the trade-off table that every variant faces as a whole, whatever it is made of."""
@@ -170,15 +173,15 @@ def _troubles(evidence: Evidence, workload: str) -> str:
 
 
 def gain(case: Case) -> Verdict:
-    """Latency drops by more than the limit. A merge is judged as a whole variant against the unmerged adapter,
-    since that is what is given up for it, but by itself where a quantizer after it may cost speed, being a memory win;
-    any other technique against the same variant without it."""
+    """Latency drops by more than the limit. A merge, or a baked prompt, is judged as a whole variant against the
+    unmerged adapter, since that is what is given up for it, but by itself where a quantizer in the variant may cost
+    speed, being a memory win; any other technique against the same variant without it."""
     goal = f"{percent(case.limit)} faster or better" if case.limit else "faster"
-    if case.step.technique != "merge":
+    if case.step.technique not in SAME_MODEL:
         return _speed(case, case.parent, 1 - case.limit, goal)
     recipe = case.evidence.plan.recipe
     slower = any(_may_be_slower(recipe, step) for step in recipe.variants[case.variant].techniques)
-    alone = _prefix(recipe, case.variant, case.step) if slower else None
+    alone = _alone(recipe, case.variant, case.step) if slower else None
     if alone is None or alone == case.variant:
         return _speed(case, case.baseline, 1 - case.limit, goal)
     found = _speed(replace(case, variant=alone), case.baseline, 1 - case.limit, goal)
@@ -212,7 +215,7 @@ def critical_errors(case: Case) -> Verdict:
     in enough prompts to bound their rate below the limit. One is enough to reject."""
     variant, parent = _judged(case)
     if variant is None:
-        return Verdict("", "not judged", _NOT_ALONE, case.baseline)
+        return _not_alone(case)
     return _critical(case, variant, parent)
 
 
@@ -250,15 +253,17 @@ def _named(errors: Sequence[CriticalError]) -> str:
     return f"{errors[0].row}: {errors[0].flag}"
 
 
-_NOT_ALONE = "no variant of the recipe is the merge alone"
+def _not_alone(case: Case) -> Verdict:
+    reason = f"no variant of the recipe is the {case.step.technique} alone"
+    return Verdict("", "not judged", reason, case.baseline)
 
 
 def _judged(case: Case) -> tuple[str | None, str]:
-    """(the variant on which a technique's answers are judged, the one it is compared with). A merge is judged by itself
-    on the variant that is nothing but the merge, if the recipe has it, not by what was done to it afterwards."""
-    if case.step.technique != "merge":
+    """(the variant on which a technique's answers are judged, the one it is compared with). A merge, or a baked prompt,
+    is judged on the variant that is nothing but that, if the recipe has it, not by what else was done to it."""
+    if case.step.technique not in SAME_MODEL:
         return case.variant, case.parent
-    return _prefix(case.evidence.plan.recipe, case.variant, case.step), case.baseline
+    return _alone(case.evidence.plan.recipe, case.variant, case.step), case.baseline
 
 
 def over(case: Case) -> Verdict:
@@ -286,7 +291,7 @@ def _answers_lost(case: Case) -> Verdict:
     """Of the adapter's right answers few are wrong now, beyond those that its own second run loses."""
     variant, against = _judged(case)
     if variant is None:
-        return Verdict("", "not judged", _NOT_ALONE, case.baseline)
+        return _not_alone(case)
     if not case.evidence.rows(variant):
         return Verdict("", "inconclusive", "no answers were checked", against)
     worse, better, right = case.evidence.lost(variant)
@@ -347,7 +352,7 @@ def parity(case: Case) -> Verdict:
     evidence = case.evidence
     variant, against = _judged(case)
     if variant is None:
-        return Verdict("", "not judged", _NOT_ALONE, case.baseline)
+        return _not_alone(case)
     found = evidence.disagreement(variant, against)
     if not found.partings:
         return Verdict("", "inconclusive", f"its answers were not compared with two runs of {case.baseline}'s", against)
@@ -480,10 +485,11 @@ def parent_of(recipe: Recipe, variant: Variant, step: Step) -> str:
     return recipe.baseline
 
 
-def _prefix(recipe: Recipe, variant: str, step: Step) -> str | None:
-    """The variant that is this one's chain up to and including the step, on the baseline's engine."""
+def _alone(recipe: Recipe, variant: str, step: Step) -> str | None:
+    """The variant that is this one's chain up to and including the step, without other techniques before it, on the
+    baseline's engine."""
     chain = recipe.variants[variant].steps
-    wanted = chain[: chain.index(step) + 1]
+    wanted = (*(s for s in chain[: chain.index(step)] if not s.technique), step)
     plain = recipe.variants[recipe.baseline].engine
     whole = (wanted, plain, ())
     return next((v.name for v in recipe.variants.values() if (v.steps, v.engine, v.policies) == whole), None)

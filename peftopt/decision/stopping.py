@@ -10,6 +10,7 @@ from peftopt.decision.evidence import FEWEST, Evidence
 from peftopt.decision.rules import (
     ANY_CRITICAL,
     PARTED,
+    SAME_MODEL,
     WHOLE,
     against_limit,
     family,
@@ -151,7 +152,7 @@ def _unclaimable(rule: Rule, limit: float, prompts: int, variants: int) -> str:
     if rule.name == "critical_errors":
         needed, bound = stats.needed_n(limit, variants), stats.upper_bound(0, prompts, 1 - 0.05 / variants)
         what = "without a critical error"
-    elif rule.name == "lost" and rule.technique == "merge":
+    elif rule.name == "lost" and rule.technique in SAME_MODEL:
         needed, bound = _needed(limit, variants), _most(prompts, variants)
         what = "that the adapter answers right and none of which is lost"
     elif rule.name == "parity":

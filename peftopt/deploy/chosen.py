@@ -10,6 +10,7 @@ from peftopt.deploy.flags import Flag, Variable
 from peftopt.engines._server import Option
 from peftopt.errors import BadInput
 from peftopt.gateway.decided import NO_LIMITS, Decided
+from peftopt.models.prompts import AS_WORDS
 from peftopt.records import SAFETENSORS
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -23,8 +24,9 @@ class Chosen:
     """`decided` by the run in `folder`; `format` of the weights and their `dtype`; `quantized`: their format by
     `config.json`, "" for none, and `gpu_only`: what an engine calls it that has no kernels for it on a CPU;
     `provenance`: how it was quantized, in a line. Of an adapter that is not merged: its `rank`; `odd`: what it is where
-    that is no plain LoRA; `scaled`: its GGUF form with its scale. `threads` and `device`: what computed in the run, 0
-    and "" where it does not tell. `amx`: the processor has AMX, which llama.cpp must not use."""
+    that is no plain LoRA; `prompt`: whether it is virtual tokens; `scaled`: its GGUF form with its scale. `threads` and
+    `device`: what computed in the run, 0 and "" where it does not tell. `amx`: the processor has AMX, which llama.cpp
+    must not use."""
 
     decided: Decided
     folder: str
@@ -35,6 +37,7 @@ class Chosen:
     provenance: str = ""
     rank: int = 0
     odd: str = ""
+    prompt: bool = False
     scaled: str = ""
     threads: int = 0
     device: str = ""
@@ -68,6 +71,12 @@ def check(chosen: Chosen, engine: str, format_: str, own: bool) -> None:
         raise BadInput(what, "name another variant of the run: --variant, or the target peftopt")
     if len(chosen.decided.model.adapters) > 1:
         raise BadInput(f"{engine} applies one adapter to a request", "merge several into one first: merge")
+
+
+def unserved(chosen: Chosen, engine: str) -> BadInput:
+    """That an engine cannot serve the adapter which stays apart, and what to do."""
+    instead = AS_WORDS if chosen.prompt else "merge it"
+    return BadInput(f"{engine} cannot serve {chosen.odd} ({chosen.adapter})", f"{instead}, or use the target peftopt")
 
 
 def head(chosen: Chosen, title: str, target: str, own: bool) -> tuple[str, ...]:

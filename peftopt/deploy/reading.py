@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from peftopt import machine, store
@@ -10,7 +11,8 @@ from peftopt.deploy.chosen import Chosen
 from peftopt.engines import llamacpp_server, vllm
 from peftopt.gateway import decided
 from peftopt.measurements import Launch
-from peftopt.models import adapter, provenance
+from peftopt.models import adapter, prompts, provenance
+from peftopt.models.baked import is_baked
 from peftopt.plugins import catalogue
 from peftopt.records import SAFETENSORS, Json, Model
 from peftopt.runner import preflight
@@ -36,7 +38,8 @@ def chosen(run: Path, variant: str = "") -> Chosen:
         gpu_only=vllm.without_kernels(served.model.path),
         provenance=f"{made_by['method']}: {provenance.summary(made_by)}" if made_by else "",
         rank=adapter.highest_rank(lora),
-        odd=vllm.not_plain(lora) if lora else "",
+        odd=_odd(served.model, lora),
+        prompt=prompts.facts(served.model) != {},
         scaled=llamacpp_server.scaled(served.model) if format_ == "gguf" else "",
         threads=(launch.threads if launch else None) or 0,
         device=launch.device if launch else "",
@@ -45,8 +48,16 @@ def chosen(run: Path, variant: str = "") -> Chosen:
 
 
 def _adapter(model: Model) -> dict[str, Json]:
-    """The config of the adapter that is not merged, {} for none."""
-    return dict(adapter.open_adapter(Path(model.adapters[0])).config) if model.adapters else {}
+    """The config of the adapter that is not merged, {} for none and for a baked prompt."""
+    live = [Path(folder) for folder in model.adapters if not is_baked(folder)]
+    return dict(adapter.open_adapter(live[0]).config) if live else {}
+
+
+def _odd(model: Model, lora: Mapping[str, Json]) -> str:
+    """What the adapter is where that is no plain LoRA."""
+    if any(map(is_baked, model.adapters)):
+        return "a baked prompt"
+    return vllm.not_plain(lora) if lora else ""
 
 
 def _launch(run: Path, variant: str) -> Launch | None:

@@ -28,7 +28,7 @@ def check(chosen: Chosen) -> None:
         what = f"SGLang {VERSION} reads no torchao checkpoints, and {chosen.decided.origin.variant} is one"
         raise BadInput(what, "name another variant of the run: --variant, or the target peftopt or vllm")
     if chosen.adapter and chosen.odd:
-        raise BadInput(f"SGLang cannot serve {chosen.odd} ({chosen.adapter})", "merge it, or use the target peftopt")
+        raise common.unserved(chosen, "SGLang")
 
 
 def exported(chosen: Chosen) -> Exported:

@@ -11,7 +11,6 @@ from peftopt.deploy.deployed import Exported
 from peftopt.deploy.flags import Flag
 from peftopt.deploy.scripts import LISTEN, Script, address
 from peftopt.engines import vllm
-from peftopt.errors import BadInput
 from peftopt.records import SAFETENSORS
 
 NAME = "vLLM"
@@ -36,7 +35,7 @@ def check(chosen: Chosen) -> None:
     """Raises BadInput for what vLLM cannot serve."""
     common.check(chosen, "vLLM", SAFETENSORS, _own(chosen))
     if chosen.adapter and chosen.odd:
-        raise BadInput(f"vLLM cannot serve {chosen.odd} ({chosen.adapter})", "merge it, or use the target peftopt")
+        raise common.unserved(chosen, "vLLM")
     if chosen.adapter:
         vllm.padded(chosen.rank)
     if chosen.gpu_only and chosen.device == "cpu":

@@ -140,8 +140,10 @@ def gaps_ms(reply: Reply) -> list[float]:
 
 
 def _gap_ms(reply: Reply) -> float | None:
-    """The median gap between messages, as time per token: a pause of the machine hardly moves it."""
+    """The median gap between messages, as time per token: a pause of the machine hardly moves it. The mean, where
+    messages came together."""
     gaps = gaps_ms(reply)
     if not gaps or reply.new_tokens < 2:
         return None
-    return stats.median(gaps) * len(gaps) / (reply.new_tokens - 1)
+    gap = stats.median(gaps) if min(gaps) > 0 else sum(gaps) / len(gaps)
+    return gap * len(gaps) / (reply.new_tokens - 1)

@@ -39,8 +39,8 @@ SHORT, LONG = 2, 8
 async def rows(diagnosed: Pass) -> list[Row]:
     """Measure, and say what batching gains."""
     setting, names = diagnosed.setting, diagnosed.names
-    asked = names.adapter or BASE
-    launch = alone(setting, names) if names.adapter else Launch()
+    by_name = names.adapter and diagnosed.abilities.apart
+    asked, launch = (names.adapter, alone(setting, names)) if by_name else (BASE, Launch())
     ladder = [lone(setting, launch, asked, batch) for batch in BATCHES]
     joining, waves = uneven(setting, launch, asked)
     wanted = parts(setting, launch, asked)

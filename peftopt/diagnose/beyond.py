@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from peftopt.diagnose import expected
-from peftopt.diagnose.cells import BATCH
+from peftopt.diagnose.cells import Pair
 from peftopt.diagnose.company import Names
 from peftopt.diagnose.expected import Work
 from peftopt.diagnose.measured import Measured
@@ -17,26 +17,33 @@ ADAPTER, PADDING = "the adapter", "rank padding"
 """Parts that are looked at."""
 
 
-def rows(work: Work, names: Names, wanted: Sequence[Part], measured: Measured) -> list[Row]:
-    """A fault where the adapter's prefill does more than a LoRA's own work; else none.
-
-    A whole batch is judged, which computes most beside what a step of one row shows to be around it.
-    """
+def rows(work: Work, names: Names, wanted: Sequence[Part], measured: Measured, swollen: bool = False) -> list[Row]:
+    """A fault where the adapter's prefill does more than a LoRA's own work; else none. A whole batch is asked first: it
+    computes most beside what a step of one row shows to be around it. `swollen`: see expected."""
     own = {part.batch: part.pair for part in wanted if part.pair.part == ADAPTER}
-    if not {1, BATCH} <= own.keys():
+    if 1 not in own:
         return []
-    prefills = [measured.values(cell, "prefill") for cell in (own[BATCH].plain, own[BATCH].costly)]
-    steps = [measured.values(cell, "decode") for cell in (own[1].plain, own[1].costly)]
-    blocks = sorted(set.intersection(*(set(side) for side in (*prefills, *steps))))
-    times = expected.Times(*([side[block] for block in blocks] for side in (*prefills, *steps)))
-    judged = expected.judged(work, times, _padding(names, wanted, measured), names.padded_rank)
-    row = expected.row(work, names.adapter, BATCH, judged)
-    return [row] if row else []
+    for batch in sorted(own, reverse=True):
+        times = _times(own[batch], own[1], measured)
+        padding = _padding(names, wanted, measured, batch)
+        judged = expected.judged(work, times, padding, names.padded_rank, swollen)
+        if row := expected.row(work, names.adapter, batch, judged):
+            return [row]
+    return []
 
 
-def _padding(names: Names, wanted: Sequence[Part], measured: Measured) -> list[float]:
+def _times(prompts: Pair, lone: Pair, measured: Measured) -> expected.Times:
+    """Prefills of one pair beside steps of the other, in the blocks that have both."""
+    prefills = [measured.values(cell, "prefill") for cell in (prompts.plain, prompts.costly)]
+    steps = [measured.values(cell, "decode") for cell in (lone.plain, lone.costly)]
+    sides = [*prefills, *steps]
+    blocks = sorted(set.intersection(*(set(side) for side in sides)))
+    return expected.Times(*([side[block] for block in blocks] for side in sides))
+
+
+def _padding(names: Names, wanted: Sequence[Part], measured: Measured, batch: int) -> list[float]:
     """How much longer the padded adapter's prefills take, by block; [] where its zeros were there before."""
-    pairs = [part.pair for part in wanted if (part.pair.part, part.batch) == (PADDING, BATCH)]
+    pairs = [part.pair for part in wanted if (part.pair.part, part.batch) == (PADDING, batch)]
     if names.cut or not pairs:
         return []
     high, low = measured.paired(pairs[0], "prefill")
@@ -44,7 +51,7 @@ def _padding(names: Names, wanted: Sequence[Part], measured: Measured) -> list[f
 
 
 def explained(row: Row, work: Work | None) -> Row:
-    """The row with what the adapter's arithmetic explains of its cost."""
+    """The row with what the adapter's arithmetic explains of its cost, where it is a LoRA's own work."""
     if work is None or row.part != ADAPTER or row.finding != "costs" or row.ratio is None:
         return row
     phase: expected.Phase = "prefill" if row.phase == "prefill" else "decode"

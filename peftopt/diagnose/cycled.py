@@ -91,7 +91,7 @@ def _memory(name: str, levels: Sequence[float], cycled: Cycled, blamed: Sequence
     late = cycled.late
     kept = leaks.judge(levels, returned=not (late and late.what.startswith("unload")))
     row = _row(part=PARTS[name], finding="no cost", sentence="", blocks=kept.cycles)
-    row = replace(row, extra=_in_mb(kept.per_cycle), unit="MB")
+    row = replace(row, extra=_in_mb(kept.per_cycle), unit="MB a cycle")
     what, often = MEMORY[name], counted(kept.cycles, "cycle")
     between = f"{_size(kept.per_cycle.low)} to {_size(kept.per_cycle.high)}"
     match kept.outcome:

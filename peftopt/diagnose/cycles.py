@@ -114,9 +114,10 @@ async def cycles(
     limits: Limits = PATIENT,
     kinds: Sequence[Kind] = tuple(KINDS),
     most: int = leaks.LOOKS[-1],
+    early: bool = True,
 ) -> Cycled:
-    """Cycle until memory is decided upon, something does not work, or time is over; at most `most` cycles. The server
-    must see this machine's files. Raises MissingEnvironment where no server answers."""
+    """Cycle until memory is decided upon (`early`), something does not work, or time is over; at most `most` cycles.
+    The server must see this machine's files. Raises MissingEnvironment where no server answers."""
     until = time.monotonic() + budget_s
     patience_s = 2 * max(limits.load_s, limits.use_s, limits.unload_s)  # the limits here come first
     async with Client(replace(server.target, timeout_s=patience_s)) as client:
@@ -128,7 +129,7 @@ async def cycles(
             went = await work.cycle()
             await work.rest(server)
             show(work.cycled.cycles, so_far(work.cycled))
-            if not went or decided(work.cycled):
+            if not went or (early and decided(work.cycled)):
                 break
         return work.cycled
 
@@ -150,7 +151,7 @@ async def blame(
         left_s = until - time.monotonic()
         if left_s <= 0:
             break
-        seen = await cycles(server, adapters, prompts, left_s, show, limits, kinds, PROBE)
+        seen = await cycles(server, adapters, prompts, left_s, show, limits, kinds, PROBE, early=False)
         if grows(seen):
             guilty.append(what)
         if guilty and not kinds:
@@ -165,7 +166,7 @@ class _Late(Exception):
 @dataclass
 class Cycles:
     """Cycles on one server. `others`: names that it served before, which are asked whether it still answers. `check`
-    is called after each load, with the name and the folder."""
+    is called after each load, with the name and the folder. `present`: the name that may be loaded now."""
 
     client: Client
     adapters: Sequence[Path]
@@ -176,6 +177,7 @@ class Cycles:
     cycled: Cycled = field(default_factory=Cycled)
     check: Callable[[str, Path], Awaitable[None]] | None = None
     failing: int = 0
+    present: str = ""
     started: int = field(default_factory=time.time_ns)
 
     async def begin(self) -> None:
@@ -187,6 +189,7 @@ class Cycles:
 
     async def rest(self, server: Server) -> None:
         """Note what the server holds at rest."""
+        await self.client.hang_up()
         held = await resting.at_rest(server.processes)
         if held is not None:
             self.cycled.host.append(held.host)
@@ -217,16 +220,23 @@ class Cycles:
             self.failing += 1
             if self.failing >= FAILING:
                 self.cycled.stopped = str(error)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(self.limits.unload_s):
-                    await self.client.lora("unload", name)  # it may be there
+            await self.clear()
         except _Late:
             self.cycled.others_answer = await self._still_answers(prompt)
         return not (self.cycled.stopped or self.cycled.late)
 
+    async def clear(self) -> None:
+        """Unload what a cycle that failed or was cut off has left behind."""
+        if self.present:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.limits.unload_s):
+                    await self.client.lora("unload", self.present)
+        self.present = ""
+
     # ---- steps
 
     async def _load(self, name: str, folder: Path) -> None:
+        self.present = name
         await self._step("load", reloads.loaded(self.client, name, folder), self.limits.load_s)
         if self.check:
             with suppress(WorkerFailed):
@@ -234,6 +244,7 @@ class Cycles:
 
     async def _unload(self, name: str, what: str = "unload") -> None:
         await self._step(what, reloads.unloaded(self.client, name), self.limits.unload_s)
+        self.present = ""
 
     async def _ask(self, name: str, prompt: Prompt) -> None:
         await self._request("request", self.client.ask(prompt, name, NEW_TOKENS, stop=False))

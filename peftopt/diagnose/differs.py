@@ -3,7 +3,7 @@ applied, whatever it costs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from peftopt.canary import fingerprint, mixed
 from peftopt.diagnose.cells import BASE, Launch
@@ -19,7 +19,7 @@ NOTHING = 1e-3
 
 
 async def unchanged(diagnosed: Pass, bottleneck: Bottleneck, launch: Launch, names: Sequence[str]) -> list[Row]:
-    """A fault for each name whose every fingerprint is the base's; [] where all differ, or nothing tells."""
+    """A fault that names all whose every fingerprint is the base's; [] where all differ, or nothing tells."""
     client = diagnosed.servers.client(launch)
     prompts = diagnosed.servers.messages(len(PROMPTS)) or [({"role": "user", "content": text},) for text in PROMPTS]
     called = diagnosed.servers.called
@@ -31,11 +31,9 @@ async def unchanged(diagnosed: Pass, bottleneck: Bottleneck, launch: Launch, nam
         diagnosed.notes.append(f"whether adapters change the answers is not known: {error.message}")
         return []
     noise = furthest(base, again)
-    return [
-        _fault(bottleneck, name, far, noise)
-        for name, prints in own.items()
-        if (far := furthest(base, prints)) <= max(2 * noise, NOTHING)
-    ]
+    distances = {name: furthest(base, prints) for name, prints in own.items()}
+    alike = {name: far for name, far in distances.items() if far <= max(2 * noise, NOTHING)}
+    return [_fault(bottleneck, alike, noise)] if alike else []
 
 
 def furthest(one: Sequence[fingerprint.Print], other: Sequence[fingerprint.Print]) -> float:
@@ -43,14 +41,16 @@ def furthest(one: Sequence[fingerprint.Print], other: Sequence[fingerprint.Print
     return max(fingerprint.distance(a, b) for a, b in zip(one, other, strict=True))
 
 
-def _fault(bottleneck: Bottleneck, name: str, far: float, noise: float) -> Row:
+def _fault(bottleneck: Bottleneck, alike: Mapping[str, float], noise: float) -> Row:
+    names, far = ", ".join(alike), max(alike.values())
+    subject = f"{names} answers" if len(alike) == 1 else f"{names} answer"
     return Row(
         bottleneck=bottleneck,
         part="it changes nothing",
         phase="answers",
         batch=1,
         finding="fault",
-        sentence=f"{name} answers exactly as the base does ({far:.2g} nats apart, its own noise is {noise:.2g}): it is "
-        "not applied, or it holds nothing",
-        advice=f"check the files of {name} and the server's log; peftopt canary tells models apart",
+        sentence=f"{subject} exactly as the base does ({far:.2g} nats apart, its own noise is {noise:.2g}): not "
+        "applied, or nothing is in it",
+        advice=f"check the files of {names} and the server's log; peftopt canary tells models apart",
     )

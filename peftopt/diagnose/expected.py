@@ -34,6 +34,10 @@ BEYOND = 0.5
 """A share of what one more product of each adapted matrix would take. A LoRA's own work, its additions to every layer's
 output among it, stays below; such a product is above."""
 
+SWOLLEN, APART = 4.0, 128 * 2**20
+"""How many times its matrices' bytes an adapter takes at most that is not padded, and by how many bytes two servers may
+differ that were asked other requests: up to 87 MB were measured."""
+
 PACKED_OR_ROUTED = ("quantization_config", "num_local_experts", "num_experts", "n_routed_experts", "vision_config")
 """Keys of a base's config that say that a pass does not multiply by each matrix once, as it lies on disk."""
 
@@ -158,21 +162,29 @@ class Judged:
     extra: Interval
 
 
-def judged(work: Work, times: Times, padding: Sequence[float] = (), padded_rank: int = 0) -> Judged:
+def judged(
+    work: Work, times: Times, padding: Sequence[float] = (), padded_rank: int = 0, swollen: bool = False
+) -> Judged:
     """Why a prefill takes longer with the adapter. `padding`: how much longer (ms, by block) those of the same adapter
     take, padded with zeros to `padded_rank` before it was loaded; () where there is none. Where it should cost and does
-    not, the engine has padded both."""
+    not, the engine has padded both. `swollen`: adapters take far more memory than their matrices do."""
     extra = computed(times)
     if not extra.low > work.share("prefill") + BEYOND * work.dense("prefill"):
         return Judged("its own", extra)
     base_ms = stats.median(times.base_prefill)
     more = stats.hodges_lehmann([ms / base_ms for ms in padding], LEVEL)
     needed = work.share("prefill") * (padded_rank - work.rank) / work.rank
-    return Judged("padded rank" if more.high < needed / 2 else "more work", extra)
+    return Judged("padded rank" if swollen or more.high < needed / 2 else "more work", extra)
+
+
+def swollen(held: float, files: float) -> bool:
+    """Whether adapters take far more memory than their matrices do: `held` bytes more with them than without, their
+    `files` bytes. Half of a padded rank's zeros would do; what requests leave behind (APART) does not."""
+    return held > SWOLLEN * files + APART
 
 
 WHY: Mapping[Reason, str] = {
-    "padded rank": "Padding it further costs nothing: the engine has padded it already",
+    "padded rank": "The engine pads it: in memory adapters are larger than their files, or more zeros cost no more",
     "more work": "Something is computed that a LoRA does not need",
 }
 

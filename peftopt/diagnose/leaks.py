@@ -8,10 +8,11 @@ gives back in waves, and neighbours in time are alike. So:
 - The first cycles are left out: at least a third, and as many as it takes to fill the caches that are known of.
 - The rest is cut into blocks, and the least level of each is its floor: what waves leave. A leak makes every floor
   higher than the one before, a step only one of them. The differences between floors get the exact Hodges-Lehmann
-  interval, which one step cannot move.
-- Only what is never given back is a leak: the lowest level that is still to come must rise too, early and late, and
-  growth must go on to the end. A cache that fills, or a collector's wave, looks like a leak until it is over: no leak
-  is called before LEAK_FROM cycles.
+  interval, which one step cannot move. So do the differences between each cycle and the one half of them later, which
+  noise moves least, and a step most.
+- A leak goes on all the time. Besides an interval above what is tolerated it takes that the lowest level that is still
+  to come rises too, early and late, and levels at the end; or that each of PARTS is higher than the one before. A cache
+  that fills, or a collector's wave, looks like a leak until it is over: no leak is called before LEAK_FROM cycles.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ CACHED = 2.0**20
 """Bytes kept for good from which "caches" is said instead of "frees"."""
 
 LEVEL = 0.99
-"""Of each interval. A leak is called by one of them a look, so four looks err 2 % at most; far less where noise of
-neighbouring levels cancels, as it does in differences (benchmarks/leaks.py)."""
+"""Of each interval. Three of them at four looks err 6 % at most on either side; how often they do is simulated
+(benchmarks/leaks.py)."""
 
 LOOKS = (25, 50, 100, 200)
 """Cycles after which a series is judged; the first look that decides is final."""
@@ -57,6 +58,9 @@ SETTLING = 1 / 3
 
 BLOCKS = (17, 10)
 """Blocks that the rest is cut into: many, whose interval a step does not move, and few, which waves do not either."""
+
+PARTS = 6
+"""Parts of the rest, each of which a leak makes higher than the one before."""
 
 TO_COME = 1 / 4
 """The share of the rest that is looked at for what is given back late, and for no growth."""
@@ -91,19 +95,23 @@ def judge(
     cycles = max(len(levels) - 1, 0)
     settled = max(full, math.ceil(cycles * SETTLING))
     late = levels[settled:]
-    intervals = [stats.hodges_lehmann(_differences(late, blocks), LEVEL) for blocks in BLOCKS]
+    by_floors = [stats.hodges_lehmann(_differences(late, blocks), LEVEL) for blocks in BLOCKS]
+    by_halves = stats.hodges_lehmann(_between_halves(late), LEVEL)
+    intervals = [*by_floors, by_halves]
     no_leak = [interval for interval in intervals if stats.judge(interval, tolerated) == "accepted"]
-    per_cycle = [*no_leak, intervals[0]][0]
-    kept = Kept("undecided", per_cycle, 0.0, settled, cycles)
+    narrowest = min(intervals, key=lambda interval: interval.high - interval.low)
+    kept = Kept("undecided", [*no_leak, narrowest][0], 0.0, settled, cycles)
     if late:
         kept = replace(kept, bound=max(0.0, max(late) - levels[0]))
     if not returned:
         return replace(kept, outcome="never returned")
     if no_leak:
         return replace(kept, outcome="caches" if min(late) - levels[0] > CACHED else "frees")
-    grows = stats.judge(per_cycle, tolerated) == "rejected"
-    if grows and cycles >= (leak_from or LEAK_FROM) and min(_growth(late)) > tolerated:
-        return replace(kept, outcome="leaks")
+    if cycles < (leak_from or LEAK_FROM):
+        return kept
+    for per_cycle, growth in ((by_floors[0], _growth(late)), (by_halves, _rises(late))):
+        if stats.judge(per_cycle, tolerated) == "rejected" and min(growth) > tolerated:
+            return replace(kept, outcome="leaks", per_cycle=per_cycle)
     return kept
 
 
@@ -123,6 +131,22 @@ def _differences(late: Sequence[float], blocks: int) -> list[float]:
     whole = late[len(late) % width :]
     floors = [min(whole[start : start + width]) for start in range(0, len(whole), width)]
     return [(after - before) / width for before, after in pairwise(floors)]
+
+
+def _between_halves(late: Sequence[float]) -> list[float]:
+    """Bytes a cycle between each cycle of the first half and the one as far into the second."""
+    half = len(late) // 2
+    return [(after - before) / half for before, after in zip(late[:half], late[-half:], strict=True)] if half else []
+
+
+def _rises(late: Sequence[float]) -> list[float]:
+    """Bytes a cycle from the middle of each of PARTS to that of the next; no growth where there are too few cycles."""
+    width = len(late) // PARTS
+    if not width:
+        return [0.0]
+    whole = late[len(late) % PARTS :]
+    middles = [stats.median(whole[start : start + width]) for start in range(0, len(whole), width)]
+    return [(after - before) / width for before, after in pairwise(middles)]
 
 
 def _growth(late: Sequence[float]) -> tuple[float, float, float]:

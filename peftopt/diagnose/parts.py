@@ -13,6 +13,7 @@ from peftopt.diagnose.costs import Phase, Told
 from peftopt.diagnose.measured import Measured
 from peftopt.diagnose.records import Bottleneck, Row
 from peftopt.diagnose.setting import Setting, abilities
+from peftopt.records import Interval
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ def rows_of(bottleneck: Bottleneck, setting: Setting, part: Part, measured: Meas
 def all_rows(bottleneck: Bottleneck, setting: Setting, parts: Iterable[Part], measured: Measured) -> list[Row]:
     """The rows of all parts."""
     return [row for part in parts for row in rows_of(bottleneck, setting, part, measured).values()]
+
+
+def gained(row: Row, gain: Interval | None, what: str) -> Row:
+    """The row with what its advice gained."""
+    return replace(row, gain=gain, gained=what) if gain else row
 
 
 # ---- servers -------------------------------------------------------------------------------------

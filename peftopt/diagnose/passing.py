@@ -106,7 +106,7 @@ class Pass:
             return unanswered(load, error)
         turn = await asker.ask(replace(load, names=(name,) * len(load.names)), block, number)
         error = await client.lora("unload", name)
-        return unanswered(load, error) if error else replace(turn, names=load.names)
+        return unanswered(load, f"its unload: {error}") if error else replace(turn, names=load.names)
 
 
 def united(groups: Iterable[Iterable[Cell]]) -> list[Cell]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,18 +10,20 @@ from pathlib import Path
 from peftopt import stats
 from peftopt.diagnose import costs, differs, judging, making
 from peftopt.diagnose.advice import advice
-from peftopt.diagnose.cells import BASE, Cell, Launch, Pair
+from peftopt.diagnose.cells import BASE, Cell, Launch, Pair, cells_of
 from peftopt.diagnose.costs import Phase
 from peftopt.diagnose.measured import Measured
-from peftopt.diagnose.parts import Part, all_rows, groups, lone
+from peftopt.diagnose.parts import Part, gained, lone, rows_of
 from peftopt.diagnose.passing import Pass
 from peftopt.diagnose.records import FREE, Bottleneck, Row
 from peftopt.diagnose.setting import Setting
-from peftopt.errors import BadInput
+from peftopt.errors import BadInput, PeftoptError
+from peftopt.jobs import TransformJob
 from peftopt.measurements import Caching
 from peftopt.models.adapter import open_adapter
-from peftopt.records import Interval
+from peftopt.records import Interval, Model
 from peftopt.report.words import bounded
+from peftopt.runner import single
 
 NAME: Bottleneck = "prompts"
 LENGTHS = (8, 32, 128)
@@ -43,14 +46,26 @@ async def rows(diagnosed: Pass) -> list[Row]:
         return [costs.not_asked(NAME, "virtual tokens", error.message)]
     diagnosed.servers.folders.update({name: str(folder) for name, (folder, _) in made.items()})
     lengths = {name: tokens for name, (_, tokens) in made.items()} | lengths_of(setting, own)
-    launch = Launch(adapters=tuple(lengths))
+    baked = await _baked(diagnosed, looked_at(lengths, own)[0])
+    launch = Launch(adapters=tuple(filter(None, (*lengths, baked))))
     wanted = parts(setting, launch, lengths, own)
     ladder = {tokens: lone(setting, launch, name, 1) for name, tokens in lengths.items() if name in made}
-    asked = [*groups(wanted), list(ladder.values())]
+    first = looked_at(lengths, own)[0]
+    after = {
+        part.pair.costly: _baked_cell(part.pair.costly, baked)
+        for part in wanted
+        if baked and part.pair.costly.load.names[0] == first
+    }
+    asked = [[*cells_of([part.pair]), *_known(after.get(part.pair.costly))] for part in wanted]
+    asked.append(list(ladder.values()))
     await diagnosed.servers.up([launch])
-    silent = await differs.unchanged(diagnosed, NAME, launch, list(lengths))
+    silent = await differs.unchanged(diagnosed, NAME, launch, [*own, *made])
     measured = await diagnosed.measure(NAME, asked)
-    told = [with_slope(row, ladder, measured) for row in all_rows(NAME, setting, wanted, measured)]
+    told = [
+        with_slope(gained(row, _gain(measured, part, after, phase), "baked"), ladder, measured)
+        for part in wanted
+        for phase, row in rows_of(NAME, setting, part, measured).items()
+    ]
     note_bytes(diagnosed, await diagnosed.caching())
     return [*silent, *told, *cache(setting, own, lengths)]
 
@@ -71,6 +86,45 @@ def making_of(diagnosed: Pass) -> dict[str, tuple[Path, int]]:
     return made
 
 
+async def _baked(diagnosed: Pass, name: str) -> str:
+    """What the adapter is served as once its virtual tokens are baked, to measure what that gains; "" where it is not
+    baked here."""
+    setting, folder = diagnosed.setting, diagnosed.servers.folders[name]
+    if not diagnosed.abilities.starts:
+        return ""
+    out, served = diagnosed.made / f"{name}-baked", f"{name}-baked"
+    model = Model(setting.base, (folder,))
+    job = TransformJob(plugin="bake", params={"certify": "own"}, model=model, out=str(out))
+    try:
+        diagnosed.tell(f"baking {name}, to measure what that gains")
+        await asyncio.to_thread(single.transform, job)
+    except PeftoptError as error:
+        diagnosed.notes.append(f"what baking {name} gains is not measured: {error.message}")
+        return ""
+    diagnosed.servers.folders[served] = str(out)
+    return served
+
+
+def _baked_cell(live: Cell, baked: str) -> Cell:
+    """The same requests, to the baked prompt."""
+    return replace(live, load=replace(live.load, names=(baked,) * len(live.load.names)))
+
+
+def _known(cell: Cell | None) -> list[Cell]:
+    return [cell] if cell else []
+
+
+def _gain(measured: Measured, part: Part, after: Mapping[Cell, Cell], phase: Phase) -> Interval | None:
+    """The time baked over the time live, on one server; None where it was not measured, or of another adapter."""
+    baked = after.get(part.pair.costly)
+    return costs.gain(measured, part.pair.costly, baked, phase) if baked else None
+
+
+def looked_at(lengths: Mapping[str, int], own: Sequence[str]) -> list[str]:
+    """The user's adapters; where there is none, the longest that was made."""
+    return list(own) or [max(lengths, key=lambda name: lengths[name])]
+
+
 def lengths_of(setting: Setting, names: Sequence[str]) -> dict[str, int]:
     """How many virtual tokens each of the user's adapters has."""
     configs = {name: open_adapter(Path(setting.adapters[name])).config for name in names}
@@ -79,14 +133,13 @@ def lengths_of(setting: Setting, names: Sequence[str]) -> dict[str, int]:
 
 def parts(setting: Setting, launch: Launch, lengths: Mapping[str, int], own: Sequence[str]) -> list[Part]:
     """Each of the user's adapters against the base; where there is none, the longest that was made."""
-    looked_at = list(own) or [max(lengths, key=lambda name: lengths[name])]
     found = []
-    for name in looked_at:
+    for name in looked_at(lengths, own):
         words = {"base": setting.base, "adapter": setting.adapters.get(name, "your prompt-tuning adapter")}
         subject = f"{name} with {lengths[name]} virtual tokens against none"
         pair = Pair("virtual tokens", costly=lone(setting, launch, name, 1), plain=lone(setting, launch, BASE, 1))
         found.append(Part(pair, 1, ("prefill", "decode"), subject, words))
-    name = looked_at[0]
+    name = looked_at(lengths, own)[0]
     several = Pair(
         "virtual tokens",
         costly=lone(setting, launch, name, TOGETHER),

@@ -45,12 +45,15 @@ def cells(row: Row) -> list[str]:
 
 
 def costs(row: Row) -> str:
-    """The ratio with its interval, else the share of requests, else nothing."""
+    """The ratio with its interval, else the share of requests, else the amount with its interval, else nothing."""
     if row.ratio is not None:
         return ratio(row.ratio)
     if row.extra is None or not math.isfinite(row.extra.estimate):
         return ""
-    return f"{percent(row.extra.estimate)} {row.unit}"
+    if row.unit.startswith("of "):
+        return f"{percent(row.extra.estimate)} {row.unit}"
+    bounds = f"{row.extra.low:.3g}–{row.extra.high:.3g}" if bounded(row.extra) else "open"
+    return f"{row.extra.estimate:.3g} {row.unit} ({bounds})"
 
 
 def ratio(value: Interval) -> str:

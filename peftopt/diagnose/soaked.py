@@ -25,6 +25,9 @@ from peftopt.records import Interval
 LEAK_FROM = 12
 """Windows from which a growth is called a leak: each has many cycles."""
 
+LEAST = 4 * TOLERATED
+"""Bytes a window that are nobody's worry, where it has few cycles."""
+
 COUNTED = 0.25
 """Files or threads a window that are nobody's worry: a count that stays has no growth at all."""
 
@@ -102,7 +105,7 @@ def judge(soaked: Soaked) -> Judged:
     requests = [request for window in soaked.windows for request in window.requests]
     trends = _trends(soaked)
     early, late = _failures(soaked.windows)
-    bad = [f"{name} grows" for name, trend in trends.items() if trend.grows]
+    bad = [f"growth of {name}" for name, trend in trends.items() if trend.grows]
     if soaked.wrong:
         bad.append("a wrong adapter answered")
     if late.low > early.high:
@@ -111,7 +114,7 @@ def judge(soaked: Soaked) -> Judged:
         bad.append(f"{soaked.churn.late.what!r} never returned")
     elif soaked.churn and soaked.churn.stopped:
         bad.append(f"adapters could not be loaded and unloaded any more: {soaked.churn.stopped}")
-    open_ = [f"whether {name} grows is not decided" for name, trend in trends.items() if trend.grows is None]
+    open_ = [f"growth of {name} is not decided" for name, trend in trends.items() if trend.grows is None]
     if not trends:
         open_.append("memory is not known: the server's processes are not on this machine")
     if soaked.alike or not soaked.asked:
@@ -141,13 +144,13 @@ def _trends(soaked: Soaked) -> dict[str, Trend]:
         return {}
     cycles = sum(window.cycles for window in soaked.windows) / len(soaked.windows)
     series: dict[str, tuple[list[float], float]] = {
-        "memory": ([each.host for each in held], TOLERATED * max(1.0, cycles)),
+        "memory": ([each.host for each in held], max(LEAST, TOLERATED * cycles)),
         "open files": ([float(each.handles) for each in held], COUNTED),
         "threads": ([float(each.threads) for each in held], COUNTED),
     }
     on_gpu = [each.gpu for each in held if each.gpu is not None]
     if on_gpu:
-        series["GPU memory"] = (on_gpu, TOLERATED * max(1.0, cycles))
+        series["GPU memory"] = (on_gpu, max(LEAST, TOLERATED * cycles))
     an_hour = len(soaked.windows) * HOUR / sum(window.seconds for window in soaked.windows)
     return {name: _trend(levels, tolerated, an_hour) for name, (levels, tolerated) in series.items()}
 

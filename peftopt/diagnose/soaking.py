@@ -18,6 +18,7 @@ from peftopt.canary import fingerprint, mixed, reloads
 from peftopt.canary.fingerprint import Known
 from peftopt.diagnose import resting
 from peftopt.diagnose.cycles import KINDS, PATIENT, Cycles, Limits, Server
+from peftopt.diagnose.resting import Held
 from peftopt.diagnose.soaked import Soaked, Window
 from peftopt.errors import WorkerFailed
 from peftopt.loadtest import sender
@@ -150,15 +151,17 @@ class _Soak:
         """Load what stays, learn what it says, and go through the windows."""
         await self._settle()
         try:
-            self.soaked.before = await resting.at_rest(self.server.processes)
+            self.soaked.before = await self._held()
             for number in range(self.plan.windows):
                 await self._window()
                 self.show(number + 1, self._state())
                 if self.soaked.stopped:
                     break
         finally:
+            if self.work and not self.work.cycled.late:
+                await self.work.clear()
             for name in self.names.values():
-                await asyncio.shield(self._unload(name))
+                await self._unload(name)
 
     async def _settle(self) -> None:
         served = [str(model["id"]) for model in await self.client.models()]
@@ -201,12 +204,17 @@ class _Soak:
             if self.work:
                 group.create_task(self._churn(self.work, until))
         cycles = self.work.cycled.cycles - before if self.work else 0
-        held = await resting.at_rest(self.server.processes)
+        held = await self._held()
         self.soaked.windows.append(Window(tuple(requests), cycles, held, time.monotonic() - began))
         if self.soaked.before is not None and held is None:
             self.soaked.stopped = "the server has ended"
         elif self.work and (self.work.cycled.late or self.work.cycled.stopped):
             self.soaked.stopped = "adapters cannot be loaded and unloaded any more"
+
+    async def _held(self) -> Held | None:
+        """What the server holds at rest, without connections of ours."""
+        await self.client.hang_up()
+        return await resting.at_rest(self.server.processes)
 
     async def _user(self, until: float, requests: list[Request]) -> None:
         """One user asks, and asks again when answered."""

@@ -6,16 +6,16 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
-from peftopt.diagnose import beyond, company, costs, differs, expected
+from peftopt.diagnose import beyond, company, costs, differs, expected, resting
 from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, evenly, launches_of
 from peftopt.diagnose.company import Names
 from peftopt.diagnose.measured import Measured
-from peftopt.diagnose.parts import Part, alone, asking, lone, rows_of, together
+from peftopt.diagnose.parts import Part, alone, asking, gained, lone, rows_of, together
 from peftopt.diagnose.passing import Pass, united
 from peftopt.diagnose.records import Bottleneck, Row
 from peftopt.diagnose.setting import Setting, abilities
 from peftopt.metrics import percent
-from peftopt.records import Interval
+from peftopt.models.adapter import WEIGHTS
 
 NAME: Bottleneck = "unfused"
 SWITCHES = 4
@@ -147,8 +147,8 @@ async def rows(diagnosed: Pass) -> list[Row]:
     measured = await diagnosed.measure(NAME, asked)
     told = [row for part in wanted for row in _rows(setting, part, measured, merged)]
     share = caching.adapter_share if caching else None
-    more = beyond.rows(work, names, wanted, measured) if work else []
-    return [*silent, *more, *(explained(beyond.explained(row, work), share) for row in told)]
+    more = beyond.rows(work, names, wanted, measured, _swollen(diagnosed)) if work else []
+    return [*silent, *more, *(explained(beyond.explained(row, None if more else work), share) for row in told)]
 
 
 def _with_merged(setting: Setting, part: Part, merged: Launch | None) -> list[Cell]:
@@ -157,6 +157,19 @@ def _with_merged(setting: Setting, part: Part, merged: Launch | None) -> list[Ce
     if merged and part.pair.part == "the adapter":
         cells.append(lone(setting, merged, BASE, part.batch))
     return cells
+
+
+def _swollen(diagnosed: Pass) -> bool:
+    """Whether all adapters together take far more memory than their files do; False where that is not known."""
+    setting, names, servers = diagnosed.setting, diagnosed.names, diagnosed.servers
+    one, many = alone(setting, names), together(setting, names)
+    if one == many or one.lora or not {one, many} <= servers.servers.keys():
+        return False
+    before, after = (resting.host_memory(servers.servers[launch].processes()) for launch in (one, many))
+    if before is None or after is None:
+        return False
+    files = sum((Path(names.folders[name]) / WEIGHTS).stat().st_size for name in set(many.adapters) - set(one.adapters))
+    return expected.swollen(after - before, files)
 
 
 async def _merged(diagnosed: Pass) -> Launch | None:
@@ -183,8 +196,3 @@ def _rows(setting: Setting, part: Part, measured: Measured, merged: Launch | Non
         return list(rows.values())
     after = lone(setting, merged, BASE, part.batch)
     return [gained(row, costs.gain(measured, part.pair.costly, after, phase), "merged") for phase, row in rows.items()]
-
-
-def gained(row: Row, gain: Interval | None, what: str) -> Row:
-    """The row with what its advice gained."""
-    return replace(row, gain=gain, gained=what) if gain else row

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from peftopt import machine
 from peftopt.engines import compiled, eager
 from peftopt.errors import BadInput
 from peftopt.models import baked, hf
@@ -155,7 +154,6 @@ class Served(Limits):
         self._in_force = None
         self._names.remove(name)
         self._drop(name)
-        machine.give_back()
 
     def _drop(self, name: str) -> None:
         """Remove what there is of an adapter; with the last one, every layer of PEFT's."""

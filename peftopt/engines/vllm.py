@@ -18,6 +18,7 @@ from peftopt.engines import TOP_K, Scores, endpoint
 from peftopt.engines._server import Option, Started, free_port
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.models.adapter import CONFIG, highest_rank
+from peftopt.models.prompts import check_engine
 from peftopt.records import Json, Model, Step
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -206,6 +207,7 @@ def without_kernels(model: str) -> str:
 
 def lora_rank(adapter: str) -> int:
     """The highest rank of an adapter. Raises BadInput for one that vLLM cannot serve."""
+    check_engine("vllm", Path(adapter), baked=False)
     config = json.loads((Path(adapter) / CONFIG).read_text(encoding="utf-8"))
     if odd := not_plain(config):
         raise BadInput(f"vLLM cannot serve {odd} ({adapter})", "merge it, or use the eager engine")

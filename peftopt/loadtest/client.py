@@ -95,6 +95,10 @@ class Client:
     async def __aexit__(self, *error: object) -> None:
         await self._http.close()
 
+    async def hang_up(self) -> None:
+        """Close the connections, so that the server holds none for this client; the next request opens new ones."""
+        await self._http.close()
+
     # ---- what the server says of itself
 
     async def models(self) -> list[dict[str, Json]]:

@@ -112,9 +112,10 @@ class Http:
                 response.close()
 
     async def close(self) -> None:
-        """Close the connections."""
-        if self._opened:
-            await self._opened.close()
+        """Close the connections; a later request opens new ones."""
+        opened, self._opened = self._opened, None
+        if opened:
+            await opened.close()
 
     async def _whole(self, method: str, path: str, body: bytes | None, limit_s: float) -> Whole:
         async with asyncio.timeout(limit_s or self._timeout_s):

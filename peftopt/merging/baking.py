@@ -33,7 +33,7 @@ def check_bakeable(adapter: Adapter) -> None:
             raise BadInput(f"{who} cannot be baked: {NO_DELTA[adapter.kind]}", "serve it live")
         raise BadInput(
             f"{who} cannot be baked: it changes weights, and puts no virtual tokens before a sequence",
-            "merge it: peftopt merge",
+            "merge it: put `merge` where `bake` is; peftopt merge does it outside a recipe",
         )
     task = adapter.config.get("task_type")
     if task not in ACCEPTED or (adapter.config.get("num_transformer_submodules") or 1) > 1:

@@ -248,11 +248,13 @@ def check_mergeable(adapter: Adapter) -> None:
     elif config.get("layer_replication"):
         reason = "its replicated layers share base weights but have deltas of their own, and PEFT merges them wrongly"
     if reason:
-        raise BadInput(
-            f"adapter {adapter.folder} ({kind}) cannot be merged: {reason}",
+        hint = (
             "serve it unmerged (what that costs, `peftopt run` measures) and take `merge` out of this variant; "
-            "quantizing or compiling the base still helps",
+            "quantizing or compiling the base still helps"
         )
+        if kind in PROMPTS:
+            hint = "bake it: put `bake` where `merge` is, after a quantizer; peftopt bake does it outside a recipe"
+        raise BadInput(f"adapter {adapter.folder} ({kind}) cannot be merged: {reason}", hint)
     if kind == "LORA" and not any(init is plain or init == plain for plain in PLAIN_INITS):
         raise BadInput(
             f"adapter {adapter.folder} was saved unconverted after {init!r} initialisation: its delta is to base "

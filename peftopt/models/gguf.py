@@ -8,6 +8,7 @@ from typing import Any
 
 from peftopt.errors import BadInput
 from peftopt.models.adapter import open_adapter, plain_pairs
+from peftopt.models.prompts import check_engine
 
 WEIGHTS = "model.gguf"
 
@@ -21,6 +22,7 @@ def lora_scale(adapter: Path) -> float:
     """What llama.cpp has to multiply its own alpha / rank with. It has one scale for a whole adapter; PEFT's is one a
     module, and with rsLoRA alpha / sqrt(rank) (arXiv:2312.03732). Raises BadInput where one does not do, and for
     adapters that are not a plain LoRA on linear layers."""
+    check_engine("llamacpp", adapter, baked=False)
     opened = open_adapter(adapter)
     pairs = plain_pairs(opened)
     if not pairs:

@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,17 @@ from peftopt.records import Json, Model, Step, Variant
 FEW = 4
 """Layers of a model that is tried: enough to outweigh what a request takes beside them."""
 
-TOKENS = 6
+TOKENS = 12
 """That a request generates: the prompt's time is that of the first, a step's the shortest gap between the others."""
 
-ROUNDS = 6
-"""At least: from so many on there is an exact 95 % interval."""
+ROUNDS = 8
+"""At least: from six on there is an exact 95 % interval, and from eight one that a single round does not spoil."""
 
-PLAIN, ONE = "~plain", "~one"
+PLAIN, PLAIN_ONE = "~plain", "~plain one"
 """The base without an adapter, cut to FEW layers and to one: what a request takes beside the layers."""
+
+APART, APART_ONE = "~apart", "~apart one"
+"""The same with the adapter on top, which has costs of its own beside the layers."""
 
 PADDED = "~padded"
 """The adapter on the base, padded to a server's rank."""
@@ -72,11 +75,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Tried:
-    """The passes of one variant on a workload, in the order of rounds: the n-th of all variants are one round."""
+    """The passes of one variant on a workload, in the order of rounds: the n-th of all variants are one round. `apart`:
+    an adapter is on top; `cpu`: the same passes in CPU time of the process."""
 
     variant: str
     workload: str
+    apart: bool
     passes: tuple[Pass, ...]
+    cpu: tuple[Pass, ...]
 
 
 @dataclass(frozen=True)
@@ -112,19 +118,22 @@ class Bench:
             raise BadInput(f"{self.base} has {self.layers} layers", "it is measured as soon as it is tried")
         self.adapters = [Path(adapter) for adapter in model.adapters]
         self.plain = Model(str(cut.cut_model(self.base, folder / "plain", FEW)))
-        self.one = Model(str(cut.cut_model(self.base, folder / "one", 1)))
-        self.source = Model(self.plain.path, self._adapters(0))
+        self.plain_one = Model(str(cut.cut_model(self.base, folder / "one", 1)))
+        self.source = Model(self.plain.path, self._adapters(FEW))
         self.models: dict[tuple[str, ...], Model] = {(): self.source}
 
     def padded(self, rank: int) -> Model:
         """The adapter on the base, padded to a rank."""
-        return Model(self.plain.path, self._adapters(rank))
+        return Model(self.plain.path, self._adapters(FEW, rank))
 
-    def _adapters(self, rank: int) -> tuple[str, ...]:
-        name = f"adapter-{rank}" if rank else "adapter"
-        places = [self.folder / f"{name}-{n}" for n in range(len(self.adapters))]
+    def source_one(self) -> Model:
+        """The adapter on the base, both of one layer."""
+        return Model(self.plain_one.path, self._adapters(1))
+
+    def _adapters(self, layers: int, rank: int = 0) -> tuple[str, ...]:
+        places = [self.folder / f"adapter-{n}-{layers}-{rank}" for n in range(len(self.adapters))]
         pairs = zip(self.adapters, places, strict=True)
-        return tuple(str(cut.cut_adapter(adapter, place, FEW, rank)) for adapter, place in pairs)
+        return tuple(str(cut.cut_adapter(adapter, place, layers, rank)) for adapter, place in pairs)
 
     def model(self, steps: Sequence[Step]) -> Model:
         """What these steps make of the cut model; each is done once, whoever asks for it."""
@@ -142,7 +151,7 @@ class Bench:
         return made
 
 
-def tried(
+def try_out(
     bench: Bench, variants: Sequence[Variant], asked: Sequence[Asked], seconds: float, rank: int = 0, seed: int = 0
 ) -> Few:
     """Time every variant on every workload, in rounds of random order, for some `seconds` each. `rank`: an adapter
@@ -156,13 +165,16 @@ def tried(
     left_out: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         engines: dict[str, Engine] = {}
+        apart: set[str] = set()
 
         def opened(name: str, model: Model, engine: Step | None = None) -> None:
             plugin = plugins.module("engine", engine.plugin if engine else "eager")
             engines[name] = plugin.open(model, plugin.Params(**(engine.params if engine else {})))
             stack.callback(engines[name].close)
+            if model.adapters:
+                apart.add(name)
 
-        opened(ONE, bench.one)
+        opened(PLAIN_ONE, bench.plain_one)
         opened(PLAIN, bench.plain)
         for n, variant in enumerate(variants):
             progress.report("forecast", n, steps, f"making {variant.name} of {FEW} layers")
@@ -172,11 +184,15 @@ def tried(
                 left_out[variant.name] = _why(error)
         if rank:
             opened(PADDED, bench.padded(rank))
+        if apart:
+            opened(APART_ONE, bench.source_one())
+            opened(APART, bench.source)
         progress.report("forecast", steps - 1, steps, "timing")
-        passes = [each for shape in shapes for each in _timed(engines, shape, seconds, random.Random(seed), left_out)]
+        draw = random.Random(seed)
+        tried = [each for shape in shapes for each in _timed(engines, apart, shape, seconds, draw, left_out)]
     products = tuple(Products(shape.workload, products_ms(bench.base, bench.layers, shape.rows)) for shape in shapes)
     progress.report("forecast", steps, steps)
-    return Few(FEW, bench.layers, tuple(passes), products, lengths, left_out)
+    return Few(FEW, bench.layers, tuple(tried), products, lengths, left_out)
 
 
 def _lengths(model: Model, asked: Asked) -> tuple[int, ...]:
@@ -201,7 +217,12 @@ def _why(error: Exception) -> str:
 
 
 def _timed(
-    engines: dict[str, Engine], shape: Shape, seconds: float, order: random.Random, left_out: dict[str, str]
+    engines: dict[str, Engine],
+    apart: Set[str],
+    shape: Shape,
+    seconds: float,
+    order: random.Random,
+    left_out: dict[str, str],
 ) -> Iterator[Tried]:
     """The passes of all engines on a shape. The first of each is not timed: it unpacks, and fills caches."""
     for name in list(engines):
@@ -210,7 +231,7 @@ def _timed(
         except Exception as error:  # noqa: BLE001 (as above)
             left_out[name] = _why(error)
             del engines[name]
-    rounds: list[dict[str, Pass]] = []
+    rounds: list[dict[str, tuple[Pass, Pass]]] = []
     until = time.perf_counter() + seconds * len(engines)
     with _uncollected():
         while len(rounds) < ROUNDS or time.perf_counter() < until:
@@ -218,7 +239,8 @@ def _timed(
             order.shuffle(names)
             rounds.append({name: _pass(engines[name], shape) for name in names})
     for name in engines:
-        yield Tried(name, shape.workload, tuple(each[name] for each in rounds))
+        walls, cpus = zip(*(each[name] for each in rounds), strict=True)
+        yield Tried(name, shape.workload, name in apart, walls, cpus)
 
 
 @contextlib.contextmanager
@@ -232,13 +254,21 @@ def _uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def _pass(engine: Engine, shape: Shape) -> Pass:
-    """One request."""
-    started = time.perf_counter_ns()
-    answers = engine.generate([shape.prompt] * shape.rows, TOKENS, stop=False)
-    times = answers[0].times
-    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return Pass(prompt_ms=(times[0] - started) / 1e6, step_ms=min(gaps) / 1e6)
+def _pass(engine: Engine, shape: Shape) -> tuple[Pass, Pass]:
+    """One request for a single token and one for TOKENS: by the wall clock, and in CPU time, which other processes on
+    the same processors do not lengthen as much."""
+    prompts = [shape.prompt] * shape.rows
+    started, cpu_started = time.perf_counter_ns(), time.process_time_ns()
+    (first, *_) = engine.generate(prompts, 1, stop=False)[0].times
+    between, cpu_between = time.perf_counter_ns(), time.process_time_ns()
+    times = engine.generate(prompts, TOKENS, stop=False)[0].times
+    cpu_done = time.process_time_ns()
+    prompt_ns = min(first - started, times[0] - between)
+    step_ns = min(later - earlier for earlier, later in itertools.pairwise(times))
+    cpu_prompt_ns = cpu_between - cpu_started
+    cpu_steps_ns = max(cpu_done - cpu_between - cpu_prompt_ns, 1)
+    wall = Pass(prompt_ms=prompt_ns / 1e6, step_ms=step_ns / 1e6)
+    return wall, Pass(prompt_ms=cpu_prompt_ns / 1e6, step_ms=cpu_steps_ns / 1e6 / (TOKENS - 1))
 
 
 def products_ms(base: Path, layers: int, rows: int) -> float:

@@ -89,9 +89,18 @@ _SECONDS = quantity({"": 1, "s": 1, "min": 1 / 60}, 1, 86_400, "1 s to a day, su
 
 _CRITICAL = share(0.0001, 0.99)  # no sample shows a rate of 0
 
+_SAME_MODEL: Mapping[str, Reader[Limit]] = {
+    "gain": share(0, 0.99),
+    "parity": share(0, 1),
+    "lost": share(0, 1),
+    "critical_errors": _CRITICAL,
+}
+"""The rule of what gives the same model without the adapter's cost."""
+
 RULES: Mapping[str, Mapping[str, Reader[Limit]]] = {
     "variant": {"critical_errors": _CRITICAL},
-    "merge": {"gain": share(0, 0.99), "parity": share(0, 1), "lost": share(0, 1), "critical_errors": _CRITICAL},
+    "merge": _SAME_MODEL,
+    "bake": _SAME_MODEL,
     "quantize": {
         "critical_errors": _CRITICAL,
         "not_slower": share(0, 1),
@@ -127,6 +136,11 @@ _MEASURE: Mapping[str, Reader[object]] = {
     "deadline": _SECONDS,
 }
 
+_MERGED_AND_BAKED = (
+    "merges and bakes the adapter",
+    "keep one: bake for virtual tokens (prompt tuning, p-tuning, prefix tuning, …), merge for adapters of weights",
+)
+
 _CLASHES: Mapping[tuple[str, str], tuple[str, str]] = {
     ("merge", "merge"): ("merges the adapter twice", "remove the second merge"),
     ("quantize", "quantize"): ("quantizes twice", "keep one quantizer per variant"),
@@ -136,8 +150,24 @@ _CLASHES: Mapping[tuple[str, str], tuple[str, str]] = {
         "merges into weights that are already quantized",
         "put merge before the quantizer, or leave it out to keep the adapter apart",
     ),
+    ("bake", "bake"): ("bakes the adapter twice", "remove the second bake"),
+    ("bake", "quantize"): (
+        "bakes before it quantizes",
+        "put bake after the quantizer: keys and values belong to the weights that compute them",
+    ),
+    ("bake", "merge"): _MERGED_AND_BAKED,
+    ("merge", "bake"): _MERGED_AND_BAKED,
 }
 """Chains that make no sense, by the technique of an earlier and of a later step."""
+
+
+def _clash(earlier: Step, later: Step) -> tuple[str, str] | None:
+    """What is wrong with the two in one chain, and a hint; None for nothing. Virtual tokens that were baked as words of
+    the base are weights, which a quantizer may follow."""
+    as_words = earlier.technique == "bake" and earlier.params.get("target", "ours") != "ours"
+    if as_words and later.technique == "quantize":
+        return None
+    return _CLASHES.get((earlier.technique, later.technique))
 
 
 def _pattern(node: yaml.Node, at: str) -> str:
@@ -274,7 +304,7 @@ class _Reading(Reading):
         def read(node: yaml.Node, at: str) -> Variant:
             before = len(self.problems)
             steps = [step for step in self.list_of(self.step)(node, at) if step]
-            clashes = (_CLASHES.get((a.technique, b.technique)) for a, b in combinations(steps, 2))
+            clashes = (_clash(a, b) for a, b in combinations(steps, 2))
             for clash in dict.fromkeys(filter(None, clashes)):
                 self.note(at, *clash)
             policies = tuple(step for step in steps if step.kind == "policy")

@@ -66,6 +66,7 @@ def further(decision: Decision) -> Table:
     columns += _columns(everywhere, "length.ratio")
     columns += _columns([""], "flips")
     columns += _columns(everywhere, "warm_up")
+    columns += _columns([""], "virtual_tokens", "prompt_kv")
     columns += _columns([""], *_read(per_workload=False), "break_even")
     header, body = _filled(decision, columns)
     return header, body if len(header) > 1 else []

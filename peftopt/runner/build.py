@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -14,9 +14,11 @@ from peftopt.corpus import TEXTS, Row
 from peftopt.errors import WorkerFailed
 from peftopt.jobs import AliveJob, OpenJob, PrepareJob, Transformed, TransformJob
 from peftopt.models import provenance
+from peftopt.models.adapter import open_adapter
+from peftopt.models.baked import is_baked
 from peftopt.models.checkpoint import check_room
 from peftopt.progress import Hear, Reached
-from peftopt.records import SAFETENSORS, Model, Plugin
+from peftopt.records import SAFETENSORS, Json, Model, Plugin
 from peftopt.runner.process import WorkerProcess
 from peftopt.transforms import _layers
 
@@ -99,7 +101,7 @@ def _verified(
     asked = tuple(rows[:VERIFIED_ON]) or PROMPTS
 
     def problem(child: WorkerProcess, model: Model, engine: str) -> str:
-        child.ask(OpenJob(plugin=engine, params={}, model=model), deadline_s)
+        child.ask(OpenJob(plugin=engine, params=_any_task(engine, model), model=model), deadline_s)
         return child.ask(AliveJob(asked), deadline_s).problem
 
     def usual() -> str:
@@ -121,6 +123,12 @@ def _verified(
             raise WorkerFailed("unusable", detail, hint) from error
         raise
     return f"answered {len(asked)} prompts in a fresh process ({plugin.reader})"
+
+
+def _any_task(engine: str, model: Model) -> Mapping[str, Json]:
+    """What an engine is opened with to see that weights work: a multitask prompt answers for one task, and any does."""
+    kinds = {open_adapter(Path(folder)).kind for folder in model.adapters if not is_baked(folder)}
+    return {"task": 0} if engine == "eager" and "MULTITASK_PROMPT_TUNING" in kinds else {}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from peftopt.measurements import Forecast, Measured, Pass
 from peftopt.models.adapter import highest_rank, open_adapter
 from peftopt.models.checkpoint import open_model
 from peftopt.models.cut import layer_of, layers_of
-from peftopt.probes.layers import FEW, ONE, PADDED, PLAIN, Asked, Few
+from peftopt.probes.layers import APART, APART_ONE, FEW, PADDED, PLAIN, PLAIN_ONE, Asked, Few
 from peftopt.progress import Hear
 from peftopt.records import GENERIC, SAFETENSORS, Interval, Model, Recipe, Variant, Workload
 from peftopt.runner.process import WorkerProcess
@@ -139,16 +139,27 @@ def _asked(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Work
 
 
 def _passes(few: Few, name: str, workload: str) -> Sequence[Pass]:
-    """The passes of a variant on a workload; () where it was not tried."""
-    return next((t.passes for t in few.tried if (t.variant, t.workload) == (name, workload)), ())
+    """The passes of a variant on a workload, the least of each group, by the clock that tells more; () where it was not
+    tried."""
+    tried = {each.variant: each for each in few.tried if each.workload == workload}
+    if not {name, PLAIN} <= tried.keys():
+        return ()
+    return judging.least(tried[name].cpu if _by_cpu(few, workload) else tried[name].passes)
+
+
+def _by_cpu(few: Few, workload: str) -> bool:
+    plain = next(each for each in few.tried if (each.variant, each.workload) == (PLAIN, workload))
+    return judging.by_cpu(plain.passes, plain.cpu)
 
 
 def _wholes(few: Few, name: str, workload: str) -> list[Pass]:
     """The same for the whole model."""
-    plain, one, passes = (judging.least(_passes(few, each, workload)) for each in (PLAIN, ONE, name))
-    if not plain or not one:
+    apart = any(each.apart for each in few.tried if (each.variant, each.workload) == (name, workload))
+    names = (APART_ONE, APART, name) if apart else (PLAIN_ONE, PLAIN, name)
+    one, several, passes = (_passes(few, each, workload) for each in names)
+    if not one or not several:
         return []
-    fixed = judging.beside(one, plain, few.few)
+    fixed = judging.beside(one, several, few.few)
     return [judging.whole(each, fixed, few.few, few.layers) for each in passes]
 
 
@@ -166,8 +177,9 @@ def _speeds(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Wor
                 interval = _ratio(ours, theirs, workload.new_tokens)
                 prompt = _medians([p.prompt_ms for p in ours], [p.prompt_ms for p in theirs])
                 step = _medians([p.step_ms for p in ours], [p.step_ms for p in theirs])
-                layers = f"{few.few} of {few.layers} layers"
-                told = judging.speed(variant, other, interval, prompt, step, layers)
+                clock = ", in CPU time" if _by_cpu(few, workload.name) else ""
+                how = f"on {few.few} of {few.layers} layers{clock}"
+                told = judging.speed(variant, other, interval, prompt, step, how)
                 yield Measured(told, variant.name, workload.name)
 
 
@@ -184,7 +196,7 @@ def _overheads(
     products = {each.workload: each.ms for each in few.products}
     for workload in workloads if merged else ():
         steps = [each.step_ms for each in _wholes(few, PLAIN, workload.name)]
-        if steps and merged:
+        if steps and merged and not _by_cpu(few, workload.name):  # the products are timed by the wall clock
             interval = judging.ratio(steps, [products[workload.name]] * len(steps))
             yield Measured(judging.eager(interval, elsewhere), merged.name, workload.name)
 

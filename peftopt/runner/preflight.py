@@ -12,6 +12,7 @@ from peftopt import corpus, environments, plugins
 from peftopt.corpus import Row
 from peftopt.decision import stopping
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.merging.baking import check_bakeable
 from peftopt.metrics import counted
 from peftopt.models import template
 from peftopt.models.adapter import (
@@ -28,6 +29,7 @@ from peftopt.models.baked import check_base as check_prompt_base
 from peftopt.models.baked import is_baked, open_baked
 from peftopt.models.checkpoint import open_model
 from peftopt.models.hf import tokenizer_home
+from peftopt.models.prompts import check_engine
 from peftopt.models.provenance import read as read_provenance
 from peftopt.records import SAFETENSORS, YAML, Json, Model, Quality, Recipe, Step, task_name
 
@@ -38,8 +40,8 @@ def check(recipe: Recipe) -> None:
     transforms = any(variant.steps for variant in recipe.variants.values())
     ours = any(variant.engine.environment == environments.MAIN for variant in recipe.variants.values())
     check_base(Path(recipe.base), quantized=not transforms, ours=ours)
-    merges = [v.name for v in recipe.variants.values() if any(s.technique == "merge" for s in v.steps)]
-    check_adapter(Path(recipe.adapter), Path(recipe.base), merges)
+    check_adapter(Path(recipe.adapter), Path(recipe.base), _with(recipe, "merge"), _with(recipe, "bake"))
+    _check_virtual_tokens(recipe)
     _check_needs(recipe)
     texts = corpus.calibration(recipe.calibration)
     for name, variant in recipe.variants.items():
@@ -54,6 +56,23 @@ def check(recipe: Recipe) -> None:
         if recipe.quality.schema:
             schema(recipe.quality.schema)
         _check_tasks(recipe, recipe.quality.tasks)
+
+
+def _check_virtual_tokens(recipe: Recipe) -> None:
+    """Each variant's engine can put the adapter's virtual tokens before a prompt, where it has any."""
+    for name, variant in recipe.variants.items():
+        bakes = [step for step in variant.steps if step.technique == "bake"]
+        if any(step.technique == "merge" or step.params.get("target", "ours") != "ours" for step in variant.steps):
+            continue  # no adapter is left
+        try:
+            check_engine(variant.engine.plugin, Path(recipe.adapter), bool(bakes))
+        except BadInput as error:
+            raise BadInput(f"variant {name}: {error.message}", error.hint) from error
+
+
+def _with(recipe: Recipe, technique: str) -> list[str]:
+    """The variants that have a step of the technique."""
+    return [v.name for v in recipe.variants.values() if any(step.technique == technique for step in v.steps)]
 
 
 def _check_expected(recipe: Recipe, rows: Sequence[Row]) -> None:
@@ -290,20 +309,27 @@ def quantized_elsewhere(folder: Path) -> bool:
     return quantized(folder) and not read_provenance(folder)
 
 
-def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = ()) -> None:
-    """A PEFT adapter in safetensors whose shapes fit this base, and which the variants in `merges` can merge, or a
-    prompt that was baked from this base. `base` is None where its weights have names or shapes that an adapter's are
-    not compared with."""
+def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = (), bakes: Sequence[str] = ()) -> None:
+    """A PEFT adapter in safetensors whose shapes fit this base, and which the variants in `merges` can merge and those
+    in `bakes` can bake, or a prompt that was baked from this base. `base` is None where its weights have names or
+    shapes that an adapter's are not compared with."""
     if is_baked(folder):
         prompt = open_baked(folder)
         if merges:
             raise BadInput(f"{folder} is a baked prompt, which has no weight delta", "take `merge` out")
+        if bakes:
+            raise BadInput(f"{folder} is baked already", "take `bake` out, or name the adapter that it was baked from")
         if base:
             check_prompt_base(prompt, base)
         return
     adapter = open_adapter(folder)
     if merges:
         check_mergeable(adapter)
+    if bakes:
+        check_bakeable(adapter)
+    if adapter.kind == "POLY":
+        what = "needs the number of a task with every request, which no engine here gives it"
+        raise BadInput(f"adapter {folder} (POLY) {what}", "train an adapter for each task, such as a LoRA")
     if base and adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
         _check_fits(adapter, base)
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from peftopt import corpus, machine, store
 from peftopt.engines._text import encoded
 from peftopt.errors import BadInput
-from peftopt.models.adapter import check_mergeable, open_adapter
+from peftopt.merging.baking import check_bakeable
+from peftopt.models.adapter import PROMPTS, Adapter, check_mergeable, open_adapter
+from peftopt.models.baked import is_baked
 from peftopt.models.hf import tokenizer, tokenizer_home
 from peftopt.recipe.starter import Facts
-from peftopt.records import Model
+from peftopt.records import Model, Recipe
 from peftopt.runner import preflight
-
-SOFT = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
-"""PEFT types whose virtual tokens can be baked."""
 
 
 def facts(base: Path, adapter: Path, prompts: Path, file: Path) -> Facts:
@@ -48,11 +47,26 @@ def facts(base: Path, adapter: Path, prompts: Path, file: Path) -> Facts:
     )
 
 
+WORTH = {
+    "bake": "would compute the adapter's virtual tokens once",
+    "merge": "would take the adapter's cost off each token, where it need not be switched",
+}
+"""What a variant with the technique would do."""
+
+
+def proposals(recipe: Recipe) -> list[str]:
+    """What a recipe leaves out that its adapter allows, a sentence each: bake for virtual tokens, merge for others."""
+    adapter = Path(recipe.adapter)
+    method = "" if is_baked(adapter) else _method(adapter, preflight.quantized(Path(recipe.base)))[0]
+    tried = {step.technique for variant in recipe.variants.values() for step in variant.steps}
+    return [f"no variant has {method}: [{method}] {WORTH[method]}"] if method and method not in tried else []
+
+
 def _method(adapter: Path, quantized: bool) -> tuple[str, str]:
     """What rids this adapter of its cost, "" for nothing, and why."""
     opened = open_adapter(adapter)
-    if opened.kind in SOFT:
-        return "bake", ""
+    if opened.kind in PROMPTS:
+        return _bakeable(opened)
     if quantized:
         return "", "The base is quantized already: a merge into it would round most of the adapter away."
     try:
@@ -60,3 +74,11 @@ def _method(adapter: Path, quantized: bool) -> tuple[str, str]:
     except BadInput as error:
         return "", error.message
     return "merge", ""
+
+
+def _bakeable(opened: Adapter) -> tuple[str, str]:
+    try:
+        check_bakeable(opened)
+    except BadInput as error:
+        return "", error.message
+    return "bake", ""

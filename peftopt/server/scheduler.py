@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from peftopt import machine
 from peftopt.errors import BadInput, PeftoptError
 from peftopt.models.adapter import CONFIG
 from peftopt.models.baked import is_baked
@@ -246,6 +247,7 @@ class Scheduler:
             raise Problem(404, f"The lora adapter '{name}' cannot be found.", "adapter_not_found", "lora_name")
         adapter = self.served.pop(name).adapter
         await self._ordered(lambda: self._model.remove(adapter), adapter)
+        await asyncio.to_thread(machine.give_back)  # it takes some 50 ms, which no token waits for
 
     async def _ordered(self, do: Callable[[], Any], adapter: str | None = None) -> Any:
         order = _Order(do, adapter)

@@ -33,6 +33,7 @@ from peftopt.records import (
 
 EAGER, COMPILED = Step("eager", "engine", ""), Step("compiled", "engine", "compile")
 MERGE, INT8 = Step("merge", "transform", "merge"), Step("int8", "transform", "quantize")
+BAKE = Step("bake", "transform", "bake")
 CHAINS: Mapping[str, Variant] = {
     "adapter": Variant("adapter", (), EAGER),
     "merged": Variant("merged", (MERGE,), EAGER),
@@ -40,10 +41,17 @@ CHAINS: Mapping[str, Variant] = {
     "apart": Variant("apart", (INT8,), EAGER),
     "compiled": Variant("compiled", (MERGE,), COMPILED),
     "int8_compiled": Variant("int8_compiled", (MERGE, INT8), COMPILED),
+    "baked": Variant("baked", (BAKE,), EAGER),
+    "int8_baked": Variant("int8_baked", (INT8, BAKE), EAGER),
+    "baked_compiled": Variant("baked_compiled", (BAKE,), COMPILED),
 }
 RULES = (
     Rule("merge", "gain", 0.15),
     Rule("merge", "parity", 0.01),
+    Rule("bake", "gain", 0.0),
+    Rule("bake", "parity", 0.01),
+    Rule("bake", "lost", 0.05),
+    Rule("bake", "critical_errors", 0.05),
     Rule("int8", "critical_errors", 0.01),
     Rule("int8", "not_slower", 0.02),
     Rule("int8", "smaller", None),
