@@ -257,13 +257,13 @@ def main() -> None:
         for copy in copies[1:]:
             shutil.copytree(merged, copy)
         bench = Bench(speeds, setting, names.rank, copies, work, arguments.seconds, arguments.rounds)
-        table = []
+        lines = [f"| {' | '.join(HEADER)} |", f"|{' --- |' * len(HEADER)}"]
         for count in arguments.adapters:
             for rps in arguments.rps:
                 planned = planning.read(f"adapters={count} rps={rps} {common}", None)
-                table += asyncio.run(agreement(replace(planned, memory_bytes=first.memory_bytes), bench))
-        print(f"\n| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}")
-        print("\n".join(f"| {' | '.join(row)} |" for row in table))
+                planned = replace(planned, memory_bytes=first.memory_bytes)
+                lines += [f"| {' | '.join(row)} |" for row in asyncio.run(agreement(planned, bench))]
+                print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

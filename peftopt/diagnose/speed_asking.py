@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peftopt import stats, store
 from peftopt.diagnose import company, keeping, making
@@ -32,6 +32,9 @@ from peftopt.records import Json
 T = TypeVar("T")
 
 SPEEDS = "speeds.json"
+
+WEIGHTS = ".safetensors"
+"""How files of weights are named, which engines map into memory."""
 
 BLOCKS, FEWEST_BLOCKS, ENOUGH_S = 7, 3, 45.0
 """Every cell is asked once a block. No block is begun after ENOUGH_S, but for the fewest."""
@@ -120,7 +123,7 @@ async def _session(setting: Setting, traffic: Traffic, folder: Path, made: Path,
             sharing=tuple(asking.sharing),
             engine_bytes=memory(servers.servers[merged]),
             apart_bytes=memory(servers.servers[apart]),
-            adapter_bytes=sum(file.stat().st_size for file in adapter.glob("*.safetensors")),
+            adapter_bytes=sum(file.stat().st_size for file in adapter.glob(f"*{WEIGHTS}")),
             kv_bytes_per_token=making.shape_of(Path(setting.base)).kv_bytes,
             kv_tokens=BATCH * (SHORT_TOKENS + STEPS),
             load_s=tuple(load_s),
@@ -246,7 +249,13 @@ async def _reload(servers: Servers, launch: Launch, name: str) -> float:
 
 
 def memory(server: Server) -> int:
-    """Bytes that only this server's processes hold: what one more of its kind takes beside it."""
+    """Bytes that one more server of its kind takes beside this one: what its processes hold for themselves, and its
+    weights, even where another server happens to map the same file."""
     import psutil
 
-    return sum(psutil.Process(pid).memory_full_info().uss for pid in server.processes())
+    return sum(_held(psutil.Process(pid).memory_maps()) for pid in server.processes())
+
+
+def _held(maps: Sequence[Any]) -> int:
+    private = sum(each.private_clean + each.private_dirty for each in maps)
+    return private + sum(each.shared_clean + each.shared_dirty for each in maps if each.path.endswith(WEIGHTS))
