@@ -7,10 +7,13 @@
 #               a sample of those on the lines that changed, which takes some minutes
 # make prometheus  fetches Prometheus and promtool from Debian into .venv (19 MB), for the tests of what export writes;
 #               without it they are skipped
+# make adapters  trains the demo's further adapters again and measures them (about an hour on two cores)
 # make docs     builds the documentation into site/; a warning fails
 PYTHON ?= python3.11
 BIN := .venv/bin
 MODEL := models/smollm2-135m-instruct
+
+ADAPTERS := r4 r16 r32 r64 p-tuning prefix
 
 # two processes, each with whole files of tests: fixtures of a file are made once; the longest first (tests/conftest.py)
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
@@ -22,7 +25,7 @@ decide = $(BIN)/peftopt run $(1); code=$$?; case $$code in 0|1|3) ;; *) exit $$c
 
 PROMETHEUS := .venv/prometheus/usr/bin/promtool
 
-.PHONY: setup engines prometheus demo quick check test test-engines mutants docs clean
+.PHONY: setup engines prometheus demo adapters quick check test test-engines mutants docs clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -49,6 +52,12 @@ test-engines: engines .venv/tested $(MODEL)/model.safetensors
 
 demo: setup $(MODEL)/model.safetensors
 	$(call decide,recipes/demo.yaml)
+
+adapters: setup $(MODEL)/model.safetensors
+	for name in $(ADAPTERS); do \
+	  $(BIN)/python demo/train_adapter.py --name $$name && $(BIN)/python demo/evaluate_adapter.py \
+	    --adapter demo/adapters/$$name --limit 100 --batch 8 --max-new-tokens 24 || exit 1; \
+	done
 
 quick: setup $(MODEL)/model.safetensors
 	$(call decide,recipes/quick.yaml)

@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"
 BASE = ROOT / "models" / "smollm2-135m-instruct"
 SCHEMA = json.loads((DEMO / "data" / "schema.json").read_text())
+FURTHER = {"r4": 4, "p-tuning": None}
+"""The further adapters, and the ranks of the LoRAs among them."""
 FILES = {name: corpus.read(str(DEMO / "data" / f"{name}.jsonl")) for name in ("train", "calibration", "eval")}
 
 
@@ -55,6 +57,34 @@ def test_the_published_accuracy_beats_the_base_clearly() -> None:
     found = json.loads((DEMO / "adapter" / "accuracy.json").read_text())["models"]
     assert found["adapter"]["n"] == found["base"]["n"] == len(FILES["eval"])
     assert found["adapter"]["exact_match"] > found["base"]["exact_match"] + 0.5
+
+
+@pytest.mark.parametrize("name", sorted(FURTHER))
+def test_a_further_adapter_is_small_and_clearly_better_than_the_base(name: str) -> None:
+    folder = DEMO / "adapters" / name
+    found = json.loads((folder / "accuracy.json").read_text())["models"]
+    assert found["adapter"]["n"] == found["base"]["n"] == 100
+    assert found["adapter"]["exact_match"] > found["base"]["exact_match"] + 0.5
+    assert (folder / "adapter_model.safetensors").stat().st_size < 4e6
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert not config["base_model_name_or_path"].startswith("/")
+    assert config.get("r", FURTHER[name]) == FURTHER[name]
+
+
+def test_answers_of_the_further_adapters_tell_which_gave_them() -> None:
+    logs = [DEMO / "adapters" / name / "training_log.jsonl" for name in FURTHER]
+    styles = [json.loads(log.read_text().splitlines()[0])["settings"]["style"] for log in logs]
+    assert len(set(styles)) == len(styles)
+
+
+def test_the_prompts_of_the_soft_prompt_are_eval_rows_with_an_order_number_as_answer() -> None:
+    known = {row.id: row for row in FILES["eval"]}
+    rows = corpus.read(str(DEMO / "adapters" / "numbers.jsonl"))
+    assert len(rows) == 160
+    for row in rows:
+        asked = known[row.id]
+        assert row.messages == asked.messages
+        assert row.expected == (json.loads(asked.expected)["order"] or "none")
 
 
 def exact_matches(rows: list[corpus.Row], *adapters: str, model: Path = BASE) -> tuple[int, list[str]]:

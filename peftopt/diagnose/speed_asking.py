@@ -257,5 +257,5 @@ def memory(server: Server) -> int:
 
 
 def _held(maps: Sequence[Any]) -> int:
-    private = sum(each.private_clean + each.private_dirty for each in maps)
-    return private + sum(each.shared_clean + each.shared_dirty for each in maps if each.path.endswith(WEIGHTS))
+    private = sum(int(each.private_clean + each.private_dirty) for each in maps)
+    return private + sum(int(each.shared_clean + each.shared_dirty) for each in maps if each.path.endswith(WEIGHTS))
