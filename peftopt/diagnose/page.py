@@ -73,7 +73,8 @@ def sentence(diagnosis: Diagnosis) -> str:
         return faults[0].sentence
     costly = [row for row in diagnosis.rows if row.finding == "costs"]
     if costly:
-        return f"Of {counted(len(costly), 'cost')} the dearest is this. {costly[0].sentence}"
+        dearest = costly[0].sentence.partition("; ")[0]  # what explains it stands in its row
+        return f"Of {counted(len(costly), 'cost')} the dearest is this. {dearest}"
     open_ = screen.undecided(diagnosis)
     return f"No cost is sure; {counted(len(open_), 'row')} undecided" if open_ else "Nothing that was measured costs"
 
