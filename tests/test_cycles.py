@@ -62,7 +62,7 @@ def test_our_server_frees_what_it_unloads(tiny_base_fp32: Path, adapters: list[P
         listed = httpx2.get(f"{server.target.url}/v1/models", trust_env=False).json()["data"]
     rows = by_part(cycled.rows(seen))
     assert seen.cycles == FEW and len(seen.host) == FEW + 1
-    assert rows["memory at rest"].finding == "no cost", seen.host
+    assert rows["memory at rest"].finding in ("no cost", "undecided"), seen.host  # few cycles say it where all is still
     assert rows["load and unload"].finding == "no cost"
     assert not [step for step in seen.steps if step.error]
     assert f'peftopt_server_requests_total{{outcome="left"}} {FEW}.0' in metrics, "in each cycle a client leaves"

@@ -91,7 +91,8 @@ def test_every_request_is_kept_raw_with_the_names_production_uses(ran: tuple[Pat
             parts = request["queue_time_ms"] + request["generation_latency_ms"]
             assert request["request_duration_ms"] == pytest.approx(parts)
     launches = lines(ran[1], "launch")
-    assert all(v["values"]["model_loading_time"] > 0 and v["values"]["threads"] == 1 for v in launches)
+    assert all(v["values"]["model_loading_time"] > 0 for v in launches)
+    assert {v["values"]["threads"] for v in launches} == {1}
     assert all(v["values"]["adapter_switch_time"] for v in launches if v["variant"].startswith("adapter"))
 
 

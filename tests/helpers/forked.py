@@ -245,6 +245,8 @@ def work(given: dict[str, Any], streams: tuple[int, int, int], *workers: int) ->
     os.chdir(given["cwd"])
     os.environ.clear()
     os.environ.update(given["env"])
+    if "torch" in sys.modules and "OMP_NUM_THREADS" in os.environ:  # which torch has read when it was imported
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     sys.argv[:] = [given["module"], *given["arguments"]]
     path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.path[:] = [*path, *(folder for folder in sys.path if folder not in path)]

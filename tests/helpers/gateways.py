@@ -41,7 +41,11 @@ class Gateway:
 
     def lines(self, kind: str = SERVE_LOG) -> list[dict[str, Any]]:
         """The lines of users' requests, or of another kind."""
-        lines = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+        lines = (
+            [json.loads(line) for line in self.log.read_text().rpartition("\n")[0].splitlines()]
+            if self.log.exists()
+            else []
+        )
         return [line for line in lines if line["kind"] == kind]
 
     def checks(self) -> list[dict[str, Any]]:
