@@ -89,23 +89,6 @@ def _prompt(row: str, flipped: list[tuple[str, Flip]], asked: dict[str, set[str]
     return Prompt(row, changed[0].gravity, first.expected, first.before, tuple(changed), kept)
 
 
-def counts(decision: Decision, evidence: Evidence) -> dict[str, str]:
-    """How many answers of each variant flipped and to what, "" for none."""
-    told = {}
-    for variant, flipped in flips(decision, evidence).items():
-        worse = sum(flip.gravity < BETTER for flip in flipped)
-        graver = sum(flip.gravity < OTHER for flip in flipped)
-        critical = f" ({graver} critical)" if graver else ""
-        told[variant] = f"{worse} got worse{critical}, {len(flipped) - worse} better" if flipped else ""
-    return told
-
-
-OTHER = 3
-"""The gravity of a flip that no rule counts as an error."""
-BETTER = 4
-"""The gravity of an answer that is right now."""
-
-
 def _flips(evidence: Evidence, variant: str) -> list[Flip]:
     before = evidence.rows(evidence.baseline)
     errors = {error.row: error for error in evidence.critical_errors(variant)[0]}

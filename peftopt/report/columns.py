@@ -25,7 +25,8 @@ OTHER_SPEEDS = 2
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, a variant's cell, and the name of the value that sorts it, "" to sort by its text.
+    """A column: its title, a variant's cell, the name of the value that sorts it, "" to sort by its text, and the
+    metric that it shows, "" for none.
 
     `rank`: columns of a lower rank stay in the first table where it would be too wide.
     """
@@ -33,6 +34,7 @@ class Column:
     title: str
     cell: Cell
     sorts: str = ""
+    metric: str = ""
     rank: int = 0
 
 
@@ -58,7 +60,7 @@ def sheet(decision: Decision, columns: Sequence[Column]) -> Sheet:
         [clean(column.title) for column in columns],
         [[clean(column.cell(variant)) for column in columns] for variant in decision.variants],
         [[_key(variant, column) for column in columns] for variant in decision.variants],
-        [column.sorts.partition("@")[0] for column in columns],
+        [column.metric for column in columns],
     )
 
 
@@ -89,12 +91,12 @@ def of_metric(name: str) -> Column:
     """A metric's column, under its title, each value written as its kind is."""
     metric = name.partition("@")[0]
     sorts = "flips_worse" if metric == "flips" else name
-    return Column(title(name), _cell_of(name), sorts, RANKS.get(metric, 0))
+    return Column(title(name), _cell_of(name), sorts, metric, RANKS.get(metric, 0))
 
 
 def speed(ratio: str, heading: str, rank: int = 0) -> Column:
     """A ratio of times to the baseline's, in words."""
-    return Column(heading, lambda v: words.speed(v.figures.get(ratio)), ratio, rank)
+    return Column(heading, lambda v: words.speed(v.figures.get(ratio)), ratio, ratio.partition("@")[0], rank)
 
 
 def title(name: str) -> str:

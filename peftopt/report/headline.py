@@ -77,7 +77,7 @@ def _speed(ratio: Interval | None, today: str) -> str:
         return f"no difference in speed shown to {today}"
     if ratio.estimate <= 1 / TIMES:
         return f"{_times(1 / ratio.estimate)} as fast as {today}"
-    return f"{_per_cent(ratio.estimate)} time a request than {today}"
+    return f"{_per_cent(ratio.estimate)} time per request than {today}"
 
 
 def same_answers(variant: VariantDecision) -> str:
@@ -168,10 +168,7 @@ def _turned_down(decision: Decision, candidates: Sequence[VariantDecision]) -> s
     for variant in candidates:
         if variant.outcome == "rejected":
             harms[_harm(variant)].append(variant.name)
-    told = [
-        f"{_names(names, 'and')} would risk {harm}" if harm else f"{_names(names, 'and')} missed its rules"
-        for harm, names in list(harms.items())[:MOST_NAMED]
-    ]
+    told = [f"{_names(names, 'and')} {harm}" for harm, names in list(harms.items())[:MOST_NAMED]]
     rest = sum(map(len, list(harms.values())[MOST_NAMED:]))
     more = [f"{rest} more were turned down"] if rest else []
     reasons = "; ".join([*told, *more])
@@ -179,8 +176,13 @@ def _turned_down(decision: Decision, candidates: Sequence[VariantDecision]) -> s
 
 
 def _harm(variant: VariantDecision) -> str:
+    """ "would miss size <= 0.7x" of a requirement, else what the rule protects from."""
+    prefix, _, requirement = variant.decided_by.partition("require: ")
+    if requirement and not prefix:
+        return f"would miss {requirement}"
     deciding = next((verdict for verdict in variant.verdicts if verdict.rule == variant.decided_by), None)
-    return (deciding.protects if deciding else "") or protects(variant.decided_by)
+    harm = (deciding.protects if deciding else "") or protects(variant.decided_by)
+    return f"would risk {harm}" if harm else f"was turned down by {variant.decided_by or 'a rule'}"
 
 
 def _names(names: Sequence[str], link: str) -> str:

@@ -69,8 +69,6 @@ class Plot:
 def render(decision: Decision, evidence: Evidence, beside: Sequence[Section] = (), price: Price | None = None) -> str:
     """The page, with sections of what else is known of the run, and costs where there is a price."""
     plots = [plot(decision, evidence, workload) for workload in table.workloads(decision)]
-    first = table.first(decision)
-    more = table.more(decision)
     prompts = answers.prompts(decision, evidence)
     return page(
         "report.html.j2",
@@ -81,24 +79,23 @@ def render(decision: Decision, evidence: Evidence, beside: Sequence[Section] = (
         card=scorecard.scorecard(decision, price),
         warnings=table.warnings(decision),
         notes=table.notes(decision),
-        first=first,
+        first=table.first(decision),
         figures=(),
         plots=[drawn for drawn in plots if drawn],
         rules={v.name: table.rule_rows(v) for v in decision.variants},
-        flipped=answers.counts(decision, evidence),
         prompts=prompts[: answers.EXAMPLES],
         further_prompts=max(len(prompts) - answers.EXAMPLES, 0),
         about_production=production.ABOUT,
         production=production.sections(decision, evidence),
         by_workload=table.by_workload(decision),
-        more=more,
+        more=table.more(decision),
         slices=answers.slices(decision, evidence),
         expected=measured.expected(decision, evidence),
         effort=words.filled(measured.effort(decision, evidence)),
         facts=measured.facts(decision, evidence),
         failures=measured.failures(evidence),
         how_to_read=glossary.HOW_TO_READ,
-        terms=glossary.glossary([*first.metrics, *more.metrics]),
+        terms=glossary.glossary(table.metrics(decision)),
         beside=beside,
     )
 

@@ -73,6 +73,7 @@ def _bodies(
 ) -> Mapping[str, str]:
     """Every part's text by its name, "" for one that has nothing to say."""
     card = scorecard.scorecard(decision, price)
+    more = table.more(decision)
     return {
         "scorecard": _table(scorecard.rows(card)) if card else "",
         "variants": _table(table.rows(decision)),
@@ -83,7 +84,7 @@ def _bodies(
         "production": _production(decision, evidence),
         "beside": "\n\n".join(f"**{escape(p.title)}**\n\n{escape(p.about)}\n\n{_table(p.table)}" for p in beside),
         "workloads": _table(table.by_workload(decision)),
-        "more": _table(table.further(decision)),
+        "more": "\n\n".join(f"**{title}**\n\n{_table(sheet.table)}" for title, sheet in more.items()),
         "expected": _table(measured.expected(decision, evidence), DETAIL),
         "method": _method(decision, evidence),
         "failures": _table(measured.failures(evidence), DETAIL),
@@ -156,8 +157,7 @@ def _method(decision: Decision, evidence: Evidence) -> str:
 
 
 def _words(decision: Decision) -> str:
-    shown = [*table.first(decision).metrics, *table.more(decision).metrics]
-    terms = [f"{term}: {meaning}" for term, meaning in glossary.glossary(shown)]
+    terms = [f"{term}: {meaning}" for term, meaning in glossary.glossary(table.metrics(decision))]
     names = f"One part again: {parts.command('NAME')}. RUN is the run's folder, NAME one of {', '.join(parts.TITLES)}."
     return _list([*glossary.HOW_TO_READ, *terms, names])
 

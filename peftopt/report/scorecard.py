@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from peftopt.errors import BadInput
@@ -71,14 +71,14 @@ def scorecard(decision: Decision, machine: Price | None = None) -> Scorecard | N
     scores = [
         _latency(decision, before, shown, workload),
         _figure(before, shown, f"latency.p95@{workload}", "95 of 100 requests are faster"),
-        _figure(before, shown, f"throughput@{busy}", "output tokens of all requests at once"),
+        _throughput(decision, before, shown, busy),
         _figure(before, shown, "memory", "peak of the process"),
         _figure(before, shown, "gpu_memory_allocated", "peak on the accelerator"),
         _figure(before, shown, "size", "files on disk"),
         _accuracy(before, shown),
         _same(shown),
         _critical(shown),
-        _cost(before, shown, f"throughput@{busy}", machine) if machine else None,
+        _cost(decision, before, shown, busy, machine) if machine else None,
     ]
     return Scorecard(clean(shown.name), clean(decision.baseline), tuple(score for score in scores if score))
 
@@ -97,7 +97,7 @@ def _latency(decision: Decision, before: VariantDecision, after: VariantDecision
     if score is None or ratio is None or not _positive(ratio.estimate):
         return score
     change: Change = "better" if ratio.high < 1 else "worse" if ratio.low > 1 else "same"
-    difference = "no difference shown" if change == "same" else f"{_change(ratio.estimate)}, by block"
+    difference = "no difference shown" if change == "same" else _change(ratio.estimate)
     return _score(name, before, after, difference, change, score.about)
 
 
@@ -181,12 +181,33 @@ def _critical(after: VariantDecision) -> Score | None:
     if errors is None or not math.isfinite(errors.estimate):
         return None
     change: Change = "worse" if errors.estimate > 0 else "same"
-    return Score("critical errors", MISSING, words.critical(errors), "beyond the baseline's own", change, "")
+    bound = f"a rate below {format_value('share', errors.high)}" if math.isfinite(errors.high) else ""
+    return Score("critical errors", MISSING, words.count(errors), bound, change, "beyond the baseline's own")
 
 
-def _cost(before: VariantDecision, after: VariantDecision, name: str, machine: Price) -> Score | None:
+def _throughput(decision: Decision, before: VariantDecision, after: VariantDecision, workload: str) -> Score | None:
+    """The throughput; where its own interval is open and it moves as the paired time does, the pairs tell."""
+    score = _figure(before, after, f"throughput@{workload}", "output tokens of all requests at once")
+    paired = after.figures.get(ratio_name(decision, workload))
+    ratio = quotient(after.figures.get(f"throughput@{workload}"), before.figures.get(f"throughput@{workload}"))
+    if score is None or score.change != "same" or paired is None or ratio is None:
+        return score
+    follows = abs(ratio * paired.estimate - 1) <= FOLLOWS
+    if not follows or paired.low <= 1 <= paired.high:
+        return score
+    return replace(score, difference=_change(ratio), change="better" if paired.high < 1 else "worse")
+
+
+FOLLOWS = 0.15
+"""How far throughput times time may lie from 1 where one request waits for the other."""
+
+
+def _cost(
+    decision: Decision, before: VariantDecision, after: VariantDecision, workload: str, machine: Price
+) -> Score | None:
     """What a million output tokens cost on a machine that is never idle."""
-    throughput = _figure(before, after, name, "")
+    name = f"throughput@{workload}"
+    throughput = _throughput(decision, before, after, workload)
     ours = after.figures.get(name)
     theirs = before.figures.get(name)
     if throughput is None or ours is None or theirs is None:
@@ -195,7 +216,7 @@ def _cost(before: VariantDecision, after: VariantDecision, name: str, machine: P
     shown = [f"{_money(cost)} {machine.currency}" for cost in costs]
     ratio = theirs.estimate / ours.estimate
     difference = "no difference shown" if throughput.change == "same" else _change(ratio)
-    about = f"{_money(machine.per_hour)} {machine.currency} an hour, never idle, at its {name}"
+    about = f"{_money(machine.per_hour)} {machine.currency} an hour, never idle, {name}"
     return Score("cost of a million output tokens", shown[0], shown[1], difference, throughput.change, clean(about))
 
 

@@ -21,6 +21,9 @@ FIRST = ("memory", "gpu_memory_allocated", "size", "load_time", "accuracy")
 MOST_COLUMNS = 12
 """Columns that fit a page of 1280 pixels."""
 
+MOST_FURTHER = 9
+"""Columns beside the variants' names that fit it in a table of long titles."""
+
 
 # ---- a row per variant -------------------------------------------------------------------------
 
@@ -41,16 +44,23 @@ def first(decision: Decision) -> Sheet:
     return columns.sheet(decision, _shown(decision)[0])
 
 
-def more(decision: Decision) -> Sheet:
-    """What no rule asks for but an expert looks at, and what the first table had no room for."""
+def more(decision: Decision) -> dict[str, Sheet]:
+    """What no rule asks for but an expert looks at, and what the first table had no room for: by what it is about, in
+    as many tables as a page is wide."""
     variant = Column("variant", lambda v: _name(decision, v))
-    return columns.sheet(decision, [variant, *_shown(decision)[1], *columns.filled(decision, _further(decision))])
+    further = {"": _shown(decision)[1], **_further(decision)}
+    sheets = {}
+    for about, each in further.items():
+        filled = columns.filled(decision, each)
+        for start in range(0, len(filled), MOST_FURTHER):
+            title = f"{about}, continued" if start and about else about or "Also"
+            sheets[title] = columns.sheet(decision, [variant, *filled[start : start + MOST_FURTHER]])
+    return sheets
 
 
-def further(decision: Decision) -> Table:
-    """`more` as a table; no rows when none of it was measured."""
-    header, body = more(decision).table
-    return header, body if len(header) > 1 else []
+def metrics(decision: Decision) -> list[str]:
+    """The metrics that the tables have a column of."""
+    return [name for sheet in (first(decision), *more(decision).values()) for name in sheet.metrics]
 
 
 def _shown(decision: Decision) -> tuple[list[Column], list[Column]]:
@@ -81,21 +91,27 @@ def _tasks(decision: Decision) -> list[str]:
     return sorted({name for v in decision.variants for name in v.figures if name.startswith(TASK)})
 
 
-def _further(decision: Decision) -> list[Column]:
+def _further(decision: Decision) -> dict[str, list[Column]]:
     everywhere = workloads(decision)
     main = everywhere[:1] or [""]
-    return [
-        *columns.of_metrics(main, "ttft.p50", "ttft.p95", "latency.p99", "tpot.p50", "bandwidth"),
-        *columns.of_metrics(everywhere, *_read(per_workload=True)),
-        *columns.of_metrics(main, "cpu.ratio"),
-        *columns.of_metrics([""], "greedy_match", "top1", "top1.min", "kl", "kl.p95", "kl.max", "kl.token"),
-        *columns.of_metrics([""], "delta_survival", "length"),
-        *columns.of_metrics(everywhere, "length.ratio"),
-        *columns.of_metrics([""], "flips"),
-        *columns.of_metrics(everywhere, "warm_up"),
-        *columns.of_metrics([""], "virtual_tokens", "prompt_kv"),
-        *columns.of_metrics([""], *_read(per_workload=False), "break_even"),
-    ]
+    return {
+        "Times": [
+            *columns.of_metrics(main, "ttft.p50", "ttft.p95", "latency.p99", "tpot.p50", "bandwidth"),
+            *columns.of_metrics(main, "cpu.ratio"),
+            *columns.of_metrics(everywhere, "warm_up"),
+        ],
+        "Answers": [
+            *columns.of_metrics([""], "greedy_match", "top1", "top1.min", "kl", "kl.p95", "kl.max", "kl.token"),
+            *columns.of_metrics([""], "delta_survival", "length"),
+            *columns.of_metrics(everywhere, "length.ratio"),
+            *columns.of_metrics([""], "flips"),
+        ],
+        "Engine": [
+            *columns.of_metrics(everywhere, *_read(per_workload=True)),
+            *columns.of_metrics([""], "virtual_tokens", "prompt_kv"),
+            *columns.of_metrics([""], *_read(per_workload=False), "break_even"),
+        ],
+    }
 
 
 def _read(per_workload: bool) -> list[str]:
