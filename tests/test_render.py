@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -338,7 +340,7 @@ def test_figures_carry_their_interval_unit_and_n() -> None:
     assert words.figure("kl", interval(0.01, -0.001, 0.02)) == "0.0100 nats (-0.00100 to 0.0200)"
 
 
-def test_a_column_of_p95_that_no_variant_has_requests_for_goes_and_its_warning_stays() -> None:
+def test_a_column_of_p95_that_no_variant_has_requests_for_goes_and_its_note_stays() -> None:
     few, enough = interval(41.2, 40.1, math.inf), interval(41.2, 40.1, 42.4)
     adapter, merged, *_ = a_decision().variants
 
@@ -351,7 +353,7 @@ def test_a_column_of_p95_that_no_variant_has_requests_for_goes_and_its_warning_s
 
     assert "P95@chat" not in table.rows(with_tails(few, few))[0]
     assert "P95@chat" in table.rows(with_tails(few, enough))[0]
-    assert any(words.TOO_FEW in line for line in table.warnings(with_tails(few, few)))
+    assert any(words.TOO_FEW in line for line in table.notes(with_tails(few, few)))
 
 
 def test_the_table_has_a_row_per_variant_and_marks_the_baseline_and_the_choice() -> None:
@@ -367,12 +369,35 @@ def test_the_table_has_a_row_per_variant_and_marks_the_baseline_and_the_choice()
 
 
 def test_further_figures_stand_apart_from_those_that_decide() -> None:
-    header, body = table.further(a_decision())
-    cells = dict(zip(header, body[1], strict=True))
+    sheets = table.more(a_decision())
+    cells = {name: text for sheet in sheets.values() for name, text in zip(sheet.header, sheet.body[1], strict=True)}
     assert cells["answers flipped"] == "3 worse, 1 better"
     assert cells["same answer"] == "98.1 % (96–99.3)"
-    assert "GPU memory reserved" not in header
-    assert table.further(dataclasses.replace(a_decision(), variants=a_decision().variants[-1:]))[1] == []
+    assert "GPU memory reserved" not in cells
+    assert not set(cells) & set(table.first(a_decision()).header) - {"variant"}
+    assert table.more(dataclasses.replace(a_decision(), variants=a_decision().variants[-1:])) == {}
+
+
+def test_no_table_of_variants_is_wider_than_a_page_and_no_figure_is_lost_for_it() -> None:
+    decision = a_decision()
+    tasks = {f"task.t{n}": interval(0.5, 0.4, 0.6) for n in range(20)}
+    many = tuple(dataclasses.replace(v, figures={**v.figures, **tasks}) for v in decision.variants)
+    wide = dataclasses.replace(decision, variants=many)
+    first = table.first(wide)
+    assert len(first.header) <= table.MOST_COLUMNS
+    assert first.header[:3] == ["variant", "verdict", "speed@chat vs adapter"]
+    sheets = [first, *table.more(wide).values()]
+    assert all(len(sheet.header) <= table.MOST_COLUMNS for sheet in sheets)
+    shown = {name for sheet in sheets for name in sheet.header}
+    assert shown >= {*tasks, *table.first(decision).header, "critical errors"}
+
+
+def test_a_column_sorts_by_its_values_and_not_by_their_text() -> None:
+    sheet = table.first(a_decision())
+    at = sheet.header.index("peak memory")
+    memory = [row[at] for row in sheet.keys]
+    assert memory == [pytest.approx(1.13e9), pytest.approx(1.13e9), pytest.approx(0.36 * 1.13e9), *memory[3:4], None]
+    assert {row[0] for row in sheet.keys} == {None}, "names sort by their text"
 
 
 def test_times_are_shown_for_every_workload_where_there_are_several() -> None:
@@ -429,11 +454,27 @@ def test_an_inconclusive_verdict_says_what_would_settle_it() -> None:
     assert words.reason(verdict).endswith("cannot tell yet; about 32 more blocks needed")
 
 
-def test_flips_show_the_gravest_first_and_at_most_five() -> None:
-    found = answers.flips(*a_run())
-    assert found["adapter"] == []
-    assert 1 <= len(found["int8"]) <= 5
-    assert found["int8"][0].change == "loop"
+def test_a_prompt_whose_answer_flipped_is_shown_once_for_all_variants_the_gravest_first() -> None:
+    decision, evidence = a_run()
+    flips = answers.flips(decision, evidence)
+    shown = answers.prompts(decision, evidence)
+    assert flips["adapter"] == []
+    assert len({prompt.row for prompt in shown}) == len(shown) > 1
+    told = {(name, prompt.row) for prompt in shown for each in prompt.changed for name in each.variants}
+    assert told == {(name, flip.row) for name, flipped in flips.items() for flip in flipped}
+    assert [prompt.gravity for prompt in shown] == sorted(prompt.gravity for prompt in shown)
+    assert shown[0].changed[0].change == "loop"
+    for prompt in shown:
+        told_of = {name for each in prompt.changed for name in each.variants}
+        assert told_of.isdisjoint(prompt.kept) and told_of | {*prompt.kept} == {"merged", "int8"}
+
+
+def test_variants_that_answer_alike_share_a_line() -> None:
+    decision = a_decision()
+    records = [m for m in the_measurements() if m.probe == "quality" and m.variant in ("adapter", "int8")]
+    same = [dataclasses.replace(m, variant="gptq4") for m in records if m.variant == "int8"]
+    shown = answers.prompts(decision, the_evidence(decision, [*records, *same]))
+    assert shown and all(each.variants == ("int8", "gptq4") for prompt in shown for each in prompt.changed)
 
 
 def test_slices_show_the_change_to_the_baseline() -> None:
@@ -483,7 +524,28 @@ def test_reports_say_what_a_reader_needs_in_order(name: str) -> None:
 def test_hostile_text_stays_text_in_html() -> None:
     page = Page(html.render(*hostile()))
     assert page.open == [] and page.fetched == []
-    assert not {"script", "img", "link", "iframe", "object", "a"} & set(page.tags)
+    assert not {"img", "link", "iframe", "object", "a"} & set(page.tags)
+    assert scripts(html.render(*hostile())) == scripts(html.render(*a_run()))
+
+
+def scripts(text: str) -> list[str]:
+    return re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
+
+
+def test_the_only_script_is_the_one_that_the_page_allows_itself() -> None:
+    text = html.render(*a_run())
+    (script,) = scripts(text)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', text)
+    assert policy and f"script-src 'sha256-{digest}'" in policy[1].replace("&#39;", "'")
+    assert "default-src 'none'" in policy[1]
+    assert not re.search(r"\son\w+=", text.partition("<script>")[0])
+
+
+def test_the_page_is_complete_without_its_script() -> None:
+    page = html.render(*a_run()).partition("<script>")[0]
+    assert all(variant.name in page for variant in a_decision().variants)
+    assert "<button" not in page, "what needs the script comes with it"
 
 
 def test_hostile_text_stays_text_in_markdown() -> None:
@@ -509,7 +571,8 @@ def test_hostile_text_stays_text_in_markdown() -> None:
 def test_the_page_loads_nothing() -> None:
     text = html.render(*a_run())
     assert Page(text).fetched == []
-    assert not re.search(r"https?:|url\(|@import|<script", text)
+    assert not re.search(r"https?:|url\(|@import|<script [^>]", text)
+    assert not re.search(r"fetch|XMLHttp|import|eval|innerHTML", scripts(text)[0])
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
 
 
