@@ -1,0 +1,317 @@
+"""Quality against latency: which variants are worth choosing between."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peftopt.decision.evidence import Evidence
+from peftopt.metrics import TASK, described, format_value
+from peftopt.records import Decision, Interval, VariantDecision
+from peftopt.report import words
+from peftopt.report.plots import axes
+from peftopt.report.plots.axes import Label, Scale
+from peftopt.report.plots.picture import NAME, SHAPES, Figure, Picture, kind_of, leader
+
+HEAD, PLOT = 26, 340
+"""Pixels: the legend above, and the plot."""
+WIDTHS = {"narrow": 300, "wide": 700}
+"""Pixels of a plot on a phone and on a screen: labels find their place on each, and the page shows one of them."""
+QUALITIES = ("accuracy", "score", "perplexity", "greedy_match")
+FAR = 1.5
+"""A limit further off than so many times what the points span is said, not drawn."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A variant, its time and its quality, and the variants that are better in a way that is shown."""
+
+    variant: VariantDecision
+    kind: str
+    x: Interval
+    y: Interval
+    dominated_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What `require:` asks of one of the two metrics, in its unit."""
+
+    metric: str
+    value: float
+    text: str
+
+
+def quality_of(decision: Decision) -> str:
+    """The metric of quality that at least two variants have: accuracy, else a task's score, else one that compares."""
+    tasks = sorted({name for v in decision.variants for name in v.figures if name.startswith(TASK)})
+    for name in (QUALITIES[0], *tasks, *QUALITIES[1:]):
+        if sum(_known(v.figures.get(name)) for v in decision.variants) > 1:
+            return name
+    return ""
+
+
+def points(decision: Decision) -> list[Point]:
+    """The variants that have both; () where fewer than two have."""
+    quality = quality_of(decision)
+    found = []
+    for variant in decision.variants:
+        x, y = variant.figures.get(decision.minimize), variant.figures.get(quality)
+        if x and y and axes.drawable(x.estimate, log=True) and axes.drawable(y.estimate):
+            found.append(Point(variant, kind_of(variant.name, variant.outcome, decision.baseline), x, y))
+    if len(found) < 2:
+        return []
+    directions = _direction(decision.minimize), _direction(quality)
+    return [_judged(point, found, directions) for point in found]
+
+
+def frontier(found: Sequence[Point], directions: tuple[int, int]) -> list[Point]:
+    """The points that no other eligible one beats in both estimates, from the best time on."""
+    best: list[Point] = []
+    eligible = [point for point in found if _may_dominate(point)]
+    for point in sorted(eligible, key=lambda p: (directions[0] * p.x.estimate, directions[1] * p.y.estimate)):
+        if not best or directions[1] * point.y.estimate < directions[1] * best[-1].y.estimate:
+            best.append(point)
+    return best
+
+
+def limits(decision: Decision, evidence: Evidence) -> list[Limit]:
+    """What the recipe requires of the two metrics, relative limits times the baseline's value."""
+    baseline = next((v for v in decision.variants if v.name == decision.baseline), None)
+    shown = {decision.minimize, quality_of(decision)}
+    found = []
+    for threshold in evidence.plan.recipe.require:
+        name = str(threshold.metric)
+        own = baseline.figures.get(name) if baseline else None
+        if name not in shown or (threshold.relative and not own):
+            continue
+        value = threshold.limit * own.estimate if threshold.relative and own else threshold.limit
+        if axes.drawable(value):
+            found.append(Limit(name, value, threshold.text))
+    return found
+
+
+def figure(decision: Decision, evidence: Evidence) -> Figure | None:
+    """The frontier; None where fewer than two variants have a time and a quality."""
+    found = points(decision)
+    if not found:
+        return None
+    quality = quality_of(decision)
+    asked = limits(decision, evidence)
+    across = _scale([p.x for p in found], [a.value for a in asked if a.metric == decision.minimize], log=True)
+    up = _scale([p.y for p in found], [a.value for a in asked if a.metric == quality], log=False)
+    title = f"{_title(quality)} against {_title(decision.minimize)}"
+    picture = Picture(title, HEAD + PLOT + 40, "plane")
+    _axes(picture, across, up, decision.minimize, quality)
+    beyond = [a.text for a in asked if not _draw_limit(picture, a, across, up, decision.minimize)]
+    directions = _direction(decision.minimize), _direction(quality)
+    front = frontier(found, directions)
+    picture.curve(_steps(front, across, up), "front")
+    places = [(across.at(p.x.estimate), _y(up, p.y.estimate)) for p in found]
+    names = [words.clip(p.variant.name, NAME) for p in found]
+    placed = {layout: axes.place(places, names, width, HEAD + PLOT) for layout, width in WIDTHS.items()}
+    for n, point in enumerate(found):
+        labels = {layout: of_all[n] for layout, of_all in placed.items()}
+        _draw_point(picture, point, across, up, labels, point.variant.name == decision.chosen)
+    _legend(picture, [p.kind for p in found])
+    return Figure(
+        title=title,
+        caption=_caption(found, beyond, directions),
+        svg=str(picture),
+        command="peftopt export-data RUN --table figures --to figures.csv",
+        table=_table(decision, quality, found),
+    )
+
+
+# ---- who dominates whom ------------------------------------------------------------------------
+
+
+def _judged(point: Point, others: Sequence[Point], directions: tuple[int, int]) -> Point:
+    """The point with the variants that are at least as good in both estimates and shown to be better in one."""
+    by = [
+        other.variant.name
+        for other in others
+        if other is not point and _may_dominate(other) and _dominates(other, point, directions)
+    ]
+    return Point(point.variant, point.kind, point.x, point.y, tuple(by))
+
+
+def _may_dominate(point: Point) -> bool:
+    """Nobody gives up a variant for one that was turned down."""
+    return point.kind in ("baseline", "accepted", "inconclusive")
+
+
+def _dominates(one: Point, other: Point, directions: tuple[int, int]) -> bool:
+    as_good = True
+    shown = False
+    for ours, theirs, direction in ((one.x, other.x, directions[0]), (one.y, other.y, directions[1])):
+        as_good = as_good and direction * ours.estimate <= direction * theirs.estimate
+        apart = ours.high < theirs.low if direction > 0 else ours.low > theirs.high
+        shown = shown or apart
+    return as_good and shown
+
+
+def _direction(metric: str) -> int:
+    """1 where lower is better, -1 where higher is."""
+    spec = described(metric)
+    return -1 if spec and spec.better == "higher" else 1
+
+
+# ---- drawing -----------------------------------------------------------------------------------
+
+
+def _scale(values: Sequence[Interval], asked: Sequence[float], log: bool) -> Scale:
+    """The scale of all points with their intervals, and of limits that are not far off."""
+    shown = [x for value in values for x in (value.estimate, value.low, value.high)]
+    scale = Scale.around(shown, log, least=0.03 if log else 0.01)
+    near = [limit for limit in asked if _near(scale, limit)]
+    return Scale.around([*shown, *near], log, least=0.03 if log else 0.01)
+
+
+def _near(scale: Scale, limit: float) -> bool:
+    if not axes.drawable(limit, scale.log):
+        return False
+    inner = math.log(limit) if scale.log else limit
+    reach = FAR * (scale.high - scale.low)
+    return scale.low - reach <= inner <= scale.high + reach
+
+
+def _y(up: Scale, value: float) -> float:
+    return HEAD + PLOT * (1 - up.at(value))
+
+
+def _axes(picture: Picture, across: Scale, up: Scale, time: str, quality: str) -> None:
+    bottom = HEAD + PLOT
+    for share, value in across.ticks():
+        picture.line((share, HEAD), (share, bottom), "grid")
+        picture.text((share, bottom + 16), f"{value:,g}", "tick middle")
+    for share, value in up.ticks(apart=0.1):
+        y = HEAD + PLOT * (1 - share)
+        picture.line((0, y), (1, y), "grid")
+        picture.text((0, y + 4), format_value(quality, value), "tick end", shift=-6)
+    spec = described(time)
+    unit = f", {spec.unit}" if spec else ""
+    picture.corner(False, bottom + 34, f"{_title(time)}{unit} (log)", "axis end")
+
+
+def _draw_limit(picture: Picture, asked: Limit, across: Scale, up: Scale, time: str) -> bool:
+    """Whether the limit lies on the picture, and is drawn."""
+    scale = across if asked.metric == time else up
+    if not _near(scale, asked.value):
+        return False
+    group = picture.group("asked", f"required: {asked.text}")
+    if asked.metric == time:
+        share = across.at(asked.value)
+        side = "start" if share < 0.5 else "end"
+        picture.line((share, HEAD), (share, HEAD + PLOT), "limit", group)
+        picture.text((share, HEAD + 12), asked.text, f"limit-text {side}", group, 5 if share < 0.5 else -5)
+    else:
+        y = _y(up, asked.value)
+        picture.line((0, y), (1, y), "limit", group)
+        picture.text((0, y - 5), asked.text, "limit-text start", group, 4)
+    return True
+
+
+def _steps(front: Sequence[Point], across: Scale, up: Scale) -> list[tuple[float, float]]:
+    """The frontier as steps: what it takes in time to have more quality."""
+    places: list[tuple[float, float]] = []
+    for point in front:
+        place = across.at(point.x.estimate), _y(up, point.y.estimate)
+        if places:
+            places.append((place[0], places[-1][1]))
+        places.append(place)
+    return places
+
+
+def _draw_point(
+    picture: Picture, point: Point, across: Scale, up: Scale, labels: dict[str, Label], chosen: bool
+) -> None:
+    pale = " dominated" if point.dominated_by else ""
+    group = picture.group(f"point {point.kind.replace(' ', '-')}{pale}{' chosen' if chosen else ''}", _hint(point))
+    at = across.at(point.x.estimate), _y(up, point.y.estimate)
+    ends = [_ends(across, point.x), _ends(up, point.y)]
+    picture.line((ends[0][0], at[1]), (ends[0][1], at[1]), "interval", group)
+    picture.line((at[0], HEAD + PLOT * (1 - ends[1][0])), (at[0], HEAD + PLOT * (1 - ends[1][1])), "interval", group)
+    if chosen:
+        picture.dot(at, 9, "ring", group)
+    picture.shape(at, SHAPES[point.kind], "mark", group)
+    for layout, label in labels.items():
+        inner = picture.group(layout, into=group)
+        if abs(label.dy) > 5:
+            picture.shape(at, leader(label.side, label.dy), "leader", inner)
+        side = "start" if label.side > 0 else "end"
+        name = words.clip(point.variant.name, NAME)
+        picture.text((at[0], at[1] + label.dy + 4), name, f"label {side}", inner, axes.AWAY * label.side)
+
+
+def _ends(scale: Scale, value: Interval) -> tuple[float, float]:
+    low, high = (value.estimate if math.isnan(bound) else bound for bound in (value.low, value.high))
+    return scale.at(low), scale.at(high)
+
+
+def _legend(picture: Picture, kinds: Sequence[str]) -> None:
+    present = [kind for kind in SHAPES if kind in kinds]
+    for n, kind in enumerate(present):
+        group = picture.group(f"key {kind.replace(' ', '-')}")
+        picture.shape((n / len(present), 8), SHAPES[kind], "mark", group)
+        picture.text((n / len(present), 12), kind, "value start", group, 10)
+
+
+# ---- words -------------------------------------------------------------------------------------
+
+
+def _known(value: Interval | None) -> bool:
+    return value is not None and axes.drawable(value.estimate)
+
+
+def _title(metric: str) -> str:
+    """ "latency P50 on chat": a metric's name for a sentence."""
+    name, _, workload = metric.partition("@")
+    spec = described(name)
+    title = spec.title if spec else name
+    family = "latency " if name.startswith("latency.") else ""
+    return f"{family}{title} on {workload}" if workload else f"{family}{title}"
+
+
+def _hint(point: Point) -> str:
+    by = f"; dominated by {', '.join(point.dominated_by)}" if point.dominated_by else ""
+    return f"{point.variant.name}: {_bare(point.x)}, {_bare(point.y)}; {point.kind}{by}"
+
+
+def _bare(value: Interval) -> str:
+    if not words.bounded(value):
+        return f"{value.estimate:.4g}"
+    return f"{value.estimate:.4g} ({value.low:.4g} to {value.high:.4g})"
+
+
+def _caption(found: Sequence[Point], beyond: Sequence[str], directions: tuple[int, int]) -> str:
+    corner = f"{'bottom' if directions[1] > 0 else 'top'} {'left' if directions[0] > 0 else 'right'}"
+    pale = sum(bool(point.dominated_by) for point in found)
+    sentences = [
+        f"The best corner is {corner}. Bars are 95 % intervals, in both directions.",
+        "The stepped line joins the variants that no other one beats in both estimates; it passes over rejected ones.",
+    ]
+    if pale:
+        sentences.append(
+            f"{pale} of {len(found)} are pale: another variant is at least as good in both, and better in one by more "
+            "than the intervals."
+        )
+    if beyond:
+        sentences.append(f"Beyond the picture: {', '.join(beyond)}.")
+    return " ".join(sentences)
+
+
+def _table(decision: Decision, quality: str, found: Sequence[Point]) -> words.Table:
+    header = ["variant", "outcome", _title(decision.minimize), _title(quality), "dominated by"]
+    body = [
+        [
+            point.variant.name,
+            point.kind,
+            words.figure(decision.minimize, point.x),
+            words.figure(quality, point.y),
+            ", ".join(point.dominated_by) or words.MISSING,
+        ]
+        for point in found
+    ]
+    return header, [[words.clean(cell) for cell in row] for row in body]
