@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-RATIOS = (1.0, 0.9, 1.1, 0.8, 1.25, 0.7, 1.5, 0.5, 2.0, 0.3, 3.0, 0.2, 5.0, 0.1, 10.0, 30.0, 100.0)
-"""Ticks of a ratio, those first that a reader looks for."""
 MARGIN = 0.06
 """What stays free at either end of a scale, of its length."""
 MOST = 1e150
@@ -40,10 +38,10 @@ class Scale:
         share = (self._inner(value) - self.low) / (self.high - self.low)
         return min(max(share, 0.0), 1.0)
 
-    def ticks(self, candidates: Sequence[float] = (), apart: float = 0.12) -> list[tuple[float, float]]:
-        """Shares and their numbers, in order, so far `apart`: the first of `candidates` first, else round numbers."""
+    def ticks(self, apart: float = 0.12, first: Sequence[float] = ()) -> list[tuple[float, float]]:
+        """Shares and their numbers, in order, so far `apart`: some `first`, then round numbers where there is room."""
         kept: list[tuple[float, float]] = []
-        for value in candidates or self._round():
+        for value in (*first, *self._round()):
             if not self._inside(value):
                 continue
             share = self.at(value)
@@ -61,7 +59,7 @@ class Scale:
 
     def _round(self) -> list[float]:
         """Round numbers on the scale: of powers of ten where it spans some, else evenly spaced."""
-        if self.log and self.high - self.low > math.log(4):
+        if self.log and self.high - self.low > math.log(10):
             first = math.floor(self.low / math.log(10))
             last = math.ceil(self.high / math.log(10))
             return [digit * 10.0**power for digit in (1, 3, 2, 5) for power in range(first, last + 1)]

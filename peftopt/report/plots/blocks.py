@@ -19,6 +19,8 @@ from peftopt.report.plots.rows import Row, Rows
 STRIP = 36
 FEWEST = 3
 """Blocks from which there is anything to see over time."""
+STEPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+"""Blocks between two ticks."""
 LEAST = 0.05
 """The log ratio that a strip spans up and down, at least."""
 
@@ -45,7 +47,8 @@ def rows(decision: Decision, evidence: Evidence, workload: str) -> list[Series]:
         block: stats.median(times(turn, field))
         for block, turn in sorted(evidence.turns.get((decision.baseline, workload), {}).items())
     }
-    own = {block: math.log(ms) for block, ms in medians.items() if axes.drawable(ms, log=True)}
+    usual = stats.median(medians.values())
+    own = {block: math.log(ms / usual) for block, ms in medians.items() if axes.drawable(ms, log=True)}
     found = [Series(decision.baseline, "baseline", own, "its own times")]
     arms = [(decision.baseline + TWIN, f"{decision.baseline}, second copy", "baseline")]
     arms += [
@@ -73,7 +76,7 @@ def figure(decision: Decision, evidence: Evidence, workload: str) -> Figure | No
     rows_ = Rows(title, [_row(series) for series in found], STRIP, top=16)
     for block, why in disturbed.items():
         _mark(rows_, across, block, why)
-    rows_.axis([(share, f"{value:g}") for share, value in across.ticks(_whole(numbers), apart=0.08)])
+    rows_.axis([(share, f"{value:g}") for share, value in [(across.at(n), n) for n in _ticks(numbers)]])
     for number, series in enumerate(found):
         _draw(rows_, number, series, across, reach, frozenset(disturbed))
     return Figure(
@@ -92,11 +95,11 @@ def _reach(found: list[Series]) -> float:
     return max(LEAST, *(1.1 * abs(deviation) for deviation in axes.central(deviations, 0.98)))
 
 
-def _whole(numbers: list[int]) -> list[float]:
-    """Ticks at round blocks, rounder ones first."""
-    steps = (100, 50, 10, 5, 1)
-    last = max(numbers)
-    return [float(n) for step in steps for n in range(0, last + 1, step) if step == 1 or last >= step]
+def _ticks(numbers: list[int]) -> range:
+    """Blocks at even, round steps: some eight of them."""
+    first, last = numbers[0], numbers[-1]
+    step = next((step for step in STEPS if (last - first) / step <= 8), last - first)
+    return range(-(-first // step) * step, last + 1, step)
 
 
 def _row(series: Series) -> Row:
@@ -107,11 +110,10 @@ def _row(series: Series) -> Row:
 
 
 def _mark(rows_: Rows, across: Scale, block: int, why: list[str]) -> None:
-    """A band through all rows, with a mark above it."""
+    """A mark above all rows, and a line through them."""
     group = rows_.picture.group("disturbed", f"block {block}: {'; '.join(why)}")
-    left, right = across.at(block - 0.5), across.at(block + 0.5)
-    rows_.picture.bar((left, rows_.top - 4), right - left, rows_.bottom - rows_.top + 4, "span", group)
-    rows_.picture.shape((across.at(block), 4), "M-4-4H4L0 4Z", "flag", group)
+    rows_.picture.line((across.at(block), rows_.top - 4), (across.at(block), rows_.bottom), "through", group)
+    rows_.picture.shape((across.at(block), 5), "M-5-5H5L0 5Z", "flag", group)
 
 
 def _draw(rows_: Rows, number: int, series: Series, across: Scale, reach: float, disturbed: frozenset[int]) -> None:
@@ -138,7 +140,8 @@ def _caption(baseline: str, reach: float, blocks: int, disturbed: Mapping[int, l
     ]
     if disturbed:
         sentences.append(
-            f"{len(disturbed)} of {blocks} blocks are marked as disturbed ({listed(disturbed)}): their dots are hollow."
+            f"{len(disturbed)} of {blocks} blocks are disturbed ({listed(disturbed)}): a mark above, a dotted line, "
+            "hollow dots. Point at the mark to read by what."
         )
     return " ".join(sentences)
 

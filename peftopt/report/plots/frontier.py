@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peftopt.decision.evidence import Evidence
 from peftopt.metrics import TASK, described, format_value
-from peftopt.records import Decision, Interval, VariantDecision
+from peftopt.records import TWIN, Decision, Interval, VariantDecision
 from peftopt.report import words
 from peftopt.report.plots import axes
 from peftopt.report.plots.axes import Label, Scale
@@ -25,12 +25,15 @@ FAR = 1.5
 
 @dataclass(frozen=True)
 class Point:
-    """A variant, its time and its quality, and the variants that are better in a way that is shown."""
+    """A variant, its time and its quality, the bar of its time, and the variants that are shown to be better."""
 
     variant: VariantDecision
     kind: str
     x: Interval
     y: Interval
+    bar: tuple[float, float]
+    """The bounds of the time; those of its ratio to the baseline where launches are too few; the estimate twice where
+    neither is known."""
     dominated_by: tuple[str, ...] = ()
 
 
@@ -52,26 +55,27 @@ def quality_of(decision: Decision) -> str:
     return ""
 
 
-def points(decision: Decision) -> list[Point]:
+def points(decision: Decision, evidence: Evidence) -> list[Point]:
     """The variants that have both; () where fewer than two have."""
     quality = quality_of(decision)
     found = []
     for variant in decision.variants:
         x, y = variant.figures.get(decision.minimize), variant.figures.get(quality)
         if x and y and axes.drawable(x.estimate, log=True) and axes.drawable(y.estimate):
-            found.append(Point(variant, kind_of(variant.name, variant.outcome, decision.baseline), x, y))
+            kind = kind_of(variant.name, variant.outcome, decision.baseline)
+            found.append(Point(variant, kind, x, y, _bar(evidence, variant.name, x)))
     if len(found) < 2:
         return []
-    directions = _direction(decision.minimize), _direction(quality)
-    return [_judged(point, found, directions) for point in found]
+    return [replace(point, dominated_by=_dominators(evidence, point, found, direction(quality))) for point in found]
 
 
-def frontier(found: Sequence[Point], directions: tuple[int, int]) -> list[Point]:
-    """The points that no other eligible one beats in both estimates, from the best time on."""
+def frontier(found: Sequence[Point], better: int) -> list[Point]:
+    """The points that no other one beats in both estimates, the fastest first; those that were turned down are not
+    asked. `better` is the direction of quality."""
     best: list[Point] = []
     eligible = [point for point in found if _may_dominate(point)]
-    for point in sorted(eligible, key=lambda p: (directions[0] * p.x.estimate, directions[1] * p.y.estimate)):
-        if not best or directions[1] * point.y.estimate < directions[1] * best[-1].y.estimate:
+    for point in sorted(eligible, key=lambda p: (p.x.estimate, better * p.y.estimate)):
+        if not best or better * point.y.estimate < better * best[-1].y.estimate:
             best.append(point)
     return best
 
@@ -94,19 +98,20 @@ def limits(decision: Decision, evidence: Evidence) -> list[Limit]:
 
 def figure(decision: Decision, evidence: Evidence) -> Figure | None:
     """The frontier; None where fewer than two variants have a time and a quality."""
-    found = points(decision)
+    found = points(decision, evidence)
     if not found:
         return None
     quality = quality_of(decision)
     asked = limits(decision, evidence)
-    across = _scale([p.x for p in found], [a.value for a in asked if a.metric == decision.minimize], log=True)
-    up = _scale([p.y for p in found], [a.value for a in asked if a.metric == quality], log=False)
-    title = f"{_title(quality)} against {_title(decision.minimize)}"
+    times = [x for p in found for x in (p.x.estimate, *p.bar)]
+    qualities = [y for p in found for y in (p.y.estimate, p.y.low, p.y.high)]
+    across = _scale(times, [a.value for a in asked if a.metric == decision.minimize], log=True)
+    up = _scale(qualities, [a.value for a in asked if a.metric == quality], log=False)
+    title = _title(quality)[:1].upper() + _title(quality)[1:] + f" against {_title(decision.minimize)}"
     picture = Picture(title, HEAD + PLOT + 40, "plane")
     _axes(picture, across, up, decision.minimize, quality)
     beyond = [a.text for a in asked if not _draw_limit(picture, a, across, up, decision.minimize)]
-    directions = _direction(decision.minimize), _direction(quality)
-    front = frontier(found, directions)
+    front = frontier(found, direction(quality))
     picture.curve(_steps(front, across, up), "front")
     places = [(across.at(p.x.estimate), _y(up, p.y.estimate)) for p in found]
     names = [words.clip(p.variant.name, NAME) for p in found]
@@ -117,7 +122,7 @@ def figure(decision: Decision, evidence: Evidence) -> Figure | None:
     _legend(picture, [p.kind for p in found])
     return Figure(
         title=title,
-        caption=_caption(found, beyond, directions),
+        caption=_caption(found, beyond, direction(quality)),
         svg=str(picture),
         command="peftopt export-data RUN --table figures --to figures.csv",
         table=_table(decision, quality, found),
@@ -127,14 +132,23 @@ def figure(decision: Decision, evidence: Evidence) -> Figure | None:
 # ---- who dominates whom ------------------------------------------------------------------------
 
 
-def _judged(point: Point, others: Sequence[Point], directions: tuple[int, int]) -> Point:
-    """The point with the variants that are at least as good in both estimates and shown to be better in one."""
-    by = [
+def direction(metric: str) -> int:
+    """1 where lower is better, -1 where higher is."""
+    spec = described(metric)
+    return -1 if spec and spec.better == "higher" else 1
+
+
+def _dominators(evidence: Evidence, point: Point, others: Sequence[Point], better: int) -> tuple[str, ...]:
+    """The variants that are at least as good in both estimates and shown to be better in one."""
+    return tuple(
         other.variant.name
         for other in others
-        if other is not point and _may_dominate(other) and _dominates(other, point, directions)
-    ]
-    return Point(point.variant, point.kind, point.x, point.y, tuple(by))
+        if other is not point
+        and _may_dominate(other)
+        and other.x.estimate <= point.x.estimate
+        and better * other.y.estimate <= better * point.y.estimate
+        and (_better(other.y, point.y, better) or _faster(evidence, other.variant.name, point.variant.name))
+    )
 
 
 def _may_dominate(point: Point) -> bool:
@@ -142,31 +156,36 @@ def _may_dominate(point: Point) -> bool:
     return point.kind in ("baseline", "accepted", "inconclusive")
 
 
-def _dominates(one: Point, other: Point, directions: tuple[int, int]) -> bool:
-    as_good = True
-    shown = False
-    for ours, theirs, direction in ((one.x, other.x, directions[0]), (one.y, other.y, directions[1])):
-        as_good = as_good and direction * ours.estimate <= direction * theirs.estimate
-        apart = ours.high < theirs.low if direction > 0 else ours.low > theirs.high
-        shown = shown or apart
-    return as_good and shown
+def _better(ours: Interval, theirs: Interval, better: int) -> bool:
+    return ours.high < theirs.low if better > 0 else ours.low > theirs.high
 
 
-def _direction(metric: str) -> int:
-    """1 where lower is better, -1 where higher is."""
-    spec = described(metric)
-    return -1 if spec and spec.better == "higher" else 1
+def _faster(evidence: Evidence, one: str, other: str) -> bool:
+    """Whether blocks, which pair them, show that one is faster, on the clock that judges."""
+    metric = evidence.plan.recipe.minimize
+    ratio = evidence.ratio(one, other, metric.workload, evidence.field(metric))
+    return ratio is not None and ratio.high < 1
+
+
+def _bar(evidence: Evidence, name: str, time: Interval) -> tuple[float, float]:
+    if words.bounded(time):
+        return time.low, time.high
+    metric = evidence.plan.recipe.minimize
+    source = name + TWIN if name == evidence.baseline else name
+    ratio = evidence.ratio(source, evidence.baseline, metric.workload, evidence.wall_field(metric))
+    if ratio is None or not (words.bounded(ratio) and axes.drawable(ratio.estimate, log=True)):
+        return time.estimate, time.estimate
+    return time.estimate * ratio.low / ratio.estimate, time.estimate * ratio.high / ratio.estimate
 
 
 # ---- drawing -----------------------------------------------------------------------------------
 
 
-def _scale(values: Sequence[Interval], asked: Sequence[float], log: bool) -> Scale:
+def _scale(shown: Sequence[float], asked: Sequence[float], log: bool) -> Scale:
     """The scale of all points with their intervals, and of limits that are not far off."""
-    shown = [x for value in values for x in (value.estimate, value.low, value.high)]
-    scale = Scale.around(shown, log, least=0.03 if log else 0.01)
-    near = [limit for limit in asked if _near(scale, limit)]
-    return Scale.around([*shown, *near], log, least=0.03 if log else 0.01)
+    least = 0.03 if log else 0.01
+    scale = Scale.around(shown, log, least)
+    return Scale.around([*shown, *(limit for limit in asked if _near(scale, limit))], log, least)
 
 
 def _near(scale: Scale, limit: float) -> bool:
@@ -209,7 +228,7 @@ def _draw_limit(picture: Picture, asked: Limit, across: Scale, up: Scale, time: 
     else:
         y = _y(up, asked.value)
         picture.line((0, y), (1, y), "limit", group)
-        picture.text((0, y - 5), asked.text, "limit-text start", group, 4)
+        picture.text((1, y - 5), asked.text, "limit-text end", group)
     return True
 
 
@@ -230,9 +249,9 @@ def _draw_point(
     pale = " dominated" if point.dominated_by else ""
     group = picture.group(f"point {point.kind.replace(' ', '-')}{pale}{' chosen' if chosen else ''}", _hint(point))
     at = across.at(point.x.estimate), _y(up, point.y.estimate)
-    ends = [_ends(across, point.x), _ends(up, point.y)]
-    picture.line((ends[0][0], at[1]), (ends[0][1], at[1]), "interval", group)
-    picture.line((at[0], HEAD + PLOT * (1 - ends[1][0])), (at[0], HEAD + PLOT * (1 - ends[1][1])), "interval", group)
+    picture.line((across.at(point.bar[0]), at[1]), (across.at(point.bar[1]), at[1]), "interval", group)
+    if words.bounded(point.y):
+        picture.line((at[0], _y(up, point.y.low)), (at[0], _y(up, point.y.high)), "interval", group)
     if chosen:
         picture.dot(at, 9, "ring", group)
     picture.shape(at, SHAPES[point.kind], "mark", group)
@@ -245,17 +264,13 @@ def _draw_point(
         picture.text((at[0], at[1] + label.dy + 4), name, f"label {side}", inner, axes.AWAY * label.side)
 
 
-def _ends(scale: Scale, value: Interval) -> tuple[float, float]:
-    low, high = (value.estimate if math.isnan(bound) else bound for bound in (value.low, value.high))
-    return scale.at(low), scale.at(high)
-
-
 def _legend(picture: Picture, kinds: Sequence[str]) -> None:
     present = [kind for kind in SHAPES if kind in kinds]
     for n, kind in enumerate(present):
         group = picture.group(f"key {kind.replace(' ', '-')}")
-        picture.shape((n / len(present), 8), SHAPES[kind], "mark", group)
-        picture.text((n / len(present), 12), kind, "value start", group, 10)
+        share = n * min(0.25, 1 / len(present))
+        picture.shape((share, 8), SHAPES[kind], "mark", group)
+        picture.text((share, 12), kind, "value start", group, 10)
 
 
 # ---- words -------------------------------------------------------------------------------------
@@ -285,17 +300,20 @@ def _bare(value: Interval) -> str:
     return f"{value.estimate:.4g} ({value.low:.4g} to {value.high:.4g})"
 
 
-def _caption(found: Sequence[Point], beyond: Sequence[str], directions: tuple[int, int]) -> str:
-    corner = f"{'bottom' if directions[1] > 0 else 'top'} {'left' if directions[0] > 0 else 'right'}"
+def _caption(found: Sequence[Point], beyond: Sequence[str], better: int) -> str:
+    sentences = [f"The best corner is {'bottom' if better > 0 else 'top'} left. Bars are 95 % intervals."]
+    if not all(words.bounded(point.x) for point in found):
+        sentences.append(
+            "Where launches are too few for an interval of the time, the bar is that of its ratio to the baseline."
+        )
+    sentences.append(
+        "The dotted steps join the variants that no other one beats in both estimates; they pass over rejected ones."
+    )
     pale = sum(bool(point.dominated_by) for point in found)
-    sentences = [
-        f"The best corner is {corner}. Bars are 95 % intervals, in both directions.",
-        "The stepped line joins the variants that no other one beats in both estimates; it passes over rejected ones.",
-    ]
     if pale:
         sentences.append(
-            f"{pale} of {len(found)} are pale: another variant is at least as good in both, and better in one by more "
-            "than the intervals."
+            f"{pale} of {len(found)} are pale: another variant is as good or better in both, and shown to be better in "
+            "one."
         )
     if beyond:
         sentences.append(f"Beyond the picture: {', '.join(beyond)}.")

@@ -37,7 +37,7 @@ def figure(decision: Decision, evidence: Evidence) -> Figure | None:
     across = Scale.around([1.0, *edges], log=True)
     title = f"Length of answers against {decision.baseline}'s"
     rows_ = Rows(title, [_row(decision, variant, found[variant.name]) for variant in kept], STRIP)
-    rows_.axis([(share, f"{value:g}x") for share, value in across.ticks(axes.RATIOS)])
+    rows_.axis([(share, f"{value:g}x") for share, value in across.ticks(first=[1.0])])
     rows_.picture.line((across.at(1), 0), (across.at(1), rows_.bottom), "one")
     for number, variant in enumerate(kept):
         group, top = rows_.row(number)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from peftopt.decision.evidence import Evidence
@@ -144,7 +144,7 @@ def _of_workloads(evidence: Evidence, variant: VariantDecision) -> tuple[Step, .
     return _in_order(steps)
 
 
-def _in_order(steps: Sequence[Step | None]) -> tuple[Step, ...]:
+def _in_order(steps: Iterable[Step | None]) -> tuple[Step, ...]:
     return tuple(sorted((step for step in steps if step), key=lambda step: step.rate))
 
 
@@ -162,12 +162,12 @@ def _draw(picture: Picture, number: int, panel: Panel, found: Sequence[Curve], a
         return top + PANEL * (1 - up.at(value))
 
     picture.corner(True, top - 6, panel.title, "name")
-    for share, value in across.ticks():
+    for share, tick in across.ticks():
         picture.line((share, top), (share, top + PANEL), "grid")
-        picture.text((share, top + PANEL + 16), f"{value:g}/s", "tick middle")
-    for share, value in up.ticks(apart=0.2):
+        picture.text((share, top + PANEL + 16), f"{tick:g}/s", "tick middle")
+    for share, tick in up.ticks(apart=0.2):
         picture.line((0, top + PANEL * (1 - share)), (1, top + PANEL * (1 - share)), "grid")
-        picture.text((0, top + PANEL * (1 - share) + 4), panel.written(value), "tick end", shift=-6)
+        picture.text((0, top + PANEL * (1 - share) + 4), panel.written(tick), "tick end", shift=-6)
     ends = []
     for n, curve, steps in drawn:
         group = picture.group(f"series s{n % len(SHAPES)}", curve.name)
@@ -203,9 +203,10 @@ def _exactly(value: float | None) -> Interval | None:
 
 def _caption(found: Sequence[Curve]) -> str:
     sentences = [
-        "Each mark is a load; to the right more requests come in each second. Times that bend upwards, and "
-        "goodput that no longer rises, show where the server is full: flat times are good. Bars are 95 % intervals. Goodput counts the "
-        "requests that met every service level of the load, or where none was asked, those that were answered.",
+        "Each mark is a load; to the right more requests come in each second. Times that bend upwards, and goodput "
+        "that no longer rises, show where the server is full: flat times are good. Bars are 95 % intervals. Goodput "
+        "counts the requests that met every service level of the load, or those that were answered where "
+        "none was asked.",
     ]
     highest = [f"{curve.name} {curve.highest:.3g}/s" for curve in found if curve.highest is not None]
     if highest:

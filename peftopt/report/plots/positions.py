@@ -103,7 +103,7 @@ def _figure(decision: Decision, found: Sequence[Curve], reading: Reading) -> Fig
     noise = next((curve.means for curve in found if curve.kind == "baseline"), {})
     rows_ = Rows(reading.title, [_row(curve) for curve in found], STRIP)
     width = 1 / len(shown)
-    rows_.axis([((n + 0.5) * width, _span(span)) for n, span in enumerate(shown)])
+    rows_.axis([((n + 0.5) * width, _span(span)) for n, span in enumerate(shown)], lines=False)
     for number, curve in enumerate(found):
         group, top = rows_.row(number)
         for n, span in enumerate(shown):
@@ -148,7 +148,7 @@ def _draw(
 
 def _row(curve: Curve) -> Row:
     first, last = min(curve.means), max(curve.means)
-    value = f"{_nats(curve.means[first])} → {_nats(curve.means[last])}"
+    value = f"{curve.means[first]:.2g} → {curve.means[last]:.2g} nats"
     hint = f"{curve.name}: {_nats(curve.means[first])} at the first token, {_nats(curve.means[last])} at the last ones"
     return Row(curve.name, curve.kind, value, hint)
 

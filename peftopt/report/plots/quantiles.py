@@ -12,7 +12,7 @@ from peftopt.report import words
 from peftopt.report.plots import axes
 from peftopt.report.plots.axes import Scale
 from peftopt.report.plots.picture import Figure, kind_of
-from peftopt.report.plots.rows import Row, Rows, quantile
+from peftopt.report.plots.rows import FEW, Row, Rows, quantile
 from peftopt.stats import fewest_for
 
 STRIP = 16
@@ -38,7 +38,8 @@ def figure(decision: Decision, evidence: Evidence, workload: str) -> Figure | No
     return Figure(
         title=title,
         caption="Time of a whole request, log scale: left is faster. The tall mark is the median, short ones are each "
-        "tenth of the requests, the band is their middle half, the line goes from P5 to P95, dots are the outermost. "
+        "tenth of the requests, the band is their middle half, the line goes from P5 to P95, dots are the outermost; "
+        f"of fewer than {FEW} requests each is a dot. "
         "Marks in two heaps are two kinds of request, such as short and long prompts.",
         svg=str(rows_.picture),
         command="peftopt export-data RUN --table requests --to requests.csv",

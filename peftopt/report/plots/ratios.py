@@ -60,10 +60,12 @@ def figure(decision: Decision, evidence: Evidence, workload: str) -> Figure | No
     across = scale(found)
     title = f"Latency against {decision.baseline} on {workload}"
     rows_ = Rows(title, [_row(decision, row) for row in found], STRIP)
-    rows_.axis([(share, f"{value:g}x") for share, value in across.ticks(axes.RATIOS, apart=0.09)])
+    rows_.axis([(share, f"{value:g}x") for share, value in across.ticks(apart=0.1, first=[1.0])])
     rows_.picture.line((across.at(1.0), 0), (across.at(1.0), rows_.bottom), "one")
+    told = None
     for number, row in enumerate(found):
-        _draw(rows_, number, row, across)
+        _draw(rows_, number, row, across, row.limit != told)
+        told = row.limit
     clock = "CPU time" if table.ratio_name(decision, workload).startswith("cpu") else "the wall clock"
     limits = any(row.limit is not None for row in found)
     return Figure(
@@ -88,7 +90,7 @@ def _row(decision: Decision, row: RatioRow) -> Row:
     return Row(name, kind_of(row.variant.name, row.variant.outcome, decision.baseline), value, f"{name}: {value}")
 
 
-def _draw(rows_: Rows, number: int, row: RatioRow, across: Scale) -> None:
+def _draw(rows_: Rows, number: int, row: RatioRow, across: Scale, tell_limit: bool) -> None:
     picture = rows_.picture
     group, top = rows_.row(number)
     middle = top + MIDDLE
@@ -96,6 +98,7 @@ def _draw(rows_: Rows, number: int, row: RatioRow, across: Scale) -> None:
         share = across.at(row.limit)
         picture.line((share, top), (share, top + STRIP), "limit", group)
         side = "start" if share < 0.8 else "end"
+    if row.limit is not None and tell_limit:
         picture.text((share, top + STRIP), f"limit {row.limit:.2f}x", f"limit-text {side}", group, _aside(share))
     low, high = (across.at(_bound(bound, row.ratio.estimate)) for bound in (row.ratio.low, row.ratio.high))
     picture.line((low, middle), (high, middle), "interval", group)

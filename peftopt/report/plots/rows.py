@@ -15,6 +15,8 @@ FOOT = 22
 """Pixels below the rows, for the axis."""
 HEAD = 18
 """Pixels of a row above its strip, for a name and a value."""
+FEW = 20
+"""Samples below which a tenth of them is no number."""
 OUTERMOST = 6
 """Samples at either end that are drawn as dots, at most."""
 
@@ -40,10 +42,11 @@ class Rows:
         self.picture = Picture(title, self.bottom + FOOT, "rows")
         self.rows = rows
 
-    def axis(self, ticks: Sequence[tuple[float, str]]) -> None:
-        """Lines through all rows, with their numbers below. Before the rows, so that it lies behind them."""
+    def axis(self, ticks: Sequence[tuple[float, str]], lines: bool = True) -> None:
+        """Numbers below the rows, and lines through all of them. Before the rows, so that it lies behind them."""
         for share, text in ticks:
-            self.picture.line((share, self.top), (share, self.bottom), "grid")
+            if lines:
+                self.picture.line((share, self.top), (share, self.bottom), "grid")
             self.picture.text((share, self.bottom + 17), text, "tick middle")
 
     def row(self, number: int) -> tuple[Element, float]:
@@ -57,8 +60,14 @@ class Rows:
 
     def spread(self, number: int, group: Element, across: Scale, samples: Sequence[float]) -> None:
         """How samples are spread in a row's strip: P5 to P95 as a line, P25 to P75 as a band, each tenth as a tick, and
-        the outermost ones as dots. An infinite sample lies at the edge."""
+        the outermost ones as dots; of few samples each one, and the median. An infinite sample lies at the edge."""
         middle = self.top + number * self.step + HEAD + self.strip / 2
+        if len(samples) < FEW:
+            share = across.at(quantile(samples, 0.5))
+            self.picture.line((share, middle - self.strip / 2), (share, middle + self.strip / 2), "median", group)
+            for sample in samples:
+                self.picture.dot((across.at(sample), middle), 2.5, "dot", group)
+            return
         at = {percent: across.at(quantile(samples, percent / 100)) for percent in (5, 25, 75, 95, *range(10, 100, 10))}
         half = self.strip / 2 - 2
         self.picture.line((at[5], middle), (at[95], middle), "range", group)
