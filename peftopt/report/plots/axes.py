@@ -6,8 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from peftopt.report.words import clip
+
 MARGIN = 0.06
 """What stays free at either end of a scale, of its length."""
+DIGITS = (1, 2, 5, 3, 7, 1.5, 4)
+"""Ticks within a power of ten, the roundest first."""
 MOST = 1e150
 """Numbers beyond this, or so near 0, are drawn at the edge: no scale is stretched to them."""
 
@@ -58,11 +62,11 @@ class Scale:
         return self.low <= self._inner(value) <= self.high
 
     def _round(self) -> list[float]:
-        """Round numbers on the scale: of powers of ten where it spans some, else evenly spaced."""
-        if self.log and self.high - self.low > math.log(10):
+        """Round numbers on the scale, the roundest first: of each power of ten, or evenly spaced on a short one."""
+        if self.log and self.high - self.low > math.log(3):
             first = math.floor(self.low / math.log(10))
             last = math.ceil(self.high / math.log(10))
-            return [digit * 10.0**power for digit in (1, 3, 2, 5) for power in range(first, last + 1)]
+            return [digit * 10.0**power for digit in DIGITS for power in range(first, last + 1)]
         low, high = (math.exp(self.low), math.exp(self.high)) if self.log else (self.low, self.high)
         rough = (high - low) / 5
         power = 10.0 ** math.floor(math.log10(rough))
@@ -97,37 +101,63 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How wide a picture is on some page, in pixels, and how many letters of a name it has room for: labels find their
+    place for each layout, and the page shows those of its own."""
+
+    kind: str
+    width: float
+    letters: int
+
+
+LAYOUTS = (Layout("narrow", 290, 16), Layout("wide", 700, 24))
+
+
+@dataclass(frozen=True)
 class Label:
-    """Where a mark's label stands: `side` 1 for right of it, -1 for left; so many pixels below its middle."""
+    """A mark's label, and where it stands: `side` 1 for right of it, -1 for left; so many pixels below its middle."""
 
-    side: int
-    dy: float
+    text: str
+    side: int = 1
+    dy: float = 0.0
 
 
-def place(marks: Sequence[tuple[float, float]], texts: Sequence[str], width: float, height: float) -> list[Label]:
-    """A place for each mark's label where it covers no mark and no other label, in a picture of so many pixels.
+def place(
+    marks: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    layout: Layout,
+    height: float,
+    taken: Sequence[Box] = (),
+) -> list[Label]:
+    """A place for each mark's name where it covers no mark, no other label and nothing that is `taken`.
 
     `marks` are shares of the width, and pixels. Labels that find no room stand beside their mark all the same.
     """
-    taken = [_around(x * width, y) for x, y in marks]
+    texts = [clip(name, layout.letters) for name in names]
+    boxes = [*taken, *(_around(x * layout.width, y) for x, y in marks)]
     placed: dict[int, Label] = {}
     steps = [0.0, *(sign * step * LINE for step in range(1, 9) for sign in (-1, 1))]
     for n in sorted(range(len(marks)), key=lambda n: (marks[n][1], marks[n][0])):
         x, y = marks[n]
-        choices = [Label(side, dy) for dy in steps for side in (1, -1)]
-        boxes = [(choice, _box(choice, x * width, y, texts[n])) for choice in choices]
-        free = [(choice, box) for choice, box in boxes if _fits(box, width, height) and not _hits(box, taken)]
-        placed[n], box = free[0] if free else boxes[0]
-        taken.append(box)
+        labels = [Label(texts[n], side, dy) for dy in steps for side in (1, -1)]
+        choices = [(label, _box(label, x * layout.width, y)) for label in labels]
+        free = [(label, box) for label, box in choices if _fits(box, layout.width, height) and not _hits(box, boxes)]
+        placed[n], box = free[0] if free else choices[0]
+        boxes.append(box)
     return [placed[n] for n in range(len(marks))]
+
+
+def text_box(text: str, right: float, bottom: float) -> Box:
+    """What a line of words takes that ends there, in pixels."""
+    return right - LETTER * len(text), bottom - LINE, right, bottom
 
 
 def _around(x: float, y: float) -> Box:
     return x - MARK, y - MARK, x + MARK, y + MARK
 
 
-def _box(label: Label, x: float, y: float, text: str) -> Box:
-    near, far = x + label.side * AWAY, x + label.side * (AWAY + LETTER * len(text))
+def _box(label: Label, x: float, y: float) -> Box:
+    near, far = x + label.side * AWAY, x + label.side * (AWAY + LETTER * len(label.text))
     return min(near, far), y + label.dy - LINE / 2, max(near, far), y + label.dy + LINE / 2
 
 

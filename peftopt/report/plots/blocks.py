@@ -76,7 +76,7 @@ def figure(decision: Decision, evidence: Evidence, workload: str) -> Figure | No
     rows_ = Rows(title, [_row(series) for series in found], STRIP, top=16)
     for block, why in disturbed.items():
         _mark(rows_, across, block, why)
-    rows_.axis([(share, f"{value:g}") for share, value in [(across.at(n), n) for n in _ticks(numbers)]])
+    rows_.axis([(across.at(block), str(block)) for block in _ticks(numbers)], lines=False)
     for number, series in enumerate(found):
         _draw(rows_, number, series, across, reach, frozenset(disturbed))
     return Figure(

@@ -11,13 +11,11 @@ from peftopt.metrics import TASK, described, format_value
 from peftopt.records import TWIN, Decision, Interval, VariantDecision
 from peftopt.report import words
 from peftopt.report.plots import axes
-from peftopt.report.plots.axes import Label, Scale
-from peftopt.report.plots.picture import NAME, SHAPES, Figure, Picture, kind_of, leader
+from peftopt.report.plots.axes import Label, Layout, Scale
+from peftopt.report.plots.picture import SHAPES, Figure, Picture, Place, kind_of, leader
 
 HEAD, PLOT = 26, 340
 """Pixels: the legend above, and the plot."""
-WIDTHS = {"narrow": 300, "wide": 700}
-"""Pixels of a plot on a phone and on a screen: labels find their place on each, and the page shows one of them."""
 QUALITIES = ("accuracy", "score", "perplexity", "greedy_match")
 FAR = 1.5
 """A limit further off than so many times what the points span is said, not drawn."""
@@ -114,10 +112,9 @@ def figure(decision: Decision, evidence: Evidence) -> Figure | None:
     front = frontier(found, direction(quality))
     picture.curve(_steps(front, across, up), "front")
     places = [(across.at(p.x.estimate), _y(up, p.y.estimate)) for p in found]
-    names = [words.clip(p.variant.name, NAME) for p in found]
-    placed = {layout: axes.place(places, names, width, HEAD + PLOT) for layout, width in WIDTHS.items()}
+    placed = {layout.kind: _labels(found, places, layout, asked, up, quality) for layout in axes.LAYOUTS}
     for n, point in enumerate(found):
-        labels = {layout: of_all[n] for layout, of_all in placed.items()}
+        labels = {kind: of_all[n] for kind, of_all in placed.items()}
         _draw_point(picture, point, across, up, labels, point.variant.name == decision.chosen)
     _legend(picture, [p.kind for p in found])
     return Figure(
@@ -255,13 +252,25 @@ def _draw_point(
     if chosen:
         picture.dot(at, 9, "ring", group)
     picture.shape(at, SHAPES[point.kind], "mark", group)
-    for layout, label in labels.items():
-        inner = picture.group(layout, into=group)
+    for kind, label in labels.items():
+        inner = picture.group(kind, into=group)
         if abs(label.dy) > 5:
             picture.shape(at, leader(label.side, label.dy), "leader", inner)
         side = "start" if label.side > 0 else "end"
-        name = words.clip(point.variant.name, NAME)
-        picture.text((at[0], at[1] + label.dy + 4), name, f"label {side}", inner, axes.AWAY * label.side)
+        picture.text((at[0], at[1] + label.dy + 4), label.text, f"label {side}", inner, axes.AWAY * label.side)
+
+
+def _labels(
+    found: Sequence[Point],
+    places: Sequence[Place],
+    layout: Layout,
+    asked: Sequence[Limit],
+    up: Scale,
+    quality: str,
+) -> list[Label]:
+    """Where the names stand, clear of the words of limits of quality."""
+    taken = [axes.text_box(a.text, layout.width, _y(up, a.value) - 2) for a in asked if a.metric == quality]
+    return axes.place(places, [p.variant.name for p in found], layout, HEAD + PLOT, taken)
 
 
 def _legend(picture: Picture, kinds: Sequence[str]) -> None:

@@ -9,13 +9,11 @@ from dataclasses import dataclass, fields
 from peftopt.decision.evidence import Evidence
 from peftopt.loadtest import summary
 from peftopt.measurements import Load, Sent
-from peftopt.metrics import format_value
 from peftopt.records import Decision, Interval, VariantDecision
 from peftopt.report import words
 from peftopt.report.plots import axes
 from peftopt.report.plots.axes import Scale
-from peftopt.report.plots.frontier import WIDTHS
-from peftopt.report.plots.picture import NAME, Figure, Picture
+from peftopt.report.plots.picture import Figure, Picture
 
 HEAD, PANEL, GAP = 20, 120, 34
 """Pixels: above a panel for its title, a panel, and below it."""
@@ -61,13 +59,12 @@ class Panel:
     title: str
     of: Callable[[Step], Interval | None]
     log: bool
-    written: Callable[[float], str]
 
 
 PANELS = (
-    Panel("TTFT P50", lambda step: step.ttft, True, lambda ms: format_value("ms", ms)),
-    Panel("TPOT P50", lambda step: step.tpot, True, lambda ms: format_value("ms", ms)),
-    Panel("goodput, requests/s", lambda step: _exactly(step.goodput), False, lambda rate: f"{rate:g}"),
+    Panel("TTFT P50, ms", lambda step: step.ttft, True),
+    Panel("TPOT P50, ms", lambda step: step.tpot, True),
+    Panel("goodput, requests/s", lambda step: _exactly(step.goodput), False),
 )
 
 
@@ -167,7 +164,7 @@ def _draw(picture: Picture, number: int, panel: Panel, found: Sequence[Curve], a
         picture.text((share, top + PANEL + 16), f"{tick:g}/s", "tick middle")
     for share, tick in up.ticks(apart=0.2):
         picture.line((0, top + PANEL * (1 - share)), (1, top + PANEL * (1 - share)), "grid")
-        picture.text((0, top + PANEL * (1 - share) + 4), panel.written(tick), "tick end", shift=-6)
+        picture.text((0, top + PANEL * (1 - share) + 4), f"{tick:,g}", "tick end", shift=-6)
     ends = []
     for n, curve, steps in drawn:
         group = picture.group(f"series s{n % len(SHAPES)}", curve.name)
@@ -182,14 +179,13 @@ def _draw(picture: Picture, number: int, panel: Panel, found: Sequence[Curve], a
             picture.shape(at, SHAPES[n % len(SHAPES)], "mark", group)
         picture.curve(places, "curve", group)
         ends.append(places[-1])
-    names = [words.clip(curve.name, NAME) for _, curve, _ in drawn]
-    for layout, width in WIDTHS.items():
-        inner = picture.group(layout)
-        placed = axes.place([(x, y_ - top) for x, y_ in ends], names, width, PANEL)
-        for (n, _, _), name, at, label in zip(drawn, names, ends, placed, strict=True):
+    for layout in axes.LAYOUTS:
+        inner = picture.group(layout.kind)
+        placed = axes.place([(x, y_ - top) for x, y_ in ends], [curve.name for _, curve, _ in drawn], layout, PANEL)
+        for (n, _, _), at, label in zip(drawn, ends, placed, strict=True):
             group = picture.group(f"series s{n % len(SHAPES)}", into=inner)
             side = "start" if label.side > 0 else "end"
-            picture.text((at[0], at[1] + label.dy + 4), name, f"label {side}", group, axes.AWAY * label.side)
+            picture.text((at[0], at[1] + label.dy + 4), label.text, f"label {side}", group, axes.AWAY * label.side)
 
 
 def _drawable(panel: Panel, step: Step) -> bool:

@@ -31,16 +31,16 @@ def figure(decision: Decision, evidence: Evidence, workload: str) -> Figure | No
     across = Scale.around(inner, log=True)
     title = f"How requests on {workload} are spread"
     rows_ = Rows(title, [_row(decision, variant, samples[variant.name]) for variant in kept], STRIP)
-    rows_.axis([(share, format_value("ms", value)) for share, value in across.ticks(apart=0.15)])
+    rows_.axis([(share, f"{value:,g}") for share, value in across.ticks(apart=0.14)])
     for number, variant in enumerate(kept):
         group, _ = rows_.row(number)
         rows_.spread(number, group, across, samples[variant.name])
     return Figure(
         title=title,
-        caption="Time of a whole request, log scale: left is faster. The tall mark is the median, short ones are each "
-        "tenth of the requests, the band is their middle half, the line goes from P5 to P95, dots are the outermost; "
-        f"of fewer than {FEW} requests each is a dot. "
-        "Marks in two heaps are two kinds of request, such as short and long prompts.",
+        caption="Time of a whole request in ms, log scale: left is faster. The tall mark is the median, short ones are "
+        "each tenth of the requests, the band is their middle half, the line goes from P5 to P95, dots are the "
+        f"outermost; of fewer than {FEW} requests each is a dot. Marks in two heaps are two kinds of "
+        "request, such as short and long prompts.",
         svg=str(rows_.picture),
         command="peftopt export-data RUN --table requests --to requests.csv",
         table=(
