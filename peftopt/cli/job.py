@@ -40,12 +40,12 @@ def run(
 
     console = Console(quiet)
     parsed, text = judged.read_recipe(recipe)
-    prepared = recipe_run.prepare(parsed, text, results, console, fresh, more)
-    if more and (prepared.folder / "decision.json").exists():
-        recipe_run.add_blocks(prepared)
-    else:
-        recipe_run.execute(prepared, forecasts=not no_forecast)
-    conclude(prepared.folder, console, as_json)
+    with recipe_run.prepare(parsed, text, results, console, fresh, more) as run:
+        if more and (run.folder / "decision.json").exists():
+            recipe_run.add_blocks(run)
+        else:
+            recipe_run.execute(run, forecasts=not no_forecast)
+        conclude(run.folder, console, as_json)
 
 
 @app.command()

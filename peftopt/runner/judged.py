@@ -61,7 +61,7 @@ def judge(folder: Path, warn: Warn, recipe: Recipe | None = None, beside: Sequen
         plan = planning.elsewhere(recipe)
     else:
         plan = store.read_plan(folder / "plan.json")
-        machine = json.loads(store.read_text(folder / "machine.json"))
+        machine = store.read_object(folder / "machine.json")
         changed = planning.changes(plan.recipe, recipe) if recipe else []
         plan = planning.rejudged(plan, recipe) if recipe else plan
     if recipe:
