@@ -109,8 +109,7 @@ class Store:
                 **facts,
             }
             write(temporary / MANIFEST, json.dumps(manifest, indent=1))
-            temporary.rename(folder)
-            _sync(folder.parent)
+            move(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return _artifact(folder, manifest, cached=False)
@@ -325,6 +324,13 @@ def unused(path: Path) -> Path:
     return next(each for each in itertools.chain([path], others) if not os.path.lexists(each))
 
 
+def move(made: Path, to: Path) -> None:
+    """Give a finished folder its name, on the disk before this returns."""
+    settle(made)
+    made.rename(to)
+    _sync(to.absolute().parent)
+
+
 def absorb(folder: Path, into: Path) -> None:
     """Move the files of a folder into another on the same disk, each whole, over those of the same name."""
     for file in [f for f in folder.rglob("*") if f.is_file()]:
@@ -335,12 +341,20 @@ def absorb(folder: Path, into: Path) -> None:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all regular files in a folder."""
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and not f.is_symlink())
+    """Bytes of all files in a folder, of links to files what they lead to."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def settle(folder: Path) -> None:
+    """Wait until a folder's files and names are on the disk: a power cut leaves them whole after this."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(place) / name)
+        _sync(Path(place))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

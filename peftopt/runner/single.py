@@ -52,7 +52,7 @@ def transform(job: TransformJob, progress: Progress | None = None) -> Transforme
             )
         if made.tier0:
             raise _broken(job.plugin, made, temporary, out)
-        temporary.rename(out)
+        store.move(temporary, out)
     except WorkerFailed as error:
         raise as_input(error) from error
     finally:
@@ -114,7 +114,7 @@ def _broken(plugin: str, transformed: Transformed, made: Path, out: Path) -> Exc
     if transformed.certificate is None:
         return BadInput(f"{plugin} gave a broken model: {transformed.tier0[0]}", "check the adapter and the base")
     aside = store.unused(out.with_name(f"{out.name}.failed"))
-    made.rename(aside)
+    store.move(made, aside)
     return Rejected(
         f"the {plugin} did not pass its certificate: {transformed.tier0[0].removeprefix('certificate: ')}",
         f"nothing was written to {out}; the result is in {aside}, its parity.json says what was measured",
