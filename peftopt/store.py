@@ -179,6 +179,16 @@ def disown(handle: TextIO) -> None:
     handle.close()
 
 
+FINISHED = ".finished"
+"""The file of a run folder that says that everything its recipe asks was measured."""
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has measured everything. One of an older peftopt, which left no owner, had when it was decided."""
+    old = not (folder / OWNER).exists() and (folder / "decision.json").exists()
+    return old or (folder / FINISHED).exists()
+
+
 def cut_torn_line(path: Path) -> None:
     """Cut off a last line that a kill has torn, so that the next measurement starts a line."""
     if not path.exists():

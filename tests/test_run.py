@@ -17,7 +17,7 @@ from helpers.command_line import RECIPE, command, prompts
 from helpers.forked import COMMANDS, workers
 from helpers.waiting import wait_until
 
-from peftopt import stats
+from peftopt import stats, store
 from peftopt.decision import stopping
 from peftopt.records import TWIN, Rule
 from peftopt.runner import recipe_run
@@ -148,12 +148,15 @@ def test_a_second_run_builds_nothing(ran: tuple[Path, Path, int], capsys: pytest
 
 def test_an_unfinished_run_goes_on_where_it_stopped(copied: tuple[Path, Path, Path]) -> None:
     recipe, results, folder = copied
-    (folder / "decision.json").unlink()
+    (folder / store.FINISHED).unlink()
     log = folder / "measurements.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-3]) + b'{"format": 1, "torn')
     before = log.read_bytes().rpartition(b"\n")[0]
+    assert command("decide", folder) in (0, 1, 3), "to look at it does not end it"
+    assert any("not finished" in w for w in json.loads((folder / "decision.json").read_text())["warnings"])
     assert command("run", recipe, "--results", results, "-q") in (0, 1, 3)
-    assert run_folder(results) == folder and (folder / "decision.json").exists()
+    assert run_folder(results) == folder and store.is_finished(folder)
+    assert not any("not finished" in w for w in json.loads((folder / "decision.json").read_text())["warnings"])
     assert log.read_bytes().startswith(before)
     answers = [(m["variant"], m["launch"], m["values"]["row"]) for m in lines(results, "quality")]
     assert len(answers) == len(set(answers))
@@ -163,7 +166,7 @@ def test_what_failed_before_a_run_stopped_is_tried_again(
     copied: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, results, folder = copied
-    (folder / "decision.json").unlink()
+    (folder / store.FINISHED).unlink()
     why = {"stage": "speed (bulk)", "reason": "refused", "detail": "no usable tokenizer", "hint": ""}
     failure = {"format": 1, "probe": "failure", "variant": "adapter", "values": why}
     with (folder / "measurements.jsonl").open("a") as log:

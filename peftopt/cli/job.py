@@ -35,13 +35,14 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Build every variant, measure it against the adapter, decide, and write the report."""
+    from peftopt import store
     from peftopt.cli.console import Console
     from peftopt.runner import judged, recipe_run
 
     console = Console(quiet)
     parsed, text = judged.read_recipe(recipe)
     with recipe_run.prepare(parsed, text, results, console, fresh, more) as run:
-        if more and (run.folder / "decision.json").exists():
+        if more and store.is_finished(run.folder):
             recipe_run.add_blocks(run)
         else:
             recipe_run.execute(run, forecasts=not no_forecast)

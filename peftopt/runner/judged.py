@@ -73,6 +73,9 @@ def judge(folder: Path, warn: Warn, recipe: Recipe | None = None, beside: Sequen
     if changed:
         warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
         decision = replace(decision, warnings=(warning, *decision.warnings))
+    if (folder / store.OWNER).exists() and not store.is_finished(folder):
+        warning = "the run is not finished, and this is what it knows so far: the same `peftopt run` goes on with it"
+        decision = replace(decision, warnings=(warning, *decision.warnings))
     store.write(folder / "decision.json", report.as_json.render(decision))
     _write_reports(folder, evidence, beside)
     return decision

@@ -40,7 +40,7 @@ def prepare(
     home.check_writable()
     runs = home.root / "runs"
     mine = sorted(runs.glob(f"*-{recipe.name}-{key}"))
-    unfinished = [f for f in mine if not (f / "decision.json").exists()]
+    unfinished = [folder for folder in mine if not store.is_finished(folder)]
     if mine and more and not unfinished and not fresh:
         with reopen(mine[-1], listener) as run:
             yield run
@@ -157,6 +157,7 @@ def execute(run: Run, forecasts: bool = True) -> None:
     for workload in others:
         race(run, workload)
         check_baseline(run)
+    store.write(run.folder / store.FINISHED, "")
 
 
 def foretell(run: Run) -> None:
