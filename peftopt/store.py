@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -317,14 +318,21 @@ ROOT = 0
 
 def claim(folder: Path) -> Path:
     """A folder for compiled graphs, made where there is none. Whoever loads a graph runs it, and torch keeps them as
-    pickles: so raises BadInput for a folder that another user owns; MissingEnvironment for one that cannot be made."""
+    pickles. Raises BadInput where anybody may have put something there: the folder that it truly is belongs to another
+    user, or it or one above it may be written by all; MissingEnvironment for one that cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error, "compiled graphs are kept there: make its folder writable") from error
-    if folder.stat().st_uid not in (os.getuid(), ROOT):
-        hint = "what a compile cache holds is run: remove the folder, and it is compiled again here"
+    home = folder.resolve()
+    hint = "what a compile cache holds is run: work in a folder of your own, and it is compiled again there"
+    if home.stat().st_uid not in (os.getuid(), ROOT):
         raise BadInput(f"the compile cache {folder} belongs to another user", hint)
+    for place in (home, *home.parents):
+        mode = place.stat().st_mode
+        keeps_owners = place != home and mode & stat.S_ISVTX  # as /tmp does: nobody may rename what is another's
+        if mode & stat.S_IWOTH and not keeps_owners:
+            raise BadInput(f"the compile cache {folder} is not safe: every user may write to {place}", hint)
     return folder
 
 

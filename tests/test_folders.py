@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
 from helpers.command_line import command, errors
 
 from peftopt import identity, store
+from peftopt.errors import BadInput
 
 SECRET = "the secret of another file"
 
@@ -77,3 +79,30 @@ def test_a_failed_merge_leaves_what_the_user_keeps_beside_it(tiny_base: Path, ti
     models = ("--base", tiny_base, "--adapter", f"{tiny_lora}=0.003")
     assert command("merge", *models, "--out", tmp_path / "weak") == 1
     assert mine.read_text() == "mine" and (tmp_path / "weak.failed.2" / "parity.json").exists()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_who_may_not_read_the_base_may_not_read_the_merged_model(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path, mode: int
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").chmod(mode)
+    out = tmp_path / "out"
+    assert command("merge", "--base", tmp_path / "base", "--adapter", tiny_lora, "--out", out) == 0
+    assert stat.S_IMODE((out / "model.safetensors").stat().st_mode) == mode & 0o644 | 0o600
+
+
+def test_a_compile_cache_that_others_may_write_to_is_not_loaded(tmp_path: Path) -> None:
+    everybodys = tmp_path / "everybodys"
+    (everybodys / "mine").mkdir(parents=True)
+    link = tmp_path / "base.compiled"
+    link.symlink_to(everybodys / "mine")
+    assert store.claim(link) == link
+    everybodys.chmod(0o777)
+    with pytest.raises(BadInput, match="every user may write"):
+        store.claim(link)
+    everybodys.chmod(0o1777)
+    assert store.claim(link) == link, "where nobody may rename what is another's, as in /tmp"
+    (everybodys / "mine").chmod(0o1777)
+    with pytest.raises(BadInput, match="every user may write"):
+        store.claim(link)
