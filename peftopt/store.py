@@ -20,7 +20,7 @@ from typing import TextIO
 from peftopt import corpus, identity
 from peftopt.errors import BROKEN, BadInput, MissingEnvironment, unwritable
 from peftopt.measurements import PROBES, Measured, measured
-from peftopt.metrics import counted
+from peftopt.metrics import METRICS, counted
 from peftopt.records import FORMAT, Artifact, Build, Json, Measurement, Model, Plan
 
 MANIFEST = "artifact.json"
@@ -215,13 +215,34 @@ def read_plan(path: Path) -> Plan:
     """The plan of a run folder. Raises BadInput for a file that is no plan."""
     import cattrs
 
+    hint = "run the recipe again"
     try:
-        return cattrs.structure(json.loads(path.read_text(encoding="utf-8")), Plan)
+        plan = cattrs.structure(json.loads(path.read_text(encoding="utf-8")), Plan)
     except OSError as error:
         hint = "give a folder below results/runs, or for imported measurements their recipe too: --recipe"
         raise BadInput(f"no run at {path.parent}: {error.strerror}", hint) from error
-    except (ValueError, cattrs.BaseValidationError) as error:
-        raise BadInput(f"{path} is not a plan of this peftopt", "run the recipe again") from error
+    except (cattrs.BaseValidationError, *BROKEN) as error:
+        raise BadInput(f"{path} is not a plan of this peftopt", hint) from error
+    if unknown := _unknown(plan):
+        raise BadInput(f"{path} names {unknown}, which it does not hold", hint)
+    return plan
+
+
+def _unknown(plan: Plan) -> str:
+    """What a plan refers to and does not hold: "" where it is whole."""
+    recipe, artifacts = plan.recipe, {"", *(build.id for build in plan.builds)}
+    for what, by_name in (("variant", recipe.variants), ("workload", recipe.workloads)):
+        for name, each in by_name.items():
+            if each.name != name:
+                return f"the {what} {each.name!r}"
+    if recipe.baseline not in recipe.variants:
+        return f"the baseline {recipe.baseline!r}"
+    if not recipe.variants.keys() <= plan.models.keys():
+        return "models of other variants"
+    if recipe.minimize.name not in METRICS or recipe.minimize.workload not in {"", *recipe.workloads}:
+        return f"the metric {str(recipe.minimize)!r}"
+    strangers = {*plan.models.values(), *(build.parent for build in plan.builds)} - artifacts
+    return f"the artifact {min(strangers)!r}" if strangers else ""
 
 
 def read(path: Path, warn: Callable[[str], None] = lambda _: None) -> list[Measured]:
