@@ -17,15 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftopt.cli.diagnose import outcome
-from peftopt.diagnose import batching, choice, costs, judging, keeping, making, prompts, screen, unfused
-from peftopt.diagnose.asking import Turn
-from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, differing, evenly, skewed
-from peftopt.diagnose.company import Names
+from peftopt.diagnose import judging, keeping, screen
+from peftopt.diagnose.bottlenecks import batching, choice, prompts, unfused
 from peftopt.diagnose.diagnosing import ordered
-from peftopt.diagnose.measured import TURNS, Kept, Measured
-from peftopt.diagnose.parts import Part, all_rows, groups, lone, together
-from peftopt.diagnose.passing import fitting, united
+from peftopt.diagnose.measuring import making
+from peftopt.diagnose.measuring.asking import Turn
+from peftopt.diagnose.measuring.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, differing, evenly, skewed
+from peftopt.diagnose.measuring.company import Names
+from peftopt.diagnose.measuring.measured import TURNS, Kept, Measured
+from peftopt.diagnose.measuring.passing import fitting, united
 from peftopt.diagnose.records import FREE, Diagnosis, Finding, Row
+from peftopt.diagnose.rows import costs
+from peftopt.diagnose.rows.parts import Part, all_rows, groups, lone, together
 from peftopt.diagnose.setting import Setting
 from peftopt.errors import ACCEPTED, BAD_INPUT, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
 from peftopt.models.adapter import open_adapter, plain_pairs
@@ -460,7 +463,7 @@ def test_our_own_engine_is_diagnosed_from_start_to_end(tiny_lora: Path, tiny_bas
     out = tmp_path / "out"
     words = ["diagnose", "--base", tiny_base, "--adapter", f"support={tiny_lora}", "--out", out]
     words += ["--minutes", "0.2", "--new-tokens", "4", "--threads", "1", "--prompt-tokens", "8"]
-    few = {"peftopt.diagnose.company:LIVE": 3}
+    few = {"peftopt.diagnose.measuring.company:LIVE": 3}
     process = COMMANDS.begin(tmp_path / "said", "peftopt.cli", *words, workers=workers(), constants=few)
     try:
         code = process.wait(600)
