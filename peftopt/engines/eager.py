@@ -245,8 +245,18 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 @contextlib.contextmanager
 def contiguous_inputs(head: Any) -> Iterator[None]:
-    """Hand the output head whole rows: on a slice of the sequence, PyTorch on CPU copies its weight for every row."""
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    """Hand the output head rows of their own, where it is asked for a slice of the sequence.
+
+    PEFT freezes a base's weights, and of a frozen weight PyTorch on a CPU makes a copy for every row of such a slice,
+    twelve times the work of the product itself: `matmul` goes by strides. So it does for a lone row, which passes for
+    contiguous and keeps the strides of its slice; hence a copy of the rows, not `contiguous`.
+    """
+    import torch
+
+    def own(_: Any, inputs: tuple[Any, ...]) -> tuple[Any]:
+        return (inputs[0].clone(memory_format=torch.contiguous_format),)
+
+    hook = head.register_forward_pre_hook(own)
     try:
         yield
     finally:
