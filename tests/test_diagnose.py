@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftopt.cli.diagnose import outcome
-from peftopt.diagnose import judging, keeping, screen
+from peftopt.diagnose import judging, keeping, page, screen
 from peftopt.diagnose.bottlenecks import batching, choice, prompts, unfused
 from peftopt.diagnose.diagnosing import ordered
 from peftopt.diagnose.measuring import making
@@ -150,6 +150,41 @@ def test_what_differs_between_launches_is_not_called_a_cost() -> None:
     logs = [math.log(1.06)] * 16
     assert judging.judged(logs, one_server=True).finding == "costs"
     assert judging.judged(logs, one_server=False).finding == "undecided"
+
+
+@given(
+    st.floats(0.9, 1.3), st.sampled_from([0.003, 0.03, 0.3]), st.integers(1, 70), st.integers(0, 10_000), st.booleans()
+)
+def test_the_interval_that_is_shown_is_the_one_that_was_judged(
+    ratio: float, noise: float, count: int, seed: int, one_server: bool
+) -> None:
+    judged = judging.judged(blocks(ratio, noise, count, seed), one_server)
+    assert (judged.finding == "costs") == (judged.ratio.low > judged.costly)
+    assert (judged.finding == "no cost") == (judged.ratio.high < judged.free == FREE)
+    assert judged.ratio.level in judging.LEVELS and judged.ratio.n <= judged.blocks == count
+    assert (judged.finding == "undecided") == bool(judged.why)
+    assert judging.level_text(judged.ratio.level) in judged.why or judged.finding != "undecided" or count < 12
+
+
+@pytest.mark.parametrize(("level", "text"), [(0.95, "95 %"), (0.99, "99 %"), (0.99950303, "99.95 %"), (1.0, "100 %")])
+def test_no_level_is_rounded_to_certainty(level: float, text: str) -> None:
+    assert judging.level_text(level) == text
+    assert all(judging.level_text(each) != "100 %" for each in judging.LEVELS)
+
+
+def test_an_undecided_row_shows_the_interval_that_left_it_open() -> None:
+    """By 95 % these blocks lie above the limit, and by the level of all comparisons together they do not."""
+    noisy = [8.0 * math.exp(log) for log in [*[0.08] * 11, -0.02]]
+    times = measured({PART.pair.costly: noisy, PART.pair.plain: [8.0] * 12})
+    row = costs.row("unfused", PART.pair, "prefill", times, TOLD, 5)
+    loose = judging.ratio(noisy, [8.0] * 12)
+    assert loose and loose.low > FREE
+    assert row.finding == "undecided" and row.ratio and row.ratio.low < FREE < row.ratio.high
+    assert row.ratio.level == judging.LEVELS[0]
+    written = json.loads(keeping.text(replace(diagnosis(), rows=(row,))))["rows"][0]
+    assert written["ratio"]["level"] == judging.LEVELS[0] and "99.95 %" in written["why"]
+    texts = [*page.pages(replace(diagnosis(), rows=(row,))).values(), *screen.lines(replace(diagnosis(), rows=(row,)))]
+    assert all("99.95 %" in text for text in texts[:2]) and any("99.95 %" in text for text in texts[2:])
 
 
 @given(st.integers(0, 200))

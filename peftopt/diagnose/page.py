@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from peftopt.diagnose import screen
-from peftopt.diagnose.judging import ALPHA, FAMILY, LAUNCHES, LEVEL, LOOKS
+from peftopt.diagnose.judging import ALPHA, FAMILY, LAUNCHES, LEVEL, LEVELS, LOOKS, level_text
 from peftopt.diagnose.records import BOTTLENECKS, FREE, Diagnosis, Row
 from peftopt.metrics import counted, format_value, percent
 from peftopt.report import html, markdown
@@ -15,14 +15,16 @@ HEADER = ["part", "phase", "batch", "finding", "costs", "of a request", "what to
 
 HOW_TO_READ = (
     "A row compares two ways of serving that differ in one thing, asked in turns in random order, block by block.",
-    f"costs: the ratio of times with it to times without it, with its {percent(LEVEL)} interval. Surely above "
-    f"{FREE:g}x it is a cost, surely below it is none; else it is undecided, and --more adds blocks.",
+    "costs: the ratio of times with it to times without it, with the interval that is judged: "
+    f"{level_text(LEVELS[0])} at the first look, {level_text(LEVELS[1])} or more later. All of it above {FREE:g}x is a "
+    "cost, all below is none; else it is undecided, and --more adds blocks.",
     f"Rows are judged after {LOOKS[0]} blocks at the earliest. All {FAMILY} comparisons together call something a cost "
     f"that is not one in {percent(ALPHA)} of diagnoses at most.",
     f"Where the two ways are two servers, a cost must be above {FREE * LAUNCHES:.2f}x: launches of one and the same "
     "server differ by some percent, and no number of blocks shows it.",
     "of a request: the part of such a request's time that it takes, which orders the rows.",
-    "gain measured: the time after the advice over the time before, where it was tried here.",
+    "gain measured: the time after the advice over the time before, where it was tried here, with its "
+    f"{percent(LEVEL)} interval.",
 )
 
 

@@ -101,6 +101,7 @@ def together(setting: Setting, ladder: Sequence[Cell], measured: Measured) -> li
             advice=_advice(judged, setting, "batching", rows=most),
             ratio=judged.ratio,
             blocks=judged.blocks,
+            why=judged.why,
         )
     ]
 
@@ -195,6 +196,7 @@ def continuous(setting: Setting, joining: Cell, waves: Cell, measured: Measured)
             advice=advised,
             ratio=judged.ratio,
             blocks=judged.blocks,
+            why=judged.why,
         )
     ]
 
@@ -229,6 +231,7 @@ def kept(setting: Setting, caching: Caching | None) -> list[Row]:
             advice=_advice(judged, setting, "no KV cache"),
             ratio=judged.ratio,
             blocks=judged.blocks,
+            why=judged.why,
         )
     ]
 

@@ -115,7 +115,7 @@ def cliff(setting: Setting, ladder: Sequence[Cell], measured: Measured) -> list[
                     f"{each.ratio.estimate:.1f} times as much more as growth before says: the engine has no room for "
                     "more adapters at once",
                     advice=advice("the cliff", setting.engine, live=sizes[-1], cliff=sizes[step]),
-                    ratio=judging.judged(judging.logs_of(costly, plain)).ratio,
+                    ratio=judging.ratio(costly, plain),
                     extra=extra,
                     share=costs.share(measured, ladder[step + 1], "whole request", extra.estimate, setting.new_tokens),
                     blocks=each.blocks,

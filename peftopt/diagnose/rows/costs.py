@@ -59,6 +59,7 @@ def row(bottleneck: Bottleneck, pair: Pair, phase: Phase, measured: Measured, to
         extra=extra,
         share=share(measured, pair.costly, phase, extra.estimate, tokens),
         blocks=judged.blocks,
+        why=judged.why,
     )
 
 
@@ -96,9 +97,7 @@ def share(measured: Measured, cell: Cell, phase: Phase, extra_ms: float, tokens:
 
 def gain(measured: Measured, before: Cell, after: Cell, phase: Phase = "whole request") -> Interval | None:
     """The time after a piece of advice over the time before, where both were measured; None where they were not."""
-    times = measured.paired(Pair("gain", costly=after, plain=before), phase)
-    logs = judging.logs_of(*times)
-    return judging.judged(logs, one_server=False).ratio if logs else None
+    return judging.ratio(*measured.paired(Pair("gain", costly=after, plain=before), phase))
 
 
 def _sentence(judged: judging.Judged, phase: Phase, costly: Sequence[float], plain: Sequence[float], told: Told) -> str:
