@@ -301,6 +301,23 @@ def test_the_exit_code_says_what_came_of_it(findings: Sequence[Finding], code: i
 
 
 @pytest.mark.parametrize(
+    ("findings", "colour", "badge"),
+    [
+        (("costs", "costs", "undecided", "no cost"), "rejected", "2 costs found, 1 row undecided"),
+        (("costs", "no cost"), "rejected", "1 cost found"),
+        (("fault", "costs"), "rejected", "1 fault, 1 cost found"),
+        (("undecided", "undecided", "not asked"), "inconclusive", "no costs found, 2 rows undecided"),
+        (("no cost", "not asked"), "accepted", "no costs found"),
+        (("not asked",), "not-judged", "nothing measured"),
+        ((), "not-judged", "nothing measured"),
+    ],
+)
+def test_the_badge_of_a_page_says_what_was_found(findings: Sequence[Finding], colour: str, badge: str) -> None:
+    text = page.pages(diagnosis(*findings))["diagnosis.html"]
+    assert f'<span class="badge {colour}">{badge}</span>' in text
+
+
+@pytest.mark.parametrize(
     ("extra", "unit", "shown"),
     [
         (Interval(1.92, 1.09, 3.16, 16), "MB", "1.92 MB (1.09–3.16)"),

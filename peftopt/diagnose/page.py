@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from peftopt.diagnose import screen
@@ -36,6 +37,7 @@ def pages(diagnosis: Diagnosis) -> Mapping[str, str]:
         "sections.html.j2",
         title=title,
         outcome=outcome(diagnosis),
+        found=found(diagnosis),
         sentence=sentence(diagnosis),
         sections=parts,
         facts=facts(diagnosis),
@@ -54,18 +56,29 @@ def section(diagnosis: Diagnosis) -> Section:
 
 def sections(diagnosis: Diagnosis) -> list[Section]:
     """A section for each bottleneck, its rows dearest first."""
-    found = []
+    parts = []
     for bottleneck, what in BOTTLENECKS.items():
         rows = [row for row in diagnosis.rows if row.bottleneck == bottleneck]
         if rows:
-            found.append(Section(f"{bottleneck}: {what}", _summary(rows), (HEADER, [_cells(row) for row in rows])))
-    return found
+            parts.append(Section(f"{bottleneck}: {what}", _summary(rows), (HEADER, [_cells(row) for row in rows])))
+    return parts
 
 
 def outcome(diagnosis: Diagnosis) -> str:
-    """The finding that a page begins with."""
-    findings = [row.finding for row in diagnosis.rows]
-    return next((screen.OUTCOMES[each] for each in ("fault", "undecided") if each in findings), "accepted")
+    """The colour of a page's badge: that of the worst finding."""
+    findings = {row.finding for row in diagnosis.rows}
+    return next((colour for finding, colour in screen.OUTCOMES.items() if finding in findings), "not judged")
+
+
+def found(diagnosis: Diagnosis) -> str:
+    """What the badge says: "3 costs found, 5 rows undecided"."""
+    count = Counter(row.finding for row in diagnosis.rows)
+    if not count.keys() - {"not asked"}:
+        return "nothing measured"
+    parts = [counted(count["fault"], "fault")] if count["fault"] else []
+    parts.append(f"{counted(count['costs'], 'cost') if count['costs'] else 'no costs'} found")
+    parts += [f"{counted(count['undecided'], 'row')} undecided"] if count["undecided"] else []
+    return ", ".join(parts)
 
 
 def sentence(diagnosis: Diagnosis) -> str:
@@ -78,7 +91,10 @@ def sentence(diagnosis: Diagnosis) -> str:
         dearest = costly[0].sentence.partition("; ")[0]  # what explains it stands in its row
         return f"Of {counted(len(costly), 'cost')} the dearest is this. {dearest}"
     open_ = screen.undecided(diagnosis)
-    return f"No cost is sure; {counted(len(open_), 'row')} undecided" if open_ else "Nothing that was measured costs"
+    if open_:
+        return f"No cost is sure; {counted(len(open_), 'row')} undecided"
+    judged = any(row.finding == "no cost" for row in diagnosis.rows)
+    return "Nothing that was measured costs" if judged else "Nothing could be measured"
 
 
 def facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:
