@@ -347,8 +347,9 @@ class VariantDecision:
     """A variant's outcome, the verdicts behind it, the one that decided, and the figures for the table.
 
     `figures` maps a metric's name ("latency.p50@chat", "speed@chat" = ratio to the baseline, "accuracy",
-    "perplexity", "kl", "top1", "critical_errors", "memory", "size", "load_time", …) to its Interval. `notes` warn,
-    `remarks` only tell; `certificates` say in a line each what the artifacts it is made of were checked for.
+    "perplexity", "kl", "top1", "critical_errors", "memory", "size", "load_time", …) to its Interval. `notes` say how it
+    was measured where a reader may ask, and are no warning; `remarks` say what was found beside the verdicts;
+    `certificates` say in a line each what the artifacts it is made of were checked for.
     """
 
     name: str
@@ -365,7 +366,7 @@ class VariantDecision:
 @dataclass(frozen=True)
 class Decision:
     """The machine-readable outcome; every report is rendered from it. `clock` judged, "wall" or "cpu", for
-    `clock_reason`."""
+    `clock_reason`. `warnings` are what a reader should fear before acting on it; `notes` say less."""
 
     recipe: str
     baseline: str
@@ -379,3 +380,4 @@ class Decision:
     machine: Mapping[str, Json] = field(default_factory=dict)
     format: int = FORMAT
     clock_reason: str = ""
+    notes: tuple[str, ...] = ()
