@@ -1,10 +1,10 @@
-"""Write the pages of the docs that are read from the code: docs/metrics.md, docs/cli.md, and in docs/deploying.md what
-`peftopt export` writes.
+"""Write the pages of the docs that are read from the code: docs/metrics.md, docs/cli.md, docs/data.md, and in
+docs/deploying.md what `peftopt export` writes; and the JSON Schemas in schemas/.
 
     python docs/generate.py            # write the pages
     python docs/generate.py --check    # exit 1, and write nothing, where a page is out of date
 
-The pages come from the table of metrics and from the options of the command line, not from the text on a terminal:
+The pages come from the table of metrics, from records and from the options of the command line, not from a terminal:
 no width, colour or theme changes them. tests/test_docs.py compares them with the files.
 """
 
@@ -24,7 +24,10 @@ BETTER = {"lower": "lower", "higher": "higher", "either": "neither"}
 
 def pages() -> Mapping[str, str]:
     """The generated pages by file name."""
-    return {"metrics.md": metrics_page(), "cli.md": cli_page(), "deploying.md": deploying_page()}
+    from peftopt import schema
+
+    schemas = {f"../schemas/{schema.file(name).name}": text for name, text in schema.generated().items()}
+    return {"metrics.md": metrics_page(), "cli.md": cli_page(), "deploying.md": deploying_page(), **schemas}
 
 
 def metrics_page() -> str:

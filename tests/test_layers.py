@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "peftopt"
 GROUND = (
-    "errors records forms metrics identity stats progress machine measurements corpus store plugins environments models"
+    "docstrings errors records forms metrics identity stats progress machine measurements corpus store plugins "
+    "environments models"
 )
 LOW = "recipe loadtest decision report canary merging transforms engines policies probes"
-LAYERS = f"{GROUND} {LOW} jobs server worker runner gateway watch diagnose deploy api cli".split()
+LAYERS = f"{GROUND} {LOW} jobs server worker runner gateway watch diagnose deploy schema api cli".split()
 PURE = {"recipe", "decision", "report"}
 IMPURE = {"torch", "time", "datetime", "subprocess", "socket", "random", "shutil", "peftopt.records.Json"}
 LIBRARIES = "torch torchao transformers peft numpy scipy pandas matplotlib safetensors jinja2 aiohttp"

@@ -2,18 +2,19 @@
 
 A *reader* takes a YAML node and its key path and returns a value, or raises ValueError that says what it must
 be. `Reader[int]` returns whole numbers. A broken value reads as None with its mistake noted, so that reading goes on to
-the next one. Each reader also says as JSON Schema what it takes, for editors. A schema takes all that its reader takes,
-and may take more: what holds between values, a reader alone knows.
+the next one. Each reader also says as JSON Schema what one may write, for editors. A schema may take more than its
+reader: what must hold between values, a reader alone knows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeGuard, TypeVar
 
 import yaml
 
@@ -232,12 +233,8 @@ def _has_no_default(field: dataclasses.Field[object]) -> bool:
 
 def _object(properties: Mapping[str, Schema], required: Sequence[str]) -> Schema:
     """The schema of a mapping with these keys and no others."""
-    return {
-        "type": "object",
-        "properties": {**properties},
-        "required": [*required],
-        "additionalProperties": False,
-    }
+    needed: Schema = {"required": [*required]} if required else {}
+    return {"type": "object", "properties": {**properties}, **needed, "additionalProperties": False}
 
 
 def one_of(properties: Mapping[str, Schema]) -> Schema:
@@ -250,6 +247,14 @@ def _described(schema: Schema, record: type[DataclassInstance], name: str) -> Sc
     (field,) = (field for field in dataclasses.fields(record) if field.name == name)
     text = docstrings.of_fields(record).get(name)
     described: Schema = {**schema, "description": text} if text else {**schema}
-    if isinstance(field.default, bool | int | float | str) and field.default != "":
+    if _may_be_written(field.default, schema):
         described["default"] = field.default
     return described
+
+
+def _may_be_written(default: object, schema: Schema) -> TypeGuard[bool | int | float | str]:
+    """Whether a default is one that a user could write, and no sign that the key was left out."""
+    low = schema.get("minimum", -math.inf)
+    if isinstance(default, int | float) and isinstance(low, int | float):
+        return default >= low
+    return isinstance(default, str) and bool(default)

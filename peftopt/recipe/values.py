@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 import yaml
 
 from peftopt.recipe.reader import Reader, Schema, Value, Wrong, show
-from peftopt.records import JsonValue
 
 _NUMBER = r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _QUANTITY = re.compile(rf"({_NUMBER})\s*([a-z%]*)")
@@ -68,13 +67,11 @@ def quantity(units: Mapping[str, float], low: float, high: float, expected: str)
         return amount
 
     def schema() -> Schema:
-        bounds = {"minimum": low * units.get("", 1), "maximum": high * units.get("", 1)}
+        bare = units.get("", 1)
+        number: Schema = {"type": "number", "minimum": low * bare, "maximum": high * bare}
         named = "|".join(filter(None, units))
-        written = rf"^\s*{_NUMBER}\s*({named})?\s*$"
-        return {
-            "description": expected,
-            "anyOf": [{"type": "number", **bounds}, {"type": "string", "pattern": written}],
-        }
+        text: Schema = {"type": "string", "pattern": rf"^\s*{_NUMBER}\s*({named})\s*$"}
+        return {"description": expected, **({"anyOf": [number, text]} if named else number)}
 
     return Reader(read, schema)
 
@@ -89,18 +86,14 @@ def words(known: Mapping[str, Value]) -> Reader[Value]:
             raise Wrong(f"must be {expected}, found {show(node)}")
         return known[value]
 
-    return Reader(read, lambda: {"enum": [each for word in known for each in _YAML.get(word, [word])]})
-
-
-_YAML: Mapping[str, list[JsonValue]] = {"true": [True], "false": [False], "off": ["off", False]}
-"""What YAML makes of these words: no text, and of `off` text in YAML 1.2 alone."""
+    return Reader(read, lambda: {"enum": [*known, *([False] if "off" in known else [])]})
 
 
 def or_off(reader: Reader[Value]) -> Reader[Value | None]:
     """The reader, which now also reads `off`, as None."""
     return Reader(
         lambda node, at: None if node.value == "off" else reader(node, at),
-        lambda: {"anyOf": [{"enum": _YAML["off"]}, reader.schema()]},
+        lambda: {"anyOf": [{"enum": ["off", False]}, reader.schema()]},  # to YAML 1.1 `off` is false
     )
 
 
@@ -114,9 +107,9 @@ def typed(annotation: object) -> Reader[object]:
         (kind,) = (each for each in arguments if each is not types.NoneType)
         return typed(kind)
     simple: Mapping[object, Reader[object]] = {
-        int: whole(-(10**9), 10**9),
-        float: quantity({"": 1}, -1e300, 1e300, "a number"),
-        bool: words({"true": True, "false": False}),
+        int: Reader(whole(-(10**9), 10**9).read, lambda: {"type": "integer"}),
+        float: Reader(quantity({"": 1}, -1e300, 1e300, "a number").read, lambda: {"type": "number"}),
+        bool: Reader(words({"true": True, "false": False}).read, lambda: {"type": "boolean"}),
         str: TEXT,
     }
     return simple[annotation]
