@@ -318,6 +318,7 @@ class Interval:
     """An estimate and its bounds (two-sided). In JSON an unknown number is null: a bound that is null is infinite."""
 
     estimate: float
+    """The best single value."""
     low: float
     """The lower bound."""
     high: float
@@ -335,6 +336,7 @@ class Verdict:
     rule: str
     """"merge.gain", "int8.critical_errors", "require: latency.p95@chat <= 400 ms", "artifact.intact", …"""
     outcome: Outcome
+    """What the rule says: accepted, rejected, inconclusive, or not judged."""
     reason: str
     """Why, in one sentence for a person."""
     against: str = ""
@@ -342,6 +344,7 @@ class Verdict:
     value: Interval | None = None
     """What was measured, in `unit`."""
     unit: str = ""
+    """The unit of the value and of the limit."""
     limit: float | None = None
     """What the value is held against, in its unit."""
     clock: str = ""
