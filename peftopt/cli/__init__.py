@@ -33,6 +33,7 @@ VERBS = (
     "around",
     "kept",
     "data",
+    "schema",
     "env",
 )
 """The files of verbs, in the order of --help."""
