@@ -17,6 +17,7 @@ from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, SYSTEM, Peftop
 
 VERBS = (
     "job",
+    "compare",
     "merge",
     "bake",
     "quantize",
