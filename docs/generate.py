@@ -113,7 +113,7 @@ def deploying_page() -> str:
 def data_page() -> str:
     """The page as it is, with the columns of a table under each line that names one."""
     page = (FOLDER / "data.md").read_text(encoding="utf-8")
-    return re.sub(r"<!-- columns (\w+) -->\n(?:.+\n)*", _columns, page)
+    return re.sub(r"<!-- columns (\w+) -->\n.*?(?=\n## )", _columns, page, flags=re.DOTALL)
 
 
 def _columns(block: re.Match[str]) -> str:
