@@ -17,6 +17,7 @@ from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, PeftoptError
 
 VERBS = (
     "job",
+    "gate",
     "merge",
     "bake",
     "quantize",

@@ -21,7 +21,7 @@ from peftopt.jobs import BandwidthJob
 from peftopt.measurements import Measured, More
 from peftopt.metrics import counted
 from peftopt.records import Recipe
-from peftopt.runner import build, forecast, preflight
+from peftopt.runner import build, forecast, hashes, preflight
 from peftopt.runner.prepare import make_ready
 from peftopt.runner.process import WorkerProcess
 from peftopt.runner.race import Field, race
@@ -34,7 +34,7 @@ def prepare(
     """Check the recipe's files, make the plan and open its run folder: an unfinished run of the same plan goes on, and
     with `more` a finished one too."""
     home = store.Store(results.resolve(), listener.warn)
-    plan, key = planned(recipe)
+    plan, key, sources = planned(recipe)
     home.check_writable()
     runs = home.root / "runs"
     mine = sorted(runs.glob(f"*-{recipe.name}-{key}"))
@@ -50,6 +50,7 @@ def prepare(
         store.write(folder / "recipe.yaml", text)
         store.write(folder / "plan.json", json.dumps(asdict(plan), indent=1))
         store.write(folder / "machine.json", json.dumps(machine.describe(), indent=1))
+        store.write(folder / hashes.FILE, json.dumps(asdict(hashes.of(recipe, sources)), indent=1))
         for line in preflight.prompts(recipe):
             listener.tell(line)
         for line in (*preflight.warnings(recipe), *preflight.copies(recipe)):
@@ -64,7 +65,7 @@ def prepare(
 def reopen(folder: Path, listener: Listener) -> Run:
     """A run that may get more blocks. Raises BadInput where they would measure something else than its first ones."""
     plan = store.read_plan(folder / "plan.json")
-    now, key = planned(plan.recipe)
+    now, key, _ = planned(plan.recipe)
     if [b.id for b in now.builds] != [b.id for b in plan.builds] or not folder.resolve().name.endswith(f"-{key}"):
         hint = "run the recipe again: a new run measures everything as it is now"
         raise BadInput(f"the models, prompts or libraries of {folder} have changed since it ran", hint)
