@@ -172,9 +172,10 @@ def task_name(given: str) -> str:
 class Measure:
     """How hard to measure. A turn is `warmup` discarded and `requests` timed requests of one variant.
 
-    `relaunch`: blocks between fresh processes. `max_blocks`: the last look (10, 16, 24, 40 or 60) the race may
-    reach, or more than 60 for an open-ended race. `clock`: "wall", "cpu" or "auto", the clock that judges. `threads`:
-    per measured process, 0 = all cores.
+    `relaunch`: blocks between fresh processes. `min_blocks`: what a variant that nothing rejects gets on the minimized
+    workload even where it is decided, for who compares runs. `max_blocks`: the last look (10, 16, 24, 40 or 60) the
+    race may reach, or more than 60 for an open-ended race. `clock`: "wall", "cpu" or "auto", the clock that judges.
+    `threads`: per measured process, 0 = all cores.
     """
 
     requests: int = 3
@@ -184,6 +185,7 @@ class Measure:
     clock: str = "wall"
     threads: int = 0
     deadline_s: float = 900.0
+    min_blocks: int = 0
 
 
 @dataclass(frozen=True)

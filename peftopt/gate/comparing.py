@@ -7,7 +7,7 @@ passes, so each may pass by bounds of its own at that error. One figure is enoug
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -142,7 +142,7 @@ def _needed(change: Interval, limit: float) -> str:
         return "too few blocks or launches for an interval: measure.relaunch: 1, and more blocks"
     if not gap or (reach / gap) ** 2 > 10:
         return "it is too close to the limit, or the machine too noisy, for blocks to tell"
-    return f"about {math.ceil((reach / gap) ** 2 * 10) / 10:g} times as many blocks in both runs would tell"
+    return f"about {math.ceil((reach / gap) ** 2)} times as many blocks in both runs would tell (measure.min_blocks)"
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -161,7 +161,9 @@ def _score_case(metric: str, baseline: Baseline, now: Snapshot, family: int) -> 
         return replace(case, reason=unlike)
     plain, sure = (kept(after, before, level) for level in levels(family))
     if plain is None or sure is None:
-        return replace(case, reason=f"no answer of the baseline has a {metric} above 0: nothing can be lost")
+        return replace(
+            case, outcome="not judged", reason=f"the accepted {metric} is 0: nothing can be lost", limit=None
+        )
     lost, won = sorted(after.below.keys() - before.below.keys()), before.below.keys() - after.below.keys()
     seen = f"{counted(len(lost), 'answer')} worse and {len(won)} better of {after.asked}: "
     seen += f"{plain.estimate:.3f}x what was accepted ({_bounds(plain, 3)})"
@@ -206,8 +208,8 @@ def _new_errors(then: Snapshot, now: Snapshot) -> Iterator[Case]:
     if unlike := _unlike(then, now) or _other_rows(before, after):
         yield replace(case, reason=unlike)
         return
-    new = dict(_beyond(after.always, before.ever))
-    doubtful = [row for row, _ in _beyond(after.ever, before.ever) if row not in new]
+    new = _beyond(after.always, before)
+    doubtful = [row for row in _beyond(after.sometimes, before) if row not in new]
     bound = stats.upper_bound(len(new), after.asked, 1 - ALPHA / 2)
     case = replace(case, now=Interval(len(new) / after.asked, 0.0, bound, after.asked), limit=after.limit)
     if new:
@@ -225,12 +227,14 @@ def _new_errors(then: Snapshot, now: Snapshot) -> Iterator[Case]:
     yield replace(case, outcome="accepted", reason=told)
 
 
-def _beyond(shown: Mapping[str, Iterable[str]], known: Mapping[str, Iterable[str]]) -> Iterator[tuple[str, str]]:
-    """(prompt, the first error of it that is not known)."""
+def _beyond(shown: Mapping[str, Sequence[str]], known: Errors) -> dict[str, str]:
+    """By prompt the first of the errors that no answer of the known run shows."""
+    found = {}
     for row, flags in sorted(shown.items()):
-        fresh = sorted(set(flags) - set(known.get(row, ())))
+        fresh = set(flags) - {*known.always.get(row, ()), *known.sometimes.get(row, ())}
         if fresh:
-            yield row, fresh[0]
+            found[row] = min(fresh)
+    return found
 
 
 # ---- likeness ------------------------------------------------------------------------------------

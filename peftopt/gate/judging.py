@@ -12,7 +12,8 @@ from peftopt.records import Outcome
 BASELINE = "baseline"
 """The case that asks whether there is a baseline that this run can be compared with."""
 
-DAY = 86_400.0
+NAMED = 5
+"""Cases that the sentence names."""
 
 UPDATE = "run it with --update on what you accept, and commit the file"
 
@@ -71,10 +72,11 @@ def _sentence(outcome: Outcome, now: Snapshot, found: Sequence[Case]) -> str:
     why = [case for case in found if case.outcome == outcome]
     if not why:
         return "Undecided: nothing was compared."
-    told = "; ".join(f"{case.name} ({case.reason})" for case in why[:2])
-    rest = f"; and {len(why) - 2} more" if len(why) > 2 else ""
     start = f"{now.variant} is worse than what was accepted" if outcome == "rejected" else "Undecided"
-    return f"{start}: {told}{rest}."
+    if len(why) == 1:
+        return f"{start}: {why[0].name}, {why[0].reason}."
+    rest = f" and {len(why) - NAMED} more" if len(why) > NAMED else ""
+    return f"{start}: {', '.join(case.name for case in why[:NAMED])}{rest}."
 
 
 # ---- what else a reviewer should know ------------------------------------------------------------

@@ -57,15 +57,15 @@ class Scores:
 
 @dataclass(frozen=True)
 class Errors:
-    """Critical errors by prompt, of `asked` prompts whose sorted ids hash to `rows`. `ever`: what any answer of this
-    run shows, the variant's own and both of the adapter's; `always`: what each of them shows. What only some of them
-    show hangs on noise. `limit` is the recipe's, on their rate."""
+    """Critical errors by prompt, of `asked` prompts whose sorted ids hash to `rows`. `always`: what every answer of the
+    run shows, the variant's own and both of the adapter's; `sometimes`: what only some of them show, so that it hangs
+    on noise. `limit` is the recipe's, on their rate."""
 
     asked: int
     rows: str
     limit: float
-    ever: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     always: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sometimes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

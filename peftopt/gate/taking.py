@@ -139,15 +139,16 @@ def _errors(evidence: Evidence, variant: str) -> Errors | None:
     if not answers:
         return None
     again = [evidence.rows(evidence.baseline, launch) for launch in (1, 2)]
-    ever, always = {}, {}
+    always, sometimes = {}, {}
     for row, answer in sorted(answers.items()):
         runs = [_shown(answer), *(_shown(run[row]) for run in again if row in run)]
-        ever[row] = tuple(sorted(set().union(*runs)))
-        always[row] = tuple(sorted(set(runs[0]).intersection(*runs[1:])))
+        steady = set(runs[0]).intersection(*runs[1:])
+        always[row] = tuple(sorted(steady))
+        sometimes[row] = tuple(sorted(set().union(*runs) - steady))
     rules = evidence.plan.recipe.rules
     limit = next((rule.limit for rule in rules if rule.technique == WHOLE), None) or ANY_CRITICAL.limit
     assert limit is not None
-    return Errors(len(answers), rows_hash(answers), limit, _some(ever), _some(always))
+    return Errors(len(answers), rows_hash(answers), limit, _some(always), _some(sometimes))
 
 
 def _shown(answer: Answer) -> set[str]:

@@ -130,6 +130,7 @@ _MEASURE: Mapping[str, Reader[object]] = {
     "requests": whole(1),
     "warmup": whole(0),
     "relaunch": whole(1),
+    "min_blocks": whole(0),
     "max_blocks": _blocks,
     "clock": words({"wall": "wall", "cpu": "cpu", "auto": "auto"}),
     "threads": whole(0),
@@ -287,7 +288,10 @@ class _Reading(Reading):
         values = self.keys(_MEASURE)(node, at)
         if "deadline" in values:
             values["deadline_s"] = values.pop("deadline")
-        return filled(Measure, values)
+        measured = filled(Measure, values)
+        if measured and measured.min_blocks > measured.max_blocks:
+            self.note(at, "min_blocks is more than max_blocks", f"give max_blocks: {measured.min_blocks} or more")
+        return measured
 
     def invariants(self, node: yaml.Node, at: str) -> Invariants:
         kept = words({"kept": "kept"})
