@@ -69,7 +69,7 @@ def gate(options: GateOptions) -> None:
     from peftopt.gate import judging
 
     missing = f"no baseline at {file}: {judging.UPDATE}"
-    unusable = judging.unusable(accepted, _age_days(accepted), most_days) if accepted else missing
+    unusable = judging.unusable(_age_days(accepted), most_days) if accepted else missing
     if accepted is None or unusable:
         _conclude(judging.unable(_name(options.target), unusable), file, options, console)
     judged = _judged(options, console)

@@ -7,7 +7,7 @@ passes, so each may pass by bounds of its own at that error. One figure is enoug
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import chain
 
@@ -178,11 +178,29 @@ def _score_case(metric: str, baseline: Baseline, now: Snapshot, family: int) -> 
 
 
 def kept(after: Scores, before: Scores, level: float) -> Interval | None:
-    """The mean score now as a ratio to the accepted one, paired by prompt; None where that one is 0."""
+    """The mean score now as a ratio to the accepted one, paired by prompt; None where that one is 0.
+
+    Answers that are right or wrong: those lost are a share of what was right, those won of what was wrong, two samples
+    once it is known what was right. Other scores: by the delta method.
+    """
     rows = before.below.keys() | after.below.keys()
+    if not any([*before.below.values(), *after.below.values()]):
+        return _kept_right(after.below.keys(), before.below.keys(), before.asked, level)
     whole = {f"\0{number}": 1.0 for number in range(before.asked - len(rows))}
     ours, theirs = ({row: one.below.get(row, 1.0) for row in rows} | whole for one in (after, before))
     return score_ratio(ours, theirs, level)
+
+
+def _kept_right(wrong_now: Set[str], wrong_then: Set[str], asked: int, level: float) -> Interval | None:
+    wrong, right = len(wrong_then), asked - len(wrong_then)
+    if not right:
+        return None
+    lost = stats.proportion(len(wrong_now - wrong_then), right, level)
+    won = stats.proportion(len(wrong_then - wrong_now), wrong, level) if wrong else Interval(0.0, 0.0, 0.0, 0, level)
+    gain = wrong / right
+    won = replace(won, estimate=gain * won.estimate, low=gain * won.low, high=gain * won.high)
+    loss = stats.difference(lost, won)
+    return Interval(1 - loss.estimate, 1 - loss.high, 1 - loss.low, asked, level)
 
 
 def _mean(scores: Scores | None) -> Interval | None:

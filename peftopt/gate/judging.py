@@ -24,10 +24,8 @@ def unable(recipe: str, reason: str) -> Gate:
     return Gate(recipe, "inconclusive", f"Undecided: {reason}.", (case,))
 
 
-def unusable(baseline: Baseline, age_days: float, most_days: float) -> str:
+def unusable(age_days: float, most_days: float) -> str:
     """Why a baseline cannot be compared with, whatever the run shows; "" where it can."""
-    if age_days < -1:
-        return f"the baseline was written on {baseline.written}, which is not yet: is a clock wrong?"
     if age_days > most_days:
         age, most = counted(int(age_days), "day"), counted(int(most_days), "day")
         return f"the baseline is {age} old, {most} at most are allowed: {UPDATE}"

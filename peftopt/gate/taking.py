@@ -11,7 +11,7 @@ from peftopt.decision.index import Field
 from peftopt.decision.rules import ANY_CRITICAL, WHOLE, rule_name
 from peftopt.gate.records import Errors, Hashes, Race, RuleFigure, Scores, Snapshot
 from peftopt.measurements import Answer
-from peftopt.records import NO_INVARIANTS, Decision, Json, Metric, Threshold, VariantDecision, Verdict
+from peftopt.records import NO_INVARIANTS, Decision, Metric, Threshold, VariantDecision, Verdict
 from peftopt.report.words import flat
 
 MACHINE = ("cpu", "cores", "gpu")
@@ -32,7 +32,7 @@ def snapshot(evidence: Evidence, decision: Decision, variant: str, hashes: Hashe
     chain = recipe.variants[variant]
     races: dict[str, Race] = {}
     rules = {verdict.rule: _rule(evidence, variant, verdict, races) for verdict in decided.verdicts}
-    versions: Mapping[str, Json] = decision.machine.get("versions") or {}
+    versions = decision.machine.get("versions")
     return Snapshot(
         recipe=decision.recipe,
         variant=variant,
@@ -47,7 +47,7 @@ def snapshot(evidence: Evidence, decision: Decision, variant: str, hashes: Hashe
         errors=_errors(evidence, variant),
         hashes=hashes,
         machine=_machine(decision.machine, recipe.measure.threads),
-        versions={name: str(version) for name, version in sorted(versions.items())},
+        versions={str(name): str(each) for name, each in versions.items()} if isinstance(versions, Mapping) else {},
     )
 
 
@@ -57,7 +57,7 @@ def _beside_the_rules(decided: VariantDecision) -> str:
     return "" if decided.decided_by in known else decided.decided_by
 
 
-def _machine(described: Mapping[str, Json], threads: int) -> dict[str, str]:
+def _machine(described: Mapping[str, object], threads: int) -> dict[str, str]:
     found = {name: flat(described[name]) for name in MACHINE if name in described}
     return found | {"threads": str(threads or found.get("cores", ""))} if found else {}
 

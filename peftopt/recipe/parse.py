@@ -288,10 +288,10 @@ class _Reading(Reading):
         values = self.keys(_MEASURE)(node, at)
         if "deadline" in values:
             values["deadline_s"] = values.pop("deadline")
-        measured = filled(Measure, values)
-        if measured and measured.min_blocks > measured.max_blocks:
-            self.note(at, "min_blocks is more than max_blocks", f"give max_blocks: {measured.min_blocks} or more")
-        return measured
+        fewest, most = (values.get(name, getattr(Measure, name)) for name in ("min_blocks", "max_blocks"))
+        if isinstance(fewest, int) and isinstance(most, int) and fewest > most:
+            self.note(f"{at}.min_blocks", "is more than max_blocks", "more blocks than the most are never run")
+        return filled(Measure, values)
 
     def invariants(self, node: yaml.Node, at: str) -> Invariants:
         kept = words({"kept": "kept"})
