@@ -26,22 +26,23 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 
 import decision
 import worse
-from helpers.gates import HASHES, RACE, baseline_of
 
 from peftopt.gate import judging
-from peftopt.gate.records import Race, RuleFigure, Scores, Snapshot, Tolerances
+from peftopt.gate.records import Baseline, Hashes, Race, RuleFigure, Scores, Snapshot, Tolerances
 from peftopt.records import Outcome
 
 ROOT = Path(__file__).resolve().parents[1]
+
+RACE = "latency.p50@chat over adapter"
 
 SAID: dict[int, str] = {0: "accepted", 1: "rejected", 3: "inconclusive"}
 
@@ -58,7 +59,13 @@ class Cell:
 
 def bare() -> Snapshot:
     """A snapshot in which nothing is measured yet."""
-    return Snapshot("simulated", "merged", False, "accepted", "", "merged", hashes=HASHES, machine={"cpu": "A"})
+    hashes = Hashes("base", "adapter", "shape", "tokenizer", "answers", {"chat": "chat"})
+    return Snapshot("simulated", "merged", False, "accepted", "", "merged", hashes=hashes, machine={"cpu": "A"})
+
+
+def gated(then: Snapshot, now: Snapshot) -> Outcome:
+    """What the gate says of a run, where that other one was accepted."""
+    return judging.judge(Baseline("2026-01-31", then), now, "simulated").outcome
 
 
 def raced(world: decision.World, ratio: float, blocks: int, between: float, rng: np.random.Generator) -> Snapshot:
@@ -84,7 +91,7 @@ def speed(blocks: int, between: float, replications: int, seed: int) -> Iterator
             for _ in range(replications):
                 then = raced(world, 0.5, blocks, between, rng)
                 now = raced(world, 0.5 * ratio, blocks, between, rng)
-                outcomes[judging.judge(baseline_of(then), now, "simulated").outcome] += 1
+                outcomes[gated(then, now)] += 1
             yield line(f"{world.name}, {blocks} blocks, {cell.what}", outcomes, cell.wrong)
 
 
@@ -94,7 +101,7 @@ def answered(right: np.ndarray) -> Snapshot:
     return replace(bare(), scores={"accuracy": Scores(len(right), "rows", below)})
 
 
-ANSWERS = (
+ANSWERS: tuple[tuple[str, float, float, tuple[Outcome, ...]], ...] = (
     ("unchanged", 0.0, 0.0, ("rejected",)),
     ("retrained, 2 % lost and won", 0.02, 0.02, ("rejected",)),
     ("retrained, 5 % lost and won", 0.05, 0.05, ("rejected",)),
@@ -114,8 +121,7 @@ def answers(prompts: int, replications: int, seed: int) -> Iterator[str]:
             right = rng.uniform(size=prompts) < 0.9
             chance = rng.uniform(size=prompts)
             now = np.where(right, chance >= lost, chance < won * 9)  # as many right answers again as there are wrong
-            gate = judging.judge(baseline_of(answered(right)), answered(now), "simulated")
-            outcomes[gate.outcome] += 1
+            outcomes[gated(answered(right), answered(now))] += 1
         yield line(f"{prompts} prompts, {what}", outcomes, wrong)
 
 
@@ -199,7 +205,7 @@ class Live:
                 recipe = self.home / f"{tier}-{name}.yaml"
                 recipe.write_text(text.format(base=base, adapter=adapter.resolve(), **files))
 
-    def gate(self, tier: str, is_worse: bool, number: int) -> dict[str, object]:
+    def gate(self, tier: str, is_worse: bool, number: int) -> dict[str, Any]:
         """One gate: of the run before this one, where there is one, and of this number's unchanged run where worse."""
         baseline = self.home / f"{tier}.json"
         recipe = self.home / f"{tier}-{'cut' if is_worse and tier == 'answers' else 'same'}.yaml"
@@ -270,15 +276,15 @@ def live(home: Path, rounds: int, rank: int, slower: float) -> None:
     table(done)
 
 
-def table(done: list[dict[str, object]]) -> None:
+def table(done: list[dict[str, Any]]) -> None:
     """How many gates of each kind said what, and why the undecided were."""
     print(f"\n{'gates of':10}{'adapter':10}{'n':>4}{'pass':>6}{'fail':>6}{'undecided':>11}{'wrong':>7}{'seconds':>9}")
     for tier in RECIPES:
         for is_worse in (False, True):
             mine = [row for row in done if row["tier"] == tier and row["worse"] is is_worse]
-            said = Counter(SAID[int(str(row["code"]))] for row in mine)
+            said = Counter(SAID[row["code"]] for row in mine)
             wrong = said["accepted"] if is_worse else said["rejected"]
-            middle = float(np.median([float(str(row["seconds"])) for row in mine])) if mine else math.nan
+            middle = float(np.median([row["seconds"] for row in mine])) if mine else math.nan
             name = "worse" if is_worse else "unchanged"
             counts = f"{said['accepted']:>6}{said['rejected']:>6}{said['inconclusive']:>11}{wrong:>7}"
             print(f"{tier:10}{name:10}{len(mine):>4}{counts}{middle:>9.0f}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -10,12 +11,15 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from helpers.command_line import command, errors, prompts
 from helpers.gates import HASHES, MACHINE, run_folder
 from helpers.records import plan_of, quality, whole
 
+from peftopt.cli.gate import GateOptions
 from peftopt.records import Json, Measurement
 
+CI_PAGE = Path(__file__).parent.parent / "docs" / "ci.md"
 PLAN = plan_of("merged", "int8")
 WRONG: Mapping[str, Json] = {"correct": False, "score": 0.0}
 
@@ -251,6 +255,18 @@ def test_as_json_stdout_is_the_answer_and_nothing_else(
     assert gated.gate(gated.run("slower", 0.63), "--json") == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out)["outcome"] == "rejected" and "::error" in captured.err
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", CI_PAGE.read_text(), re.S))
+def test_the_workflows_of_the_page_run_the_gate_and_keep_what_it_writes(block: str) -> None:
+    workflow = yaml.safe_load(block)
+    jobs = workflow.get("jobs") or workflow
+    assert {"gate", "night"} <= jobs.keys()
+    for option in re.findall(r"peftopt gate .*?(--[a-z-]+)", block):
+        assert option.removeprefix("--") in GateOptions.__dataclass_fields__
+    for name in re.findall(r"results/gate/([\w.-]+)", block):
+        assert name in ("junit.xml", "code-quality.json")
+    assert "results/gate" in block and block.count("peftopt gate") == 2
 
 
 # ---- a recipe ------------------------------------------------------------------------------------
