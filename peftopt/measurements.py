@@ -522,9 +522,11 @@ def _structured(line: Measurement, where: str) -> Values:
 def structured(record: type[Record], values: object, name: str) -> Record:
     """The record that JSON holds. Raises BadInput for a field that is missing and for a value of another kind than its
     field: "speed.requests[3].new_tokens is missing", where `name` is "speed"."""
+    from cattrs.errors import CattrsError
+
     try:
         return _converter(detailed=False).structure(values, record)
-    except BROKEN as error:
+    except (CattrsError, *BROKEN) as error:
         raise BadInput(_first_problem(record, values, name)) from error
 
 
@@ -571,11 +573,15 @@ def _converter(detailed: bool) -> Converter:
     return converter
 
 
+LARGEST = 2**63
+"""No whole number of a measurement is larger; Python's would be, and no float holds it."""
+
+
 def _whole(value: object) -> int:
-    """A whole number, 16.0 as well: other tools count in such."""
+    """A count, 16.0 as well: other tools count in such."""
     if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
         raise TypeError(value)
     return value
 
@@ -583,6 +589,8 @@ def _whole(value: object) -> int:
 def _number(value: object) -> float:
     """A number as it is, NaN and infinity as well: what they mean is for a rule to say."""
     if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(value)
+    if isinstance(value, int) and abs(value) > LARGEST:
         raise TypeError(value)
     return value
 

@@ -123,6 +123,7 @@ def test_compiled_scores_are_those_of_the_live_adapter(prompts: dict[str, Prompt
             assert ours.best == theirs.best and ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
         with engine.without_adapters():
             plain = engine.score(rows[:1], answers[:1])[0].logprobs
+            assert tokens(engine, PROMPTS) == alone(tiny_base_fp32, None)
         base = eager.open(Model(str(tiny_base_fp32)), eager.Params("cpu"))
         assert plain == pytest.approx(base.score(rows[:1], answers[:1])[0].logprobs, abs=1e-4)
         assert plain != pytest.approx(expected[0].logprobs, abs=1e-2)
@@ -139,6 +140,8 @@ def test_rows_of_continuous_batching_start_after_the_virtual_tokens(
     engine = continuous.open(model(tiny_base_fp32, prompts[kind]), params)
     try:
         assert tokens(engine, PROMPTS * 2) == prompts[kind].answers * 2
+        with engine.without_adapters():
+            assert tokens(engine, PROMPTS[:2]) == alone(tiny_base_fp32, None)[:2]
         assert tokens(engine, PROMPTS[:1]) == prompts[kind].answers[:1]
     finally:
         engine.close()

@@ -16,6 +16,7 @@ from helpers.command_line import command, errors, prompts
 from helpers.gates import HASHES, MACHINE, run_folder
 from helpers.records import plan_of, quality, whole
 
+from peftopt import store
 from peftopt.cli.gate import GateOptions
 from peftopt.records import Json, Measurement
 
@@ -222,6 +223,13 @@ def test_a_run_of_an_older_version_says_nothing_of_what_it_was_made_of(gated: Ga
     (old / "hashes.json").unlink()
     assert gated.gate(old) == 3 and "run the recipe again" in gated.reasons()
     assert gated.gate(old, "--update") == 2
+
+
+def test_a_run_that_is_not_finished_is_neither_judged_nor_accepted(gated: Gated) -> None:
+    half = gated.run("half")
+    (half / store.OWNER).write_text("process 1 on another")
+    assert gated.gate(half) == 3 and "not finished" in gated.reasons()
+    assert gated.gate(half, "--update") == 3
 
 
 # ---- what CI shows -------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from peftopt.cli.shared import EXIT, AsJson, NoForecast, Quiet, Results, app, beside, options_from, seconds
-from peftopt.errors import ACCEPTED, BadInput
+from peftopt.errors import ACCEPTED, INCONCLUSIVE, BadInput
 
 if TYPE_CHECKING:
     from peftopt.cli.console import Console
@@ -63,6 +63,10 @@ def gate(options: GateOptions) -> None:
     file = options.baseline or _beside(options.target)
     most_days = seconds(options.max_age) / 86_400
     accepted = _read(file)
+    unfinished = _unfinished(options.target)
+    if unfinished and options.update:
+        console.warn(f"nothing is accepted: {unfinished}")
+        raise typer.Exit(INCONCLUSIVE)
     if options.update:
         _update(file, accepted, _judged(options, console), console, options.as_json)
         return
@@ -70,6 +74,7 @@ def gate(options: GateOptions) -> None:
 
     missing = f"no baseline at {file}: {judging.UPDATE}"
     unusable = judging.unusable(_age_days(accepted), most_days) if accepted else missing
+    unusable = unusable or unfinished
     if accepted is None or unusable:
         _conclude(judging.unable(_name(options.target), unusable), file, options, console)
     judged = _judged(options, console)
@@ -87,11 +92,11 @@ def _judged(options: GateOptions, console: Console) -> Judged:
     if options.target.is_dir():
         return _read_run(options.target, console)
     parsed, text = judged.read_recipe(options.target)
-    run = recipe_run.prepare(parsed, text, options.results, console)
-    recipe_run.execute(run, forecasts=not options.no_forecast)
-    judged.judge(run.folder, console.warn, None, beside(run.folder))
-    console.tell(f"report: {run.folder / 'report.html'}")
-    return _read_run(run.folder, console)
+    with recipe_run.prepare(parsed, text, options.results, console) as run:
+        recipe_run.execute(run, forecasts=not options.no_forecast)
+        judged.judge(run.folder, console.warn, None, beside(run.folder))
+        console.tell(f"report: {run.folder / 'report.html'}")
+        return _read_run(run.folder, console)
 
 
 def _read_run(folder: Path, console: Console) -> Judged:
@@ -103,13 +108,20 @@ def _read_run(folder: Path, console: Console) -> Judged:
     from peftopt.runner import hashes
 
     plan = store.read_plan(folder / "plan.json")
-    described = folder / "machine.json"
-    machine = json.loads(store.read_text(described)) if described.exists() else {}
+    machine = store.read_object(folder / "machine.json")
     evidence = Evidence(plan, store.read(folder / "measurements.jsonl", console.warn))
     decision = decide(evidence, machine)
     content: Hashes | None = hashes.read(folder)
     taken = {name: taking.snapshot(evidence, decision, name, content) for name in plan.recipe.variants}
     return Judged(decision.recipe, {name: each for name, each in taken.items() if each}, decision)
+
+
+def _unfinished(target: Path) -> str:
+    """Why a run's folder cannot be judged yet; "" where it can. A recipe is run to its end first."""
+    from peftopt import store
+
+    unfinished = target.is_dir() and (target / store.OWNER).exists() and not store.is_finished(target)
+    return f"{target} is not finished: the same `peftopt run` goes on with it" if unfinished else ""
 
 
 def _name(target: Path) -> str:

@@ -118,7 +118,8 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
 def beside(folder: Path) -> list[Section]:
     """What else is known of a run, for its reports: its diagnosis and its plan, where `diagnose --run` left
     them."""
-    from peftopt.diagnose import keeping, page, planning
+    from peftopt.diagnose import keeping, page
+    from peftopt.diagnose.planning import planning
 
     diagnosed = [page.section(keeping.read(folder))] if (folder / keeping.DIAGNOSIS).exists() else []
     planned = planning.section(folder)

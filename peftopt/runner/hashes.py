@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from peftopt import identity, store
-from peftopt.errors import BadInput
 from peftopt.gate.records import Hashes
 from peftopt.measurements import structured
 from peftopt.models import checkpoint, hf
@@ -39,10 +37,7 @@ def read(folder: Path) -> Hashes | None:
     file = folder / FILE
     if not file.exists():
         return None
-    try:
-        return structured(Hashes, json.loads(store.read_text(file)), "hashes")
-    except ValueError as error:
-        raise BadInput(f"{file} is not JSON", "run the recipe again") from error
+    return structured(Hashes, store.read_object(file), "hashes")
 
 
 def _shape(adapter: Path) -> str:
