@@ -192,6 +192,9 @@ class Measure:
     """Threads of each measured process; 0 is all cores."""
     deadline_s: float = 900.0
     """The most time of one job of a worker process: 600 s, 10 min."""
+    min_blocks: int = 0
+    """Blocks that a variant which nothing rejects gets on the minimized workload even where it is decided, for who
+    compares runs."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, SYSTEM, Peftop
 VERBS = (
     "job",
     "compare",
+    "gate",
     "merge",
     "bake",
     "quantize",
