@@ -13,10 +13,12 @@ import typer
 
 from peftopt import __version__
 from peftopt.cli.shared import app
-from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, PeftoptError
+from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, SYSTEM, PeftoptError, unusable
 
 VERBS = (
     "job",
+    "compare",
+    "gate",
     "merge",
     "bake",
     "quantize",
@@ -33,6 +35,7 @@ VERBS = (
     "around",
     "kept",
     "data",
+    "schema",
     "env",
 )
 """The files of verbs, in the order of --help."""
@@ -64,10 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         code = app(arguments, standalone_mode=False)
     except PeftoptError as error:
-        from peftopt.cli.console import Console
-
-        Console().error(error)
-        code = error.exit_code
+        code = _told(error)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the last resort, so that a bug has its own exit code)
@@ -77,8 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code or 0)
 
 
+def _told(error: PeftoptError) -> int:
+    from peftopt.cli.console import Console
+
+    Console().error(error)
+    return error.exit_code
+
+
 def _unexpected(error: Exception) -> int:
-    """Usage errors are the user's (2); a broken pipe is the reader's; anything else is a bug (5)."""
+    """Usage errors are the user's (2); a broken pipe is the reader's; a full or forbidden disk is the machine's (4);
+    anything else is a bug (5)."""
     import traceback
 
     usage_error = typer.BadParameter.__base__  # typer carries its own click, and does not export the class
@@ -87,6 +95,8 @@ def _unexpected(error: Exception) -> int:
         return BAD_INPUT
     if isinstance(error, BrokenPipeError):
         return ACCEPTED
+    if isinstance(error, OSError) and error.errno in SYSTEM:
+        return _told(unusable(error))
     traceback.print_exception(error)
     print("this is a bug in peftopt; please report it with the lines above", file=sys.stderr)
     return BUG

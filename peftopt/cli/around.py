@@ -100,7 +100,7 @@ def new(
     prompts: Annotated[Path | None, typer.Option(help="Evaluation prompts.")] = None,
 ) -> None:
     """Write a recipe that fits a model, an adapter, prompts and this machine, and runs as it is."""
-    from peftopt import store
+    from peftopt import schema, store
     from peftopt.recipe import starter
 
     known = starters()
@@ -108,13 +108,15 @@ def new(
         raise BadInput(f"no recipe to copy is named {like!r}", f"known: {', '.join(known)}")
     if file.exists():
         raise BadInput(f"{file} exists already", "choose another name")
+    mode_line = schema.mode_line(schema.file("recipe").as_uri())
     if base and adapter and prompts and not like:
         from peftopt.runner import starting
 
-        text = starter.recipe(starting.facts(base, adapter, prompts, file))
+        text = mode_line + starter.recipe(starting.facts(base, adapter, prompts, file))
         next_step = f"peftopt check {file}, then peftopt run {file}"
     elif like:
-        text = _adapt(known[like].read_text(encoding="utf-8"), base, adapter, prompts)
+        _, starter_text = known[like].read_text(encoding="utf-8").split("\n", 1)  # its own mode line goes
+        text = mode_line + _adapt(starter_text, base, adapter, prompts)
         next_step = f"edit it, then peftopt check {file} and peftopt run {file}"
     else:
         lacking = [

@@ -77,8 +77,9 @@ def bench(
         if model or prompts or adapter:
             raise BadInput("--more goes on with a run's own models and prompts", "leave the other options out")
         console = Console()
-        recipe_run.add_blocks(recipe_run.reopen(more, console), blocks, minutes)
-        conclude(more, console, as_json)
+        with recipe_run.reopen(more, console) as run:
+            recipe_run.add_blocks(run, blocks, minutes)
+            conclude(more, console, as_json)
     if not model or prompts is None:
         raise BadInput("bench needs --model and --prompts", "or --more RUN, to go on with an undecided run")
 

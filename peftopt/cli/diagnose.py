@@ -106,7 +106,7 @@ def diagnose(options: Options) -> None:
 
 def _plan(options: Options, console: Console) -> int:
     """Merge or keep apart: the screen, and the exit code."""
-    from peftopt.diagnose import plan_words, planning
+    from peftopt.diagnose.planning import planning, words
     from peftopt.runner import judged
 
     if options.more:
@@ -121,8 +121,8 @@ def _plan(options: Options, console: Console) -> int:
     if options.as_json:
         print(json.dumps(planned.values, indent=1))
     else:
-        console.table(plan_words.HEADER, plan_words.rows(planned.evaluated))
-        console.pairs("merge or keep apart", plan_words.sentences(planned.evaluated, planned.breakevens))
+        console.table(words.HEADER, words.rows(planned.evaluated))
+        console.pairs("merge or keep apart", words.sentences(planned.evaluated, planned.breakevens))
         console.say(f"kept in {folder}; another plan with --out {folder} measures nothing anew")
     if planned.evaluated.best is None:
         return REJECTED

@@ -57,8 +57,8 @@ def _what(docstring: str) -> str:
 
 
 def _first_comment(file: Path) -> str:
-    """The first sentence of a recipe's comment."""
-    lines = [line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    """The first sentence of a recipe's comment, which comes after the line for editors."""
+    lines = [line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").splitlines()[1:]]
     text = " ".join(lines[: next((n for n, line in enumerate(lines) if line.startswith("model:")), 3)])
     for end in (". ", "? "):
         if end in text:

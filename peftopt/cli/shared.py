@@ -110,7 +110,8 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
         console.table(header, rows, [v.outcome for v in decision.variants])
         for warning in decision.warnings:
             console.warn(warning)
-        console.say(decision.sentence, "bold")
+        console.say(report.headline.headline(decision), "bold")
+        console.say(decision.sentence)
         console.say(f"report: {folder / 'report.html'}")
     raise typer.Exit(EXIT[decision.outcome])
 
@@ -118,7 +119,8 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
 def beside(folder: Path) -> list[Section]:
     """What else is known of a run, for its reports: its diagnosis and its plan, where `diagnose --run` left
     them."""
-    from peftopt.diagnose import keeping, page, planning
+    from peftopt.diagnose import keeping, page
+    from peftopt.diagnose.planning import planning
 
     diagnosed = [page.section(keeping.read(folder))] if (folder / keeping.DIAGNOSIS).exists() else []
     planned = planning.section(folder)
