@@ -64,7 +64,7 @@ quick: setup $(MODEL)/model.safetensors
 	$(call decide,recipes/quick.yaml)
 
 gate: setup $(MODEL)/model.safetensors
-	$(BIN)/peftopt gate recipes/gate.yaml --max-age 3650d
+	$(BIN)/peftopt gate recipes/gate.yaml --max-age 3650d --no-forecast
 
 check: .venv/tested
 	$(BIN)/ruff check .

@@ -9,9 +9,17 @@ import typer
 from peftopt.cli.shared import app
 
 
+def _names() -> list[str]:
+    from peftopt import schema as schemas
+
+    return [*schemas.FILES]
+
+
 @app.command()
 def schema(
-    name: Annotated[str, typer.Argument(help="recipe, decision, measurement or diagnosis.")] = "recipe",
+    name: Annotated[
+        str, typer.Argument(help="recipe, decision, measurement or diagnosis.", autocompletion=_names)
+    ] = "recipe",
 ) -> None:
     """Print a JSON Schema: of a recipe, which editors complete by, or of a file that a run leaves."""
     from peftopt import schema as schemas
