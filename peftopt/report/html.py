@@ -1,4 +1,4 @@
-"""The report as one HTML file that loads nothing: a forest plot, the table, the rules, the evidence."""
+"""The report as one HTML file that loads nothing: the decision, figures, the rules, the evidence."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from peftopt.records import Interval
 from peftopt.report.words import clip
 
 MARGIN = 0.06
@@ -41,6 +42,11 @@ class Scale:
             raise ValueError("a value that is not a number has no place on an axis")
         share = (self._inner(value) - self.low) / (self.high - self.low)
         return min(max(share, 0.0), 1.0)
+
+    def ends(self, interval: Interval) -> tuple[float, float]:
+        """Where an interval begins and ends; a bound that is not known is drawn as none."""
+        low, high = (interval.estimate if math.isnan(bound) else bound for bound in (interval.low, interval.high))
+        return self.at(low), self.at(high)
 
     def ticks(self, apart: float = 0.12, first: Sequence[float] = ()) -> list[tuple[float, float]]:
         """Shares and their numbers, in order, so far `apart`: some `first`, then round numbers where there is room."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from peftopt.decision.evidence import Evidence
 from peftopt.records import Decision, VariantDecision
 from peftopt.report import words
@@ -45,8 +43,8 @@ def figure(decision: Decision, evidence: Evidence) -> Figure | None:
         mean = means[variant.name]
         if mean and axes.drawable(mean.estimate, log=True):
             middle = top + STRIP / 2
-            low, high = (mean.estimate if math.isnan(bound) else bound for bound in (mean.low, mean.high))
-            rows_.picture.line((across.at(low), middle), (across.at(high), middle), "interval", group)
+            low, high = across.ends(mean)
+            rows_.picture.line((low, middle), (high, middle), "interval", group)
             rows_.picture.dot((across.at(mean.estimate), middle), 4.5, "estimate", group)
     return Figure(
         title=title,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 
@@ -155,16 +154,16 @@ def _draw(picture: Picture, number: int, panel: Panel, found: Sequence[Curve], a
     values = [panel.of(step) for _, _, steps in drawn for step in steps]
     up = Scale.around([x for value in values if value for x in (value.estimate, value.low, value.high)], panel.log)
 
-    def y(value: float) -> float:
-        return top + PANEL * (1 - up.at(value))
+    def y(share: float) -> float:
+        return top + PANEL * (1 - share)
 
     picture.corner(True, top - 6, panel.title, "name")
     for share, tick in across.ticks():
         picture.line((share, top), (share, top + PANEL), "grid")
         picture.text((share, top + PANEL + 16), f"{tick:g}/s", "tick middle")
     for share, tick in up.ticks(apart=0.2):
-        picture.line((0, top + PANEL * (1 - share)), (1, top + PANEL * (1 - share)), "grid")
-        picture.text((0, top + PANEL * (1 - share) + 4), f"{tick:,g}", "tick end", shift=-6)
+        picture.line((0, y(share)), (1, y(share)), "grid")
+        picture.text((0, y(share) + 4), f"{tick:,g}", "tick end", shift=-6)
     ends = []
     for n, curve, steps in drawn:
         group = picture.group(f"series s{n % len(SHAPES)}", curve.name)
@@ -172,8 +171,8 @@ def _draw(picture: Picture, number: int, panel: Panel, found: Sequence[Curve], a
         for step in steps:
             value = panel.of(step)
             assert value is not None
-            low, high = (value.estimate if math.isnan(bound) else bound for bound in (value.low, value.high))
-            at = across.at(step.rate), y(value.estimate)
+            low, high = up.ends(value)
+            at = across.at(step.rate), y(up.at(value.estimate))
             places.append(at)
             picture.line((at[0], y(low)), (at[0], y(high)), "interval", group)
             picture.shape(at, SHAPES[n % len(SHAPES)], "mark", group)

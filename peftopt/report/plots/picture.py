@@ -141,8 +141,13 @@ def titled(element: Element, text: str) -> None:
     SubElement(element, "title").text = words.clean(text)
 
 
+def per_cent(share: float) -> float:
+    """A share of the width in per cent, within the edges."""
+    return round(100 * (EDGE + (1 - 2 * EDGE) * share), 2)
+
+
 def _percent(share: float) -> str:
-    return f"{_text(100 * (EDGE + (1 - 2 * EDGE) * share))}%"
+    return f"{_text(per_cent(share))}%"
 
 
 def _text(number: float) -> str:

@@ -100,16 +100,11 @@ def _draw(rows_: Rows, number: int, row: RatioRow, across: Scale, tell_limit: bo
         side = "start" if share < 0.8 else "end"
     if row.limit is not None and tell_limit:
         picture.text((share, top + STRIP), f"limit {row.limit:.2f}x", f"limit-text {side}", group, _aside(share))
-    low, high = (across.at(_bound(bound, row.ratio.estimate)) for bound in (row.ratio.low, row.ratio.high))
+    low, high = across.ends(row.ratio)
     picture.line((low, middle), (high, middle), "interval", group)
     picture.dot((across.at(row.ratio.estimate), middle), 6, "estimate", group)
     for n, ratio in enumerate(row.blocks):
         picture.dot((across.at(ratio), top + 21 + 5 * (n % 3)), 2, "dot", group)
-
-
-def _bound(bound: float, estimate: float) -> float:
-    """A bound that is not known is drawn as none."""
-    return estimate if math.isnan(bound) else bound
 
 
 def _aside(share: float) -> float:
