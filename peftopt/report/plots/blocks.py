@@ -122,7 +122,7 @@ def _draw(rows_: Rows, number: int, series: Series, across: Scale, reach: float,
     rows_.picture.line((0, middle), (1, middle), "one", group)
     for block, log in series.logs.items():
         deviation = max(-1.0, min(1.0, (log - series.centre) / reach))
-        at = across.at(block), middle - deviation * STRIP / 2
+        at = across.at(block), middle - deviation * (STRIP / 2 - 3)
         text = "failed" if abs(log) >= FAILED else f"{math.exp(log - series.centre):.3g}x of the median"
         if abs(log) >= FAILED:
             rows_.picture.shape(at, "M-3-3L3 3M-3 3L3-3", "mark", group)

@@ -40,7 +40,7 @@ def figure(decision: Decision, evidence: Evidence, workload: str) -> Figure | No
         caption="Time of a whole request in ms, log scale: left is faster. The tall mark is the median, short ones are "
         "each tenth of the requests, the band is their middle half, the line goes from P5 to P95, dots are the "
         f"outermost; of fewer than {FEW} requests each is a dot. Marks in two heaps are two kinds of "
-        "request, such as short and long prompts.",
+        "request, such as short and long prompts, or a machine that was disturbed for a while.",
         svg=str(rows_.picture),
         command="peftopt export-data RUN --table requests --to requests.csv",
         table=(
