@@ -71,9 +71,10 @@ def run(
     Raises BadRecipe for a recipe with mistakes, BadInput for its files, WorkerFailed without a baseline.
     """
     parsed, text = judged.read_recipe(Path(recipe))
-    prepared = recipe_run.prepare(parsed, text, Path(results), listener or judged.Silent(), fresh)
-    recipe_run.execute(prepared)
-    judged.judge(prepared.folder, (listener or judged.Silent()).warn)
+    hears = listener or judged.Silent()
+    with recipe_run.prepare(parsed, text, Path(results), hears, fresh) as prepared:
+        recipe_run.execute(prepared)
+        judged.judge(prepared.folder, hears.warn)
     return open_run(prepared.folder)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from peftopt.errors import BadInput
 from peftopt.models.adapter import CONFIG, WEIGHTS, is_embedding, open_adapter
+from peftopt.models.folders import check_link
 from peftopt.models.provenance import FILE as PROVENANCE
 from peftopt.records import Model
 
@@ -388,6 +389,7 @@ def copy_extras(source: str, out: Path) -> None:
         if file.is_dir() and file.name == "additional_chat_templates":
             shutil.copytree(file, out / file.name, dirs_exist_ok=True)
         elif file.is_file() and kept and not file.name.startswith("."):
+            check_link(file, Path(source))
             shutil.copyfile(file, out / file.name)
 
 
@@ -442,6 +444,7 @@ def copy_tokenizer(model: Model, out: Path) -> None:
             continue
         (out / name).unlink(missing_ok=True)
         if (home / name).is_file():
+            check_link(home / name, home)
             shutil.copyfile(home / name, out / name)
     if kept and not (out / TEMPLATE).is_file() and (template := _inline_template(base)):
         settings = json.loads((out / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
@@ -454,6 +457,7 @@ def carry_tokenizer(model: Model, out: Path) -> None:
     home = Path(tokenizer_home(model))
     for name in TOKENIZER_FILES if home != Path(model.path) else ():
         if (home / name).is_file():
+            check_link(home / name, home)
             shutil.copyfile(home / name, out / name)
 
 
