@@ -192,6 +192,9 @@ class Measure:
     """Threads of each measured process; 0 is all cores."""
     deadline_s: float = 900.0
     """The most time of one job of a worker process: 600 s, 10 min."""
+    min_blocks: int = 0
+    """Blocks that a variant which nothing rejects gets on the minimized workload even where it is decided, for who
+    compares runs."""
 
 
 @dataclass(frozen=True)
@@ -375,11 +378,11 @@ class VariantDecision:
     figures: Mapping[str, Interval]
     """A metric's name ("latency.p50@chat", "accuracy", …) -> its value; docs/metrics.md has all of them."""
     notes: tuple[str, ...] = ()
-    """Warnings."""
+    """How it was measured, where a reader may ask; no warnings."""
     certificates: tuple[str, ...] = ()
     """What the artifacts that it is made of were checked for, in a line each."""
     remarks: tuple[str, ...] = ()
-    """What is only told."""
+    """What was found beside the verdicts."""
 
 
 @dataclass(frozen=True)
@@ -401,9 +404,12 @@ class Decision:
     """The decision in one sentence for a person."""
     variants: tuple[VariantDecision, ...]
     warnings: tuple[str, ...] = ()
+    """What a reader should fear before acting on it."""
     machine: Mapping[str, Json] = field(default_factory=dict)
     """What the machine is that measured, as `peftopt doctor --json` says it."""
     format: int = FORMAT
     """The version of the file's form."""
     clock_reason: str = ""
     """Why this clock judged."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing and is no warning."""

@@ -191,8 +191,8 @@ def test_an_order_that_matters_is_measured_and_one_that_does_not_is_not_claimed(
     none = evidence_of(plan, in_order(16, 1.0)).order_effect("chat")
     assert none and none.low < 1 < none.high
     assert evidence_of(plan, in_order(3, 1.1)).order_effect("chat") is None
-    assert any("x the first" in w for w in decide(plan, in_order(16, 1.1), {}).warnings)
-    assert not any("order" in w for w in decide(plan, in_order(16, 1.0), {}).warnings)
+    assert any("x the first" in w for w in decide(plan, in_order(16, 1.1), {}).notes)
+    assert not any("order" in w for w in decide(plan, in_order(16, 1.0), {}).notes)
 
 
 def launched(cold: list[float], warmup: int, launches: int = 4, blocks: int = 5) -> list[Measurement]:

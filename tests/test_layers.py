@@ -12,11 +12,11 @@ GROUND = (
     "docstrings errors records forms metrics identity stats progress machine measurements corpus store plugins "
     "environments models"
 )
-LOW = "recipe loadtest decision report canary merging transforms engines policies probes"
+LOW = "recipe loadtest decision report gate canary merging transforms engines policies probes"
 LAYERS = f"{GROUND} {LOW} jobs server worker runner gateway watch diagnose deploy schema api cli".split()
 STEPS = "measuring keeping planning rows bottlenecks screen page diagnosing"
 DIAGNOSE = f"records setting judging unloading {STEPS}".split()
-PURE = {"recipe", "decision", "report"}
+PURE = {"recipe", "decision", "report", "gate"}
 IMPURE = {"torch", "time", "datetime", "subprocess", "socket", "random", "shutil", "peftopt.records.Json"}
 LIBRARIES = "torch torchao transformers peft numpy scipy pandas matplotlib safetensors jinja2 aiohttp"
 HEAVY = {*f"{LIBRARIES} aiohttp starlette uvicorn fastapi prometheus_client orjson opentelemetry pynvml".split()}

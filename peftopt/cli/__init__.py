@@ -17,6 +17,8 @@ from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, SYSTEM, BadRec
 
 VERBS = (
     "job",
+    "compare",
+    "gate",
     "merge",
     "bake",
     "quantize",

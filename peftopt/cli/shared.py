@@ -109,7 +109,8 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
         console.table(header, rows, [v.outcome for v in decision.variants])
         for warning in decision.warnings:
             console.warn(warning)
-        console.say(decision.sentence, "bold")
+        console.say(report.headline.headline(decision), "bold")
+        console.say(decision.sentence)
         console.say(f"report: {folder / 'report.html'}")
     raise typer.Exit(EXIT[decision.outcome])
 

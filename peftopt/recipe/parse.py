@@ -98,6 +98,7 @@ _MEASURE: Mapping[str, Reader[object]] = {
     "requests": whole(1),
     "warmup": whole(0),
     "relaunch": whole(1),
+    "min_blocks": whole(0),
     "max_blocks": _BLOCKS,
     "clock": words({"wall": "wall", "cpu": "cpu", "auto": "auto"}),
     "threads": whole(0),

@@ -116,6 +116,13 @@ def check(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin])
     _check_loads(sections, reading, catalogue)
     _check_minimize(sections, reading)
     _check_metrics(sections, reading)
+    _check_blocks(sections, reading)
+
+
+def _check_blocks(sections: Sections, reading: Reading) -> None:
+    measure = sections.measure
+    if measure and measure.min_blocks > measure.max_blocks:
+        reading.note("measure.min_blocks", "is more than max_blocks", "more blocks than the most are never run")
 
 
 def _check_baseline(sections: Sections, reading: Reading) -> None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from peftopt.decision.evidence import Evidence
 from peftopt.records import Decision, Interval, VariantDecision
-from peftopt.report import answers, measured, production, table, words
+from peftopt.report import answers, glossary, measured, parts, production, scorecard, table, words
+from peftopt.report.headline import headline
+from peftopt.report.scorecard import Price
 from peftopt.report.words import Section
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
 
 OUTPUT = 600
 DETAIL = 4_000
@@ -57,57 +66,87 @@ class Plot:
     rows: tuple[PlotRow, ...]
 
 
-def render(decision: Decision, evidence: Evidence, beside: Sequence[Section] = ()) -> str:
-    """The page, with sections of what else is known of the run."""
+def render(decision: Decision, evidence: Evidence, beside: Sequence[Section] = (), price: Price | None = None) -> str:
+    """The page, with sections of what else is known of the run, and costs where there is a price."""
     plots = [plot(decision, evidence, workload) for workload in table.workloads(decision)]
+    prompts = answers.prompts(decision, evidence)
     return page(
         "report.html.j2",
+        script=_script(),
         decision=decision,
         recipe=PurePath(decision.recipe).name or decision.recipe,
+        headline=headline(decision),
+        card=scorecard.scorecard(decision, price),
         warnings=table.warnings(decision),
-        table=table.rows(decision),
+        notes=table.notes(decision),
+        first=table.first(decision),
+        figures=(),
         plots=[drawn for drawn in plots if drawn],
         rules={v.name: table.rule_rows(v) for v in decision.variants},
-        flips=answers.flips(decision, evidence),
+        prompts=prompts[: answers.EXAMPLES],
+        further_prompts=max(len(prompts) - answers.EXAMPLES, 0),
         about_production=production.ABOUT,
         production=production.sections(decision, evidence),
         by_workload=table.by_workload(decision),
-        further=table.further(decision),
+        more=table.more(decision),
         slices=answers.slices(decision, evidence),
         expected=measured.expected(decision, evidence),
-        effort=measured.effort(decision, evidence),
+        effort=words.filled(measured.effort(decision, evidence)),
         facts=measured.facts(decision, evidence),
         failures=measured.failures(evidence),
-        how_to_read=table.HOW_TO_READ,
+        how_to_read=glossary.HOW_TO_READ,
+        terms=glossary.glossary(table.metrics(decision)),
         beside=beside,
     )
 
 
 def page(template: str, **values: object) -> str:
     """A page of a template of this folder. Text from recipes, models and errors is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
     def shown(value: object) -> object:
         return value if isinstance(value, Markup) else words.clean(value)
 
-    environment = Environment(
-        loader=PackageLoader("peftopt.report", ""),
-        autoescape=True,
-        finalize=shown,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     kit = {
         "alarming": production.BAD,
         "missing": words.MISSING,
         "row_height": ROW,
+        "titles": parts.TITLES,
+        "command": parts.command,
         "clip": lambda text: words.clip(text, OUTPUT),
         "detail": lambda text: words.clip(text, DETAIL),
         "slug": lambda outcome: outcome.replace(" ", "-"),
     }
-    return environment.get_template(template).render({**kit, **values})
+    return _environment(finalize=shown).get_template(template).render({**kit, **values})
+
+
+def _environment(finalize: Callable[[object], object] | None = None) -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader("peftopt.report", ""),
+        autoescape=True,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+@dataclass(frozen=True)
+class Script:
+    """The page's only script, and its hash, without which the page's own policy would not let it run."""
+
+    text: Markup
+    digest: str
+
+
+def _script() -> Script:
+    from markupsafe import Markup
+
+    text = _environment().get_template("sort.js.j2").render()
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return Script(Markup(text), digest)
 
 
 # ---- the forest plot ---------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from peftopt.jobs import BandwidthJob
 from peftopt.measurements import Measured, More
 from peftopt.metrics import counted
 from peftopt.records import Plan, Recipe
-from peftopt.runner import build, forecast, preflight
+from peftopt.runner import build, forecast, hashes, preflight
 from peftopt.runner.prepare import make_ready
 from peftopt.runner.process import WorkerProcess
 from peftopt.runner.race import Field, race
@@ -36,7 +36,7 @@ def prepare(
     """Check the recipe's files, make the plan and open its run folder: an unfinished run of the same plan goes on, and
     with `more` a finished one too. The folder is this process's until the end; see `store.own`."""
     home = store.Store(results.resolve(), listener.warn)
-    plan, key = planned(recipe)
+    plan, key, sources = planned(recipe)
     home.check_writable()
     runs = home.root / "runs"
     mine = sorted(runs.glob(f"*-{recipe.name}-{key}"))
@@ -53,16 +53,18 @@ def prepare(
         folder.mkdir(parents=True, exist_ok=True)
     with _owned(folder, plan, home, listener) as run:
         if not (folder / "machine.json").exists():
-            _begin(run, text)
+            _begin(run, text, sources)
         run.retry()
         yield run
 
 
-def _begin(run: Run, text: str) -> None:
-    """The first files of a run, and what is known to be wrong with its recipe, of the text `text`."""
+def _begin(run: Run, text: str, sources: Mapping[str, str]) -> None:
+    """The first files of a run, and what is known to be wrong with its recipe, of the text `text`; `sources` are the
+    hashes of its base and adapter."""
     folder, recipe, listener = run.folder, run.recipe, run.listener
     store.write(folder / "recipe.yaml", text)
     store.write(folder / "plan.json", json.dumps(asdict(run.plan), indent=1))
+    store.write(folder / hashes.FILE, json.dumps(asdict(hashes.of(recipe, sources)), indent=1))
     store.write(folder / "machine.json", json.dumps(machine.describe(), indent=1))
     for line in preflight.prompts(recipe):
         listener.tell(line)
@@ -89,7 +91,7 @@ def _owned(folder: Path, plan: Plan, home: store.Store, listener: Listener) -> I
 def reopen(folder: Path, listener: Listener) -> Iterator[Run]:
     """A run that may get more blocks. Raises BadInput where they would measure something else than its first ones."""
     plan = store.read_plan(folder / "plan.json")
-    now, key = planned(plan.recipe)
+    now, key, _ = planned(plan.recipe)
     if [b.id for b in now.builds] != [b.id for b in plan.builds] or not folder.resolve().name.endswith(f"-{key}"):
         hint = "run the recipe again: a new run measures everything as it is now"
         raise BadInput(f"the models, prompts or libraries of {folder} have changed since it ran", hint)
