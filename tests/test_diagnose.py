@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.command_line import command, errors
@@ -24,8 +27,8 @@ from peftopt.diagnose.measuring import making
 from peftopt.diagnose.measuring.asking import Turn
 from peftopt.diagnose.measuring.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, differing, evenly, skewed
 from peftopt.diagnose.measuring.company import Names
-from peftopt.diagnose.measuring.measured import TURNS, Kept, Measured
-from peftopt.diagnose.measuring.passing import fitting, united
+from peftopt.diagnose.measuring.measured import TURNS, Kept, Measured, Turns
+from peftopt.diagnose.measuring.passing import Pass, fitting, united
 from peftopt.diagnose.records import FREE, Diagnosis, Finding, Row
 from peftopt.diagnose.rows import costs
 from peftopt.diagnose.rows.parts import Part, all_rows, groups, lone, together
@@ -341,6 +344,35 @@ def test_a_diagnosis_is_read_as_it_was_written(tmp_path: Path) -> None:
 PARTS = unfused.parts(setting(), Names("support", ("sales",), "high", 8, 64))
 GROUPS = groups(PARTS)
 CELLS = united(GROUPS)
+
+
+class Answering:
+    """Servers that are up, and answer at once."""
+
+    async def up(self, launches: Sequence[Launch]) -> None:
+        return
+
+    def asker(self, launch: Launch) -> Answering:
+        return self
+
+    async def ask(self, load: Load, block: int, cell: int) -> Turn:
+        return turn(load, 1.0)
+
+
+def test_a_comparison_that_stopped_short_goes_on_whole(tmp_path: Path) -> None:
+    """Its plain cell has all its blocks, of another comparison; the new blocks need both."""
+    whole, short = groups(unfused.parts(setting(), Names("support")))[:2]
+    shared = [short[0], *whole[1:]]
+    turns = Turns(tmp_path / TURNS)
+    for block in range(judging.LOOKS[0]):
+        for cell in united([shared, short] if block == 0 else [shared]):
+            turns.add(Kept("unfused", block, cell, turn(cell.load, 1.0)))
+    until = time.monotonic() + 600
+    servers: Any = Answering()
+    going = Pass(setting(), tmp_path, tmp_path, servers, turns, Names("support"), until, more=True)
+    after = asyncio.run(going.measure("unfused", [shared, short]))
+    assert after.blocks_of(short) == judging.LOOKS[0]
+    assert len(after.turns(shared[1])) == judging.LOOKS[0], "what has its blocks waits for those that lag"
 
 
 @given(st.lists(st.floats(0.01, 5), min_size=len(CELLS), max_size=len(CELLS)), st.floats(0, 60))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from peftopt import machine
 from peftopt.decision.figures import figures as figures_of
+from peftopt.measurements import SERVED, Forecast
 from peftopt.records import TWIN, Json, Measurement
 from peftopt.report import table
 
@@ -171,6 +172,17 @@ def test_what_a_server_fills_of_its_slots_and_an_adapters_switch_are_figures_of_
     assert cells["of its slots@chat"] == "37.5 %" and cells["adapter switch"] == "0.0280 s"
 
 
+def test_what_users_saw_and_what_was_expected_stand_beside_what_was_measured() -> None:
+    """Only a load that a gateway served, and that is of no workload, is what users saw."""
+    plan = plan_of("merged")
+    loads = [("served", SERVED, ""), ("another tool's", "vllm bench", ""), ("a block", SERVED, "chat")]
+    told = [Measurement("load", "merged", load, values={"source": by, "title": what}) for what, by, load in loads]
+    told.append(Measurement("forecast", "merged", "chat", values={"kind": "speed", "against": "adapter", "ratio": 0.8}))
+    index = evidence_of(plan, told)
+    assert [load.title for load in index.production["merged"]] == ["served"]
+    assert index.forecasts == [("merged", "chat", Forecast(kind="speed", against="adapter", ratio=0.8))]
+
+
 def in_order(blocks: int, later: float, seed: int = 0) -> list[Measurement]:
     """Blocks in random order in which the last turn takes `later` times the first."""
     dice, found = random.Random(seed), []
@@ -191,8 +203,8 @@ def test_an_order_that_matters_is_measured_and_one_that_does_not_is_not_claimed(
     none = evidence_of(plan, in_order(16, 1.0)).order_effect("chat")
     assert none and none.low < 1 < none.high
     assert evidence_of(plan, in_order(3, 1.1)).order_effect("chat") is None
-    assert any("x the first" in w for w in decide(plan, in_order(16, 1.1), {}).warnings)
-    assert not any("order" in w for w in decide(plan, in_order(16, 1.0), {}).warnings)
+    assert any("x the first" in w for w in decide(plan, in_order(16, 1.1), {}).notes)
+    assert not any("order" in w for w in decide(plan, in_order(16, 1.0), {}).notes)
 
 
 def launched(cold: list[float], warmup: int, launches: int = 4, blocks: int = 5) -> list[Measurement]:

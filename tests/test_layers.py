@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "peftopt"
 GROUND = (
-    "errors records forms metrics identity stats progress machine measurements corpus store plugins environments models"
+    "docstrings errors records forms metrics identity stats progress machine measurements corpus store plugins "
+    "environments models"
 )
 LOW = "recipe loadtest decision report gate canary merging transforms engines policies probes"
-LAYERS = f"{GROUND} {LOW} jobs server worker runner gateway watch diagnose deploy api cli".split()
+LAYERS = f"{GROUND} {LOW} jobs server worker runner gateway watch diagnose deploy schema api cli".split()
 STEPS = "measuring keeping planning rows bottlenecks screen page diagnosing"
 DIAGNOSE = f"records setting judging unloading {STEPS}".split()
 PURE = {"recipe", "decision", "report", "gate"}

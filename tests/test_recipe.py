@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from peftopt import plugins
 from peftopt.errors import BadInput, BadRecipe
+from peftopt.recipe.document import MAX_CHARACTERS
 from peftopt.recipe.parse import parse
-from peftopt.recipe.reader import MAX_CHARACTERS
 from peftopt.records import (
     Invariants,
     Measure,

@@ -513,18 +513,6 @@ def test_the_page_loads_nothing() -> None:
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
 
 
-def test_the_plot_draws_every_variant_that_has_a_ratio() -> None:
-    plot = html.plot(*a_run(), "chat")
-    assert plot is not None
-    assert [row.name for row in plot.rows] == ["adapter (baseline)", "merged", "int8", "gptq4"]
-    merged, slow = plot.rows[1], plot.rows[2]
-    assert merged.low < merged.x < merged.high < plot.one < slow.low
-    assert merged.limit is not None and merged.high < merged.limit < plot.one
-    assert slow.limit is None  # it was raced against merged, not against the baseline
-    assert len(merged.dots) >= 20
-    assert html.plot(*a_run(), "nowhere") is None
-
-
 def test_a_comment_on_github_is_never_too_long() -> None:
     decision = a_decision()
     many = tuple(dataclasses.replace(decision.variants[2], name=f"v{n}") for n in range(60))

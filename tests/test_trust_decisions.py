@@ -13,7 +13,20 @@ from helpers.records import builds, decide, evidence_of, of, plan_of, quality, s
 from peftopt import stats
 from peftopt.decision import decide as deciding
 from peftopt.decision.evidence import Evidence
-from peftopt.records import TWIN, Decision, Interval, Json, Measurement, Plan, Rule, Step, Variant, Verdict, Workload
+from peftopt.records import (
+    TWIN,
+    Decision,
+    Interval,
+    Json,
+    Measurement,
+    Plan,
+    Rule,
+    Step,
+    Variant,
+    VariantDecision,
+    Verdict,
+    Workload,
+)
 
 Rows = Mapping[str, Mapping[str, Json]]
 
@@ -259,16 +272,29 @@ def warned(decision: Decision, *words: str) -> bool:
     return any(all(word in warning for word in words) for warning in decision.warnings)
 
 
-def test_disturbed_blocks_are_warned_of_with_their_reasons() -> None:
+@pytest.mark.parametrize(("disturbed", "fear"), [(3, False), (5, False), (6, True), (12, True)])
+def test_disturbed_blocks_are_told_with_their_reasons_and_warned_of_from_half_on(disturbed: int, fear: bool) -> None:
     plan = plan_of("merged")
     found = [
-        replace(m, values={**m.values, "machine": {"steal": 0.5} if m.values["block"] < 3 else {}})
+        replace(m, values={**m.values, "machine": {"steal": 0.5} if m.values["block"] < disturbed else {}})
         for m in speed(plan, {"merged": 0.5}, 12)
     ]
-    assert warned(
-        decide(plan, found, {}), "3 of 12 blocks of chat were disturbed: the host took 50 % of the CPU time (3)"
-    )
+    decision = decide(plan, found, {})
+    sentence = f"{disturbed} of 12 blocks of chat were disturbed: the host took 50 % of the CPU time ({disturbed})"
+    assert warned(decision, sentence) == fear
+    assert (sentence in decision.notes) != fear
     assert not decide(plan, speed(plan, {"merged": 0.5}, 12), {}).warnings
+
+
+def test_a_choice_that_is_slower_is_warned_of_and_a_turned_down_variant_is_not() -> None:
+    ratio = Interval(1.3, 1.2, 1.4, 12)
+    slow = VariantDecision("small", (), "accepted", "smaller", (), {"latency.ratio@chat": ratio})
+    recipe = plan_of("merged").recipe
+    assert list(deciding._slow_choice(None, recipe)) == []
+    (warning,) = deciding._slow_choice(slow, recipe)
+    assert "small" in warning and "slower" in warning
+    fast = replace(slow, figures={"latency.ratio@chat": Interval(0.9, 0.8, 1.1, 12)})
+    assert list(deciding._slow_choice(fast, recipe)) == []
 
 
 def test_failures_are_warned_of_with_what_to_do() -> None:
@@ -367,7 +393,7 @@ def test_warm_up_that_was_timed_is_noted(lengths: str, warmup: int, proposed: in
 
 
 @pytest.mark.parametrize(("place", "told"), [(0.0075, True), (-0.0075, True), (0.004, False), (-0.004, False)])
-def test_an_order_that_costs_more_than_a_hundredth_is_warned_of_on_either_side(place: float, told: bool) -> None:
+def test_an_order_that_costs_more_than_a_hundredth_is_noted_on_either_side(place: float, told: bool) -> None:
     """Three arms in each of six orders, twice; two places cost 1.5 %, or 0.8 %."""
     found: list[Measurement] = []
     for block, order in enumerate([*itertools.permutations(["adapter", "merged", "adapter" + TWIN])] * 2):
@@ -376,7 +402,8 @@ def test_an_order_that_costs_more_than_a_hundredth_is_warned_of_on_either_side(p
             request = {"request_duration_ms": ms, "ttft_ms": ms, "tpot_ms": ms, "cpu_ms": ms, "new_tokens": 16}
             values = {"block": block, "order": at, "requests": [{**request, "warmup": False}]}
             found.append(Measurement("speed", arm, "chat", values=values))
-    assert warned(decide(plan_of("merged"), found, {}), "the order matters in chat") == told
+    notes = decide(plan_of("merged"), found, {}).notes
+    assert any("the order matters in chat" in note for note in notes) == told
 
 
 def test_the_three_commonest_disturbances_are_named() -> None:

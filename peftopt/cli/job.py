@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,6 +18,10 @@ from peftopt.cli.shared import (
     conclude,
     find_run,
 )
+from peftopt.errors import BadInput
+
+if TYPE_CHECKING:
+    from peftopt.cli.console import Console
 
 
 @app.command()
@@ -71,14 +75,39 @@ def decide(
 
 
 @app.command()
-def report(run_folder: RunFolder = None, results: Results = Path("results")) -> None:
+def report(
+    run_folder: RunFolder = None,
+    results: Results = Path("results"),
+    only: Annotated[
+        str, typer.Option(help="Print this part alone, by its name: scorecard, variants, rules, answers, …")
+    ] = "",
+    price_per_hour: Annotated[
+        str, typer.Option(help='What the machine costs an hour, such as "2.10 USD": the reports say what tokens cost.')
+    ] = "",
+    open_page: Annotated[bool, typer.Option("--open", help="Open report.html in the browser.")] = False,
+) -> None:
     """Write a run's reports again from decision.json and its measurements, and print the Markdown one."""
+    from peftopt import report as reports
     from peftopt import store
     from peftopt.cli.console import Console
     from peftopt.runner import judged
 
+    if only and only not in reports.parts.TITLES:
+        raise BadInput(f"a report has no part {only!r}", f"its parts: {', '.join(reports.parts.TITLES)}")
+    price = reports.scorecard.price(price_per_hour) if price_per_hour else None
     folder = find_run(run_folder, results)
     console = Console()
-    judged.report_again(folder, console.warn, beside(folder))
-    print(store.read_text(folder / "report.md"))
-    console.err.print(f"report: {folder / 'report.html'}", soft_wrap=True)
+    again = judged.report_again(folder, console.warn, beside(folder), price)
+    page = folder / "report.html"
+    print(again.part(only) if only else store.read_text(folder / "report.md"))
+    console.err.print(f"report: {page}", soft_wrap=True)
+    if open_page:
+        _open(page, console)
+
+
+def _open(page: Path, console: Console) -> None:
+    """Show a page in the browser; where there is none, say so."""
+    import webbrowser
+
+    if not webbrowser.open(page.resolve().as_uri()):
+        console.warn(f"no browser was found: open {page} yourself")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -360,11 +359,11 @@ def _last_answer_s(played: Played) -> float:
 
 def _print(options: Options, source: Source, title: str, summary: LoadSummary, console: Console) -> None:
     from peftopt import report
+    from peftopt.cli.console import print_json
     from peftopt.measurements import as_json
 
     if options.as_json:
-        named = {"variant": source.variant, "url": source.target.url}
-        print(json.dumps(report.as_json.plain({**named, **as_json(summary)}), allow_nan=False))
+        print_json({"variant": source.variant, "url": source.target.url, **as_json(summary)})
         return
     console.table(report.load.HEADER, report.load.rows(summary))
     console.pairs(title, report.load.lines(summary))

@@ -44,7 +44,7 @@ class Asked:
 def soak(asked: Asked) -> NoReturn:
     """Soak a server, print what came of it, and exit with its outcome."""
     from peftopt import corpus
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
     from peftopt.diagnose.unloading import soaked, soaking
     from peftopt.diagnose.unloading.cycles import Elsewhere, Server
     from peftopt.loadtest.protocols import Target
@@ -69,7 +69,7 @@ def soak(asked: Asked) -> NoReturn:
     if asked.out:
         _write(asked.out, values)
     if asked.as_json:
-        print(json.dumps(values, allow_nan=False))
+        print_json(values)
     else:
         _print(console, run, judged)
     raise typer.Exit(judged.outcome)

@@ -12,6 +12,7 @@ from peftopt.decision.evidence import Evidence
 from peftopt.decision.figures import figures
 from peftopt.decision.prompts import virtual_tokens
 from peftopt.decision.rules import family, parent_of, protects, rule_name, verdicts
+from peftopt.decision.stopping import hopeless
 from peftopt.measurements import Answer
 from peftopt.metrics import counted, percent
 from peftopt.records import (
@@ -20,6 +21,7 @@ from peftopt.records import (
     Interval,
     Metric,
     Outcome,
+    Recipe,
     Variant,
     VariantDecision,
     Verdict,
@@ -166,7 +168,8 @@ def _subset_note(evidence: Evidence, variant: str) -> list[str]:
     if not ours or len(ours) >= len(theirs):
         return []
     same = percent(sum(theirs[row].correct for row in ours) / len(ours), 1)
-    return [f"answered {len(ours)} of {len(theirs)} prompts; on those {evidence.baseline} is right in {same}"]
+    stopped = ", then a rule had turned it down" if hopeless(evidence, variant) else ""
+    return [f"answered {len(ours)} of {len(theirs)} prompts{stopped}; on those {evidence.baseline} is right in {same}"]
 
 
 def _break_even(evidence: Evidence, variant: Variant) -> dict[str, Interval]:
@@ -191,7 +194,6 @@ def decide(evidence: Evidence, machine: Mapping[str, object]) -> Decision:
     """Judge every variant and choose the best accepted one by `minimize`. `machine` is told on in the decision."""
     plan = evidence.plan
     recipe = plan.recipe
-    warnings = _warnings(evidence)
     twin_differs = a_a(evidence) is not None
     judged = [v for v in recipe.variants.values() if v.name not in plan.left_out]
     decided = tuple(_decide_variant(evidence, v, twin_differs) for v in judged)
@@ -215,9 +217,18 @@ def decide(evidence: Evidence, machine: Mapping[str, object]) -> Decision:
         outcome=outcome,
         sentence=_sentence(evidence, chosen, candidates),
         variants=decided,
-        warnings=warnings,
+        warnings=(*_warnings(evidence), *_slow_choice(chosen, recipe)),
+        notes=_notes(evidence),
         machine=machine,
     )
+
+
+def _slow_choice(chosen: VariantDecision | None, recipe: Recipe) -> Iterator[str]:
+    """A warning where what is shipped is slower than the baseline, such as a smaller model."""
+    ratio = chosen.figures.get(f"latency.ratio@{recipe.minimize.workload}") if chosen else None
+    if chosen and ratio and ratio.low > 1:
+        name, baseline = chosen.name, recipe.baseline
+        yield f"{name} is chosen although it is slower than {baseline} here: {ratio.estimate:.2f}x its latency"
 
 
 def _minimized(evidence: Evidence, variant: str) -> float:
@@ -238,8 +249,11 @@ _CLOCKS = {"wall": "wall clock", "cpu": "process CPU time"}
 LAUNCHES_MATTER = 0.25
 """Spread between launches, in that of the blocks of one, from which a race's stated error is no longer kept."""
 
+MOST_DISTURBED = 0.5
+"""The share of disturbed blocks from which on they are a warning: the rest is too little to check them by."""
+
 ORDER_MATTERS = 0.01
-"""How much longer the last turn of a block must take than the first for a warning."""
+"""How much longer the last turn of a block must take than the first for a note."""
 
 
 def a_a(evidence: Evidence) -> Interval | None:
@@ -262,23 +276,14 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
             f"({twin.low:.3f} to {twin.high:.3f}), so no variant is accepted; run on a quieter machine"
         )
     for workload in evidence.plan.recipe.workloads:
-        if disturbed := evidence.disturbed(workload):
-            reasons = Counter(reason for block in disturbed.values() for reason in block)
-            why = ", ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
-            blocks = evidence.blocks(evidence.baseline, workload)
-            found.append(f"{len(disturbed)} of {blocks} blocks of {workload} were disturbed: {why}")
+        share, sentence = _disturbed(evidence, workload)
+        if share >= MOST_DISTURBED:
+            found.append(sentence)
         apart = evidence.launch_effect(workload)
         if apart and apart > LAUNCHES_MATTER and evidence.plan.recipe.measure.relaunch > 1:
             found.append(
                 f"launches of {workload} differ by {apart:.1f} times what blocks of one launch do: blocks that share a "
                 f"launch say less than they seem to; measure.relaunch: 1 makes each independent"
-            )
-        order = evidence.order_effect(workload)
-        if order and not order.low <= 1 <= order.high and abs(order.estimate - 1) > ORDER_MATTERS:
-            found.append(
-                f"the order matters in {workload}: the last turn of a block takes {order.estimate:.2f}x the first "
-                f"({order.low:.2f} to {order.high:.2f}); it is random, so this is noise and no bias, but let the "
-                "machine cool or settle between turns"
             )
     found += [f"{where}: a turn was left out: {why}" for where, why in sorted(evidence.left_out.items())]
     for (variant, workload), failed in sorted(evidence.failed.items()):
@@ -297,6 +302,35 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
         hint = f"; {failure.hint}" if failure.hint else ""
         found.append(f"{name}: {failure.stage} failed, {failure.reason}: {failure.detail}{hint}")
     return tuple(found)
+
+
+def _notes(evidence: Evidence) -> tuple[str, ...]:
+    """What was noise and no bias: a reader who wonders finds it, and need not fear it."""
+    found = []
+    for workload in evidence.plan.recipe.workloads:
+        share, sentence = _disturbed(evidence, workload)
+        if 0 < share < MOST_DISTURBED:
+            found.append(sentence)
+        order = evidence.order_effect(workload)
+        if order and not order.low <= 1 <= order.high and abs(order.estimate - 1) > ORDER_MATTERS:
+            found.append(
+                f"the order matters in {workload}: the last turn of a block takes {order.estimate:.2f}x the first "
+                f"({order.low:.2f} to {order.high:.2f}); it is random, so this is noise and no bias, but let the "
+                "machine cool or settle between turns"
+            )
+    return tuple(found)
+
+
+def _disturbed(evidence: Evidence, workload: str) -> tuple[float, str]:
+    """Which share of a workload's blocks were disturbed, and by what."""
+    disturbed = evidence.disturbed(workload)
+    if not disturbed:
+        return 0.0, ""
+    reasons = Counter(reason for block in disturbed.values() for reason in block)
+    why = ", ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
+    blocks = evidence.blocks(evidence.baseline, workload)
+    share = len(disturbed) / max(blocks, 1)
+    return share, f"{len(disturbed)} of {blocks} blocks of {workload} were disturbed: {why}"
 
 
 FEWEST_UNSTOPPED = 8

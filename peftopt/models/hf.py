@@ -332,14 +332,23 @@ def adapter_config(adapter: str) -> Any:
 
 def adapter_weights(adapter: str) -> dict[str, Any]:
     """The adapter's tensors by name. Raises BadInput for a pickle, a broken file or a value that is not finite."""
-    from safetensors.torch import load
-
-    folder = open_adapter(Path(adapter)).folder
-    # safetensors' readers of files keep two small objects a tensor for good (0.8.0): 26 KB at each load of 420 tensors
-    weights: dict[str, Any] = load((folder / WEIGHTS).read_bytes())
+    weights = read_tensors(open_adapter(Path(adapter)).folder / WEIGHTS)
     if bad := not_finite(weights):
         raise BadInput(f"adapter {adapter} holds NaN or infinity in {bad}", "its training diverged: train it again")
     return weights
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """All tensors of a safetensors file by name, for files that a server reads again and again. Raises OSError and
+    SafetensorError for one that is broken.
+
+    safetensors' readers of files for torch keep two small objects a tensor for good (0.8.0): 26 KB at each load of 420
+    tensors. The one of bytes keeps none, and neither does the one of files for numpy.
+    """
+    from safetensors.torch import load
+
+    tensors: dict[str, Any] = load(file.read_bytes())
+    return tensors
 
 
 def not_finite(tensors: dict[str, Any]) -> str:

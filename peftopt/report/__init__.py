@@ -9,16 +9,23 @@ from collections.abc import Mapping, Sequence
 
 from peftopt.decision.evidence import Evidence
 from peftopt.records import Decision
-from peftopt.report import as_json, html, junit, load, markdown, table
+from peftopt.report import as_json, headline, html, junit, load, markdown, parts, scorecard, table
+from peftopt.report.scorecard import Price
 from peftopt.report.words import Section
 
-__all__ = ["as_json", "html", "junit", "load", "markdown", "reports", "table"]
+__all__ = ["as_json", "headline", "html", "junit", "load", "markdown", "parts", "reports", "scorecard", "table"]
 
 
-def reports(decision: Decision, evidence: Evidence, beside: Sequence[Section] = ()) -> Mapping[str, str]:
-    """File name -> its text, for every report that is rendered from decision.json; `beside`: further sections."""
+def reports(
+    decision: Decision,
+    evidence: Evidence,
+    beside: Sequence[Section] = (),
+    price: Price | None = None,
+) -> Mapping[str, str]:
+    """File name -> its text, for every report that is rendered from decision.json; `beside`: further sections; `price`:
+    what the machine costs, for what tokens cost."""
     return {
-        "report.md": markdown.render(decision, evidence, beside),
-        "report.html": html.render(decision, evidence, beside),
+        "report.md": markdown.render(decision, evidence, beside, price),
+        "report.html": html.render(decision, evidence, beside, price),
         "junit.xml": junit.render(decision),
     }

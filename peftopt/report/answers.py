@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 from peftopt.decision.evidence import ANSWERED_WRONG, CriticalError, Evidence
 from peftopt.measurements import Answer
 from peftopt.records import Decision
+from peftopt.report.diff import Piece, pieces
 from peftopt.report.words import MISSING, Table, clean
 
-EXAMPLES = 5
+EXAMPLES = 12
+"""Prompts whose answers are shown."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,62 @@ class Flip:
     after: str
 
 
-def flips(decision: Decision, evidence: Evidence, most: int = EXAMPLES) -> dict[str, list[Flip]]:
-    """Example answers that flipped, by variant, the gravest first."""
+@dataclass(frozen=True)
+class Changed:
+    """What some variants answer to a prompt, all of them the same, beside the baseline's answer."""
+
+    variants: tuple[str, ...]
+    gravity: int
+    change: str
+    after: str
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt whose answer flipped in any variant: what each of these says now, and which others did not flip."""
+
+    row: str
+    gravity: int
+    expected: str
+    before: str
+    changed: tuple[Changed, ...]
+    kept: tuple[str, ...]
+
+
+def flips(decision: Decision, evidence: Evidence) -> dict[str, list[Flip]]:
+    """The answers that flipped, by variant, the gravest first."""
     names = [v.name for v in decision.variants]
-    return {name: _flips(evidence, name)[:most] if name != decision.baseline else [] for name in names}
+    return {name: _flips(evidence, name) if name != decision.baseline else [] for name in names}
+
+
+def prompts(decision: Decision, evidence: Evidence) -> list[Prompt]:
+    """The prompts whose answer flipped, each once for all variants: the gravest first, then those of most variants."""
+    by_row: dict[str, list[tuple[str, Flip]]] = defaultdict(list)
+    for variant, flipped in flips(decision, evidence).items():
+        for flip in flipped:
+            by_row[flip.row].append((variant, flip))
+    asked = {
+        variant.name: {clean(row) for row in evidence.rows(variant.name)}
+        for variant in decision.variants
+        if variant.name != decision.baseline
+    }
+    told = [_prompt(row, flipped, asked) for row, flipped in by_row.items()]
+    return sorted(told, key=lambda prompt: (prompt.gravity, -sum(len(c.variants) for c in prompt.changed), prompt.row))
+
+
+def _prompt(row: str, flipped: list[tuple[str, Flip]], asked: dict[str, set[str]]) -> Prompt:
+    alike: dict[tuple[int, str, str], list[str]] = defaultdict(list)
+    for variant, flip in flipped:
+        alike[flip.gravity, flip.change, flip.after].append(clean(variant))
+    _, first = flipped[0]
+    changed = [
+        Changed(tuple(names), gravity, change, after, pieces(first.before, after))
+        for (gravity, change, after), names in sorted(alike.items(), key=lambda each: each[0][0])
+    ]
+    names = {variant for variant, _ in flipped}
+    kept = tuple(clean(variant) for variant, rows in asked.items() if row in rows and variant not in names)
+    return Prompt(row, changed[0].gravity, first.expected, first.before, tuple(changed), kept)
 
 
 def _flips(evidence: Evidence, variant: str) -> list[Flip]:

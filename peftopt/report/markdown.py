@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from peftopt.decision.evidence import Evidence
 from peftopt.records import Decision, Outcome, VariantDecision
-from peftopt.report import answers, measured, production, table, words
+from peftopt.report import answers, glossary, measured, parts, production, scorecard, table, words
+from peftopt.report.headline import headline
+from peftopt.report.scorecard import Price
 
 MOST = 65_000
 """GitHub refuses comments of more than 65,536 characters."""
@@ -18,47 +20,90 @@ MARKS: dict[Outcome, str] = {"accepted": "✅", "rejected": "❌", "inconclusive
 
 _MARKUP = re.compile(r"[&<>|`*\[\]\\~#$]|(?<!\w)[_@]|_(?!\w)|(?<=:)//|(?<=w)\.(?=\w)|\n\r?|\t")
 _NAMED = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_OPEN = ("scorecard", "variants", "failures")
+"""Parts that are not folded."""
 
 
-def render(decision: Decision, evidence: Evidence, beside: Sequence[words.Section] = ()) -> str:
+def render(
+    decision: Decision, evidence: Evidence, beside: Sequence[words.Section] = (), price: Price | None = None
+) -> str:
     """As much of the report as a comment can hold: all of it, or without example answers, or the table alone."""
     head = _head(decision)
-    shortened = "Shortened: the rest is in report.html."
-    full, plain = ([*head, *_evidence(decision, evidence, examples, beside)] for examples in (answers.EXAMPLES, 0))
-    texts = ["\n\n".join(filter(None, parts)) + "\n" for parts in (full, plain, [*head, shortened])]
+    bodies = _bodies(decision, evidence, beside, price)
+    full = _pages(bodies)
+    plain = _pages({name: body for name, body in bodies.items() if name != "answers"})
+    least = [*_pages({name: bodies[name] for name in ("scorecard", "variants")}), _SHORTENED]
+    texts = ["\n\n".join(filter(None, [*head, *pages])) + "\n" for pages in (full, [*plain, _SHORTENED], least)]
     return next((text for text in texts if len(text) <= MOST), words.clip(texts[-1], MOST))
 
 
-def sections(title: str, sentence: str, notes: Sequence[str], parts: Sequence[words.Section]) -> str:
+_SHORTENED = "Shortened: the rest is in report.html."
+
+
+def part(
+    decision: Decision,
+    evidence: Evidence,
+    name: str,
+    beside: Sequence[words.Section] = (),
+    price: Price | None = None,
+) -> str:
+    """One part of the report, by its name in `parts.TITLES`, under its heading; the heading says where it is empty."""
+    body = _bodies(decision, evidence, beside, price)[name]
+    return f"### {parts.TITLES[name]}\n\n{body or 'Nothing in this run.'}\n"
+
+
+def sections(title: str, sentence: str, notes: Sequence[str], shown: Sequence[words.Section]) -> str:
     """A page of sections, without a decision."""
-    told = "\n".join(f"- {escape(note)}" for note in notes)
-    bodies = [f"### {escape(part.title)}\n\n{escape(part.about)}\n\n{_table(part.table)}" for part in parts]
+    told = _list(notes)
+    bodies = [f"### {escape(part.title)}\n\n{escape(part.about)}\n\n{_table(part.table)}" for part in shown]
     return "\n\n".join(filter(None, [f"## {escape(title)}", f"**{escape(sentence)}**", *bodies, told])) + "\n"
 
 
 def _head(decision: Decision) -> list[str]:
     return [
         f"## {MARKS[decision.outcome]} {escape(decision.recipe)}: {decision.outcome}",
-        f"**{escape(decision.sentence)}**" if decision.sentence else "",
+        f"**{escape(headline(decision))}**",
+        escape(decision.sentence),
         _warnings(decision),
-        _table(table.rows(decision)),
     ]
 
 
-def _evidence(decision: Decision, evidence: Evidence, examples: int, beside: Sequence[words.Section]) -> list[str]:
-    flips = answers.flips(decision, evidence, examples)
-    return [
-        *(_variant(decision, variant, flips[variant.name]) for variant in decision.variants),
-        _section("In production", _production(decision, evidence)),
-        *(_section(part.title, f"{escape(part.about)}\n\n{_table(part.table)}") for part in beside),
-        _section("By workload", _table(table.by_workload(decision))),
-        _section("More figures", _table(table.further(decision))),
-        _section("Right answers by slice", _table(answers.slices(decision, evidence))),
-        _section("Expected and measured", _table(measured.expected(decision, evidence), DETAIL)),
-        _section("How it was measured", _method(decision, evidence)),
-        _heading("Failures", _table(measured.failures(evidence), DETAIL)),
-        _section("How to read this", "\n".join(f"- {escape(line)}" for line in table.HOW_TO_READ)),
-    ]
+def _bodies(
+    decision: Decision, evidence: Evidence, beside: Sequence[words.Section], price: Price | None
+) -> Mapping[str, str]:
+    """Every part's text by its name, "" for one that has nothing to say."""
+    card = scorecard.scorecard(decision, price)
+    more = table.more(decision)
+    return {
+        "scorecard": _table(scorecard.rows(card)) if card else "",
+        "variants": _table(table.rows(decision)),
+        "notes": _list(table.notes(decision)),
+        "rules": "\n\n".join(_variant(variant) for variant in decision.variants),
+        "answers": _answers(decision, evidence),
+        "slices": _table(answers.slices(decision, evidence)),
+        "production": _production(decision, evidence),
+        "beside": "\n\n".join(f"**{escape(p.title)}**\n\n{escape(p.about)}\n\n{_table(p.table)}" for p in beside),
+        "workloads": _table(table.by_workload(decision)),
+        "more": "\n\n".join(f"**{title}**\n\n{_table(sheet.table)}" for title, sheet in more.items()),
+        "expected": _table(measured.expected(decision, evidence), DETAIL),
+        "method": _method(decision, evidence),
+        "failures": _table(measured.failures(evidence), DETAIL),
+        "words": _words(decision),
+    }
+
+
+def _pages(bodies: Mapping[str, str]) -> list[str]:
+    """The parts under their headings, most of them folded. Rules are folded by variant."""
+    shown = []
+    for name, body in bodies.items():
+        title = parts.TITLES[name]
+        if name == "rules":
+            shown.append(body)
+        elif name in _OPEN:
+            shown.append(_heading(title, body))
+        else:
+            shown.append(_section(title, body))
+    return shown
 
 
 def escape(text: object) -> str:
@@ -75,28 +120,50 @@ def _warnings(decision: Decision) -> str:
     return "\n".join(["> [!WARNING]", *lines]) if lines else ""
 
 
-def _variant(decision: Decision, variant: VariantDecision, flips: Sequence[answers.Flip]) -> str:
+def _variant(variant: VariantDecision) -> str:
     chain = " → ".join(variant.techniques)
     title = f"{MARKS[variant.outcome]} <b>{escape(variant.name)}</b>{f' ({escape(chain)})' if chain else ''}"
     decided = f": {variant.outcome} by {escape(variant.decided_by)}" if variant.decided_by else ""
-    header = ["prompt", "change", "expected", decision.baseline, variant.name]
-    body = [[f.row, f.change, f.expected, f.before, f.after] for f in flips]
-    lines = "\n".join(f"- {escape(line)}" for line in (*variant.certificates, *variant.remarks))
-    parts = [_table(table.rule_rows(variant)), lines, _code_table(header, body)]
-    return _section(title + decided, "\n\n".join(filter(None, parts)), titled=True)
+    lines = _list((*variant.certificates, *variant.remarks))
+    body = "\n\n".join(filter(None, [_table(table.rule_rows(variant)), lines]))
+    return _section(title + decided, body, titled=True)
+
+
+def _answers(decision: Decision, evidence: Evidence) -> str:
+    """A row for each answer to each prompt, the same prompt once for all variants that answer it alike."""
+    prompts = answers.prompts(decision, evidence)
+    header = ["prompt", "change", "variants", "expected", decision.baseline, "their answer"]
+    body = [
+        [prompt.row, each.change, ", ".join(each.variants), prompt.expected, prompt.before, each.after]
+        for prompt in prompts[: answers.EXAMPLES]
+        for each in prompt.changed
+    ]
+    rest = len(prompts) - answers.EXAMPLES
+    more = f"\n\nAnd {rest} more prompts." if rest > 0 else ""
+    return f"{_code_table(header, body)}{more}" if body else ""
 
 
 def _production(decision: Decision, evidence: Evidence) -> str:
-    parts = []
+    shown = []
     for each in production.sections(decision, evidence):
-        facts = "\n".join(f"- {escape(label)}: {escape(text)}" for label, text in each.facts)
-        parts += [f"**{escape(each.variant)}**", facts, _table(each.table)]
-    return "\n\n".join(filter(None, [escape(production.ABOUT), *parts])) if parts else ""
+        facts = _list(f"{label}: {text}" for label, text in each.facts)
+        shown += [f"**{escape(each.variant)}**", facts, _table(each.table)]
+    return "\n\n".join(filter(None, [escape(production.ABOUT), *shown])) if shown else ""
 
 
 def _method(decision: Decision, evidence: Evidence) -> str:
-    facts = "\n".join(f"- {escape(key)}: {escape(text)}" for key, text in measured.facts(decision, evidence))
+    facts = _list(f"{key}: {text}" for key, text in measured.facts(decision, evidence))
     return f"{_table(measured.effort(decision, evidence))}\n\n{facts}"
+
+
+def _words(decision: Decision) -> str:
+    terms = [f"{term}: {meaning}" for term, meaning in glossary.glossary(table.metrics(decision))]
+    names = f"One part again: {parts.command('NAME')}. RUN is the run's folder, NAME one of {', '.join(parts.TITLES)}."
+    return _list([*glossary.HOW_TO_READ, *terms, names])
+
+
+def _list(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {escape(line)}" for line in lines)
 
 
 def _section(title: str, body: str, titled: bool = False) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from peftopt.metrics import format_value
@@ -25,6 +25,18 @@ class Section:
     title: str
     about: str
     table: Table
+
+
+def measured(cell: str) -> bool:
+    """Whether a cell shows a value; that there were too few requests shows none."""
+    return cell != MISSING and not cell.startswith(TOO_FEW)
+
+
+def filled(cells: Table, says: Callable[[str], bool] = measured) -> Table:
+    """The table without the columns that say nothing in every row; the first two stay."""
+    header, body = cells
+    kept = [n for n in range(len(header)) if n < 2 or any(says(row[n]) for row in body)]
+    return [header[n] for n in kept], [[row[n] for n in kept] for row in body]
 
 
 _ILLEGAL = re.compile("[^\t\n\r -~\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")

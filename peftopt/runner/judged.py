@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from peftopt import plugins, report, store
@@ -14,6 +14,7 @@ from peftopt.decision.evidence import Evidence
 from peftopt.recipe import parse as recipes
 from peftopt.recipe import plan as planning
 from peftopt.records import Decision, Recipe
+from peftopt.report.scorecard import Price
 from peftopt.report.words import Section
 
 JUDGED = "judged.json"
@@ -81,14 +82,29 @@ def judge(folder: Path, warn: Warn, recipe: Recipe | None = None, beside: Sequen
     return decision
 
 
-def report_again(folder: Path, warn: Warn, beside: Sequence[Section] = ()) -> None:
-    """Write the reports of a decision as it is on disk."""
+@dataclass(frozen=True)
+class Reported:
+    """What reports are rendered from."""
+
+    decision: Decision
+    evidence: Evidence
+    beside: Sequence[Section] = ()
+    price: Price | None = None
+
+    def part(self, name: str) -> str:
+        """One part of the report, as Markdown."""
+        return report.markdown.part(self.decision, self.evidence, name, self.beside, self.price)
+
+
+def report_again(folder: Path, warn: Warn, beside: Sequence[Section] = (), price: Price | None = None) -> Reported:
+    """Write the reports of a decision as it is on disk; with a `price` they say what tokens cost."""
     plan = store.read_plan(folder / (JUDGED if (folder / JUDGED).exists() else "plan.json"))
-    _write_reports(folder, Evidence(plan, store.read(folder / "measurements.jsonl", warn)), beside)
+    return _write_reports(folder, Evidence(plan, store.read(folder / "measurements.jsonl", warn)), beside, price)
 
 
-def _write_reports(folder: Path, evidence: Evidence, beside: Sequence[Section]) -> None:
+def _write_reports(folder: Path, evidence: Evidence, beside: Sequence[Section], price: Price | None = None) -> Reported:
     """Every report is rendered from decision.json as it is on disk, so that a later `report` gives the same bytes."""
     decision = report.as_json.decision_from_json(store.read_text(folder / "decision.json"))
-    for name, text in report.reports(decision, evidence, beside).items():
+    for name, text in report.reports(decision, evidence, beside, price).items():
         store.write(folder / name, text)
+    return Reported(decision, evidence, beside, price)

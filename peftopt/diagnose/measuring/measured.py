@@ -71,6 +71,10 @@ class Measured:
         """A cell's turns by block; {} for one that was not asked."""
         return self._turns.get(cell, {})
 
+    def blocks_of(self, cells: Sequence[Cell]) -> int:
+        """In how many blocks all of these cells were asked."""
+        return len(set.intersection(*(set(self.turns(cell)) for cell in cells)))
+
     def values(self, cell: Cell, phase: str) -> dict[int, float]:
         """A cell's times by block, where all its requests were answered."""
         values = {block: turn.value(phase) for block, turn in self.turns(cell).items()}

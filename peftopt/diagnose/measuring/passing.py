@@ -66,16 +66,17 @@ class Pass:
         `groups`: the cells of each comparison, what is likely dearest first. The first block has them all. Of the rest,
         as many groups go on as reach the first look in the time that is left, and at least one: a comparison that stops
         short decides nothing. A pass that adds to one before brings those that lag to the first look, and else all to
-        the next.
+        the next: whole groups, since a cell tells nothing in a block without the others of its comparison.
         """
-        wanted = united(groups)
-        if not wanted:
+        groups = [group for group in groups if group]
+        if not groups:
             return self.turns.of(name)
-        await self.servers.up(launches_of(wanted))
-        had = {cell: len(self.turns.of(name).turns(cell)) for cell in wanted}
-        if self.more and min(had.values()) < FIRST_LOOK:
-            wanted = [cell for cell in wanted if had[cell] < FIRST_LOOK]
-        least = min(had[cell] for cell in wanted)
+        await self.servers.up(launches_of(united(groups)))
+        had = [self.turns.of(name).blocks_of(group) for group in groups]
+        least = min(had)
+        if self.more and least < FIRST_LOOK:
+            groups = [group for group, blocks in zip(groups, had, strict=True) if blocks < FIRST_LOOK]
+        wanted = united(groups)
         blocks = (judging.next_look(least) if self.more else FIRST_LOOK) - least
         start = self.turns.of(name).next_block
         for block in range(start, start + blocks):
