@@ -23,7 +23,7 @@ from peftopt.cli.shared import app
 from peftopt.decision.evidence import Evidence
 from peftopt.records import Decision, Interval, Json, Measurement, Plan
 from peftopt.report import as_json, html
-from peftopt.report.plots import axes, figures, frontier, lengths, load_curves, positions, ratios
+from peftopt.report.plots import axes, dominance, figures, frontier, lengths, load_curves, positions, ratios
 from peftopt.report.plots.picture import Figure, Picture
 
 RATIOS = {"merged": 0.6, "int8": 0.9}
@@ -106,14 +106,14 @@ def test_a_rejected_variant_dominates_nobody(run: tuple[Decision, Evidence]) -> 
         replace(v, outcome="rejected") if v.name == "merged" else replace(v, outcome="accepted")
         for v in decision.variants
     )
-    found = frontier.points(replace(decision, variants=turned_down), evidence)
+    found = dominance.points(replace(decision, variants=turned_down), evidence)
     assert not any("merged" in point.dominated_by for point in found)
-    assert "merged" not in [point.variant.name for point in frontier.frontier(found, -1)]
+    assert "merged" not in [point.variant.name for point in dominance.frontier(found, -1)]
 
 
 def test_what_is_required_is_a_line_and_what_lies_far_off_is_said(run: tuple[Decision, Evidence]) -> None:
     decision, evidence = run
-    limits = {limit.metric: limit.value for limit in frontier.limits(decision, evidence)}
+    limits = {limit.metric: limit.value for limit in dominance.limits(decision, evidence)}
     baseline = of(decision, "adapter").figures["accuracy"].estimate
     assert limits == {"latency.p50@chat": 120.0, "accuracy": pytest.approx(0.9 * baseline)}
     figure = frontier.figure(decision, evidence)
