@@ -96,7 +96,8 @@ def cli_page() -> str:
             "<!-- docs/generate.py writes this page. Change peftopt/cli, then run the script. -->",
             "`peftopt --help` lists the verbs. `peftopt VERB --help` shows the text of this page.\n"
             "`peftopt --version` prints the version.\n"
-            "Results go to stdout. Progress and warnings go to stderr.",
+            "Results go to stdout. Progress and warnings go to stderr.\n"
+            "[In scripts and shells](scripting.md): exit codes, the shape of `--json`, colours, completion.",
             table(["verb", "what it does"], links),
             f"{whole.epilog}",
             *sections,
