@@ -308,6 +308,8 @@ class Answer:
     """KL divergence from the reference, summed over the scored tokens, in nats."""
     kl_worst: float | None = None
     """Its highest at one token."""
+    kl_tokens: tuple[float, ...] = ()
+    """It at each scored token, to three digits."""
     agree: int | None = None
     """Scored tokens at which the most likely one is the reference's."""
     parting: tuple[int, float] | None = None

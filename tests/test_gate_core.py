@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftopt import stats
+from peftopt.decision.evidence import ANSWERED_WRONG
 from peftopt.errors import BadInput
 from peftopt.gate import comparing, judging, keeping, words
 from peftopt.gate.records import Case, Gate, Snapshot, Tolerances
@@ -194,6 +195,15 @@ def test_one_new_critical_error_fails_and_one_that_hangs_on_noise_is_named() -> 
         "p1: empty" in case(judged(then, new), comparing.NEW_ERRORS).reason and judged(then, new).outcome == "rejected"
     )
     assert "p3" in case(judged(then, noise), comparing.NEW_ERRORS).reason and judged(then, noise).outcome == "accepted"
+
+
+def test_on_another_machine_a_wrong_answer_is_undecided_and_a_loop_is_not() -> None:
+    then = invented(steady(0.5))
+    for flag, expected in ((ANSWERED_WRONG, "inconclusive"), ("loop", "rejected")):
+        now = invented(steady(0.5), always={"p1": (flag,)})
+        elsewhere = replace(now, machine={**now.machine, "cpu": "B"})
+        assert case(judged(then, now), comparing.NEW_ERRORS).outcome == "rejected"
+        assert case(judged(then, elsewhere), comparing.NEW_ERRORS).outcome == expected
 
 
 def test_no_new_error_in_few_prompts_is_no_claim() -> None:

@@ -750,15 +750,29 @@ def test_two_groups_have_an_interval() -> None:
     assert interval.low < 0.15 < interval.high < 1 and interval.n == 20
 
 
-@pytest.mark.parametrize(("block", "outcome"), [(-1.0, "accepted"), (1.0, "rejected")])
-def test_clear_blocks_one_by_one_decide_as_all_at_once(block: float, outcome: str) -> None:
+@pytest.mark.parametrize(
+    ("block", "limit", "outcome"),
+    [(-1.0, 0.0, "accepted"), (1.0, 0.0, "rejected"), (1.0, 2.0, "accepted"), (-1.0, -2.0, "rejected")],
+)
+def test_clear_blocks_one_by_one_decide_as_all_at_once(block: float, limit: float, outcome: str) -> None:
     """At the error that is usual, and no more are bet on after that."""
-    gamblers, blocks = stats.Gamblers(0.0), [block * size for size in np.linspace(0.9, 1.1, 60)]
+    gamblers, blocks = stats.Gamblers(limit), [block * size for size in np.linspace(0.9, 1.1, 60)]
     for each in blocks:
         gamblers.add(each)
-    whole = stats.bet(blocks, 0.0)
+    whole = stats.bet(blocks, limit)
     assert gamblers.outcome == whole.outcome == outcome
     assert len(gamblers) == whole.look < 60
+    assert gamblers.race() == whole
+
+
+def test_few_blocks_one_by_one_say_how_many_are_needed_as_all_at_once() -> None:
+    blocks = [0.5, 0.4, 0.6, 0.45, 0.7]
+    gamblers = stats.Gamblers(0.6)
+    for block in blocks:
+        gamblers.add(block)
+    race = gamblers.race()
+    assert race == stats.bet(blocks, 0.6) and race.outcome == "inconclusive"
+    assert race.blocks_needed and race.blocks_needed < stats.bet(blocks, 0.6, family=2).blocks_needed
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 1_001])

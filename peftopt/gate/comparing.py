@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import chain
 
 from peftopt import stats
-from peftopt.decision.evidence import exp
+from peftopt.decision.evidence import ANSWERED_WRONG, exp
 from peftopt.decision.rules import score_ratio
 from peftopt.gate.records import Baseline, Case, Errors, Race, RuleFigure, Scores, Snapshot
 from peftopt.metrics import counted, percent
@@ -231,9 +231,13 @@ def _new_errors(then: Snapshot, now: Snapshot) -> Iterator[Case]:
     bound = stats.upper_bound(len(new), after.asked, 1 - ALPHA / 2)
     case = replace(case, now=Interval(len(new) / after.asked, 0.0, bound, after.asked), limit=after.limit)
     if new:
+        # an answer that is another than expected may turn at a near tie where the arithmetic is another
+        elsewhere = then.machine != now.machine and set(new.values()) == {ANSWERED_WRONG}
         row, flag = next(iter(new.items()))
         told = f"{counted(len(new), 'new critical error')} in {after.asked} prompts, first {row}: {flag}"
-        yield replace(case, outcome="rejected", reason=told)
+        if elsewhere:
+            told += "; on another class of machine near ties turn: gate on the one that the baseline has"
+        yield replace(case, outcome="inconclusive" if elsewhere else "rejected", reason=told)
         return
     told = f"0 new critical errors in {after.asked} prompts: below {percent(bound, 2)} at {percent(1 - ALPHA / 2)}"
     if doubtful:

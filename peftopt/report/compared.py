@@ -13,6 +13,8 @@ from peftopt.records import FORMAT, JsonValue
 from peftopt.report import comparison as told
 from peftopt.report import html, markdown, words
 from peftopt.report.as_json import plain
+from peftopt.report.plots.axes import Scale, drawable
+from peftopt.report.plots.picture import per_cent
 from peftopt.report.words import Section
 
 
@@ -114,13 +116,14 @@ def plots(comparison: Comparison) -> list[Plot]:
 
 def _plot(rows: Sequence[Compared]) -> Plot:
     edges = [x for row in rows for v in row.values if v for x in (v.estimate, v.low, v.high) if 0 < x < math.inf]
-    scale = html.Scale.around([1.0, *edges])
+    scale = Scale.around([1.0, *edges], log=True)
     groups = []
     for row in rows:
         bars = [
-            Bar(label, words.figure("ratio", v), scale.at(v.estimate), scale.at(v.low), scale.at(v.high))
+            Bar(label, words.figure("ratio", v), *map(per_cent, (scale.at(v.estimate), *scale.ends(v))))
             for label, v in zip(ascii_uppercase, row.values, strict=False)
-            if v
+            if v and drawable(v.estimate, log=True)
         ]
         groups.append((row.variant, tuple(bars)))
-    return Plot(told.title(rows[0].metric), scale.at(1.0), scale.ticks(), tuple(groups))
+    ticks = tuple((per_cent(share), f"{value:g}x") for share, value in scale.ticks(first=[1.0]))
+    return Plot(told.title(rows[0].metric), per_cent(scale.at(1.0)), ticks, tuple(groups))
