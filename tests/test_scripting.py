@@ -24,8 +24,9 @@ QUICK = ROOT / "results" / "example" / "quick"
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-7]|9[0-7]|38|48|4[0-7])[0-9;]*m")
 SCRIPTED = {
     "run", "decide", "merge", "bake", "quantize", "compile", "bench", "load", "watch", "canary", "diagnose", "import",
-    "check", "doctor", "list", "runs", "clean", "export-data", "adapters list", "adapters put", "adapters report",
-    "adapters promote", "adapters rollback", "adapters remove", "env list", "env install", "env remove",
+    "gate", "check", "doctor", "list", "runs", "clean", "export-data", "adapters list", "adapters put",
+    "adapters report", "adapters promote", "adapters rollback", "adapters remove", "env list", "env install",
+    "env remove",
 }  # fmt: skip
 
 

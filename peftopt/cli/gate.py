@@ -160,6 +160,7 @@ def _age_days(baseline: Baseline) -> float:
 def _update(file: Path, before: Baseline | None, judged: Judged, console: Console, as_json: bool) -> None:
     """Accept a run that is decided; what a reviewer should see of the change is said."""
     from peftopt import store
+    from peftopt.cli.console import print_json
     from peftopt.gate import judging, keeping, taking
     from peftopt.gate.records import Baseline, Tolerances
 
@@ -176,7 +177,7 @@ def _update(file: Path, before: Baseline | None, judged: Judged, console: Consol
     changes = judging.changes(before, keeping.read(text, str(file)))
     store.write(file, text)
     if as_json:
-        print(json.dumps({"baseline": str(file), "ships": ships, "changes": changes}))
+        print_json({"baseline": str(file), "ships": ships, "changes": changes})
     else:
         console.pairs(f"wrote {file}", {"ships": ships})
         for line in changes:
@@ -190,6 +191,7 @@ def _update(file: Path, before: Baseline | None, judged: Judged, console: Consol
 def _conclude(answer: Gate, file: Path, options: GateOptions, console: Console) -> NoReturn:
     """Write the files, tell the CI that runs this, print the summary, exit with the outcome."""
     from peftopt import store
+    from peftopt.cli.console import print_json
     from peftopt.gate import keeping, words
     from peftopt.report import as_json
 
@@ -214,7 +216,7 @@ def _conclude(answer: Gate, file: Path, options: GateOptions, console: Console) 
         for line in words.github(answer, located, line_of):
             print(line, file=console.err.file if options.as_json else None)
     if options.as_json:
-        print(written["gate.json"], end="")
+        print_json(answer)
     else:
         header, rows = words.rows(answer)
         console.table(header, rows, [row[1] for row in rows])

@@ -154,8 +154,9 @@ class Source:
 def load(options: Options) -> None:
     """Load a server, or a recipe's, and say what its users would see: TTFT, TPOT, throughput, goodput, failures."""
     from peftopt.cli.console import Console
+    from peftopt.loadtest import runs
 
-    slos = _service_levels(options)
+    slos = runs.service_levels(options.slo)
     _check_modes(options)
     console = Console(options.quiet)
     sources = _one_server(options) if "://" in options.target else _recipe_servers(options, console)
@@ -166,15 +167,6 @@ def load(options: Options) -> None:
             if outcomes[-1] == INTERRUPTED:
                 break
     raise typer.Exit(max(outcomes, key=BEST_TO_WORST.index))
-
-
-def _service_levels(options: Options) -> list[Slo]:
-    from peftopt.loadtest import summary
-
-    try:
-        return [summary.slo(text) for text in options.slo]
-    except ValueError as error:
-        raise BadInput(f"--slo {error}") from error
 
 
 def _check_modes(options: Options) -> None:
