@@ -214,7 +214,7 @@ def _conclude(answer: Gate, file: Path, options: GateOptions, console: Console) 
         for line in words.github(answer, located, line_of):
             print(line, file=console.err.file if options.as_json else None)
     if options.as_json:
-        print(written["gate.json"], end="")
+        print(json.dumps(as_json.plain(answer), allow_nan=False))
     else:
         header, rows = words.rows(answer)
         console.table(header, rows, [row[1] for row in rows])
