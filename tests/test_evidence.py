@@ -167,8 +167,8 @@ def test_what_a_server_fills_of_its_slots_and_an_adapters_switch_are_figures_of_
     assert (
         figures["adapter"]["adapter_switch_time"].estimate == 0.028 and "adapter_switch_time" not in figures["merged"]
     )
-    header, rows = table.further(decision)
-    cells = dict(zip(header, next(row for row in rows if row[0].startswith("adapter")), strict=True))
+    sheets = table.more(decision).values()
+    cells = {name: cell for sheet in sheets for name, cell in zip(sheet.header, sheet.body[0], strict=True)}
     assert cells["of its slots@chat"] == "37.5 %" and cells["adapter switch"] == "0.0280 s"
 
 

@@ -15,7 +15,6 @@ from peftopt.report import answers, measured
 from peftopt.report.plots import ratios
 
 PLAN = plan_of("merged", "int8")
-ALL = 10_000
 """More flips than there are."""
 
 
@@ -82,7 +81,7 @@ def test_every_count_is_of_what_was_judged() -> None:
 
 
 def test_every_flip_is_one_that_the_rules_count() -> None:
-    found = answers.flips(DECISION, EVIDENCE, ALL)
+    found = answers.flips(DECISION, EVIDENCE)
     assert found["adapter"] == [] and {f.change for f in found["merged"]} == {"now right"}
     flips, figures = found["int8"], of(DECISION, "int8").figures
     errors, asked = EVIDENCE.critical_errors("int8")
@@ -109,7 +108,7 @@ def test_every_flip_is_one_that_the_rules_count() -> None:
 )
 def test_a_flip_is_called_what_the_rule_says_of_it(row: str, gravity: int, words: str) -> None:
     """p3 is a critical prompt that the adapter itself gets right once and wrong once: no critical error."""
-    flip = next(f for f in answers.flips(DECISION, EVIDENCE, ALL)["int8"] if f.row == row)
+    flip = next(f for f in answers.flips(DECISION, EVIDENCE)["int8"] if f.row == row)
     assert flip.gravity == gravity and words in flip.change
     assert ("critical" in flip.change) == (row in ("p6", "p7", "p8"))
 

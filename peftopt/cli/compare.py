@@ -102,7 +102,7 @@ def _show(console: Console, comparison: Comparison) -> None:
     _titled(console, "what differs", (header, [[clip(cell, room) for cell in row] for row in rows]))
     if not rows:
         console.say("nothing that is known of all of them")
-    for note in told.notes(comparison):
+    for note in (*told.cautions(comparison), *told.remarks(comparison)):
         console.say(f"- {note}")
     for other in range(1, len(comparison.runs)):
         _titled(console, "values, relative to each run's own baseline", told.values(comparison, [other]))

@@ -65,7 +65,8 @@ def as_json(comparison: Comparison) -> str:
         "runs": plain(runs),
         "differing": plain(comparison.differing),
         "only": plain(comparison.only),
-        "notes": plain(told.notes(comparison)),
+        "cautions": plain(told.cautions(comparison)),
+        "remarks": plain(told.remarks(comparison)),
         "error": ERROR,
         "family": comparison.family,
         "level": comparison.level,
@@ -83,7 +84,7 @@ def as_markdown(comparison: Comparison) -> str:
         Section("Values", f"{told.ABOUT_VALUES} {told.how_sure(comparison)}", told.values(comparison)),
         Section("Verdicts", told.ABOUT_VERDICTS, told.verdicts(comparison)),
     ]
-    notes = [*told.notes(comparison), *told.unshared(comparison)]
+    notes = [*told.cautions(comparison), *told.remarks(comparison), *told.unshared(comparison)]
     shown = [part for part in parts if part.table[1]]
     return markdown.sections("Runs compared", told.sentence(comparison), notes, shown)
 
@@ -93,7 +94,8 @@ def as_html(comparison: Comparison) -> str:
     return html.page(
         "compare.html.j2",
         sentence=told.sentence(comparison),
-        notes=told.notes(comparison),
+        cautions=told.cautions(comparison),
+        remarks=told.remarks(comparison),
         runs=told.runs(comparison),
         differing=told.differing(comparison),
         values=told.values(comparison),

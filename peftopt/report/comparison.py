@@ -17,6 +17,9 @@ MOST = len(ascii_uppercase)
 
 UNKNOWN = "not known"
 
+MODEL = ("base", "adapter", "adapter_shape", "tokenizer")
+"""The files of a run that make the model; the other hashes are of prompts."""
+
 ABOUT_VALUES = (
     "Each value is a ratio to that run's own baseline, with its 95 % interval; critical errors and what else compares "
     "with the baseline already stand as they are. Times of two runs are never compared but as such ratios."
@@ -50,8 +53,8 @@ def labelled(values: Sequence[str | None]) -> Iterator[tuple[str, str | None]]:
     return zip(ascii_uppercase, values, strict=False)
 
 
-def notes(comparison: Comparison) -> list[str]:
-    """What a reader must know before any number: what makes the runs unlike, and what their folders lack."""
+def cautions(comparison: Comparison) -> list[str]:
+    """What makes the runs unlike, to know before any number is read."""
     differing = comparison.differing
     lines = []
     if _differ(differing, "machine", ("cpu", "cores", "gpu")):
@@ -63,19 +66,33 @@ def notes(comparison: Comparison) -> list[str]:
     chains = [each for each in differing if each.topic in {VARIANT + name for name in bases} and each.name == "chain"]
     if len(bases) > 1 or chains:
         lines.append("the baselines differ: a ratio to one is not a ratio to the other")
-    if _differ(differing, "model", ("base", "adapter")):
+    if _differ(differing, "model", ("base", "adapter", "base and adapter")) or _differ(differing, "contents", MODEL):
         lines.append("the models differ: each is compared with its own baseline")
-    if _differ(differing, "prompts"):
+    contents = [each.name for each in differing if each.topic == "contents" and each.name not in MODEL]
+    if contents or _differ(differing, "prompts"):
         lines.append("the prompts differ: differences of answers and times may come from them")
     unlike = [value.variant for value in comparison.values if _differ(differing, VARIANT + value.variant, ("chain",))]
     if unlike:
         lines.append(f"made in another way, under the same name: {', '.join(dict.fromkeys(unlike))}")
-    for having in dict.fromkeys(comparison.only.values()):
-        names = ", ".join(name for name, found in comparison.only.items() if found == having)
-        lines.append(f"only {' and '.join(ascii_uppercase[n] for n in having)} measured {names}")
-    for label, run in zip(ascii_uppercase, comparison.runs, strict=False):
-        lines += [f"{label}: {lack}" for lack in run.lacks]
     return [clean(line) for line in lines]
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """What is not compared: variants that not all runs have, and what their folders lack."""
+    lines = []
+    for having in dict.fromkeys(comparison.only.values()):
+        names = ", ".join(name for name, runs in comparison.only.items() if runs == having)
+        lines.append(f"only {_those(having)} measured {names}")
+    lacks = dict.fromkeys(lack for run in comparison.runs for lack in run.lacks)
+    for lack in lacks:
+        lines.append(f"{_those([n for n, run in enumerate(comparison.runs) if lack in run.lacks])}: {lack}")
+    return [clean(line) for line in lines]
+
+
+def _those(runs: Sequence[int]) -> str:
+    """The letters of some runs: "A", "A and C", "A, B and D"."""
+    *most, last = (ascii_uppercase[n] for n in runs)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _differ(differing: Sequence[Differing], topic: str, names: Sequence[str] = ()) -> bool:
@@ -195,10 +212,10 @@ def unshared(comparison: Comparison) -> list[str]:
     """Rules that only some runs judge a variant by, in words."""
     lines = []
     for verdict in comparison.verdicts:
-        having = [label for label, outcome in zip(ascii_uppercase, verdict.outcomes, strict=False) if outcome]
+        having = [n for n, outcome in enumerate(verdict.outcomes) if outcome]
         if verdict.rule and not verdict.changed:
             outcome = next(outcome for outcome in verdict.outcomes if outcome)
-            lines.append(clean(f"{verdict.variant}, {verdict.rule}: only in {' and '.join(having)}, {outcome}"))
+            lines.append(clean(f"{verdict.variant}, {verdict.rule}: only in {_those(having)}, {outcome}"))
     return lines
 
 

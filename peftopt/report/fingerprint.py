@@ -10,7 +10,7 @@ from peftopt import identity
 from peftopt.decision.comparing import Facts
 from peftopt.measurements import Answer, Built, EngineFacts, Launch, Measured
 from peftopt.metrics import counted
-from peftopt.records import Decision, Plan, Recipe, Step, Variant
+from peftopt.records import Decision, JsonValue, Plan, Recipe, Step, Variant
 from peftopt.report.words import flat
 
 HASH = 12
@@ -22,9 +22,12 @@ VARIANT = "variant "
 Topic = dict[str, str]
 
 
-def facts(decision: Decision, plan: Plan | None, records: Sequence[Measured]) -> Facts:
-    """What is known of a run: of its machine and decision, of its plan and its measurements where there are any."""
+def facts(decision: Decision, plan: Plan | None, records: Sequence[Measured], hashes: Mapping[str, JsonValue]) -> Facts:
+    """What is known of a run: of its machine and decision; of its plan, its measurements and the hashes of its files
+    where there are any."""
     topics = {**_machine(decision.machine), "decision": _decision(decision)}
+    if hashes:
+        topics["contents"] = dict(_contents(hashes))
     if plan:
         topics |= {
             "model": _model(plan.recipe, records),
@@ -43,6 +46,15 @@ def _machine(machine: Mapping[str, object]) -> dict[str, Topic]:
     versions = machine.get("versions")
     packages = {str(name): str(version) for name, version in versions.items()} if isinstance(versions, Mapping) else {}
     return {"machine": rest, "packages": {"python": flat(machine.get("python")), **packages}}
+
+
+def _contents(hashes: Mapping[str, JsonValue]) -> Iterator[tuple[str, str]]:
+    """The first digits of each hash; of a workload's under its name."""
+    for name, value in hashes.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", text) for inner, text in _contents(value))
+        else:
+            yield name, str(value)[:HASH] or "none"
 
 
 def _decision(decision: Decision) -> Topic:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +13,13 @@ from peftopt.decision.decide import decide
 from peftopt.decision.evidence import Evidence
 from peftopt.errors import BadInput
 from peftopt.measurements import Measured
-from peftopt.records import Decision, Plan
+from peftopt.records import Decision, JsonValue, Plan
 from peftopt.report import fingerprint
 from peftopt.report.as_json import decision_from_json
 from peftopt.runner.judged import JUDGED
+
+HASHES = "hashes.json"
+"""Where a run's folder says what base, adapter, tokenizer and prompts hold."""
 
 HINT = "give a run's folder, such as one that `peftopt runs` lists, or its decision.json"
 
@@ -28,14 +31,13 @@ def read(given: Path, warn: Callable[[str], None] = lambda _: None) -> ComparedR
     if given.is_file():
         decision = decision_from_json(store.read_text(given))
         lacks = ["only its decision was given: base, adapter, prompts and recipe are not known"]
-        return _compared(str(given), decision, None, [], lacks)
+        return _compared(str(given), decision, None, [], {}, lacks)
     if not given.is_dir():
         raise BadInput(f"there is no run at {given}", HINT)
     lacks = []
     plan = _plan(given, lacks)
     records = _records(given, lacks, warn) if plan else []
-    machine = given / "machine.json"
-    known = json.loads(store.read_text(machine)) if machine.exists() else {}
+    known = _object(given / "machine.json")
     decided = given / "decision.json"
     if decided.exists():
         decision = decision_from_json(store.read_text(decided))
@@ -46,11 +48,16 @@ def read(given: Path, warn: Callable[[str], None] = lambda _: None) -> ComparedR
         raise BadInput(f"{given} is not a run: it has no decision.json", HINT)
     if not decision.machine:
         decision = replace(decision, machine=known)
-    return _compared(str(given), decision, plan, records, lacks)
+    return _compared(str(given), decision, plan, records, _object(given / HASHES), lacks)
 
 
 def _compared(
-    name: str, decision: Decision, plan: Plan | None, records: list[Measured], lacks: list[str]
+    name: str,
+    decision: Decision,
+    plan: Plan | None,
+    records: list[Measured],
+    hashes: Mapping[str, JsonValue],
+    lacks: list[str],
 ) -> ComparedRun:
     if not decision.machine:
         lacks = [*lacks, "its machine and packages are not known"]
@@ -59,7 +66,19 @@ def _compared(
         evidence = Evidence(plan, records)
         measured = [(variant, workload) for variant, workload in evidence.turns]
         launches = {f"{v}@{w}": evidence.launch_count(v, w) for v, w in measured}
-    return ComparedRun(name, decision, fingerprint.facts(decision, plan, records), launches, tuple(lacks))
+    facts = fingerprint.facts(decision, plan, records, hashes)
+    return ComparedRun(name, decision, facts, launches, tuple(lacks))
+
+
+def _object(file: Path) -> dict[str, JsonValue]:
+    """A file that holds a JSON object; {} where there is none. Raises BadInput for a file that is not whole."""
+    if not file.exists():
+        return {}
+    try:
+        written: JsonValue = json.loads(store.read_text(file))
+    except ValueError as error:
+        raise BadInput(f"{file} is not JSON: {error}", "restore the file, or give the run's decision.json") from error
+    return written if isinstance(written, dict) else {}
 
 
 def _plan(folder: Path, lacks: list[str]) -> Plan | None:
