@@ -7,6 +7,7 @@
 #               a sample of those on the lines that changed, which takes some minutes
 # make prometheus  fetches Prometheus and promtool from Debian into .venv (19 MB), for the tests of what export writes;
 #               without it they are skipped
+# make gate   is the demo's adapter still as good as what recipes/gate.baseline.json accepted? Some minutes
 # make adapters  trains the demo's further adapters again and measures them (about an hour on two cores)
 # make docs     builds the documentation into site/; a warning fails
 PYTHON ?= python3.11
@@ -17,7 +18,7 @@ ADAPTERS := r4 r16 r32 r64 p-tuning prefix
 
 # two processes, each with whole files of tests: fixtures of a file are made once; the longest first (tests/conftest.py)
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
-PURE := layers docs thresholds stats recipe stopping evidence decide render store trust_stats trust_rules \
+PURE := layers docs gate_core thresholds stats recipe stopping evidence decide render store trust_stats trust_rules \
         trust_answers trust_times trust_decisions broken_models honest_times
 
 # A verdict is a result, whichever it is: 0 accepted, 1 rejected, 3 undecided. Anything else went wrong.
@@ -25,7 +26,7 @@ decide = $(BIN)/peftopt run $(1); code=$$?; case $$code in 0|1|3) ;; *) exit $$c
 
 PROMETHEUS := .venv/prometheus/usr/bin/promtool
 
-.PHONY: setup engines prometheus demo adapters quick check test test-engines mutants docs clean
+.PHONY: setup engines prometheus demo adapters quick gate check test test-engines mutants docs clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -61,6 +62,9 @@ adapters: setup $(MODEL)/model.safetensors
 
 quick: setup $(MODEL)/model.safetensors
 	$(call decide,recipes/quick.yaml)
+
+gate: setup $(MODEL)/model.safetensors
+	$(BIN)/peftopt gate recipes/gate.yaml --max-age 3650d --no-forecast
 
 check: .venv/tested
 	$(BIN)/ruff check .

@@ -394,8 +394,9 @@ def live(rounds: int, most: int, clock: str, seed: int) -> None:
         recipe = replace(plan.recipe, base=str(folder / "base"), adapter=str(folder / "lora"), workloads={"chat": chat})
         print(f"{rounds} rounds of up to {most} blocks raced on the {clock} clock, judged on both", flush=True)
         for number in range(rounds):
-            run = recipe_run.prepare(replace(recipe, seed=seed + number), "", folder / "results", Silent(), fresh=True)
-            recipe_run.execute(run)
+            seeded = replace(recipe, seed=seed + number)
+            with recipe_run.prepare(seeded, "", folder / "results", Silent(), fresh=True) as run:
+                recipe_run.execute(run)
             moments = [moment for each in run.evidence.machine.values() for moment in each]
             loads = [moment.load for moment in moments if moment.load is not None]
             print(f"\nround {number + 1}: load average {min(loads):.1f} to {max(loads):.1f}")

@@ -25,7 +25,7 @@ import numpy.typing
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from peftopt.diagnose import cycled, cycles, leaks, soaking  # noqa: E402
+from peftopt.diagnose.unloading import cycled, cycles, leaks, soaking  # noqa: E402
 from peftopt.loadtest.protocols import Prompt  # noqa: E402
 
 MB = 2.0**20

@@ -22,16 +22,17 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peftopt.diagnose import company, plan, planning, speed_asking
-from peftopt.diagnose import options as ways
-from peftopt.diagnose.cells import Launch
-from peftopt.diagnose.options import Option, Room
-from peftopt.diagnose.plan import Outcome
-from peftopt.diagnose.serving import wanted
+from peftopt.diagnose.measuring import company
+from peftopt.diagnose.measuring.cells import Launch
+from peftopt.diagnose.measuring.serving import wanted
+from peftopt.diagnose.planning import options as ways
+from peftopt.diagnose.planning import plan, planning, speed_asking
+from peftopt.diagnose.planning.options import Option, Room
+from peftopt.diagnose.planning.plan import Outcome
+from peftopt.diagnose.planning.simulation import Due
+from peftopt.diagnose.planning.speeds import Speeds
+from peftopt.diagnose.planning.traffic import Traffic
 from peftopt.diagnose.setting import Setting
-from peftopt.diagnose.simulation import Due
-from peftopt.diagnose.speeds import Speeds
-from peftopt.diagnose.traffic import Traffic
 from peftopt.engines._server import Server
 from peftopt.gateway import backends
 from peftopt.loadtest import arrivals, sender

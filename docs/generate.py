@@ -1,10 +1,10 @@
-"""Write the pages of the docs that are read from the code: docs/metrics.md, docs/cli.md, and in docs/deploying.md what
-`peftopt export` writes.
+"""Write the pages of the docs that are read from the code: docs/metrics.md, docs/cli.md, docs/data.md, and in
+docs/deploying.md what `peftopt export` writes; and the JSON Schemas in schemas/.
 
     python docs/generate.py            # write the pages
     python docs/generate.py --check    # exit 1, and write nothing, where a page is out of date
 
-The pages come from the table of metrics and from the options of the command line, not from the text on a terminal:
+The pages come from the table of metrics, from records and from the options of the command line, not from a terminal:
 no width, colour or theme changes them. tests/test_docs.py compares them with the files.
 """
 
@@ -24,7 +24,16 @@ BETTER = {"lower": "lower", "higher": "higher", "either": "neither"}
 
 def pages() -> Mapping[str, str]:
     """The generated pages by file name."""
-    return {"metrics.md": metrics_page(), "cli.md": cli_page(), "deploying.md": deploying_page()}
+    from peftopt import schema
+
+    schemas = {f"../schemas/{schema.file(name).name}": text for name, text in schema.generated().items()}
+    return {
+        "metrics.md": metrics_page(),
+        "cli.md": cli_page(),
+        "deploying.md": deploying_page(),
+        "data.md": data_page(),
+        **schemas,
+    }
 
 
 def metrics_page() -> str:
@@ -87,7 +96,8 @@ def cli_page() -> str:
             "<!-- docs/generate.py writes this page. Change peftopt/cli, then run the script. -->",
             "`peftopt --help` lists the verbs. `peftopt VERB --help` shows the text of this page.\n"
             "`peftopt --version` prints the version.\n"
-            "Results go to stdout. Progress and warnings go to stderr.",
+            "Results go to stdout. Progress and warnings go to stderr.\n"
+            "[In scripts and shells](scripting.md): exit codes, the shape of `--json`, colours, completion.",
             table(["verb", "what it does"], links),
             f"{whole.epilog}",
             *sections,
@@ -99,6 +109,25 @@ def deploying_page() -> str:
     """The page as it is, with what `export` writes today under each line that names an export."""
     page = (FOLDER / "deploying.md").read_text(encoding="utf-8")
     return re.sub(r"<!-- export (\w+) (.*) -->\n```\w*\n(?:.*\n)*?```\n", _exported, page)
+
+
+def data_page() -> str:
+    """The page as it is, with the columns of a table under each line that names one."""
+    page = (FOLDER / "data.md").read_text(encoding="utf-8")
+    return re.sub(r"<!-- columns (\w+) -->\n.*?(?=\n## )", _columns, page, flags=re.DOTALL)
+
+
+def _columns(block: re.Match[str]) -> str:
+    from peftopt.api.columns import tables
+
+    types = {float: "number", int: "whole number", bool: "true or false", str: "text", list: "list", dict: "mapping"}
+    described = tables()[block[1]]
+    rows = [
+        [f"`{each.name}`", types[each.kind] + (", or empty" if each.optional else ""), each.unit, _cell(each.meaning)]
+        for each in described.columns
+    ]
+    header = ["column", "type", "unit", "what it is"]
+    return f"<!-- columns {block[1]} -->\nA row is {described.row}.\n\n{table(header, rows)}\n"
 
 
 def _exported(block: re.Match[str]) -> str:

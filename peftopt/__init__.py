@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peftopt.api.opened import Run, open_run
-    from peftopt.api.verbs import decide, merge, quantize, run
+    from peftopt.api.verbs import decide, load, merge, quantize, run
 
 __version__ = "0.1.0"
 
-__all__ = ["Run", "decide", "merge", "open_run", "quantize", "run"]
+__all__ = ["Run", "decide", "load", "merge", "open_run", "quantize", "run"]
 
 _HOMES = {"Run": "opened", "open_run": "opened"}
 

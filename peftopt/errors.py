@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 
 # Exit codes, the same for every verb. Nothing measured is never ACCEPTED.
 ACCEPTED = 0
@@ -65,6 +68,45 @@ class WorkerFailed(PeftoptError):
         super().__init__(f"{reason}: {detail}" if detail else reason, hint)
         self.reason = reason
         self.detail = detail
+
+
+_SYSTEM = "ENOSPC EDQUOT EIO EROFS EACCES EPERM EFBIG EMFILE ENFILE ENOMEM ESTALE ENODEV ENXIO"
+SYSTEM = frozenset(getattr(errno, name) for name in _SYSTEM.split())
+"""Numbers of system errors that are the machine's, whichever line of ours meets them."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def unwritable(path: Path | str, error: OSError, hint: str = "", needed: int = 0) -> MissingEnvironment:
+    """The error for a file or folder that the system did not let us write, of `needed` bytes; a full disk says how much
+    is free."""
+    why = error.strerror or str(error)
+    if error.errno in FULL:
+        asked = f"{needed:,} bytes are needed, " if needed else ""
+        why = f"{why}; {asked}{_free(Path(path)):,} bytes are free"
+        hint = "make room, or write to another disk"
+    return MissingEnvironment(f"cannot write {path}: {why}", hint or "check the folder's owner, mode and disk")
+
+
+def unusable(error: OSError) -> MissingEnvironment:
+    """The error for a system error that no line of ours expected: which file it was, as far as the system said."""
+    path = error.filename or error.filename2
+    if error.errno in FULL:
+        return unwritable(str(path or Path.cwd()), error)
+    where = f" {path}" if path else ""
+    return MissingEnvironment(
+        f"the system refused to read or write{where}: {error.strerror}", "check its owner, mode and disk"
+    )
+
+
+def _free(path: Path) -> int:
+    """Bytes that are free on the disk of a path that may not exist yet; 0 where nobody can tell."""
+    for folder in (path, *path.absolute().parents):
+        try:
+            return shutil.disk_usage(folder).free
+        except OSError:
+            continue
+    return 0
 
 
 def as_input(error: WorkerFailed) -> Exception:

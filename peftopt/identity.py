@@ -22,6 +22,7 @@ def of_file(path: Path) -> str:
 
 
 def of_folder(folder: Path, ignore: frozenset[str] = frozenset()) -> str:
-    """SHA-256 (hex) over the folder's regular files: their relative names and their bytes. Links are not followed."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.is_symlink() and f.name not in ignore)
+    """SHA-256 (hex) over the folder's files: their relative names and their bytes. Of a link to a file, as the hub's
+    cache is full of, the bytes it leads to; links to folders are not followed."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ignore)
     return of_value([[f.relative_to(folder).as_posix(), of_file(f)] for f in files])

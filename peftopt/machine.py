@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from peftopt import __version__
 from peftopt.records import Json
 
 LIBRARIES = (
@@ -55,7 +56,7 @@ def describe() -> dict[str, Json]:
         "gpu": gpus(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "versions": versions(),
+        "versions": {"peftopt": __version__, **versions()},
     }
 
 

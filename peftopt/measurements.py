@@ -125,12 +125,15 @@ class Sent(Request):
     """One request of a load that was run apart. Times in seconds since the run began."""
 
     scheduled: float
-    """When it was due."""
+    """When it was due, since the run began; so are the next four."""
     done: float
+    """When its last token came, or its failure."""
     sent: float | None = None
+    """When it was sent."""
     first: float | None = None
     """When its first token came."""
     last: float | None = None
+    """When its last token came."""
     gaps_ms: tuple[float, ...] = ()
     """Between messages of the stream."""
     kind: str | None = None
@@ -142,8 +145,11 @@ class Gauge:
     """What a server's gauge showed over a turn, read `n` times."""
 
     mean: float
+    """Its mean."""
     peak: float | None = None
+    """Its highest."""
     n: int | None = None
+    """How often it was read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -189,6 +195,7 @@ class Disturbance:
     load: float | None = None
     """The load average at its end."""
     cores: int = 0
+    """Processors that the process may use."""
     foreign_cores: float | None = None
     """Processors that other processes kept busy."""
     steal: float | None = None
@@ -198,12 +205,15 @@ class Disturbance:
     heat_events: float | None = None
     """Times that a processor slowed down for heat."""
     mhz: float | None = None
+    """The processors' mean clock rate."""
     temperature_c: float | None = None
+    """The hottest sensor of the processors."""
     gpu_foreign: int | None = None
     """Processes of others on the GPU."""
     gpu_slowed: bool | None = None
     """Whether the GPU slowed down for heat or power."""
     gpu_temperature_c: float | None = None
+    """The GPU's temperature."""
     openmp: Mapping[str, str] = field(default_factory=dict)
     """Environment variables by which threads wait for each other."""
 
@@ -273,6 +283,7 @@ class Answer:
     stopped: bool
     """Whether it ended by itself."""
     correct: bool
+    """Whether it is the expected answer."""
     valid: bool
     """Whether it keeps schema, regex and labels."""
     score: float
@@ -286,14 +297,19 @@ class Answer:
     prompt: str = ""
     """What tells equal prompts of several rows, "" where that is not told."""
     output: str = ""
+    """The answer's text."""
     expected: str = ""
+    """The right answer, "" where none is known."""
     nll: float | None = None
     """Negative log-likelihood of the scored answer, summed over its tokens, in nats."""
     scored_tokens: int = 0
+    """Tokens of the scored answer."""
     kl: float | None = None
     """KL divergence from the reference, summed over the scored tokens, in nats."""
     kl_worst: float | None = None
     """Its highest at one token."""
+    kl_tokens: tuple[float, ...] = ()
+    """It at each scored token, to three digits."""
     agree: int | None = None
     """Scored tokens at which the most likely one is the reference's."""
     parting: tuple[int, float] | None = None
@@ -522,9 +538,11 @@ def _structured(line: Measurement, where: str) -> Values:
 def structured(record: type[Record], values: object, name: str) -> Record:
     """The record that JSON holds. Raises BadInput for a field that is missing and for a value of another kind than its
     field: "speed.requests[3].new_tokens is missing", where `name` is "speed"."""
+    from cattrs.errors import CattrsError
+
     try:
         return _converter(detailed=False).structure(values, record)
-    except BROKEN as error:
+    except (CattrsError, *BROKEN) as error:
         raise BadInput(_first_problem(record, values, name)) from error
 
 
@@ -571,11 +589,15 @@ def _converter(detailed: bool) -> Converter:
     return converter
 
 
+LARGEST = 2**63
+"""No whole number of a measurement is larger; Python's would be, and no float holds it."""
+
+
 def _whole(value: object) -> int:
-    """A whole number, 16.0 as well: other tools count in such."""
+    """A count, 16.0 as well: other tools count in such."""
     if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
         raise TypeError(value)
     return value
 
@@ -583,6 +605,8 @@ def _whole(value: object) -> int:
 def _number(value: object) -> float:
     """A number as it is, NaN and infinity as well: what they mean is for a rule to say."""
     if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(value)
+    if isinstance(value, int) and abs(value) > LARGEST:
         raise TypeError(value)
     return value
 

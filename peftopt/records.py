@@ -98,24 +98,26 @@ class Variant:
 
 @dataclass(frozen=True)
 class Workload:
-    """Timed requests. `lengths`: "fixed", where `new_tokens` are always generated in full, so that they are the same
-    for all; or "natural", where answers stop by themselves, `new_tokens` at the latest.
-
-    `slice` keeps only the prompts that carry this tag ("" = all of them).
-
-    Under load a server is sent `requests` in a turn, by so many `users` in a closed loop, each asking when answered; or
-    as they come at random (Poisson), `rate` a second. 0 and 0 = one batch after the other.
-    """
+    """Timed requests: prompts, and how they are asked."""
 
     name: str
     prompts: str
+    """The file of prompts (JSONL, JSON, CSV, TSV)."""
     new_tokens: int = 64
+    """Tokens of each timed answer; the most of them where lengths are natural."""
     batch: int = 1
+    """Prompts that are asked together. Under load a server makes the batches."""
     slice: str = ""
+    """Only the prompts that carry this tag; all of them where none is named."""
     lengths: str = "fixed"
+    """fixed: new_tokens are always generated in full, so that they are the same for all. natural: answers stop by
+    themselves, new_tokens at the latest."""
     users: int = 0
+    """Under load: so many users in a closed loop, each of whom asks again when answered."""
     rate: float = 0.0
+    """Under load: so many requests a second, at random times (Poisson), answered or not."""
     requests: int = 32
+    """Under load: requests in a turn."""
 
     @property
     def loaded(self) -> bool:
@@ -125,19 +127,19 @@ class Workload:
 
 @dataclass(frozen=True)
 class Invariants:
-    """What every answer must keep, whoever gives it. "" and () are not asked for.
-
-    `regex`: matches the whole answer. `labels`: the answer is one of these. `numbers`: "kept", every number of the
-    expected answer is in the answer. `language`: "kept", the answer is in the language of the expected answer, or of
-    the prompt where none is expected; or the code of one ("de"). `refusal`: "kept", rows tagged as slice "refusal" are
-    refused and no others; or the regular expression that tells a refusal.
-    """
+    """What every answer must keep, whoever gives it. "" and () are not asked for."""
 
     regex: str = ""
+    """A regular expression that matches the whole answer."""
     labels: tuple[str, ...] = ()
+    """The answer is one of these."""
     numbers: str = ""
+    """kept: every number of the expected answer is in the answer."""
     language: str = ""
+    """kept: the answer is in the language of the expected answer, or of the prompt where none is expected. Or the code
+    of one language, such as de."""
     refusal: str = ""
+    """kept: rows tagged as slice "refusal" are refused, and no others. Or a regular expression that tells a refusal."""
 
 
 NO_INVARIANTS = Invariants()
@@ -145,22 +147,26 @@ NO_INVARIANTS = Invariants()
 
 @dataclass(frozen=True)
 class Quality:
-    """Answers that are checked: prompts with `expected`, decoded until they stop by themselves.
-
-    `slice` restricts them to those with this tag ("" = all); `rows` is the most to ask, those tagged critical first and
-    long ones last; 0 = all. `tasks` of lm-evaluation-harness are asked beside them, names or paths of YAML files, each
-    with at most `task_rows` rows (0 = all).
-    """
+    """Answers that are checked: prompts with `expected`, decoded until they stop by themselves."""
 
     prompts: str
+    """The file of prompts and their right answers (JSONL, JSON, CSV, TSV)."""
     schema: str | None = None
+    """A file: the JSON Schema of a valid answer."""
     new_tokens: int = 256
+    """The most tokens of an answer."""
     batch: int = 16
+    """Prompts that are answered together."""
     rows: int = 0
+    """The most prompts to ask, those tagged critical first and long ones last; 0 is all."""
     slice: str = ""
+    """Only the prompts that carry this tag; all of them where none is named."""
     invariants: Invariants = NO_INVARIANTS
+    """What every answer must keep."""
     tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness that are asked beside the prompts: names, or paths of YAML files."""
     task_rows: int = 0
+    """The most rows of each task; 0 is all."""
 
 
 def task_name(given: str) -> str:
@@ -170,20 +176,25 @@ def task_name(given: str) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """How hard to measure. A turn is `warmup` discarded and `requests` timed requests of one variant.
-
-    `relaunch`: blocks between fresh processes. `max_blocks`: the last look (10, 16, 24, 40 or 60) the race may
-    reach, or more than 60 for an open-ended race. `clock`: "wall", "cpu" or "auto", the clock that judges. `threads`:
-    per measured process, 0 = all cores.
-    """
+    """How hard to measure. A turn is some requests of one variant, of which the first are discarded."""
 
     requests: int = 3
+    """Timed requests in a turn."""
     warmup: int = 1
+    """Discarded requests before them."""
     relaunch: int = 2
+    """Blocks between fresh processes."""
     max_blocks: int = 60
+    """The last look that the race may reach: 10, 16, 24, 40 or 60; or more than 60 for an open-ended race."""
     clock: str = "wall"
+    """The clock that judges: wall, cpu, or auto."""
     threads: int = 0
+    """Threads of each measured process; 0 is all cores."""
     deadline_s: float = 900.0
+    """The most time of one job of a worker process: 600 s, 10 min."""
+    min_blocks: int = 0
+    """Blocks that a variant which nothing rejects gets on the minimized workload even where it is decided, for who
+    compares runs."""
 
 
 @dataclass(frozen=True)
@@ -307,77 +318,98 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the bounds that hold at `level` (two-sided), from `n` samples."""
+    """An estimate and its bounds (two-sided). In JSON an unknown number is null: a bound that is null is infinite."""
 
     estimate: float
+    """The best single value."""
     low: float
+    """The lower bound."""
     high: float
+    """The upper bound."""
     n: int
+    """From how many samples."""
     level: float = 0.95
+    """The level at which the bounds hold."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one named rule says of one variant: the figure, its interval, its n, the clock, and why.
-
-    `rule` is "merge.gain", "int8.critical_errors", "require: latency.p95@chat <= 400 ms", "artifact.intact", …;
-    `against` the variant it was compared with; `reason` one sentence for a person. Of a race: its `workload`, and where
-    it is inconclusive `blocks_needed` in all and about how many more `minutes_needed` (None where it is not known);
-    `hopeless` says that the blocks it may have can hardly decide it.
-    """
+    """What one named rule says of one variant: the figure, its interval, its n, the clock, and why."""
 
     rule: str
+    """"merge.gain", "int8.critical_errors", "require: latency.p95@chat <= 400 ms", "artifact.intact", …"""
     outcome: Outcome
+    """What the rule says: accepted, rejected, inconclusive, or not judged."""
     reason: str
+    """Why, in one sentence for a person."""
     against: str = ""
+    """The variant that it was compared with."""
     value: Interval | None = None
+    """What was measured, in `unit`."""
     unit: str = ""
+    """The unit of the value and of the limit."""
     limit: float | None = None
+    """What the value is held against, in its unit."""
     clock: str = ""
+    """The clock that judged, of a rule on times: "wall" or "cpu"."""
     blocks_needed: int | None = None
+    """Of a race that is inconclusive: how many blocks it needs in all."""
     workload: str = ""
+    """Of a race: its workload."""
     minutes_needed: float | None = None
+    """About how many more minutes those blocks take; null where that is not known."""
     hopeless: bool = False
+    """Whether the blocks that the race may have can hardly decide it."""
     protects: str = ""
     """What the rule keeps from being shipped, in a few words."""
 
 
 @dataclass(frozen=True)
 class VariantDecision:
-    """A variant's outcome, the verdicts behind it, the one that decided, and the figures for the table.
-
-    `figures` maps a metric's name ("latency.p50@chat", "speed@chat" = ratio to the baseline, "accuracy",
-    "perplexity", "kl", "top1", "critical_errors", "memory", "size", "load_time", …) to its Interval. `notes` say how it
-    was measured where a reader may ask, and are no warning; `remarks` say what was found beside the verdicts;
-    `certificates` say in a line each what the artifacts it is made of were checked for.
-    """
+    """A variant's outcome, the verdicts behind it, and the figures for the table."""
 
     name: str
     techniques: tuple[str, ...]
+    """What it is made of, in the words of the trade-off table."""
     outcome: Outcome
     decided_by: str
+    """The rule that decided the outcome."""
     verdicts: tuple[Verdict, ...]
     figures: Mapping[str, Interval]
+    """A metric's name ("latency.p50@chat", "accuracy", …) -> its value; docs/metrics.md has all of them."""
     notes: tuple[str, ...] = ()
+    """How it was measured, where a reader may ask; no warnings."""
     certificates: tuple[str, ...] = ()
+    """What the artifacts that it is made of were checked for, in a line each."""
     remarks: tuple[str, ...] = ()
+    """What was found beside the verdicts."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The machine-readable outcome; every report is rendered from it. `clock` judged, "wall" or "cpu", for
-    `clock_reason`. `warnings` are what a reader should fear before acting on it; `notes` say less."""
+    """The machine-readable outcome; every report is rendered from it."""
 
     recipe: str
+    """The recipe's name."""
     baseline: str
+    """The variant that the others are compared with."""
     minimize: str
+    """The metric by which accepted variants are ranked."""
     clock: str
+    """The clock that judged: "wall" or "cpu"."""
     chosen: str | None
+    """The variant to ship; null for none."""
     outcome: Outcome
     sentence: str
+    """The decision in one sentence for a person."""
     variants: tuple[VariantDecision, ...]
     warnings: tuple[str, ...] = ()
+    """What a reader should fear before acting on it."""
     machine: Mapping[str, Json] = field(default_factory=dict)
+    """What the machine is that measured, as `peftopt doctor --json` says it."""
     format: int = FORMAT
+    """The version of the file's form."""
     clock_reason: str = ""
+    """Why this clock judged."""
     notes: tuple[str, ...] = ()
+    """What is worth knowing and is no warning."""

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
+import itertools
 import json
 import os
 import shutil
+import socket
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TextIO
 
 from peftopt import corpus, identity
-from peftopt.errors import BROKEN, BadInput, MissingEnvironment
+from peftopt.errors import BROKEN, BadInput, MissingEnvironment, unwritable
 from peftopt.measurements import PROBES, Measured, measured
-from peftopt.metrics import counted
+from peftopt.metrics import METRICS, counted
 from peftopt.records import FORMAT, Artifact, Build, Json, Measurement, Model, Plan
 
 MANIFEST = "artifact.json"
@@ -36,9 +42,7 @@ class Store:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise MissingEnvironment(
-                f"cannot write results to {self.root}: {error.strerror}", "choose another folder with --results"
-            ) from error
+            raise unwritable(self.root, error, "choose another folder with --results") from error
 
     def folder(self, artifact_id: str) -> Path:
         """Where an artifact lies, or will lie."""
@@ -51,16 +55,20 @@ class Store:
     def find(self, build: Build) -> Artifact | None:
         """The artifact, its files checked against their hash; a damaged one is set aside and counts as missing."""
         folder = self.folder(build.id)
+        if not folder.exists():
+            return None
         try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-        except FileNotFoundError:
-            return None
-        if identity.of_folder(folder / MODEL) != manifest["content"]:
-            aside = folder.with_name(f"{folder.name}.damaged.{os.getpid()}")
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            artifact = _artifact(folder, manifest, cached=True)
+            damage = "" if identity.of_folder(folder / MODEL) == artifact.content else "does not match its hash"
+        except (OSError, *BROKEN) as error:
+            damage = f"cannot be read ({type(error).__name__}: {error})"
+        if damage:
+            aside = unused(folder.with_name(f"{folder.name}.damaged.{os.getpid()}"))
             folder.rename(aside)
-            self.warn(f"artifact {build.id[:12]} does not match its hash: moved to {aside}, building it again")
+            self.warn(f"artifact {build.id[:12]} {damage}: moved to {aside}, building it again")
             return None
-        return _artifact(folder, manifest, cached=True)
+        return artifact
 
     @contextlib.contextmanager
     def locked(self, build: Build) -> Iterator[None]:
@@ -102,8 +110,7 @@ class Store:
                 **facts,
             }
             write(temporary / MANIFEST, json.dumps(manifest, indent=1))
-            temporary.rename(folder)
-            _sync(folder.parent)
+            move(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return _artifact(folder, manifest, cached=False)
@@ -128,28 +135,119 @@ def append(path: Path, *measurements: Measurement) -> None:
     """Add a line for each, on disk before this returns. Half a character (a lone surrogate), which no file can hold, is
     written as its JSON escape, and is read again as it was."""
     lines = [json.dumps({"format": FORMAT, **asdict(each)}, ensure_ascii=False) for each in measurements]
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
-        handle.write("".join(line + "\n" for line in lines))
-        handle.flush()
-        os.fsync(handle.fileno())
+    text = "".join(line + "\n" for line in lines)
+    try:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+    except OSError as error:
+        raise unwritable(path, error, needed=len(text)) from error
+
+
+OWNER = ".owner"
+"""The file of a run folder whose lock says that a process measures there; its text says which."""
+
+
+def own(folder: Path, warn: Callable[[str], None] = lambda _: None) -> TextIO:
+    """Take a run folder for this process, until the file is given back or the process ends.
+
+    Raises MissingEnvironment where another process has it, and names that.
+    """
+    try:
+        handle = (folder / OWNER).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise unwritable(folder / OWNER, error) from error
+    handle.seek(0)
+    before = handle.read()
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.close()
+        hint = "wait until it ends, or stop it: two processes on one machine would slow each other down"
+        raise MissingEnvironment(f"{folder} is being measured by {before or 'another process'}", hint) from error
+    if before:
+        warn(f"{folder.name} was left unfinished by {before}")
+    handle.truncate(0)
+    handle.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
+    handle.flush()
+    return handle
+
+
+def disown(handle: TextIO) -> None:
+    """Give a run folder back that `own` took."""
+    handle.truncate(0)
+    handle.close()
+
+
+FINISHED = ".finished"
+"""The file of a run folder that says that everything its recipe asks was measured."""
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has measured everything. One of an older peftopt, which left no owner, had when it was decided."""
+    old = not (folder / OWNER).exists() and (folder / "decision.json").exists()
+    return old or (folder / FINISHED).exists()
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line that a kill has torn, so that the next measurement starts a line."""
+    if not path.exists():
+        return
+    raw = path.read_bytes()
+    whole = raw.rfind(b"\n") + 1
+    if whole < len(raw):
+        os.truncate(path, whole)
+
+
+def read_object(path: Path) -> dict[str, Json]:
+    """The JSON object in a file of a run folder. Raises BadInput for a file that holds none."""
+    try:
+        value = json.loads(read_text(path))
+    except BROKEN as error:
+        raise BadInput(f"{path} is not JSON: {error}", "restore the file or run again") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} holds no JSON object", "restore the file or run again")
+    return value
 
 
 def read_plan(path: Path) -> Plan:
     """The plan of a run folder. Raises BadInput for a file that is no plan."""
     import cattrs
 
+    hint = "run the recipe again"
     try:
-        return cattrs.structure(json.loads(path.read_text(encoding="utf-8")), Plan)
+        plan = cattrs.structure(json.loads(path.read_text(encoding="utf-8")), Plan)
     except OSError as error:
         hint = "give a folder below results/runs, or for imported measurements their recipe too: --recipe"
         raise BadInput(f"no run at {path.parent}: {error.strerror}", hint) from error
-    except (ValueError, cattrs.BaseValidationError) as error:
-        raise BadInput(f"{path} is not a plan of this peftopt", "run the recipe again") from error
+    except (cattrs.BaseValidationError, *BROKEN) as error:
+        raise BadInput(f"{path} is not a plan of this peftopt", hint) from error
+    if unknown := _unknown(plan):
+        raise BadInput(f"{path} names {unknown}, which it does not hold", hint)
+    return plan
+
+
+def _unknown(plan: Plan) -> str:
+    """What a plan refers to and does not hold: "" where it is whole."""
+    recipe, artifacts = plan.recipe, {"", *(build.id for build in plan.builds)}
+    for what, by_name in (("variant", recipe.variants), ("workload", recipe.workloads)):
+        for name, each in by_name.items():
+            if each.name != name:
+                return f"the {what} {each.name!r}"
+    if recipe.baseline not in recipe.variants:
+        return f"the baseline {recipe.baseline!r}"
+    if not recipe.variants.keys() <= plan.models.keys():
+        return "models of other variants"
+    if recipe.minimize.name not in METRICS or recipe.minimize.workload not in {"", *recipe.workloads}:
+        return f"the metric {str(recipe.minimize)!r}"
+    strangers = {*plan.models.values(), *(build.parent for build in plan.builds)} - artifacts
+    return f"the artifact {min(strangers)!r}" if strangers else ""
 
 
 def read(path: Path, warn: Callable[[str], None] = lambda _: None) -> list[Measured]:
-    """All measurements of a run. A torn last line (a kill mid-write) is cut off, with notice, and lines of a probe that
-    is not known are left out, with notice: a newer peftopt may have written them.
+    """All measurements of a run. A torn last line (a kill mid-write) is left out, with notice, and so are lines of a
+    probe that is not known: a newer peftopt may have written them. The file stays as it is.
 
     Raises BadInput for another format version, a broken line that is not the last, and a line whose values are not
     those of its probe; it names the line and the field.
@@ -160,7 +258,6 @@ def read(path: Path, warn: Callable[[str], None] = lambda _: None) -> list[Measu
     whole, _, torn = raw.rpartition(b"\n")
     if torn:
         warn(f"{path}: dropped a torn last line of {len(torn)} bytes")
-        os.truncate(path, len(raw) - len(torn))
     lines = [(number, _measurement(path, number, line)) for number, line in corpus.lines(whole)]
     unknown: dict[str, list[int]] = {}
     for number, line in lines:
@@ -198,14 +295,42 @@ def read_text(path: Path) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all. Raises MissingEnvironment where it cannot be written: what was there stays."""
+    remove_orphans(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
+    try:
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise unwritable(path, error, needed=len(text)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_orphans(path: Path) -> None:
+    """Remove what killed processes left half written under this name: files and folders `.NAME.PID.…` beside it."""
+    for orphan in path.absolute().parent.glob(f".{glob.escape(path.name)}.*.*"):
+        owner = orphan.name.removeprefix(f".{path.name}.").partition(".")[0]
+        if not owner.isdigit() or _alive(int(owner)):
+            continue
+        if orphan.is_dir() and not orphan.is_symlink():
+            shutil.rmtree(orphan, ignore_errors=True)
+        else:
+            orphan.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 ROOT = 0
@@ -214,17 +339,35 @@ ROOT = 0
 
 def claim(folder: Path) -> Path:
     """A folder for compiled graphs, made where there is none. Whoever loads a graph runs it, and torch keeps them as
-    pickles: so raises BadInput for a folder that another user owns; MissingEnvironment for one that cannot be made."""
+    pickles. Raises BadInput where anybody may have put something there: the folder that it truly is belongs to another
+    user, or it or one above it may be written by all; MissingEnvironment for one that cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MissingEnvironment(
-            f"cannot keep compiled graphs in {folder}: {error.strerror}", "make its folder writable"
-        ) from error
-    if folder.stat().st_uid not in (os.getuid(), ROOT):
-        hint = "what a compile cache holds is run: remove the folder, and it is compiled again here"
+        raise unwritable(folder, error, "compiled graphs are kept there: make its folder writable") from error
+    home = folder.resolve()
+    hint = "what a compile cache holds is run: work in a folder of your own, and it is compiled again there"
+    if home.stat().st_uid not in (os.getuid(), ROOT):
         raise BadInput(f"the compile cache {folder} belongs to another user", hint)
+    for place in (home, *home.parents):
+        mode = place.stat().st_mode
+        keeps_owners = place != home and mode & stat.S_ISVTX  # as /tmp does: nobody may rename what is another's
+        if mode & stat.S_IWOTH and not keeps_owners:
+            raise BadInput(f"the compile cache {folder} is not safe: every user may write to {place}", hint)
     return folder
+
+
+def unused(path: Path) -> Path:
+    """The path, or the first of PATH.2, PATH.3, … that does not exist: nothing of the user's is replaced."""
+    others = (path.with_name(f"{path.name}.{n}") for n in itertools.count(2))
+    return next(each for each in itertools.chain([path], others) if not os.path.lexists(each))
+
+
+def move(made: Path, to: Path) -> None:
+    """Give a finished folder its name, on the disk before this returns."""
+    settle(made)
+    made.rename(to)
+    _sync(to.absolute().parent)
 
 
 def absorb(folder: Path, into: Path) -> None:
@@ -237,12 +380,20 @@ def absorb(folder: Path, into: Path) -> None:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all regular files in a folder."""
-    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and not f.is_symlink())
+    """Bytes of all files in a folder, of links to files what they lead to."""
+    return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def settle(folder: Path) -> None:
+    """Wait until a folder's files and names are on the disk: a power cut leaves them whole after this."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(place) / name)
+        _sync(Path(place))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -11,9 +11,11 @@ import pytest
 from helpers.command_line import RECIPE, command, errors, prompts
 
 import peftopt
-from peftopt import stats
+from peftopt import stats, store
+from peftopt.api.columns import tables
 from peftopt.api.opened import TABLES
 from peftopt.errors import BadInput, BadRecipe
+from peftopt.records import Measurement
 
 QUICK = Path(__file__).parents[1] / "results" / "example" / "quick"
 
@@ -47,6 +49,40 @@ def test_a_table_is_the_same_in_a_file(
     known = peftopt.open_run(QUICK).table(table)
     assert list(read.columns) == list(known.columns) and len(read) == len(known) > 0
     assert str(len(known)) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_column_says_what_it_is_and_no_run_has_others(table: str, tmp_path: Path) -> None:
+    described = tables()[table]
+    assert described.row and all(each.meaning for each in described.columns)
+    assert all(each.unit == "ms" for each in described.columns if each.name.endswith("_ms"))
+    (tmp_path / "plan.json").write_bytes((QUICK / "plan.json").read_bytes())
+    (tmp_path / "decision.json").write_bytes((QUICK / "decision.json").read_bytes())
+    for folder in (QUICK, tmp_path):
+        frame = peftopt.open_run(folder).table(table)
+        assert list(frame.columns) == [each.name for each in described.columns]
+        assert {name: str(dtype) for name, dtype in frame.dtypes.items()} == {
+            each.name: each.dtype for each in described.columns
+        }
+
+
+def test_what_a_server_and_a_load_said_is_in_the_tables(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes((QUICK / "plan.json").read_bytes())
+    request = {"request_duration_ms": 9.0, "new_tokens": 3, "warmup": False}
+    sent = {**request, "scheduled": 0.5, "done": 2.0, "gaps_ms": [1.0, 2.0], "kind": "oom"}
+    turn = {"block": 7, "requests": [request], "engine": {"running": {"mean": 1.5}, "slots": 8}}
+    store.append(
+        tmp_path / "measurements.jsonl",
+        Measurement("speed", "adapter", "chat", values=turn),
+        Measurement("load", "adapter", "chat", values={"source": "peftopt load", "requests": [sent]}),
+    )
+    run = peftopt.open_run(tmp_path)
+    raced, loaded = run.requests().to_dict("records")
+    assert (raced["source"], raced["block"]) == ("race", 7) and pandas.isna(raced["scheduled"])
+    assert (loaded["source"], loaded["scheduled"], loaded["kind"]) == ("peftopt load", 0.5, "oom")
+    assert pandas.isna(loaded["block"]) and loaded["gaps_ms"] == [1.0, 2.0]
+    (block,) = run.blocks().to_dict("records")
+    assert (block["engine_running_mean"], block["engine_slots"]) == (1.5, 8) and pandas.isna(block["engine_busy"])
 
 
 def test_what_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.architectures import make
 from helpers.command_line import command, errors
 from helpers.tiny_models import PROMPTS, make_prompt
@@ -16,6 +19,7 @@ from helpers.tiny_models import PROMPTS, make_prompt
 from peftopt import identity, store
 from peftopt.engines import eager
 from peftopt.errors import BadInput
+from peftopt.gateway import checks
 from peftopt.jobs import Transformed, TransformJob
 from peftopt.merging import baking, certificate
 from peftopt.models import baked, hf
@@ -457,6 +461,28 @@ def test_a_folder_that_is_not_whole_is_refused(
     with pytest.raises(BadInput) as refused:
         eager.open(Model(str(tiny_base_fp32), (str(folder),)), eager.Params())
     assert "bake it again" in refused.value.hint
+
+
+def test_what_reads_a_folder_again_and_again_keeps_nothing_of_it(tmp_path: Path) -> None:
+    """A server loads and unloads it, and the gateway checks it before each load."""
+    layers = [tuple(torch.zeros(1, 3, 2, dtype=torch.bfloat16) for _ in range(2)) for _ in range(100)]
+    folder = baked.write(tmp_path / "baked", layers, {}, {"peft_type": "P_TUNING"}).folder
+    tensors, loads = 2 * len(layers), 10
+
+    def load() -> None:
+        checks.adapter(folder, None, 0)
+        baked.tensors(baked.open_baked(folder))
+
+    def objects() -> int:
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    for _ in range(3):
+        load()
+    before = objects()
+    for _ in range(loads):
+        load()
+    assert (objects() - before) / loads < tensors / 10
 
 
 def test_a_step_bake_does_not_follow_one_that_writes_other_weights() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.command_line import command, errors
 from helpers.gateways import Gateway
 from helpers.gateways import serving as gateway_serving
 from helpers.our_server import PATIENCE_S, Gate, Running, serving, until
@@ -20,8 +21,9 @@ from helpers.tiny_models import make_prompt
 
 from peftopt import plugins
 from peftopt.engines import _rows, compiled, continuous, eager
-from peftopt.errors import BadInput
+from peftopt.errors import BAD_INPUT, BadInput
 from peftopt.records import Model
+from peftopt.server.__main__ import main as server_main
 from peftopt.transforms import bake
 
 KINDS = ("prompt", "p-mlp", "prefix")
@@ -88,10 +90,12 @@ def test_the_compiled_engine_answers_as_the_live_adapter(
     engine.close()
 
 
+@pytest.mark.parametrize(("buckets", "regions"), [("16", False), ("none", True)])
 def test_inductor_takes_the_prompt_and_the_step_after_virtual_tokens(
-    prompts: dict[str, Prompt], tiny_base_fp32: Path
+    buckets: str, regions: bool, prompts: dict[str, Prompt], tiny_base_fp32: Path
 ) -> None:
-    engine = compiled.open(model(tiny_base_fp32, prompts["p-mlp"]), compiled.Params(cache_len=64, prompt_buckets="16"))
+    params = compiled.Params(cache_len=64, prompt_buckets=buckets, regions=regions)
+    engine = compiled.open(model(tiny_base_fp32, prompts["p-mlp"]), params)
     assert tokens(engine, PROMPTS) == prompts["p-mlp"].answers
     assert engine.facts()["uncompiled"] == engine.facts()["eager_prompts"] == 0
     engine.close()
@@ -123,6 +127,7 @@ def test_compiled_scores_are_those_of_the_live_adapter(prompts: dict[str, Prompt
             assert ours.best == theirs.best and ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
         with engine.without_adapters():
             plain = engine.score(rows[:1], answers[:1])[0].logprobs
+            assert tokens(engine, PROMPTS) == alone(tiny_base_fp32, None)
         base = eager.open(Model(str(tiny_base_fp32)), eager.Params("cpu"))
         assert plain == pytest.approx(base.score(rows[:1], answers[:1])[0].logprobs, abs=1e-4)
         assert plain != pytest.approx(expected[0].logprobs, abs=1e-2)
@@ -139,6 +144,8 @@ def test_rows_of_continuous_batching_start_after_the_virtual_tokens(
     engine = continuous.open(model(tiny_base_fp32, prompts[kind]), params)
     try:
         assert tokens(engine, PROMPTS * 2) == prompts[kind].answers * 2
+        with engine.without_adapters():
+            assert tokens(engine, PROMPTS[:2]) == alone(tiny_base_fp32, None)[:2]
         assert tokens(engine, PROMPTS[:1]) == prompts[kind].answers[:1]
     finally:
         engine.close()
@@ -374,3 +381,31 @@ def test_the_gateway_puts_a_baked_prompt_and_then_another_while_it_serves(
         code, told = gateway.operate("put", f"p={broken}")
         assert code != 0 and "not whole" in told
         assert said(gateway, "p") == chat(tiny_base_fp32, first.live)
+
+
+def test_a_gateway_of_several_processes_serves_and_replaces_a_baked_prompt(
+    prompts: dict[str, Prompt], tiny_base_fp32: Path, tmp_path: Path
+) -> None:
+    first, second = prompts["prompt"], prompts["other"]
+    options = ("--base", tiny_base_fp32, "--adapter", f"p={first.baked}", "--engine", "eager", "--threads", 1)
+    with gateway_serving(tmp_path, *options, "--adapters-from", second.baked.parent, "--workers", 2) as gateway:
+        for folder in (first, second):
+            if folder is second:
+                code, told = gateway.operate("put", f"p={second.baked}")
+                assert code == 0, told
+            expected = chat(tiny_base_fp32, folder.live)
+            with ThreadPoolExecutor(4) as pool:
+                assert set(pool.map(lambda _: said(gateway, "p"), range(8))) == {expected}
+        assert said(gateway, "base") == chat(tiny_base_fp32, None)
+
+
+def test_what_the_compiled_server_does_not_serve_is_refused_with_what_does(
+    prompts: dict[str, Prompt], tiny_base_fp32: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A baked prompt cannot be merged."""
+    given = ("--base", str(tiny_base_fp32), "--adapter", f"p={prompts['prompt'].baked}", "--engine", "compiled")
+    assert server_main(given) == BAD_INPUT
+    own = capsys.readouterr().err
+    assert command("serve", *given) == BAD_INPUT
+    for told in (own, errors(capsys)):
+        assert "baked prompt" in told and "--engine eager" in told

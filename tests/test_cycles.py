@@ -16,10 +16,10 @@ from helpers.faulty_server import Started, started
 from helpers.servers import served
 from helpers.tiny_models import make_lora
 
-from peftopt.diagnose import cycled, cycles, leaks
-from peftopt.diagnose.cycled import Cycled, Step
-from peftopt.diagnose.cycles import Limits
 from peftopt.diagnose.records import Row
+from peftopt.diagnose.unloading import cycled, cycles, leaks
+from peftopt.diagnose.unloading.cycled import Cycled, Step
+from peftopt.diagnose.unloading.cycles import Limits
 from peftopt.engines import _rows
 from peftopt.loadtest.protocols import Prompt, Target
 from peftopt.models import hf

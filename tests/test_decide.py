@@ -683,6 +683,15 @@ def test_what_compiling_cost_is_a_figure_with_its_break_even_and_a_line_of_the_r
     assert figures["break_even"].low < figures["break_even"].estimate < figures["break_even"].high
     slower = decide(plan, [*whole(plan, {"merged": 0.8, "compiled": 1.1}), found[-2]], {})
     assert "break_even" not in of(slower, "compiled").figures, "what saves nothing is never paid for"
-    cells = dict(zip(*(table.further(decision)[0], table.further(decision)[1][-1]), strict=True))
+    sheets = table.more(decision).values()
+    cells = {name: cell for sheet in sheets for name, cell in zip(sheet.header, sheet.body[-1], strict=True)}
     assert cells["compile time"] == "40.0 s" and cells["requests answered uncompiled"] == "3"
     assert ("compiled's engine", "recompiled: batch 8") in measured.facts(decision, evidence_of(plan, found))
+
+
+def test_a_slice_that_the_second_run_has_not_come_to_yet_is_not_judged_by_itself() -> None:
+    plan = plan_of("merged")
+    tagged = {"p399": {"slices": ["late"]}}
+    early = quality("adapter", **tagged) + quality("adapter", 100, launch=2) + quality("merged", **tagged)
+    found = builds(plan) + speed(plan, {"merged": 0.5}) + early
+    assert outcome(decide(plan, found, {}), "merged", "merge.parity") == "accepted"

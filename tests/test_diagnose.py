@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.command_line import command, errors
@@ -17,15 +20,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftopt.cli.diagnose import outcome
-from peftopt.diagnose import batching, choice, costs, judging, keeping, making, prompts, screen, unfused
-from peftopt.diagnose.asking import Turn
-from peftopt.diagnose.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, differing, evenly, skewed
-from peftopt.diagnose.company import Names
+from peftopt.diagnose import judging, keeping, page, screen
+from peftopt.diagnose.bottlenecks import batching, choice, prompts, unfused
 from peftopt.diagnose.diagnosing import ordered
-from peftopt.diagnose.measured import TURNS, Kept, Measured
-from peftopt.diagnose.parts import Part, all_rows, groups, lone, together
-from peftopt.diagnose.passing import fitting, united
+from peftopt.diagnose.measuring import making
+from peftopt.diagnose.measuring.asking import Turn
+from peftopt.diagnose.measuring.cells import BASE, BATCH, Cell, Launch, Load, Pair, cells_of, differing, evenly, skewed
+from peftopt.diagnose.measuring.company import Names
+from peftopt.diagnose.measuring.measured import TURNS, Kept, Measured, Turns
+from peftopt.diagnose.measuring.passing import Pass, fitting, united
 from peftopt.diagnose.records import FREE, Diagnosis, Finding, Row
+from peftopt.diagnose.rows import costs
+from peftopt.diagnose.rows.parts import Part, all_rows, groups, lone, together
 from peftopt.diagnose.setting import Setting
 from peftopt.errors import ACCEPTED, BAD_INPUT, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
 from peftopt.models.adapter import open_adapter, plain_pairs
@@ -149,6 +155,41 @@ def test_what_differs_between_launches_is_not_called_a_cost() -> None:
     assert judging.judged(logs, one_server=False).finding == "undecided"
 
 
+@given(
+    st.floats(0.9, 1.3), st.sampled_from([0.003, 0.03, 0.3]), st.integers(1, 70), st.integers(0, 10_000), st.booleans()
+)
+def test_the_interval_that_is_shown_is_the_one_that_was_judged(
+    ratio: float, noise: float, count: int, seed: int, one_server: bool
+) -> None:
+    judged = judging.judged(blocks(ratio, noise, count, seed), one_server)
+    assert (judged.finding == "costs") == (judged.ratio.low > judged.costly)
+    assert (judged.finding == "no cost") == (judged.ratio.high < judged.free == FREE)
+    assert judged.ratio.level in judging.LEVELS and judged.ratio.n <= judged.blocks == count
+    assert (judged.finding == "undecided") == bool(judged.why)
+    assert judging.level_text(judged.ratio.level) in judged.why or judged.finding != "undecided" or count < 12
+
+
+@pytest.mark.parametrize(("level", "text"), [(0.95, "95 %"), (0.99, "99 %"), (0.99950303, "99.95 %"), (1.0, "100 %")])
+def test_no_level_is_rounded_to_certainty(level: float, text: str) -> None:
+    assert judging.level_text(level) == text
+    assert all(judging.level_text(each) != "100 %" for each in judging.LEVELS)
+
+
+def test_an_undecided_row_shows_the_interval_that_left_it_open() -> None:
+    """By 95 % these blocks lie above the limit, and by the level of all comparisons together they do not."""
+    noisy = [8.0 * math.exp(log) for log in [*[0.08] * 11, -0.02]]
+    times = measured({PART.pair.costly: noisy, PART.pair.plain: [8.0] * 12})
+    row = costs.row("unfused", PART.pair, "prefill", times, TOLD, 5)
+    loose = judging.ratio(noisy, [8.0] * 12)
+    assert loose and loose.low > FREE
+    assert row.finding == "undecided" and row.ratio and row.ratio.low < FREE < row.ratio.high
+    assert row.ratio.level == judging.LEVELS[0]
+    written = json.loads(keeping.text(replace(diagnosis(), rows=(row,))))["rows"][0]
+    assert written["ratio"]["level"] == judging.LEVELS[0] and "99.95 %" in written["why"]
+    texts = [*page.pages(replace(diagnosis(), rows=(row,))).values(), *screen.lines(replace(diagnosis(), rows=(row,)))]
+    assert all("99.95 %" in text for text in texts[:2]) and any("99.95 %" in text for text in texts[2:])
+
+
 @given(st.integers(0, 200))
 def test_the_next_look_is_later(count: int) -> None:
     assert judging.next_look(count) > count
@@ -263,6 +304,23 @@ def test_the_exit_code_says_what_came_of_it(findings: Sequence[Finding], code: i
 
 
 @pytest.mark.parametrize(
+    ("findings", "colour", "badge"),
+    [
+        (("costs", "costs", "undecided", "no cost"), "rejected", "2 costs found, 1 row undecided"),
+        (("costs", "no cost"), "rejected", "1 cost found"),
+        (("fault", "costs"), "rejected", "1 fault, 1 cost found"),
+        (("undecided", "undecided", "not asked"), "inconclusive", "no costs found, 2 rows undecided"),
+        (("no cost", "not asked"), "accepted", "no costs found"),
+        (("not asked",), "not-judged", "nothing measured"),
+        ((), "not-judged", "nothing measured"),
+    ],
+)
+def test_the_badge_of_a_page_says_what_was_found(findings: Sequence[Finding], colour: str, badge: str) -> None:
+    text = page.pages(diagnosis(*findings))["diagnosis.html"]
+    assert f'<span class="badge {colour}">{badge}</span>' in text
+
+
+@pytest.mark.parametrize(
     ("extra", "unit", "shown"),
     [
         (Interval(1.92, 1.09, 3.16, 16), "MB", "1.92 MB (1.09–3.16)"),
@@ -286,6 +344,35 @@ def test_a_diagnosis_is_read_as_it_was_written(tmp_path: Path) -> None:
 PARTS = unfused.parts(setting(), Names("support", ("sales",), "high", 8, 64))
 GROUPS = groups(PARTS)
 CELLS = united(GROUPS)
+
+
+class Answering:
+    """Servers that are up, and answer at once."""
+
+    async def up(self, launches: Sequence[Launch]) -> None:
+        return
+
+    def asker(self, launch: Launch) -> Answering:
+        return self
+
+    async def ask(self, load: Load, block: int, cell: int) -> Turn:
+        return turn(load, 1.0)
+
+
+def test_a_comparison_that_stopped_short_goes_on_whole(tmp_path: Path) -> None:
+    """Its plain cell has all its blocks, of another comparison; the new blocks need both."""
+    whole, short = groups(unfused.parts(setting(), Names("support")))[:2]
+    shared = [short[0], *whole[1:]]
+    turns = Turns(tmp_path / TURNS)
+    for block in range(judging.LOOKS[0]):
+        for cell in united([shared, short] if block == 0 else [shared]):
+            turns.add(Kept("unfused", block, cell, turn(cell.load, 1.0)))
+    until = time.monotonic() + 600
+    servers: Any = Answering()
+    going = Pass(setting(), tmp_path, tmp_path, servers, turns, Names("support"), until, more=True)
+    after = asyncio.run(going.measure("unfused", [shared, short]))
+    assert after.blocks_of(short) == judging.LOOKS[0]
+    assert len(after.turns(shared[1])) == judging.LOOKS[0], "what has its blocks waits for those that lag"
 
 
 @given(st.lists(st.floats(0.01, 5), min_size=len(CELLS), max_size=len(CELLS)), st.floats(0, 60))
@@ -460,7 +547,7 @@ def test_our_own_engine_is_diagnosed_from_start_to_end(tiny_lora: Path, tiny_bas
     out = tmp_path / "out"
     words = ["diagnose", "--base", tiny_base, "--adapter", f"support={tiny_lora}", "--out", out]
     words += ["--minutes", "0.2", "--new-tokens", "4", "--threads", "1", "--prompt-tokens", "8"]
-    few = {"peftopt.diagnose.company:LIVE": 3}
+    few = {"peftopt.diagnose.measuring.company:LIVE": 3}
     process = COMMANDS.begin(tmp_path / "said", "peftopt.cli", *words, workers=workers(), constants=few)
     try:
         code = process.wait(600)

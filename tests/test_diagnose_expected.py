@@ -10,8 +10,8 @@ from helpers.tiny_models import make_lora
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftopt.diagnose import expected
-from peftopt.diagnose.expected import Matrices, Times, Work
+from peftopt.diagnose.rows import expected
+from peftopt.diagnose.rows.expected import Matrices, Times, Work
 from peftopt.models.checkpoint import Entry
 
 HIDDEN, WIDE, WORDS = 64, 128, 400

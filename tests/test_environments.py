@@ -66,7 +66,7 @@ def test_an_environment_is_whole_where_it_lies(installed: Path, capsys: pytest.C
     subprocess.run([installed / "bin" / "pip", "--version"], check=True)  # a script that names its interpreter
     assert [f.name for f in installed.parent.iterdir() if f.is_dir()] == [NAME], "nothing temporary is left"
     assert command("env", "list", "--json") == 0
-    states = {e["name"]: (e["state"], e["size_bytes"]) for e in json.loads(capsys.readouterr().out)}
+    states = {e["name"]: (e["state"], e["size_bytes"]) for e in json.loads(capsys.readouterr().out)["environments"]}
     assert states[NAME][0] == "ready" and states[NAME][1] > 10**6
     assert states["llamacpp"][0] == "missing"
     assert command("env", "list") == 0

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from peftopt import machine
 from peftopt.decision.figures import figures as figures_of
+from peftopt.measurements import SERVED, Forecast
 from peftopt.records import TWIN, Json, Measurement
 from peftopt.report import table
 
@@ -166,9 +167,20 @@ def test_what_a_server_fills_of_its_slots_and_an_adapters_switch_are_figures_of_
     assert (
         figures["adapter"]["adapter_switch_time"].estimate == 0.028 and "adapter_switch_time" not in figures["merged"]
     )
-    header, rows = table.further(decision)
-    cells = dict(zip(header, next(row for row in rows if row[0].startswith("adapter")), strict=True))
+    sheets = table.more(decision).values()
+    cells = {name: cell for sheet in sheets for name, cell in zip(sheet.header, sheet.body[0], strict=True)}
     assert cells["of its slots@chat"] == "37.5 %" and cells["adapter switch"] == "0.0280 s"
+
+
+def test_what_users_saw_and_what_was_expected_stand_beside_what_was_measured() -> None:
+    """Only a load that a gateway served, and that is of no workload, is what users saw."""
+    plan = plan_of("merged")
+    loads = [("served", SERVED, ""), ("another tool's", "vllm bench", ""), ("a block", SERVED, "chat")]
+    told = [Measurement("load", "merged", load, values={"source": by, "title": what}) for what, by, load in loads]
+    told.append(Measurement("forecast", "merged", "chat", values={"kind": "speed", "against": "adapter", "ratio": 0.8}))
+    index = evidence_of(plan, told)
+    assert [load.title for load in index.production["merged"]] == ["served"]
+    assert index.forecasts == [("merged", "chat", Forecast(kind="speed", against="adapter", ratio=0.8))]
 
 
 def in_order(blocks: int, later: float, seed: int = 0) -> list[Measurement]:

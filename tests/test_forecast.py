@@ -337,9 +337,9 @@ def test_check_does_not_warn_of_a_merge(
 
 def test_a_run_keeps_what_was_expected_and_asks_once(deep: tuple[Path, Path], tmp_path: Path) -> None:
     heard = Heard()
-    run = recipe_run.prepare(*read_recipe(recipe(deep, tmp_path, "[merge]")), tmp_path / "results", heard)
-    for _ in range(2):
-        recipe_run.foretell(run)
+    with recipe_run.prepare(*read_recipe(recipe(deep, tmp_path, "[merge]")), tmp_path / "results", heard) as run:
+        for _ in range(2):
+            recipe_run.foretell(run)
     kept = [m for m in store.read(run.folder / "measurements.jsonl", heard.warn) if isinstance(m.values, Forecast)]
     speeds = [m for m in kept if isinstance(m.values, Forecast) and m.values.kind == "speed"]
     assert [(m.variant, m.workload) for m in speeds] == [("other", "chat")]

@@ -268,7 +268,7 @@ def test_a_canary_answers_its_share_of_users_and_is_promoted(two: tuple[Path, Pa
         assert 5 < arms.count("canary") < 35
         assert len({line["version"] for line in gateway.lines()}) == 2
         assert gateway.operate("promote", "support")[0] == 0
-        listed = json.loads(gateway.operate("list", "--json")[1])
+        listed = json.loads(gateway.operate("list", "--json")[1])["adapters"]
         assert [row["arm"] for row in listed if row["name"] == "support"] == ["live", "previous"]
 
 
@@ -379,7 +379,7 @@ def test_a_canary_that_is_slower_is_rolled_back_by_its_rule(two: tuple[Path, Pat
             users.shutdown()
         assert all(each.result() is None for each in traffic)
         assert code == 1 and "canary.latency" in said, said
-        listed = json.loads(gateway.operate("list", "--json")[1])
+        listed = json.loads(gateway.operate("list", "--json")[1])["adapters"]
         assert [row["arm"] for row in listed if row["name"] == "support"] == ["live"]
         gateway.ask("x", "support")
         assert engine.seen[-1]["model"] == live

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.inside import Users, adapter, users_of
@@ -151,6 +152,35 @@ def test_a_version_that_no_longer_answers_as_itself_is_rolled_back_at_once(
             ended = lives.registry.ended["support"]
             assert ended.exit_code == REJECTED and "canary.wrong_adapter" in ended.said
             assert lives.registry.table.routes["support"].canary is None
+
+    asyncio.run(main())
+
+
+def test_who_asks_while_the_verdict_is_being_done_is_told_to_wait(
+    engine: Paced, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All workers have to follow the change of the route before the verdict is told, and one may be busy."""
+
+    async def main() -> None:
+        async with tried(engine, tmp_path) as users:
+            lives, gate = users.shared.lives, asyncio.Event()
+            (trial,), change = lives.registry.trials.values(), lives.change
+            trial.wrong = "an answer was another's"
+
+            async def slowly(*changed: Any) -> None:
+                await gate.wait()
+                await change(*changed)
+
+            monkeypatch.setattr(lives, "change", slowly)
+            judging = asyncio.ensure_future(lives.trials.judge())
+            await until(lambda: not lives.registry.trials)
+            told = lives.trials.report("support")
+            assert "support" in lives.trials and lives.trials.replaced("support", trial.version.split("@")[1]) is None
+            assert told and told.exit_code == INCONCLUSIVE and "canary.wrong_adapter" in told.said
+            gate.set()
+            await judging
+            told = lives.trials.report("support")
+            assert "support" not in lives.trials and told and told.exit_code == REJECTED
 
     asyncio.run(main())
 

@@ -373,7 +373,7 @@ def test_real_engines_come_back_after_a_kill_of_their_gateway(tiny_base: Path, t
         served.end(signal.SIGKILL)
         served = Served(tmp_path, tiny_base)
         assert served.ask("support") == name and served.ask("base") == "base"
-        (row,) = [row for row in served.operate("list") if row["name"] == "support"]
+        (row,) = [row for row in served.operate("list")["adapters"] if row["name"] == "support"]
         assert row["version"] == put["version"] and row["engine"] == "eager" and not row["failed"]
         assert served.operate("remove", "support")["exit_code"] == 0
         assert len(served.engines()) == 1 and served.ask("base") == "base"

@@ -69,7 +69,7 @@ def beside(engine: Paced) -> list[dict]:
 
 
 def listed(gateway: Gateway) -> dict[str, str]:
-    rows = json.loads(gateway.operate("list", "--json")[1])
+    rows = json.loads(gateway.operate("list", "--json")[1])["adapters"]
     return {row["arm"]: row["version"] for row in rows if row["name"] == "support"}
 
 

@@ -11,10 +11,10 @@ from helpers.records import evidence_of, of, plan_of, quality, whole
 from peftopt.decision.decide import decide
 from peftopt.decision.evidence import Evidence
 from peftopt.records import TWIN, Decision, Json, Measurement
-from peftopt.report import answers, html, measured
+from peftopt.report import answers, measured
+from peftopt.report.plots import ratios
 
 PLAN = plan_of("merged", "int8")
-ALL = 10_000
 """More flips than there are."""
 
 
@@ -54,19 +54,19 @@ DECISION, EVIDENCE = a_run()
 
 @pytest.mark.parametrize("name", ["adapter", "merged", "int8"])
 def test_every_dot_is_a_block_of_the_ratio_that_is_shown(name: str) -> None:
-    plot = html.plot(DECISION, EVIDENCE, "chat")
-    assert plot is not None
-    row = next(row for row in plot.rows if row.name.split()[0] == name)
+    rows = ratios.rows(DECISION, EVIDENCE, "chat")
+    row = next(row for row in rows if row.variant.name == name)
     ratio = of(DECISION, name).figures["latency.ratio@chat"]
-    assert len(row.dots) == ratio.n == {"adapter": 40, "merged": 39, "int8": 40}[name]
+    assert len(row.blocks) == ratio.n == {"adapter": 40, "merged": 39, "int8": 40}[name]
     source = name + TWIN * (name == "adapter")
     series = EVIDENCE.series(source, "adapter", "chat", "request_duration_ms")
     shown = measured.block_ratios(DECISION, EVIDENCE, "chat")[name]
     for log, judged in zip(series.values(), shown, strict=True):
         assert math.isinf(judged) if log > 5 else judged == pytest.approx(math.exp(log))
     assert sum(map(math.isinf, shown)) == (name == "int8"), "a turn that failed is at the edge"
-    assert all(1 <= dot.x <= 99 for dot in row.dots)
-    assert plot.one > 50, "where it does not press the others together"
+    scale = ratios.scale(rows)
+    assert all(0 <= scale.at(block) <= 1 for block in row.blocks)
+    assert scale.at(1.0) > 0.5, "where it does not press the others together"
 
 
 def test_every_count_is_of_what_was_judged() -> None:
@@ -81,7 +81,7 @@ def test_every_count_is_of_what_was_judged() -> None:
 
 
 def test_every_flip_is_one_that_the_rules_count() -> None:
-    found = answers.flips(DECISION, EVIDENCE, ALL)
+    found = answers.flips(DECISION, EVIDENCE)
     assert found["adapter"] == [] and {f.change for f in found["merged"]} == {"now right"}
     flips, figures = found["int8"], of(DECISION, "int8").figures
     errors, asked = EVIDENCE.critical_errors("int8")
@@ -108,7 +108,7 @@ def test_every_flip_is_one_that_the_rules_count() -> None:
 )
 def test_a_flip_is_called_what_the_rule_says_of_it(row: str, gravity: int, words: str) -> None:
     """p3 is a critical prompt that the adapter itself gets right once and wrong once: no critical error."""
-    flip = next(f for f in answers.flips(DECISION, EVIDENCE, ALL)["int8"] if f.row == row)
+    flip = next(f for f in answers.flips(DECISION, EVIDENCE)["int8"] if f.row == row)
     assert flip.gravity == gravity and words in flip.change
     assert ("critical" in flip.change) == (row in ("p6", "p7", "p8"))
 
@@ -143,10 +143,9 @@ def test_loads_that_were_run_apart_are_blocks_and_dots() -> None:
             found.append(Measurement("load", name, "chat", values={"requests": [request]}))
     evidence = evidence_of(plan_of("merged"), found)
     decision = decide(evidence, {})
-    plot = html.plot(decision, evidence, "chat")
-    assert plot is not None
-    (row,) = plot.rows
-    assert row.name == "merged" and len(row.dots) == of(decision, "merged").figures["latency.ratio@chat"].n == 12
+    (row,) = ratios.rows(decision, evidence, "chat")
+    assert row.variant.name == "merged"
+    assert len(row.blocks) == of(decision, "merged").figures["latency.ratio@chat"].n == 12
     header, rows = measured.effort(decision, evidence)
     cells = {each[0]: dict(zip(header, each, strict=True)) for each in rows}
     assert cells["merged"]["blocks"] == cells["merged"]["timed requests"] == "12"

@@ -101,7 +101,7 @@ def test_what_a_dead_builder_left_goes_and_a_living_ones_stays(results: Path) ->
 
 def test_runs_are_listed_with_what_they_decided(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("runs", "--results", results, "--json") == 0
-    (run,) = json.loads(capsys.readouterr().out)
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
     assert run["outcome"] == "accepted" and run["chosen"] == "merged" and run["variants"] == 3 and run["artifacts"]
     assert command("runs", "--results", results) == 0
     assert "merged" in capsys.readouterr().out

@@ -9,11 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "peftopt"
 GROUND = (
-    "errors records forms metrics identity stats progress machine measurements corpus store plugins environments models"
+    "docstrings errors records forms metrics identity stats progress machine measurements corpus store plugins "
+    "environments models"
 )
-LOW = "recipe loadtest decision report canary merging transforms engines policies probes"
-LAYERS = f"{GROUND} {LOW} jobs server worker runner gateway watch diagnose deploy api cli".split()
-PURE = {"recipe", "decision", "report"}
+LOW = "recipe loadtest decision report gate canary merging transforms engines policies probes"
+LAYERS = f"{GROUND} {LOW} jobs server worker runner gateway watch diagnose deploy schema api cli".split()
+STEPS = "measuring keeping planning rows bottlenecks screen page diagnosing"
+DIAGNOSE = f"records setting judging unloading {STEPS}".split()
+PURE = {"recipe", "decision", "report", "gate"}
 IMPURE = {"torch", "time", "datetime", "subprocess", "socket", "random", "shutil", "peftopt.records.Json"}
 LIBRARIES = "torch torchao transformers peft numpy scipy pandas matplotlib safetensors jinja2 aiohttp"
 HEAVY = {*f"{LIBRARIES} aiohttp starlette uvicorn fastapi prometheus_client orjson opentelemetry pynvml".split()}
@@ -34,6 +37,13 @@ def test_a_module_imports_only_what_its_package_may(path: Path) -> None:
     assert package not in PURE or IMPURE & ({name.split(".")[0] for name in used} | used) == set()  # Json is Any
     heavy = HEAVY & {name.split(".")[0] for name in at_once} or "peftopt.merging.kernel" in at_once
     assert path in RUN or not heavy
+
+
+@pytest.mark.parametrize("path", (ROOT / "diagnose").glob("**/[a-z]*.py"), ids=lambda path: path.stem)
+def test_a_part_of_diagnose_imports_only_parts_before_it(path: Path) -> None:
+    part, tree = path.relative_to(ROOT / "diagnose").parts[0].removesuffix(".py"), ast.parse(path.read_text())
+    used = {name.split(".")[2] for name in imports([*ast.walk(tree)]) if name[:17] == "peftopt.diagnose."}
+    assert used & {*DIAGNOSE[DIAGNOSE.index(part) + 1 :]} == set()
 
 
 def test_help_imports_no_heavy_library() -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftopt.diagnose import leaks
-from peftopt.diagnose.leaks import Kept
+from peftopt.diagnose.unloading import leaks
+from peftopt.diagnose.unloading.leaks import Kept
 
 MB = 2.0**20
 BEFORE = 200 * MB

@@ -158,7 +158,7 @@ def test_four_bits_by_hand_beside_the_adapter_in_transformers(
     models = ("--model", tiny_base, "--model", "q4", "--engine", "eager", "--engine", "llamacpp")
     arguments = ("--adapter", tiny_lora, "--prompts", questions, "--new-tokens", 3, "--blocks", 2, "--batch", 2)
     assert command("bench", *models, *arguments, "--json") == 0
-    first, second = json.loads(capsys.readouterr().out)
+    first, second = json.loads(capsys.readouterr().out)["models"]
     assert first["ratio"] is None and second["ratio"]["n"] == 2
     assert all(r["new_tokens"] == 6 for turn in second["turns"] for r in turn)
     assert command("bench", "--model", "q4", "--prompts", questions) == 2

@@ -12,12 +12,22 @@ from helpers.command_line import command, errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftopt.diagnose import breakeven, keeping, options, plan, planning, simulation, speed_asking, traffic, traffic_log
-from peftopt.diagnose.options import Option, Room
+from peftopt.diagnose import keeping
+from peftopt.diagnose.planning import (
+    breakeven,
+    options,
+    plan,
+    planning,
+    simulation,
+    speed_asking,
+    traffic,
+    traffic_log,
+)
+from peftopt.diagnose.planning.options import Option, Room
+from peftopt.diagnose.planning.simulation import Due, Engine
+from peftopt.diagnose.planning.speeds import Costs, Drawn, Speeds, Times, resampled, typical
+from peftopt.diagnose.planning.traffic import Traffic
 from peftopt.diagnose.setting import Setting
-from peftopt.diagnose.simulation import Due, Engine
-from peftopt.diagnose.speeds import Costs, Drawn, Speeds, Times, resampled, typical
-from peftopt.diagnose.traffic import Traffic
 from peftopt.errors import ACCEPTED, BAD_INPUT, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
 from peftopt.loadtest.client import Reply
 from peftopt.loadtest.summary import slo

@@ -661,6 +661,22 @@ def test_the_adapter_is_served_in_the_dtype_of_its_base(tiny_base: Path, tiny_lo
     engine.close()
 
 
+def test_the_compiled_engine_leaves_its_adapter_out(tiny_base_fp32: Path, tiny_lora: Path) -> None:
+    """What is compiled has the adapter in it."""
+    from peftopt.engines import compiled, eager
+
+    engine = compiled.open(Model(str(tiny_base_fp32), (str(tiny_lora),)), compiled.Params(cache_len=64))
+    base = eager.open(Model(str(tiny_base_fp32)), eager.Params())
+    asked, answer = [[5, 9, 77, 30]], [[3, 9, 41, 200]]
+    expected, adapted = base.score(asked, answer)[0].logprobs, engine.score(asked, answer)[0].logprobs
+    with engine.without_adapters():
+        assert engine.score(asked, answer)[0].logprobs == pytest.approx(expected, abs=1e-4)
+        assert engine.generate(asked, 8, False)[0].tokens == base.generate(asked, 8, False)[0].tokens
+    assert engine.score(asked, answer)[0].logprobs == pytest.approx(adapted, abs=1e-5)
+    assert adapted != pytest.approx(expected, abs=1e-2) and engine.facts()["uncompiled"] == 0
+    engine.close()
+
+
 def test_switching_to_an_adapter_of_the_same_shape_compiles_nothing_again(
     opened: Any, tiny_base: Path, tiny_base_fp32: Path, tiny_lora: Path, tmp_path: Path
 ) -> None:

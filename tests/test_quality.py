@@ -112,6 +112,9 @@ def test_the_reference_file_gives_a_variant_its_kl_and_agreement(tmp_path: objec
     found = {a.row: a for a in answers}
     assert found["r8"].agree == 4 and found["r8"].kl == pytest.approx(0, abs=1e-6)
     assert found["r9"].agree == 1 and found["r9"].kl > 1
+    for answer in found.values():
+        assert len(answer.kl_tokens) == answer.scored_tokens
+        assert sum(answer.kl_tokens) == pytest.approx(answer.kl, rel=0.01, abs=1e-6)
 
 
 class Shifted(Script):

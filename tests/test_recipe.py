@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from peftopt import plugins
 from peftopt.errors import BadInput, BadRecipe
+from peftopt.recipe.document import MAX_CHARACTERS
 from peftopt.recipe.parse import parse
-from peftopt.recipe.reader import MAX_CHARACTERS
 from peftopt.records import (
     Invariants,
     Measure,
@@ -407,6 +407,7 @@ def test_missing_sections_are_named() -> None:
         ("minimize:", "seed: 1\nseed: 2\nminimize:", 14, "'seed' is written twice, first on line 13", ""),
         ("minimize:", "seed: -1\nminimize:", 13, "seed: must be a whole number", ""),
         ("minimize:", "measure: {max_blocks: 20}\nminimize:", 13, "must be one of 10, 16, 24, 40, 60", ""),
+        ("minimize:", "measure: {min_blocks: 24, max_blocks: 16}\nminimize:", 13, "more than max_blocks", "never run"),
         ("minimize:", "measure: {clock: sun}\nminimize:", 13, "must be one of wall, cpu, auto", ""),
         ("batch: 8", "batch: 8, lengths: odd", 4, "must be one of fixed, natural", ""),
         ("batch: 8", "requests: 40", 4, "workloads.chat: requests", "add users or rate"),

@@ -17,7 +17,7 @@ from helpers.command_line import RECIPE, command, prompts
 from helpers.forked import COMMANDS, workers
 from helpers.waiting import wait_until
 
-from peftopt import stats
+from peftopt import stats, store
 from peftopt.decision import stopping
 from peftopt.records import TWIN, Rule
 from peftopt.runner import recipe_run
@@ -61,7 +61,8 @@ def test_a_run_says_first_what_its_prompts_and_blocks_cannot_decide(
         RECIPE.format(base=tiny_base, adapter=tiny_lora, prompts=prompts(tmp_path / "eval.jsonl", 12, "eval"))
     )
     heard = Heard()
-    recipe_run.prepare(*read_recipe(path), tmp_path / "results", heard)
+    with recipe_run.prepare(*read_recipe(path), tmp_path / "results", heard):
+        pass
     late, *few = (line for line in heard.said if line.startswith("cannot be decided"))
     assert "merge.gain" in late and "11 blocks" in late
     rules = ("merge.parity", "merge.lost", "merge.critical_errors", "int8.critical_errors", "variant.critical_errors")
@@ -147,12 +148,15 @@ def test_a_second_run_builds_nothing(ran: tuple[Path, Path, int], capsys: pytest
 
 def test_an_unfinished_run_goes_on_where_it_stopped(copied: tuple[Path, Path, Path]) -> None:
     recipe, results, folder = copied
-    (folder / "decision.json").unlink()
+    (folder / store.FINISHED).unlink()
     log = folder / "measurements.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-3]) + b'{"format": 1, "torn')
     before = log.read_bytes().rpartition(b"\n")[0]
+    assert command("decide", folder) in (0, 1, 3), "to look at it does not end it"
+    assert any("not finished" in w for w in json.loads((folder / "decision.json").read_text())["warnings"])
     assert command("run", recipe, "--results", results, "-q") in (0, 1, 3)
-    assert run_folder(results) == folder and (folder / "decision.json").exists()
+    assert run_folder(results) == folder and store.is_finished(folder)
+    assert not any("not finished" in w for w in json.loads((folder / "decision.json").read_text())["warnings"])
     assert log.read_bytes().startswith(before)
     answers = [(m["variant"], m["launch"], m["values"]["row"]) for m in lines(results, "quality")]
     assert len(answers) == len(set(answers))
@@ -162,7 +166,7 @@ def test_what_failed_before_a_run_stopped_is_tried_again(
     copied: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, results, folder = copied
-    (folder / "decision.json").unlink()
+    (folder / store.FINISHED).unlink()
     why = {"stage": "speed (bulk)", "reason": "refused", "detail": "no usable tokenizer", "hint": ""}
     failure = {"format": 1, "probe": "failure", "variant": "adapter", "values": why}
     with (folder / "measurements.jsonl").open("a") as log:
@@ -240,33 +244,35 @@ def test_more_blocks_are_granted_to_an_undecided_run_where_they_may_decide_it(
     monkeypatch.setattr(
         recipe_run, "race", lambda run, workload: raced.append(stopping.blocks(run.evidence, workload.name))
     )
-    run = recipe_run.reopen(copied[2], heard)
-    median = stats.median(run.evidence.paired("merged", "adapter", "chat", "request_duration_ms"))
-    undecided = (Rule("merge", "gain", 1 - math.exp(median)),)  # nobody can tell on which side of it the truth is
-    run.plan = replace(run.plan, recipe=replace(run.recipe, rules=undecided))
-    recipe_run.add_blocks(run, minutes=0.0)
-    assert heard.said[-1] == "nothing was measured" and not raced
-    recipe_run.add_blocks(run, blocks=3000)
-    assert "up to 3000 more blocks, about" in heard.said[-1] and raced[0] >= {"adapter", "merged"}
-    assert recipe_run.reopen(run.folder, heard).evidence.budget == run.evidence.blocks("merged", "chat") + 3000
-    run.plan = replace(run.plan, recipe=replace(run.recipe, rules=()))
-    recipe_run.add_blocks(run)
-    assert "no race is open" in heard.said[-1] and len(raced) == len(run.recipe.workloads)
+    with recipe_run.reopen(copied[2], heard) as run:
+        median = stats.median(run.evidence.paired("merged", "adapter", "chat", "request_duration_ms"))
+        undecided = (Rule("merge", "gain", 1 - math.exp(median)),)  # nobody can tell on which side of it the truth is
+        run.plan = replace(run.plan, recipe=replace(run.recipe, rules=undecided))
+        recipe_run.add_blocks(run, minutes=0.0)
+        assert heard.said[-1] == "nothing was measured" and not raced
+        recipe_run.add_blocks(run, blocks=3000)
+        assert "up to 3000 more blocks, about" in heard.said[-1] and raced[0] >= {"adapter", "merged"}
+    with recipe_run.reopen(copied[2], heard) as again:
+        assert again.evidence.budget == again.evidence.blocks("merged", "chat") + 3000
+        again.plan = replace(again.plan, recipe=replace(again.recipe, rules=()))
+        recipe_run.add_blocks(again)
+        assert "no race is open" in heard.said[-1] and len(raced) == len(again.recipe.workloads)
 
 
 def test_more_blocks_reach_a_planned_look(copied: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     open_ = SimpleNamespace(blocks_needed=11, workload="chat", rule="merge.gain", hopeless=False)
     monkeypatch.setattr(stopping, "open_races", lambda evidence: [open_])
     monkeypatch.setattr(recipe_run, "race", lambda run, workload: None)
-    run = recipe_run.reopen(copied[2], Heard())
-    recipe_run.add_blocks(run)
-    assert run.evidence.budget == 16, "at 11 blocks nothing would be judged but by bets"
+    with recipe_run.reopen(copied[2], Heard()) as run:
+        recipe_run.add_blocks(run)
+        assert run.evidence.budget == 16, "at 11 blocks nothing would be judged but by bets"
 
 
 def test_the_workers_of_a_race_start_ahead_of_it_and_end_with_it(copied: tuple[Path, Path, Path]) -> None:
-    run = recipe_run.reopen(copied[2], Heard())
-    run.measurements.clear()
-    with Field(run, run.recipe.workloads["chat"]) as field:
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(recipe_run.reopen(copied[2], Heard()))
+        run.measurements.clear()
+        field = stack.enter_context(Field(run, run.recipe.workloads["chat"]))
         field.start()
         assert field.started.keys() == {"adapter", "adapter" + TWIN, "merged", "int8"}
         assert not field.children, "none has loaded its model"

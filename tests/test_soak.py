@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peftopt.canary.fingerprint import Wrong
-from peftopt.diagnose import soaked, soaking
-from peftopt.diagnose.cycled import Cycled, Step
-from peftopt.diagnose.cycles import Limits
-from peftopt.diagnose.resting import Held
-from peftopt.diagnose.soaked import Soaked, Window
+from peftopt.diagnose.unloading import soaked, soaking
+from peftopt.diagnose.unloading.cycled import Cycled, Step
+from peftopt.diagnose.unloading.cycles import Limits
+from peftopt.diagnose.unloading.resting import Held
+from peftopt.diagnose.unloading.soaked import Soaked, Window
 from peftopt.errors import ACCEPTED, BAD_INPUT, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED
 from peftopt.loadtest.protocols import Target
 from peftopt.loadtest.summary import Request

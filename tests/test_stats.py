@@ -750,15 +750,29 @@ def test_two_groups_have_an_interval() -> None:
     assert interval.low < 0.15 < interval.high < 1 and interval.n == 20
 
 
-@pytest.mark.parametrize(("block", "outcome"), [(-1.0, "accepted"), (1.0, "rejected")])
-def test_clear_blocks_one_by_one_decide_as_all_at_once(block: float, outcome: str) -> None:
+@pytest.mark.parametrize(
+    ("block", "limit", "outcome"),
+    [(-1.0, 0.0, "accepted"), (1.0, 0.0, "rejected"), (1.0, 2.0, "accepted"), (-1.0, -2.0, "rejected")],
+)
+def test_clear_blocks_one_by_one_decide_as_all_at_once(block: float, limit: float, outcome: str) -> None:
     """At the error that is usual, and no more are bet on after that."""
-    gamblers, blocks = stats.Gamblers(0.0), [block * size for size in np.linspace(0.9, 1.1, 60)]
+    gamblers, blocks = stats.Gamblers(limit), [block * size for size in np.linspace(0.9, 1.1, 60)]
     for each in blocks:
         gamblers.add(each)
-    whole = stats.bet(blocks, 0.0)
+    whole = stats.bet(blocks, limit)
     assert gamblers.outcome == whole.outcome == outcome
     assert len(gamblers) == whole.look < 60
+    assert gamblers.race() == whole
+
+
+def test_few_blocks_one_by_one_say_how_many_are_needed_as_all_at_once() -> None:
+    blocks = [0.5, 0.4, 0.6, 0.45, 0.7]
+    gamblers = stats.Gamblers(0.6)
+    for block in blocks:
+        gamblers.add(block)
+    race = gamblers.race()
+    assert race == stats.bet(blocks, 0.6) and race.outcome == "inconclusive"
+    assert race.blocks_needed and race.blocks_needed < stats.bet(blocks, 0.6, family=2).blocks_needed
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 1_001])
@@ -768,3 +782,59 @@ def test_the_centre_is_the_median_of_walsh_averages_for_few_blocks_and_many(n: i
     expected = pytest.approx(np.median((x[i] + x[j]) / 2), abs=1e-12, rel=1e-12)
     assert stats._centre(x) == expected
     assert stats._centre_of_many(x) == expected
+
+
+# ---- two runs, known by their intervals ----------------------------------------------------------
+
+intervals = st.tuples(values, st.floats(0, 5), st.floats(0, 5), st.integers(2, 60), levels).map(
+    lambda each: Interval(each[0], each[0] - each[1], each[0] + each[2], each[3], each[4])
+)
+
+
+@given(intervals, intervals, levels)
+def test_a_difference_is_that_of_the_exchanged_samples_with_its_sign_turned(
+    ours: Interval, theirs: Interval, level: float
+) -> None:
+    assert near(stats.welch(ours, theirs, level), mirrored(stats.welch(theirs, ours, level)))
+
+
+@given(intervals, levels)
+def test_a_sample_never_differs_from_itself(interval: Interval, level: float) -> None:
+    difference = stats.welch(interval, interval, level)
+    assert difference.estimate == 0 and difference.low <= 0 <= difference.high
+
+
+@given(st.lists(values, min_size=2, max_size=20, unique=True), levels)
+def test_the_difference_from_an_exact_value_is_the_interval_of_the_mean_at_any_level(
+    samples: list[float], level: float
+) -> None:
+    exactly = Interval(1.0, 1.0, 1.0, 1)
+    wanted = stats.mean(samples, level)
+    assert near(stats.welch(stats.mean(samples), exactly, level), stats.mean([x - 1 for x in samples], level))
+    assert stats.welch(wanted, exactly, level).n == len(samples)
+
+
+def test_what_cannot_be_told_differs_from_nothing() -> None:
+    known = Interval(1.0, 0.9, 1.1, 9)
+    unknown = [
+        Interval(5.0, -math.inf, math.inf, 1),
+        Interval(5.0, 4.9, 5.1, 3, level=math.nan),
+        Interval(5.0, 5.0, 5.0, 4),  # launches that happen to agree
+        Interval(math.nan, -math.inf, math.inf, 0),
+    ]
+    for each in unknown:
+        assert stats.welch(each, known).low == -math.inf and stats.welch(each, known).high == math.inf
+
+
+@pytest.mark.parametrize("level", [0.95, 0.998])
+@pytest.mark.parametrize(("many", "few", "spread"), [(6, 6, 1.0), (16, 6, 1.0), (30, 3, 0.2)])
+def test_equal_means_seem_to_differ_no_more_often_than_the_level_says(
+    many: int, few: int, spread: float, level: float
+) -> None:
+    noise = np.random.default_rng(many)
+    wrong = 0
+    for _ in range(400):
+        ours, theirs = noise.normal(0, spread, many), noise.normal(0, 1, few)
+        difference = stats.welch(stats.mean(ours), stats.mean(theirs), level)
+        wrong += not difference.low <= 0 <= difference.high
+    assert wrong <= 400 * (1 - level) + 3 * math.sqrt(400 * (1 - level)) + 1

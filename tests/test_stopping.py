@@ -60,6 +60,16 @@ def test_a_race_that_nothing_can_win_any_more_is_not_open() -> None:
     assert stopping.open_races(evidence_of(plan, near + broken)) == []
 
 
+@pytest.mark.parametrize(("blocks", "more"), [(12, True), (23, True), (24, False)])
+def test_a_decided_race_goes_on_to_the_fewest_blocks_that_are_asked_for(blocks: int, more: bool) -> None:
+    plan = ruled(plan_of("merged", min_blocks=24), Rule("merge", "gain", 0.1))
+    clear = builds(plan) + speed(plan, {"merged": 0.5}, blocks) + whole(plan, {"merged": 0.5}, blocks=0)
+    assert bool(stopping.blocks(evidence_of(plan, clear), "chat")) == more
+    assert stopping.blocks(evidence_of(plan, clear), "bulk"), "of the minimized workload alone"
+    slow = builds(plan) + speed(plan, {"merged": 1.5}, blocks) + whole(plan, {"merged": 1.5}, blocks=0)
+    assert not stopping.blocks(evidence_of(plan, slow), "chat"), "what is rejected costs no more time"
+
+
 # ---- answers -----------------------------------------------------------------------------------
 
 

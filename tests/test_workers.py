@@ -158,8 +158,10 @@ def test_a_worker_that_is_killed_is_started_again_and_the_others_go_on(engine: P
             assert engine.running in running.values(), "those of the other are held still"
             assert {gateway.ask("y").status_code for _ in range(10)} == {200}
             assert gateway.metric("peftopt_requests_total") >= 18, "a sum never falls"
-            listed = json.loads(gateway.operate("list", "--json")[1])
-            wait_until(lambda: json.loads(gateway.operate("list", "--json")[1])[0]["in_flight"] == engine.running)
+            listed = json.loads(gateway.operate("list", "--json")[1])["adapters"]
+            wait_until(
+                lambda: json.loads(gateway.operate("list", "--json")[1])["adapters"][0]["in_flight"] == engine.running
+            )
             assert listed[0]["name"] == "base"
 
 

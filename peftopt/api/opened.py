@@ -1,7 +1,7 @@
 """A run's folder as data: the decision, and every measurement as a pandas DataFrame.
 
-A column is a field of the measurement's record (peftopt/measurements.py), in its unit: times whose name ends in `_ms`
-are in milliseconds, other times in seconds, memory in bytes, shares from 0 to 1.
+docs/data.md says what the columns of each table are. They are the same for every run, in types and in order, whatever
+it measured.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftopt import stats, store
+from peftopt.api.columns import tables
 from peftopt.decision.evidence import Evidence
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.measurements import Answer, Launch, Load, Measured, Turn, as_json
@@ -24,7 +25,7 @@ from peftopt.report.as_json import decision_from_json
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-TABLES = ("requests", "blocks", "answers", "figures", "verdicts", "measurements")
+TABLES = tuple(tables())
 """The tables of a run, each a method of `Run`."""
 
 
@@ -71,8 +72,7 @@ class Run:
         return frame
 
     def requests(self) -> DataFrame:
-        """A row for each request: `variant`, `workload`, `block` and `order` (its turn; empty for a load that was run
-        apart), `source`, and the fields of `Request` and `Sent`."""
+        """A row for each request: its variant, workload and block, its times and tokens."""
         rows: list[dict[str, Json]] = []
         for each in self.records:
             match each.values:
@@ -82,13 +82,11 @@ class Run:
                 case Load() as load:
                     whose = {**_whose(each), "block": None, "order": None, "source": load.source}
                     rows += [{**whose, **_flat(request)} for request in load.requests]
-        return _frame(rows)
+        return _frame("requests", rows)
 
     def blocks(self) -> DataFrame:
-        """A row for each turn of a variant in a block: `latency_ms`, `ttft_ms` and `tpot_ms` are medians of its timed
-        requests, `throughput` is in output tokens a second; `launch` counts the lives of the variant's process;
-        `disturbed` says why the block counts as disturbed, "" where it does not. What was going on: the fields of
-        `Disturbance`, and those of `Account` as `engine_…`."""
+        """A row for each turn of a variant in a block: medians of its timed requests, what else went on in the machine,
+        and what the server said (`engine_…`)."""
         evidence = Evidence(self.plan, list(self.records))
         disturbed = {name: evidence.disturbed(name) for name in self.plan.recipe.workloads}
         launches: Counter[tuple[str, str]] = Counter()
@@ -118,40 +116,44 @@ class Run:
                     **{f"engine_{name}": value for name, value in _flat(turn.engine).items()},
                 }
             )
-        return _frame(rows)
+        return _frame("blocks", rows)
 
     def answers(self) -> DataFrame:
-        """A row for each answer that was checked: `variant`, `second_run` (of the baseline, whose noise it shows), and
-        the fields of `Answer`."""
+        """A row for each answer that was checked."""
         answers = [each for each in self.records if isinstance(each.values, Answer)]
         return _frame(
-            {"variant": each.variant, "second_run": each.launch == 2, **_flat(each.values)} for each in answers
+            "answers",
+            ({"variant": each.variant, "second_run": each.launch == 2, **_flat(each.values)} for each in answers),
         )
 
     def figures(self) -> DataFrame:
-        """A row for each metric of each variant: `estimate`, `low` and `high` (its interval at `level`), `n` samples;
-        units are those of docs/metrics.md."""
+        """A row for each metric of each variant, with its interval."""
         rows = [
             {"variant": variant.name, "outcome": variant.outcome, "metric": name, **_flat(interval)}
             for variant in self.decision.variants
             for name, interval in variant.figures.items()
         ]
-        return _frame(rows)
+        return _frame("figures", rows)
 
     def verdicts(self) -> DataFrame:
-        """A row for each rule that judged a variant: `rule`, `outcome`, `reason`, `limit`; its value as `value_…`."""
-        frame = _frame(
-            {"variant": variant.name, **_flat(verdict)}
-            for variant in self.decision.variants
-            for verdict in variant.verdicts
+        """A row for each rule that judged a variant, with what it judged as `value_…`."""
+        return _frame(
+            "verdicts",
+            (
+                {"variant": variant.name, **_flat(verdict)}
+                for variant in self.decision.variants
+                for verdict in variant.verdicts
+            ),
         )
-        return frame.drop(columns="value", errors="ignore")  # of verdicts without a value
 
     def measurements(self) -> DataFrame:
-        """A row for each measurement: `probe`, `variant`, `workload`, `launch`, and its `values` as a mapping."""
+        """A row for each measurement, its values as a mapping."""
         return _frame(
-            {"probe": each.probe, **_whose(each), "launch": each.launch, "values": as_json(each.values)}
-            for each in self.records
+            "measurements",
+            (
+                {"probe": each.probe, **_whose(each), "launch": each.launch, "values": as_json(each.values)}
+                for each in self.records
+            ),
         )
 
 
@@ -208,9 +210,12 @@ def _median(values: Iterable[float | None]) -> float | None:
     return stats.median(known) if known else None
 
 
-def _frame(rows: Iterable[Mapping[str, Json]]) -> DataFrame:
+def _frame(table: str, rows: Iterable[Mapping[str, Json]]) -> DataFrame:
+    """The rows with the table's own columns, in their types: those that no row has are empty."""
     try:
         import pandas
     except ImportError as error:
         raise MissingEnvironment("a run's data are pandas DataFrames", "pip install 'peftopt[data]'") from error
-    return pandas.DataFrame(list(rows))
+    columns = tables()[table].columns
+    frame = pandas.DataFrame(list(rows), columns=[column.name for column in columns])
+    return frame.astype({column.name: column.dtype for column in columns})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from peftopt import corpus
@@ -10,9 +11,12 @@ from peftopt.api.opened import Run, open_run
 from peftopt.decision.decide import decide as judge
 from peftopt.decision.evidence import Evidence
 from peftopt.jobs import Transformed, TransformJob
+from peftopt.loadtest import runs
+from peftopt.loadtest.protocols import Prompt, Target
+from peftopt.loadtest.summary import LoadSummary
 from peftopt.records import GENERIC, Decision, Json, Model
 from peftopt.runner import judged, recipe_run, single
-from peftopt.runner.build import Progress
+from peftopt.runner.build import Progress, Show
 from peftopt.runner.run import Listener
 
 
@@ -71,10 +75,52 @@ def run(
     Raises BadRecipe for a recipe with mistakes, BadInput for its files, WorkerFailed without a baseline.
     """
     parsed, text = judged.read_recipe(Path(recipe))
-    prepared = recipe_run.prepare(parsed, text, Path(results), listener or judged.Silent(), fresh)
-    recipe_run.execute(prepared)
-    judged.judge(prepared.folder, (listener or judged.Silent()).warn)
+    hears = listener or judged.Silent()
+    with recipe_run.prepare(parsed, text, Path(results), hears, fresh) as prepared:
+        recipe_run.execute(prepared)
+        judged.judge(prepared.folder, hears.warn)
     return open_run(prepared.folder)
+
+
+def load(
+    url: str,
+    prompts: str | Path,
+    *,
+    model: str = "",
+    protocol: str = "chat",
+    rate: float = 1.0,
+    users: int = 0,
+    requests: int = 0,
+    duration_s: float = 60.0,
+    new_tokens: int = 64,
+    slo: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> LoadSummary:
+    """Load a server and say what its users would see: `rate` requests a second at random times, or `users` who each ask
+    again when answered; so many `requests`, or for `duration_s` seconds. `slo`: service levels, "ttft <= 500 ms".
+
+    Raises BadInput for what cannot be sent, MissingEnvironment where no server answers.
+    """
+    levels = runs.service_levels(slo)
+    traffic = runs.Traffic(
+        prompts={row.id: Prompt(messages=row.messages) for row in corpus.read(str(prompts))},
+        weights={model: 1.0} if model else {},
+        new_tokens=new_tokens,
+        requests=requests,
+        duration_s=duration_s,
+        concurrency=users,
+        seed=seed,
+    )
+    traffic.check(rate)
+    with (progress or _silent)("load", traffic.expected(rate)) as show:
+        loaded = runs.run(Target(url, protocol=protocol, model=model), traffic, rate, show)
+    return runs.summarized(loaded, levels)
+
+
+@contextmanager
+def _silent(title: str, total: int) -> Iterator[Show]:
+    yield lambda done, what: None
 
 
 def decide(run: str | Path | Run) -> Decision:

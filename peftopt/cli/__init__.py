@@ -13,10 +13,12 @@ import typer
 
 from peftopt import __version__
 from peftopt.cli.shared import app
-from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, PeftoptError
+from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, SYSTEM, BadRecipe, PeftoptError, unusable
 
 VERBS = (
     "job",
+    "compare",
+    "gate",
     "merge",
     "bake",
     "quantize",
@@ -33,6 +35,7 @@ VERBS = (
     "around",
     "kept",
     "data",
+    "schema",
     "env",
 )
 """The files of verbs, in the order of --help."""
@@ -61,32 +64,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # half a character of a server's cannot be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a CI timeout is an interrupt like Ctrl-C
+    as_json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
         code = app(arguments, standalone_mode=False)
     except PeftoptError as error:
-        from peftopt.cli.console import Console
-
-        Console().error(error)
-        code = error.exit_code
+        code = _told(error, as_json)
     except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
+        code = _failed(INTERRUPTED, "interrupted", as_json)
     except Exception as error:  # noqa: BLE001 (the last resort, so that a bug has its own exit code)
-        code = _unexpected(error)
+        code = _unexpected(error, as_json)
     if code == INTERRUPTED:  # typer may have made an exit code of the interrupt already
         print("interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
     sys.exit(code or 0)
 
 
-def _unexpected(error: Exception) -> int:
-    """Usage errors are the user's (2); a broken pipe is the reader's; anything else is a bug (5)."""
+def _told(error: PeftoptError, as_json: bool) -> int:
+    """Say what is wrong and what to do, to people, and with --json to programs; the exit code."""
+    from peftopt.cli.console import Console, print_error
+
+    Console().error(error)
+    if as_json:
+        print_error(error.exit_code, error.message, error.hint, error.problems if isinstance(error, BadRecipe) else ())
+    return error.exit_code
+
+
+def _failed(exit_code: int, message: str, as_json: bool) -> int:
+    """The exit code; with --json, programs are told the message too."""
+    if as_json:
+        from peftopt.cli.console import print_error
+
+        print_error(exit_code, message)
+    return exit_code
+
+
+def _unexpected(error: Exception, as_json: bool) -> int:
+    """Usage errors are the user's (2); a broken pipe is the reader's; a full or forbidden disk is the machine's (4);
+    anything else is a bug (5)."""
     import traceback
 
     usage_error = typer.BadParameter.__base__  # typer carries its own click, and does not export the class
     if usage_error and isinstance(error, usage_error):
         error.show()  # type: ignore[attr-defined]
-        return BAD_INPUT
+        return _failed(BAD_INPUT, error.format_message(), as_json)  # type: ignore[attr-defined]
     if isinstance(error, BrokenPipeError):
         return ACCEPTED
+    if isinstance(error, OSError) and error.errno in SYSTEM:
+        return _told(unusable(error), as_json)
     traceback.print_exception(error)
     print("this is a bug in peftopt; please report it with the lines above", file=sys.stderr)
-    return BUG
+    return _failed(BUG, f"a bug: {type(error).__name__}: {error}", as_json)

@@ -34,11 +34,11 @@ Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 @adapters.command("list")
 def list_(admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> None:
     """The adapters, their versions, and who is answered by which."""
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
 
     found = _asked("GET", "/adapters", admin, key_env)
     if as_json:
-        print(json.dumps(found))
+        print_json({"adapters": found})
         return
     header = ("name", "arm", "version", "share", "in flight", "rank", "load s", "engine", "state")
     rows = [
@@ -263,10 +263,10 @@ async def _sent(where: str, method: str, path: str, body: Any, headers: dict[str
 
 
 def _told(told: Any, as_json: bool) -> None:
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
 
     if as_json:
-        print(json.dumps(told))
+        print_json(told)
     else:
         Console().say(told["said"], "red" if told["exit_code"] else "")
     raise typer.Exit(told["exit_code"])

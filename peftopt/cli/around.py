@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,24 @@ from peftopt.errors import ENVIRONMENT, BadInput
 
 if TYPE_CHECKING:
     from peftopt.cli.console import Console
-    from peftopt.records import Recipe, Step
+    from peftopt.records import Recipe, Step, Variant
+    from peftopt.runner.forecast import Outlook
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` says of a recipe that can be run."""
+
+    recipe: str
+    variants: Mapping[str, str]
+    """Each variant's chain of steps, in words."""
+    baseline: str
+    artifacts: int
+    """How many are to build or reuse."""
+    notes: Sequence[str]
+    warnings: Sequence[str]
+    undecidable: Sequence[str]
+    """What its prompts and blocks cannot decide."""
 
 
 @app.command()
@@ -23,11 +41,11 @@ def check(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
     results: Results = Path("results"),
     no_forecast: NoForecast = False,
+    as_json: AsJson = False,
 ) -> None:
     """Say what is wrong with a recipe and its files, what it would do, and what of it will be slower; runs nothing."""
     from peftopt import environments, store
-    from peftopt.cli.console import Console
-    from peftopt.metrics import counted
+    from peftopt.cli.console import Console, print_json
     from peftopt.recipe import plan as planning
     from peftopt.runner import judged, preflight, starting
 
@@ -37,30 +55,56 @@ def check(
     console = Console()
     sources = {"base": "", "adapter": "", "calibration": ""}
     plan = planning.plan(parsed, sources, environments.versions())
-    variants = counted(len(parsed.variants), "variant")
-    artifacts = counted(len(plan.builds), "artifact")
-    console.say(f"{recipe}: {variants}, {artifacts} to build or reuse")
-    width = max(map(len, parsed.variants))
-    for variant in parsed.variants.values():
-        chain = [_words(step) for step in (*variant.steps, *variant.policies)] or ["base + adapter"]
-        mark = "  (baseline)" if variant.name == parsed.baseline else ""
-        console.say(f"  {variant.name:<{width}}  {' -> '.join(chain)}, on {_words(variant.engine)}{mark}")
-    for line in (*preflight.prompts(parsed), *starting.proposals(parsed)):
+    checked = Checked(
+        recipe=str(recipe),
+        variants={variant.name: _chain(variant) for variant in parsed.variants.values()},
+        baseline=parsed.baseline,
+        artifacts=len(plan.builds),
+        notes=[*preflight.prompts(parsed), *starting.proposals(parsed)],
+        warnings=[*preflight.warnings(parsed), *preflight.copies(parsed)],
+        undecidable=preflight.foreseen(parsed),
+    )
+    if not as_json:
+        _print(checked, console)
+    outlook = None if no_forecast else _outlook(parsed, console)
+    if as_json:
+        slower, unknown = (outlook.warnings, outlook.left_out) if outlook else ([], {})
+        print_json({**vars(checked), "slower": slower, "not_forecast": unknown})
+    elif outlook:
+        _foretell(outlook, console)
+
+
+def _print(checked: Checked, console: Console) -> None:
+    from peftopt.metrics import counted
+
+    variants = counted(len(checked.variants), "variant")
+    console.say(f"{checked.recipe}: {variants}, {counted(checked.artifacts, 'artifact')} to build or reuse")
+    width = max(map(len, checked.variants))
+    for name, chain in checked.variants.items():
+        mark = "  (baseline)" if name == checked.baseline else ""
+        console.say(f"  {name:<{width}}  {chain}{mark}")
+    for line in checked.notes:
         console.say(line)
-    for line in (*preflight.warnings(parsed), *preflight.copies(parsed)):
+    for line in checked.warnings:
         console.warn(line)
-    for line in preflight.foreseen(parsed):
+    for line in checked.undecidable:
         console.warn(f"cannot be decided: {line}")
-    if not no_forecast:
-        _foretell(parsed, console)
 
 
-def _foretell(recipe: Recipe, console: Console) -> None:
-    """Warn of what will be slower, and say of which variants nothing can be said."""
+def _chain(variant: Variant) -> str:
+    chain = [_words(step) for step in (*variant.steps, *variant.policies)] or ["base + adapter"]
+    return f"{' -> '.join(chain)}, on {_words(variant.engine)}"
+
+
+def _outlook(recipe: Recipe, console: Console) -> Outlook:
     from peftopt.runner import build, forecast
 
     with build.bars(console.progress) as hear:
-        outlook = forecast.outlook(recipe, hear)
+        return forecast.outlook(recipe, hear)
+
+
+def _foretell(outlook: Outlook, console: Console) -> None:
+    """Warn of what will be slower, and say of which variants nothing can be said."""
     for line in outlook.warnings:
         console.warn(line)
     if outlook.forecasts:
@@ -93,14 +137,18 @@ def starters() -> Mapping[str, Path]:
 def new(
     file: Annotated[Path, typer.Argument(help="The recipe to write; must not exist.")] = Path("recipe.yaml"),
     like: Annotated[
-        str, typer.Option(help=f"Copy this recipe instead, with your paths in it: {', '.join(starters())}.")
+        str,
+        typer.Option(
+            help=f"Copy this recipe instead, with your paths in it: {', '.join(starters())}.",
+            autocompletion=lambda: [*starters()],
+        ),
     ] = "",
     base: Annotated[Path | None, typer.Option(help="Base model folder.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Evaluation prompts.")] = None,
 ) -> None:
     """Write a recipe that fits a model, an adapter, prompts and this machine, and runs as it is."""
-    from peftopt import store
+    from peftopt import schema, store
     from peftopt.recipe import starter
 
     known = starters()
@@ -108,13 +156,15 @@ def new(
         raise BadInput(f"no recipe to copy is named {like!r}", f"known: {', '.join(known)}")
     if file.exists():
         raise BadInput(f"{file} exists already", "choose another name")
+    mode_line = schema.mode_line(schema.file("recipe").as_uri())
     if base and adapter and prompts and not like:
         from peftopt.runner import starting
 
-        text = starter.recipe(starting.facts(base, adapter, prompts, file))
+        text = mode_line + starter.recipe(starting.facts(base, adapter, prompts, file))
         next_step = f"peftopt check {file}, then peftopt run {file}"
     elif like:
-        text = _adapt(known[like].read_text(encoding="utf-8"), base, adapter, prompts)
+        _, starter_text = known[like].read_text(encoding="utf-8").split("\n", 1)  # its own mode line goes
+        text = mode_line + _adapt(starter_text, base, adapter, prompts)
         next_step = f"edit it, then peftopt check {file} and peftopt run {file}"
     else:
         lacking = [
@@ -151,7 +201,7 @@ def _adapt(text: str, base: Path | None, adapter: Path | None, prompts: Path | N
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine is, which plug-ins can run here, and what to install for the others."""
     from peftopt import environments, machine, plugins
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
 
     facts = machine.describe()
     known = plugins.catalogue()
@@ -163,7 +213,7 @@ def doctor(as_json: AsJson = False) -> None:
             device = machine.lacks(other.device)
             others[other.name] = [device] if device else state[other.through]
     if as_json:
-        print(json.dumps({**facts, "missing": state, "others": others}))
+        print_json({**facts, "missing": state, "others": others})
     else:
         console = Console()
         versions = facts.pop("versions")

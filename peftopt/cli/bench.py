@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,7 +54,7 @@ def bench(
 ) -> None:
     """Time one model, or several against the first in interleaved blocks; go on with an undecided run; or soak a
     server: a long load while adapters come and go."""
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
     from peftopt.models import template
     from peftopt.models.hf import tokenizer_home
     from peftopt.runner import recipe_run
@@ -77,8 +76,9 @@ def bench(
         if model or prompts or adapter:
             raise BadInput("--more goes on with a run's own models and prompts", "leave the other options out")
         console = Console()
-        recipe_run.add_blocks(recipe_run.reopen(more, console), blocks, minutes)
-        conclude(more, console, as_json)
+        with recipe_run.reopen(more, console) as run:
+            recipe_run.add_blocks(run, blocks, minutes)
+            conclude(more, console, as_json)
     if not model or prompts is None:
         raise BadInput("bench needs --model and --prompts", "or --more RUN, to go on with an undecided run")
 
@@ -94,7 +94,7 @@ def bench(
                 f"{each.name} {each.problem}: transformers may read this checkpoint wrongly, so its times mean little"
             )
     if as_json:
-        print(json.dumps([_flat(each) for each in timed]))
+        print_json({"models": [_flat(each) for each in timed]})
         return
     header = [
         "model",

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,17 +65,13 @@ def _watch_mixed(
 ) -> int:
     """Every model alone and in mixed batches, printed; the exit code."""
     from peftopt.canary import mixed as watching
+    from peftopt.cli.console import print_json
 
     with console.progress("canary", watching.ALONE * len(names) + rounds) as show:
         watched = watching.watch(target, names, prompts, rounds, show)
     if as_json:
-        values = {
-            "asked": watched.asked,
-            "failed": watched.failed,
-            "alike": watched.alike,
-            "noise": watched.known.noise,
-        }
-        print(json.dumps({**values, "wrong": [asdict(w) for w in watched.wrong]}))
+        values = {"asked": watched.asked, "failed": watched.failed, "alike": watched.alike}
+        print_json({**values, "noise": watched.known.noise, "wrong": watched.wrong})
         return watched.outcome
     noise = ", ".join(f"{name} {nats:.3f}" for name, nats in watched.known.noise.items())
     lines = {"own noise": f"{noise} nats", "mixed answers": f"{watched.asked}, of which {len(watched.wrong)} wrong"}
@@ -104,12 +98,13 @@ def _watch_reloads(
     from peftopt import stats
     from peftopt.canary import mixed as watching
     from peftopt.canary import reloads
+    from peftopt.cli.console import print_json
 
     residents = reloads.residents(target, list(dict.fromkeys(model)))
     with console.progress("reloads", watching.ALONE * (2 + len(residents)) + 2 * rounds) as show:
         reloaded = reloads.live(target, folders, residents, prompts, rounds, show)
     if as_json:
-        print(json.dumps(asdict(reloaded)))
+        print_json(reloaded)
         return reloaded.outcome
 
     def times(seconds: Sequence[float]) -> str:

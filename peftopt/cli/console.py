@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import threading
 import time
@@ -22,6 +23,9 @@ from rich.progress import (
 from rich.table import Table
 
 from peftopt.errors import BadRecipe, PeftoptError
+
+Problem = tuple[int, str, str]
+"""A mistake of a recipe: its line, what is wrong, and a hint."""
 
 OUTCOME_STYLE = {"accepted": "green", "rejected": "red", "inconclusive": "yellow", "not judged": "dim"}
 
@@ -135,6 +139,25 @@ class Console:
             if hint:
                 self.err.print(f"[cyan]hint:[/cyan] {escape(hint)}", soft_wrap=True)
         sys.stderr.flush()
+
+
+def print_json(result: object) -> None:
+    """Print a result for programs: one JSON object on one line of stdout, with null for a number that is not known.
+
+    A verb prints one, or one for each thing that it was given. An error is one too: `print_error`.
+    """
+    from peftopt.report.as_json import plain
+
+    values = plain(result)
+    assert isinstance(values, dict), "an object can get further keys, a list cannot"
+    print(json.dumps(values, allow_nan=False), flush=True)
+
+
+def print_error(exit_code: int, message: str, hint: str = "", problems: Sequence[Problem] = ()) -> None:
+    """Print what went wrong, for programs: `{"error": {…}}`. `problems` are the mistakes of a recipe."""
+    listed = [{"line": line, "message": text, "hint": help_} for line, text, help_ in problems]
+    error = {"message": message, "hint": hint, "exit_code": exit_code}
+    print_json({"error": {**error, "problems": listed} if listed else error})
 
 
 def _about(seconds: float) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peftopt.cli.shared import Results, app, find_run
+from peftopt.cli.shared import AsJson, Results, app, find_run, print_lines
 
 
 @app.command("export-data")
@@ -22,9 +22,10 @@ def export_data(
         str, typer.Option(help="requests, blocks, answers, figures, verdicts or measurements.")
     ] = "requests",
     results: Results = Path("results"),
+    as_json: AsJson = False,
 ) -> None:
     """Write a run's requests, blocks, answers or figures as Parquet or CSV."""
     from peftopt.api.opened import export, open_run
 
     rows = export(open_run(find_run(run_folder, results)), table, to)
-    print(f"wrote {to}: {rows} rows of {table}")
+    print_lines(f"wrote {to}", {"rows": f"{rows} of {table}"}, {"path": str(to), "table": table, "rows": rows}, as_json)

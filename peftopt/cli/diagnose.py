@@ -84,7 +84,7 @@ def diagnose(options: Options) -> None:
 
     Exit codes: 0 done, 1 something does not work, 3 nothing could be decided, 4 nothing could be measured.
     """
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
     from peftopt.diagnose import diagnosing, keeping
 
     console = Console(options.quiet)
@@ -98,7 +98,7 @@ def diagnose(options: Options) -> None:
     diagnosis = diagnosing.diagnose(setting, folder, options.minutes, more, console.tell)
     _write(diagnosis, folder, options.run, console)
     if options.as_json:
-        print(keeping.text(diagnosis), end="")
+        print_json(json.loads(keeping.text(diagnosis)))
     else:
         _print(diagnosis, folder, console)
     raise typer.Exit(outcome(diagnosis))
@@ -106,7 +106,8 @@ def diagnose(options: Options) -> None:
 
 def _plan(options: Options, console: Console) -> int:
     """Merge or keep apart: the screen, and the exit code."""
-    from peftopt.diagnose import plan_words, planning
+    from peftopt.cli.console import print_json
+    from peftopt.diagnose.planning import planning, words
     from peftopt.runner import judged
 
     if options.more:
@@ -119,10 +120,10 @@ def _plan(options: Options, console: Console) -> int:
         planning.write(planned.values, options.run)
         judged.report_again(options.run, console.warn, beside(options.run))
     if options.as_json:
-        print(json.dumps(planned.values, indent=1))
+        print_json(planned.values)
     else:
-        console.table(plan_words.HEADER, plan_words.rows(planned.evaluated))
-        console.pairs("merge or keep apart", plan_words.sentences(planned.evaluated, planned.breakevens))
+        console.table(words.HEADER, words.rows(planned.evaluated))
+        console.pairs("merge or keep apart", words.sentences(planned.evaluated, planned.breakevens))
         console.say(f"kept in {folder}; another plan with --out {folder} measures nothing anew")
     if planned.evaluated.best is None:
         return REJECTED

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import AsJson, app, plain, print_lines
+from peftopt.cli.shared import AsJson, app, print_lines
 
 if TYPE_CHECKING:
     from peftopt.environments import Environment
@@ -22,11 +20,11 @@ EnvironmentName = Annotated[str, typer.Argument(help="A name that `peftopt env l
 def env_list(as_json: AsJson = False) -> None:
     """The environments: which there are, which are installed, how large they are, what they are for."""
     from peftopt import environments
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
 
     known = environments.known()
     if as_json:
-        print(json.dumps([asdict(e) for e in known], default=plain))
+        print_json({"environments": known})
         return
     state = {"missing": "not installed", "ready": "installed", "outdated": "outdated: install it with --force"}
     rows = [[e.name, state[e.state], _size(e), e.help] for e in known]
@@ -57,8 +55,9 @@ def env_install(
 
 
 @environment_verbs.command("remove")
-def env_remove(name: EnvironmentName) -> None:
+def env_remove(name: EnvironmentName, as_json: AsJson = False) -> None:
     """Delete an environment."""
     from peftopt import environments
 
-    print(f"removed {name}: {environments.remove(name) / 1e6:.0f} MB")
+    size = environments.remove(name)
+    print_lines(f"removed {name}", {"size": f"{size / 1e6:.0f} MB"}, {"name": name, "size_bytes": size}, as_json)

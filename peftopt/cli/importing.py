@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -44,8 +43,7 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Read other tools' results into the same records, and say what they lack."""
-    from peftopt import report
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
     from peftopt.loadtest import importers
     from peftopt.loadtest import runs as loading
     from peftopt.metrics import counted
@@ -69,7 +67,7 @@ def import_(
             raw = raw and imported.raw
             kept = loading.keep(out, imported, name, workload)
             if as_json:
-                print(json.dumps(report.as_json.plain(kept), allow_nan=False))
+                print_json(kept)
             elif not window:
                 _show(console, path, imported, f" as {name}" if called else "")
         if window and not as_json:

@@ -39,17 +39,18 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """Build every variant, measure it against the adapter, decide, and write the report."""
+    from peftopt import store
     from peftopt.cli.console import Console
     from peftopt.runner import judged, recipe_run
 
     console = Console(quiet)
     parsed, text = judged.read_recipe(recipe)
-    prepared = recipe_run.prepare(parsed, text, results, console, fresh, more)
-    if more and (prepared.folder / "decision.json").exists():
-        recipe_run.add_blocks(prepared)
-    else:
-        recipe_run.execute(prepared, forecasts=not no_forecast)
-    conclude(prepared.folder, console, as_json)
+    with recipe_run.prepare(parsed, text, results, console, fresh, more) as run:
+        if more and store.is_finished(run.folder):
+            recipe_run.add_blocks(run)
+        else:
+            recipe_run.execute(run, forecasts=not no_forecast)
+        conclude(run.folder, console, as_json)
 
 
 @app.command()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import AsJson, Results, app, plain, seconds
+from peftopt.cli.shared import AsJson, Results, app, seconds
 from peftopt.errors import BadInput
 
 if TYPE_CHECKING:
@@ -23,14 +22,14 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List what a recipe can name: techniques, engines, policies; what is measured; recipes to copy."""
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
 
     known = _named()
     if what and what not in known:
         raise BadInput(f"nothing is called {what}", f"known: {', '.join(known)}")
     chosen = {what: known[what]} if what else known
     if as_json:
-        print(json.dumps(chosen))
+        print_json(chosen)
         return
     console = Console()
     for title, names in chosen.items():
@@ -57,8 +56,8 @@ def _what(docstring: str) -> str:
 
 
 def _first_comment(file: Path) -> str:
-    """The first sentence of a recipe's comment."""
-    lines = [line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    """The first sentence of a recipe's comment, which comes after the line for editors."""
+    lines = [line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").splitlines()[1:]]
     text = " ".join(lines[: next((n for n, line in enumerate(lines) if line.startswith("model:")), 3)])
     for end in (". ", "? "):
         if end in text:
@@ -69,13 +68,13 @@ def _first_comment(file: Path) -> str:
 @app.command("runs")
 def runs_(results: Results = Path("results"), as_json: AsJson = False) -> None:
     """List the runs of a results folder, newest first: how old and large they are, and what they decided."""
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
     from peftopt.metrics import format_value
     from peftopt.runner import kept
 
     found = kept.runs(results)
     if as_json:
-        print(json.dumps([_fields(run) for run in found], default=plain))
+        print_json({"runs": [_fields(run) for run in found]})
         return
     rows = [
         [
@@ -102,7 +101,7 @@ def clean(
     as_json: AsJson = False,
 ) -> None:
     """Say which artifacts no run uses, and with --delete remove them. Those of a run that is kept stay."""
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
     from peftopt.metrics import format_value
     from peftopt.runner import kept
 
@@ -119,7 +118,7 @@ def clean(
     total = sum(run.size_bytes for run in leaving) + sum(each.size_bytes for each in going)
     if as_json:
         listed = {"runs": [str(run.folder) for run in leaving], "artifacts": [str(each.folder) for each in going]}
-        print(json.dumps({**listed, "bytes": total, "deleted": delete}))
+        print_json({**listed, "bytes": total, "deleted": delete})
         return
     console = Console()
     rows = [[run.folder.name, "run", _length(run.age_s), format_value("size", run.size_bytes)] for run in leaving]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -155,8 +154,9 @@ class Source:
 def load(options: Options) -> None:
     """Load a server, or a recipe's, and say what its users would see: TTFT, TPOT, throughput, goodput, failures."""
     from peftopt.cli.console import Console
+    from peftopt.loadtest import runs
 
-    slos = _service_levels(options)
+    slos = runs.service_levels(options.slo)
     _check_modes(options)
     console = Console(options.quiet)
     sources = _one_server(options) if "://" in options.target else _recipe_servers(options, console)
@@ -167,15 +167,6 @@ def load(options: Options) -> None:
             if outcomes[-1] == INTERRUPTED:
                 break
     raise typer.Exit(max(outcomes, key=BEST_TO_WORST.index))
-
-
-def _service_levels(options: Options) -> list[Slo]:
-    from peftopt.loadtest import summary
-
-    try:
-        return [summary.slo(text) for text in options.slo]
-    except ValueError as error:
-        raise BadInput(f"--slo {error}") from error
 
 
 def _check_modes(options: Options) -> None:
@@ -360,11 +351,11 @@ def _last_answer_s(played: Played) -> float:
 
 def _print(options: Options, source: Source, title: str, summary: LoadSummary, console: Console) -> None:
     from peftopt import report
+    from peftopt.cli.console import print_json
     from peftopt.measurements import as_json
 
     if options.as_json:
-        named = {"variant": source.variant, "url": source.target.url}
-        print(json.dumps(report.as_json.plain({**named, **as_json(summary)}), allow_nan=False))
+        print_json({"variant": source.variant, "url": source.target.url, **as_json(summary)})
         return
     console.table(report.load.HEADER, report.load.rows(summary))
     console.pairs(title, report.load.lines(summary))

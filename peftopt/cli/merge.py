@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,15 +75,14 @@ def merge(
 
 def _preview(params: dict[str, Any], model: Model, as_json: bool) -> None:
     """What a merge would change, largest change first; tensors without a delta are called out."""
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
     from peftopt.jobs import PreviewJob
-    from peftopt.measurements import as_json as plain
     from peftopt.metrics import format_value
     from peftopt.runner import single
 
     changes = single.preview(PreviewJob(plugin="merge", params=params, model=model))
     if as_json:
-        print(json.dumps([plain(change) for change in changes]))
+        print_json({"tensors": changes})
         return
     ratio = {t.name: t.delta_norm / t.weight_norm if t.weight_norm else 0.0 for t in changes}
     rows = [

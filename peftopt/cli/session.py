@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from peftopt.cli import proposed, screen
-from peftopt.cli.console import Console
+from peftopt.cli.console import Console, print_json
 from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, MissingEnvironment
 from peftopt.metrics import counted
 from peftopt.watch.running import Heard, Kept, Source, Watch
@@ -95,7 +94,7 @@ class Session:
     def _tell(self, heard: Heard) -> None:
         if self.options.as_json:
             for values in screen.records(heard, self.watch):
-                print(json.dumps(values), flush=True)
+                print_json(values)
         elif not self.options.once and not self.live:
             for line in screen.lines(heard, self.watch):
                 self.console.say(line)
@@ -151,7 +150,7 @@ class Session:
             about = self._about()
             ended = {"kind": "outcome", "outcome": outcome, "exit_code": EXITS[outcome], "windows": self.watch.heard}
             told = {"false_alarms": about.budget, "unwatched": about.unwatched, "notices": about.notices}
-            print(json.dumps({**ended, **told, "left_out": dict(self.reading.left_out)}))
+            print_json({**ended, **told, "left_out": self.reading.left_out})
         elif not self.options.once:
             self.console.say(*screen.WORDS[outcome])
         if "range" in self.kinds and (self.options.propose or not self.options.as_json):

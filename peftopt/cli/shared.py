@@ -8,7 +8,6 @@ import json
 import re
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -28,7 +27,6 @@ Record = TypeVar("Record", bound="DataclassInstance")
 app = typer.Typer(
     help="Make a PEFT model fast in production: merge, quantize, compile, benchmark, decide.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -100,11 +98,12 @@ def find_run(given: Path | None, results: Path, recipe: str = "") -> Path:
 def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = None) -> None:
     """Judge a run's folder (`judged.judge`), print the table, exit with the outcome."""
     from peftopt import report, store
+    from peftopt.cli.console import print_json
     from peftopt.runner import judged
 
     decision = judged.judge(folder, console.warn, recipe, beside(folder))
     if as_json:
-        print(store.read_text(folder / "decision.json"))
+        print_json(json.loads(store.read_text(folder / "decision.json")))
     else:
         header, rows = report.table.rows(decision, compact=True)
         console.table(header, rows, [v.outcome for v in decision.variants])
@@ -119,7 +118,8 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
 def beside(folder: Path) -> list[Section]:
     """What else is known of a run, for its reports: its diagnosis and its plan, where `diagnose --run` left
     them."""
-    from peftopt.diagnose import keeping, page, planning
+    from peftopt.diagnose import keeping, page
+    from peftopt.diagnose.planning import planning
 
     diagnosed = [page.section(keeping.read(folder))] if (folder / keeping.DIAGNOSIS).exists() else []
     planned = planning.section(folder)
@@ -225,18 +225,13 @@ def model_of(base: Path, adapter: Path | None) -> Model:
 
 
 def print_lines(title: str, lines: dict[str, str], result: Any, as_json: bool) -> None:
-    """Print a result: `found` as one line of JSON, or a title with its named `lines`."""
-    from peftopt.cli.console import Console
+    """Print a result as JSON, or a title with its named `lines`."""
+    from peftopt.cli.console import Console, print_json
 
     if as_json:
-        print(json.dumps(result, default=plain))
+        print_json(result)
     else:
         Console().pairs(title, lines)
-
-
-def plain(value: Any) -> Any:
-    """What json.dumps asks for a value that it cannot write: a dataclass as a mapping, anything else as text."""
-    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
 
 def named(text: str) -> tuple[str, Path]:

@@ -17,7 +17,7 @@ from peftopt.metrics import counted, format_value, percent
 
 if TYPE_CHECKING:
     from peftopt.cli.console import Console
-    from peftopt.diagnose.soaked import Judged, Soaked, Trend
+    from peftopt.diagnose.unloading.soaked import Judged, Soaked, Trend
     from peftopt.records import Json
 
 SHORTEST = 0.2
@@ -44,9 +44,9 @@ class Asked:
 def soak(asked: Asked) -> NoReturn:
     """Soak a server, print what came of it, and exit with its outcome."""
     from peftopt import corpus
-    from peftopt.cli.console import Console
-    from peftopt.diagnose import soaked, soaking
-    from peftopt.diagnose.cycles import Elsewhere, Server
+    from peftopt.cli.console import Console, print_json
+    from peftopt.diagnose.unloading import soaked, soaking
+    from peftopt.diagnose.unloading.cycles import Elsewhere, Server
     from peftopt.loadtest.protocols import Target
 
     _check(asked)
@@ -69,7 +69,7 @@ def soak(asked: Asked) -> NoReturn:
     if asked.out:
         _write(asked.out, values)
     if asked.as_json:
-        print(json.dumps(values, allow_nan=False))
+        print_json(values)
     else:
         _print(console, run, judged)
     raise typer.Exit(judged.outcome)
@@ -98,7 +98,7 @@ def _write(out: Path, values: Json) -> None:
 
 def _values(asked: Asked, run: Soaked, judged: Judged) -> Json:
     """All of it for programs; a bound that is not known is null."""
-    from peftopt.diagnose import soaked
+    from peftopt.diagnose.unloading import soaked
     from peftopt.measurements import as_json
     from peftopt.report.as_json import plain
 
@@ -132,7 +132,7 @@ def _values(asked: Asked, run: Soaked, judged: Judged) -> Json:
 
 
 def _print(console: Console, run: Soaked, judged: Judged) -> None:
-    from peftopt.diagnose import soaked
+    from peftopt.diagnose.unloading import soaked
 
     whole = {
         "soaked": f"{60 * judged.hours:.1f} minutes in {counted(len(run.windows), 'window')}, "

@@ -78,6 +78,8 @@ class Index:
         """Variant@workload -> what its loads lack, where they were run apart from the race."""
         self.production: dict[str, list[Load]] = defaultdict(list)
         """Variant -> what users were answered by it, of no workload: no rule reads it."""
+        self.loads_apart: dict[str, list[Load]] = defaultdict(list)
+        """Variant -> loads of other rates than a workload's, as `peftopt load --rate` sends them: no rule reads it."""
         self.forecasts: list[tuple[str, str, Forecast]] = []
         """What was expected before the run: variant, workload, and what of it."""
         self.figures: dict[tuple[str, float], Mapping[str, Interval]] = {}
@@ -96,6 +98,8 @@ class Index:
                     loads[m.workload].append((m.variant, load))
                 case Load(source=source) as load if source == SERVED and not m.workload:
                     self.production[m.variant].append(load)
+                case Load() as load if not m.workload:
+                    self.loads_apart[m.variant].append(load)
                 case Answer() as answer:
                     self.answers[m.variant, m.launch][answer.row] = answer
                 case Task(task=name, samples=samples) if name and samples is not None:  # imported ones may lack them

@@ -362,6 +362,8 @@ def parity(case: Case) -> Verdict:
     slices = evidence.slices(variant)
     for tag, rows in slices.items():
         within = evidence.disagreement(variant, against, rows)
+        if not within.partings:  # while a run goes on: the adapter's second run has not come to this slice yet
+            continue
         for part in (
             _predictions(within, case.limit, 1, len(slices)),
             _answers(within, case.limit, 1, sound, len(slices)),
@@ -653,10 +655,10 @@ def relative(evidence: Evidence, variant: str, metric: Metric, level: float = 0.
         return figure(evidence, variant, metric, level)
     if metric.name in ("accuracy", "validity"):
         ours, theirs = (_kept_as(metric.name, evidence.rows(name)) for name in (variant, evidence.baseline))
-        return _score_ratio(ours, theirs, level)
+        return score_ratio(ours, theirs, level)
     if metric.name.startswith(TASK):
         mine, reference = (evidence.tasks[v].get(metric.name, {}) for v in (variant, evidence.baseline))
-        return _score_ratio(mine, reference, level)
+        return score_ratio(mine, reference, level)
     both = (1 + level) / 2
     own, base = (figure(evidence, v, metric, both) for v in (variant, evidence.baseline))
     if own is None or base is None or not base.estimate:
@@ -670,7 +672,7 @@ def _kept_as(metric: str, answers: Rows) -> dict[str, float]:
     return {row: float(a.valid if metric == "validity" else a.correct) for row, a in answers.items()}
 
 
-def _score_ratio(ours: Mapping[str, float], theirs: Mapping[str, float], level: float) -> Interval | None:
+def score_ratio(ours: Mapping[str, float], theirs: Mapping[str, float], level: float) -> Interval | None:
     """Mean score over the baseline's on the same rows: exact for rows that are right or wrong, and for rows that all
     kept their score; else by the delta method."""
     shared = sorted(ours.keys() & theirs.keys())

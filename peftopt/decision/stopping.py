@@ -64,6 +64,9 @@ def _needs_block(evidence: Evidence, variant: Variant, workload: str) -> bool:
         return False
     if variant.name == evidence.baseline:
         return False
+    recipe = evidence.plan.recipe
+    if workload == recipe.minimize.workload and n < recipe.measure.min_blocks:
+        return True
     return any(v.workload == workload and v.outcome == "inconclusive" and not v.hopeless for v in found)
 
 

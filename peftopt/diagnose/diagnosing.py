@@ -10,11 +10,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from peftopt import machine, stats
-from peftopt.diagnose import batching, choice, company, keeping, prompts, unfused, unloading
-from peftopt.diagnose.measured import TURNS, Turns
-from peftopt.diagnose.passing import Pass
+from peftopt.diagnose import keeping
+from peftopt.diagnose.bottlenecks import batching, choice, prompts, unfused, unloading
+from peftopt.diagnose.measuring import company
+from peftopt.diagnose.measuring.measured import TURNS, Turns
+from peftopt.diagnose.measuring.passing import Pass
+from peftopt.diagnose.measuring.serving import Servers
 from peftopt.diagnose.records import Bottleneck, Diagnosis, Row
-from peftopt.diagnose.serving import Servers
 from peftopt.diagnose.setting import Setting
 from peftopt.records import Interval
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from peftopt import stats
 from peftopt.decision.evidence import exp
 from peftopt.diagnose.records import FREE, Finding
+from peftopt.metrics import counted
 from peftopt.records import Interval
 
 LEVEL = 0.95
-"""Of the intervals that are shown."""
+"""Of intervals by which nothing is judged: what advice gained, slopes, differences in milliseconds."""
 
 FAMILY = 33
 """Comparisons that a diagnosis may make: they share its error, so that a clean engine is called costly by none."""
@@ -25,6 +26,9 @@ LOOKS, SHARES = (12, 18, 27, 40, 60), (0.82, 0.06, 0.05, 0.04, 0.03)
 """Numbers of blocks at which a comparison is judged, and the share of ALPHA of each. The first that decides is final,
 so blocks may be added. Twelve blocks all say the same by chance once in 2^12 times, which all of FAMILY may do."""
 
+LEVELS = tuple(1 - 2 * ALPHA * share / FAMILY for share in SHARES)
+"""Of the two-sided interval that is judged at each look."""
+
 LAUNCHES = 1.05
 """How far two launches of one and the same server may differ: what lies within is not a cost of what they differ in.
 Two launches are one pair, and no number of blocks shows what they brought."""
@@ -32,11 +36,29 @@ Two launches are one pair, and no number of blocks shows what they brought."""
 
 @dataclass(frozen=True)
 class Judged:
-    """What blocks say: the `ratio` of times at LEVEL, the number of blocks, and the finding."""
+    """What blocks say. `ratio` of times, with the interval that was judged: of the blocks and at the level of the look
+    that decided it, or of the last one. All of it above `costly` is a cost, all of it below `free` is none. `blocks`:
+    how many there are."""
 
     finding: Finding
     ratio: Interval
     blocks: int
+    free: float
+    costly: float
+
+    @property
+    def why(self) -> str:
+        """Why it is undecided; "" of what is decided."""
+        if self.finding != "undecided":
+            return ""
+        if self.blocks < LOOKS[0]:
+            return f"{counted(self.blocks, 'block')} of the {LOOKS[0]} after which it is judged first"
+        interval = f"{self.ratio.low:.2f}x to {self.ratio.high:.2f}x"
+        limits = f"{self.costly:.2f}x" if self.costly == self.free else f"{self.costly:.2f}x (two servers)"
+        return (
+            f"the {level_text(self.ratio.level)} interval that is judged is {interval}: a cost is all above {limits}, "
+            f"no cost all below {self.free:.2f}x"
+        )
 
 
 def judged(logs: Sequence[float], one_server: bool = True, most: float = FREE) -> Judged:
@@ -44,23 +66,35 @@ def judged(logs: Sequence[float], one_server: bool = True, most: float = FREE) -
 
     Raises ValueError for a log that is not finite.
     """
-    ratio = exp(stats.hodges_lehmann(logs, LEVEL))
-    limit = math.log(most)
-    margin = 0.0 if one_server else math.log(LAUNCHES)
-    for look, share in zip(LOOKS, SHARES, strict=True):
+    costly = most if one_server else most * LAUNCHES
+    ratio = exp(stats.hodges_lehmann(logs[: LOOKS[0]], LEVELS[0]))
+    for look, level in zip(LOOKS, LEVELS, strict=True):
         if look > len(logs):
             break
-        interval = stats.hodges_lehmann(logs[:look], 1 - 2 * ALPHA * share / FAMILY)
-        if interval.low > limit + margin:
-            return Judged("costs", ratio, len(logs))
-        if interval.high < limit:
-            return Judged("no cost", ratio, len(logs))
-    return Judged("undecided", ratio, len(logs))
+        ratio = exp(stats.hodges_lehmann(logs[:look], level))
+        if ratio.low > costly:
+            return Judged("costs", ratio, len(logs), most, costly)
+        if ratio.high < most:
+            return Judged("no cost", ratio, len(logs), most, costly)
+    return Judged("undecided", ratio, len(logs), most, costly)
 
 
 def next_look(blocks: int) -> int:
     """How many blocks to have next: the first look after so many; as many again past the last."""
     return next((look for look in LOOKS if look > blocks), blocks + LOOKS[-1])
+
+
+def level_text(level: float) -> str:
+    """A level with as many places as tell it from certainty: "99.95 %"."""
+    missing = 100 * (1 - level)
+    places = max(0, math.ceil(-math.log10(missing))) if missing > 0 else 0
+    return f"{100 * level:.{places}f} %"
+
+
+def ratio(costly: Sequence[float], plain: Sequence[float]) -> Interval | None:
+    """The times over others, paired by block, at LEVEL; None without blocks."""
+    logs = logs_of(costly, plain)
+    return exp(stats.hodges_lehmann(logs, LEVEL)) if logs else None
 
 
 def difference(costly: Sequence[float], plain: Sequence[float]) -> Interval:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from peftopt import store
-from peftopt.diagnose.measured import TURNS
+from peftopt.diagnose.measuring.measured import TURNS
 from peftopt.diagnose.records import Diagnosis
 from peftopt.diagnose.setting import Setting
 from peftopt.errors import BadInput, MissingEnvironment

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from peftopt.diagnose import screen
-from peftopt.diagnose.judging import ALPHA, FAMILY, LAUNCHES, LEVEL, LOOKS
+from peftopt.diagnose.judging import ALPHA, FAMILY, LAUNCHES, LEVEL, LEVELS, LOOKS, level_text
 from peftopt.diagnose.records import BOTTLENECKS, FREE, Diagnosis, Row
 from peftopt.metrics import counted, format_value, percent
 from peftopt.report import html, markdown
@@ -15,14 +16,16 @@ HEADER = ["part", "phase", "batch", "finding", "costs", "of a request", "what to
 
 HOW_TO_READ = (
     "A row compares two ways of serving that differ in one thing, asked in turns in random order, block by block.",
-    f"costs: the ratio of times with it to times without it, with its {percent(LEVEL)} interval. Surely above "
-    f"{FREE:g}x it is a cost, surely below it is none; else it is undecided, and --more adds blocks.",
+    "costs: the ratio of times with it to times without it, with the interval that is judged: "
+    f"{level_text(LEVELS[0])} at the first look, {level_text(LEVELS[1])} or more later. All of it above {FREE:g}x is a "
+    "cost, all below is none; else it is undecided, and --more adds blocks.",
     f"Rows are judged after {LOOKS[0]} blocks at the earliest. All {FAMILY} comparisons together call something a cost "
     f"that is not one in {percent(ALPHA)} of diagnoses at most.",
     f"Where the two ways are two servers, a cost must be above {FREE * LAUNCHES:.2f}x: launches of one and the same "
     "server differ by some percent, and no number of blocks shows it.",
     "of a request: the part of such a request's time that it takes, which orders the rows.",
-    "gain measured: the time after the advice over the time before, where it was tried here.",
+    "gain measured: the time after the advice over the time before, where it was tried here, with its "
+    f"{percent(LEVEL)} interval.",
 )
 
 
@@ -34,6 +37,7 @@ def pages(diagnosis: Diagnosis) -> Mapping[str, str]:
         "sections.html.j2",
         title=title,
         outcome=outcome(diagnosis),
+        found=found(diagnosis),
         sentence=sentence(diagnosis),
         sections=parts,
         facts=facts(diagnosis),
@@ -52,18 +56,29 @@ def section(diagnosis: Diagnosis) -> Section:
 
 def sections(diagnosis: Diagnosis) -> list[Section]:
     """A section for each bottleneck, its rows dearest first."""
-    found = []
+    parts = []
     for bottleneck, what in BOTTLENECKS.items():
         rows = [row for row in diagnosis.rows if row.bottleneck == bottleneck]
         if rows:
-            found.append(Section(f"{bottleneck}: {what}", _summary(rows), (HEADER, [_cells(row) for row in rows])))
-    return found
+            parts.append(Section(f"{bottleneck}: {what}", _summary(rows), (HEADER, [_cells(row) for row in rows])))
+    return parts
 
 
 def outcome(diagnosis: Diagnosis) -> str:
-    """The finding that a page begins with."""
-    findings = [row.finding for row in diagnosis.rows]
-    return next((screen.OUTCOMES[each] for each in ("fault", "undecided") if each in findings), "accepted")
+    """The colour of a page's badge: that of the worst finding."""
+    findings = {row.finding for row in diagnosis.rows}
+    return next((colour for finding, colour in screen.OUTCOMES.items() if finding in findings), "not judged")
+
+
+def found(diagnosis: Diagnosis) -> str:
+    """What the badge says: "3 costs found, 5 rows undecided"."""
+    count = Counter(row.finding for row in diagnosis.rows)
+    if not count.keys() - {"not asked"}:
+        return "nothing measured"
+    parts = [counted(count["fault"], "fault")] if count["fault"] else []
+    parts.append(f"{counted(count['costs'], 'cost') if count['costs'] else 'no costs'} found")
+    parts += [f"{counted(count['undecided'], 'row')} undecided"] if count["undecided"] else []
+    return ", ".join(parts)
 
 
 def sentence(diagnosis: Diagnosis) -> str:
@@ -76,7 +91,10 @@ def sentence(diagnosis: Diagnosis) -> str:
         dearest = costly[0].sentence.partition("; ")[0]  # what explains it stands in its row
         return f"Of {counted(len(costly), 'cost')} the dearest is this. {dearest}"
     open_ = screen.undecided(diagnosis)
-    return f"No cost is sure; {counted(len(open_), 'row')} undecided" if open_ else "Nothing that was measured costs"
+    if open_:
+        return f"No cost is sure; {counted(len(open_), 'row')} undecided"
+    judged = any(row.finding == "no cost" for row in diagnosis.rows)
+    return "Nothing that was measured costs" if judged else "Nothing could be measured"
 
 
 def facts(diagnosis: Diagnosis) -> list[tuple[str, str]]:

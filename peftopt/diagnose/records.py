@@ -30,10 +30,11 @@ FREE = 1.03
 class Row:
     """One part of a bottleneck: two ways of serving that differ in one thing, measured in turns.
 
-    `ratio` is the time (or memory) with it over the time without it, paired by block: 1.12 = 12 % more. `extra` is the
-    difference in `unit`. `share` orders rows: the part of a usual request's time that it takes, 0 to 1; None where the
-    row is not about a request's time. `advice` is what to do, as a command, flag or setting; `gain` what that gained
-    where it was measured here, as a ratio of times (0.7 = 30 % less), with `gained` in words; None where it was not.
+    `ratio` is the time (or memory) with it over the time without it, paired by block: 1.12 = 12 % more; of what was
+    judged, with the interval that was judged, at its level. `extra` is the difference in `unit`. `share` orders rows:
+    the part of a usual request's time that it takes, 0 to 1; None where the row is not about a request's time. `advice`
+    is what to do, as a command, flag or setting; `gain` what that gained where it was measured here, as a ratio of
+    times (0.7 = 30 % less), with `gained` in words; None where it was not. `why` it is undecided, or was not asked.
     """
 
     bottleneck: Bottleneck

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from peftopt.diagnose.judging import LEVELS, level_text
 from peftopt.diagnose.records import BOTTLENECKS, Diagnosis, Finding, Row
 from peftopt.metrics import counted, format_value, percent
 from peftopt.records import Interval
@@ -68,6 +69,7 @@ def lines(diagnosis: Diagnosis) -> list[str]:
     threads = counted(diagnosis.threads, "thread")
     took = format_value("load_time", diagnosis.seconds)
     told = [f"a lone request takes {usual}; engine {diagnosis.engine}, {threads}; measured in {took}"]
+    told += [f"costs are shown with the interval that is judged, at {level_text(LEVELS[0])} or more"]
     told += [f"fault: {row.sentence}" for row in diagnosis.rows if row.finding == "fault"]
     rest = undecided(diagnosis)[MOST_OPEN:]
     if rest:

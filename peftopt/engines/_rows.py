@@ -19,6 +19,11 @@ UNAPPLIED = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_
 """What a generation config may ask of every answer, and rows do not do."""
 
 
+ALONE = "the compiled engine serves a model alone, without adapters or baked prompts"
+BESIDE = "merge an adapter and serve the result (peftopt merge), or use --engine eager, which serves baked prompts too"
+"""What is refused, and what to do."""
+
+
 class Rows:
     """The rows of one adapter, and the cache behind them. `logits` [rows, vocabulary]: what the model says next of
     each. A row's tokens are the last columns of the cache; what is left of them is padding."""
@@ -263,7 +268,7 @@ class CompiledServed(compiled.Compiled, Limits):
         return min(filter(None, (self._params.cache_len, self._longest, super().context)))
 
     def add(self, name: str, folder: str) -> Any:
-        raise BadInput("the compiled engine serves a merged model alone", "merge the adapter, or use --engine eager")
+        raise BadInput(ALONE, BESIDE)
 
     def remove(self, name: str) -> None:
         raise NotImplementedError("it has no adapters")

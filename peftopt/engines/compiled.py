@@ -165,6 +165,8 @@ class Compiled(eager.Transformers):
         """By the graphs of the batch's shape; as `eager`, and counted, where no graph takes it."""
         import torch
 
+        if self._bare:  # the graphs have the adapters in them
+            return super().generate(prompts, new_tokens, stop)
         shape = self._shape(len(prompts), max(map(len, prompts)) + new_tokens, timed=not stop)
         if isinstance(shape, str):
             self._uncompiled[shape] += 1
@@ -188,7 +190,7 @@ class Compiled(eager.Transformers):
         """Feed the answers to the compiled step, token by token: these are the predictions of the graphs themselves."""
         import torch
 
-        if self.virtual_tokens and not self._prefix:  # left out for a while, and the graphs begin with it
+        if self._bare:  # the graphs have the adapters in them
             return super().score(prompts, answers)
         longest = max(map(len, answers))
         shape = self._shape(len(prompts), max(map(len, prompts)) + longest, timed=False)

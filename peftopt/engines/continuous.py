@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,16 @@ class Continuous(eager.Transformers):
         """As `eager`, whose attention is put back for it: nothing is generated here, so nothing is batched."""
         self._rest()
         return super().score(prompts, answers)
+
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The base alone answers and scores, for as long as this context lasts."""
+        self._rest()  # its rows begin after the baked prompt
+        with super().without_adapters():
+            try:
+                yield
+            finally:
+                self._rest()
 
     def close(self) -> None:
         """End the manager's thread, and free the model."""

@@ -69,6 +69,7 @@ class Transformers(Text):
         if len(adapters) > 1:
             loaded.base_model.set_adapter([f"adapter{index}" for index in range(len(adapters))])
         self._prefix = baked.load(prompt, loaded) if prompt else None
+        self._bare = False
         self.adapter_switch_time = time.perf_counter() - started if model.adapters else None
         self._model = loaded
         self._owners = [loaded, loaded.get_base_model()] if adapters else [loaded]
@@ -173,12 +174,14 @@ class Transformers(Text):
     def without_adapters(self) -> Iterator[None]:
         """The base alone answers and scores, for as long as this context lasts."""
         owner, prefix, task = self._owners[0], self._prefix, self._task
+        adapted = hasattr(owner, "peft_config")
         self._prefix = self._task = None
+        self._bare = adapted or prefix is not None
         try:
-            with owner.disable_adapter() if hasattr(owner, "peft_config") else contextlib.nullcontext():
+            with owner.disable_adapter() if adapted else contextlib.nullcontext():
                 yield
         finally:
-            self._prefix, self._task = prefix, task
+            self._prefix, self._task, self._bare = prefix, task, False
 
     def close(self) -> None:
         """Drop the model; on a GPU, also hand back the memory that torch caches."""
@@ -245,8 +248,18 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 
 @contextlib.contextmanager
 def contiguous_inputs(head: Any) -> Iterator[None]:
-    """Hand the output head whole rows: on a slice of the sequence, PyTorch on CPU copies its weight for every row."""
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    """Hand the output head rows of their own, where it is asked for a slice of the sequence.
+
+    PEFT freezes a base's weights, and of a frozen weight PyTorch on a CPU makes a copy for every row of such a slice,
+    twelve times the work of the product itself: `matmul` goes by strides. So it does for a lone row, which passes for
+    contiguous and keeps the strides of its slice; hence a copy of the rows, not `contiguous`.
+    """
+    import torch
+
+    def own(_: Any, inputs: tuple[Any, ...]) -> tuple[Any]:
+        return (inputs[0].clone(memory_format=torch.contiguous_format),)
+
+    hook = head.register_forward_pre_hook(own)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peftopt import environments, machine
+from peftopt.engines import _rows
 from peftopt.engines._server import Server, check_port, free_port
 from peftopt.errors import BadInput
 from peftopt.gateway.sampling import weights_bytes
@@ -100,7 +101,7 @@ def check(engine: str, adapters: int) -> None:
             "serve the merged model there (peftopt merge, peftopt quantize --method gguf), or several on vllm or eager",
         )
     if adapters and engine not in ("vllm", "eager"):
-        raise BadInput(f"the engine {engine} serves a merged model, without adapters", "merge, or take eager")
+        raise BadInput(_rows.ALONE, _rows.BESIDE)
 
 
 def _vllm(wanted: Wanted, port: int) -> Start:

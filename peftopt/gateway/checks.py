@@ -7,7 +7,8 @@ from pathlib import Path
 
 from peftopt.errors import BadInput
 from peftopt.models import baked
-from peftopt.models.adapter import WEIGHTS, check_link
+from peftopt.models.adapter import WEIGHTS
+from peftopt.models.folders import check_link
 from peftopt.records import SAFETENSORS
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from peftopt import identity
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.models import baked
-from peftopt.models.adapter import CONFIG, WEIGHTS, check_link
+from peftopt.models.adapter import CONFIG, WEIGHTS
+from peftopt.models.folders import check_link
 
 MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".gguf")
 """What is copied of a merged model: all that engines read, and no pickles and no code."""

@@ -57,9 +57,12 @@ class Trials:
         """How many windows and pairs of requests each was last judged by."""
         self._tasks: dict[str, set[asyncio.Task[None]]] = {}
         self._shadows = 0
+        self._concluding: dict[str, Outcome] = {}
+        """What came of trials whose routes are being changed for it."""
 
     def __contains__(self, name: str) -> bool:
-        return name in self.registry.trials
+        """Whether it is on trial, or what came of its trial is being done."""
+        return name in self.registry.trials or name in self._concluding
 
     # ---- begin and end
 
@@ -260,7 +263,7 @@ class Trials:
         """What came of the last trial of a route, or how it stands; None where there was none."""
         trial = self.registry.trials.get(name)
         if trial is None:
-            return self.registry.ended.get(name)
+            return self._concluding.get(name) or self.registry.ended.get(name)
         judged = trial.judge(self._labelled(name))
         said = f"{trial.version} has been on trial for {trial.passed_s:.0f} s: {judged.rule}: {judged.said}"
         return Outcome(INCONCLUSIVE, said, trial.version.rpartition("@")[2], judged.verdicts)
@@ -275,10 +278,14 @@ class Trials:
     async def _conclude(self, name: str, version: Version, judged: Judged, trial: Trial) -> None:
         del self.registry.trials[name]
         self._stop(name)
+        said = f"{version.served} is judged, {judged.outcome} by {judged.rule}, and its route is being changed"
+        self._concluding[name] = Outcome(INCONCLUSIVE, said, version.id, judged.verdicts)
         try:
             outcome = await self._done(name, version, judged, trial.terms)
         except PeftoptError as error:  # as a disk that is full: nothing was changed
             outcome = Outcome(INCONCLUSIVE, f"{judged.said}, but {error.message}", version.id, judged.verdicts)
+        finally:
+            del self._concluding[name]
         self.registry.ended[name] = outcome
         self._save()
         self.lives.tell(f"{name}: {outcome.said}")

@@ -234,6 +234,14 @@ def _notes(client: Client, traffic_: Traffic, played: Played) -> list[str]:
     return notes
 
 
+def service_levels(texts: Sequence[str]) -> list[Slo]:
+    """Service levels as one writes them, such as "ttft <= 500 ms". Raises BadInput for what is not one."""
+    try:
+        return [summary.slo(text) for text in texts]
+    except ValueError as error:
+        raise BadInput(f"--slo {error}", "write it like ttft <= 500 ms") from error
+
+
 def of_workload(workload: Workload, seed: int) -> dict[str, Json]:
     """What a recipe's workload says of a Traffic, and its `rate` where requests come at one. Batches that are asked one
     after the other are a closed loop of as many users."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from peftopt import identity
 from peftopt.errors import BadInput
 from peftopt.models.checkpoint import ADAPTER, Checkpoint, Entry, alike, open_model
+from peftopt.models.folders import check_files
 from peftopt.records import Json
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", ADAPTER
@@ -120,11 +121,11 @@ def open_adapter(folder: Path, weight: float = 1.0) -> Adapter:
         if below := sorted(file.parent.name for file in folder.glob(f"*/{CONFIG}")):
             hint = f"give one of those inside it: {', '.join(below)}"
         raise BadInput(f"{folder} is not an adapter: it has no {CONFIG}", hint)
+    check_files(folder)
     config = _config(folder / CONFIG)
     file = folder / WEIGHTS
     if not file.is_file():
         raise _without_weights(folder)
-    check_link(file, folder)
     _check_config(folder, config)
     adapter = Adapter(folder, config, Checkpoint([file]), weight)
     _check_tensors(adapter)
@@ -226,14 +227,6 @@ def is_embedding(key: str) -> bool:
     while ending := next((part for part in COPIES if module.endswith(part)), ""):
         module = module.removesuffix(ending)
     return key.endswith(".weight") and module.rpartition(".")[2] in EMBEDDINGS
-
-
-def check_link(file: Path, folder: Path) -> None:
-    """A link may lead to the blobs of the hub's own cache layout, and nowhere else outside the folder."""
-    target, home = file.resolve(), folder.resolve()
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if home not in target.parents and blobs not in target.parents:
-        raise BadInput(f"{file} is a link to {target}, outside the adapter's folder", "copy the file itself")
 
 
 def check_mergeable(adapter: Adapter) -> None:

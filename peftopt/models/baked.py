@@ -21,6 +21,7 @@ from typing import Any
 
 from peftopt import __version__, identity
 from peftopt.errors import BadInput
+from peftopt.models import hf
 from peftopt.models.checkpoint import open_model
 from peftopt.records import FORMAT, Json, Model
 
@@ -211,10 +212,9 @@ def tensors(baked: Baked) -> list[tuple[Any, Any]]:
     Raises BadInput for a file that is broken, or is not of this baked.json.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        by_name = load_file(baked.folder / WEIGHTS)
+        by_name = hf.read_tensors(baked.folder / WEIGHTS)
         layers = [(by_name[f"{n}.keys"], by_name[f"{n}.values"]) for n in range(baked.layers)]
         if any(one.dim() != 3 or one.shape[1] != baked.tokens for pair in layers for one in pair):
             raise ValueError(f"its tensors are not of {baked.tokens} virtual tokens")

@@ -262,13 +262,16 @@ class Draft:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         check_room(self.folder, sum(e.nbytes for entries in self.layout.values() for e in entries))
+        mode = 0o666
+        for file in {entry.file for entry in self.like.entries.values()}:
+            mode &= file.stat().st_mode | 0o600  # who may not read those, may not read these
         for name, wanted in self.layout.items():
             header = _header(name, wanted, self.like)
             placed, end = [], len(header)
             for entry in wanted:
                 placed.append(Entry(entry.name, entry.dtype, entry.shape, self.folder / name, end))
                 end += entry.nbytes
-            handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
             self._handles[self.folder / name] = handle
             os.pwrite(handle, header, 0)
             os.posix_fallocate(handle, 0, end)  # a third faster than letting the writes find their blocks

@@ -15,6 +15,7 @@ from typing import Any
 
 from peftopt.errors import BadInput
 from peftopt.models.adapter import CONFIG, WEIGHTS, is_embedding, open_adapter
+from peftopt.models.folders import check_link
 from peftopt.models.provenance import FILE as PROVENANCE
 from peftopt.records import Model
 
@@ -331,14 +332,23 @@ def adapter_config(adapter: str) -> Any:
 
 def adapter_weights(adapter: str) -> dict[str, Any]:
     """The adapter's tensors by name. Raises BadInput for a pickle, a broken file or a value that is not finite."""
-    from safetensors.torch import load
-
-    folder = open_adapter(Path(adapter)).folder
-    # safetensors' readers of files keep two small objects a tensor for good (0.8.0): 26 KB at each load of 420 tensors
-    weights: dict[str, Any] = load((folder / WEIGHTS).read_bytes())
+    weights = read_tensors(open_adapter(Path(adapter)).folder / WEIGHTS)
     if bad := not_finite(weights):
         raise BadInput(f"adapter {adapter} holds NaN or infinity in {bad}", "its training diverged: train it again")
     return weights
+
+
+def read_tensors(file: Path) -> dict[str, Any]:
+    """All tensors of a safetensors file by name, for files that a server reads again and again. Raises OSError and
+    SafetensorError for one that is broken.
+
+    safetensors' readers of files for torch keep two small objects a tensor for good (0.8.0): 26 KB at each load of 420
+    tensors. The one of bytes keeps none, and neither does the one of files for numpy.
+    """
+    from safetensors.torch import load
+
+    tensors: dict[str, Any] = load(file.read_bytes())
+    return tensors
 
 
 def not_finite(tensors: dict[str, Any]) -> str:
@@ -379,6 +389,7 @@ def copy_extras(source: str, out: Path) -> None:
         if file.is_dir() and file.name == "additional_chat_templates":
             shutil.copytree(file, out / file.name, dirs_exist_ok=True)
         elif file.is_file() and kept and not file.name.startswith("."):
+            check_link(file, Path(source))
             shutil.copyfile(file, out / file.name)
 
 
@@ -433,6 +444,7 @@ def copy_tokenizer(model: Model, out: Path) -> None:
             continue
         (out / name).unlink(missing_ok=True)
         if (home / name).is_file():
+            check_link(home / name, home)
             shutil.copyfile(home / name, out / name)
     if kept and not (out / TEMPLATE).is_file() and (template := _inline_template(base)):
         settings = json.loads((out / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
@@ -445,6 +457,7 @@ def carry_tokenizer(model: Model, out: Path) -> None:
     home = Path(tokenizer_home(model))
     for name in TOKENIZER_FILES if home != Path(model.path) else ():
         if (home / name).is_file():
+            check_link(home / name, home)
             shutil.copyfile(home / name, out / name)
 
 

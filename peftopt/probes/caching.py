@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from peftopt.engines import eager
 from peftopt.measurements import Caching
 
 MATRICES = ("lora_A", "lora_B")
@@ -20,7 +21,7 @@ def look(model: Any, tokens: int, rounds: int) -> Caching:
     """Compute one token after `tokens` others with the cache and without, in turns of random order."""
     import torch
 
-    with torch.inference_mode():
+    with torch.inference_mode(), eager.contiguous_inputs(model.get_output_embeddings()):  # or only `anew` copies it
         ids = torch.randint(0, int(model.config.get_text_config().vocab_size), (1, tokens + 1), device=model.device)
         cache = model(input_ids=ids[:, :-1], use_cache=True, logits_to_keep=1).past_key_values
         held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

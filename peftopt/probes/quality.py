@@ -80,13 +80,13 @@ class Reference:
         tokens = [int(t) for t in self.arrays[_key(row) + ".tokens"]]
         return [*tokens, *[eos] * (len(self.arrays[_key(row) + ".ids"]) - len(tokens))]
 
-    def divergence(self, row: Row, scores: Scores) -> tuple[float, float, int]:
-        """Summed KL(reference || variant) in nats, its highest at one token, and at how many the most likely agree."""
+    def divergence(self, row: Row, scores: Scores) -> tuple[np.ndarray, int]:
+        """KL(reference || variant) in nats at each token [n], and at how many the most likely token is the same."""
         import numpy as np
 
         ids, logprobs = self.arrays[_key(row) + ".ids"], self.arrays[_key(row) + ".logprobs"]
         kl = kl_divergence(ids, logprobs, np.array(scores.top_ids), np.array(scores.top_logprobs))
-        return float(kl.sum()), float(kl.max(initial=0.0)), int((ids[:, 0] == np.array(scores.best)).sum())
+        return kl, int((ids[:, 0] == np.array(scores.best)).sum())
 
     def parting(self, row: Row, scores: Scores) -> tuple[int, float] | None:
         """(the first position at which the most likely token is not the reference's, by how many nats the reference
@@ -344,12 +344,13 @@ def _scored(answer: Answer, row: Row, scores: Scores, known: Reference | None) -
     answer = replace(answer, flags=flags, nll=-sum(scores.logprobs), scored_tokens=len(scores.logprobs))
     if known is None:
         return answer
-    kl, kl_worst, agree = known.divergence(row, scores)
+    kl, agree = known.divergence(row, scores)
     kept, shift = known.survival(row, scores) or (None, None)
     return replace(
         answer,
-        kl=kl,
-        kl_worst=kl_worst,
+        kl=float(kl.sum()),
+        kl_worst=float(kl.max(initial=0.0)),
+        kl_tokens=tuple(float(f"{each:.3g}") for each in kl),
         agree=agree,
         parting=known.parting(row, scores),
         noise=tuple(known.noise(row, scores)),

@@ -2,7 +2,8 @@
 
 A *reader* takes a YAML node and its key path and returns a value, or raises ValueError that says what it must
 be. `Reader[int]` returns whole numbers. A broken value reads as None with its mistake noted, so that reading goes on to
-the next one.
+the next one. Each reader also says as JSON Schema what one may write, for editors. A schema may take more than its
+reader: what must hold between values, a reader alone knows.
 """
 
 from __future__ import annotations
@@ -10,38 +11,39 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import re
-import types
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Generic, TypeGuard, TypeVar
 
 import yaml
-from yaml.reader import ReaderError
 
+from peftopt import docstrings
 from peftopt.errors import PeftoptError
-from peftopt.records import NAME
+from peftopt.recipe.document import Problem, Unreadable, compose
+from peftopt.records import NAME, JsonValue
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-MAX_CHARACTERS = 2**20
-"""Cap on a document's text. As the two below: far above any real one, far below what would slow this machine down."""
-
-MAX_NODES = 2_000
-"""Cap on a document's values."""
-
-MAX_DEPTH = 20
-"""Cap on how deep a document's values are nested."""
-
-_QUANTITY = re.compile(r"([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([a-z%]*)")
-
 Value = TypeVar("Value")
+Kept = TypeVar("Kept", covariant=True)
 Record = TypeVar("Record", bound="DataclassInstance")
-Reader = Callable[[yaml.Node, str], Value]
 
-Problem = tuple[int, str, str]
-"""A mistake: its line, what is wrong, and a hint."""
+Schema = dict[str, JsonValue]
+"""A JSON Schema (draft 7, which editors know)."""
+
+
+@dataclass(frozen=True)
+class Reader(Generic[Kept]):
+    """Reads one kind of value. `schema` makes the JSON Schema of what it takes."""
+
+    read: Callable[[yaml.Node, str], Kept]
+    schema: Callable[[], Schema]
+
+    def __call__(self, node: yaml.Node, at: str) -> Kept:
+        """The value of a node that is written at this key path. Raises Wrong or another ValueError."""
+        return self.read(node, at)
 
 
 # ---- readers of one value ----------------------------------------------------------------------
@@ -72,92 +74,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(sorted(known))}"
 
 
-def scalar(node: yaml.Node, expected: str) -> str:
-    """The text of a single value. Raises Wrong for nothing, a list or a mapping; `expected` is what it must be."""
-    if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null"):
-        raise Wrong(f"must be {expected}, found {show(node)}")
-    return str(node.value)
-
-
-def text_of(node: yaml.Node, at: str = "") -> str:
-    """A value that is text, not blank, and can be printed. Raises Wrong for others, such as a bare number."""
-    value = scalar(node, "text")
-    if not node.tag.endswith(":str"):
-        raise Wrong(f"must be text, found {show(node)}", "put it in quotes if it is meant as text")
-    if not value.strip() or not value.isprintable():
-        raise Wrong(f"must be text that can be printed, found {show(node)}")
-    return value
-
-
-def whole(low: int, high: int = 1_000_000) -> Reader[int]:
-    """A reader of whole numbers from `low` to `high`, in decimal digits."""
-    expected = f"a whole number from {low:,} to {high:,}"
-
-    def read(node: yaml.Node, at: str) -> int:
-        value = scalar(node, expected)
-        plain = node.tag.endswith(":int") and re.fullmatch(r"[+-]?[0-9]{1,18}", value)
-        if not plain or not low <= int(value) <= high:
-            raise Wrong(f"must be {expected}, found {show(node)}")
-        return int(value)
-
-    return read
-
-
-def quantity(units: Mapping[str, float], low: float, high: float, expected: str) -> Reader[float]:
-    """A number and its unit, "" being the bare number: "15 %" with {"": 1, "%": 100}, units per base unit."""
-
-    def read(node: yaml.Node, at: str) -> float:
-        match = _QUANTITY.fullmatch(scalar(node, expected).strip())
-        amount = float(match[1]) / units.get(match[2], math.nan) if match else math.nan
-        if not low <= amount <= high:
-            raise Wrong(f"must be {expected}, found {show(node)}")
-        return amount
-
-    return read
-
-
-def words(known: Mapping[str, Value]) -> Reader[Value]:
-    """A reader of one of these words; it returns what the word stands for."""
-    expected = f"one of {', '.join(known)}"
-
-    def read(node: yaml.Node, at: str) -> Value:
-        value = scalar(node, expected)
-        if value not in known:
-            raise Wrong(f"must be {expected}, found {show(node)}")
-        return known[value]
-
-    return read
-
-
-def or_off(reader: Reader[Value]) -> Reader[Value | None]:
-    """The reader, which now also reads `off`, as None."""
-    return lambda node, at: None if node.value == "off" else reader(node, at)
-
-
-def typed(annotation: object) -> Reader[object]:
-    """The reader for a field of a plug-in's `Params`. For `X | None`, None is the key left out."""
-    origin = typing.get_origin(annotation)
-    arguments = typing.get_args(annotation)
-    if origin is typing.Literal:
-        return words({str(word): word for word in arguments})
-    if origin in (typing.Union, types.UnionType):
-        (kind,) = (each for each in arguments if each is not types.NoneType)
-        return typed(kind)
-    simple: Mapping[object, Reader[object]] = {
-        int: whole(-(10**9), 10**9),
-        float: quantity({"": 1}, -1e300, 1e300, "a number"),
-        bool: words({"true": True, "false": False}),
-        str: text_of,
-    }
-    return simple[annotation]
-
-
-def share(low: float, high: float) -> Reader[float | None]:
-    """A reader of shares from `low` to `high` (1 is 100 %), written `15 %` or `0.15`; `off` is None."""
-    expected = f"a share from {low * 100:g} % to {high * 100:g} %, such as 15 %, or off"
-    return or_off(quantity({"": 1, "%": 100}, low, high, expected))
-
-
 # ---- walking a document ------------------------------------------------------------------------
 
 
@@ -177,8 +93,8 @@ class Reading:
     def document(self, text: str, reader: Reader[Value]) -> Value | None:
         """What `reader` makes of the one YAML document in `text`; None where it cannot be read, and why is noted."""
         try:
-            root = _compose(text)
-        except _Unreadable as error:
+            root = compose(text)
+        except Unreadable as error:
             self.problems.append(error.problem)
             return None
         self.lines[""] = root.start_mark.line + 1
@@ -212,9 +128,14 @@ class Reading:
                 yield key, path, child
 
     def keys(
-        self, readers: Mapping[str, Reader[Value]], required: Iterable[str] = ()
+        self,
+        readers: Mapping[str, Reader[Value]],
+        required: Sequence[str] = (),
+        meaning: type[DataclassInstance] | None = None,
+        names: Mapping[str, str] = MappingProxyType({}),
     ) -> Reader[dict[str, Value | None]]:
-        """A reader of a mapping that has these keys. Keys that are not written are left out."""
+        """A reader of a mapping that has these keys. Keys that are not written are left out. `meaning`: the record
+        whose fields say what the keys mean; `names`: the field of a key whose name is another."""
 
         def read(node: yaml.Node, at: str) -> dict[str, Value | None]:
             values: dict[str, Value | None] = {}
@@ -231,20 +152,35 @@ class Reading:
                     self.note(at, f"{key!r} is missing", f"add {key}: …")
             return values
 
-        return read
+        def schema() -> Schema:
+            properties = {key: reader.schema() for key, reader in readers.items()}
+            if meaning is None:
+                return _object(properties, required)
+            described = {key: _described(each, meaning, names.get(key, key)) for key, each in properties.items()}
+            return {"description": docstrings.of_class(meaning), **_object(described, required)}
 
-    def record(self, cls: type[Record], readers: Mapping[str, Reader[object]], **given: object) -> Reader[Record]:
-        """A reader of a mapping into a dataclass, which says which keys are required."""
-        needed = [field.name for field in dataclasses.fields(cls) if field.name in readers and _has_no_default(field)]
+        return Reader(read, schema)
+
+    def record(
+        self,
+        cls: type[Record],
+        readers: Mapping[str, Reader[object]],
+        names: Mapping[str, str] = MappingProxyType({}),
+        **given: object,
+    ) -> Reader[Record]:
+        """A reader of a mapping into a dataclass, which says which keys are required, and what each means. `names`: the
+        field of a key whose name is another."""
+        needed = {field.name for field in dataclasses.fields(cls) if _has_no_default(field)}
+        keys = self.keys(readers, [key for key in readers if names.get(key, key) in needed], cls, names)
 
         def read(node: yaml.Node, at: str) -> Record:
             before = len(self.problems)
-            values = self.keys(readers, needed)(node, at)
+            values = {names.get(key, key): value for key, value in keys(node, at).items()}
             if len(self.problems) > before:
                 raise Wrong
             return filled(cls, {**values, **given})
 
-        return read
+        return Reader(read, keys.schema)
 
     def named(self, reader: Callable[[str], Reader[Value]]) -> Reader[dict[str, Value | None]]:
         """A reader of name -> value, where `reader(name)` reads the value."""
@@ -261,7 +197,12 @@ class Reading:
                 raise Wrong("must name at least one")
             return values
 
-        return read
+        def schema() -> Schema:
+            names: Schema = {"pattern": f"^{NAME.pattern}$"}
+            values = reader("NAME").schema()
+            return {"type": "object", "propertyNames": names, "additionalProperties": values, "minProperties": 1}
+
+        return Reader(read, schema)
 
     def list_of(self, reader: Reader[Value]) -> Reader[tuple[Value | None, ...]]:
         """A reader of a list whose items `reader` reads; the values as a tuple."""
@@ -276,7 +217,7 @@ class Reading:
                 values.append(self.value(reader, child, path))
             return tuple(values)
 
-        return read
+        return Reader(read, lambda: {"type": "array", "items": reader.schema()})
 
 
 def filled(cls: type[Record], values: Mapping[str, object]) -> Record:
@@ -290,57 +231,30 @@ def _has_no_default(field: dataclasses.Field[object]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-# ---- YAML, with the parts of it that a recipe does without -------------------------------------
+def _object(properties: Mapping[str, Schema], required: Sequence[str]) -> Schema:
+    """The schema of a mapping with these keys and no others."""
+    needed: Schema = {"required": [*required]} if required else {}
+    return {"type": "object", "properties": {**properties}, **needed, "additionalProperties": False}
 
 
-class _Unreadable(Exception):
-    def __init__(self, line: int, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.problem: Problem = (line, message, hint)
+def one_of(properties: Mapping[str, Schema]) -> Schema:
+    """The schema of a mapping with one of these keys."""
+    return {**_object(properties, ()), "minProperties": 1, "maxProperties": 1}
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without tags and aliases, and with a cap on depth and size."""
-
-    depth = 0
-    nodes = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
-        self.depth += 1
-        self.nodes += 1
-        refused = {
-            "an anchor or an alias: write the value out": getattr(event, "anchor", None),
-            "a YAML tag: remove it": getattr(event, "tag", None),
-            f"nested more than {MAX_DEPTH} levels deep": self.depth > MAX_DEPTH,
-            f"more than {MAX_NODES} values": self.nodes > MAX_NODES,
-        }
-        for message, is_there in refused.items():
-            if is_there:
-                raise _Unreadable(event.start_mark.line + 1, message)
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+def _described(schema: Schema, record: type[DataclassInstance], name: str) -> Schema:
+    """The schema of a field's value, with what its docstring says and its default, where it has them."""
+    (field,) = (field for field in dataclasses.fields(record) if field.name == name)
+    text = docstrings.of_fields(record).get(name)
+    described: Schema = {**schema, "description": text} if text else {**schema}
+    if _may_be_written(field.default, schema):
+        described["default"] = field.default
+    return described
 
 
-def _compose(text: str) -> yaml.Node:
-    """The root node of the one document in `text`; raises _Unreadable."""
-    if len(text) > MAX_CHARACTERS:
-        raise _Unreadable(0, f"more than {MAX_CHARACTERS:,} characters", "is it the right file?")
-    loader = None
-    try:
-        loader = _Loader(text)
-        root = loader.get_single_node()
-    except ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise _Unreadable(line, "a character that cannot be printed", "save it as UTF-8 text") from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line if error.problem_mark else 0
-        if any(written.lstrip(" ").startswith("\t") for written in text.splitlines()[line : line + 1]):
-            raise _Unreadable(line + 1, "indented with a tab", "YAML is indented with spaces") from error
-        raise _Unreadable(line + 1, f"not YAML: {error.problem}") from error
-    except (ValueError, OverflowError) as error:  # an escape that is no character, such as "\UFFFFFFFF"
-        raise _Unreadable(loader.get_mark().line + 1 if loader else 0, f"not YAML: {error}") from error
-    if root is None:
-        raise _Unreadable(1, "the file is empty", "docs/recipes.md shows what a recipe holds")
-    return root
+def _may_be_written(default: object, schema: Schema) -> TypeGuard[bool | int | float | str]:
+    """Whether a default is one that a user could write, and no sign that the key was left out."""
+    low = schema.get("minimum", -math.inf)
+    if isinstance(default, int | float) and isinstance(low, int | float):
+        return default >= low
+    return isinstance(default, str) and bool(default)

@@ -39,27 +39,42 @@ _JUDGED_ON_ANSWERS = ("ratio", "share", "nats")
 
 @dataclass(frozen=True)
 class Sources:
-    """The section `model`: paths of the base and of the adapter."""
+    """The section `model`."""
 
     base: str
+    """The folder of the base model (safetensors)."""
     adapter: str
+    """The folder of the trained adapter, as PEFT saves it."""
 
 
 @dataclass(frozen=True)
 class Sections:
-    """A recipe's sections by their keys. None where one was left out, and where one has a mistake, which is noted."""
+    """Which variants of a model to build, how to measure them, and what they must prove."""
 
+    # None where a section was left out, and where one has a mistake, which is noted
     model: Sources | None = None
+    """The base model and its adapter."""
     seed: int | None = 0
+    """Of all that is drawn at random."""
     calibration: str | None = None
+    """A file of texts that GPTQ, AWQ and W8A8 calibrate on, never the rows that quality is checked on; or generic,
+    texts that come with peftopt."""
     workloads: Mapping[str, Workload | None] | None = None
+    """What is timed: name -> requests."""
     quality: Quality | None = None
+    """Whose answers are checked."""
     measure: Measure | None = _AS_USUAL
+    """How hard to measure."""
     variants: Mapping[str, Variant | None] | None = None
+    """What to build: name -> its steps, in order, the engine last. [] is the base with the adapter on top."""
     baseline: str | None = DEFAULT_BASELINE
+    """The variant that the others are compared with: the adapter as it is served today."""
     tradeoffs: Rows | None = None
+    """When a technique is worth it: default, limits of your own, or the path of a file with such limits."""
     require: tuple[Threshold | None, ...] | None = ()
+    """What the whole variant must meet: your SLA."""
     minimize: Metric | None = None
+    """The one time that variants are ranked by: latency.p50@WORKLOAD, ttft.p50@WORKLOAD, …"""
 
     def recipe(self, name: str, path: str, rules: tuple[Rule, ...]) -> Recipe:
         """The recipe, once no mistake was noted. Raises Wrong where a section has one."""
@@ -101,6 +116,13 @@ def check(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin])
     _check_loads(sections, reading, catalogue)
     _check_minimize(sections, reading)
     _check_metrics(sections, reading)
+    _check_blocks(sections, reading)
+
+
+def _check_blocks(sections: Sections, reading: Reading) -> None:
+    measure = sections.measure
+    if measure and measure.min_blocks > measure.max_blocks:
+        reading.note("measure.min_blocks", "is more than max_blocks", "more blocks than the most are never run")
 
 
 def _check_baseline(sections: Sections, reading: Reading) -> None:

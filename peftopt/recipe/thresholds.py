@@ -8,12 +8,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Literal
 
-from peftopt.metrics import METRICS, UNITS, Unit, known, spec_of
-from peftopt.records import NAME, Metric, Threshold
+from peftopt.metrics import METRICS, TASK, UNITS, Unit, known, spec_of
+from peftopt.records import NAME, JsonValue, Metric, Threshold
 
 Operator = Literal["<=", "<", ">=", ">"]
 
@@ -30,6 +30,26 @@ _EXAMPLES: Mapping[Unit, str] = {
 _OPERATORS: Mapping[str, Operator] = {"<=": "<=", ">=": ">=", "<": "<", ">": ">", "≤": "<=", "≥": ">="}
 _FLIPPED: Mapping[Operator, Operator] = {"<=": ">=", "<": ">", ">=": "<=", ">": "<"}
 _NUMBER = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?)\s*(.*)", re.DOTALL)
+
+
+def _pattern(metrics: Iterable[str]) -> str:
+    """The regular expression of a metric, with the name of a workload where there is one."""
+    return rf"({'|'.join(map(re.escape, metrics))}|{re.escape(TASK)}[A-Za-z0-9_.-]+)\s*(@\s*[A-Za-z0-9_.-]+\s*)?"
+
+
+_TIMES = [name for name, spec in METRICS.items() if spec.per_workload and spec.better == "lower"]
+
+SCHEMA: dict[str, JsonValue] = {
+    "pattern": rf"^\s*{_pattern(METRICS)}({'|'.join(_OPERATORS)})\s*[0-9.].*$",
+    "examples": ["latency.p95@chat <= 400 ms", "accuracy >= 0.95x", "memory <= 2 GB"],
+}
+"""What `parse` takes, as JSON Schema; it says more than a pattern can."""
+
+TIME_SCHEMA: dict[str, JsonValue] = {
+    "pattern": rf"^\s*({'|'.join(map(re.escape, _TIMES))})\s*@\s*[A-Za-z0-9_.-]+\s*$",
+    "examples": ["latency.p50@chat", "ttft.p50@chat"],
+}
+"""What `minimize:` takes."""
 
 
 class BadThreshold(ValueError):

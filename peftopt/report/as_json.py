@@ -15,7 +15,7 @@ from peftopt.records import FORMAT, Decision, Interval, JsonValue
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_UNKNOWN = {"estimate": math.nan, "low": -math.inf, "high": math.inf, "level": math.nan}
+UNKNOWN = {"estimate": math.nan, "low": -math.inf, "high": math.inf, "level": math.nan}
 """What null stands for in an interval, field by field."""
 
 _INTERVAL = {field.name for field in fields(Interval)}
@@ -53,7 +53,7 @@ def without_nulls(value: JsonValue) -> JsonValue:
     if not isinstance(value, dict):
         return value
     if value.keys() == _INTERVAL:
-        return {name: _UNKNOWN.get(name) if each is None else each for name, each in value.items()}
+        return {name: UNKNOWN.get(name) if each is None else each for name, each in value.items()}
     return {name: without_nulls(each) for name, each in value.items()}
 
 

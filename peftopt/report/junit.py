@@ -13,6 +13,9 @@ Case = tuple[str, Outcome, str]
 Tags = Mapping[Outcome, str]
 """The element that tells of an outcome; a case without one has passed."""
 
+Suite = tuple[str, Sequence[Case], Tags]
+"""A name, its cases, and how their outcomes are told."""
+
 UNDECIDED: Tags = {"rejected": "failure", "inconclusive": "error", "not judged": "skipped"}
 TURNED_DOWN: Tags = dict.fromkeys(UNDECIDED, "skipped")
 COUNTED = {"failures": "failure", "errors": "error", "skipped": "skipped"}
@@ -21,14 +24,21 @@ COUNTED = {"failures": "failure", "errors": "error", "skipped": "skipped"}
 def render(decision: Decision) -> str:
     """Where a variant is shipped, what was turned down is skipped, with its reason: CI asks for the decision. Else
     rejected is a failure, inconclusive an error, not judged skipped; to have decided nothing is an error."""
-    suites = ElementTree.Element("testsuites", name="peftopt")
     undecided: Outcome = "inconclusive" if decision.outcome == "not judged" else decision.outcome
-    _suite(suites, decision.recipe, "decision", [("decision", undecided, decision.sentence)], UNDECIDED)
+    suites: list[Suite] = [("decision", [("decision", undecided, decision.sentence)], UNDECIDED)]
     tags = TURNED_DOWN if decision.outcome == "accepted" else UNDECIDED
     for variant in decision.variants:
         cases = list(_cases(variant, variant.name == decision.baseline))
         if cases:
-            _suite(suites, decision.recipe, variant.name, cases, tags)
+            suites.append((variant.name, cases, tags))
+    return document(decision.recipe, suites)
+
+
+def document(recipe: str, parts: Sequence[Suite]) -> str:
+    """The suites of one recipe as a file."""
+    suites = ElementTree.Element("testsuites", name="peftopt")
+    for name, cases, tags in parts:
+        _suite(suites, recipe, name, cases, tags)
     for count in ("tests", *COUNTED):
         suites.set(count, str(sum(int(suite.get(count, "0")) for suite in suites)))
     ElementTree.indent(suites)
@@ -53,6 +63,8 @@ def _suite(suites: ElementTree.Element, recipe: str, name: str, cases: Sequence[
         case = ElementTree.SubElement(suite, "testcase", names)
         tag = tags.get(outcome)
         if tag:
-            ElementTree.SubElement(case, tag, message=words.clean(f"{outcome}: {reason}"), type=outcome)
+            message = words.clean(f"{outcome}: {reason}")
+            # GitHub's readers show the attribute, GitLab the content
+            ElementTree.SubElement(case, tag, message=message, type=outcome).text = message
         else:
             ElementTree.SubElement(case, "system-out").text = words.clean(reason)

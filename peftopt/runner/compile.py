@@ -22,7 +22,7 @@ from peftopt.models.hf import tokenizer_home
 from peftopt.records import Json, Model
 from peftopt.runner.bench import duration_ms, middle_ms
 from peftopt.runner.process import WorkerProcess
-from peftopt.runner.single import DEADLINE_S, absolute, compile_cache, remove_orphans
+from peftopt.runner.single import DEADLINE_S, absolute, compile_cache
 
 ASKED = 8
 """Prompts on which a compiled model's answers are compared with the eager one's."""
@@ -116,7 +116,7 @@ def compile_model(
     for each in traffic:
         template.check(Path(tokenizer_home(model)), each.rows)
     cache = compile_cache(model)
-    remove_orphans(cache)
+    store.remove_orphans(cache)
     _graphs.drop_outdated(cache)
     fresh = Path(tempfile.mkdtemp(prefix=f".{cache.name}.{os.getpid()}.", dir=cache.parent))
     folder = Path(tempfile.mkdtemp(prefix="peftopt-"))

@@ -28,6 +28,7 @@ from peftopt.models.adapter import (
 from peftopt.models.baked import check_base as check_prompt_base
 from peftopt.models.baked import is_baked, open_baked
 from peftopt.models.checkpoint import open_model
+from peftopt.models.folders import WEIGHTS, check_files
 from peftopt.models.hf import tokenizer_home
 from peftopt.models.prompts import check_engine
 from peftopt.models.provenance import read as read_provenance
@@ -235,6 +236,7 @@ def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS
         raise BadInput(f"no model folder at {folder}", hint)
     if not (folder / "config.json").is_file():
         raise BadInput(f"{folder} is not a model: it has no config.json", "give the folder that save_pretrained wrote")
+    check_files(folder, but=WEIGHTS)
     config = _json(folder / "config.json", "a model's config")
     if "auto_map" in config:
         raise BadInput(f"{folder} brings its own code (auto_map)", "peftopt runs only architectures of transformers")

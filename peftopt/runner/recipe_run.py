@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,62 +21,89 @@ from peftopt.errors import BadInput, WorkerFailed
 from peftopt.jobs import BandwidthJob
 from peftopt.measurements import Measured, More
 from peftopt.metrics import counted
-from peftopt.records import Recipe
-from peftopt.runner import build, forecast, preflight
+from peftopt.records import Plan, Recipe
+from peftopt.runner import build, forecast, hashes, preflight
 from peftopt.runner.prepare import make_ready
 from peftopt.runner.process import WorkerProcess
 from peftopt.runner.race import Field, race
 from peftopt.runner.run import Listener, Run, check_baseline, planned
 
 
+@contextlib.contextmanager
 def prepare(
     recipe: Recipe, text: str, results: Path, listener: Listener, fresh: bool = False, more: bool = False
-) -> Run:
+) -> Iterator[Run]:
     """Check the recipe's files, make the plan and open its run folder: an unfinished run of the same plan goes on, and
-    with `more` a finished one too."""
+    with `more` a finished one too. The folder is this process's until the end; see `store.own`."""
     home = store.Store(results.resolve(), listener.warn)
-    plan, key = planned(recipe)
+    plan, key, sources = planned(recipe)
     home.check_writable()
     runs = home.root / "runs"
     mine = sorted(runs.glob(f"*-{recipe.name}-{key}"))
-    unfinished = [f for f in mine if not (f / "decision.json").exists()]
+    unfinished = [folder for folder in mine if not store.is_finished(folder)]
     if mine and more and not unfinished and not fresh:
-        return reopen(mine[-1], listener)
+        with reopen(mine[-1], listener) as run:
+            yield run
+        return
     if unfinished and not fresh:
         folder = unfinished[-1]
         listener.warn(f"going on with the unfinished run {folder.name}")
     else:
         folder = runs / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{recipe.name}-{key}"
-        folder.mkdir(parents=True)
-        store.write(folder / "recipe.yaml", text)
-        store.write(folder / "plan.json", json.dumps(asdict(plan), indent=1))
-        store.write(folder / "machine.json", json.dumps(machine.describe(), indent=1))
-        for line in preflight.prompts(recipe):
-            listener.tell(line)
-        for line in (*preflight.warnings(recipe), *preflight.copies(recipe)):
-            listener.warn(line)
-        for line in preflight.foreseen(recipe):
-            listener.warn(f"cannot be decided: {line}")
-    run = Run(plan, home, folder, listener, store.read(folder / "measurements.jsonl", listener.warn))
-    run.retry()
-    return run
+        folder.mkdir(parents=True, exist_ok=True)
+    with _owned(folder, plan, home, listener) as run:
+        if not (folder / "machine.json").exists():
+            _begin(run, text, sources)
+        run.retry()
+        yield run
 
 
-def reopen(folder: Path, listener: Listener) -> Run:
+def _begin(run: Run, text: str, sources: Mapping[str, str]) -> None:
+    """The first files of a run, and what is known to be wrong with its recipe, of the text `text`; `sources` are the
+    hashes of its base and adapter."""
+    folder, recipe, listener = run.folder, run.recipe, run.listener
+    store.write(folder / "recipe.yaml", text)
+    store.write(folder / "plan.json", json.dumps(asdict(run.plan), indent=1))
+    store.write(folder / hashes.FILE, json.dumps(asdict(hashes.of(recipe, sources)), indent=1))
+    store.write(folder / "machine.json", json.dumps(machine.describe(), indent=1))
+    for line in preflight.prompts(recipe):
+        listener.tell(line)
+    for line in (*preflight.warnings(recipe), *preflight.copies(recipe)):
+        listener.warn(line)
+    for line in preflight.foreseen(recipe):
+        listener.warn(f"cannot be decided: {line}")
+
+
+@contextlib.contextmanager
+def _owned(folder: Path, plan: Plan, home: store.Store, listener: Listener) -> Iterator[Run]:
+    """The run of a folder, which is this process's meanwhile."""
+    lines = folder / "measurements.jsonl"
+    owner = store.own(folder, listener.warn)
+    try:
+        measurements = store.read(lines, listener.warn)
+        store.cut_torn_line(lines)
+        yield Run(plan, home, folder, listener, measurements)
+    finally:
+        store.disown(owner)
+
+
+@contextlib.contextmanager
+def reopen(folder: Path, listener: Listener) -> Iterator[Run]:
     """A run that may get more blocks. Raises BadInput where they would measure something else than its first ones."""
     plan = store.read_plan(folder / "plan.json")
-    now, key = planned(plan.recipe)
+    now, key, _ = planned(plan.recipe)
     if [b.id for b in now.builds] != [b.id for b in plan.builds] or not folder.resolve().name.endswith(f"-{key}"):
         hint = "run the recipe again: a new run measures everything as it is now"
         raise BadInput(f"the models, prompts or libraries of {folder} have changed since it ran", hint)
-    then = json.loads((folder / "machine.json").read_text())
+    then = store.read_object(folder / "machine.json")
     here = json.loads(json.dumps(machine.describe()))
     changed = [key for key in ("cpu", "cores", "gpu") if then.get(key) != here.get(key)]
     if changed:
         hint = "blocks of two machines are not of one race: go on there, or run the recipe here"
         raise BadInput(f"{folder} was measured on another machine: its {', '.join(changed)} differ", hint)
     home = store.Store(folder.resolve().parents[1], listener.warn)
-    return Run(plan, home, folder, listener, store.read(folder / "measurements.jsonl", listener.warn))
+    with _owned(folder, plan, home, listener) as run:
+        yield run
 
 
 def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None) -> None:
@@ -131,6 +159,7 @@ def execute(run: Run, forecasts: bool = True) -> None:
     for workload in others:
         race(run, workload)
         check_baseline(run)
+    store.write(run.folder / store.FINISHED, "")
 
 
 def foretell(run: Run) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from peftopt import corpus, environments, identity, plugins, store
 from peftopt.corpus import Row
@@ -103,9 +103,16 @@ class Run:
         return [v for v in self.recipe.variants.values() if v.name not in failed]
 
 
-def planned(recipe: Recipe) -> tuple[Plan, str]:
-    """The recipe's plan on its files as they are now, and the hash that names what it measures. Raises BadInput for
-    files that cannot work."""
+class Planned(NamedTuple):
+    """A recipe's plan, the hash (`key`) that names what it measures, and those of its base, adapter and calibration."""
+
+    plan: Plan
+    key: str
+    sources: Mapping[str, str]
+
+
+def planned(recipe: Recipe) -> Planned:
+    """The recipe's plan on its files as they are now. Raises BadInput for files that cannot work."""
     preflight.check(recipe)
     sources = {
         "base": identity.of_folder(Path(recipe.base)),
@@ -113,7 +120,7 @@ def planned(recipe: Recipe) -> tuple[Plan, str]:
         "calibration": identity.of_file(corpus.calibration_file(recipe.calibration)) if recipe.calibration else "",
     }
     plan = planning.plan(recipe, sources, environments.versions())
-    return plan, identity.of_value([asdict(plan), sources, _content(recipe)])[:8]
+    return Planned(plan, identity.of_value([asdict(plan), sources, _content(recipe)])[:8], sources)
 
 
 def _content(recipe: Recipe) -> list[str]:

@@ -28,7 +28,7 @@ def stage(recipe: Recipe, results: Path, folder: Path, listener: Listener) -> Ru
     known = plugins.catalogue()
     servers = {name: of(v) for name, v in recipe.variants.items() if known[v.engine.plugin].serves}
     home = store.Store(results.resolve(), listener.warn)
-    plan, _ = planned(replace(recipe, variants=servers))
+    plan = planned(replace(recipe, variants=servers)).plan
     home.check_writable()
     return Run(plan, home, folder, listener)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import shutil
 import tempfile
@@ -13,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from peftopt import environments, machine, plugins, store
-from peftopt.errors import BadInput, MissingEnvironment, Rejected, WorkerFailed, as_input
+from peftopt.errors import BadInput, Rejected, WorkerFailed, as_input, unwritable
 from peftopt.jobs import (
     Change,
     PreviewJob,
@@ -53,7 +52,7 @@ def transform(job: TransformJob, progress: Progress | None = None) -> Transforme
             )
         if made.tier0:
             raise _broken(job.plugin, made, temporary, out)
-        temporary.rename(out)
+        store.move(temporary, out)
     except WorkerFailed as error:
         raise as_input(error) from error
     finally:
@@ -114,9 +113,8 @@ def _broken(plugin: str, transformed: Transformed, made: Path, out: Path) -> Exc
     """The error for a folder that did not pass; one with a certificate is kept aside."""
     if transformed.certificate is None:
         return BadInput(f"{plugin} gave a broken model: {transformed.tier0[0]}", "check the adapter and the base")
-    aside = out.with_name(f"{out.name}.failed")
-    shutil.rmtree(aside, ignore_errors=True)
-    made.rename(aside)
+    aside = store.unused(out.with_name(f"{out.name}.failed"))
+    store.move(made, aside)
     return Rejected(
         f"the {plugin} did not pass its certificate: {transformed.tier0[0].removeprefix('certificate: ')}",
         f"nothing was written to {out}; the result is in {aside}, its parity.json says what was measured",
@@ -129,20 +127,10 @@ def _beside(out: Path) -> Path:
         raise BadInput(f"{out} exists already", "choose another --out or remove it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        remove_orphans(out)
+        store.remove_orphans(out)
         return Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.resolve().parent)) / "model"
     except OSError as error:
-        raise MissingEnvironment(f"cannot write {out}: {error.strerror}", "choose another --out") from error
-
-
-def remove_orphans(out: Path) -> None:
-    """What a killed process left half written under this name."""
-    import psutil
-
-    for folder in out.resolve().parent.glob(f".{glob.escape(out.name)}.*.*"):
-        owner = folder.name.removeprefix(f".{out.name}.").partition(".")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
+        raise unwritable(out, error, "choose another --out") from error
 
 
 def absolute(model: Model) -> Model:

@@ -83,11 +83,10 @@ def _opened(options: argparse.Namespace, adapters: dict[str, str]) -> Model:
     if options.engine == "continuous":
         what = "transformers' continuous batching gives a server neither log-probabilities nor the choice of a token"
         raise BadInput(what, "use --engine eager: there too requests join and leave a running batch")
-    if options.engine == "compiled" and adapters:
-        what = "the compiled engine serves a merged model, without adapters"
-        raise BadInput(what, "merge the adapter and serve the result (peftopt merge), or use --engine eager")
     from peftopt.engines import _rows
 
+    if options.engine == "compiled" and adapters:
+        raise BadInput(_rows.ALONE, _rows.BESIDE)
     if options.engine == "eager":
         return _rows.Served(options.base, options.device)
     return _rows.CompiledServed(options.base, options.device, options.max_batch, options.context or COMPILED_CONTEXT)

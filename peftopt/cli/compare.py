@@ -1,0 +1,123 @@
+"""compare: runs side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peftopt.cli.shared import app
+from peftopt.errors import BadInput
+
+if TYPE_CHECKING:
+    from peftopt.cli.console import Console
+    from peftopt.decision.comparing import Comparison
+    from peftopt.report.words import Table
+
+WIDTH = 100
+"""Characters that a row of what differs may take on the screen."""
+
+ENDINGS = {".html": "html", ".md": "markdown", ".json": "json"}
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Folders of runs, or their decision.json; the first is the reference."),
+    ],
+    form: Annotated[
+        str, typer.Option("--format", help="text, html, markdown or json; by the ending of -o where it is not given.")
+    ] = "",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it to this file.")] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Compare this metric, such as ttft.p50@chat, in place of the usual ones; repeatable."),
+    ] = None,
+) -> None:
+    """Compare runs of other machines, versions or models: what differs, their ratios to their own baselines, their
+    verdicts."""
+    from peftopt import store
+    from peftopt.cli.console import Console
+    from peftopt.decision import comparing
+    from peftopt.report import compared as files
+    from peftopt.report import comparison as told
+    from peftopt.runner import compared
+
+    form = form or _form(output)
+    renderers = {"html": files.as_html, "markdown": files.as_markdown, "json": files.as_json}
+    if form not in ("text", *renderers):
+        raise BadInput(f"--format {form} is not known", "known: text, html, markdown, json")
+    if form == "text" and output:
+        raise BadInput("a file has a format", "give --format html, markdown or json, or name it .html, .md or .json")
+    if len(runs) > told.MOST:
+        raise BadInput(f"{len(runs)} runs are too many to stand side by side", f"give at most {told.MOST}")
+    for name in metric or ():
+        _check(name)
+    console = Console()
+    comparison = comparing.compare([compared.read(run, console.warn) for run in runs], metric or comparing.COMPARED)
+    for name in metric or ():
+        if not any(name in (value.metric, value.metric.partition("@")[0]) for value in comparison.values):
+            raise BadInput(f"no two of the runs have measured {name} of a shared variant", "see docs/metrics.md")
+    if form == "text":
+        _show(console, comparison)
+        return
+    text = renderers[form](comparison)
+    if output is None:
+        print(text, end="")
+        return
+    try:
+        store.write(output, text)
+    except OSError as error:
+        raise BadInput(f"cannot write {output}: {error.strerror}", "choose another place") from error
+    console.say(f"wrote {output}")
+
+
+def _form(output: Path | None) -> str:
+    """The format by a file's ending, and text for the screen."""
+    return ENDINGS.get(output.suffix.lower(), "text") if output else "text"
+
+
+def _check(name: str) -> None:
+    """Raises BadInput for what is not a metric."""
+    from peftopt.metrics import METRICS, REPORTED, described
+    from peftopt.recipe.reader import nearest
+
+    if described(name) is None:
+        raise BadInput(
+            f"--metric {name}: there is no such metric", nearest(name.partition("@")[0], {**METRICS, **REPORTED})
+        )
+
+
+def _show(console: Console, comparison: Comparison) -> None:
+    """What differs first, then values, the second run's before the third's, then verdicts; the sentence last."""
+    from peftopt.report import comparison as told
+    from peftopt.report.words import clip
+
+    header, rows = told.runs(comparison)
+    console.table(header, rows, [run.decision.outcome for run in comparison.runs])
+    header, rows = told.differing(comparison)
+    room = WIDTH // len(header)
+    _titled(console, "what differs", (header, [[clip(cell, room) for cell in row] for row in rows]))
+    if not rows:
+        console.say("nothing that is known of all of them")
+    for note in (*told.cautions(comparison), *told.remarks(comparison)):
+        console.say(f"- {note}")
+    for other in range(1, len(comparison.runs)):
+        _titled(console, "values, relative to each run's own baseline", told.values(comparison, [other]))
+    _titled(console, "verdicts", told.verdicts(comparison))
+    console.say("")
+    console.say(told.how_sure(comparison))
+    console.say(told.sentence(comparison), "bold")
+
+
+def _titled(console: Console, title: str, table: Table) -> None:
+    """A table under its title, with each variant's name on its first row alone."""
+    header, rows = table
+    console.say("")
+    console.say(title, "bold")
+    if rows:
+        before = ["", *(row[0] for row in rows)]
+        shown = [["" if row[0] == last else row[0], *row[1:]] for row, last in zip(rows, before, strict=False)]
+        console.table(header, shown)

@@ -1,0 +1,27 @@
+"""schema: what a file may hold, for editors and other programs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from peftopt.cli.shared import app
+
+
+def _names() -> list[str]:
+    from peftopt import schema as schemas
+
+    return [*schemas.FILES]
+
+
+@app.command()
+def schema(
+    name: Annotated[
+        str, typer.Argument(help="recipe, decision, measurement or diagnosis.", autocompletion=_names)
+    ] = "recipe",
+) -> None:
+    """Print a JSON Schema: of a recipe, which editors complete by, or of a file that a run leaves."""
+    from peftopt import schema as schemas
+
+    print(schemas.text(name), end="")

@@ -1,0 +1,1 @@
+"""A bottleneck each: what it measures, and its rows."""

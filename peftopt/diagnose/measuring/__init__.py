@@ -1,0 +1,1 @@
+"""How a diagnosis measures: cells that are asked in turns, on servers that it starts."""

@@ -1,0 +1,37 @@
+"""What no server shows: the model looked at in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from peftopt import machine
+from peftopt.diagnose import judging
+from peftopt.diagnose.measuring.company import Names
+from peftopt.diagnose.setting import OURS, Setting
+from peftopt.errors import WorkerFailed
+from peftopt.jobs import CachingJob, OpenJob, PrepareJob
+from peftopt.measurements import Caching
+from peftopt.records import Model
+from peftopt.runner.process import WorkerProcess
+from peftopt.runner.single import absolute
+
+DEADLINE_S = 600.0
+ROUNDS = judging.LOOKS[0]
+
+
+def look(setting: Setting, names: Names, log: Path, note: Callable[[str], None]) -> Caching | None:
+    """The KV cache of the model that our own engine serves; None of another engine, or where it failed."""
+    if setting.engine != OURS:
+        return None
+    adapters = (names.folders[names.adapter],) if names.adapter else ()
+    model = absolute(Model(setting.base, adapters))
+    tokens = setting.prompt_tokens + setting.new_tokens
+    try:
+        with WorkerProcess(log, setting.threads or machine.cores()) as worker:
+            worker.ask(PrepareJob(plugin=OURS, model=model), DEADLINE_S)
+            worker.ask(OpenJob(plugin=OURS, model=model, params={}), DEADLINE_S)
+            return worker.ask(CachingJob(tokens=tokens, rounds=ROUNDS), DEADLINE_S)
+    except WorkerFailed as error:
+        note(f"the KV cache was not looked at: {error.message}")
+        return None

@@ -1,0 +1,1 @@
+"""Merge or keep apart, calculated from measurements and a plan of traffic."""

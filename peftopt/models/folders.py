@@ -1,0 +1,32 @@
+"""What may lie in a model's or an adapter's folder: files of its own. A link to elsewhere would carry what it leads to
+into everything that is made from the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from peftopt.errors import BadInput
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+"""Endings of files with weights, which are read as tensors and never copied as they are."""
+
+
+def check_link(file: Path, folder: Path) -> None:
+    """A link may lead to the blobs of the hub's own cache layout, and nowhere else outside the folder."""
+    target, home = file.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if home not in target.parents and blobs not in target.parents:
+        raise BadInput(f"{file} is a link to {target}, outside its folder", "copy the file itself")
+
+
+def check_files(folder: Path, but: Collection[str] = ()) -> None:
+    """Raises BadInput for a link that leads out of the folder, and for a pipe, socket or device, which never ends.
+
+    `but`: endings of files that may be links to elsewhere.
+    """
+    for file in folder.rglob("*"):
+        if file.is_symlink() and file.suffix not in but:
+            check_link(file, folder)
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise BadInput(f"{file} is no file but a pipe, a socket or a device", "remove it")

@@ -1,0 +1,73 @@
+"""YAML text -> nodes with their lines, without the parts of YAML that a recipe does without. Pure."""
+
+from __future__ import annotations
+
+import yaml
+from yaml.reader import ReaderError
+
+MAX_CHARACTERS = 2**20
+"""Cap on a document's text. As the two below: far above any real one, far below what would slow this machine down."""
+
+MAX_NODES = 2_000
+"""Cap on a document's values."""
+
+MAX_DEPTH = 20
+"""Cap on how deep a document's values are nested."""
+
+Problem = tuple[int, str, str]
+"""A mistake: its line, what is wrong, and a hint."""
+
+
+class Unreadable(Exception):
+    """A text that is not one YAML document, or that uses what a recipe does without; `problem` says where and why."""
+
+    def __init__(self, line: int, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.problem: Problem = (line, message, hint)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without tags and aliases, and with a cap on depth and size."""
+
+    depth = 0
+    nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event = self.peek_event()
+        self.depth += 1
+        self.nodes += 1
+        refused = {
+            "an anchor or an alias: write the value out": getattr(event, "anchor", None),
+            "a YAML tag: remove it": getattr(event, "tag", None),
+            f"nested more than {MAX_DEPTH} levels deep": self.depth > MAX_DEPTH,
+            f"more than {MAX_NODES} values": self.nodes > MAX_NODES,
+        }
+        for message, is_there in refused.items():
+            if is_there:
+                raise Unreadable(event.start_mark.line + 1, message)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def compose(text: str) -> yaml.Node:
+    """The root node of the one document in `text`. Raises Unreadable."""
+    if len(text) > MAX_CHARACTERS:
+        raise Unreadable(0, f"more than {MAX_CHARACTERS:,} characters", "is it the right file?")
+    loader = None
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise Unreadable(line, "a character that cannot be printed", "save it as UTF-8 text") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line if error.problem_mark else 0
+        if any(written.lstrip(" ").startswith("\t") for written in text.splitlines()[line : line + 1]):
+            raise Unreadable(line + 1, "indented with a tab", "YAML is indented with spaces") from error
+        raise Unreadable(line + 1, f"not YAML: {error.problem}") from error
+    except (ValueError, OverflowError) as error:  # an escape that is no character, such as "\UFFFFFFFF"
+        raise Unreadable(loader.get_mark().line + 1 if loader else 0, f"not YAML: {error}") from error
+    if root is None:
+        raise Unreadable(1, "the file is empty", "docs/recipes.md shows what a recipe holds")
+    return root
