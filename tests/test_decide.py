@@ -695,3 +695,14 @@ def test_a_slice_that_the_second_run_has_not_come_to_yet_is_not_judged_by_itself
     early = quality("adapter", **tagged) + quality("adapter", 100, launch=2) + quality("merged", **tagged)
     found = builds(plan) + speed(plan, {"merged": 0.5}) + early
     assert outcome(decide(plan, found, {}), "merged", "merge.parity") == "accepted"
+
+
+@pytest.mark.parametrize(("right", "warned"), [(0, True), (4, True), (200, False)])
+def test_a_baseline_that_is_hardly_ever_right_is_a_warning(right: int, warned: bool) -> None:
+    plan = plan_of("merged")
+    wrong = {f"p{n}": {"correct": False} for n in range(right, 400)}
+    found = [*speed(plan, {"merged": 0.5}), *builds(plan)]
+    for name, launch in (("adapter", 1), ("adapter", 2), ("merged", 1)):
+        found += quality(name, 400, launch, **wrong)
+    decision = decide(plan, found, {})
+    assert any("itself answers" in warning for warning in decision.warnings) == warned

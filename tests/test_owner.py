@@ -94,3 +94,9 @@ def test_a_broken_machine_file_is_the_users_to_mend(run: Path, broken: str, caps
     (run / "machine.json").write_text(broken)
     assert command("decide", run) == 2
     assert "machine.json" in errors(capsys)
+
+
+def test_a_report_of_a_run_without_a_decision_says_how_to_decide(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "decision.json").unlink()
+    assert command("report", run) == 2
+    assert "peftopt decide" in errors(capsys)

@@ -43,7 +43,7 @@ def check(
     no_forecast: NoForecast = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what is wrong with a recipe and its files, what it would do, and what of it will be slower; runs nothing."""
+    """Say what is wrong with a recipe and what will be slower; times the first layers of variants, builds nothing."""
     from peftopt import environments, store
     from peftopt.cli.console import Console, print_json
     from peftopt.recipe import plan as planning

@@ -217,10 +217,23 @@ def decide(evidence: Evidence, machine: Mapping[str, object]) -> Decision:
         outcome=outcome,
         sentence=_sentence(evidence, chosen, candidates),
         variants=decided,
-        warnings=(*_warnings(evidence), *_slow_choice(chosen, recipe)),
+        warnings=(*_always_wrong(decided, recipe.baseline), *_warnings(evidence), *_slow_choice(chosen, recipe)),
         notes=_notes(evidence),
         machine=machine,
     )
+
+
+MOSTLY_WRONG = 0.1
+"""The largest share of right answers, by its interval, with which a baseline says nothing of what others lose."""
+
+
+def _always_wrong(decided: Sequence[VariantDecision], baseline: str) -> Iterator[str]:
+    """A warning where the adapter itself is hardly ever right: nothing can be lost then, whatever a variant does."""
+    for accuracy in (d.figures.get("accuracy") for d in decided if d.name == baseline):
+        if accuracy and accuracy.n and (accuracy.estimate == 0 or accuracy.high < MOSTLY_WRONG):
+            right = f"{round(accuracy.estimate * accuracy.n)} of {accuracy.n} prompts"
+            asks = "are these prompts of its task, and is quality.new_tokens enough for a whole answer?"
+            yield f"{baseline} itself answers {right} right, so no variant can lose a right answer: {asks}"
 
 
 def _slow_choice(chosen: VariantDecision | None, recipe: Recipe) -> Iterator[str]:

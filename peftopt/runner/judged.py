@@ -11,6 +11,7 @@ from pathlib import Path
 from peftopt import plugins, report, store
 from peftopt.decision.decide import decide
 from peftopt.decision.evidence import Evidence
+from peftopt.errors import BadInput
 from peftopt.recipe import parse as recipes
 from peftopt.recipe import plan as planning
 from peftopt.records import Decision, Recipe
@@ -97,7 +98,11 @@ class Reported:
 
 
 def report_again(folder: Path, warn: Warn, beside: Sequence[Section] = (), price: Price | None = None) -> Reported:
-    """Write the reports of a decision as it is on disk; with a `price` they say what tokens cost."""
+    """Write the reports of a decision as it is on disk; with a `price` they say what tokens cost. Raises BadInput for a
+    run that has no decision yet."""
+    if not (folder / "decision.json").exists():
+        hint = f"decide from what it has measured so far: peftopt decide {folder}"
+        raise BadInput(f"{folder} has no decision yet", hint)
     plan = store.read_plan(folder / (JUDGED if (folder / JUDGED).exists() else "plan.json"))
     return _write_reports(folder, Evidence(plan, store.read(folder / "measurements.jsonl", warn)), beside, price)
 
