@@ -160,7 +160,7 @@ def test_who_is_too_many_is_refused_with_the_time_to_come_again(tmp_path: Path) 
     with paced() as engine, serving(tmp_path, "--upstream", engine.url, *limits) as gateway:
         with held(gateway, 4):
             wait_until(lambda: (gateway.metric("peftopt_running"), gateway.metric("peftopt_waiting")) == (2, 2))
-            assert engine.running == 2
+            wait_until(lambda: engine.running == 2)
             refused = gateway.ask("one too many")
         assert refused.status_code == 429 and refused.json()["error"]["code"] == "waiting"
         assert int(refused.headers["retry-after"]) >= 1

@@ -625,7 +625,7 @@ def test_blocks_that_would_clear_a_limit_grow_with_the_square_of_what_is_missing
 
 def ratio(ours: Rows, theirs: Rows, level: float = 0.95) -> Interval | None:
     mine, reference = ({k: float(v["x"]) for k, v in each.items()} for each in (ours, theirs))
-    return rules._score_ratio(mine, reference, level)
+    return rules.score_ratio(mine, reference, level)
 
 
 def test_a_ratio_of_scores_by_kind() -> None:

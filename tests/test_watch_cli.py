@@ -51,7 +51,7 @@ class Watched:
         self.records = [json.loads(line) for line in self.out.splitlines()]
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        return [record for record in self.records if record["kind"] == kind]
+        return [record for record in self.records if record.get("kind") == kind]  # an error has none
 
     @property
     def kinds(self) -> set[str]:
