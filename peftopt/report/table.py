@@ -53,8 +53,9 @@ def more(decision: Decision) -> dict[str, Sheet]:
     for about, each in further.items():
         filled = columns.filled(decision, each)
         for start in range(0, len(filled), MOST_FURTHER):
-            title = f"{about}, continued" if start and about else about or "Also"
-            sheets[title] = columns.sheet(decision, [variant, *filled[start : start + MOST_FURTHER]])
+            part = start // MOST_FURTHER + 1
+            title = about or "Also"
+            sheets[title if part == 1 else f"{title}, part {part}"] = columns.sheet(decision, [variant, *filled[start : start + MOST_FURTHER]])
     return sheets
 
 
