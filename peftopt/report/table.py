@@ -54,8 +54,9 @@ def more(decision: Decision) -> dict[str, Sheet]:
         filled = columns.filled(decision, each)
         for start in range(0, len(filled), MOST_FURTHER):
             part = start // MOST_FURTHER + 1
-            title = about or "Also"
-            sheets[title if part == 1 else f"{title}, part {part}"] = columns.sheet(decision, [variant, *filled[start : start + MOST_FURTHER]])
+            name = about or "Also"
+            title = name if part == 1 else f"{name}, part {part}"
+            sheets[title] = columns.sheet(decision, [variant, *filled[start : start + MOST_FURTHER]])
     return sheets
 
 
