@@ -84,7 +84,7 @@ def unwritable(path: Path | str, error: OSError, hint: str = "", needed: int = 0
     if error.errno in FULL:
         asked = f"{needed:,} bytes are needed, " if needed else ""
         why = f"{why}; {asked}{_free(Path(path)):,} bytes are free"
-        hint = "make room, or write to another disk"
+        hint = f"make room, or {hint or 'write to another disk'}"
     return MissingEnvironment(f"cannot write {path}: {why}", hint or "check the folder's owner, mode and disk")
 
 

@@ -131,7 +131,7 @@ def _artifact(folder: Path, manifest: dict[str, Json], cached: bool) -> Artifact
 # ---- a run's folder ----------------------------------------------------------------------------
 
 
-def append(path: Path, *measurements: Measurement) -> None:
+def append(path: Path, *measurements: Measurement, hint: str = "") -> None:
     """Add a line for each, on disk before this returns. Half a character (a lone surrogate), which no file can hold, is
     written as its JSON escape, and is read again as it was."""
     lines = [json.dumps({"format": FORMAT, **asdict(each)}, ensure_ascii=False) for each in measurements]
@@ -142,7 +142,7 @@ def append(path: Path, *measurements: Measurement) -> None:
             handle.flush()
             os.fsync(handle.fileno())
     except OSError as error:
-        raise unwritable(path, error, needed=len(text)) from error
+        raise unwritable(path, error, hint, needed=len(text)) from error
 
 
 OWNER = ".owner"
@@ -294,8 +294,9 @@ def read_text(path: Path) -> str:
         raise BadInput(f"{path} is not UTF-8 text", "save it as UTF-8") from error
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all. Raises MissingEnvironment where it cannot be written: what was there stays."""
+def write(path: Path, text: str, hint: str = "") -> None:
+    """Write a file whole or not at all. Raises MissingEnvironment, with the hint, where it cannot be written: what was
+    there stays."""
     remove_orphans(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -306,7 +307,7 @@ def write(path: Path, text: str) -> None:
         temporary.replace(path)
         _sync(path.parent)
     except OSError as error:
-        raise unwritable(path, error, needed=len(text)) from error
+        raise unwritable(path, error, hint, needed=len(text)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -171,10 +171,7 @@ def new(
             f"--{name}" for name, given in (("base", base), ("adapter", adapter), ("prompts", prompts)) if not given
         ]
         raise BadInput(f"a recipe of your own needs {', '.join(lacking)}", "or copy one of ours: --like quick")
-    try:
-        store.write(file, text)
-    except OSError as error:
-        raise BadInput(f"cannot write {file}: {error.strerror}", "choose another place") from error
+    store.write(file, text, hint="choose another place")
     print(f"wrote {file}; next: {next_step}")
 
 

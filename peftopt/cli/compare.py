@@ -67,10 +67,7 @@ def compare(
     if output is None:
         print(text, end="")
         return
-    try:
-        store.write(output, text)
-    except OSError as error:
-        raise BadInput(f"cannot write {output}: {error.strerror}", "choose another place") from error
+    store.write(output, text, hint="choose another place")
     console.say(f"wrote {output}")
 
 

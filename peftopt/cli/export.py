@@ -15,7 +15,7 @@ import typer
 
 from peftopt.cli import serve
 from peftopt.cli.shared import app, named
-from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.errors import BadInput, unwritable
 
 if TYPE_CHECKING:
     from peftopt.deploy.chosen import Chosen
@@ -191,7 +191,7 @@ def _write(folder: Path, files: Sequence[File]) -> None:
             if path.suffix == ".sh":
                 path.chmod(0o755)
     except OSError as error:
-        raise MissingEnvironment(f"cannot write {folder}: {error.strerror}", "name another folder: --to") from error
+        raise unwritable(folder, error, "name another folder: --to") from error
     print(f"wrote {', '.join(str(folder / file.name) for file in files)}")
 
 

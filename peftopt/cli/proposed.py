@@ -9,7 +9,7 @@ from pathlib import Path
 
 from peftopt import corpus, store
 from peftopt.cli.console import Console
-from peftopt.errors import BROKEN, MissingEnvironment
+from peftopt.errors import BROKEN
 from peftopt.watch import proposal
 from peftopt.watch.history import History
 from peftopt.watch.proposal import Messages, Seen
@@ -38,12 +38,10 @@ def propose(run: Path, history: History, logs: Sequence[Path], file: Path | None
         console.tell("the recipe to run next; --propose FILE writes it, and its prompts")
         console.say(f"\n{text}")
         return
-    try:
-        if rows:
-            store.write(prompts, "\n".join(rows) + "\n")
-        store.write(file, text)
-    except OSError as error:
-        raise MissingEnvironment(f"cannot write {file}: {error.strerror}", "name another: --propose FILE") from error
+    hint = "name another: --propose FILE"
+    if rows:
+        store.write(prompts, "\n".join(rows) + "\n", hint)
+    store.write(file, text, hint)
     console.tell(f"wrote the recipe to run next: peftopt check {file}, then peftopt run {file}")
 
 

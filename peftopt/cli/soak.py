@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.errors import BadInput
 from peftopt.metrics import counted, format_value, percent
 
 if TYPE_CHECKING:
@@ -90,10 +90,7 @@ def _check(asked: Asked) -> None:
 def _write(out: Path, values: Json) -> None:
     from peftopt import store
 
-    try:
-        store.write(out, json.dumps(values, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise MissingEnvironment(f"cannot write {out}: {error.strerror}", "choose another --out") from error
+    store.write(out, json.dumps(values, indent=1, allow_nan=False) + "\n", hint="choose another --out")
 
 
 def _values(asked: Asked, run: Soaked, judged: Judged) -> Json:

@@ -10,7 +10,7 @@ from peftopt import store
 from peftopt.diagnose.measuring.measured import TURNS
 from peftopt.diagnose.records import Diagnosis
 from peftopt.diagnose.setting import Setting
-from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.errors import BadInput, unwritable
 from peftopt.measurements import as_json, structured
 from peftopt.records import FORMAT, Json
 from peftopt.report.as_json import plain, without_nulls
@@ -24,11 +24,12 @@ def begin(setting: Setting, folder: Path) -> None:
     if (folder / TURNS).exists() and _measured(read_setting(folder)) != _measured(setting):
         what = f"{folder} has measurements of another base, engine, adapter or load"
         raise BadInput(what, "choose another --out, or repeat the command that began it")
+    hint = "choose another --out"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        store.write(folder / SETTING, json.dumps(as_json(setting), indent=1))
     except OSError as error:
-        raise MissingEnvironment(f"cannot write {folder}: {error.strerror}", "choose another --out") from error
+        raise unwritable(folder, error, hint) from error
+    store.write(folder / SETTING, json.dumps(as_json(setting), indent=1), hint)
 
 
 def _measured(setting: Setting) -> Setting:

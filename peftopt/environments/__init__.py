@@ -23,7 +23,7 @@ from types import MappingProxyType, ModuleType
 
 from peftopt import machine, plugins
 from peftopt.environments._builder import Builder
-from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed
+from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed, unwritable
 from peftopt.records import Plugin
 
 MAIN = "main"
@@ -195,8 +195,7 @@ def _locked(name: str) -> Iterator[None]:
         root().mkdir(parents=True, exist_ok=True)
         handle = (root() / f".{name}.lock").open("w")
     except OSError as error:
-        hint = "choose another folder with $PEFTOPT_ENVIRONMENTS"
-        raise MissingEnvironment(f"cannot write to {root()}: {error.strerror}", hint) from error
+        raise unwritable(root(), error, "choose another folder with $PEFTOPT_ENVIRONMENTS") from error
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         for left in root().glob(f".{name}.[0-9]*"):

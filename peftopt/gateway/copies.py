@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from peftopt import identity
-from peftopt.errors import BadInput, MissingEnvironment
+from peftopt import identity, store
+from peftopt.errors import BadInput, unwritable
 from peftopt.models import baked
 from peftopt.models.adapter import CONFIG, WEIGHTS
 from peftopt.models.folders import check_link
@@ -42,16 +42,12 @@ def take(files: Sequence[Path], into: Path) -> str:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         id_ = identity.of_value([[file.name, _copied(file, temporary / file.name)] for file in files])
-        _sync(temporary)
         home = into / id_
         if not whole(home):
             shutil.rmtree(home, ignore_errors=True)
-            temporary.rename(home)
-            _sync(into)
+            store.move(temporary, home)
     except OSError as error:
-        raise MissingEnvironment(
-            f"cannot copy {files[0].parent} to {into}: {error.strerror}", "free some space, or name another --state"
-        ) from error
+        raise unwritable(into, error, "name another --state") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return id_
@@ -74,20 +70,10 @@ def check(folder: Path) -> None:
 
 
 def _copied(file: Path, to: Path) -> str:
-    """Copy a file, on the disk before this returns; the SHA-256 (hex) of the bytes that were read."""
+    """Copy a file; the SHA-256 (hex) of the bytes that were read."""
     digest = hashlib.sha256()
     with file.open("rb") as source, to.open("wb") as target:
         while piece := source.read(PIECE_BYTES):
             digest.update(piece)
             target.write(piece)
-        target.flush()
-        os.fsync(target.fileno())
     return digest.hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

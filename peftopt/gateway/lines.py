@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from peftopt.errors import MissingEnvironment
+from peftopt.errors import unwritable
 from peftopt.gateway.sampling import NO_SAMPLE, Sample
 from peftopt.loadtest.arrivals import SERVE_LOG
 from peftopt.loadtest.moments import utc
@@ -242,9 +242,7 @@ class Log:
             try:
                 self._file = self._opened(self._path)
             except OSError as error:
-                raise MissingEnvironment(
-                    f"cannot write the log {where}: {error.strerror}", "choose another: --log"
-                ) from error
+                raise unwritable(where, error, "choose another log: --log") from error
 
     def write(self, line: Written) -> None:
         """Add a line, whole or not at all."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from peftopt import corpus
 from peftopt.corpus import Row
-from peftopt.errors import BROKEN, BadInput, MissingEnvironment
+from peftopt.errors import BROKEN, BadInput, unwritable
 from peftopt.gateway.asking import CHAT, Asker, Full, labelled_body
 from peftopt.gateway.labelled import LIVE, NEW, RUNS, Labelled, Run, doubtful
 from peftopt.gateway.said import Said, answer, harshest, kindest
@@ -49,8 +49,7 @@ class Prompts:
             text = "".join(json.dumps(asdict(row)) + "\n" for row in drawn)
             (folder / "prompts.jsonl").write_text(text, encoding="utf-8")
         except OSError as error:
-            hint = "free some space, or name another --state"
-            raise MissingEnvironment(f"cannot write {folder}: {error.strerror}", hint) from error
+            raise unwritable(folder, error, "name another --state") from error
 
     @classmethod
     def read(cls, root: Path, version: str) -> Prompts:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from peftopt import store
-from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.errors import BadInput, unwritable
 from peftopt.gateway import copies
 from peftopt.gateway.outcome import Outcome
 from peftopt.gateway.routes import Route, Table, Version
@@ -135,12 +135,7 @@ class Registry:
             "trials": plain(self.trials),
             "ended": plain(self.ended),
         }
-        try:
-            store.write(self.root / "registry.json", json.dumps(value, indent=1))
-        except OSError as error:
-            raise MissingEnvironment(
-                f"cannot write {self.root}/registry.json: {error.strerror}", "free some space, or name another --state"
-            ) from error
+        store.write(self.root / "registry.json", json.dumps(value, indent=1), hint="name another --state")
 
     def tell(self, event: str, **what: Json) -> None:
         """Add to what happened; a full disk loses the line and nothing else."""
@@ -161,7 +156,7 @@ def open_registry(root: Path) -> Registry:
         (root / "adapters").mkdir(parents=True, exist_ok=True)
         lock = (root / "lock").open("w")
     except OSError as error:
-        raise MissingEnvironment(f"cannot write {root}: {error.strerror}", "name another folder: --state") from error
+        raise unwritable(root, error, "name another folder: --state") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from peftopt import corpus, store
-from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput, MissingEnvironment
+from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, INTERRUPTED, REJECTED, BadInput
 from peftopt.loadtest import arrivals, summary
 from peftopt.loadtest.arrivals import Traced
 from peftopt.loadtest.client import Client
@@ -291,22 +291,16 @@ def append(path: Path, variant: str, loaded: LoadSummary, workload: str = "") ->
     kept = {key: value for key, value in as_json(loaded).items() if key not in COMPUTED}
     kept["slo"] = loaded.figures.slo
     kept["trials"] = [{"rate": each.rate, "held": each.held, "stopped": each.stopped} for each in loaded.trials]
-    _append(path, Measurement("load", variant, workload, values={"source": "peftopt", **kept}, at=utc(time.time())))
+    record = Measurement("load", variant, workload, values={"source": "peftopt", **kept}, at=utc(time.time()))
+    store.append(path, record, hint="choose another --out")
 
 
 def keep(path: Path | None, result: Found, variant: str, workload: str = "") -> Measurement:
     """Another tool's run as a record, added to a file of measurements where one is given."""
     record = result.measurement(variant, utc(time.time()), workload)
     if path:
-        _append(path, record)
+        store.append(path, record, hint="choose another --out")
     return record
-
-
-def _append(path: Path, record: Measurement) -> None:
-    try:
-        store.append(path, record)
-    except OSError as error:
-        raise MissingEnvironment(f"cannot write {path}: {error.strerror}", "choose another --out") from error
 
 
 def summarized(loaded: Loaded, slos: Sequence[Slo], slots: int = 0) -> LoadSummary:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from peftopt import store
-from peftopt.errors import BROKEN, BadInput, MissingEnvironment
+from peftopt.errors import BROKEN, BadInput, MissingEnvironment, unwritable
 from peftopt.records import Json, JsonValue
 from peftopt.watch import history as histories
 from peftopt.watch.history import History
@@ -145,11 +145,7 @@ class Kept:
             "arl_s": self.arl_s,
             **watch.as_json(),
         }
-        try:
-            store.write(self.path, json.dumps(values, separators=(",", ":")))
-        except OSError as error:
-            what = f"cannot write the state {self.path}: {error.strerror}"
-            raise MissingEnvironment(what, "name another: --state FILE") from error
+        store.write(self.path, json.dumps(values, separators=(",", ":")), hint="name another: --state FILE")
 
 
 @contextlib.contextmanager
@@ -160,8 +156,7 @@ def alone(path: Path) -> Iterator[None]:
     try:
         handle = lock.open("w")
     except OSError as error:
-        what = f"cannot keep a state at {path}: {error.strerror}"
-        raise MissingEnvironment(what, "name another place: --state FILE") from error
+        raise unwritable(path, error, "name another place: --state FILE") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
