@@ -190,6 +190,11 @@ def is_finished(folder: Path) -> bool:
     return old or (folder / FINISHED).exists()
 
 
+def is_interrupted(folder: Path) -> bool:
+    """Whether a process measures there, or stopped before it had measured everything."""
+    return (folder / OWNER).exists() and not is_finished(folder)
+
+
 def cut_torn_line(path: Path) -> None:
     """Cut off a last line that a kill has torn, so that the next measurement starts a line."""
     if not path.exists():
@@ -316,7 +321,7 @@ def remove_orphans(path: Path) -> None:
     """Remove what killed processes left half written under this name: files and folders `.NAME.PID.…` beside it."""
     for orphan in path.absolute().parent.glob(f".{glob.escape(path.name)}.*.*"):
         owner = orphan.name.removeprefix(f".{path.name}.").partition(".")[0]
-        if not owner.isdigit() or _alive(int(owner)):
+        if not owner.isdigit() or is_alive(int(owner)):
             continue
         if orphan.is_dir() and not orphan.is_symlink():
             shutil.rmtree(orphan, ignore_errors=True)
@@ -324,7 +329,8 @@ def remove_orphans(path: Path) -> None:
             orphan.unlink(missing_ok=True)
 
 
-def _alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether a process of this number runs, of whichever user."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from peftopt import stats, store
 from peftopt.api.columns import tables
 from peftopt.decision.evidence import Evidence
-from peftopt.errors import BadInput, MissingEnvironment, unwritable
+from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.measurements import Answer, Launch, Load, Measured, Turn, as_json
 from peftopt.records import Decision, Json, Plan
 from peftopt.report.as_json import decision_from_json
@@ -51,8 +51,7 @@ class Run:
     @cached_property
     def machine(self) -> Mapping[str, Json]:
         """What the machine was that measured, as `peftopt doctor --json` says it."""
-        facts: Mapping[str, Json] = json.loads(store.read_text(self.folder / "machine.json"))
-        return facts
+        return store.read_object(self.folder / "machine.json")
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -182,7 +181,7 @@ def export(run: Run, table: str, file: Path) -> int:
     except ImportError as error:
         raise MissingEnvironment("Parquet needs pyarrow", "pip install 'peftopt[data]', or write .csv") from error
     except OSError as error:
-        raise unwritable(file, error, "choose another place") from error
+        raise BadInput(f"cannot write {file}: {error.strerror}", "choose another place") from error
     temporary.replace(file)
     return len(frame)
 

@@ -101,18 +101,12 @@ def _judged(options: GateOptions, console: Console) -> Judged:
 
 def _read_run(folder: Path, console: Console) -> Judged:
     """Judged again from its measurements: decision.json and the reports stay as they are."""
-    from peftopt import store
-    from peftopt.decision.decide import decide
-    from peftopt.decision.evidence import Evidence
     from peftopt.gate import taking
-    from peftopt.runner import hashes
+    from peftopt.runner import hashes, judged
 
-    plan = store.read_plan(folder / "plan.json")
-    machine = store.read_object(folder / "machine.json")
-    evidence = Evidence(plan, store.read(folder / "measurements.jsonl", console.warn))
-    decision = decide(evidence, machine)
+    evidence, decision = judged.weighed(folder, console.warn)
     content: Hashes | None = hashes.read(folder)
-    taken = {name: taking.snapshot(evidence, decision, name, content) for name in plan.recipe.variants}
+    taken = {name: taking.snapshot(evidence, decision, name, content) for name in evidence.plan.recipe.variants}
     return Judged(decision.recipe, {name: each for name, each in taken.items() if each}, decision)
 
 
@@ -120,8 +114,7 @@ def _unfinished(target: Path) -> str:
     """Why a run's folder cannot be judged yet; "" where it can. A recipe is run to its end first."""
     from peftopt import store
 
-    unfinished = target.is_dir() and (target / store.OWNER).exists() and not store.is_finished(target)
-    return f"{target} is not finished: the same `peftopt run` goes on with it" if unfinished else ""
+    return f"{target} is not finished: the same `peftopt run` goes on with it" if store.is_interrupted(target) else ""
 
 
 def _name(target: Path) -> str:

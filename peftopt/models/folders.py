@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peftopt.errors import BadInput
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".xml", ".h5", ".msgpack", ".onnx")
 """Endings of files with weights, which are read as tensors and never copied as they are."""
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from peftopt.errors import BadInput
+from peftopt.models import folders
 from peftopt.models.adapter import CONFIG, WEIGHTS, is_embedding, open_adapter
-from peftopt.models.folders import check_link
 from peftopt.models.provenance import FILE as PROVENANCE
 from peftopt.records import Model
 
@@ -26,8 +26,6 @@ for _name in ("torchao", "torch.utils._pytree", "torch.fx._symbolic_trace"):
 OWN_FILES = ("config.json", "parity.json", PROVENANCE, "recipe.yaml", CONFIG)
 """What each transform writes for itself: a certificate or a provenance is of the weights beside it, and of no others
 (recipe.yaml is llm-compressor's); and an adapter's config, which transformers would look for the weights of."""
-
-WEIGHT_FILES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".xml", ".h5", ".msgpack", ".onnx"}
 
 
 @contextlib.contextmanager
@@ -385,11 +383,12 @@ def copy_extras(source: str, out: Path) -> None:
     Saving them through transformers instead would rewrite them, and a changed chat template is a changed model.
     """
     for file in Path(source).iterdir():
-        kept = file.suffix not in WEIGHT_FILES and not file.name.endswith(".index.json") and file.name not in OWN_FILES
+        kept = (
+            file.suffix not in folders.WEIGHTS and not file.name.endswith(".index.json") and file.name not in OWN_FILES
+        )
         if file.is_dir() and file.name == "additional_chat_templates":
             shutil.copytree(file, out / file.name, dirs_exist_ok=True)
         elif file.is_file() and kept and not file.name.startswith("."):
-            check_link(file, Path(source))
             shutil.copyfile(file, out / file.name)
 
 
@@ -444,7 +443,6 @@ def copy_tokenizer(model: Model, out: Path) -> None:
             continue
         (out / name).unlink(missing_ok=True)
         if (home / name).is_file():
-            check_link(home / name, home)
             shutil.copyfile(home / name, out / name)
     if kept and not (out / TEMPLATE).is_file() and (template := _inline_template(base)):
         settings = json.loads((out / TOKENIZER_CONFIG).read_text(encoding="utf-8"))
@@ -457,7 +455,6 @@ def carry_tokenizer(model: Model, out: Path) -> None:
     home = Path(tokenizer_home(model))
     for name in TOKENIZER_FILES if home != Path(model.path) else ():
         if (home / name).is_file():
-            check_link(home / name, home)
             shutil.copyfile(home / name, out / name)
 
 

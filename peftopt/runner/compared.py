@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +15,8 @@ from peftopt.measurements import Measured
 from peftopt.records import Decision, JsonValue, Plan
 from peftopt.report import fingerprint
 from peftopt.report.as_json import decision_from_json
+from peftopt.runner import hashes
 from peftopt.runner.judged import JUDGED
-
-HASHES = "hashes.json"
-"""Where a run's folder says what base, adapter, tokenizer and prompts hold."""
 
 HINT = "give a run's folder, such as one that `peftopt runs` lists, or its decision.json"
 
@@ -48,7 +45,7 @@ def read(given: Path, warn: Callable[[str], None] = lambda _: None) -> ComparedR
         raise BadInput(f"{given} is not a run: it has no decision.json", HINT)
     if not decision.machine:
         decision = replace(decision, machine=known)
-    return _compared(str(given), decision, plan, records, _object(given / HASHES), lacks)
+    return _compared(str(given), decision, plan, records, _object(given / hashes.FILE), lacks)
 
 
 def _compared(
@@ -56,7 +53,7 @@ def _compared(
     decision: Decision,
     plan: Plan | None,
     records: list[Measured],
-    hashes: Mapping[str, JsonValue],
+    contents: Mapping[str, JsonValue],
     lacks: list[str],
 ) -> ComparedRun:
     if not decision.machine:
@@ -66,19 +63,13 @@ def _compared(
         evidence = Evidence(plan, records)
         measured = [(variant, workload) for variant, workload in evidence.turns]
         launches = {f"{v}@{w}": evidence.launch_count(v, w) for v, w in measured}
-    facts = fingerprint.facts(decision, plan, records, hashes)
+    facts = fingerprint.facts(decision, plan, records, contents)
     return ComparedRun(name, decision, facts, launches, tuple(lacks))
 
 
 def _object(file: Path) -> dict[str, JsonValue]:
     """A file that holds a JSON object; {} where there is none. Raises BadInput for a file that is not whole."""
-    if not file.exists():
-        return {}
-    try:
-        written: JsonValue = json.loads(store.read_text(file))
-    except ValueError as error:
-        raise BadInput(f"{file} is not JSON: {error}", "restore the file, or give the run's decision.json") from error
-    return written if isinstance(written, dict) else {}
+    return store.read_object(file) if file.exists() else {}
 
 
 def _plan(folder: Path, lacks: list[str]) -> Plan | None:

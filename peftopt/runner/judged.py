@@ -53,6 +53,12 @@ def read_recipe(path: Path) -> tuple[Recipe, str]:
     return recipes.parse(text, str(path.resolve()), plugins.catalogue(), defaults, read), text
 
 
+def weighed(folder: Path, warn: Warn) -> tuple[Evidence, Decision]:
+    """A run's evidence, and what it decides by its own plan. Nothing is written."""
+    evidence = Evidence(store.read_plan(folder / "plan.json"), store.read(folder / "measurements.jsonl", warn))
+    return evidence, decide(evidence, store.read_object(folder / "machine.json"))
+
+
 def judge(folder: Path, warn: Warn, recipe: Recipe | None = None, beside: Sequence[Section] = ()) -> Decision:
     """Decide from a run folder's files alone, and write decision.json and the reports; by the thresholds of another
     recipe where one is given, and by that recipe alone where no run of peftopt's measured. The plan that judges is kept
@@ -75,7 +81,7 @@ def judge(folder: Path, warn: Warn, recipe: Recipe | None = None, beside: Sequen
     if changed:
         warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
         decision = replace(decision, warnings=(warning, *decision.warnings))
-    if (folder / store.OWNER).exists() and not store.is_finished(folder):
+    if store.is_interrupted(folder):
         warning = "the run is not finished, and this is what it knows so far: the same `peftopt run` goes on with it"
         decision = replace(decision, warnings=(warning, *decision.warnings))
     store.write(folder / "decision.json", report.as_json.render(decision))

@@ -63,7 +63,8 @@ def artifacts(results: Path, among: Sequence[KeptRun]) -> list[Kept]:
     for folder in (results / "artifacts").glob("*/*.damaged.*"):
         kept.append(Kept(folder, "damaged", _age(folder), store.size(folder)))
     for folder in (results / "artifacts").glob("*/*.tmp.*"):
-        if not _alive(folder.name.rpartition(".")[2]):
+        process = folder.name.rpartition(".")[2]
+        if not (process.isdigit() and int(process) and store.is_alive(int(process))):
             kept.append(Kept(folder, "half built", _age(folder), store.size(folder)))
     return sorted(kept, key=lambda each: each.size_bytes, reverse=True)
 
@@ -115,7 +116,3 @@ def _age(folder: Path) -> float:
     """Seconds since anything directly in the folder changed."""
     times = [entry.stat().st_mtime for entry in (folder, *folder.iterdir()) if entry.exists()]
     return max(0.0, time.time() - max(times))
-
-
-def _alive(pid: str) -> bool:
-    return pid.isdigit() and Path("/proc", pid).exists()
