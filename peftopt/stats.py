@@ -310,23 +310,6 @@ class Gamblers:
         return _bet(x, scale, range(len(x)), self.limit, self.alpha, 1, 0.0)
 
 
-def difference(ours: Interval, theirs: Interval) -> Interval:
-    """The difference, ours - theirs, of two independent estimates (any unit), at their intervals' level, which is one.
-
-    Bounds lie as far off as the root of the summed squares of how far those of the two do, each on its own side, so
-    neither has to be symmetric or as wide as the other. For means of normal samples the interval holds at least its
-    level whatever their variances and sizes are. Raises ValueError for two levels.
-    Source: Zou and Donner 2008 (recovering variances from limits); Banerjee 1961 (the level).
-    """
-    if ours.level != theirs.level:
-        raise ValueError(f"both intervals must have one level, found {ours.level} and {theirs.level}")
-    estimate = ours.estimate - theirs.estimate
-    down = math.hypot(ours.estimate - ours.low, theirs.high - theirs.estimate)
-    up = math.hypot(ours.high - ours.estimate, theirs.estimate - theirs.low)
-    low, high = (estimate - down, estimate + up) if math.isfinite(estimate) else (-math.inf, math.inf)
-    return Interval(estimate, low, high, min(ours.n, theirs.n), ours.level)
-
-
 # ---- tails and rates: counts -------------------------------------------------------------------
 
 
@@ -457,6 +440,24 @@ def kept(lost: int, right: int, won: int, wrong: int, level: float = 0.95) -> In
 
 
 # ---- two runs: what their intervals show ---------------------------------------------------------
+
+
+def difference(ours: Interval, theirs: Interval) -> Interval:
+    """The difference, ours - theirs, of two independent estimates (any unit), at their intervals' level, which is one.
+
+    Bounds lie as far off as the root of the summed squares of how far those of the two do, each on its own side, so
+    neither has to be symmetric or as wide as the other. Where an interval at the level is not to be had, `welch` finds
+    it from one at another. For means of normal samples the interval holds at least its
+    level whatever their variances and sizes are. Raises ValueError for two levels.
+    Source: Zou and Donner 2008 (recovering variances from limits); Banerjee 1961 (the level).
+    """
+    if ours.level != theirs.level:
+        raise ValueError(f"both intervals must have one level, found {ours.level} and {theirs.level}")
+    estimate = ours.estimate - theirs.estimate
+    down = math.hypot(ours.estimate - ours.low, theirs.high - theirs.estimate)
+    up = math.hypot(ours.high - ours.estimate, theirs.estimate - theirs.low)
+    low, high = (estimate - down, estimate + up) if math.isfinite(estimate) else (-math.inf, math.inf)
+    return Interval(estimate, low, high, min(ours.n, theirs.n), ours.level)
 
 
 def welch(ours: Interval, theirs: Interval, level: float = 0.95) -> Interval:

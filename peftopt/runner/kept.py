@@ -98,7 +98,7 @@ def _run(folder: Path) -> KeptRun:
         plan = store.read_plan(folder / "plan.json")
         used = frozenset(build.id for build in plan.builds)
         decided = folder / "decision.json"
-        if not decided.exists():
+        if not decided.exists() or store.is_interrupted(folder):
             return KeptRun(folder, age, size, len(plan.recipe.variants), "unfinished", "", used)
         decision = decision_from_json(decided.read_text(encoding="utf-8"))
     except (PeftoptError, OSError, ValueError):
