@@ -15,6 +15,8 @@ INCONCLUSIVE = 3
 ENVIRONMENT = 4
 BUG = 5
 INTERRUPTED = 130
+CLOSED_PIPE = 141
+"""What a shell says of a program that SIGPIPE ended: nobody reads on, so it is neither 0 nor a verdict."""
 
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 """What reading another program's JSON may raise: it is none, is too deep, or not of the shape that is meant."""

@@ -155,6 +155,11 @@ def test_without_a_baseline_a_recipe_is_not_even_run(tmp_path: Path, capsys: pyt
     assert not (tmp_path / "results").exists() and (tmp_path / "out" / "junit.xml").exists()
 
 
+def test_a_target_that_is_not_there_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("gate", tmp_path / "nowhere") == 2
+    assert "nowhere" in errors(capsys)
+
+
 @pytest.mark.parametrize(
     ("days", "options", "code"), [(89, (), 0), (91, (), 3), (3, ("--max-age", "2d"), 3), (-9, (), 0)]
 )

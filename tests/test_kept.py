@@ -117,3 +117,12 @@ def test_list_names_what_a_recipe_can_name(capsys: pytest.CaptureFixture[str]) -
     assert command("list", "nothing") == 2
     assert "engines" in errors(capsys)
     assert command("clean", "--over", "much") == 2
+
+
+def test_a_run_that_was_interrupted_stays_unfinished_whatever_was_decided_of_it(results: Path) -> None:
+    (run,) = kept.runs(results)
+    assert run.outcome != "unfinished"
+    (run.folder / store.OWNER).touch()
+    assert [each.outcome for each in kept.runs(results)] == ["unfinished"]
+    (run.folder / store.FINISHED).touch()
+    assert [each.outcome for each in kept.runs(results)] == [run.outcome]

@@ -18,6 +18,7 @@ from helpers.command_line import RECIPE, command, prompts
 from typer.main import get_command
 
 from peftopt.cli.shared import app
+from peftopt.errors import CLOSED_PIPE
 
 ROOT = Path(__file__).parents[1]
 QUICK = ROOT / "results" / "example" / "quick"
@@ -237,3 +238,15 @@ def test_each_shell_has_a_script_that_asks_for_completions(shell: str) -> None:
     environment = {**os.environ, "_PEFTOPT_COMPLETE": f"source_{shell}"}
     done = subprocess.run([script], capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 0 and f"complete_{shell}" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("--help",), ("schema",)])
+def test_who_stops_reading_gets_neither_a_verdict_nor_a_word(arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command_line = [sys.executable, "-m", "peftopt.cli", *arguments]
+    try:
+        ended = subprocess.run(command_line, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    finally:
+        os.close(writing)
+    assert ended.returncode == CLOSED_PIPE and not ended.stderr

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -838,3 +839,28 @@ def test_equal_means_seem_to_differ_no_more_often_than_the_level_says(
         difference = stats.welch(stats.mean(ours), stats.mean(theirs), level)
         wrong += not difference.low <= 0 <= difference.high
     assert wrong <= 400 * (1 - level) + 3 * math.sqrt(400 * (1 - level)) + 1
+
+
+@given(intervals, intervals)
+def test_a_difference_at_one_level_is_the_exchanged_one_with_its_sign_turned(ours: Interval, theirs: Interval) -> None:
+    theirs = replace(theirs, level=ours.level)
+    found = stats.difference(ours, theirs)
+    assert near(found, mirrored(stats.difference(theirs, ours)))
+    assert found.n == min(ours.n, theirs.n) and found.level == ours.level
+
+
+def test_the_bounds_of_a_difference_are_those_of_the_facing_sides() -> None:
+    """3 down and 4 up face each other: 5 apart; the other sides 8 and 6: 10."""
+    found = stats.difference(Interval(10, 7, 18, 9, 0.9), Interval(4, -2, 8, 5, 0.9))
+    assert (found.estimate, found.low, found.high, found.n) == (6, 6 - 5, 6 + 10, 5)
+
+
+@pytest.mark.parametrize("unknown", [Interval(math.nan, -math.inf, math.inf, 0), Interval(math.inf, 1, math.inf, 2)])
+def test_a_difference_from_what_is_not_known_is_not_known(unknown: Interval) -> None:
+    found = stats.difference(unknown, Interval(1.0, 0.9, 1.1, 9))
+    assert (found.low, found.high) == (-math.inf, math.inf)
+
+
+def test_two_levels_have_no_difference() -> None:
+    with pytest.raises(ValueError, match="one level"):
+        stats.difference(Interval(1, 0, 2, 9, 0.9), Interval(1, 0, 2, 9, 0.95))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import typer
 
 from peftopt import __version__
 from peftopt.cli.shared import app
-from peftopt.errors import ACCEPTED, BAD_INPUT, BUG, INTERRUPTED, SYSTEM, BadRecipe, PeftoptError, unusable
+from peftopt.errors import BAD_INPUT, BUG, CLOSED_PIPE, INTERRUPTED, SYSTEM, BadRecipe, PeftoptError, unusable
 
 VERBS = (
     "job",
@@ -71,11 +72,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _told(error, as_json)
     except (KeyboardInterrupt, typer.Abort):
         code = _failed(INTERRUPTED, "interrupted", as_json)
+    except SystemExit as ended:  # so typer and rich end where nobody reads on, with the code of a rejection
+        code = CLOSED_PIPE if isinstance(ended.__context__, BrokenPipeError) else ended.code
     except Exception as error:  # noqa: BLE001 (the last resort, so that a bug has its own exit code)
         code = _unexpected(error, as_json)
     if code == INTERRUPTED:  # typer may have made an exit code of the interrupt already
         print("interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
-    sys.exit(code or 0)
+    sys.exit(_read_to_its_end(code or 0))
+
+
+def _read_to_its_end(code: int | str) -> int | str:
+    """The exit code, once all that was printed has been taken; CLOSED_PIPE where nobody did."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (for the interpreter's own flush at its end)
+        return CLOSED_PIPE
+    return code
 
 
 def _told(error: PeftoptError, as_json: bool) -> int:
@@ -107,7 +120,7 @@ def _unexpected(error: Exception, as_json: bool) -> int:
         error.show()  # type: ignore[attr-defined]
         return _failed(BAD_INPUT, error.format_message(), as_json)  # type: ignore[attr-defined]
     if isinstance(error, BrokenPipeError):
-        return ACCEPTED
+        return CLOSED_PIPE
     if isinstance(error, OSError) and error.errno in SYSTEM:
         return _told(unusable(error), as_json)
     traceback.print_exception(error)

@@ -59,6 +59,8 @@ def gate(options: GateOptions) -> None:
     """Compare a run with what was accepted: exit 0 not worse, 1 worse, 3 undecided."""
     from peftopt.cli.console import Console
 
+    if not options.target.exists():
+        raise BadInput(f"there is no run and no recipe at {options.target}", "`peftopt runs` lists runs")
     console = Console(options.quiet)
     file = options.baseline or _beside(options.target)
     most_days = seconds(options.max_age) / 86_400
