@@ -306,7 +306,9 @@ def main() -> None:
     parser.add_argument("--between", type=float, default=0.0, help="standard deviation between runs, log units")
     parser.add_argument("--live", type=Path, help="folder of real gates on this machine")
     parser.add_argument("--rounds", type=int, default=10, help="of --live: four gates each")
-    parser.add_argument("--tiers", nargs="+", default=list(RECIPES), choices=list(RECIPES), help="of --live: which gates")
+    parser.add_argument(
+        "--tiers", nargs="+", default=list(RECIPES), choices=list(RECIPES), help="of --live: which gates"
+    )
     parser.add_argument("--rank", type=int, default=1, help="of --live: what is left of the adapter's rank 8")
     parser.add_argument("--slower", type=float, default=0.25, help="of --live: more work at every token")
     options = parser.parse_args()
