@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +37,9 @@ def run(
         bool, typer.Option("--more", help="Add blocks to the last run of this recipe, if it is undecided.")
     ] = False,
     no_forecast: NoForecast = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time went, and write trace.json, which Perfetto opens.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -46,11 +51,28 @@ def run(
     console = Console(quiet)
     parsed, text = judged.read_recipe(recipe)
     with recipe_run.prepare(parsed, text, results, console, fresh, more) as run:
-        if more and store.is_finished(run.folder):
-            recipe_run.add_blocks(run)
-        else:
-            recipe_run.execute(run, forecasts=not no_forecast)
+        with profiled(run.folder, console) if profile else contextlib.nullcontext():
+            if more and store.is_finished(run.folder):
+                recipe_run.add_blocks(run)
+            else:
+                recipe_run.execute(run, forecasts=not no_forecast)
         conclude(run.folder, console, as_json)
+
+
+@contextlib.contextmanager
+def profiled(folder: Path, console: Console) -> Iterator[None]:
+    """Say where the time inside went, and leave a trace of it in the run's folder; of an interrupted run too."""
+    from peftopt import machine
+    from peftopt.runner import trace
+
+    with trace.recording() as recorder:
+        try:
+            yield
+        finally:
+            for line in trace.words(recorder, machine.cores()):
+                console.tell(line)
+            recorder.write(folder / trace.FILE)
+            console.tell(f"trace: {folder / trace.FILE}, to be opened at ui.perfetto.dev or chrome://tracing")
 
 
 @app.command()

@@ -21,6 +21,7 @@ from peftopt.jobs import Failed, Job, Reply
 from peftopt.measurements import Answer, Record, structured
 from peftopt.progress import Hear, Reached
 from peftopt.records import Json
+from peftopt.runner import trace
 
 GRACE_S = 5.0
 
@@ -65,6 +66,10 @@ class WorkerProcess:
 
         Raises WorkerFailed with the reason: "out of memory", "timeout", "killed (SIGKILL)", "refused", …
         """
+        with trace.span(self.log.stem, job.name()):
+            return self._ask(job, deadline_s, tell, hear)
+
+    def _ask(self, job: Job[Reply], deadline_s: float, tell: Callable[[Answer], None], hear: Hear) -> Reply:
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed, and named, by _line
             self.process.stdin.write(jobs.as_line(job).encode())
