@@ -25,7 +25,7 @@ def generator() -> dict[str, Any]:
 SCHEMAS = [f"../schemas/{name}.schema.json" for name in ("recipe", "decision", "measurement", "diagnosis")]
 
 
-@pytest.mark.parametrize("page", ["metrics.md", "cli.md", "deploying.md", "data.md", *SCHEMAS])
+@pytest.mark.parametrize("page", ["metrics.md", "cli.md", "deploying.md", "data.md", "faults.md", *SCHEMAS])
 def test_a_generated_page_is_up_to_date(page: str, generator: dict[str, Any]) -> None:
     assert (DOCS / page).read_text() == generator["pages"]()[page], "run python docs/generate.py"
 

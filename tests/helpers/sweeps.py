@@ -7,7 +7,6 @@ Each run is a copy of a process that has imported everything (helpers.forked), a
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -40,7 +39,7 @@ class Job:
     name: str
     words: tuple[str, ...]
     begin: Path
-    check: Callable[[Path], None]
+    check: Callable[[Path], object]
     result: Callable[[Path], object]
     codes: frozenset[int] = frozenset({0})
     again: frozenset[int] = frozenset()
@@ -67,10 +66,10 @@ class Point:
     wrong: str = ""
 
 
-def attempt(job: Job, home: Path, fault: str = "", at: int = 0) -> Ended:
-    """Run a job in its folder; over when all its processes are."""
+def attempt(job: Job, home: Path, fault: str = "", at: int = 0, name: str = "") -> Ended:
+    """Run a job in its folder; over when all its processes are. `name` tells it from one that runs there meanwhile."""
     number, only = FAULTS[fault] if fault else (KILLED, ())
-    counter, said = home.with_name("count"), home.with_name("said")
+    counter, said = home.with_name(f"count{name}"), home.with_name(f"said{name}")
     Path(f"{counter}.processes").unlink(missing_ok=True)
     counter.write_text("0")
     faults = Faults(str(home), at, number, only, str(counter))
@@ -168,10 +167,8 @@ class Tally:
     first: str = ""
 
 
-def swept(
-    job: Job, faults: Sequence[str], scratch: Path, step: int = 1, first: int = 1, until: float = float("inf")
-) -> Iterator[tuple[str, Tally]]:
-    """Each fault's tally; no point begins when the clock (monotonic) is beyond `until`."""
+def swept(job: Job, faults: Sequence[str], scratch: Path, step: int = 1, first: int = 1) -> Iterator[tuple[str, Tally]]:
+    """Each fault's tally."""
     wanted, _ = reference(job, scratch)
     for fault in faults:
         tally, started = Tally(), time.monotonic()
@@ -180,24 +177,5 @@ def swept(
             if point.wrong:
                 tally.wrong += 1
                 tally.first = tally.first or f"operation {point.at}: {point.wrong}"
-            if time.monotonic() > until:
-                break
         tally.seconds = time.monotonic() - started
         yield fault, tally
-
-
-def parsed(file: Path) -> object:
-    """The JSON of a file. Raises AssertionError for one that is torn."""
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise AssertionError(f"{file.name} is torn: {error}") from error
-
-
-def lines(file: Path) -> list[object]:
-    """The JSON of each line of a file; its last may be torn. Raises AssertionError for any other that is."""
-    text = file.read_text() if file.exists() else ""
-    try:
-        return [json.loads(line) for line in text.rpartition("\n")[0].splitlines()]
-    except ValueError as error:
-        raise AssertionError(f"a line of {file.name} is torn: {error}") from error

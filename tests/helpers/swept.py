@@ -9,12 +9,16 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from helpers.command_line import prompts
+from helpers.finished_runs import finished_run
+from helpers.inside import adapter
+from helpers.sweeps import HOME, Job, attempt
 from peftopt import identity, store
-from peftopt.errors import PeftoptError
+from peftopt.errors import ACCEPTED, BAD_INPUT, INCONCLUSIVE, REJECTED, PeftoptError, unusable
 from peftopt.gateway import copies
 from peftopt.gateway.lines import Log
 from peftopt.gateway.registry import open_registry
@@ -97,8 +101,6 @@ def main(part: str, home: str) -> int:
         print(f"error: {error.message}\nhint: {error.hint}")
         return error.exit_code
     except OSError as error:
-        from peftopt.errors import unusable
-
         print(f"error: {unusable(error).message}\nhint: {unusable(error).hint}")
         return unusable(error).exit_code
     return 0
@@ -192,92 +194,136 @@ def verdicts(home: Path) -> list[tuple[object, ...]]:
     """What the newest run decided, and each of its verdicts."""
     newest = max((home / "results" / "runs").iterdir())
     decision = read(newest / "decision.json")
-    rules = [(v["name"], v["outcome"], sorted((r["rule"], r["outcome"]) for r in v["verdicts"])) for v in variants(decision)]
+    rules = [
+        (each["name"], each["outcome"], sorted((rule["rule"], rule["outcome"]) for rule in each["verdicts"]))
+        for each in decision["variants"]
+    ]
     return [(decision["outcome"], store.is_finished(newest)), *rules]
-
-
-def variants(decision: Any) -> list[Any]:
-    return list(decision["variants"])
 
 
 # ---- the jobs ----------------------------------------------------------------------------------
 
+CLI = "peftopt.cli"
 
-def jobs(base: Path, lora: Path, folder: Path, url: str = "") -> dict[str, Any]:
-    """All jobs by name, begun in `folder`; `url` of a server to load."""
-    from helpers.finished_runs import finished_run
-    from helpers.inside import adapter
-    from helpers.sweeps import HOME, Job
 
-    def begun(name: str) -> Path:
-        (folder / name / "tmp").mkdir(parents=True)
-        return folder / name
+@dataclass(frozen=True)
+class Place:
+    """Where jobs are begun: a tiny base and its adapter, a `folder` for the rest, and the `url` of a server to load."""
 
-    def part(name: str, check: Callable[[Path], None], result: Callable[[Path], object]) -> Job:
-        return Job(name, ("helpers.swept", name, HOME), begun(name), check, result)
+    base: Path
+    lora: Path
+    folder: Path
+    url: str
 
-    folder.mkdir(exist_ok=True)
-    cli = "peftopt.cli"
-    model = ("--base", str(base), "--adapter", str(lora), "--out", f"{HOME}/out", "--certify", "blocks")
-    questions = prompts(folder / "eval.jsonl", 8, "eval")
-    recipe = folder / "tiny.yaml"
-    recipe.write_text(RECIPE.format(base=base, adapter=lora, prompts=questions))
-    found = {}
+    def begun(self, name: str) -> Path:
+        """A folder that a job starts from."""
+        (self.folder / name / "tmp").mkdir(parents=True)
+        return self.folder / name
 
-    decided = begun("decide")
-    run = finished_run(decided / "results", base, lora, built=False)
+    def questions(self) -> str:
+        """A file of prompts."""
+        return str(prompts(self.folder / "eval.jsonl", 8, "eval"))
+
+
+def job(name: str, place: Place) -> Job:
+    """A job by its name."""
+    return MAKERS[name](place)
+
+
+def _part(name: str, check: Callable[[Path], object], result: Callable[[Path], object]) -> Callable[[Place], Job]:
+    return lambda place: Job(name, ("helpers.swept", name, HOME), place.begun(name), check, result)
+
+
+def _registry(place: Place) -> Job:
+    def routes(home: Path) -> object:
+        return read(home / "state" / "registry.json")["routes"]
+
+    found = _part("registry", whole_registry, routes)(place)
+    adapter(found.begin / "one", 1.0)
+    adapter(found.begin / "two", 2.0)
+    return found
+
+
+def _decide(place: Place, name: str = "decide") -> Job:
+    begin = place.begun(name)
+    run = finished_run(begin / "results", place.base, place.lora, built=False)
     (run / "machine.json").write_text("{}")
-    where = f"{HOME}/{run.relative_to(decided)}"
+    run = run.relative_to(begin)
 
-    def reports(home: Path) -> dict[str, str]:
-        return {name: identity.of_file(home / run.relative_to(decided) / name) for name in REPORTS}
+    def reports(home: Path) -> object:
+        return {file: identity.of_file(home / run / file) for file in REPORTS}
 
-    found["decide"] = Job("decide", (cli, "decide", where), decided, whole_run, reports)
-    shutil.copytree(decided, folder / "report")
-    from helpers.sweeps import attempt
+    return Job(name, (CLI, name, f"{HOME}/{run}"), begin, whole_run, reports)
 
-    assert attempt(found["decide"], folder / "report").code == 0
-    found["report"] = Job("report", (cli, "report", where), folder / "report", whole_run, reports)
 
-    found["artifact"] = part("artifact", whole_artifacts, lambda home: names(home / "results" / "artifacts" / "aa"))
-    found["registry"] = part("registry", whole_registry, lambda home: read(home / "state" / "registry.json")["routes"])
-    adapter(found["registry"].begin / "one", 1.0)
-    adapter(found["registry"].begin / "two", 2.0)
-    found["log"] = part("log", log_lines, lambda home: log_lines(home) > 0)
-    if url:
-        words = (cli, "load", url, "--prompts", str(questions), "--requests", "4", "--rate", "200", "--model", "support")
-        words = (*words, "--new-tokens", "2", "--quiet", "--out", f"{HOME}/measurements.jsonl")
-        kept = lambda home: whole_lines(home / "measurements.jsonl")[-1]["probe"]  # noqa: E731
-        found["load"] = Job("load", words, begun("load"), lambda home: None, kept)
+def _report(place: Place) -> Job:
+    found = _decide(place, "report")
+    _once(replace(found, words=(CLI, "decide", found.words[2])), found.begin)
+    return found
 
-    def model_job(name: str, words: tuple[str, ...]) -> Job:
-        wanted = folder / f"{name}-wanted"
-        job = Job(
+
+def _load(place: Place) -> Job:
+    words = (CLI, "load", place.url, "--prompts", place.questions(), "--requests", "4", "--rate", "200", "--quiet")
+    words = (*words, "--model", "support", "--new-tokens", "2", "--out", f"{HOME}/measurements.jsonl")
+
+    def last(home: Path) -> object:
+        return whole_lines(home / "measurements.jsonl")[-1]["probe"]
+
+    return Job("load", words, place.begun("load"), lambda home: whole_lines(home / "measurements.jsonl"), last)
+
+
+def _model(name: str, *words: str) -> Callable[[Place], Job]:
+    def make(place: Place) -> Job:
+        wanted = place.folder / f"{name}-wanted"
+        known = {"{base}": str(place.base), "{lora}": str(place.lora)}
+        found = Job(
             name,
-            words,
-            begun(name),
+            (CLI, name, *(known.get(word, word) for word in words), "--out", f"{HOME}/out"),
+            place.begun(name),
             lambda home: same_model(home / "out", wanted / "out"),
             lambda home: names(home / "out"),
-            again=frozenset({2}),
+            again=frozenset({BAD_INPUT}),  # its folder is there already
         )
         wanted.mkdir()
-        ended = attempt(job, wanted)
-        assert ended.code == 0, ended.said
-        return job
+        _once(found, wanted)
+        return found
 
-    found["merge"] = model_job("merge", (cli, "merge", *model))
-    quantized = ("--model", str(base), "--out", f"{HOME}/out", "--method", "int8")
-    found["quantize"] = model_job("quantize", (cli, "quantize", *quantized))
+    return make
 
-    compiled = begun("compile")
-    shutil.copytree(base, compiled / "base")
-    words = (cli, "compile", "--model", f"{HOME}/base", "--new-tokens", "2", "--threads", "1")
+
+def _compile(place: Place) -> Job:
+    begin = place.begun("compile")
+    shutil.copytree(place.base, begin / "base")
+    words = (CLI, "compile", "--model", f"{HOME}/base", "--new-tokens", "2", "--threads", "1")
     words = (*words, "--set", "prompt_buckets=40", "--set", "cache_len=64")
-    found["compile"] = Job("compile", words, compiled, lambda home: None, lambda home: names(home))
-    decides = frozenset({0, 1, 3})
-    run_words = (cli, "run", str(recipe), "--results", f"{HOME}/results", "--quiet", "--no-forecast")
-    found["run"] = Job("run", run_words, begun("run"), whole_run, verdicts, decides)
-    return found
+    return Job("compile", words, begin, lambda home: None, lambda home: (home / "base.compiled").is_dir())
+
+
+def _run(place: Place) -> Job:
+    recipe = place.folder / "tiny.yaml"
+    recipe.write_text(RECIPE.format(base=place.base, adapter=place.lora, prompts=place.questions()))
+    words = (CLI, "run", str(recipe), "--results", f"{HOME}/results", "--quiet", "--no-forecast")
+    return Job("run", words, place.begun("run"), whole_run, verdicts, frozenset({ACCEPTED, REJECTED, INCONCLUSIVE}))
+
+
+def _once(job: Job, home: Path) -> None:
+    ended = attempt(job, home)
+    assert ended.code in job.codes, ended.said
+
+
+MAKERS: dict[str, Callable[[Place], Job]] = {
+    "artifact": _part("artifact", whole_artifacts, lambda home: names(home / "results" / "artifacts" / "aa")),
+    "registry": _registry,
+    "log": _part("log", log_lines, lambda home: log_lines(home) > 0),
+    "decide": _decide,
+    "report": _report,
+    "load": _load,
+    "merge": _model("merge", "--base", "{base}", "--adapter", "{lora}", "--certify", "blocks"),
+    "quantize": _model("quantize", "--model", "{base}", "--method", "int8"),
+    "compile": _compile,
+    "run": _run,
+}
+"""The jobs, the quickest first."""
 
 
 if __name__ == "__main__":
