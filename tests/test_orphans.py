@@ -160,7 +160,7 @@ def dead() -> int:
     return process.pid
 
 
-@pytest.mark.fault(10, "temporary folders whose owner is dead are removed when the next one starts, and their size told")
+@pytest.mark.fault(10, "temporary folders of the dead are removed when the next one starts, and their size told")
 def test_what_a_killed_peftopt_left_in_the_temporary_folder_is_removed_with_notice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

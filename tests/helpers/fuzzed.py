@@ -20,7 +20,24 @@ from peftopt.cli import main
 CODES = (0, 2, 4)
 """A recipe that works all the same, bad input, and something that is not installed."""
 
-WORDS = (b"\0", b"\xff", b"{", b"[", b"'", b": ", b"- ", b"&a", b"*a", b"!!", b"\t", b"%", b"1e999", b"-1", b"nan", b"\n")
+WORDS = (
+    b"\0",
+    b"\xff",
+    b"{",
+    b"[",
+    b"'",
+    b": ",
+    b"- ",
+    b"&a",
+    b"*a",
+    b"!!",
+    b"\t",
+    b"%",
+    b"1e999",
+    b"-1",
+    b"nan",
+    b"\n",
+)
 METRICS = ("latency.p95@chat <= 400 ms", "accuracy >= 1 %", "size <= 0.5x", "perplexity <= 1.05x", "memory <= 1 GB")
 
 
@@ -75,7 +92,11 @@ def threshold(folder: Path, chance: random.Random) -> str:
     """A required limit of odd letters."""
     text = chance.choice(METRICS)
     at = chance.randrange(len(text))
-    text = text[:at] + chance.choice(["", "x", "@", "<", ">=", "%", "٣", "1e400", "-", ".", " ", "nan", "🙂"]) + text[at + 1 :]
+    text = (
+        text[:at]
+        + chance.choice(["", "x", "@", "<", ">=", "%", "٣", "1e400", "-", ".", " ", "nan", "🙂"])
+        + text[at + 1 :]
+    )
     file = folder / "tiny.yaml"
     file.write_text(file.read_text().replace("latency.p95@chat <= 400 ms", json.dumps(text)))
     return f"require: {text!r}"

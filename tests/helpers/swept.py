@@ -87,7 +87,6 @@ def log(home: Path) -> None:
     for number in range(LOG_LINES):
         lines.write(Line(number))
     lines.close()
-    print("lost", lines.lost)
 
 
 PARTS: dict[str, Callable[[Path], None]] = {"artifact": artifact, "registry": registry, "log": log}
@@ -98,12 +97,16 @@ def main(part: str, home: str) -> int:
     try:
         PARTS[part](Path(home))
     except PeftoptError as error:
-        print(f"error: {error.message}\nhint: {error.hint}")
-        return error.exit_code
+        return told(error)
     except OSError as error:
-        print(f"error: {unusable(error).message}\nhint: {unusable(error).hint}")
-        return unusable(error).exit_code
+        return told(unusable(error))
     return 0
+
+
+def told(error: PeftoptError) -> int:
+    """Say what is wrong; the exit code."""
+    sys.stdout.write(f"error: {error.message}\nhint: {error.hint}\n")
+    return error.exit_code
 
 
 # ---- what is checked of what they leave --------------------------------------------------------
