@@ -137,7 +137,7 @@ def faults_page() -> str:
 
     return f"""# Faults
 
-<!-- docs/generate.py writes this page from tests/data/faults.yaml and the marks of tests. Change these, then run it. -->
+<!-- docs/generate.py writes this page from tests/data/faults.yaml and the marks of tests. Change these, then run. -->
 
 What peftopt does when something breaks. Each row names the tests that inject the fault: `make test` runs them.
 The text in the third column is part of the test's mark.

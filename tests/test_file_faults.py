@@ -28,7 +28,6 @@ SLOW = {"load": (1, 3), "merge": (5, 23, 41), "quantize": (11,), "run": (30, 90)
 def place(tiny_base: Path, tiny_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[swept.Place]:
     with served() as server:
         yield swept.Place(tiny_base, tiny_lora, tmp_path_factory.mktemp("jobs"), server.url)
-    sweeps.FIRST.close()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +55,7 @@ def test_no_fault_of_the_disk_and_no_kill_leaves_half_a_file(
     made = job(name, place, jobs, tmp_path)
     step = 1 if FAULTS[fault][1] else SAMPLE[name]
     points = list(sweeps.sweep(made, fault, tmp_path, jobs[name][1], step, 1 + list(FAULTS).index(fault) % step))
-    assert not [f"{point.at}: {point.wrong}" for point in points if point.wrong]
+    assert not [f"{point.at} ({point.ended.what}): {point.wrong}" for point in points if point.wrong]
 
 
 @pytest.mark.parametrize(("name", "at"), [(name, at) for name, places in SLOW.items() for at in places])

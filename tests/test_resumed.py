@@ -106,7 +106,4 @@ def test_whatever_happens_to_a_run_its_files_are_whole_and_its_verdict_is_the_sa
     job = swept.job("run", swept.Place(tiny_base, tiny_lora, tmp_path, ""))
     wanted, _ = sweeps.reference(job, tmp_path)
     happenings = type("Run", (Happenings,), {"job": job, "wanted": wanted})
-    try:
-        run_state_machine_as_test(happenings, settings=SETTINGS)
-    finally:
-        sweeps.FIRST.close()
+    run_state_machine_as_test(happenings, settings=SETTINGS)

@@ -239,7 +239,9 @@ def test_answers_of_which_none_stopped_are_said() -> None:
     assert unstopped(long[:2]) == unstopped([]) == ""
 
 
-@pytest.mark.parametrize("reach", ["''.__class__.__mro__[1].__subclasses__()", "messages.append.__globals__['os'].environ"])
+@pytest.mark.parametrize(
+    "reach", ["''.__class__.__mro__[1].__subclasses__()", "messages.append.__globals__['os'].environ"]
+)
 def test_a_template_does_not_reach_python(reach: str) -> None:
     from jinja2.exceptions import SecurityError
 

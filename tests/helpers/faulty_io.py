@@ -71,6 +71,8 @@ class Faults:
             return None
         if self._turn() != self.at:
             return None
+        if self.counter:
+            self._note("what", name)
         if self.fault == SHORT and half is not None:
             return half()
         if self.fault in (KILLED, ALONE):
@@ -104,8 +106,11 @@ class Faults:
 
     def joined(self) -> None:
         """Note that this process counts too."""
-        note = _os["open"](f"{self.counter}.processes", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        _os["write"](note, f"{os.getpid()}\n".encode())
+        self._note("processes", str(os.getpid()))
+
+    def _note(self, kind: str, text: str) -> None:
+        note = _os["open"](f"{self.counter}.{kind}", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        _os["write"](note, f"{text}\n".encode())
         _os["close"](note)
 
     def processes(self) -> list[int]:
@@ -167,7 +172,8 @@ class Handle:
         return iter(self._file)
 
     def __del__(self) -> None:
-        self._faults.inside.discard(self._number)
+        if not self._file.closed:
+            self._faults.inside.discard(self._number)
 
 
 @contextlib.contextmanager
@@ -193,8 +199,20 @@ def _put(stack: contextlib.ExitStack, where: Any, name: str, value: Any) -> None
 
 
 def _plant(faults: Faults, put: Callable[[Any, str, Any], None]) -> None:
-    opening = io.open
+    opened = _opened(faults, io.open)
+    put(builtins, "open", opened)
+    put(io, "open", opened)
+    put(os, "open", _os_open(faults))
+    put(os, "close", _os_close(faults))
+    for name in PLACES:
+        put(os, name, _at_place(faults, name))
+    for name in OPENED:
+        put(os, name, _at_opened(faults, name))
+    if "safetensors.torch" in sys.modules:
+        _plant_tensors(faults, put)
 
+
+def _opened(faults: Faults, opening: Any) -> Any:
     def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         writes = bool(set(mode) & set("wax+"))
         if not faults.ours(file) or not writes or "opener" in kwargs:
@@ -204,6 +222,10 @@ def _plant(faults: Faults, put: Callable[[Any, str, Any], None]) -> None:
         faults.inside.add(handle.fileno())
         return Handle(handle, faults)
 
+    return opened
+
+
+def _os_open(faults: Faults) -> Any:
     def os_open(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
         ours = faults.ours(path) or kwargs.get("dir_fd") in faults.inside
         if ours and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
@@ -213,42 +235,39 @@ def _plant(faults: Faults, put: Callable[[Any, str, Any], None]) -> None:
             faults.inside.add(number)
         return number
 
+    return os_open
+
+
+def _os_close(faults: Faults) -> Any:
     def os_close(number: int) -> None:
         faults.inside.discard(number)
         _os["close"](number)
 
-    def at_place(name: str) -> Any:
-        def called(path: Any, *args: Any, **kwargs: Any) -> Any:
-            if faults.ours(path) or kwargs.get("dir_fd") in faults.inside:
-                faults.next(name)
-            return _os[name](path, *args, **kwargs)
+    return os_close
 
-        return called
 
-    def at_opened(name: str) -> Any:
-        def called(number: Any, *args: Any, **kwargs: Any) -> Any:
-            descriptor = number if isinstance(number, int) else number.fileno()
-            if descriptor in faults.inside:
-                half = None
-                if name in ("write", "pwrite"):
-                    half = lambda: _os[name](number, args[0][: len(args[0]) // 2], *args[1:])  # noqa: E731
-                short = faults.next(name, half)
-                if short is not None:
-                    return short
-            return _os[name](number, *args, **kwargs)
+def _at_place(faults: Faults, name: str) -> Any:
+    def called(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if faults.ours(path) or kwargs.get("dir_fd") in faults.inside:
+            faults.next(name)
+        return _os[name](path, *args, **kwargs)
 
-        return called
+    return called
 
-    put(builtins, "open", opened)
-    put(io, "open", opened)
-    put(os, "open", os_open)
-    put(os, "close", os_close)
-    for name in PLACES:
-        put(os, name, at_place(name))
-    for name in OPENED:
-        put(os, name, at_opened(name))
-    if "safetensors.torch" in sys.modules:
-        _plant_tensors(faults, put)
+
+def _at_opened(faults: Faults, name: str) -> Any:
+    def called(number: Any, *args: Any, **kwargs: Any) -> Any:
+        def half() -> Any:
+            return _os[name](number, args[0][: len(args[0]) // 2], *args[1:])
+
+        descriptor = number if isinstance(number, int) else number.fileno()
+        if descriptor in faults.inside:
+            short = faults.next(name, half if name in ("write", "pwrite") else None)
+            if short is not None:
+                return short
+        return _os[name](number, *args, **kwargs)
+
+    return called
 
 
 def _plant_tensors(faults: Faults, put: Callable[[Any, str, Any], None]) -> None:

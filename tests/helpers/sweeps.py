@@ -27,6 +27,9 @@ HOME = "{home}"
 """In a job's words: the folder that it writes to."""
 LEFT = re.compile(r"\.tmp\b|^\..+\.\d+\.|^peftopt-\d+-")
 """Names of what is written before it has its own."""
+REMOVALS = ("unlink", "remove", "rmdir")
+"""What cannot be removed is left, for the next run."""
+
 LIMIT_S = 300.0
 
 
@@ -48,11 +51,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: its exit code, what it said, and how many operations there were."""
+    """How a run ended: its exit code, what it said, how many operations there were, and which one failed."""
 
     code: int
     said: str
     count: int
+    what: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def attempt(job: Job, home: Path, fault: str = "", at: int = 0, name: str = "") 
     """Run a job in its folder; over when all its processes are. `name` tells it from one that runs there meanwhile."""
     number, only = FAULTS[fault] if fault else (KILLED, ())
     counter, said = home.with_name(f"count{name}"), home.with_name(f"said{name}")
-    Path(f"{counter}.processes").unlink(missing_ok=True)
+    for note in ("processes", "what"):
+        Path(f"{counter}.{note}").unlink(missing_ok=True)
     counter.write_text("0")
     faults = Faults(str(home), at, number, only, str(counter))
     (home / "tmp").mkdir(exist_ok=True)
@@ -82,7 +87,9 @@ def attempt(job: Job, home: Path, fault: str = "", at: int = 0, name: str = "") 
     finally:
         copy.kill()
     wait_until(lambda: not [each for each in faults.processes() if lives(each)], lambda: f"{job.name} lives on")
-    return Ended(code, said.read_text(errors="replace"), faults.counted())
+    what = Path(f"{counter}.what")
+    failed = what.read_text().strip() if what.exists() else ""
+    return Ended(code, said.read_text(errors="replace"), faults.counted(), failed)
 
 
 def lives(process: int) -> bool:
@@ -122,7 +129,7 @@ def check(job: Job, home: Path, fault: str, ended: Ended, wanted: object) -> Non
     assert "Traceback" not in ended.said, ended.said[-600:]
     if ended.code == ENVIRONMENT:
         assert "error:" in ended.said and "hint:" in ended.said, ended.said[-300:]
-        assert dies or not left(home), f"left behind: {left(home)}"
+        assert dies or ended.what in REMOVALS or not left(home), f"left behind: {left(home)}"
     job.check(home)
     second = attempt(job, home)
     assert second.code in {*job.codes, *job.again}, f"the next run: exit {second.code}: {second.said[-300:]}"
@@ -176,6 +183,6 @@ def swept(job: Job, faults: Sequence[str], scratch: Path, step: int = 1, first: 
             tally.points += 1
             if point.wrong:
                 tally.wrong += 1
-                tally.first = tally.first or f"operation {point.at}: {point.wrong}"
+                tally.first = tally.first or f"operation {point.at} ({point.ended.what}): {point.wrong}"
         tally.seconds = time.monotonic() - started
         yield fault, tally
