@@ -133,7 +133,7 @@ def test_a_wall_clock_that_steps_back_changes_no_time(
     requests = line["values"]["requests"]
     times = [value for each in requests for key, value in each.items() if key.endswith("_ms") and value is not None]
     flat = [number for value in times for number in (value if isinstance(value, list) else [value])]
-    assert len(requests) == 20 and flat and min(flat) >= 0 and max(flat) < 600_000
+    assert len(requests) >= 20 and flat and min(flat) >= 0 and max(flat) < 600_000
 
 
 # ---- models and adapters that are none -----------------------------------------------------------
