@@ -24,6 +24,7 @@ from peftopt.errors import MissingEnvironment, PeftoptError, WorkerFailed
 from peftopt.measurements import Caching, EngineFacts, Launch, Memory, Survey, Task, as_json
 from peftopt.merging.certificate import FILE as CERTIFICATE
 from peftopt.models import provenance
+from peftopt.models.folders import keep_private
 from peftopt.models.hf import tokenizer, tokenizer_home
 from peftopt.plugins import module
 from peftopt.probes.layers import Few
@@ -59,6 +60,7 @@ class Worker:
             result = source.transform(job.model, source.Params(**job.params), out, texts, job.seed)
         seconds = time.perf_counter() - started
         cpu_seconds = time.process_time() - cpu_started
+        keep_private(out, map(Path, (job.model.path, *job.model.adapters)))
         quantization = provenance.read(out)
         if quantization:
             used = quantization["calibration"] and {"source": job.calibration, **quantization["calibration"]}

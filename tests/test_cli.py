@@ -116,6 +116,12 @@ def prompt_method(folder: Path) -> None:
         ("lora", prompt_method, "cannot be merged"),
     ],
 )
+@pytest.mark.fault(18, "refused before anything starts, exit 2")
+@pytest.mark.fault(22, "weights of another shape than the base's are refused before anything starts")
+@pytest.mark.fault(25, "refused before anything starts")
+@pytest.mark.fault(26, "refused")
+@pytest.mark.fault(32, "refused with the name of the method")
+@pytest.mark.fault(33, "refused before anything starts")
 def test_files_that_cannot_work_are_refused_before_anything_starts(
     recipe: Path, which: str, damage, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,6 +132,7 @@ def test_files_that_cannot_work_are_refused_before_anything_starts(
     assert not (recipe.parent / "results").exists()
 
 
+@pytest.mark.fault(23, "refused before anything starts, with the base that it wants")
 def test_an_adapter_for_another_base_is_refused_and_names_the_base_it_wants(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -145,6 +152,7 @@ def test_an_adapter_for_another_base_is_refused_and_names_the_base_it_wants(
         ('{"id": 1, "prompt": "a"}\n{"id": 2, "prom\n', "eval.jsonl:2 is not a prompt"),
     ],
 )
+@pytest.mark.fault(31, "refused with the line, exit 2")
 def test_broken_prompts_are_named_by_line(
     recipe: Path, text: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +179,7 @@ def test_calibration_rows_may_not_be_evaluated(recipe: Path, capsys: pytest.Capt
     assert "is also evaluation row" in errors(capsys)
 
 
+@pytest.mark.fault(5, "the folder is named, exit 4")
 def test_results_that_cannot_be_written_are_an_environment_error(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +251,7 @@ def test_calibration_text_is_counted_without_torch(recipe: Path) -> None:
     assert "the calibration text is too short" in " ".join(said.split()) and "| torch" not in said
 
 
+@pytest.mark.fault(38, "said before anything is built, with what to install")
 def test_what_a_step_needs_and_is_not_installed_is_said_before_anything_is_built(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -445,6 +455,7 @@ def test_a_dry_run_shows_every_delta_and_calls_out_none(
     assert "--adapter" in says and "'much' is not a number" in says
 
 
+@pytest.mark.fault(10, "the next merge to the same folder removes it")
 def test_what_a_killed_merge_left_is_removed_by_the_next(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
     for owner, survives in ((2**22 + 1, False), (os.getpid(), True)):  # no process, and one that lives
         left = tmp_path / f".out.{owner}.abc"

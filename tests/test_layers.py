@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "peftopt"
 GROUND = (
-    "docstrings errors records forms metrics identity stats progress machine measurements corpus store plugins "
+    "docstrings errors records forms metrics identity stats progress machine measurements corpus store scratch plugins "
     "environments models"
 )
 LOW = "recipe loadtest decision report gate canary merging transforms engines policies probes"

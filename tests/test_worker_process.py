@@ -55,6 +55,9 @@ def fake(tmp_path: Path, script: str) -> WorkerProcess:
         ("""read line; echo '{"failed": {"reason": "out of memory", "detail": "", "hint": ""}}'""", "out of memory"),
     ],
 )
+@pytest.mark.fault(12, "the variant failed: out of memory")
+@pytest.mark.fault(13, "ended at its deadline: timeout")
+@pytest.mark.fault(14, "the signal is named")
 def test_each_way_to_fail_has_its_name(tmp_path: Path, script: str, reason: str) -> None:
     with fake(tmp_path, script) as child, pytest.raises(WorkerFailed) as caught:
         child.ask(OPEN, 0.5 if reason == "timeout" else 30)
@@ -95,6 +98,7 @@ def test_threads_of_a_worker_wait_as_the_user_says_or_briefly(
     assert machine.describe()["openmp"] == (own or {"GOMP_SPINCOUNT": "2000"})
 
 
+@pytest.mark.fault(15, "its whole group is ended")
 def test_grandchildren_go_with_the_worker(tmp_path: Path) -> None:
     started = tmp_path / "grandchild"
     with fake(tmp_path, f"sleep 600 & echo $! > {started}; exit 0") as child, pytest.raises(WorkerFailed):
@@ -138,6 +142,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.fault(1, "a server ends with its worker, and that with peftopt")
 def test_a_killed_parent_leaves_no_server_behind(tmp_path: Path) -> None:
     """The parent has no chance to say goodbye; its worker goes with it, and the worker's server with that."""
     script = tmp_path / "loaded.py"

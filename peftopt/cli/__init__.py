@@ -71,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except PeftoptError as error:
         code = _told(error, as_json)
     except (KeyboardInterrupt, typer.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # who asks again does not wait for the end of threads
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         code = _failed(INTERRUPTED, "interrupted", as_json)
     except SystemExit as ended:  # so typer and rich end where nobody reads on, with the code of a rejection
         code = CLOSED_PIPE if isinstance(ended.__context__, BrokenPipeError) else ended.code

@@ -302,6 +302,8 @@ class Log:
     def _add(file: BinaryIO, text: bytes, at: int) -> None:
         """Add a line to a file of `at` bytes, whole or not at all."""
         try:
+            if at and os.pread(file.fileno(), 1, at - 1) != b"\n":
+                text = b"\n" + text  # a power cut has torn the line before
             written = os.write(file.fileno(), text)
             if written < len(text):
                 raise OSError("a part of the line was written")
@@ -330,7 +332,7 @@ class Log:
 
     @staticmethod
     def _opened(path: Path) -> BinaryIO:
-        return path.open("ab", buffering=0)
+        return path.open("ab+", buffering=0)
 
 
 def _same(file: BinaryIO, path: Path) -> bool:

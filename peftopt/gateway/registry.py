@@ -9,6 +9,7 @@ STATE/events.jsonl           what happened, a line each
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
@@ -140,11 +141,8 @@ class Registry:
     def tell(self, event: str, **what: Json) -> None:
         """Add to what happened; a full disk loses the line and nothing else."""
         line = json.dumps({"at": utc(time.time()), "event": event, **what})
-        try:
-            with (self.root / "events.jsonl").open("a", encoding="utf-8") as lines:
-                lines.write(line + "\n")
-        except OSError:
-            return
+        with contextlib.suppress(OSError):
+            store.add_lines(self.root / "events.jsonl", line + "\n")
 
 
 def open_registry(root: Path) -> Registry:

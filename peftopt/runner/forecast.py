@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftopt import corpus, environments, machine, plugins, stats
+from peftopt import corpus, environments, machine, plugins, scratch, stats
 from peftopt.decision import forecast as judging
 from peftopt.engines import _shapes, compiled
 from peftopt.errors import BadInput, WorkerFailed
@@ -120,7 +119,7 @@ def _merges(variant: Variant) -> bool:
 def _asked(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Workload], rank: int, hear: Hear) -> Few:
     calibrates = any(step.calibrates for variant in variants for step in variant.steps)
     threads = recipe.measure.threads or machine.cores()
-    with tempfile.TemporaryDirectory(prefix="peftopt-forecast-") as folder:
+    with scratch.temporary() as folder:
         job = LayersJob(
             model=Model(recipe.base, (recipe.adapter,)),
             variants=tuple(variants),
@@ -131,7 +130,7 @@ def _asked(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Work
             rank=rank,
             seed=recipe.seed,
         )
-        with WorkerProcess(Path(folder) / "worker.log", threads) as child:
+        with WorkerProcess(folder / "worker.log", threads) as child:
             return child.ask(job, DEADLINE_S, hear=hear)
 
 

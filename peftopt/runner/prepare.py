@@ -24,7 +24,7 @@ from peftopt.recipe import plan as planning
 from peftopt.records import GENERIC, YAML, Build, Json, Model, Quality, Variant, task_name
 from peftopt.runner import preflight
 from peftopt.runner.build import make_artifact
-from peftopt.runner.process import WorkerProcess
+from peftopt.runner.process import WorkerProcess, interrupted
 from peftopt.runner.run import Run, check_baseline, load, try_twice, warm, worker
 from peftopt.runner.schedule import Job, work
 
@@ -119,7 +119,7 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
         return made.model, facts
 
     try:
-        with run.store.locked(build):
+        with run.store.locked(build, interrupted):
             artifact = run.store.find(build) or run.store.build(build, make)
     except WorkerFailed as error:
         for variant in users:

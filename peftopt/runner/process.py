@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -21,12 +22,13 @@ from peftopt.jobs import Failed, Job, Reply
 from peftopt.measurements import Answer, Record, structured
 from peftopt.progress import Hear, Reached
 from peftopt.records import Json
-from peftopt.runner import trace
+from peftopt.runner import orphans, trace
 
 GRACE_S = 5.0
 
 _LIVE: set[WorkerProcess] = set()
 _INTERRUPTED = threading.Event()
+_NUMBERS = itertools.count(1)
 
 
 def interrupt() -> None:
@@ -36,11 +38,17 @@ def interrupt() -> None:
         child.kill()
 
 
+def interrupted(within_s: float) -> bool:
+    """Whether everything is to end, or will be within so many seconds."""
+    return _INTERRUPTED.wait(within_s)
+
+
 class WorkerProcess:
     """One worker process. Use as a context manager; it and its descendants are gone afterwards."""
 
     def __init__(self, log: Path, threads: int, cache: Path | None = None, python: str = sys.executable) -> None:
         self.log = log
+        self.mark = f"{orphans.watched()}.{next(_NUMBERS)}."
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
@@ -48,7 +56,7 @@ class WorkerProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=_environment(threads, cache),
+                env={**_environment(threads, cache), orphans.MARK: self.mark},
                 cwd=log.parent,  # libraries that drop files where they stand drop them here
                 start_new_session=True,
             )
@@ -136,10 +144,11 @@ class WorkerProcess:
         return machine.cpu_s(self.processes())
 
     def kill(self) -> None:
-        """End the whole process group now."""
+        """End the whole process group now, and what the worker has started in groups of its own."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        orphans.end(self.mark)
 
     def close(self) -> None:
         """Let the worker end by itself, then make sure of its group."""

@@ -38,6 +38,7 @@ def prepare(
     home = store.Store(results.resolve(), listener.warn)
     plan, key, sources = planned(recipe)
     home.check_writable()
+    home.clear()
     runs = home.root / "runs"
     mine = sorted(runs.glob(f"*-{recipe.name}-{key}"))
     unfinished = [folder for folder in mine if not store.is_finished(folder)]
