@@ -93,8 +93,10 @@ def unwritable(path: Path | str, error: OSError, hint: str = "", needed: int = 0
 def unusable(error: OSError) -> MissingEnvironment:
     """The error for a system error that no line of ours expected: which file it was, as far as the system said."""
     path = error.filename or error.filename2
+    if error.errno in FULL and path:
+        return unwritable(str(path), error)
     if error.errno in FULL:
-        return unwritable(str(path or Path.cwd()), error)
+        return MissingEnvironment(f"cannot write: {error.strerror}", "make room on the disk that the output goes to")
     where = f" {path}" if path else ""
     return MissingEnvironment(
         f"the system refused to read or write{where}: {error.strerror}", "check its owner, mode and disk"

@@ -19,6 +19,7 @@ from peftopt import report, store
 from peftopt.decision.comparing import ComparedRun, Comparison, compare
 from peftopt.errors import BadInput
 from peftopt.records import Decision, Interval, VariantDecision, Verdict
+from peftopt.report.comparison import sentence
 
 HERE = {"cpu": "small", "cores": 2, "gpu": [], "python": "3.11.7", "versions": {"torch": "2.13.0", "peft": "0.21.2"}}
 THERE = {**HERE, "cpu": "large", "cores": 16, "versions": {"torch": "2.12.0", "peft": "0.21.2"}}
@@ -138,6 +139,19 @@ def test_a_changed_verdict_is_named_with_its_rule() -> None:
     changed = [verdict for verdict in compare(runs).verdicts if verdict.changed]
     assert [verdict.rule for verdict in changed] == ["", "merge.gain"]
     assert changed[0].outcomes == ("accepted", "rejected")
+
+
+def test_rules_that_changed_beneath_the_same_verdict_are_said_with_it() -> None:
+    figures = {"merged": {"latency.ratio@chat": interval(0.5, 0.05)}}
+    one = decided(figures, "inconclusive")
+    rejected = tuple(replace(v, verdicts=(Verdict("merge.gain", "rejected", ""),)) for v in one.variants[1:])
+    other = replace(one, variants=(one.variants[0], *rejected))
+    said = sentence(compare([ComparedRun("x", one), ComparedRun("y", other)]))
+    assert "the same verdict" in said and "1 rule changed" in said and "merged" in said
+    assert "changed" not in sentence(compare([ComparedRun("x", one)] * 2))
+    changed = compare([ComparedRun("x", one), ComparedRun("y", decided(figures, "rejected"))])
+    assert "judged differently: merged" in sentence(changed)
+    assert "the same verdict" not in sentence(changed)
 
 
 def test_a_fact_that_one_run_does_not_know_differs_from_nothing() -> None:

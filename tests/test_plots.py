@@ -100,6 +100,17 @@ def test_a_faster_and_better_variant_lies_left_and_above_and_marks_the_other_as_
     assert "merged" in cells["int8"] and "merged" not in cells["merged"]
 
 
+def test_no_line_from_top_to_bottom_passes_through_a_name_or_a_value(run: tuple[Decision, Evidence]) -> None:
+    for figure in figures(*run):
+        picture = drawn(figure)
+        if picture.get("class") != "rows":
+            continue
+        words = [float(str(text.get("y"))) for text in picture.iter("text")]
+        lines = [line for line in picture.iter("line") if line.get("x1") == line.get("x2")]
+        spans = [(float(str(line.get("y1"))), float(str(line.get("y2")))) for line in lines]
+        assert words and not [(y, span) for y in words for span in spans if span[0] < y < span[1]], figure.title
+
+
 def test_a_rejected_variant_dominates_nobody(run: tuple[Decision, Evidence]) -> None:
     decision, evidence = run
     turned_down = tuple(

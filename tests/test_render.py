@@ -369,7 +369,20 @@ def test_the_table_has_a_row_per_variant_and_marks_the_baseline_and_the_choice()
     assert set(body[4][2:]) == {words.MISSING}
 
 
-def test_further_figures_stand_apart_from_those_that_decide() -> None:
+def test_the_cards_say_whose_each_value_is() -> None:
+    decision, evidence = a_run()
+    chosen = str(decision.chosen)
+    page = html.render(decision, evidence)
+    whose = f"{chosen} (chosen) against {decision.baseline} (baseline)"
+    assert whose in page and whose in markdown.part(decision, evidence, "scorecard")
+    cards = re.findall(r"<li class=.*?</li>", page.partition('<ul class="card">')[2].partition("</ul>")[0], re.DOTALL)
+    assert cards and all(chosen in card for card in cards)
+    one = tuple(v for v in decision.variants if v.name in (chosen, decision.baseline))
+    kept = dataclasses.replace(decision, variants=one, chosen=None)
+    assert f"{chosen} (not chosen)" in html.render(kept, evidence)
+
+
+def test_further_metrics_stand_apart_from_those_that_decide() -> None:
     sheets = table.more(a_decision())
     cells = {name: text for sheet in sheets.values() for name, text in zip(sheet.header, sheet.body[1], strict=True)}
     assert cells["answers flipped"] == "3 worse, 1 better"

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import typer
 
 from peftopt import __version__
 from peftopt.cli.shared import app
-from peftopt.errors import BAD_INPUT, BUG, CLOSED_PIPE, INTERRUPTED, SYSTEM, BadRecipe, PeftoptError, unusable
+from peftopt.errors import (
+    BAD_INPUT,
+    BUG,
+    CLOSED_PIPE,
+    ENVIRONMENT,
+    INTERRUPTED,
+    SYSTEM,
+    BadRecipe,
+    PeftoptError,
+    unusable,
+)
 
 VERBS = (
     "job",
@@ -79,17 +90,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:  # noqa: BLE001 (the last resort, so that a bug has its own exit code)
         code = _unexpected(error, as_json)
     if code == INTERRUPTED:  # typer may have made an exit code of the interrupt already
-        print("interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
+        with _perhaps_unread():
+            print("interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
     sys.exit(_read_to_its_end(code or 0))
 
 
 def _read_to_its_end(code: int | str) -> int | str:
-    """The exit code, once all that was printed has been taken; CLOSED_PIPE where nobody did."""
+    """The exit code, once all that was printed has been taken. CLOSED_PIPE where nobody reads on, ENVIRONMENT where the
+    disk takes no more."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError as error:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (for the interpreter's own flush at its end)
-        return CLOSED_PIPE
+        if isinstance(error, BrokenPipeError):
+            return CLOSED_PIPE
+        return code if code == ENVIRONMENT else _told(unusable(error), as_json=False)  # ENVIRONMENT: told already
     return code
 
 
@@ -97,10 +112,20 @@ def _told(error: PeftoptError, as_json: bool) -> int:
     """Say what is wrong and what to do, to people, and with --json to programs; the exit code."""
     from peftopt.cli.console import Console, print_error
 
-    Console().error(error)
+    with _perhaps_unread():
+        Console().error(error)
     if as_json:
-        print_error(error.exit_code, error.message, error.hint, error.problems if isinstance(error, BadRecipe) else ())
+        problems = error.problems if isinstance(error, BadRecipe) else ()
+        with _perhaps_unread():
+            print_error(error.exit_code, error.message, error.hint, problems)
     return error.exit_code
+
+
+@contextlib.contextmanager
+def _perhaps_unread() -> Iterator[None]:
+    """Say something on an output that may take no more: the exit code says it all the same."""
+    with contextlib.suppress(OSError, SystemExit):
+        yield
 
 
 def _failed(exit_code: int, message: str, as_json: bool) -> int:
@@ -108,7 +133,8 @@ def _failed(exit_code: int, message: str, as_json: bool) -> int:
     if as_json:
         from peftopt.cli.console import print_error
 
-        print_error(exit_code, message)
+        with _perhaps_unread():
+            print_error(exit_code, message)
     return exit_code
 
 
@@ -119,12 +145,14 @@ def _unexpected(error: Exception, as_json: bool) -> int:
 
     usage_error = typer.BadParameter.__base__  # typer carries its own click, and does not export the class
     if usage_error and isinstance(error, usage_error):
-        error.show()  # type: ignore[attr-defined]
+        with _perhaps_unread():
+            error.show()  # type: ignore[attr-defined]
         return _failed(BAD_INPUT, error.format_message(), as_json)  # type: ignore[attr-defined]
     if isinstance(error, BrokenPipeError):
         return CLOSED_PIPE
     if isinstance(error, OSError) and error.errno in SYSTEM:
         return _told(unusable(error), as_json)
-    traceback.print_exception(error)
-    print("this is a bug in peftopt; please report it with the lines above", file=sys.stderr)
+    with _perhaps_unread():
+        traceback.print_exception(error)
+        print("this is a bug in peftopt; please report it with the lines above", file=sys.stderr)
     return _failed(BUG, f"a bug: {type(error).__name__}: {error}", as_json)

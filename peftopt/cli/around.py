@@ -146,9 +146,11 @@ def new(
     base: Annotated[Path | None, typer.Option(help="Base model folder.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Evaluation prompts.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write a recipe that fits a model, an adapter, prompts and this machine, and runs as it is."""
     from peftopt import schema, store
+    from peftopt.cli.console import print_json
     from peftopt.recipe import starter
 
     known = starters()
@@ -161,18 +163,21 @@ def new(
         from peftopt.runner import starting
 
         text = mode_line + starter.recipe(starting.facts(base, adapter, prompts, file))
-        next_step = f"peftopt check {file}, then peftopt run {file}"
+        first = ""
     elif like:
         _, starter_text = known[like].read_text(encoding="utf-8").split("\n", 1)  # its own mode line goes
         text = mode_line + _adapt(starter_text, base, adapter, prompts)
-        next_step = f"edit it, then peftopt check {file} and peftopt run {file}"
+        first = "edit it, then "
     else:
         lacking = [
             f"--{name}" for name, given in (("base", base), ("adapter", adapter), ("prompts", prompts)) if not given
         ]
         raise BadInput(f"a recipe of your own needs {', '.join(lacking)}", "or copy one of ours: --like quick")
     store.write(file, text, hint="choose another place")
-    print(f"wrote {file}; next: {next_step}")
+    if as_json:
+        print_json({"path": file, "next": [f"peftopt check {file}", f"peftopt run {file}"]})
+    else:
+        print(f"wrote {file}; next: {first}peftopt check {file}, then peftopt run {file}")
 
 
 DEMOS = re.compile(r", (slice: short|schema: [^,}\s]+)")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftopt.cli.shared import app
+from peftopt.cli.shared import AsJson, app
 from peftopt.errors import BadInput
 
 if TYPE_CHECKING:
@@ -35,11 +35,12 @@ def compare(
         list[str] | None,
         typer.Option(help="Compare this metric, such as ttft.p50@chat, in place of the usual ones; repeatable."),
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compare runs of other machines, versions or models: what differs, their ratios to their own baselines, their
     verdicts."""
     from peftopt import store
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
     from peftopt.decision import comparing
     from peftopt.report import compared as files
     from peftopt.report import comparison as told
@@ -49,6 +50,8 @@ def compare(
     renderers = {"html": files.as_html, "markdown": files.as_markdown, "json": files.as_json}
     if form not in ("text", *renderers):
         raise BadInput(f"--format {form} is not known", "known: text, html, markdown, json")
+    if as_json and output is None and form not in ("text", "json"):
+        raise BadInput(f"--json prints data, and --format {form} another form", "leave one out, or give -o FILE")
     if form == "text" and output:
         raise BadInput("a file has a format", "give --format html, markdown or json, or name it .html, .md or .json")
     if len(runs) > told.MOST:
@@ -60,15 +63,16 @@ def compare(
     for name in metric or ():
         if not any(name in (value.metric, value.metric.partition("@")[0]) for value in comparison.values):
             raise BadInput(f"no two of the runs have measured {name} of a shared variant", "see docs/metrics.md")
-    if form == "text":
+    if output:
+        store.write(output, renderers[form](comparison), hint="choose another place")
+    if as_json:
+        print_json(files.data(comparison))
+    elif output:
+        console.say(f"wrote {output}")
+    elif form == "text":
         _show(console, comparison)
-        return
-    text = renderers[form](comparison)
-    if output is None:
-        print(text, end="")
-        return
-    store.write(output, text, hint="choose another place")
-    console.say(f"wrote {output}")
+    else:
+        print(renderers[form](comparison), end="")
 
 
 def _form(output: Path | None) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +30,10 @@ Problem = tuple[int, str, str]
 """A mistake of a recipe: its line, what is wrong, and a hint."""
 
 OUTCOME_STYLE = {"accepted": "green", "rejected": "red", "inconclusive": "yellow", "not judged": "dim"}
+
+
+NARROWEST = 20
+"""Columns that a text is given at least, however narrow the terminal is."""
 
 
 class Console:
@@ -129,6 +135,17 @@ class Console:
         self.out.print(f"[bold]{escape(title)}[/bold]")
         for name, value in values.items():
             self.out.print(f"  {escape(name):<24} {escape(str(value))}", soft_wrap=True)
+
+    def glossary(self, title: str, values: Mapping[str, str]) -> None:
+        """A titled list of names and what they mean, as wide as the terminal; of 80 columns where that is not known."""
+        indent = 4 + max(map(len, values), default=0)
+        width = max(shutil.get_terminal_size().columns - indent, NARROWEST)
+        self.out.print(f"[bold]{escape(title)}[/bold]")
+        for name, text in values.items():
+            first, *others = textwrap.wrap(text, width) or [""]
+            self.out.print(escape(f"  {name:<{indent - 2}}{first}"), soft_wrap=True)
+            for line in others:
+                self.out.print(escape(" " * indent + line), soft_wrap=True)
 
     def error(self, error: PeftoptError) -> None:
         """What is wrong and what to do; all the mistakes of a recipe at once."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftopt.cli import serve
-from peftopt.cli.shared import app, named
+from peftopt.cli.shared import AsJson, app, named
 from peftopt.errors import BadInput, unwritable
 
 if TYPE_CHECKING:
@@ -68,11 +68,12 @@ def export(
     metrics: Annotated[
         Metrics, typer.Option(help="Whose metrics are watched: the gateway's, or those of a vLLM alone (monitoring).")
     ] = Metrics.GATEWAY,
+    as_json: AsJson = False,
 ) -> None:
     """Write what starts the model that a run chose: launch scripts, a systemd unit, manifests. Each says which
     measurement an option comes from. And what it is monitored by: alert rules, a dashboard. Without TARGET, all that
     fit the run."""
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
 
     def contained(what: Deployed) -> Deployed:
         return replace(what, image=image, gpus=gpus, cpus=cpus, memory_gib=memory)
@@ -81,13 +82,14 @@ def export(
         raise BadInput("--image, --cpus and --memory make no container", "such as --image peftopt:latest --memory 8")
     asked = replace(_asked(words, variant), metrics=metrics)
     console = Console()
-    if asked.target:
-        exported = _exported(asked, asked.target, contained)
-        _write(to, exported.files)
-        console.say(exported.use)
+    exported = _exported(asked, asked.target, contained) if asked.target else _all(asked, contained)
+    written = _write(to, exported.files)
+    if as_json:
+        print_json({"files": written, "use": exported.use, "notes": exported.notes})
     else:
-        exported = _all(asked, contained)
-        _write(to, exported.files)
+        print(f"wrote {', '.join(map(str, written))}")
+        if exported.use:
+            console.say(exported.use)
     for note in exported.notes:
         console.warn(note)
 
@@ -179,8 +181,8 @@ def _all(asked: Asked, contained: Callable[[Deployed], Deployed]) -> Exported:
     return Exported((readme(asked.run, exports, refusals), *written), "", tuple(notes))
 
 
-def _write(folder: Path, files: Sequence[File]) -> None:
-    """Write the files; scripts can be run. Raises BadInput where one is there already."""
+def _write(folder: Path, files: Sequence[File]) -> list[Path]:
+    """Write the files, and say where they lie; scripts can be run. Raises BadInput where one is there already."""
     if there := [file.name for file in files if (folder / file.name).exists()]:
         raise BadInput(f"{folder} has {', '.join(there)} already", "name another folder: --to, or delete them")
     try:
@@ -192,7 +194,7 @@ def _write(folder: Path, files: Sequence[File]) -> None:
                 path.chmod(0o755)
     except OSError as error:
         raise unwritable(folder, error, "name another folder: --to") from error
-    print(f"wrote {', '.join(str(folder / file.name) for file in files)}")
+    return [folder / file.name for file in files]
 
 
 @dataclass(frozen=True)

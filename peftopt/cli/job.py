@@ -107,11 +107,12 @@ def report(
         str, typer.Option(help='What the machine costs an hour, such as "2.10 USD": the reports say what tokens cost.')
     ] = "",
     open_page: Annotated[bool, typer.Option("--open", help="Open report.html in the browser.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a run's reports again from decision.json and its measurements, and print the Markdown one."""
     from peftopt import report as reports
     from peftopt import store
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
     from peftopt.runner import judged
 
     if only and only not in reports.parts.TITLES:
@@ -121,7 +122,14 @@ def report(
     console = Console()
     again = judged.report_again(folder, console.warn, beside(folder), price)
     page = folder / "report.html"
-    print(again.part(only) if only else store.read_text(folder / "report.md"))
+    text = again.part(only) if only else store.read_text(folder / "report.md")
+    if as_json:
+        decision = again.decision
+        files = {"html": page, "markdown": folder / "report.md", "junit": folder / "junit.xml"}
+        told = {"outcome": decision.outcome, "chosen": decision.chosen, "headline": reports.headline.headline(decision)}
+        print_json({"run": folder, **told, **files, "text": text})
+    else:
+        print(text)
     console.err.print(f"report: {page}", soft_wrap=True)
     if open_page:
         _open(page, console)

@@ -33,7 +33,7 @@ def list_(
         return
     console = Console()
     for title, names in chosen.items():
-        console.pairs(title, names)
+        console.glossary(title, names)
 
 
 def _named() -> dict[str, dict[str, str]]:

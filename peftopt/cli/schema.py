@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
-from peftopt.cli.shared import app
+from peftopt.cli.shared import AsJson, app
 
 
 def _names() -> list[str]:
@@ -20,8 +21,14 @@ def schema(
     name: Annotated[
         str, typer.Argument(help="recipe, decision, measurement or diagnosis.", autocompletion=_names)
     ] = "recipe",
+    as_json: AsJson = False,
 ) -> None:
     """Print a JSON Schema: of a recipe, which editors complete by, or of a file that a run leaves."""
     from peftopt import schema as schemas
+    from peftopt.cli.console import print_json
 
-    print(schemas.text(name), end="")
+    text = schemas.text(name)
+    if as_json:
+        print_json(json.loads(text))
+    else:
+        print(text, end="")

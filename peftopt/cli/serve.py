@@ -102,6 +102,9 @@ class Options:
     engine_only: Annotated[
         bool, typer.Option("--engine-only", help="Become vLLM's own server, without the gateway.")
     ] = False
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON line on stdout whenever it is ready: where it listens.")
+    ] = False
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ def serve(options: Options) -> None:
     what = _what(options)
     if options.engine_only:
         _engine_only(options)
+    if options.as_json and options.log == "-":
+        raise BadInput("--json and --log - both write to standard output", "give --log a file")
     from peftopt.gateway import run
 
     carried, console = _limits(options, what), Console()
@@ -212,6 +217,7 @@ def _limits(options: Options, what: What) -> Limits:
 
 def _config(options: Options, what: What, carried: Limits) -> Config:
     from peftopt import corpus, store
+    from peftopt.cli.console import print_json
     from peftopt.engines._server import check_port
     from peftopt.gateway import keys, lives
     from peftopt.gateway.listening import socket_of
@@ -263,6 +269,7 @@ def _config(options: Options, what: What, carried: Limits) -> Config:
         origins=what.origins,
         check_every_s=seconds(options.check_every),
         refuse=options.check_then == "refuse",
+        ready=print_json if options.as_json else lambda _: None,
     )
 
 
@@ -352,7 +359,7 @@ def _check_extra() -> None:
 def _engine_only(options: Options) -> None:
     """Become the engine's server: what `load` and `canary` ask directly."""
     from peftopt import environments
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_json
     from peftopt.engines import vllm
     from peftopt.engines._server import check_port
     from peftopt.records import Model
@@ -367,5 +374,9 @@ def _engine_only(options: Options) -> None:
     python = environments.python(vllm.PLUGIN.environment)
     check_port(options.port)
     command, variables = vllm.command(model, params, options.port, tuple(given), python)
-    Console().say(f"http://127.0.0.1:{options.port} will serve {', '.join([vllm.BASE, *given])}; Ctrl-C ends it")
+    url, names = f"http://127.0.0.1:{options.port}", [vllm.BASE, *given]
+    if options.as_json:
+        print_json({"url": url, "serves": names})
+    else:
+        Console().say(f"{url} will serve {', '.join(names)}; Ctrl-C ends it")
     os.execve(command[0], command, {**os.environ, **variables})  # nosec B606 # the words are ours: vLLM and its options

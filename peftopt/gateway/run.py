@@ -59,7 +59,8 @@ class Config:
     socket. `keys_file`: where the keys are read again on SIGHUP; `read_s`: seconds for a request to come in; `metrics`:
     users may read them; `log_text`: prompts and answers are logged; `log_keep`: files of the log that are kept, 0 =
     all; `trace`: a collector's URL; `origins`: what a run decided to serve, by name. `check_every_s`: so often each
-    version is asked whether it still answers as itself, 0 = never; `refuse`: one that does not answers nobody."""
+    version is asked whether it still answers as itself, 0 = never; `refuse`: one that does not answers nobody. `ready`: who is told, as data, whenever users are
+    answered from now on."""
 
     state: Path
     host: str = "127.0.0.1"
@@ -93,6 +94,7 @@ class Config:
     origins: Mapping[str, Origin] = field(default_factory=dict)
     check_every_s: float = 0.0
     refuse: bool = False
+    ready: Callable[[Mapping[str, object]], None] = lambda _: None
 
 
 def run(config: Config, tell: Callable[[str], None]) -> int:
@@ -253,10 +255,13 @@ class Gateway:
         for note in await lives.upkeep.begin():
             self.tell(note)
         self.metrics.ready.set(1)
+        url, names = f"http://{self.config.host}:{self.config.port}", [*self.registry.table.routes]
+        seconds = time.perf_counter() - started
         self.tell(
-            f"http://{self.config.host}:{self.config.port} serves {', '.join(self.registry.table.routes)}, ready after "
-            f"{time.perf_counter() - started:.1f} s; adapters: {self.config.admin}; Ctrl-C ends it"
+            f"{url} serves {', '.join(names)}, ready after {seconds:.1f} s; adapters: {self.config.admin}; "
+            "Ctrl-C ends it"
         )
+        self.config.ready({"url": url, "serves": names, "admin": self.config.admin, "seconds": seconds})
 
     @property
     def _engine_log(self) -> Path:

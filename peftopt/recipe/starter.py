@@ -1,4 +1,7 @@
-"""A first recipe for a user's own model, adapter, prompts and machine: pure, from facts to commented YAML."""
+"""A first recipe for a user's own model, adapter, prompts and machine: pure, from facts to commented YAML.
+
+A comment says what a line means, never its value: who edits the value leaves no comment behind that is wrong.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ class Facts:
     """What a recipe depends on. Paths as the recipe shall name them.
 
     `method`: "merge" where the adapter can be merged, "bake" for a prompt method, "" for one that stays as it is, and
-    `why`. `prompt_tokens` and `answer_tokens` of each prompt, the latter of those with a right answer. `base_bytes`
-    and `memory_bytes` of the model and the machine.
+    `why`. `distinct` prompts there are; `answer_tokens` of each that has a right answer. `base_bytes` and
+    `memory_bytes` of the model and the machine.
     """
 
     base: str
@@ -34,12 +37,9 @@ class Facts:
     method: str
     why: str
     distinct: int
-    prompt_tokens: Sequence[int]
     answer_tokens: Sequence[int]
-    slices: Sequence[str]
     base_bytes: int
     memory_bytes: int
-    cores: int
     gpu: str
 
 
@@ -49,24 +49,24 @@ def recipe(facts: Facts) -> str:
     answer = _timed_tokens(facts.answer_tokens)
     longest = -(-round(1.5 * max(facts.answer_tokens, default=170)) // 16) * 16
     rows = min(facts.distinct, MOST_ROWS)
-    longest_prompt = max(facts.prompt_tokens)
-    timed = f"{stats.median(facts.answer_tokens):.0f}, the median of yours" if facts.answer_tokens else "64"
     lines = [
         "# A first decision: which of these variants to ship in place of the adapter as it is served today.",
-        f"# Written for {facts.cores} CPU cores, {facts.gpu or 'no GPU'}, and {facts.distinct} different prompts of "
-        f"{min(facts.prompt_tokens)} to {longest_prompt} tokens.",
+        "# `peftopt new` chose the numbers for this machine, this model and these prompts. Change what you know better.",
         f"model: {{base: {_word(facts.base)}, adapter: {_word(facts.adapter)}}}",
         "",
-        "# What is timed: one prompt at a time (chat) and eight together (bulk). Every timed answer gets exactly",
-        f"# so many new_tokens ({timed}).",
+        "# What is timed: `batch` prompts together, of which every answer gets exactly `new_tokens`. The median length",
+        "# of your right answers is a good number.",
         "workloads:",
         f"  chat: {{prompts: {_word(facts.prompts)}, new_tokens: {answer}, batch: 1}}",
         f"  bulk: {{prompts: {_word(facts.prompts)}, new_tokens: {answer}, batch: 8}}",
         "",
-        "# Whose answers are checked, and how long an answer may get. Mark rows that may never get worse as critical.",
+        "# Whose answers are checked: of so many `rows`, each of `new_tokens` at most. Mark rows that may never get worse",
+        "# as critical.",
         f"quality: {{prompts: {_word(facts.prompts)}, new_tokens: {longest}, batch: 8, rows: {rows}}}",
+        "# After how many blocks a variant gets a fresh process, and after how many the run ends at the latest.",
         "measure: {relaunch: 3, max_blocks: 16}",
         "",
+        "# Each is built, measured against the baseline, and judged.",
         *_memory(facts, len(variants)),
         "variants:",
         *variants,
@@ -85,9 +85,7 @@ def _timed_tokens(answers: Sequence[int]) -> int:
 
 
 def _variants(facts: Facts) -> list[str]:
-    lines = [
-        "  adapter: []                      # base + adapter as it is: transformers here; on vLLM: [{engine: vllm}]"
-    ]
+    lines = ["  adapter: []                      # as you serve it: [] is transformers here, [{engine: vllm}] is vLLM"]
     compiled = "{engine: {compiled: {regions: true, prompt_buckets: none}}}"
     if facts.method == "merge":
         merge = "{merge: {certify: blocks}}"
@@ -113,10 +111,7 @@ def _memory(facts: Facts, variants: int) -> list[str]:
     """A warning where variants, which stay loaded side by side, may not fit."""
     if facts.gpu or variants * facts.base_bytes < facts.memory_bytes / 2:
         return []
-    return [
-        f"# All variants stay loaded side by side: {variants} of {facts.base_bytes / 1e9:.1f} GB each, and "
-        f"{facts.memory_bytes / 1e9:.0f} GB of memory is free. Take some out if it does not suffice."
-    ]
+    return ["# All stay loaded side by side, which may be more than this machine's memory holds. Take some out then."]
 
 
 def _tradeoffs(facts: Facts, rows: int, judged: int) -> list[str]:
@@ -124,15 +119,15 @@ def _tradeoffs(facts: Facts, rows: int, judged: int) -> list[str]:
     shown = next((rate for rate in RATES if needed_n(rate, judged) <= rows), None)
     if shown is None:
         return [
-            f"# {rows} prompts cannot show that critical errors are rare: of {judged} variants 10 % takes "
-            f"{needed_n(0.10, judged)}. Until you have them, what needs them stays undecided.",
+            "# Too few prompts cannot show that critical errors are rare: variants stay undecided. `peftopt check` says",
+            "# how many it takes.",
         ]
     rules = {"merge": 0.05, "quantize": 0.01, "compile": 0.05, "variant": 0.05}
     weaker = {name: shown for name, limit in rules.items() if shown > limit}
     if not weaker:
         return []
     return [
-        f"tradeoffs:                         # what {rows} prompts can show of {judged} variants; more show more",
+        "tradeoffs:                         # the strictest limits that the prompts can show; more prompts show more",
         *(f"  {name}: {{critical_errors: {rate:.0%}}}".replace("%", " %") for name, rate in weaker.items()),
     ]
 
@@ -141,7 +136,7 @@ def _require(facts: Facts) -> list[str]:
     lines = ["require:                           # your SLA, such as: - latency.p95@chat <= 400 ms"]
     if facts.answer_tokens:
         return [*lines, "  - accuracy >= 0.9x"]
-    return [*lines, "  - perplexity <= 1.05x            # your prompts have no right answers, so accuracy is not known"]
+    return [*lines, "  - perplexity <= 1.05x            # for prompts without right answers; with them, accuracy >= 0.9x"]
 
 
 def _word(text: str) -> str:

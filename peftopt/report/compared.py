@@ -40,6 +40,11 @@ class Plot:
 
 
 def as_json(comparison: Comparison) -> str:
+    """The comparison as a file of JSON."""
+    return json.dumps(data(comparison), indent=2, allow_nan=False) + "\n"
+
+
+def data(comparison: Comparison) -> dict[str, JsonValue]:
     """The comparison as data; without the whole decisions, which have files of their own."""
     runs = [
         {
@@ -59,7 +64,7 @@ def as_json(comparison: Comparison) -> str:
         {"variant": v.variant, "rule": v.rule, "outcomes": v.outcomes, "changed": v.changed}
         for v in comparison.verdicts
     ]
-    data: dict[str, JsonValue] = {
+    return {
         "format": FORMAT,
         "sentence": told.sentence(comparison),
         "runs": plain(runs),
@@ -73,7 +78,6 @@ def as_json(comparison: Comparison) -> str:
         "values": plain(comparison.values),
         "verdicts": plain(verdicts),
     }
-    return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
 def as_markdown(comparison: Comparison) -> str:

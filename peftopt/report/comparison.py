@@ -29,14 +29,24 @@ ABOUT_DIFFERING = "What may be the reason for any difference below. What is not 
 
 
 def sentence(comparison: Comparison) -> str:
-    """What the runs ship, how many values differ, how many verdicts changed."""
+    """What the runs ship, how many values differ, which verdicts and rules changed."""
     contrasts = [contrast for value in comparison.values for contrast in value.contrasts if contrast.statement]
     differ = sum(contrast.statement == "differs" for contrast in contrasts)
-    changed = [verdict for verdict in comparison.verdicts if verdict.changed and not verdict.rule]
     of_values = f"{differ} of {len(contrasts)} compared values differ"
-    of_verdicts = ", ".join(verdict.variant for verdict in changed)
-    judged = f"judged differently: {of_verdicts}" if changed else "all shared variants have the same verdict"
-    return f"{_choice(comparison.runs)}; {of_values}; {judged}."
+    return f"{'; '.join([_choice(comparison.runs), of_values, *_changes(comparison.verdicts)])}."
+
+
+def _changes(verdicts: Sequence[Judged]) -> list[str]:
+    """Which variants have another verdict, and which only have rules with another outcome."""
+    if not verdicts:
+        return ["no variant is shared"]
+    variants = [verdict.variant for verdict in verdicts if verdict.changed and not verdict.rule]
+    rules = [verdict for verdict in verdicts if verdict.changed and verdict.rule and verdict.variant not in variants]
+    told = [f"judged differently: {', '.join(variants)}" if variants else "all shared variants have the same verdict"]
+    if rules:
+        names = ", ".join(dict.fromkeys(verdict.variant for verdict in rules))
+        told.append(f"{counted(len(rules), 'rule')} changed beneath the same verdict: {names}")
+    return told
 
 
 def _choice(runs: Sequence[ComparedRun]) -> str:

@@ -27,13 +27,15 @@ DETAIL = 4_000
 def render(decision: Decision, evidence: Evidence, beside: Sequence[Section] = (), price: Price | None = None) -> str:
     """The page, with sections of what else is known of the run, and costs where there is a price."""
     prompts = answers.prompts(decision, evidence)
+    card = scorecard.scorecard(decision, price)
     return page(
         "report.html.j2",
         script=_script(),
         decision=decision,
         recipe=PurePath(decision.recipe).name or decision.recipe,
         headline=headline(decision),
-        card=scorecard.scorecard(decision, price),
+        card=card,
+        compared=parts.against(card.variant, decision.chosen is not None, card.baseline) if card else "",
         warnings=table.warnings(decision),
         notes=table.notes(decision),
         first=table.first(decision),

@@ -9,7 +9,7 @@ from peftopt.decision.evidence import Evidence
 from peftopt.records import Decision, Outcome, VariantDecision
 from peftopt.report import answers, glossary, measured, parts, production, scorecard, table, words
 from peftopt.report.headline import headline
-from peftopt.report.scorecard import Price
+from peftopt.report.scorecard import Price, Scorecard
 
 MOST = 65_000
 """GitHub refuses comments of more than 65,536 characters."""
@@ -75,7 +75,7 @@ def _bodies(
     card = scorecard.scorecard(decision, price)
     more = table.more(decision)
     return {
-        "scorecard": _table(scorecard.rows(card)) if card else "",
+        "scorecard": _card(decision, card) if card else "",
         "variants": _table(table.rows(decision)),
         "notes": _list(table.notes(decision)),
         "rules": "\n\n".join(_variant(variant) for variant in decision.variants),
@@ -118,6 +118,10 @@ def _entity(character: str) -> str:
 def _warnings(decision: Decision) -> str:
     lines = [f"> - {escape(line)}" for line in table.warnings(decision)]
     return "\n".join(["> [!WARNING]", *lines]) if lines else ""
+
+
+def _card(decision: Decision, card: Scorecard) -> str:
+    return f"{escape(parts.against(card.variant, decision.chosen is not None, card.baseline))}\n\n{_table(scorecard.rows(card))}"
 
 
 def _variant(variant: VariantDecision) -> str:

@@ -12,13 +12,19 @@ TITLES = {
     "production": "In production",
     "beside": "Beside the decision",
     "workloads": "By workload",
-    "more": "More figures",
+    "more": "More metrics",
     "expected": "Expected and measured",
     "method": "How it was measured",
     "failures": "Failures",
     "words": "How to read this report",
 }
 """Name -> heading, in the order of the report."""
+
+
+def against(variant: str, chosen: bool, baseline: str) -> str:
+    """Whose values the scorecard has: "int8 (chosen) against adapter (baseline)"."""
+    what = "chosen" if chosen else "not chosen"
+    return f"{variant} ({what}) against {baseline} (baseline)"
 
 
 def command(name: str) -> str:

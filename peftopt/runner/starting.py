@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 from peftopt import corpus, machine, store
-from peftopt.engines._text import encoded
 from peftopt.errors import BadInput
 from peftopt.merging.baking import check_bakeable
 from peftopt.models.adapter import PROMPTS, Adapter, check_mergeable, open_adapter
@@ -37,12 +36,9 @@ def facts(base: Path, adapter: Path, prompts: Path, file: Path) -> Facts:
         method=method,
         why=why,
         distinct=corpus.distinct(rows),
-        prompt_tokens=[len(encoded(words, row.messages)) for row in rows],
         answer_tokens=[len(words(answer, add_special_tokens=False).input_ids) + 1 for answer in answers],
-        slices=sorted({name for row in rows for name in row.slices}),
         base_bytes=store.size(base),
         memory_bytes=machine.free_memory(),
-        cores=machine.cores(),
         gpu=", ".join(machine.gpus()),
     )
 

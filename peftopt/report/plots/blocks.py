@@ -110,9 +110,9 @@ def _row(series: Series) -> Row:
 
 
 def _mark(rows_: Rows, across: Scale, block: int, why: list[str]) -> None:
-    """A mark above all rows, and a line through them."""
+    """A mark above all rows, and a line through their strips."""
     group = rows_.picture.group("disturbed", f"block {block}: {'; '.join(why)}")
-    rows_.picture.line((across.at(block), rows_.top - 4), (across.at(block), rows_.bottom), "through", group)
+    rows_.through(across.at(block), "through", group)
     rows_.picture.shape((across.at(block), 5), "M-5-5H5L0 5Z", "flag", group)
 
 

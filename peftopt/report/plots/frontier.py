@@ -76,7 +76,7 @@ def _y(up: Scale, value: float) -> float:
 
 def _axes(picture: Picture, across: Scale, up: Scale, time: str, quality: str) -> None:
     bottom = HEAD + PLOT
-    for share, value in across.ticks():
+    for share, value in across.ticks(apart=0.15):
         picture.line((share, HEAD), (share, bottom), "grid")
         picture.text((share, bottom + 16), f"{value:,g}", "tick middle")
     for share, value in up.ticks(apart=0.1):

@@ -36,7 +36,7 @@ def figure(decision: Decision, evidence: Evidence) -> Figure | None:
     title = f"Length of answers against {decision.baseline}'s"
     rows_ = Rows(title, [_row(decision, variant, found[variant.name]) for variant in kept], STRIP)
     rows_.axis([(share, f"{value:g}x") for share, value in across.ticks(first=[1.0])])
-    rows_.picture.line((across.at(1), 0), (across.at(1), rows_.bottom), "one")
+    rows_.through(across.at(1), "one")
     for number, variant in enumerate(kept):
         group, top = rows_.row(number)
         rows_.spread(number, group, across, found[variant.name])

@@ -17,6 +17,8 @@ from peftopt.report.plots.rows import Row, Rows
 STRIP = 38
 MIDDLE = 9
 """Of a strip, pixels to the interval's line."""
+BELOW = 8
+"""Pixels from a strip to the foot of the words below it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def figure(decision: Decision, evidence: Evidence, workload: str) -> Figure | No
     title = f"Latency against {decision.baseline} on {workload}"
     rows_ = Rows(title, [_row(decision, row) for row in found], STRIP)
     rows_.axis([(share, f"{value:g}x") for share, value in across.ticks(apart=0.1, first=[1.0])])
-    rows_.picture.line((across.at(1.0), 0), (across.at(1.0), rows_.bottom), "one")
+    rows_.through(across.at(1.0), "one")
     told = None
     for number, row in enumerate(found):
         _draw(rows_, number, row, across, row.limit != told)
@@ -97,18 +99,15 @@ def _draw(rows_: Rows, number: int, row: RatioRow, across: Scale, tell_limit: bo
     if row.limit is not None:
         share = across.at(row.limit)
         picture.line((share, top), (share, top + STRIP), "limit", group)
-        side = "start" if share < 0.8 else "end"
     if row.limit is not None and tell_limit:
-        picture.text((share, top + STRIP), f"limit {row.limit:.2f}x", f"limit-text {side}", group, _aside(share))
+        side = "start" if share < 0.8 else "end"
+        below = share, top + STRIP + BELOW
+        picture.text(below, f"limit {row.limit:.2f}x", f"limit-text {side}", group)
     low, high = across.ends(row.ratio)
     picture.line((low, middle), (high, middle), "interval", group)
     picture.dot((across.at(row.ratio.estimate), middle), 6, "estimate", group)
     for n, ratio in enumerate(row.blocks):
         picture.dot((across.at(ratio), top + 21 + 5 * (n % 3)), 2, "dot", group)
-
-
-def _aside(share: float) -> float:
-    return 5 if share < 0.8 else -5
 
 
 def _cells(decision: Decision, row: RatioRow) -> list[str]:
