@@ -149,6 +149,7 @@ def new(
 ) -> None:
     """Write a recipe that fits a model, an adapter, prompts and this machine, and runs as it is."""
     from peftopt import schema, store
+    from peftopt.cli.console import print_text
     from peftopt.recipe import starter
 
     known = starters()
@@ -172,7 +173,7 @@ def new(
         ]
         raise BadInput(f"a recipe of your own needs {', '.join(lacking)}", "or copy one of ours: --like quick")
     store.write(file, text, hint="choose another place")
-    print(f"wrote {file}; next: {next_step}")
+    print_text(f"wrote {file}; next: {next_step}")
 
 
 DEMOS = re.compile(r", (slice: short|schema: [^,}\s]+)")

@@ -39,7 +39,7 @@ def compare(
     """Compare runs of other machines, versions or models: what differs, their ratios to their own baselines, their
     verdicts."""
     from peftopt import store
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_text
     from peftopt.decision import comparing
     from peftopt.report import compared as files
     from peftopt.report import comparison as told
@@ -65,7 +65,7 @@ def compare(
         return
     text = renderers[form](comparison)
     if output is None:
-        print(text, end="")
+        print_text(text, end="")
         return
     store.write(output, text, hint="choose another place")
     console.say(f"wrote {output}")

@@ -16,6 +16,7 @@ import typer
 from peftopt.cli import serve
 from peftopt.cli.shared import app, named
 from peftopt.errors import BadInput, unwritable
+from peftopt.redaction import redacted
 
 if TYPE_CHECKING:
     from peftopt.deploy.chosen import Chosen
@@ -187,12 +188,14 @@ def _write(folder: Path, files: Sequence[File]) -> None:
         for file in files:
             path = folder / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(file.text, encoding="utf-8")
+            path.write_text(redacted(file.text), encoding="utf-8")
             if path.suffix == ".sh":
                 path.chmod(0o755)
     except OSError as error:
         raise unwritable(folder, error, "name another folder: --to") from error
-    print(f"wrote {', '.join(str(folder / file.name) for file in files)}")
+    from peftopt.cli.console import print_text
+
+    print_text(f"wrote {', '.join(str(folder / file.name) for file in files)}")
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def report(
     """Write a run's reports again from decision.json and its measurements, and print the Markdown one."""
     from peftopt import report as reports
     from peftopt import store
-    from peftopt.cli.console import Console
+    from peftopt.cli.console import Console, print_text
     from peftopt.runner import judged
 
     if only and only not in reports.parts.TITLES:
@@ -99,8 +99,8 @@ def report(
     console = Console()
     again = judged.report_again(folder, console.warn, beside(folder), price)
     page = folder / "report.html"
-    print(again.part(only) if only else store.read_text(folder / "report.md"))
-    console.err.print(f"report: {page}", soft_wrap=True)
+    print_text(again.part(only) if only else store.read_text(folder / "report.md"))
+    print_text(f"report: {page}", stderr=True)
     if open_page:
         _open(page, console)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from peftopt import environments, jobs, machine
+from peftopt import environments, jobs, machine, redaction
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.jobs import Failed, Job, Reply
 from peftopt.measurements import Answer, Record, structured
@@ -145,6 +145,7 @@ class WorkerProcess:
             self.process.wait(GRACE_S)
         self.kill()
         self.process.stdout.close()
+        redaction.scrub(self.log)
         _LIVE.discard(self)
 
     def __enter__(self) -> WorkerProcess:
@@ -169,6 +170,7 @@ def _structured(record: type[Record], values: Json, job: str) -> Record:
 
 def _environment(threads: int, cache: Path | None) -> dict[str, str]:
     """Threads are set per process, and so is how they wait."""
+    redaction.engine_key()  # before the worker starts: it and this process ask the same servers
     own = {
         **machine.waiting(),
         "OMP_NUM_THREADS": str(threads),
