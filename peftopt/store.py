@@ -23,6 +23,7 @@ from peftopt.errors import BROKEN, BadInput, MissingEnvironment, unwritable
 from peftopt.measurements import PROBES, Measured, measured
 from peftopt.metrics import METRICS, counted, format_value
 from peftopt.records import FORMAT, Artifact, Build, Json, Measurement, Model, Plan
+from peftopt.redaction import redacted
 
 MANIFEST = "artifact.json"
 MODEL = "model"
@@ -166,10 +167,10 @@ def _artifact(folder: Path, manifest: dict[str, Json], cached: bool) -> Artifact
 
 
 def append(path: Path, *measurements: Measurement, hint: str = "") -> None:
-    """Add a line for each, on disk before this returns. Half a character (a lone surrogate), which no file can hold, is
-    written as its JSON escape, and is read again as it was."""
+    """Add a line for each, without secrets, on disk before this returns. Half a character (a lone surrogate), which no
+    file can hold, is written as its JSON escape, and is read again as it was."""
     lines = [json.dumps({"format": FORMAT, **asdict(each)}, ensure_ascii=False) for each in measurements]
-    text = "".join(line + "\n" for line in lines)
+    text = "".join(redacted(line) + "\n" for line in lines)
     try:
         add_lines(path, text)
     except OSError as error:
@@ -368,9 +369,10 @@ def read_text(path: Path) -> str:
 
 
 def write(path: Path, text: str, hint: str = "") -> None:
-    """Write a file whole or not at all. Raises MissingEnvironment, with the hint, where it cannot be written: what was
-    there stays."""
+    """Write a file whole or not at all, without secrets. Raises MissingEnvironment, with the hint, where it cannot be
+    written: what was there stays."""
     remove_orphans(path)
+    text = redacted(text)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as handle:

@@ -29,6 +29,7 @@ from peftopt.models.hf import tokenizer, tokenizer_home
 from peftopt.plugins import module
 from peftopt.probes.layers import Few
 from peftopt.records import Json, Model
+from peftopt.redaction import redacted
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -251,7 +252,7 @@ def _rendered(rows: Iterable[Row], home: str, base: str = "") -> list[str]:
 
 def _failure(error: BaseException) -> jobs.Failed:
     """Why a job failed, in the words of the report. The traceback goes to the worker's log."""
-    traceback.print_exception(error, file=sys.stderr)
+    sys.stderr.write(redacted("".join(traceback.format_exception(error))))
     if isinstance(error, WorkerFailed):
         return jobs.Failed(error.reason, error.detail, error.hint)
     if isinstance(error, PeftoptError):

@@ -150,7 +150,7 @@ def new(
 ) -> None:
     """Write a recipe that fits a model, an adapter, prompts and this machine, and runs as it is."""
     from peftopt import schema, store
-    from peftopt.cli.console import print_json
+    from peftopt.cli.console import print_json, print_text
     from peftopt.recipe import starter
 
     known = starters()
@@ -177,7 +177,7 @@ def new(
     if as_json:
         print_json({"path": file, "next": [f"peftopt check {file}", f"peftopt run {file}"]})
     else:
-        print(f"wrote {file}; next: {first}peftopt check {file}, then peftopt run {file}")
+        print_text(f"wrote {file}; next: {first}peftopt check {file}, then peftopt run {file}")
 
 
 DEMOS = re.compile(r", (slice: short|schema: [^,}\s]+)")

@@ -112,7 +112,7 @@ def report(
     """Write a run's reports again from decision.json and its measurements, and print the Markdown one."""
     from peftopt import report as reports
     from peftopt import store
-    from peftopt.cli.console import Console, print_json
+    from peftopt.cli.console import Console, print_json, print_text
     from peftopt.runner import judged
 
     if only and only not in reports.parts.TITLES:
@@ -129,8 +129,8 @@ def report(
         told = {"outcome": decision.outcome, "chosen": decision.chosen, "headline": reports.headline.headline(decision)}
         print_json({"run": folder, **told, **files, "text": text})
     else:
-        print(text)
-    console.err.print(f"report: {page}", soft_wrap=True)
+        print_text(text)
+    print_text(f"report: {page}", stderr=True)
     if open_page:
         _open(page, console)
 

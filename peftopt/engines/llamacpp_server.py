@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from peftopt import machine, plugins
+from peftopt import machine, plugins, redaction
 from peftopt.engines import endpoint
 from peftopt.engines._server import Option, Started, free_port
 from peftopt.environments.llamacpp import LIBRARY, SERVER, has_amx
@@ -56,7 +56,7 @@ class LlamaCppServer(Started):
             raise BadInput(f"{model.path} holds no {WEIGHTS}", hint)
         self.slots, port, binary = params.slots, free_port(), Path(library().__file__).parent / SERVER
         serving = command(model, params, port, str(binary), machine.threads(), has_amx(library()))
-        super().__init__(model, serving, {}, port, NAME, params.start_s, "llamacpp")
+        super().__init__(model, serving, variables(), port, NAME, params.start_s, "llamacpp")
         self.threads = machine.threads()
         self.device = "cuda" if params.gpu_layers and library().llama_supports_gpu_offload() else "cpu"
 
@@ -69,13 +69,20 @@ class LlamaCppServer(Started):
 def command(
     model: Model, params: Params, port: int, binary: str, threads: int, amx: bool, name: str = NAME
 ) -> list[str]:
-    """`llama-server` for a model, which is served as `name`, and its adapters, each with its own scale."""
+    """`llama-server` for a model, which is served as `name`, and its adapters, each with its own scale. Raises BadInput
+    for `args` that hold a secret."""
     folder = Path(model.path)
     args = ["--model", str(folder / WEIGHTS), "--alias", name, "--host", "127.0.0.1", "--port", str(port)]
     options = [*measured(params), *computing(params.gpu_layers, threads, amx), ("--metrics",), ("--no-ui",)]
     options += [("--lora-scaled", scaled(model))] if model.adapters else []
     args += [word for option in options for word in option]
+    redaction.check(params.args, "the args of llama.cpp's server")
     return [binary, *args, *shlex.split(params.args)]
+
+
+def variables() -> dict[str, str]:
+    """The environment variables that the server takes: its API key."""
+    return {"LLAMA_API_KEY": redaction.engine_key()}
 
 
 def measured(params: Params) -> list[Option]:

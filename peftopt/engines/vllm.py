@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from peftopt import machine, plugins
+from peftopt import machine, plugins, redaction
 from peftopt.corpus import Row
 from peftopt.engines import TOP_K, Scores, endpoint
 from peftopt.engines._server import Option, Started, free_port
@@ -90,6 +90,7 @@ class Vllm(Started):
         self._home, self._params, self.slots = model, params, params.max_num_seqs
         port, names = free_port(), tuple(name_of(a) for a in model.adapters)
         serving, variables = command(model, params, port, names)
+        variables |= own(loads=bool(model.adapters))
         super().__init__(model, serving, variables, port, names[0] if names else BASE, params.start_s)
         self.device = device
         if model.adapters:
@@ -146,7 +147,8 @@ class Vllm(Started):
 def command(
     model: Model, params: Params, port: int, names: Sequence[str], python: str = sys.executable, base: str = BASE
 ) -> tuple[list[str], dict[str, str]]:
-    """`vllm serve` for a model, which is served as `base`, and its adapters; the environment variables it takes."""
+    """`vllm serve` for a model, which is served as `base`, and its adapters; the environment variables it takes.
+    Raises BadInput for `args` that hold a secret."""
     args = ["serve", model.path, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", base]
     args += ["--max-logprobs", str(TOP_K), "--disable-uvicorn-access-log"]
     options = measured(params)
@@ -155,11 +157,16 @@ def command(
         loaded = (f"{n}={Path(a).resolve()}" for n, a in zip(names, model.adapters, strict=True))
         options += [("--lora-modules", *loaded)]
     args += [word for option in options for word in option]
-    variables = {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    redaction.check(params.args, "vLLM's args")
+    variables = {"VLLM_NO_USAGE_STATS": "1"}
     return [python, "-m", "vllm.entrypoints.cli.main", *args, *shlex.split(params.args)], variables
+
+
+def own(loads: bool) -> dict[str, str]:
+    """The environment variables of a server that peftopt alone asks: its API key, and where it `loads` adapters while
+    it runs, that it may: whoever may ask for that can have it read a folder of this machine."""
+    variables = {"VLLM_API_KEY": redaction.engine_key()}
+    return {**variables, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if loads else variables
 
 
 def measured(params: Params) -> list[Option]:

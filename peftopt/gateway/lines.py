@@ -22,6 +22,7 @@ from peftopt.gateway.sampling import NO_SAMPLE, Sample
 from peftopt.loadtest.arrivals import SERVE_LOG
 from peftopt.loadtest.moments import utc
 from peftopt.records import Json
+from peftopt.redaction import redacted
 
 FORMAT = 1
 ROTATE_BYTES = 256 * 2**20
@@ -249,7 +250,7 @@ class Log:
         if self._file is None and self._path is None:
             return
         try:
-            self._append(_encoded(line.as_json()))
+            self._append(redacted(_encoded(line.as_json()).decode()).encode())
             self.written += 1
         except OSError:
             self.lost += 1

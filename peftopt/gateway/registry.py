@@ -32,6 +32,7 @@ from peftopt.measurements import structured
 from peftopt.models.adapter import CONFIG, highest_rank
 from peftopt.models.baked import is_baked, open_baked
 from peftopt.records import Json
+from peftopt.redaction import redacted
 
 FORMAT = 1
 SHORT = 12
@@ -140,7 +141,7 @@ class Registry:
 
     def tell(self, event: str, **what: Json) -> None:
         """Add to what happened; a full disk loses the line and nothing else."""
-        line = json.dumps({"at": utc(time.time()), "event": event, **what})
+        line = redacted(json.dumps({"at": utc(time.time()), "event": event, **what}))
         with contextlib.suppress(OSError):
             store.add_lines(self.root / "events.jsonl", line + "\n")
 

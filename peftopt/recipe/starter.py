@@ -136,7 +136,10 @@ def _require(facts: Facts) -> list[str]:
     lines = ["require:                           # your SLA, such as: - latency.p95@chat <= 400 ms"]
     if facts.answer_tokens:
         return [*lines, "  - accuracy >= 0.9x"]
-    return [*lines, "  - perplexity <= 1.05x            # for prompts without right answers; with them, accuracy >= 0.9x"]
+    return [
+        *lines,
+        "  - perplexity <= 1.05x            # for prompts without right answers; with them, accuracy >= 0.9x",
+    ]
 
 
 def _word(text: str) -> str:

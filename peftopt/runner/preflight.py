@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from peftopt import corpus, environments, plugins
+from peftopt import corpus, environments, plugins, redaction
 from peftopt.corpus import Row
 from peftopt.decision import stopping
 from peftopt.errors import BadInput, MissingEnvironment
@@ -37,6 +37,7 @@ from peftopt.records import SAFETENSORS, YAML, Json, Model, Quality, Recipe, Ste
 
 def check(recipe: Recipe) -> None:
     """Raises BadInput for the first thing in the recipe's files that cannot work, saying what to do."""
+    _check_secrets(recipe)
     _check_endpoints(recipe)
     transforms = any(variant.steps for variant in recipe.variants.values())
     ours = any(variant.engine.environment == environments.MAIN for variant in recipe.variants.values())
@@ -57,6 +58,15 @@ def check(recipe: Recipe) -> None:
         if recipe.quality.schema:
             schema(recipe.quality.schema)
         _check_tasks(recipe, recipe.quality.tasks)
+
+
+def _check_secrets(recipe: Recipe) -> None:
+    """Raises BadInput for a secret among the parameters, which are kept in records, and seen as command lines are."""
+    for name, variant in recipe.variants.items():
+        for step in (*variant.steps, *variant.policies, variant.engine):
+            for key, value in step.params.items():
+                if isinstance(value, str):
+                    redaction.check(value, f"variant {name}: {key} of {step.plugin}")
 
 
 def _check_virtual_tokens(recipe: Recipe) -> None:

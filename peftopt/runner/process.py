@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from peftopt import environments, jobs, machine
+from peftopt import environments, jobs, machine, redaction
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.jobs import Failed, Job, Reply
 from peftopt.measurements import Answer, Record, structured
@@ -159,6 +159,7 @@ class WorkerProcess:
             self.process.wait(GRACE_S)
         self.kill()
         self.process.stdout.close()
+        redaction.scrub(self.log)
         _LIVE.discard(self)
 
     def __enter__(self) -> WorkerProcess:
@@ -183,6 +184,7 @@ def _structured(record: type[Record], values: Json, job: str) -> Record:
 
 def _environment(threads: int, cache: Path | None) -> dict[str, str]:
     """Threads are set per process, and so is how they wait."""
+    redaction.engine_key()  # before the worker starts: it and this process ask the same servers
     own = {
         **machine.waiting(),
         "OMP_NUM_THREADS": str(threads),
