@@ -329,6 +329,8 @@ class LayersJob(Job[Few]):
     rank: int = 0
     """An adapter padded to it is timed too, 0 for none."""
     seed: int = 0
+    answers: tuple[Row, ...] = ()
+    """The prompts whose answers will be checked."""
 
 
 @dataclass(frozen=True)

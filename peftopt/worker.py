@@ -195,7 +195,7 @@ class Worker:
         texts = _rendered(job.rows, tokenizer_home(job.model), job.model.path) if job.rows else []
         with progress.heard(lambda at: self.tell("progress", at)):
             bench = layers.Bench(job.model, Path(job.folder), texts)
-            return layers.try_out(bench, job.variants, job.asked, job.seconds, job.rank, job.seed)
+            return layers.try_out(bench, job.variants, job.asked, job.seconds, job.rank, job.seed, job.answers)
 
     def switch(self, job: jobs.SwitchJob) -> jobs.Switched:
         """Another adapter in the place of the one that is served. Time in seconds."""

@@ -111,14 +111,19 @@ class Planned(NamedTuple):
     sources: Mapping[str, str]
 
 
-def planned(recipe: Recipe) -> Planned:
-    """The recipe's plan on its files as they are now. Raises BadInput for files that cannot work."""
-    preflight.check(recipe)
-    sources = {
+def hashed(recipe: Recipe) -> Mapping[str, str]:
+    """The hashes of a recipe's base, adapter and calibration rows, "" for none: every file is read."""
+    return {
         "base": identity.of_folder(Path(recipe.base)),
         "adapter": identity.of_folder(Path(recipe.adapter)),
         "calibration": identity.of_file(corpus.calibration_file(recipe.calibration)) if recipe.calibration else "",
     }
+
+
+def planned(recipe: Recipe) -> Planned:
+    """The recipe's plan on its files as they are now. Raises BadInput for files that cannot work."""
+    preflight.check(recipe)
+    sources = hashed(recipe)
     plan = planning.plan(recipe, sources, environments.versions())
     return Planned(plan, identity.of_value([asdict(plan), sources, _content(recipe)])[:8], sources)
 
