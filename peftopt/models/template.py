@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftopt.corpus import Row
-from peftopt.errors import BadInput
+from peftopt.errors import BROKEN, BadInput
 from peftopt.records import Json
 
 MARK = "an answer that no template knows"
@@ -44,14 +44,18 @@ class Template:
 
 
 def read(folder: Path) -> Template:
-    """The template that transformers would use: chat_template.jinja, else what tokenizer_config.json says."""
+    """The template that transformers would use: chat_template.jinja, else what tokenizer_config.json says. Raises
+    BadInput for files whose values are of other types than a tokenizer's."""
     config = _json(folder / "tokenizer_config.json")
     named = _json(folder / "special_tokens_map.json") | config
-    special = {name: _content(named[name]) for name in SPECIAL if named.get(name)}
     file = folder / "chat_template.jinja"
-    text = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template") or ""
-    if isinstance(text, list):
-        text = next((each["template"] for each in text if each["name"] == "default"), "")
+    try:
+        special = {name: _content(named[name]) for name in SPECIAL if named.get(name)}
+        text = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template") or ""
+        if isinstance(text, list):
+            text = next((each["template"] for each in text if each["name"] == "default"), "")
+    except BROKEN as error:
+        raise BadInput(f"{folder}: its tokenizer's files cannot be read: {error!r}", "restore them") from error
     return Template(str(text), special)
 
 

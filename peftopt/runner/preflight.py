@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from peftopt import corpus, environments, plugins, redaction
 from peftopt.corpus import Row
 from peftopt.decision import stopping
-from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.errors import BROKEN, BadInput, MissingEnvironment
 from peftopt.merging.baking import check_bakeable
 from peftopt.metrics import counted
 from peftopt.models import template
 from peftopt.models.adapter import (
+    CONFIG,
     EMBEDDINGS,
     PREFIX,
     Adapter,
@@ -248,16 +250,19 @@ def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS
         raise BadInput(f"{folder} is not a model: it has no config.json", "give the folder that save_pretrained wrote")
     check_files(folder, but=WEIGHTS)
     config = _json(folder / "config.json", "a model's config")
-    if "auto_map" in config:
-        raise BadInput(f"{folder} brings its own code (auto_map)", "peftopt runs only architectures of transformers")
-    settings = config.get("quantization_config")
-    if settings:
-        method = settings.get("quant_method", "unknown")
-        if not quantized:
-            raise BadInput(f"{folder} is already quantized ({method})", "start from the full-precision base")
-        if ours:
-            _check_reader(folder, method)
-    _check_architecture(folder, config)
+    with _readable(folder / "config.json", "a model's config"):
+        if "auto_map" in config:
+            raise BadInput(
+                f"{folder} brings its own code (auto_map)", "peftopt runs only architectures of transformers"
+            )
+        settings = config.get("quantization_config")
+        if settings:
+            method = settings.get("quant_method", "unknown")
+            if not quantized:
+                raise BadInput(f"{folder} is already quantized ({method})", "start from the full-precision base")
+            if ours:
+                _check_reader(folder, method)
+        _check_architecture(folder, config)
     _check_format(folder, weights)
     if weights == SAFETENSORS:
         open_model(folder)
@@ -334,16 +339,17 @@ def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = (), b
         if base:
             check_prompt_base(prompt, base)
         return
-    adapter = open_adapter(folder)
-    if merges:
-        check_mergeable(adapter)
-    if bakes:
-        check_bakeable(adapter)
-    if adapter.kind == "POLY":
-        what = "needs the number of a task with every request, which no engine here gives it"
-        raise BadInput(f"adapter {folder} (POLY) {what}", "train an adapter for each task, such as a LoRA")
-    if base and adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
-        _check_fits(adapter, base)
+    with _readable(folder / CONFIG, "an adapter's config"):
+        adapter = open_adapter(folder)
+        if merges:
+            check_mergeable(adapter)
+        if bakes:
+            check_bakeable(adapter)
+        if adapter.kind == "POLY":
+            what = "needs the number of a task with every request, which no engine here gives it"
+            raise BadInput(f"adapter {folder} (POLY) {what}", "train an adapter for each task, such as a LoRA")
+        if base and adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
+            _check_fits(adapter, base)
 
 
 def _check_fits(adapter: Adapter, base: Path) -> None:
@@ -387,10 +393,19 @@ def _side(key: str) -> tuple[str, str]:
     return module, part.split(".")[0]
 
 
+@contextlib.contextmanager
+def _readable(path: Path, what: str) -> Iterator[None]:
+    """Raises BadInput where the file's values are of other types than such a file has."""
+    try:
+        yield
+    except BROKEN as error:
+        raise BadInput(f"{path} cannot be read as {what}: {error!r}", "restore the file") from error
+
+
 def _json(path: Path, what: str) -> dict[str, Json]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, *BROKEN) as error:
         raise BadInput(f"{path} cannot be read as {what}: {error}", "restore the file") from error
     if not isinstance(value, dict):
         raise BadInput(f"{path} cannot be read as {what}: not a JSON object", "restore the file")

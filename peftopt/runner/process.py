@@ -38,6 +38,11 @@ def interrupt() -> None:
         child.kill()
 
 
+def calm() -> None:
+    """An interrupt is over: what starts now is not meant by it."""
+    _INTERRUPTED.clear()
+
+
 def interrupted(within_s: float) -> bool:
     """Whether everything is to end, or will be within so many seconds."""
     return _INTERRUPTED.wait(within_s)
