@@ -95,8 +95,10 @@ def quantize(
     before the weights are read: raises BadInput for weights already quantized, a group size that does not divide the
     layers' inputs, layers that are not there, and texts that are too few.
     """
+    config = hf.unquantized_config(model, "quantize")
+    _log_to_stderr()
     settings = asdict(params)
-    parts = _layers.find(hf.unquantized_config(model, "quantize"), split=True)
+    parts = _layers.find(config, split=True)
     notices = [*notices, *_layers.left_alone(parts, method)]
     kept, more_notices = _layers.kept(parts.layers, settings["keep"])
     if parts.experts:
@@ -220,16 +222,24 @@ def _counted(model: Any, rows: Sequence[Any]) -> Iterator[None]:
         yield
 
 
-def _run(model: Any, modifiers: list[Any], rows: list[Any], tokenizer: Any) -> None:
-    """llm-compressor's `oneshot`; its warnings go to stderr, where by itself it logs every layer to stdout."""
+def _log_to_stderr() -> None:
+    """Let llm-compressor's warnings go to stderr. By itself it logs to stdout, its own import too: call this before
+    anything else imports it."""
     import sys
 
-    from llmcompressor import LoggerConfig, configure_logger, logger, oneshot
-    from torch.utils.data import DataLoader
+    with contextlib.redirect_stdout(sys.stderr):
+        from llmcompressor import LoggerConfig, configure_logger, logger
 
     configure_logger(LoggerConfig(console_log_level=None))
     noise = ("METRIC", "get_main_device")  # each layer's error, and "no accelerator" once a layer
     logger.add(sys.stderr, level="WARNING", filter=lambda line: not {line["level"].name, line["function"]} & {*noise})
+
+
+def _run(model: Any, modifiers: list[Any], rows: list[Any], tokenizer: Any) -> None:
+    """llm-compressor's `oneshot`."""
+    from llmcompressor import oneshot
+    from torch.utils.data import DataLoader
+
     if rows:
         loader: Any = DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
         oneshot(model=model, tokenizer=tokenizer, recipe=modifiers, dataset=loader, pipeline="sequential")
