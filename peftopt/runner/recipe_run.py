@@ -148,6 +148,7 @@ def _about(blocks: int, each: float | None) -> str:
 def execute(run: Run, forecasts: bool = True) -> None:
     """Everything that leaves measurements, in the order of time; first, where `forecasts` are wanted, what will be
     slower."""
+    skip(run)
     if forecasts:
         foretell(run)
     survey(run)
@@ -160,6 +161,12 @@ def execute(run: Run, forecasts: bool = True) -> None:
         race(run, workload)
         check_baseline(run)
     store.write(run.folder / store.FINISHED, "")
+
+
+def skip(run: Run) -> None:
+    """Keep which variants this machine cannot run, and why: the others are measured."""
+    for name, lack in preflight.skipped(run.recipe).items():
+        run.skip(name, lack.why, lack.hint)
 
 
 def foretell(run: Run) -> None:
