@@ -13,6 +13,9 @@ from peftopt.records import Json
 SHOWN = 60
 """Characters that are shown of two texts, from where they differ."""
 
+BEFORE = 12
+"""Characters that are shown of what comes before."""
+
 PLAIN = {"role": "user", "content": "a question"}
 ANSWERED = (PLAIN, {"role": "assistant", "content": "an answer"}, {"role": "user", "content": "another"})
 """Chats that are written by both templates."""
@@ -88,7 +91,8 @@ def _template(base: Path, home: Path) -> Iterator[str]:
         except (TemplateError, *template.WRONG):
             continue  # what only the tokenizer can render
         if wanted != written:
-            at = next((n for n, (a, b) in enumerate(zip(wanted, written, strict=False)) if a != b), 0)
+            same = (n for n, (a, b) in enumerate(zip(wanted, written, strict=False)) if a != b)
+            at = max(0, next(same, min(len(wanted), len(written))) - BEFORE)
             pieces = f"{written[at : at + SHOWN]!r}, the base's {wanted[at : at + SHOWN]!r}"
             yield f"the adapter's chat template writes a chat otherwise: it has {pieces}"
             return
