@@ -404,15 +404,25 @@ class Task:
     lacks: tuple[str, ...] = ()
 
 
+SKIPPED = "skipped"
+"""The reason of a variant that was not tried: this machine lacks what it needs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """Probe "failure": a variant could not be built, launched or measured."""
 
     stage: str
     reason: str
-    """In a few words: "out of memory", "missing library", …"""
+    """In a few words: "out of memory", "missing library", …; "skipped" where it was not tried."""
     detail: str
     hint: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What happened, and what to do."""
+        what = SKIPPED if self.reason == SKIPPED else f"{self.stage} failed, {self.reason}"
+        return f"{what}: {self.detail}" + (f"; {self.hint}" if self.hint else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

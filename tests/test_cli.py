@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from peftopt import environments, machine, plugins, store
 from peftopt.cli import console
 from peftopt.engines import _graphs
-from peftopt.records import Plugin
 from peftopt.runner.process import WorkerProcess
 
 
@@ -249,20 +248,6 @@ def test_calibration_text_is_counted_without_torch(recipe: Path) -> None:
     run = [sys.executable, "-X", "importtime", "-c", code, "check", recipe]
     said = subprocess.run(run, stderr=subprocess.PIPE, text=True, check=False).stderr
     assert "the calibration text is too short" in " ".join(said.split()) and "| torch" not in said
-
-
-@pytest.mark.fault(38, "said before anything is built, with what to install")
-def test_what_a_step_needs_and_is_not_installed_is_said_before_anything_is_built(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def lacking(plugin: Plugin) -> tuple[list[str], str]:
-        return (["torchao"], "pip install torchao") if plugin.name == "int8" else ([], "")
-
-    monkeypatch.setattr(environments, "lacking", lacking)
-    for verb in ("check", "run"):
-        assert command(verb, recipe, "--results", recipe.parent / "results") == 4
-        said = errors(capsys)
-        assert "int8 needs torchao (variant int8" in said and "pip install torchao" in said
 
 
 def test_new_writes_a_recipe_that_check_accepts(

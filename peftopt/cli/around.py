@@ -36,6 +36,8 @@ class Checked:
     warnings: Sequence[str]
     undecidable: Sequence[str]
     """What its prompts and blocks cannot decide."""
+    skipped: Mapping[str, str]
+    """The variants that this machine cannot run, and what they need: the others are decided among."""
 
 
 @app.command()
@@ -66,6 +68,7 @@ def check(
         notes=[*preflight.prompts(parsed), *starting.proposals(parsed)],
         warnings=[*preflight.warnings(parsed), *preflight.copies(parsed)],
         undecidable=preflight.foreseen(parsed),
+        skipped={name: str(lack) for name, lack in preflight.skipped(parsed).items()},
     )
     if not as_json:
         _print(checked, console)
@@ -94,6 +97,8 @@ def _print(checked: Checked, console: Console) -> None:
         console.say(line)
     for line in checked.warnings:
         console.warn(line)
+    for name, why in checked.skipped.items():
+        console.warn(f"{name} will be skipped: {why}")
     for line in checked.undecidable:
         console.warn(f"cannot be decided: {line}")
 

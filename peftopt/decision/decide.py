@@ -311,9 +311,7 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
     for name in evidence.plan.recipe.variants:
         if said := unstopped(list(evidence.rows(name).values())):
             found.append(f"{name}: {said}")
-    for name, failure in evidence.failures.items():
-        hint = f"; {failure.hint}" if failure.hint else ""
-        found.append(f"{name}: {failure.stage} failed, {failure.reason}: {failure.detail}{hint}")
+    found += [f"{name}: {failure.sentence}" for name, failure in evidence.failures.items()]
     return tuple(found)
 
 
@@ -370,18 +368,26 @@ def _bounds(ratio: Interval) -> str:
 
 def _sentence(evidence: Evidence, chosen: VariantDecision | None, candidates: Sequence[VariantDecision]) -> str:
     recipe = evidence.plan.recipe
+    skipped = [d.name for d in candidates if d.name in evidence.skipped]
     if chosen:
         ratio = _judged(evidence, chosen.name)
         change = percent(abs(1 - ratio.estimate))
         gain = "about" if change == "0 %" else f"{change} {'lower' if ratio.estimate < 1 else 'higher'} than"
         undecided = [d.name for d in candidates if d.outcome == "inconclusive"]
-        rest = f" ({', '.join(undecided)} undecided)" if undecided else ""
+        parts = [f"{', '.join(undecided)} undecided"] if undecided else []
+        parts += [f"{', '.join(skipped)} skipped, not measured"] if skipped else []
+        rest = f" ({'; '.join(parts)})" if parts else ""
         return (
             f"Ship {chosen.name}: {recipe.minimize} is {gain} the {recipe.baseline}'s "
             f"({_bounds(ratio)}, {ratio.n} blocks, "
             f"{_CLOCKS[evidence.clock[0]]}), decided by {chosen.decided_by}{rest}."
         )
-    why = "; ".join(f"{d.name} {d.outcome}{f' by {d.decided_by}' if d.decided_by else ''}" for d in candidates)
+    why = "; ".join(
+        f"{d.name} skipped, not measured"
+        if d.name in skipped
+        else f"{d.name} {d.outcome}{f' by {d.decided_by}' if d.decided_by else ''}"
+        for d in candidates
+    )
     if any(d.outcome == "inconclusive" for d in candidates):
         return f"Undecided, so keep the {recipe.baseline} as served: {why}."
     return f"Keep the {recipe.baseline} as served: no variant was accepted ({why})."

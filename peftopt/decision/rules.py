@@ -15,10 +15,11 @@ from peftopt import stats
 from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, Rows, exp
 from peftopt.decision.figures import figure, figures, timed
 from peftopt.decision.index import Field
+from peftopt.measurements import SKIPPED
 from peftopt.metrics import QUANTILES, TASK, counted, format_value, known, percent
 from peftopt.records import Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
 
-SKIPPED = ("missing library", "missing environment", "refused")
+NOT_TRIED = (SKIPPED, "missing library", "missing environment", "refused")
 """Failures that say nothing of the variant: it was not tried."""
 
 LIKELIHOODS = ("perplexity", "kl", "top1")
@@ -725,9 +726,9 @@ def _show(threshold: Threshold, value: Interval) -> str:
 def verdicts(evidence: Evidence, variant: Variant) -> tuple[Verdict, ...]:
     """All that is said of one variant: that it runs and is whole, the table's rules, the requirements."""
     if failure := evidence.failures.get(variant.name):
-        skipped = failure.reason in SKIPPED
-        outcome: Outcome = "not judged" if skipped else "rejected"
+        outcome: Outcome = "not judged" if failure.reason in NOT_TRIED else "rejected"
         reason = f"{failure.stage} failed, {failure.reason}: {failure.detail}"
+        reason = failure.sentence if failure.reason == SKIPPED else reason
         return (Verdict("artifact.runs", outcome, reason),)
     require = evidence.plan.recipe.require
     if variant.name == evidence.baseline:  # which is not measured against itself

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from peftopt import machine, redaction
 from peftopt.engines import endpoint
-from peftopt.errors import MissingEnvironment, WorkerFailed
+from peftopt.errors import NO_MEMORY, MissingEnvironment, WorkerFailed, says_no_memory
 from peftopt.records import Model
 
 LAST_LINES = 15
@@ -79,6 +79,7 @@ class Server:
         """Raises MissingEnvironment where somebody listens at `url` already."""
         check_port(_port(url))
         self.url, self.log = url, log.resolve()
+        self._oom_kills = machine.oom_kills()
         with self.log.open("wb") as out:
             self._process = subprocess.Popen(
                 command,
@@ -94,14 +95,18 @@ class Server:
         started = time.monotonic()
         while time.monotonic() - started < limit_s:
             if self._process.poll() is not None:
-                raise WorkerFailed(
-                    "server died", f"exit status {self._process.returncode}\n{self._last()}", self._where
-                )
+                reason = NO_MEMORY if self._lacked_memory() else "server died"
+                raise WorkerFailed(reason, f"exit status {self._process.returncode}\n{self._last()}", self._where)
             if _answers(f"{self.url}/health"):
                 self._check_own()
                 return time.monotonic() - started
             time.sleep(0.25)
         raise WorkerFailed("timeout", f"the server was not ready after {limit_s:g} s\n{self._last()}", self._where)
+
+    def _lacked_memory(self) -> bool:
+        """Whether it ended, or was ended, for lack of memory, as the kernel or its own last lines say."""
+        killed = self._process.returncode == -signal.SIGKILL and machine.oom_kills() > self._oom_kills
+        return killed or says_no_memory(self._last())
 
     def _check_own(self) -> None:
         """Raises WorkerFailed where what answers is not this server: another process took its port."""

@@ -110,6 +110,7 @@ def _can_be_tried(variant: Variant) -> bool:
     takes as long for few layers as a run of them."""
     steps = [plugins.catalogue()[step.plugin] for step in variant.steps]
     here = all(plugin.environment == environments.MAIN and plugin.format == SAFETENSORS for plugin in steps)
+    here = here and not any(environments.lacking(plugin)[0] for plugin in steps)
     return variant.engine.plugin == "eager" and here and not variant.policies
 
 

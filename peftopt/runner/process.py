@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from peftopt import environments, jobs, machine, redaction
-from peftopt.errors import BadInput, WorkerFailed
+from peftopt.errors import NO_MEMORY, BadInput, WorkerFailed, says_no_memory
 from peftopt.jobs import Failed, Job, Reply
 from peftopt.measurements import Answer, Record, structured
 from peftopt.progress import Hear, Reached
@@ -25,6 +25,8 @@ from peftopt.records import Json
 from peftopt.runner import orphans, trace
 
 GRACE_S = 5.0
+LAST_BYTES = 4096
+"""So much of a log is looked at for why a worker died."""
 
 _LIVE: set[WorkerProcess] = set()
 _INTERRUPTED = threading.Event()
@@ -55,7 +57,9 @@ class WorkerProcess:
         self.log = log
         self.mark = f"{orphans.watched()}.{next(_NUMBERS)}."
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._oom_kills = machine.oom_kills()
         with log.open("ab") as errors:
+            self._log_from = errors.tell()
             self.process = subprocess.Popen(
                 [python, "-m", "peftopt.worker"],
                 stdin=subprocess.PIPE,
@@ -120,11 +124,21 @@ class WorkerProcess:
     def _death(self) -> WorkerFailed:
         code = self.process.wait()
         hint = f"its log: {self.log}"
+        if code == -signal.SIGKILL and machine.oom_kills() > self._oom_kills:
+            return WorkerFailed(NO_MEMORY, "the kernel ended it for lack of memory (SIGKILL)", hint)
+        if code in (1, -signal.SIGABRT) and says_no_memory(last := self._last_words()):
+            return WorkerFailed(NO_MEMORY, last.splitlines()[-1][:200], hint)
         if code == -signal.SIGKILL:
             return WorkerFailed("killed (SIGKILL)", "often the kernel's answer to too little memory", hint)
         if code < 0:
             return WorkerFailed(f"killed ({signal.Signals(-code).name})", "", hint)
         return WorkerFailed("died", f"exit status {code}", hint)
+
+    def _last_words(self) -> str:
+        """The end of what it has written to its log."""
+        with self.log.open("rb") as lines:
+            lines.seek(max(self._log_from, lines.seek(0, os.SEEK_END) - LAST_BYTES))
+            return lines.read().decode(errors="replace").strip()
 
     def written(self) -> int:
         """Bytes the worker has written so far, as the kernel counts them: the worker is not disturbed for it. 0 where

@@ -150,6 +150,7 @@ def _about(blocks: int, each: float | None) -> str:
 def execute(run: Run, forecasts: bool = True) -> None:
     """Everything that leaves measurements, in the order of time; first, where `forecasts` are wanted, what will be
     slower and how long it will take."""
+    skip(run)
     takes = foretell(run) if forecasts else durations.Duration()
     survey(run)
     first, *others = run.recipe.workloads.values()
@@ -163,6 +164,12 @@ def execute(run: Run, forecasts: bool = True) -> None:
         race(run, workload)
         check_baseline(run)
     store.write(run.folder / store.FINISHED, "")
+
+
+def skip(run: Run) -> None:
+    """Keep which variants this machine cannot run, and why: the others are measured."""
+    for name, lack in preflight.skipped(run.recipe).items():
+        run.skip(name, lack.why, lack.hint)
 
 
 def foretell(run: Run) -> durations.Duration:

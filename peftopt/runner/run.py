@@ -15,7 +15,7 @@ from peftopt.corpus import Row
 from peftopt.decision.evidence import Evidence
 from peftopt.errors import WorkerFailed
 from peftopt.jobs import FactsJob, OpenJob, PrepareJob, WarmJob
-from peftopt.measurements import NO_FACTS, Failure, Launch, Measured, Retry, Values, as_json
+from peftopt.measurements import NO_FACTS, SKIPPED, Failure, Launch, Measured, Retry, Values, as_json
 from peftopt.recipe import plan as planning
 from peftopt.records import Measurement, Model, Plan, Recipe, Variant
 from peftopt.runner import preflight
@@ -68,11 +68,18 @@ class Run:
         self.log(Failure(stage=stage, reason=error.reason, detail=error.detail, hint=error.hint), variant)
         self.listener.warn(f"{variant}: {stage} failed, {error}")
 
+    def skip(self, variant: str, why: str, hint: str) -> None:
+        """Keep that a variant is not tried, and warn of it."""
+        skipped = Failure(stage="start", reason=SKIPPED, detail=why, hint=hint)
+        self.log(skipped, variant)
+        self.listener.warn(f"{variant} is {skipped.sentence}")
+
     def retry(self) -> None:
         """Try again what failed before the run stopped: whoever starts it again has done something about it."""
         for variant, failure in list(self.evidence.failures.items()):
             self.log(Retry(), variant)
-            self.listener.tell(f"{variant}: {failure.stage} failed before ({failure.reason}); trying again")
+            if failure.reason != SKIPPED:
+                self.listener.tell(f"{variant}: {failure.stage} failed before ({failure.reason}); trying again")
 
     @property
     def recipe(self) -> Recipe:
