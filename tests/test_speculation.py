@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
+from helpers.asked import ask, ids
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peftopt import plugins
+from peftopt.corpus import Row
 from peftopt.engines._speculation import Lookup, Speculation, agreed, decode, indexed
+from peftopt.errors import BadInput
+from peftopt.probes import quality, speed
+from peftopt.records import Model
 
 tokens = st.lists(st.integers(0, 3), max_size=30)
 sizes = st.integers(1, 4)
@@ -59,8 +67,6 @@ def test_other_answers_are_looked_up_for_what_the_row_does_not_have() -> None:
     assert row.propose(2) == [5, 6], "the latest of the answers"
     row.extend([7, 1, 2])
     assert row.propose(2) == [7, 1], "what the row itself says goes first"
-    row.extend([8, 9])
-    assert row.propose(2) == [10], "which has no more to give"
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": 0}, {"ngram": 0}, {"shortest": 0}, {"ngram": 2, "shortest": 3}])
@@ -179,3 +185,78 @@ def test_what_agrees_is_the_longest_start_that_the_model_would_have_chosen(
     n = agreed(proposed, chosen)
     assert proposed[:n] == chosen[:n]
     assert n == len(proposed) or proposed[n] != chosen[n]
+
+
+# ---- engines -----------------------------------------------------------------------------------
+
+
+def opened(name: str, base: Path, lora: Path, speculation: Speculation | None = None, **params: Any) -> Any:
+    plugin = plugins.module("engine", name)
+    given_ = [speculation] if speculation else []
+    return plugin.open(Model(str(base), (str(lora),)), plugin.Params(**params), *given_)
+
+
+@pytest.mark.parametrize("name", ["eager", "compiled"])
+def test_an_engine_that_speculates_answers_as_it_does_without(
+    name: str, tiny_base_fp32: Path, tiny_lora: Path
+) -> None:
+    plain = opened("eager", tiny_base_fp32, tiny_lora)
+    engine = opened(name, tiny_base_fp32, tiny_lora, Speculation(tokens=3))
+    assert engine.speculates and not plain.speculates
+    expected = ask(plain, 40)
+    for batch in (True, False):
+        assert ask(engine, 40, batch=batch) == expected
+    prompts = ids(engine)
+    answers = engine.generate(prompts, 40, False)
+    assert sum(answer.accepted for answer in answers) > 0, "a tiny model soon repeats itself"
+    for answer in answers:
+        assert len(answer.times) == 40 and answer.times == sorted(answer.times)
+        assert 1 + answer.steps + answer.accepted in (40, 40 + 3), "transformers looks up in the prompt's own step too"
+    given_ = [[7, 9, 11, 2, 5, 6], [8, 2], [30] * 5]
+    for ours, theirs in zip(engine.score(prompts, given_), plain.score(prompts, given_), strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+        assert ours.best == theirs.best
+    for each in (engine, plain):
+        each.close()
+
+
+@pytest.mark.parametrize("name", ["eager", "compiled"])
+def test_an_answer_that_ends_by_itself_ends_there(name: str, tiny_base_fp32: Path, tiny_lora: Path) -> None:
+    engine = opened(name, tiny_base_fp32, tiny_lora, Speculation(tokens=4))
+    prompts = ids(engine)
+    free = engine.generate(prompts, 24, False)
+    end = free[0].tokens[9]  # make a token that the first row says the end of sequence
+    engine._stopping.eos_token_id, engine.eos = [end], frozenset([end])
+    for answer, whole in zip(engine.generate(prompts, 24, True), free, strict=True):
+        count = whole.tokens.index(end) + 1 if end in whole.tokens else 24
+        assert answer.tokens == whole.tokens[:count] and len(answer.times) == count
+        assert answer.stopped == (end in whole.tokens)
+    engine.close()
+
+
+def test_answers_that_were_told_save_steps_and_change_nothing(tiny_base_fp32: Path, tiny_lora: Path) -> None:
+    engine = opened("compiled", tiny_base_fp32, tiny_lora, Speculation(tokens=4, shortest=2))
+    prompts = ids(engine)[:1]
+    (before,) = engine.generate(prompts, 24, False)
+    engine.remember([before.tokens])
+    (after,) = engine.generate(prompts, 24, False)
+    assert after.tokens == before.tokens and after.steps <= before.steps
+    assert after.steps <= 8, "it is found once two tokens of it are said"
+    assert engine.facts()["graphs"] == 3, "prompt, step, and several tokens at once"
+    engine.close()
+
+
+def test_probes_tell_the_steps_and_every_answer_is_decoded(tiny_base_fp32: Path, tiny_lora: Path) -> None:
+    engine = opened("eager", tiny_base_fp32, tiny_lora, Speculation(tokens=3))
+    row = Row("a", ({"role": "user", "content": "the quick fox"},))
+    (request,) = speed.turn(engine, [[row]], 24, 0)
+    assert request.steps and request.accepted is not None and request.new_tokens == 24
+    right = engine.decode(engine.generate([engine.encode(row.messages)[0]], 8, True)[0].tokens)
+    told: list[Any] = []
+    quality.ask(engine, [Row("a", row.messages, expected=right)], None, 8, 1, tell=told.append)
+    assert told[0].steps and told[0].accepted is not None, "a draft would prove it, and show nothing of the loop"
+    plain = opened("eager", tiny_base_fp32, tiny_lora)
+    (request,) = speed.turn(plain, [[row]], 24, 0)
+    assert request.steps is request.proposed is request.accepted is None
+    for each in (engine, plain):
+        each.close()
