@@ -154,6 +154,8 @@ class OpenJob(Job[Launch]):
     model: Model
     params: Mapping[str, Json]
     policies: tuple[Step, ...] = ()
+    rows: tuple[Row, ...] = ()
+    """In whose right answers an engine that speculates looks up what to propose."""
 
 
 @dataclass(frozen=True, kw_only=True)

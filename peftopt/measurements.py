@@ -112,6 +112,12 @@ class Request:
     """Tokens of its prompts."""
     touched: int = 0
     """Prompts that a policy changed."""
+    steps: int | None = None
+    """Where tokens are proposed, the steps after the prompts, summed over the answers; None where that is not told."""
+    proposed: int | None = None
+    """Tokens that were proposed in them; 0 where the engine does not count them."""
+    accepted: int | None = None
+    """Tokens that they gave beyond one each."""
     error: str = ""
     """Why it failed, "" for a request that was answered."""
     id: str = ""
@@ -322,6 +328,12 @@ class Answer:
     """The adapter's own shift: the sum of its squares."""
     uncut_tokens: int | None = None
     """Tokens of the prompt before a policy cut it; None where none did."""
+    steps: int | None = None
+    """Where tokens are proposed, the steps after the prompt; None where that is not told."""
+    proposed: int | None = None
+    """Tokens that were proposed in them; 0 where the engine does not count them."""
+    accepted: int | None = None
+    """Tokens that they gave beyond one each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,11 +47,13 @@ class Plugin:
     """What the core knows of a plug-in file without running it.
 
     `kind` is "transform", "engine" or "policy"; `technique` names its row of the trade-off table ("merge", "bake",
-    "quantize", "compile", "truncate", "shorten" or "" for none); `params` is its frozen dataclass, whose fields and
+    "quantize", "compile", "speculate", "truncate", "shorten" or "" for none); `params` is its frozen dataclass, whose fields and
     defaults are its schema; `needs` are the modules it imports; `environment` is whose Python runs it; `reader` the
     engine that opens what a quantizer wrote; `format` the kind of weights that a transform writes or an engine opens;
     `weights` the file that a transform of another format than safetensors writes; `serves` whether an engine is a
-    server, which can be put under load; `device` what it computes on where that is not any machine ("cuda").
+    server, which can be put under load; `device` what it computes on where that is not any machine ("cuda");
+    `speculates` what an engine can look up to propose tokens, () for one that proposes none: "prompts" one by one and
+    their answers, "batches" of prompts together, n-grams down to a "shortest" one, the "answers" of other prompts.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Plugin:
     weights: str = ""
     serves: bool = False
     device: str = ""
+    speculates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Variant:
-    """A named chain of transforms (`steps`, in order), run on an engine; `policies` change its requests."""
+    """A named chain of transforms (`steps`, in order), run on an engine; `policies` change its requests, or how it
+    answers them."""
 
     name: str
     steps: tuple[Step, ...]

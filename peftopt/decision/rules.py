@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peftopt import stats
-from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, Rows, exp
+from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, Rows, acceptance_length, exp
 from peftopt.decision.figures import figure, figures, timed
 from peftopt.decision.index import Field
 from peftopt.measurements import SKIPPED
@@ -176,8 +176,12 @@ def _troubles(evidence: Evidence, workload: str) -> str:
 def gain(case: Case) -> Verdict:
     """Latency drops by more than the limit. A merge, or a baked prompt, is judged as a whole variant against the
     unmerged adapter, since that is what is given up for it, but by itself where a quantizer in the variant may cost
-    speed, being a memory win; any other technique against the same variant without it."""
+    speed, being a memory win; any other technique against the same variant without it. What proposes tokens also says
+    how many a step gave, and on which other workloads it costs time."""
     goal = f"{percent(case.limit)} faster or better" if case.limit else "faster"
+    if case.step.technique == "speculate":
+        found = _speed(case, case.parent, 1 - case.limit, goal)
+        return replace(found, reason=f"{found.reason}{_proposing(case, found.workload)}")
     if case.step.technique not in SAME_MODEL:
         return _speed(case, case.parent, 1 - case.limit, goal)
     recipe = case.evidence.plan.recipe
@@ -187,6 +191,19 @@ def gain(case: Case) -> Verdict:
         return _speed(case, case.baseline, 1 - case.limit, goal)
     found = _speed(replace(case, variant=alone), case.baseline, 1 - case.limit, goal)
     return replace(found, reason=f"{alone}: {found.reason}")
+
+
+def _proposing(case: Case, raced: str) -> str:
+    """How many tokens a step gave on the workload of the race, and the others on which it is slower for sure."""
+    evidence, metric = case.evidence, case.evidence.plan.recipe.minimize
+    steps = [request for request in evidence.requests(case.variant, raced) if request.steps]
+    said = f"; {acceptance_length(steps).estimate:.2f} tokens a step" if steps else ""
+    for workload in evidence.plan.recipe.workloads:
+        field = evidence.field(Metric(metric.name, workload))
+        ratio = evidence.ratio(case.variant, case.parent, workload, field) if workload != raced else None
+        if ratio and ratio.low > 1:
+            said += f"; it loses on {workload}: {ratio.estimate:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+    return said
 
 
 def _may_be_slower(recipe: Recipe, step: Step) -> bool:

@@ -48,6 +48,7 @@ def render(decision: Decision, evidence: Evidence, beside: Sequence[Section] = (
         by_workload=table.by_workload(decision),
         more=table.more(decision),
         slices=answers.slices(decision, evidence),
+        steps=answers.steps(decision, evidence),
         expected=measured.expected(decision, evidence),
         effort=words.filled(measured.effort(decision, evidence)),
         facts=measured.facts(decision, evidence),

@@ -122,7 +122,7 @@ def _room(base: Path) -> int:
 
 def _elsewhere(variant: Variant) -> str:
     if variant.policies:
-        return "it changes the requests themselves"
+        return "it changes the requests themselves, or how they are answered"
     return f"on {variant.engine.plugin}, which is not tried on a few layers"
 
 

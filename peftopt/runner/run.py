@@ -186,7 +186,15 @@ def worker(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Worke
 def load(run: Run, variant: Variant, child: WorkerProcess) -> Launch:
     """Load the variant's model into a worker."""
     engine = variant.engine
-    job = OpenJob(plugin=engine.plugin, model=run.model(variant), params=engine.params, policies=variant.policies)
+    proposes = any(step.params.get("answers") for step in variant.policies)
+    answered = [row for row in corpus.calibration(run.recipe.calibration if proposes else None) if row.expected]
+    job = OpenJob(
+        plugin=engine.plugin,
+        model=run.model(variant),
+        params=engine.params,
+        policies=variant.policies,
+        rows=tuple(answered),
+    )
     return child.ask(job, run.recipe.measure.deadline_s)
 
 
