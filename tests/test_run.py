@@ -22,6 +22,7 @@ from peftopt.decision import stopping
 from peftopt.records import TWIN, Rule
 from peftopt.runner import recipe_run
 from peftopt.runner.judged import read_recipe
+from peftopt.runner.process import calm
 from peftopt.runner.race import Field
 
 FIELDS = {"request_duration_ms", "queue_time_ms", "generation_latency_ms", "ttft_ms", "tpot_ms", "cpu_ms"}
@@ -280,6 +281,23 @@ def test_the_workers_of_a_race_start_ahead_of_it_and_end_with_it(copied: tuple[P
         workers = [pid for worker in field.started.values() for pid in worker.processes()]
         assert len(workers) >= 4 and all(map(psutil.pid_exists, workers))
     assert not any(map(psutil.pid_exists, workers))
+
+
+def test_an_interrupted_race_asks_its_workers_nothing_more_and_kills_them(
+    copied: tuple[Path, Path, Path], request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(calm)
+    with recipe_run.reopen(copied[2], Heard()) as run:
+        run.measurements.clear()
+        field = Field(run, run.recipe.workloads["chat"])
+        with pytest.raises(KeyboardInterrupt), field:
+            field.start()
+            field.children.update(field.started)
+            logged = len(run.measurements)
+            workers = [pid for worker in field.started.values() for pid in worker.processes()]
+            raise KeyboardInterrupt
+        assert len(run.measurements) == logged, "no worker was asked what memory it had"
+        assert workers and not any(map(psutil.pid_exists, workers))
 
 
 @pytest.mark.fault(22, "a run whose adapter has changed since gets no more blocks")

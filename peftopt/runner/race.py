@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 
 from peftopt import corpus, machine, plugins
 from peftopt.corpus import draw
@@ -16,7 +17,7 @@ from peftopt.jobs import MemoryJob, SpeedJob
 from peftopt.measurements import Disturbance, Turn
 from peftopt.records import TWIN, Variant, Workload
 from peftopt.runner import trace
-from peftopt.runner.process import WorkerProcess
+from peftopt.runner.process import WorkerProcess, interrupt
 from peftopt.runner.run import Run, load, try_twice, warm, worker
 
 
@@ -86,7 +87,13 @@ class Field:
         if wants and machine.free_memory() > ROOM * len(arms):
             self._start(arms)
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace_: TracebackType | None
+    ) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            interrupt()  # who stops a run waits for no worker to say goodbye
+            self.stack.__exit__(kind, error, trace_)
+            return
         for arm, child in self.children.items():
             with contextlib.suppress(WorkerFailed):
                 self.run.log(child.ask(MemoryJob(), 30), arm, self.workload.name)
