@@ -130,17 +130,15 @@ def faults_page() -> str:
     marked = marked_faults()
 
     def row(number: int, name: str) -> list[str]:
-        shown = marked.get(number, [])
-        happens = dict.fromkeys(what for what, _ in shown)
-        tests = dict.fromkeys(test for _, test in shown)
-        return [str(number), _cell(name), "; ".join(map(_cell, happens)), "<br>".join(f"`{test}`" for test in tests)]
+        shown = [f"{_cell(what)} (`{test}`)" for what, test in marked.get(number, [])]
+        return [str(number), _cell(name), "<br>".join(shown)]
 
     return f"""# Faults
 
 <!-- docs/generate.py writes this page from tests/data/faults.yaml and the marks of tests. Change these, then run. -->
 
 What peftopt does when something breaks. Each row names the tests that inject the fault: `make test` runs them.
-The text in the third column is part of the test's mark.
+What happens is said by the mark of the test that shows it.
 
 Exit codes: 0 accepted or done, 1 rejected, 2 bad input, 3 inconclusive, 4 environment or nothing measured, 5 a bug,
 130 interrupted. No fault of this list ends in a traceback.
@@ -151,7 +149,7 @@ Exit codes: 0 accepted or done, 1 rejected, 2 bad input, 3 inconclusive, 4 envir
 - `python benchmarks/fuzz.py` gives peftopt broken files for as long as it is told.
 - What peftopt trusts, and what it does not: [SECURITY.md](../SECURITY.md).
 
-{table(["#", "fault", "what happens", "shown by"], [row(*each) for each in listed.items()])}
+{table(["#", "fault", "what happens, and the test that shows it"], [row(*each) for each in listed.items()])}
 """
 
 

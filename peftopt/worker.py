@@ -61,7 +61,7 @@ class Worker:
             result = source.transform(job.model, source.Params(**job.params), out, texts, job.seed)
         seconds = time.perf_counter() - started
         cpu_seconds = time.process_time() - cpu_started
-        keep_private(out, map(Path, (job.model.path, *job.model.adapters)))
+        keep_private(out, Path(job.model.path))
         quantization = provenance.read(out)
         if quantization:
             used = quantization["calibration"] and {"source": job.calibration, **quantization["calibration"]}

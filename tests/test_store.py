@@ -129,6 +129,16 @@ def test_what_is_written_is_what_was_given(tmp_path: Path) -> None:
     assert list(json.loads(path.read_text())["values"]) == list(values)
 
 
+@pytest.mark.fault(7, "what is added later, by `load --out` or `import` too, is a line of its own")
+def test_what_is_added_after_a_torn_line_is_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "measurements.jsonl"
+    for torn in (b'{"format": 1, "pro', b'{"format": 1}\n{"form', b"\xe2\x82"):
+        path.write_bytes(torn)
+        store.append(path, Measurement("retry", "merged"))
+        assert json.loads(path.read_bytes().splitlines()[-1])["probe"] == "retry"
+        assert path.read_bytes().count(b"\n") == torn.count(b"\n") + 1
+
+
 def test_a_file_is_written_whole_and_leaves_no_temporary(tmp_path: Path) -> None:
     store.write(tmp_path / "decision.json", json.dumps({"a": 1}))
     assert [f.name for f in tmp_path.iterdir()] == ["decision.json"]

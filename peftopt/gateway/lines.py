@@ -257,14 +257,14 @@ class Log:
 
     def reopen(self) -> None:
         """Go on in the file that has the name now: another program, as logrotate, has moved the one before."""
-        if self._path and self._file:
-            self._file.close()
-            self._file = None
+        self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file; a disk that complains of that keeps nobody from going on."""
         if self._path and self._file:
-            self._file.close()
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _append(self, text: bytes) -> None:
         if self._path is None:
@@ -290,7 +290,7 @@ class Log:
             fcntl.flock(self._file, fcntl.LOCK_EX)
             if _same(self._file, path):
                 break
-            self._file.close()
+            self.close()
             self._file = self._opened(path)
         file = self._file
         try:
@@ -326,8 +326,7 @@ class Log:
             if self._keep and old <= number - self._keep:
                 with contextlib.suppress(OSError):
                     path.unlink()
-        self._file.close()
-        self._file = None
+        self.close()
         self._file = self._opened(self._path)
         return True
 
