@@ -54,7 +54,10 @@ SHAPE = '{"id": "…", "messages": [{"role": "user", "content": "…"}], "expect
 def row_from(values: Json, number: int = 0) -> Row:
     """A Row from its JSON form; one without an id is called by its line's `number`. Raises ValueError that says what it
     lacks."""
-    return _row(values, _asked(values), number)
+    asked = _asked(values)
+    if not asked.messages:
+        raise ValueError("it has nothing but empty turns of the assistant")
+    return _row(values, asked, number)
 
 
 def _asked(values: Json) -> forms.Asked:
@@ -141,10 +144,12 @@ def _names(value: Json, name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The rows of a file, in order, and the `form` that it has."""
+    """The rows of a file, in order, and the `form` that it has. `empty`: how many turns of an assistant were left out,
+    as they say nothing; a row of nothing else is not there."""
 
     rows: tuple[Row, ...]
     form: str
+    empty: int = 0
 
 
 def opened(path: str) -> Corpus:
@@ -154,10 +159,14 @@ def opened(path: str) -> Corpus:
     first: dict[str, str] = {}
     layout, records = _records(path)
     names = set()
+    empty = 0
     for where, values, number in records:
         try:
             values = json.loads(values) if isinstance(values, str) else values
             asked = _asked(values)
+            empty += asked.empty
+            if not asked.messages:
+                continue
             row = _row(values, asked, number)
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}:{where} is not a prompt: {error}", f"each row looks like {SHAPE}") from error
@@ -168,7 +177,7 @@ def opened(path: str) -> Corpus:
         rows.append(row)
     if not rows:
         raise BadInput(f"{path} holds no prompts", "add at least one row")
-    return Corpus(tuple(rows), f"{' and '.join(sorted(names))}, {layout}")
+    return Corpus(tuple(rows), f"{' and '.join(sorted(names))}, {layout}", empty)
 
 
 Record = tuple[int, Json, int]

@@ -1,7 +1,8 @@
 """The forms in which people keep prompts: of each, what is asked and the right answer.
 
 OpenAI's chat rows, ShareGPT, Alpaca, prompt and completion (TRL's names too), question and answer. A conversation that
-ends with an assistant's turn is a prompt and its expected answer.
+ends with an assistant's turn is a prompt and its expected answer. An assistant's turn without a word is neither: it is
+left out, and counted.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ ANSWERS = ("completion", "response", "answer", "output")
 
 @dataclass(frozen=True)
 class Asked:
-    """`messages` as the row has them, not checked yet; `expected` the right answer, None for none; `form` a name."""
+    """`messages` as the row has them, not checked yet; `expected` the right answer, None for none; `form` a name;
+    `empty`: how many turns of an assistant were left out, as they say nothing. Without a message nothing is asked."""
 
     messages: Sequence[Json]
     expected: Json
     form: str
+    empty: int = 0
 
 
 def asked(values: Mapping[str, Json]) -> Asked:
@@ -75,15 +78,26 @@ def _messages(value: Json, name: str) -> list[Json]:
 
 def _ended(messages: Sequence[Json], expected: Json, form: str) -> Asked:
     """A conversation; the assistant's last turn is what is expected."""
-    last = messages[-1] if messages else None
-    if len(messages) < 2 or not isinstance(last, Mapping) or last.get("role") != "assistant" or last.get("tool_calls"):
-        return Asked(messages, expected, form)
+    kept = [message for message in messages if not _is_empty(message)]
+    empty = len(messages) - len(kept)
+    last = kept[-1] if kept else None
+    if len(kept) < 2 or not isinstance(last, Mapping) or last.get("role") != "assistant" or last.get("tool_calls"):
+        return Asked(kept, expected, form, empty)
     if expected is not None:
         raise ValueError(
             "its messages end with an assistant's turn, which is the expected answer, and it has `expected` too: "
             "take one of them out"
         )
-    return Asked(messages[:-1], text(last.get("content")), form)
+    return Asked(kept[:-1], text(last.get("content")), form, empty)
+
+
+def _is_empty(message: Json) -> bool:
+    """Whether it is a turn of the assistant in which it says nothing, and calls nothing."""
+    if not isinstance(message, Mapping) or message.get("role") != "assistant":
+        return False
+    said = text(message.get("content"))
+    calls = message.get("tool_calls") or message.get("function_call")
+    return isinstance(said, str) and not said.strip() and not calls
 
 
 def _sharegpt(values: Mapping[str, Json], turns: Sequence[Json]) -> list[Json]:

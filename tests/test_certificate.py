@@ -113,3 +113,9 @@ def test_a_full_certificate_says_how_far_it_is(tmp_path: Path) -> None:
     steps = [(at.done, at.total) for at in said if at.phase == "certifying"]
     assert [done for done, _ in steps] == list(range(len(steps)))
     assert {total for _, total in steps} == {len(steps)}
+    phases = [*dict.fromkeys(at.what for at in said if at.phase == "certifying")]
+    assert [phase for phase in phases if "loading" in phase] == [
+        "loading the live adapter",
+        "loading the merged model",
+    ], "the output is in fp32, so the adapter's noise is its own"
+    assert "comparing" in phases[-1]

@@ -273,6 +273,7 @@ def test_all_that_fits_a_run_is_written_and_a_page_says_what_each_is(
     assert command("export", run, "--to", tmp_path / "out") == 0
     told = errors(capsys)
     assert "eager" in told and "vLLM was not" in told, "what was not measured is told"
+    assert told.count("--drain") == 1, "a warning of four targets is said once"
     written = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*.*")}
     scripts = {"peftopt/serve.sh", "vllm/vllm.sh", "sglang/sglang.sh"}
     assert {"README.md", "systemd/peftopt.service", "k8s/peftopt.yaml", "compose/compose.yaml", *scripts} <= written
@@ -285,6 +286,7 @@ def test_all_that_fits_a_run_is_written_and_a_page_says_what_each_is(
     page = (tmp_path / "out" / "README.md").read_text()
     linked = re.findall(r"\]\(([^)]+)\)", page)
     assert len(linked) >= 9 and all((tmp_path / "out" / name).is_file() for name in linked)
+    assert page.count("--drain") == 1
     decision = hashlib.sha256((run / "decision.json").read_bytes()).hexdigest()
     assert all(word in page for word in (run.name, "merged", decision, LIMIT, "llamacpp"))
     assert command("export", run, "--to", tmp_path / "out") == 2, "and nothing is written over"

@@ -218,6 +218,17 @@ def test_a_server_that_is_not_there_is_said_at_the_start(tmp_path: Path) -> None
     assert "no server at" in (tmp_path / "said.txt").read_text()
 
 
+def test_a_script_is_told_where_a_gateway_listens(tmp_path: Path) -> None:
+    def told() -> list[str]:
+        return [line for line in (tmp_path / "said.txt").read_text().splitlines() if line.startswith("{")]
+
+    with paced() as engine, serving(tmp_path, "--upstream", engine.url, "--json") as gateway:
+        wait_until(lambda: told() != [])
+        (line,) = told()
+    ready = json.loads(line)
+    assert ready["url"] == gateway.url and "base" in ready["serves"] and str(gateway.state) in ready["admin"]
+
+
 # ---- operators ---------------------------------------------------------------------------------
 
 

@@ -107,6 +107,23 @@ def test_runs_are_listed_with_what_they_decided(results: Path, capsys: pytest.Ca
     assert "merged" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("columns", ["", "50", "120"])
+def test_a_list_is_as_wide_as_the_terminal(
+    columns: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
+    assert command("list", "--json") == 0
+    named = json.loads(capsys.readouterr().out)
+    assert command("list") == 0
+    out = capsys.readouterr().out
+    widths = [len(line) for line in out.splitlines()]
+    assert max(widths) <= int(columns or 80) and max(widths) > int(columns or 80) - 20
+    words = " ".join(out.split())
+    assert all(f"{name} {' '.join(text.split())}" in words for kind in named.values() for name, text in kind.items())
+
+
 def test_list_names_what_a_recipe_can_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("list", "--json") == 0
     named = json.loads(capsys.readouterr().out)

@@ -235,6 +235,35 @@ def test_turns_before_the_last_answer_are_part_of_the_prompt(tmp_path: Path) -> 
     assert [m["content"] for m in alpaca.messages] == ["a", "b", "Sum up.\n\nA long text."]
 
 
+@pytest.mark.parametrize("said", ["", " \n", [{"type": "text", "text": ""}]])
+@pytest.mark.parametrize("form", ["messages", "conversations"])
+def test_an_empty_turn_of_the_assistant_is_neither_prompt_nor_answer_and_is_counted(
+    tmp_path: Path, form: str, said: Any
+) -> None:
+    def turn(role: str, content: Any) -> dict[str, Any]:
+        if form == "messages":
+            return {"role": role, "content": content}
+        return {"from": {"user": "human", "assistant": "gpt"}[role], "value": content}
+
+    user, nothing = turn("user", "hello there"), turn("assistant", said)
+    chats = [
+        [user, nothing],
+        [user, nothing, user, turn("assistant", "hi")],
+        [user, turn("assistant", "hi"), nothing],
+        [nothing],
+        [user],
+    ]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps({form: chat}) for chat in chats))
+    read = corpus.opened(str(path))
+    assert [row.expected for row in read.rows] == ["", "hi", "hi", ""]
+    assert [len(row.messages) for row in read.rows] == [1, 2, 1, 1]
+    assert [row.id for row in read.rows] == ["line-1", "line-2", "line-3", "line-5"]
+    assert read.empty == 4
+    with pytest.raises(ValueError, match="empty turns"):
+        corpus.row_from({form: [nothing]})
+
+
 def test_a_hash_of_half_a_character_is_one() -> None:
     assert identity.of_value("\ud83d") != identity.of_value("\ud83e")
 

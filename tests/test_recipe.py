@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from peftopt import plugins
 from peftopt.errors import BadInput, BadRecipe
+from peftopt.recipe import starter
 from peftopt.recipe.document import MAX_CHARACTERS
 from peftopt.recipe.parse import parse
 from peftopt.records import (
@@ -359,6 +361,19 @@ def test_missing_sections_are_named() -> None:
         "'variants' is missing",
         "'minimize' is missing",
     ]
+
+
+@pytest.mark.parametrize("method", ["merge", "bake", ""])
+@pytest.mark.parametrize("answers", [[], [16, 40]])
+@pytest.mark.parametrize("distinct", [4, 120, 5000])
+def test_a_first_recipe_says_what_its_lines_mean_and_no_value(method: str, answers: list[int], distinct: int) -> None:
+    """A comment with a value is wrong as soon as somebody edits the value."""
+    why = "it cannot be merged"
+    facts = starter.Facts("base", "lora", "p.jsonl", method, why, distinct, answers, 10**10, 10**9, gpu="")
+    lines = starter.recipe(facts).splitlines()
+    comments = [line.partition("#")[2] for line in lines if "#" in line]
+    assert len(comments) > 6 and not [comment for comment in comments if re.search("[0-9]", comment)]
+    assert max(map(len, lines)) <= 120
 
 
 @pytest.mark.parametrize(

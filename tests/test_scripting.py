@@ -23,12 +23,6 @@ from peftopt.errors import CLOSED_PIPE
 ROOT = Path(__file__).parents[1]
 QUICK = ROOT / "results" / "example" / "quick"
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-7]|9[0-7]|38|48|4[0-7])[0-9;]*m")
-SCRIPTED = {
-    "run", "decide", "merge", "bake", "quantize", "compile", "bench", "load", "watch", "canary", "diagnose", "import",
-    "gate", "check", "doctor", "list", "runs", "clean", "export-data", "adapters list", "adapters put",
-    "adapters report", "adapters promote", "adapters rollback", "adapters remove", "env list", "env install",
-    "env remove",
-}  # fmt: skip
 
 
 def verbs(group: Any, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -53,11 +47,9 @@ def said(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 # ---- JSON --------------------------------------------------------------------------------------
 
 
-def test_every_verb_that_a_script_calls_has_json() -> None:
-    having = {
-        " ".join(words) for words, verb in VERBS.items() if any("--json" in option.opts for option in verb.params)
-    }
-    assert having >= SCRIPTED
+@pytest.mark.parametrize("words", VERBS, ids=" ".join)
+def test_every_verb_has_json(words: tuple[str, ...]) -> None:
+    assert any("--json" in option.opts for option in VERBS[words].params)
 
 
 @pytest.mark.parametrize("words", VERBS, ids=" ".join)
@@ -91,14 +83,35 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, tiny_
         (("check", "r.yaml"), "slower"),
         (("decide",), "chosen"),
         (("export-data", "--to", "t.csv"), "rows"),
+        (("report",), "text"),
+        (("report", "--only", "rules"), "html"),
+        (("compare", "results/runs/20261128T000000-quick-1", "results/runs/20261128T000000-quick-1"), "values"),
+        (("schema", "decision"), "properties"),
+        (("new", "n.yaml", "--like", "quick"), "next"),
+        (("export", "k8s", "--to", "out", "--", "--upstream", "http://engine:8000"), "files"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, tuple) else "",
 )
 def test_a_result_is_one_object_on_one_line(
     words: tuple[str, ...], key: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command(*words, "--json") == 0
+    serves = words.index("--") if "--" in words else len(words)  # what stands behind it are words of `serve`
+    assert command(*words[:serves], "--json", *words[serves:]) == 0
     assert key in said(capsys)
+
+
+def test_what_a_gateway_prints_when_it_listens_does_not_mix_with_its_log(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert command("serve", "--upstream", "http://127.0.0.1:9", "--json", "--log", "-") == 2
+    assert "--log" in said(capsys)["error"]["message"]
+
+
+def test_a_comparison_is_written_and_printed_in_one_call(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = "results/runs/20261128T000000-quick-1"
+    assert command("compare", run, run, "--json", "-o", "c.html") == 0
+    assert said(capsys)["format"] and "<html" in (home / "c.html").read_text()
+    assert command("compare", run, run, "--json", "--format", "html") == 2
 
 
 def test_a_model_that_is_written_and_one_that_would_be_are_objects(
@@ -238,6 +251,18 @@ def test_each_shell_has_a_script_that_asks_for_completions(shell: str) -> None:
     environment = {**os.environ, "_PEFTOPT_COMPLETE": f"source_{shell}"}
     done = subprocess.run([script], capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 0 and f"complete_{shell}" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("--help",), ("schema",), ("list", "nothing")])
+def test_a_disk_that_takes_no_more_output_is_the_machines_and_said_once(arguments: tuple[str, ...]) -> None:
+    command_line = [sys.executable, "-m", "peftopt.cli", *arguments]
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command_line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+        unheard = subprocess.run(command_line, stdout=full, stderr=full, timeout=120)
+    wrong = "nothing" in arguments
+    assert ended.returncode == unheard.returncode == (2 if wrong else 4)
+    assert ended.stderr.count("error:") == 1 and "bug" not in ended.stderr and "Traceback" not in ended.stderr
+    assert wrong or "No space left" in ended.stderr
 
 
 @pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("--help",), ("schema",)])

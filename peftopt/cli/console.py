@@ -94,7 +94,8 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """A bar with an estimate on a terminal; off a terminal, a line with one whenever a tenth is done."""
+        """A bar with an estimate on a terminal; off a terminal a line at the start, and one with an estimate whenever a
+        tenth is done."""
         if self.quiet:
             yield lambda done, what: None
         elif not self.err.is_terminal:
@@ -130,16 +131,18 @@ class Console:
 
     def _lines(self, title: str, total: int) -> Callable[[int, str], None]:
         started = time.perf_counter()
-        told = 0
+        told = -1
 
         def show(done: int, what: str) -> None:
             nonlocal told
             with self.lock:
                 tenth = done * 10 // max(total, 1)
                 if tenth > told:
+                    left = ""
+                    if told >= 0 and done < total:
+                        seconds = (time.perf_counter() - started) * (total - done) / done
+                        left = f", {_about(seconds)} left"
                     told = tenth
-                    seconds = (time.perf_counter() - started) * (total - done) / done
-                    left = f", {_about(seconds)} left" if done < total else ""
                     self.err.print(f"  {shown(title):<14} {done}/{total}{left} [dim]{shown(what)}[/dim]")
 
         return show

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from peftopt.deploy.chosen import Chosen, another
@@ -26,7 +26,7 @@ WHAT = {
 
 @dataclass(frozen=True)
 class Row:
-    """A target's files as Markdown, what they start, and how."""
+    """A target's files as Markdown, what they start, and how; `notes` on it alone."""
 
     target: str
     files: str
@@ -37,15 +37,21 @@ class Row:
 
 def readme(chosen: Chosen, exports: Mapping[str, Exported], refusals: Mapping[str, str]) -> File:
     """The page. `exports` by target, each in a folder of its target's name; `refusals`: why a target has none."""
-    rows = [_row(target, exported) for target, exported in exports.items()]
+    having: dict[str, list[str]] = {}
+    for target, exported in exports.items():
+        for note in exported.notes:
+            having.setdefault(note, []).append(target)
+    shared = {note: targets for note, targets in having.items() if len(targets) > 1}
+    rows = [_row(target, exported, shared) for target, exported in exports.items()]
     command = f"peftopt export {shlex.quote(chosen.folder)} --variant {chosen.decided.origin.variant}"
     whys: dict[str, list[str]] = {}
     for target, why in refusals.items():
         whys.setdefault(why, []).append(target)
-    values = {"chosen": chosen, "another": another(chosen), "rows": rows, "command": command, "whys": whys}
-    return File("README.md", rendered("README.md", **values))
+    values = {"chosen": chosen, "another": another(chosen), "rows": rows, "command": command}
+    return File("README.md", rendered("README.md", **values, shared=shared, whys=whys))
 
 
-def _row(target: str, exported: Exported) -> Row:
+def _row(target: str, exported: Exported, shared: Collection[str]) -> Row:
     files = ", ".join(f"[{target}/{file.name}]({target}/{file.name})" for file in exported.files)
-    return Row(target, files, WHAT.get(target, target), exported.use, exported.notes)
+    notes = tuple(note for note in exported.notes if note not in shared)
+    return Row(target, files, WHAT.get(target, target), exported.use, notes)

@@ -60,8 +60,8 @@ class Config:
     socket. `keys_file`: where the keys are read again on SIGHUP; `read_s`: seconds for a request to come in; `metrics`:
     users may read them; `log_text`: prompts and answers are logged; `log_keep`: files of the log that are kept, 0 =
     all; `trace`: a collector's URL; `origins`: what a run decided to serve, by name. `check_every_s`: so often each
-    version is asked whether it still answers as itself, 0 = never; `refuse`: one that does not answers nobody. `ready`:
-    who is told, as data, whenever users are answered from now on."""
+    version is asked whether it still answers as itself, 0 = never; `refuse`: one that does not answers nobody.
+    `ready`: who is told, as data, whenever users are answered from now on."""
 
     state: Path
     host: str = "127.0.0.1"

@@ -204,7 +204,7 @@ def predictions(
     widens = depth == "full" and live.base.dtype != torch.float32
     if widens:
         live = live.again(torch.float32)
-    steps = Steps(min(certificate.ANSWERS, len(prompts)) + 4 * len(prompts))
+    steps = Steps.of(len(prompts), models=4)
     asked = certificate.answered_by(live, prompts, steps)
     predict = partial(certificate.predicted_by, asked=asked, folder=folder.folder.parent, steps=steps)
     exact = predict(live.once, what="the live adapter")
@@ -212,7 +212,7 @@ def predictions(
     ours = predict(partial(_begun, baked.load(folder, live.base), live.base), what="the baked prompt")
     again = live.again().once if widens else live.twice
     noisy = predict(again, what="the live adapter, for its own noise")
-    return certificate.compare(exact, ours, noisy, plain, asked, decode, change="prompt")
+    return certificate.compare(exact, ours, noisy, plain, asked, steps, decode, change="prompt")
 
 
 def _begun(prefix: baked.Prefix, base: Any, input_ids: Any) -> Any:

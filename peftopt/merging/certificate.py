@@ -229,24 +229,27 @@ def full(
     import torch
 
     dtype = _dtype(out)
-    turns = 3 if dtype == torch.float32 else 4
-    model = _live(base, adapters, combination, training, torch.float32)
     encoded = prompts(out, texts)
-    steps = Steps(min(ANSWERS, len(encoded)) + turns * len(encoded))
+    narrows = dtype != torch.float32
+    steps = Steps.of(len(encoded), models=3 + narrows, loads=2 + narrows)
+    steps.next("loading the live adapter")
+    model = _live(base, adapters, combination, training, torch.float32)
     asked = answered_by(model, encoded, steps)
     predict = partial(predicted_by, asked=asked, folder=out.parent, steps=steps)
     live = predict(model, what="the live adapter")
     with model.disable_adapter():
         plain = predict(model, what="the base")
     del model
+    steps.next("loading the merged model")
     still_packed = is_packed(getattr(hf.config(str(out)), "quantization_config", None))
     model = hf.load(str(out)).dequantize().float() if still_packed else hf.load(str(out), dtype=torch.float32)
     merged, noisy = predict(model, what="the merged model"), live
-    if dtype != torch.float32:
+    if narrows:
         del model
+        steps.next("loading the live adapter in the output's dtype")
         model = _live(base, adapters, combination, training, dtype)
         noisy = predict(model, what="the live adapter in the output's dtype")
-    return compare(live, merged, noisy, plain, asked, decoder(out), lossy)
+    return compare(live, merged, noisy, plain, asked, steps, decoder(out), lossy)
 
 
 def compare(
@@ -255,17 +258,26 @@ def compare(
     noisy: Predictions,
     plain: Predictions,
     asked: Sequence[Asked],
+    steps: Steps,
     decode: Callable[[list[int]], str],
     lossy: bool = False,
     change: str = "delta",
 ) -> Check:
     """The verdict over four sets of predictions: the adapter's, the merged model's, the adapter's in the output's
     dtype (the null), and the base's. `change`: what the adapter does to the base, in a word."""
-    ours, null, away = ([kl(a, b) for a, b in zip(live.logs, x.logs, strict=True)] for x in (merged, noisy, plain))
-    mean, noise, distance = (_mean(x) for x in (ours, null, away))
-    survived = _mean([kl(a, b) for a, b in zip(merged.logs, plain.logs, strict=True)])
+    ours, null, away, left = [], [], [], []
+    flips = null_flips = 0
+    for exact, other, again, without in zip(live.logs, merged.logs, noisy.logs, plain.logs, strict=True):
+        steps.next("comparing what they predict")
+        ours.append(kl(exact, other))
+        null.append(kl(exact, again))
+        away.append(kl(exact, without))
+        left.append(kl(other, without))
+        top = exact.argmax(1)
+        flips += int((top != other.argmax(1)).sum())
+        null_flips += int((top != again.argmax(1)).sum())
+    mean, noise, distance, survived = (_mean(x) for x in (ours, null, away, left))
     positions = sum(len(x) for x in ours)
-    flips, null_flips = (_flips(live, x) for x in (merged, noisy))
     answers = sum(bool(a.answer) for a in asked)
     same, null_same = merged.greedy(asked), noisy.greedy(asked)
     worst = max(range(len(ours)), key=lambda i: float(ours[i].max()))
@@ -318,10 +330,6 @@ def _mean(parts: Sequence[Any]) -> float:
     return sum(float(x.sum()) for x in parts) / sum(len(x) for x in parts)
 
 
-def _flips(a: Predictions, b: Predictions) -> int:
-    return sum(int((x.argmax(1) != y.argmax(1)).sum()) for x, y in zip(a.logs, b.logs, strict=True))
-
-
 def prompts(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of the prompts, at most TOKENS each; random ids where the folder has no tokenizer."""
     import torch
@@ -359,10 +367,16 @@ def _live(base: Path, adapters: Sequence[Adapter], combination: str, training: T
 
 
 class Steps:
-    """Says how far the certificate is: a step is one prompt, answered or predicted by one model."""
+    """Says how far the certificate is: a step is a model that is loaded, one prompt that a model answers or predicts,
+    or one prompt's predictions compared."""
 
     def __init__(self, total: int) -> None:
         self.done, self.total = 0, total
+
+    @classmethod
+    def of(cls, prompts: int, models: int, loads: int = 0) -> Steps:
+        """Those of so many prompts, the predictions of so many models, and so many loads."""
+        return cls(loads + min(ANSWERS, prompts) + (models + 1) * prompts)
 
     def next(self, what: str) -> None:
         """Another step begins."""

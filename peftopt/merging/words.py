@@ -137,7 +137,7 @@ def predictions(
         above.append(float((logits[..., list(words)].amax(-1) - logits[..., :vocabulary].amax(-1)).max()))
         return SimpleNamespace(logits=logits[..., :vocabulary])
 
-    steps = Steps(min(certificate.ANSWERS, len(prompts)) + 4 * len(prompts))
+    steps = Steps.of(len(prompts), models=4)
     asked = certificate.answered_by(live, prompts, steps)
     predict = partial(certificate.predicted_by, asked=asked, folder=out.parent, steps=steps)
     exact = predict(live.once, what="the live adapter")
@@ -150,5 +150,5 @@ def predictions(
     detail = f"the likeliest of {len(words)} words is {-nearest:.2g} below the likeliest token at its nearest"
     return [
         Check("words are never answered", nearest < 0, detail, values),
-        certificate.compare(exact, ours, noisy, plain, asked, decode, change="prompt"),
+        certificate.compare(exact, ours, noisy, plain, asked, steps, decode, change="prompt"),
     ]

@@ -60,8 +60,8 @@ def recipe(facts: Facts) -> str:
         f"  chat: {{prompts: {_word(facts.prompts)}, new_tokens: {answer}, batch: 1}}",
         f"  bulk: {{prompts: {_word(facts.prompts)}, new_tokens: {answer}, batch: 8}}",
         "",
-        "# Whose answers are checked: of so many `rows`, each of `new_tokens` at most. Mark rows that may never get",
-        "# worse as critical.",
+        "# Whose answers are checked: of so many `rows`, each of `new_tokens` at most. In the file of prompts, mark rows",
+        "# that may never get worse as critical.",
         f"quality: {{prompts: {_word(facts.prompts)}, new_tokens: {longest}, batch: 8, rows: {rows}}}",
         "# After how many blocks a variant gets a fresh process, and after how many the run ends at the latest.",
         "measure: {relaunch: 3, max_blocks: 16}",
@@ -102,7 +102,7 @@ def _variants(facts: Facts) -> list[str]:
     else:
         lines += [
             f"  # {facts.why}",
-            "  int8: [int8]                     # the adapter apart, on an INT8 base",
+            "  int8: [int8]                     # the adapter stays apart, on a quantized base",
         ]
     return lines
 
@@ -136,10 +136,7 @@ def _require(facts: Facts) -> list[str]:
     lines = ["require:                           # your SLA, such as: - latency.p95@chat <= 400 ms"]
     if facts.answer_tokens:
         return [*lines, "  - accuracy >= 0.9x"]
-    return [
-        *lines,
-        "  - perplexity <= 1.05x            # for prompts without right answers; with them, accuracy >= 0.9x",
-    ]
+    return [*lines, "  - perplexity <= 1.05x            # for prompts without right answers; else ask for accuracy"]
 
 
 def _word(text: str) -> str:

@@ -122,8 +122,8 @@ def _warnings(decision: Decision) -> str:
 
 
 def _card(decision: Decision, card: Scorecard) -> str:
-    whose = escape(parts.against(card.variant, decision.chosen is not None, card.baseline))
-    return f"{whose}\n\n{_table(scorecard.rows(card))}"
+    whose = parts.against(card.variant, decision.chosen is not None, card.baseline)
+    return f"{escape(whose)}\n\n{_table(scorecard.rows(card))}"
 
 
 def _variant(variant: VariantDecision) -> str:

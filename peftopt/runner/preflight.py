@@ -104,14 +104,16 @@ def _check_expected(recipe: Recipe, rows: Sequence[Row]) -> None:
 
 
 def prompts(recipe: Recipe) -> list[str]:
-    """Each file of prompts in a sentence: how many rows, in which form they were read, how many with a right answer."""
+    """Each file of prompts in a sentence: how many rows, in which form they were read, how many with a right answer,
+    and how many turns were left out."""
     files = [w.prompts for w in recipe.workloads.values()]
     files += [recipe.quality.prompts] if recipe.quality else []
     lines = []
     for path in dict.fromkeys(files):
         read = corpus.opened(path)
         right = sum(bool(row.expected) for row in read.rows)
-        lines.append(f"{path}: {counted(len(read.rows), 'prompt')} ({read.form}), {right} with a right answer")
+        left = f"; {counted(read.empty, 'empty turn')} of the assistant left out" if read.empty else ""
+        lines.append(f"{path}: {counted(len(read.rows), 'prompt')} ({read.form}), {right} with a right answer{left}")
     return lines
 
 
