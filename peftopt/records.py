@@ -172,6 +172,11 @@ class Quality:
     task_rows: int = 0
     """The most rows of each task; 0 is all."""
 
+    @property
+    def tells_valid(self) -> bool:
+        """Whether anything says which answers are valid: a schema, a regular expression or labels."""
+        return bool(self.schema or self.invariants.regex or self.invariants.labels)
+
 
 def task_name(given: str) -> str:
     """What a task is called in metrics: a name of lm-evaluation-harness's, or that of a task file without its end."""
@@ -387,6 +392,9 @@ class VariantDecision:
     """What the artifacts that it is made of were checked for, in a line each."""
     remarks: tuple[str, ...] = ()
     """What was found beside the verdicts."""
+    speed: Interval | None = None
+    """The ratio of times to the baseline's on what is minimized, with the interval and level by which it is judged; of
+    the baseline its second copy's. null where no times are minimized, and in a decision of an older peftopt."""
 
 
 @dataclass(frozen=True)
@@ -417,3 +425,5 @@ class Decision:
     """Why this clock judged."""
     notes: tuple[str, ...] = ()
     """What is worth knowing and is no warning."""
+    next_step: str = ""
+    """Where nothing is decided the command that gets nearest to a decision, after what to change before it."""

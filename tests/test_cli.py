@@ -48,7 +48,7 @@ def test_a_good_recipe_checks_out_and_says_what_it_would_do(recipe: Path, capsys
 
 def test_check_says_what_so_few_prompts_cannot_decide(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("check", recipe) == 0
-    assert "int8.critical_errors: to claim" in errors(capsys)
+    assert "int8.critical_errors: its limit of" in errors(capsys)
 
 
 def test_all_mistakes_of_a_recipe_come_at_once_with_lines_and_hints(

@@ -82,8 +82,8 @@ def decide(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Judge by the thresholds of this recipe, changed since; the newest run of its name. A folder of "
-            "imported measurements needs one."
+            help="Judge by the thresholds of this recipe, changed since; the newest run of its name, else the newest "
+            "that has its variants. A folder of imported measurements needs one."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -93,7 +93,14 @@ def decide(
     from peftopt.runner import judged
 
     parsed = judged.read_recipe(recipe)[0] if recipe else None
-    conclude(find_run(run_folder, results, parsed.name if parsed else ""), Console(), as_json, parsed)
+    try:
+        folder = find_run(run_folder, results, parsed.name if parsed else "")
+    except BadInput:
+        renamed = judged.run_of(results, parsed) if parsed else None
+        if renamed is None:
+            raise
+        folder = renamed
+    conclude(folder, Console(), as_json, parsed)
 
 
 @app.command()

@@ -139,8 +139,10 @@ def _quality(evidence: Evidence, variant: str, level: float) -> dict[str, Interv
     values = {
         "accuracy": stats.proportion(sum(answer.correct for answer in ours.values()), n, level),
         "score": stats.mean([answer.score for answer in ours.values()], level),
-        "validity": stats.proportion(sum(answer.valid for answer in ours.values()), n, level),
     }
+    quality = evidence.plan.recipe.quality
+    if quality and quality.tells_valid:
+        values["validity"] = stats.proportion(sum(answer.valid for answer in ours.values()), n, level)
     shared = sorted(again.keys() & reference.keys())
     if not shared:
         return values

@@ -19,13 +19,16 @@ from peftopt.runner import forecast
 from peftopt.runner.forecast import Outlook
 from peftopt.runner.prepare import lanes_for
 
-SCALED = (0.9, 1.3)
+SCALED = (0.9, 1.2)
 """What the sum of layers may miss of a whole model, and a machine that is busier than it was."""
 
-START = (0.8, 2.0)
+START = (0.8, 1.5)
 """How long a process takes to start, of what one took alone."""
 
-LOADED = (400e6, 80e6)
+AT_ONCE = 1.5
+"""How many times as long processes take to start side by side as one after the other on as many cores would say."""
+
+LOADED = (400e6, 120e6)
 """Bytes of a model that are loaded in a second: from memory, and from a slow disk."""
 
 WRITTEN = (200e6, 30e6)
@@ -40,15 +43,15 @@ GRAPH_S, GRAPH_OF_REGIONS_S, GRAPH_CACHED_S = Span(25.0, 120.0), Span(10.0, 60.0
 SERVER_S = Span(8.0, 90.0)
 """From nothing to a server that answers."""
 
-SAME_WEIGHTS, OTHER_ENGINE, CHANGED_REQUESTS = Span(0.2, 1.1), Span(0.1, 1.0), Span(0.3, 1.0)
+SAME_WEIGHTS, OTHER_ENGINE, CHANGED_REQUESTS = Span(0.2, 0.8), Span(0.1, 1.0), Span(0.3, 1.0)
 """The time of a compiled variant of what it is compiled from, of other engines of transformers', and of requests that a
 policy changes: assumed, since they are not tried."""
 
-READ_WRONG = (0.05, 0.5)
+READ_WRONG = (0.05, 0.3)
 """The share of answers that are not the expected ones, and have to be generated."""
 
-ONE_BATCH = 4.0
-"""How much faster rows are generated together than alone, at most."""
+ONE_BATCH = (8.0, 3.0)
+"""How many times as fast rows are generated together as alone, at most and at least, where they are as many."""
 
 
 def expected(plan: Plan, outlook: Outlook, home: store.Store, evidence: Evidence | None = None) -> Duration:
@@ -128,17 +131,20 @@ class _Speeds:
         for workload in (self.recipe.workloads[each] for each in self.few.lengths):
             passes = forecast.whole_passes(self.few, name, workload.name, wall=True)
             size = typical(self.few.lengths[workload.name], workload.batch) * workload.batch
-            faster = min(max(together / workload.batch, 1.0), ONE_BATCH)
+            more = max(together / workload.batch, 1.0)
+            faster = Span(*(1 / min(more, most) for most in ONE_BATCH))
             prompts.append(_range([p.prompt_ms / size for p in passes]))
-            tokens.append(_range([p.step_ms / workload.batch for p in passes]) * Span(1 / faster, 1.0))
+            tokens.append(_range([p.step_ms / workload.batch for p in passes]) * faster)
         return Pace(_widest(prompts) * scale, _widest(tokens) * scale)
 
-    def launch(self, variant: Variant) -> Span:
-        """From nothing to a model that answers, where nothing else starts."""
-        if plugins.catalogue()[variant.engine.plugin].serves:
-            return SERVER_S
-        ready = GRAPH_CACHED_S if variant.engine.technique else NOTHING
-        return self.start + self.load + ready
+    def started(self, variants: Sequence[Variant]) -> Span:
+        """From nothing to models that answer: processes start side by side, and load one after the other."""
+        lanes = min(machine.cores(), max(len(variants), 1))
+        side_by_side = Span(1 / lanes, min(1.0, AT_ONCE / lanes))
+        serve = [SERVER_S for v in variants if plugins.catalogue()[v.engine.plugin].serves]
+        ready = [GRAPH_CACHED_S for v in variants if v.engine.technique]
+        ours = len(variants) - len(serve)
+        return (self.start * ours + total(serve)) * side_by_side + self.load * ours + total(ready)
 
 
 def _range(times: Sequence[float]) -> Span:
@@ -198,17 +204,17 @@ def _answers(recipe: Recipe, speeds: _Speeds, evidence: Evidence | None) -> Iter
                     new_tokens=_new_tokens(quality, few),
                     generated=_generated(recipe, variant, launch, few),
                     pace=speeds.pace(variant),
-                    start=speeds.launch(variant),
+                    start=speeds.started([variant]),
                 )
 
 
 def _new_tokens(quality: Quality, few: Few) -> Span:
-    """Mean tokens of an answer: as many as the expected ones have, or half as many again; where nobody knows any, up to
+    """Mean tokens of an answer: as many as the expected ones have, or a fifth more; where nobody knows any, up to
     what is allowed."""
     if not few.answer_tokens:
         return Span(quality.new_tokens / 8, quality.new_tokens)
     usual = mean(few.answer_tokens)
-    return Span(min(usual, quality.new_tokens), min(1.5 * usual, quality.new_tokens))
+    return Span(min(usual, quality.new_tokens), min(1.2 * usual, quality.new_tokens))
 
 
 def _generated(recipe: Recipe, variant: Variant, launch: int, few: Few) -> Span:
@@ -233,11 +239,10 @@ def _race(recipe: Recipe, workload: Workload, speeds: _Speeds, evidence: Evidenc
     racing = [v for v in recipe.variants.values() if v.engine.plugin != "endpoint"]
     if minimized or any(v.policies for v in recipe.variants.values()):  # the second copy of the baseline
         racing.append(recipe.variants[recipe.baseline])
-    launches = total(map(speeds.launch, racing))
     return Racing(
         blocks=blocks,
         requests=1 if workload.loaded else recipe.measure.warmup + recipe.measure.requests,
         relaunch=recipe.measure.relaunch,
         arms=[speeds.request(variant, workload) for variant in racing],
-        launch=Span(launches.least / min(machine.cores(), max(len(racing), 1)), launches.most),
+        launch=speeds.started(racing),
     )

@@ -63,30 +63,49 @@ def judge(folder: Path, warn: Warn, recipe: Recipe | None = None, beside: Sequen
     """Decide from a run folder's files alone, and write decision.json and the reports; by the thresholds of another
     recipe where one is given, and by that recipe alone where no run of peftopt's measured. The plan that judges is kept
     where it is not the run's own, so that reports show what was judged. `beside`: further sections of the reports."""
-    changed = []
+    told = []
     machine = {}
     if recipe and not (folder / "plan.json").exists() and (folder / "measurements.jsonl").exists():
         plan = planning.elsewhere(recipe)
     else:
         plan = store.read_plan(folder / "plan.json")
         machine = store.read_object(folder / "machine.json")
-        changed = planning.changes(plan.recipe, recipe) if recipe else []
-        plan = planning.rejudged(plan, recipe) if recipe else plan
+        if recipe:
+            told = _differences(plan.recipe, recipe)
+            plan = planning.rejudged(planning.completed(plan, plugins.catalogue()), recipe)
     if recipe:
         store.write(folder / JUDGED, json.dumps(asdict(plan), indent=1))
     else:
         (folder / JUDGED).unlink(missing_ok=True)
     evidence = Evidence(plan, store.read(folder / "measurements.jsonl", warn))
     decision = decide(evidence, machine)
-    if changed:
-        warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
-        decision = replace(decision, warnings=(warning, *decision.warnings))
+    decision = replace(decision, warnings=(*told, *decision.warnings))
     if store.is_interrupted(folder):
         warning = "the run is not finished, and this is what it knows so far: the same `peftopt run` goes on with it"
         decision = replace(decision, warnings=(warning, *decision.warnings))
     store.write(folder / "decision.json", report.as_json.render(decision))
     _write_reports(folder, evidence, beside)
     return decision
+
+
+def _differences(old: Recipe, new: Recipe) -> list[str]:
+    """Warnings of what a recipe that judges has otherwise than the run had."""
+    lines = []
+    if changed := planning.changes(old, new):
+        lines.append(f"judged by thresholds that were changed after the run: {', '.join(changed)}")
+    if kept := planning.kept(old, new):
+        lines.append(f"the recipe has changed since; the run is judged as it was measured: {', '.join(kept)}")
+    return lines
+
+
+def run_of(results: Path, recipe: Recipe) -> Path | None:
+    """The newest run of a results folder that can be judged by a recipe, whatever its file was called; None without
+    one."""
+    for file in sorted((results / "runs").glob("*/plan.json"), reverse=True):
+        with contextlib.suppress(BadInput):
+            planning.rejudged(planning.completed(store.read_plan(file), plugins.catalogue()), recipe)
+            return file.parent
+    return None
 
 
 @dataclass(frozen=True)

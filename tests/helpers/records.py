@@ -74,7 +74,7 @@ def plan_of(*names: str, require: Iterable[str] = (), **measure: Json) -> Plan:
         variants={name: CHAINS[name] for name in ("adapter", *names)},
         baseline="adapter",
         workloads={"chat": Workload("chat", "p.jsonl"), "bulk": Workload("bulk", "p.jsonl", batch=8)},
-        quality=Quality("p.jsonl"),
+        quality=Quality("p.jsonl", schema="schema.json"),
         calibration=None,
         rules=RULES,
         require=tuple(parse(text) for text in require),
