@@ -18,7 +18,7 @@ from peftopt import machine
 pytestmark = pytest.mark.skipif(bool(machine.gpus()), reason="copies of a process cannot share a GPU")
 
 QUICK = ("artifact", "registry", "log", "decide", "report")
-SAMPLE = {"artifact": 9, "registry": 40, "log": 5, "decide": 15, "report": 11}
+SAMPLE = {"artifact": 11, "registry": 50, "log": 5, "decide": 29, "report": 21}
 """An operation in so many, of the quick jobs."""
 SLOW = {"load": (1, 3), "merge": (5, 41), "quantize": (11,)}
 """The operations that are the last of all processes, of the others."""

@@ -19,8 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from peftopt import machine, store
 from peftopt.errors import ENVIRONMENT
 
-EXAMPLES = int(os.environ.get("RESUMED_EXAMPLES", "2"))
-STEPS = int(os.environ.get("RESUMED_STEPS", "4"))
+EXAMPLES = int(os.environ.get("RESUMED_EXAMPLES", "1"))
+STEPS = int(os.environ.get("RESUMED_STEPS", "3"))
 OPERATIONS = 130
 """About as many as a run has."""
 
