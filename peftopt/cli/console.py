@@ -145,7 +145,7 @@ class Console:
         width = max(shutil.get_terminal_size().columns - indent, NARROWEST)
         self.out.print(f"[bold]{escape(title)}[/bold]")
         for name, text in values.items():
-            first, *others = textwrap.wrap(text, width) or [""]
+            first, *others = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
             self.out.print(escape(f"  {name:<{indent - 2}}{first}"), soft_wrap=True)
             for line in others:
                 self.out.print(escape(" " * indent + line), soft_wrap=True)
