@@ -86,7 +86,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path, tiny_
         (("report",), "text"),
         (("report", "--only", "rules"), "html"),
         (("compare", "results/runs/20261128T000000-quick-1", "results/runs/20261128T000000-quick-1"), "values"),
-        (("schema", "decision"), "properties"),
+        (("schema", "decision"), "title"),
         (("new", "n.yaml", "--like", "quick"), "next"),
         (("export", "k8s", "--to", "out", "--", "--upstream", "http://engine:8000"), "files"),
     ],

@@ -174,7 +174,7 @@ class Console:
         width = max(shutil.get_terminal_size().columns - indent, NARROWEST)
         self.out.print(f"[bold]{shown(title)}[/bold]")
         for name, text in values.items():
-            first, *others = textwrap.wrap(text, width) or [""]
+            first, *others = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
             self.out.print(shown(f"  {name:<{indent - 2}}{first}"), soft_wrap=True)
             for line in others:
                 self.out.print(shown(" " * indent + line), soft_wrap=True)
