@@ -259,6 +259,8 @@ class Recipe:
     minimize: Metric
     measure: Measure
     seed: int = 0
+    price_per_hour: str = ""
+    """What the machine costs an hour, "2.10 USD"; "" where nobody said."""
 
     def timed_requests(self, workload: str) -> int:
         """Timed requests in a turn of this workload."""

@@ -130,6 +130,7 @@ def _takes(duration: Duration) -> Mapping[str, object]:
         "parts": {name: {"least_s": span.least, "most_s": span.most} for name, span in duration.parts.items()},
         "not_counted": list(duration.not_counted),
         "unknown": duration.unknown,
+        "busy": duration.busy,
     }
 
 

@@ -111,7 +111,11 @@ def report(
         str, typer.Option(help="Print this part alone, by its name: scorecard, variants, rules, answers, …")
     ] = "",
     price_per_hour: Annotated[
-        str, typer.Option(help='What the machine costs an hour, such as "2.10 USD": the reports say what tokens cost.')
+        str,
+        typer.Option(
+            help='What the machine costs an hour, such as "2.10 USD", whatever the recipe says: the reports say what '
+            "tokens cost."
+        ),
     ] = "",
     open_page: Annotated[bool, typer.Option("--open", help="Open report.html in the browser.")] = False,
     as_json: AsJson = False,

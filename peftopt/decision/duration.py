@@ -102,11 +102,13 @@ class Work:
 
 @dataclass(frozen=True)
 class Duration:
-    """Seconds by part; what is `not_counted`, in words; and where nothing can be said, why."""
+    """Seconds by part; what is `not_counted`, in words; where nothing can be said, why; and whether the machine was
+    `busy` with other work when it was timed."""
 
     parts: Mapping[str, Span] = field(default_factory=dict)
     not_counted: Sequence[str] = ()
     unknown: str = ""
+    busy: bool = False
 
     @property
     def whole(self) -> Span:
@@ -184,7 +186,8 @@ def sentence(duration: Duration) -> str:
     first, span = ordered[0] if ordered else ("", NOTHING)
     mostly = f", most of it {first}" if span.middle > MOSTLY * whole.middle else ""
     listed = ", ".join(f"{name} {words(each)}" for name, each in duration.parts.items())
-    return f"a run takes about {words(whole)}{mostly}" + (f" ({listed})" if listed else "") + left_out
+    busy = "; other processes keep this machine busy now: it takes less once they are done" if duration.busy else ""
+    return f"a run takes about {words(whole)}{mostly}" + (f" ({listed})" if listed else "") + left_out + busy
 
 
 def left(duration: Duration, done: Sequence[str]) -> str:

@@ -430,7 +430,8 @@ def parity(case: Case) -> Verdict:
             if part and part.outcome == "rejected":
                 parts.append(replace(part, reason=f"in slice {tag} {part.reason}"))
     judged = [part for part in parts if part]
-    worst = next((p for o in ("rejected", "inconclusive") for p in judged if p.outcome == o), judged[0])
+    rejected = (part for part in judged if part.outcome == "rejected")
+    worst = next(rejected, max((p for p in judged if p.outcome == "inconclusive"), key=_estimate, default=judged[0]))
     whose = "" if variant == case.variant else f"{variant}: "
     reason = f"{whose}{worst.reason} ({len(found.partings)} prompts)"
     return replace(worst, reason=reason, against=against, limit=case.limit)

@@ -77,6 +77,7 @@ def rejudged(plan: Plan, recipe: Recipe) -> Plan:
         rules=recipe.rules,
         require=recipe.require,
         minimize=recipe.minimize,
+        price_per_hour=recipe.price_per_hour,
         measure=replace(old.measure, clock=recipe.measure.clock),
     )
     return replace(plan, recipe=judged, left_out=tuple(name for name in old.variants if name not in recipe.variants))

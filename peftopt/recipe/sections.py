@@ -75,6 +75,8 @@ class Sections:
     """What the whole variant must meet: your SLA."""
     minimize: Metric | None = None
     """The one time that variants are ranked by: latency.p50@WORKLOAD, ttft.p50@WORKLOAD, …"""
+    price_per_hour: str | None = ""
+    """What the machine costs an hour: 2.10 USD. Reports say then what tokens cost."""
 
     def recipe(self, name: str, path: str, rules: tuple[Rule, ...]) -> Recipe:
         """The recipe, once no mistake was noted. Raises Wrong where a section has one."""
@@ -94,6 +96,7 @@ class Sections:
             minimize=_whole(self.minimize),
             measure=_whole(self.measure),
             seed=_whole(self.seed),
+            price_per_hour=_whole(self.price_per_hour),
         )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from peftopt.errors import BadInput
 from peftopt.metrics import HIGHER, described, format_value, percent
+from peftopt.recipe.values import price_of
 from peftopt.records import Decision, Interval, VariantDecision
 from peftopt.report import words
 from peftopt.report.headline import named, quotient, worse_and_better
@@ -53,10 +53,11 @@ class Scorecard:
 
 def price(text: str) -> Price:
     """A price per hour as it is typed: "2.10" or "2.10 EUR". Raises BadInput for anything else."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]{3})?\s*", text)
-    if match is None or not 0 < float(match[1]) < math.inf:
+    read = price_of(text)
+    if read is None:
         raise BadInput(f"{text!r} is not a price per hour", "write a number above 0 and a currency: 2.10 USD")
-    return Price(float(match[1]), (match[2] or Price.currency).upper())
+    amount, currency = read
+    return Price(amount, currency or Price.currency)
 
 
 def scorecard(decision: Decision, machine: Price | None = None) -> Scorecard | None:

@@ -9,7 +9,7 @@ from statistics import mean, quantiles
 
 from peftopt import machine, plugins, stats, store
 from peftopt.decision import stopping
-from peftopt.decision.duration import NOTHING, Answering, Duration, Pace, Racing, Span, Work, parts, total
+from peftopt.decision.duration import Answering, Duration, Pace, Racing, Span, Work, parts, total
 from peftopt.decision.evidence import FEWEST, Evidence
 from peftopt.decision.rules import family
 from peftopt.engines import _shapes, compiled
@@ -70,7 +70,8 @@ def expected(plan: Plan, outlook: Outlook, home: store.Store, evidence: Evidence
         races={name: _race(recipe, workload, speeds, evidence) for name, workload in recipe.workloads.items()},
         lanes=lanes_for(Path(recipe.base)),
     )
-    return Duration(parts(work), [*_not_counted(recipe)])
+    busy = any(forecast.by_cpu(few, workload) for workload in few.lengths)
+    return Duration(parts(work), [*_not_counted(recipe)], busy=busy)
 
 
 def _not_counted(recipe: Recipe) -> Iterator[str]:

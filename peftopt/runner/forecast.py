@@ -215,10 +215,11 @@ def _passes(few: Few, name: str, workload: str, wall: bool = False) -> Sequence[
         return ()
     if wall:
         return tried[name].passes
-    return judging.least(tried[name].cpu if _by_cpu(few, workload) else tried[name].passes)
+    return judging.least(tried[name].cpu if by_cpu(few, workload) else tried[name].passes)
 
 
-def _by_cpu(few: Few, workload: str) -> bool:
+def by_cpu(few: Few, workload: str) -> bool:
+    """Whether CPU time tells more than the wall clock of a workload: other processes keep the machine busy."""
     plain = next(each for each in few.tried if (each.variant, each.workload) == (PLAIN, workload))
     return judging.by_cpu(plain.passes, plain.cpu)
 
@@ -249,7 +250,7 @@ def _speeds(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Wor
                 interval = _ratio(ours, theirs, workload.new_tokens)
                 prompt = _medians([p.prompt_ms for p in ours], [p.prompt_ms for p in theirs])
                 step = _medians([p.step_ms for p in ours], [p.step_ms for p in theirs])
-                clock = ", in CPU time" if _by_cpu(few, workload.name) else ""
+                clock = ", in CPU time" if by_cpu(few, workload.name) else ""
                 how = f"on {few.few} of {few.layers} layers{clock}"
                 told = judging.speed(variant, other, interval, prompt, step, how)
                 yield Measured(told, variant.name, workload.name)
@@ -268,7 +269,7 @@ def _overheads(
     products = {each.workload: each.ms for each in few.products}
     for workload in workloads if merged else ():
         steps = [each.step_ms for each in whole_passes(few, PLAIN, workload.name)]
-        if steps and merged and not _by_cpu(few, workload.name):  # the products are timed by the wall clock
+        if steps and merged and not by_cpu(few, workload.name):  # the products are timed by the wall clock
             interval = judging.ratio(steps, [products[workload.name]] * len(steps))
             yield Measured(judging.eager(interval, elsewhere), merged.name, workload.name)
 

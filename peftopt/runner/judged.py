@@ -123,8 +123,8 @@ class Reported:
 
 
 def report_again(folder: Path, warn: Warn, beside: Sequence[Section] = (), price: Price | None = None) -> Reported:
-    """Write the reports of a decision as it is on disk; with a `price` they say what tokens cost. Raises BadInput for a
-    run that has no decision yet."""
+    """Write the reports of a decision as it is on disk; with a `price`, or one in the recipe, they say what tokens cost.
+    Raises BadInput for a run that has no decision yet."""
     if not (folder / "decision.json").exists():
         hint = f"decide from what it has measured so far: peftopt decide {folder}"
         raise BadInput(f"{folder} has no decision yet", hint)
@@ -135,6 +135,8 @@ def report_again(folder: Path, warn: Warn, beside: Sequence[Section] = (), price
 def _write_reports(folder: Path, evidence: Evidence, beside: Sequence[Section], price: Price | None = None) -> Reported:
     """Every report is rendered from decision.json as it is on disk, so that a later `report` gives the same bytes."""
     decision = report.as_json.decision_from_json(store.read_text(folder / "decision.json"))
+    own = evidence.plan.recipe.price_per_hour
+    price = price or (report.scorecard.price(own) if own else None)
     for name, text in report.reports(decision, evidence, beside, price).items():
         store.write(folder / name, text)
     return Reported(decision, evidence, beside, price)
