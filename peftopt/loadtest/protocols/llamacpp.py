@@ -6,7 +6,7 @@ says more tokens than there are ids, the text has to be taken. Source: tools/ser
 
 from __future__ import annotations
 
-from peftopt.loadtest.protocols import Event, Prompt, error_of
+from peftopt.loadtest.protocols import Event, Prompt, count, error_of
 from peftopt.records import Json
 
 PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/completion", True, True, True
@@ -32,4 +32,14 @@ def read(data: Json) -> Event:
     if not data.get("stop"):
         return Event(bool(ids or text), text, ids)
     finish = _FINISH.get(data.get("stop_type", ""), "stop")
-    return Event(bool(ids or text), text, ids, finish, data.get("tokens_evaluated"), data.get("tokens_predicted"))
+    timings = data.get("timings") or {}  # which are silent of proposals where there were none
+    return Event(
+        bool(ids or text),
+        text,
+        ids,
+        finish,
+        data.get("tokens_evaluated"),
+        data.get("tokens_predicted"),
+        proposed=count(timings.get("draft_n", 0)),
+        accepted=count(timings.get("draft_n_accepted", 0)),
+    )
