@@ -174,6 +174,15 @@ class Account:
     """Mean number of requests in a decode step."""
     slots: int | None = None
     """Requests that it can answer together."""
+    proposed: float | None = None
+    """Tokens that it proposed to itself."""
+    accepted: float | None = None
+    """Those of them that went into answers."""
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of the proposed tokens that went into answers; None where none were proposed, or it is not told."""
+        return self.accepted / self.proposed if self.proposed and self.accepted is not None else None
 
     @property
     def batch(self) -> float | None:

@@ -103,9 +103,20 @@ REPORTED: Mapping[str, Spec] = {
         reads="server.kv_cache_taken",
     ),
     "acceptance_length": Spec(
-        "count", "acceptance length", "tokens that a step gives where some are proposed, its own one included", HIGHER, WORKLOAD
+        "count",
+        "acceptance length",
+        "tokens that a step gives where some are proposed, its own one included",
+        HIGHER,
+        WORKLOAD,
     ),
-    "acceptance": Spec("share", "proposals accepted", "proposed tokens that went into the answer", HIGHER, WORKLOAD),
+    "acceptance": Spec(
+        "share",
+        "proposals accepted",
+        "proposed tokens that went into answers",
+        HIGHER,
+        WORKLOAD,
+        reads="server.acceptance",
+    ),
     "warm_up": Spec("requests", "warm-up", "first requests of a launch that are slower than the rest", LOWER, WORKLOAD),
     "first_request": Spec("ratio", "first request", "first request of a launch over the rest", LOWER, WORKLOAD),
     "score": Spec("share", "score", "mean score of answers", HIGHER),

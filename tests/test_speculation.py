@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,44 @@ def test_probes_tell_the_steps_and_every_answer_is_decoded(tiny_base_fp32: Path,
     assert request.steps is request.proposed is request.accepted is None
     for each in (engine, plain):
         each.close()
+
+
+# ---- servers -----------------------------------------------------------------------------------
+
+
+def test_servers_are_started_with_their_own_options() -> None:
+    from peftopt.engines import llamacpp_server, vllm
+
+    speculation = Speculation(tokens=5, ngram=4, shortest=2)
+    served, _ = vllm.command(
+        Model("model"), vllm.speculating(vllm.Params(args="--dtype float32"), speculation), 8000, ()
+    )
+    config = json.loads(served[served.index("--speculative-config") + 1])
+    assert served[-4:-2] == ["--dtype", "float32"], "the recipe's own stay"
+    assert config == {
+        "method": "ngram",
+        "num_speculative_tokens": 5,
+        "prompt_lookup_max": 4,
+        "prompt_lookup_min": 2,
+    }
+    params = llamacpp_server.speculating(llamacpp_server.Params(), speculation)
+    words = " ".join(llamacpp_server.command(Model("model"), params, 8000, "llama-server", 2, False))
+    assert words.endswith("--spec-type ngram-simple --spec-ngram-simple-size-n 4 --spec-ngram-simple-size-m 5")
+
+
+def test_what_servers_tell_of_proposals_is_read() -> None:
+    from peftopt.loadtest import prometheus
+    from peftopt.loadtest.protocols import llamacpp
+
+    last = {"stop": True, "stop_type": "limit", "tokens_predicted": 12, "timings": {"draft_n": 8, "draft_n_accepted": 5}}
+    assert (llamacpp.read(last).proposed, llamacpp.read(last).accepted) == (8, 5)
+    assert llamacpp.read({**last, "timings": {"predicted_n": 12}}).proposed == 0, "it is silent where there were none"
+    assert llamacpp.read({"content": "a", "tokens": [3]}).proposed is None
+
+    def counted(proposed: float, accepted: float) -> dict[str, float]:
+        return {prometheus.PROPOSED: proposed, prometheus.ACCEPTED: accepted}
+
+    account = prometheus.summary([], counted(100, 10), counted(140, 40))
+    assert (account.proposed, account.accepted, account.acceptance) == (40, 30, 0.75)
+    assert prometheus.summary([], {}, {}).acceptance is None
+    assert prometheus.summary([], {}, counted(0, 0)).acceptance is None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from peftopt import machine, plugins, redaction
 from peftopt.engines import endpoint
 from peftopt.engines._server import Option, Started, free_port
+from peftopt.engines._speculation import Speculation
 from peftopt.environments.llamacpp import LIBRARY, SERVER, has_amx
 from peftopt.errors import BadInput
 from peftopt.models.gguf import WEIGHTS, library, lora_file, lora_scale
@@ -34,16 +35,27 @@ class Params:
     args: str = ""
 
 
-PLUGIN = plugins.engine(Params, environment="llamacpp", format="gguf", serves=True)
+PLUGIN = plugins.engine(
+    Params, environment="llamacpp", format="gguf", serves=True, speculates=("prompts", "batches")
+)
 
 
 prepare = endpoint.prepare
 
 
-def open(model: Model, params: Params) -> LlamaCppServer:
+def open(model: Model, params: Params, speculation: Speculation | None = None) -> LlamaCppServer:
     """Start a server and wait until it answers. Raises BadInput for a folder without a GGUF, WorkerFailed with its last
     lines when it does not start."""
-    return LlamaCppServer(model, params)
+    engine = LlamaCppServer(model, speculating(params, speculation) if speculation else params)
+    engine.speculates = speculation is not None
+    return engine
+
+
+def speculating(params: Params, speculation: Speculation) -> Params:
+    """The parameters of a server that looks up n-grams, of `ngram` tokens and no fewer, in each request's own tokens."""
+    option = f"--spec-type ngram-simple --spec-ngram-simple-size-n {speculation.ngram}"
+    option += f" --spec-ngram-simple-size-m {speculation.tokens}"
+    return replace(params, args=f"{params.args} {option}".strip())
 
 
 class LlamaCppServer(Started):

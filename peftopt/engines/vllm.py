@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from peftopt import machine, plugins, redaction
 from peftopt.corpus import Row
 from peftopt.engines import TOP_K, Scores, endpoint
 from peftopt.engines._server import Option, Started, free_port
+from peftopt.engines._speculation import Speculation
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.models.adapter import CONFIG, highest_rank
 from peftopt.models.prompts import check_engine
@@ -49,7 +50,13 @@ class Params:
     args: str = ""
 
 
-PLUGIN = plugins.engine(Params, environment="vllm", serves=True, needs=("vllm", "aiohttp", "transformers"))
+PLUGIN = plugins.engine(
+    Params,
+    environment="vllm",
+    serves=True,
+    needs=("vllm", "aiohttp", "transformers"),
+    speculates=("prompts", "batches", "shortest"),
+)
 
 
 prepare = endpoint.prepare
@@ -70,10 +77,24 @@ def no_kernels(format_: str) -> BadInput:
     return BadInput(f"vLLM has no kernels for {format_} on a CPU", "int8, w8a8, gptq and awq run there")
 
 
-def open(model: Model, params: Params) -> Vllm:
+def open(model: Model, params: Params, speculation: Speculation | None = None) -> Vllm:
     """Start a server and wait until it answers. Raises BadInput for adapters that it cannot serve, WorkerFailed
     with its last lines when it does not start."""
-    return Vllm(model, params)
+    engine = Vllm(model, speculating(params, speculation) if speculation else params)
+    engine.speculates = speculation is not None
+    return engine
+
+
+def speculating(params: Params, speculation: Speculation) -> Params:
+    """The parameters of a server that looks up n-grams in each request's own tokens."""
+    config = {
+        "method": "ngram",
+        "num_speculative_tokens": speculation.tokens,
+        "prompt_lookup_max": speculation.ngram,
+        "prompt_lookup_min": speculation.shortest,
+    }
+    option = shlex.join(["--speculative-config", json.dumps(config)])
+    return replace(params, args=f"{params.args} {option}".strip())
 
 
 class Vllm(Started):

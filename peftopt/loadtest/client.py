@@ -28,7 +28,8 @@ METRICS_S = 5.0
 class Reply:
     """An answer, whole or not. Times are perf_counter_ns; `times` has one for each message that brought a token.
 
-    `error` is "" for an answer that is complete. `new_tokens` is the server's count, else that of ids or of messages.
+    `error` is "" for an answer that is complete. `new_tokens` is the server's count, else that of ids or of messages;
+    `proposed` and `accepted` are of a server that tells what it proposed of them.
     `leave_after`: messages with a token after which its client goes away, 0 = it stays; `begun`, where given, is set
     with the first.
     """
@@ -41,6 +42,8 @@ class Reply:
     finish: str = ""
     prompt_tokens: int | None = None
     counted: int | None = None
+    proposed: int | None = None
+    accepted: int | None = None
     status: int = 0
     error: str = ""
     leave_after: int = 0
@@ -72,6 +75,8 @@ class Reply:
         self.error = event.error or self.error
         self.prompt_tokens = self.prompt_tokens if event.prompt_tokens is None else event.prompt_tokens
         self.counted = self.counted if event.new_tokens is None else event.new_tokens
+        self.proposed = self.proposed if event.proposed is None else event.proposed
+        self.accepted = self.accepted if event.accepted is None else event.accepted
 
 
 class Client:

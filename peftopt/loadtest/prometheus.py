@@ -33,6 +33,9 @@ BUSY, DECODES = "llamacpp:n_busy_slots_per_decode", "llamacpp:n_decode_total"
 QUEUES = ("vllm:request_queue_time_seconds", "sglang:queue_time_seconds", "tgi_request_queue_duration")
 """Histograms of the seconds that a request waited inside the engine."""
 
+PROPOSED, ACCEPTED = "vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total"
+"""Tokens that were proposed, and that were accepted, both since the server's start."""
+
 _LINE = re.compile(r"([A-Za-z_:][A-Za-z0-9_:]*)(?:\{.*\})?\s+(\S+)(?:\s+\S+)?")
 
 
@@ -58,8 +61,8 @@ def moment(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def summary(moments: Sequence[Mapping[str, float]], first: Mapping[str, float], last: Mapping[str, float]) -> Account:
-    """Mean and peak of each gauge over a run, the mean time in the engine's queue, and where it is told for every step
-    the mean number of requests in one. NO_ACCOUNT without metrics."""
+    """Mean and peak of each gauge over a run, the mean time in the engine's queue, where it is told for every step
+    the mean number of requests in one, and the tokens that were proposed. NO_ACCOUNT without metrics."""
     queue_ms = busy = None
     for name in QUEUES:
         count = last.get(f"{name}_count", 0) - first.get(f"{name}_count", 0)
@@ -74,11 +77,17 @@ def summary(moments: Sequence[Mapping[str, float]], first: Mapping[str, float], 
         kv_cache=_gauge(moments, "kv_cache"),
         queue_ms=queue_ms,
         busy=busy,
+        proposed=_grown(PROPOSED, first, last),
+        accepted=_grown(ACCEPTED, first, last),
     )
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _grown(counter: str, first: Mapping[str, float], last: Mapping[str, float]) -> float | None:
+    return last[counter] - first.get(counter, 0) if counter in last else None
 
 
 def _gauge(moments: Sequence[Mapping[str, float]], name: str) -> Gauge | None:

@@ -34,5 +34,14 @@ def read(data: Json) -> Event:
     if not said.get("stop"):
         return Event(bool(ids or text), text, ids)
     finish = _FINISH.get(protocols.text(said.get("stop_type"), "stop_type"), "stop")
-    counts = count(said.get("tokens_evaluated")), count(said.get("tokens_predicted"))
-    return Event(bool(ids or text), text, ids, finish, *counts)
+    timings = protocols.mapping(said.get("timings") or {}, "timings")  # silent of proposals where there were none
+    return Event(
+        bool(ids or text),
+        text,
+        ids,
+        finish,
+        count(said.get("tokens_evaluated")),
+        count(said.get("tokens_predicted")),
+        proposed=count(timings.get("draft_n", 0)),
+        accepted=count(timings.get("draft_n_accepted", 0)),
+    )
