@@ -198,9 +198,7 @@ def opened(name: str, base: Path, lora: Path, speculation: Speculation | None = 
 
 
 @pytest.mark.parametrize("name", ["eager", "compiled"])
-def test_an_engine_that_speculates_answers_as_it_does_without(
-    name: str, tiny_base_fp32: Path, tiny_lora: Path
-) -> None:
+def test_an_engine_that_speculates_answers_as_it_does_without(name: str, tiny_base_fp32: Path, tiny_lora: Path) -> None:
     plain = opened("eager", tiny_base_fp32, tiny_lora)
     engine = opened(name, tiny_base_fp32, tiny_lora, Speculation(tokens=3))
     assert engine.speculates and not plain.speculates
@@ -290,7 +288,12 @@ def test_what_servers_tell_of_proposals_is_read() -> None:
     from peftopt.loadtest import prometheus
     from peftopt.loadtest.protocols import llamacpp
 
-    last = {"stop": True, "stop_type": "limit", "tokens_predicted": 12, "timings": {"draft_n": 8, "draft_n_accepted": 5}}
+    last = {
+        "stop": True,
+        "stop_type": "limit",
+        "tokens_predicted": 12,
+        "timings": {"draft_n": 8, "draft_n_accepted": 5},
+    }
     assert (llamacpp.read(last).proposed, llamacpp.read(last).accepted) == (8, 5)
     assert llamacpp.read({**last, "timings": {"predicted_n": 12}}).proposed == 0, "it is silent where there were none"
     assert llamacpp.read({"content": "a", "tokens": [3]}).proposed is None

@@ -544,9 +544,7 @@ class Compiled(eager.Transformers):
 class _Batch:
     """A batch in a static cache, for `_speculation.decode`: a step where nothing is proposed, else all at once."""
 
-    def __init__(
-        self, model: Any, slots: int, state: State, step: Callable[..., Any], verifier: Verified
-    ) -> None:
+    def __init__(self, model: Any, slots: int, state: State, step: Callable[..., Any], verifier: Verified) -> None:
         self.slots = slots
         self._model, self._state, self._step = model, state, step
         self._verify, self._draft = verifier

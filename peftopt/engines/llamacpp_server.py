@@ -35,9 +35,7 @@ class Params:
     args: str = ""
 
 
-PLUGIN = plugins.engine(
-    Params, environment="llamacpp", format="gguf", serves=True, speculates=("prompts", "batches")
-)
+PLUGIN = plugins.engine(Params, environment="llamacpp", format="gguf", serves=True, speculates=("prompts", "batches"))
 
 
 prepare = endpoint.prepare

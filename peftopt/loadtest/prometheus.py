@@ -87,7 +87,7 @@ def _finite(value: float) -> float | None:
 
 
 def _grown(counter: str, first: Mapping[str, float], last: Mapping[str, float]) -> float | None:
-    return last[counter] - first.get(counter, 0) if counter in last else None
+    return _finite(last[counter] - first.get(counter, 0)) if counter in last else None
 
 
 def _gauge(moments: Sequence[Mapping[str, float]], name: str) -> Gauge | None:
