@@ -288,7 +288,7 @@ def test_as_many_prompts_as_are_named_turn_it_down() -> None:
         first = said(LONG, *range(n))
         return judged(plan_of("merged"), n, first=first, merged=first | bad)
 
-    few = at(12)
+    few = at(24)
     assert outcome(few, "merged", "merge.parity") == "inconclusive"
     named = re.search(r"(\d+) that differ as these do would", reason(few, "merged", "merge.parity"))
     assert named is not None

@@ -47,10 +47,10 @@ SAME_WEIGHTS, OTHER_ENGINE, CHANGED_REQUESTS = Span(0.2, 0.8), Span(0.1, 1.0), S
 """The time of a compiled variant of what it is compiled from, of other engines of transformers', and of requests that a
 policy changes: assumed, since they are not tried."""
 
-READ_WRONG = (0.05, 0.3)
+READ_WRONG = (0.05, 0.2)
 """The share of answers that are not the expected ones, and have to be generated."""
 
-ONE_BATCH = (8.0, 3.0)
+ONE_BATCH = (8.0, 4.0)
 """How many times as fast rows are generated together as alone, at most and at least, where they are as many."""
 
 
