@@ -27,6 +27,8 @@ from peftopt.redaction import redacted
 
 MANIFEST = "artifact.json"
 MODEL = "model"
+SEAL = "manifest_sha256"
+"""In a manifest: its own hash."""
 
 LOCK_LOOK_S = 0.2
 """Between two looks at a lock that another process holds."""
@@ -71,7 +73,9 @@ class Store:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             artifact = _artifact(folder, manifest, cached=True)
-            damage = "" if identity.of_folder(folder / MODEL) == artifact.content else "does not match its hash"
+            sealed = manifest.get(SEAL) in (None, _seal(manifest))  # None: of a peftopt that did not seal
+            whole = sealed and identity.of_folder(folder / MODEL) == artifact.content
+            damage = "" if whole else "does not match its hash"
         except (OSError, *BROKEN) as error:
             damage = f"cannot be read ({type(error).__name__}: {error})"
         if damage:
@@ -135,7 +139,7 @@ class Store:
             temporary.mkdir(parents=True)
             model, facts = make(temporary / MODEL)
             on_parent = model.path != str(temporary / MODEL)
-            manifest = {
+            manifest: dict[str, Json] = {
                 "format": FORMAT,
                 "build": asdict(build),
                 "content": identity.of_folder(temporary / MODEL),
@@ -144,11 +148,17 @@ class Store:
                 "adapters": [] if on_parent else model.adapters,
                 **facts,
             }
+            manifest[SEAL] = _seal(manifest)
             write(temporary / MANIFEST, json.dumps(manifest, indent=1))
             move(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return _artifact(folder, manifest, cached=False)
+
+
+def _seal(manifest: Mapping[str, Json]) -> str:
+    """The hash of what a manifest says, as it is when it was written and read."""
+    return identity.of_value(json.loads(json.dumps({key: each for key, each in manifest.items() if key != SEAL})))
 
 
 def _artifact(folder: Path, manifest: dict[str, Json], cached: bool) -> Artifact:

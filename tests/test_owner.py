@@ -83,7 +83,9 @@ def test_a_manifest_that_cannot_be_read_is_set_aside_and_built_again(
     build = store.read_plan(run / "plan.json").builds[0]
     manifest = home.folder(build.id) / store.MANIFEST
     whole = manifest.read_text()
-    for broken in (whole[: len(whole) // 2], "", "[]", '{"content": 5}', None):
+    flipped = whole.replace('"seconds": 1', '"seconds": 9')
+    assert flipped != whole
+    for broken in (whole[: len(whole) // 2], "", "[]", '{"content": 5}', flipped, None):
         kept = home.folder(build.id).with_name("kept")
         shutil.copytree(home.folder(build.id), kept)
         manifest.unlink() if broken is None else manifest.write_text(broken)

@@ -21,7 +21,7 @@ from peftopt.errors import ENVIRONMENT
 
 EXAMPLES = int(os.environ.get("RESUMED_EXAMPLES", "1"))
 STEPS = int(os.environ.get("RESUMED_STEPS", "3"))
-OPERATIONS = 130
+OPERATIONS = 700
 """About as many as a run has."""
 
 SETTINGS = settings(
