@@ -14,9 +14,14 @@ from helpers.tiny_models import make_base, make_lora
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peftopt import store
 from peftopt.decision import duration
 from peftopt.decision.duration import Answering, Duration, Pace, Racing, Span, Work
+from peftopt.recipe import plan as planning
+from peftopt.runner import duration as planned_time
 from peftopt.runner import forecast
+from peftopt.runner.judged import read_recipe
+from peftopt.runner.run import hashed
 
 SECONDS = st.floats(0, 1e4)
 SPANS = st.tuples(SECONDS, SECONDS).map(lambda pair: Span(*sorted(pair)))
@@ -253,6 +258,25 @@ def test_programs_get_it_in_seconds(recipe: Path, tmp_path: Path, capsys: pytest
     assert {"builds", "answers", "the race of chat"} == told["parts"].keys()
     assert sum(part["most_s"] for part in told["parts"].values()) <= told["most_s"]
     assert takes("--no-forecast") is None
+
+
+def tried(recipe: Path, change: Any) -> Duration:
+    """What is expected where the times of layers are others than they were measured."""
+    home = store.Store(recipe.parent / "results")
+    parsed, _ = read_recipe(recipe)
+    sources = hashed(parsed)
+    outlook = forecast.outlook(parsed, sources, home.root)
+    assert outlook.few is not None
+    plan = planning.plan(parsed, sources, {})
+    return planned_time.expected(plan, replace(outlook, few=change(outlook.few)), home)
+
+
+def test_a_variant_that_could_not_be_tried_counts_as_the_one_that_is_most_like_it(recipe: Path) -> None:
+    whole = tried(recipe, lambda few: few)
+    without = tried(recipe, lambda few: replace(few, tried=tuple(t for t in few.tried if t.variant != "merged")))
+    assert whole.parts.keys() == without.parts.keys() and without.whole.least > 0
+    nothing = tried(recipe, lambda few: replace(few, tried=()))
+    assert nothing.unknown and not nothing.parts
 
 
 def test_of_a_server_elsewhere_it_is_not_known(

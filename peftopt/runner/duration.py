@@ -62,6 +62,8 @@ def expected(plan: Plan, outlook: Outlook, home: store.Store, evidence: Evidence
     if recipe.variants[recipe.baseline].engine.plugin == "endpoint":
         return Duration(unknown="the baseline is a server that runs elsewhere")
     speeds = _Speeds(recipe, few)
+    if not speeds.reference:
+        return Duration(unknown=f"{recipe.baseline} could not be timed on a few layers")
     built = {build.id for build in plan.builds if home.folder(build.id).exists()}
     work = Work(
         builds=[_build(each, recipe, speeds) for each in plan.builds if each.id not in built],
@@ -91,9 +93,12 @@ class _Speeds:
         self.bytes = store.size(Path(recipe.base))
         self.start = Span(few.start_s, few.start_s) * Span(*START)
         self.load = Span(self.bytes / LOADED[0], self.bytes / LOADED[1] + 1)
-        tried = [each.variant for each in few.tried]
-        self.reference = next(name for name in (recipe.baseline, APART, PLAIN) if name in tried)
-        self.tried = frozenset(tried)
+        self.tried = frozenset(name for name in {each.variant for each in few.tried} if self._everywhere(name))
+        self.reference = next((name for name in (recipe.baseline, APART, PLAIN) if name in self.tried), "")
+
+    def _everywhere(self, name: str) -> bool:
+        """Whether its times are known on every workload that was tried."""
+        return all(forecast.whole_passes(self.few, name, workload, wall=True) for workload in self.few.lengths)
 
     def like(self, variant: Variant) -> tuple[str, Span]:
         """The variant, or model, whose times are known, and how many times its time this one may take."""

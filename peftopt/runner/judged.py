@@ -123,8 +123,8 @@ class Reported:
 
 
 def report_again(folder: Path, warn: Warn, beside: Sequence[Section] = (), price: Price | None = None) -> Reported:
-    """Write the reports of a decision as it is on disk; with a `price`, or one in the recipe, they say what tokens
-    cost. Raises BadInput for a run that has no decision yet."""
+    """Write the reports of a decision as it is on disk; with a `price`, or the recipe's, they say what tokens cost.
+    Raises BadInput for a run that has no decision yet."""
     if not (folder / "decision.json").exists():
         hint = f"decide from what it has measured so far: peftopt decide {folder}"
         raise BadInput(f"{folder} has no decision yet", hint)
