@@ -9,6 +9,7 @@
 #               without it they are skipped
 # make gate   is the demo's adapter still as good as what recipes/gate.baseline.json accepted? Some minutes
 # make adapters  trains the demo's further adapters again and measures them (about an hour on two cores)
+# make audit  bandit on the code, pip-audit on the pinned versions: exceptions have their reasons beside them
 # make docs     builds the documentation into site/; a warning fails
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -26,7 +27,7 @@ decide = $(BIN)/peftopt run $(1); code=$$?; case $$code in 0|1|3) ;; *) exit $$c
 
 PROMETHEUS := .venv/prometheus/usr/bin/promtool
 
-.PHONY: setup engines prometheus demo adapters quick gate check test test-engines mutants docs clean
+.PHONY: setup engines prometheus demo adapters quick gate check test test-engines mutants audit docs clean
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -77,6 +78,11 @@ test: .venv/tested $(MODEL)/model.safetensors
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 $(BIN)/pytest $(TWO) -m "not engines"
+
+audit: .venv/tested
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive peftopt
+	.ci/audit
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/fuzz.py --seconds 60
 
 mutants: .venv/tested
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/mutants.py $(if $(SINCE),--changed $(SINCE) --sample 150 --minutes 3 --floor 0.75)

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import platform
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from peftopt.measurements import Forecast, Measured, as_json, structured
 from peftopt.records import Decision, Interval, Recipe
 from peftopt.runner import forecast
 from peftopt.runner.judged import read_recipe
+from peftopt.runner.run import planned
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "results" / "example"
@@ -71,8 +73,9 @@ def forecasts(
     """What is expected of a recipe, the seconds that took, and of which variants nothing is."""
     if recipe.name in kept:
         return kept[recipe.name], 0.0, {}
-    outlook = forecast.outlook(recipe)
-    return outlook.forecasts, outlook.seconds, dict(outlook.left_out)
+    with tempfile.TemporaryDirectory() as home:  # what an earlier look kept would take no time
+        outlook = forecast.outlook(recipe, planned(recipe).sources, Path(home))
+    return outlook.forecasts, outlook.seconds or 0.0, dict(outlook.left_out)
 
 
 def rows(recipe: Recipe, expected: Sequence[Measured], runs: Path | None) -> Iterator[Row]:

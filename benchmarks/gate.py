@@ -258,17 +258,17 @@ class Live:
         return done.returncode
 
 
-def live(home: Path, rounds: int, rank: int, slower: float) -> None:
+def live(home: Path, rounds: int, rank: int, slower: float, tiers: list[str]) -> None:
     """`rounds` gates of the unchanged and as many of the worse, on each tier; those that are on record stay."""
     machine = Live(home.resolve(), rank, slower)
     machine.prepare()
     file = home / "gates.jsonl"
     done = [json.loads(row) for row in file.read_text().splitlines()] if file.exists() else []
     known = {(row["tier"], row["worse"], row["number"]) for row in done}
-    for tier in RECIPES:
+    for tier in tiers:
         machine.first(tier)
     for number in range(rounds):
-        for tier in RECIPES:
+        for tier in tiers:
             for is_worse in (False, True):
                 if (tier, is_worse, number) in known:
                     continue
@@ -306,11 +306,14 @@ def main() -> None:
     parser.add_argument("--between", type=float, default=0.0, help="standard deviation between runs, log units")
     parser.add_argument("--live", type=Path, help="folder of real gates on this machine")
     parser.add_argument("--rounds", type=int, default=10, help="of --live: four gates each")
+    parser.add_argument(
+        "--tiers", nargs="+", default=list(RECIPES), choices=list(RECIPES), help="of --live: which gates"
+    )
     parser.add_argument("--rank", type=int, default=1, help="of --live: what is left of the adapter's rank 8")
     parser.add_argument("--slower", type=float, default=0.25, help="of --live: more work at every token")
     options = parser.parse_args()
     if options.live:
-        live(options.live, options.rounds, options.rank, options.slower)
+        live(options.live, options.rounds, options.rank, options.slower, options.tiers)
     else:
         simulate(options.replications, options.seed, options.between)
 

@@ -1,5 +1,6 @@
 """Write the pages of the docs that are read from the code: docs/metrics.md, docs/cli.md, docs/data.md, and in
-docs/deploying.md what `peftopt export` writes; and the JSON Schemas in schemas/.
+docs/deploying.md what `peftopt export` writes; docs/faults.md, from the marks of the tests; and the JSON Schemas in
+schemas/.
 
     python docs/generate.py            # write the pages
     python docs/generate.py --check    # exit 1, and write nothing, where a page is out of date
@@ -10,6 +11,7 @@ no width, colour or theme changes them. tests/test_docs.py compares them with th
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +20,8 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))  # the code beside these pages, whatever is installed
+
+TESTS = FOLDER.parent / "tests"
 
 BETTER = {"lower": "lower", "higher": "higher", "either": "neither"}
 
@@ -32,6 +36,7 @@ def pages() -> Mapping[str, str]:
         "cli.md": cli_page(),
         "deploying.md": deploying_page(),
         "data.md": data_page(),
+        "faults.md": faults_page(),
         **schemas,
     }
 
@@ -115,6 +120,51 @@ def data_page() -> str:
     """The page as it is, with the columns of a table under each line that names one."""
     page = (FOLDER / "data.md").read_text(encoding="utf-8")
     return re.sub(r"<!-- columns (\w+) -->\n.*?(?=\n## )", _columns, page, flags=re.DOTALL)
+
+
+def faults_page() -> str:
+    """Every fault of the list, what happens then, and the tests that show it."""
+    import yaml
+
+    listed = yaml.safe_load((TESTS / "data" / "faults.yaml").read_text(encoding="utf-8"))
+    marked = marked_faults()
+
+    def row(number: int, name: str) -> list[str]:
+        shown = [f"{_cell(what)} (`{test}`)" for what, test in marked.get(number, [])]
+        return [str(number), _cell(name), "<br>".join(shown)]
+
+    return f"""# Faults
+
+<!-- docs/generate.py writes this page from tests/data/faults.yaml and the marks of tests. Change these, then run. -->
+
+What peftopt does when something breaks. Each row names the tests that inject the fault: `make test` runs them.
+What happens is said by the mark of the test that shows it.
+
+Exit codes: 0 accepted or done, 1 rejected, 2 bad input, 3 inconclusive, 4 environment or nothing measured, 5 a bug,
+130 interrupted. No fault of this list ends in a traceback.
+
+- `tests/helpers/faulty_io.py` makes the N-th operation on files fail, or lets it be the last of its process. It counts
+  over a command and its workers. `make test` tries a sample of operations; `python benchmarks/kills.py` tries them all.
+- `tests/test_resumed.py` kills, resumes, corrupts and doubles a run in random order.
+- `python benchmarks/fuzz.py` gives peftopt broken files for as long as it is told.
+- What peftopt trusts, and what it does not: [SECURITY.md](../SECURITY.md).
+
+{table(["#", "fault", "what happens, and the test that shows it"], [row(*each) for each in listed.items()])}
+"""
+
+
+def marked_faults() -> Mapping[int, Sequence[tuple[str, str]]]:
+    """For each fault what happens and the test that shows it, as the marks `@pytest.mark.fault(number, what)` say."""
+    found: dict[int, list[tuple[str, str]]] = {}
+    for file in sorted(TESTS.glob("test_*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for test in tree.body:
+            marks = test.decorator_list if isinstance(test, ast.FunctionDef | ast.AsyncFunctionDef) else []
+            for mark in marks:
+                if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.fault":
+                    number, what = map(ast.literal_eval, mark.args)
+                    found.setdefault(number, []).append((what, f"{file.name}::{test.name}"))
+    return found
 
 
 def _columns(block: re.Match[str]) -> str:

@@ -265,6 +265,23 @@ def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str
             raise BadInput(message, "take it out of one of the two files")
 
 
+def asked_of(rows: Sequence[Row], most: int) -> list[Row]:
+    """Of the rows whose answers are checked at most `most` (0 = all): those tagged critical and an even choice of the
+    others. The decisive come first, the long ones last: whoever stops early has answered what is cheap and telling."""
+
+    def length(row: Row) -> int:
+        return sum(len(m["content"]) for m in row.messages)
+
+    tagged = [row for row in rows if row.critical]
+    others = [row for row in rows if not row.critical]
+    room = max(0, (most or len(rows)) - len(tagged))
+    if room < len(others):
+        others = [others[n * len(others) // room] for n in range(room)]
+    chosen = [*tagged, *others][: most or None]
+    longest = 4 * sorted(map(length, chosen))[len(chosen) // 2]
+    return sorted(chosen, key=lambda row: (not row.critical, length(row) > longest))
+
+
 def draw(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> tuple[tuple[Row, ...], ...]:
     """The block's requests: the same prompts for every variant, others in the next block."""
     count = recipe.measure.warmup + recipe.timed_requests(workload.name)

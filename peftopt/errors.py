@@ -22,6 +22,28 @@ BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowE
 """What reading another program's JSON may raise: it is none, is too deep, or not of the shape that is meant."""
 
 
+NO_MEMORY = "out of memory"
+"""The reason of a process that the machine's or a GPU's memory did not suffice for."""
+
+_SAID = (
+    NO_MEMORY,
+    "outofmemory",
+    "memoryerror",
+    "bad_alloc",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "unable to allocate",
+)
+"""How Python, C++, torch, NumPy and the system say that there is no memory."""
+
+
+def says_no_memory(text: str) -> bool:
+    """Whether an error's text, or the end of a log, tells of a lack of memory."""
+    said = text.lower().replace("cannot allocate memory in static tls", "")  # a loader's limit, not the machine's
+    return any(words in said for words in _SAID)
+
+
 class PeftoptError(Exception):
     """A problem the user can act on. Printed as `error: message` and `hint: hint`, never as a traceback."""
 

@@ -154,6 +154,8 @@ class OpenJob(Job[Launch]):
     model: Model
     params: Mapping[str, Json]
     policies: tuple[Step, ...] = ()
+    rows: tuple[Row, ...] = ()
+    """In whose right answers an engine that speculates looks up what to propose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +331,8 @@ class LayersJob(Job[Few]):
     rank: int = 0
     """An adapter padded to it is timed too, 0 for none."""
     seed: int = 0
+    answers: tuple[Row, ...] = ()
+    """The prompts whose answers will be checked."""
 
 
 @dataclass(frozen=True)

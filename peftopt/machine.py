@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,32 @@ def _throttled_s() -> float:
             values = dict(line.split() for line in Path(file).read_text().splitlines() if len(line.split()) == 2)
             return int(values.get(key, 0)) / unit
     return 0.0
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def oom_kills() -> int:
+    """Processes that the kernel has ended for lack of memory: in the control group of this process and its children,
+    where it counts them there, else on this machine; 0 where it does not count."""
+    for file in (*_memory_events(), Path("/proc/vmstat")):
+        with contextlib.suppress(OSError, ValueError):
+            values = dict(line.split() for line in file.read_text().splitlines() if len(line.split()) == 2)
+            if "oom_kill" in values:
+                return int(values["oom_kill"])
+    return 0
+
+
+def _memory_events() -> Iterator[Path]:
+    """Where version 2 and version 1 of control groups count them, as seen from inside and from outside a container."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            for below in (path.lstrip("/"), ""):
+                if not controllers:
+                    yield CGROUPS / below / "memory.events"
+                elif "memory" in controllers.split(","):
+                    yield CGROUPS / "memory" / below / "memory.oom_control"
 
 
 def _heat_events() -> float:

@@ -112,6 +112,12 @@ class Request:
     """Tokens of its prompts."""
     touched: int = 0
     """Prompts that a policy changed."""
+    steps: int | None = None
+    """Where tokens are proposed, the steps after the prompts, summed over the answers; None where that is not told."""
+    proposed: int | None = None
+    """Tokens that were proposed in them; 0 where the engine does not count them."""
+    accepted: int | None = None
+    """Tokens that they gave beyond one each."""
     error: str = ""
     """Why it failed, "" for a request that was answered."""
     id: str = ""
@@ -168,6 +174,15 @@ class Account:
     """Mean number of requests in a decode step."""
     slots: int | None = None
     """Requests that it can answer together."""
+    proposed: float | None = None
+    """Tokens that it proposed to itself."""
+    accepted: float | None = None
+    """Those of them that went into answers."""
+
+    @property
+    def acceptance(self) -> float | None:
+        """The share of the proposed tokens that went into answers; None where none were proposed, or it is not told."""
+        return self.accepted / self.proposed if self.proposed and self.accepted is not None else None
 
     @property
     def batch(self) -> float | None:
@@ -322,6 +337,12 @@ class Answer:
     """The adapter's own shift: the sum of its squares."""
     uncut_tokens: int | None = None
     """Tokens of the prompt before a policy cut it; None where none did."""
+    steps: int | None = None
+    """Where tokens are proposed, the steps after the prompt; None where that is not told."""
+    proposed: int | None = None
+    """Tokens that were proposed in them; 0 where the engine does not count them."""
+    accepted: int | None = None
+    """Tokens that they gave beyond one each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,15 +425,25 @@ class Task:
     lacks: tuple[str, ...] = ()
 
 
+SKIPPED = "skipped"
+"""The reason of a variant that was not tried: this machine lacks what it needs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """Probe "failure": a variant could not be built, launched or measured."""
 
     stage: str
     reason: str
-    """In a few words: "out of memory", "missing library", …"""
+    """In a few words: "out of memory", "missing library", …; "skipped" where it was not tried."""
     detail: str
     hint: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """What happened, and what to do."""
+        what = SKIPPED if self.reason == SKIPPED else f"{self.stage} failed, {self.reason}"
+        return f"{what}: {self.detail}" + (f"; {self.hint}" if self.hint else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -100,13 +100,27 @@ def engine(
     format: str = SAFETENSORS,
     serves: bool = False,
     device: str = "",
+    speculates: tuple[str, ...] = (),
 ) -> Plugin:
     """What answers prompts; `technique` is "compile" for one that the row "compile" of the table judges."""
-    return Plugin("", "engine", "", technique, params, needs, environment, format=format, serves=serves, device=device)
+    return Plugin(
+        "",
+        "engine",
+        "",
+        technique,
+        params,
+        needs,
+        environment,
+        format=format,
+        serves=serves,
+        device=device,
+        speculates=speculates,
+    )
 
 
 def policy(params: type, *, technique: str) -> Plugin:
-    """What changes requests: inputs ("truncate") or the length of answers ("shorten")."""
+    """What changes requests: inputs ("truncate"), the length of answers ("shorten"), or how an engine gives them
+    ("speculate")."""
     return Plugin("", "policy", "", technique, params)
 
 

@@ -47,11 +47,14 @@ class Plugin:
     """What the core knows of a plug-in file without running it.
 
     `kind` is "transform", "engine" or "policy"; `technique` names its row of the trade-off table ("merge", "bake",
-    "quantize", "compile", "truncate", "shorten" or "" for none); `params` is its frozen dataclass, whose fields and
-    defaults are its schema; `needs` are the modules it imports; `environment` is whose Python runs it; `reader` the
-    engine that opens what a quantizer wrote; `format` the kind of weights that a transform writes or an engine opens;
-    `weights` the file that a transform of another format than safetensors writes; `serves` whether an engine is a
-    server, which can be put under load; `device` what it computes on where that is not any machine ("cuda").
+    "quantize", "compile", "speculate", "truncate", "shorten" or "" for none); `params` is its frozen dataclass, whose
+    fields and defaults are its schema; `needs` are the modules it imports; `environment` is whose Python runs it;
+    `reader` the engine that opens what a quantizer wrote; `format` the kind of weights that a transform writes or an
+    engine opens; `weights` the file that a transform of another format than safetensors writes; `serves` whether an
+    engine is a server, which can be put under load; `device` what it computes on where that is not any machine
+    ("cuda"); `speculates` what an engine can look up to propose tokens, () for one that proposes none: "prompts" one
+    by one and their answers, "batches" of prompts together, n-grams down to a "shortest" one, the "answers" of other
+    prompts.
     """
 
     name: str
@@ -67,6 +70,7 @@ class Plugin:
     weights: str = ""
     serves: bool = False
     device: str = ""
+    speculates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Variant:
-    """A named chain of transforms (`steps`, in order), run on an engine; `policies` change its requests."""
+    """A named chain of transforms (`steps`, in order), run on an engine; `policies` change its requests, or how it
+    answers them."""
 
     name: str
     steps: tuple[Step, ...]
@@ -168,6 +173,11 @@ class Quality:
     task_rows: int = 0
     """The most rows of each task; 0 is all."""
 
+    @property
+    def tells_valid(self) -> bool:
+        """Whether anything says which answers are valid: a schema, a regular expression or labels."""
+        return bool(self.schema or self.invariants.regex or self.invariants.labels)
+
 
 def task_name(given: str) -> str:
     """What a task is called in metrics: a name of lm-evaluation-harness's, or that of a task file without its end."""
@@ -250,6 +260,8 @@ class Recipe:
     minimize: Metric
     measure: Measure
     seed: int = 0
+    price_per_hour: str = ""
+    """What the machine costs an hour, "2.10 USD"; "" where nobody said."""
 
     def timed_requests(self, workload: str) -> int:
         """Timed requests in a turn of this workload."""
@@ -383,6 +395,9 @@ class VariantDecision:
     """What the artifacts that it is made of were checked for, in a line each."""
     remarks: tuple[str, ...] = ()
     """What was found beside the verdicts."""
+    speed: Interval | None = None
+    """The ratio of times to the baseline's on what is minimized, with the interval and level by which it is judged; of
+    the baseline its second copy's. null where no times are minimized, and in a decision of an older peftopt."""
 
 
 @dataclass(frozen=True)
@@ -413,3 +428,5 @@ class Decision:
     """Why this clock judged."""
     notes: tuple[str, ...] = ()
     """What is worth knowing and is no warning."""
+    next_step: str = ""
+    """Where nothing is decided the command that gets nearest to a decision, after what to change before it."""

@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,11 +21,23 @@ from typing import TextIO
 from peftopt import corpus, identity
 from peftopt.errors import BROKEN, BadInput, MissingEnvironment, unwritable
 from peftopt.measurements import PROBES, Measured, measured
-from peftopt.metrics import METRICS, counted
+from peftopt.metrics import METRICS, counted, format_value
 from peftopt.records import FORMAT, Artifact, Build, Json, Measurement, Model, Plan
+from peftopt.redaction import redacted
 
 MANIFEST = "artifact.json"
 MODEL = "model"
+SEAL = "manifest_sha256"
+"""In a manifest: its own hash."""
+
+LOCK_LOOK_S = 0.2
+"""Between two looks at a lock that another process holds."""
+
+
+def _never(within_s: float) -> bool:
+    """Nobody interrupts: only the time passes."""
+    time.sleep(within_s)
+    return False
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,9 @@ class Store:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             artifact = _artifact(folder, manifest, cached=True)
-            damage = "" if identity.of_folder(folder / MODEL) == artifact.content else "does not match its hash"
+            sealed = manifest.get(SEAL) in (None, _seal(manifest))  # None: of a peftopt that did not seal
+            whole = sealed and identity.of_folder(folder / MODEL) == artifact.content
+            damage = "" if whole else "does not match its hash"
         except (OSError, *BROKEN) as error:
             damage = f"cannot be read ({type(error).__name__}: {error})"
         if damage:
@@ -71,13 +86,37 @@ class Store:
         return artifact
 
     @contextlib.contextmanager
-    def locked(self, build: Build) -> Iterator[None]:
-        """One builder per artifact; the kernel frees the lock of a process that died."""
+    def locked(self, build: Build, interrupted: Callable[[float], bool] = _never) -> Iterator[None]:
+        """One builder per artifact; the kernel frees the lock of a process that died. Who waits is told for whom, and
+        asks `interrupted` again and again, which waits so many seconds at most: KeyboardInterrupt where it says so."""
         folder = self.folder(build.id)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".lock").open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+        with folder.with_suffix(".lock").open("a+", encoding="utf-8") as handle:
+            what, waits = f"artifact {build.id[:12]}", False
+            while not _locks(handle):
+                if not waits:
+                    self.warn(f"{what} is being built by {_holder(handle)}: waiting for it")
+                waits = True
+                if interrupted(LOCK_LOOK_S):
+                    raise KeyboardInterrupt
+            if (dead := _holder(handle, "")) and not waits:
+                self.warn(f"{what} was left half built by {dead}, which has ended: taken over")
+            _sign(handle)
+            try:
+                yield
+            finally:
+                handle.truncate(0)
+
+    def clear(self) -> None:
+        """Remove what killed builders have left, and say how much that was. What is being built stays."""
+        freed = 0
+        for half in self.root.glob("artifacts/*/*.tmp.*"):
+            lock = half.with_name(half.name.partition(".")[0] + ".lock")
+            with lock.open("a+", encoding="utf-8") as handle:
+                if _locks(handle):
+                    freed += size(half)
+                    shutil.rmtree(half, ignore_errors=True)
+        tell_removed(freed, self.root / "artifacts", self.warn)
 
     def model(self, artifact_id: str, source: Model) -> Model:
         """The model of an artifact; of "" the `source` that a recipe starts from. What stands in an adapter's place,
@@ -100,7 +139,7 @@ class Store:
             temporary.mkdir(parents=True)
             model, facts = make(temporary / MODEL)
             on_parent = model.path != str(temporary / MODEL)
-            manifest = {
+            manifest: dict[str, Json] = {
                 "format": FORMAT,
                 "build": asdict(build),
                 "content": identity.of_folder(temporary / MODEL),
@@ -109,11 +148,17 @@ class Store:
                 "adapters": [] if on_parent else model.adapters,
                 **facts,
             }
+            manifest[SEAL] = _seal(manifest)
             write(temporary / MANIFEST, json.dumps(manifest, indent=1))
             move(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return _artifact(folder, manifest, cached=False)
+
+
+def _seal(manifest: Mapping[str, Json]) -> str:
+    """The hash of what a manifest says, as it is when it was written and read."""
+    return identity.of_value(json.loads(json.dumps({key: each for key, each in manifest.items() if key != SEAL})))
 
 
 def _artifact(folder: Path, manifest: dict[str, Json], cached: bool) -> Artifact:
@@ -132,17 +177,30 @@ def _artifact(folder: Path, manifest: dict[str, Json], cached: bool) -> Artifact
 
 
 def append(path: Path, *measurements: Measurement, hint: str = "") -> None:
-    """Add a line for each, on disk before this returns. Half a character (a lone surrogate), which no file can hold, is
-    written as its JSON escape, and is read again as it was."""
+    """Add a line for each, without secrets, on disk before this returns. Half a character (a lone surrogate), which no
+    file can hold, is written as its JSON escape, and is read again as it was."""
     lines = [json.dumps({"format": FORMAT, **asdict(each)}, ensure_ascii=False) for each in measurements]
-    text = "".join(line + "\n" for line in lines)
+    text = "".join(redacted(line) + "\n" for line in lines)
     try:
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
+        add_lines(path, text)
+    except OSError as error:
+        raise unwritable(path, error, hint, needed=len(text)) from error
+
+
+def add_lines(path: Path, text: str) -> None:
+    """Add whole lines to a file, on disk before this returns, or none of them. Half a line, which a killed process has
+    left at its end, is cut off. Raises OSError."""
+    cut_torn_line(path)
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
+        before = os.fstat(handle.fileno()).st_size
+        try:
             handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
-    except OSError as error:
-        raise unwritable(path, error, hint, needed=len(text)) from error
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, before)
+            raise
 
 
 OWNER = ".owner"
@@ -158,20 +216,38 @@ def own(folder: Path, warn: Callable[[str], None] = lambda _: None) -> TextIO:
         handle = (folder / OWNER).open("a+", encoding="utf-8")
     except OSError as error:
         raise unwritable(folder / OWNER, error) from error
-    handle.seek(0)
-    before = handle.read()
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    before = _holder(handle, "")
+    if not _locks(handle):
         handle.close()
         hint = "wait until it ends, or stop it: two processes on one machine would slow each other down"
-        raise MissingEnvironment(f"{folder} is being measured by {before or 'another process'}", hint) from error
+        raise MissingEnvironment(f"{folder} is being measured by {before or 'another process'}", hint)
     if before:
         warn(f"{folder.name} was left unfinished by {before}")
-    handle.truncate(0)
-    handle.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC")
-    handle.flush()
+    _sign(handle)
     return handle
+
+
+def _locks(handle: TextIO) -> bool:
+    """Take the lock of a file, unless another process has it; whether it was taken."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(handle: TextIO, unknown: str = "another process") -> str:
+    """Who has signed a lock's file."""
+    handle.seek(0)
+    return handle.read() or unknown
+
+
+def _sign(handle: TextIO) -> None:
+    """Write into a lock's file who holds it; on a full disk that is not known."""
+    text = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    with contextlib.suppress(OSError):
+        os.ftruncate(handle.fileno(), 0)
+        os.write(handle.fileno(), text.encode())
 
 
 def disown(handle: TextIO) -> None:
@@ -196,13 +272,16 @@ def is_interrupted(folder: Path) -> bool:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut off a last line that a kill has torn, so that the next measurement starts a line."""
-    if not path.exists():
+    """Cut off a last line that a kill has torn, so that the next one starts a line."""
+    if not path.exists() or _ends_a_line(path):
         return
-    raw = path.read_bytes()
-    whole = raw.rfind(b"\n") + 1
-    if whole < len(raw):
-        os.truncate(path, whole)
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+
+
+def _ends_a_line(path: Path) -> bool:
+    with path.open("rb") as handle:
+        handle.seek(max(0, handle.seek(0, os.SEEK_END) - 1))
+        return handle.read() in (b"", b"\n")
 
 
 def read_object(path: Path) -> dict[str, Json]:
@@ -300,9 +379,10 @@ def read_text(path: Path) -> str:
 
 
 def write(path: Path, text: str, hint: str = "") -> None:
-    """Write a file whole or not at all. Raises MissingEnvironment, with the hint, where it cannot be written: what was
-    there stays."""
+    """Write a file whole or not at all, without secrets. Raises MissingEnvironment, with the hint, where it cannot be
+    written: what was there stays."""
     remove_orphans(path)
+    text = redacted(text)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", errors="backslashreplace") as handle:
@@ -317,16 +397,27 @@ def write(path: Path, text: str, hint: str = "") -> None:
         temporary.unlink(missing_ok=True)
 
 
-def remove_orphans(path: Path) -> None:
-    """Remove what killed processes left half written under this name: files and folders `.NAME.PID.…` beside it."""
+def remove_orphans(path: Path) -> int:
+    """Remove what killed processes left half written under this name: files and folders `.NAME.PID.…` beside it. How
+    many bytes that were."""
+    freed = 0
     for orphan in path.absolute().parent.glob(f".{glob.escape(path.name)}.*.*"):
         owner = orphan.name.removeprefix(f".{path.name}.").partition(".")[0]
         if not owner.isdigit() or is_alive(int(owner)):
             continue
         if orphan.is_dir() and not orphan.is_symlink():
+            freed += size(orphan)
             shutil.rmtree(orphan, ignore_errors=True)
         else:
+            freed += orphan.lstat().st_size
             orphan.unlink(missing_ok=True)
+    return freed
+
+
+def tell_removed(freed: int, where: Path, warn: Callable[[str], None]) -> None:
+    """Say how many bytes of dead processes' were removed, where there were any."""
+    if freed:
+        warn(f"removed {format_value('size', freed)} that interrupted work left in {where}")
 
 
 def is_alive(process: int) -> bool:

@@ -20,14 +20,16 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from peftopt import jobs, machine, progress
 from peftopt.corpus import Row
-from peftopt.errors import MissingEnvironment, PeftoptError, WorkerFailed
+from peftopt.errors import NO_MEMORY, MissingEnvironment, PeftoptError, WorkerFailed, says_no_memory
 from peftopt.measurements import Caching, EngineFacts, Launch, Memory, Survey, Task, as_json
 from peftopt.merging.certificate import FILE as CERTIFICATE
-from peftopt.models import provenance
+from peftopt.models import drift, provenance
+from peftopt.models.folders import keep_private
 from peftopt.models.hf import tokenizer, tokenizer_home
-from peftopt.plugins import module
+from peftopt.plugins import catalogue, module
 from peftopt.probes.layers import Few
 from peftopt.records import Json, Model
+from peftopt.redaction import redacted
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -59,11 +61,13 @@ class Worker:
             result = source.transform(job.model, source.Params(**job.params), out, texts, job.seed)
         seconds = time.perf_counter() - started
         cpu_seconds = time.process_time() - cpu_started
+        keep_private(out, Path(job.model.path))
         quantization = provenance.read(out)
         if quantization:
             used = quantization["calibration"] and {"source": job.calibration, **quantization["calibration"]}
             quantization = provenance.add(out, calibration=used)
         tier0, certificate = _examined(out, job.model)
+        tier0 += _drifts(job)
         peaks = memory.peak()
         return jobs.Transformed(
             model=result,
@@ -96,12 +100,15 @@ class Worker:
     def open(self, job: jobs.OpenJob) -> Launch:
         """Load a model into an engine. Times in seconds; `adapter_switch_time` where an adapter was attached."""
         from peftopt.models import prompts
-        from peftopt.policies import Policed
+        from peftopt.policies import Policed, speculation
         from peftopt.probes import bandwidth, memory
 
         source = module("engine", job.plugin)
         started = time.perf_counter()
-        self.engine = source.open(job.model, source.Params(**job.params))
+        proposing = speculation(job.policies)
+        self.engine = source.open(job.model, source.Params(**job.params), *([proposing] if proposing else []))
+        if job.rows:
+            self.engine.remember([self.engine.encode(row.messages, row.expected)[1] for row in job.rows])
         if job.policies:
             self.engine = Policed(self.engine, job.policies)
         gpu = memory.gpu()
@@ -192,7 +199,7 @@ class Worker:
         texts = _rendered(job.rows, tokenizer_home(job.model), job.model.path) if job.rows else []
         with progress.heard(lambda at: self.tell("progress", at)):
             bench = layers.Bench(job.model, Path(job.folder), texts)
-            return layers.try_out(bench, job.variants, job.asked, job.seconds, job.rank, job.seed)
+            return layers.try_out(bench, job.variants, job.asked, job.seconds, job.rank, job.seed, job.answers)
 
     def switch(self, job: jobs.SwitchJob) -> jobs.Switched:
         """Another adapter in the place of the one that is served. Time in seconds."""
@@ -230,6 +237,14 @@ def _examined(out: Path, source: Model) -> tuple[list[str], Json]:
     return [f"certificate: {check['name']}: {check['detail']}" for check in failed] + foreign, certificate
 
 
+def _drifts(job: jobs.TransformJob) -> list[str]:
+    """Where an adapter was put into the weights, what of its words is not its base's, unless that is wanted."""
+    folded = catalogue()[job.plugin].technique in ("merge", "bake")
+    if not (folded and job.model.adapters) or job.params.get("allow_base_mismatch"):
+        return []
+    return drift.drifts(Path(job.model.path), Path(tokenizer_home(job.model)))
+
+
 def _rendered(rows: Iterable[Row], home: str, base: str = "") -> list[str]:
     """The calibration texts of rows: chat template applied where there is one, the right answer included. Raises
     BadInput, naming the row, for one that the template refuses."""
@@ -249,17 +264,26 @@ def _rendered(rows: Iterable[Row], home: str, base: str = "") -> list[str]:
 
 def _failure(error: BaseException) -> jobs.Failed:
     """Why a job failed, in the words of the report. The traceback goes to the worker's log."""
-    traceback.print_exception(error, file=sys.stderr)
+    sys.stderr.write(redacted("".join(traceback.format_exception(error))))
     if isinstance(error, WorkerFailed):
         return jobs.Failed(error.reason, error.detail, error.hint)
     if isinstance(error, PeftoptError):
         lacks = isinstance(error, MissingEnvironment)
         return jobs.Failed("missing environment" if lacks else "refused", error.message, error.hint)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "OutOfMemory" in type(error).__name__:
-        return jobs.Failed("out of memory", str(error).splitlines()[0] if str(error) else "")
+    if isinstance(error, MemoryError) or says_no_memory(f"{type(error).__name__}: {error}"):
+        first = str(error).splitlines()[:1]
+        return jobs.Failed(NO_MEMORY, "; ".join([*first, f"the worker held {_peak()} at most"]))
     if isinstance(error, ModuleNotFoundError):
         return jobs.Failed("missing library", str(error), f"pip install {error.name}")
     return jobs.Failed("error", f"{type(error).__name__}: {error}"[:500])
+
+
+def _peak() -> str:
+    """The most memory of the host that this process has held, in words."""
+    from peftopt.probes import memory
+
+    held = memory.peak().peak_memory_bytes
+    return f"{held / 2**30:.2f} GiB" if held else "an unknown amount"
 
 
 def serve(lines: TextIO, channel: TextIO) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import sweeps
 from helpers.forked import COMMANDS, WORKERS, starting_by, workers
 from helpers.tiny_models import TEXTS, make_base, make_lora
 from hypothesis import settings
@@ -49,8 +50,8 @@ def forked_workers() -> Iterator[None]:
     """Workers are copies of one process (helpers/forked.py), but with a GPU, which copies cannot share."""
     with starting_by(WORKERS.worker) if workers() else contextlib.nullcontext():
         yield
-    COMMANDS.close()
-    WORKERS.close()
+    for first in (COMMANDS, WORKERS, sweeps.FIRST):
+        first.close()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -252,3 +253,43 @@ def test_answers_that_never_stop_are_said() -> None:
     warnings = judged(plan_of("merged"), 64, first=endless, merged=endless).warnings
     assert [w.split(":")[0] for w in warnings if "0 of 64 answers stopped" in w] == ["adapter", "merged"]
     assert not judged(plan_of("merged"), 64, merged={}).warnings
+
+
+@pytest.mark.parametrize("rule", ["merge.parity", "bake.parity"])
+@pytest.mark.parametrize("n", [12, 30, 64, 128, 400])
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("scored", [True, False])
+def test_an_open_parity_is_never_beyond_its_limit(rule: str, n: int, share: float, scored: bool) -> None:
+    """Of so many prompts such a share is gibberish from token 5 on, in an engine that scores and in one that does not.
+    What is left open shows an interval that holds the limit, and says how many prompts would turn the model down."""
+    name = {"merge.parity": "merged", "bake.parity": "baked"}[rule]
+    rows = range(n)
+    bad = [k for k in rows if k < share * n]
+    broken = said([*LONG[:5], *GIBBERISH], *bad)
+    for row in broken.values():
+        row["agree"] = 60 if scored else 200
+    decision = judged(plan_of(name), n, first=said(LONG, *rows), **{name: said(LONG, *rows) | broken})
+    (verdict,) = (v for v in of(decision, name).verdicts if v.rule == rule)
+    assert verdict.value is not None and verdict.limit == 0.01
+    if verdict.outcome == "rejected":
+        assert verdict.value.low > verdict.limit
+    else:
+        assert verdict.value.low <= verdict.limit
+    if verdict.outcome == "inconclusive":
+        assert verdict.value.low <= verdict.limit < verdict.value.high
+        assert "prompts" in verdict.reason
+        if verdict.value.estimate > verdict.limit:
+            assert "turn it down" in verdict.reason
+
+
+def test_as_many_prompts_as_are_named_turn_it_down() -> None:
+    def at(n: int) -> Decision:
+        bad = said([*LONG[:5], *GIBBERISH], *range(n // 4))
+        first = said(LONG, *range(n))
+        return judged(plan_of("merged"), n, first=first, merged=first | bad)
+
+    few = at(24)
+    assert outcome(few, "merged", "merge.parity") == "inconclusive"
+    named = re.search(r"(\d+) that differ as these do would", reason(few, "merged", "merge.parity"))
+    assert named is not None
+    assert outcome(at(int(named[1])), "merged", "merge.parity") == "rejected"

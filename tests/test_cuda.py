@@ -104,6 +104,7 @@ def test_the_gpu_is_measured(tiny_base: Path) -> None:
     assert bandwidth.survey().gpu_read_bytes_per_s > 0
 
 
+@pytest.mark.fault(12, "on a GPU it is told as such")
 def test_running_out_of_memory_is_told_as_such() -> None:
     from peftopt.worker import _failure
 

@@ -27,6 +27,7 @@ from helpers.records import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peftopt import plugins
 from peftopt.decision.evidence import FAILED
 from peftopt.decision.rules import fewest_requests, parent_of
 from peftopt.decision.stopping import answers as answers_needed
@@ -36,7 +37,7 @@ from peftopt.errors import BadInput
 from peftopt.metrics import percent
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
-from peftopt.records import TWIN, Json, Measurement, Metric, Plan, Rule, Step, Variant, Workload
+from peftopt.records import TWIN, Invariants, Json, Measurement, Metric, Plan, Quality, Rule, Step, Variant, Workload
 from peftopt.report import measured, table
 from peftopt.stats import looks, needed_n, upper_bound
 
@@ -200,6 +201,7 @@ def test_the_merge_before_a_memory_win_is_judged_by_itself(merged: float, expect
     assert outcome(found, "int8", "merge.gain") == "rejected"
 
 
+@pytest.mark.fault(20, "the variant is rejected, however it measured")
 def test_weights_that_are_not_finite_reject_whatever_the_figures_say() -> None:
     plan = plan_of("merged")
     measurements = whole(plan, {"merged": 0.5}) + builds(plan, ["model.safetensors: w holds NaN"])
@@ -227,6 +229,7 @@ def test_a_variant_that_died_is_rejected_with_its_reason_and_the_others_are_judg
     assert decision.chosen == "merged"
 
 
+@pytest.mark.fault(38, "not judged, which is no pass")
 def test_a_missing_library_is_not_judged_and_never_passes() -> None:
     plan = plan_of("int8")
     skipped = {"stage": "build", "reason": "missing library", "detail": "torchao", "hint": "pip install torchao"}
@@ -401,6 +404,7 @@ LOSSES += ["NaN times", "no times", "zero times"]
 
 
 @pytest.mark.parametrize("kind", [*LOSSES, "no answers", "few answers"])
+@pytest.mark.fault(31, "too few answers decide nothing")
 def test_what_is_missing_broken_or_too_little_is_never_accepted(kind: str) -> None:
     plan = plan_of("merged", "int8")
     good = whole(plan, {"merged": 0.5, "int8": 0.3})
@@ -706,3 +710,41 @@ def test_a_baseline_that_is_hardly_ever_right_is_a_warning(right: int, warned: b
         found += quality(name, 400, launch, **wrong)
     decision = decide(plan, found, {})
     assert any("itself answers" in warning for warning in decision.warnings) == warned
+
+
+def test_validity_is_shown_only_where_something_says_what_is_valid() -> None:
+    plan = plan_of("merged", require=["validity >= 99 %"])
+    shown = decide(plan, whole(plan, {"merged": 0.5}), {})
+    assert "schema validity" in table.rows(shown)[0]
+    silent = replace(plan, recipe=replace(plan.recipe, quality=Quality("p.jsonl")))
+    decision = decide(silent, whole(plan, {"merged": 0.5}), {})
+    assert "schema validity" not in table.rows(decision)[0]
+    assert "validity" not in of(decision, "merged").figures
+    assert outcome(decision, "merged", "require: validity >= 99 %") == "inconclusive"
+    labels = replace(
+        plan, recipe=replace(plan.recipe, quality=Quality("p.jsonl", invariants=Invariants(labels=("a",))))
+    )
+    assert "schema validity" in table.rows(decide(labels, whole(plan, {"merged": 0.5}), {}))[0]
+
+
+def test_a_recipe_of_another_name_judges_a_run_of_an_older_peftopt() -> None:
+    """The run's plug-ins had fewer parameters: those that they have got since stand at their defaults."""
+    recipe = plan_of("merged").recipe
+    variants = {name: replace(v, engine=Step("eager", "engine", "")) for name, v in recipe.variants.items()}
+    old = replace(plan_of("merged"), recipe=replace(recipe, variants=variants))
+    new = planning.completed(old, plugins.catalogue()).recipe
+    renamed = replace(new, name="other", path="elsewhere/other.yaml")
+    assert new.variants != old.recipe.variants
+    with pytest.raises(BadInput, match="device"):
+        planning.rejudged(old, renamed)
+    again = planning.rejudged(planning.completed(old, plugins.catalogue()), renamed)
+    assert again.recipe.name == recipe.name and planning.changes(new, renamed) == planning.kept(new, renamed) == []
+
+
+def test_what_a_recipe_has_otherwise_than_the_run_is_said() -> None:
+    recipe = plan_of("merged").recipe
+    workloads = {**recipe.workloads, "chat": replace(recipe.workloads["chat"], new_tokens=9, prompts="other.jsonl")}
+    changed = replace(recipe, workloads=workloads, measure=replace(recipe.measure, requests=7))
+    chat, measure = planning.kept(recipe, changed)[::-1]
+    assert chat == "workloads.chat.new_tokens 64, not 9"
+    assert measure == "measure.requests 3, not 7"

@@ -13,7 +13,13 @@ from peftopt.cli.around import starters
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
+    *sorted(DOCS.rglob("*.md")),
+]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -25,7 +31,7 @@ def generator() -> dict[str, Any]:
 SCHEMAS = [f"../schemas/{name}.schema.json" for name in ("recipe", "decision", "measurement", "diagnosis")]
 
 
-@pytest.mark.parametrize("page", ["metrics.md", "cli.md", "deploying.md", "data.md", *SCHEMAS])
+@pytest.mark.parametrize("page", ["metrics.md", "cli.md", "deploying.md", "data.md", "faults.md", *SCHEMAS])
 def test_a_generated_page_is_up_to_date(page: str, generator: dict[str, Any]) -> None:
     assert (DOCS / page).read_text() == generator["pages"]()[page], "run python docs/generate.py"
 
@@ -42,6 +48,13 @@ def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
     for target in LINK.findall(page.read_text()):
         if not re.match(r"[a-z]+:|#", target):
             assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_the_tests_that_security_names_are_there() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "SECURITY.md").read_text())
+    assert named
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
 
 
 def test_the_page_of_the_architecture_names_every_file_in_its_folders_row() -> None:

@@ -191,6 +191,7 @@ def test_a_server_that_is_not_there() -> None:
     assert "cannot connect" in reply.error and not reply.times
 
 
+@pytest.mark.fault(36, "a key is in the request's header and nowhere else")
 def test_a_key_travels_in_the_header_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "canary-7f3a")
 

@@ -41,6 +41,7 @@ def around(measurements: list[Measurement], **state: Json) -> list[Measurement]:
         ({}, None),
     ],
 )
+@pytest.mark.fault(16, "the block is flagged with the reason")
 def test_blocks_are_flagged_for_what_was_at_work_in_them(state: dict[str, Json], reason: str | None) -> None:
     plan = plan_of("merged", threads=1)
     found = evidence_of(plan, around(speed(plan, {"merged": 0.8}, 12), **state)).disturbed("chat")
@@ -70,6 +71,7 @@ def test_on_a_gpu_one_processor_is_enough_and_its_own_memory_is_the_floor() -> N
     assert figures["bandwidth@chat"].estimate == pytest.approx(1.0 / tpot, rel=0.01)
 
 
+@pytest.mark.fault(16, "a race that it leaves open names it")
 def test_a_disturbed_race_is_warned_of_and_named_where_it_stays_open() -> None:
     plan = plan_of("merged", threads=1)
     turns = around(speed(plan, {"merged": 0.85}, 24, noise=0.2), cores=1, foreign_cores=0.9)
@@ -289,6 +291,7 @@ def shifted(kept: float, n: int = 40) -> Mapping[str, Mapping[str, Json]]:
     return {f"p{i}": {"shift": 50.0 + i, "kept": kept * (50.0 + i) + (-1) ** i} for i in range(n)}
 
 
+@pytest.mark.fault(35, "the variant is rejected: the adapter's shift is not in its answers")
 def test_an_adapter_that_is_lost_rejects_and_one_that_is_kept_is_told() -> None:
     plan = plan_of("merged")
     base = [m for m in whole(plan, {"merged": 0.5}) if m.variant != "merged" or m.probe == "speed"]

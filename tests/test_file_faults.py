@@ -1,150 +1,100 @@
-"""Every operation on files fails or is the last one of its process, in turn: nothing half written is ever found."""
+"""Every operation on files fails or is the last one of its process, in turn: nothing half written is ever found, and
+the next run ends as if nothing had been. Here a sample; `python benchmarks/kills.py` sweeps all."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.faulty_io import KILLED, SHORT, Faults, injected
-from helpers.finished_runs import finished_run
+from helpers import sweeps, swept
+from helpers.faulty_io import FAULTS, Faults, injected
+from helpers.servers import served
 
-from peftopt import errors, identity, store
-from peftopt.cli import main
-from peftopt.records import Build, Model, Step
+from peftopt import machine
 
-FAULTS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS, SHORT, KILLED)
-FINAL = ("decision.json", "report.md", "report.html", "junit.xml", "judged.json")
+pytestmark = pytest.mark.skipif(bool(machine.gpus()), reason="copies of a process cannot share a GPU")
+
+QUICK = ("artifact", "registry", "log", "decide", "report")
+SAMPLE = {"artifact": 11, "registry": 50, "log": 5, "decide": 29, "report": 21}
+"""An operation in so many, of the quick jobs."""
+SLOW = {"load": (1, 3), "merge": (5, 41), "quantize": (11,)}
+"""The operations that are the last of all processes, of the others."""
 
 
 @pytest.fixture(scope="module")
-def run(tiny_base: Path, tiny_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = finished_run(tmp_path_factory.mktemp("faults"), tiny_base, tiny_lora, built=False)
-    (folder / "machine.json").write_text("{}")
-    assert forked(Faults(str(folder)), "decide", str(folder)).code == 0
-    return folder
+def place(tiny_base: Path, tiny_lora: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[swept.Place]:
+    with served() as server:
+        yield swept.Place(tiny_base, tiny_lora, tmp_path_factory.mktemp("jobs"), server.url)
 
 
-class Ended:
-    """How a forked process ended: its exit code, or the negative number of its signal; what it said; the operations."""
-
-    def __init__(self, status: int, said: str, count: int) -> None:
-        self.code = os.waitstatus_to_exitcode(status)
-        self.said = said
-        self.count = count
+@pytest.fixture(scope="module")
+def jobs(place: swept.Place) -> dict[str, tuple[sweeps.Job, object]]:
+    """Jobs that were asked for, with what they result in without a fault."""
+    return {}
 
 
-def forked(faults: Faults, *arguments: str, work: Callable[[], int] | None = None) -> Ended:
-    """The command line, or `work`, in a copy of this process whose files fail as `faults` say."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(reading)
-        code = 99
-        with os.fdopen(writing, "w") as told, contextlib.redirect_stderr(io.StringIO()) as said:
-            with contextlib.redirect_stdout(io.StringIO()):
-                try:
-                    with injected(faults):
-                        if work:
-                            code = work()
-                        else:
-                            main(arguments)
-                except SystemExit as ended:
-                    code = int(ended.code or 0)
-                except errors.PeftoptError as error:
-                    code, _ = error.exit_code, said.write(error.message)
-                except OSError as error:
-                    code, _ = errors.unusable(error).exit_code, said.write(str(error))
-            told.write(json.dumps([faults.count, said.getvalue()]))
-        os._exit(code)
-    os.close(writing)
-    with os.fdopen(reading) as told:
-        heard = told.read()
-    count, text = json.loads(heard) if heard else (0, "")
-    return Ended(os.waitpid(child, 0)[1], text, count)
-
-
-def sweep(
-    folder: Path, fault: int | str, tmp_path: Path, *verb: str, work: Callable[[Path], int] | None = None
-) -> Iterator[tuple[Path, Ended]]:
-    """A fresh copy of the folder for each operation of the verb, which fails there; the folder and how it ended."""
-    at = 0
-    while True:
-        at += 1
-        copy = tmp_path / f"{at}" / folder.name
-        shutil.copytree(folder, copy)
-        faults = Faults(str(copy), at, fault)
-        job = (lambda where=copy: work(where)) if work else None
-        ended = forked(faults, *verb, str(copy), work=job)
-        if ended.code != KILLED and ended.count < at:
-            assert at > 5, "something was injected"
-            return
-        yield copy, ended
-        shutil.rmtree(copy.parent)
-
-
-def assert_whole(folder: Path, before: dict[str, bytes]) -> None:
-    """Final files are as they were, or whole: JSON and reports that end."""
-    for name in FINAL:
-        file = folder / name
-        if not file.exists():
-            assert name == "judged.json" or name not in before
-            continue
-        text = file.read_bytes()
-        if text == before.get(name):
-            continue
-        if name.endswith(".json"):
-            json.loads(text)
-        assert text.endswith((b"\n", b">", b"}")), f"{name} is torn"
+def job(name: str, place: swept.Place, jobs: dict[str, tuple[sweeps.Job, object]], tmp_path: Path) -> sweeps.Job:
+    if name not in jobs:
+        made = swept.job(name, place)
+        jobs[name] = (made, sweeps.reference(made, tmp_path)[0])
+    return jobs[name][0]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("verb", ["decide", "report"])
-def test_no_fault_of_the_disk_tears_a_decision_or_a_report(
-    run: Path, verb: str, fault: int | str, tmp_path: Path
+@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.fault(1, "a file under its own name is whole, and the next run ends as if nothing had been")
+@pytest.mark.fault(4, "what was there stays, what was half written is freed, exit 4 with the bytes that are free")
+@pytest.mark.fault(5, "the path is named, nothing is left half written, exit 4")
+@pytest.mark.fault(6, "taken as not written")
+def test_no_fault_of_the_disk_and_no_kill_leaves_half_a_file(
+    name: str, fault: str, place: swept.Place, jobs: dict[str, tuple[sweeps.Job, object]], tmp_path: Path
 ) -> None:
-    before = {name: (run / name).read_bytes() for name in FINAL if (run / name).exists()}
-    for copy, ended in sweep(run, fault, tmp_path, verb):
-        assert ended.code in (KILLED, 0, errors.ENVIRONMENT), ended.said
-        assert "Traceback" not in ended.said
-        assert_whole(copy, before)
-        if ended.code == errors.ENVIRONMENT:
-            assert "error:" in ended.said and "hint:" in ended.said
-            assert not list(copy.glob(".*.tmp")), "temporary files are freed"
-        assert forked(Faults(str(copy)), verb, str(copy)).code == 0, "the next one works"
-        assert not list(copy.glob(".*.tmp"))
-        assert {name: (copy / name).read_bytes() for name in before} == before
+    made = job(name, place, jobs, tmp_path)
+    step = max(1, SAMPLE[name] // (4 if FAULTS[fault][1] else 1))
+    points = list(sweeps.sweep(made, fault, tmp_path, jobs[name][1], step, 1 + list(FAULTS).index(fault) % step))
+    assert not [f"{point.at} ({point.ended.what}): {point.wrong}" for point in points if point.wrong]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_no_fault_of_the_disk_leaves_half_an_artifact(fault: int | str, tmp_path: Path) -> None:
-    build = Build("a" * 64, "", Step("merge", "transform", "merge", {}))
-    (tmp_path / "results" / "old").mkdir(parents=True)
+@pytest.mark.parametrize(("name", "at"), [(name, at) for name, places in SLOW.items() for at in places])
+@pytest.mark.fault(1, "the next run makes the model, or goes on to the same verdict")
+def test_a_model_or_a_run_that_is_killed_anywhere_is_made_by_the_next(
+    name: str, at: int, place: swept.Place, jobs: dict[str, tuple[sweeps.Job, object]], tmp_path: Path
+) -> None:
+    made = job(name, place, jobs, tmp_path)
+    point = next(sweeps.sweep(made, "kill -9", tmp_path, jobs[name][1], first=at), None)
+    assert point is not None, f"{name} has no {at} operations any more"
+    assert not point.wrong, point.wrong
+    assert point.ended.code == -9
 
-    def make(into: Path) -> tuple[Model, dict[str, object]]:
-        into.mkdir()
-        for name in ("config.json", "model.bin"):
-            with (into / name).open("w") as file:
-                file.write(name * 50)
-        return Model(str(into)), {"seconds": 1.0, "tier0": []}
 
-    def work(root: Path) -> int:
-        home = store.Store(root)
-        with home.locked(build):
-            home.find(build) or home.build(build, make)
-        return 0
+def test_the_shim_itself_counts_fails_and_is_gone_afterwards(tmp_path: Path) -> None:
+    """Every kind of operation is seen: else a sweep would be clean because it did nothing."""
 
-    for root, ended in sweep(tmp_path / "results", fault, tmp_path, work=work):
-        assert ended.code in (KILLED, errors.ENVIRONMENT), ended.said
-        said: list[str] = []
-        kept = store.Store(root, said.append).find(build)
-        assert not said, "what is there is whole"
-        assert kept is None or identity.of_folder(Path(kept.path) / store.MODEL) == kept.content
-        assert forked(Faults(str(root)), work=lambda where=root: work(where)).code == 0
-        assert not [f for f in root.rglob("*.tmp*")]
+    def work(folder: Path) -> None:
+        folder.mkdir()
+        with (folder / "a").open("w") as file:
+            file.write("text")
+        number = os.open(folder / "b", os.O_WRONLY | os.O_CREAT)
+        os.write(number, b"more")
+        os.fsync(number)
+        os.close(number)
+        (folder / "b").rename(folder / "c")
+        (folder / "c").unlink()
+        (folder / "a").unlink()
+        folder.rmdir()
+
+    counted = injected(Faults(str(tmp_path / "root")))
+    with counted as faults:
+        work(tmp_path / "root")
+        work(tmp_path / "elsewhere")
+    total = faults.count
+    assert total == 11  # mkdir, open, write, close, open, write, fsync, rename, three removals
+    for at in range(1, total + 1):
+        root = tmp_path / f"root-{at}"
+        with injected(Faults(str(root), at)), pytest.raises(OSError, match="No space left"):
+            work(root)
+    work(tmp_path / "root")
+    assert faults.count == total and open is not None and sys.modules["io"].open is open

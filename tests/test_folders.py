@@ -12,6 +12,7 @@ from helpers.command_line import command, errors
 
 from peftopt import identity, store
 from peftopt.errors import BadInput
+from peftopt.gateway import copies
 
 SECRET = "the secret of another file"
 
@@ -38,6 +39,7 @@ def test_a_snapshot_of_the_hubs_cache_is_named_by_what_its_links_lead_to(tiny_ba
 
 @pytest.mark.parametrize("where", ["adapter", "base"])
 @pytest.mark.parametrize("name", ["chat_template.jinja", "LICENSE", "additional_chat_templates/tool.jinja"])
+@pytest.mark.fault(28, "refused; nothing of what it leads to is written")
 def test_nothing_that_a_link_leads_to_lands_in_a_merged_model(
     tiny_base: Path, tiny_lora: Path, tmp_path: Path, where: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,6 +92,21 @@ def test_who_may_not_read_the_base_may_not_read_the_merged_model(
     out = tmp_path / "out"
     assert command("merge", "--base", tmp_path / "base", "--adapter", tiny_lora, "--out", out) == 0
     assert stat.S_IMODE((out / "model.safetensors").stat().st_mode) == mode & 0o644 | 0o600
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o644])
+def test_weights_of_mode_0600_stay_so_through_every_verb_and_in_the_gateways_copy(
+    mode: int, tiny_base: Path, tiny_lora: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").chmod(mode)
+    words = ("--base", tmp_path / "base", "--adapter", tiny_lora, "--certify", "blocks")
+    assert command("merge", *words, "--out", tmp_path / "merged") == 0
+    assert command("quantize", "--model", tmp_path / "merged", "--method", "int8", "--out", tmp_path / "int8") == 0
+    taken = copies.take(copies.of_model(tmp_path / "int8"), tmp_path / "state")
+    for folder in (tmp_path / "merged", tmp_path / "int8", tmp_path / "state" / taken):
+        modes = {stat.S_IMODE(file.stat().st_mode) for file in folder.glob("*.safetensors")}
+        assert modes == {0o600} or (mode != 0o600 and modes == {mode}), folder
 
 
 def test_a_compile_cache_that_others_may_write_to_is_not_loaded(tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_another_variant_that_got_worse_is_not_what_is_gated(gated: Gated) -> No
         ({"hashes": replace(HASHES, base="changed")}, "another base model"),
     ],
 )
+@pytest.mark.fault(40, "a run unlike it is undecided, exit 3")
 def test_a_run_that_is_unlike_the_baseline_is_undecided(gated: Gated, files: dict[str, Json], told: str) -> None:
     assert gated.gate(gated.run("unlike", **files)) == 3
     assert told in gated.reasons()
@@ -147,6 +148,7 @@ def test_a_variant_that_was_skipped_was_not_measured(gated: Gated) -> None:
 # ---- the baseline --------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(40, "a missing one is undecided, and nothing is run")
 def test_without_a_baseline_a_recipe_is_not_even_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "chat.yaml"
     recipe.write_text("nothing that could be run")
@@ -182,6 +184,7 @@ def test_an_old_baseline_is_no_longer_compared_with(
         lambda text: "[]",
     ],
 )
+@pytest.mark.fault(39, "a baseline of another version is refused")
 def test_a_damaged_baseline_is_bad_input(
     gated: Gated, damage: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:

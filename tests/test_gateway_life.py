@@ -103,6 +103,7 @@ def test_a_name_that_is_removed_while_a_put_is_loading_stays_removed(
 # ---- copies ------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(19, "a served copy that is damaged is noticed, and the version before answers")
 def test_a_torn_copy_is_noticed_at_the_start_and_the_version_before_answers(
     engine: Paced, folders: list[Path], tmp_path: Path
 ) -> None:

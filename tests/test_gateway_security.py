@@ -249,6 +249,7 @@ def test_an_answer_that_would_not_fit_is_refused_and_a_stream_of_that_length_pas
 
 @pytest.mark.parametrize("secret", SECRETS)
 @pytest.mark.parametrize("around", ["{}", "my key is {}, use it", 'curl -H "Authorization: Bearer {}"', "KEY={}\n"])
+@pytest.mark.fault(36, "what looks like a key is not kept in the log")
 def test_what_looks_like_a_key_is_not_kept(secret: str, around: str) -> None:
     kept = texts.redacted(around.format(secret))
     assert secret not in kept and texts.HIDDEN in kept

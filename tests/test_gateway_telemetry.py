@@ -442,3 +442,14 @@ def test_a_line_that_is_no_unicode_is_written_too(tmp_path: Path) -> None:
     log.write(line)
     log.close()
     assert json.loads((tmp_path / "log").read_text())["error"] == line.error and not log.lost
+
+
+def test_a_line_after_one_that_a_power_cut_has_torn_is_a_line_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text('{"kind": "whole"}\n{"kind": "to')
+    log = Log(str(tmp_path / "log"))
+    log.write(a_line())
+    log.write(a_line())
+    log.close()
+    whole, torn, *new = (tmp_path / "log").read_text().splitlines()
+    assert json.loads(whole)["kind"] == "whole" and torn == '{"kind": "to'
+    assert len([json.loads(line) for line in new]) == 2

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "peftopt"
 GROUND = (
-    "docstrings errors records forms metrics identity stats progress machine measurements corpus store plugins "
-    "environments models"
+    "docstrings errors redaction records forms metrics identity stats progress machine measurements corpus store "
+    "scratch plugins environments models"
 )
 LOW = "recipe loadtest decision report gate canary merging transforms engines policies probes"
 LAYERS = f"{GROUND} {LOW} jobs server worker runner gateway watch diagnose deploy schema api cli".split()

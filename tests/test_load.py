@@ -329,6 +329,7 @@ def test_a_trace_is_replayed() -> None:
 
 
 @pytest.mark.parametrize("fault", ["stall", "reset", "garbage", "early", "plain", "said"])
+@pytest.mark.fault(34, "counted as failures by kind, beside what works")
 def test_faults_are_counted_beside_what_works(fault: str) -> None:
     with served() as server:
         found = loaded(server.url, models=("support", fault), mix="round-robin", timeout=3 if fault == "stall" else 20)
@@ -338,6 +339,7 @@ def test_faults_are_counted_beside_what_works(fault: str) -> None:
     assert summary.attained(found.played.requests, [slo("ttft <= 10 s")]).estimate == 0.5
 
 
+@pytest.mark.fault(34, "counted, and the run goes on")
 def test_a_burst_of_5xx_among_good_answers_is_counted_and_the_run_goes_on() -> None:
     """Six in a row fail, of a request in warm-up and twenty that count."""
     with served() as server:
@@ -565,6 +567,8 @@ def test_a_server_that_is_not_there_is_said(questions: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.fault(2, "a load keeps what it measured")
+@pytest.mark.fault(3, "a load keeps what it measured")
 def test_an_interrupt_keeps_what_was_measured(number: int, questions: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.jsonl"
     flags = ["--prompts", questions, "--model", "base", "--rate", "20", "--requests", "1000", "--out", out]

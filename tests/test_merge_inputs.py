@@ -138,6 +138,8 @@ ADAPTERS: Mapping[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("why", ADAPTERS)
+@pytest.mark.fault(21, "refused by what is wrong with it")
+@pytest.mark.fault(22, "a config that cannot be is refused with the field's name")
 def test_an_adapter_that_cannot_be_read_is_refused_by_what_is_wrong_with_it(
     why: str, tiny_base: Path, lora: Path, tmp_path: Path
 ) -> None:

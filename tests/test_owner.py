@@ -32,6 +32,8 @@ def run(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.fault(8, "a second one on the same run is told which process measures, exit 4")
+@pytest.mark.fault(9, "the run of a process that has died is taken over, with notice")
 def test_a_second_process_is_told_who_measures_and_a_killed_owner_is_taken_over_from(tmp_path: Path) -> None:
     command_line = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command_line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
@@ -47,6 +49,7 @@ def test_a_second_process_is_told_who_measures_and_a_killed_owner_is_taken_over_
     assert len(said) == 1, "who gives it back leaves nothing to take over"
 
 
+@pytest.mark.fault(7, "who reads drops it with notice, who goes on measuring cuts it off")
 def test_reading_leaves_a_torn_line_and_the_owner_cuts_it_off(run: Path) -> None:
     lines = run / "measurements.jsonl"
     whole = lines.read_bytes()
@@ -59,6 +62,7 @@ def test_reading_leaves_a_torn_line_and_the_owner_cuts_it_off(run: Path) -> None
     assert lines.read_bytes() == whole
 
 
+@pytest.mark.fault(10, "removed where the owner is dead, and only there")
 def test_what_killed_processes_left_is_removed_and_the_living_keep_theirs(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as dead:
         pass
@@ -70,6 +74,7 @@ def test_what_killed_processes_left_is_removed_and_the_living_keep_theirs(tmp_pa
     assert not orphan.exists() and living.exists() and other.exists()
 
 
+@pytest.mark.fault(11, "an artifact whose manifest is damaged is set aside and built again, with notice")
 def test_a_manifest_that_cannot_be_read_is_set_aside_and_built_again(
     tiny_base: Path, tiny_lora: Path, tmp_path: Path
 ) -> None:
@@ -78,7 +83,9 @@ def test_a_manifest_that_cannot_be_read_is_set_aside_and_built_again(
     build = store.read_plan(run / "plan.json").builds[0]
     manifest = home.folder(build.id) / store.MANIFEST
     whole = manifest.read_text()
-    for broken in (whole[: len(whole) // 2], "", "[]", '{"content": 5}', None):
+    flipped = whole.replace('"seconds": 1', '"seconds": 9')
+    assert flipped != whole
+    for broken in (whole[: len(whole) // 2], "", "[]", '{"content": 5}', flipped, None):
         kept = home.folder(build.id).with_name("kept")
         shutil.copytree(home.folder(build.id), kept)
         manifest.unlink() if broken is None else manifest.write_text(broken)

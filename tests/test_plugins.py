@@ -85,7 +85,8 @@ def built(
 def test_a_plugin_describes_itself(name: str) -> None:
     plugin = CATALOGUE[name]
     assert plugin.help.endswith(".") and len(plugin.help) < 110
-    assert plugin.technique in ("merge", "bake", "quantize", "compile", "truncate", "shorten", "")
+    known = ("merge", "bake", "quantize", "compile", "speculate", "truncate", "shorten", "")
+    assert plugin.technique in known
     assert is_dataclass(plugin.params) and plugin.params.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert {f.type for f in fields(plugin.params)} <= {"int", "float", "str", "bool"}
     plugin.params()  # every field has a default
@@ -160,6 +161,7 @@ def test_a_quantizer_changes_the_weights_a_little_and_carries_adapters(
 
 
 @pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.fault(32, "a quantizer refuses a quantized model")
 def test_a_quantizer_refuses_a_quantized_model(
     name: str, built: Any, calibration_texts: list[str], tmp_path: Path
 ) -> None:
@@ -234,6 +236,8 @@ BROKEN = {
 
 @pytest.mark.parametrize("reason", BROKEN)
 @pytest.mark.parametrize("hand", ["merge", "eager"])
+@pytest.mark.fault(20, "an adapter with such a weight is refused")
+@pytest.mark.fault(21, "refused, where PEFT only warns")
 def test_a_broken_adapter_is_refused(hand: str, reason: str, tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
     model = Model(str(tiny_base), (str(edited(tiny_lora, tmp_path / "broken", BROKEN[reason])),))
     with pytest.raises(BadInput, match=reason):
@@ -267,6 +271,7 @@ def test_a_merge_that_cannot_be_is_refused(tiny_base: Path, tiny_lora: Path, bui
     refused("no weight delta", tmp_path / "p-tuning")
 
 
+@pytest.mark.fault(24, "words that are not the adapter's reject the variant")
 def test_words_that_are_not_the_adapters_are_told(tiny_base: Path, tiny_lora: Path, tmp_path: Path) -> None:
     from peftopt.probes.weights import foreign_words
 

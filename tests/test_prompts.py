@@ -160,6 +160,7 @@ def test_a_row_that_cannot_be_asked_as_it_is_says_what_it_lacks(tmp_path: Path, 
     assert says.replace("\\\\", "\\") in message and "Error" not in message
 
 
+@pytest.mark.fault(31, "the line or the row is named")
 def test_the_line_or_the_row_of_an_array_is_named(tmp_path: Path) -> None:
     assert ":3 is not a prompt" in refused(tmp_path, raw=b'{"prompt": "a"}\n\n{"id": 1}\n')
     assert ":2 repeats the id 'a'" in refused(tmp_path, {"id": "a", "prompt": "1"}, {"id": "a", "prompt": "2"})

@@ -209,6 +209,7 @@ def test_what_quantize_cannot_do_is_said_at_once(
     assert says in err and "Traceback" not in err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault(38, "named before anything starts, with what to install")
 def test_a_library_that_is_not_installed_is_named_before_anything_starts(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -296,6 +296,7 @@ def test_a_limit_is_a_share(limit: str) -> None:
 
 
 @pytest.mark.parametrize("row", ["merge: {gain: 100 %}", "int8: {critical_errors: 0}", "int8: {smaller: 1}"])
+@pytest.mark.fault(30, "a threshold that is none is refused")
 def test_a_limit_that_nothing_can_meet_is_refused(row: str) -> None:
     assert "must be a share from" in problem(GOOD + f"tradeoffs: {{{row}}}\n")[1]
 
@@ -447,6 +448,8 @@ def test_a_first_recipe_says_what_its_lines_mean_and_no_value(method: str, answe
         ("latency.p50@chat", "latency.p05@chat", 13, "no metric named 'latency.p05'", "did you mean"),
     ],
 )  # fmt: skip
+@pytest.mark.fault(27, "a name is letters, digits and few signs, and no longer than 64")
+@pytest.mark.fault(30, "the line, the key and the nearest known one, exit 2")
 def test_each_mistake_has_its_line_and_says_what_to_do(old: str, new: str, line: int, message: str, hint: str) -> None:
     found = problem(changed(old, new))
     assert found[0] == line and message in found[1] and hint in found[2], found
@@ -479,11 +482,13 @@ def test_each_mistake_has_its_line_and_says_what_to_do(old: str, new: str, line:
         ("%YAML " + "9" * 5000 + ".1\n---\na: 1\n", 1, "not YAML"),
     ],
 )  # fmt: skip
+@pytest.mark.fault(29, "refused with the line")
 def test_hostile_or_broken_text_is_one_clear_mistake(text: str, line: int, message: str) -> None:
     found = problems(text)[0]
     assert found[0] == line and message in found[1], found
 
 
+@pytest.mark.fault(29, "an alias bomb is refused at its first anchor")
 def test_an_alias_bomb_is_refused_at_its_first_anchor() -> None:
     bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
     assert problem(bomb)[0] == 1

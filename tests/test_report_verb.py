@@ -59,6 +59,15 @@ def test_a_price_gives_the_cost_of_tokens_and_a_bad_one_is_refused(
     assert "2.10 USD" in capsys.readouterr().err
 
 
+def test_a_price_in_the_recipe_is_every_reports_and_the_options_goes_before_it(run: Path) -> None:
+    plan = json.loads((run / "plan.json").read_text())
+    plan["recipe"]["price_per_hour"] = "3.5 CHF"
+    (run / "plan.json").write_text(json.dumps(plan))
+    assert command("report", run) == 0 and "CHF" in (run / "report.md").read_text()
+    assert command("report", run, "--price-per-hour", "2.10 EUR") == 0
+    assert "EUR" in (run / "report.md").read_text() and "CHF" not in (run / "report.md").read_text()
+
+
 @pytest.mark.parametrize("has_browser", [True, False])
 def test_open_shows_the_page_or_says_where_it_is(
     run: Path, has_browser: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -22,6 +22,7 @@ from peftopt.decision import stopping
 from peftopt.records import TWIN, Rule
 from peftopt.runner import recipe_run
 from peftopt.runner.judged import read_recipe
+from peftopt.runner.process import calm
 from peftopt.runner.race import Field
 
 FIELDS = {"request_duration_ms", "queue_time_ms", "generation_latency_ms", "ttft_ms", "tpot_ms", "cpu_ms"}
@@ -146,6 +147,7 @@ def test_a_second_run_builds_nothing(ran: tuple[Path, Path, int], capsys: pytest
     assert len(list((results / "runs").iterdir())) == 2
 
 
+@pytest.mark.fault(7, "the torn line is dropped, the run goes on, and no answer is asked twice")
 def test_an_unfinished_run_goes_on_where_it_stopped(copied: tuple[Path, Path, Path]) -> None:
     recipe, results, folder = copied
     (folder / store.FINISHED).unlink()
@@ -281,6 +283,24 @@ def test_the_workers_of_a_race_start_ahead_of_it_and_end_with_it(copied: tuple[P
     assert not any(map(psutil.pid_exists, workers))
 
 
+def test_an_interrupted_race_asks_its_workers_nothing_more_and_kills_them(
+    copied: tuple[Path, Path, Path], request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(calm)
+    with recipe_run.reopen(copied[2], Heard()) as run:
+        run.measurements.clear()
+        field = Field(run, run.recipe.workloads["chat"])
+        with pytest.raises(KeyboardInterrupt), field:
+            field.start()
+            field.children.update(field.started)
+            logged = len(run.measurements)
+            workers = [pid for worker in field.started.values() for pid in worker.processes()]
+            raise KeyboardInterrupt
+        assert len(run.measurements) == logged, "no worker was asked what memory it had"
+        assert workers and not any(map(psutil.pid_exists, workers))
+
+
+@pytest.mark.fault(22, "a run whose adapter has changed since gets no more blocks")
 def test_a_run_whose_files_changed_or_that_is_decided_gets_no_more_blocks(
     copied: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +337,8 @@ def test_a_variant_that_cannot_be_built_is_a_record_and_the_run_goes_on(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.fault(2, "workers end, what was measured is kept, exit 130")
+@pytest.mark.fault(3, "as Ctrl-C")
 def test_an_interrupted_run_keeps_what_it_has_and_records_no_failure(
     ran: tuple[Path, Path, int], tmp_path: Path, number: int
 ) -> None:

@@ -14,7 +14,7 @@ from peftopt.decision.rules import ANY_CRITICAL
 from peftopt.metrics import percent
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
-from peftopt.records import Measurement, Plan, Recipe, Rule
+from peftopt.records import Measurement, Plan, Quality, Recipe, Rule
 
 DIED = {"stage": "speed (chat)", "reason": "killed", "detail": "", "hint": ""}
 
@@ -171,7 +171,8 @@ def test_claims_of_answers_say_what_they_take_and_what_there_is() -> None:
         assert f"there are {needed - 1}, which" in said(recipe, needed - 1)[rule]
     ten = said(recipe, 10)
     assert f"can claim {percent(stats.excess(0, 0, 10, level).high, 2)}" in ten["merge.lost"]
-    assert "claim 2.00 % of 2 variants" in ten["merge.lost"] and "claim 10.00 % of" in ten["merge.parity"]
+    assert "its limit of 2.00 % for 2 variants" in ten["merge.lost"]
+    assert "its limit of 1.00 % of tokens, that no more than 10.00 % of answers" in ten["merge.parity"]
     assert f"can claim {percent(stats.upper_bound(0, 10, 1 - 0.05 / 2), 2)}" in ten["int8.critical_errors"]
     assert all("can claim 100.00 %" in why for why in said(recipe, 0).values())
 
@@ -243,3 +244,20 @@ def test_what_no_number_of_prompts_shows_asks_a_slow_engine_for_no_more_of_them(
     """It would answer token by token for days, and for nothing."""
     recipe = replace(compiled(1), require=(parse(text),))
     assert stopping.answers(recipe, recipe.variants["v0"]) == stopping.FEWEST_ANSWERS
+
+
+def test_a_limit_on_tokens_is_told_as_the_recipe_has_it() -> None:
+    """Parity's limit of 1 % is on tokens; how many answers may part early follows from it."""
+    recipe = plan_of("merged").recipe
+    (line,) = (line for line in stopping.undecidable(recipe, 20) if line.startswith("merge.parity"))
+    needed = stopping.prompts_for(recipe, "merge.parity")
+    assert "its limit of 1.00 % of tokens" in line and f"takes {needed} prompts" in line
+    assert line.endswith(f"{needed - 20} more are needed")
+
+
+def test_nothing_can_be_valid_where_nothing_says_what_is() -> None:
+    recipe = plan_of("merged", require=["validity >= 99 %"]).recipe
+    asked = replace(recipe, quality=Quality("p.jsonl"))
+    (line,) = (line for line in stopping.undecidable(asked, 400) if "validity" in line)
+    assert "schema" in line
+    assert not any("schema" in line for line in stopping.undecidable(recipe, 400))

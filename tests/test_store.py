@@ -29,6 +29,7 @@ def test_an_artifact_is_found_again_with_its_size_and_content(tmp_path: Path) ->
     assert (found.size_bytes, found.content) == (7, built.content)
 
 
+@pytest.mark.fault(11, "the hash does not match: it is set aside and built again, with notice")
 def test_a_flipped_bit_sets_the_artifact_aside_with_notice(tmp_path: Path) -> None:
     warnings: list[str] = []
     home = store.Store(tmp_path, warnings.append)
@@ -39,6 +40,7 @@ def test_a_flipped_bit_sets_the_artifact_aside_with_notice(tmp_path: Path) -> No
     assert home.build(BUILD, make).content == built.content
 
 
+@pytest.mark.fault(4, "what was half built is freed")
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     home = store.Store(tmp_path)
 
@@ -53,6 +55,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert [f for f in tmp_path.rglob("*") if f.is_file()] == []
 
 
+@pytest.mark.fault(10, "the next build of the artifact removes it")
 def test_the_temporary_folder_of_a_dead_builder_is_removed(tmp_path: Path) -> None:
     home = store.Store(tmp_path)
     orphan = home.folder(BUILD.id).with_name(BUILD.id + ".tmp.1")
@@ -86,6 +89,7 @@ def test_one_cache_takes_in_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ['{"format": 2, "probe": "speed", "variant": "x"}', "not json", "[]", '{"format": 1}'])
+@pytest.mark.fault(39, "refused with the line and the version, exit 2")
 def test_another_format_or_a_broken_line_is_never_misread(tmp_path: Path, line: str) -> None:
     path = tmp_path / "measurements.jsonl"
     path.write_text(line + "\n")
@@ -125,11 +129,22 @@ def test_what_is_written_is_what_was_given(tmp_path: Path) -> None:
     assert list(json.loads(path.read_text())["values"]) == list(values)
 
 
+@pytest.mark.fault(7, "what is added later, by `load --out` or `import` too, is a line of its own")
+def test_what_is_added_after_a_torn_line_is_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "measurements.jsonl"
+    for torn in (b'{"format": 1, "pro', b'{"format": 1}\n{"form', b"\xe2\x82"):
+        path.write_bytes(torn)
+        store.append(path, Measurement("retry", "merged"))
+        assert json.loads(path.read_bytes().splitlines()[-1])["probe"] == "retry"
+        assert path.read_bytes().count(b"\n") == torn.count(b"\n") + 1
+
+
 def test_a_file_is_written_whole_and_leaves_no_temporary(tmp_path: Path) -> None:
     store.write(tmp_path / "decision.json", json.dumps({"a": 1}))
     assert [f.name for f in tmp_path.iterdir()] == ["decision.json"]
 
 
+@pytest.mark.fault(5, "found before anything starts, exit 4")
 def test_a_results_folder_that_cannot_be_written_is_an_environment_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(MissingEnvironment, match="cannot write"):

@@ -237,3 +237,13 @@ def test_answers_of_which_none_stopped_are_said() -> None:
     assert "0 of 24 answers" in unstopped(long) and "48 tokens" in unstopped(long)
     assert unstopped([*long, answer]) == ""
     assert unstopped(long[:2]) == unstopped([]) == ""
+
+
+@pytest.mark.parametrize(
+    "reach", ["''.__class__.__mro__[1].__subclasses__()", "messages.append.__globals__['os'].environ"]
+)
+def test_a_template_does_not_reach_python(reach: str) -> None:
+    from jinja2.exceptions import SecurityError
+
+    with pytest.raises(SecurityError):
+        template.Template("{{ " + reach + " }}", {}).render([{"role": "user", "content": "hello"}])

@@ -13,6 +13,7 @@ from helpers.records import builds, decide, evidence_of, of, plan_of, quality, s
 from peftopt import stats
 from peftopt.decision import decide as deciding
 from peftopt.decision.evidence import Evidence
+from peftopt.metrics import percent
 from peftopt.records import (
     TWIN,
     Decision,
@@ -102,10 +103,9 @@ def test_a_decision_says_what_it_is_of() -> None:
 def test_the_sentence_tells_the_gain_its_interval_and_what_is_undecided() -> None:
     plan = plan_of("merged", "int8")
     found = decide(plan, whole(plan, {"merged": 0.5, "int8": 0.5}), {})
-    ratio = evidence_of(plan, whole(plan, {"merged": 0.5, "int8": 0.5})).ratio(
-        found.chosen or "", "adapter", "chat", "request_duration_ms", 1 - 0.05 / 2
-    )
-    assert ratio and f"({ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}, 40 blocks" in found.sentence
+    ratio = of(found, found.chosen or "").speed
+    assert ratio and f"({ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f} at " in found.sentence
+    assert f"at {percent(ratio.level, 1)}, {ratio.n} blocks" in found.sentence
     assert "50 % lower than the adapter's" in found.sentence and "wall clock" in found.sentence
     assert "undecided" not in found.sentence
     open_ = [m for m in whole(plan, {"merged": 0.5, "int8": 0.5}) if (m.probe, m.variant) != ("quality", "int8")]
@@ -354,7 +354,7 @@ def test_the_interval_of_the_choice_is_shared_by_all_that_may_be_chosen() -> Non
     none = deciding._judged(evidence, "int8")
     assert math.isnan(none.estimate) and (none.low, none.high, none.n) == (0, math.inf, 0)
     assert none.level == pytest.approx(1 - 0.05 / 3) and deciding._minimized(evidence, "int8") == math.inf
-    assert deciding._bounds(Interval(0.5, 0.4, 0.6, 9)) == "0.50x, 0.40 to 0.60"
+    assert deciding._bounds(Interval(0.5, 0.4, 0.6, 9)) == "0.50x, 0.40 to 0.60 at 95.0 %"
     for low, high in ((0.0, 0.6), (0.4, math.inf)):
         assert "too few" in deciding._bounds(Interval(0.5, low, high, 9))
 

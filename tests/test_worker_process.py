@@ -21,6 +21,7 @@ from peftopt.measurements import Answer, as_json
 from peftopt.progress import Reached
 from peftopt.records import Model
 from peftopt.runner.process import WorkerProcess
+from peftopt.worker import _failure
 
 OPEN = OpenJob(plugin="eager", params={}, model=Model("x"))
 ANSWER = Answer(
@@ -52,13 +53,84 @@ def fake(tmp_path: Path, script: str) -> WorkerProcess:
         ("kill -KILL $$", "killed (SIGKILL)"),
         ("kill -SEGV $$", "killed (SIGSEGV)"),
         ("exit 7", "died"),
+        ("echo 'terminate called after throwing an instance of std::bad_alloc' >&2; kill -ABRT $$", "out of memory"),
+        ("kill -ABRT $$", "killed (SIGABRT)"),
+        ("ulimit -v 100000; exec {python} -c 'x = bytearray(10**10)'", "out of memory"),
         ("""read line; echo '{"failed": {"reason": "out of memory", "detail": "", "hint": ""}}'""", "out of memory"),
     ],
 )
+@pytest.mark.fault(12, "the variant failed: out of memory")
+@pytest.mark.fault(13, "ended at its deadline: timeout")
+@pytest.mark.fault(14, "the signal is named")
 def test_each_way_to_fail_has_its_name(tmp_path: Path, script: str, reason: str) -> None:
+    script = script.replace("{python}", sys.executable)
     with fake(tmp_path, script) as child, pytest.raises(WorkerFailed) as caught:
         child.ask(OPEN, 0.5 if reason == "timeout" else 30)
     assert caught.value.reason == reason
+
+
+def test_what_an_earlier_worker_wrote_to_the_log_is_not_why_this_one_died(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "fake.log").write_text("MemoryError\n")
+    with fake(tmp_path, "kill -ABRT $$") as child, pytest.raises(WorkerFailed, match="SIGABRT"):
+        child.ask(OPEN, 30)
+
+
+def test_a_worker_that_the_kernel_ended_for_lack_of_memory_is_named_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its control group counts; a worker that somebody else has killed is not one."""
+    counts = iter([3, 4, 4, 4])
+    monkeypatch.setattr(machine, "oom_kills", lambda: next(counts))
+    for reason in ("out of memory", "killed (SIGKILL)"):
+        with fake(tmp_path, "kill -KILL $$") as child, pytest.raises(WorkerFailed) as caught:
+            child.ask(OPEN, 30)
+        assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("groups", "file", "text"),
+    [
+        ("0::/a/b\n", "a/b/memory.events", "low 0\noom 9\noom_kill 2\n"),
+        ("0::/host/path\n", "memory.events", "oom_kill 2\n"),
+        ("9:cpu:/a\n4:memory,hugetlb:/a\n", "memory/a/memory.oom_control", "under_oom 0\noom_kill 2\n"),
+    ],
+)
+def test_the_kernels_own_count_is_read_from_either_version_of_control_groups(
+    groups: str, file: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(text)
+    read, own = Path.read_text, Path("/proc/self/cgroup")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path)
+    monkeypatch.setattr(Path, "read_text", lambda path, *how: groups if path == own else read(path, *how))
+    assert machine.oom_kills() == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "out of memory"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."),
+            "out of memory",
+        ),
+        (RuntimeError("std::bad_alloc"), "out of memory"),
+        (OSError(12, "Cannot allocate memory"), "out of memory"),
+        (ImportError("libgomp.so.1: cannot allocate memory in static TLS block"), "error"),
+        (ValueError("a shape that does not fit"), "error"),
+    ],
+)
+def test_a_lack_of_memory_is_called_so_with_the_workers_peak(error: Exception, reason: str) -> None:
+    failed = _failure(error)
+    assert failed.reason == reason and ("GiB at most" in failed.detail) == (reason == "out of memory")
+
+
+def test_torchs_own_words_for_a_lack_of_memory_are_known() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert _failure(caught.value).reason == "out of memory"
 
 
 def test_records_are_heard_before_the_answer(tmp_path: Path) -> None:
@@ -95,6 +167,7 @@ def test_threads_of_a_worker_wait_as_the_user_says_or_briefly(
     assert machine.describe()["openmp"] == (own or {"GOMP_SPINCOUNT": "2000"})
 
 
+@pytest.mark.fault(15, "its whole group is ended")
 def test_grandchildren_go_with_the_worker(tmp_path: Path) -> None:
     started = tmp_path / "grandchild"
     with fake(tmp_path, f"sleep 600 & echo $! > {started}; exit 0") as child, pytest.raises(WorkerFailed):
@@ -127,17 +200,19 @@ import signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 from peftopt import machine
-from peftopt.engines._server import Server
+from peftopt.engines._server import Server, free_port
 
 if sys.argv[1] == "parent":
     subprocess.run([sys.executable, __file__, "worker", sys.argv[2]])
 machine.die_with_parent(signal.SIGKILL)  # as a worker does
-server = Server([sys.executable, "-c", "import time; time.sleep(600)"], {}, "http://127.0.0.1:9", Path(sys.argv[2]))
+url = f"http://127.0.0.1:{free_port()}"
+server = Server([sys.executable, "-c", "import time; time.sleep(600)"], {}, url, Path(sys.argv[2]))
 print(server.processes()[0], flush=True)
 time.sleep(600)
 """
 
 
+@pytest.mark.fault(1, "a server ends with its worker, and that with peftopt")
 def test_a_killed_parent_leaves_no_server_behind(tmp_path: Path) -> None:
     """The parent has no chance to say goodbye; its worker goes with it, and the worker's server with that."""
     script = tmp_path / "loaded.py"

@@ -12,12 +12,12 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from peftopt import scratch
 from peftopt.canary import fingerprint, mixed
 from peftopt.canary.fingerprint import Known, Wrong
 from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, WorkerFailed
@@ -102,9 +102,9 @@ def live(
             named = {name: folder.name for name, folder in zip(names, folders, strict=True)}
             found = Lived(list(residents), [(named.get(a, a), named.get(b, b)) for a, b in alike])
             life = _Life(client, found, known, named, prompts)
-            with tempfile.TemporaryDirectory(prefix="peftopt-canary-") as place:
+            with scratch.temporary() as place:
                 for n in range(2 * rounds):
-                    await life.turn(names[n % 2], folders[n % 2], Path(place, "adapter"))
+                    await life.turn(names[n % 2], folders[n % 2], place / "adapter")
                     done = mixed.ALONE * (2 + len(residents)) + n + 1
                     show(done, f"{found.asked} answers, {len(found.stale)} stale, {len(found.wrong)} wrong")
             return found

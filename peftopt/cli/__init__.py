@@ -82,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except PeftoptError as error:
         code = _told(error, as_json)
     except (KeyboardInterrupt, typer.Abort):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # who asks again does not wait for the end of threads
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         code = _failed(INTERRUPTED, "interrupted", as_json)
     except SystemExit as ended:  # so typer and rich end where nobody reads on, with the code of a rejection
         code = CLOSED_PIPE if isinstance(ended.__context__, BrokenPipeError) else ended.code
@@ -141,16 +143,19 @@ def _unexpected(error: Exception, as_json: bool) -> int:
     anything else is a bug (5)."""
     import traceback
 
+    from peftopt.cli.console import print_text
+
     usage_error = typer.BadParameter.__base__  # typer carries its own click, and does not export the class
     if usage_error and isinstance(error, usage_error):
+        error.show(told := io.StringIO())  # type: ignore[attr-defined]
         with _perhaps_unread():
-            error.show()  # type: ignore[attr-defined]
+            print_text(told.getvalue(), end="", stderr=True)
         return _failed(BAD_INPUT, error.format_message(), as_json)  # type: ignore[attr-defined]
     if isinstance(error, BrokenPipeError):
         return CLOSED_PIPE
     if isinstance(error, OSError) and error.errno in SYSTEM:
         return _told(unusable(error), as_json)
     with _perhaps_unread():
-        traceback.print_exception(error)
+        print_text("".join(traceback.format_exception(error)), end="", stderr=True)
         print("this is a bug in peftopt; please report it with the lines above", file=sys.stderr)
     return _failed(BUG, f"a bug: {type(error).__name__}: {error}", as_json)

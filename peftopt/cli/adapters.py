@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ import typer
 from peftopt.cli.serve import STATE
 from peftopt.cli.shared import AsJson, app, named, options_from, seconds
 from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment, WorkerFailed
+from peftopt.redaction import api_key
 
 adapters = typer.Typer(help="Put, promote, roll back and remove the adapters of a gateway.", no_args_is_help=True)
 app.add_typer(adapters, name="adapters")
@@ -227,7 +227,7 @@ def _asked(method: str, path: str, admin: str, key_env: str, body: Any = None) -
     import aiohttp
 
     where = admin or f"unix:{Path(STATE).resolve()}/admin.sock"
-    headers = {"Authorization": f"Bearer {os.environ.get(key_env, '')}"} if key_env else {}
+    headers = {"Authorization": f"Bearer {api_key(key_env)}"} if key_env else {}
     try:
         status, text = asyncio.run(_sent(where, method, path, body, headers))
     except (aiohttp.ClientError, OSError) as error:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peftopt.cli.shared import AsJson, NoForecast, Results, app
-from peftopt.errors import ENVIRONMENT, BadInput
+from peftopt.errors import ENVIRONMENT, BadInput, PeftoptError
 
 if TYPE_CHECKING:
     from peftopt.cli.console import Console
+    from peftopt.decision.duration import Duration
     from peftopt.records import Recipe, Step, Variant
     from peftopt.runner.forecast import Outlook
+    from peftopt.store import Store
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Checked:
     warnings: Sequence[str]
     undecidable: Sequence[str]
     """What its prompts and blocks cannot decide."""
+    skipped: Mapping[str, str]
+    """The variants that this machine cannot run, and what they need: the others are decided among."""
 
 
 @app.command()
@@ -46,15 +50,16 @@ def check(
     """Say what is wrong with a recipe and what will be slower; times the first layers of variants, builds nothing."""
     from peftopt import environments, store
     from peftopt.cli.console import Console, print_json
+    from peftopt.decision import duration as durations
     from peftopt.recipe import plan as planning
     from peftopt.runner import judged, preflight, starting
 
     parsed, _ = judged.read_recipe(recipe)
     preflight.check(parsed)
-    store.Store(results.resolve()).check_writable()
+    home = store.Store(results.resolve())
+    home.check_writable()
     console = Console()
-    sources = {"base": "", "adapter": "", "calibration": ""}
-    plan = planning.plan(parsed, sources, environments.versions())
+    plan = planning.plan(parsed, dict.fromkeys(("base", "adapter", "calibration"), ""), environments.versions())
     checked = Checked(
         recipe=str(recipe),
         variants={variant.name: _chain(variant) for variant in parsed.variants.values()},
@@ -63,15 +68,20 @@ def check(
         notes=[*preflight.prompts(parsed), *starting.proposals(parsed)],
         warnings=[*preflight.warnings(parsed), *preflight.copies(parsed)],
         undecidable=preflight.foreseen(parsed),
+        skipped={name: str(lack) for name, lack in preflight.skipped(parsed).items()},
     )
     if not as_json:
         _print(checked, console)
-    outlook = None if no_forecast else _outlook(parsed, console)
+    told = None if no_forecast else _outlook(parsed, home, console)
     if as_json:
-        slower, unknown = (outlook.warnings, outlook.left_out) if outlook else ([], {})
-        print_json({**vars(checked), "slower": slower, "not_forecast": unknown})
-    elif outlook:
+        slower, unknown = (told[0].warnings, told[0].left_out) if told else ([], {})
+        print_json(
+            {**vars(checked), "slower": slower, "not_forecast": unknown, "takes": _takes(told[1]) if told else None}
+        )
+    elif told:
+        outlook, duration = told
         _foretell(outlook, console)
+        console.say(durations.sentence(duration))
 
 
 def _print(checked: Checked, console: Console) -> None:
@@ -87,6 +97,8 @@ def _print(checked: Checked, console: Console) -> None:
         console.say(line)
     for line in checked.warnings:
         console.warn(line)
+    for name, why in checked.skipped.items():
+        console.warn(f"{name} will be skipped: {why}")
     for line in checked.undecidable:
         console.warn(f"cannot be decided: {line}")
 
@@ -96,11 +108,30 @@ def _chain(variant: Variant) -> str:
     return f"{' -> '.join(chain)}, on {_words(variant.engine)}"
 
 
-def _outlook(recipe: Recipe, console: Console) -> Outlook:
-    from peftopt.runner import build, forecast
+def _outlook(recipe: Recipe, home: Store, console: Console) -> tuple[Outlook, Duration]:
+    """What will be slower, and how long a run will take."""
+    from peftopt import environments
+    from peftopt.recipe import plan as planning
+    from peftopt.runner import build, duration, forecast, run
 
+    sources = run.hashed(recipe)
     with build.bars(console.progress) as hear:
-        return forecast.outlook(recipe, hear)
+        outlook = forecast.outlook(recipe, sources, home.root, hear)
+    plan = planning.plan(recipe, sources, environments.versions())
+    return outlook, duration.expected(plan, outlook, home)
+
+
+def _takes(duration: Duration) -> Mapping[str, object]:
+    """How long a run will take, for programs: seconds, `least` and `most`, of the whole and of its parts."""
+    known = bool(duration.parts)
+    return {
+        "least_s": duration.whole.least if known else None,
+        "most_s": duration.whole.most if known else None,
+        "parts": {name: {"least_s": span.least, "most_s": span.most} for name, span in duration.parts.items()},
+        "not_counted": list(duration.not_counted),
+        "unknown": duration.unknown,
+        "busy": duration.busy,
+    }
 
 
 def _foretell(outlook: Outlook, console: Console) -> None:
@@ -146,11 +177,14 @@ def new(
     base: Annotated[Path | None, typer.Option(help="Base model folder.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="Evaluation prompts.")] = None,
+    results: Results = Path("results"),
+    no_forecast: NoForecast = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a recipe that fits a model, an adapter, prompts and this machine, and runs as it is."""
+    """Write a recipe that fits a model, an adapter, prompts and this machine, and runs as it is; say how long it takes,
+    by timing the first layers of variants, which `check` and `run` then need not do again."""
     from peftopt import schema, store
-    from peftopt.cli.console import print_json
+    from peftopt.cli.console import print_json, print_text
     from peftopt.recipe import starter
 
     known = starters()
@@ -177,7 +211,26 @@ def new(
     if as_json:
         print_json({"path": file, "next": [f"peftopt check {file}", f"peftopt run {file}"]})
     else:
-        print(f"wrote {file}; next: {first}peftopt check {file}, then peftopt run {file}")
+        print_text(f"wrote {file}; next: {first}peftopt check {file}, then peftopt run {file}")
+    if not like and not no_forecast and not as_json:
+        _say_how_long(file, results)
+
+
+def _say_how_long(file: Path, results: Path) -> None:
+    """How long a run of a new recipe will take. The recipe is written: what is wrong with it is for `check` to say."""
+    from peftopt import store
+    from peftopt.cli.console import Console
+    from peftopt.decision import duration as durations
+    from peftopt.runner import judged
+
+    console = Console()
+    try:
+        recipe, _ = judged.read_recipe(file)
+        home = store.Store(results.resolve())
+        home.check_writable()
+        console.say(durations.sentence(_outlook(recipe, home, console)[1]))
+    except PeftoptError as error:
+        console.warn(f"how long a run takes is not known: {error.message}")
 
 
 DEMOS = re.compile(r", (slice: short|schema: [^,}\s]+)")

@@ -40,7 +40,7 @@ def compare(
     """Compare runs of other machines, versions or models: what differs, their ratios to their own baselines, their
     verdicts."""
     from peftopt import store
-    from peftopt.cli.console import Console, print_json
+    from peftopt.cli.console import Console, print_json, print_text
     from peftopt.decision import comparing
     from peftopt.report import compared as files
     from peftopt.report import comparison as told
@@ -72,7 +72,7 @@ def compare(
     elif form == "text":
         _show(console, comparison)
     else:
-        print(renderers[form](comparison), end="")
+        print_text(renderers[form](comparison), end="")
 
 
 def _form(output: Path | None) -> str:

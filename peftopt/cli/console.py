@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console as Rich
+from rich.console import ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -22,9 +24,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 
 from peftopt.errors import BadRecipe, PeftoptError
+from peftopt.redaction import redacted
 
 Problem = tuple[int, str, str]
 """A mistake of a recipe: its line, what is wrong, and a hint."""
@@ -34,6 +38,31 @@ OUTCOME_STYLE = {"accepted": "green", "rejected": "red", "inconclusive": "yellow
 
 NARROWEST = 20
 """Columns that a text is given at least, however narrow the terminal is."""
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a terminal's cursor, changes its colours or its title, or turns the order of a line around."""
+
+
+def visible(text: str) -> str:
+    """The text as a terminal may have it: without secrets, and with what would steer the terminal written out, such as
+    its escape character as its number. Lines and tabs stay."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), redacted(text))
+
+
+def shown(text: str) -> str:
+    """The text as rich may have it: see `visible`; it holds no markup."""
+    return escape(visible(text))
+
+
+class Visible:
+    """What rich draws, with all its text as a terminal may have it."""
+
+    def __init__(self, drawn: RenderableType) -> None:
+        self._drawn = drawn
+
+    def __rich_console__(self, console: Rich, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self._drawn, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 class Console:
@@ -52,16 +81,16 @@ class Console:
         """Print a step that is over, to stderr unless quiet; `seconds` None means that it was cached."""
         if not self.quiet:
             took = "cached" if seconds is None else f"{seconds:.1f} s"
-            self.err.print(f"  {escape(step):<8} {escape(what)} [dim]{took} {escape(note)}[/dim]")
+            self.err.print(f"  {shown(step):<8} {shown(what)} [dim]{took} {shown(note)}[/dim]")
 
     def tell(self, text: str) -> None:
         """Print a text to stderr, unless quiet."""
         if not self.quiet:
-            self.err.print(f"  {escape(text)}", soft_wrap=True)
+            self.err.print(f"  {shown(text)}", soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Print a warning to stderr, quiet or not."""
-        self.err.print(f"[yellow]warning:[/yellow] {escape(text)}", soft_wrap=True)
+        self.err.print(f"[yellow]warning:[/yellow] {shown(text)}", soft_wrap=True)
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
@@ -83,7 +112,7 @@ class Console:
             )
             with Progress(*columns, console=self.err, transient=True) as bar:
                 task = bar.add_task(title, total=total, what="")
-                yield lambda done, what: bar.update(task, completed=done, what=escape(what))
+                yield lambda done, what: bar.update(task, completed=done, what=shown(what))
 
     @contextlib.contextmanager
     def working(self, title: str) -> Iterator[Callable[[str], None]]:
@@ -92,29 +121,29 @@ class Console:
         if self.quiet:
             yield lambda text: None
         elif not self.err.is_terminal:
-            yield lambda text: self.err.print(f"  {escape(title):<14} [dim]{escape(text[:100])}[/dim]", soft_wrap=True)
+            yield lambda text: self.err.print(f"  {shown(title):<14} [dim]{shown(text[:100])}[/dim]", soft_wrap=True)
         else:
             columns = (SpinnerColumn(), TextColumn("{task.description:<14}"), TimeElapsedColumn())
             with Progress(*columns, TextColumn("[dim]{task.fields[what]}"), console=self.err, transient=True) as bar:
                 task = bar.add_task(title, total=None, what="")
-                yield lambda text: bar.update(task, what=escape(text[:80]))
+                yield lambda text: bar.update(task, what=shown(text[:80]))
         self.done(title, "ready", time.perf_counter() - started)
 
     def _lines(self, title: str, total: int) -> Callable[[int, str], None]:
         started = time.perf_counter()
-        shown = -1
+        told = -1
 
         def show(done: int, what: str) -> None:
-            nonlocal shown
+            nonlocal told
             with self.lock:
                 tenth = done * 10 // max(total, 1)
-                if tenth > shown:
+                if tenth > told:
                     left = ""
-                    if shown >= 0 and done < total:
+                    if told >= 0 and done < total:
                         seconds = (time.perf_counter() - started) * (total - done) / done
                         left = f", {_about(seconds)} left"
-                    shown = tenth
-                    self.err.print(f"  {escape(title):<14} {done}/{total}{left} [dim]{escape(what)}[/dim]")
+                    told = tenth
+                    self.err.print(f"  {shown(title):<14} {done}/{total}{left} [dim]{shown(what)}[/dim]")
 
         return show
 
@@ -124,40 +153,40 @@ class Console:
         """Print a table; each row takes the colour of its outcome on a terminal."""
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in header:
-            table.add_column(escape(column), overflow="fold")
+            table.add_column(shown(column), overflow="fold")
         for row, outcome in zip(rows, outcomes or [""] * len(rows), strict=True):
-            table.add_row(*(escape(cell) for cell in row), style=OUTCOME_STYLE.get(outcome, ""))
+            table.add_row(*(shown(cell) for cell in row), style=OUTCOME_STYLE.get(outcome, ""))
         self.out.print(table)
 
     def say(self, text: str, style: str = "") -> None:
         """Print a text to stdout as it is, in a style of rich; its markup is escaped."""
-        self.out.print(escape(text), style=style or None, soft_wrap=True)
+        self.out.print(shown(text), style=style or None, soft_wrap=True)
 
     def pairs(self, title: str, values: Mapping[str, object]) -> None:
         """A titled list of names and values."""
-        self.out.print(f"[bold]{escape(title)}[/bold]")
+        self.out.print(f"[bold]{shown(title)}[/bold]")
         for name, value in values.items():
-            self.out.print(f"  {escape(name):<24} {escape(str(value))}", soft_wrap=True)
+            self.out.print(f"  {shown(name):<24} {shown(str(value))}", soft_wrap=True)
 
     def glossary(self, title: str, values: Mapping[str, str]) -> None:
         """A titled list of names and what they mean, as wide as the terminal; of 80 columns where that is not known."""
         indent = 4 + max(map(len, values), default=0)
         width = max(shutil.get_terminal_size().columns - indent, NARROWEST)
-        self.out.print(f"[bold]{escape(title)}[/bold]")
+        self.out.print(f"[bold]{shown(title)}[/bold]")
         for name, text in values.items():
             first, *others = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
-            self.out.print(escape(f"  {name:<{indent - 2}}{first}"), soft_wrap=True)
+            self.out.print(shown(f"  {name:<{indent - 2}}{first}"), soft_wrap=True)
             for line in others:
-                self.out.print(escape(" " * indent + line), soft_wrap=True)
+                self.out.print(shown(" " * indent + line), soft_wrap=True)
 
     def error(self, error: PeftoptError) -> None:
         """What is wrong and what to do; all the mistakes of a recipe at once."""
         problems = error.problems if isinstance(error, BadRecipe) else ((0, error.message, error.hint),)
         for line, message, hint in problems:
             where = f" ({error.path}:{line})" if isinstance(error, BadRecipe) and line else ""
-            self.err.print(f"[red]error:[/red] {escape(message)}{escape(where)}", soft_wrap=True)
+            self.err.print(f"[red]error:[/red] {shown(message)}{shown(where)}", soft_wrap=True)
             if hint:
-                self.err.print(f"[cyan]hint:[/cyan] {escape(hint)}", soft_wrap=True)
+                self.err.print(f"[cyan]hint:[/cyan] {shown(hint)}", soft_wrap=True)
         sys.stderr.flush()
 
 
@@ -170,7 +199,12 @@ def print_json(result: object) -> None:
 
     values = plain(result)
     assert isinstance(values, dict), "an object can get further keys, a list cannot"
-    print(json.dumps(values, allow_nan=False), flush=True)
+    print(redacted(json.dumps(values, allow_nan=False)), flush=True)
+
+
+def print_text(text: str, end: str = "\n", stderr: bool = False) -> None:
+    """Print a text that is for people and programs alike, such as a report, to stdout or stderr."""
+    print(visible(text), end=end, file=sys.stderr if stderr else None)
 
 
 def print_error(exit_code: int, message: str, hint: str = "", problems: Sequence[Problem] = ()) -> None:

@@ -16,6 +16,7 @@ import typer
 from peftopt.cli import serve
 from peftopt.cli.shared import AsJson, app, named
 from peftopt.errors import BadInput, unwritable
+from peftopt.redaction import redacted
 
 if TYPE_CHECKING:
     from peftopt.deploy.chosen import Chosen
@@ -73,7 +74,7 @@ def export(
     """Write what starts the model that a run chose: launch scripts, a systemd unit, manifests. Each says which
     measurement an option comes from. And what it is monitored by: alert rules, a dashboard. Without TARGET, all that
     fit the run."""
-    from peftopt.cli.console import Console, print_json
+    from peftopt.cli.console import Console, print_json, print_text
 
     def contained(what: Deployed) -> Deployed:
         return replace(what, image=image, gpus=gpus, cpus=cpus, memory_gib=memory)
@@ -87,7 +88,7 @@ def export(
     if as_json:
         print_json({"files": written, "use": exported.use, "notes": exported.notes})
     else:
-        print(f"wrote {', '.join(map(str, written))}")
+        print_text(f"wrote {', '.join(map(str, written))}")
         if exported.use:
             console.say(exported.use)
     for note in exported.notes:
@@ -189,7 +190,7 @@ def _write(folder: Path, files: Sequence[File]) -> list[Path]:
         for file in files:
             path = folder / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(file.text, encoding="utf-8")
+            path.write_text(redacted(file.text), encoding="utf-8")
             if path.suffix == ".sh":
                 path.chmod(0o755)
     except OSError as error:

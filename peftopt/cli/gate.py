@@ -13,6 +13,7 @@ import typer
 
 from peftopt.cli.shared import EXIT, AsJson, NoForecast, Quiet, Results, app, beside, options_from, seconds
 from peftopt.errors import ACCEPTED, INCONCLUSIVE, BadInput
+from peftopt.redaction import redacted
 
 if TYPE_CHECKING:
     from peftopt.cli.console import Console
@@ -186,7 +187,7 @@ def _update(file: Path, before: Baseline | None, judged: Judged, console: Consol
 def _conclude(answer: Gate, file: Path, options: GateOptions, console: Console) -> NoReturn:
     """Write the files, tell the CI that runs this, print the summary, exit with the outcome."""
     from peftopt import store
-    from peftopt.cli.console import print_json
+    from peftopt.cli.console import print_json, print_text
     from peftopt.gate import keeping, words
     from peftopt.report import as_json
 
@@ -209,7 +210,7 @@ def _conclude(answer: Gate, file: Path, options: GateOptions, console: Console) 
     _append(os.environ.get("GITHUB_STEP_SUMMARY", ""), summary)
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in words.github(answer, located, line_of):
-            print(line, file=console.err.file if options.as_json else None)
+            print_text(line, stderr=options.as_json)
     if options.as_json:
         print_json(answer)
     else:
@@ -225,7 +226,7 @@ def _append(file: str, text: str) -> None:
     """To the file of a job's summary, where there is one."""
     if file:
         with Path(file).open("a", encoding="utf-8", errors="backslashreplace") as handle:
-            handle.write(text)
+            handle.write(redacted(text))
 
 
 def _in_repository(file: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +37,9 @@ def run(
         bool, typer.Option("--more", help="Add blocks to the last run of this recipe, if it is undecided.")
     ] = False,
     no_forecast: NoForecast = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time went, and write trace.json, which Perfetto opens.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -46,11 +51,28 @@ def run(
     console = Console(quiet)
     parsed, text = judged.read_recipe(recipe)
     with recipe_run.prepare(parsed, text, results, console, fresh, more) as run:
-        if more and store.is_finished(run.folder):
-            recipe_run.add_blocks(run)
-        else:
-            recipe_run.execute(run, forecasts=not no_forecast)
+        with profiled(run.folder, console) if profile else contextlib.nullcontext():
+            if more and store.is_finished(run.folder):
+                recipe_run.add_blocks(run)
+            else:
+                recipe_run.execute(run, forecasts=not no_forecast)
         conclude(run.folder, console, as_json)
+
+
+@contextlib.contextmanager
+def profiled(folder: Path, console: Console) -> Iterator[None]:
+    """Say where the time inside went, and leave a trace of it in the run's folder; of an interrupted run too."""
+    from peftopt import machine
+    from peftopt.runner import trace
+
+    with trace.recording() as recorder:
+        try:
+            yield
+        finally:
+            for line in trace.words(recorder, machine.cores()):
+                console.tell(line)
+            recorder.write(folder / trace.FILE)
+            console.tell(f"trace: {folder / trace.FILE}, to be opened at ui.perfetto.dev or chrome://tracing")
 
 
 @app.command()
@@ -60,8 +82,8 @@ def decide(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Judge by the thresholds of this recipe, changed since; the newest run of its name. A folder of "
-            "imported measurements needs one."
+            help="Judge by the thresholds of this recipe, changed since; the newest run of its name, else the newest "
+            "that has its variants. A folder of imported measurements needs one."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -71,7 +93,14 @@ def decide(
     from peftopt.runner import judged
 
     parsed = judged.read_recipe(recipe)[0] if recipe else None
-    conclude(find_run(run_folder, results, parsed.name if parsed else ""), Console(), as_json, parsed)
+    try:
+        folder = find_run(run_folder, results, parsed.name if parsed else "")
+    except BadInput:
+        renamed = judged.run_of(results, parsed) if parsed else None
+        if renamed is None:
+            raise
+        folder = renamed
+    conclude(folder, Console(), as_json, parsed)
 
 
 @app.command()
@@ -82,7 +111,11 @@ def report(
         str, typer.Option(help="Print this part alone, by its name: scorecard, variants, rules, answers, …")
     ] = "",
     price_per_hour: Annotated[
-        str, typer.Option(help='What the machine costs an hour, such as "2.10 USD": the reports say what tokens cost.')
+        str,
+        typer.Option(
+            help='What the machine costs an hour, such as "2.10 USD", whatever the recipe says: the reports say what '
+            "tokens cost."
+        ),
     ] = "",
     open_page: Annotated[bool, typer.Option("--open", help="Open report.html in the browser.")] = False,
     as_json: AsJson = False,
@@ -90,7 +123,7 @@ def report(
     """Write a run's reports again from decision.json and its measurements, and print the Markdown one."""
     from peftopt import report as reports
     from peftopt import store
-    from peftopt.cli.console import Console, print_json
+    from peftopt.cli.console import Console, print_json, print_text
     from peftopt.runner import judged
 
     if only and only not in reports.parts.TITLES:
@@ -107,8 +140,8 @@ def report(
         told = {"outcome": decision.outcome, "chosen": decision.chosen, "headline": reports.headline.headline(decision)}
         print_json({"run": folder, **told, **files, "text": text})
     else:
-        print(text)
-    console.err.print(f"report: {page}", soft_wrap=True)
+        print_text(text)
+    print_text(f"report: {page}", stderr=True)
     if open_page:
         _open(page, console)
 

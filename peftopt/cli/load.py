@@ -202,9 +202,7 @@ def _one_server(options: Options) -> Generator[Source]:
 
 def _recipe_servers(options: Options, console: Console) -> Generator[Source]:
     """A recipe's servers, each up while its load is sent."""
-    import tempfile
-
-    from peftopt import corpus
+    from peftopt import corpus, scratch
     from peftopt.runner import servers
 
     file = Path(options.target)
@@ -220,7 +218,7 @@ def _recipe_servers(options: Options, console: Console) -> Generator[Source]:
     kept_as = options.workload or ("" if changed else workload.name)
 
     rows = corpus.read(str(options.prompts)) if options.prompts else corpus.read(workload.prompts, workload.slice)
-    run = servers.stage(recipe, options.results, Path(tempfile.mkdtemp(prefix="peftopt-")), console)
+    run = servers.stage(recipe, options.results, scratch.folder(console.tell), console)
     for variant in run.recipe.variants.values():
         with servers.serving(run, variant, rows, fields["new_tokens"], not fields["fixed"]) as server:
             target = replace(server.target, **options.connection())

@@ -13,6 +13,7 @@ import typer
 from peftopt.cli.shared import app, named, options_from, seconds
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.records import SAFETENSORS, Json
+from peftopt.redaction import api_key
 
 if TYPE_CHECKING:
     from peftopt.gateway.backends import Start
@@ -234,15 +235,12 @@ def _config(options: Options, what: What, carried: Limits) -> Config:
         life.prompts = {row.id: row.messages for row in corpus.read(str(options.canary))[:8]}
     if options.check_then not in ("report", "refuse"):
         raise BadInput(f"--check-then {options.check_then!r} is not known", "write --check-then report, or refuse")
-    key = ""
-    if options.admin_key_env and not (key := os.environ.get(options.admin_key_env, "")):
-        raise BadInput(f"the environment variable {options.admin_key_env} is not set", "export it, then run this again")
     return Config(
         state=options.state,
         host=options.host,
         port=options.port,
         admin=options.admin or socket_of(options.state),
-        admin_key=key,
+        admin_key=api_key(options.admin_key_env) if options.admin_key_env else "",
         upstream=options.upstream,
         start=_starter(options, what, carried) if what.base else None,
         second=_second(options, what),
@@ -379,4 +377,4 @@ def _engine_only(options: Options) -> None:
         print_json({"url": url, "serves": names})
     else:
         Console().say(f"{url} will serve {', '.join(names)}; Ctrl-C ends it")
-    os.execve(command[0], command, {**os.environ, **variables})
+    os.execve(command[0], command, {**os.environ, **variables})  # nosec B606 # the words are ours: vLLM and its options

@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from peftopt.cli import proposed, screen
-from peftopt.cli.console import Console, print_json
+from peftopt.cli.console import Console, Visible, print_json
 from peftopt.errors import ACCEPTED, INCONCLUSIVE, REJECTED, MissingEnvironment
 from peftopt.metrics import counted
 from peftopt.watch.running import Heard, Kept, Source, Watch
 from peftopt.watch.watching import Outcome
 
 if TYPE_CHECKING:
-    from rich.console import Group
-
     from peftopt.cli.watch import Options
 
 EXITS: dict[Outcome, int] = {
@@ -113,8 +111,8 @@ class Session:
                 self.console.tell(text)
             yield lambda trouble: self.console.warn(trouble) if trouble else None
 
-    def _screen(self, trouble: str = "") -> Group:
-        return screen.screen(self.watch, self._about(trouble), self.console.out.width)
+    def _screen(self, trouble: str = "") -> Visible:
+        return Visible(screen.screen(self.watch, self._about(trouble), self.console.out.width))
 
     def _about(self, trouble: str = "") -> screen.About:
         detectors = counted(len(self.watch.watching.gauges), "detector")

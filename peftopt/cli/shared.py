@@ -133,7 +133,8 @@ def transform(job: TransformJob, as_json: bool) -> None:
     from peftopt.metrics import format_value
     from peftopt.runner import single
 
-    transformed = single.transform(job, Console().progress)
+    console = Console()
+    transformed = single.transform(job, console.progress, console.tell)
     size = store.size(Path(job.out))
     peak = transformed.peak_memory_bytes
     kept = [folder for folder in transformed.model.adapters if folder != str(Path(job.out))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ class Asked:
 
 def soak(asked: Asked) -> NoReturn:
     """Soak a server, print what came of it, and exit with its outcome."""
-    from peftopt import corpus
+    from peftopt import corpus, scratch
     from peftopt.cli.console import Console, print_json
     from peftopt.diagnose.unloading import soaked, soaking
     from peftopt.diagnose.unloading.cycles import Elsewhere, Server
@@ -58,7 +57,7 @@ def soak(asked: Asked) -> NoReturn:
     with ExitStack() as stack:
         server: Server = Elsewhere(Target(asked.url))
         if asked.base:
-            folder = Path(tempfile.mkdtemp(prefix="peftopt-soak-"))
+            folder = scratch.folder(console.tell)
             with console.working(f"start {asked.engine}"):
                 how = soaking.engine(asked.base, asked.adapters, asked.engine, asked.threads, folder)
                 server = stack.enter_context(how)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import typer
 
 from peftopt.cli.shared import AsJson, app, options_from, seconds
 from peftopt.errors import BadInput
+from peftopt.redaction import api_key
 
 if TYPE_CHECKING:
     from peftopt.records import Json
@@ -115,8 +115,6 @@ def _named_source(options: Options) -> str:
         raise BadInput("--select chooses series of a Prometheus", "leave it out, or name one: --prometheus URL")
     if options.key_env and options.logs:
         raise BadInput("--key-env is for --server and --prometheus", "leave it out: a log needs no key")
-    if options.key_env and not os.environ.get(options.key_env):
-        raise BadInput(f"--key-env: {options.key_env} is not set", f"export {options.key_env}=KEY")
     return named[0]
 
 
@@ -136,7 +134,7 @@ def _reading(options: Options, promise: Promise, every_s: float, position: Json)
     from peftopt.watch.sources.prometheus import Prometheus
     from peftopt.watch.sources.server import Server
 
-    key = os.environ.get(options.key_env, "") if options.key_env else ""
+    key = api_key(options.key_env) if options.key_env else ""
     if options.server:
         return Server(options.server, promise, position, key)
     if options.prometheus:

@@ -10,8 +10,9 @@ from dataclasses import replace
 from peftopt import stats
 from peftopt.decision.evidence import Evidence
 from peftopt.decision.figures import figures
+from peftopt.decision.next_step import next_step
 from peftopt.decision.prompts import virtual_tokens
-from peftopt.decision.rules import family, parent_of, protects, rule_name, verdicts
+from peftopt.decision.rules import A_A, family, judged_speed, parent_of, protects, rule_name, verdicts
 from peftopt.decision.stopping import hopeless
 from peftopt.measurements import Answer
 from peftopt.metrics import counted, percent
@@ -49,7 +50,7 @@ def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) ->
     outcome, rule = _outcome(found)
     notes = []
     if outcome == "accepted" and twin_differs and variant.name != evidence.baseline:
-        outcome, rule = "inconclusive", "measurement.a_a"
+        outcome, rule = "inconclusive", A_A
     ratio = figures(evidence, variant.name).get(f"latency.ratio@{evidence.plan.recipe.minimize.workload}")
     if ratio and ratio.low > 1 and variant.name != evidence.baseline:
         notes.append(f"slower than {evidence.baseline} here: {ratio.estimate:.2f}x its latency")
@@ -64,6 +65,7 @@ def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) ->
         notes=tuple(notes),
         certificates=tuple(evidence.certificates(variant.name)),
         remarks=tuple(_remarks(evidence, variant)),
+        speed=judged_speed(evidence, variant),
     )
 
 
@@ -220,6 +222,7 @@ def decide(evidence: Evidence, machine: Mapping[str, object]) -> Decision:
         warnings=(*_always_wrong(decided, recipe.baseline), *_warnings(evidence), *_slow_choice(chosen, recipe)),
         notes=_notes(evidence),
         machine=machine,
+        next_step=next_step(evidence, decided) if outcome == "inconclusive" else "",
     )
 
 
@@ -311,9 +314,7 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
     for name in evidence.plan.recipe.variants:
         if said := unstopped(list(evidence.rows(name).values())):
             found.append(f"{name}: {said}")
-    for name, failure in evidence.failures.items():
-        hint = f"; {failure.hint}" if failure.hint else ""
-        found.append(f"{name}: {failure.stage} failed, {failure.reason}: {failure.detail}{hint}")
+    found += [f"{name}: {failure.sentence}" for name, failure in evidence.failures.items()]
     return tuple(found)
 
 
@@ -365,23 +366,31 @@ def unstopped(answers: Sequence[Answer]) -> str:
 def _bounds(ratio: Interval) -> str:
     if not (math.isfinite(ratio.high) and ratio.low > 0):
         return f"{ratio.estimate:.2f}x, too few launches or blocks for an interval"
-    return f"{ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f}"
+    return f"{ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f} at {percent(ratio.level, 1)}"
 
 
 def _sentence(evidence: Evidence, chosen: VariantDecision | None, candidates: Sequence[VariantDecision]) -> str:
     recipe = evidence.plan.recipe
+    skipped = [d.name for d in candidates if d.name in evidence.skipped]
     if chosen:
-        ratio = _judged(evidence, chosen.name)
+        ratio = chosen.speed or _judged(evidence, chosen.name)
         change = percent(abs(1 - ratio.estimate))
         gain = "about" if change == "0 %" else f"{change} {'lower' if ratio.estimate < 1 else 'higher'} than"
         undecided = [d.name for d in candidates if d.outcome == "inconclusive"]
-        rest = f" ({', '.join(undecided)} undecided)" if undecided else ""
+        parts = [f"{', '.join(undecided)} undecided"] if undecided else []
+        parts += [f"{', '.join(skipped)} skipped, not measured"] if skipped else []
+        rest = f" ({'; '.join(parts)})" if parts else ""
         return (
             f"Ship {chosen.name}: {recipe.minimize} is {gain} the {recipe.baseline}'s "
             f"({_bounds(ratio)}, {ratio.n} blocks, "
             f"{_CLOCKS[evidence.clock[0]]}), decided by {chosen.decided_by}{rest}."
         )
-    why = "; ".join(f"{d.name} {d.outcome}{f' by {d.decided_by}' if d.decided_by else ''}" for d in candidates)
+    why = "; ".join(
+        f"{d.name} skipped, not measured"
+        if d.name in skipped
+        else f"{d.name} {d.outcome}{f' by {d.decided_by}' if d.decided_by else ''}"
+        for d in candidates
+    )
     if any(d.outcome == "inconclusive" for d in candidates):
         return f"Undecided, so keep the {recipe.baseline} as served: {why}."
     return f"Keep the {recipe.baseline} as served: no variant was accepted ({why})."

@@ -99,6 +99,13 @@ class Parted:
     n: int
 
 
+def acceptance_length(told: Iterable[Request | Answer], level: float = 0.95) -> Interval:
+    """Tokens that a step gives, of requests or answers that tell their steps; each is a cluster."""
+    counts = [(each.steps, each.accepted or 0) for each in told if each.steps]
+    gained = [steps + accepted for steps, accepted in counts]
+    return stats.ratio_of_means(gained, [steps for steps, _ in counts], level)
+
+
 class Evidence(Index):
     """What the measurements of a run say of what a rule asks; nothing is computed twice."""
 
@@ -442,6 +449,13 @@ class Evidence(Index):
             for tag in answer.slices:
                 found[tag].append(row)
         return dict(sorted(found.items()))
+
+    def acceptance_lengths(self, variant: str) -> dict[str, Interval]:
+        """Tokens that a step gave, of answers by tag, where tokens were proposed; "" is all of them."""
+        answers = {row: a for row, a in self.rows(variant).items() if a.steps}
+        tagged = {"": list(answers), **self.slices(variant)}
+        by_slice = {tag: [answers[row] for row in rows if row in answers] for tag, rows in tagged.items()}
+        return {tag: acceptance_length(several) for tag, several in by_slice.items() if several}
 
     def flips(self, variant: str, rows: Iterable[str] | None = None) -> tuple[int, int]:
         """Prompts right before and wrong after, and the reverse; among `rows` where they are given."""

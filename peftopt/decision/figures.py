@@ -8,7 +8,7 @@ from dataclasses import replace
 from operator import attrgetter
 
 from peftopt import stats
-from peftopt.decision.evidence import FIELDS, Evidence
+from peftopt.decision.evidence import FIELDS, Evidence, acceptance_length
 from peftopt.decision.index import Field
 from peftopt.measurements import Account, Answer, EngineFacts, Launch, Memory, Request, Survey
 from peftopt.metrics import METRICS, QUANTILES, REPORTED
@@ -77,6 +77,11 @@ def _speed(evidence: Evidence, variant: str, workload: str, level: float) -> dic
         values[name] = evidence.ratio(source, evidence.baseline, workload, field, level)
     if asked.lengths == "natural":
         values["length.ratio"] = evidence.ratio(source, evidence.baseline, workload, "new_tokens", level)
+    if told := [request for request in requests if request.steps]:
+        values["acceptance_length"] = acceptance_length(told, level)
+        proposed = [request.proposed or 0 for request in told]
+        if any(proposed):
+            values["acceptance"] = stats.ratio_of_means([request.accepted or 0 for request in told], proposed, level)
     values |= _read(evidence, variant, workload, level)
     warm_up = evidence.warm_up(variant, workload)
     if warm_up:
@@ -134,8 +139,10 @@ def _quality(evidence: Evidence, variant: str, level: float) -> dict[str, Interv
     values = {
         "accuracy": stats.proportion(sum(answer.correct for answer in ours.values()), n, level),
         "score": stats.mean([answer.score for answer in ours.values()], level),
-        "validity": stats.proportion(sum(answer.valid for answer in ours.values()), n, level),
     }
+    quality = evidence.plan.recipe.quality
+    if quality and quality.tells_valid:
+        values["validity"] = stats.proportion(sum(answer.valid for answer in ours.values()), n, level)
     shared = sorted(again.keys() & reference.keys())
     if not shared:
         return values

@@ -10,6 +10,7 @@ from typing import Literal
 
 from peftopt.measurements import (
     SERVED,
+    SKIPPED,
     Account,
     Answer,
     Built,
@@ -128,6 +129,11 @@ class Index:
 
         for workload, sent in loads.items():
             self._take_loads(workload, sent)
+
+    @property
+    def skipped(self) -> frozenset[str]:
+        """The variants that were not tried: the machine lacked what they need."""
+        return frozenset(name for name, failure in self.failures.items() if failure.reason == SKIPPED)
 
     def _add_turn(self, variant: str, workload: str, turn: Turn) -> None:
         launches = self._launched[variant, workload]

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from peftopt import stats
-from peftopt.decision.evidence import CriticalError, Disagreement, Evidence, Rows, exp
-from peftopt.decision.figures import figure, figures, timed
+from peftopt.decision.evidence import FIELDS, CriticalError, Disagreement, Evidence, Rows, acceptance_length, exp
+from peftopt.decision.figures import RATIOS, figure, figures, timed
 from peftopt.decision.index import Field
+from peftopt.measurements import SKIPPED
 from peftopt.metrics import QUANTILES, TASK, counted, format_value, known, percent
-from peftopt.records import Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
+from peftopt.records import TWIN, Interval, Metric, Outcome, Recipe, Rule, Step, Threshold, Variant, Verdict
 
-SKIPPED = ("missing library", "missing environment", "refused")
+NOT_TRIED = (SKIPPED, "missing library", "missing environment", "refused")
 """Failures that say nothing of the variant: it was not tried."""
 
 LIKELIHOODS = ("perplexity", "kl", "top1")
@@ -31,6 +32,9 @@ TAILS = ("p95", "p99")
 
 SAME_MODEL = ("merge", "bake")
 """Techniques that give the same model without the adapter's cost: they are judged against the unmerged adapter."""
+
+A_A = "measurement.a_a"
+"""The rule that leaves a variant open where the baseline differs from itself."""
 
 WHOLE = "variant"
 """The row of the trade-off table that every variant faces as a whole, whatever it is made of."""
@@ -45,6 +49,9 @@ those that the limit on tokens allows: what a hundred prompts can show."""
 FALSE_REJECT = 0.0025
 """The chance that one of the four tests of parity turns down a model that differs from the adapter no more than the
 adapter's second run does."""
+
+PLANNED = 0.9
+"""The part of that chance which the planned numbers of tokens have together; all others share the rest."""
 
 TOUCHED = 0.5
 """The share of a workload's requests that a policy must change for its latency to be judged there."""
@@ -78,16 +85,8 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
         return Verdict("", "inconclusive", _NOWHERE[case.step.technique], against)
     metric = Metric(recipe.minimize.name, workload)
     field = evidence.field(metric)
-    series = evidence.series(case.variant, against, workload, field)
-    logs = list(series.values())
-    result = stats.race(
-        logs,
-        math.log(limit),
-        case.family,
-        recipe.measure.max_blocks > stats.LOOKS[-1],
-        evidence.launches_of(case.variant, against, workload, series),
-        evidence.resolution((case.variant, against), workload, field),
-    )
+    logs = list(evidence.series(case.variant, against, workload, field).values())
+    result = _race(evidence, case.variant, against, metric, limit)
     n = result.interval.n
     if not n:
         return Verdict("", "inconclusive", f"{metric} was not measured against {against}", against, workload=workload)
@@ -125,6 +124,47 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
         minutes_needed=(needed - len(logs)) * each if open_ and needed and each else None,
         hopeless=hopeless,
     )
+
+
+def _race(evidence: Evidence, variant: str, against: str, metric: Metric, limit: float) -> stats.Race:
+    """The sequential test of variant/against on a metric; `limit` is a ratio."""
+    recipe, workload, field = evidence.plan.recipe, metric.workload, evidence.field(metric)
+    series = evidence.series(variant, against, workload, field)
+    return stats.race(
+        series.values(),
+        math.log(limit),
+        family(recipe),
+        recipe.measure.max_blocks > stats.LOOKS[-1],
+        evidence.launches_of(variant, against, workload, series),
+        evidence.resolution((variant, against), workload, field),
+    )
+
+
+def judged_speed(evidence: Evidence, variant: Variant) -> Interval | None:
+    """The ratio to the baseline's time on what the recipe minimizes, as it is judged: by the variant's own rule that
+    compares the two, else as a race against 1x would be; of the baseline its second copy's, at the level of the A/A
+    arm. None where no times of whole requests are minimized, or none were measured."""
+    recipe, metric = evidence.plan.recipe, evidence.plan.recipe.minimize
+    if metric.name.partition(".")[0] not in FIELDS or evidence.field(metric) not in RATIOS.values():
+        return None
+    if variant.name == recipe.baseline:
+        twin, level = recipe.baseline + TWIN, 1 - stats.ALPHA / len(stats.LOOKS)
+        return evidence.ratio(twin, recipe.baseline, metric.workload, evidence.field(metric), level)
+    result = _race(evidence, variant.name, recipe.baseline, metric, next(_own_limits(evidence, variant), 1.0))
+    return exp(result.interval) if result.interval.n else None
+
+
+def _own_limits(evidence: Evidence, variant: Variant) -> Iterator[float]:
+    """The limits, as ratios, by which the variant itself is raced against the baseline on the minimized workload."""
+    recipe = evidence.plan.recipe
+    for step in variant.techniques:
+        if raced_on(evidence, variant.name, step) != recipe.minimize.workload:
+            continue
+        for rule in (r for r in recipe.rules if r.technique == rule_name(step) and r.limit is not None):
+            if rule.name == "gain" and _gains_as(recipe, variant.name, step) == (variant.name, recipe.baseline):
+                yield 1 - (rule.limit or 0.0)
+            elif rule.name == "not_slower" and parent_of(recipe, variant, step) == recipe.baseline:
+                yield 1 + (rule.limit or 0.0)
 
 
 def _unseen(case: Case, against: str, workload: str, field: Field, result: stats.Race) -> str:
@@ -175,17 +215,36 @@ def _troubles(evidence: Evidence, workload: str) -> str:
 def gain(case: Case) -> Verdict:
     """Latency drops by more than the limit. A merge, or a baked prompt, is judged as a whole variant against the
     unmerged adapter, since that is what is given up for it, but by itself where a quantizer in the variant may cost
-    speed, being a memory win; any other technique against the same variant without it."""
+    speed, being a memory win; any other technique against the same variant without it. What proposes tokens also says
+    how many a step gave, and on which other workloads it costs time."""
     goal = f"{percent(case.limit)} faster or better" if case.limit else "faster"
-    if case.step.technique not in SAME_MODEL:
-        return _speed(case, case.parent, 1 - case.limit, goal)
-    recipe = case.evidence.plan.recipe
-    slower = any(_may_be_slower(recipe, step) for step in recipe.variants[case.variant].techniques)
-    alone = _alone(recipe, case.variant, case.step) if slower else None
-    if alone is None or alone == case.variant:
-        return _speed(case, case.baseline, 1 - case.limit, goal)
-    found = _speed(replace(case, variant=alone), case.baseline, 1 - case.limit, goal)
-    return replace(found, reason=f"{alone}: {found.reason}")
+    judged, against = _gains_as(case.evidence.plan.recipe, case.variant, case.step)
+    found = _speed(replace(case, variant=judged), against, 1 - case.limit, goal)
+    if case.step.technique == "speculate":
+        found = replace(found, reason=f"{found.reason}{_proposing(case, found.workload)}")
+    return found if judged == case.variant else replace(found, reason=f"{judged}: {found.reason}")
+
+
+def _gains_as(recipe: Recipe, variant: str, step: Step) -> tuple[str, str]:
+    """(the variant whose gain is a technique's, the one it is compared with)."""
+    if step.technique not in SAME_MODEL:
+        return variant, parent_of(recipe, recipe.variants[variant], step)
+    slower = any(_may_be_slower(recipe, each) for each in recipe.variants[variant].techniques)
+    alone = _alone(recipe, variant, step) if slower else None
+    return alone or variant, recipe.baseline
+
+
+def _proposing(case: Case, raced: str) -> str:
+    """How many tokens a step gave on the workload of the race, and the others on which it is slower for sure."""
+    evidence, metric = case.evidence, case.evidence.plan.recipe.minimize
+    steps = [request for request in evidence.requests(case.variant, raced) if request.steps]
+    said = f"; {acceptance_length(steps).estimate:.2f} tokens a step" if steps else ""
+    for workload in evidence.plan.recipe.workloads:
+        field = evidence.field(Metric(metric.name, workload))
+        ratio = evidence.ratio(case.variant, case.parent, workload, field) if workload != raced else None
+        if ratio and ratio.low > 1:
+            said += f"; it loses on {workload}: {ratio.estimate:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
+    return said
 
 
 def _may_be_slower(recipe: Recipe, step: Step) -> bool:
@@ -371,7 +430,8 @@ def parity(case: Case) -> Verdict:
             if part and part.outcome == "rejected":
                 parts.append(replace(part, reason=f"in slice {tag} {part.reason}"))
     judged = [part for part in parts if part]
-    worst = next((p for o in ("rejected", "inconclusive") for p in judged if p.outcome == o), judged[0])
+    rejected = (part for part in judged if part.outcome == "rejected")
+    worst = next(rejected, max((p for p in judged if p.outcome == "inconclusive"), key=_estimate, default=judged[0]))
     whose = "" if variant == case.variant else f"{variant}: "
     reason = f"{whose}{worst.reason} ({len(found.partings)} prompts)"
     return replace(worst, reason=reason, against=against, limit=case.limit)
@@ -388,10 +448,24 @@ def _predictions(found: Disagreement, limit: float, family: int, slices: int = 1
     # few prompts that differ have no spread to speak of: what the count of them leaves open is more
     count = stats.upper_bound(len(worse), len(excess), 1 - 0.05 / family) * len(excess)
     most = count * max(1.0, sum(worse) / max(len(worse), 1)) / max(sum(tokens), 1)
-    value = replace(value, high=max(value.high, most))
-    outcome: Outcome = "rejected" if sure.low > limit else "accepted" if value.high <= limit else "inconclusive"
+    # the bounds that judge: one that is above the limit turns the model down, and takes more than one that is below it
+    value = replace(value, low=min(value.low, sure.low), high=max(value.high, most))
+    outcome: Outcome = "rejected" if value.low > limit else "accepted" if value.high <= limit else "inconclusive"
     reason = f"{percent(max(value.estimate, 0), 2)} of tokens differ from the reference's beyond its own second run"
-    return Verdict("", outcome, f"{reason}, at most {percent(value.high, 2)}", value=value, unit="share")
+    reason = f"{reason}, at most {percent(value.high, 2)}"
+    if outcome == "inconclusive" and value.estimate > limit:
+        again = (stats.ratio_of_means(k * excess, k * tokens, sure.level).low > limit for k in range(2, MOST_TIMES + 1))
+        reason = f"{reason}; {_prompts_needed(again, len(excess))}"
+    return Verdict("", outcome, reason, value=value, unit="share")
+
+
+def _prompts_needed(turned_down: Iterable[bool], asked: int) -> str:
+    """How many prompts would turn a model down, were others to differ as these do: of two times as many as were asked,
+    three times, …, whether they would."""
+    times = next((k for k, enough in enumerate(turned_down, 2) if enough), None)
+    if times is None:
+        return f"not even {MOST_TIMES} times as many prompts that differ as these do would turn it down"
+    return f"too few prompts to turn it down: {times * asked} that differ as these do would"
 
 
 def _answers(found: Disagreement, limit: float, family: int, sound: bool, slices: int = 1) -> Verdict:
@@ -403,9 +477,11 @@ def _answers(found: Disagreement, limit: float, family: int, sound: bool, slices
     """
     doubled = [2**n for n in range(found.longest.bit_length() + 1)]
     planned = [(0, end) for k in doubled for end in (k, k + k // 2)] + [(k // 2, k) for k in doubled[1:]]
+    errs = 2 * FALSE_REJECT / slices
     seen = {(0, int(ours)) for ours, _ in found.partings if math.isfinite(ours)}
     enough = stats.excess(0, 0, len(found.partings), 1 - 0.1 / family).high <= PARTED  # else nothing shows anything
     verdicts: list[tuple[float, Verdict]] = []
+    beyond: dict[str, tuple[tuple[int, int, int], float, float]] = {}
     for start, end in [*planned, *sorted(seen)]:
         part = found.within(start, end)
         if not part.n:
@@ -414,20 +490,47 @@ def _answers(found: Disagreement, limit: float, family: int, sound: bool, slices
         allowed = -math.expm1((end - start) * math.log1p(-limit)) if limit < 1 else 1.0
         allowed *= 1 - part.again / part.n
         value = stats.excess(*counts, 1 - 0.1 / family)  # 5 % on the side that is judged
-        sure = stats.excess(*counts, 1 - 2 * FALSE_REJECT / slices / len(planned))
+        share = PLANNED / len(planned) if (start, end) in planned else (1 - PLANNED) / max(found.longest, 1)
+        sure = stats.excess(*counts, 1 - errs * share)
         few = 2 * part.n < len(found.partings)
         clear = few or (value.estimate if sound and enough else value.high) <= max(allowed, PARTED)
-        bad = (start, end) in planned and sure.low > allowed
-        outcome: Outcome = "rejected" if bad else "accepted" if clear else "inconclusive"
+        outcome: Outcome = "rejected" if sure.low > allowed else "accepted" if clear else "inconclusive"
         when = f"tokens {start + 1} to {end}" if start else f"the first {counted(end, 'token')}"
         reason = (
             f"within {when} {part.worse} of {part.n} answers part from the reference's, and {part.better} in its own "
             "second run alone"
         )
-        verdicts.append((value.high, Verdict("", outcome, reason, value=value, unit="share")))
-    order = ("rejected", "inconclusive")
+        judged = replace(value, low=min(value.low, sure.low))
+        of_tokens = _of_tokens(judged, end - start, 1 - part.again / part.n)
+        verdicts.append((value.high, Verdict("", outcome, reason, value=of_tokens, unit="share")))
+        if outcome == "inconclusive" and value.estimate > allowed:
+            beyond[reason] = (counts, allowed, sure.level)
     most = max(verdicts, key=lambda each: each[0])[1]
-    return next((v for o in order for _, v in verdicts if v.outcome == o), most)
+    rejected = (v for _, v in verdicts if v.outcome == "rejected")
+    still_open = [v for _, v in verdicts if v.outcome == "inconclusive"]
+    worst = next(rejected, max(still_open, key=_estimate, default=most))
+    if worst.reason not in beyond:
+        return worst
+    (worse, better, n), allowed, level = beyond[worst.reason]
+    multiples = range(2, MOST_TIMES + 1)
+    again = (stats.excess(k * worse, k * better, k * n, level).low > allowed for k in multiples)
+    return replace(worst, reason=f"{worst.reason}; {_prompts_needed(again, len(found.partings))}")
+
+
+def _estimate(verdict: Verdict) -> float:
+    return verdict.value.estimate if verdict.value else 0.0
+
+
+def _of_tokens(parted: Interval, tokens: int, left: float) -> Interval:
+    """The share of tokens, at each of which the model may leave the reference, that makes such a share of answers part
+    within so many: what the limit is on. `left` is the share of answers that have not parted in the second run."""
+
+    def each(share: float) -> float:
+        if left <= 0 or share >= left:
+            return 1.0
+        return -math.expm1(math.log1p(-share / left) / tokens)
+
+    return replace(parted, estimate=each(parted.estimate), low=each(parted.low), high=each(parted.high))
 
 
 RULES = {
@@ -445,7 +548,7 @@ RULES = {
 PROTECTS = {
     "artifact.runs": "a variant that cannot be served",
     "artifact.intact": "damaged weights, and a model in which the adapter is not at work",
-    "measurement.a_a": "a machine on which even a copy of the baseline looks faster or slower than itself",
+    A_A: "a machine on which even a copy of the baseline looks faster or slower than itself",
     "gain": "giving something up for a gain that is noise",
     "parity": "a model that is no longer the adapter you evaluated",
     "critical_errors": "answers that break your service: empty, endless, unreadable, or wrong where it must be right",
@@ -653,6 +756,9 @@ def relative(evidence: Evidence, variant: str, metric: Metric, level: float = 0.
     """A metric of a whole variant as a ratio to the baseline's: paired by prompt where it can be."""
     if metric.name in ("perplexity", "length"):  # ratios by nature
         return figure(evidence, variant, metric, level)
+    quality = evidence.plan.recipe.quality
+    if metric.name == "validity" and not (quality and quality.tells_valid):
+        return None
     if metric.name in ("accuracy", "validity"):
         ours, theirs = (_kept_as(metric.name, evidence.rows(name)) for name in (variant, evidence.baseline))
         return score_ratio(ours, theirs, level)
@@ -725,9 +831,9 @@ def _show(threshold: Threshold, value: Interval) -> str:
 def verdicts(evidence: Evidence, variant: Variant) -> tuple[Verdict, ...]:
     """All that is said of one variant: that it runs and is whole, the table's rules, the requirements."""
     if failure := evidence.failures.get(variant.name):
-        skipped = failure.reason in SKIPPED
-        outcome: Outcome = "not judged" if skipped else "rejected"
+        outcome: Outcome = "not judged" if failure.reason in NOT_TRIED else "rejected"
         reason = f"{failure.stage} failed, {failure.reason}: {failure.detail}"
+        reason = failure.sentence if failure.reason == SKIPPED else reason
         return (Verdict("artifact.runs", outcome, reason),)
     require = evidence.plan.recipe.require
     if variant.name == evidence.baseline:  # which is not measured against itself

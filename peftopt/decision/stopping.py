@@ -84,9 +84,10 @@ def open_races(evidence: Evidence) -> list[Verdict]:
 def answers(recipe: Recipe, variant: Variant) -> int | None:
     """How many prompts the variant has to answer; None = all there are.
 
-    An engine that is a technique of its own goes token by token, to score as well: no more than the rules take.
+    An engine that is a technique of its own goes token by token, to score as well, and one that speculates decodes
+    every answer: no more than the rules take.
     """
-    if not variant.engine.technique:
+    if not variant.engine.technique and not any(step.technique == "speculate" for step in variant.policies):
         return None
     names = {WHOLE, *(rule_name(step) for step in variant.techniques)}
     rules = [*recipe.rules, *([] if any(r.technique == WHOLE for r in recipe.rules) else [ANY_CRITICAL])]
@@ -129,6 +130,9 @@ def undecidable(recipe: Recipe, prompts: int) -> Iterator[str]:
         fewest = 0 if threshold.relative else fewest_requests(metric, recipe)
         if workload and (possible := recipe.timed_requests(workload) * most) < fewest:
             yield f"require: {threshold.text}: takes {fewest} requests, and {most} blocks have {possible}"
+        elif metric.name == "validity" and recipe.quality and not recipe.quality.tells_valid:
+            asks = "give quality.schema, a regex or labels"
+            yield f"require: {threshold.text}: nothing says which answers are valid: {asks}"
         elif recipe.quality and metric.name in SHARES and not _showable(threshold, prompts, variants):
             takes = _prompts_for(threshold, variants)
             enough = f"it takes {takes}" if takes < MOST_PROMPTS else "no number of them does"
@@ -150,8 +154,24 @@ def _prompts_for(threshold: Threshold, variants: int) -> int:
     return _fewest(lambda n: _showable(threshold, n, variants))
 
 
+def prompts_for(recipe: Recipe, name: str) -> int:
+    """The fewest prompts that can show what a rule or a requirement of this name limits, where nothing is wrong with
+    any of them; 0 where no number is known."""
+    variants = family(recipe)
+    required = [t for t in recipe.require if name == f"require: {t.text}"]
+    if required:
+        return _prompts_for(required[0], variants) if required[0].metric.name in SHARES else 0
+    limit = next((r.limit for r in [*recipe.rules, ANY_CRITICAL] if _name(r) == name and r.limit), None)
+    if limit is None:
+        return 0
+    if name.endswith(".critical_errors"):
+        return stats.needed_n(limit, variants)
+    return _needed(max(limit, PARTED) if name.endswith(".parity") else limit, variants)
+
+
 def _unclaimable(rule: Rule, limit: float, prompts: int, variants: int) -> str:
     """What so few prompts cannot claim of answers even where nothing is wrong with any, and how many would."""
+    claims = f"its limit of {percent(limit, 2)}"
     if rule.name == "critical_errors":
         needed, bound = stats.needed_n(limit, variants), stats.upper_bound(0, prompts, 1 - 0.05 / variants)
         what = "without a critical error"
@@ -161,14 +181,15 @@ def _unclaimable(rule: Rule, limit: float, prompts: int, variants: int) -> str:
     elif rule.name == "parity":
         limit = max(limit, PARTED)
         needed, bound = _needed(limit, variants), _most(prompts, variants)
+        claims += f" of tokens, that no more than {percent(limit, 2)} of answers part early,"
         what = "whose answers do not part from the adapter's"
     else:
         return ""
     if needed <= prompts:
         return ""
     return (
-        f"{_name(rule)}: to claim {percent(limit, 2)} of {counted(variants, 'variant')} takes {needed} prompts {what}; "
-        f"there are {prompts}, which can claim {percent(bound, 2)}"
+        f"{_name(rule)}: {claims} for {counted(variants, 'variant')} takes {needed} prompts {what}; there are "
+        f"{prompts}, which can claim {percent(bound, 2)}: {needed - prompts} more are needed"
     )
 
 

@@ -76,7 +76,7 @@ class Deployed:
     @property
     def contained(self) -> tuple[str, ...]:
         """The arguments in a container: every network, a folder of its own for the state, the log on stdout."""
-        inside = ("--host", "0.0.0.0", "--port", "8000", "--state", "/state")
+        inside = ("--host", "0.0.0.0", "--port", "8000", "--state", "/state")  # nosec B104 # in a container of its own
         return (*self.arguments, *inside, *(("--log", "-") if self.log else ()))
 
     @property

@@ -23,7 +23,7 @@ def rendered(name: str, **values: Any) -> str:
 def _templates() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    templates = Environment(
+    templates = Environment(  # nosec B701 # shell scripts and YAML, whose filters quote; no HTML
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
-from peftopt import machine, stats
+from peftopt import machine, scratch, stats
 from peftopt.diagnose import keeping
 from peftopt.diagnose.bottlenecks import batching, choice, prompts, unfused, unloading
 from peftopt.diagnose.measuring import company
@@ -53,7 +52,7 @@ def diagnose(
     """
     before = keeping.read(folder) if more else None
     keeping.begin(setting, folder)
-    made = Path(tempfile.mkdtemp(prefix="peftopt-"))
+    made = scratch.folder(tell)
     try:
         diagnosis = asyncio.run(_session(setting, folder, made, minutes, more, before, tell))
     finally:

@@ -6,8 +6,9 @@ and
     def prepare(model: Model) -> None                       # imports what `open` needs, and no more
     def open(model: Model, params: Params) -> Engine
 
-and, where something can be told to be impossible before anything is built, `check` as transforms have it. Heavy imports
-stay inside functions.
+and, where something can be told to be impossible before anything is built, `check` as transforms have it. One that
+speculates takes a third argument in `open`: `speculation: Speculation | None = None`. Heavy imports stay inside
+functions.
 """
 
 from __future__ import annotations
@@ -23,12 +24,19 @@ from peftopt.records import Json
 
 @dataclass(frozen=True)
 class Generation:
-    """One request's answer. `times` are perf_counter_ns at which each new token was at hand, the first included."""
+    """One request's answer. `times` are perf_counter_ns at which each new token was at hand, the first included.
+
+    Where several tokens may come of a step: the `steps` after the prompt, the tokens that were `proposed` in them, and
+    those `accepted`, which a step gave beyond its one. 0 steps elsewhere, and where they are not told.
+    """
 
     tokens: list[int]
     times: list[int]
     stopped: bool
     """True when an end-of-sequence token ended it, False when `new_tokens` did."""
+    steps: int = 0
+    proposed: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,9 @@ class Engine(ABC):
     positions: int = 0
     """The most tokens of a prompt and its answer together; 0 where that is not known."""
 
+    speculates: bool = False
+    """Whether several tokens may come of a step, so that only what it generates shows what it answers."""
+
     @property
     @abstractmethod
     def tokenizer(self) -> Any:
@@ -126,6 +137,10 @@ class Engine(ABC):
         """Compile for whatever batches of so many `rows`, out of prompts of those lengths, may need: every shape where
         they are `timed`, else one that holds them all."""
         return
+
+    def remember(self, answers: Sequence[Sequence[int]]) -> None:
+        """Look up what to propose in these answers too. NotImplementedError for most engines."""
+        raise NotImplementedError("this engine looks up nothing in other answers")
 
     def switch(self, adapter: str) -> float:
         """Put another adapter in the place of its own; the seconds it took. NotImplementedError for most engines."""

@@ -9,18 +9,21 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.request
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
-from peftopt import machine
+from peftopt import machine, redaction
 from peftopt.engines import endpoint
-from peftopt.errors import MissingEnvironment, WorkerFailed
+from peftopt.errors import NO_MEMORY, MissingEnvironment, WorkerFailed, says_no_memory
 from peftopt.records import Model
 
 LAST_LINES = 15
+LONGEST_LINE = 2000
+"""Characters of such a line: a log of another program's may hold one without an end."""
 STOP_S = 20.0
 
 Option = tuple[str, ...]
@@ -49,7 +52,8 @@ class Started(endpoint.Served):
         try:
             self._seconds = self._server.ready(start_s)
             url = self._server.url
-            super().__init__(model, endpoint.Params(url=url, model=name, protocol=protocol, timeout_s=600.0))
+            served = endpoint.Params(url, name, protocol, api_key_env=redaction.ENGINE_KEY, timeout_s=600.0)
+            super().__init__(model, served)
         except BaseException:
             self._server.stop()
             raise
@@ -66,10 +70,16 @@ class Started(endpoint.Served):
 
 
 class Server:
-    """A server process in this process's group: it ends with `stop`, and with the group."""
+    """A server process in this process's group: it ends with `stop`, and with the group.
+
+    Whatever answers at its address is asked nothing before it is known that this server and no other listens there.
+    """
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str], url: str, log: Path) -> None:
+        """Raises MissingEnvironment where somebody listens at `url` already."""
+        check_port(_port(url))
         self.url, self.log = url, log.resolve()
+        self._oom_kills = machine.oom_kills()
         with self.log.open("wb") as out:
             self._process = subprocess.Popen(
                 command,
@@ -85,13 +95,27 @@ class Server:
         started = time.monotonic()
         while time.monotonic() - started < limit_s:
             if self._process.poll() is not None:
-                raise WorkerFailed(
-                    "server died", f"exit status {self._process.returncode}\n{self._last()}", self._where
-                )
+                reason = NO_MEMORY if self._lacked_memory() else "server died"
+                raise WorkerFailed(reason, f"exit status {self._process.returncode}\n{self._last()}", self._where)
             if _answers(f"{self.url}/health"):
+                self._check_own()
                 return time.monotonic() - started
             time.sleep(0.25)
         raise WorkerFailed("timeout", f"the server was not ready after {limit_s:g} s\n{self._last()}", self._where)
+
+    def _lacked_memory(self) -> bool:
+        """Whether it ended, or was ended, for lack of memory, as the kernel or its own last lines say."""
+        killed = self._process.returncode == -signal.SIGKILL and machine.oom_kills() > self._oom_kills
+        return killed or says_no_memory(self._last())
+
+    def _check_own(self) -> None:
+        """Raises WorkerFailed where what answers is not this server: another process took its port."""
+        port, own = _port(self.url), set(self.processes())
+        found = listeners(port, own)
+        if not found or found - own:
+            who = ", ".join(sorted(map(_who, found - own))) or "nobody knows which"
+            hint = "end it, or run this again: another port is taken then"
+            raise WorkerFailed("port taken", f"another process listens on 127.0.0.1:{port} ({who})", hint)
 
     def alive(self) -> bool:
         """Whether the process runs."""
@@ -129,6 +153,7 @@ class Server:
         self._process.kill()
         self._process.wait()
         psutil.wait_procs(family, STOP_S)
+        redaction.scrub(self.log)
 
     @property
     def _where(self) -> str:
@@ -137,15 +162,58 @@ class Server:
     def _last(self) -> str:
         """The last lines of the log."""
         with self.log.open(errors="replace") as lines:
-            return "\n".join(deque((line.rstrip() for line in lines if line.strip()), maxlen=LAST_LINES))
+            last = deque((line.rstrip()[:LONGEST_LINE] for line in lines if line.strip()), maxlen=LAST_LINES)
+        return redaction.redacted("\n".join(last))
 
 
 def _answers(url: str) -> bool:
-    """Whether a server on this machine answers 200 there; no proxy is asked."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with contextlib.suppress(OSError, http.client.HTTPException), direct.open(url, timeout=5.0) as answer:
-        return bool(answer.status == 200)
+    """Whether a server on this machine answers 200 there; no proxy is asked, and no redirect followed."""
+    address = urlsplit(url)
+    asked = http.client.HTTPConnection(str(address.hostname), address.port, timeout=5.0)
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(asked):
+        asked.request("GET", address.path)
+        return asked.getresponse().status == 200
     return False
+
+
+def _port(url: str) -> int:
+    return int(urlsplit(url).port or 0)
+
+
+HERE = ("127.0.0.1", "0.0.0.0", "::", "::ffff:127.0.0.1")
+"""Addresses at which a process is reached by 127.0.0.1."""
+
+UNKNOWN = 0
+"""Who listens, where the system does not say: a process of another user's."""
+
+
+def listeners(port: int, own: Collection[int]) -> set[int]:
+    """The processes that listen on a port of this machine, UNKNOWN for one that may not be seen; where the system tells
+    of others only to root, as macOS does, those of `own`."""
+    import psutil
+
+    try:
+        found = [(c.pid or UNKNOWN, c) for c in psutil.net_connections("tcp")]
+    except psutil.AccessDenied:
+        found = [(process, c) for process in own for c in _connections(process)]
+    heard = ((process, c.laddr) for process, c in found if c.status == psutil.CONN_LISTEN and c.laddr)
+    return {process for process, at in heard if at.port == port and at.ip in HERE}
+
+
+def _connections(process: int) -> Sequence[Any]:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return list(psutil.Process(process).net_connections("tcp"))
+    return ()
+
+
+def _who(process: int) -> str:
+    import psutil
+
+    with contextlib.suppress(psutil.Error):
+        return f"{psutil.Process(process).name()}, process {process}" if process else "a process of another user"
+    return f"process {process}"
 
 
 def check_port(port: int) -> None:

@@ -17,6 +17,44 @@ def step(model: Any, token: Any, mask: Any, position: Any, slot: Any, keys: list
 
     Returns the logits [rows, vocabulary]: they cost nothing more, and scoring looks at them.
     """
+    logits = model(
+        input_ids=token,
+        attention_mask=mask,
+        position_ids=position,
+        past_key_values=_cache(slot, keys, values),
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]
+    token.copy_(logits.argmax(-1, keepdim=True))
+    position.add_(1)
+    slot.add_(1)
+    return logits
+
+
+def verify(
+    model: Any, tokens: Any, chosen: Any, mask: Any, position: Any, slot: Any, keys: list[Any], values: list[Any]
+) -> Any:
+    """Several tokens for every row: `tokens` [rows, width], the first of which is the next one. `chosen` becomes the
+    model's choice after each. The state is left as it is: which of them stay is for others to say.
+
+    Returns the logits [rows, width, vocabulary].
+    """
+    import torch
+
+    after = torch.arange(tokens.shape[1], device=tokens.device)
+    logits = model(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=(position + after).clamp(max=mask.shape[1] - 1),  # a place that a model has, for what fills up
+        past_key_values=_cache(slot, keys, values),
+        use_cache=True,
+    ).logits
+    chosen.copy_(logits.argmax(-1))
+    return logits
+
+
+def _cache(slot: Any, keys: list[Any], values: list[Any]) -> Any:
+    """A static cache of these tensors, whose next token is at `slot`."""
     from transformers.cache_utils import Cache, StaticLayer
 
     layers = []
@@ -26,18 +64,7 @@ def step(model: Any, token: Any, mask: Any, position: Any, slot: Any, keys: list
         layer.keys, layer.values, layer.cumulative_length = key, value, slot[0] + 0
         layer.device, layer.is_initialized = key.device, True
         layers.append(layer)
-    logits = model(
-        input_ids=token,
-        attention_mask=mask,
-        position_ids=position,
-        past_key_values=Cache(layers=layers),
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]
-    token.copy_(logits.argmax(-1, keepdim=True))
-    position.add_(1)
-    slot.add_(1)
-    return logits
+    return Cache(layers=layers)
 
 
 def read(model: Any, ids: Any, mask: Any, position: Any, last: Any, keys: list[Any], values: list[Any]) -> Any:
@@ -149,17 +176,17 @@ def share_layers(model: Any) -> None:
 def _fused(
     module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[Any, None]:
-    """Attention of one new token, written out so that Inductor makes loops over the cache of it, without copying keys
-    for the query heads that share them. Shapes: query [b, heads, 1, d], key and value [b, groups, cache, d]."""
+    """Attention of a few new tokens, written out so that Inductor makes loops over the cache of it, without copying
+    keys for the query heads that share them. Shapes: query [b, heads, new, d], key and value [b, groups, cache, d]."""
     import torch
 
-    rows, heads, _, size = query.shape
+    rows, heads, new, size = query.shape
     groups = key.shape[1]
-    query = query.reshape(rows, groups, heads // groups, 1, size).float()
-    scores = (query * key[:, :, None].float()).sum(-1) * scaling + attention_mask[:, :, None, 0].float()
+    query = query.reshape(rows, groups, heads // groups, new, 1, size).float()
+    scores = (query * key[:, :, None, None].float()).sum(-1) * scaling + attention_mask[:, :, None].float()
     weights = torch.softmax(scores, -1)[..., None]
-    out = (weights * value[:, :, None].float()).sum(3)
-    return out.to(value.dtype).reshape(rows, 1, heads, -1), None
+    out = (weights * value[:, :, None, None].float()).sum(-2)
+    return out.to(value.dtype).reshape(rows, heads, new, -1).transpose(1, 2), None
 
 
 def register_fused() -> None:

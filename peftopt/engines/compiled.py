@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from peftopt import plugins
 from peftopt.engines import Generation, Scores, _graphs, _traced, eager
+from peftopt.engines._speculation import Lookup, Speculation, decode, indexed
 from peftopt.engines._text import trimmed
 from peftopt.errors import BadInput
 from peftopt.models import hf
@@ -56,13 +57,15 @@ class Params:
     device: str = "auto"
 
 
-PLUGIN = plugins.engine(Params, technique="compile", needs=eager.PLUGIN.needs)
+PLUGIN = plugins.engine(
+    Params, technique="compile", needs=eager.PLUGIN.needs, speculates=("prompts", "batches", "shortest", "answers")
+)
 
 
 prepare = eager.prepare
 
 
-def open(model: Model, params: Params) -> Compiled:
+def open(model: Model, params: Params, speculation: Speculation | None = None) -> Compiled:
     """Load the model. The first request of each shape compiles, or loads what an earlier process compiled.
 
     Raises BadInput for parameters that mean nothing, and for models that no graph can hold.
@@ -71,7 +74,7 @@ def open(model: Model, params: Params) -> Compiled:
         if value not in known:
             raise BadInput(f"{name}: {value!r} is unknown", f"use one of {', '.join(known)}")
     buckets(params.prompt_buckets, 1)
-    return Compiled(model, params)
+    return Compiled(model, params, speculation=speculation)
 
 
 def buckets(asked: str, room: int) -> list[int]:
@@ -123,6 +126,18 @@ class Prompt(NamedTuple):
     last: Any
 
 
+class Draft(NamedTuple):
+    """What is verified: the `tokens` that are fed, and those that the model has `chosen` after each, both [rows, 1 +
+    proposed]."""
+
+    tokens: Any
+    chosen: Any
+
+
+Verified = tuple[Callable[..., Any], Draft]
+"""A graph for several tokens at once, and what it works on."""
+
+
 class Compiled(eager.Transformers):
     """The prompt is one call of a graph compiled for its rows and its length, padded to a bucket; each further token is
     one call of another.
@@ -131,7 +146,9 @@ class Compiled(eager.Transformers):
     later process starts from it without tracing anything. Its guards are left out, since we know the shapes.
     """
 
-    def __init__(self, model: Model, params: Params, backend: str = "inductor") -> None:
+    def __init__(
+        self, model: Model, params: Params, backend: str = "inductor", speculation: Speculation | None = None
+    ) -> None:
         super().__init__(model, params.device, unpacked=True)
         if self._one_by_one:
             what = "the virtual tokens of a live prompt method (p-tuning, prefix, …) cannot be compiled"
@@ -153,6 +170,11 @@ class Compiled(eager.Transformers):
         self._graphs = _graphs.Graphs(self._inner, params, self._device, backend)
         self._steps: dict[Shape, tuple[Callable[..., Any], State]] = {}
         self._prompts: dict[PromptShape, tuple[Callable[..., Any], Prompt]] = {}
+        self._verifiers: dict[Shape, Verified] = {}
+        self._speculation = speculation
+        self._answers: Lookup | None = None
+        self.speculates = speculation is not None
+        self._ahead = speculation.tokens if speculation else 0
         self._warmed: set[Shape] = set()
         self._eager_prompts: Counter[str] = Counter()
         self._uncompiled: Counter[str] = Counter()
@@ -171,11 +193,13 @@ class Compiled(eager.Transformers):
         if isinstance(shape, str):
             self._uncompiled[shape] += 1
             return super().generate(prompts, new_tokens, stop)
+        eos = self.eos if stop else frozenset()
         with torch.inference_mode():
             step, state = self._step(shape)
             tokens = self._prefill(filled_up(prompts, shape), shape, state, timed=not stop).argmax(-1)
+            if self._speculation:
+                return self._speculated(shape, prompts, tokens.tolist()[: len(prompts)], new_tokens, eos)
             columns, times = [tokens.tolist()], [time.perf_counter_ns()]
-            eos = self.eos if stop else frozenset()
             going = [row for row in range(len(prompts)) if columns[0][row] not in eos]
             with self._decoding():
                 while going and len(columns) < new_tokens:
@@ -186,8 +210,33 @@ class Compiled(eager.Transformers):
         rows = list(zip(*columns, strict=True))[: len(prompts)]
         return [trimmed(list(row), times, eos) for row in rows]
 
+    def _speculated(
+        self,
+        shape: Shape,
+        prompts: Sequence[Sequence[int]],
+        first: Sequence[int],
+        new_tokens: int,
+        eos: frozenset[int],
+    ) -> list[Generation]:
+        """Each row takes what it gains: what a row did not keep stays in the cache, and is masked."""
+        assert self._speculation
+        lookups = [Lookup(self._speculation, self._answers) for _ in prompts]
+        for lookup, prompt in zip(lookups, prompts, strict=True):
+            lookup.extend(prompt)
+        used = self.virtual_tokens + max(map(len, prompts)) + self._ahead
+        step, state = self._step(shape)
+        batch = _Batch(self._inner, shape[1] - used, state, step, self._verifier(shape))
+        with self._decoding():
+            return decode(batch, lookups, first, new_tokens, eos, self._ahead)
+
+    def remember(self, answers: Sequence[Sequence[int]]) -> None:
+        """They are looked up in after a row's own tokens."""
+        assert self._speculation
+        self._answers = indexed(answers, self._speculation)
+
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
-        """Feed the answers to the compiled step, token by token: these are the predictions of the graphs themselves."""
+        """Feed the answers to the compiled step, token by token: these are the predictions of the graphs themselves.
+        One that speculates feeds as many tokens at once as it verifies."""
         import torch
 
         if self._bare:  # the graphs have the adapters in them
@@ -202,14 +251,28 @@ class Compiled(eager.Transformers):
         with torch.inference_mode():
             step, state = self._step(shape)
             shared, columns = eager.shared_prefix(prompts), []
-            logits = self._prefill(filled_up(prompts, shape), shape, state, timed=False, shared=shared)
+            logits = self._prefill(filled_up(prompts, shape), shape, state, timed=False, shared=shared)[:, None]
+            width = 1 + self._ahead
             with self._decoding():
                 for column in range(longest):
-                    columns.append(eager.scored(logits[: len(answers)], given[: len(answers), column].tolist()))
-                    if column + 1 < longest:
-                        state.token.copy_(given[:, column : column + 1])
-                        logits = step(self._inner, *state)
+                    at = (column - 1) % width if column else 0
+                    columns.append(eager.scored(logits[: len(answers), at], given[: len(answers), column].tolist()))
+                    if column + 1 < longest and column % width == 0:
+                        logits = self._fed(shape, given[:, column : column + width])
         return [_row(columns[: len(answer)], row) for row, answer in enumerate(answers)]
+
+    def _fed(self, shape: Shape, tokens: Any) -> Any:
+        """Feed tokens [rows, at most as many as are verified], and keep them; logits [rows, width, vocabulary]."""
+        step, state = self._step(shape)
+        if not self._speculation:
+            state.token.copy_(tokens)
+            return step(self._inner, *state)[:, None]
+        verify, draft = self._verifier(shape)
+        draft.tokens[:, : tokens.shape[1]].copy_(tokens)
+        logits = verify(self._inner, *draft, *state[1:])
+        state.position.add_(1 + self._ahead)
+        state.slot.add_(1 + self._ahead)
+        return logits
 
     def warm(self, lengths: Sequence[int], rows: int, new_tokens: int, timed: bool) -> None:
         """Get ready for requests of `rows` prompts out of some of these lengths: compile, or load what an earlier
@@ -224,6 +287,8 @@ class Compiled(eager.Transformers):
                 continue
             with torch.inference_mode():
                 self._step(shape)
+                if self._speculation:
+                    self._verifier(shape)
                 if not isinstance(bucket := self._bucket(shape, longest, timed), str):
                     self._prompt(bucket)
             if not timed:
@@ -247,9 +312,8 @@ class Compiled(eager.Transformers):
             hotswap_adapter(self._model, adapter, adapter_name="adapter0", torch_device=str(self._device))
         self._adapters = (adapter,)
         if _lora_shape(self._inner) != before:
-            self._recompiled["an adapter of another rank or scaling"] += len(self._steps) + len(self._prompts)
-            self._steps.clear()
-            self._prompts.clear()
+            self._recompiled["an adapter of another rank or scaling"] += self._made
+            self._drop()
             self._warmed.clear()
         return time.perf_counter() - started
 
@@ -264,7 +328,7 @@ class Compiled(eager.Transformers):
         uncompiled += [f"{n} requests with an eager prompt: {why}" for why, n in self._eager_prompts.items()]
         return {
             **{name: seconds for name, seconds in self._graphs.seconds.items() if seconds},
-            "graphs": max(len(self._steps) + len(self._prompts) if self._graphs.ahead else graphs.total(), 0),
+            "graphs": max(self._made if self._graphs.ahead else graphs.total(), 0),
             "graph_breaks": breaks.total(),
             "recompiles": recompiles.total(),
             "uncompiled": self._uncompiled.total(),
@@ -281,9 +345,18 @@ class Compiled(eager.Transformers):
         """Free the graphs and the model."""
         self._inner = None
         self._graphs.close()
-        self._steps.clear()
-        self._prompts.clear()
+        self._drop()
         super().close()
+
+    @property
+    def _made(self) -> int:
+        """How many graphs there are."""
+        return len(self._steps) + len(self._prompts) + len(self._verifiers)
+
+    def _drop(self) -> None:
+        """Let go of all graphs."""
+        for graphs in (self._steps, self._prompts, self._verifiers):
+            graphs.clear()
 
     # ---- shapes ---------------------------------------------------------------------------------
 
@@ -292,7 +365,7 @@ class Compiled(eager.Transformers):
         of two, the cache to its set length or a power of two. What is not `timed` takes a graph for more rows rather
         than have one compiled for the last few. Or why it has to run uncompiled: bounded shapes are bounded compiling.
         """
-        length += self.virtual_tokens
+        length += self.virtual_tokens + self._ahead
         batch = 2 ** (rows - 1).bit_length()
         room = self._params.cache_len or max(SHORTEST, 2 ** (length - 1).bit_length())
         fits = [s for s in self._steps if s[1] >= length and (s[0] == batch or (s[0] > batch and not timed))]
@@ -328,6 +401,20 @@ class Compiled(eager.Transformers):
                 graph = self._graphs.ready(_traced.step, shape, state, self._adapters, what)
             self._steps[shape] = graph, state
         return self._steps[shape]
+
+    def _verifier(self, shape: Shape) -> Verified:
+        import torch
+
+        if shape not in self._verifiers:
+            _, state = self._step(shape)
+            sizes = (*shape, 1 + self._ahead)
+            tokens, chosen = (torch.ones(shape[0], sizes[2], dtype=torch.long, device=self._device) for _ in range(2))
+            draft = Draft(tokens, chosen)
+            with self._attending():
+                what = f"batch {shape[0]}, cache {shape[1]}, {self._ahead} tokens proposed"
+                graph = self._graphs.ready(_traced.verify, sizes, (*draft, *state[1:]), self._adapters, what)
+            self._verifiers[shape] = graph, draft
+        return self._verifiers[shape]
 
     def _prompt(self, shape: PromptShape) -> tuple[Callable[..., Any], Prompt]:
         import torch
@@ -452,6 +539,45 @@ class Compiled(eager.Transformers):
             yield
         finally:
             self._inner.set_attn_implementation(own)
+
+
+class _Batch:
+    """A batch in a static cache, for `_speculation.decode`: a step where nothing is proposed, else all at once."""
+
+    def __init__(self, model: Any, slots: int, state: State, step: Callable[..., Any], verifier: Verified) -> None:
+        self.slots = slots
+        self._model, self._state, self._step = model, state, step
+        self._verify, self._draft = verifier
+        self._alone = False
+
+    def choose(self, given: Sequence[Sequence[int]]) -> list[list[int]]:
+        """The model's choice after each token; rows that fill the graph up are fed what the last one is."""
+        import torch
+
+        fed = self._state.token if len(given[0]) == 1 else self._draft.tokens
+        fed[: len(given)].copy_(torch.tensor(given))
+        self._alone = len(given[0]) == 1
+        if self._alone:
+            self._step(self._model, *self._state)
+            chosen = self._state.token
+        else:
+            self._verify(self._model, *self._draft, *self._state[1:])
+            chosen = self._draft.chosen
+        return [list(row) for row in chosen[: len(given)].tolist()]
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """The next token goes behind the row that keeps most; a step has moved on by itself."""
+        import torch
+
+        if self._alone:
+            return
+        state, places = self._state, max(counts)
+        start = int(state.slot)
+        for row, count in enumerate(counts):
+            if count < places:
+                state.mask[row, start + count : start + places] = 0
+        state.position[: len(counts)] += torch.tensor(counts, device=state.position.device)[:, None]
+        state.slot.add_(places)
 
 
 # ---- what can be compiled ----------------------------------------------------------------------------

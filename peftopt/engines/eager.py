@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peftopt import plugins
 from peftopt.engines import TOP_K, Generation, Scores
+from peftopt.engines._speculation import Speculation
 from peftopt.engines._text import Text, trimmed
 from peftopt.errors import BadInput
 from peftopt.models import baked, hf
@@ -27,7 +28,7 @@ class Params:
     task: int = -1
 
 
-PLUGIN = plugins.engine(Params, needs=("torch", "transformers", "peft"))
+PLUGIN = plugins.engine(Params, needs=("torch", "transformers", "peft"), speculates=("prompts",))
 
 
 def prepare(model: Model) -> None:
@@ -38,9 +39,9 @@ def prepare(model: Model) -> None:
         import peft  # noqa: F401
 
 
-def open(model: Model, params: Params) -> Transformers:
+def open(model: Model, params: Params, speculation: Speculation | None = None) -> Transformers:
     """Load the model and its adapters. Raises BadInput for a folder or an adapter that cannot be read."""
-    return Transformers(model, params.device, task=params.task)
+    return Looking(model, params, speculation) if speculation else Transformers(model, params.device, task=params.task)
 
 
 class Transformers(Text):
@@ -115,7 +116,10 @@ class Transformers(Text):
                 **self._begun(mask),
             )
         rows = output[:, ids.shape[1] :].tolist()
-        return [trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
+        answers = [trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
+        # of what transformers looks up it tells what it took, and not what it proposed
+        steps, accepted = (clock.steps - 1, len(clock.times) - clock.steps) if self.speculates else (0, 0)
+        return [replace(answer, steps=steps, accepted=accepted) for answer in answers]
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
         """In one forward pass; what all prompts begin with is computed once. Live prompt methods take a row at a time.
@@ -237,6 +241,25 @@ class Transformers(Text):
         return ids.to(self._device), mask.to(self._device)
 
 
+class Looking(Transformers):
+    """It proposes tokens by transformers' own prompt lookup, which takes one prompt at a time."""
+
+    speculates = True
+
+    def __init__(self, model: Model, params: Params, speculation: Speculation) -> None:
+        super().__init__(model, params.device, task=params.task)
+        if self.virtual_tokens:
+            what = "transformers looks nothing up in prompts that virtual tokens come before"
+            raise BadInput(what, "bake them, and use the compiled engine; or merge an adapter of weights")
+        for settings in (self._stopping, self._endless):
+            settings.update(prompt_lookup_num_tokens=speculation.tokens, max_matching_ngram_size=speculation.ngram)
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
+        """One prompt after the other."""
+        self._check_room(prompts, new_tokens)
+        return [answer for prompt in prompts for answer in self._generated([prompt], new_tokens, stop)]
+
+
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     """How many first tokens all prompts have in common, leaving each at least one; 0 for a lone prompt."""
     if len(prompts) < 2:
@@ -267,15 +290,18 @@ def contiguous_inputs(head: Any) -> Iterator[None]:
 
 
 class _Clock:
-    """A streamer for `generate` that only looks at the clock: one reading per step, whatever the batch."""
+    """A streamer for `generate` that only looks at the clock: one reading per step, whatever the batch. A step that
+    looks up gives several tokens of its one row."""
 
     def __init__(self) -> None:
         self.times: list[int] = []
+        self.steps = 0
         self._prompt_seen = False
 
     def put(self, value: Any) -> None:
         if self._prompt_seen:
-            self.times.append(time.perf_counter_ns())
+            self.times += [time.perf_counter_ns()] * (value.shape[1] if value.dim() == 2 else 1)
+            self.steps += 1
         self._prompt_seen = True
 
     def end(self) -> None:

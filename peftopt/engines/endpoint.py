@@ -171,7 +171,11 @@ class Served(Text):
             tokens = (tokens + self._end * new_tokens)[:new_tokens]
         elif stopped and tokens[-1:] != self._end:
             tokens += self._end
-        return Generation(tokens, _spread(reply.times or [reply.done], len(tokens)), stopped)
+        answer = Generation(tokens, _spread(reply.times or [reply.done], len(tokens)), stopped)
+        if not self.speculates or reply.proposed is None or reply.accepted is None:
+            return answer
+        steps = max(1, len(tokens) - 1 - reply.accepted)
+        return replace(answer, steps=steps, proposed=reply.proposed, accepted=reply.accepted)
 
     def _check_length(self, given: int, asked: int) -> None:
         if given != asked:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from peftopt import machine, plugins
+from peftopt import machine, plugins, redaction
 from peftopt.engines import endpoint
 from peftopt.engines._server import Option, Started, free_port
+from peftopt.engines._speculation import Speculation
 from peftopt.environments.llamacpp import LIBRARY, SERVER, has_amx
 from peftopt.errors import BadInput
 from peftopt.models.gguf import WEIGHTS, library, lora_file, lora_scale
@@ -34,16 +35,25 @@ class Params:
     args: str = ""
 
 
-PLUGIN = plugins.engine(Params, environment="llamacpp", format="gguf", serves=True)
+PLUGIN = plugins.engine(Params, environment="llamacpp", format="gguf", serves=True, speculates=("prompts", "batches"))
 
 
 prepare = endpoint.prepare
 
 
-def open(model: Model, params: Params) -> LlamaCppServer:
+def open(model: Model, params: Params, speculation: Speculation | None = None) -> LlamaCppServer:
     """Start a server and wait until it answers. Raises BadInput for a folder without a GGUF, WorkerFailed with its last
     lines when it does not start."""
-    return LlamaCppServer(model, params)
+    engine = LlamaCppServer(model, speculating(params, speculation) if speculation else params)
+    engine.speculates = speculation is not None
+    return engine
+
+
+def speculating(params: Params, speculation: Speculation) -> Params:
+    """The parameters of a server that looks up n-grams, of `ngram` tokens and no fewer, in each request's own tokens."""
+    option = f"--spec-type ngram-simple --spec-ngram-simple-size-n {speculation.ngram}"
+    option += f" --spec-ngram-simple-size-m {speculation.tokens}"
+    return replace(params, args=f"{params.args} {option}".strip())
 
 
 class LlamaCppServer(Started):
@@ -56,7 +66,7 @@ class LlamaCppServer(Started):
             raise BadInput(f"{model.path} holds no {WEIGHTS}", hint)
         self.slots, port, binary = params.slots, free_port(), Path(library().__file__).parent / SERVER
         serving = command(model, params, port, str(binary), machine.threads(), has_amx(library()))
-        super().__init__(model, serving, {}, port, NAME, params.start_s, "llamacpp")
+        super().__init__(model, serving, variables(), port, NAME, params.start_s, "llamacpp")
         self.threads = machine.threads()
         self.device = "cuda" if params.gpu_layers and library().llama_supports_gpu_offload() else "cpu"
 
@@ -69,13 +79,20 @@ class LlamaCppServer(Started):
 def command(
     model: Model, params: Params, port: int, binary: str, threads: int, amx: bool, name: str = NAME
 ) -> list[str]:
-    """`llama-server` for a model, which is served as `name`, and its adapters, each with its own scale."""
+    """`llama-server` for a model, which is served as `name`, and its adapters, each with its own scale. Raises BadInput
+    for `args` that hold a secret."""
     folder = Path(model.path)
     args = ["--model", str(folder / WEIGHTS), "--alias", name, "--host", "127.0.0.1", "--port", str(port)]
     options = [*measured(params), *computing(params.gpu_layers, threads, amx), ("--metrics",), ("--no-ui",)]
     options += [("--lora-scaled", scaled(model))] if model.adapters else []
     args += [word for option in options for word in option]
+    redaction.check(params.args, "the args of llama.cpp's server")
     return [binary, *args, *shlex.split(params.args)]
+
+
+def variables() -> dict[str, str]:
+    """The environment variables that the server takes: its API key."""
+    return {"LLAMA_API_KEY": redaction.engine_key()}
 
 
 def measured(params: Params) -> list[Option]:

@@ -8,14 +8,15 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from peftopt import machine, plugins
+from peftopt import machine, plugins, redaction
 from peftopt.corpus import Row
 from peftopt.engines import TOP_K, Scores, endpoint
 from peftopt.engines._server import Option, Started, free_port
+from peftopt.engines._speculation import Speculation
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.models.adapter import CONFIG, highest_rank
 from peftopt.models.prompts import check_engine
@@ -49,7 +50,13 @@ class Params:
     args: str = ""
 
 
-PLUGIN = plugins.engine(Params, environment="vllm", serves=True, needs=("vllm", "aiohttp", "transformers"))
+PLUGIN = plugins.engine(
+    Params,
+    environment="vllm",
+    serves=True,
+    needs=("vllm", "aiohttp", "transformers"),
+    speculates=("prompts", "batches", "shortest"),
+)
 
 
 prepare = endpoint.prepare
@@ -70,10 +77,24 @@ def no_kernels(format_: str) -> BadInput:
     return BadInput(f"vLLM has no kernels for {format_} on a CPU", "int8, w8a8, gptq and awq run there")
 
 
-def open(model: Model, params: Params) -> Vllm:
+def open(model: Model, params: Params, speculation: Speculation | None = None) -> Vllm:
     """Start a server and wait until it answers. Raises BadInput for adapters that it cannot serve, WorkerFailed
     with its last lines when it does not start."""
-    return Vllm(model, params)
+    engine = Vllm(model, speculating(params, speculation) if speculation else params)
+    engine.speculates = speculation is not None
+    return engine
+
+
+def speculating(params: Params, speculation: Speculation) -> Params:
+    """The parameters of a server that looks up n-grams in each request's own tokens."""
+    config = {
+        "method": "ngram",
+        "num_speculative_tokens": speculation.tokens,
+        "prompt_lookup_max": speculation.ngram,
+        "prompt_lookup_min": speculation.shortest,
+    }
+    option = shlex.join(["--speculative-config", json.dumps(config)])
+    return replace(params, args=f"{params.args} {option}".strip())
 
 
 class Vllm(Started):
@@ -90,6 +111,7 @@ class Vllm(Started):
         self._home, self._params, self.slots = model, params, params.max_num_seqs
         port, names = free_port(), tuple(name_of(a) for a in model.adapters)
         serving, variables = command(model, params, port, names)
+        variables |= own(loads=bool(model.adapters))
         super().__init__(model, serving, variables, port, names[0] if names else BASE, params.start_s)
         self.device = device
         if model.adapters:
@@ -146,7 +168,8 @@ class Vllm(Started):
 def command(
     model: Model, params: Params, port: int, names: Sequence[str], python: str = sys.executable, base: str = BASE
 ) -> tuple[list[str], dict[str, str]]:
-    """`vllm serve` for a model, which is served as `base`, and its adapters; the environment variables it takes."""
+    """`vllm serve` for a model, which is served as `base`, and its adapters; the environment variables it takes.
+    Raises BadInput for `args` that hold a secret."""
     args = ["serve", model.path, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", base]
     args += ["--max-logprobs", str(TOP_K), "--disable-uvicorn-access-log"]
     options = measured(params)
@@ -155,11 +178,16 @@ def command(
         loaded = (f"{n}={Path(a).resolve()}" for n, a in zip(names, model.adapters, strict=True))
         options += [("--lora-modules", *loaded)]
     args += [word for option in options for word in option]
-    variables = {
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
+    redaction.check(params.args, "vLLM's args")
+    variables = {"VLLM_NO_USAGE_STATS": "1"}
     return [python, "-m", "vllm.entrypoints.cli.main", *args, *shlex.split(params.args)], variables
+
+
+def own(loads: bool) -> dict[str, str]:
+    """The environment variables of a server that peftopt alone asks: its API key, and where it `loads` adapters while
+    it runs, that it may: whoever may ask for that can have it read a folder of this machine."""
+    variables = {"VLLM_API_KEY": redaction.engine_key()}
+    return {**variables, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if loads else variables
 
 
 def measured(params: Params) -> list[Option]:

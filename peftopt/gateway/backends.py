@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from peftopt import environments, machine
+from peftopt import environments, machine, redaction
 from peftopt.engines import _rows
 from peftopt.engines._server import Server, check_port, free_port
 from peftopt.errors import BadInput
@@ -54,6 +54,11 @@ class Start:
     weights_bytes: int = 0
     kv_bytes: int = 0
     most_running: int = 0
+
+    @property
+    def key_env(self) -> str:
+        """The environment variable that holds the server's API key; "" for a server that runs already."""
+        return redaction.ENGINE_KEY if self.command else ""
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ def _vllm(wanted: Wanted, port: int) -> Start:
     )
     python = environments.python(vllm.PLUGIN.environment)
     command, variables = vllm.command(Model(wanted.model.path), params, port, (), python, wanted.name)
+    variables |= vllm.own(loads=bool(wanted.adapters))
     command += ["--enable-per-request-metrics", "--shutdown-timeout", str(round(wanted.drain_s))]
     checked = CHECKED * (slots + 1)  # a backstop: the gateway refuses before
     requests = wanted.running + wanted.waiting + checked if wanted.running else 0
@@ -152,7 +158,8 @@ def _llamacpp(wanted: Wanted, port: int) -> Start:
     amx = "amx_int8" in machine.processor()
     command = llamacpp_server.command(wanted.model, params, port, str(binary), _threads(wanted), amx, wanted.name)
     url = f"http://127.0.0.1:{port}"
-    return Start(command, {}, url, {wanted.name: wanted.name}, most_running=params.slots)
+    variables = llamacpp_server.variables()
+    return Start(command, variables, url, {wanted.name: wanted.name}, most_running=params.slots)
 
 
 def _ours(wanted: Wanted, port: int) -> Start:
@@ -165,8 +172,10 @@ def _ours(wanted: Wanted, port: int) -> Start:
         queued = wanted.waiting + CHECKED * ((wanted.slots or wanted.adapters + SPARE_SLOTS) + 1)
         command += ["--max-queued", str(queued)]
     command += ["--device", str(wanted.params["device"])] if "device" in wanted.params else []
+    redaction.check(wanted.args, "the args of the engine's server")
     command += shlex.split(wanted.args)
     variables = {"OMP_NUM_THREADS": str(_threads(wanted)), **machine.waiting()}
+    variables[redaction.SERVER_KEY] = redaction.engine_key()
     url, loads = f"http://127.0.0.1:{port}", wanted.engine == "eager"
     return Start(command, variables, url, {wanted.name: wanted.name}, loads=loads, most_running=running)
 

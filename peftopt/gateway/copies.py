@@ -73,6 +73,7 @@ def _copied(file: Path, to: Path) -> str:
     """Copy a file; the SHA-256 (hex) of the bytes that were read."""
     digest = hashlib.sha256()
     with file.open("rb") as source, to.open("wb") as target:
+        os.fchmod(target.fileno(), file.stat().st_mode & os.fstat(target.fileno()).st_mode | 0o600)  # private stays so
         while piece := source.read(PIECE_BYTES):
             digest.update(piece)
             target.write(piece)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peftopt import identity, report, store
+from peftopt import identity, plugins, report, store
 from peftopt.errors import BadInput
 from peftopt.gateway import held
 from peftopt.gateway.limits import Held, Limits
 from peftopt.gateway.lines import Origin
+from peftopt.policies import speculation
 from peftopt.recipe import plan as planning
 from peftopt.records import Decision, Json, Model, Plan, Step
 
@@ -79,7 +80,6 @@ def of_run(folder: Path, variant: str = "") -> Decided:
     that changes its users' requests, and an artifact that is gone or damaged."""
     run = finished(folder, variant)
     plan, name = run.plan, run.variant
-    _check_policies(plan, name)
     engine = plan.recipe.variants[name].engine
     limits = {
         threshold.limit / 1e3
@@ -91,7 +91,7 @@ def of_run(folder: Path, variant: str = "") -> Decided:
         model=_model(folder, plan, name),
         name=Path(plan.recipe.adapter).name,
         engine=SERVED_BY.get(engine.plugin, engine.plugin),
-        params=engine.params,
+        params=_params(plan, name),
         measured_on=engine,
         slos_s=tuple(sorted(limits)),
         held=_held(folder, run),
@@ -99,11 +99,23 @@ def of_run(folder: Path, variant: str = "") -> Decided:
     )
 
 
-def _check_policies(plan: Plan, variant: str) -> None:
-    if policies := plan.recipe.variants[variant].policies:
-        plugins = ", ".join(policy.plugin for policy in policies)
-        what = f"the variant {variant} changes its users' requests ({plugins}), and the gateway passes them as they are"
+def _params(plan: Plan, variant: str) -> Mapping[str, Json]:
+    """The parameters of its engine, with those by which a server speculates where the variant does. Raises BadInput for
+    what the gateway does not do in front of it."""
+    engine, policies = plan.recipe.variants[variant].engine, plan.recipe.variants[variant].policies
+    if changing := [policy.plugin for policy in policies if policy.technique != "speculate"]:
+        what = (
+            f"the variant {variant} changes its users' requests ({', '.join(changing)}), and the gateway passes them "
+        )
+        what += "as they are"
         raise BadInput(what, "name a variant without it (--variant), and let your service change the requests")
+    if (proposing := speculation(policies)) is None:
+        return engine.params
+    source = plugins.module("engine", engine.plugin)
+    if not hasattr(source, "speculating"):
+        what = f"the variant {variant} proposes tokens, which {engine.plugin} does in a run, and not behind the gateway"
+        raise BadInput(what, "name a variant without it (--variant), or one on vllm or llamacpp_server")
+    return asdict(source.speculating(source.Params(**engine.params), proposing))
 
 
 def _held(folder: Path, run: Finished) -> Held | None:

@@ -22,6 +22,7 @@ from peftopt.gateway.sampling import NO_SAMPLE, Sample
 from peftopt.loadtest.arrivals import SERVE_LOG
 from peftopt.loadtest.moments import utc
 from peftopt.records import Json
+from peftopt.redaction import redacted
 
 FORMAT = 1
 ROTATE_BYTES = 256 * 2**20
@@ -249,21 +250,21 @@ class Log:
         if self._file is None and self._path is None:
             return
         try:
-            self._append(_encoded(line.as_json()))
+            self._append(redacted(_encoded(line.as_json()).decode()).encode())
             self.written += 1
         except OSError:
             self.lost += 1
 
     def reopen(self) -> None:
         """Go on in the file that has the name now: another program, as logrotate, has moved the one before."""
-        if self._path and self._file:
-            self._file.close()
-            self._file = None
+        self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file; a disk that complains of that keeps nobody from going on."""
         if self._path and self._file:
-            self._file.close()
+            file, self._file = self._file, None
+            with contextlib.suppress(OSError):
+                file.close()
 
     def _append(self, text: bytes) -> None:
         if self._path is None:
@@ -289,7 +290,7 @@ class Log:
             fcntl.flock(self._file, fcntl.LOCK_EX)
             if _same(self._file, path):
                 break
-            self._file.close()
+            self.close()
             self._file = self._opened(path)
         file = self._file
         try:
@@ -302,6 +303,8 @@ class Log:
     def _add(file: BinaryIO, text: bytes, at: int) -> None:
         """Add a line to a file of `at` bytes, whole or not at all."""
         try:
+            if at and os.pread(file.fileno(), 1, at - 1) != b"\n":
+                text = b"\n" + text  # a power cut has torn the line before
             written = os.write(file.fileno(), text)
             if written < len(text):
                 raise OSError("a part of the line was written")
@@ -323,14 +326,13 @@ class Log:
             if self._keep and old <= number - self._keep:
                 with contextlib.suppress(OSError):
                     path.unlink()
-        self._file.close()
-        self._file = None
+        self.close()
         self._file = self._opened(self._path)
         return True
 
     @staticmethod
     def _opened(path: Path) -> BinaryIO:
-        return path.open("ab", buffering=0)
+        return path.open("ab+", buffering=0)
 
 
 def _same(file: BinaryIO, path: Path) -> bool:

@@ -121,5 +121,5 @@ def socket_of(state: Path, name: str = "admin") -> str:
     path = state.resolve() / f"{name}.sock"
     if len(os.fsencode(path)) > 100:
         own = f"peftopt-{os.getuid()}-{os.getpid()}" + (f"-{name}" if name != "admin" else "")
-        path = Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp")) / f"{own}.sock"
+        path = Path(os.environ.get("XDG_RUNTIME_DIR", "/tmp")) / f"{own}.sock"  # nosec B108 # bound with the owner's mode
     return f"unix:{path}"

@@ -23,6 +23,7 @@ from peftopt.gateway.metrics import Metrics
 from peftopt.gateway.registry import Registry, Stored
 from peftopt.loadtest.client import Client
 from peftopt.loadtest.protocols import Target
+from peftopt.redaction import ENGINE_KEY
 
 TRIES, AGAIN_S = 3, 0.5
 """A load that fails is tried again, each time after twice the pause."""
@@ -169,7 +170,7 @@ class Loader:
         return error
 
     def _client(self, url: str = "", timeout_s: float = 120.0) -> Client:
-        return Client(Target(url or self.url, key_env="" if url else self._key_env, timeout_s=timeout_s))
+        return Client(Target(url or self.url, key_env=ENGINE_KEY if url else self._key_env, timeout_s=timeout_s))
 
 
 def _nowhere(check: Check) -> None:

@@ -9,6 +9,7 @@ STATE/events.jsonl           what happened, a line each
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
@@ -31,6 +32,7 @@ from peftopt.measurements import structured
 from peftopt.models.adapter import CONFIG, highest_rank
 from peftopt.models.baked import is_baked, open_baked
 from peftopt.records import Json
+from peftopt.redaction import redacted
 
 FORMAT = 1
 SHORT = 12
@@ -139,12 +141,9 @@ class Registry:
 
     def tell(self, event: str, **what: Json) -> None:
         """Add to what happened; a full disk loses the line and nothing else."""
-        line = json.dumps({"at": utc(time.time()), "event": event, **what})
-        try:
-            with (self.root / "events.jsonl").open("a", encoding="utf-8") as lines:
-                lines.write(line + "\n")
-        except OSError:
-            return
+        line = redacted(json.dumps({"at": utc(time.time()), "event": event, **what}))
+        with contextlib.suppress(OSError):
+            store.add_lines(self.root / "events.jsonl", line + "\n")
 
 
 def open_registry(root: Path) -> Registry:

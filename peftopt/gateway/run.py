@@ -42,6 +42,7 @@ from peftopt.gateway.workers.supervisor import Plan, Supervisor
 from peftopt.loadtest import client as clients
 from peftopt.loadtest.client import Client
 from peftopt.loadtest.protocols import Target
+from peftopt.redaction import engine_key
 
 LOOK_EVERY_S, RECONCILE_EVERY_S, SAMPLE_EVERY_S, JUDGE_EVERY_S = 0.5, 10.0, 2.0, 1.0
 LINES_S = 5.0
@@ -134,10 +135,13 @@ class Gateway:
             asyncio.get_running_loop().add_signal_handler(number, self._end)
         brought = self._bring()  # first: the engine is started for their number and their ranks
         how = await self._how()
-        settings = replace(config.lives, base=config.base, max_rank=how.max_rank, drain_s=config.drain_s)
+        settings = replace(
+            config.lives, base=config.base, max_rank=how.max_rank, drain_s=config.drain_s, key_env=how.key_env
+        )
         engines = Engines(config.second, config.state.resolve())
         lives = Lives(how.url, self.registry, settings, self.metrics, how.brings, how.loads, self.tell, engines)
-        async with Upstream(how.url, config.timeouts) as upstream:
+        key = engine_key() if how.key_env else ""
+        async with Upstream(how.url, config.timeouts, key) as upstream:
             admission = Admission(config.limits, config.per_adapter, config.per_key)
             own = Settings(
                 config.most_body_bytes,
@@ -469,4 +473,6 @@ class Gateway:
             trace=config.trace,
             host=config.host,
             port=config.port,
+            engine_key=engine_key(),
+            started=self.config.start is not None,
         )

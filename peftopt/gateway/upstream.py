@@ -11,6 +11,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from peftopt import redaction
+
 if TYPE_CHECKING:
     import aiohttp
 
@@ -21,6 +23,8 @@ AT_ONCE_S = 0.1
 KEPT_S = 4.0
 """Connections are kept so long: less than the servers do, uvicorn's 5 s the least."""
 READ_BYTES = 65_536
+REDIRECTS = (301, 302, 303, 307, 308)
+"""Statuses that are not followed: a user's prompt goes to the engine and nowhere else."""
 MOST_ANSWER_BYTES = 64 * 2**20
 """The longest answer that does not stream."""
 
@@ -88,10 +92,11 @@ class Answer:
 
 
 class Upstream:
-    """Connections to the engine at `url`. Use as an async context manager."""
+    """Connections to the engine at `url`, which asks for `key` unless that is "". Use as an async context manager."""
 
-    def __init__(self, url: str, timeouts: Timeouts, headers: Mapping[str, str] | None = None) -> None:
-        self.url, self.timeouts, self._headers = url, timeouts, dict(headers or {})
+    def __init__(self, url: str, timeouts: Timeouts, key: str = "") -> None:
+        self.url, self.timeouts = url, timeouts
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Upstream:
@@ -101,7 +106,7 @@ class Upstream:
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEPT_S),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=self.timeouts.connect or None),
             auto_decompress=False,
-            headers={"Content-Type": "application/json", "Accept-Encoding": "identity", **self._headers},
+            headers={"Content-Type": "application/json", "Accept-Encoding": "identity"},
             read_bufsize=READ_BYTES,
         )
         return self
@@ -111,8 +116,8 @@ class Upstream:
         await self._session.close()
 
     def at(self, url: str) -> Upstream:
-        """The same connections, to another engine; closed with these."""
-        other = Upstream(url, self.timeouts, self._headers)
+        """The same connections, to an engine that was started beside; closed with these."""
+        other = Upstream(url, self.timeouts, redaction.engine_key())
         other._session = self._session
         return other
 
@@ -135,8 +140,11 @@ class Upstream:
 
         assert self._session is not None
         try:
-            async with asyncio.timeout(limit_s), self._session.get(self.url + path) as response:
-                return response.status, await response.read()
+            async with (
+                asyncio.timeout(limit_s),
+                self._session.get(self.url + path, headers=self._headers, allow_redirects=False) as response,
+            ):
+                return await _short(response)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return 0, _named(error).encode()
 
@@ -146,8 +154,13 @@ class Upstream:
 
         assert self._session is not None
         try:
-            async with asyncio.timeout(limit_s), self._session.post(self.url + path, data=body) as response:
-                return response.status, await response.read()
+            async with (
+                asyncio.timeout(limit_s),
+                self._session.post(
+                    self.url + path, data=body, headers=self._headers, allow_redirects=False
+                ) as response,
+            ):
+                return await _short(response)
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             return 0, _named(error).encode()
 
@@ -161,7 +174,14 @@ class Upstream:
             started = clock()
             try:
                 async with asyncio.timeout(limit):
-                    return await self._session.post(self.url + path, data=body, headers=headers)
+                    answer = await self._session.post(
+                        self.url + path, data=body, headers={**headers, **self._headers}, allow_redirects=False
+                    )
+                if answer.status in REDIRECTS:
+                    answer.close()
+                    to = answer.headers.get("location", "nowhere")[:200]
+                    raise Fault("upstream", "the engine redirects, which is not followed", to)
+                return answer
             except aiohttp.ClientConnectorError as error:
                 if not again:
                     raise Fault("engine_dead", "no engine answers", _named(error)) from error
@@ -191,6 +211,16 @@ async def unless(ended: Awaitable[object], doing: Awaitable[None]) -> bool:
         for task in (work, other):
             task.cancel()
         await asyncio.gather(work, other, return_exceptions=True)
+
+
+async def _short(response: aiohttp.ClientResponse) -> tuple[int, bytes]:
+    """(status, body); (0, reason) for one that is longer than MOST_ANSWER_BYTES: it is held in memory."""
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > MOST_ANSWER_BYTES:
+            return 0, f"the engine's answer has more than {MOST_ANSWER_BYTES} bytes".encode()
+    return response.status, bytes(body)
 
 
 def _named(error: BaseException) -> str:

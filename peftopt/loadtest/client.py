@@ -15,16 +15,21 @@ from urllib.parse import urlsplit
 
 from peftopt.errors import BROKEN, BadInput, MissingEnvironment
 from peftopt.loadtest import events, protocols
-from peftopt.loadtest.http import Head, Http, Lost, Streaming, Unreachable
+from peftopt.loadtest.http import Head, Http, Lost, Streaming, TooLong, Unreachable, beginning, check_no_password
 from peftopt.loadtest.protocols import Event, Prompt, Target
 from peftopt.records import Json
+from peftopt.redaction import api_key
+
+METRICS_S = 5.0
+"""The longest wait for a server's metrics, which a load can do without."""
 
 
 @dataclass
 class Reply:
     """An answer, whole or not. Times are perf_counter_ns; `times` has one for each message that brought a token.
 
-    `error` is "" for an answer that is complete. `new_tokens` is the server's count, else that of ids or of messages.
+    `error` is "" for an answer that is complete. `new_tokens` is the server's count, else that of ids or of messages;
+    `proposed` and `accepted` are of a server that tells what it proposed of them.
     `leave_after`: messages with a token after which its client goes away, 0 = it stays; `begun`, where given, is set
     with the first.
     """
@@ -37,6 +42,8 @@ class Reply:
     finish: str = ""
     prompt_tokens: int | None = None
     counted: int | None = None
+    proposed: int | None = None
+    accepted: int | None = None
     status: int = 0
     error: str = ""
     leave_after: int = 0
@@ -68,6 +75,8 @@ class Reply:
         self.error = event.error or self.error
         self.prompt_tokens = self.prompt_tokens if event.prompt_tokens is None else event.prompt_tokens
         self.counted = self.counted if event.new_tokens is None else event.new_tokens
+        self.proposed = self.proposed if event.proposed is None else event.proposed
+        self.accepted = self.accepted if event.accepted is None else event.accepted
 
 
 class Client:
@@ -86,7 +95,7 @@ class Client:
         """What was odd about the server, for a reader of what came of it."""
         headers = {"Content-Type": "application/json"}
         if target.key_env:
-            headers["Authorization"] = f"Bearer {_key(target.key_env)}"
+            headers["Authorization"] = f"Bearer {api_key(target.key_env)}"
         self._http = Http(self.target.url, headers, target.timeout_s, os.environ)
 
     async def __aenter__(self) -> Client:
@@ -122,9 +131,9 @@ class Client:
         except (Unreachable, Lost, TimeoutError) as error:
             via = self._http.via
             through = f" through the proxy of {via.name}" if via else ""
-            raise MissingEnvironment(
-                f"no server at {url}{through}: {_named(error)}", "start it, or check the address"
-            ) from error
+            late = f"no whole list of models within {self.target.timeout_s:g} s"
+            why = late if isinstance(error, TimeoutError) else _line(str(error))
+            raise MissingEnvironment(f"no server at {url}{through}: {why}", "start it, or check the address") from error
         if answer.status == 401:
             raise BadInput(
                 f"{url} refuses the API key (HTTP 401)", "name the environment variable that holds it: api_key_env"
@@ -180,7 +189,7 @@ class Client:
     async def metrics(self) -> str:
         """The engine's Prometheus metrics as text; "" where it has none."""
         try:
-            answer = await self._http.get("/metrics", limit_s=5.0)
+            answer = await self._http.get("/metrics", limit_s=min(METRICS_S, self.target.timeout_s))
         except (Unreachable, Lost, TimeoutError):
             return ""
         return answer.text if answer.status == 200 and "# TYPE" in answer.text else ""
@@ -246,6 +255,8 @@ class Client:
             reply.fail(f"stalled after {n} tokens, for {limit:g} s in all" if n else f"no answer within {limit:g} s")
         except Unreachable as error:
             reply.fail(f"cannot connect: {_line(str(error))}")
+        except TooLong as error:
+            reply.fail(str(error))
         except Lost as error:
             reply.fail(f"connection lost after {len(reply.times)} tokens: {_line(str(error))}")
         except BROKEN as error:
@@ -289,7 +300,7 @@ class Client:
         if response.redirects_to:
             reply.error = f"HTTP {reply.status}: it redirects to {_to(response)}: give that address"
         elif reply.status != 200:
-            text = (await response.read())[: events.MOST_BYTES].decode(errors="replace")
+            text = (await response.beginning(events.MOST_BYTES)).decode(errors="replace")
             reply.error = f"HTTP {reply.status}: {_said(text)}"
         elif not self.protocol.STREAMS:
             reply.add(self.protocol.read(json.loads(await response.read())), time.perf_counter_ns())
@@ -307,9 +318,9 @@ class Client:
                 if len(start.lstrip()) >= events.TELLING:
                     break
             if not events.begin(start):
-                text = (start + b"".join([piece async for _, piece in pieces]))[: events.MOST_BYTES]
+                text = start + await beginning(pieces, events.MOST_BYTES)
                 why = _error_in(text.decode(errors="replace"))
-                plain = f"does not stream: it answered {kind or 'without a content type'} to stream: true"
+                plain = f"does not stream: it answered {_line(kind) or 'without a content type'} to stream: true"
                 reply.error = f"HTTP 200, and yet: {why}" if why else plain
                 return
         async for now, message in events.messages(_joined(head, pieces)):
@@ -338,10 +349,7 @@ def checked(target: Target) -> Target:
         raise BadInput(f"no protocol named {target.protocol!r}", f"known: {', '.join(protocols.NAMES)}")
     if not target.url.startswith(("http://", "https://")):
         raise BadInput(f"{target.url!r} is not the URL of a server", "write it as in http://localhost:8000")
-    if "@" in target.url.split("/")[2]:
-        raise BadInput(
-            "the URL holds a password", "remove it, and name the environment variable of an API key: api_key_env"
-        )
+    check_no_password(target.url)
     if target.url.rstrip("/").endswith("/v1"):
         raise BadInput(f"{target.url} ends in /v1", "write the URL without /v1: the protocol adds the path")
     if not target.timeout_s > 0:
@@ -354,18 +362,6 @@ def checked(target: Target) -> Target:
     if not host:
         raise BadInput(f"{target.url!r} names no server", "write it as in http://localhost:8000")
     return replace(target, url=target.url.rstrip("/"))
-
-
-def _key(variable: str) -> str:
-    try:
-        key = os.environ[variable].strip()
-    except KeyError:
-        raise BadInput(
-            f"the environment variable {variable} is not set", f"export {variable}=…, then run this again"
-        ) from None
-    if not (key.isascii() and key.isprintable()):
-        raise BadInput(f"the value of {variable} is not an API key", "export the key alone, in one line")
-    return key
 
 
 def _models(data: Json) -> list[dict[str, Json]]:

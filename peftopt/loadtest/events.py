@@ -18,6 +18,10 @@ MOST_BYTES = 1 << 20
 DONE: Final = object()
 """What stands for OpenAI's closing message, [DONE]."""
 
+TRIED = 16
+"""Lines of a message after each of which it is looked at for its end: one of more lines ends with a blank one, or else
+a server could have the same text read for every line that it adds."""
+
 _PART: Final = object()
 _BOM = b"\xef\xbb\xbf"
 _FIELDS = (b"data", b"event", b"id", b"retry", b"error")
@@ -39,14 +43,14 @@ async def messages(  # noqa: C901 (a branch for each field of an event)
     Raises ValueError for what is not a stream of events.
     """
     data: list[bytes] = []
-    name = b""
+    name, size = b"", 0
     async for now, line in _lines(pieces):
         field, _, value = line.partition(b":")
         value = value.strip()
         if not line:
             if data:
                 yield now, json.loads(_text(data))
-            data, name = [], b""
+            data, name, size = [], b"", 0
         elif field == b"event":
             name = value
         elif field == b"error":  # llama.cpp's, which is not in the standard
@@ -55,11 +59,12 @@ async def messages(  # noqa: C901 (a branch for each field of an event)
             if name == b"ping" or not value or value.startswith(b":"):
                 continue
             data.append(value)
-            if sum(map(len, data)) > MOST_BYTES:
+            size += len(value) + 1
+            if size > MOST_BYTES:
                 raise ValueError(f"a message longer than {MOST_BYTES} bytes")
             # looked at before the blank line that ends it, which some servers leave out
-            if (message := _message(_text(data))) is not _PART:
-                data = []
+            if len(data) <= TRIED and (message := _message(_text(data))) is not _PART:
+                data, size = [], 0
                 if name == b"error" and not protocols.error_of(message):
                     yield now, {"error": message}
                 elif not _is_ping(message):

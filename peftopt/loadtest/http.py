@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from peftopt.errors import BadInput
 from peftopt.loadtest import proxies
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ KEPT_S = 4.0
 """An idle connection is kept so long: less than servers keep theirs, of which uvicorn's 5 s are the least."""
 LONGEST_HEADER_BYTES = 65_536
 READ_BYTES = 65_536
+MOST_BYTES = 64 * 2**20
+"""The longest answer that is read: a server that never ends takes no more memory than that."""
 
 
 class Unreachable(Exception):
@@ -31,6 +34,13 @@ class Unreachable(Exception):
 
 class Lost(Exception):
     """The server, or what lies before it, ended the exchange too soon, or did not speak HTTP."""
+
+
+class TooLong(Lost):
+    """The answer goes on for more than MOST_BYTES."""
+
+    def __init__(self) -> None:
+        super().__init__(f"the answer is longer than {MOST_BYTES // 2**20} MiB")
 
 
 @dataclass(frozen=True)
@@ -66,14 +76,21 @@ class Streaming(Head):
 
     async def pieces(self) -> AsyncIterator[tuple[int, bytes]]:
         """The pieces as they arrive, and when (perf_counter_ns). Raises Lost."""
+        size = 0
         with _named_faults():
             async for piece in self._response.content.iter_any():
+                size += len(piece)
+                if size > MOST_BYTES:
+                    raise TooLong
                 yield time.perf_counter_ns(), piece
 
     async def read(self) -> bytes:
         """The whole body. Raises Lost."""
-        with _named_faults():
-            return await self._response.read()
+        return b"".join([piece async for _, piece in self.pieces()])
+
+    async def beginning(self, most: int) -> bytes:
+        """The first `most` bytes of the body, or all of it. Raises Lost."""
+        return await beginning(self.pieces(), most)
 
 
 class Http:
@@ -81,7 +98,9 @@ class Http:
     first request. Redirects are not followed."""
 
     def __init__(self, url: str, headers: Mapping[str, str], timeout_s: float, environ: Mapping[str, str]) -> None:
-        """Raises BadInput or MissingEnvironment for a proxy or certificates in `environ` that cannot be used."""
+        """Raises BadInput for a `url` with a password, and BadInput or MissingEnvironment for a proxy or certificates
+        in `environ` that cannot be used."""
+        check_no_password(url)
         self.url = url
         self.via = proxies.of(url, environ)
         """The proxy on the way; None = none."""
@@ -121,7 +140,8 @@ class Http:
         async with asyncio.timeout(limit_s or self._timeout_s):
             with _named_faults():
                 async with await self._request(method, path, body) as response:
-                    return Whole(response.status, response.headers, await response.read())
+                    streaming = Streaming(response.status, response.headers, response)
+                    return Whole(response.status, response.headers, await streaming.read())
 
     async def _request(self, method: str, path: str, body: bytes | None) -> aiohttp.ClientResponse:
         return await self._session().request(
@@ -145,6 +165,23 @@ class Http:
                 trust_env=False,  # proxies.py reads the environment, so that a wrong variable is named
             )
         return self._opened
+
+
+def check_no_password(url: str) -> None:
+    """Raises BadInput, which does not show it, for a URL with a name or a password before its host."""
+    if "@" in url.partition("://")[2].partition("/")[0]:
+        hint = "remove it, and name the environment variable of an API key: --api-key-env, or --key-env"
+        raise BadInput("the URL holds a password", hint)
+
+
+async def beginning(pieces: AsyncIterator[tuple[int, bytes]], most: int) -> bytes:
+    """The first `most` bytes of pieces, or all of them; what comes after is not waited for."""
+    start = b""
+    async for _, piece in pieces:
+        start += piece
+        if len(start) >= most:
+            break
+    return start[:most]
 
 
 @contextmanager

@@ -3,6 +3,7 @@ into everything that is made from the folder."""
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Collection
 from pathlib import Path
 
@@ -30,3 +31,16 @@ def check_files(folder: Path, but: Collection[str] = ()) -> None:
             check_link(file, folder)
         if file.exists() and not file.is_file() and not file.is_dir():
             raise BadInput(f"{file} is no file but a pipe, a socket or a device", "remove it")
+
+
+def keep_private(out: Path, source: Path) -> None:
+    """Narrow the modes of a new folder's weights to those of the model that it was made of: who may not read that, may
+    not read these either. The owner may always write. An adapter's mode says nothing: safetensors writes every file for
+    its owner alone."""
+    mode = 0o666
+    for file in source.iterdir():
+        if file.suffix in WEIGHTS and file.is_file():
+            mode &= file.stat().st_mode | 0o600
+    for file in out.rglob("*"):
+        if file.suffix in WEIGHTS and file.is_file():
+            file.chmod(stat.S_IMODE(file.stat().st_mode) & mode)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftopt.corpus import Row
-from peftopt.errors import BadInput
+from peftopt.errors import BROKEN, BadInput
 from peftopt.records import Json
 
 MARK = "an answer that no template knows"
@@ -44,14 +44,18 @@ class Template:
 
 
 def read(folder: Path) -> Template:
-    """The template that transformers would use: chat_template.jinja, else what tokenizer_config.json says."""
-    config = _json(folder / "tokenizer_config.json")
-    named = _json(folder / "special_tokens_map.json") | config
-    special = {name: _content(named[name]) for name in SPECIAL if named.get(name)}
+    """The template that transformers would use: chat_template.jinja, else what tokenizer_config.json says. Raises
+    BadInput for files whose values are of other types than a tokenizer's."""
+    config = json_object(folder / "tokenizer_config.json")
+    named = json_object(folder / "special_tokens_map.json") | config
     file = folder / "chat_template.jinja"
-    text = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template") or ""
-    if isinstance(text, list):
-        text = next((each["template"] for each in text if each["name"] == "default"), "")
+    try:
+        special = {name: _content(named[name]) for name in SPECIAL if named.get(name)}
+        text = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template") or ""
+        if isinstance(text, list):
+            text = next((each["template"] for each in text if each["name"] == "default"), "")
+    except BROKEN as error:
+        raise BadInput(f"{folder}: its tokenizer's files cannot be read: {error!r}", "restore them") from error
     return Template(str(text), special)
 
 
@@ -103,7 +107,7 @@ def ends(folder: Path) -> list[int]:
     """The ids that end an answer, where transformers looks for them: in the generation config (without one, in the
     model's); none where they name none."""
     file = next((f for name in ("generation_config.json", "config.json") if (f := folder / name).is_file()), None)
-    ids = _json(file).get("eos_token_id") if file else None
+    ids = json_object(file).get("eos_token_id") if file else None
     return [id_ for id_ in (ids if isinstance(ids, list) else [ids]) if isinstance(id_, int) and id_ >= 0]
 
 
@@ -137,13 +141,13 @@ def closes(home: Path) -> tuple[str, int] | None:
         text = template.render(turn, prompt=False)
     except (TemplateError, *WRONG):
         return None
-    return first_token(text.rpartition(MARK)[2], _added(home)) if MARK in text else None
+    return first_token(text.rpartition(MARK)[2], added(home)) if MARK in text else None
 
 
 def _own_end(home: Path) -> list[int]:
     """The id of the tokenizer's own end of sequence, which counts where the configs name none."""
     text = read(home).special.get("eos_token", "")
-    return [id_ for token, id_ in _added(home).items() if token == text]
+    return [id_ for token, id_ in added(home).items() if token == text]
 
 
 def first_token(text: str, added: Mapping[str, int]) -> tuple[str, int] | None:
@@ -153,11 +157,11 @@ def first_token(text: str, added: Mapping[str, int]) -> tuple[str, int] | None:
     return (longest := max(tokens, key=len), added[longest]) if tokens else None
 
 
-def _added(home: Path) -> dict[str, int]:
+def added(home: Path) -> dict[str, int]:
     """Tokens that were added to the vocabulary, with their ids: special ones are among them."""
-    listed = _json(home / "tokenizer.json").get("added_tokens") or []
+    listed = json_object(home / "tokenizer.json").get("added_tokens") or []
     tokens = {token["content"]: int(token["id"]) for token in listed}
-    decoder = _json(home / "tokenizer_config.json").get("added_tokens_decoder") or {}
+    decoder = json_object(home / "tokenizer_config.json").get("added_tokens_decoder") or {}
     return tokens | {token["content"]: int(id_) for id_, token in decoder.items()}
 
 
@@ -166,7 +170,7 @@ def _content(token: Json) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def _json(file: Path) -> dict[str, Json]:
+def json_object(file: Path) -> dict[str, Json]:
     """A JSON object; empty for a file that is not there, or is none: whoever needs it says so."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))

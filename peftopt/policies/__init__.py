@@ -5,6 +5,7 @@ A policy file has a one-line docstring (its help), a frozen dataclass `Params`, 
     def apply(request: Request, params: Params, count: Callable[[Messages], int]) -> Request
 
 where `count` gives the tokens of a prompt, chat template included. A request that needs no change comes back as it is.
+`speculate` changes none: the engine is opened with its parameters.
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ class Policed:
         for apply, params in self._policies:
             request = apply(request, params, lambda messages: len(self._engine.encode(messages)[0]))
         return request
+
+
+def speculation(policies: Sequence[Step]) -> Any | None:
+    """How the engine is to speculate (its parameters, a `Speculation`); None where no policy asks for it."""
+    asked = (step for step in policies if step.technique == "speculate")
+    return next((plugins.module("policy", step.plugin).Params(**step.params) for step in asked), None)
 
 
 def most(engine: Engine, new_tokens: int, stop: bool) -> int:

@@ -54,6 +54,9 @@ BEYOND_CACHE = 1 << 27
 
 REPEATS = 5
 
+PYTHON_S = 0.5
+"""Seconds from the start of a process to its first job."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -96,7 +99,8 @@ class Products:
 @dataclass(frozen=True)
 class Few:
     """What was tried on `few` of a model's `layers`; `left_out` says of a variant why it could not be. `lengths`: the
-    tokens of every prompt of a workload."""
+    tokens of every prompt of a workload; of the prompts whose answers are checked those of each, and of each answer
+    that is known. `start_s`: from a process without libraries to an open engine."""
 
     few: int
     layers: int
@@ -104,6 +108,9 @@ class Few:
     products: tuple[Products, ...]
     lengths: Mapping[str, tuple[int, ...]]
     left_out: Mapping[str, str]
+    prompt_tokens: tuple[int, ...] = ()
+    answer_tokens: tuple[int, ...] = ()
+    start_s: float = 0.0
 
 
 class Bench:
@@ -152,11 +159,19 @@ class Bench:
 
 
 def try_out(
-    bench: Bench, variants: Sequence[Variant], asked: Sequence[Asked], seconds: float, rank: int = 0, seed: int = 0
+    bench: Bench,
+    variants: Sequence[Variant],
+    asked: Sequence[Asked],
+    seconds: float,
+    rank: int = 0,
+    seed: int = 0,
+    answers: Sequence[Row] = (),
 ) -> Few:
     """Time every variant on every workload, in rounds of random order, for some `seconds` each. `rank`: an adapter
-    padded to it is timed too, 0 for none. A variant that fails is left out, with its reason."""
-    lengths = {each.workload: _lengths(bench.source, each) for each in asked}
+    padded to it is timed too, 0 for none. `answers`: the prompts whose answers will be checked, of which the tokens are
+    counted. A variant that fails is left out, with its reason."""
+    started = time.perf_counter()
+    lengths = {each.workload: _lengths(bench.source, each.rows) for each in asked}
     words = hf.config(bench.plain.path).get_text_config().vocab_size
     shapes = [
         Shape(each.workload, each.batch, _words(typical(lengths[each.workload], each.batch), words)) for each in asked
@@ -175,6 +190,7 @@ def try_out(
                 apart.add(name)
 
         opened(PLAIN_ONE, bench.plain_one)
+        start_s = PYTHON_S + time.perf_counter() - started
         opened(PLAIN, bench.plain)
         for n, variant in enumerate(variants):
             progress.report("forecast", n, steps, f"making {variant.name} of {FEW} layers")
@@ -192,12 +208,28 @@ def try_out(
         tried = [each for shape in shapes for each in _timed(engines, apart, shape, seconds, draw, left_out)]
     products = tuple(Products(shape.workload, products_ms(bench.base, bench.layers, shape.rows)) for shape in shapes)
     progress.report("forecast", steps, steps)
-    return Few(FEW, bench.layers, tuple(tried), products, lengths, left_out)
+    return Few(
+        few=FEW,
+        layers=bench.layers,
+        tried=tuple(tried),
+        products=products,
+        lengths=lengths,
+        left_out=left_out,
+        prompt_tokens=_lengths(bench.source, answers),
+        answer_tokens=_expected(bench.source, answers),
+        start_s=start_s,
+    )
 
 
-def _lengths(model: Model, asked: Asked) -> tuple[int, ...]:
+def _lengths(model: Model, rows: Sequence[Row]) -> tuple[int, ...]:
     tokenizer = hf.tokenizer(hf.tokenizer_home(model), model.path)
-    return tuple(len(encoded(tokenizer, row.messages)) for row in asked.rows)
+    return tuple(len(encoded(tokenizer, row.messages)) for row in rows)
+
+
+def _expected(model: Model, rows: Sequence[Row]) -> tuple[int, ...]:
+    """Tokens of each answer that is known, with the one that ends it."""
+    tokenizer = hf.tokenizer(hf.tokenizer_home(model), model.path)
+    return tuple(len(tokenizer(r.expected, add_special_tokens=False).input_ids) + 1 for r in rows if r.expected)
 
 
 def _words(count: int, known: int) -> tuple[int, ...]:

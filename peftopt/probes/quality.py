@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from peftopt import identity, policies
 from peftopt.corpus import Row
-from peftopt.engines import Engine, Scores
+from peftopt.engines import Engine, Generation, Scores
 from peftopt.measurements import Answer
 from peftopt.probes import _answers as answers
 from peftopt.records import NO_INVARIANTS, Invariants, Json
@@ -61,10 +61,6 @@ class Waiting:
     def length(self) -> int:
         """Tokens of the prompt, and of the answer as far as it is proven."""
         return self.asked.length + len(self.start)
-
-
-Decoded = tuple[list[int], bool]
-"""Token ids without the closing end of sequence, and whether there was one."""
 
 
 class Reference:
@@ -184,10 +180,10 @@ def ask(
     base: dict[str, Scores] = {}
     asked_base = frozenset(row.id for row in rows[:BASE_ROWS]) if write_reference else frozenset()
 
-    def finish(a: Asked, answer: Decoded, scores: Scores | None) -> None:
-        tell(_record(engine, a, *answer, scores, schema, known, invariants))
+    def finish(a: Asked, answer: Generation, scores: Scores | None) -> None:
+        tell(_record(engine, a, answer, scores, schema, known, invariants))
         if scores is not None and write_reference:
-            found[_key(a.row)] = (answer[0], scores)
+            found[_key(a.row)] = (answer.tokens, scores)
 
     waiting: list[Waiting] = []
     critical = [row.id for row in rows if row.critical]
@@ -196,20 +192,21 @@ def ask(
         drafted = _drafted(engine, group, new_tokens)
         base |= _without_adapters(engine, [a for a in drafted if a.row.id in asked_base])
         for a, scores in zip(drafted, _scores(engine, drafted), strict=True):
-            if scores is None or a.row.id in decoded:
+            if scores is None or engine.speculates or a.row.id in decoded:
                 waiting.append(Waiting(a, [], scores))
                 continue
             tokens, complete, stopped = verified(a.draft, scores.best, engine.eos, new_tokens)
             if complete:
-                finish(a, (tokens, stopped), scores)
+                finish(a, Generation(tokens, [], stopped), scores)
             else:
                 waiting.append(Waiting(a, tokens, scores))
     # What is left to decode travels in full batches, not a row or two behind each group that was scored.
     for left in batches(waiting, batch):
         rest = _decode(engine, [w.asked.prompt + w.start for w in left], new_tokens)
-        for w, (tokens, stopped) in zip(left, rest, strict=True):
-            whole = w.start + tokens
-            finish(w.asked, (whole[:new_tokens], stopped and len(whole) < new_tokens), w.scores)
+        for w, answer in zip(left, rest, strict=True):
+            whole = w.start + answer.tokens
+            stopped = answer.stopped and len(whole) < new_tokens
+            finish(w.asked, replace(answer, tokens=whole[:new_tokens], stopped=stopped), w.scores)
     if write_reference:
         Reference.write(write_reference, found, base)
 
@@ -247,7 +244,7 @@ def _drafted(engine: Engine, group: list[Asked], new_tokens: int) -> list[Asked]
     """The group with a draft for each row: where nothing is expected, the model's own answer is what is scored."""
     bare = [a for a in group if not a.draft] if engine.scores else []
     own = zip(bare, _decode(engine, [a.prompt for a in bare], new_tokens), strict=True)
-    drafts = {a.row.id: [*tokens, *([min(engine.eos)] if stopped else [])] for a, (tokens, stopped) in own}
+    drafts = {a.row.id: [*answer.tokens, *([min(engine.eos)] if answer.stopped else [])] for a, answer in own}
     return [replace(a, draft=drafts.get(a.row.id, a.draft)) for a in group]
 
 
@@ -283,11 +280,12 @@ def verified(
     return tokens, False, False
 
 
-def _decode(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[Decoded]:
+def _decode(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[Generation]:
+    """The answers, their tokens without the closing end of sequence."""
     if not prompts:
         return []
     generations = engine.generate(prompts, new_tokens, stop=True)
-    return [([t for t in g.tokens if t not in engine.eos], g.stopped) for g in generations]
+    return [replace(g, tokens=[t for t in g.tokens if t not in engine.eos]) for g in generations]
 
 
 def _asked(engine: Engine, row: Row, known: Reference | None) -> Asked:
@@ -300,14 +298,13 @@ def _asked(engine: Engine, row: Row, known: Reference | None) -> Asked:
 def _record(
     engine: Engine,
     a: Asked,
-    tokens: list[int],
-    stopped: bool,
+    answer: Generation,
     scores: Scores | None,
     schema: Mapping[str, Json] | None,
     known: Reference | None,
     invariants: Invariants,
 ) -> Answer:
-    row, output = a.row, engine.decode(tokens)
+    row, tokens, stopped, output = a.row, answer.tokens, answer.stopped, engine.decode(answer.tokens)
     judged = answers.judge(
         output,
         row.expected,
@@ -334,6 +331,9 @@ def _record(
         valid=judged.valid,
         flags=judged.flags,
         uncut_tokens=policies.uncut(engine, row.messages) or None,
+        steps=answer.steps or None,
+        proposed=answer.proposed if answer.steps else None,
+        accepted=answer.accepted if answer.steps else None,
     )
     return found if scores is None else _scored(found, row, scores, known)
 

@@ -20,7 +20,7 @@ from peftopt.recipe.chains import call, clash
 from peftopt.recipe.limits import MEMORY, RULES
 from peftopt.recipe.reader import Reader, Reading, Schema, Wrong, filled, nearest, show
 from peftopt.recipe.sections import Limit, Rows, Sections, Sources, check, check_formats
-from peftopt.recipe.values import TEXT, quantity, scalar, text_as, text_of, typed, whole, words
+from peftopt.recipe.values import PRICE, TEXT, quantity, scalar, text_as, text_of, typed, whole, words
 from peftopt.records import (
     GENERIC,
     NAME,
@@ -175,6 +175,7 @@ class _Reading(Reading):
             "tradeoffs": self.tradeoffs,
             "require": self.list_of(text_as(thresholds.parse, thresholds.SCHEMA)),
             "minimize": text_as(thresholds.parse_metric, thresholds.TIME_SCHEMA),
+            "price_per_hour": PRICE,
         }
         keys = self.keys(readers, ["model", "workloads", "variants", "minimize"], Sections)
         return Reader(lambda node, at: filled(Sections, keys(node, at)), keys.schema)

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 from peftopt import identity
 from peftopt.errors import BadInput
-from peftopt.records import Build, Plan, Recipe, Step
+from peftopt.records import Build, Measure, Plan, Plugin, Quality, Recipe, Step, Variant, Workload
 
 SOURCE = ""
 """The id of the starting point: the adapter on its base, as the user gave them."""
@@ -37,6 +37,22 @@ def elsewhere(recipe: Recipe) -> Plan:
     return plan(recipe, dict.fromkeys(("base", "adapter", "calibration"), ""), {})
 
 
+def completed(plan: Plan, catalogue: Mapping[str, Plugin]) -> Plan:
+    """The plan of an older peftopt, with the parameters that its plug-ins have got since at their defaults: they ran as
+    these say."""
+
+    def whole(step: Step) -> Step:
+        plugin = catalogue.get(step.plugin)
+        return replace(step, params={**vars(plugin.params()), **step.params}) if plugin else step
+
+    def filled(variant: Variant) -> Variant:
+        steps, policies = (tuple(map(whole, each)) for each in (variant.steps, variant.policies))
+        return replace(variant, steps=steps, engine=whole(variant.engine), policies=policies)
+
+    variants = {name: filled(variant) for name, variant in plan.recipe.variants.items()}
+    return replace(plan, recipe=replace(plan.recipe, variants=variants))
+
+
 def rejudged(plan: Plan, recipe: Recipe) -> Plan:
     """The plan with the thresholds of `recipe`, over what was measured. Variants may be left out: they are not judged
     again, but parents and error rates stay those of the run, or leaving one out would change verdicts on the others.
@@ -46,8 +62,11 @@ def rejudged(plan: Plan, recipe: Recipe) -> Plan:
     old = plan.recipe
     hint = "run the recipe: this takes measuring"
     for name, variant in recipe.variants.items():
-        if old.variants.get(name) != variant:
-            raise BadInput(f"that run did not measure {name} as the recipe has it now", hint)
+        if name not in old.variants:
+            raise BadInput(f"that run did not measure {name}: its variants are {', '.join(old.variants)}", hint)
+        if old.variants[name] != variant:
+            now = f"{_chain(variant, old.variants[name])}, not {_chain(old.variants[name], variant)}"
+            raise BadInput(f"that run did not measure {name} as the recipe has it now: {now}", hint)
     if recipe.baseline != old.baseline:
         raise BadInput(f"that run was measured against {old.baseline}, not {recipe.baseline}", hint)
     for metric in (recipe.minimize, *(threshold.metric for threshold in recipe.require)):
@@ -58,6 +77,7 @@ def rejudged(plan: Plan, recipe: Recipe) -> Plan:
         rules=recipe.rules,
         require=recipe.require,
         minimize=recipe.minimize,
+        price_per_hour=recipe.price_per_hour,
         measure=replace(old.measure, clock=recipe.measure.clock),
     )
     return replace(plan, recipe=judged, left_out=tuple(name for name in old.variants if name not in recipe.variants))
@@ -65,7 +85,9 @@ def rejudged(plan: Plan, recipe: Recipe) -> Plan:
 
 def changes(old: Recipe, new: Recipe) -> list[str]:
     """Which thresholds differ, in words: a limit that was chosen after the values were known does not test them."""
-    limits = [{f"{r.technique}.{r.name}": r.limit for r in recipe.rules} for recipe in (old, new)]
+    steps = [step for variant in old.variants.values() for step in variant.techniques]
+    asked = {"variant", *(step.plugin for step in steps), *(step.technique for step in steps)}
+    limits = [{f"{r.technique}.{r.name}": r.limit for r in each.rules if r.technique in asked} for each in (old, new)]
     lines = [
         f"{name} {_shown(limits[0].get(name))} -> {_shown(limits[1].get(name))}"
         for name in sorted(limits[0].keys() | limits[1].keys())
@@ -77,6 +99,38 @@ def changes(old: Recipe, new: Recipe) -> list[str]:
     lines += [f"leaves out {name}" for name in old.variants if name not in new.variants]
     others = (("minimize", old.minimize, new.minimize), ("clock", old.measure.clock, new.measure.clock))
     return lines + [f"{name} {was} -> {is_}" for name, was, is_ in others if was != is_]
+
+
+def kept(old: Recipe, new: Recipe) -> list[str]:
+    """What a recipe has otherwise than a run that it judges, and what stays as it was run, in words. Where files lie is
+    not a difference: what they held is known from the measurements alone."""
+    lines = []
+    for name in old.workloads.keys() & new.workloads.keys():
+        lines += _differ(f"workloads.{name}", old.workloads[name], new.workloads[name])
+    if old.quality and new.quality:
+        lines += _differ("quality", old.quality, new.quality)
+    lines += _differ("measure", replace(old.measure, clock=new.measure.clock), new.measure)
+    return sorted(lines)
+
+
+FILES = ("prompts", "schema", "tasks")
+"""Settings that name files."""
+
+
+def _differ(where: str, old: Workload | Quality | Measure, new: Workload | Quality | Measure) -> list[str]:
+    was, is_ = asdict(old), asdict(new)
+    return [f"{where}.{key} {was[key]}, not {is_[key]}" for key in was if key not in FILES and was[key] != is_[key]]
+
+
+def _chain(variant: Variant, other: Variant) -> str:
+    """The steps of a variant, with the parameters that are not those of the other's step in the same place."""
+    theirs = [*other.steps, *other.policies, other.engine]
+    words = []
+    for n, step in enumerate([*variant.steps, *variant.policies, variant.engine]):
+        same = theirs[n].params if n < len(theirs) and theirs[n].plugin == step.plugin else step.params
+        chosen = [f"{key} {value}" for key, value in step.params.items() if key not in same or same[key] != value]
+        words.append(f"{step.plugin} ({', '.join(chosen)})" if chosen else step.plugin)
+    return " -> ".join(words)
 
 
 def _shown(limit: float | None) -> str:

@@ -75,6 +75,8 @@ class Sections:
     """What the whole variant must meet: your SLA."""
     minimize: Metric | None = None
     """The one time that variants are ranked by: latency.p50@WORKLOAD, ttft.p50@WORKLOAD, …"""
+    price_per_hour: str | None = ""
+    """What the machine costs an hour: 2.10 USD. Reports say then what tokens cost."""
 
     def recipe(self, name: str, path: str, rules: tuple[Rule, ...]) -> Recipe:
         """The recipe, once no mistake was noted. Raises Wrong where a section has one."""
@@ -94,6 +96,7 @@ class Sections:
             minimize=_whole(self.minimize),
             measure=_whole(self.measure),
             seed=_whole(self.seed),
+            price_per_hour=_whole(self.price_per_hour),
         )
 
 
@@ -113,6 +116,7 @@ def check(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin])
     _check_baseline(sections, reading)
     _check_chains(sections, reading)
     _check_calibration(sections, reading)
+    _check_speculation(sections, reading, catalogue)
     _check_loads(sections, reading, catalogue)
     _check_minimize(sections, reading)
     _check_metrics(sections, reading)
@@ -153,9 +157,29 @@ def _check_calibration(sections: Sections, reading: Reading) -> None:
         return
     hint = "add calibration: the path of a JSONL file of prompts and answers, or generic"
     for name, variant in _readable(sections.variants).items():
-        for step in variant.steps:
-            if step.calibrates:
+        for step in (*variant.steps, *variant.policies):
+            if step.calibrates or step.params.get("answers"):
                 reading.note(f"variants.{name}", f"{step.plugin} needs calibration texts", hint)
+
+
+def _check_speculation(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
+    """An engine can look up what a variant asks it to, in batches where there are any."""
+    batches = [name for name, workload in _readable(sections.workloads).items() if workload.batch > 1]
+    for name, variant in _readable(sections.variants).items():
+        for step in (step for step in variant.policies if step.technique == "speculate"):
+            able = catalogue[variant.engine.plugin].speculates
+            asked = {
+                "prompts": "does not speculate",
+                "answers": "proposes nothing of other answers" if step.params.get("answers") else "",
+                "shortest": f"looks up n-grams down to one token, not {step.params.get('shortest')}"
+                if step.params.get("shortest", 1) != 1
+                else "",
+                "batches": f"speculates for one prompt at a time, and {batches[0]} has a batch" if batches else "",
+            }
+            if lacks := next((word for word, says in asked.items() if says and word not in able), ""):
+                others = [p.name for p in catalogue.values() if {"prompts", lacks} <= {*p.speculates}]
+                hint = f"give it an engine that does: {', '.join(others)}" if others else "remove the step"
+                reading.note(f"variants.{name}", f"its engine {variant.engine.plugin} {asked[lacks]}", hint)
 
 
 def check_formats(steps: Sequence[Step], at: str, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:

@@ -51,7 +51,7 @@ def recipe(facts: Facts) -> str:
     rows = min(facts.distinct, MOST_ROWS)
     lines = [
         "# A first decision: which of these variants to ship in place of the adapter as it is served today.",
-        "# `peftopt new` chose the numbers for this machine, this model and these prompts. Change what you like.",
+        "# `peftopt new` chose the numbers for this machine, model and prompts. Change what you know better.",
         f"model: {{base: {_word(facts.base)}, adapter: {_word(facts.adapter)}}}",
         "",
         "# What is timed: `batch` prompts together, of which every answer gets exactly `new_tokens`. The median length",
@@ -60,8 +60,8 @@ def recipe(facts: Facts) -> str:
         f"  chat: {{prompts: {_word(facts.prompts)}, new_tokens: {answer}, batch: 1}}",
         f"  bulk: {{prompts: {_word(facts.prompts)}, new_tokens: {answer}, batch: 8}}",
         "",
-        "# Whose answers are checked: of so many `rows`, each of `new_tokens` at most. In the file of prompts, mark rows",
-        "# that may never get worse as critical.",
+        "# Whose answers are checked: of so many `rows`, each of `new_tokens` at most. In the file of prompts, mark as",
+        "# critical what may never get worse.",
         f"quality: {{prompts: {_word(facts.prompts)}, new_tokens: {longest}, batch: 8, rows: {rows}}}",
         "# After how many blocks a variant gets a fresh process, and after how many the run ends at the latest.",
         "measure: {relaunch: 3, max_blocks: 16}",
@@ -119,8 +119,8 @@ def _tradeoffs(facts: Facts, rows: int, judged: int) -> list[str]:
     shown = next((rate for rate in RATES if needed_n(rate, judged) <= rows), None)
     if shown is None:
         return [
-            "# Too few prompts cannot show that critical errors are rare: variants stay undecided. How many it takes,",
-            "# `peftopt check` says.",
+            "# Too few prompts cannot show that critical errors are rare: variants stay undecided.",
+            "# `peftopt check` says how many it takes.",
         ]
     rules = {"merge": 0.05, "quantize": 0.01, "compile": 0.05, "variant": 0.05}
     weaker = {name: shown for name, limit in rules.items() if shown > limit}

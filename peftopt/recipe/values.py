@@ -42,6 +42,29 @@ def text_as(parse: Callable[[str], Value], schema: Schema) -> Reader[Value]:
 TEXT = text_as(str, {"minLength": 1})
 
 
+_PRICE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]{3})?\s*")
+
+
+def price_of(text: str) -> tuple[float, str] | None:
+    """An amount above 0 and its currency, "" for none, of "2.10" or "2.10 EUR"; None for anything else."""
+    match = _PRICE.fullmatch(text)
+    if match is None or not 0 < float(match[1]) < math.inf:
+        return None
+    return float(match[1]), (match[2] or "").upper()
+
+
+def _read_price(node: yaml.Node, at: str) -> str:
+    written = scalar(node, "a price, such as 2.10 USD")
+    if price_of(written) is None:
+        raise Wrong(f"must be a number above 0 and a currency, found {show(node)}", "write it so: 2.10 USD")
+    return written
+
+
+_AMOUNT: Schema = {"type": "number", "exclusiveMinimum": 0}
+PRICE = Reader(_read_price, lambda: {"anyOf": [{"type": "string", "pattern": f"^{_PRICE.pattern}$"}, _AMOUNT]})
+"""A price: an amount above 0, and its currency where that is not USD."""
+
+
 def whole(low: int, high: int = 1_000_000) -> Reader[int]:
     """A reader of whole numbers from `low` to `high`, in decimal digits."""
     expected = f"a whole number from {low:,} to {high:,}"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from peftopt.decision.evidence import ANSWERED_WRONG, CriticalError, Evidence
 from peftopt.measurements import Answer
-from peftopt.records import Decision
+from peftopt.metrics import counted
+from peftopt.records import Decision, Interval
 from peftopt.report.diff import Piece, pieces
 from peftopt.report.words import MISSING, Table, clean
 
@@ -140,6 +141,19 @@ def slices(decision: Decision, evidence: Evidence) -> Table:
         for key in (_ALL, *keys)
     ]
     return header, [list(map(clean, row)) for row in body]
+
+
+def steps(decision: Decision, evidence: Evidence) -> Table:
+    """Tokens a step (acceptance length) by slice, with the answers that tell: a row each, a column for each variant
+    that proposes tokens."""
+    found = {v.name: lengths for v in decision.variants if (lengths := evidence.acceptance_lengths(v.name))}
+    keys = sorted({key for lengths in found.values() for key in lengths})
+    body = [[key or _ALL, *(_steps_cell(lengths.get(key)) for lengths in found.values())] for key in keys]
+    return [clean(cell) for cell in ("slice", *found)], [list(map(clean, row)) for row in body]
+
+
+def _steps_cell(length: Interval | None) -> str:
+    return MISSING if length is None else f"{length.estimate:.2f} ({counted(length.n, 'answer')})"
 
 
 _ALL = "all"

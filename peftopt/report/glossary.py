@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from peftopt.metrics import described
 
 HOW_TO_READ = (
-    "0.81x (0.78–0.84) is a ratio to the baseline and its 95 % interval, the range of true ratios that the data "
-    "allow. Below 1 is faster; an interval that holds 1 shows no difference. A raced rule has a wider interval, "
-    "since it is looked at more than once; memory and load time show the range of their launches.",
+    "0.81x (0.78–0.84) is a ratio to the baseline and its interval, the range of true ratios that the data allow: at "
+    "95 % where no other level is said. Below 1 is faster; an interval that holds 1 shows no difference. The speed "
+    "that is minimized has the interval by which it is judged, at a higher level, since it is looked at more than once "
+    "and every variant shares the error; memory and load time show the range of their launches.",
     "Ratios are paired: every variant ran once in each block, in random order, so what the machine did to one it "
     "did to all. The baseline's own row is a second copy against itself: the noise that a gain has to exceed.",
     "Inconclusive means that the interval still holds the limit. It is not a pass: measure more.",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from peftopt.decision.rules import protects
 from peftopt.metrics import HIGHER, counted, described, format_value
 from peftopt.records import Decision, Interval, VariantDecision
-from peftopt.report.table import ratio_name
+from peftopt.report.table import speed_of
 from peftopt.report.words import clean
 
 TIMES = 1.5
@@ -58,7 +58,7 @@ def _gain(decision: Decision, chosen: VariantDecision) -> str:
     metric, _, workload = decision.minimize.partition("@")
     today = f"today's {decision.baseline}"
     if metric.startswith("latency."):
-        return _speed(chosen.figures.get(ratio_name(decision, workload)), today)
+        return _speed(speed_of(decision, chosen, workload), today)
     spec = described(metric)
     before = named(decision, decision.baseline)
     ratio = quotient(chosen.figures.get(decision.minimize), before.figures.get(decision.minimize) if before else None)
@@ -144,10 +144,11 @@ def _undecided(decision: Decision, candidates: Sequence[VariantDecision]) -> str
     names = _names([variant.name for variant in still_open], "or")
     sentence = f"Keep today's {decision.baseline} for now: whether {names} may replace it is not settled"
     minutes = [(wait, variant.name) for variant in still_open if (wait := _minutes(variant)) is not None]
+    then = f" Next: {decision.next_step}" if decision.next_step else ""
     if not minutes:
-        return f"{sentence}."
+        return f"{sentence}.{then}"
     wait, name = min(minutes)
-    return f"{sentence}. About {counted(max(round(wait), 1), 'minute')} more of measuring would settle {name}."
+    return f"{sentence}. About {counted(max(round(wait), 1), 'minute')} more of measuring would settle {name}.{then}"
 
 
 def _minutes(variant: VariantDecision) -> float | None:

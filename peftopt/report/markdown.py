@@ -81,6 +81,7 @@ def _bodies(
         "rules": "\n\n".join(_variant(variant) for variant in decision.variants),
         "answers": _answers(decision, evidence),
         "slices": _table(answers.slices(decision, evidence)),
+        "steps": _table(answers.steps(decision, evidence)),
         "production": _production(decision, evidence),
         "beside": "\n\n".join(f"**{escape(p.title)}**\n\n{escape(p.about)}\n\n{_table(p.table)}" for p in beside),
         "workloads": _table(table.by_workload(decision)),

@@ -9,6 +9,7 @@ TITLES = {
     "rules": "Rules",
     "answers": "Answers that changed",
     "slices": "Right answers by slice",
+    "steps": "Tokens a step by slice",
     "production": "In production",
     "beside": "Beside the decision",
     "workloads": "By workload",

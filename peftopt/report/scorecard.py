@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from peftopt.errors import BadInput
 from peftopt.metrics import HIGHER, described, format_value, percent
+from peftopt.recipe.values import price_of
 from peftopt.records import Decision, Interval, VariantDecision
 from peftopt.report import words
 from peftopt.report.headline import named, quotient, worse_and_better
-from peftopt.report.table import busiest, ratio_name
+from peftopt.report.table import busiest, speed_of
 from peftopt.report.words import MISSING, Table, clean
 
 Change = Literal["better", "worse", "same", ""]
@@ -53,10 +53,11 @@ class Scorecard:
 
 def price(text: str) -> Price:
     """A price per hour as it is typed: "2.10" or "2.10 EUR". Raises BadInput for anything else."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]{3})?\s*", text)
-    if match is None or not 0 < float(match[1]) < math.inf:
+    read = price_of(text)
+    if read is None:
         raise BadInput(f"{text!r} is not a price per hour", "write a number above 0 and a currency: 2.10 USD")
-    return Price(float(match[1]), (match[2] or Price.currency).upper())
+    amount, currency = read
+    return Price(amount, currency or Price.currency)
 
 
 def scorecard(decision: Decision, machine: Price | None = None) -> Scorecard | None:
@@ -93,7 +94,7 @@ def _latency(decision: Decision, before: VariantDecision, after: VariantDecision
     """The median, with the ratio that is paired by block."""
     name = f"latency.p50@{workload}"
     score = _figure(before, after, name, "half of the requests are faster")
-    ratio = after.figures.get(ratio_name(decision, workload))
+    ratio = speed_of(decision, after, workload)
     if score is None or ratio is None or not _positive(ratio.estimate):
         return score
     change: Change = "better" if ratio.high < 1 else "worse" if ratio.low > 1 else "same"
@@ -188,7 +189,7 @@ def _critical(after: VariantDecision) -> Score | None:
 def _throughput(decision: Decision, before: VariantDecision, after: VariantDecision, workload: str) -> Score | None:
     """The throughput; where its own interval is open and it moves as the paired time does, the pairs tell."""
     score = _figure(before, after, f"throughput@{workload}", "output tokens of all requests at once")
-    paired = after.figures.get(ratio_name(decision, workload))
+    paired = speed_of(decision, after, workload)
     ratio = quotient(after.figures.get(f"throughput@{workload}"), before.figures.get(f"throughput@{workload}"))
     if score is None or score.change != "same" or paired is None or ratio is None:
         return score

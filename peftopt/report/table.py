@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from peftopt.metrics import REPORTED, TASK, format_value
+from peftopt.metrics import REPORTED, TASK, format_value, percent
 from peftopt.records import Decision, Interval, VariantDecision, Verdict
 from peftopt.report import columns, words
 from peftopt.report.columns import Column, Sheet
@@ -79,7 +79,12 @@ def _full(decision: Decision) -> list[Column]:
     return [
         Column("variant", lambda v: _name(decision, v)),
         Column("verdict", lambda v: f"{v.outcome} ({v.decided_by})" if v.decided_by else v.outcome),
-        columns.speed(ratio_name(decision, main), f"speed@{main} vs {decision.baseline}"),
+        Column(
+            f"speed@{main} vs {decision.baseline}{_judged_at(decision)}",
+            lambda v: words.speed(speed_of(decision, v, main)),
+            ratio_name(decision, main),
+            ratio_name(decision, main).partition("@")[0],
+        ),
         *(columns.speed(ratio_name(decision, w), f"speed@{w}", columns.OTHER_SPEEDS) for w in others),
         *columns.of_metrics([main], "latency.p50", "latency.p95"),
         *columns.of_metrics([batch], "throughput"),
@@ -109,7 +114,7 @@ def _further(decision: Decision) -> dict[str, list[Column]]:
             *columns.of_metrics([""], "flips"),
         ],
         "Engine": [
-            *columns.of_metrics(everywhere, *_read(per_workload=True)),
+            *columns.of_metrics(everywhere, "acceptance_length", *_read(per_workload=True)),
             *columns.of_metrics([""], "virtual_tokens", "prompt_kv"),
             *columns.of_metrics([""], *_read(per_workload=False), "break_even"),
         ],
@@ -130,7 +135,7 @@ def _compact(decision: Decision) -> list[Column]:
     quality = "accuracy" if any("accuracy" in v.figures for v in decision.variants) else "perplexity"
     return [
         Column("variant", lambda v: f"{clip(v.name, 20)} *" if v.name == decision.baseline else clip(v.name, 20)),
-        Column(clip(f"speed@{main}", 20), lambda v: words.speed(_ratio(decision, v, main), compact=True)),
+        Column(clip(f"speed@{main}", 20), lambda v: words.speed(speed_of(decision, v, main), compact=True)),
         Column("P50", lambda v: words.estimate("latency.p50", v.figures.get(f"latency.p50@{main}"))),
         Column("memory", lambda v: words.estimate("memory", v.figures.get("memory"))),
         Column("size", lambda v: words.estimate("size", v.figures.get("size"))),
@@ -165,7 +170,7 @@ def by_workload(decision: Decision) -> Table:
         [
             clean(workload),
             clean(_name(decision, variant)),
-            words.speed(_ratio(decision, variant, workload)),
+            words.speed(speed_of(decision, variant, workload)),
             *(words.figure(f"{m}@{workload}", variant.figures.get(f"{m}@{workload}")) for m in metrics),
         ]
         for workload in names
@@ -193,8 +198,20 @@ def busiest(decision: Decision) -> str:
     return max(throughputs)[1] if throughputs else ""
 
 
-def _ratio(decision: Decision, variant: VariantDecision, workload: str) -> Interval | None:
-    return variant.figures.get(ratio_name(decision, workload))
+def speed_of(decision: Decision, variant: VariantDecision, workload: str) -> Interval | None:
+    """The ratio of times to the baseline's: with the interval that is judged on the workload that is minimized, at 95 %
+    elsewhere."""
+    judged = variant.speed if workload == decision.minimize.partition("@")[2] else None
+    return judged or variant.figures.get(ratio_name(decision, workload))
+
+
+def _judged_at(decision: Decision) -> str:
+    """The level of the intervals that are judged, or the range of levels: ", at 99.2 %"; "" where none is."""
+    levels = [v.speed.level for v in decision.variants if v.speed and v.name != decision.baseline]
+    if not levels:
+        return ""
+    low, high = percent(min(levels), 1), percent(max(levels), 1)
+    return f", at {high}" if low == high else f", at {low} to {high}"
 
 
 def ratio_name(decision: Decision, workload: str) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftopt import corpus, environments, machine, plugins, stats
+from peftopt import corpus, environments, machine, plugins, scratch, stats
 from peftopt.decision.evidence import exp
 from peftopt.errors import WorkerFailed, as_input
 from peftopt.jobs import AliveJob, MemoryJob, OpenJob, PrepareJob, SpeedJob
@@ -79,7 +78,7 @@ def time_in_turns(
     dice = random.Random(seed)
     picks = [tuple(tuple(dice.choices(rows, k=batch)) for _ in range(3)) for _ in range(blocks)]
     jobs = [SpeedJob(batches=batches, new_tokens=new_tokens, warmup=1) for batches in picks]
-    folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
+    folder = scratch.folder()
     turns: dict[str, list[tuple[Request, ...]]] = {arm.name: [] for arm in arms}
     try:
         with ExitStack() as stack:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peftopt import machine, stats, store
+from peftopt import machine, scratch, stats, store
 from peftopt.corpus import Row
 from peftopt.engines import _graphs
 from peftopt.errors import WorkerFailed, as_input
@@ -119,7 +119,7 @@ def compile_model(
     store.remove_orphans(cache)
     _graphs.drop_outdated(cache)
     fresh = Path(tempfile.mkdtemp(prefix=f".{cache.name}.{os.getpid()}.", dir=cache.parent))
-    folder = Path(tempfile.mkdtemp(prefix="peftopt-"))
+    folder = scratch.folder()
     least = min(traffic, key=lambda each: each.batch)
     asked = QualityJob(
         rows=tuple(replace(row, expected="") for row in least.rows[:ASKED]),

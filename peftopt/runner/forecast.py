@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import tempfile
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftopt import corpus, environments, machine, plugins, stats
+from peftopt import corpus, environments, identity, machine, plugins, scratch, stats, store
 from peftopt.decision import forecast as judging
 from peftopt.engines import _shapes, compiled
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.jobs import LayersJob
-from peftopt.measurements import Forecast, Measured, Pass
+from peftopt.measurements import Forecast, Measured, Pass, as_json, structured
+from peftopt.metrics import counted
 from peftopt.models.adapter import highest_rank, open_adapter
 from peftopt.models.checkpoint import open_model
 from peftopt.models.cut import layer_of, layers_of
@@ -28,15 +30,23 @@ SECONDS = 1.0
 
 DEADLINE_S = 600.0
 
+FOLDER = "forecasts"
+"""Where a results folder keeps the times of first layers."""
+
+KEPT_S = 24 * 3600.0
+"""How long the times of layers are taken again: what else goes on on a machine is not in their name."""
+
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is expected of a recipe: forecasts, each of a variant and a workload; why others have none; and what it took
-    in seconds."""
+    """What is expected of a recipe: forecasts, each of a variant and a workload; why others have none; what it took in
+    seconds, None for times that were kept; and the times of the first layers themselves, or why there are none."""
 
     forecasts: tuple[Measured, ...] = ()
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
+    seconds: float | None = 0.0
+    few: Few | None = None
+    unknown: str = ""
 
     @property
     def variants(self) -> frozenset[str]:
@@ -55,33 +65,44 @@ class Outlook:
         return list(sentences.values())
 
 
-def outlook(recipe: Recipe, hear: Hear = lambda _: None) -> Outlook:
+def outlook(recipe: Recipe, sources: Mapping[str, str], home: Path, hear: Hear = lambda _: None) -> Outlook:
     """Ask a worker for the times of the first layers, and weigh them. A recipe of which nothing can be said, and a
-    model that is measured as soon as it is tried, cost nothing: no worker starts."""
+    model that is measured as soon as it is tried, cost nothing: no worker starts. Nor does one where the times of the
+    same layers on the same machine are kept in the results folder `home`. `sources`: the hashes of base and
+    adapter."""
     variants = [variant for variant in recipe.variants.values() if _can_be_tried(variant)]
     graphs = [variant for variant in recipe.variants.values() if variant.engine.plugin == "compiled"]
     own, padded = _ranks(recipe)
     left_out = {name: _elsewhere(v) for name, v in recipe.variants.items() if v not in (*variants, *graphs)}
     workloads = [workload for workload in recipe.workloads.values() if not workload.loaded]
-    if not workloads or not (len(variants) > 1 or graphs or padded > own):
-        return Outlook(left_out=left_out)
+    if not workloads:
+        return Outlook(left_out=left_out, unknown="every workload is a load on a server")
+    if not (variants or graphs or padded > own):
+        return Outlook(left_out=left_out, unknown=f"{recipe.baseline} is {left_out[recipe.baseline]}")
     started = time.perf_counter()
     try:
-        if layers_of(Path(recipe.base)) <= FEW:
-            return Outlook(left_out=left_out)
+        if (layers := layers_of(Path(recipe.base))) <= FEW:
+            why = f"a model of {counted(layers, 'layer')} is measured as soon as it is tried"
+            return Outlook(left_out=left_out, unknown=why)
         room = _room(Path(recipe.base))
         left_out |= {variant.name: "too little memory to open it beside the others" for variant in variants[room:]}
-        few = _asked(recipe, variants[:room], workloads, padded if padded > own else 0, hear)
+        job = _job(recipe, variants[:room], workloads, padded if padded > own else 0)
+        place = home / FOLDER / f"{_key(job, recipe, sources)[:16]}.json"
+        few = _kept(place)
+        took = None if few else started
+        few = few or _asked(job, recipe, place, hear)
     except (BadInput, WorkerFailed) as error:
         reason = error.message if isinstance(error, BadInput) else error.detail or error.reason
-        return Outlook(left_out=dict.fromkeys(recipe.variants, reason), seconds=time.perf_counter() - started)
+        left_out = dict.fromkeys(recipe.variants, reason)
+        return Outlook(left_out=left_out, seconds=time.perf_counter() - started, unknown=reason)
     forecasts = [
         *_speeds(recipe, variants, workloads, few),
         *_overheads(recipe, variants, workloads, few),
         *_paddings(recipe, workloads, few, own, padded),
         *_graphs(graphs, workloads, few),
     ]
-    return Outlook(tuple(forecasts), {**left_out, **few.left_out}, time.perf_counter() - started)
+    seconds = None if took is None else time.perf_counter() - took
+    return Outlook(tuple(forecasts), {**left_out, **few.left_out}, seconds, few)
 
 
 def _can_be_tried(variant: Variant) -> bool:
@@ -89,6 +110,7 @@ def _can_be_tried(variant: Variant) -> bool:
     takes as long for few layers as a run of them."""
     steps = [plugins.catalogue()[step.plugin] for step in variant.steps]
     here = all(plugin.environment == environments.MAIN and plugin.format == SAFETENSORS for plugin in steps)
+    here = here and not any(environments.lacking(plugin)[0] for plugin in steps)
     return variant.engine.plugin == "eager" and here and not variant.policies
 
 
@@ -100,7 +122,7 @@ def _room(base: Path) -> int:
 
 def _elsewhere(variant: Variant) -> str:
     if variant.policies:
-        return "it changes the requests themselves"
+        return "it changes the requests themselves, or how they are answered"
     return f"on {variant.engine.plugin}, which is not tried on a few layers"
 
 
@@ -117,46 +139,97 @@ def _merges(variant: Variant) -> bool:
     return any(step.technique == "merge" for step in variant.steps)
 
 
-def _asked(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Workload], rank: int, hear: Hear) -> Few:
+def _job(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Workload], rank: int) -> LayersJob:
+    """What is asked of the worker, but for the folder that it may write in."""
     calibrates = any(step.calibrates for variant in variants for step in variant.steps)
+    quality = recipe.quality
+    return LayersJob(
+        model=Model(recipe.base, (recipe.adapter,)),
+        variants=tuple(variants),
+        asked=tuple(Asked(w.name, w.batch, tuple(corpus.read(w.prompts, w.slice))) for w in workloads),
+        folder="",
+        seconds=SECONDS,
+        rows=tuple(corpus.calibration(recipe.calibration or GENERIC)) if calibrates else (),
+        rank=rank,
+        seed=recipe.seed,
+        answers=tuple(corpus.asked_of(corpus.read(quality.prompts, quality.slice), quality.rows)) if quality else (),
+    )
+
+
+def _asked(job: LayersJob, recipe: Recipe, place: Path, hear: Hear) -> Few:
+    """Let a worker measure, and keep what it says where all that was asked could be tried."""
     threads = recipe.measure.threads or machine.cores()
-    with tempfile.TemporaryDirectory(prefix="peftopt-forecast-") as folder:
-        job = LayersJob(
-            model=Model(recipe.base, (recipe.adapter,)),
-            variants=tuple(variants),
-            asked=tuple(Asked(w.name, w.batch, tuple(corpus.read(w.prompts, w.slice))) for w in workloads),
-            folder=f"{folder}/cut",
-            seconds=SECONDS,
-            rows=tuple(corpus.calibration(recipe.calibration or GENERIC)) if calibrates else (),
-            rank=rank,
-            seed=recipe.seed,
-        )
-        with WorkerProcess(Path(folder) / "worker.log", threads) as child:
-            return child.ask(job, DEADLINE_S, hear=hear)
+    with scratch.temporary() as folder, WorkerProcess(folder / "worker.log", threads) as child:
+        few = child.ask(dataclasses.replace(job, folder=f"{folder}/cut"), DEADLINE_S, hear=hear)
+    if not few.left_out:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        for old in place.parent.glob("*.json"):
+            if _age_s(old) > KEPT_S:
+                old.unlink(missing_ok=True)
+        store.write(place, json.dumps(as_json(few)))
+    return few
+
+
+# ---- kept, for the next verb that asks ---------------------------------------------------------
+
+
+def _key(job: LayersJob, recipe: Recipe, sources: Mapping[str, str]) -> str:
+    """The hash of all that the times depend on and that can be told: the machine with its libraries, base and adapter,
+    the variants with the code of their plug-ins, prompts and calibration rows."""
+    steps = {step.plugin: step.kind for variant in job.variants for step in (*variant.steps, variant.engine)}
+    code = {name: plugins.module(kind, name).__file__ for name, kind in steps.items()}
+    return identity.of_value(
+        {
+            "asked": as_json(dataclasses.replace(job, model=Model(""))),
+            "base": sources["base"],
+            "adapter": sources["adapter"],
+            "machine": machine.describe(),
+            "threads": recipe.measure.threads or machine.cores(),
+            "versions": environments.versions(),
+            "code": {name: identity.of_file(Path(file)) for name, file in code.items() if file},
+        }
+    )
+
+
+def _kept(place: Path) -> Few | None:
+    """What was measured lately; None where nothing was, or where its file is not whole."""
+    if not place.exists() or _age_s(place) > KEPT_S:
+        return None
+    with contextlib.suppress(BadInput):
+        return structured(Few, store.read_object(place), "forecast")
+    return None
+
+
+def _age_s(file: Path) -> float:
+    return time.time() - file.stat().st_mtime
 
 
 # ---- what is said of it ------------------------------------------------------------------------
 
 
-def _passes(few: Few, name: str, workload: str) -> Sequence[Pass]:
-    """The passes of a variant on a workload, the least of each group, by the clock that tells more; () where it was not
-    tried."""
+def _passes(few: Few, name: str, workload: str, wall: bool = False) -> Sequence[Pass]:
+    """The passes of a variant on a workload, the least of each group, by the clock that tells more; `wall`: all of
+    them, by the wall clock. () where it was not tried."""
     tried = {each.variant: each for each in few.tried if each.workload == workload}
     if not {name, PLAIN} <= tried.keys():
         return ()
-    return judging.least(tried[name].cpu if _by_cpu(few, workload) else tried[name].passes)
+    if wall:
+        return tried[name].passes
+    return judging.least(tried[name].cpu if by_cpu(few, workload) else tried[name].passes)
 
 
-def _by_cpu(few: Few, workload: str) -> bool:
+def by_cpu(few: Few, workload: str) -> bool:
+    """Whether CPU time tells more than the wall clock of a workload: other processes keep the machine busy."""
     plain = next(each for each in few.tried if (each.variant, each.workload) == (PLAIN, workload))
     return judging.by_cpu(plain.passes, plain.cpu)
 
 
-def _wholes(few: Few, name: str, workload: str) -> list[Pass]:
-    """The same for the whole model."""
+def whole_passes(few: Few, name: str, workload: str, wall: bool = False) -> list[Pass]:
+    """What a variant takes on a workload with all layers, pass by pass, by the clock that tells more: the least of each
+    group; `wall`: every pass, by the wall clock. Empty where it was not tried."""
     apart = any(each.apart for each in few.tried if (each.variant, each.workload) == (name, workload))
     names = (APART_ONE, APART, name) if apart else (PLAIN_ONE, PLAIN, name)
-    one, several, passes = (_passes(few, each, workload) for each in names)
+    one, several, passes = (_passes(few, each, workload, wall) for each in names)
     if not one or not several:
         return []
     fixed = judging.beside(one, several, few.few)
@@ -169,7 +242,7 @@ def _ratio(ours: Sequence[Pass], theirs: Sequence[Pass], new_tokens: int) -> Int
 
 def _speeds(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Workload], few: Few) -> Iterator[Measured]:
     for workload in workloads:
-        wholes = {variant.name: _wholes(few, variant.name, workload.name) for variant in variants}
+        wholes = {variant.name: whole_passes(few, variant.name, workload.name) for variant in variants}
         tried = [name for name, passes in wholes.items() if passes]
         for variant in [variant for variant in variants if variant.name in tried]:
             for other in judging.against(recipe, variant, tried):
@@ -177,7 +250,7 @@ def _speeds(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Wor
                 interval = _ratio(ours, theirs, workload.new_tokens)
                 prompt = _medians([p.prompt_ms for p in ours], [p.prompt_ms for p in theirs])
                 step = _medians([p.step_ms for p in ours], [p.step_ms for p in theirs])
-                clock = ", in CPU time" if _by_cpu(few, workload.name) else ""
+                clock = ", in CPU time" if by_cpu(few, workload.name) else ""
                 how = f"on {few.few} of {few.layers} layers{clock}"
                 told = judging.speed(variant, other, interval, prompt, step, how)
                 yield Measured(told, variant.name, workload.name)
@@ -195,8 +268,8 @@ def _overheads(
     elsewhere = any(variant.engine.plugin != "eager" for variant in recipe.variants.values())
     products = {each.workload: each.ms for each in few.products}
     for workload in workloads if merged else ():
-        steps = [each.step_ms for each in _wholes(few, PLAIN, workload.name)]
-        if steps and merged and not _by_cpu(few, workload.name):  # the products are timed by the wall clock
+        steps = [each.step_ms for each in whole_passes(few, PLAIN, workload.name)]
+        if steps and merged and not by_cpu(few, workload.name):  # the products are timed by the wall clock
             interval = judging.ratio(steps, [products[workload.name]] * len(steps))
             yield Measured(judging.eager(interval, elsewhere), merged.name, workload.name)
 
@@ -205,7 +278,7 @@ def _paddings(recipe: Recipe, workloads: Sequence[Workload], few: Few, own: int,
     """The adapter padded to a server's rank against the adapter as it is."""
     apart = [v.name for v in recipe.variants.values() if v.engine.plugin == "vllm" and not _merges(v)]
     for workload in workloads if padded > own else ():
-        wide, narrow = (_wholes(few, name, workload.name) for name in (PADDED, recipe.baseline))
+        wide, narrow = (whole_passes(few, name, workload.name) for name in (PADDED, recipe.baseline))
         if wide and narrow:
             told = judging.rank(_ratio(wide, narrow, workload.new_tokens), own, padded)
             yield from (Measured(told, name, workload.name) for name in apart)

@@ -63,30 +63,49 @@ def judge(folder: Path, warn: Warn, recipe: Recipe | None = None, beside: Sequen
     """Decide from a run folder's files alone, and write decision.json and the reports; by the thresholds of another
     recipe where one is given, and by that recipe alone where no run of peftopt's measured. The plan that judges is kept
     where it is not the run's own, so that reports show what was judged. `beside`: further sections of the reports."""
-    changed = []
+    told = []
     machine = {}
     if recipe and not (folder / "plan.json").exists() and (folder / "measurements.jsonl").exists():
         plan = planning.elsewhere(recipe)
     else:
         plan = store.read_plan(folder / "plan.json")
         machine = store.read_object(folder / "machine.json")
-        changed = planning.changes(plan.recipe, recipe) if recipe else []
-        plan = planning.rejudged(plan, recipe) if recipe else plan
+        if recipe:
+            told = _differences(plan.recipe, recipe)
+            plan = planning.rejudged(planning.completed(plan, plugins.catalogue()), recipe)
     if recipe:
         store.write(folder / JUDGED, json.dumps(asdict(plan), indent=1))
     else:
         (folder / JUDGED).unlink(missing_ok=True)
     evidence = Evidence(plan, store.read(folder / "measurements.jsonl", warn))
     decision = decide(evidence, machine)
-    if changed:
-        warning = f"judged by thresholds that were changed after the run: {', '.join(changed)}"
-        decision = replace(decision, warnings=(warning, *decision.warnings))
+    decision = replace(decision, warnings=(*told, *decision.warnings))
     if store.is_interrupted(folder):
         warning = "the run is not finished, and this is what it knows so far: the same `peftopt run` goes on with it"
         decision = replace(decision, warnings=(warning, *decision.warnings))
     store.write(folder / "decision.json", report.as_json.render(decision))
     _write_reports(folder, evidence, beside)
     return decision
+
+
+def _differences(old: Recipe, new: Recipe) -> list[str]:
+    """Warnings of what a recipe that judges has otherwise than the run had."""
+    lines = []
+    if changed := planning.changes(old, new):
+        lines.append(f"judged by thresholds that were changed after the run: {', '.join(changed)}")
+    if kept := planning.kept(old, new):
+        lines.append(f"the recipe has changed since; the run is judged as it was measured: {', '.join(kept)}")
+    return lines
+
+
+def run_of(results: Path, recipe: Recipe) -> Path | None:
+    """The newest run of a results folder that can be judged by a recipe, whatever its file was called; None without
+    one."""
+    for file in sorted((results / "runs").glob("*/plan.json"), reverse=True):
+        with contextlib.suppress(BadInput):
+            planning.rejudged(planning.completed(store.read_plan(file), plugins.catalogue()), recipe)
+            return file.parent
+    return None
 
 
 @dataclass(frozen=True)
@@ -104,8 +123,8 @@ class Reported:
 
 
 def report_again(folder: Path, warn: Warn, beside: Sequence[Section] = (), price: Price | None = None) -> Reported:
-    """Write the reports of a decision as it is on disk; with a `price` they say what tokens cost. Raises BadInput for a
-    run that has no decision yet."""
+    """Write the reports of a decision as it is on disk; with a `price`, or one in the recipe, they say what tokens
+    cost. Raises BadInput for a run that has no decision yet."""
     if not (folder / "decision.json").exists():
         hint = f"decide from what it has measured so far: peftopt decide {folder}"
         raise BadInput(f"{folder} has no decision yet", hint)
@@ -116,6 +135,8 @@ def report_again(folder: Path, warn: Warn, beside: Sequence[Section] = (), price
 def _write_reports(folder: Path, evidence: Evidence, beside: Sequence[Section], price: Price | None = None) -> Reported:
     """Every report is rendered from decision.json as it is on disk, so that a later `report` gives the same bytes."""
     decision = report.as_json.decision_from_json(store.read_text(folder / "decision.json"))
+    own = evidence.plan.recipe.price_per_hour
+    price = price or (report.scorecard.price(own) if own else None)
     for name, text in report.reports(decision, evidence, beside, price).items():
         store.write(folder / name, text)
     return Reported(decision, evidence, beside, price)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from peftopt import corpus, environments, plugins
+from peftopt import corpus, environments, plugins, redaction
 from peftopt.corpus import Row
 from peftopt.decision import stopping
-from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.errors import BROKEN, BadInput, MissingEnvironment
 from peftopt.merging.baking import check_bakeable
 from peftopt.metrics import counted
-from peftopt.models import template
+from peftopt.models import drift, template
 from peftopt.models.adapter import (
+    CONFIG,
     EMBEDDINGS,
     PREFIX,
     Adapter,
@@ -32,20 +35,25 @@ from peftopt.models.folders import WEIGHTS, check_files
 from peftopt.models.hf import tokenizer_home
 from peftopt.models.prompts import check_engine
 from peftopt.models.provenance import read as read_provenance
-from peftopt.records import SAFETENSORS, YAML, Json, Model, Quality, Recipe, Step, task_name
+from peftopt.records import SAFETENSORS, YAML, Json, Model, Quality, Recipe, Step, Variant, task_name
 
 
 def check(recipe: Recipe) -> None:
-    """Raises BadInput for the first thing in the recipe's files that cannot work, saying what to do."""
+    """Raises BadInput for the first thing in the recipe's files that cannot work, saying what to do, and
+    MissingEnvironment where nothing but `skipped` variants would be left to compare."""
+    _check_secrets(recipe)
     _check_endpoints(recipe)
     transforms = any(variant.steps for variant in recipe.variants.values())
     ours = any(variant.engine.environment == environments.MAIN for variant in recipe.variants.values())
     check_base(Path(recipe.base), quantized=not transforms, ours=ours)
     check_adapter(Path(recipe.adapter), Path(recipe.base), _with(recipe, "merge"), _with(recipe, "bake"))
     _check_virtual_tokens(recipe)
-    _check_needs(recipe)
+    lacking = skipped(recipe)
+    _check_rest(recipe, lacking)
     texts = corpus.calibration(recipe.calibration)
     for name, variant in recipe.variants.items():
+        if name in lacking:
+            continue  # what a plug-in checks may take what it lacks
         for n, step in enumerate((*variant.steps, variant.engine)):
             check_step(step, Path(recipe.base), variant.steps[:n], texts, f"variant {name}: ")
     _check_template(recipe, texts)
@@ -57,6 +65,15 @@ def check(recipe: Recipe) -> None:
         if recipe.quality.schema:
             schema(recipe.quality.schema)
         _check_tasks(recipe, recipe.quality.tasks)
+
+
+def _check_secrets(recipe: Recipe) -> None:
+    """Raises BadInput for a secret among the parameters, which are kept in records, and seen as command lines are."""
+    for name, variant in recipe.variants.items():
+        for step in (*variant.steps, *variant.policies, variant.engine):
+            for key, value in step.params.items():
+                if isinstance(value, str):
+                    redaction.check(value, f"variant {name}: {key} of {step.plugin}")
 
 
 def _check_virtual_tokens(recipe: Recipe) -> None:
@@ -118,9 +135,12 @@ def _home(recipe: Recipe) -> Path:
 
 
 def warnings(recipe: Recipe) -> list[str]:
-    """What will measure badly, a sentence each, though it can be run: answers that cannot end."""
-    endless = template.endless(Path(recipe.base), _home(recipe))
-    return [endless] if endless else []
+    """What will measure badly, a sentence each, though it can be run: answers that cannot end, words that are not the
+    base's."""
+    base, home = Path(recipe.base), _home(recipe)
+    endless, drifts = template.endless(base, home), drift.drifts(base, home)
+    drifted = [drift.described(Path(recipe.adapter), drifts)] if drifts else []
+    return [*drifted, *([endless] if endless else [])]
 
 
 def foreseen(recipe: Recipe) -> list[str]:
@@ -161,21 +181,61 @@ def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Ro
         raise BadInput(f"{who}{step.plugin}: {error.message}", error.hint) from error
 
 
-def _check_needs(recipe: Recipe) -> None:
-    """Raises MissingEnvironment for what steps and engines need and this machine lacks (libraries, environments,
-    devices), all of it at once."""
-    lacking: dict[str, list[str]] = {}
+@dataclass(frozen=True)
+class Lack:
+    """Why a variant is skipped: what its steps and its engine need and this machine lacks (libraries, environments,
+    devices), and the `hint`, what brings that, "" where nothing does."""
+
+    why: str
+    hint: str
+
+    def __str__(self) -> str:
+        return f"{self.why}; {self.hint}" if self.hint else self.why
+
+
+def skipped(recipe: Recipe) -> dict[str, Lack]:
+    """The variants that cannot be measured on this machine, by name."""
+    return {name: lack for name, variant in recipe.variants.items() if (lack := _lack(variant))}
+
+
+def _lack(variant: Variant) -> Lack | None:
+    needs: dict[str, None] = {}
     hints: dict[str, None] = {}
-    for name, variant in recipe.variants.items():
-        for step in (*variant.steps, variant.engine):
-            what, hint = environments.lacking(plugins.catalogue()[step.plugin])
-            if what:
-                lacking.setdefault(f"{step.plugin} needs {', '.join(what)}", []).append(name)
-                hints |= {hint: None} if hint else {}
-    if lacking:
-        lacks = "; ".join(f"{what} (variant {', '.join(dict.fromkeys(names))})" for what, names in lacking.items())
-        elsewhere = "leave those variants out, or run the recipe on a machine that has it"
-        raise MissingEnvironment(f"not on this machine: {lacks}", "; or ".join([*hints, elsewhere]))
+    for step in (*variant.steps, variant.engine):
+        what, hint = environments.lacking(plugins.catalogue()[step.plugin])
+        if what:
+            needs[f"{step.plugin} needs {', '.join(what)}"] = None
+            hints |= {f"install with: {hint}" if hint.startswith(COMMANDS) else hint: None} if hint else {}
+    return Lack("; ".join(needs), "; ".join(hints)) if needs else None
+
+
+COMMANDS = ("pip ", "peftopt ")
+"""With these begins a hint that brings what is lacking."""
+
+
+def check_needs(recipe: Recipe) -> None:
+    """Raises MissingEnvironment for all that the variants of a recipe need and this machine lacks."""
+    if lacking := skipped(recipe):
+        raise _nothing_here(lacking, "leave those variants out, or run the recipe on a machine that has it")
+
+
+def _check_rest(recipe: Recipe, lacking: Mapping[str, Lack]) -> None:
+    """Raises MissingEnvironment where the baseline, or all that would be compared with it, would be skipped."""
+    others = recipe.variants.keys() - {recipe.baseline}
+    if recipe.baseline in lacking:
+        raise _nothing_here(lacking, f"without the baseline {recipe.baseline} nothing can be judged")
+    if others and others <= lacking.keys():
+        raise _nothing_here(lacking, "then there is something to compare with the baseline")
+
+
+def _nothing_here(lacking: Mapping[str, Lack], why: str) -> MissingEnvironment:
+    """The error for variants that this machine cannot run; each lack is named once."""
+    by_lack: dict[str, list[str]] = {}
+    for name, lack in lacking.items():
+        by_lack.setdefault(lack.why, []).append(name)
+    lacks = "; ".join(f"{what} (variant {', '.join(names)})" for what, names in by_lack.items())
+    hints = dict.fromkeys(lack.hint for lack in lacking.values() if lack.hint)
+    return MissingEnvironment(f"not on this machine: {lacks}", "; ".join([*hints, why]))
 
 
 def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
@@ -240,16 +300,19 @@ def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS
         raise BadInput(f"{folder} is not a model: it has no config.json", "give the folder that save_pretrained wrote")
     check_files(folder, but=WEIGHTS)
     config = _json(folder / "config.json", "a model's config")
-    if "auto_map" in config:
-        raise BadInput(f"{folder} brings its own code (auto_map)", "peftopt runs only architectures of transformers")
-    settings = config.get("quantization_config")
-    if settings:
-        method = settings.get("quant_method", "unknown")
-        if not quantized:
-            raise BadInput(f"{folder} is already quantized ({method})", "start from the full-precision base")
-        if ours:
-            _check_reader(folder, method)
-    _check_architecture(folder, config)
+    with _readable(folder / "config.json", "a model's config"):
+        if "auto_map" in config:
+            raise BadInput(
+                f"{folder} brings its own code (auto_map)", "peftopt runs only architectures of transformers"
+            )
+        settings = config.get("quantization_config")
+        if settings:
+            method = settings.get("quant_method", "unknown")
+            if not quantized:
+                raise BadInput(f"{folder} is already quantized ({method})", "start from the full-precision base")
+            if ours:
+                _check_reader(folder, method)
+        _check_architecture(folder, config)
     _check_format(folder, weights)
     if weights == SAFETENSORS:
         open_model(folder)
@@ -326,16 +389,17 @@ def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = (), b
         if base:
             check_prompt_base(prompt, base)
         return
-    adapter = open_adapter(folder)
-    if merges:
-        check_mergeable(adapter)
-    if bakes:
-        check_bakeable(adapter)
-    if adapter.kind == "POLY":
-        what = "needs the number of a task with every request, which no engine here gives it"
-        raise BadInput(f"adapter {folder} (POLY) {what}", "train an adapter for each task, such as a LoRA")
-    if base and adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
-        _check_fits(adapter, base)
+    with _readable(folder / CONFIG, "an adapter's config"):
+        adapter = open_adapter(folder)
+        if merges:
+            check_mergeable(adapter)
+        if bakes:
+            check_bakeable(adapter)
+        if adapter.kind == "POLY":
+            what = "needs the number of a task with every request, which no engine here gives it"
+            raise BadInput(f"adapter {folder} (POLY) {what}", "train an adapter for each task, such as a LoRA")
+        if base and adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
+            _check_fits(adapter, base)
 
 
 def _check_fits(adapter: Adapter, base: Path) -> None:
@@ -379,10 +443,19 @@ def _side(key: str) -> tuple[str, str]:
     return module, part.split(".")[0]
 
 
+@contextlib.contextmanager
+def _readable(path: Path, what: str) -> Iterator[None]:
+    """Raises BadInput where the file's values are of other types than such a file has."""
+    try:
+        yield
+    except BROKEN as error:
+        raise BadInput(f"{path} cannot be read as {what}: {error!r}", "restore the file") from error
+
+
 def _json(path: Path, what: str) -> dict[str, Json]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, *BROKEN) as error:
         raise BadInput(f"{path} cannot be read as {what}: {error}", "restore the file") from error
     if not isinstance(value, dict):
         raise BadInput(f"{path} cannot be read as {what}: not a JSON object", "restore the file")

@@ -24,7 +24,7 @@ from peftopt.recipe import plan as planning
 from peftopt.records import GENERIC, YAML, Build, Json, Model, Quality, Variant, task_name
 from peftopt.runner import preflight
 from peftopt.runner.build import make_artifact
-from peftopt.runner.process import WorkerProcess
+from peftopt.runner.process import WorkerProcess, interrupted
 from peftopt.runner.run import Run, check_baseline, load, try_twice, warm, worker
 from peftopt.runner.schedule import Job, work
 
@@ -47,7 +47,7 @@ def make_ready(run: Run, ahead: Callable[[], None]) -> None:
     """
     source = store.size(Path(run.recipe.base)) + store.size(Path(run.recipe.adapter))
     run.log(Built(id=planning.SOURCE, size_bytes=source, tier0=(), seconds=0, cached=True))
-    lanes = _lanes(run)
+    lanes = lanes_for(Path(run.recipe.base))
     threads = max(1, machine.cores() // lanes)
     with contextlib.ExitStack() as stack, run.listener.progress("prepare", 100) as show:
         hearers = _Hearers(show)
@@ -55,9 +55,9 @@ def make_ready(run: Run, ahead: Callable[[], None]) -> None:
         work({**jobs, AHEAD: Job(ahead, frozenset({build.id for build in run.plan.builds} & jobs.keys()))}, lanes)
 
 
-def _lanes(run: Run) -> int:
+def lanes_for(base: Path) -> int:
     """How many jobs at a time: one for each CPU core is the best use of them, a GPU's too, as far as memory goes."""
-    each = 6 * store.size(Path(run.recipe.base)) + 2**30
+    each = 6 * store.size(base) + 2**30
     return max(1, min(machine.cores(), machine.free_memory() // each))
 
 
@@ -119,7 +119,7 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
         return made.model, facts
 
     try:
-        with run.store.locked(build):
+        with run.store.locked(build, interrupted):
             artifact = run.store.find(build) or run.store.build(build, make)
     except WorkerFailed as error:
         for variant in users:
@@ -175,7 +175,7 @@ def _answers(run: Run, threads: int, hearers: _Hearers, stack: contextlib.ExitSt
     quality = run.recipe.quality
     if quality is None:
         return
-    rows = _exam(corpus.read(quality.prompts, quality.slice), quality.rows)
+    rows = corpus.asked_of(corpus.read(quality.prompts, quality.slice), quality.rows)
     baseline = run.recipe.variants[run.recipe.baseline]
     made = {name: frozenset({at} - {planning.SOURCE}) for name, at in run.plan.models.items()}
 
@@ -198,23 +198,6 @@ def _answers(run: Run, threads: int, hearers: _Hearers, stack: contextlib.ExitSt
             yield f"{variant.name} ahead", Job(mine.compile, after)
             after = frozenset({f"{variant.name} ahead"})
         yield variant.name, Job(mine.answer, after | {CHECKED})
-
-
-def _exam(rows: Sequence[Row], most: int) -> list[Row]:
-    """At most `most` rows (0 = all): those tagged critical and an even choice of the others. The decisive come first,
-    the long ones last: whoever stops early has answered what is cheap and telling."""
-
-    def length(row: Row) -> int:
-        return sum(len(m["content"]) for m in row.messages)
-
-    tagged = [row for row in rows if row.critical]
-    others = [row for row in rows if not row.critical]
-    room = max(0, (most or len(rows)) - len(tagged))
-    if room < len(others):
-        others = [others[n * len(others) // room] for n in range(room)]
-    chosen = [*tagged, *others][: most or None]
-    longest = 4 * sorted(map(length, chosen))[len(chosen) // 2]
-    return sorted(chosen, key=lambda row: (not row.critical, length(row) > longest))
 
 
 class _Exam:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -15,17 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from peftopt import environments, jobs, machine
-from peftopt.errors import BadInput, WorkerFailed
+from peftopt import environments, jobs, machine, redaction
+from peftopt.errors import NO_MEMORY, BadInput, WorkerFailed, says_no_memory
 from peftopt.jobs import Failed, Job, Reply
 from peftopt.measurements import Answer, Record, structured
 from peftopt.progress import Hear, Reached
 from peftopt.records import Json
+from peftopt.runner import orphans, trace
 
 GRACE_S = 5.0
+LAST_BYTES = 4096
+"""So much of a log is looked at for why a worker died."""
 
 _LIVE: set[WorkerProcess] = set()
 _INTERRUPTED = threading.Event()
+_NUMBERS = itertools.count(1)
 
 
 def interrupt() -> None:
@@ -35,19 +40,32 @@ def interrupt() -> None:
         child.kill()
 
 
+def calm() -> None:
+    """An interrupt is over: what starts now is not meant by it."""
+    _INTERRUPTED.clear()
+
+
+def interrupted(within_s: float) -> bool:
+    """Whether everything is to end, or will be within so many seconds."""
+    return _INTERRUPTED.wait(within_s)
+
+
 class WorkerProcess:
     """One worker process. Use as a context manager; it and its descendants are gone afterwards."""
 
     def __init__(self, log: Path, threads: int, cache: Path | None = None, python: str = sys.executable) -> None:
         self.log = log
+        self.mark = f"{orphans.watched()}.{next(_NUMBERS)}."
         log.parent.mkdir(parents=True, exist_ok=True)
+        self._oom_kills = machine.oom_kills()
         with log.open("ab") as errors:
+            self._log_from = errors.tell()
             self.process = subprocess.Popen(
                 [python, "-m", "peftopt.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env=_environment(threads, cache),
+                env={**_environment(threads, cache), orphans.MARK: self.mark},
                 cwd=log.parent,  # libraries that drop files where they stand drop them here
                 start_new_session=True,
             )
@@ -65,6 +83,10 @@ class WorkerProcess:
 
         Raises WorkerFailed with the reason: "out of memory", "timeout", "killed (SIGKILL)", "refused", …
         """
+        with trace.span(self.log.stem, job.name()):
+            return self._ask(job, deadline_s, tell, hear)
+
+    def _ask(self, job: Job[Reply], deadline_s: float, tell: Callable[[Answer], None], hear: Hear) -> Reply:
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed, and named, by _line
             self.process.stdin.write(jobs.as_line(job).encode())
@@ -102,11 +124,21 @@ class WorkerProcess:
     def _death(self) -> WorkerFailed:
         code = self.process.wait()
         hint = f"its log: {self.log}"
+        if code == -signal.SIGKILL and machine.oom_kills() > self._oom_kills:
+            return WorkerFailed(NO_MEMORY, "the kernel ended it for lack of memory (SIGKILL)", hint)
+        if code in (1, -signal.SIGABRT) and says_no_memory(last := self._last_words()):
+            return WorkerFailed(NO_MEMORY, last.splitlines()[-1][:200], hint)
         if code == -signal.SIGKILL:
             return WorkerFailed("killed (SIGKILL)", "often the kernel's answer to too little memory", hint)
         if code < 0:
             return WorkerFailed(f"killed ({signal.Signals(-code).name})", "", hint)
         return WorkerFailed("died", f"exit status {code}", hint)
+
+    def _last_words(self) -> str:
+        """The end of what it has written to its log."""
+        with self.log.open("rb") as lines:
+            lines.seek(max(self._log_from, lines.seek(0, os.SEEK_END) - LAST_BYTES))
+            return lines.read().decode(errors="replace").strip()
 
     def written(self) -> int:
         """Bytes the worker has written so far, as the kernel counts them: the worker is not disturbed for it. 0 where
@@ -131,10 +163,11 @@ class WorkerProcess:
         return machine.cpu_s(self.processes())
 
     def kill(self) -> None:
-        """End the whole process group now."""
+        """End the whole process group now, and what the worker has started in groups of its own."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        orphans.end(self.mark)
 
     def close(self) -> None:
         """Let the worker end by itself, then make sure of its group."""
@@ -145,6 +178,7 @@ class WorkerProcess:
             self.process.wait(GRACE_S)
         self.kill()
         self.process.stdout.close()
+        redaction.scrub(self.log)
         _LIVE.discard(self)
 
     def __enter__(self) -> WorkerProcess:
@@ -169,6 +203,7 @@ def _structured(record: type[Record], values: Json, job: str) -> Record:
 
 def _environment(threads: int, cache: Path | None) -> dict[str, str]:
     """Threads are set per process, and so is how they wait."""
+    redaction.engine_key()  # before the worker starts: it and this process ask the same servers
     own = {
         **machine.waiting(),
         "OMP_NUM_THREADS": str(threads),

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
 
 from peftopt import corpus, machine, plugins
 from peftopt.corpus import draw
@@ -15,7 +16,8 @@ from peftopt.errors import WorkerFailed
 from peftopt.jobs import MemoryJob, SpeedJob
 from peftopt.measurements import Disturbance, Turn
 from peftopt.records import TWIN, Variant, Workload
-from peftopt.runner.process import WorkerProcess
+from peftopt.runner import trace
+from peftopt.runner.process import WorkerProcess, interrupt
 from peftopt.runner.run import Run, load, try_twice, warm, worker
 
 
@@ -26,7 +28,7 @@ def race(run: Run, workload: Workload, ahead: Field | None = None) -> None:
     started = time.perf_counter()
     first = _next_block(run, workload)
     with run.listener.progress(f"race {workload.name}", run.evidence.budget) as show:
-        wants = stopping.blocks(run.evidence, workload.name)
+        wants = _wanted(run, workload)
         while wants:
             show(_next_block(run, workload), f"{len(wants)} variants")
             with ahead or Field(run, workload) as field_:
@@ -36,10 +38,16 @@ def race(run: Run, workload: Workload, ahead: Field | None = None) -> None:
                         break
                     field_.block(_next_block(run, workload), wants)
                     show(_next_block(run, workload), f"{len(wants)} variants")
-                    wants = stopping.blocks(run.evidence, workload.name)
-            wants = stopping.blocks(run.evidence, workload.name)  # the workers' memory is known now
+                    wants = _wanted(run, workload)
+            wants = _wanted(run, workload)  # the workers' memory is known now
     blocks = _next_block(run, workload) - first
     run.listener.done("race", f"{workload.name}, {blocks} blocks", time.perf_counter() - started)
+
+
+def _wanted(run: Run, workload: Workload) -> frozenset[str]:
+    """The variants that need another block."""
+    with trace.span(trace.PARENT, "judge"):
+        return stopping.blocks(run.evidence, workload.name)
 
 
 def _next_block(run: Run, workload: Workload) -> int:
@@ -79,7 +87,13 @@ class Field:
         if wants and machine.free_memory() > ROOM * len(arms):
             self._start(arms)
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace_: TracebackType | None
+    ) -> None:
+        if kind is not None and not issubclass(kind, Exception):
+            interrupt()  # who stops a run waits for no worker to say goodbye
+            self.stack.__exit__(kind, error, trace_)
+            return
         for arm, child in self.children.items():
             with contextlib.suppress(WorkerFailed):
                 self.run.log(child.ask(MemoryJob(), 30), arm, self.workload.name)
@@ -123,7 +137,8 @@ class Field:
             turn = Turn(block=number, order=order, requests=timed.requests, engine=timed.engine, machine=disturbance)
             self.run.log(turn, arm, self.workload.name)
             # vLLM's workers look for work for another second, on processors that the next turn is timed on
-            machine.rest(child.processes())
+            with trace.span(trace.PARENT, "rest"):
+                machine.rest(child.processes())
 
         try_twice(self.run, arm.removesuffix(TWIN), f"speed ({self.workload.name})", attempt)
 

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from peftopt import machine, stats, store
+from peftopt.decision import duration as durations
 from peftopt.decision import stopping
 from peftopt.decision.evidence import Evidence
 from peftopt.errors import BadInput, WorkerFailed
@@ -22,11 +23,11 @@ from peftopt.jobs import BandwidthJob
 from peftopt.measurements import Measured, More
 from peftopt.metrics import counted
 from peftopt.records import Plan, Recipe
-from peftopt.runner import build, forecast, hashes, preflight
+from peftopt.runner import build, duration, forecast, hashes, preflight
 from peftopt.runner.prepare import make_ready
 from peftopt.runner.process import WorkerProcess
 from peftopt.runner.race import Field, race
-from peftopt.runner.run import Listener, Run, check_baseline, planned
+from peftopt.runner.run import Listener, Run, check_baseline, hashed, planned
 
 
 @contextlib.contextmanager
@@ -38,6 +39,7 @@ def prepare(
     home = store.Store(results.resolve(), listener.warn)
     plan, key, sources = planned(recipe)
     home.check_writable()
+    home.clear()
     runs = home.root / "runs"
     mine = sorted(runs.glob(f"*-{recipe.name}-{key}"))
     unfinished = [folder for folder in mine if not store.is_finished(folder)]
@@ -147,13 +149,15 @@ def _about(blocks: int, each: float | None) -> str:
 
 def execute(run: Run, forecasts: bool = True) -> None:
     """Everything that leaves measurements, in the order of time; first, where `forecasts` are wanted, what will be
-    slower."""
-    if forecasts:
-        foretell(run)
+    slower and how long it will take."""
+    skip(run)
+    takes = foretell(run) if forecasts else durations.Duration()
     survey(run)
     first, *others = run.recipe.workloads.values()
     with contextlib.closing(Field(run, first)) as field:
         make_ready(run, field.start)
+        if left := durations.left(takes, durations.PREPARED):
+            run.listener.tell(left)
         race(run, first, field)
     check_baseline(run)
     for workload in others:
@@ -162,18 +166,29 @@ def execute(run: Run, forecasts: bool = True) -> None:
     store.write(run.folder / store.FINISHED, "")
 
 
-def foretell(run: Run) -> None:
-    """Warn of what will be slower, once per run, and keep what was expected beside what will be measured."""
-    if run.evidence.forecasts or run.evidence.surveyed:
-        return
+def skip(run: Run) -> None:
+    """Keep which variants this machine cannot run, and why: the others are measured."""
+    for name, lack in preflight.skipped(run.recipe).items():
+        run.skip(name, lack.why, lack.hint)
+
+
+def foretell(run: Run) -> durations.Duration:
+    """Say how long what is left of a run will take, and warn of what will be slower: once per run, which keeps what was
+    expected beside what will be measured."""
+    known = hashes.read(run.folder)
+    sources = {"base": known.base, "adapter": known.adapter} if known else hashed(run.recipe)
     with build.bars(run.listener.progress) as hear:
-        outlook = forecast.outlook(run.recipe, hear)
-    for each in outlook.forecasts:
-        run.log(each.values, each.variant, each.workload)
-    for line in outlook.warnings:
-        run.listener.warn(line)
-    if outlook.forecasts:
-        run.listener.done("forecast", f"of {len(outlook.variants)} variants", outlook.seconds)
+        outlook = forecast.outlook(run.recipe, sources, run.store.root, hear)
+    if not (run.evidence.forecasts or run.evidence.surveyed):
+        for each in outlook.forecasts:
+            run.log(each.values, each.variant, each.workload)
+        for line in outlook.warnings:
+            run.listener.warn(line)
+        if outlook.forecasts:
+            run.listener.done("forecast", f"of {len(outlook.variants)} variants", outlook.seconds)
+    takes = duration.expected(run.plan, outlook, run.store, run.evidence)
+    run.listener.tell(durations.sentence(takes))
+    return takes
 
 
 def survey(run: Run) -> None:

@@ -15,7 +15,7 @@ from peftopt.corpus import Row
 from peftopt.decision.evidence import Evidence
 from peftopt.errors import WorkerFailed
 from peftopt.jobs import FactsJob, OpenJob, PrepareJob, WarmJob
-from peftopt.measurements import NO_FACTS, Failure, Launch, Measured, Retry, Values, as_json
+from peftopt.measurements import NO_FACTS, SKIPPED, Failure, Launch, Measured, Retry, Values, as_json
 from peftopt.recipe import plan as planning
 from peftopt.records import Measurement, Model, Plan, Recipe, Variant
 from peftopt.runner import preflight
@@ -68,11 +68,18 @@ class Run:
         self.log(Failure(stage=stage, reason=error.reason, detail=error.detail, hint=error.hint), variant)
         self.listener.warn(f"{variant}: {stage} failed, {error}")
 
+    def skip(self, variant: str, why: str, hint: str) -> None:
+        """Keep that a variant is not tried, and warn of it."""
+        skipped = Failure(stage="start", reason=SKIPPED, detail=why, hint=hint)
+        self.log(skipped, variant)
+        self.listener.warn(f"{variant} is {skipped.sentence}")
+
     def retry(self) -> None:
         """Try again what failed before the run stopped: whoever starts it again has done something about it."""
         for variant, failure in list(self.evidence.failures.items()):
             self.log(Retry(), variant)
-            self.listener.tell(f"{variant}: {failure.stage} failed before ({failure.reason}); trying again")
+            if failure.reason != SKIPPED:
+                self.listener.tell(f"{variant}: {failure.stage} failed before ({failure.reason}); trying again")
 
     @property
     def recipe(self) -> Recipe:
@@ -111,14 +118,19 @@ class Planned(NamedTuple):
     sources: Mapping[str, str]
 
 
-def planned(recipe: Recipe) -> Planned:
-    """The recipe's plan on its files as they are now. Raises BadInput for files that cannot work."""
-    preflight.check(recipe)
-    sources = {
+def hashed(recipe: Recipe) -> Mapping[str, str]:
+    """The hashes of a recipe's base, adapter and calibration rows, "" for none: every file is read."""
+    return {
         "base": identity.of_folder(Path(recipe.base)),
         "adapter": identity.of_folder(Path(recipe.adapter)),
         "calibration": identity.of_file(corpus.calibration_file(recipe.calibration)) if recipe.calibration else "",
     }
+
+
+def planned(recipe: Recipe) -> Planned:
+    """The recipe's plan on its files as they are now. Raises BadInput for files that cannot work."""
+    preflight.check(recipe)
+    sources = hashed(recipe)
     plan = planning.plan(recipe, sources, environments.versions())
     return Planned(plan, identity.of_value([asdict(plan), sources, _content(recipe)])[:8], sources)
 
@@ -174,7 +186,15 @@ def worker(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Worke
 def load(run: Run, variant: Variant, child: WorkerProcess) -> Launch:
     """Load the variant's model into a worker."""
     engine = variant.engine
-    job = OpenJob(plugin=engine.plugin, model=run.model(variant), params=engine.params, policies=variant.policies)
+    proposes = any(step.params.get("answers") for step in variant.policies)
+    answered = [row for row in corpus.calibration(run.recipe.calibration if proposes else None) if row.expected]
+    job = OpenJob(
+        plugin=engine.plugin,
+        model=run.model(variant),
+        params=engine.params,
+        policies=variant.policies,
+        rows=tuple(answered),
+    )
     return child.ask(job, run.recipe.measure.deadline_s)
 
 

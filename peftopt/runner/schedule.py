@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 
-from peftopt.runner.process import interrupt
+from peftopt.runner.process import calm, interrupt
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ def work(jobs: Mapping[str, Job], lanes: int) -> None:
     rank = {name: place for place, name in enumerate(jobs)}
     ready: list[str] = []
     running: dict[Future[None], str] = {}
-    with ThreadPoolExecutor(lanes) as pool:
+    with contextlib.ExitStack() as stack:
+        stack.callback(calm)  # when the lanes are over: a program goes on after an interrupt
+        pool = stack.enter_context(ThreadPoolExecutor(lanes))
         try:
             while order.is_active():
                 ready = sorted([*ready, *order.get_ready()], key=rank.__getitem__)

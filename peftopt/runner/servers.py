@@ -14,6 +14,7 @@ from peftopt.errors import WorkerFailed, as_input
 from peftopt.jobs import Served, ServedJob
 from peftopt.recipe import plan as planning
 from peftopt.records import Build, Recipe, Variant
+from peftopt.runner import preflight
 from peftopt.runner.prepare import build_alone
 from peftopt.runner.run import Listener, Run, load, planned, worker
 
@@ -28,7 +29,9 @@ def stage(recipe: Recipe, results: Path, folder: Path, listener: Listener) -> Ru
     known = plugins.catalogue()
     servers = {name: of(v) for name, v in recipe.variants.items() if known[v.engine.plugin].serves}
     home = store.Store(results.resolve(), listener.warn)
-    plan = planned(replace(recipe, variants=servers)).plan
+    started = replace(recipe, variants=servers)
+    preflight.check_needs(started)
+    plan = planned(started).plan
     home.check_writable()
     return Run(plan, home, folder, listener)
 

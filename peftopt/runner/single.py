@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from peftopt import environments, machine, plugins, store
+from peftopt import environments, machine, plugins, scratch, store
 from peftopt.errors import BadInput, Rejected, WorkerFailed, as_input, unwritable
 from peftopt.jobs import (
     Change,
@@ -29,8 +29,10 @@ from peftopt.runner.process import WorkerProcess
 DEADLINE_S = 3600.0
 
 
-def transform(job: TransformJob, progress: Progress | None = None) -> Transformed:
-    """Write the transformed model to `job.out`, whole or not at all.
+def transform(
+    job: TransformJob, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None
+) -> Transformed:
+    """Write the transformed model to `job.out`, whole or not at all; `tell` hears what killed processes had left.
 
     Raises Rejected for a model that was written and does not work, and when a certificate failed: the folder is then
     beside it, for inspection.
@@ -42,8 +44,8 @@ def transform(job: TransformJob, progress: Progress | None = None) -> Transforme
     step = Step(job.plugin, "transform", plugin.technique, job.params)
     template.check(Path(tokenizer_home(job.model)), job.rows, answers=True)
     preflight.check_step(step, Path(job.model.path), (), job.rows)
-    temporary = _beside(out)
-    log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{job.plugin}.log"
+    temporary = _beside(out, tell)
+    log = scratch.folder(tell) / f"{job.plugin}.log"
     aside = replace(job, model=absolute(job.model), out=str(temporary))
     try:
         with build.bars(progress) as hear:
@@ -93,7 +95,7 @@ def _watched(child: WorkerProcess, job: TransformJob, progress: Progress | None)
 def preview(job: PreviewJob) -> tuple[Change, ...]:
     """What a transform would change, tensor by tensor; nothing is written."""
     _check(job.plugin, job.model)
-    log = Path(tempfile.mkdtemp(prefix="peftopt-")) / f"{job.plugin}.log"
+    log = scratch.folder() / f"{job.plugin}.log"
     try:
         with WorkerProcess(log, machine.cores()) as child:
             return child.ask(replace(job, model=absolute(job.model)), DEADLINE_S).tensors
@@ -121,13 +123,13 @@ def _broken(plugin: str, transformed: Transformed, made: Path, out: Path) -> Exc
     )
 
 
-def _beside(out: Path) -> Path:
+def _beside(out: Path, tell: Callable[[str], None]) -> Path:
     """A temporary folder on the same disk. Raises for an `out` that exists or cannot be written."""
     if out.exists():
         raise BadInput(f"{out} exists already", "choose another --out or remove it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        store.remove_orphans(out)
+        store.tell_removed(store.remove_orphans(out), out.parent, tell)
         return Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.resolve().parent)) / "model"
     except OSError as error:
         raise unwritable(out, error, "choose another --out") from error

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftopt import machine
+from peftopt import machine, redaction
 from peftopt.errors import BadInput, MissingEnvironment, PeftoptError
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ async def _serve(model: Model, adapters: dict[str, str], options: argparse.Names
         sys.stderr.write(f"http://{options.host}:{options.port} serves {names} with {options.engine}\n")
         sys.stderr.flush()
 
-    await app.serve(scheduler, options.host, options.port, stop, options.drain, ready)
+    key = redaction.api_key(redaction.SERVER_KEY) if os.environ.get(redaction.SERVER_KEY) else ""
+    await app.serve(scheduler, options.host, options.port, stop, options.drain, ready, key)
     return not scheduler.alive
 
 

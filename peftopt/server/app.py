@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 from collections.abc import AsyncIterator, Callable
 
 import orjson
@@ -15,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from peftopt.records import Json
 from peftopt.server.answer import Piece
@@ -32,7 +33,8 @@ CLOSE_S = 5
 class Service:
     """The routes. `draining`: what is under way goes on, and nothing new is taken."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, key: str = "") -> None:
+        """With a `key`, whoever does not send it is refused, but for /health and /metrics, as at vLLM's."""
         self.scheduler, self.draining = scheduler, False
         self._registry = CollectorRegistry()
         self._registry.register(_Counts(scheduler))
@@ -40,7 +42,7 @@ class Service:
         name, what = "vllm:request_queue_time_seconds", "Time that a request waited for a row."
         self._queue = Histogram(name, what, buckets=QUEUE_S, registry=self._registry)
         scheduler.scheduled = self._queue.observe
-        self.app = Starlette(
+        routes = Starlette(
             routes=[
                 Route("/v1/chat/completions", _Answering(self, chat=True), methods=["POST"]),
                 Route("/v1/completions", _Answering(self, chat=False), methods=["POST"]),
@@ -52,6 +54,7 @@ class Service:
             ],
             exception_handlers={Problem: _refuse, HTTPException: _no_route, Exception: _broken},
         )
+        self.app: ASGIApp = _Guarded(routes, key) if key else routes
 
     def check(self) -> None:
         """Raises Problem where nothing new is taken."""
@@ -92,6 +95,21 @@ class Service:
         name = _word(_parsed(await request.body()), "lora_name")
         await self.scheduler.unload(name)
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+class _Guarded:
+    """Routes of which those below /v1 are for who sends the key."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app, self._wanted = app, f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sent = dict(scope.get("headers", ())).get(b"authorization", b"")
+        if scope.get("path", "").startswith("/v1/") and not hmac.compare_digest(sent, self._wanted):
+            problem = Problem(401, "this server asks for its API key", "invalid_api_key")
+            await _json(problem.body, problem.status)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 class _Answering:
@@ -197,10 +215,17 @@ class _Server(uvicorn.Server):
 
 
 async def serve(
-    scheduler: Scheduler, host: str, port: int, stop: asyncio.Event, drain_s: float, ready: Callable[[], None]
+    scheduler: Scheduler,
+    host: str,
+    port: int,
+    stop: asyncio.Event,
+    drain_s: float,
+    ready: Callable[[], None],
+    key: str = "",
 ) -> None:
-    """Serve until `stop` is set; then refuse what is new, finish what is under way within `drain_s`, and end."""
-    service = Service(scheduler)
+    """Serve until `stop` is set; then refuse what is new, finish what is under way within `drain_s`, and end. `key`:
+    see Service."""
+    service = Service(scheduler, key)
     config = uvicorn.Config(
         service.app,
         host=host,

@@ -29,7 +29,7 @@ from typing import Any
 
 from peftopt import machine
 from peftopt.engines import _server
-from peftopt.runner import process
+from peftopt.runner import orphans, process
 
 MESSAGE = 1 << 18
 DESCRIPTORS = 5
@@ -151,7 +151,8 @@ class First:
         self.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE)
         command = [sys.executable, __file__, str(theirs.fileno()), *self.imported]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=dict(environment), **quiet)
+        unmarked = {name: value for name, value in environment.items() if name != orphans.MARK}  # it outlives a worker
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=unmarked, **quiet)
         theirs.close()
 
     def close(self) -> None:
@@ -200,6 +201,7 @@ def with_popen(popen: Callable[..., Any]) -> Any:
 
 def main(number: str, *imported: str) -> None:
     sys.path.pop(0)  # the folder of this file
+    sys.path.append(str(Path(__file__).parents[1]))  # and what copies may import from it
     channel = socket.socket(fileno=int(number))
     for name in imported:
         with contextlib.suppress(ImportError):
@@ -247,6 +249,7 @@ def work(given: dict[str, Any], streams: tuple[int, int, int], *workers: int) ->
     os.environ.update(given["env"])
     if "torch" in sys.modules and "OMP_NUM_THREADS" in os.environ:  # which torch has read when it was imported
         sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    tempfile.tempdir = None  # as the environment says now
     sys.argv[:] = [given["module"], *given["arguments"]]
     path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.path[:] = [*path, *(folder for folder in sys.path if folder not in path)]
@@ -261,6 +264,10 @@ def work(given: dict[str, Any], streams: tuple[int, int, int], *workers: int) ->
             first = First()
             first.channel = socket.socket(fileno=descriptor)
             _server.subprocess, process.subprocess = with_popen(first.engine), with_popen(first.worker)
+        from helpers import faulty_io  # which the first process finds when it has begun
+
+        if faulty_io.VARIABLE in os.environ:
+            faulty_io.planted(os.environ[faulty_io.VARIABLE])
         runpy.run_module(given["module"], run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

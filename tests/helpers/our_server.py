@@ -46,7 +46,7 @@ class Running:
 
 @contextmanager
 def serving(
-    model: Any, adapters: dict[str, Path] | None = None, max_batch: int = 8, max_queued: int = 0
+    model: Any, adapters: dict[str, Path] | None = None, max_batch: int = 8, max_queued: int = 0, key: str = ""
 ) -> Iterator[Running]:
     port, begun, box = free_port(), threading.Event(), {}
 
@@ -56,7 +56,7 @@ def serving(
         for name, folder in (adapters or {}).items():
             await scheduler.load(name, str(folder))
         box["stop"] = lambda: loop.call_soon_threadsafe(stop.set)
-        await app.serve(scheduler, "127.0.0.1", port, stop, 0.0, begun.set)
+        await app.serve(scheduler, "127.0.0.1", port, stop, 0.0, begun.set, key)
 
     thread = threading.Thread(target=lambda: asyncio.run(run()))
     thread.start()

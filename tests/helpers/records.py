@@ -34,6 +34,7 @@ from peftopt.records import (
 EAGER, COMPILED = Step("eager", "engine", ""), Step("compiled", "engine", "compile")
 MERGE, INT8 = Step("merge", "transform", "merge"), Step("int8", "transform", "quantize")
 BAKE = Step("bake", "transform", "bake")
+SPECULATE = Step("speculate", "policy", "speculate", {"tokens": 4, "ngram": 3, "shortest": 1, "answers": False})
 CHAINS: Mapping[str, Variant] = {
     "adapter": Variant("adapter", (), EAGER),
     "merged": Variant("merged", (MERGE,), EAGER),
@@ -41,6 +42,7 @@ CHAINS: Mapping[str, Variant] = {
     "apart": Variant("apart", (INT8,), EAGER),
     "compiled": Variant("compiled", (MERGE,), COMPILED),
     "int8_compiled": Variant("int8_compiled", (MERGE, INT8), COMPILED),
+    "speculating": Variant("speculating", (MERGE,), COMPILED, (SPECULATE,)),
     "baked": Variant("baked", (BAKE,), EAGER),
     "int8_baked": Variant("int8_baked", (INT8, BAKE), EAGER),
     "baked_compiled": Variant("baked_compiled", (BAKE,), COMPILED),
@@ -57,6 +59,9 @@ RULES = (
     Rule("int8", "smaller", None),
     Rule("compile", "gain", 0.0),
     Rule("compile", "parity", 0.01),
+    Rule("speculate", "gain", 0.05),
+    Rule("speculate", "parity", 0.01),
+    Rule("speculate", "critical_errors", 0.05),
 )
 
 
@@ -69,7 +74,7 @@ def plan_of(*names: str, require: Iterable[str] = (), **measure: Json) -> Plan:
         variants={name: CHAINS[name] for name in ("adapter", *names)},
         baseline="adapter",
         workloads={"chat": Workload("chat", "p.jsonl"), "bulk": Workload("bulk", "p.jsonl", batch=8)},
-        quality=Quality("p.jsonl"),
+        quality=Quality("p.jsonl", schema="schema.json"),
         calibration=None,
         rules=RULES,
         require=tuple(parse(text) for text in require),

@@ -12,6 +12,7 @@ from peftopt.diagnose.measuring.asking import Turn
 from peftopt.diagnose.measuring.cells import Cell, Pair
 from peftopt.errors import BadInput
 from peftopt.measurements import as_json, structured
+from peftopt.redaction import redacted
 
 TURNS = "turns.jsonl"
 
@@ -41,7 +42,7 @@ class Turns:
         """One more, on disk before this returns."""
         self._kept.append(kept)
         with self._file.open("a", encoding="utf-8", errors="backslashreplace") as lines:
-            lines.write(json.dumps(as_json(kept), ensure_ascii=False) + "\n")
+            lines.write(redacted(json.dumps(as_json(kept), ensure_ascii=False)) + "\n")
             lines.flush()
             os.fsync(lines.fileno())
 

@@ -20,6 +20,7 @@ from peftopt.gateway import backends
 from peftopt.loadtest.client import Client
 from peftopt.loadtest.protocols import Target
 from peftopt.records import Model
+from peftopt.redaction import ENGINE_KEY
 
 REQUEST_S = 120.0
 """So long a request may take."""
@@ -122,7 +123,9 @@ class Servers:
             seconds = await asyncio.to_thread(server.ready, 600.0)
             self.tell(f"{described(launch)}: ready after {seconds:.1f} s")
         protocol = "chat" if self._rows else "completions"
-        client = await self._stack.enter_async_context(Client(Target(url, protocol, timeout_s=REQUEST_S)))
+        key_env = ENGINE_KEY if server else ""
+        target = Target(url, protocol, key_env=key_env, timeout_s=REQUEST_S)
+        client = await self._stack.enter_async_context(Client(target))
         self._clients[launch] = client
         names = {name: self.called(name) for name in (BASE, *launch.adapters)}
         await self._load(launch, client)

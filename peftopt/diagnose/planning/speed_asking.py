@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import shutil
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peftopt import stats, store
+from peftopt import scratch, stats, store
 from peftopt.diagnose import keeping
 from peftopt.diagnose.measuring import company, making
 from peftopt.diagnose.measuring.cells import BASE, BATCH, Launch
@@ -70,7 +69,7 @@ def speeds(setting: Setting, traffic: Traffic, folder: Path, tell: Callable[[str
         hint = "choose --engine eager or vllm"
         raise BadInput(f"--plan needs an engine that is started here and tells adapters apart: {setting.engine}", hint)
     keeping.begin(setting, folder)
-    made = Path(tempfile.mkdtemp(prefix="peftopt-"))
+    made = scratch.folder(tell)
     try:
         measured = asyncio.run(_session(replace(setting, prompts=""), traffic, folder, made, tell))
     finally:

@@ -80,7 +80,7 @@ def engine(base: Path, adapters: Sequence[Path], name: str, threads: int, folder
     server = backends.launch(how, folder / f"{name}.log")
     try:
         server.ready(how.ready_s)
-        yield _Launched(Target(how.url), server.processes)
+        yield _Launched(Target(how.url, key_env=how.key_env), server.processes)
     finally:
         server.stop()
 

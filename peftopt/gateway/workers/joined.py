@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from peftopt import redaction
 from peftopt.errors import MissingEnvironment
 from peftopt.gateway import keys
 from peftopt.gateway.admission import Admission
@@ -123,7 +124,8 @@ class Joined:
         assert part is not None
         log, metrics = Log(part.log, shared=True, keep=part.log_keep), Metrics(part.slos_s)
         traces = Traces(part.trace, part.host, part.port) if part.trace else None
-        async with Upstream(part.url, part.timeouts) as upstream:
+        os.environ[redaction.ENGINE_KEY] = part.engine_key  # of engines that are started beside, too
+        async with Upstream(part.url, part.timeouts, part.engine_key if part.started else "") as upstream:
             admission = Admission(part.limits, part.per_adapter, part.per_key)
             shared = Shared(
                 upstream, self.followed, admission, part.known(), metrics, log, part.settings, traces=traces

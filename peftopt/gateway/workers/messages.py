@@ -39,7 +39,8 @@ class KnownKey:
 class Part:
     """What worker `index` works with: the engine's `url`, its part of the limits, the keys, the log and how many of its
     files are kept, the bounds of the metrics' buckets in seconds, and what holds for every request. `trace`: where
-    spans are sent, which name `host` and `port`."""
+    spans are sent, which name `host` and `port`. `engine_key`: the API key of engines that the gateway has started;
+    `started`: that at `url` is one of them."""
 
     index: int
     url: str
@@ -55,6 +56,8 @@ class Part:
     trace: str = ""
     host: str = ""
     port: int = 0
+    engine_key: str = field(default="", repr=False)
+    started: bool = False
 
     def known(self) -> Keys:
         """The keys as requests are checked by them."""

@@ -5,7 +5,7 @@ server-sent events), `FIXED_LENGTH` (whether it has a way to say "exactly so man
 prompt may be token ids), and
 
     def body(prompt: Prompt, model: str, new_tokens: int, stop: bool, extensions: bool) -> dict[str, Json]
-    def read(data: Json) -> Event
+    def read(data: Json) -> Event        raises what errors.BROKEN names for what is not a message of this protocol
 
 `extensions` are fields beyond the published schema of the first such server, which others may refuse.
 """
@@ -13,6 +13,7 @@ prompt may be token ids), and
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -49,7 +50,8 @@ class Event:
     """What one message of a stream says. `is_token`: it brings new text, so that its arrival is a token's time.
 
     `ids` are the new tokens' ids where the server tells; `finish` why the answer ended ("stop", "length");
-    `prompt_tokens` and `new_tokens` the server's own counts, at the end; `error` its own words.
+    `prompt_tokens` and `new_tokens` the server's own counts, at the end, and of the latter those that were `proposed`
+    beforehand, and those that were `accepted`; `error` its own words.
     """
 
     is_token: bool = False
@@ -59,6 +61,8 @@ class Event:
     prompt_tokens: int | None = None
     new_tokens: int | None = None
     error: str = ""
+    proposed: int | None = None
+    accepted: int | None = None
 
 
 def module(name: str) -> ModuleType:
@@ -98,11 +102,61 @@ def error_of(data: Json) -> str:
 def choice_of(data: Json) -> Mapping[str, Json]:
     """The first choice in a message of OpenAI's; {} in one that brings none, such as the last with only the counts.
     Raises TypeError for what is no message."""
-    if not isinstance(data, Mapping):
-        raise TypeError(f"a message is {type(data).__name__}, not a mapping")
-    return (data.get("choices") or [{}])[0] or {}
+    choices = mapping(data, "a message").get("choices")
+    if choices is not None and not isinstance(choices, list):
+        raise TypeError(f"choices is {shown(choices)}, not a list")
+    return mapping(choices[0] if choices else None, "a choice")
+
+
+MOST_TOKENS = 10**9
+"""No server answers with as many: a count above is not one."""
+MOST_ID = 2**31
+"""No vocabulary has as many tokens."""
+SHOWN = 40
+"""Characters of an odd value that are shown."""
 
 
 def count(value: Json) -> int | None:
-    """A server's own count of tokens; None where it tells none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    """A server's own count of tokens; None where it tells none. Raises ValueError for what is not a count."""
+    if value is None:
+        return None
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole or not 0 <= value <= MOST_TOKENS:
+        raise ValueError(f"a count of tokens is {shown(value)}")
+    return int(value)
+
+
+def mapping(value: Json, what: str) -> Mapping[str, Json]:
+    """A mapping of a server's; {} for none. Raises TypeError, naming `what` it should be, for another value."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} is {shown(value)}, not a mapping")
+    return value
+
+
+def text(value: Json, what: str) -> str:
+    """A text of a server's; "" for none. Raises TypeError, naming `what` it should be, for another value."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is {shown(value)}, not a text")
+    return value
+
+
+def ids(value: Json) -> tuple[int, ...]:
+    """Ids of tokens; () for none. Raises TypeError for another value than a list, ValueError for what is not an id."""
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise TypeError(f"ids of tokens are {shown(value)}, not a list")
+    for each in value:
+        if isinstance(each, bool) or not isinstance(each, int) or not 0 <= each < MOST_ID:
+            raise ValueError(f"the id of a token is {shown(each)}")
+    return tuple(value)
+
+
+def shown(value: Json) -> str:
+    """The beginning of a server's odd value, as JSON."""
+    written = json.dumps(value)
+    return written if len(written) <= SHOWN else f"{written[:SHOWN]}…"

@@ -5,6 +5,7 @@ The server applies its own chat template. Source: platform.openai.com/docs/api-r
 
 from __future__ import annotations
 
+from peftopt.loadtest import protocols
 from peftopt.loadtest.protocols import Event, Prompt, choice_of, error_of
 from peftopt.loadtest.protocols.completions import counts, shared
 from peftopt.records import Json
@@ -23,18 +24,19 @@ def read(data: Json) -> Event:
     if error := error_of(data):
         return Event(error=error)
     choice = choice_of(data)
-    delta = choice.get("delta") or {}
+    delta = protocols.mapping(choice.get("delta"), "delta")
     thought = delta.get("reasoning_content") or delta.get("reasoning") or ""
-    ids = tuple(choice.get("token_ids") or ())
+    ids = protocols.ids(choice.get("token_ids"))
     text, more = _content(delta.get("content"))
     # The first message only says whose turn it is; it is no token.
     is_token = bool(text or ids or thought or more or delta.get("tool_calls") or delta.get("refusal"))
-    return Event(is_token, text, ids, choice.get("finish_reason") or "", *counts(data))
+    return Event(is_token, text, ids, protocols.text(choice.get("finish_reason"), "finish_reason"), *counts(data))
 
 
 def _content(content: Json) -> tuple[str, bool]:
     """(the text, whether anything came), of a string or of Mistral's list of parts, some of which may be thoughts."""
     if not isinstance(content, list):
-        return content or "", bool(content)
-    texts = [part.get("text") or "" for part in content if part.get("type") == "text"]
-    return "".join(texts), any(part.get("text") or part.get("thinking") for part in content)
+        return protocols.text(content, "content"), bool(content)
+    parts = [protocols.mapping(part, "a part of content") for part in content]
+    texts = [protocols.text(part.get("text"), "text") for part in parts if part.get("type") == "text"]
+    return "".join(texts), any(part.get("text") or part.get("thinking") for part in parts)

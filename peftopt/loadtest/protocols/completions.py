@@ -6,6 +6,7 @@ Source: platform.openai.com/docs/api-reference/completions; the extensions are v
 
 from __future__ import annotations
 
+from peftopt.loadtest import protocols
 from peftopt.loadtest.protocols import Event, Prompt, choice_of, count, error_of
 from peftopt.records import Json
 
@@ -36,11 +37,8 @@ def read(data: Json) -> Event:
     if error := error_of(data):
         return Event(error=error)
     choice = choice_of(data)
-    text, ids, finish = (
-        choice.get("text") or "",
-        tuple(choice.get("token_ids") or ()),
-        choice.get("finish_reason") or "",
-    )
+    text, ids = protocols.text(choice.get("text"), "text"), protocols.ids(choice.get("token_ids"))
+    finish = protocols.text(choice.get("finish_reason"), "finish_reason")
     # A special token has no text, and yet it is one: only the last message, which just says why, brings none.
     is_token = bool(text or ids or (choice and not finish))
     return Event(is_token, text, ids, finish, *counts(data))
@@ -48,5 +46,5 @@ def read(data: Json) -> Event:
 
 def counts(data: Json) -> tuple[int | None, int | None]:
     """(prompt tokens, new tokens) as the server counted them."""
-    usage = data.get("usage") or {}
+    usage = protocols.mapping(data.get("usage"), "usage")
     return count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))

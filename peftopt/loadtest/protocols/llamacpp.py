@@ -6,7 +6,8 @@ says more tokens than there are ids, the text has to be taken. Source: tools/ser
 
 from __future__ import annotations
 
-from peftopt.loadtest.protocols import Event, Prompt, error_of
+from peftopt.loadtest import protocols
+from peftopt.loadtest.protocols import Event, Prompt, count, error_of
 from peftopt.records import Json
 
 PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/completion", True, True, True
@@ -28,8 +29,19 @@ def read(data: Json) -> Event:
     """A message's token and text; the last one has the counts and the reason why the answer ended."""
     if error := error_of(data):
         return Event(error=error)
-    ids, text = tuple(data.get("tokens") or ()), data.get("content") or ""
-    if not data.get("stop"):
+    said = protocols.mapping(data, "a message")
+    ids, text = protocols.ids(said.get("tokens")), protocols.text(said.get("content"), "content")
+    if not said.get("stop"):
         return Event(bool(ids or text), text, ids)
-    finish = _FINISH.get(data.get("stop_type", ""), "stop")
-    return Event(bool(ids or text), text, ids, finish, data.get("tokens_evaluated"), data.get("tokens_predicted"))
+    finish = _FINISH.get(protocols.text(said.get("stop_type"), "stop_type"), "stop")
+    timings = protocols.mapping(said.get("timings") or {}, "timings")  # silent of proposals where there were none
+    return Event(
+        bool(ids or text),
+        text,
+        ids,
+        finish,
+        count(said.get("tokens_evaluated")),
+        count(said.get("tokens_predicted")),
+        proposed=count(timings.get("draft_n", 0)),
+        accepted=count(timings.get("draft_n_accepted", 0)),
+    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 
-from peftopt.loadtest.protocols import Event, Prompt, error_of
+from peftopt.loadtest import protocols
+from peftopt.loadtest.protocols import Event, Prompt, count, error_of
 from peftopt.records import Json
 
 PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "", False, True, False
@@ -27,11 +28,13 @@ def read(data: Json) -> Event:
     answers = json.loads(data) if isinstance(data, str) else data
     if error := error_of(answers):
         return Event(error=error)
-    answer = answers[0]
+    if not isinstance(answers, list):
+        raise TypeError(f"the answers are {protocols.shown(answers)}, not a list")
+    answer = protocols.mapping(answers[0], "an answer")
     return Event(
         True,
-        answer["generated_text"],
+        protocols.text(answer["generated_text"], "generated_text"),
         finish=str(answer["finish_reason"]),
-        prompt_tokens=answer["prompt_length"],
-        new_tokens=answer["generated_length"],
+        prompt_tokens=count(answer["prompt_length"]),
+        new_tokens=count(answer["generated_length"]),
     )

@@ -6,7 +6,8 @@ fixed. An adapter is named by `adapter_id`. Source: docs/openapi.json of hugging
 
 from __future__ import annotations
 
-from peftopt.loadtest.protocols import Event, Prompt, error_of
+from peftopt.loadtest import protocols
+from peftopt.loadtest.protocols import Event, Prompt, count, error_of
 from peftopt.records import Json
 
 PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/generate_stream", True, False, False
@@ -27,9 +28,12 @@ def read(data: Json) -> Event:
     """A message's token; a special one has no text. The last one has the counts."""
     if error := error_of(data):
         return Event(error=error)
-    token, details = data.get("token"), data.get("details") or {}
+    said = protocols.mapping(data, "a message")
+    token, details = said.get("token"), protocols.mapping(said.get("details"), "details")
     if token is None:
         return Event()
-    finish = _FINISH.get(details.get("finish_reason", ""), "")
-    text = "" if token.get("special") else token["text"]
-    return Event(True, text, (token["id"],), finish, details.get("input_length"), details.get("generated_tokens"))
+    token = protocols.mapping(token, "token")
+    finish = _FINISH.get(protocols.text(details.get("finish_reason"), "finish_reason"), "")
+    text = "" if token.get("special") else protocols.text(token["text"], "text")
+    counts = count(details.get("input_length")), count(details.get("generated_tokens"))
+    return Event(True, text, protocols.ids([token["id"]]), finish, *counts)

@@ -25,6 +25,9 @@ TARGET = ("job", "instance", "pod")
 STEADY = ("peftopt_gateway_overhead_seconds", "vllm:generation_tokens_total")
 """Counters that go back only where the server was started again; others may end with a version."""
 
+MOST = 1e100
+"""No counter comes that far, and sums of what lies below are finite."""
+
 ENDINGS = ("_bucket", "_count", "_sum")
 """Of the samples of a histogram."""
 
@@ -73,10 +76,10 @@ def of_text(text: str, at: float, names: Collection[str]) -> Scrape:
 
 
 def of_samples(samples: Iterator[tuple[str, Mapping[str, str], float]], at: float) -> Scrape:
-    """A look of single samples; what is not finite is left out."""
+    """A look of single samples; what is not finite, or as good as that, is left out."""
     by_name: dict[str, dict[Labels, float]] = defaultdict(dict)
     for name, labels, value in samples:
-        if math.isfinite(value):
+        if abs(value) < MOST:
             by_name[name][tuple(sorted(labels.items()))] = value
     return Scrape(at, dict(by_name))
 

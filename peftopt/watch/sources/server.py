@@ -56,7 +56,7 @@ class Server:
             raise MissingEnvironment(f"{self._url}{PATH} answers HTTP {answer.status}", HINT)
         try:
             look = scrape.of_text(answer.text, at, metrics.NAMES)
-        except ValueError as error:
+        except BROKEN as error:
             raise MissingEnvironment(f"{self._url}{PATH} is not in Prometheus' format: {error}", HINT) from error
         if not metrics.known(look):
             what = f"{self._url}{PATH} has no metrics of peftopt serve or of vLLM"
