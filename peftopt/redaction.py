@@ -45,6 +45,8 @@ _told: set[str] = set()
 def api_key(variable: str) -> str:
     """The key that an environment variable holds, without the blanks and line ends around it, such as an .env file of
     Windows leaves. Raises BadInput, which does not show it, for one that is not there or cannot be sent."""
+    if variable == ENGINE_KEY:
+        return engine_key()
     _told.add(variable)
     key = os.environ.get(variable, "").strip()
     if not key:

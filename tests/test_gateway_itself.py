@@ -397,10 +397,19 @@ def engine_of(gateway: Served) -> str:
     return f"http://127.0.0.1:{asked().pop()}"
 
 
+KEY = "the-key-of-the-engine"
+"""By which the engine knows its gateway."""
+
+
 def test_weights_exchanged_at_a_real_engine_are_found_out_and_in_the_log(
-    tiny_base: Path, tiny_lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_base: Path,
+    tiny_lora: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The adapter is taken away behind the gateway's back, and another is loaded under its name."""
+    monkeypatch.setenv("PEFTOPT_ENGINE_KEY", KEY)
     other = changed(tiny_lora, tmp_path / "other", 3.0)
     options = ("--base", tiny_base, "--adapter", f"support={tiny_lora}", "--engine", "eager", "--threads", 1)
     with serving(tmp_path, *options, "--check-every", "50ms") as gateway:
@@ -412,7 +421,8 @@ def test_weights_exchanged_at_a_real_engine_are_found_out_and_in_the_log(
         assert set(verdicts()) == {"own"}
         assert all(line["distance"] < 2 for line in gateway.checks())
         version = gateway.checks()[-1]["version"] or gateway.checks()[-2]["version"]
-        with httpx2.Client(base_url=engine_of(gateway), timeout=BIG_S) as http:
+        own = {"Authorization": f"Bearer {KEY}"}
+        with httpx2.Client(base_url=engine_of(gateway), timeout=BIG_S, headers=own) as http:
             name = {"lora_name": f"support@{version}"}
             http.post("/v1/unload_lora_adapter", json=name).raise_for_status()
             http.post("/v1/load_lora_adapter", json={**name, "lora_path": str(other)}).raise_for_status()
