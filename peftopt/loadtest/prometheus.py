@@ -50,7 +50,8 @@ def totals(text: str) -> dict[str, float]:
         match = None if line.startswith("#") else _LINE.fullmatch(line.strip())
         if match:
             with contextlib.suppress(ValueError):
-                sums[match[1]] += float(match[2])
+                value = float(match[2])
+                sums[match[1]] += value
     return {name: total for name, total in sums.items() if math.isfinite(total)}
 
 
