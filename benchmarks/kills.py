@@ -12,8 +12,10 @@ said is none that is promised, where the next run ends otherwise than one withou
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +35,9 @@ def main() -> int:
     parser.add_argument("--job", action="append", choices=list(swept.MAKERS), help="only this job; repeat for more")
     parser.add_argument("--fault", action="append", choices=list(faulty_io.FAULTS), help="only this fault; repeat")
     parser.add_argument("--step", type=int, default=0, help="one operation in so many")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, and say what was found")
     asked = parser.parse_args()
+    until = time.monotonic() + 60 * asked.minutes
     points = kills = wrong = 0
     print("| job | fault | points | wrong | seconds a point |\n| --- | --- | --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as folder, served() as server:
@@ -45,7 +49,7 @@ def main() -> int:
         for name in asked.job or swept.MAKERS:
             job, scratch = swept.job(name, place), home / f"sweep-{name}"
             step = asked.step or SLOW.get(name, 1)
-            for fault, tally in sweeps.swept(job, asked.fault or list(faulty_io.FAULTS), scratch, step):
+            for fault, tally in sweeps.swept(job, asked.fault or list(faulty_io.FAULTS), scratch, step, until):
                 each = tally.seconds / max(tally.points, 1)
                 print(f"| {name} | {fault} | {tally.points} | {tally.wrong} | {each:.2f} |", flush=True)
                 if tally.first:

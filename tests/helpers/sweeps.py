@@ -7,6 +7,8 @@ Each run is a copy of a process that has imported everything (helpers.forked), a
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import os
 import re
 import shutil
@@ -174,12 +176,14 @@ class Tally:
     first: str = ""
 
 
-def swept(job: Job, faults: Sequence[str], scratch: Path, step: int = 1, first: int = 1) -> Iterator[tuple[str, Tally]]:
-    """Each fault's tally."""
+def swept(
+    job: Job, faults: Sequence[str], scratch: Path, step: int = 1, until: float = math.inf
+) -> Iterator[tuple[str, Tally]]:
+    """Each fault's tally; no point begins when the clock (monotonic) is beyond `until`."""
     wanted, _ = reference(job, scratch)
     for fault in faults:
         tally, started = Tally(), time.monotonic()
-        for point in sweep(job, fault, scratch, wanted, step, first):
+        for point in itertools.takewhile(lambda _: time.monotonic() < until, sweep(job, fault, scratch, wanted, step)):
             tally.points += 1
             if point.wrong:
                 tally.wrong += 1
