@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from peftopt import plugins
 from peftopt.corpus import Row
 from peftopt.engines._speculation import Lookup, Speculation, agreed, decode, indexed
-from peftopt.errors import BadInput
 from peftopt.probes import quality, speed
 from peftopt.records import Model
 
@@ -23,7 +22,7 @@ tokens = st.lists(st.integers(0, 3), max_size=30)
 sizes = st.integers(1, 4)
 
 
-def lookup(seen: Sequence[int], **params: int) -> Lookup:
+def lookup(seen: Sequence[int], **params: Any) -> Lookup:
     found = Lookup(Speculation(**params))
     found.extend(seen)
     return found
@@ -71,7 +70,7 @@ def test_other_answers_are_looked_up_for_what_the_row_does_not_have() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": 0}, {"ngram": 0}, {"shortest": 0}, {"ngram": 2, "shortest": 3}])
-def test_a_speculation_of_nothing_is_refused(wrong: dict[str, int]) -> None:
+def test_a_speculation_of_nothing_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         Speculation(**wrong)
 
@@ -198,9 +197,7 @@ def opened(name: str, base: Path, lora: Path, speculation: Speculation | None = 
 
 
 @pytest.mark.parametrize("name", ["eager", "compiled"])
-def test_an_engine_that_speculates_answers_as_it_does_without(
-    name: str, tiny_base_fp32: Path, tiny_lora: Path
-) -> None:
+def test_an_engine_that_speculates_answers_as_it_does_without(name: str, tiny_base_fp32: Path, tiny_lora: Path) -> None:
     plain = opened("eager", tiny_base_fp32, tiny_lora)
     engine = opened(name, tiny_base_fp32, tiny_lora, Speculation(tokens=3))
     assert engine.speculates and not plain.speculates
@@ -290,7 +287,12 @@ def test_what_servers_tell_of_proposals_is_read() -> None:
     from peftopt.loadtest import prometheus
     from peftopt.loadtest.protocols import llamacpp
 
-    last = {"stop": True, "stop_type": "limit", "tokens_predicted": 12, "timings": {"draft_n": 8, "draft_n_accepted": 5}}
+    last: dict[str, Any] = {
+        "stop": True,
+        "stop_type": "limit",
+        "tokens_predicted": 12,
+        "timings": {"draft_n": 8, "draft_n_accepted": 5},
+    }
     assert (llamacpp.read(last).proposed, llamacpp.read(last).accepted) == (8, 5)
     assert llamacpp.read({**last, "timings": {"predicted_n": 12}}).proposed == 0, "it is silent where there were none"
     assert llamacpp.read({"content": "a", "tokens": [3]}).proposed is None

@@ -249,7 +249,7 @@ class Compiled(eager.Transformers):
         filled = filled_up(answers, shape)
         given = torch.tensor([[*a, *[0] * (longest - len(a))] for a in filled], device=self._device)
         with torch.inference_mode():
-            step, state = self._step(shape)
+            _, state = self._step(shape)
             shared, columns = eager.shared_prefix(prompts), []
             logits = self._prefill(filled_up(prompts, shape), shape, state, timed=False, shared=shared)[:, None]
             width = 1 + self._ahead
@@ -544,9 +544,7 @@ class Compiled(eager.Transformers):
 class _Batch:
     """A batch in a static cache, for `_speculation.decode`: a step where nothing is proposed, else all at once."""
 
-    def __init__(
-        self, model: Any, slots: int, state: State, step: Callable[..., Any], verifier: Verified
-    ) -> None:
+    def __init__(self, model: Any, slots: int, state: State, step: Callable[..., Any], verifier: Verified) -> None:
         self.slots = slots
         self._model, self._state, self._step = model, state, step
         self._verify, self._draft = verifier

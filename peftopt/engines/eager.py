@@ -252,9 +252,7 @@ class Looking(Transformers):
             what = "transformers looks nothing up in prompts that virtual tokens come before"
             raise BadInput(what, "bake them, and use the compiled engine; or merge an adapter of weights")
         for settings in (self._stopping, self._endless):
-            settings.update(
-                prompt_lookup_num_tokens=speculation.tokens, max_matching_ngram_size=speculation.ngram
-            )
+            settings.update(prompt_lookup_num_tokens=speculation.tokens, max_matching_ngram_size=speculation.ngram)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         """One prompt after the other."""

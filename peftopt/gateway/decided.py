@@ -104,7 +104,9 @@ def _params(plan: Plan, variant: str) -> Mapping[str, Json]:
     what the gateway does not do in front of it."""
     engine, policies = plan.recipe.variants[variant].engine, plan.recipe.variants[variant].policies
     if changing := [policy.plugin for policy in policies if policy.technique != "speculate"]:
-        what = f"the variant {variant} changes its users' requests ({', '.join(changing)}), and the gateway passes them "
+        what = (
+            f"the variant {variant} changes its users' requests ({', '.join(changing)}), and the gateway passes them "
+        )
         what += "as they are"
         raise BadInput(what, "name a variant without it (--variant), and let your service change the requests")
     if (proposing := speculation(policies)) is None:
