@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from peftopt import plugins
 from peftopt.corpus import Row
 from peftopt.engines._speculation import Lookup, Speculation, agreed, decode, indexed
-from peftopt.errors import BadInput
 from peftopt.probes import quality, speed
 from peftopt.records import Model
 
@@ -23,7 +22,7 @@ tokens = st.lists(st.integers(0, 3), max_size=30)
 sizes = st.integers(1, 4)
 
 
-def lookup(seen: Sequence[int], **params: int) -> Lookup:
+def lookup(seen: Sequence[int], **params: Any) -> Lookup:
     found = Lookup(Speculation(**params))
     found.extend(seen)
     return found
@@ -71,7 +70,7 @@ def test_other_answers_are_looked_up_for_what_the_row_does_not_have() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": 0}, {"ngram": 0}, {"shortest": 0}, {"ngram": 2, "shortest": 3}])
-def test_a_speculation_of_nothing_is_refused(wrong: dict[str, int]) -> None:
+def test_a_speculation_of_nothing_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         Speculation(**wrong)
 
@@ -288,7 +287,7 @@ def test_what_servers_tell_of_proposals_is_read() -> None:
     from peftopt.loadtest import prometheus
     from peftopt.loadtest.protocols import llamacpp
 
-    last = {
+    last: dict[str, Any] = {
         "stop": True,
         "stop_type": "limit",
         "tokens_predicted": 12,

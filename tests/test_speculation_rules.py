@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.records import (
@@ -84,7 +85,7 @@ def test_the_rule_says_how_many_tokens_a_step_gave_and_where_it_loses() -> None:
 
 
 def test_answers_that_part_from_those_without_it_are_turned_down() -> None:
-    parted = {f"p{n}": {"tokens": [7, *range(29)], "agree": 20} for n in range(0, 400, 2)}
+    parted: dict[str, Any] = {f"p{n}": {"tokens": [7, *range(29)], "agree": 20} for n in range(0, 400, 2)}
     found = [m for m in run(0.6) if not (m.probe == "quality" and m.variant == "speculating")]
     decision = decide(PLAN, [*found, *quality("speculating", **parted)], {})
     assert outcome(decision, "speculating", "speculate.parity") == "rejected"
@@ -102,7 +103,7 @@ def test_it_answers_no_more_prompts_than_rules_take_on_any_engine() -> None:
 
 
 def test_the_report_shows_tokens_a_step_by_workload_and_by_slice() -> None:
-    tagged = {f"p{n}": {"slices": ["copies"], **TOLD, "accepted": 30} for n in range(100)}
+    tagged: dict[str, Any] = {f"p{n}": {"slices": ["copies"], **TOLD, "accepted": 30} for n in range(100)}
     tagged |= {f"p{n}": {"slices": ["free"], **TOLD, "accepted": 0} for n in range(100, 400)}
     found = [m for m in run(0.6) if not (m.probe == "quality" and m.variant == "speculating")]
     found += quality("speculating", **tagged)

@@ -451,7 +451,7 @@ class Evidence(Index):
         return dict(sorted(found.items()))
 
     def acceptance_lengths(self, variant: str) -> dict[str, Interval]:
-        """Tokens that a step gave, of answers by tag, where tokens were proposed; "" is all of them."""
+        """Tokens that a step gave, of the answers that carry each tag, where some were proposed; "" is all of them."""
         answers = {row: a for row, a in self.rows(variant).items() if a.steps}
         tagged = {"": list(answers), **self.slices(variant)}
         by_slice = {tag: [answers[row] for row in rows if row in answers] for tag, rows in tagged.items()}

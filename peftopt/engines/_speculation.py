@@ -47,13 +47,14 @@ class Lookup:
         self.tokens: list[int] = []
         self._sizes = range(speculation.ngram, speculation.shortest - 1, -1)
         self._beside = beside
-        self.followed: dict[tuple[int, ...], int] = {}
+        self.after: dict[tuple[int, ...], int] = {}
+        """An n-gram -> the place behind its last occurrence that something follows."""
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Add tokens at the end."""
         for token in tokens:
             for gram in self._last():
-                self.followed[gram] = len(self.tokens)
+                self.after[gram] = len(self.tokens)
             self.tokens.append(token)
 
     def propose(self, count: int) -> list[int]:
@@ -61,8 +62,8 @@ class Lookup:
         goes on as what is proposed does: a loop is proposed as a loop."""
         for gram in self._last():
             for lookup in (self, self._beside):
-                if lookup is not None and gram in lookup.followed:
-                    return _copied(lookup.tokens, lookup.followed[gram], count)
+                if lookup is not None and gram in lookup.after:
+                    return _copied(lookup.tokens, lookup.after[gram], count)
         return []
 
     def _last(self) -> Iterable[tuple[int, ...]]:

@@ -6,6 +6,8 @@ from typing import Any
 
 FEW_ROWS = 16
 """Rows up to which INT8 weights are multiplied as they are; for more it pays to unpack them first."""
+TOGETHER = 8
+"""Rows of tokens that are verified together, up to which a graph sums their products in one loop over the weights."""
 VECTOR = 16
 """Bytes that PyTorch's kernel for INT8 weights loads at a time, from addresses that are multiples of it."""
 FUSED = "peftopt_fused"
@@ -105,13 +107,18 @@ def keep(cache: Any, keys: list[Any], values: list[Any], start: int = 0) -> None
 def _linear(linear: Any, x: Any) -> Any:
     """Compute x @ W.T + b. For one row in a graph it is written as the sum of products that it is, because Inductor
     makes one pass over the weights of that, on a CPU two to three times faster than PyTorch's matrix product of one
-    row."""
+    row. So it does for the few tokens of a row that are verified, where each is a sum of its own: Inductor fuses these,
+    as long as what they read of the weights is not a tensor that they share."""
     import torch
 
     rows = x.numel() // x.shape[-1]
     weight, scale = (linear.weight, None) if linear.int8 is None else linear.int8
     if rows == 1 and torch.compiler.is_compiling():
         out = (x.reshape(1, -1).float() * weight.float()).sum(-1)
+        out = (out if scale is None else out * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
+    elif torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[-2] > 1 and rows <= TOGETHER:
+        several = x.reshape(rows, -1).float()
+        out = torch.stack([(several[row : row + 1] * weight).sum(-1) for row in range(rows)])
         out = (out if scale is None else out * scale.float()).to(x.dtype).view(*x.shape[:-1], -1)
     elif scale is None:
         return torch.nn.functional.linear(x, weight, linear.bias)

@@ -249,7 +249,7 @@ class Compiled(eager.Transformers):
         filled = filled_up(answers, shape)
         given = torch.tensor([[*a, *[0] * (longest - len(a))] for a in filled], device=self._device)
         with torch.inference_mode():
-            step, state = self._step(shape)
+            _, state = self._step(shape)
             shared, columns = eager.shared_prefix(prompts), []
             logits = self._prefill(filled_up(prompts, shape), shape, state, timed=False, shared=shared)[:, None]
             width = 1 + self._ahead

@@ -50,7 +50,7 @@ def open(model: Model, params: Params, speculation: Speculation | None = None) -
 
 
 def speculating(params: Params, speculation: Speculation) -> Params:
-    """The parameters of a server that looks up n-grams, of `ngram` tokens and no fewer, in each request's own tokens."""
+    """The parameters of a server that looks up n-grams, of exactly `ngram` tokens, in each request's own tokens."""
     option = f"--spec-type ngram-simple --spec-ngram-simple-size-n {speculation.ngram}"
     option += f" --spec-ngram-simple-size-m {speculation.tokens}"
     return replace(params, args=f"{params.args} {option}".strip())
