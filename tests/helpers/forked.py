@@ -29,7 +29,7 @@ from typing import Any
 
 from peftopt import machine
 from peftopt.engines import _server
-from peftopt.runner import process
+from peftopt.runner import orphans, process
 
 MESSAGE = 1 << 18
 DESCRIPTORS = 5
@@ -151,7 +151,8 @@ class First:
         self.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE)
         command = [sys.executable, __file__, str(theirs.fileno()), *self.imported]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=dict(environment), **quiet)
+        given = {name: value for name, value in environment.items() if name != orphans.MARK}  # it outlives a worker
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=given, **quiet)
         theirs.close()
 
     def close(self) -> None:
