@@ -151,8 +151,8 @@ class First:
         self.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE)
         command = [sys.executable, __file__, str(theirs.fileno()), *self.imported]
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        unmarked = {name: value for name, value in environment.items() if name != orphans.MARK}  # it outlives a worker
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=unmarked, **quiet)
+        given = {name: value for name, value in environment.items() if name != orphans.MARK}  # it outlives a worker
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=given, **quiet)
         theirs.close()
 
     def close(self) -> None:
