@@ -234,6 +234,11 @@ def percent(share: float, places: int = 0) -> str:
     return f"{100 * share:.{places}f} %"
 
 
+def percent_of_level(level: float) -> str:
+    """A confidence level in percent, with the decimals that tell it from certainty: "95.0 %", "99.8 %", "99.97 %"."""
+    return percent(level, next((places for places in range(1, 9) if round(100 * level, places) < 100), 1))
+
+
 def format_value(metric: str, value: float, relative: bool = False) -> str:
     """A figure for people: "41.2 ms", "163 MB", "1.02x", "99.1 %".
 

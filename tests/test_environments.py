@@ -125,7 +125,7 @@ def test_what_needs_a_missing_environment_says_how_to_get_it(
     questions = prompts(tmp_path / "eval.jsonl", 4, "eval")
     text = RECIPE.format(base=tiny_base, adapter=tiny_lora, prompts=questions)
     (tmp_path / "llama.yaml").write_text(text.replace("[merge, int8]", "[merge, gguf, {engine: llamacpp}]"))
-    assert command("check", tmp_path / "llama.yaml") == 4
+    assert command("check", tmp_path / "llama.yaml", "--no-forecast") == 0, "the other variants can be measured"
     assert capsys.readouterr().err.count(how) == 1, "both the format and the engine need it"
     arguments = ("--method", "gguf", "--model", tiny_base, "--out", tmp_path / "out")
     assert command("quantize", *arguments) == 4

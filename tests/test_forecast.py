@@ -126,6 +126,7 @@ class Recorded(compiled.Compiled):
     def __init__(self, params: compiled.Params) -> None:
         self._params = params
         self._longest, self._prefix, self.virtual_tokens = 2**31, None, 0
+        self._speculation, self._ahead = None, 0
         self._steps, self._prompts, self._warmed = {}, {}, set()
 
     def _step(self, shape: Any) -> Any:

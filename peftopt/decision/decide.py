@@ -15,7 +15,7 @@ from peftopt.decision.prompts import virtual_tokens
 from peftopt.decision.rules import A_A, family, judged_speed, parent_of, protects, rule_name, verdicts
 from peftopt.decision.stopping import hopeless
 from peftopt.measurements import Answer
-from peftopt.metrics import counted, percent
+from peftopt.metrics import counted, percent, percent_of_level
 from peftopt.records import (
     TWIN,
     Decision,
@@ -366,7 +366,7 @@ def unstopped(answers: Sequence[Answer]) -> str:
 def _bounds(ratio: Interval) -> str:
     if not (math.isfinite(ratio.high) and ratio.low > 0):
         return f"{ratio.estimate:.2f}x, too few launches or blocks for an interval"
-    return f"{ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f} at {percent(ratio.level, 1)}"
+    return f"{ratio.estimate:.2f}x, {ratio.low:.2f} to {ratio.high:.2f} at {percent_of_level(ratio.level)}"
 
 
 def _sentence(evidence: Evidence, chosen: VariantDecision | None, candidates: Sequence[VariantDecision]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from peftopt.metrics import REPORTED, TASK, format_value, percent
+from peftopt.metrics import REPORTED, TASK, format_value, percent_of_level
 from peftopt.records import Decision, Interval, VariantDecision, Verdict
 from peftopt.report import columns, words
 from peftopt.report.columns import Column, Sheet
@@ -210,7 +210,7 @@ def _judged_at(decision: Decision) -> str:
     levels = [v.speed.level for v in decision.variants if v.speed and v.name != decision.baseline]
     if not levels:
         return ""
-    low, high = percent(min(levels), 1), percent(max(levels), 1)
+    low, high = percent_of_level(min(levels)), percent_of_level(max(levels))
     return f", at {high}" if low == high else f", at {low} to {high}"
 
 
