@@ -170,8 +170,7 @@ NUMBERS = ("r", "lora_alpha")
 
 
 def _check_config(folder: Path, config: Mapping[str, Json]) -> None:
-    """Raises BadInput for a type that PEFT does not write so, and for ranks or scales that are not numbers, or below 0.
-    """
+    """Raises BadInput for a type that PEFT writes otherwise, and for ranks or scales that are no numbers, or negative."""
     kind = config.get("peft_type")
     if not isinstance(kind, str) or not re.fullmatch(r"[A-Z0-9_]+", kind):
         name = str(kind or "").rpartition(".")[2].upper()
@@ -189,7 +188,9 @@ def _check_config(folder: Path, config: Mapping[str, Json]) -> None:
             )
         if not 0 <= value < math.inf:
             what = "which would turn the adapter around" if value < 0 else "which is not finite"
-            raise BadInput(f"{folder / CONFIG}: {name} is {json.dumps(value)}, {what}", "write what it was trained with")
+            raise BadInput(
+                f"{folder / CONFIG}: {name} is {json.dumps(value)}, {what}", "write what it was trained with"
+            )
 
 
 WRAPPERS = {

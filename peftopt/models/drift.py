@@ -40,17 +40,16 @@ def drifts(base: Path, home: Path) -> list[str]:
 def _words(base: Path, home: Path) -> Iterator[str]:
     theirs, ours = vocabulary(base), vocabulary(home)
     if not theirs or not ours:
-        name = "tokenizer.model"
-        if (base / name).is_file() and (home / name).is_file():
-            if (base / name).read_bytes() != (home / name).read_bytes():
-                yield f"{name} of the adapter is not the base's"
+        files = [folder / "tokenizer.model" for folder in (base, home)]
+        if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
+            yield "tokenizer.model of the adapter is not the base's"
         return
     moved = [token for token, id_ in theirs.ids.items() if ours.ids.get(token, id_) != id_]
     lost = [token for token in theirs.ids if token not in ours.ids]
     if moved:
         token = moved[0]
-        which = f"{token!r} has the id {ours.ids[token]} in the adapter's tokenizer and {theirs.ids[token]} in the base's"
-        yield f"{which}{_more(moved)}"
+        differ = f"the id {ours.ids[token]} in the adapter's tokenizer and {theirs.ids[token]} in the base's"
+        yield f"{token!r} has {differ}{_more(moved)}"
     if lost:
         yield f"the adapter's tokenizer lacks {lost[0]!r} of the base's{_more(lost)}"
     if theirs.joins and ours.joins and list(theirs.joins) != list(ours.joins):
