@@ -170,7 +170,7 @@ NUMBERS = ("r", "lora_alpha")
 
 
 def _check_config(folder: Path, config: Mapping[str, Json]) -> None:
-    """Raises BadInput for a type that PEFT writes otherwise, and for ranks or scales that are no numbers, or negative."""
+    """Raises BadInput for a type that PEFT does not know, and for ranks or scales that are negative or no numbers."""
     kind = config.get("peft_type")
     if not isinstance(kind, str) or not re.fullmatch(r"[A-Z0-9_]+", kind):
         name = str(kind or "").rpartition(".")[2].upper()
