@@ -180,7 +180,7 @@ def _port(url: str) -> int:
     return int(urlsplit(url).port or 0)
 
 
-HERE = ("127.0.0.1", "0.0.0.0", "::", "::ffff:127.0.0.1")
+HERE = ("127.0.0.1", "0.0.0.0", "::", "::ffff:127.0.0.1")  # nosec B104 # addresses to recognise, none to bind to
 """Addresses at which a process is reached by 127.0.0.1."""
 
 UNKNOWN = 0
