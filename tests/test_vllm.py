@@ -299,11 +299,14 @@ def check_what_is_monitored(metrics: str) -> None:
 
 
 @real
-def test_the_canary_catches_both_faults_of_this_vllm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_canary_catches_both_faults_of_this_vllm(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where all slots are taken it computes the base's requests with the adapter's weights of their batch; with prefix
     caching it answers a reloaded adapter's requests from blocks of the one before."""
     from helpers.tiny_models import make_lora
 
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")  # who serves the engine alone says so himself
     make_lora(BASE, tmp_path / "other", std=0.05)
     swap = ["--swap", ADAPTER, "--swap", tmp_path / "other"]
     few = ["--prompts", ROOT / "demo" / "data" / "eval.jsonl", "--fingerprints", 1, "--rounds", 1]

@@ -133,9 +133,9 @@ def open_adapter(folder: Path, weight: float = 1.0) -> Adapter:
 
 
 def _config(file: Path) -> dict[str, Json]:
+    hint = "restore it"
     try:
         text = file.read_text(encoding="utf-8")
-        hint = "restore it"
         if text.startswith("\ufeff"):  # which PEFT does not read either
             hint = "save it as UTF-8 without a byte order mark"
         config = json.loads(text)

@@ -158,11 +158,15 @@ def first_token(text: str, added: Mapping[str, int]) -> tuple[str, int] | None:
 
 
 def added(home: Path) -> dict[str, int]:
-    """Tokens that were added to the vocabulary, with their ids: special ones are among them."""
+    """Tokens that were added to the vocabulary, with their ids: special ones are among them. Raises BadInput for files
+    whose values are of other types than a tokenizer's."""
     listed = json_object(home / "tokenizer.json").get("added_tokens") or []
-    tokens = {token["content"]: int(token["id"]) for token in listed}
     decoder = json_object(home / "tokenizer_config.json").get("added_tokens_decoder") or {}
-    return tokens | {token["content"]: int(id_) for id_, token in decoder.items()}
+    try:
+        tokens = {str(token["content"]): int(token["id"]) for token in listed}
+        return tokens | {str(token["content"]): int(id_) for id_, token in decoder.items()}
+    except BROKEN as error:
+        raise BadInput(f"{home}: its tokenizer's files cannot be read: {error!r}", "restore them") from error
 
 
 def _content(token: Json) -> str:
