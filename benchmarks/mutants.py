@@ -43,18 +43,13 @@ MODULES = {
     path: tuple(f"tests/test_{name}.py" for name in names)
     for path, names in {
         "peftopt/decision/stopping.py": ("stopping", "decide", "honest_times", "next_step"),
-        "peftopt/decision/decide.py": ("trust_decisions", "evidence", "decide", "judged_interval", "next_step"),
+        "peftopt/decision/decide.py": ("next_step", "judged_interval", "trust_decisions", "evidence", "decide"),
         "peftopt/decision/index.py": ("trust_times", "trust_answers", "judged", "evidence", "decide"),
         "peftopt/decision/evidence.py": (
-            "trust_times",
-            "trust_answers",
-            "judged",
-            "evidence",
-            "decide",
-            "speculation_rules",
+            *("speculation_rules", "trust_times", "trust_answers", "judged", "evidence", "decide"),
         ),
         "peftopt/decision/rules.py": (
-            *("trust_rules", "broken_models", "decide", "honest_times", "judged_interval", "speculation_rules"),
+            *("judged_interval", "speculation_rules", "trust_rules", "broken_models", "decide", "honest_times"),
         ),
         "peftopt/stats.py": ("stats", "trust_stats"),
     }.items()

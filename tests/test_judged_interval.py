@@ -26,7 +26,7 @@ def gain(decision: Decision, name: str, rule: str = "merge.gain") -> Interval:
     return value
 
 
-@pytest.mark.parametrize("ratio", [0.6, 0.84, 1.1])
+@pytest.mark.parametrize("ratio", [0.6, 0.78, 0.8, 0.84, 1.1])
 @pytest.mark.parametrize("blocks", [7, 12, 20, 40])
 def test_the_table_shows_the_interval_that_the_rule_judged_by(ratio: float, blocks: int) -> None:
     decision = raced(ratio=ratio, blocks=blocks)
