@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.records import decide, evidence_of, of, plan_of, quality, speed, whole
@@ -385,3 +386,26 @@ def test_launches_that_differ_are_told_from_launches_that_do_not() -> None:
     assert evidence_of(plan, by_launch(2.0, relaunch=1)).launch_effect("chat") is None, (
         "one block each: nothing to compare"
     )
+
+
+def test_only_what_was_left_out_before_it_was_tried_counts_as_skipped() -> None:
+    def failed(name: str, reason: str) -> Measurement:
+        values = {"stage": "preflight", "reason": reason, "detail": "needs torchao", "hint": "pip install torchao"}
+        return Measurement("failure", name, values=values)
+
+    plan = plan_of("merged", "int8")
+    found = [failed("int8", "skipped"), failed("merged", "killed (SIGKILL)")]
+    assert evidence_of(plan, found).skipped == {"int8"}
+
+
+@pytest.mark.parametrize(("right", "warned"), [(0, True), (3, True), (8, False), (100, False)])
+def test_an_adapter_that_is_hardly_ever_right_is_warned_of_and_no_variant_is(right: int, warned: bool) -> None:
+    plan = plan_of("merged")
+    wrong: dict[str, Any] = {f"p{n}": {"correct": False, "score": 0.0} for n in range(right, 100)}
+    never: dict[str, Any] = {f"p{n}": {"correct": False, "score": 0.0} for n in range(100)}
+    answers = [*quality("adapter", 100, **wrong), *quality("adapter", 100, launch=2, **wrong)]
+    decision = decide(plan, [*speed(plan, {"merged": 0.7}), *answers, *quality("merged", 100, **never)], {})
+    told = [warning for warning in decision.warnings if "answers" in warning and "right" in warning]
+    assert [warning.split()[0] for warning in told] == (["adapter"] if warned else [])
+    if warned:
+        assert f"{right} of 100 prompts" in told[0]
