@@ -82,7 +82,7 @@ test: .venv/tested $(MODEL)/model.safetensors
 audit: .venv/tested
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive peftopt
 	.ci/audit
-	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/fuzz.py --seconds 60
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/fuzz.py --seconds 90 --files 1000
 
 mutants: .venv/tested
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/mutants.py $(if $(SINCE),--changed $(SINCE) --sample 150 --minutes 3 --floor 0.75)

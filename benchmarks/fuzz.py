@@ -31,6 +31,7 @@ def main() -> int:
     """Print a table and what went wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long")
+    parser.add_argument("--files", type=int, default=0, help="how many at most, 0 = all that fit the time")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     asked = parser.parse_args()
     tried: Counter[str] = Counter()
@@ -50,7 +51,7 @@ def main() -> int:
             slowest[kind] = max(slowest.get(kind, 0.0), said.seconds)
             if said.wrong or said.seconds > LONG_S:
                 wrong.append(f"{said.what}: {said.wrong or f'{said.seconds:.1f} s'}")
-            if time.monotonic() > until:
+            if time.monotonic() > until or sum(tried.values()) == asked.files:
                 break
     grown = peak_mb() - before
     if grown > MUCH_MB:
