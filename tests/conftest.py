@@ -71,6 +71,15 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base of six layers and its LoRA."""
+    folder = tmp_path_factory.mktemp("deep")
+    make_base(folder / "base", "bfloat16", layers=6)
+    make_lora(folder / "base", folder / "lora")
+    return folder / "base", folder / "lora"
+
+
+@pytest.fixture(scope="session")
 def tiny_base_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in fp32, where batching must not change a single greedy token."""
     folder = tmp_path_factory.mktemp("tiny32") / "base"

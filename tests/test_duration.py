@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.command_line import command, prompts
-from helpers.tiny_models import make_base, make_lora
+from helpers.tiny_models import make_base
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -150,15 +150,6 @@ variants:
   merged: [merge]
 minimize: latency.p50@chat
 """
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base of six layers and its LoRA."""
-    folder = tmp_path_factory.mktemp("deep")
-    make_base(folder / "base", "bfloat16", layers=6)
-    make_lora(folder / "base", folder / "lora")
-    return folder / "base", folder / "lora"
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from helpers.command_line import command, errors, prompts
 from helpers.finished_runs import finished_run
-from helpers.tiny_models import make_base, make_lora
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -180,15 +179,6 @@ def test_larger_batches_are_never_more_often_compiled(lengths: list[int], rows: 
 
 
 # ---- the first layers --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base of six layers and its LoRA."""
-    folder = tmp_path_factory.mktemp("deep")
-    make_base(folder / "base", "bfloat16", layers=6)
-    make_lora(folder / "base", folder / "lora")
-    return folder / "base", folder / "lora"
 
 
 def hidden(base: Path, adapter: Path | None = None) -> Any:
