@@ -10,6 +10,7 @@ from helpers.command_line import RECIPE, command, prompts
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peftopt import jobs
 from peftopt.runner import trace
 from peftopt.runner.trace import Busy, Span
 
@@ -45,6 +46,11 @@ def test_kinds_are_ordered_by_the_wall_clock_they_take() -> None:
 def test_idle_is_what_nobody_used_of_all_processors() -> None:
     assert trace.idle([Busy(1, 0.5), Busy(2, 1.5)], 2) == pytest.approx(0.5)
     assert trace.idle([], 2) == 0
+
+
+def test_every_word_of_the_table_is_a_job_or_a_step_of_the_parents() -> None:
+    names = {job.name() for job in vars(jobs).values() if isinstance(job, type) and issubclass(job, jobs.Job)}
+    assert trace.WORDS.keys() <= names | {"judge", "rest"}
 
 
 @given(SPANS)

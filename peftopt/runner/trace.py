@@ -39,7 +39,9 @@ WORDS = {
     "task": "answer",
     "warm": "compile and warm up",
     "speed": "time requests",
-    "forecast": "forecast",
+    "layers": "forecast",
+    "bandwidth": "measure the memory",
+    "served": "time a load",
     "judge": "judge",
     "rest": "wait until a server rests",
 }
