@@ -91,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = _unexpected(error, as_json)
     if code == INTERRUPTED:  # typer may have made an exit code of the interrupt already
         with _perhaps_unread():
-            print("interrupted; what was measured is kept, the same command goes on from there", file=sys.stderr)
+            print("interrupted", file=sys.stderr)
     sys.exit(_read_to_its_end(code or 0))
 
 

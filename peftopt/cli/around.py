@@ -231,9 +231,6 @@ def _say_how_long(file: Path, results: Path) -> None:
         console.say(durations.sentence(_outlook(recipe, home, console)[1]))
     except PeftoptError as error:
         console.warn(f"how long a run takes is not known: {error.message}")
-    except KeyboardInterrupt as error:
-        console.warn(f"stopped before it was known how long a run takes; {file} is written, and whole")
-        raise typer.Exit(130) from error
 
 
 DEMOS = re.compile(r", (slice: short|schema: [^,}\s]+)")

@@ -85,6 +85,10 @@ def _owned(folder: Path, plan: Plan, home: store.Store, listener: Listener) -> I
         measurements = store.read(lines, listener.warn)
         store.cut_torn_line(lines)
         yield Run(plan, home, folder, listener, measurements)
+    except KeyboardInterrupt:
+        kept = counted(len(measurements), "measurement")
+        listener.warn(f"{kept} kept in {folder}: the same command goes on from there")
+        raise
     finally:
         store.disown(owner)
 
