@@ -63,11 +63,13 @@ STREAMS = {
     "a message is [1, 2], not a mapping": event([1, 2]),
     "RecursionError": event(b"[" * 200_000 + b"]" * 200_000),
 }
+CHUNK_OF_TWO = CHUNKED + b"%x\r\n" % len(TOKEN * 2) + TOKEN * 2 + b"\r\n"
 WRITES: dict[str, Write] = {
     **{says: at_once(SSE + stream) for says, stream in STREAMS.items()},
     "a message longer than 1048576 bytes": endless(SSE + b"data: ", b"x", most=100 * MIB),
     "the answer is longer than 2 MiB": endless(SSE, TOKEN, most=100 * MIB),
-    "connection lost after 2 tokens": broken_off(CHUNKED + b"%x\r\n" % len(TOKEN * 2) + TOKEN * 2 + b"\r\n"),
+    "connection lost after 2 tokens": at_once(CHUNK_OF_TWO),
+    "connection lost": broken_off(CHUNK_OF_TWO),
     "HTTP 502: bad gateway": at_once(http(b"bad gateway", "502 Bad Gateway", "text/plain")),
     "HTTP 500: xxx": endless(b"HTTP/1.1 500 Oh\r\nConnection: close\r\n\r\n", b"x"),
     "HTTP 307: it redirects to http://127.0.0.1:1/": at_once(

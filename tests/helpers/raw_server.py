@@ -58,12 +58,11 @@ def endless(head: bytes, piece: bytes, most: int = 400 * 2**20) -> Write:
 
 
 def broken_off(answer: bytes) -> Write:
-    """The bytes, and then a reset."""
+    """The bytes, and a reset, which may throw some of them away before they are read."""
 
     async def write(writer: asyncio.StreamWriter) -> None:
         writer.write(answer)
         await writer.drain()
-        await asyncio.sleep(0.05)  # so that the bytes are read before the reset throws them away
         writer.transport.abort()
 
     return write
