@@ -256,9 +256,10 @@ def test_each_shell_has_a_script_that_asks_for_completions(shell: str) -> None:
 @pytest.mark.parametrize("arguments", [("list",), ("list", "--json"), ("--help",), ("schema",), ("list", "nothing")])
 def test_a_disk_that_takes_no_more_output_is_the_machines_and_said_once(arguments: tuple[str, ...]) -> None:
     command_line = [sys.executable, "-m", "peftopt.cli", *arguments]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with Path("/dev/full").open("w") as full:
-        ended = subprocess.run(command_line, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
-        unheard = subprocess.run(command_line, stdout=full, stderr=full, timeout=120)
+        ended = subprocess.run(command_line, stdout=full, stderr=subprocess.PIPE, text=True, env=buffered, timeout=120)
+        unheard = subprocess.run(command_line, stdout=full, stderr=full, env=buffered, timeout=120)
     wrong = "nothing" in arguments
     assert ended.returncode == unheard.returncode == (2 if wrong else 4)
     assert ended.stderr.count("error:") == 1 and "bug" not in ended.stderr and "Traceback" not in ended.stderr

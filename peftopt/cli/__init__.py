@@ -97,14 +97,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _read_to_its_end(code: int | str) -> int | str:
     """The exit code, once all that was printed has been taken. CLOSED_PIPE where nobody reads on, ENVIRONMENT where the
-    disk takes no more."""
+    disk takes no more. What a full disk does not take of errors is lost."""
+    nothing = open(os.devnull, "w")  # noqa: PTH123, SIM115 (for the interpreter's own flush at its end)
     try:
         sys.stdout.flush()
     except OSError as error:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 (for the interpreter's own flush at its end)
+        sys.stdout = nothing
         if isinstance(error, BrokenPipeError):
-            return CLOSED_PIPE
-        return code if code == ENVIRONMENT else _told(unusable(error), as_json=False)  # ENVIRONMENT: told already
+            code = CLOSED_PIPE
+        elif code != ENVIRONMENT:  # which was told already
+            code = _told(unusable(error), as_json=False)
+    try:
+        sys.stderr.flush()
+    except OSError:
+        sys.stderr = nothing
     return code
 
 
