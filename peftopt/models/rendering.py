@@ -106,7 +106,8 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, asked["limit_s"])
         said = _said(render_jinja_template, asked["chat"])
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(said), flush=True)
+        sys.stdout.write(json.dumps(said) + "\n")
+        sys.stdout.flush()
 
 
 def _said(render: Callable[..., Any], chat: Mapping[str, Json]) -> dict[str, Json]:
