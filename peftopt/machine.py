@@ -8,6 +8,7 @@ import gc
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -202,7 +203,7 @@ def _gpu_disturbance(pids: set[int]) -> dict[str, Json]:
 def gpu_state(states: list[str], on_gpu: set[int], pids: set[int]) -> dict[str, Json]:
     """From nvidia-smi's lines "61, 0x0000000000000004" and the processes it lists. Inside a container it may list
     ours under other numbers: if none is ours by number, as many as we have are taken for ours."""
-    fields = [[part.strip() for part in line.split(",")] for line in states]
+    fields = [parts for line in states if len(parts := [part.strip() for part in line.split(",")]) == 2]
     masks = [int(mask, 16) for _, mask in fields if mask.startswith("0x")]
     foreign = len(on_gpu - pids) if on_gpu & pids else max(0, len(on_gpu) - len(pids))
     heat = [int(degrees) for degrees, _ in fields if degrees.isdigit()]
@@ -250,8 +251,8 @@ def gpu_memory(pids: Iterable[int]) -> int | None:
 
 def gpu_held(lines: list[str], pids: set[int]) -> int | None:
     """From nvidia-smi's lines "4711, 512 MiB", "4712, [N/A]"; None when none of these is among them."""
-    fields = [[part.strip() for part in line.split(",")] for line in lines]
-    mib = [int(used.split()[0]) for pid, used in fields if pid.isdigit() and int(pid) in pids and used[0].isdigit()]
+    told = [re.fullmatch(r"(\d+), *(\d+) MiB", line) for line in lines]
+    mib = [int(each[2]) for each in told if each and int(each[1]) in pids]
     return sum(mib) * 2**20 if mib else None
 
 

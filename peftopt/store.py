@@ -8,6 +8,7 @@ import glob
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -29,6 +30,9 @@ MANIFEST = "artifact.json"
 MODEL = "model"
 SEAL = "manifest_sha256"
 """In a manifest: its own hash."""
+
+ARTIFACT = re.compile("[0-9a-f]{64}")
+"""An artifact's id, a hash: it is a part of paths."""
 
 LOCK_LOOK_S = 0.2
 """Between two looks at a lock that another process holds."""
@@ -303,6 +307,7 @@ def read_plan(path: Path) -> Plan:
 
     hint = "run the recipe again"
     try:
+        check_file(path)
         plan = cattrs.structure(json.loads(path.read_text(encoding="utf-8")), Plan)
     except OSError as error:
         hint = "give a folder below results/runs, or for imported measurements their recipe too: --recipe"
@@ -327,6 +332,8 @@ def _unknown(plan: Plan) -> str:
         return "models of other variants"
     if recipe.minimize.name not in METRICS or recipe.minimize.workload not in {"", *recipe.workloads}:
         return f"the metric {str(recipe.minimize)!r}"
+    if strange := next((id_ for id_ in artifacts if id_ and not ARTIFACT.fullmatch(id_)), ""):
+        return f"the artifact {strange!r}"  # a path that would lead elsewhere
     strangers = {*plan.models.values(), *(build.parent for build in plan.builds)} - artifacts
     return f"the artifact {min(strangers)!r}" if strangers else ""
 
@@ -340,6 +347,7 @@ def read(path: Path, warn: Callable[[str], None] = lambda _: None) -> list[Measu
     """
     if not path.exists():
         return []
+    check_file(path)
     raw = path.read_bytes()
     whole, _, torn = raw.rpartition(b"\n")
     if torn:
@@ -368,9 +376,16 @@ def _measurement(path: Path, number: int, line: bytes) -> Measurement:
     )
 
 
+def check_file(path: Path) -> None:
+    """Raises BadInput for a pipe, a socket or a device, which never ends, and OSError for what is not there."""
+    if not (stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode)):
+        raise BadInput(f"{path} is not a file but a pipe, a socket or a device", "remove it, or restore the file")
+
+
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file. Raises BadInput where it cannot be read, is other text, or has more than 100 MB."""
     try:
+        check_file(path)
         if path.stat().st_size > 100_000_000:
             raise BadInput(f"{path} is {path.stat().st_size / 1e6:.0f} MB", "a text file is expected here")
         return path.read_text(encoding="utf-8")

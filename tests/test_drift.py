@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from helpers.command_line import RECIPE, command, errors, prompts
 
+from peftopt.errors import BadInput
 from peftopt.models.drift import drifts
 from peftopt.models.template import ends
 
@@ -150,3 +151,14 @@ def test_a_pattern_of_scales_below_0_is_refused_too(
     edited(adapter / "adapter_config.json", lambda read: read.update(alpha_pattern={"q_proj": -1}))
     assert command("merge", "--base", tiny_base, "--adapter", adapter, "--out", tmp_path / "out") == 2
     assert "alpha_pattern of q_proj is -1" in errors(capsys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vocab": [1, 2]}, {"vocab": [["a", 1], [["x"], 2]]}, {"merges": 7}],
+    ids=["numbers", "a list for a token", "a number for merges"],
+)
+def test_a_tokenizer_of_other_types_is_named(change: dict[str, Any], tiny_base: Path, adapter: Path) -> None:
+    edited(adapter / "tokenizer.json", lambda read: read["model"].update(change))
+    with pytest.raises(BadInput, match="cannot be read"):
+        drifts(tiny_base, adapter)

@@ -144,6 +144,12 @@ def test_memory_on_a_gpu_is_that_of_the_processes_that_serve() -> None:
     assert machine.gpu_held(lines, {903}) is None, "the driver does not tell"
     assert machine.gpu_held(lines, {5}) is None
     assert machine.gpu_held([], {901}) is None
+    assert machine.gpu_held(["901, ", "901", "", "[N/A], 5 MiB"], {901}) is None, "whatever a driver says"
+    assert machine.gpu_state(["61", "", "62, N/A"], set(), set()) == {
+        "gpu_foreign": 0,
+        "gpu_slowed": False,
+        "gpu_temperature_c": 62,
+    }
     plan = plan_of("merged")
     held = Measurement("memory", "merged", values={"gpu_memory_reserved": 4e9})
     figures = figures_of(evidence_of(plan, [held]), "merged")

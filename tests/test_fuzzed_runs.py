@@ -55,3 +55,32 @@ def test_a_changed_file_is_an_error_with_a_hint_or_a_verdict(
         if code not in (0, 1, 2, 3, 4) or "Traceback" in said or (code in (2, 4) and "error:" not in said):
             bad.append(f"line {at + 1}, {what}: exit {code}, {said.strip().splitlines()[-2:]}")
     assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "measurements.jsonl", "decision.json"])
+@pytest.mark.parametrize("verb", ["decide", "report"])
+def test_a_pipe_in_a_runs_folder_is_named_and_not_waited_for(
+    run: Path, name: str, verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "results" / "runs" / "run"))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    code = command(verb, folder)
+    said = capsys.readouterr().err
+    wanted = (verb, name) not in {("decide", "decision.json"), ("report", "measurements.jsonl")}
+    assert (code == 2 and "pipe" in said and name in said) if wanted else code in (0, 1, 2, 3), (code, said)
+    assert command("runs", "--results", tmp_path / "results") == 0, "one bad run does not hide the others"
+
+
+def test_an_artifact_that_is_a_path_leads_nowhere(run: Path, tmp_path: Path) -> None:
+    """A plan of a stranger names artifacts: none is moved aside that lies elsewhere."""
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    shutil.copytree(run, folder)
+    victim.mkdir()
+    plan = json.loads((run / "plan.json").read_text())
+    assert plan["builds"], "else nothing is shown"
+    text = (run / "plan.json").read_text().replace(plan["builds"][0]["id"], str(victim))
+    (folder / "plan.json").write_text(text)
+    for verb in (["decide"], ["bench", "--more"], ["export", "--to", tmp_path / "out"]):
+        assert command(*verb[:1], folder, *verb[1:]) == 2 if verb[0] != "bench" else command(*verb, folder) == 2
+    assert victim.is_dir()

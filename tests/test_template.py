@@ -277,3 +277,20 @@ def test_the_process_that_renders_ends_when_nobody_asks_and_starts_again(monkeyp
     child = rendering._process()._child
     assert child is not None and child.wait(30) != 0
     assert plain.render([USER]) == "hello"
+
+
+def test_nothing_of_the_current_folder_is_run_where_a_template_is_rendered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who stands in a downloaded model's folder does not run its `transformers.py`."""
+    (tmp_path / "transformers.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit('ran')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rendering, "_process", functools.cache(rendering._Process))
+    assert template.Template("{{ messages[0].content }}", {}).render([USER]) == "hello"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_template_too_deep_for_python_is_left_to_the_tokenizer() -> None:
+    deep = "{% for a in messages %}" * 25 + "x" + "{% endfor %}" * 25
+    with pytest.raises(Unrendered, match="nested"):
+        template.Template(deep, {}).render([USER])

@@ -215,6 +215,20 @@ def test_a_worker_runs_in_another_environments_python(tmp_path: Path, monkeypatc
     assert (caught.value.reason, caught.value.hint) == ("missing library", "pip install torch")
 
 
+def test_another_environments_python_finds_peftopt_and_none_of_its_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside an installed peftopt lie the main environment's libraries, other versions of the environment's own."""
+    monkeypatch.setenv("PEFTOPT_ENVIRONMENTS", str(tmp_path))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    venv.create(tmp_path / "bare", symlinks=True)
+    there = environments.python("bare")
+    code = "import importlib.util as u; print([u.find_spec(name) is not None for name in ('peftopt', 'torch')])"
+    for found in (environments.variables(there), environments.variables(there)):  # the second finds the first's link
+        said = subprocess.run([there, "-P", "-c", code], env=found, capture_output=True, text=True, check=True).stdout
+        assert said.strip() == "[True, False]"
+
+
 LOADED = """
 import signal, subprocess, sys, time
 from dataclasses import replace

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from peftopt import machine, plugins, redaction
+from peftopt import environments, machine, plugins, redaction
 from peftopt.corpus import Row
 from peftopt.engines import TOP_K, Scores, endpoint
 from peftopt.engines._server import Option, Started, free_port
@@ -180,7 +180,7 @@ def command(
     args += [word for option in options for word in option]
     redaction.check(params.args, "vLLM's args")
     variables = {"VLLM_NO_USAGE_STATS": "1"}
-    return [python, "-m", "vllm.entrypoints.cli.main", *args, *shlex.split(params.args)], variables
+    return [*environments.module("vllm.entrypoints.cli.main", python), *args, *shlex.split(params.args)], variables
 
 
 def own(loads: bool) -> dict[str, str]:

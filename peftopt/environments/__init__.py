@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 
-from peftopt import machine, plugins
+from peftopt import identity, machine, plugins
 from peftopt.environments._builder import Builder
 from peftopt.errors import BadInput, MissingEnvironment, WorkerFailed, unwritable
 from peftopt.records import Plugin
@@ -70,6 +70,36 @@ def python(name: str) -> str:
         hint = f"peftopt env install {name} --force"
         raise WorkerFailed("missing environment", f"{name} was built from other pins than this peftopt's", hint)
     return str(interpreter)
+
+
+def module(name: str, interpreter: str = sys.executable) -> list[str]:
+    """The beginning of a command that runs a module: never one of that name in the current folder, which may be a
+    downloaded model's."""
+    return [interpreter, "-P", "-m", name]
+
+
+def variables(interpreter: str = sys.executable) -> dict[str, str]:
+    """The environment variables of this process, for one that is to find this very peftopt."""
+    path = (_search_path(interpreter), os.environ.get("PYTHONPATH", ""))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def _search_path(interpreter: str) -> str:
+    """The folder in which a Python finds this peftopt. For another environment's it holds nothing else: beside an
+    installed peftopt lie the main environment's libraries, which would be taken in place of its own. Raises
+    MissingEnvironment where that folder cannot be made."""
+    package = Path(__file__).parents[1]
+    if interpreter == python(MAIN):
+        return str(package.parent)
+    home = root() / f".peftopt.{identity.of_value(str(package))[:12]}"
+    link = home / package.name
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            link.symlink_to(package)
+    except OSError as error:
+        raise unwritable(home, error, "choose another folder with $PEFTOPT_ENVIRONMENTS") from error
+    return str(home)
 
 
 def interpreter(plugin: Plugin) -> str:
@@ -129,12 +159,12 @@ def install(name: str, force: bool, tell: Callable[[str], None]) -> Environment:
         temporary = root() / f".{name}.{os.getpid()}"
         try:
             tell("making the virtual environment")
-            _run([sys.executable, "-m", "venv", str(temporary)], tell)
+            _run([*module("venv"), str(temporary)], tell)
 
-            def module(*command: str, **variables: str) -> None:
-                _run([str(temporary / "bin" / "python"), "-m", *command], tell, variables)
+            def run(name: str, *arguments: str, **variables: str) -> None:
+                _run([*module(name, str(temporary / "bin" / "python")), *arguments], tell, variables)
 
-            builder.build(builder, temporary, module)
+            builder.build(builder, temporary, run)
             (temporary / PINS).write_text(json.dumps({"requirements": builder.identity()}, indent=1))
             _readdress(temporary, root() / name)
             remove(name, missing_ok=True)

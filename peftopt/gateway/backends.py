@@ -6,7 +6,6 @@ Each gives a URL, the names it brings from its start, and whether adapters can b
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -163,7 +162,7 @@ def _llamacpp(wanted: Wanted, port: int) -> Start:
 
 
 def _ours(wanted: Wanted, port: int) -> Start:
-    command = [sys.executable, "-m", "peftopt.server", "--base", wanted.model.path, "--name", wanted.name]
+    command = [*environments.module("peftopt.server"), "--base", wanted.model.path, "--name", wanted.name]
     command += ["--port", str(port), "--engine", wanted.engine]
     command += ["--threads", str(_threads(wanted)), "--drain", str(wanted.drain_s)]
     running = wanted.running or MAX_BATCH
@@ -175,6 +174,7 @@ def _ours(wanted: Wanted, port: int) -> Start:
     redaction.check(wanted.args, "the args of the engine's server")
     command += shlex.split(wanted.args)
     variables = {"OMP_NUM_THREADS": str(_threads(wanted)), **machine.waiting()}
+    variables["PYTHONPATH"] = environments.variables()["PYTHONPATH"]
     variables[redaction.SERVER_KEY] = redaction.engine_key()
     url, loads = f"http://127.0.0.1:{port}", wanted.engine == "eager"
     return Start(command, variables, url, {wanted.name: wanted.name}, loads=loads, most_running=running)

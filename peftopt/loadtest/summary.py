@@ -18,6 +18,7 @@ from peftopt import stats
 from peftopt.measurements import NO_ACCOUNT, Account, Sent
 from peftopt.metrics import QUANTILES, UNITS
 from peftopt.records import Interval, Json
+from peftopt.redaction import redacted
 
 ATTAINED = 0.95
 """The share of requests that must meet every service level for a rate to hold."""
@@ -297,7 +298,9 @@ def _with_failures(values: Sequence[float], failed: int, q: float) -> Interval:
 
 
 def _kind(error: str) -> str:
-    """Errors that differ only in numbers and addresses are one kind."""
+    """Errors that differ only in numbers and addresses are one kind. A key is taken out first: a part of one is not
+    found any more."""
+    error = redacted(error)
     return re.sub(r"\d+(\.\d+)?", "#", error)[:120] if not error.startswith("HTTP") else error[:120]
 
 

@@ -22,9 +22,11 @@ from peftopt.errors import MissingEnvironment
 from peftopt.merging.blocks import read, row_width
 from peftopt.merging.training import TrainingBase, is_packed
 from peftopt.metrics import percent
-from peftopt.models import hf
+from peftopt.models import hf, template
 from peftopt.models.adapter import Adapter, Pair
 from peftopt.models.checkpoint import Checkpoint, Draft, open_model
+from peftopt.models.rendering import Refused, Unrendered
+from peftopt.models.template import Template
 from peftopt.models.values import FLOATS, dtype_of
 from peftopt.records import FORMAT, Json
 
@@ -342,13 +344,18 @@ def prompts(folder: Path, texts: Sequence[str]) -> list[list[int]]:
     tokenizer = hf.tokenizer(str(folder))
     rendered = list(texts[:PROMPTS])
     if not rendered:
-        chat = tokenizer.chat_template
-        rendered = [
-            tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False) if chat else text
-            for text in TEXTS
-        ]
+        chat = template.read(folder)
+        rendered = [_said(chat, text) for text in TEXTS]
     encoded = (tokenizer(text, add_special_tokens=False).input_ids[-TOKENS:] for text in rendered)
     return [ids for ids in encoded if len(ids) > 1]
+
+
+def _said(chat: Template, text: str) -> str:
+    """A text as a user's, where the chat template has words for that."""
+    try:
+        return chat.render([{"role": "user", "content": text}], prompt=False) if chat.text else text
+    except (Refused, Unrendered):
+        return text
 
 
 def _live(base: Path, adapters: Sequence[Adapter], combination: str, training: TrainingBase, dtype: Any) -> Any:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from peftopt import environments
 from peftopt.errors import BadInput
 from peftopt.models import hf
 from peftopt.models.checkpoint import open_model
@@ -30,9 +31,13 @@ def checked_beside(folder: Path) -> Iterator[None]:
         check(folder)
         yield
         return
-    command = [sys.executable, "-m", __name__, str(folder.resolve())]
+    command = [*environments.module(__name__), str(folder.resolve())]
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environments.variables(),
     ) as child:
         try:
             yield

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peftopt.errors import BROKEN
 from peftopt.models import template
 from peftopt.models.rendering import Refused, Unrendered
 from peftopt.records import Json
@@ -53,20 +54,24 @@ def _words(base: Path, home: Path) -> Iterator[str]:
         yield f"{token!r} has {differ}{_more(moved)}"
     if lost:
         yield f"the adapter's tokenizer lacks {lost[0]!r} of the base's{_more(lost)}"
-    if theirs.joins and ours.joins and list(theirs.joins) != list(ours.joins):
+    if theirs.joins and ours.joins and theirs.joins != ours.joins:
         yield "the adapter's tokenizer joins parts of words otherwise than the base's (merges)"
 
 
 def vocabulary(folder: Path) -> Vocabulary | None:
-    """Of tokenizer.json; None where it is not there, or not of a kind that lists its tokens."""
+    """Of tokenizer.json; None where it is not there, or not of a kind that lists its tokens. Raises BadInput for
+    values of other types than a tokenizer's."""
     read = template.json_object(folder / "tokenizer.json")
     model = read.get("model")
     listed = model.get("vocab") if isinstance(model, dict) else None
-    if isinstance(listed, list):  # a unigram model: each with its score, its place is its id
-        listed = {piece[0]: number for number, piece in enumerate(listed)}
-    if not isinstance(model, dict) or not isinstance(listed, dict):
-        return None
-    return Vocabulary({**listed, **template.added(folder)}, model.get("merges") or ())
+    try:
+        if isinstance(listed, list):  # a unigram model: each with its score, its place is its id
+            listed = {piece[0]: number for number, piece in enumerate(listed)}
+        if not isinstance(model, dict) or not isinstance(listed, dict):
+            return None
+        return Vocabulary({**listed, **template.added(folder)}, tuple(model.get("merges") or ()))
+    except BROKEN as error:
+        raise template.unreadable(folder, error) from error
 
 
 def _end(base: Path, home: Path) -> Iterator[str]:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from peftopt import environments
 from peftopt.errors import BadInput
 from peftopt.records import Json
 
@@ -28,8 +29,8 @@ LIMIT_BYTES = 2**30
 IDLE_S = 20.0
 """Seconds after which the process ends that nobody gives a chat: nothing of it is left while a run is timed."""
 
-WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What a template's own expressions raise, besides jinja2's errors."""
+WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError)
+"""What a template's own expressions raise, besides jinja2's errors; SyntaxError where Python has no room for it."""
 
 
 class Refused(Exception):
@@ -78,9 +79,16 @@ class _Process:
             for _ in range(2):
                 began = time.monotonic()
                 child = self._running()
-                if line := _answer(child, json.dumps(asked)):
+                try:
+                    line = _answer(child, json.dumps(asked))
+                except BaseException:  # its answer must not be taken for that of the next chat
+                    child.kill()
+                    raise
+                if line:
                     return dict(json.loads(line))
-                if child.wait() != -signal.SIGALRM:
+                if child.wait() > 0:
+                    raise RuntimeError(f"the process that renders chat templates ended with status {child.returncode}")
+                if child.returncode != -signal.SIGALRM:
                     return {"beyond": "more memory than it may have"}
                 if time.monotonic() - began >= LIMIT_S:  # else it was just ending, idle for too long
                     break
@@ -88,8 +96,14 @@ class _Process:
 
     def _running(self) -> subprocess.Popen[str]:
         if self._child is None or self._child.poll() is not None:
-            command = [sys.executable, "-m", __name__]
-            self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._child = subprocess.Popen(
+                environments.module(__name__),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environments.variables(),
+                start_new_session=True,  # Ctrl-C is not for it: it ends with its input
+            )
         return self._child
 
 

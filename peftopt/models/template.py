@@ -44,7 +44,7 @@ def read(folder: Path) -> Template:
         if isinstance(text, list):
             text = next((each["template"] for each in text if each["name"] == "default"), "")
     except BROKEN as error:
-        raise BadInput(f"{folder}: its tokenizer's files cannot be read: {error!r}", "restore them") from error
+        raise unreadable(folder, error) from error
     return Template(str(text), special)
 
 
@@ -69,6 +69,11 @@ def check(folder: Path, rows: Sequence[Row], answers: bool = False) -> None:
 def refused(error: Exception, what: str) -> BadInput:
     """The mistake of prompts that a template does not take, in its words."""
     return BadInput(f"the chat template refuses {what}: {error}", REFUSED)
+
+
+def unreadable(folder: Path, error: Exception) -> BadInput:
+    """The mistake of tokenizer's files whose values are of other types than a tokenizer's."""
+    return BadInput(f"{folder}: its tokenizer's files cannot be read: {error!r}", "restore them")
 
 
 def nothing(what: str) -> BadInput:
@@ -150,7 +155,7 @@ def added(home: Path) -> dict[str, int]:
         tokens = {str(token["content"]): int(token["id"]) for token in listed}
         return tokens | {str(token["content"]): int(id_) for id_, token in decoder.items()}
     except BROKEN as error:
-        raise BadInput(f"{home}: its tokenizer's files cannot be read: {error!r}", "restore them") from error
+        raise unreadable(home, error) from error
 
 
 def _content(token: Json) -> str:

@@ -100,7 +100,7 @@ def _run(folder: Path) -> KeptRun:
         decided = folder / "decision.json"
         if not decided.exists() or store.is_interrupted(folder):
             return KeptRun(folder, age, size, len(plan.recipe.variants), "unfinished", "", used)
-        decision = decision_from_json(decided.read_text(encoding="utf-8"))
+        decision = decision_from_json(store.read_text(decided))
     except (PeftoptError, OSError, ValueError):
         return KeptRun(folder, age, size, 0, "unreadable", "", frozenset())
     return KeptRun(folder, age, size, len(plan.recipe.variants), decision.outcome, decision.chosen or "", used)

@@ -61,11 +61,11 @@ class WorkerProcess:
         with log.open("ab") as errors:
             self._log_from = errors.tell()
             self.process = subprocess.Popen(
-                [python, "-m", "peftopt.worker"],
+                environments.module("peftopt.worker", python),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                env={**_environment(threads, cache), orphans.MARK: self.mark},
+                env={**_environment(python, threads, cache), orphans.MARK: self.mark},
                 cwd=log.parent,  # libraries that drop files where they stand drop them here
                 start_new_session=True,
             )
@@ -204,7 +204,7 @@ def _structured(record: type[Record], values: Json, job: str) -> Record:
         raise WorkerFailed("not understood", f"the worker's reply: {error.message}", hint) from error
 
 
-def _environment(threads: int, cache: Path | None) -> dict[str, str]:
+def _environment(python: str, threads: int, cache: Path | None) -> dict[str, str]:
     """Threads are set per process, and so is how they wait."""
     redaction.engine_key()  # before the worker starts: it and this process ask the same servers
     own = {
@@ -222,6 +222,4 @@ def _environment(threads: int, cache: Path | None) -> dict[str, str]:
     if cache is not None:
         cache.mkdir(parents=True, exist_ok=True)
         own["TORCHINDUCTOR_CACHE_DIR"] = str(cache.resolve())
-    # a worker in another environment's Python finds this very peftopt, which need not be installed there
-    path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    return {**environments.variables(python), **own}

@@ -86,10 +86,12 @@ def _own_type(folder: str) -> str:
 def _convert(script: str, out: Path, source: str, kind: str, base: str = "") -> None:
     """Run a converter in the main environment, which has the torch that it takes. Raises BadInput with its last line
     when it fails."""
-    command = [environments.python(environments.MAIN), "-m", _to_gguf.__name__]
+    main = environments.python(environments.MAIN)
+    command = environments.module(_to_gguf.__name__, main)
     command += [str(Path(sys.prefix) / "llama.cpp" / script), source, "--outfile", str(out), "--outtype", kind]
     command += ["--base", base] if base else []
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    found = environments.variables(main)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=found)
     sys.stderr.write(f"{done.stdout}\n{done.stderr}\n")  # the log of the worker process
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
@@ -136,7 +138,7 @@ def _tokenizer_fits(out: Path) -> bool:
     """As `splits_alike`, in a process of its own: llama.cpp aborts on a vocabulary that lacks bytes of a text."""
     code = f"import sys; from {__name__} import splits_alike as alike; sys.exit(not alike(sys.argv[1]))"
     variables = {**os.environ, "GGML_NO_BACKTRACE": "1"}
-    done = subprocess.run([sys.executable, "-c", code, str(out)], env=variables, stdout=sys.stderr, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", code, str(out)], env=variables, stdout=sys.stderr, check=False)
     return done.returncode == 0
 
 

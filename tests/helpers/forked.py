@@ -27,7 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from peftopt import machine
+from peftopt import environments, machine
 from peftopt.engines import _server
 from peftopt.runner import orphans, process
 
@@ -121,10 +121,10 @@ class First:
 
     def worker(self, command: list[str], **given: Any) -> Any:
         """A worker process, in the place of `subprocess.Popen`."""
-        if command != [sys.executable, "-m", "peftopt.worker"]:
+        if command != environments.module("peftopt.worker"):
             return subprocess.Popen(command, **given)
         (stdin, ours_in), (ours_out, stdout) = os.pipe(), os.pipe()
-        copy = self.copy(command[2:], (stdin, stdout, given["stderr"].fileno()), given["env"], Path(given["cwd"]))
+        copy = self.copy(command[3:], (stdin, stdout, given["stderr"].fileno()), given["env"], Path(given["cwd"]))
         os.close(stdin)
         os.close(stdout)
         copy.stdin, copy.stdout = os.fdopen(ours_in, "wb"), os.fdopen(ours_out, "rb")
@@ -132,11 +132,11 @@ class First:
 
     def engine(self, command: Sequence[str], **given: Any) -> Any:
         """An engine's server, in the place of `subprocess.Popen`."""
-        if tuple(command[:3]) != (sys.executable, "-m", "peftopt.server"):
+        if list(command[:4]) != environments.module("peftopt.server"):
             return subprocess.Popen(command, **given)
         with Path(os.devnull).open() as nothing:
             streams = (nothing.fileno(), given["stdout"].fileno(), given["stderr"].fileno())
-            return self.copy(command[2:], streams, given["env"])
+            return self.copy(command[3:], streams, given["env"])
 
     def running(self, environment: Mapping[str, str]) -> socket.socket:
         """The socket by which copies are asked for."""

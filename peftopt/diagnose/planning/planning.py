@@ -13,7 +13,7 @@ from peftopt.diagnose.planning.breakeven import Breakeven
 from peftopt.diagnose.planning.plan import Evaluated
 from peftopt.diagnose.planning.traffic import Traffic
 from peftopt.diagnose.setting import Setting
-from peftopt.errors import BROKEN
+from peftopt.errors import BROKEN, BadInput
 from peftopt.measurements import as_json
 from peftopt.metrics import format_value
 from peftopt.records import Json
@@ -63,6 +63,6 @@ def write(values: Mapping[str, Json], folder: Path) -> None:
 def section(folder: Path) -> Section | None:
     """For the report of a run: the plan that its folder holds, None for none."""
     try:
-        return page.section(json.loads((folder / PLAN).read_text(encoding="utf-8")))
-    except (OSError, *BROKEN):
+        return page.section(json.loads(store.read_text(folder / PLAN)))
+    except (BadInput, *BROKEN):
         return None

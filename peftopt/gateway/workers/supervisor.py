@@ -12,11 +12,11 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from peftopt import environments
 from peftopt.errors import MissingEnvironment
 from peftopt.gateway.keys import Keys
 from peftopt.gateway.lines import Line
@@ -132,13 +132,16 @@ class Supervisor:
 
     async def _kept(self, index: int, users: socket.socket) -> None:
         """Start a worker, again whenever it has died."""
-        command = ["-m", "peftopt.gateway.workers", "--join", str(self.plan.joined_at)]
+        command = [*environments.module("peftopt.gateway.workers"), "--join", str(self.plan.joined_at)]
         command += ["--index", str(index), "--fd", str(users.fileno())]
         clock, pause = asyncio.get_running_loop().time, AGAIN_S
         while not self._ending:
             began = clock()
             process = await asyncio.create_subprocess_exec(
-                sys.executable, *command, pass_fds=[users.fileno()], stdin=asyncio.subprocess.DEVNULL
+                *command,
+                pass_fds=[users.fileno()],
+                stdin=asyncio.subprocess.DEVNULL,
+                env=environments.variables(),
             )
             self._processes[index] = process
             status = await process.wait()
