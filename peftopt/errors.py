@@ -86,6 +86,10 @@ class MissingEnvironment(PeftoptError):
     exit_code = ENVIRONMENT
 
 
+class Occupied(MissingEnvironment):
+    """Another process works where this one would (exit 4)."""
+
+
 class WorkerFailed(PeftoptError):
     """A worker process or a server died, hung or refused (exit 4); `reason` is a few words: "timeout", "died"."""
 

@@ -193,7 +193,10 @@ def _write(frame: DataFrame, file: Path, ending: str) -> None:
         raise MissingEnvironment("Parquet needs pyarrow", "pip install 'peftopt[data]', or write .csv") from error
     except OSError as error:
         raise BadInput(f"cannot write {file}: {error.strerror}", "choose another place") from error
-    temporary.replace(file)
+    else:
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _whose(each: Measured) -> dict[str, Json]:

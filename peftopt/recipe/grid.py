@@ -18,7 +18,7 @@ import yaml
 from peftopt import identity
 from peftopt.errors import BadRecipe
 from peftopt.recipe import rewriting
-from peftopt.recipe.reader import Reader, Reading, Wrong, nearest, show
+from peftopt.recipe.reader import Reader, Reading, Schema, Wrong, nearest, show
 from peftopt.recipe.values import PRICE, TEXT, text_as, whole
 from peftopt.records import Recipe, Step
 
@@ -39,7 +39,7 @@ class MachineClass:
     name: str
     gpus: int = 0
     """How many GPUs a machine of this class has at least."""
-    memory: float = 0.0
+    memory: float | None = None
     """How many bytes of memory it has at least: 24 GB."""
     price_per_hour: str = ""
     """What it costs an hour, in place of the recipe's: 2.10 USD."""
@@ -120,6 +120,17 @@ def parse(
     if grid is None or reading.problems:
         raise BadRecipe(path, sorted(dict.fromkeys(reading.problems), key=lambda problem: problem[0]))
     return grid
+
+
+def schema() -> Schema:
+    """What a grid may hold, as JSON Schema, for editors. It knows keys and types; `parse` knows also what must hold
+    between them."""
+
+    def nothing(path: str) -> tuple[Recipe, str]:
+        raise Wrong(f"{path} is not read for a schema")
+
+    written = _Reading("grid.yaml", nothing, bool).grid.schema()
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "A grid of peftopt", **written}
 
 
 _BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -13,7 +13,7 @@ import sys
 import time
 
 from peftopt import machine, store
-from peftopt.errors import ACCEPTED, BROKEN, ENVIRONMENT, INTERRUPTED, MissingEnvironment
+from peftopt.errors import ACCEPTED, BROKEN, ENVIRONMENT, INTERRUPTED, Occupied
 from peftopt.recipe.grid import MachineClass
 from peftopt.records import Json
 from peftopt.runner import cells, orphans
@@ -27,12 +27,13 @@ _NUMBERS = itertools.count(1)
 
 def attempt(job: Job) -> Attempt:
     """Run a job's command and keep how it ended in the cell's folder. What another process measures at this moment, or
-    has measured, is left alone. KeyboardInterrupt interrupts the command too."""
+    has measured, is left alone. KeyboardInterrupt interrupts the command too. Raises MissingEnvironment, OSError where
+    the folder cannot be written."""
     host = socket.gethostname()
     began = cells.now()
     try:
         owner = store.own(job.folder)
-    except MissingEnvironment as error:
+    except Occupied as error:
         return Attempt(began, 0.0, ENVIRONMENT, host, error.message, error.hint)
     try:
         if cells.is_decided(job):
@@ -65,11 +66,12 @@ def lacks(needs: MachineClass) -> str:
 
     gpus = len(machine.gpus())
     memory = psutil.virtual_memory().total
+    needed = needs.memory or 0
     if gpus < needs.gpus:
         return f"a machine of the class {needs.name} has {needs.gpus} GPUs, and {socket.gethostname()} has {gpus}"
-    if memory < needs.memory:
+    if memory < needed:
         has = f"{socket.gethostname()} has {memory / 1e9:.0f} GB"
-        return f"a machine of the class {needs.name} has {needs.memory / 1e9:.0f} GB of memory, and {has}"
+        return f"a machine of the class {needs.name} has {needed / 1e9:.0f} GB of memory, and {has}"
     return ""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from typing import Any
 
 from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment
@@ -36,11 +37,13 @@ class Ray:
             raise MissingEnvironment("--on ray needs Ray", "pip install 'peftopt[ray]'") from error
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without GPUs is not told of none
         self.ray: Any = ray
+        before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError) as error:
             hint = """start one: ray start --head --resources '{"CLASS": 1}'"""
             raise MissingEnvironment(f"there is no Ray cluster at {address}: {error}", hint) from error
+        signal.signal(signal.SIGTERM, before)  # Ray's own ends the process at once, and cells are to be interrupted
         self.running: dict[Any, Job] = {}
         self.task = ray.remote(attempt)
 
