@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 from typing import Any
 
 from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment
@@ -22,6 +23,9 @@ RETRIES = 3
 
 LOOK_S = 10.0
 """Between two looks at whether anything has ended."""
+
+REACHED_S = 10.0
+"""A cluster answers in this time."""
 
 GONE_S = 120.0
 """So long a sweep waits for a machine where the last that it could use is gone."""
@@ -39,8 +43,9 @@ class Ray:
         self.ray: Any = ray
         before = signal.getsignal(signal.SIGTERM)
         try:
+            _reach(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError, OverflowError) as error:
             hint = """start one: ray start --head --resources '{"CLASS": 1}'"""
             raise MissingEnvironment(f"there is no Ray cluster at {address}: {error}", hint) from error
         signal.signal(signal.SIGTERM, before)  # Ray's own ends the process at once, and cells are to be interrupted
@@ -110,6 +115,13 @@ class Ray:
         if self.running:
             self.ray.wait(list(self.running), num_returns=len(self.running), timeout=LET_END_S)
         self.ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises OSError, ValueError where nobody listens at HOST:PORT: Ray would wait there for many minutes."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), REACHED_S).close()
 
 
 def _failed(job: Job, message: str) -> Attempt:
