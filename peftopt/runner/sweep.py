@@ -60,7 +60,7 @@ def sweep(listed: Sequence[Cell], results: Path, name: str, executor: Executor, 
     jobs = [cells.job(cell, results, name) for cell in todo if not _judged(cell, results, listener.warn)]
     for job in jobs:
         executor.submit(job)
-    with listener.progress("cells", len(jobs)) as show:
+    with listener.progress("sweep", len(jobs), "cells") as show:
         for done in range(1, len(jobs) + 1):
             job, attempt = executor.wait()
             (result,) = cells.stand([by_name[job.name]], results, name)
