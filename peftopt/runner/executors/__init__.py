@@ -27,7 +27,7 @@ class Executor(Protocol):
         """The next job that ends, and how it did. Only where one is submitted and has not ended yet."""
 
     def close(self) -> None:
-        """End what runs, as Ctrl-C would, and start nothing more."""
+        """End what runs, and start nothing more. What was measured is kept."""
 
 
 def opened(on: str, here: str) -> Executor:

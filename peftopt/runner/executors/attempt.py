@@ -22,9 +22,6 @@ from peftopt.runner.cells import Attempt, Job
 LET_END_S = 60.0
 """An interrupted run ends its workers and keeps its measurements in this time; then it is killed."""
 
-LOOK_S = 0.5
-"""Between two looks at whether this process is interrupted."""
-
 _NUMBERS = itertools.count(1)
 
 
@@ -91,7 +88,7 @@ def _run(job: Job) -> tuple[int, bytes]:
             start_new_session=True,  # Ctrl-C reaches it through this process, once
         )
         try:
-            said = _said(process)
+            said, _ = process.communicate()
         except BaseException:
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -102,14 +99,6 @@ def _run(job: Job) -> tuple[int, bytes]:
         finally:
             orphans.end(mark)
     return process.returncode, said
-
-
-def _said(process: subprocess.Popen[bytes]) -> bytes:
-    """What a process writes to stdout until it ends. An interrupt that comes without a signal, as Ray's does, is
-    noticed between two looks."""
-    while True:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=LOOK_S)[0]
 
 
 def _told(code: int, said: bytes, job: Job) -> tuple[int, str, str]:

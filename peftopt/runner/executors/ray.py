@@ -16,7 +16,7 @@ from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment
 from peftopt.recipe.grid import MachineClass
 from peftopt.runner import cells
 from peftopt.runner.cells import Attempt, Job
-from peftopt.runner.executors.attempt import LET_END_S, attempt
+from peftopt.runner.executors.attempt import attempt
 
 RETRIES = 3
 """So often a cell begins again whose machine, or whose process of Ray, was lost. An error of the cell's is final."""
@@ -48,7 +48,7 @@ class Ray:
         except (OSError, ValueError, OverflowError) as error:
             hint = """start one: ray start --head --resources '{"CLASS": 1}'"""
             raise MissingEnvironment(f"there is no Ray cluster at {address}: {error}", hint) from error
-        signal.signal(signal.SIGTERM, before)  # Ray's own ends the process at once, and cells are to be interrupted
+        signal.signal(signal.SIGTERM, before)  # Ray's own ends this process at once
         self.running: dict[Any, Job] = {}
         self.task = ray.remote(attempt)
 
@@ -109,11 +109,10 @@ class Ray:
         raise MissingEnvironment(lost, "start one; the same sweep goes on")
 
     def close(self) -> None:
-        """Interrupt what runs and leave the cluster."""
+        """End what runs, with its measurements up to now, and leave the cluster: Ray interrupts no task that waits."""
         for task in self.running:
-            self.ray.cancel(task, force=False)
-        if self.running:
-            self.ray.wait(list(self.running), num_returns=len(self.running), timeout=LET_END_S)
+            self.ray.cancel(task, force=True)
+        self.running.clear()
         self.ray.shutdown()
 
 
