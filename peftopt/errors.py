@@ -18,6 +18,9 @@ INTERRUPTED = 130
 CLOSED_PIPE = 141
 """What a shell says of a program that SIGPIPE ended: nobody reads on, so it is neither 0 nor a verdict."""
 
+EXIT = {"accepted": ACCEPTED, "rejected": REJECTED, "inconclusive": INCONCLUSIVE, "not judged": ENVIRONMENT}
+"""Exit codes of outcomes."""
+
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
 """What reading another program's JSON may raise: it is none, is too deep, or not of the shape that is meant."""
 
@@ -81,6 +84,10 @@ class MissingEnvironment(PeftoptError):
     """The machine lacks something, or a path cannot be written (exit 4)."""
 
     exit_code = ENVIRONMENT
+
+
+class Occupied(MissingEnvironment):
+    """Another process works where this one would (exit 4)."""
 
 
 class WorkerFailed(PeftoptError):

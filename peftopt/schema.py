@@ -14,12 +14,13 @@ from peftopt.diagnose import records as diagnosed
 from peftopt.diagnose.records import Diagnosis
 from peftopt.errors import BadInput
 from peftopt.measurements import PROBES
-from peftopt.recipe import parse
+from peftopt.recipe import grid, parse
 from peftopt.records import FORMAT, Decision, Interval, Plugin
 from peftopt.report.as_json import UNKNOWN
 
 FILES: Mapping[str, str] = {
     "recipe": "what `peftopt run` takes (YAML)",
+    "grid": "what `peftopt sweep` takes (YAML)",
     "decision": "decision.json of a run",
     "measurement": "a line of measurements.jsonl of a run",
     "diagnosis": "diagnosis.json of `peftopt diagnose`",
@@ -55,6 +56,7 @@ def generated() -> Mapping[str, str]:
     own = {name: plugin for name, plugin in plugins.catalogue().items() if _is_own(plugin)}
     schemas = {
         "recipe": parse.schema(own),
+        "grid": grid.schema(),
         "decision": of_record(Decision, "decision.json"),
         "measurement": measurement(),
         "diagnosis": of_record(Diagnosis, "diagnosis.json"),

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TextIO
 
 from peftopt import corpus, identity
-from peftopt.errors import BROKEN, BadInput, MissingEnvironment, unwritable
+from peftopt.errors import BROKEN, BadInput, Occupied, unwritable
 from peftopt.measurements import PROBES, Measured, measured
 from peftopt.metrics import METRICS, counted, format_value
 from peftopt.records import FORMAT, Artifact, Build, Json, Measurement, Model, Plan
@@ -216,7 +216,7 @@ OWNER = ".owner"
 def own(folder: Path, warn: Callable[[str], None] = lambda _: None) -> TextIO:
     """Take a run folder for this process, until the file is given back or the process ends.
 
-    Raises MissingEnvironment where another process has it, and names that.
+    Raises Occupied where another process has it, and names that.
     """
     try:
         handle = (folder / OWNER).open("a+", encoding="utf-8")
@@ -226,7 +226,7 @@ def own(folder: Path, warn: Callable[[str], None] = lambda _: None) -> TextIO:
     if not _locks(handle):
         handle.close()
         hint = "wait until it ends, or stop it: two processes on one machine would slow each other down"
-        raise MissingEnvironment(f"{folder} is being measured by {before or 'another process'}", hint)
+        raise Occupied(f"{folder} is being measured by {before or 'another process'}", hint)
     if before:
         warn(f"{folder.name} was left unfinished by {before}")
     _sign(handle)
@@ -254,6 +254,17 @@ def _sign(handle: TextIO) -> None:
     with contextlib.suppress(OSError):
         os.ftruncate(handle.fileno(), 0)
         os.write(handle.fileno(), text.encode())
+
+
+def owner(folder: Path) -> str:
+    """Who measures in a folder, as its file says; "" for nobody. One of this machine that has ended is nobody."""
+    try:
+        text = (folder / OWNER).read_text(encoding="utf-8")
+    except (OSError, UnicodeError):
+        return ""
+    words = text.split()
+    here = len(words) > 3 and words[1].isdigit() and words[3] == socket.gethostname()
+    return "" if here and not is_alive(int(words[1])) else text
 
 
 def disown(handle: TextIO) -> None:

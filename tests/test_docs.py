@@ -28,7 +28,7 @@ def generator() -> dict[str, Any]:
     return runpy.run_path(str(DOCS / "generate.py"))
 
 
-SCHEMAS = [f"../schemas/{name}.schema.json" for name in ("recipe", "decision", "measurement", "diagnosis")]
+SCHEMAS = [f"../schemas/{name}.schema.json" for name in ("recipe", "grid", "decision", "measurement", "diagnosis")]
 
 
 @pytest.mark.parametrize("page", ["metrics.md", "cli.md", "deploying.md", "data.md", "faults.md", *SCHEMAS])

@@ -17,8 +17,8 @@ from peftopt import machine
 
 pytestmark = pytest.mark.skipif(bool(machine.gpus()), reason="copies of a process cannot share a GPU")
 
-QUICK = ("artifact", "registry", "log", "decide", "report")
-SAMPLE = {"artifact": 11, "registry": 50, "log": 5, "decide": 29, "report": 21}
+QUICK = ("artifact", "registry", "log", "decide", "report", "sweep")
+SAMPLE = {"artifact": 11, "registry": 50, "log": 5, "decide": 29, "report": 21, "sweep": 5}
 """An operation in so many, of the quick jobs."""
 SLOW = {"load": (1, 3), "merge": (5, 41), "quantize": (11,)}
 """The operations that are the last of all processes, of the others."""

@@ -261,6 +261,20 @@ def test_more_blocks_are_granted_to_an_undecided_run_where_they_may_decide_it(
         assert "no race is open" in heard.said[-1] and len(raced) == len(again.recipe.workloads)
 
 
+def test_an_unfinished_run_of_another_machine_is_not_gone_on_with(copied: tuple[Path, Path, Path]) -> None:
+    recipe, results, run = copied
+    (run / store.FINISHED).unlink()
+    (run / "decision.json").unlink()
+    with recipe_run.prepare(*read_recipe(recipe), results, Heard()) as here:
+        assert here.folder == run.resolve()
+    described = json.loads((run / "machine.json").read_text())
+    (run / "machine.json").write_text(json.dumps({**described, "cpu": "another"}))
+    heard = Heard()
+    with recipe_run.prepare(*read_recipe(recipe), results, heard) as there:
+        assert there.folder != run.resolve() and not there.measurements
+    assert "another machine: its cpu differ" in heard.said[0]
+
+
 def test_more_blocks_reach_a_planned_look(copied: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     open_ = SimpleNamespace(blocks_needed=11, workload="chat", rule="merge.gain", hopeless=False)
     monkeypatch.setattr(stopping, "open_races", lambda evidence: [open_])

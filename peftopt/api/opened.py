@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -172,6 +172,17 @@ def export(run: Run, table: str, file: Path) -> int:
         raise BadInput(f"{file} is neither Parquet nor CSV", "name a file that ends in .parquet or .csv")
     if "values" in frame:  # of each probe its own fields, which no column has in common
         frame["values"] = frame["values"].map(json.dumps)
+    _write(frame, file, ending)
+    return len(frame)
+
+
+def write(rows: Sequence[Mapping[str, Json]], columns: Sequence[str], file: Path, ending: str) -> None:
+    """Write rows with these columns as Parquet or CSV (`ending`). Raises MissingEnvironment without pandas or pyarrow,
+    BadInput where the file cannot be written."""
+    _write(_pandas().DataFrame(list(rows), columns=list(columns)), file, ending)
+
+
+def _write(frame: DataFrame, file: Path, ending: str) -> None:
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         if ending == ".csv":
@@ -182,8 +193,10 @@ def export(run: Run, table: str, file: Path) -> int:
         raise MissingEnvironment("Parquet needs pyarrow", "pip install 'peftopt[data]', or write .csv") from error
     except OSError as error:
         raise BadInput(f"cannot write {file}: {error.strerror}", "choose another place") from error
-    temporary.replace(file)
-    return len(frame)
+    else:
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _whose(each: Measured) -> dict[str, Json]:
@@ -211,10 +224,14 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 def _frame(table: str, rows: Iterable[Mapping[str, Json]]) -> DataFrame:
     """The rows with the table's own columns, in their types: those that no row has are empty."""
+    columns = tables()[table].columns
+    frame = _pandas().DataFrame(list(rows), columns=[column.name for column in columns])
+    return frame.astype({column.name: column.dtype for column in columns})
+
+
+def _pandas() -> Any:
     try:
         import pandas
     except ImportError as error:
         raise MissingEnvironment("a run's data are pandas DataFrames", "pip install 'peftopt[data]'") from error
-    columns = tables()[table].columns
-    frame = pandas.DataFrame(list(rows), columns=[column.name for column in columns])
-    return frame.astype({column.name: column.dtype for column in columns})
+    return pandas

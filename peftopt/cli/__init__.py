@@ -43,6 +43,7 @@ VERBS = (
     "export",
     "canary",
     "diagnose",
+    "sweep",
     "importing",
     "around",
     "kept",

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from peftopt.cli.shared import EXIT, AsJson, NoForecast, Quiet, Results, app, beside, options_from, seconds
-from peftopt.errors import ACCEPTED, INCONCLUSIVE, BadInput
+from peftopt.cli.shared import AsJson, NoForecast, Quiet, Results, app, beside, options_from, seconds
+from peftopt.errors import ACCEPTED, EXIT, INCONCLUSIVE, BadInput
 from peftopt.redaction import redacted
 
 if TYPE_CHECKING:

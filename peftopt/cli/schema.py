@@ -19,11 +19,11 @@ def _names() -> list[str]:
 @app.command()
 def schema(
     name: Annotated[
-        str, typer.Argument(help="recipe, decision, measurement or diagnosis.", autocompletion=_names)
+        str, typer.Argument(help="recipe, grid, decision, measurement or diagnosis.", autocompletion=_names)
     ] = "recipe",
     as_json: AsJson = False,
 ) -> None:
-    """Print a JSON Schema: of a recipe, which editors complete by, or of a file that a run leaves."""
+    """Print a JSON Schema: of a recipe or a grid, which editors complete by, or of a file that a run leaves."""
     from peftopt import schema as schemas
     from peftopt.cli.console import print_json
 

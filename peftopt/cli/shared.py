@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from peftopt.errors import ACCEPTED, ENVIRONMENT, INCONCLUSIVE, REJECTED, BadInput
+from peftopt.errors import EXIT, BadInput
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -34,8 +34,6 @@ app = typer.Typer(
     "130 interrupted.",
 )
 
-
-EXIT = {"accepted": ACCEPTED, "rejected": REJECTED, "inconclusive": INCONCLUSIVE, "not judged": ENVIRONMENT}
 
 Results = Annotated[Path, typer.Option(help="Folder of artifacts and runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]

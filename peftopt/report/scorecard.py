@@ -207,23 +207,28 @@ def _cost(
     decision: Decision, before: VariantDecision, after: VariantDecision, workload: str, machine: Price
 ) -> Score | None:
     """What a million output tokens cost on a machine that is never idle."""
-    name = f"throughput@{workload}"
     throughput = _throughput(decision, before, after, workload)
-    ours = after.figures.get(name)
-    theirs = before.figures.get(name)
-    if throughput is None or ours is None or theirs is None:
+    costs = [million(each, workload, machine) for each in (before, after)]
+    if throughput is None or costs[0] is None or costs[1] is None:
         return None
-    costs = [machine.per_hour * MILLION / (HOUR_S * each.estimate) for each in (theirs, ours)]
-    shown = [f"{_money(cost)} {machine.currency}" for cost in costs]
-    ratio = theirs.estimate / ours.estimate
+    shown = [money(cost, machine.currency) for cost in costs if cost is not None]
+    ratio = costs[1] / costs[0]
     difference = "no difference shown" if throughput.change == "same" else _change(ratio)
-    about = f"{_money(machine.per_hour)} {machine.currency} an hour, never idle, {name}"
+    about = f"{money(machine.per_hour, machine.currency)} an hour, never idle, throughput@{workload}"
     return Score("cost of a million output tokens", shown[0], shown[1], difference, throughput.change, clean(about))
 
 
-def _money(amount: float) -> str:
-    """Two decimals, three digits where it is less than one."""
-    return f"{amount:,.2f}" if amount >= 1 else f"{amount:.3g}"
+def million(variant: VariantDecision, workload: str, machine: Price) -> float | None:
+    """What a million output tokens of a workload cost on a machine that is never idle; None where that is not known."""
+    throughput = variant.figures.get(f"throughput@{workload}")
+    if throughput is None or not _positive(throughput.estimate):
+        return None
+    return machine.per_hour * MILLION / (HOUR_S * throughput.estimate)
+
+
+def money(amount: float, currency: str) -> str:
+    """Two decimals, three digits where it is less than one, and the currency."""
+    return f"{amount:,.2f} {currency}" if amount >= 1 else f"{amount:.3g} {currency}"
 
 
 def _positive(value: float) -> bool:

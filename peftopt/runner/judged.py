@@ -45,12 +45,17 @@ class Silent:
 def read_recipe(path: Path) -> tuple[Recipe, str]:
     """A recipe and its text. Raises BadRecipe with all its mistakes, BadInput for a file that is not text."""
     text = store.read_text(path)
+    return recipe_of(text, str(path.resolve())), text
+
+
+def recipe_of(text: str, path: str) -> Recipe:
+    """The recipe of a text whose paths are relative to the folder of `path`. Raises BadRecipe with all its mistakes."""
     defaults = (Path(__file__).parent.parent / "recipes" / "tradeoffs.yaml").read_text(encoding="utf-8")
 
     def read(name: str) -> str:
         return Path(name).read_text(encoding="utf-8")
 
-    return recipes.parse(text, str(path.resolve()), plugins.catalogue(), defaults, read), text
+    return recipes.parse(text, path, plugins.catalogue(), defaults, read)
 
 
 def weighed(folder: Path, warn: Warn) -> tuple[Evidence, Decision]:

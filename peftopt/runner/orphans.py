@@ -42,6 +42,7 @@ def watched() -> str:
                 stderr=subprocess.DEVNULL,
                 cwd="/",
                 start_new_session=True,  # Ctrl-C is not for it
+                env={name: value for name, value in os.environ.items() if name != MARK},  # nor what ends its parent
             )
             _watcher = (os.getpid(), token, watcher)
         return _watcher[1]

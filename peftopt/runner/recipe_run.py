@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,20 +34,20 @@ from peftopt.runner.run import Listener, Run, check_baseline, hashed, planned
 def prepare(
     recipe: Recipe, text: str, results: Path, listener: Listener, fresh: bool = False, more: bool = False
 ) -> Iterator[Run]:
-    """Check the recipe's files, make the plan and open its run folder: an unfinished run of the same plan goes on, and
-    with `more` a finished one too. The folder is this process's until the end; see `store.own`."""
+    """Check the recipe's files, make the plan and open its run folder: an unfinished run of the same plan on such a
+    machine goes on, and with `more` a finished one too. The folder is this process's until the end; see `store.own`."""
     home = store.Store(results.resolve(), listener.warn)
     plan, key, sources = planned(recipe)
     home.check_writable()
     home.clear()
     runs = home.root / "runs"
     mine = sorted(runs.glob(f"*-{recipe.name}-{key}"))
-    unfinished = [folder for folder in mine if not store.is_finished(folder)]
+    unfinished = [] if fresh else _resumable(mine, listener)
     if mine and more and not unfinished and not fresh:
         with reopen(mine[-1], listener) as run:
             yield run
         return
-    if unfinished and not fresh:
+    if unfinished:
         folder = unfinished[-1]
         listener.warn(f"going on with the unfinished run {folder.name}")
     else:
@@ -101,15 +101,34 @@ def reopen(folder: Path, listener: Listener) -> Iterator[Run]:
     if [b.id for b in now.builds] != [b.id for b in plan.builds] or not folder.resolve().name.endswith(f"-{key}"):
         hint = "run the recipe again: a new run measures everything as it is now"
         raise BadInput(f"the models, prompts or libraries of {folder} have changed since it ran", hint)
-    then = store.read_object(folder / "machine.json")
-    here = json.loads(json.dumps(machine.describe()))
-    changed = [key for key in ("cpu", "cores", "gpu") if then.get(key) != here.get(key)]
-    if changed:
+    if changed := _unlike(folder):
         hint = "blocks of two machines are not of one race: go on there, or run the recipe here"
         raise BadInput(f"{folder} was measured on another machine: its {', '.join(changed)} differ", hint)
     home = store.Store(folder.resolve().parents[1], listener.warn)
     with _owned(folder, plan, home, listener) as run:
         yield run
+
+
+def _resumable(folders: Sequence[Path], listener: Listener) -> list[Path]:
+    """The unfinished runs that may go on here: blocks of two machines are not of one race."""
+    alike = []
+    for folder in folders:
+        if store.is_finished(folder):
+            continue
+        if changed := _unlike(folder):
+            listener.warn(f"{folder.name} is unfinished, and is of another machine: its {', '.join(changed)} differ")
+        else:
+            alike.append(folder)
+    return alike
+
+
+def _unlike(folder: Path) -> list[str]:
+    """What the machine has otherwise that a run was measured on; nothing where it was not begun."""
+    if not (folder / "machine.json").exists():
+        return []
+    then = store.read_object(folder / "machine.json")
+    here = json.loads(json.dumps(machine.describe()))
+    return [key for key in ("cpu", "cores", "gpu") if then.get(key) != here.get(key)]
 
 
 def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None) -> None:

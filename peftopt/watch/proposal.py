@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from peftopt.loadtest.arrivals import made_up
-from peftopt.records import GENERIC, YAML
+from peftopt.recipe import rewriting
 from peftopt.watch.history import History
 
 MOST_PROMPTS = 200
@@ -74,75 +73,27 @@ def recipe(text: str, folder: Path, traffic: Seen, prompts_file: str) -> str:
     or where they were ("")."""
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     assert isinstance(root, yaml.MappingNode)
-    _make_absolute(root, folder)
-    for _, workload in _items(_get(root, "workloads")):
+    rewriting.make_absolute(root, folder)
+    for _, workload in rewriting.items(rewriting.get(root, "workloads")):
         _change(workload, traffic, prompts_file)
-    return str(yaml.serialize(root, width=120, allow_unicode=True))
+    return rewriting.written(root)
 
 
 def _change(workload: yaml.Node, traffic: Seen, prompts_file: str) -> None:
     """A workload as the traffic is, as far as a recipe can say it."""
     if prompts_file:
-        _set(workload, "prompts", prompts_file)
-        _drop(workload, "slice")
+        rewriting.put(workload, "prompts", prompts_file)
+        rewriting.drop(workload, "slice")
     if traffic.new_tokens:
-        lengths = _get(workload, "lengths")
+        lengths = rewriting.get(workload, "lengths")
         by_themselves = lengths is not None and lengths.value == "natural"
         tokens = quantile(traffic.new_tokens, CAP) if by_themselves else statistics.fmean(traffic.new_tokens)
-        _set(workload, "new_tokens", str(max(1, math.ceil(tokens))))
-    if traffic.rate and (_get(workload, "users") or _get(workload, "rate")):
-        _drop(workload, "users")
-        _set(workload, "rate", f"{max(0.001, traffic.rate):.3g}")
+        rewriting.put(workload, "new_tokens", str(max(1, math.ceil(tokens))))
+    if traffic.rate and (rewriting.get(workload, "users") or rewriting.get(workload, "rate")):
+        rewriting.drop(workload, "users")
+        rewriting.put(workload, "rate", f"{max(0.001, traffic.rate):.3g}")
 
 
 def quantile(values: Sequence[float], q: float) -> float:
     """The smallest that a share q of them does not exceed."""
     return sorted(values)[max(0, math.ceil(q * len(values)) - 1)]
-
-
-# ---- the recipe's text ---------------------------------------------------------------------------
-
-
-def _make_absolute(root: yaml.Node, folder: Path) -> None:
-    """Give every path of a recipe its folder, so that the recipe may lie elsewhere."""
-    for node in _paths(root):
-        node.value = os.path.normpath(folder / node.value)
-
-
-def _paths(root: yaml.Node) -> Iterator[yaml.ScalarNode]:
-    model, quality = _get(root, "model"), _get(root, "quality")
-    nodes = [_get(model, "base"), _get(model, "adapter"), _get(quality, "prompts"), _get(quality, "schema")]
-    nodes += [_get(workload, "prompts") for _, workload in _items(_get(root, "workloads"))]
-    tasks = _get(quality, "tasks")
-    if isinstance(tasks, yaml.SequenceNode):
-        nodes += [task for task in tasks.value if str(task.value).endswith(YAML)]
-    for key, word in (("calibration", GENERIC), ("tradeoffs", "default")):
-        node = _get(root, key)
-        nodes += [node] if node is not None and node.value != word else []
-    return (node for node in nodes if isinstance(node, yaml.ScalarNode))
-
-
-def _items(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
-    return list(node.value) if isinstance(node, yaml.MappingNode) else []
-
-
-def _get(node: yaml.Node | None, key: str) -> yaml.Node | None:
-    return next((value for name, value in _items(node) if name.value == key), None)
-
-
-def _set(node: yaml.Node, key: str, value: str) -> None:
-    """Set a key of a mapping to a word, a path or a number."""
-    tag = yaml.SafeLoader("").resolve(yaml.ScalarNode, value, (True, False))
-    old = _get(node, key)
-    if old is None:
-        node.value.append((_word(key), yaml.ScalarNode(tag, value)))
-    else:
-        old.tag, old.value = tag, value
-
-
-def _word(text: str) -> yaml.ScalarNode:
-    return yaml.ScalarNode("tag:yaml.org,2002:str", text)
-
-
-def _drop(node: yaml.Node, key: str) -> None:
-    node.value[:] = [(name, value) for name, value in node.value if name.value != key]

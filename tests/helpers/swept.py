@@ -309,6 +309,22 @@ def _run(place: Place) -> Job:
     return Job("run", words, place.begun("run"), whole_run, verdicts, frozenset({ACCEPTED, REJECTED, INCONCLUSIVE}))
 
 
+def _sweep(place: Place) -> Job:
+    """The page of a sweep whose only cell waits."""
+    recipe = place.folder / "swept.yaml"
+    recipe.write_text(RECIPE.format(base=place.base, adapter=place.lora, prompts=place.questions()))
+    grid = place.folder / "grid.yaml"
+    grid.write_text(f"recipe: swept.yaml\nmodels: {{m: {{base: {place.base}, adapters: {{a: {place.lora}}}}}}}\n")
+    page = "results/sweeps/grid/report.html"
+
+    def whole(home: Path) -> None:
+        text = (home / page).read_bytes() if (home / page).exists() else b""
+        assert not text or text.rstrip().endswith(b"</html>"), "the page is torn"
+
+    words = (CLI, "sweep", "report", str(grid), "--results", f"{HOME}/results")
+    return Job("sweep", words, place.begun("sweep"), whole, lambda home: identity.of_file(home / page))
+
+
 def _once(job: Job, home: Path) -> None:
     ended = attempt(job, home)
     assert ended.code in job.codes, ended.said
@@ -320,6 +336,7 @@ MAKERS: dict[str, Callable[[Place], Job]] = {
     "log": _part("log", log_lines, lambda home: log_lines(home) > 0),
     "decide": _decide,
     "report": _report,
+    "sweep": _sweep,
     "load": _load,
     "merge": _model("merge", "--base", "{base}", "--adapter", "{lora}", "--certify", "blocks"),
     "quantize": _model("quantize", "--model", "{base}", "--method", "int8"),

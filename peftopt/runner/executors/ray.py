@@ -1,0 +1,130 @@
+"""A Ray cluster: each cell takes one whole machine of its class.
+
+A class is a custom resource of which each of its machines has one: `ray start --resources '{"l4": 1}'`. A cell asks for
+that one and for all processors and GPUs of such a machine, so that nothing of Ray's runs beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from typing import Any
+
+from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment
+from peftopt.recipe.grid import MachineClass
+from peftopt.runner import cells
+from peftopt.runner.cells import Attempt, Job
+from peftopt.runner.executors.attempt import attempt
+
+RETRIES = 3
+"""So often a cell begins again whose machine, or whose process of Ray, was lost. An error of the cell's is final."""
+
+LOOK_S = 10.0
+"""Between two looks at whether anything has ended."""
+
+REACHED_S = 10.0
+"""A cluster answers in this time."""
+
+GONE_S = 120.0
+"""So long a sweep waits for a machine where the last that it could use is gone."""
+
+
+class Ray:
+    """Runs jobs as tasks of a cluster."""
+
+    def __init__(self, address: str) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise MissingEnvironment("--on ray needs Ray", "pip install 'peftopt[ray]'") from error
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a task without GPUs is not told of none
+        self.ray: Any = ray
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            _reach(address)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, ValueError, OverflowError) as error:
+            hint = """start one: ray start --head --resources '{"CLASS": 1}'"""
+            raise MissingEnvironment(f"there is no Ray cluster at {address}: {error}", hint) from error
+        signal.signal(signal.SIGTERM, before)  # Ray's own ends this process at once
+        self.running: dict[Any, Job] = {}
+        self.task = ray.remote(attempt)
+
+    def machines(self, needs: MachineClass) -> int:
+        """The machines that are alive and have the class's resource. Raises BadInput for machines that differ, or that
+        have more than one of it."""
+        nodes = self._nodes(needs)
+        sizes = {(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes}
+        if len(sizes) > 1:
+            told = ", ".join(f"{cpus:g} processors and {gpus:g} GPUs" for cpus, gpus in sorted(sizes))
+            raise BadInput(
+                f"machines of the class {needs.name} differ: {told}", "make two classes: blocks are never compared"
+            )
+        if any(node[needs.name] != 1 for node in nodes):
+            hint = f"""give each machine one: ray start --resources '{{"{needs.name}": 1}}'"""
+            raise BadInput(f"a machine of the class {needs.name} offers more than one cell at a time", hint)
+        return len(nodes)
+
+    def _nodes(self, needs: MachineClass) -> list[dict[str, float]]:
+        alive = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+        return [resources for resources in alive if resources.get(needs.name, 0)]
+
+    def submit(self, job: Job) -> None:
+        """Ray starts it as soon as a machine of its class has nothing else to do."""
+        node = self._nodes(job.needs)[0]
+        task = self.task.options(
+            name=job.name,
+            num_cpus=node.get("CPU", 0),
+            num_gpus=node.get("GPU", 0),
+            resources={job.needs.name: 1},
+            max_retries=RETRIES,
+            retry_exceptions=False,
+        )
+        self.running[task.remote(job)] = job
+
+    def wait(self) -> tuple[Job, Attempt]:
+        """The next job that ends. One whose machine was lost again and again has failed."""
+        task = self._ended()
+        job = self.running.pop(task)
+        try:
+            ended: Attempt = self.ray.get(task)
+        except self.ray.exceptions.RayTaskError as error:
+            ended = _failed(job, f"the task failed: {error.cause}")
+        except self.ray.exceptions.RayError as error:
+            ended = _failed(job, f"its machine was lost {RETRIES + 1} times: {str(error).splitlines()[0]}")
+        return job, ended
+
+    def _ended(self) -> Any:
+        """The task that ends next. Raises MissingEnvironment once no machine is left for any of them."""
+        gone_s = 0.0
+        while gone_s < GONE_S:
+            ready, _ = self.ray.wait(list(self.running), num_returns=1, timeout=LOOK_S)
+            if ready:
+                return ready[0]
+            needed = {job.needs.name: job.needs for job in self.running.values()}
+            gone_s = 0.0 if any(map(self._nodes, needed.values())) else gone_s + LOOK_S
+        lost = f"the cluster has no machine of the classes {', '.join(sorted(needed))} any more"
+        raise MissingEnvironment(lost, "start one; the same sweep goes on")
+
+    def close(self) -> None:
+        """End what runs, with its measurements up to now, and leave the cluster: Ray interrupts no task that waits."""
+        for task in self.running:
+            self.ray.cancel(task, force=True)
+        self.running.clear()
+        self.ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises OSError, ValueError where nobody listens at HOST:PORT: Ray would wait there for many minutes."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        socket.create_connection((host, int(port)), REACHED_S).close()
+
+
+def _failed(job: Job, message: str) -> Attempt:
+    """What Ray says of a job, kept among its attempts."""
+    ended = Attempt(cells.now(), 0.0, ENVIRONMENT, "", message, "the same sweep tries it again")
+    cells.keep(job.folder, ended)
+    return ended

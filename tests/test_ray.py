@@ -1,0 +1,91 @@
+"""Cells on a Ray cluster: which machine they take, and what is refused. Without Ray these tests are skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.recipe.grid import MachineClass
+from peftopt.runner import cells
+from peftopt.runner.cells import Job
+from peftopt.runner.executors import opened
+
+ray = pytest.importorskip("ray")
+
+STORE = 80_000_000
+"""Bytes of each node's object store: the least that Ray takes."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two machines that are one of a class each, and three that are no classes: two that differ, one that has two."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 1, "object_store_memory": STORE, "resources": {"small": 1}}
+    found = Cluster(initialize_head=True, head_node_args=head)
+    for cpus, resources in ((2, {"large": 1}), (1, {"mixed": 1}), (2, {"mixed": 1}), (1, {"double": 2})):
+        found.add_node(num_cpus=cpus, object_store_memory=STORE, resources=resources)
+    found.wait_for_nodes()
+    yield found
+    found.shutdown()
+
+
+@pytest.fixture
+def executor(cluster: Any) -> Iterator[Any]:
+    found = opened(f"ray:{cluster.address}", "")
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., Job]:
+    def make(name: str, machine: MachineClass, *words: str) -> Job:
+        (tmp_path / name).mkdir()
+        return Job(name, words, machine, tmp_path / name, tmp_path)
+
+    return make
+
+
+def test_each_cell_runs_once_and_says_how_it_ended(executor: Any, job: Callable[..., Job]) -> None:
+    small, large = MachineClass("small"), MachineClass("large")
+    assert (executor.machines(small), executor.machines(large), executor.machines(MachineClass("none"))) == (1, 1, 0)
+    jobs = [job("a", small, "--version"), job("b", large, "--version"), job("c", small, "run", "no.yaml", "--json")]
+    for each in jobs:
+        executor.submit(each)
+    ended = dict((each.name, attempt) for each, attempt in (executor.wait() for _ in jobs))
+    assert {name: attempt.exit_code for name, attempt in ended.items()} == {"a": 0, "b": 0, "c": 2}
+    assert "no.yaml" in ended["c"].message
+    assert all(cells.attempts(each.folder) == [ended[each.name]] for each in jobs)
+
+
+def test_a_machine_that_is_less_than_its_class_is_named(executor: Any, job: Callable[..., Job]) -> None:
+    executor.submit(job("a", MachineClass("small", memory=9e14), "--version"))
+    _, ended = executor.wait()
+    assert ended.exit_code == 4 and "900000 GB" in ended.message
+
+
+@pytest.mark.parametrize(("name", "told"), [("mixed", "1 processors and 0 GPUs, 2"), ("double", "more than one cell")])
+def test_machines_that_would_mix_measurements_are_refused(executor: Any, name: str, told: str) -> None:
+    with pytest.raises(BadInput, match=told):
+        executor.machines(MachineClass(name))
+
+
+def test_a_cell_whose_task_breaks_has_failed_and_the_others_go_on(executor: Any, job: Callable[..., Job]) -> None:
+    small = MachineClass("small")
+    broken, whole = job("broken", small, "--version"), job("whole", small, "--version")
+    (broken.folder / ".owner").mkdir()  # where the lock's file would be
+    for each in (broken, whole):
+        executor.submit(each)
+    ended = {each.name: attempt for each, attempt in (executor.wait() for _ in range(2))}
+    assert (ended["broken"].exit_code, ended["whole"].exit_code) == (4, 0)
+    assert ".owner" in ended["broken"].message
+
+
+def test_without_a_cluster_it_is_said_how_to_start_one() -> None:
+    with pytest.raises(MissingEnvironment, match="no Ray cluster") as caught:
+        opened("ray:127.0.0.1:1", "")
+    assert "ray start" in caught.value.hint
