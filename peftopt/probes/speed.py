@@ -72,6 +72,7 @@ def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool
         new_tokens=sum(len(g.tokens) for g in generations),
         touched=sum(uncut(engine, row.messages) is not None for row in batch),
         warmup=warmup,
+        reused=sum(g.reused for g in generations) if engine.reuses and not engine.remote else None,
         steps=steps or None,
         proposed=sum(g.proposed for g in generations) if steps else None,
         accepted=sum(g.accepted for g in generations) if steps else None,
