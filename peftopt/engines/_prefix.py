@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from pathlib import Path
@@ -62,8 +62,8 @@ def name_of(tokens: Sequence[int]) -> bytes:
     return hashlib.sha256(array("q", tokens).tobytes()).digest()
 
 
-def repeated(prompts: Sequence[Sequence[int]]) -> float:
-    """The share of prompts' tokens that a service has computed before, if it forgets nothing: those at the start of a
+def repeated(prompts: Sequence[Sequence[Hashable]]) -> float:
+    """The share of prompts' tokens, or words, that a service has computed before, if it forgets nothing: those at the start of a
     prompt with which an earlier, different one began. The last token of a prompt always has to be computed.
 
     The same prompt again adds nothing, nor does it count.
@@ -71,12 +71,16 @@ def repeated(prompts: Sequence[Sequence[int]]) -> float:
     known: set[int] = set()
     again = total = 0
     for tokens in dict.fromkeys(map(tuple, prompts)):
-        beginnings = list(accumulate(tokens, lambda before, token: hash((before, token)), initial=0))[1:]
+        beginnings = list(accumulate(tokens, _hashed, initial=0))[1:]
         shared = sum(1 for _ in takewhile(known.__contains__, beginnings))
         known.update(beginnings)
         again += min(shared, len(tokens) - 1)
         total += len(tokens)
     return again / total if total else 0.0
+
+
+def _hashed(before: int, token: Hashable) -> int:
+    return hash((before, token))
 
 
 # ---- what is held ------------------------------------------------------------------------------
