@@ -354,7 +354,9 @@ class Silent:
     def done(self, *_: object, **__: object) -> None: ...
     def warn(self, text: str) -> None: ...
     def tell(self, text: str) -> None: ...
-    def progress(self, title: str, total: int) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
+    def progress(
+        self, title: str, total: int, unit: str
+    ) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
         return contextlib.nullcontext(lambda done, what: None)
 
 

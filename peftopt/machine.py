@@ -255,6 +255,22 @@ def gpu_held(lines: list[str], pids: set[int]) -> int | None:
     return sum(mib) * 2**20 if mib else None
 
 
+FREED_S = 30.0
+"""How long the driver is waited for to take back what ended processes held on a GPU."""
+
+
+def await_gpu(pids: Iterable[int]) -> bool:
+    """Wait until the driver lists none of these ended processes any more, at most for FREED_S; whether that is so. What
+    is left of them would take room and time from the next one."""
+    ended = set(pids)
+    until = time.monotonic() + FREED_S
+    while gpu_memory(ended) is not None:
+        if time.monotonic() > until:
+            return False
+        time.sleep(REST_LOOK_S)
+    return True
+
+
 def give_back() -> None:
     """Give memory that nobody uses any more back to the system and to the GPU: what an allocator keeps for later looks
     like a leak from outside. Objects in cycles are looked for only where all that was there at the start is left out

@@ -120,14 +120,16 @@ class Store:
 
     def model(self, artifact_id: str, source: Model) -> Model:
         """The model of an artifact; of "" the `source` that a recipe starts from. What stands in an adapter's place,
-        as a baked prompt does, sits on what it was made from."""
+        as a baked prompt does, sits on what it was made from. Adapters that stay apart are the source's own, wherever
+        they lie now: an artifact is known by its contents."""
         if not artifact_id:
             return source
         folder = self.folder(artifact_id)
         manifest = json.loads((folder / MANIFEST).read_text())
+        parent = self.model(manifest["build"]["parent"], source)
         if manifest.get("on_parent"):
-            return Model(self.model(manifest["build"]["parent"], source).path, (str(folder / MODEL),))
-        return Model(str(folder / MODEL), tuple(manifest["adapters"]))
+            return Model(parent.path, (str(folder / MODEL),))
+        return Model(str(folder / MODEL), parent.adapters if manifest["adapters"] else ())
 
     def build(self, build: Build, make: Callable[[Path], tuple[Model, Mapping[str, Json]]]) -> Artifact:
         """Build it in a temporary folder and move it into place whole; `make` fills the folder it is given."""
@@ -145,7 +147,7 @@ class Store:
                 "content": identity.of_folder(temporary / MODEL),
                 "size_bytes": size(temporary / MODEL) + (size(Path(model.path)) if on_parent else 0),
                 "on_parent": on_parent,
-                "adapters": [] if on_parent else model.adapters,
+                "adapters": bool(model.adapters) and not on_parent,
                 **facts,
             }
             manifest[SEAL] = _seal(manifest)

@@ -271,16 +271,16 @@ def test_off_a_terminal_progress_is_lines_with_the_time_left(
 ) -> None:
     clock = iter([0.0, 10.0, 600.0, 700.0])
     monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
-    with console.Console().progress("race", 20) as show:
+    with console.Console().progress("race", 20, "blocks") as show:
         for done in (0, 1, 5, 6, 10, 20):
             show(done, "merged")
     lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
     assert lines == [
-        "race 0/20 merged",
-        "race 5/20, 30 s left merged",
-        "race 6/20, 23 min left merged",
-        "race 10/20, 12 min left merged",
-        "race 20/20 merged",
+        "race 0/20 blocks merged",
+        "race 5/20 blocks, 30 s left merged",
+        "race 6/20 blocks, 23 min left merged",
+        "race 10/20 blocks, 12 min left merged",
+        "race 20/20 blocks merged",
     ]
 
 

@@ -50,6 +50,13 @@ def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
             assert (page.parent / target.partition("#")[0]).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_row_of_a_table_ends_on_its_line(page: Path) -> None:
+    """Else the rest of the page is drawn into the table."""
+    for line in page.read_text().splitlines():
+        assert not line.startswith("| ") or line.rstrip().endswith("|"), line
+
+
 def test_the_tests_that_security_names_are_there() -> None:
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "SECURITY.md").read_text())
     assert named

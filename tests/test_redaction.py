@@ -271,7 +271,7 @@ def test_everything_that_the_console_prints_is_visible(capfd: pytest.CaptureFixt
     out.say(STEERING)
     out.pairs(STEERING, {STEERING: STEERING})
     out.error(BadInput(STEERING, STEERING))
-    with out.progress(STEERING, 2) as show:
+    with out.progress(STEERING, 2, "steps") as show:
         show(1, STEERING)
     with out.working(STEERING) as hear:
         hear(STEERING)

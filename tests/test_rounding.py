@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftopt.merging import blocks
+from peftopt.models import values as weights
 from peftopt.models.checkpoint import Entry
 
 
@@ -30,7 +31,7 @@ def test_every_sum_is_rounded_to_the_nearest(
 
     dice = np.random.default_rng(seed)
     rows, width = 5, 577  # neither a multiple of what the loop takes at a time
-    before = (dice.standard_normal((rows, width)) * 10**weight).astype(blocks.dtype_of(given_))
+    before = (dice.standard_normal((rows, width)) * 10**weight).astype(weights.dtype_of(given_))
     before[dice.random((rows, width)) < 0.1] = 0  # where the old weights say nothing of fp32's error
     b, a = dice.standard_normal((rows, rank)) * 10**delta, dice.standard_normal((rank, width))
     b[0] = 0
@@ -39,7 +40,7 @@ def test_every_sum_is_rounded_to_the_nearest(
     entries = [Entry("w", name, (rows, width)) for name in (given_, wanted)]
     found = loop._sum(entries[0], entries[1], before, blocks.Delta.product(b, a))
     exact = before.astype(np.float64) + b @ a
-    wanted_ = round_once(torch.from_numpy(exact), getattr(torch, blocks.dtype_of(wanted).name))
+    wanted_ = round_once(torch.from_numpy(exact), getattr(torch, weights.dtype_of(wanted).name))
     assert (torch.from_numpy(found.view(np.int16)).view(wanted_.dtype) == wanted_).all()
 
 
@@ -75,8 +76,8 @@ def test_rounding_once_gives_the_nearest_value(value: float, dtype: str) -> None
 def test_the_largest_magnitude_is_found_in_the_bits(values: list[float], dtype: str) -> None:
     import numpy as np
 
-    given_ = np.array(values).astype(blocks.dtype_of(dtype))
-    found = blocks.largest(given_)
+    given_ = np.array(values).astype(weights.dtype_of(dtype))
+    found = weights.largest(given_)
     if np.isfinite(given_).all():
         assert found == np.abs(given_).max()
     else:

@@ -235,7 +235,7 @@ class Heard:
 
     tell = warn
 
-    def progress(self, title: str, total: int) -> contextlib.AbstractContextManager:
+    def progress(self, title: str, total: int, unit: str) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext(lambda done, what: None)
 
 

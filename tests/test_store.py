@@ -29,6 +29,24 @@ def test_an_artifact_is_found_again_with_its_size_and_content(tmp_path: Path) ->
     assert (found.size_bytes, found.content) == (7, built.content)
 
 
+def test_adapters_that_stay_apart_are_the_recipes_wherever_they_were_when_the_artifact_was_built(
+    tmp_path: Path,
+) -> None:
+    """A folder of adapters may move: an artifact is found by what it was made from."""
+    home = store.Store(tmp_path)
+    packed = Build("cd" + "0" * 62, "", Step("int8", "transform", "quantize"))
+    after = Build("ef" + "0" * 62, packed.id, Step("int4", "transform", "quantize"))
+
+    def quantized(out: Path) -> tuple[Model, dict[str, Json]]:
+        return Model(make(out)[0].path, ("/then/adapter",)), {"seconds": 1.5, "tier0": []}
+
+    for build, fill in ((BUILD, make), (packed, quantized), (after, quantized)):
+        home.build(build, fill)
+    now = Model("/now/base", ("/now/adapter",))
+    assert home.model(packed.id, now).adapters == home.model(after.id, now).adapters == now.adapters
+    assert home.model(BUILD.id, now).adapters == (), "merged"
+
+
 @pytest.mark.fault(11, "the hash does not match: it is set aside and built again, with notice")
 def test_a_flipped_bit_sets_the_artifact_aside_with_notice(tmp_path: Path) -> None:
     warnings: list[str] = []

@@ -18,7 +18,8 @@ from peftopt.corpus import Row
 from peftopt.decision.decide import unstopped
 from peftopt.engines import eager
 from peftopt.errors import BadInput
-from peftopt.models import hf, template
+from peftopt.models import hf, rendering, template
+from peftopt.models.rendering import Unrendered
 from peftopt.records import Model
 from peftopt.runner import process
 
@@ -243,7 +244,24 @@ def test_answers_of_which_none_stopped_are_said() -> None:
     "reach", ["''.__class__.__mro__[1].__subclasses__()", "messages.append.__globals__['os'].environ"]
 )
 def test_a_template_does_not_reach_python(reach: str) -> None:
-    from jinja2.exceptions import SecurityError
-
-    with pytest.raises(SecurityError):
+    with pytest.raises(Unrendered, match="unsafe"):
         template.Template("{{ " + reach + " }}", {}).render([{"role": "user", "content": "hello"}])
+
+
+@pytest.mark.fault(26, "a chat template that loops for ever, or takes all memory, is ended and named, exit 2")
+@pytest.mark.parametrize(
+    ("greedy", "takes"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s"),
+        ("{{ 'x' * 9999999999 }}", "memory"),
+        ("{{ '%9999999999d' % 1 }}", "memory"),
+    ],
+    ids=["time", "memory", "memory-of-a-format"],
+)
+def test_a_template_without_an_end_is_refused_and_the_next_is_rendered(
+    greedy: str, takes: str, base: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendering, "LIMIT_S", 1.0)
+    with pytest.raises(BadInput, match=takes):
+        template.check(base(greedy), [Row("1", (USER,))])
+    assert template.Template("{{ messages[0].content }}", {}).render([USER]) == "hello"

@@ -176,6 +176,26 @@ def test_grandchildren_go_with_the_worker(tmp_path: Path) -> None:
     wait_until(lambda: not lives(int(started.read_text())))  # the kernel takes a moment to reap what was killed
 
 
+@pytest.mark.fault(15, "the next one waits until the GPU has its memory back; what stays is flagged in each turn")
+@pytest.mark.parametrize("looks", [3, 10**6], ids=["freed late", "never freed"])
+def test_the_memory_that_a_worker_held_on_a_gpu_is_waited_for(
+    looks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that lists the ended worker for a few more looks, and one that lists it for ever."""
+    asked, worker = tmp_path / "asked", tmp_path / "worker"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        f'#!/bin/sh\necho >> {asked}\n[ $(wc -l < {asked}) -le {looks} ] && echo "$(cat {worker}), 512 MiB"\nexit 0\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(machine, "FREED_S", 0.5 if looks > 100 else 60.0)
+    with fake(tmp_path, "cat > /dev/null") as child:
+        worker.write_text(str(child.process.pid))
+    told = len(asked.read_text().splitlines())
+    assert told == looks + 1 if looks < 100 else 1 < told < looks
+
+
 def test_a_real_worker_names_an_unknown_plug_in_and_goes_on(tmp_path: Path) -> None:
     with WorkerProcess(tmp_path / "logs" / "real.log", 1) as child:
         with pytest.raises(WorkerFailed, match="no_such_engine"):

@@ -113,13 +113,13 @@ def load(
         seed=seed,
     )
     traffic.check(rate)
-    with (progress or _silent)("load", traffic.expected(rate)) as show:
+    with (progress or _silent)("load", traffic.expected(rate), "requests") as show:
         loaded = runs.run(Target(url, protocol=protocol, model=model), traffic, rate, show)
     return runs.summarized(loaded, levels)
 
 
 @contextmanager
-def _silent(title: str, total: int) -> Iterator[Show]:
+def _silent(title: str, total: int, unit: str) -> Iterator[Show]:
     yield lambda done, what: None
 
 

@@ -93,6 +93,9 @@ def _print(checked: Checked, console: Console) -> None:
     for name, chain in checked.variants.items():
         mark = "  (baseline)" if name == checked.baseline else ""
         console.say(f"  {name:<{width}}  {chain}{mark}")
+    console.say(
+        f"a second copy of {checked.baseline} runs along: where the two differ, the machine is too noisy to decide"
+    )
     for line in checked.notes:
         console.say(line)
     for line in checked.warnings:

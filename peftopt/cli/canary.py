@@ -67,7 +67,7 @@ def _watch_mixed(
     from peftopt.canary import mixed as watching
     from peftopt.cli.console import print_json
 
-    with console.progress("canary", watching.ALONE * len(names) + rounds) as show:
+    with console.progress("canary", watching.ALONE * len(names) + rounds, "rounds") as show:
         watched = watching.watch(target, names, prompts, rounds, show)
     if as_json:
         values = {"asked": watched.asked, "failed": watched.failed, "alike": watched.alike}
@@ -101,7 +101,7 @@ def _watch_reloads(
     from peftopt.cli.console import print_json
 
     residents = reloads.residents(target, list(dict.fromkeys(model)))
-    with console.progress("reloads", watching.ALONE * (2 + len(residents)) + 2 * rounds) as show:
+    with console.progress("reloads", watching.ALONE * (2 + len(residents)) + 2 * rounds, "rounds") as show:
         reloaded = reloads.live(target, folders, residents, prompts, rounds, show)
     if as_json:
         print_json(reloaded)

@@ -17,7 +17,6 @@ from rich.console import ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
@@ -93,26 +92,30 @@ class Console:
         self.err.print(f"[yellow]warning:[/yellow] {shown(text)}", soft_wrap=True)
 
     @contextlib.contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-        """A bar with an estimate on a terminal; off a terminal a line at the start, and one with an estimate whenever a
-        tenth is done."""
+    def progress(self, title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+        """A bar with an estimate on a terminal, in units such as "blocks" or "%"; off a terminal a line at the start,
+        and one with an estimate whenever a tenth is done."""
         if self.quiet:
             yield lambda done, what: None
         elif not self.err.is_terminal:
-            yield self._lines(title, total)
+            yield self._lines(title, total, unit)
         else:
             columns = (
                 TextColumn("  {task.description:<14}"),
                 BarColumn(30),
-                MofNCompleteColumn(),
+                TextColumn("{task.fields[count]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 TextColumn("[dim]{task.fields[what]}"),
             )
             with Progress(*columns, console=self.err, transient=True) as bar:
-                task = bar.add_task(title, total=total, what="")
-                yield lambda done, what: bar.update(task, completed=done, what=shown(what))
+                task = bar.add_task(title, total=total, what="", count=_count(0, total, unit))
+
+                def show(done: int, what: str) -> None:
+                    bar.update(task, completed=done, what=shown(what), count=_count(done, total, unit))
+
+                yield show
 
     @contextlib.contextmanager
     def working(self, title: str) -> Iterator[Callable[[str], None]]:
@@ -129,7 +132,7 @@ class Console:
                 yield lambda text: bar.update(task, what=shown(text[:80]))
         self.done(title, "ready", time.perf_counter() - started)
 
-    def _lines(self, title: str, total: int) -> Callable[[int, str], None]:
+    def _lines(self, title: str, total: int, unit: str) -> Callable[[int, str], None]:
         started = time.perf_counter()
         told = -1
 
@@ -143,7 +146,7 @@ class Console:
                         seconds = (time.perf_counter() - started) * (total - done) / done
                         left = f", {_about(seconds)} left"
                     told = tenth
-                    self.err.print(f"  {shown(title):<14} {done}/{total}{left} [dim]{shown(what)}[/dim]")
+                    self.err.print(f"  {shown(title):<14} {_count(done, total, unit)}{left} [dim]{shown(what)}[/dim]")
 
         return show
 
@@ -212,6 +215,10 @@ def print_error(exit_code: int, message: str, hint: str = "", problems: Sequence
     listed = [{"line": line, "message": text, "hint": help_} for line, text, help_ in problems]
     error = {"message": message, "hint": hint, "exit_code": exit_code}
     print_json({"error": {**error, "problems": listed} if listed else error})
+
+
+def _count(done: int, total: int, unit: str) -> str:
+    return f"{done} %" if unit == "%" else f"{done}/{total} {unit}"
 
 
 def _about(seconds: float) -> str:

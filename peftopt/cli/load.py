@@ -299,7 +299,7 @@ def _load_one(options: Options, source: Source, slos: Sequence[Slo], console: Co
     )
     traffic.check(rate)
     title = source.variant or "load"
-    with console.progress(title, traffic.expected(rate)) as show:
+    with console.progress(title, traffic.expected(rate), "requests") as show:
         if options.find_rate:
             loaded = _find_rate(source.target, traffic, rate, slos, show, console)
         elif options.find_cliff:

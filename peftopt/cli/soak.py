@@ -61,7 +61,7 @@ def soak(asked: Asked) -> NoReturn:
             with console.working(f"start {asked.engine}"):
                 how = soaking.engine(asked.base, asked.adapters, asked.engine, asked.threads, folder)
                 server = stack.enter_context(how)
-        show = stack.enter_context(console.progress("soak", plan.windows))
+        show = stack.enter_context(console.progress("soak", plan.windows, "windows"))
         run = soaking.soak(server, asked.adapters, prompts, plan, show)
     judged = soaked.judge(run)
     values = _values(asked, run, judged)

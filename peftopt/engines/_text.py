@@ -9,6 +9,7 @@ from typing import Any
 from peftopt.engines import Engine, Generation
 from peftopt.errors import BadInput
 from peftopt.models import template
+from peftopt.models.rendering import WRONG
 
 
 class Text(Engine):
@@ -65,7 +66,7 @@ def rendered(tokenizer: Any, messages: Sequence[Mapping[str, str]], prompt: bool
 
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
-    except (TemplateError, *template.WRONG) as error:
+    except (TemplateError, *WRONG) as error:
         raise template.refused(error, what) from error
 
 

@@ -1,5 +1,5 @@
 """What may be put before users: an adapter of this base, a prompt baked from it, or a whole model. Read from headers,
-but for values that are not finite; pickles are never opened."""
+but for values that are damaged; pickles are never opened."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peftopt.errors import BadInput
 from peftopt.models import baked
-from peftopt.models.adapter import WEIGHTS
+from peftopt.models.checkpoint import Checkpoint
 from peftopt.models.folders import check_link
 from peftopt.records import SAFETENSORS
 
@@ -23,27 +23,29 @@ def adapter(folder: Path, base: Path | None, max_rank: int) -> None:
     if baked.is_baked(folder):
         _check_prompt(folder, max_rank)
         return
-    rank = highest_rank(open_adapter(folder).config)
+    opened = open_adapter(folder)
+    rank = highest_rank(opened.config)
     if max_rank and rank > max_rank:
         raise BadInput(
             f"{folder} has rank {rank}, and the engine was started for at most {max_rank}",
             "start the gateway again with this adapter, or with --max-rank",
         )
-    if wrong := _not_finite(folder / WEIGHTS):
-        raise BadInput(f"{folder}: {wrong} holds a value that is not finite", "train or export it again")
+    if not base:  # else it was looked at with its base
+        preflight.check_values(folder, opened.weights)
 
 
 def _check_prompt(folder: Path, max_rank: int) -> None:
-    """Raises BadInput for a baked prompt that is not whole, or holds a value that is not finite, and for an engine that
-    takes LoRAs alone: it was started for a rank."""
+    """Raises BadInput for a baked prompt that is not whole, or holds a damaged value, and for an engine that takes
+    LoRAs alone: it was started for a rank."""
+    from peftopt.runner import preflight
+
     if max_rank:
         hint = "start the gateway with --engine eager"
         raise BadInput(f"{folder} is a baked prompt, and this engine takes LoRA adapters alone", hint)
     for name in (baked.CONFIG, baked.WEIGHTS):
         check_link(folder / name, folder)
     baked.tensors(baked.open_baked(folder))
-    if wrong := _not_finite(folder / baked.WEIGHTS):
-        raise BadInput(f"{folder}: {wrong} holds a value that is not finite", "bake it again: peftopt bake")
+    preflight.check_values(folder, Checkpoint([folder / baked.WEIGHTS]))
 
 
 def model(folder: Path, engine: str) -> None:
@@ -56,16 +58,3 @@ def model(folder: Path, engine: str) -> None:
     weights = plugin.format if plugin else SAFETENSORS
     ours = plugin is None or plugin.environment == environments.MAIN
     preflight.check_base(folder, quantized=True, weights=weights, ours=ours)
-
-
-def _not_finite(file: Path) -> str:
-    """The first tensor of a file with a value that is not finite; "" for none."""
-    import ml_dtypes  # noqa: F401 (teaches numpy bfloat16)
-    import numpy as np
-    from safetensors import safe_open
-
-    with safe_open(file, framework="numpy") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (not a dict)
-            if not np.isfinite(tensors.get_tensor(name).astype(np.float32)).all():
-                return str(name)
-    return ""

@@ -23,6 +23,7 @@ from peftopt.errors import BadInput
 from peftopt.merging.lanes import Lanes
 from peftopt.models.adapter import Pair
 from peftopt.models.checkpoint import ITEM_BYTES, Checkpoint, Draft, Entry
+from peftopt.models.values import FLOATS, dtype_of, largest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,36 +42,11 @@ HELD = 1 << 23
 SETTLED = 1 << 27
 """Bytes written to a file before the disk is waited for, beside the work: so there is little to wait for at the end."""
 
-FLOATS = ("F64", "F32", "F16", "BF16")
 HALVES = {"F16": "int16", "BF16": "uint16"}
 """The dtypes of two bytes, and as what their bits go to the compiled loop."""
 
 OVERFLOW = {"F16": 0x477FF000, "BF16": 0x7F7F8000}
 """The bits of the smallest fp32 magnitude that is rounded to infinity."""
-
-
-def dtype_of(name: str) -> np.dtype[Any]:
-    """The dtype of numpy for the format's word, from ml_dtypes where numpy has none; `.name` is torch's word for it.
-    Raises KeyError for one that neither has."""
-    import ml_dtypes
-    import numpy as np
-
-    known: dict[str, type[Any]] = {
-        "F64": np.float64,
-        "F32": np.float32,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        "I64": np.int64,
-        "I32": np.int32,
-        "I16": np.int16,
-        "I8": np.int8,
-        "U8": np.uint8,
-        "BOOL": np.bool_,
-    }
-    dtype: np.dtype[Any] = np.dtype(known[name])
-    return dtype
 
 
 @dataclass(frozen=True)
@@ -362,22 +338,6 @@ def narrowed(exact: np.ndarray, name: str) -> np.ndarray:
     after = np.empty(exact.shape, HALVES[name])
     kernel.round_to_nearest(exact.reshape(-1), after.reshape(-1))
     return after.view(dtype_of(name))
-
-
-def largest(values: np.ndarray) -> float:
-    """The largest magnitude; infinite or NaN where one of the values is.
-
-    The bits of floats, read as integers, lie in the order of the magnitudes on either side of zero, and are looked
-    through at half the cost: signed for the largest positive one, unsigned for the largest negative one.
-    """
-    import numpy as np
-
-    if not values.size:
-        return 0.0
-    signed = values.view(f"i{values.itemsize}")
-    unsigned = int(signed.view(f"u{values.itemsize}").max())
-    bits = max(int(signed.max()), unsigned & np.iinfo(signed.dtype).max)
-    return float(np.array([bits], dtype=signed.dtype).view(values.dtype)[0])
 
 
 def check_finite(values: np.ndarray, name: str) -> None:

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from peftopt import __version__, identity, progress
 from peftopt.corpus import TEXTS
 from peftopt.errors import MissingEnvironment
-from peftopt.merging.blocks import FLOATS, dtype_of, read, row_width
+from peftopt.merging.blocks import read, row_width
 from peftopt.merging.training import TrainingBase, is_packed
 from peftopt.metrics import percent
 from peftopt.models import hf
 from peftopt.models.adapter import Adapter, Pair
 from peftopt.models.checkpoint import Checkpoint, Draft, open_model
+from peftopt.models.values import FLOATS, dtype_of
 from peftopt.records import FORMAT, Json
 
 if TYPE_CHECKING:

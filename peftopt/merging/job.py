@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from peftopt.errors import BadInput
 from peftopt.merging import certificate
-from peftopt.merging.blocks import FLOATS, HALVES, Blocks, Written, read_tensor, threads
+from peftopt.merging.blocks import HALVES, Blocks, Written, read_tensor, threads
 from peftopt.merging.certificate import Check
 from peftopt.merging.training import TrainingBase
 from peftopt.merging.wholeness import checked_beside
 from peftopt.models import hf
 from peftopt.models.adapter import Adapter, Pair, is_embedding, plain_pairs, targets
 from peftopt.models.checkpoint import SINGLE, Draft, Entry, open_model
+from peftopt.models.values import FLOATS
 from peftopt.records import Json, Model
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftopt.models import template
+from peftopt.models.rendering import Refused, Unrendered
 from peftopt.records import Json
 
 SHOWN = 60
@@ -79,15 +80,13 @@ def _end(base: Path, home: Path) -> Iterator[str]:
 
 
 def _template(base: Path, home: Path) -> Iterator[str]:
-    from jinja2 import TemplateError
-
     theirs, ours = template.read(base), template.read(home)
     if not theirs.text or not ours.text or theirs.text == ours.text:
         return
     for chat in ((PLAIN,), ANSWERED):
         try:
             wanted, written = theirs.render(chat), ours.render(chat)
-        except (TemplateError, *template.WRONG):
+        except (Refused, Unrendered):
             continue  # what only the tokenizer can render
         if wanted != written:
             same = (n for n, (a, b) in enumerate(zip(wanted, written, strict=False)) if a != b)

@@ -1,7 +1,4 @@
-"""A model's chat template and the tokens that end an answer, read from files: what can be known before any model is.
-
-Rendered by transformers' own function, which knows neither torch nor the tokenizer's class.
-"""
+"""A model's chat template and the tokens that end an answer, read from files: what can be known before any model is."""
 
 from __future__ import annotations
 
@@ -12,15 +9,13 @@ from pathlib import Path
 
 from peftopt.corpus import Row
 from peftopt.errors import BROKEN, BadInput
+from peftopt.models.rendering import Refused, Unrendered, rendered
 from peftopt.records import Json
 
 MARK = "an answer that no template knows"
 """What is rendered as an answer, to see what comes after one."""
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-"""What a template's own expressions raise, besides jinja2's errors."""
 
 REFUSED = "write the prompts as the template wants them: a system message may have to go into the first user message"
 
@@ -33,14 +28,8 @@ class Template:
     special: Mapping[str, str]
 
     def render(self, messages: Sequence[Mapping[str, str]], prompt: bool = True) -> str:
-        """The text of a chat, with the beginning of an answer for a `prompt`. Raises jinja2.TemplateError."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        chats = [[dict(message) for message in messages]]
-        texts, _ = render_jinja_template(
-            conversations=chats, chat_template=self.text, add_generation_prompt=prompt, **self.special
-        )
-        return str(texts[0])
+        """The text of a chat, with the beginning of an answer for a `prompt`. Raises as rendering.rendered does."""
+        return rendered(self.text, messages, prompt, self.special)
 
 
 def read(folder: Path) -> Template:
@@ -62,8 +51,6 @@ def read(folder: Path) -> Template:
 def check(folder: Path, rows: Sequence[Row], answers: bool = False) -> None:
     """Raises BadInput, naming the row, for prompts that the template in `folder` refuses, and for prompts of nothing.
     `answers`: with what is expected after them."""
-    from jinja2 import TemplateError
-
     template = read(folder)
     for row in rows:
         last = [{"role": "assistant", "content": row.expected}] if answers and row.expected else []
@@ -73,11 +60,10 @@ def check(folder: Path, rows: Sequence[Row], answers: bool = False) -> None:
             continue
         try:
             template.render([*row.messages, *last], prompt=not answers)
-        except TemplateError as error:
-            if type(error) is TemplateError:  # what a template raises itself; of others only the tokenizer knows
-                raise refused(error, f"row {row.id!r}") from error
-        except WRONG:
-            pass  # so here
+        except Refused as error:
+            raise refused(error, f"row {row.id!r}") from error
+        except Unrendered:
+            pass
 
 
 def refused(error: Exception, what: str) -> BadInput:
@@ -131,15 +117,13 @@ def endless(folder: Path, home: Path) -> str:
 
 def closes(home: Path) -> tuple[str, int] | None:
     """The token, and its id, with which the template ends an assistant's turn; None where it does so with none."""
-    from jinja2 import TemplateError
-
     template = read(home)
     if not template.text:
         return None
     turn = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": MARK}]
     try:
         text = template.render(turn, prompt=False)
-    except (TemplateError, *WRONG):
+    except (Refused, Unrendered):
         return None
     return first_token(text.rpartition(MARK)[2], added(home)) if MARK in text else None
 

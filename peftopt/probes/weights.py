@@ -1,5 +1,5 @@
-"""Tier 0 on the files themselves: weights that are not finite, words that are not the adapter's. Logits can look fine
-while a weight is NaN."""
+"""Tier 0 on the files themselves: weights that no training leaves behind, words that are not the adapter's. Logits can
+look fine while a weight is NaN."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 from peftopt.models.baked import is_baked
+from peftopt.models.checkpoint import Checkpoint
 from peftopt.models.hf import TEMPLATE, template_home, tokenizer_home
+from peftopt.models.values import damaged
 from peftopt.records import Json, Model
 
 
@@ -17,22 +19,11 @@ def scan(folder: Path) -> list[str]:
         return [line for file in packed for line in _scan_gguf(file)]
     if graphs := sorted(folder.glob("openvino_*model.xml")):
         return [line for file in graphs for line in _scan_openvino(file)]
-    import torch
-    from safetensors import safe_open
-
     files = sorted(folder.glob("*.safetensors"))
-    wrong = [] if files else [f"{folder.name} holds no safetensors file"]
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                tensor = tensors.get_tensor(name)
-                if not tensor.is_floating_point() or not tensor.numel():
-                    continue
-                # aminmax sees NaN and infinities in one pass, far cheaper than isfinite().all()
-                low, high = torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor)
-                if not (torch.isfinite(low) and torch.isfinite(high)):
-                    wrong.append(f"{file.name}: {name} holds a value that is not finite")
-    return wrong
+    if not files:
+        return [f"{folder.name} holds no safetensors file"]
+    with Checkpoint(files) as weights:
+        return list(damaged(weights))
 
 
 def _scan_gguf(file: Path) -> list[str]:

@@ -86,7 +86,7 @@ def scorecard(decision: Decision, machine: Price | None = None) -> Scorecard | N
 
 def rows(card: Scorecard) -> Table:
     """The scorecard as a table."""
-    header = ["figure", card.baseline, card.variant, "difference"]
+    header = ["metric", card.baseline, card.variant, "difference"]
     return header, [[score.title, score.before, score.after, score.difference] for score in card.scores]
 
 

@@ -51,13 +51,17 @@ def more(decision: Decision) -> dict[str, Sheet]:
     further = {"": _shown(decision)[1], **_further(decision)}
     sheets = {}
     for about, each in further.items():
-        filled = columns.filled(decision, each)
-        for start in range(0, len(filled), MOST_FURTHER):
-            part = start // MOST_FURTHER + 1
+        for part, some in enumerate(_evenly(columns.filled(decision, each), MOST_FURTHER), 1):
             name = about or "Also"
             title = name if part == 1 else f"{name}, part {part}"
-            sheets[title] = columns.sheet(decision, [variant, *filled[start : start + MOST_FURTHER]])
+            sheets[title] = columns.sheet(decision, [variant, *some])
     return sheets
+
+
+def _evenly(every: Sequence[Column], most: int) -> list[Sequence[Column]]:
+    """In as few parts as at most so many allow, each about as long as the others: none is left with one column."""
+    each = math.ceil(len(every) / math.ceil(len(every) / most)) if every else 1
+    return [every[start : start + each] for start in range(0, len(every), each)]
 
 
 def metrics(decision: Decision) -> list[str]:
@@ -223,7 +227,7 @@ def ratio_name(decision: Decision, workload: str) -> str:
 
 # ---- rules -------------------------------------------------------------------------------------
 
-RULE_HEADER = ["rule", "outcome", "figure", "limit", "n", "against", "clock", "reason", "protects against"]
+RULE_HEADER = ["rule", "outcome", "measured", "limit", "n", "against", "clock", "reason", "protects against"]
 
 
 def rule_rows(variant: VariantDecision) -> Table:

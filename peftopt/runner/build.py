@@ -33,8 +33,9 @@ NOTHING = 0.98
 LACKING = ("missing library", "missing environment")
 
 Show = Callable[[int, str], None]
-Progress = Callable[[str, int], AbstractContextManager[Show]]
-"""Opens a bar of that title and total; the function it gives sets how much is done and what is going on."""
+Progress = Callable[[str, int, str], AbstractContextManager[Show]]
+"""Opens a bar of a title, a total and its unit, such as "MB"; the function it gives sets how much is done, and what is
+going on."""
 
 
 def make_artifact(
@@ -143,7 +144,7 @@ def bars(progress: Progress | None) -> Iterator[Hear]:
             if progress and at.phase != phase:
                 stack.close()
                 phase = at.phase
-                show = stack.enter_context(progress(at.phase, at.total))
+                show = stack.enter_context(progress(at.phase, at.total, "steps"))
             if show:
                 show(at.done, at.what)
 

@@ -37,7 +37,7 @@ class Silent:
         """Nothing is shown."""
 
     @contextlib.contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    def progress(self, title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
         """No bar."""
         yield lambda done, what: None
 

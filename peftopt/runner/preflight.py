@@ -31,11 +31,12 @@ from peftopt.models.adapter import (
 )
 from peftopt.models.baked import check_base as check_prompt_base
 from peftopt.models.baked import is_baked, open_baked
-from peftopt.models.checkpoint import open_model
+from peftopt.models.checkpoint import Checkpoint, open_model
 from peftopt.models.folders import WEIGHTS, check_files
 from peftopt.models.hf import tokenizer_home
 from peftopt.models.prompts import check_engine
 from peftopt.models.provenance import read as read_provenance
+from peftopt.models.values import damaged
 from peftopt.records import SAFETENSORS, YAML, Json, Model, Quality, Recipe, Step, Variant, task_name
 
 
@@ -428,6 +429,16 @@ def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = (), b
             raise BadInput(f"adapter {folder} (POLY) {what}", "train an adapter for each task, such as a LoRA")
         if base and adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
             _check_fits(adapter, base)
+    check_values(folder, adapter.weights)
+
+
+def check_values(folder: Path, weights: Checkpoint) -> None:
+    """Raises BadInput for weights of an adapter that no training leaves behind: see models/values.py."""
+    with weights:
+        if wrong := next(damaged(weights), ""):
+            raise BadInput(
+                f"{folder}: {wrong}", "its file is damaged, or its training diverged: copy or train it again"
+            )
 
 
 def _check_fits(adapter: Adapter, base: Path) -> None:

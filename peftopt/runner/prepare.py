@@ -49,7 +49,7 @@ def make_ready(run: Run, ahead: Callable[[], None]) -> None:
     run.log(Built(id=planning.SOURCE, size_bytes=source, tier0=(), seconds=0, cached=True))
     lanes = lanes_for(Path(run.recipe.base))
     threads = max(1, machine.cores() // lanes)
-    with contextlib.ExitStack() as stack, run.listener.progress("prepare", 100) as show:
+    with contextlib.ExitStack() as stack, run.listener.progress("prepare", 100, "%") as show:
         hearers = _Hearers(show)
         jobs = dict([*_builds(run, threads, hearers), *_answers(run, threads, hearers, stack)])
         work({**jobs, AHEAD: Job(ahead, frozenset({build.id for build in run.plan.builds} & jobs.keys()))}, lanes)
@@ -146,7 +146,7 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
 def build_alone(run: Run, build: Build, threads: int) -> None:
     """Build or reuse one artifact, with a bar of its own. Raises WorkerFailed when it cannot be made."""
     calibration = corpus.calibration(run.recipe.calibration)
-    with run.listener.progress(f"build {build.step.plugin}", 100) as show:
+    with run.listener.progress(f"build {build.step.plugin}", 100, "%") as show:
         _build(run, calibration, threads, build, lambda share, what: show(int(100 * share), what))
     for variant in _users(run, build):
         failure = run.evidence.failures.get(variant)

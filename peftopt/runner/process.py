@@ -170,13 +170,16 @@ class WorkerProcess:
         orphans.end(self.mark)
 
     def close(self) -> None:
-        """Let the worker end by itself, then make sure of its group."""
+        """Let the worker end by itself, then make sure of its group, and of what it held on a GPU: turns beside what is
+        left of it there are flagged, as those beside any other process."""
         assert self.process.stdin is not None and self.process.stdout is not None
+        family = self.processes()
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(GRACE_S)
         self.kill()
+        machine.await_gpu(family)
         self.process.stdout.close()
         redaction.scrub(self.log)
         _LIVE.discard(self)

@@ -27,7 +27,7 @@ def race(run: Run, workload: Workload, ahead: Field | None = None) -> None:
     recipe = run.recipe
     started = time.perf_counter()
     first = _next_block(run, workload)
-    with run.listener.progress(f"race {workload.name}", run.evidence.budget) as show:
+    with run.listener.progress(f"race {workload.name}", run.evidence.budget, "blocks") as show:
         wants = _wanted(run, workload)
         while wants:
             show(_next_block(run, workload), f"{len(wants)} variants")

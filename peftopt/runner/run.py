@@ -37,8 +37,11 @@ class Listener(Protocol):
     def tell(self, text: str) -> None:
         """Something worth knowing that is not a warning."""
 
-    def progress(self, title: str, total: int) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
-        """A bar; the function it gives sets how many of `total` are done and what is going on."""
+    def progress(
+        self, title: str, total: int, unit: str
+    ) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
+        """A bar; the function it gives sets how many of `total` are done, in the plural of what they are ("blocks",
+        "%"), and what is going on."""
 
 
 @dataclass

@@ -46,7 +46,7 @@ def serving(run: Run, variant: Variant, rows: Sequence[Row], new_tokens: int, st
         try:
             for build in _behind(run, variant):
                 build_alone(run, build, threads)
-            with run.listener.progress(f"start {variant.name}", 1):
+            with run.listener.progress(f"start {variant.name}", 1, "servers"):
                 child = stack.enter_context(worker(run, variant, "load", threads))
                 load(run, variant, child)
             job = ServedJob(rows=tuple(rows), new_tokens=new_tokens, stop=stop)

@@ -80,9 +80,9 @@ def _watched(child: WorkerProcess, job: TransformJob, progress: Progress | None)
     def watch(show: Callable[[int, str], None]) -> None:
         while not over.wait(0.2):
             done = min(child.written() // 10**6, total)
-            show(done, "MB" if done < total else "MB; certifying")
+            show(done, "" if done < total else "certifying")
 
-    with progress(job.plugin, total) as show:
+    with progress(job.plugin, total, "MB") as show:
         watcher = threading.Thread(target=watch, args=(show,))
         watcher.start()
         try:

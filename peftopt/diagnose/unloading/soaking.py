@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +52,7 @@ QUESTIONS = (
 """What is asked where no prompts are given."""
 
 Messages = Sequence[Mapping[str, str]]
+Churn = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,10 @@ def soak(
     plan: Plan,
     show: Callable[[int, str], None],
     limits: Limits = PATIENT,
+    churn: Churn | None = None,
 ) -> Soaked:
-    """Run the plan, or as much of it as a Ctrl-C or SIGTERM leaves. `show` hears of the windows that are over.
+    """Run the plan, or as much of it as a Ctrl-C or SIGTERM leaves. `show` hears of the windows that are over. `churn`
+    brings adapters and takes them away where the server has a way of its own for that: again and again, in each window.
 
     Raises MissingEnvironment where no server answers, BadInput where it serves nothing.
     """
@@ -112,7 +115,7 @@ def soak(
         async with Client(replace(server.target, timeout_s=2 * limits.load_s)) as client:
             with sender.interruptible() as interrupted:
                 try:
-                    await _Soak(client, server, adapters, prompts, plan, show, limits, soaked).whole()
+                    await _Soak(client, server, adapters, prompts, plan, show, limits, soaked, churn).whole()
                 except asyncio.CancelledError:
                     if not interrupted():
                         raise
@@ -136,8 +139,9 @@ class _Soak:
         show: Callable[[int, str], None],
         limits: Limits,
         soaked: Soaked,
+        churn: Churn | None,
     ) -> None:
-        self.client, self.server, self.plan, self.show = client, server, plan, show
+        self.client, self.server, self.plan, self.show, self.churn = client, server, plan, show, churn
         self.adapters, self.prompts, self.limits, self.soaked = adapters, prompts, limits, soaked
         self.told = dict(list(prompts.items())[:TOLD])
         self.dice = random.Random(plan.seed)
@@ -145,6 +149,7 @@ class _Soak:
         self.residents: list[str] = []
         self.known: Known | None = None
         self.work: Cycles | None = None
+        self.churned = 0
         self.start = time.perf_counter_ns()
 
     async def whole(self) -> None:
@@ -195,16 +200,17 @@ class _Soak:
     async def _window(self) -> None:
         began = time.monotonic()
         until = began + self.plan.seconds / self.plan.windows
-        before = self.work.cycled.cycles if self.work else 0
+        before = self._cycles()
         requests: list[Request] = []
         async with asyncio.TaskGroup() as group:
             for _ in range(self.plan.users):
                 group.create_task(self._user(until, requests))
             group.create_task(self._canary())
             if self.work:
-                group.create_task(self._churn(self.work, until))
-        cycles = self.work.cycled.cycles - before if self.work else 0
-        held = await self._held()
+                group.create_task(self._cycle(self.work, until))
+            if self.churn:
+                group.create_task(self._churn(self.churn, until))
+        cycles, held = self._cycles() - before, await self._held()
         self.soaked.windows.append(Window(tuple(requests), cycles, held, time.monotonic() - began))
         if self.soaked.before is not None and held is None:
             self.soaked.stopped = "the server has ended"
@@ -254,9 +260,18 @@ class _Soak:
             if wrong:
                 self.soaked.wrong.append(replace(wrong, model=f"{folder.name}, loaded again"))
 
-    async def _churn(self, work: Cycles, until: float) -> None:
+    def _cycles(self) -> int:
+        return self.churned + (self.work.cycled.cycles if self.work else 0)
+
+    async def _cycle(self, work: Cycles, until: float) -> None:
         """Cycles of an adapter, until time is over or something does not work."""
         while time.monotonic() < until and await work.cycle():
+            await asyncio.sleep(PAUSE_S)
+
+    async def _churn(self, churn: Churn, until: float) -> None:
+        while time.monotonic() < until:
+            await churn()
+            self.churned += 1
             await asyncio.sleep(PAUSE_S)
 
     def _state(self) -> str:
