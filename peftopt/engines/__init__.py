@@ -37,8 +37,8 @@ class Generation:
     steps: int = 0
     proposed: int = 0
     accepted: int = 0
-    reused: int = 0
-    """First tokens of the prompt whose keys and values an earlier request had left."""
+    reused: int | None = None
+    """First tokens of the prompt whose keys and values an earlier request had left; None where that is not told."""
 
 
 @dataclass(frozen=True)

@@ -223,8 +223,8 @@ class Compiled(eager.Transformers):
                 layers = list(zip(state.keys, state.values, strict=True))
                 self._kept.keep(prompts, layers, self.virtual_tokens + max(map(len, prompts)), bare=False)
         rows = list(zip(*columns, strict=True))[: len(prompts)]
-        reused = start.tokens - self.virtual_tokens if start else 0
-        return [replace(trimmed(list(row), times, eos), reused=reused) for row in rows]
+        told = None if self._kept is None else start.tokens - self.virtual_tokens if start else 0
+        return [replace(trimmed(list(row), times, eos), reused=told) for row in rows]
 
     def _speculated(
         self,

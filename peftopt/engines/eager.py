@@ -138,7 +138,8 @@ class Transformers(Text):
         answers = [trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
         # of what transformers looks up it tells what it took, and not what it proposed
         steps, accepted = (clock.steps - 1, len(clock.times) - clock.steps) if self.speculates else (0, 0)
-        return [replace(answer, steps=steps, accepted=accepted, reused=reused) for answer in answers]
+        told = reused if self._kept else None
+        return [replace(answer, steps=steps, accepted=accepted, reused=told) for answer in answers]
 
     def _keep(self, prompts: Sequence[Sequence[int]], cache: Any, longest: int) -> None:
         """Hold what these rows have put into a cache of transformers', in which they take so many columns."""
