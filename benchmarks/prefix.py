@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -75,12 +76,13 @@ def main() -> None:
     for engine in engines.values():  # whatever is compiled is compiled here
         engine.generate([drawn(length)], 2, stop=False)
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for _ in range(arguments.rounds):
+    for turn in range(arguments.rounds):
         prefix = drawn(arguments.shared)
         for number in range(1 + arguments.later):
             prompt = [*prefix, *drawn(arguments.own)]
             for name in dice.sample(list(engines), len(engines)):
                 times[name, "later" if number else "first"].append(cpu_ms(engines[name], prompt))
+        print(f"round {turn + 1} of {arguments.rounds}: {dict(times)}", file=sys.stderr, flush=True)
     kept = engines["with"].facts()["prefix_bytes"]
     print("request | without, ms | with, ms | without / with")
     for which in ("first", "later"):
