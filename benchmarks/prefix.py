@@ -1,7 +1,7 @@
 """What a prefix that requests share saves before the first token, from the second request on.
 
     python benchmarks/prefix.py                              # some minutes on one core, the demo's adapter on its base
-    python benchmarks/prefix.py --engine compiled --rounds 5
+    python benchmarks/prefix.py --engine compiled
     python benchmarks/prefix.py --shared 200 --own 200        # where less is shared
 
 One process has the engine twice, without reuse and with it, and asks both for the first token of the same prompts, in
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=["eager", "compiled"], default="eager")
     parser.add_argument("--shared", type=int, default=1500, help="tokens that all prompts of a round begin with")
     parser.add_argument("--own", type=int, default=40, help="tokens of each prompt that come after them")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--later", type=int, default=4, help="requests of a round after its first")
     arguments = parser.parse_args()
 
