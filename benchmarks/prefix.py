@@ -5,10 +5,11 @@
     python benchmarks/prefix.py --shared 200 --own 200        # where less is shared
 
 One process has the engine twice, without reuse and with it, and asks both for the first token of the same prompts, in
-turns of random order: `--shared` random tokens that are the same in all of a round's prompts, then `--own` ones that are
-not. `first` is the first request of a round to the engine that reuses, which keeps its prompt and finds nothing; `later`
-are the others. CPU time of one thread, which does not grow when others take the processors; copies into and out of the
-store are in it. Prints medians, and ratios paired by request with exact 95 % intervals; the aim is 8 times less.
+turns of random order: `--shared` random tokens that are the same in all of a round's prompts, then `--own` ones that
+are not. `first` is the first request of a round to the engine that reuses, which keeps its prompt and finds nothing;
+`later` are the others. CPU time of one thread, which does not grow when others take the processors; copies into and
+out of the store are in it. Prints medians, and ratios paired by request with exact 95 % intervals; the aim is 8 times
+less.
 """
 
 from __future__ import annotations

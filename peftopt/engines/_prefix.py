@@ -63,8 +63,8 @@ def name_of(tokens: Sequence[int]) -> bytes:
 
 
 def repeated(prompts: Sequence[Sequence[Hashable]]) -> float:
-    """The share of prompts' tokens, or words, that a service has computed before, if it forgets nothing: those at the start of a
-    prompt with which an earlier, different one began. The last token of a prompt always has to be computed.
+    """The share of prompts' tokens, or words, that a service has computed before, if it forgets nothing: those at the
+    start of a prompt with which an earlier, different one began. The last one of a prompt always has to be computed.
 
     The same prompt again adds nothing, nor does it count.
     """
