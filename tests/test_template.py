@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -265,3 +266,14 @@ def test_a_template_without_an_end_is_refused_and_the_next_is_rendered(
     with pytest.raises(BadInput, match=takes):
         template.check(base(greedy), [Row("1", (USER,))])
     assert template.Template("{{ messages[0].content }}", {}).render([USER]) == "hello"
+
+
+def test_the_process_that_renders_ends_when_nobody_asks_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is left while a run is timed."""
+    monkeypatch.setattr(rendering, "_process", functools.cache(rendering._Process))
+    monkeypatch.setattr(rendering, "IDLE_S", 0.1)
+    plain = template.Template("{{ messages[0].content }}", {})
+    assert plain.render([USER]) == "hello"
+    child = rendering._process()._child
+    assert child is not None and child.wait(30) != 0
+    assert plain.render([USER]) == "hello"

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ LIMIT_S = 10.0
 
 LIMIT_BYTES = 2**30
 """Memory that one chat may take, beside what the process needs to start."""
+
+IDLE_S = 20.0
+"""Seconds after which the process ends that nobody gives a chat: nothing of it is left while a run is timed."""
 
 WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What a template's own expressions raise, besides jinja2's errors."""
@@ -44,7 +48,7 @@ def rendered(text: str, messages: Sequence[Mapping[str, str]], prompt: bool, spe
     """
     chats = [dict(message) for message in messages]
     chat = {"chat_template": text, "conversations": [chats], "add_generation_prompt": prompt, **special}
-    said = _process().ask({"limit_s": LIMIT_S, "chat": chat})
+    said = _process().ask({"limit_s": LIMIT_S, "idle_s": IDLE_S, "chat": chat})
     if "refused" in said:
         raise Refused(said["refused"])
     if "unrendered" in said:
@@ -62,29 +66,43 @@ def _beyond(what: str) -> BadInput:
 
 
 class _Process:
-    """Renders one chat after the other; started at the first, and again after one that ended it."""
+    """Renders one chat after the other; started at the first, and again when it has ended."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[str] | None = None
 
     def ask(self, asked: Mapping[str, Json]) -> dict[str, Json]:
+        """What became of a chat."""
         with self._lock:
-            if self._child is None or self._child.poll() is not None:
-                self._child = subprocess.Popen(
-                    [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-                )
-            assert self._child.stdin is not None and self._child.stdout is not None
-            try:
-                self._child.stdin.write(json.dumps(asked) + "\n")
-                self._child.stdin.flush()
-                line = self._child.stdout.readline()
-            except BrokenPipeError:
-                line = ""
-            if line.endswith("\n"):
-                return dict(json.loads(line))
-            ended = self._child.wait()
-        return {"beyond": f"more than {LIMIT_S:g} s" if ended == -signal.SIGALRM else "more memory than it may have"}
+            for _ in range(2):
+                began = time.monotonic()
+                child = self._running()
+                if line := _answer(child, json.dumps(asked)):
+                    return dict(json.loads(line))
+                if child.wait() != -signal.SIGALRM:
+                    return {"beyond": "more memory than it may have"}
+                if time.monotonic() - began >= LIMIT_S:  # else it was just ending, idle for too long
+                    break
+        return {"beyond": f"more than {LIMIT_S:g} s"}
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._child is None or self._child.poll() is not None:
+            command = [sys.executable, "-m", __name__]
+            self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self._child
+
+
+def _answer(child: subprocess.Popen[str], asked: str) -> str:
+    """The line with which it answers; "" where it ends before."""
+    assert child.stdin is not None and child.stdout is not None
+    try:
+        child.stdin.write(asked + "\n")
+        child.stdin.flush()
+        line = child.stdout.readline()
+    except BrokenPipeError:
+        return ""
+    return line if line.endswith("\n") else ""
 
 
 @functools.cache
@@ -105,7 +123,7 @@ def main() -> None:
         # nobody handles its signal, which ends the process, whatever that is doing
         signal.setitimer(signal.ITIMER_REAL, asked["limit_s"])
         said = _said(render_jinja_template, asked["chat"])
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_REAL, asked["idle_s"])
         sys.stdout.write(json.dumps(said) + "\n")
         sys.stdout.flush()
 
