@@ -118,6 +118,8 @@ class Request:
     """Tokens that were proposed in them; 0 where the engine does not count them."""
     accepted: int | None = None
     """Tokens that they gave beyond one each."""
+    reused: int | None = None
+    """Tokens of its prompts whose keys and values earlier requests had left; None where that is not told."""
     error: str = ""
     """Why it failed, "" for a request that was answered."""
     id: str = ""
@@ -387,6 +389,8 @@ class EngineFacts:
     """Requests that no graph fitted."""
     eager_prompts: int | None = None
     """Requests whose prompt no graph fitted."""
+    prefix_bytes: int | None = None
+    """Memory of the keys and values that it keeps for prompts to come, at the end."""
     gpu_busy: float | None = None
     """The share of a request in which kernels ran on the GPU."""
     kernels: tuple[Kernel, ...] = ()

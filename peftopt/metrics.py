@@ -117,6 +117,7 @@ REPORTED: Mapping[str, Spec] = {
         WORKLOAD,
         reads="server.acceptance",
     ),
+    "reused": Spec("share", "prompt reused", "prompt tokens that earlier requests had left", HIGHER, WORKLOAD),
     "warm_up": Spec("requests", "warm-up", "first requests of a launch that are slower than the rest", LOWER, WORKLOAD),
     "first_request": Spec("ratio", "first request", "first request of a launch over the rest", LOWER, WORKLOAD),
     "score": Spec("share", "score", "mean score of answers", HIGHER),
@@ -153,6 +154,13 @@ REPORTED: Mapping[str, Spec] = {
     "compile_time": Spec("s", "compile time", "compiling with an empty cache", LOWER, reads="engine.compile_time"),
     "warm_start": Spec(
         "s", "start from the compile cache", "getting ready with a filled cache", LOWER, reads="engine.warm_start"
+    ),
+    "prefix_bytes": Spec(
+        "bytes",
+        "prefixes kept",
+        "memory of what is kept for later prompts",
+        LOWER,
+        reads="engine.prefix_bytes",
     ),
     "graphs": Spec("count", "graphs", "compiled graphs", EITHER, reads="engine.graphs"),
     "graph_breaks": Spec(

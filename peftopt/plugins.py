@@ -101,6 +101,7 @@ def engine(
     serves: bool = False,
     device: str = "",
     speculates: tuple[str, ...] = (),
+    reuses: bool = False,
 ) -> Plugin:
     """What answers prompts; `technique` is "compile" for one that the row "compile" of the table judges."""
     return Plugin(
@@ -115,12 +116,13 @@ def engine(
         serves=serves,
         device=device,
         speculates=speculates,
+        reuses=reuses,
     )
 
 
 def policy(params: type, *, technique: str) -> Plugin:
     """What changes requests: inputs ("truncate"), the length of answers ("shorten"), or how an engine gives them
-    ("speculate")."""
+    ("speculate", "prefix")."""
     return Plugin("", "policy", "", technique, params)
 
 

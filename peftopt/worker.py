@@ -100,13 +100,12 @@ class Worker:
     def open(self, job: jobs.OpenJob) -> Launch:
         """Load a model into an engine. Times in seconds; `adapter_switch_time` where an adapter was attached."""
         from peftopt.models import prompts
-        from peftopt.policies import Policed, speculation
+        from peftopt.policies import Policed, opened_with
         from peftopt.probes import bandwidth, memory
 
         source = module("engine", job.plugin)
         started = time.perf_counter()
-        proposing = speculation(job.policies)
-        self.engine = source.open(job.model, source.Params(**job.params), *([proposing] if proposing else []))
+        self.engine = source.open(job.model, source.Params(**job.params), **opened_with(job.policies))
         if job.rows:
             self.engine.remember([self.engine.encode(row.messages, row.expected)[1] for row in job.rows])
         if job.policies:

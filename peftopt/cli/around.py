@@ -65,7 +65,7 @@ def check(
         variants={variant.name: _chain(variant) for variant in parsed.variants.values()},
         baseline=parsed.baseline,
         artifacts=len(plan.builds),
-        notes=[*preflight.prompts(parsed), *starting.proposals(parsed)],
+        notes=[*preflight.prompts(parsed), *preflight.repeats(parsed), *starting.proposals(parsed)],
         warnings=[*preflight.warnings(parsed), *preflight.copies(parsed)],
         undecidable=preflight.foreseen(parsed),
         skipped={name: str(lack) for name, lack in preflight.skipped(parsed).items()},

@@ -450,6 +450,14 @@ class Evidence(Index):
                 found[tag].append(row)
         return dict(sorted(found.items()))
 
+    def reused(self, variant: str, workload: str, level: float = 0.95) -> Interval | None:
+        """The share of a workload's prompt tokens that started from what earlier requests had left; None where that is
+        not told."""
+        told = [r for r in self.requests(variant, workload) if r.reused is not None and r.prompt_tokens]
+        if not told:
+            return None
+        return stats.ratio_of_means([r.reused or 0 for r in told], [r.prompt_tokens or 0 for r in told], level)
+
     def acceptance_lengths(self, variant: str) -> dict[str, Interval]:
         """Tokens that a step gave, of the answers that carry each tag, where some were proposed; "" is all of them."""
         answers = {row: a for row, a in self.rows(variant).items() if a.steps}

@@ -82,6 +82,7 @@ def _speed(evidence: Evidence, variant: str, workload: str, level: float) -> dic
         proposed = [request.proposed or 0 for request in told]
         if any(proposed):
             values["acceptance"] = stats.ratio_of_means([request.accepted or 0 for request in told], proposed, level)
+    values["reused"] = evidence.reused(variant, workload, level)
     values |= _read(evidence, variant, workload, level)
     warm_up = evidence.warm_up(variant, workload)
     if warm_up:

@@ -216,12 +216,14 @@ def gain(case: Case) -> Verdict:
     """Latency drops by more than the limit. A merge, or a baked prompt, is judged as a whole variant against the
     unmerged adapter, since that is what is given up for it, but by itself where a quantizer in the variant may cost
     speed, being a memory win; any other technique against the same variant without it. What proposes tokens also says
-    how many a step gave, and on which other workloads it costs time."""
+    how many a step gave, what reuses prefixes how much of the prompts, and both on which other workloads they cost
+    time."""
     goal = f"{percent(case.limit)} faster or better" if case.limit else "faster"
     judged, against = _gains_as(case.evidence.plan.recipe, case.variant, case.step)
     found = _speed(replace(case, variant=judged), against, 1 - case.limit, goal)
-    if case.step.technique == "speculate":
-        found = replace(found, reason=f"{found.reason}{_proposing(case, found.workload)}")
+    if case.step.technique in ("speculate", "prefix"):
+        says = _proposing if case.step.technique == "speculate" else _reusing
+        found = replace(found, reason=f"{found.reason}{says(case, found.workload)}{_losing(case, found.workload)}")
     return found if judged == case.variant else replace(found, reason=f"{judged}: {found.reason}")
 
 
@@ -235,10 +237,21 @@ def _gains_as(recipe: Recipe, variant: str, step: Step) -> tuple[str, str]:
 
 
 def _proposing(case: Case, raced: str) -> str:
-    """How many tokens a step gave on the workload of the race, and the others on which it is slower for sure."""
+    """How many tokens a step gave on the workload of the race."""
+    steps = [request for request in case.evidence.requests(case.variant, raced) if request.steps]
+    return f"; {acceptance_length(steps).estimate:.2f} tokens a step" if steps else ""
+
+
+def _reusing(case: Case, raced: str) -> str:
+    """How much of the prompts on the workload of the race was there already."""
+    share = case.evidence.reused(case.variant, raced)
+    return f"; {percent(share.estimate)} of prompt tokens were reused" if share else ""
+
+
+def _losing(case: Case, raced: str) -> str:
+    """The other workloads on which it is slower for sure."""
     evidence, metric = case.evidence, case.evidence.plan.recipe.minimize
-    steps = [request for request in evidence.requests(case.variant, raced) if request.steps]
-    said = f"; {acceptance_length(steps).estimate:.2f} tokens a step" if steps else ""
+    said = ""
     for workload in evidence.plan.recipe.workloads:
         field = evidence.field(Metric(metric.name, workload))
         ratio = evidence.ratio(case.variant, case.parent, workload, field) if workload != raced else None

@@ -84,10 +84,10 @@ def open_races(evidence: Evidence) -> list[Verdict]:
 def answers(recipe: Recipe, variant: Variant) -> int | None:
     """How many prompts the variant has to answer; None = all there are.
 
-    An engine that is a technique of its own goes token by token, to score as well, and one that speculates decodes
-    every answer: no more than the rules take.
+    An engine that is a technique of its own goes token by token, to score as well, and one that speculates or
+    reuses prefixes decodes every answer: no more than the rules take.
     """
-    if not variant.engine.technique and not any(step.technique == "speculate" for step in variant.policies):
+    if not variant.engine.technique and not any(step.technique in ("speculate", "prefix") for step in variant.policies):
         return None
     names = {WHOLE, *(rule_name(step) for step in variant.techniques)}
     rules = [*recipe.rules, *([] if any(r.technique == WHOLE for r in recipe.rules) else [ANY_CRITICAL])]

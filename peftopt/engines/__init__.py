@@ -7,8 +7,8 @@ and
     def open(model: Model, params: Params) -> Engine
 
 and, where something can be told to be impossible before anything is built, `check` as transforms have it. One that
-speculates takes a third argument in `open`: `speculation: Speculation | None = None`. Heavy imports stay inside
-functions.
+speculates takes an argument more in `open`: `speculation: Speculation | None = None`; one that reuses prefixes
+`reuse: Reuse | None = None`. Heavy imports stay inside functions.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ class Generation:
     steps: int = 0
     proposed: int = 0
     accepted: int = 0
+    reused: int | None = None
+    """First tokens of the prompt whose keys and values an earlier request had left; None where that is not told."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class Engine(ABC):
     speculates: bool = False
     """Whether several tokens may come of a step, so that only what it generates shows what it answers."""
 
+    reuses: bool = False
+    """Whether prompts may start from what earlier ones have left, so that only what it generates shows that."""
+
     @property
     @abstractmethod
     def tokenizer(self) -> Any:
@@ -129,8 +134,8 @@ class Engine(ABC):
 
     def facts(self) -> Mapping[str, Json]:
         """How it got ready, asked for at the end of a worker's life. Numbers by name ("compile_time" and "warm_start"
-        in seconds, "graphs", "graph_breaks", "recompiles", "uncompiled" requests, "eager_prompts") become metrics of
-        the report; the sentences under "log" are shown with them."""
+        in seconds, "prefix_bytes", "graphs", "graph_breaks", "recompiles", "uncompiled" requests, "eager_prompts")
+        become metrics of the report; the sentences under "log" are shown with them."""
         return {}
 
     def warm(self, lengths: Sequence[int], rows: int, new_tokens: int, timed: bool) -> None:

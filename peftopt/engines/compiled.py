@@ -7,15 +7,16 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from peftopt import plugins
 from peftopt.engines import Generation, Scores, _graphs, _traced, eager
+from peftopt.engines._prefix import Reuse, check_alone
 from peftopt.engines._speculation import Lookup, Speculation, decode, indexed
 from peftopt.engines._text import trimmed
 from peftopt.errors import BadInput
-from peftopt.models import hf
+from peftopt.models import baked, hf
 from peftopt.records import Json, Model
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -58,14 +59,18 @@ class Params:
 
 
 PLUGIN = plugins.engine(
-    Params, technique="compile", needs=eager.PLUGIN.needs, speculates=("prompts", "batches", "shortest", "answers")
+    Params,
+    technique="compile",
+    needs=eager.PLUGIN.needs,
+    speculates=("prompts", "batches", "shortest", "answers"),
+    reuses=True,
 )
 
 
 prepare = eager.prepare
 
 
-def open(model: Model, params: Params, speculation: Speculation | None = None) -> Compiled:
+def open(model: Model, params: Params, speculation: Speculation | None = None, reuse: Reuse | None = None) -> Compiled:
     """Load the model. The first request of each shape compiles, or loads what an earlier process compiled.
 
     Raises BadInput for parameters that mean nothing, and for models that no graph can hold.
@@ -74,7 +79,8 @@ def open(model: Model, params: Params, speculation: Speculation | None = None) -
         if value not in known:
             raise BadInput(f"{name}: {value!r} is unknown", f"use one of {', '.join(known)}")
     buckets(params.prompt_buckets, 1)
-    return Compiled(model, params, speculation=speculation)
+    check_alone(speculation, reuse)
+    return Compiled(model, params, speculation=speculation, reuse=reuse)
 
 
 def buckets(asked: str, room: int) -> list[int]:
@@ -147,9 +153,14 @@ class Compiled(eager.Transformers):
     """
 
     def __init__(
-        self, model: Model, params: Params, backend: str = "inductor", speculation: Speculation | None = None
+        self,
+        model: Model,
+        params: Params,
+        backend: str = "inductor",
+        speculation: Speculation | None = None,
+        reuse: Reuse | None = None,
     ) -> None:
-        super().__init__(model, params.device, unpacked=True)
+        super().__init__(model, params.device, unpacked=True, reuse=reuse)
         if self._one_by_one:
             what = "the virtual tokens of a live prompt method (p-tuning, prefix, …) cannot be compiled"
             raise BadInput(what, "bake them first (peftopt bake), or use the eager engine")
@@ -196,7 +207,8 @@ class Compiled(eager.Transformers):
         eos = self.eos if stop else frozenset()
         with torch.inference_mode():
             step, state = self._step(shape)
-            tokens = self._prefill(filled_up(prompts, shape), shape, state, timed=not stop).argmax(-1)
+            start = self._kept.match(prompts, self._prefix, bare=False) if self._kept else None
+            tokens = self._prefill(filled_up(prompts, shape), shape, state, timed=not stop, start=start).argmax(-1)
             if self._speculation:
                 return self._speculated(shape, prompts, tokens.tolist()[: len(prompts)], new_tokens, eos)
             columns, times = [tokens.tolist()], [time.perf_counter_ns()]
@@ -207,8 +219,12 @@ class Compiled(eager.Transformers):
                     columns.append(state.token[:, 0].tolist())  # on CUDA this waits for the step to be over
                     times.append(time.perf_counter_ns())
                     going = [row for row in going if columns[-1][row] not in eos]
+            if self._kept:
+                layers = list(zip(state.keys, state.values, strict=True))
+                self._kept.keep(prompts, layers, self.virtual_tokens + max(map(len, prompts)), bare=False)
         rows = list(zip(*columns, strict=True))[: len(prompts)]
-        return [trimmed(list(row), times, eos) for row in rows]
+        told = None if self._kept is None else start.tokens - self.virtual_tokens if start else 0
+        return [replace(trimmed(list(row), times, eos), reused=told) for row in rows]
 
     def _speculated(
         self,
@@ -311,6 +327,8 @@ class Compiled(eager.Transformers):
         with hf.refusing(adapter):
             hotswap_adapter(self._model, adapter, adapter_name="adapter0", torch_device=str(self._device))
         self._adapters = (adapter,)
+        if self._kept:
+            self._kept.switched(adapter)
         if _lora_shape(self._inner) != before:
             self._recompiled["an adapter of another rank or scaling"] += self._made
             self._drop()
@@ -327,6 +345,7 @@ class Compiled(eager.Transformers):
         uncompiled = [f"{n} requests answered uncompiled: {why}" for why, n in self._uncompiled.items()]
         uncompiled += [f"{n} requests with an eager prompt: {why}" for why, n in self._eager_prompts.items()]
         return {
+            **super().facts(),
             **{name: seconds for name, seconds in self._graphs.seconds.items() if seconds},
             "graphs": max(self._made if self._graphs.ahead else graphs.total(), 0),
             "graph_breaks": breaks.total(),
@@ -459,14 +478,23 @@ class Compiled(eager.Transformers):
         return State(whole(rows, 1), whole(rows, room), whole(rows, 1), slot, keys, values)
 
     def _prefill(
-        self, prompts: Sequence[Sequence[int]], shape: Shape, state: State, timed: bool, shared: int = 0
+        self,
+        prompts: Sequence[Sequence[int]],
+        shape: Shape,
+        state: State,
+        timed: bool,
+        shared: int = 0,
+        start: baked.Prefix | None = None,
     ) -> Any:
         """Run the prompts, and put their keys and values in place; logits [rows, vocabulary] of the next token.
 
-        Where they run eagerly, the first `shared` tokens of all of them are run once.
+        Where they run eagerly, the first `shared` tokens of all of them are run once. Where they `start` after what an
+        earlier prompt has left, they do: the rest is short.
         """
         longest, virtual = max(map(len, prompts)), self.virtual_tokens
-        if isinstance(bucket := self._bucket(shape, longest, timed), tuple):
+        if start:
+            logits, mask = self._read_after(prompts, state, start.tokens - virtual, start.start(len(prompts)))
+        elif isinstance(bucket := self._bucket(shape, longest, timed), tuple):
             ids, mask = self._left_padded(prompts)
             logits = self._read_compiled(ids, mask, bucket, state)
         else:
@@ -495,13 +523,19 @@ class Compiled(eager.Transformers):
         """Logits, and the mask [rows, longest prompt] of the rows' own tokens."""
         import torch
 
-        ids, mask = self._left_padded([prompt[shared:] for prompt in prompts])
-        before = self.virtual_tokens + shared
         cache = self._begun_cache(1 if shared else len(prompts), state)
         if shared:
             prefix = torch.tensor([prompts[0][:shared]], device=self._device)
             self._inner(input_ids=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache.batch_repeat_interleave(len(prompts))
+        return self._read_after(prompts, state, shared, cache)
+
+    def _read_after(self, prompts: Sequence[Sequence[int]], state: State, shared: int, cache: Any) -> tuple[Any, Any]:
+        """The same, where a cache of all rows holds the virtual tokens and the first `shared` ones of each."""
+        import torch
+
+        ids, mask = self._left_padded([prompt[shared:] for prompt in prompts])
+        before = self.virtual_tokens + shared
         mask = torch.cat([mask.new_ones(len(prompts), before), mask], dim=1)
         out = self._inner(
             input_ids=ids,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peftopt import plugins
 from peftopt.engines import Generation, Scores, _starting, eager
+from peftopt.engines._prefix import Reuse
 from peftopt.engines._text import trimmed
 from peftopt.errors import BadInput, WorkerFailed
 from peftopt.records import Model
@@ -32,15 +33,22 @@ class Params:
     device: str = "auto"
 
 
-PLUGIN = plugins.engine(Params, needs=eager.PLUGIN.needs)
+PLUGIN = plugins.engine(Params, needs=eager.PLUGIN.needs, reuses=True)
 
 
 prepare = eager.prepare
 
 
-def open(model: Model, params: Params) -> Continuous:
+def open(model: Model, params: Params, reuse: Reuse | None = None) -> Continuous:
     """Load the model and its adapters. Raises BadInput for a folder or an adapter that cannot be served this way."""
-    return Continuous(model, params)
+    engine = Continuous(model, reusing(params, reuse) if reuse else params)
+    engine.reuses = reuse is not None
+    return engine
+
+
+def reusing(params: Params, reuse: Reuse) -> Params:
+    """The parameters of one whose rows share pages of so many tokens: its cache is what bounds them."""
+    return replace(params, prefix_sharing=True, block=reuse.block)
 
 
 class Continuous(eager.Transformers):

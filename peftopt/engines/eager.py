@@ -11,12 +11,13 @@ from typing import Any
 
 from peftopt import plugins
 from peftopt.engines import TOP_K, Generation, Scores
+from peftopt.engines._prefix import Kept, Reuse, check_alone
 from peftopt.engines._speculation import Speculation
 from peftopt.engines._text import Text, trimmed
 from peftopt.errors import BadInput
 from peftopt.models import baked, hf
 from peftopt.models.adapter import open_adapter, task_of
-from peftopt.records import Model
+from peftopt.records import Json, Model
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Params:
     task: int = -1
 
 
-PLUGIN = plugins.engine(Params, needs=("torch", "transformers", "peft"), speculates=("prompts",))
+PLUGIN = plugins.engine(Params, needs=("torch", "transformers", "peft"), speculates=("prompts",), reuses=True)
 
 
 def prepare(model: Model) -> None:
@@ -39,9 +40,14 @@ def prepare(model: Model) -> None:
         import peft  # noqa: F401
 
 
-def open(model: Model, params: Params, speculation: Speculation | None = None) -> Transformers:
+def open(
+    model: Model, params: Params, speculation: Speculation | None = None, reuse: Reuse | None = None
+) -> Transformers:
     """Load the model and its adapters. Raises BadInput for a folder or an adapter that cannot be read."""
-    return Looking(model, params, speculation) if speculation else Transformers(model, params.device, task=params.task)
+    check_alone(speculation, reuse)
+    if speculation:
+        return Looking(model, params, speculation)
+    return Transformers(model, params.device, task=params.task, reuse=reuse)
 
 
 class Transformers(Text):
@@ -49,7 +55,9 @@ class Transformers(Text):
 
     scores = True
 
-    def __init__(self, model: Model, device: str, unpacked: bool = False, task: int = -1) -> None:
+    def __init__(
+        self, model: Model, device: str, unpacked: bool = False, task: int = -1, reuse: Reuse | None = None
+    ) -> None:
         import torch
 
         prompt = baked.of_model(model)
@@ -81,7 +89,12 @@ class Transformers(Text):
         if self._one_by_one:
             self.virtual_tokens = loaded.active_peft_config.num_virtual_tokens
         self._stopping, self._endless = _greedy(self._model.generation_config, tokenizer, words)
-        if prompt:  # the cache is the one that holds it
+        if reuse and self._one_by_one:
+            what = "the virtual tokens of a live prompt method (p-tuning, prefix, …) come anew before every prompt"
+            raise BadInput(what, "bake them first (peftopt bake), or leave prefix out")
+        self._kept = Kept(reuse, model, loaded.config) if reuse else None
+        self.reuses = reuse is not None
+        if prompt or reuse:  # the cache is the one that holds it
             self._stopping.cache_implementation = self._endless.cache_implementation = None
         self._window = baked.smallest_window(loaded.config)
         self.positions = hf.positions(self._model, self.virtual_tokens)
@@ -101,7 +114,11 @@ class Transformers(Text):
     def _generated(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         import torch
 
-        ids, mask = self._left_padded(prompts)
+        start = self._kept.match(prompts, self._prefix, self._bare) if self._kept else None
+        before = self._prefix.tokens if self._prefix else 0
+        reused = start.tokens - before if start else 0
+        ids, mask = self._left_padded([prompt[reused:] for prompt in prompts])
+        begun = self._begun(mask, start or self._prefix)
         settings = self._stopping if stop else self._endless
         # `generate` fills what a config leaves None from the model's own, so the model's own must be without EOS too;
         # PEFT hands its own to the base model for LoRA, and for prompt methods leaves the base model's in force.
@@ -113,13 +130,23 @@ class Transformers(Text):
                 input_ids=ids,
                 max_new_tokens=new_tokens,
                 streamer=clock,
-                **self._begun(mask),
+                **begun,
             )
+            if self._kept:
+                self._keep(prompts, begun["past_key_values"], reused + ids.shape[1])
         rows = output[:, ids.shape[1] :].tolist()
         answers = [trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
         # of what transformers looks up it tells what it took, and not what it proposed
         steps, accepted = (clock.steps - 1, len(clock.times) - clock.steps) if self.speculates else (0, 0)
-        return [replace(answer, steps=steps, accepted=accepted) for answer in answers]
+        told = reused if self._kept else None
+        return [replace(answer, steps=steps, accepted=accepted, reused=told) for answer in answers]
+
+    def _keep(self, prompts: Sequence[Sequence[int]], cache: Any, longest: int) -> None:
+        """Hold what these rows have put into a cache of transformers', in which they take so many columns."""
+        assert self._kept
+        before = self._prefix.tokens if self._prefix else 0
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        self._kept.keep(prompts, layers, before + longest, self._bare)
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
         """In one forward pass; what all prompts begin with is computed once. Live prompt methods take a row at a time.
@@ -187,13 +214,17 @@ class Transformers(Text):
         finally:
             self._prefix, self._task, self._bare = prefix, task, False
 
+    def facts(self) -> dict[str, Json]:
+        """The memory of what it keeps for later prompts, where it does."""
+        return {"prefix_bytes": self._kept.nbytes} if self._kept else {}
+
     def close(self) -> None:
         """Drop the model; on a GPU, also hand back the memory that torch caches."""
         import gc
 
         import torch
 
-        self._model, self._owners = None, []
+        self._model, self._owners, self._kept = None, [], None
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -213,13 +244,15 @@ class Transformers(Text):
         lengths = set(map(len, prompts))
         return not self._window or len(lengths) == 1 or self.virtual_tokens + max(lengths) + more <= self._window
 
-    def _begun(self, mask: Any) -> dict[str, Any]:
+    def _begun(self, mask: Any, before: baked.Prefix | None) -> dict[str, Any]:
         """What `generate` takes besides the prompts' ids, whose `mask` [prompts, longest prompt] is 0 for padding: a
-        baked prompt's cache, or a multitask prompt's task."""
-        if self._prefix:
-            return self._prefix.inputs(
-                mask
-            )  # a mask longer than the ids tells `generate` that these come after the cache
+        cache of what comes `before` them, or one to keep, or a multitask prompt's task."""
+        from transformers import DynamicCache
+
+        if before:  # a mask longer than the ids tells `generate` that these come after the cache
+            return before.inputs(mask)
+        if self._kept:
+            return {"attention_mask": mask, "past_key_values": DynamicCache(config=self._model.config)}
         task = {} if self._task is None else {"task_ids": self._task}
         return {"attention_mask": mask, **task}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peftopt import machine, plugins, redaction
 from peftopt.engines import endpoint
+from peftopt.engines._prefix import Reuse
 from peftopt.engines._server import Option, Started, free_port
 from peftopt.engines._speculation import Speculation
 from peftopt.environments.llamacpp import LIBRARY, SERVER, has_amx
@@ -23,29 +24,37 @@ NAME = "model"
 @dataclass(frozen=True)
 class Params:
     """`slots`: requests that it works on at once; others wait. `context`: tokens that each has room for.
-    `cache_prompt`: off, since a benchmark that asks a prompt twice would find its answer half made. `gpu_layers`:
-    layers on a GPU, where the environment was built for one; -1 = all. `start_s`: seconds until it must be ready.
+    `cache_prompt`: off, since a benchmark that asks a prompt twice would find its answer half made; `cache_ram`:
+    MiB in which prompts of other requests are kept too. `gpu_layers`: layers on a GPU, where the environment was built
+    for one; -1 = all. `start_s`: seconds until it must be ready.
     `args`: more of `llama-server`'s own, as on its command line."""
 
     slots: int = 8
     context: int = 4096
     cache_prompt: bool = False
+    cache_ram: int = 0
     gpu_layers: int = 0
     start_s: float = 600.0
     args: str = ""
 
 
-PLUGIN = plugins.engine(Params, environment="llamacpp", format="gguf", serves=True, speculates=("prompts", "batches"))
+PLUGIN = plugins.engine(
+    Params, environment="llamacpp", format="gguf", serves=True, speculates=("prompts", "batches"), reuses=True
+)
 
 
 prepare = endpoint.prepare
 
 
-def open(model: Model, params: Params, speculation: Speculation | None = None) -> LlamaCppServer:
+def open(
+    model: Model, params: Params, speculation: Speculation | None = None, reuse: Reuse | None = None
+) -> LlamaCppServer:
     """Start a server and wait until it answers. Raises BadInput for a folder without a GGUF, WorkerFailed with its last
     lines when it does not start."""
+    params = reusing(params, reuse) if reuse else params
     engine = LlamaCppServer(model, speculating(params, speculation) if speculation else params)
     engine.speculates = speculation is not None
+    engine.reuses = reuse is not None
     return engine
 
 
@@ -54,6 +63,11 @@ def speculating(params: Params, speculation: Speculation) -> Params:
     option = f"--spec-type ngram-simple --spec-ngram-simple-size-n {speculation.ngram}"
     option += f" --spec-ngram-simple-size-m {speculation.tokens}"
     return replace(params, args=f"{params.args} {option}".strip())
+
+
+def reusing(params: Params, reuse: Reuse) -> Params:
+    """The parameters of a server that keeps the last prompt of each slot, and so much of others in memory."""
+    return replace(params, cache_prompt=True, cache_ram=max(1, reuse.memory_bytes >> 20))
 
 
 class LlamaCppServer(Started):
@@ -102,7 +116,7 @@ def measured(params: Params) -> list[Option]:
         ("--ctx-size", str(params.slots * params.context)),
         ("--fit", "off"),
         ("--cache-prompt" if params.cache_prompt else "--no-cache-prompt",),
-        ("--cache-ram", "0"),
+        ("--cache-ram", str(params.cache_ram)),
     ]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from peftopt import environments, machine, plugins, redaction
 from peftopt.corpus import Row
 from peftopt.engines import TOP_K, Scores, endpoint
+from peftopt.engines._prefix import Reuse
 from peftopt.engines._server import Option, Started, free_port
 from peftopt.engines._speculation import Speculation
 from peftopt.errors import BadInput, WorkerFailed
@@ -56,6 +57,7 @@ PLUGIN = plugins.engine(
     serves=True,
     needs=("vllm", "aiohttp", "transformers"),
     speculates=("prompts", "batches", "shortest"),
+    reuses=True,
 )
 
 
@@ -77,11 +79,13 @@ def no_kernels(format_: str) -> BadInput:
     return BadInput(f"vLLM has no kernels for {format_} on a CPU", "int8, w8a8, gptq and awq run there")
 
 
-def open(model: Model, params: Params, speculation: Speculation | None = None) -> Vllm:
+def open(model: Model, params: Params, speculation: Speculation | None = None, reuse: Reuse | None = None) -> Vllm:
     """Start a server and wait until it answers. Raises BadInput for adapters that it cannot serve, WorkerFailed
     with its last lines when it does not start."""
+    params = reusing(params, reuse) if reuse else params
     engine = Vllm(model, speculating(params, speculation) if speculation else params)
     engine.speculates = speculation is not None
+    engine.reuses = reuse is not None
     return engine
 
 
@@ -95,6 +99,11 @@ def speculating(params: Params, speculation: Speculation) -> Params:
     }
     option = shlex.join(["--speculative-config", json.dumps(config)])
     return replace(params, args=f"{params.args} {option}".strip())
+
+
+def reusing(params: Params, reuse: Reuse) -> Params:
+    """The parameters of a server that finds prefixes in its own cache, whose pages and bound are its own."""
+    return replace(params, prefix_caching=True)
 
 
 class Vllm(Started):

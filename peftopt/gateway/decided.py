@@ -11,7 +11,7 @@ from peftopt.errors import BadInput
 from peftopt.gateway import held
 from peftopt.gateway.limits import Held, Limits
 from peftopt.gateway.lines import Origin
-from peftopt.policies import speculation
+from peftopt.policies import OPENED_WITH, opened_with
 from peftopt.recipe import plan as planning
 from peftopt.records import Decision, Json, Model, Plan, Step
 
@@ -99,23 +99,32 @@ def of_run(folder: Path, variant: str = "") -> Decided:
     )
 
 
+_DOES = {"speculation": "proposes tokens", "reuse": "reuses prefixes"}
+
+
 def _params(plan: Plan, variant: str) -> Mapping[str, Json]:
-    """The parameters of its engine, with those by which a server speculates where the variant does. Raises BadInput for
-    what the gateway does not do in front of it."""
+    """The parameters of its engine, with those by which a server speculates or reuses prefixes where the variant does.
+    Raises BadInput for what the gateway does not do in front of it."""
     engine, policies = plan.recipe.variants[variant].engine, plan.recipe.variants[variant].policies
-    if changing := [policy.plugin for policy in policies if policy.technique != "speculate"]:
+    if changing := [policy.plugin for policy in policies if policy.technique not in OPENED_WITH]:
         what = (
             f"the variant {variant} changes its users' requests ({', '.join(changing)}), and the gateway passes them "
         )
         what += "as they are"
         raise BadInput(what, "name a variant without it (--variant), and let your service change the requests")
-    if (proposing := speculation(policies)) is None:
+    if not (asked := opened_with(policies)):
         return engine.params
     source = plugins.module("engine", engine.plugin)
-    if not hasattr(source, "speculating"):
-        what = f"the variant {variant} proposes tokens, which {engine.plugin} does in a run, and not behind the gateway"
+    if not plugins.catalogue()[engine.plugin].serves:
+        does = " and ".join(_DOES[argument] for argument in asked)
+        what = f"the variant {variant} {does}, which {engine.plugin} does in a run, and not behind the gateway"
         raise BadInput(what, "name a variant without it (--variant), or one on vllm or llamacpp_server")
-    return asdict(source.speculating(source.Params(**engine.params), proposing))
+    params = source.Params(**engine.params)
+    if speculation := asked.get("speculation"):
+        params = source.speculating(params, speculation)
+    if reuse := asked.get("reuse"):
+        params = source.reusing(params, reuse)
+    return asdict(params)
 
 
 def _held(folder: Path, run: Finished) -> Held | None:

@@ -5,7 +5,7 @@ A policy file has a one-line docstring (its help), a frozen dataclass `Params`, 
     def apply(request: Request, params: Params, count: Callable[[Messages], int]) -> Request
 
 where `count` gives the tokens of a prompt, chat template included. A request that needs no change comes back as it is.
-`speculate` changes none: the engine is opened with its parameters.
+`speculate` and `prefix` change none: the engine is opened with their parameters.
 """
 
 from __future__ import annotations
@@ -70,10 +70,14 @@ class Policed:
         return request
 
 
-def speculation(policies: Sequence[Step]) -> Any | None:
-    """How the engine is to speculate (its parameters, a `Speculation`); None where no policy asks for it."""
-    asked = (step for step in policies if step.technique == "speculate")
-    return next((plugins.module("policy", step.plugin).Params(**step.params) for step in asked), None)
+OPENED_WITH = {"speculate": "speculation", "prefix": "reuse"}
+"""Techniques of policies that change how an engine answers: the argument of its `open` that takes their parameters."""
+
+
+def opened_with(policies: Sequence[Step]) -> dict[str, Any]:
+    """What an engine is opened with besides its own parameters: a `Speculation`, a `Reuse`, by argument."""
+    asked = [step for step in policies if step.technique in OPENED_WITH]
+    return {OPENED_WITH[s.technique]: plugins.module("policy", s.plugin).Params(**s.params) for s in asked}
 
 
 def most(engine: Engine, new_tokens: int, stop: bool) -> int:

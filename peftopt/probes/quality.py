@@ -192,7 +192,7 @@ def ask(
         drafted = _drafted(engine, group, new_tokens)
         base |= _without_adapters(engine, [a for a in drafted if a.row.id in asked_base])
         for a, scores in zip(drafted, _scores(engine, drafted), strict=True):
-            if scores is None or engine.speculates or a.row.id in decoded:
+            if scores is None or engine.speculates or engine.reuses or a.row.id in decoded:
                 waiting.append(Waiting(a, [], scores))
                 continue
             tokens, complete, stopped = verified(a.draft, scores.best, engine.eos, new_tokens)

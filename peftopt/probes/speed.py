@@ -59,6 +59,7 @@ def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool
     first, last = min(g.times[0] for g in generations), max(g.times[-1] for g in generations)
     gaps = max(len(g.times) for g in generations) - 1
     steps = sum(g.steps for g in generations)
+    reused = [g.reused for g in generations if g.reused is not None]
     return Request(
         request_duration_ms=(last - submitted) / 1e6,
         queue_time_ms=(started - submitted) / 1e6,
@@ -72,6 +73,7 @@ def _request(engine: Engine, batch: Sequence[Row], new_tokens: int, warmup: bool
         new_tokens=sum(len(g.tokens) for g in generations),
         touched=sum(uncut(engine, row.messages) is not None for row in batch),
         warmup=warmup,
+        reused=sum(reused) if reused else None,
         steps=steps or None,
         proposed=sum(g.proposed for g in generations) if steps else None,
         accepted=sum(g.accepted for g in generations) if steps else None,

@@ -117,6 +117,7 @@ def check(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin])
     _check_chains(sections, reading)
     _check_calibration(sections, reading)
     _check_speculation(sections, reading, catalogue)
+    _check_prefixes(sections, reading, catalogue)
     _check_loads(sections, reading, catalogue)
     _check_minimize(sections, reading)
     _check_metrics(sections, reading)
@@ -180,6 +181,22 @@ def _check_speculation(sections: Sections, reading: Reading, catalogue: Mapping[
                 others = [p.name for p in catalogue.values() if {"prompts", lacks} <= {*p.speculates}]
                 hint = f"give it an engine that does: {', '.join(others)}" if others else "remove the step"
                 reading.note(f"variants.{name}", f"its engine {variant.engine.plugin} {asked[lacks]}", hint)
+
+
+def _check_prefixes(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
+    """An engine can reuse prefixes; only servers do so while they speculate."""
+    for name, variant in _readable(sections.variants).items():
+        techniques = {step.technique for step in variant.policies}
+        engine = catalogue[variant.engine.plugin]
+        if "prefix" not in techniques:
+            continue
+        others = [p.name for p in catalogue.values() if p.reuses]
+        if not engine.reuses:
+            hint = f"give it an engine that does: {', '.join(others)}"
+            reading.note(f"variants.{name}", f"its engine {engine.name} does not reuse prefixes", hint)
+        elif "speculate" in techniques and not engine.serves:
+            message = f"its engine {engine.name} does not speculate and reuse prefixes together"
+            reading.note(f"variants.{name}", message, "remove one of the steps")
 
 
 def check_formats(steps: Sequence[Step], at: str, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:

@@ -118,7 +118,7 @@ def _further(decision: Decision) -> dict[str, list[Column]]:
             *columns.of_metrics([""], "flips"),
         ],
         "Engine": [
-            *columns.of_metrics(everywhere, "acceptance_length", *_read(per_workload=True)),
+            *columns.of_metrics(everywhere, "reused", "acceptance_length", *_read(per_workload=True)),
             *columns.of_metrics([""], "virtual_tokens", "prompt_kv"),
             *columns.of_metrics([""], *_read(per_workload=False), "break_even"),
         ],

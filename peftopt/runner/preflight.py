@@ -13,9 +13,10 @@ from pathlib import Path
 from peftopt import corpus, environments, plugins, redaction
 from peftopt.corpus import Row
 from peftopt.decision import stopping
+from peftopt.engines._prefix import repeated
 from peftopt.errors import BROKEN, BadInput, MissingEnvironment
 from peftopt.merging.baking import check_bakeable
-from peftopt.metrics import counted
+from peftopt.metrics import counted, percent
 from peftopt.models import drift, template
 from peftopt.models.adapter import (
     CONFIG,
@@ -116,6 +117,33 @@ def prompts(recipe: Recipe) -> list[str]:
         left = f"; {counted(read.empty, 'empty turn')} of the assistant left out" if read.empty else ""
         lines.append(f"{path}: {counted(len(read.rows), 'prompt')} ({read.form}), {right} with a right answer{left}")
     return lines
+
+
+REPEATS = 0.25
+"""A share of prompts that repeats and is told."""
+
+
+def repeats(recipe: Recipe) -> list[str]:
+    """How much of a workload's prompts, as the chat template writes them, is what another prompt began with: a sentence
+    for each workload where it is much. By words, which is near enough to tokens."""
+    writing, lines = template.read(_home(recipe)), []
+    policies = [step.technique for variant in recipe.variants.values() for step in variant.policies]
+    for workload in recipe.workloads.values():
+        rows = corpus.read(workload.prompts, workload.slice)
+        share = repeated([_words(writing, row) for row in rows])
+        if share >= REPEATS:
+            hint = "" if "prefix" in policies else "; a variant with prefix would not compute them anew"
+            lines.append(f"workload {workload.name}: {percent(share)} of prompt tokens repeat{hint}")
+    return lines
+
+
+def _words(writing: template.Template, row: Row) -> list[str]:
+    """A prompt's words, with the spaces before them; where the template refuses it, those of its messages."""
+    try:
+        text = writing.render(row.messages, prompt=True) if writing.text else ""
+    except Exception:  # noqa: BLE001 (what a template raises is told elsewhere)
+        text = ""
+    return re.findall(r"\s*\S+", text or "\n".join(message["content"] for message in row.messages))
 
 
 def _check_template(recipe: Recipe, calibration: Sequence[Row]) -> None:

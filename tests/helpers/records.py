@@ -35,6 +35,7 @@ EAGER, COMPILED = Step("eager", "engine", ""), Step("compiled", "engine", "compi
 MERGE, INT8 = Step("merge", "transform", "merge"), Step("int8", "transform", "quantize")
 BAKE = Step("bake", "transform", "bake")
 SPECULATE = Step("speculate", "policy", "speculate", {"tokens": 4, "ngram": 3, "shortest": 1, "answers": False})
+PREFIX = Step("prefix", "policy", "prefix", {"block": 32, "memory_gb": 1.0})
 CHAINS: Mapping[str, Variant] = {
     "adapter": Variant("adapter", (), EAGER),
     "merged": Variant("merged", (MERGE,), EAGER),
@@ -43,6 +44,7 @@ CHAINS: Mapping[str, Variant] = {
     "compiled": Variant("compiled", (MERGE,), COMPILED),
     "int8_compiled": Variant("int8_compiled", (MERGE, INT8), COMPILED),
     "speculating": Variant("speculating", (MERGE,), COMPILED, (SPECULATE,)),
+    "reusing": Variant("reusing", (MERGE,), COMPILED, (PREFIX,)),
     "baked": Variant("baked", (BAKE,), EAGER),
     "int8_baked": Variant("int8_baked", (INT8, BAKE), EAGER),
     "baked_compiled": Variant("baked_compiled", (BAKE,), COMPILED),
@@ -62,6 +64,9 @@ RULES = (
     Rule("speculate", "gain", 0.05),
     Rule("speculate", "parity", 0.01),
     Rule("speculate", "critical_errors", 0.05),
+    Rule("prefix", "gain", 0.05),
+    Rule("prefix", "parity", 0.01),
+    Rule("prefix", "critical_errors", 0.05),
 )
 
 

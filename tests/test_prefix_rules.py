@@ -1,0 +1,158 @@
+"""When reusing prefixes is worth it: the rules of the row `prefix`, what they say, and what a recipe is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.records import PREFIX, decide, evidence_of, of, outcome, plan_of, quality, verdict, whole
+
+from peftopt import plugins
+from peftopt.decision import stopping
+from peftopt.decision.rules import parent_of
+from peftopt.errors import BadInput, BadRecipe
+from peftopt.recipe import parse
+from peftopt.records import Json, Measurement, Recipe
+from peftopt.report import table
+from peftopt.runner import preflight
+
+PLAN = plan_of("merged", "compiled", "reusing")
+
+
+def told(found: Sequence[Measurement], reused: int) -> list[Measurement]:
+    """The same with what each request of the reusing variant found of its 100 prompt tokens."""
+    changed = []
+    for each in found:
+        values: dict[str, Json] = dict(each.values)
+        if each.variant == "reusing" and each.probe == "speed":
+            values["requests"] = [{**r, "prompt_tokens": 100, "reused": reused} for r in values["requests"]]
+        changed.append(replace(each, values=values))
+    return changed
+
+
+def run(ratio: float, reused: int = 61, **rest: Json) -> list[Measurement]:
+    """A run in which the variant takes so many times the compiled one's time."""
+    return told(whole(PLAN, {"merged": 0.8, "compiled": 0.5, "reusing": 0.5 * ratio}, **rest), reused)
+
+
+def test_it_is_compared_with_the_variant_without_it() -> None:
+    assert parent_of(PLAN.recipe, PLAN.recipe.variants["reusing"], PREFIX) == "compiled"
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.6, "accepted"), (0.94, "accepted"), (0.96, "rejected")])
+def test_the_gain_has_to_be_more_than_five_percent(ratio: float, expected: str) -> None:
+    decision = decide(PLAN, run(ratio, noise=0.002), {})
+    assert outcome(decision, "reusing", "prefix.gain") == expected
+    assert decision.chosen == ("reusing" if expected == "accepted" else "compiled")
+
+
+def test_the_rule_and_the_table_say_how_much_was_reused() -> None:
+    decision = decide(PLAN, run(0.6), {})
+    assert "61 % of prompt tokens were reused" in verdict(decision, "reusing", "prefix.gain").reason
+    assert of(decision, "reusing").figures["reused@chat"].estimate == pytest.approx(0.61)
+    assert "reused@chat" not in of(decision, "compiled").figures
+    assert "reused" in {name.partition("@")[0] for name in table.metrics(decision)}
+
+
+def test_the_memory_it_takes_is_told() -> None:
+    facts = Measurement("engine", "reusing", "", 1, {"prefix_bytes": 35_000_000})
+    decision = decide(PLAN, [*run(0.6), facts], {})
+    assert of(decision, "reusing").figures["prefix_bytes"].estimate == 35e6
+
+
+def test_answers_that_part_from_those_without_it_are_turned_down() -> None:
+    parted: dict[str, Any] = {f"p{n}": {"tokens": [7, *range(29)], "agree": 20} for n in range(0, 400, 2)}
+    found = [m for m in run(0.6) if not (m.probe == "quality" and m.variant == "reusing")]
+    assert outcome(decide(PLAN, [*found, *quality("reusing", **parted)], {}), "reusing", "prefix.parity") == "rejected"
+    assert outcome(decide(PLAN, run(0.6), {}), "reusing", "prefix.parity") == "accepted"
+
+
+def test_nothing_reused_is_told_as_nothing() -> None:
+    assert evidence_of(PLAN, run(1.0, reused=0)).reused("reusing", "chat") is not None
+    assert evidence_of(PLAN, run(1.0)).reused("compiled", "chat") is None
+
+
+def test_it_answers_no_more_prompts_than_rules_take() -> None:
+    eager = replace(PLAN.recipe.variants["merged"], name="other", policies=(PREFIX,))
+    assert stopping.answers(PLAN.recipe, eager) is not None
+
+
+# ---- recipes -----------------------------------------------------------------------------------
+
+
+TRADEOFFS = (Path(__file__).parents[1] / "recipes/tradeoffs.yaml").read_text(encoding="utf-8")
+
+
+def recipe(chain: str) -> Recipe:
+    text = f"""
+model: {{base: base, adapter: adapter}}
+workloads: {{chat: {{prompts: p.jsonl, batch: 8}}}}
+variants: {{adapter: [], tried: {chain}}}
+minimize: latency.p50@chat
+"""
+    return parse.parse(text, "test.yaml", plugins.catalogue(), TRADEOFFS)
+
+
+@pytest.mark.parametrize(
+    ("chain", "why", "hint"),
+    [
+        ("[merge, prefix, {engine: openvino}]", "openvino does not reuse prefixes", "compiled, continuous, eager"),
+        ("[merge, prefix, prefix]", "reuses prefixes twice", "keep one"),
+        ("[merge, speculate, prefix, {engine: compiled}]", "does not speculate and reuse prefixes", "remove one"),
+        ("[merge, {prefix: {block: 0}}]", "block must be 1 or more", ""),
+    ],
+)
+def test_what_an_engine_cannot_reuse_is_refused_by_name(chain: str, why: str, hint: str) -> None:
+    with pytest.raises(BadRecipe) as refused:
+        recipe(chain)
+    said = [(message, its_hint) for _, message, its_hint in refused.value.problems]
+    assert any(why in message and hint in its_hint for message, its_hint in said), said
+
+
+def test_servers_do_both() -> None:
+    found = recipe("[merge, speculate, prefix, {engine: vllm}]")
+    assert [step.plugin for step in found.variants["tried"].policies] == ["speculate", "prefix"]
+
+
+@pytest.mark.parametrize(("shared", "expected"), [("Be brief. " * 40, True), ("", False)])
+def test_how_much_of_a_workload_repeats_is_told(shared: str, expected: bool, tiny_base: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.jsonl"
+    rows = [{"id": str(n), "prompt": f"{shared}{n} stars and {n * n} more of another kind"} for n in range(8)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plan = PLAN.recipe
+    workload = replace(plan.workloads["chat"], prompts=str(prompts))
+    asked = replace(plan, base=str(tiny_base), adapter=str(tiny_base), workloads={"chat": workload})
+    lines = preflight.repeats(asked)
+    assert bool(lines) == expected
+    if expected:
+        assert "workload chat: " in lines[0] and "of prompt tokens repeat" in lines[0]
+
+
+# ---- models that cannot ------------------------------------------------------------------------
+
+
+def test_an_adapter_has_keys_of_its_own(tiny_base: Path, tiny_lora: Path) -> None:
+    from peftopt.engines._prefix import whose
+    from peftopt.records import Model
+
+    plain, adapted = Model(str(tiny_base)), Model(str(tiny_base), (str(tiny_lora),))
+    assert whose(plain, False) != whose(adapted, False)
+    assert whose(plain, False) == whose(adapted, bare=True)
+
+
+@pytest.mark.parametrize("rotary", ["dynamic", "longrope"])
+def test_keys_that_depend_on_the_length_are_refused(rotary: str) -> None:
+    from helpers.architectures import config
+
+    from peftopt.engines._prefix import check
+
+    check(config("llama"))
+    settings = config("llama")
+    settings.rope_parameters = {"rope_type": rotary}
+    with pytest.raises(BadInput) as refused:
+        check(settings)
+    assert rotary in str(refused.value)
