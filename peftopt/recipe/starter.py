@@ -90,7 +90,7 @@ def _variants(facts: Facts) -> list[str]:
     if facts.method == "merge":
         merge = "{merge: {certify: blocks}}"
         lines += [
-            "  # `certify: blocks` checks every weight that is written. `full` compares predictions too, in fp32: that",
+            "  # `certify: blocks` checks every weight that is written. `full` compares predictions too: that",
             "  # takes time and memory, and a run compares answers anyway.",
             f"  merged: [{merge}]",
             f"  compiled: [{merge}, {compiled}]",

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
-from peftopt import machine, store
+from peftopt import environments, machine, store
 from peftopt.errors import ACCEPTED, BROKEN, ENVIRONMENT, INTERRUPTED, Occupied
 from peftopt.recipe.grid import MachineClass
 from peftopt.records import Json
@@ -80,11 +78,11 @@ def _run(job: Job) -> tuple[int, bytes]:
     mark = f"{orphans.watched()}.job{next(_NUMBERS)}."
     with (job.folder / cells.LOG).open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "peftopt.cli", *job.arguments],
+            [*environments.module("peftopt.cli"), *job.arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
-            env={**os.environ, orphans.MARK: mark},
+            env={**environments.variables(), orphans.MARK: mark},
             start_new_session=True,  # Ctrl-C reaches it through this process, once
         )
         try:
