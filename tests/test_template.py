@@ -279,6 +279,7 @@ def test_the_process_that_renders_ends_when_nobody_asks_and_starts_again(monkeyp
     assert plain.render([USER]) == "hello"
 
 
+@pytest.mark.fresh_workers
 def test_nothing_of_the_current_folder_is_run_where_a_template_is_rendered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

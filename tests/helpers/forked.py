@@ -29,9 +29,13 @@ from typing import Any
 
 from peftopt import environments, machine
 from peftopt.engines import _server
+from peftopt.models import rendering
 from peftopt.runner import orphans, process
 
 MESSAGE = 1 << 18
+PIPED = ("peftopt.worker", "peftopt.models.rendering")
+"""Modules that answer on their output what comes by their input."""
+
 DESCRIPTORS = 5
 """Most that come with a message: input, output, errors, where the end is told, and the socket for workers."""
 
@@ -120,14 +124,16 @@ class First:
             return copy.wait(), Path(folder, "said").read_text()
 
     def worker(self, command: list[str], **given: Any) -> Any:
-        """A worker process, in the place of `subprocess.Popen`."""
-        if command != environments.module("peftopt.worker"):
+        """A worker process, or one that renders templates, in the place of `subprocess.Popen`."""
+        if command not in [environments.module(name) for name in PIPED]:
             return subprocess.Popen(command, **given)
         (stdin, ours_in), (ours_out, stdout) = os.pipe(), os.pipe()
-        copy = self.copy(command[3:], (stdin, stdout, given["stderr"].fileno()), given["env"], Path(given["cwd"]))
+        errors = given["stderr"].fileno() if "stderr" in given else 2
+        copy = self.copy(command[3:], (stdin, stdout, errors), given["env"], given.get("cwd"))
         os.close(stdin)
         os.close(stdout)
-        copy.stdin, copy.stdout = os.fdopen(ours_in, "wb"), os.fdopen(ours_out, "rb")
+        binary = "" if given.get("text") else "b"
+        copy.stdin, copy.stdout = os.fdopen(ours_in, f"w{binary}"), os.fdopen(ours_out, f"r{binary}")
         return copy
 
     def engine(self, command: Sequence[str], **given: Any) -> Any:
@@ -166,7 +172,14 @@ class First:
 WORKERS = First(
     *("torch", "transformers", "transformers.models.llama.modeling_llama", "peft", "torchao", "safetensors.torch"),
     *("peftopt.worker", "peftopt.engines.eager", "peftopt.merging.kernel", "peftopt.probes.quality"),
-    *("peftopt.probes.speed", "peftopt.probes.load", "peftopt.server.__main__", "peftopt.engines._rows", "uvicorn"),
+    *(
+        "transformers.utils.chat_template_utils",
+        "peftopt.probes.speed",
+        "peftopt.probes.load",
+        "peftopt.server.__main__",
+        "peftopt.engines._rows",
+        "uvicorn",
+    ),
 )
 COMMANDS = First(
     *("peftopt.cli", "peftopt.cli.console", "peftopt.gateway.run", "peftopt.gateway.backends", "peftopt.gateway.admin"),
@@ -183,12 +196,12 @@ def workers() -> First | None:
 @contextlib.contextmanager
 def starting_by(popen: Callable[..., Any]) -> Iterator[None]:
     """Worker processes are started by this in the place of `subprocess.Popen`."""
-    own = process.subprocess
-    process.subprocess = with_popen(popen)
+    own = process.subprocess, rendering.subprocess
+    process.subprocess = rendering.subprocess = with_popen(popen)
     try:
         yield
     finally:
-        process.subprocess = own
+        process.subprocess, rendering.subprocess = own
 
 
 def with_popen(popen: Callable[..., Any]) -> Any:
@@ -253,7 +266,7 @@ def work(given: dict[str, Any], streams: tuple[int, int, int], *workers: int) ->
     sys.argv[:] = [given["module"], *given["arguments"]]
     path = [str(Path.cwd()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.path[:] = [*path, *(folder for folder in sys.path if folder not in path)]
-    sys.modules.pop(given["module"] if given["module"] == "peftopt.worker" else f"{given['module']}.__main__", None)
+    sys.modules.pop(given["module"] if given["module"] in PIPED else f"{given['module']}.__main__", None)
     code = 0
     try:
         for name, value in given["constants"].items():
@@ -263,7 +276,8 @@ def work(given: dict[str, Any], streams: tuple[int, int, int], *workers: int) ->
         for descriptor in workers:
             first = First()
             first.channel = socket.socket(fileno=descriptor)
-            _server.subprocess, process.subprocess = with_popen(first.engine), with_popen(first.worker)
+            _server.subprocess = with_popen(first.engine)
+            process.subprocess = rendering.subprocess = with_popen(first.worker)
         from helpers import faulty_io  # which the first process finds when it has begun
 
         if faulty_io.VARIABLE in os.environ:
