@@ -407,11 +407,21 @@ def test_a_rejecting_bet_is_bounded_beyond_the_clocks_step() -> None:
     assert found.outcome == "rejected" and found.interval.low >= 0.15
 
 
+def test_where_launches_differ_the_planner_counts_the_blocks_of_as_many_as_it_takes() -> None:
+    """Seen by a newcomer: nine blocks near 0.63x and one of 1.01x, which is a launch of its own."""
+    d = np.log([0.67, 0.58, 0.62, 0.62, 0.6, 0.76, 0.59, 0.67, 0.69, 1.01])
+    found = stats.race(d, math.log(0.85), launches=[0, 0, 0, 1, 1, 1, 2, 2, 2, 3])
+    alone = stats.race(d, math.log(0.85))
+    assert found.outcome == alone.outcome == "inconclusive" and found.blocks_needed and alone.blocks_needed
+    assert alone.blocks_needed < 15 < found.blocks_needed < 60
+
+
 def test_the_planner_of_blocks_rounds_up_and_asks_for_one_more_at_least() -> None:
     d = [1 / 1.4826, -1 / 1.4826] * 4
     assert stats.race(d, 0.9).blocks_needed == math.ceil(20 / 0.81 + 8) == 33
     assert stats.bet(d, 0.9).blocks_needed == 33, "for one variant"
-    assert stats.race([-1.0] * 20, 0.0, launches=[0] * 20).blocks_needed == 21
+    assert stats.race([-1.0] * 20, 0.0, launches=[0] * 20).blocks_needed == 32, "a second launch, of as many blocks"
+    assert stats._blocks_needed(np.array([-1.0] * 20), -1.0, 0.0, 1) == 21
 
 
 def test_a_race_is_in_reach_while_either_end_of_its_interval_is_far_from_the_limit() -> None:
