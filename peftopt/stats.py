@@ -64,9 +64,10 @@ class Race:
     """What the blocks say of one limit.
 
     `look` is the number of blocks it was judged at (0: none yet); `interval` is theirs, on the log scale, and holds
-    whether blocks or launches vary more. `blocks_needed` is the planner's total for an inconclusive race, where
-    launches may differ that of as many launches as it takes; None when decided or without data. `test` is what judged: a planned "look", or the "bets". `launches` is how many launches
-    the blocks come from, `launches_needed` the planner's total where blocks alone would have decided.
+    whether blocks or launches vary more. `blocks_needed` is the planner's total for an inconclusive race (where
+    launches may differ, that of as many launches as it takes), None when decided or without data. `test` is what
+    judged: a planned "look", or the "bets". `launches` is how many launches the blocks come from, `launches_needed` the planner's
+    total where blocks alone would have decided.
     """
 
     outcome: Outcome
@@ -148,14 +149,14 @@ def race(
     look = reached[-1] if reached else 0
     seen, level = x[: look or len(x)], _level(look or looks(family)[0], family)
     launched = groups[: len(seen)]
-    interval, launches = paired(seen, level, launched), len(set(launched))
+    interval, count = paired(seen, level, launched), len(set(launched))
     needed = _blocks_needed(x, _centre(x), limit, family)
     alone = judge(hodges_lehmann(seen, level), limit, resolution)
-    more = _launches_needed(seen, launched, limit, level) if launches < len(seen) else 0
+    more = _launches_needed(seen, launched, limit, level) if count < len(seen) else 0
     if needed and launches_matter(seen, launched):  # as many launches as that have blocks too
-        needed = max(needed, min(math.ceil(more * len(seen) / launches), MOST_BLOCKS))
+        needed = max(needed, min(math.ceil(more * len(seen) / count), MOST_BLOCKS))
     more_launches = None if alone == "inconclusive" else more
-    return Race("inconclusive", interval, look, needed, launches=launches, launches_needed=more_launches)
+    return Race("inconclusive", interval, look, needed, launches=count, launches_needed=more_launches)
 
 
 def paired(d: Iterable[float], level: float, launches: Launches = None) -> Interval:
