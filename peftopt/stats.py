@@ -66,8 +66,8 @@ class Race:
     `look` is the number of blocks it was judged at (0: none yet); `interval` is theirs, on the log scale, and holds
     whether blocks or launches vary more. `blocks_needed` is the planner's total for an inconclusive race (where
     launches may differ, that of as many launches as it takes), None when decided or without data. `test` is what
-    judged: a planned "look", or the "bets". `launches` is how many launches the blocks come from, `launches_needed` the planner's
-    total where blocks alone would have decided.
+    judged: a planned "look", or the "bets". `launches` is how many launches the blocks come from, `launches_needed` the
+    planner's total where blocks alone would have decided.
     """
 
     outcome: Outcome
