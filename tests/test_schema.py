@@ -173,7 +173,7 @@ def paths(value: Any, at: str = "") -> list[str]:
 @given(
     st.sampled_from(paths(GOOD)),
     st.integers(-2, 200)
-    | st.floats(0, 2)
+    | st.floats(0, 2).map(lambda x: round(x, 3))  # JSON writes 1e-05, which YAML reads as text
     | st.booleans()
     | st.sampled_from(["off", "default", "merge", "int8", "15 %", "3 s", "kept", "natural", "speed", "a", [], {}, None])
     | st.sampled_from([["merge"], [{"engine": "eager"}], {"gptq": {}}, {"bits": 4}, {"gain": "off"}, ["a"]]),

@@ -72,13 +72,13 @@ def python(name: str) -> str:
     return str(interpreter)
 
 
-def module(name: str, interpreter: str = sys.executable) -> list[str]:
-    """The beginning of a command that runs a module: never one of that name in the current folder, which may be a
-    downloaded model's."""
-    return [interpreter, "-P", "-m", name]
+def module(name: str, interpreter: str = "") -> list[str]:
+    """The beginning of a command that runs a module, by this process's Python where no other is named: never one of
+    that name in the current folder, which may be a downloaded model's."""
+    return [interpreter or sys.executable, "-P", "-m", name]
 
 
-def variables(interpreter: str = sys.executable) -> dict[str, str]:
+def variables(interpreter: str = "") -> dict[str, str]:
     """The environment variables of this process, for one that is to find this very peftopt."""
     path = (_search_path(interpreter), os.environ.get("PYTHONPATH", ""))
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, path))}
@@ -89,7 +89,7 @@ def _search_path(interpreter: str) -> str:
     installed peftopt lie the main environment's libraries, which would be taken in place of its own. Raises
     MissingEnvironment where that folder cannot be made."""
     package = Path(__file__).parents[1]
-    if interpreter == python(MAIN):
+    if interpreter in ("", python(MAIN)):
         return str(package.parent)
     home = root() / f".peftopt.{identity.of_value(str(package))[:12]}"
     link = home / package.name
