@@ -155,7 +155,9 @@ def test_an_unfinished_run_goes_on_where_it_stopped(copied: tuple[Path, Path, Pa
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-3]) + b'{"format": 1, "torn')
     before = log.read_bytes().rpartition(b"\n")[0]
     assert command("decide", folder) in (0, 1, 3), "to look at it does not end it"
-    assert any("not finished" in w for w in json.loads((folder / "decision.json").read_text())["warnings"])
+    looked = json.loads((folder / "decision.json").read_text())
+    assert any("not finished" in w for w in looked["warnings"])
+    assert looked["next_step"] in ("", f"finish the run: peftopt run {recipe.name}")
     assert command("run", recipe, "--results", results, "-q") in (0, 1, 3)
     assert run_folder(results) == folder and store.is_finished(folder)
     assert not any("not finished" in w for w in json.loads((folder / "decision.json").read_text())["warnings"])

@@ -87,7 +87,8 @@ def judge(folder: Path, warn: Warn, recipe: Recipe | None = None, beside: Sequen
     decision = replace(decision, warnings=(*told, *decision.warnings))
     if store.is_interrupted(folder):
         warning = "the run is not finished, and this is what it knows so far: the same `peftopt run` goes on with it"
-        decision = replace(decision, warnings=(warning, *decision.warnings))
+        ahead = f"finish the run: peftopt run {Path(plan.recipe.path).name}" if decision.next_step else ""
+        decision = replace(decision, warnings=(warning, *decision.warnings), next_step=ahead)
     store.write(folder / "decision.json", report.as_json.render(decision))
     _write_reports(folder, evidence, beside)
     return decision

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from peftopt.decision.evidence import Evidence
+from peftopt.metrics import percent_of_level
 from peftopt.records import Decision, Interval, VariantDecision
 from peftopt.report import measured, table, words
 from peftopt.report.plots import axes
@@ -73,7 +74,7 @@ def figure(decision: Decision, evidence: Evidence, workload: str) -> Figure | No
     return Figure(
         title=title,
         caption=f"Ratio on {clock}, log scale: left of 1x is faster. The large mark is the estimate, the bar its "
-        "interval, each small dot a block (at the edge: beyond it)."
+        f"interval at {percent_of_level(found[0].ratio.level)}, each small dot a block (at the edge: beyond it)."
         + (" The dashed line is what a rule asks of that variant." if limits else ""),
         svg=str(rows_.picture),
         command="peftopt export-data RUN --table figures --to figures.csv",
