@@ -124,12 +124,13 @@ def raced(
     return {name: values[WARMUP:] for name, values in times.items()}
 
 
-def ratio(one: Sequence[float], other: Sequence[float]) -> str:
+def ratio(one: Sequence[float], other: Sequence[float], digits: int = 3) -> str:
     """The median ratio of paired times, with its interval, as text."""
     from peftopt import stats
 
     interval = stats.hodges_lehmann([log(a / b) for a, b in zip(one, other, strict=True)], 0.95)
-    return f"{exp(interval.estimate):.3f}x ({exp(interval.low):.3f}–{exp(interval.high):.3f})"
+    estimate, low, high = (f"{exp(x):.{digits}f}" for x in (interval.estimate, interval.low, interval.high))
+    return f"{estimate}x ({low}–{high})"
 
 
 def main() -> None:

@@ -319,6 +319,20 @@ def running(gateway: Gateway) -> Iterator[None]:
         gateway.end()
 
 
+def made(where: Path, base: Path | None, adapter: Path | None) -> tuple[Path, dict[str, Path], list[str]]:
+    """A base, tiny where none is given, adapters of it by name, the first as it is given, and where a gateway may take
+    adapters from."""
+    if base is None:
+        base = where / "base"
+        make_base(base, "bfloat16")
+    folders = {"one": adapter or where / "one", "two": where / "two", "three": where / "three"}
+    for name, std in {"one": 0.3, "two": 0.1, "three": 0.2}.items():
+        if name != "one" or adapter is None:
+            make_lora(base, folders[name], std=std if adapter is None else std / 2)
+    roots = ["--adapters-from", str(where), "--adapters-from", str(folders["one"].resolve().parent)]
+    return base, folders, roots
+
+
 def main() -> None:
     """Do what the options ask for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -332,14 +346,8 @@ def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
-        base = options.base or where / "base"
-        if options.base is None:
-            make_base(base, "bfloat16")
-        folders = {"one": options.adapter or where / "one", "two": where / "two"}
-        if options.adapter is None:
-            make_lora(base, folders["one"], std=0.3)
-        make_lora(base, folders["two"], std=0.1 if options.adapter is None else 0.05)
-        roots = ["--adapters-from", str(where), "--adapters-from", str(folders["one"].resolve().parent)]
+        base, folders, roots = made(where, options.base, options.adapter)
+        del folders["three"]
         served = ["--base", str(base), "--adapter", f"support={folders['one']}", "--engine", options.engine, *roots]
         for work, n in ((reload, options.reloads), (kills, options.kills)):
             if n:

@@ -21,9 +21,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from math import exp, log
 from pathlib import Path
 from typing import Any
+
+from bake import ratio
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as workers have it
@@ -34,14 +35,6 @@ def cpu_ms(engine: Any, prompt: Sequence[int]) -> float:
     began = time.process_time_ns()
     engine.generate([prompt], 1, stop=False)
     return (time.process_time_ns() - began) / 1e6
-
-
-def ratio(one: Sequence[float], other: Sequence[float]) -> str:
-    """The median ratio of paired times, with its interval, as text."""
-    from peftopt import stats
-
-    interval = stats.hodges_lehmann([log(a / b) for a, b in zip(one, other, strict=True)], 0.95)
-    return f"{exp(interval.estimate):.2f}x ({exp(interval.low):.2f}–{exp(interval.high):.2f})"
 
 
 def main() -> None:
@@ -89,7 +82,7 @@ def main() -> None:
     for which in ("first", "later"):
         without, reusing = times["without", which], times["with", which]
         medians = f"{stats.median(without):.0f} | {stats.median(reusing):.0f}"
-        print(f"{which} | {medians} | {ratio(without, reusing)}, n = {len(without)}")
+        print(f"{which} | {medians} | {ratio(without, reusing, 2)}, n = {len(without)}")
     print(f"{kept / 1e6:.1f} MB kept of {len(times['with', 'later']) + arguments.rounds + 1} prompts")
 
 

@@ -19,12 +19,10 @@ import tempfile
 from pathlib import Path
 
 import aiohttp
-from endurance import Gateway, ask, running
+from endurance import Gateway, ask, made, running
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from helpers.tiny_models import make_base, make_lora  # type: ignore[import-not-found]  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 from peftopt.diagnose.unloading import soaked, soaking  # noqa: E402
 from peftopt.diagnose.unloading.cycles import Elsewhere  # noqa: E402
@@ -90,17 +88,17 @@ def main() -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
-        base = asked.base or where / "base"
-        if asked.base is None:
-            make_base(base, "bfloat16")
-        first = asked.adapter or where / "one"
-        if asked.adapter is None:
-            make_lora(base, first, std=0.3)
-        others = [where / name for name in ("two", "three")]
-        for other, std in zip(others, (0.1, 0.2), strict=True):
-            make_lora(base, other, std=std if asked.adapter is None else std / 2)
-        roots = ["--adapters-from", str(where), "--adapters-from", str(first.resolve().parent)]
-        served = ["--base", str(base), "--adapter", f"support={first}", "--engine", asked.engine, "--keep", "2"]
+        base, folders, roots = made(where, asked.base, asked.adapter)
+        served = [
+            "--base",
+            str(base),
+            "--adapter",
+            f"support={folders['one']}",
+            "--engine",
+            asked.engine,
+            "--keep",
+            "2",
+        ]
         gateway = Gateway(where, [*served, *roots])
         with running(gateway):
 
@@ -109,7 +107,7 @@ def main() -> int:
                     await gateway.ready(session)
 
             asyncio.run(ready())
-            return report(soak(gateway, others, asked.minutes, asked.users))
+            return report(soak(gateway, [folders["two"], folders["three"]], asked.minutes, asked.users))
 
 
 if __name__ == "__main__":

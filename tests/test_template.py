@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -295,3 +297,23 @@ def test_a_template_too_deep_for_python_is_left_to_the_tokenizer() -> None:
     deep = "{% for a in messages %}" * 25 + "x" + "{% endfor %}" * 25
     with pytest.raises(Unrendered, match="nested"):
         template.Template(deep, {}).render([USER])
+
+
+INTERRUPTED = """
+import os, signal
+from peftopt.models import rendering
+from peftopt.models.template import Template
+
+hello, plain = [{"role": "user", "content": "hello"}], Template("{{ messages[0].content }}", {})
+plain.render(hello)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+os.killpg(0, signal.SIGINT)
+print(plain.render(hello), rendering._process()._child.poll())
+"""
+"""Renders, gets the Ctrl-C of a terminal, which reaches the whole group, and renders again."""
+
+
+def test_ctrl_c_is_not_for_the_process_that_renders() -> None:
+    """Its traceback would stand among what peftopt says."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, start_new_session=True)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["hello", "None"], "")

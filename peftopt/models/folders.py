@@ -7,6 +7,7 @@ import stat
 from collections.abc import Collection
 from pathlib import Path
 
+from peftopt import store
 from peftopt.errors import BadInput
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".xml", ".h5", ".msgpack", ".onnx")
@@ -29,8 +30,8 @@ def check_files(folder: Path, but: Collection[str] = ()) -> None:
     for file in folder.rglob("*"):
         if file.is_symlink() and file.suffix not in but:
             check_link(file, folder)
-        if file.exists() and not file.is_file() and not file.is_dir():
-            raise BadInput(f"{file} is no file but a pipe, a socket or a device", "remove it")
+        if file.exists():
+            store.check_file(file)
 
 
 def keep_private(out: Path, source: Path) -> None:

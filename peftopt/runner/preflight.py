@@ -36,6 +36,7 @@ from peftopt.models.folders import WEIGHTS, check_files
 from peftopt.models.hf import tokenizer_home
 from peftopt.models.prompts import check_engine
 from peftopt.models.provenance import read as read_provenance
+from peftopt.models.rendering import Refused, Unrendered
 from peftopt.models.values import damaged
 from peftopt.records import SAFETENSORS, YAML, Json, Model, Quality, Recipe, Step, Variant, task_name
 
@@ -141,7 +142,7 @@ def _words(writing: template.Template, row: Row) -> list[str]:
     """A prompt's words, with the spaces before them; where the template refuses it, those of its messages."""
     try:
         text = writing.render(row.messages, prompt=True) if writing.text else ""
-    except Exception:  # noqa: BLE001 (what a template raises is told elsewhere)
+    except (Refused, Unrendered):  # told elsewhere
         text = ""
     return re.findall(r"\s*\S+", text or "\n".join(message["content"] for message in row.messages))
 
