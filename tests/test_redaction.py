@@ -198,7 +198,8 @@ def echoing(number: int) -> Write:
         at_once(SSE + TOKEN + event({"error": f"Authorization: Bearer {CANARY}"})),
         at_once(SSE + event(piece(f"your key is {CANARY}")) * 4 + LAST),
         at_once(http(f"proxy http://me:{CANARY}@host failed".encode(), "502 Bad Gateway", "text/plain")),
-    )[number % 5]
+        at_once(SSE + TOKEN + event({"error": f"bad key {CANARY}"})),
+    )[number % 6]
 
 
 @pytest.mark.parametrize("as_json", [[], ["--json"]])
