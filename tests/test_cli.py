@@ -36,6 +36,7 @@ def test_a_good_recipe_checks_out_and_says_what_it_would_do(recipe: Path, capsys
     assert command("check", recipe) == 0
     out = capsys.readouterr().out
     assert "merge -> int8, on eager" in out and "2 artifacts" in out and "(baseline)" in out
+    assert "a second copy of adapter" in out
     recipe.write_text(
         recipe.read_text().replace(
             "[merge, int8]", "[{merge: {certify: blocks, combination: cat}}, {engine: continuous}]"
