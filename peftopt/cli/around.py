@@ -50,7 +50,6 @@ def check(
     """Say what is wrong with a recipe and what will be slower; times the first layers of variants, builds nothing."""
     from peftopt import environments, store
     from peftopt.cli.console import Console, print_json
-    from peftopt.decision import duration as durations
     from peftopt.recipe import plan as planning
     from peftopt.runner import judged, preflight, starting
 
@@ -65,7 +64,12 @@ def check(
         variants={variant.name: _chain(variant) for variant in parsed.variants.values()},
         baseline=parsed.baseline,
         artifacts=len(plan.builds),
-        notes=[*preflight.prompts(parsed), *preflight.repeats(parsed), *starting.proposals(parsed)],
+        notes=[
+            *preflight.origins(parsed),
+            *preflight.prompts(parsed),
+            *preflight.repeats(parsed),
+            *starting.proposals(parsed),
+        ],
         warnings=[*preflight.warnings(parsed), *preflight.copies(parsed)],
         undecidable=preflight.foreseen(parsed),
         skipped={name: str(lack) for name, lack in preflight.skipped(parsed).items()},
@@ -81,7 +85,15 @@ def check(
     elif told:
         outlook, duration = told
         _foretell(outlook, console)
-        console.say(durations.sentence(duration))
+        _say_duration(duration, console)
+
+
+def _say_duration(duration: Duration, console: Console) -> None:
+    """How long a run will take, and what makes a long one shorter."""
+    from peftopt.decision import duration as durations
+
+    for line in filter(None, (durations.sentence(duration), durations.shorter(duration))):
+        console.say(line)
 
 
 def _print(checked: Checked, console: Console) -> None:
@@ -223,7 +235,6 @@ def _say_how_long(file: Path, results: Path) -> None:
     """How long a run of a new recipe will take. The recipe is written: what is wrong with it is for `check` to say."""
     from peftopt import store
     from peftopt.cli.console import Console
-    from peftopt.decision import duration as durations
     from peftopt.runner import judged
 
     console = Console()
@@ -231,7 +242,7 @@ def _say_how_long(file: Path, results: Path) -> None:
         recipe, _ = judged.read_recipe(file)
         home = store.Store(results.resolve())
         home.check_writable()
-        console.say(durations.sentence(_outlook(recipe, home, console)[1]))
+        _say_duration(_outlook(recipe, home, console)[1], console)
     except PeftoptError as error:
         console.warn(f"how long a run takes is not known: {error.message}")
 

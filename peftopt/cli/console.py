@@ -35,6 +35,9 @@ Problem = tuple[int, str, str]
 OUTCOME_STYLE = {"accepted": "green", "rejected": "red", "inconclusive": "yellow", "not judged": "dim"}
 
 
+QUIET_S = 60.0
+"""Seconds after which a log hears again of work that goes on."""
+
 NARROWEST = 20
 """Columns that a text is given at least, however narrow the terminal is."""
 
@@ -94,7 +97,7 @@ class Console:
     @contextlib.contextmanager
     def progress(self, title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
         """A bar with an estimate on a terminal, in units such as "blocks" or "%"; off a terminal a line at the start,
-        and one with an estimate whenever a tenth is done."""
+        and one with an estimate whenever a tenth is done or a minute is over."""
         if self.quiet:
             yield lambda done, what: None
         elif not self.err.is_terminal:
@@ -133,19 +136,18 @@ class Console:
         self.done(title, "ready", time.perf_counter() - started)
 
     def _lines(self, title: str, total: int, unit: str) -> Callable[[int, str], None]:
-        started = time.perf_counter()
+        started = told_at = time.perf_counter()
         told = -1
 
         def show(done: int, what: str) -> None:
-            nonlocal told
+            nonlocal told, told_at
             with self.lock:
-                tenth = done * 10 // max(total, 1)
-                if tenth > told:
+                tenth, now = done * 10 // max(total, 1), time.perf_counter()
+                if tenth > told or now > told_at + QUIET_S:
                     left = ""
-                    if told >= 0 and done < total:
-                        seconds = (time.perf_counter() - started) * (total - done) / done
-                        left = f", {_about(seconds)} left"
-                    told = tenth
+                    if told >= 0 and 0 < done < total:
+                        left = f", {_about((now - started) * (total - done) / done)} left"
+                    told, told_at = tenth, now
                     self.err.print(f"  {shown(title):<14} {_count(done, total, unit)}{left} [dim]{shown(what)}[/dim]")
 
         return show

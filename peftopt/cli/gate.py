@@ -214,8 +214,9 @@ def _conclude(answer: Gate, file: Path, options: GateOptions, console: Console) 
     if options.as_json:
         print_json(answer)
     else:
-        header, rows = words.rows(answer)
-        console.table(header, rows, [row[1] for row in rows])
+        if not all(case.reason and case.reason in answer.sentence for case in answer.cases):
+            header, rows = words.rows(answer)
+            console.table(header, rows, [row[1] for row in rows])
         for note in answer.notes:
             console.tell(note)
         console.say(answer.sentence, "bold")

@@ -65,7 +65,9 @@ def compose(text: str) -> yaml.Node:
         line = error.problem_mark.line if error.problem_mark else 0
         if any(written.lstrip(" ").startswith("\t") for written in text.splitlines()[line : line + 1]):
             raise Unreadable(line + 1, "indented with a tab", "YAML is indented with spaces") from error
-        raise Unreadable(line + 1, f"not YAML: {error.problem}") from error
+        begun = error.context_mark.line if error.context_mark else line
+        where = f"{error.context} that begins in line {begun + 1}: " if error.context and begun < line else ""
+        raise Unreadable(line + 1, f"not YAML: {where}{error.problem}") from error
     except (ValueError, OverflowError) as error:  # an escape that is no character, such as "\UFFFFFFFF"
         raise Unreadable(loader.get_mark().line + 1 if loader else 0, f"not YAML: {error}") from error
     if root is None:

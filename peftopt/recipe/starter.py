@@ -15,6 +15,13 @@ from peftopt.stats import needed_n
 RATES = (0.01, 0.02, 0.03, 0.05, 0.10)
 """Limits on critical errors that a recipe proposes: the strictest that the prompts can show."""
 
+USUAL = {
+    "merge": {"merge": 0.05, "quantize": 0.01, "compile": 0.05, "variant": 0.05},
+    "bake": {"bake": 0.05, "compile": 0.05, "variant": 0.05},
+    "": {"quantize": 0.01, "variant": 0.05},
+}
+"""What the table of trade-offs allows the techniques that a recipe has, by the adapter's method."""
+
 SHORTEST, LONGEST = 8, 256
 """Bounds of the tokens that a timed answer is given."""
 
@@ -58,7 +65,7 @@ def recipe(facts: Facts) -> str:
         "# of your right answers is a good number.",
         "workloads:",
         f"  chat: {{prompts: {_word(facts.prompts)}, new_tokens: {answer}, batch: 1}}",
-        f"  bulk: {{prompts: {_word(facts.prompts)}, new_tokens: {answer}, batch: 8}}",
+        "  # Where you answer many at a time, add such as bulk: {prompts: …, new_tokens: 16, batch: 8}",
         "",
         "# Whose answers are checked: of so many `rows`, each of `new_tokens` at most. In the file of prompts, mark as",
         "# critical what may never get worse.",
@@ -124,8 +131,7 @@ def _tradeoffs(facts: Facts, rows: int, judged: int) -> list[str]:
             "# Too few prompts cannot show that critical errors are rare: variants stay undecided.",
             "# `peftopt check` says how many it takes.",
         ]
-    rules = {"merge": 0.05, "quantize": 0.01, "compile": 0.05, "variant": 0.05}
-    weaker = {name: shown for name, limit in rules.items() if shown > limit}
+    weaker = {name: shown for name, limit in USUAL[facts.method].items() if shown > limit}
     if not weaker:
         return []
     return [
@@ -137,7 +143,7 @@ def _tradeoffs(facts: Facts, rows: int, judged: int) -> list[str]:
 def _require(facts: Facts) -> list[str]:
     lines = ["require:                           # your SLA, such as: - latency.p95@chat <= 400 ms"]
     if facts.answer_tokens:
-        return [*lines, "  - accuracy >= 0.9x"]
+        return [*lines, "  - accuracy >= 0.9x               # right answers, against how many the adapter has"]
     return [*lines, "  - perplexity <= 1.05x            # for prompts without right answers; else ask for accuracy"]
 
 

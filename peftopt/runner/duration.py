@@ -43,9 +43,9 @@ GRAPH_S, GRAPH_OF_REGIONS_S, GRAPH_CACHED_S = Span(25.0, 120.0), Span(10.0, 60.0
 SERVER_S = Span(8.0, 90.0)
 """From nothing to a server that answers."""
 
-SAME_WEIGHTS, OTHER_ENGINE, CHANGED_REQUESTS = Span(0.2, 0.8), Span(0.1, 1.0), Span(0.3, 1.0)
-"""The time of a compiled variant of what it is compiled from, of other engines of transformers', and of requests that a
-policy changes: assumed, since they are not tried."""
+SAME_WEIGHTS, OTHER_ENGINE, CHANGED_REQUESTS, ADAPTED = Span(0.2, 0.8), Span(0.1, 1.0), Span(0.3, 1.0), Span(1.0, 1.5)
+"""The time of a compiled variant of what it is compiled from, of other engines of transformers', of requests that a
+policy changes, and of a base with an adapter that is not cut: assumed, since they are not tried."""
 
 READ_WRONG = (0.05, 0.2)
 """The share of answers that are not the expected ones, and have to be generated."""
@@ -109,7 +109,9 @@ class _Speeds:
         name = next((v.name for v in [*alike, *merged]), self.reference)
         if variant.engine.plugin == "compiled":
             return name, SAME_WEIGHTS
-        return (name, CHANGED_REQUESTS) if variant.engine.plugin == "eager" else (self.reference, OTHER_ENGINE)
+        if variant.engine.plugin != "eager":
+            return self.reference, OTHER_ENGINE
+        return name, ADAPTED if name == PLAIN and not variant.policies else CHANGED_REQUESTS
 
     def request(self, variant: Variant, workload: Workload) -> Span:
         """Seconds of a request, a whole batch; under load of a whole turn."""

@@ -18,6 +18,7 @@ from peftopt.jobs import LayersJob
 from peftopt.measurements import Forecast, Measured, Pass, as_json, structured
 from peftopt.metrics import counted
 from peftopt.models.adapter import highest_rank, open_adapter
+from peftopt.models.baked import is_baked
 from peftopt.models.checkpoint import open_model
 from peftopt.models.cut import layer_of, layers_of
 from peftopt.probes.layers import APART, APART_ONE, FEW, PADDED, PLAIN, PLAIN_ONE, Asked, Few
@@ -70,14 +71,18 @@ def outlook(recipe: Recipe, sources: Mapping[str, str], home: Path, hear: Hear =
     model that is measured as soon as it is tried, cost nothing: no worker starts. Nor does one where the times of the
     same layers on the same machine are kept in the results folder `home`. `sources`: the hashes of base and
     adapter."""
-    variants = [variant for variant in recipe.variants.values() if _can_be_tried(variant)]
+    kind = _kind(Path(recipe.adapter))
+    possible = [variant for variant in recipe.variants.values() if _can_be_tried(variant)]
+    variants = possible if kind == "LORA" else []
     graphs = [variant for variant in recipe.variants.values() if variant.engine.plugin == "compiled"]
     own, padded = _ranks(recipe)
-    left_out = {name: _elsewhere(v) for name, v in recipe.variants.items() if v not in (*variants, *graphs)}
+    left_out = {name: _elsewhere(v) for name, v in recipe.variants.items() if v not in (*possible, *graphs)}
+    if not variants:
+        left_out |= {v.name: f"only LoRA is tried on a few layers, and the adapter is {kind}" for v in possible}
     workloads = [workload for workload in recipe.workloads.values() if not workload.loaded]
     if not workloads:
         return Outlook(left_out=left_out, unknown="every workload is a load on a server")
-    if not (variants or graphs or padded > own):
+    if not (possible or graphs or padded > own):
         return Outlook(left_out=left_out, unknown=f"{recipe.baseline} is {left_out[recipe.baseline]}")
     started = time.perf_counter()
     try:
@@ -86,7 +91,7 @@ def outlook(recipe: Recipe, sources: Mapping[str, str], home: Path, hear: Hear =
             return Outlook(left_out=left_out, unknown=why)
         room = _room(Path(recipe.base))
         left_out |= {variant.name: "too little memory to open it beside the others" for variant in variants[room:]}
-        job = _job(recipe, variants[:room], workloads, padded if padded > own else 0)
+        job = _job(recipe, kind, variants[:room], workloads, padded if padded > own else 0)
         place = home / FOLDER / f"{_key(job, recipe, sources)[:16]}.json"
         few = _kept(place)
         took = None if few else started
@@ -139,12 +144,17 @@ def _merges(variant: Variant) -> bool:
     return any(step.technique == "merge" for step in variant.steps)
 
 
-def _job(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Workload], rank: int) -> LayersJob:
-    """What is asked of the worker, but for the folder that it may write in."""
+def _kind(adapter: Path) -> str:
+    """An adapter's type in PEFT's words; of a prompt that was baked, that."""
+    return "a baked prompt" if is_baked(adapter) else open_adapter(adapter).kind
+
+
+def _job(recipe: Recipe, kind: str, variants: Sequence[Variant], workloads: Sequence[Workload], rank: int) -> LayersJob:
+    """What is asked of the worker, but for the folder that it may write in. An adapter that is not cut is left out."""
     calibrates = any(step.calibrates for variant in variants for step in variant.steps)
     quality = recipe.quality
     return LayersJob(
-        model=Model(recipe.base, (recipe.adapter,)),
+        model=Model(recipe.base, (recipe.adapter,) if kind == "LORA" else ()),
         variants=tuple(variants),
         asked=tuple(Asked(w.name, w.batch, tuple(corpus.read(w.prompts, w.slice))) for w in workloads),
         folder="",

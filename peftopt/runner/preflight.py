@@ -25,9 +25,12 @@ from peftopt.models.adapter import (
     Adapter,
     check_mergeable,
     check_names,
+    check_trained_on,
     download_hint,
     is_embedding,
     open_adapter,
+    plain_pairs,
+    unproven_base,
 )
 from peftopt.models.baked import check_base as check_prompt_base
 from peftopt.models.baked import is_baked, open_baked
@@ -50,6 +53,7 @@ def check(recipe: Recipe) -> None:
     ours = any(variant.engine.environment == environments.MAIN for variant in recipe.variants.values())
     check_base(Path(recipe.base), quantized=not transforms, ours=ours)
     check_adapter(Path(recipe.adapter), Path(recipe.base), _with(recipe, "merge"), _with(recipe, "bake"))
+    _check_training_base(recipe)
     _check_virtual_tokens(recipe)
     lacking = skipped(recipe)
     _check_rest(recipe, lacking)
@@ -89,6 +93,15 @@ def _check_virtual_tokens(recipe: Recipe) -> None:
             check_engine(variant.engine.plugin, Path(recipe.adapter), bool(bakes))
         except BadInput as error:
             raise BadInput(f"variant {name}: {error.message}", error.hint) from error
+
+
+def _check_training_base(recipe: Recipe) -> None:
+    """The base is one that merge and bake take: nothing says that the adapter was trained on another."""
+    asked = [step for v in recipe.variants.values() for step in v.steps if step.technique in ("merge", "bake")]
+    if is_baked(Path(recipe.adapter)) or all(step.params.get("allow_base_mismatch") for step in asked):
+        return
+    base = Path(recipe.base)
+    check_trained_on(open_adapter(Path(recipe.adapter)), base, _json(base / "config.json", "a model's config"))
 
 
 def _with(recipe: Recipe, technique: str) -> list[str]:
@@ -184,6 +197,16 @@ def _checked_prompts(quality: Quality | None) -> int:
         return 0
     prompts = len(corpus.read(quality.prompts, quality.slice))
     return min(prompts, quality.rows or prompts)
+
+
+def origins(recipe: Recipe) -> list[str]:
+    """A sentence where the adapter names the base of its training, and nothing tells whether this base is that one."""
+    adapter, base = Path(recipe.adapter), Path(recipe.base)
+    if is_baked(adapter):
+        return []
+    named = unproven_base(open_adapter(adapter), base, _json(base / "config.json", "a model's config"))
+    compared = "only names and shapes of weights could be compared"
+    return [f"{adapter} was trained on {named}: make sure that {base} is that model; {compared}"] if named else []
 
 
 def copies(recipe: Recipe) -> list[str]:
@@ -430,6 +453,8 @@ def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = (), b
             raise BadInput(f"adapter {folder} (POLY) {what}", "train an adapter for each task, such as a LoRA")
         if base and adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
             _check_fits(adapter, base)
+        if adapter.kind == "LORA":
+            plain_pairs(adapter)  # config and weights agree in ranks and modules
     check_values(folder, adapter.weights)
 
 

@@ -68,7 +68,7 @@ def _begin(run: Run, text: str, sources: Mapping[str, str]) -> None:
     store.write(folder / "plan.json", json.dumps(asdict(run.plan), indent=1))
     store.write(folder / hashes.FILE, json.dumps(asdict(hashes.of(recipe, sources)), indent=1))
     store.write(folder / "machine.json", json.dumps(machine.describe(), indent=1))
-    for line in (*preflight.prompts(recipe), *preflight.repeats(recipe)):
+    for line in (*preflight.origins(recipe), *preflight.prompts(recipe), *preflight.repeats(recipe)):
         listener.tell(line)
     for line in (*preflight.warnings(recipe), *preflight.copies(recipe)):
         listener.warn(line)
