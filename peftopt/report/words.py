@@ -20,11 +20,13 @@ Table = tuple[list[str], list[list[str]]]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report beside the decision, such as a diagnosis."""
+    """A part of a report beside the decision, such as a diagnosis. `links`: the page behind the first cell of each
+    row, "" for none."""
 
     title: str
     about: str
     table: Table
+    links: Sequence[str] = ()
 
 
 def measured(cell: str) -> bool:

@@ -188,7 +188,8 @@ def _compiling(recipe: Recipe, plan: Plan, few: Few, built: Set[str]) -> Iterato
         graphs = 1 if recipe.quality else 0
         for workload in (recipe.workloads[name] for name in few.lengths):
             lengths = few.lengths[workload.name]
-            graphs += _shapes.wanted(lengths, workload.batch, workload.new_tokens, params).graphs
+            ahead = forecast.ahead(variant)
+            graphs += _shapes.wanted(lengths, workload.batch, workload.new_tokens, params, ahead).graphs
         least = GRAPH_CACHED_S if plan.models[variant.name] in built else each
         yield Span(least.least, each.most) * graphs
 
