@@ -13,7 +13,7 @@ from helpers.records import PREFIX, decide, evidence_of, of, outcome, plan_of, q
 
 from peftopt import plugins
 from peftopt.decision import stopping
-from peftopt.decision.rules import parent_of
+from peftopt.decision.rules.parents import parent_of
 from peftopt.errors import BadInput, BadRecipe
 from peftopt.recipe import parse
 from peftopt.records import Json, Measurement, Recipe
