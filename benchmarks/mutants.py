@@ -39,7 +39,7 @@ import yaml
 from _pytest.runner import runtestprotocol
 from hypothesis import HealthCheck, Phase, settings
 
-RULES = ("speed", "answers", "parity", "requirements", "ratios", "table")
+RULES = ("limits", "speed", "answers", "parity", "requirements", "ratios", "table")
 
 MODULES = {
     path: tuple(f"tests/test_{name}.py" for name in names)

@@ -11,25 +11,10 @@ from helpers.records import MERGE, builds, decide, of, plan_of, quality, speed, 
 from helpers.ruled import asked, launched, rows
 
 from peftopt import stats
-from peftopt.decision.rules import limits, requirements
+from peftopt.decision.rules import requirements
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse
 from peftopt.records import Interval, Json, Measurement, Metric, Step, Threshold, Variant, Verdict
-
-
-@pytest.mark.parametrize(
-    ("op", "outcomes"),
-    [
-        ("<=", ["accepted", "accepted", "inconclusive", "inconclusive", "rejected"]),
-        ("<", ["accepted", "inconclusive", "inconclusive", "rejected", "rejected"]),
-        (">=", ["rejected", "inconclusive", "inconclusive", "accepted", "accepted"]),
-        (">", ["rejected", "rejected", "inconclusive", "inconclusive", "accepted"]),
-    ],
-)
-def test_a_requirement_asks_the_whole_interval(op: str, outcomes: list[str]) -> None:
-    """Intervals of width 2 that end at 4, at the limit of 5, hold it, begin at it and begin at 6."""
-    found = [limits.against_limit(Interval(x, x - 1, x + 1, 9), op, 5) for x in (3, 4, 5, 6, 7)]
-    assert found == outcomes
 
 
 def required(text: str, measurements: Sequence[Measurement], **measure: Json) -> Verdict:
@@ -178,24 +163,6 @@ def test_as_many_requests_as_a_tail_takes_are_not_too_few() -> None:
 def test_the_level_of_a_requirement_is_shared_by_looks_and_variants() -> None:
     assert requirements.required_level(plan_of("merged").recipe) == 0.95
     assert requirements.required_level(plan_of("merged", "int8").recipe, 0.5) == pytest.approx(1 - 0.05 / 4)
-
-
-@pytest.mark.parametrize(
-    ("value", "limit", "blocks"),
-    [
-        (Interval(10, 8, 12, 9), 11, 40),
-        (Interval(10, 9.5, 12, 9), 9.5, 10),
-        (Interval(10, 9, 12, 9), 9.5, 40),
-        (Interval(10, 8, 12, 9), 10, 20),
-        (Interval(10, 0, math.inf, 9), 11, 20),
-        (Interval(10, 0, 1e9, 9), 10.001, stats.MOST_BLOCKS),
-        (Interval(10, 8, 11, 9), 10.7, 21),
-    ],
-)
-def test_blocks_that_would_clear_a_limit_grow_with_the_square_of_what_is_missing(
-    value: Interval, limit: float, blocks: int
-) -> None:
-    assert limits.blocks_for(value, limit, 10) == blocks
 
 
 def test_a_ratio_to_an_adapter_that_was_not_measured_there_is_unknown() -> None:

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-from helpers.records import decide, plan_of, speed, verdict, whole
+from helpers.records import CHAINS, EAGER, decide, evidence_of, plan_of, speed, verdict, whole
 from helpers.ruled import CAP, TRUNCATE, launched, policed, ruled
 
+from peftopt import stats
 from peftopt.decision.evidence import Evidence
-from peftopt.records import Measurement, Plan, Rule, Verdict, Workload
+from peftopt.decision.rules.speed import _own_limits, judged_speed
+from peftopt.recipe import plan as planning
+from peftopt.records import TWIN, Json, Measurement, Metric, Plan, Rule, Variant, Verdict, Workload
 
 
 def gain(plan: Plan, measurements: Sequence[Measurement]) -> Verdict:
@@ -77,6 +80,7 @@ def test_a_merge_is_raced_by_itself_only_where_what_follows_may_cost_speed(
     plan = ruled(plan_of("merged", "int8"), *table)
     said = verdict(decide(plan, speed(plan, {"merged": 0.5, "int8": 2.0}), {}), "int8", "merge.gain")
     assert said.outcome == ("accepted" if alone else "rejected")
+    assert said.reason.startswith("merged: ") == alone, "whose gain it is"
 
 
 @pytest.mark.parametrize(("touched", "judged"), [((5, 0), "chat"), ((4, 5), "long"), ((6, 9), "long"), ((4, 4), "")])
@@ -160,3 +164,112 @@ def test_an_open_race_tells_how_long_its_missing_blocks_take() -> None:
     found = gain(plan, timed)
     assert found.outcome == "inconclusive" and found.blocks_needed and found.blocks_needed > 40
     assert found.minutes_needed == pytest.approx((found.blocks_needed - 40) * 3 * 6 / 60)
+
+
+GAIN, SMALLER = Rule("merge", "gain", 0.15), Rule("int8", "smaller", 0.1)
+NOT_SLOWER = Rule("int8", "not_slower", 0.02)
+POLICIES = (("speculating", "speculate.gain"), ("reusing", "prefix.gain"))
+
+
+@pytest.mark.parametrize(
+    ("name", "others", "table", "limits"),
+    [
+        ("merged", (), (GAIN,), [0.85]),
+        ("merged", (), (Rule("merge", "gain", 0.0),), [1.0]),
+        ("merged", (), (Rule("merge", "gain", None),), []),
+        ("merged", (), (Rule("merge", "parity", 0.01), NOT_SLOWER, Rule("compile", "gain", 0.1)), []),
+        ("apart", (), (NOT_SLOWER,), [1.02]),
+        ("int8", (), (GAIN, NOT_SLOWER), [0.85, 1.02]),
+        ("int8", ("merged",), (GAIN, NOT_SLOWER), [0.85]),  # which is judged against the merge
+        ("int8", ("merged",), (GAIN, SMALLER), []),  # whose gain is the merge's own
+        ("int8", (), (GAIN, SMALLER), [0.85]),
+        ("compiled", (), (GAIN, Rule("compile", "gain", 0.1)), [0.85, 0.9]),
+        ("compiled", ("merged",), (Rule("compile", "gain", 0.1), GAIN), [0.85]),
+    ],
+)
+def test_a_variant_is_raced_against_the_baseline_by_those_of_its_rules_that_compare_the_two(
+    name: str, others: tuple[str, ...], table: tuple[Rule, ...], limits: list[float]
+) -> None:
+    plan = ruled(plan_of(*others, name), *table)
+    assert [*_own_limits(evidence_of(plan, []), CHAINS[name])] == pytest.approx(limits)
+
+
+@pytest.mark.parametrize(("raced", "limits"), [("chat", []), ("free", [0.9])])
+def test_a_rule_that_is_raced_on_another_workload_says_nothing_of_the_minimized_one(
+    raced: str, limits: list[float]
+) -> None:
+    free, rule = Workload("free", "p", lengths="natural"), Rule("shorten", "gain", 0.1)
+    plan = policed(CAP, rule, free=free)
+    cut = Variant("cut", (), EAGER, (CAP,))  # of which the baseline is all but the cap
+    recipe = replace(plan.recipe, variants={**plan.recipe.variants, "cut": cut}, minimize=Metric("latency.p50", raced))
+    plan = planning.plan(recipe, {"base": "b", "adapter": "a", "calibration": ""}, {})
+    assert [*_own_limits(evidence_of(plan, []), cut)] == pytest.approx(limits)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "rule"), [("merged", 0.86, GAIN), ("merged", 0.5, GAIN), ("apart", 1.01, NOT_SLOWER)]
+)
+def test_the_speed_that_is_shown_is_the_one_that_the_rule_judged(name: str, ratio: float, rule: Rule) -> None:
+    plan = ruled(plan_of(name), rule)
+    measured = speed(plan, {name: ratio}, 40, noise=0.02)
+    judged = verdict(decide(plan, measured, {}), name, f"{rule.technique}.{rule.name}").value
+    assert judged and judged_speed(evidence_of(plan, measured), CHAINS[name]) == judged
+
+
+def test_the_speed_that_no_rule_judges_is_a_race_against_1() -> None:
+    """12 % faster are soon shown to be faster, and late to be 10 % faster."""
+    plan = plan_of("merged")
+    measured = speed(plan, {"merged": 0.88}, 60, noise=0.1)
+    unjudged, as_fast, gained = (
+        judged_speed(evidence_of(ruled(plan, *table), measured), CHAINS["merged"])
+        for table in ((), (Rule("merge", "gain", 0.0),), (Rule("merge", "gain", 0.1),))
+    )
+    assert unjudged and gained and unjudged == as_fast and unjudged.n < gained.n
+
+
+def test_no_speed_is_judged_where_times_of_requests_are_not_minimized_or_not_measured() -> None:
+    plan = plan_of("merged")
+    measured = speed(plan, {"merged": 0.5})
+    for minimize, there in (("latency.p50", True), ("throughput", True), ("ttft.p50", False), ("memory", False)):
+        recipe = replace(plan.recipe, minimize=Metric(minimize, "" if minimize == "memory" else "chat"))
+        evidence = evidence_of(replace(plan, recipe=recipe), measured)
+        for name in ("adapter", "merged"):
+            assert (judged_speed(evidence, CHAINS[name]) is not None) == there, (minimize, name)
+    assert judged_speed(evidence_of(plan, []), CHAINS["merged"]) is None
+
+
+def test_the_baselines_speed_is_its_second_copys_at_the_level_of_a_look() -> None:
+    plan = plan_of("merged")
+    evidence = evidence_of(plan, speed(plan, {"merged": 0.5}))
+    own = judged_speed(evidence, CHAINS["adapter"])
+    level = 1 - stats.ALPHA / len(stats.LOOKS)
+    assert own and own == evidence.ratio("adapter" + TWIN, "adapter", "chat", "request_duration_ms", level)
+
+
+def test_a_policy_says_on_which_other_workloads_it_loses() -> None:
+    """Not on the one that it is raced on, nor where it may be as fast."""
+    plan = ruled(plan_of("compiled", "reusing"), Rule("prefix", "gain", 0.0))
+    for bulk, told in ((1.5, True), (1.0, False), (0.9, False)):
+        measured = speed(plan, {"compiled": 0.5, "reusing": 0.6}, 24)
+        others = speed(plan, {"compiled": 0.5, "reusing": 0.5 * bulk}, 24)
+        found = decide(plan, [*measured, *(replace(m, workload="bulk") for m in others)], {})
+        said = verdict(found, "reusing", "prefix.gain")
+        assert said.outcome == "rejected" and said.workload == "chat"
+        assert ("loses on bulk: 1.50x" in said.reason) == ("loses" in said.reason) == told
+
+
+def test_what_a_policy_gave_is_said_of_that_policy() -> None:
+    plan = ruled(
+        plan_of("compiled", "speculating", "reusing"), Rule("speculate", "gain", 0.0), Rule("prefix", "gain", 0.0)
+    )
+    gave: dict[str, Json] = {"steps": 4, "proposed": 16, "accepted": 12, "prompt_tokens": 100, "reused": 61}
+    found = [
+        replace(m, values={**m.values, "requests": [{**r, **gave} for r in m.values["requests"]]})
+        for m in speed(plan, {"compiled": 0.5, "speculating": 0.4, "reusing": 0.4}, 24)
+    ]
+    decision = decide(plan, found, {})
+    proposing, reusing = (verdict(decision, *which).reason for which in POLICIES)
+    assert "4.00 tokens a step" in proposing and "reused" not in proposing
+    assert "61 % of prompt tokens were reused" in reusing and "a step" not in reusing
+    bare = decide(plan, speed(plan, {"compiled": 0.5, "speculating": 0.4, "reusing": 0.4}, 24), {})
+    assert not any("a step" in why or "reused" in why for why in (verdict(bare, *which).reason for which in POLICIES))

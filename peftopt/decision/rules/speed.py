@@ -140,11 +140,12 @@ def _own_limits(evidence: Evidence, variant: Variant) -> Iterator[float]:
     for step in variant.techniques:
         if raced_on(evidence, variant.name, step) != recipe.minimize.workload:
             continue
-        for rule in (r for r in recipe.rules if r.technique == rule_name(step) and r.limit is not None):
-            if rule.name == "gain" and _gains_as(recipe, variant.name, step) == (variant.name, recipe.baseline):
-                yield 1 - (rule.limit or 0.0)
-            elif rule.name == "not_slower" and parent_of(recipe, variant, step) == recipe.baseline:
-                yield 1 + (rule.limit or 0.0)
+        limits = [(r.name, r.limit) for r in recipe.rules if r.technique == rule_name(step) and r.limit is not None]
+        for name, limit in limits:
+            if name == "gain" and _gains_as(recipe, variant.name, step) == (variant.name, recipe.baseline):
+                yield 1 - limit
+            elif name == "not_slower" and parent_of(recipe, variant, step) == recipe.baseline:
+                yield 1 + limit
 
 
 def _gains_as(recipe: Recipe, variant: str, step: Step) -> tuple[str, str]:
