@@ -11,7 +11,7 @@ from peftopt import machine, plugins, stats, store
 from peftopt.decision import stopping
 from peftopt.decision.duration import Answering, Duration, Pace, Racing, Span, Work, parts, total
 from peftopt.decision.evidence import FEWEST, Evidence
-from peftopt.decision.rules import family
+from peftopt.decision.rules.parents import family
 from peftopt.engines import _shapes, compiled
 from peftopt.probes.layers import APART, PLAIN, Few, typical
 from peftopt.records import Build, Plan, Quality, Recipe, Variant, Workload
