@@ -19,8 +19,8 @@ ADAPTERS := r4 r16 r32 r64 p-tuning prefix
 
 # two processes, each with whole files of tests: fixtures of a file are made once; the longest first (tests/conftest.py)
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
-PURE := layers docs gate_core thresholds stats recipe stopping evidence decide render store trust_stats trust_rules \
-        trust_answers trust_times trust_decisions broken_models honest_times
+PURE := layers docs gate_core thresholds stats recipe stopping evidence decide render store trust_stats trust_answers \
+        trust_times trust_decisions broken_models honest_times $(addprefix rules_,limits speed answers parity requirements ratios table)
 
 # A verdict is a result, whichever it is: 0 accepted, 1 rejected, 3 undecided. Anything else went wrong.
 decide = $(BIN)/peftopt run $(1); code=$$?; case $$code in 0|1|3) ;; *) exit $$code ;; esac

@@ -40,8 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import trust
 
 from peftopt import stats
-from peftopt.decision import rules, stopping
+from peftopt.decision import stopping
 from peftopt.decision.evidence import Evidence
+from peftopt.decision.rules.table import table_verdicts
 from peftopt.measurements import Launch, Measured, Request, Turn
 from peftopt.recipe import plan as planning
 from peftopt.records import (
@@ -294,7 +295,7 @@ def race_of_twelve(plan: Plan, world: World, rng: np.random.Generator) -> tuple[
             request = Request(request_duration_ms=ms, ttft_ms=ms, tpot_ms=ms, cpu_ms=ms, new_tokens=16, warmup=False)
             seen.append(Measured(Turn(block=block, requests=(request,)), arm, "chat"))
     evidence, recipe = Evidence(plan, seen), plan.recipe
-    found = {v: rules.table_verdicts(evidence, recipe.variants[v])[0].outcome for v in arms[1:]}
+    found = {v: table_verdicts(evidence, recipe.variants[v])[0].outcome for v in arms[1:]}
     wrong = sum(found[v] == ("rejected" if truth[v] < LIMIT else "accepted") for v in found)
     level = 1 - stats.ALPHA / VARIANTS
     intervals = (stats.hodges_lehmann((logs[v] - logs["adapter"])[:FIXED], level) for v in arms[1:])

@@ -39,20 +39,24 @@ import yaml
 from _pytest.runner import runtestprotocol
 from hypothesis import HealthCheck, Phase, settings
 
+RULES = ("limits", "speed", "answers", "parity", "requirements", "ratios", "table")
+
 MODULES = {
     path: tuple(f"tests/test_{name}.py" for name in names)
-    for path, names in {
+    for place, names in {
         "peftopt/decision/stopping.py": ("stopping", "decide", "honest_times", "next_step"),
         "peftopt/decision/decide.py": ("next_step", "judged_interval", "trust_decisions", "evidence", "decide"),
         "peftopt/decision/index.py": ("trust_times", "trust_answers", "judged", "evidence", "decide"),
         "peftopt/decision/evidence.py": (
-            *("speculation_rules", "trust_times", "trust_answers", "judged", "evidence", "decide"),
+            *("speculation_rules", "prefix_rules", "trust_times", "trust_answers", "judged", "evidence", "decide"),
         ),
-        "peftopt/decision/rules.py": (
-            *("judged_interval", "speculation_rules", "trust_rules", "broken_models", "decide", "honest_times"),
+        "peftopt/decision/rules": (
+            *(f"rules_{name}" for name in RULES),
+            *("judged_interval", "speculation_rules", "prefix_rules", "broken_models", "decide", "honest_times"),
         ),
         "peftopt/stats.py": ("stats", "trust_stats"),
     }.items()
+    for path in (sorted(map(str, Path(place).glob("[a-z]*.py"))) or [place])
 }
 """What is changed, and the tests that should notice, the closest first."""
 
@@ -423,7 +427,7 @@ class Mutation:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--module", action="append", help="a module's name or path; may be repeated")
+    parser.add_argument("--module", action="append", help="a module's or package's name, or a path; may be repeated")
     parser.add_argument("--changed", metavar="BASE", help="only lines that differ from this git revision")
     parser.add_argument("--again", type=Path, metavar="LOG", help="only what survived in the output of an earlier run")
     parser.add_argument("--sample", type=int, metavar="N", help="judge so many, drawn at random")
@@ -440,7 +444,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     options = arguments()
     found = {path: mutants_of(path) for path in MODULES}
-    wanted = [path for path in MODULES if not options.module or {path, Path(path).stem} & set(options.module)]
+    named = set(options.module or MODULES)
+    wanted = [path for path in MODULES if {path, *Path(path).with_suffix("").parts} & named]
     chosen = [mutant for path in wanted for mutant in found[path][1]]
     reasons = yaml.safe_load(options.survivors.read_text()) or {} if options.survivors.exists() else {}
     accepted = {(path, key) for path, keys in reasons.items() for key in keys}

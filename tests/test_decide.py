@@ -29,7 +29,8 @@ from hypothesis import strategies as st
 
 from peftopt import plugins
 from peftopt.decision.evidence import FAILED
-from peftopt.decision.rules import fewest_requests, parent_of
+from peftopt.decision.rules.parents import parent_of
+from peftopt.decision.rules.requirements import fewest_requests
 from peftopt.decision.stopping import answers as answers_needed
 from peftopt.decision.stopping import blocks as blocks_needed
 from peftopt.decision.stopping import hopeless, open_races, undecidable

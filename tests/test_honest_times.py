@@ -13,7 +13,7 @@ from helpers.records import builds, decide, evidence_of, of, outcome, plan_of, q
 from peftopt import stats
 from peftopt.decision import stopping
 from peftopt.decision.evidence import FAILED
-from peftopt.decision.rules import family
+from peftopt.decision.rules.parents import family
 from peftopt.recipe import plan as planning
 from peftopt.records import TWIN, Decision, Json, Measurement, Metric, Plan, Workload
 

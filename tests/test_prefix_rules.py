@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from helpers.records import PREFIX, decide, evidence_of, of, outcome, plan_of, quality, verdict, whole
 
-from peftopt import plugins
+from peftopt import plugins, stats
 from peftopt.decision import stopping
-from peftopt.decision.rules import parent_of
+from peftopt.decision.rules.parents import parent_of
 from peftopt.errors import BadInput, BadRecipe
 from peftopt.recipe import parse
 from peftopt.records import Json, Measurement, Recipe
@@ -72,8 +72,24 @@ def test_answers_that_part_from_those_without_it_are_turned_down() -> None:
 
 
 def test_nothing_reused_is_told_as_nothing() -> None:
-    assert evidence_of(PLAN, run(1.0, reused=0)).reused("reusing", "chat") is not None
+    nothing = evidence_of(PLAN, run(1.0, reused=0)).reused("reusing", "chat")
+    assert nothing and (nothing.estimate, nothing.low, nothing.high) == (0, 0, 0)
     assert evidence_of(PLAN, run(1.0)).reused("compiled", "chat") is None
+
+
+def test_the_share_that_is_reused_is_of_all_tokens_of_prompts_that_tell() -> None:
+    """A long prompt weighs more than a short one; one without a count, or without a token, says nothing."""
+    found = [(0, 10), (90, 100), (None, 1000), (7, 0), (7, None), (30, 40)]
+    (turn, *_) = (m for m in run(1.0) if (m.probe, m.variant) == ("speed", "reusing"))
+    timed = turn.values["requests"][1]
+    requests = [{**timed, "reused": reused, "prompt_tokens": tokens} for reused, tokens in found]
+    requests.append({**timed, "reused": 100, "prompt_tokens": 100, "warmup": True})
+    evidence = evidence_of(PLAN, [replace(turn, values={**turn.values, "requests": requests})])
+    for level in (0.9, 0.95):
+        expected = stats.ratio_of_means([0, 90, 30], [10, 100, 40], level)
+        assert evidence.reused("reusing", "chat", level) == expected
+    assert expected.estimate == 0.8 and evidence.reused("reusing", "chat") == expected
+    assert evidence.reused("reusing", "bulk") is None
 
 
 def test_it_answers_no_more_prompts_than_rules_take() -> None:

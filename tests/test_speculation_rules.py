@@ -24,7 +24,7 @@ from helpers.records import (
 
 from peftopt import plugins
 from peftopt.decision import stopping
-from peftopt.decision.rules import parent_of
+from peftopt.decision.rules.parents import parent_of
 from peftopt.errors import BadRecipe
 from peftopt.recipe import parse
 from peftopt.records import Json, Measurement, Recipe

@@ -10,7 +10,7 @@ from helpers.records import CHAINS, builds, evidence_of, plan_of, quality, speed
 
 from peftopt import stats
 from peftopt.decision import stopping
-from peftopt.decision.rules import ANY_CRITICAL
+from peftopt.decision.rules.table import ANY_CRITICAL
 from peftopt.metrics import percent
 from peftopt.recipe import plan as planning
 from peftopt.recipe.thresholds import parse

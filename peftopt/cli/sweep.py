@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,7 +121,8 @@ def report(
     page = output or folder / "report.html"
     if output is None:
         folder.mkdir(parents=True, exist_ok=True)
-    store.write(page, swept.page(read.name, standing), hint="choose another place: --output FILE")
+    runs = os.path.relpath(results.resolve() / "runs", page.parent.resolve())
+    store.write(page, swept.page(read.name, standing, runs), hint="choose another place: --output FILE")
     for file, ending in ((csv, ".csv"), (parquet, ".parquet")):
         if file:
             write(swept.rows(standing), swept.COLUMNS, file, ending)

@@ -12,7 +12,10 @@ from peftopt.decision.evidence import Evidence
 from peftopt.decision.figures import figures
 from peftopt.decision.next_step import next_step
 from peftopt.decision.prompts import virtual_tokens
-from peftopt.decision.rules import A_A, family, judged_speed, parent_of, protects, rule_name, verdicts
+from peftopt.decision.rules.parents import family, parent_of, rule_name
+from peftopt.decision.rules.speed import judged_speed
+from peftopt.decision.rules.table import A_A, protects
+from peftopt.decision.rules.variant import verdicts
 from peftopt.decision.stopping import hopeless
 from peftopt.measurements import Answer
 from peftopt.metrics import counted, percent, percent_of_level

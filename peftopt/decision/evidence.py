@@ -453,10 +453,12 @@ class Evidence(Index):
     def reused(self, variant: str, workload: str, level: float = 0.95) -> Interval | None:
         """The share of a workload's prompt tokens that started from what earlier requests had left; None where that is
         not told."""
-        told = [r for r in self.requests(variant, workload) if r.reused is not None and r.prompt_tokens]
+        requests = self.requests(variant, workload)
+        told = [(r.reused, r.prompt_tokens) for r in requests if r.reused is not None and r.prompt_tokens]
         if not told:
             return None
-        return stats.ratio_of_means([r.reused or 0 for r in told], [r.prompt_tokens or 0 for r in told], level)
+        reused, tokens = zip(*told, strict=True)
+        return stats.ratio_of_means(reused, tokens, level)
 
     def acceptance_lengths(self, variant: str) -> dict[str, Interval]:
         """Tokens that a step gave, of the answers that carry each tag, where some were proposed; "" is all of them."""

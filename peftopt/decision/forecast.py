@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from peftopt import stats
 from peftopt.decision.evidence import NOISIER
-from peftopt.decision.rules import parent_of
+from peftopt.decision.rules.parents import parent_of
 from peftopt.measurements import Forecast, Pass
 from peftopt.metrics import percent
 from peftopt.records import Interval, Recipe, Variant

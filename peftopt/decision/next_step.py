@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peftopt.decision import stopping
 from peftopt.decision.evidence import Evidence
-from peftopt.decision.rules import A_A
+from peftopt.decision.rules.table import A_A
 from peftopt.metrics import known
 from peftopt.records import Recipe, VariantDecision, Verdict
 from peftopt.stats import MOST_BLOCKS

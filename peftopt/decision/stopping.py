@@ -7,18 +7,12 @@ from collections.abc import Callable, Iterator
 
 from peftopt import stats
 from peftopt.decision.evidence import FEWEST, Evidence
-from peftopt.decision.rules import (
-    ANY_CRITICAL,
-    PARTED,
-    SAME_MODEL,
-    WHOLE,
-    against_limit,
-    family,
-    fewest_requests,
-    parent_of,
-    rule_name,
-    verdicts,
-)
+from peftopt.decision.rules.limits import against_limit
+from peftopt.decision.rules.parents import SAME_MODEL, family, parent_of, rule_name
+from peftopt.decision.rules.parity import PARTED
+from peftopt.decision.rules.requirements import fewest_requests
+from peftopt.decision.rules.table import ANY_CRITICAL, WHOLE
+from peftopt.decision.rules.variant import verdicts
 from peftopt.metrics import counted, percent
 from peftopt.records import Recipe, Rule, Threshold, Variant, Verdict
 

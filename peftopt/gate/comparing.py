@@ -13,7 +13,7 @@ from itertools import chain
 
 from peftopt import stats
 from peftopt.decision.evidence import ANSWERED_WRONG, exp
-from peftopt.decision.rules import score_ratio
+from peftopt.decision.rules.ratios import score_ratio
 from peftopt.gate.records import Baseline, Case, Errors, Race, RuleFigure, Scores, Snapshot
 from peftopt.metrics import counted, percent
 from peftopt.records import Interval, Outcome

@@ -8,7 +8,8 @@ from itertools import groupby
 from peftopt import identity
 from peftopt.decision.evidence import ANSWERED_WRONG, Evidence
 from peftopt.decision.index import Field
-from peftopt.decision.rules import ANY_CRITICAL, WHOLE, rule_name
+from peftopt.decision.rules.parents import rule_name
+from peftopt.decision.rules.table import ANY_CRITICAL, WHOLE
 from peftopt.gate.records import Errors, Hashes, Race, RuleFigure, Scores, Snapshot
 from peftopt.measurements import Answer
 from peftopt.records import NO_INVARIANTS, Decision, Metric, Threshold, VariantDecision, Verdict

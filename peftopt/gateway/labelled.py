@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from peftopt.decision import rules
 from peftopt.decision.evidence import Evidence
+from peftopt.decision.rules import answers
+from peftopt.decision.rules.case import Case
 from peftopt.gateway import bets
 from peftopt.gateway.bets import Tally
 from peftopt.measurements import Answer, Measured
@@ -67,8 +68,8 @@ class Labelled:
         """What the offline rules say: `critical`, the share of prompts with critical errors that must be excluded;
         `lost`, the share of right answers that may be lost. Before all are asked, only what rejects is said."""
         evidence = Evidence(_PLAN, [Measured(each, whose, "", launch) for whose, launch, each in self._whole()])
-        errors = rules.critical_errors(rules.Case(evidence, NEW, _ENGINE, critical, LIVE, 1))
-        kept = rules.lost(rules.Case(evidence, NEW, _ENGINE, lost, LIVE, 1))
+        errors = answers.critical_errors(Case(evidence, NEW, _ENGINE, critical, LIVE, 1))
+        kept = answers.lost(Case(evidence, NEW, _ENGINE, lost, LIVE, 1))
         if self.asked < self.total:
             worse, better, right = evidence.lost(NEW)
             clear = bets.judge(Tally(worse, better, right), lost, alpha) == "rejected"

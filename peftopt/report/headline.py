@@ -6,7 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from peftopt.decision.rules import protects
+from peftopt.decision.rules.table import protects
 from peftopt.metrics import HIGHER, counted, described, format_value
 from peftopt.records import Decision, Interval, VariantDecision
 from peftopt.report.table import speed_of

@@ -11,7 +11,7 @@ from peftopt import machine, plugins, stats, store
 from peftopt.decision import stopping
 from peftopt.decision.duration import Answering, Duration, Pace, Racing, Span, Work, parts, total
 from peftopt.decision.evidence import FEWEST, Evidence
-from peftopt.decision.rules import family
+from peftopt.decision.rules.parents import family
 from peftopt.engines import _shapes, compiled
 from peftopt.probes.layers import APART, PLAIN, Few, typical
 from peftopt.records import Build, Plan, Quality, Recipe, Variant, Workload
@@ -188,7 +188,8 @@ def _compiling(recipe: Recipe, plan: Plan, few: Few, built: Set[str]) -> Iterato
         graphs = 1 if recipe.quality else 0
         for workload in (recipe.workloads[name] for name in few.lengths):
             lengths = few.lengths[workload.name]
-            graphs += _shapes.wanted(lengths, workload.batch, workload.new_tokens, params).graphs
+            ahead = forecast.ahead(variant)
+            graphs += _shapes.wanted(lengths, workload.batch, workload.new_tokens, params, ahead).graphs
         least = GRAPH_CACHED_S if plan.models[variant.name] in built else each
         yield Span(least.least, each.most) * graphs
 

@@ -294,11 +294,17 @@ def _paddings(recipe: Recipe, workloads: Sequence[Workload], few: Few, own: int,
             yield from (Measured(told, name, workload.name) for name in apart)
 
 
+def ahead(variant: Variant) -> int:
+    """How many tokens a variant proposes at a time, 0 where it does not speculate."""
+    return next((int(step.params["tokens"]) for step in variant.policies if step.technique == "speculate"), 0)
+
+
 def _graphs(variants: Sequence[Variant], workloads: Sequence[Workload], few: Few) -> Iterator[Measured]:
     """What a compiled engine has to compile, and what it leaves uncompiled."""
     for variant in variants:
         params = compiled.Params(**variant.engine.params)
         for workload in workloads:
-            wanted = _shapes.wanted(few.lengths[workload.name], workload.batch, workload.new_tokens, params)
+            lengths = few.lengths[workload.name]
+            wanted = _shapes.wanted(lengths, workload.batch, workload.new_tokens, params, ahead(variant))
             told = judging.shapes(wanted.uncompiled, wanted.eager, wanted.graphs, wanted.padding, wanted.longest)
             yield Measured(told, variant.name, workload.name)
