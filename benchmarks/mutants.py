@@ -54,7 +54,7 @@ MODULES = {
             *(f"rules_{name}" for name in RULES),
             *("judged_interval", "speculation_rules", "prefix_rules", "broken_models", "decide", "honest_times"),
         ),
-        "peftopt/stats.py": ("stats", "trust_stats"),
+        "peftopt/stats": ("stats", "trust_stats"),
     }.items()
     for path in (sorted(map(str, Path(place).glob("[a-z]*.py"))) or [place])
 }

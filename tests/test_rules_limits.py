@@ -94,11 +94,12 @@ def test_predictions_of_as_many_prompts_as_are_named_turn_a_model_down(limit: fl
     assert all(of(k).outcome == "inconclusive" for k in range(2, needed or limits.MOST_TIMES + 1))
 
 
-@pytest.mark.parametrize("early", [4, 5, 6, 7, 9])
-@pytest.mark.parametrize("again", [0, 2])
-def test_answers_to_as_many_prompts_as_are_named_turn_a_model_down(early: int, again: int) -> None:
-    """So many of 40 part at the first token, where a limit of 1 % allows one in a hundred."""
-    parted = [(1.0, NEVER)] * early + [(NEVER, 1.0)] * again + [(NEVER, NEVER)] * (40 - early - again)
+@pytest.mark.parametrize(
+    ("n", "early", "again"), [(40, 4, 0), (40, 5, 2), (40, 7, 0), (40, 9, 0), (40, 9, 2), (24, 3, 0), (50, 6, 1)]
+)
+def test_answers_to_as_many_prompts_as_are_named_turn_a_model_down(n: int, early: int, again: int) -> None:
+    """So many of n part at the first token, where a limit of 1 % allows one in a hundred: it takes 3 to 10 times n."""
+    parted = [(1.0, NEVER)] * early + [(NEVER, 1.0)] * again + [(NEVER, NEVER)] * (n - early - again)
 
     def of(k: int) -> Verdict:
         return parity._answers(Disagreement((), tuple(parted * k), 32), 0.01, 1, sound=False)

@@ -13,7 +13,7 @@ from peftopt import stats
 from peftopt.decision import stopping
 from peftopt.decision.evidence import Disagreement
 from peftopt.decision.rules import parity
-from peftopt.records import Rule, Verdict
+from peftopt.records import Interval, Rule, Verdict
 
 
 def predicted(scored: Sequence[tuple[int, int]], limit: float, family: int = 1, slices: int = 1) -> Verdict:
@@ -200,3 +200,26 @@ def test_the_prompts_that_parity_is_said_to_take_are_those_it_takes(family: int)
     assert answered(parting(needed, 0), family=family).outcome == "accepted"
     for found, expected in ((parting(needed, 2), "accepted"), (parting(needed - 1, 2), "inconclusive")):
         assert answered(found, family=family, sound=True).outcome == expected
+
+
+@pytest.mark.parametrize("left", [1.0, 0.6])
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_a_share_of_answers_is_told_as_the_share_of_tokens_that_makes_it(left: float, tokens: int) -> None:
+    """Of the answers that the second run leaves alone, those have parted that did so at one of the tokens."""
+    parted = Interval(0.2, -0.05, 0.5, 99)
+    found = parity._of_tokens(parted, tokens, left)
+    for share, each in ((0.2, found.estimate), (-0.05, found.low), (0.5, found.high)):
+        assert left * (1 - (1 - each) ** tokens) == pytest.approx(share)
+    assert (found.n, found.level) == (parted.n, parted.level)
+    every = parity._of_tokens(Interval(left, 0.0, 1.0, 99), tokens, left)
+    assert (every.estimate, every.low, every.high) == (1, 0, 1), "none is left that has not parted"
+    none = parity._of_tokens(parted, tokens, 0.0)
+    assert (none.estimate, none.low, none.high) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(("early", "agree", "named"), [(3, 30, "answers part"), (0, 26, "tokens differ")])
+def test_of_parts_that_are_open_the_worse_one_is_named(early: int, agree: int, named: str) -> None:
+    """24 prompts leave both open. Of answers 12 % part at once, or none; of tokens 1 % differ, or 5 %."""
+    parted = rows(*range(early), tokens=[99, *range(1, 30)]) | rows(*range(3, 10), agree=agree)
+    said = parity.parity(case(asked(n=24, merged={}, compiled=parted), 0.01, "compiled"))
+    assert said.outcome == "inconclusive" and named in said.reason

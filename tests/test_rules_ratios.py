@@ -14,7 +14,7 @@ from peftopt import stats
 from peftopt.decision import figures
 from peftopt.decision.evidence import Evidence
 from peftopt.decision.rules import ratios
-from peftopt.records import Interval, Measurement, Metric
+from peftopt.records import Interval, Measurement, Metric, Quality
 
 
 def ratio(ours: Rows, theirs: Rows, level: float = 0.95) -> Interval | None:
@@ -41,6 +41,14 @@ def test_validity_is_not_accuracy() -> None:
     evidence = evidence_of(plan_of("merged"), asked(merged=ours))
     assert ratios.relative(evidence, "merged", Metric("validity"), 0.9) == stats.kept(3, 60, 0, 0, 0.9)
     assert ratios.relative(evidence, "merged", Metric("accuracy"), 0.9) == stats.kept(1, 60, 0, 0, 0.9)
+
+
+def test_where_nothing_says_what_is_valid_there_is_no_ratio_of_it() -> None:
+    plan = plan_of("merged")
+    for quality, there in ((Quality("p", schema="s.json"), True), (Quality("p"), False), (None, False)):
+        recipe = replace(plan.recipe, quality=quality)
+        evidence = evidence_of(replace(plan, recipe=recipe), asked(merged=rows(1, valid=False)))
+        assert (ratios.relative(evidence, "merged", Metric("validity")) is not None) == there
 
 
 def test_a_task_may_be_required_to_keep_a_share_of_the_adapters_score() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from helpers.records import CHAINS, EAGER, INT8, MERGE, builds, decide, of, outcome, plan_of, verdict, whole
+from helpers.records import BAKE, CHAINS, EAGER, INT8, MERGE, builds, decide, of, outcome, plan_of, verdict, whole
 from helpers.ruled import CAP, TRUNCATE, asked, policed, rows, ruled
 
 from peftopt.decision.rules import parents, table
@@ -100,6 +100,26 @@ def test_a_parent_keeps_the_other_policies() -> None:
     assert parents.parent_of(recipe, both, TRUNCATE) == "capped"
     assert parents.parent_of(recipe, both, CAP) == "cut"
     assert parents.parent_of(recipe, cut, TRUNCATE) == parents.parent_of(recipe, capped, CAP) == "merged"
+
+
+def test_a_step_by_itself_is_the_variant_with_no_other_technique_on_the_baselines_engine() -> None:
+    ready = Step("ready", "transform", "")  # no technique, such as one that only changes a dtype
+    for name, others, step, expected in (
+        ("int8", ("merged",), MERGE, "merged"),
+        ("int8_compiled", ("compiled", "merged"), MERGE, "merged"),
+        ("int8_compiled", ("compiled",), MERGE, None),
+        ("int8_baked", ("apart", "baked"), BAKE, "baked"),
+        ("int8_baked", ("apart",), BAKE, None),
+        ("merged", (), MERGE, "merged"),
+    ):
+        assert parents.by_itself(plan_of(*others, name).recipe, name, step) == expected, (name, others)
+    chains = {"plain": (MERGE,), "readied": (ready, MERGE), "whole": (ready, INT8, MERGE)}
+    policed_ = Variant("policed", (ready, MERGE), EAGER, (CAP,))
+    variants = {"adapter": CHAINS["adapter"], "policed": policed_}
+    variants |= {name: Variant(name, steps, EAGER) for name, steps in chains.items()}
+    recipe = replace(plan_of().recipe, variants=variants)
+    assert parents.by_itself(recipe, "whole", MERGE) == "readied"
+    assert parents.by_itself(recipe, "plain", MERGE) == "plain"
 
 
 def test_files_that_are_wrong_reject_and_those_that_were_not_built_leave_it_open() -> None:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from peftopt import stats
 from peftopt.records import Interval
+from peftopt.stats import bets, planning, quantiles
+from peftopt.stats.blocks import _centre_of_many, _signed_rank_cut, _walsh, centre
 
 values = st.floats(-5, 5).map(lambda x: round(x, 3))
 blocks = st.lists(values, max_size=70)
@@ -58,15 +60,15 @@ def test_excludes_exactly_what_the_wilcoxon_test_rejects(n: int) -> None:
 
     d = np.random.default_rng(n).normal(0.4, 1, n)
     interval = stats.hodges_lehmann(d, 0.9)
-    for centre in np.linspace(-2, 3, 41):
-        rejected = wilcoxon(d - centre, method="exact").pvalue <= 0.1
-        assert rejected == (not interval.low <= centre <= interval.high)
+    for shift in np.linspace(-2, 3, 41):
+        rejected = wilcoxon(d - shift, method="exact").pvalue <= 0.1
+        assert rejected == (not interval.low <= shift <= interval.high)
 
 
 def test_the_critical_values_of_the_tables() -> None:
     """Hollander, Wolfe and Chicken, table A.4; one more than the largest rejected W for each tail."""
     cuts = {(10, 0.025): 9, (20, 0.025): 53, (25, 0.005): 69, (5, 0.05): 1, (50, 0.025): 435}
-    assert {key: stats._signed_rank_cut(*key) for key in cuts} == cuts
+    assert {key: _signed_rank_cut(*key) for key in cuts} == cuts
 
 
 @given(blocks, levels, values)
@@ -126,7 +128,7 @@ def test_a_larger_family_needs_more() -> None:
     gain = [-0.3 + 0.001 * i for i in range(16)]
     assert stats.race(gain, -0.1).look == 10
     assert stats.race(gain, -0.1, family=12).look == 14
-    assert sum(stats.LOOK_SHARES) + stats.BETS_SHARE == pytest.approx(1)
+    assert sum(planning.LOOK_SHARES) + planning.BETS_SHARE == pytest.approx(1)
     with pytest.raises(ValueError, match="family"):
         stats.race(gain, -0.1, family=0)
 
@@ -167,7 +169,7 @@ def test_a_race_goes_on_after_its_last_look_and_bets_decide_it() -> None:
     assert (looked.outcome, looked.test, looked.look) == ("inconclusive", "look", 60)
     found = stats.race(d, 0.0)
     assert (found.outcome, found.test) == ("accepted", "bets") and 60 < found.look < 400
-    assert found.interval.level == pytest.approx(1 - 0.02 * stats.BETS_SHARE) and found.interval.high <= 0
+    assert found.interval.level == pytest.approx(1 - 0.02 * planning.BETS_SHARE) and found.interval.high <= 0
     still = stats.race(d[: found.look - 1], 0.0)
     assert still.outcome == "inconclusive" and still.interval.n == found.look - 1
 
@@ -231,7 +233,7 @@ def test_betting_stays_below_its_error_however_often_it_is_judged() -> None:
 
 
 def wealth_and_ends(x: np.ndarray, launches: Sequence[int], limit: float, side: int) -> tuple[np.ndarray, list[int]]:
-    return stats._log_wealth(x, stats._past_scale(x), launches, limit, side)
+    return bets._log_wealth(x, bets.past_scale(x), launches, limit, side)
 
 
 def scale_by_matrix(x: np.ndarray) -> np.ndarray:
@@ -243,13 +245,13 @@ def scale_by_matrix(x: np.ndarray) -> np.ndarray:
         ordered = np.sort(np.where(past, values, np.inf), axis=1)
         return np.append([0.0], ordered[n, (n - 1) // 2] / 2 + ordered[n, n // 2] / 2)
 
-    return stats.REACH * medians(np.abs(x - medians(np.broadcast_to(x, past.shape))[:, None]))
+    return bets.REACH * medians(np.abs(x - medians(np.broadcast_to(x, past.shape))[:, None]))
 
 
 @given(st.lists(values | st.floats(-0.5, 0.5), min_size=1, max_size=60), st.floats(-0.6, 0.6))
 def test_blocks_that_come_one_by_one_are_judged_as_all_at_once(d: list[float], limit: float) -> None:
     """At every number of blocks: as often as a trial looks."""
-    assert (stats._past_scale(np.array(d)) == scale_by_matrix(np.array(d))).all()
+    assert (bets.past_scale(np.array(d)) == scale_by_matrix(np.array(d))).all()
     gamblers = stats.Gamblers(limit, 0.05)
     for n, block in enumerate(d, 1):
         gamblers.add(block)
@@ -262,7 +264,7 @@ def test_blocks_that_come_one_by_one_are_judged_as_all_at_once(d: list[float], l
 @given(st.integers(1, 60), st.integers(0, 10**6))
 def test_the_centre_of_many_blocks_is_that_of_their_walsh_averages(n: int, seed: int) -> None:
     x = np.random.default_rng(seed).standard_t(2, n).round(seed % 3)
-    assert stats._centre_of_many(x) == pytest.approx(np.median(stats._walsh(x)), abs=1e-12, rel=1e-12)
+    assert _centre_of_many(x) == pytest.approx(np.median(_walsh(x)), abs=1e-12, rel=1e-12)
 
 
 @pytest.mark.parametrize("side", [-1, 1])
@@ -597,7 +599,7 @@ def test_the_wealth_of_bets_by_hand() -> None:
     Before the third block two lie 0.1 off their median, before the fourth the median deviation is 0.2: times 1.5.
     """
     x = np.array([-0.2, -0.4, 0.06, 0.15])
-    assert stats._past_scale(x) == pytest.approx([0, 0, 0.15, 0.3])
+    assert bets.past_scale(x) == pytest.approx([0, 0, 0.15, 0.3])
     wealth, ends = wealth_and_ends(x, range(4), 0.0, -1)
     assert wealth == pytest.approx(wealth_of(-1, -1, 0.4, 0.5)) and ends == [1, 2, 3, 4]
     mirrored, _ = wealth_and_ends(-x, range(4), 0.0, 1)
@@ -609,7 +611,7 @@ def test_the_wealth_of_bets_by_hand() -> None:
 def test_a_launch_is_one_bet_on_the_mean_of_its_blocks_scores() -> None:
     """Scaled by what was known before the launch; one that may still be going on is no bet yet."""
     x, launches = np.array([-0.2, 0.1, -0.4, 0.3, -0.1]), [0, 0, 1, 1, 2]
-    known = stats._past_scale(x)[2]
+    known = bets.past_scale(x)[2]
     wealth, ends = wealth_and_ends(x, launches, 0.0, -1)
     second = np.clip(np.array([-0.4, 0.3]) / known, -1, 1).mean()
     assert wealth == pytest.approx(wealth_of(0.0, second)) and ends == [2, 4]
@@ -620,12 +622,12 @@ def test_a_launch_is_one_bet_on_the_mean_of_its_blocks_scores() -> None:
 def test_the_scale_of_a_bet_is_that_of_the_blocks_before_it() -> None:
     """1.5 medians of the distances to the running median; none before the first, and the future plays no part."""
     x = np.array([0.0, 2.0, 4.0, 10.0, -50.0])
-    found = stats._past_scale(x)
+    found = bets.past_scale(x)
     assert found[0] == found[1] == 0.0
     before = found.tolist()
     for n in range(1, 6):
-        assert stats._past_scale(x[:n]).tolist() == before[:n]
-    again = stats._past_scale(np.append(x[:4], 1e6)).tolist()
+        assert bets.past_scale(x[:n]).tolist() == before[:n]
+    again = bets.past_scale(np.append(x[:4], 1e6)).tolist()
     assert again == before
 
 
@@ -717,7 +719,7 @@ def test_groups_that_share_their_fate_say_no_more_than_their_samples(groups: lis
 
 @pytest.mark.parametrize("value", [-1.0, 1.0])
 def test_the_centre_of_blocks_that_are_all_alike_is_their_value(value: float) -> None:
-    assert stats._centre_of_many(np.full(5, value)) == pytest.approx(value)
+    assert _centre_of_many(np.full(5, value)) == pytest.approx(value)
 
 
 def test_one_group_has_no_interval_and_none_no_share() -> None:
@@ -738,7 +740,7 @@ def test_the_bounds_of_a_share_are_exact_for_what_its_groups_are_worth() -> None
     alike, apart = [(5, 10)] * 20, [(0, 10), (10, 10)] * 10
     k, worth = [np.array([k for k, _ in groups]) for groups in (alike, apart)], []
     for shares, groups in zip(k, (alike, apart), strict=True):
-        n = stats._effective(shares, np.array([10] * 20), 0.9)
+        n = quantiles._effective(shares, np.array([10] * 20), 0.9)
         interval = stats.share_of_groups(groups, 0.9)
         assert interval.low == pytest.approx(beta.ppf(0.05, n / 2, n / 2 + 1))
         assert interval.high == pytest.approx(beta.ppf(0.95, n / 2 + 1, n / 2))
@@ -781,8 +783,8 @@ def test_the_centre_is_the_median_of_walsh_averages_for_few_blocks_and_many(n: i
     x = np.random.default_rng(n).standard_normal(n)
     i, j = np.triu_indices(n)
     expected = pytest.approx(np.median((x[i] + x[j]) / 2), abs=1e-12, rel=1e-12)
-    assert stats._centre(x) == expected
-    assert stats._centre_of_many(x) == expected
+    assert centre(x) == expected
+    assert _centre_of_many(x) == expected
 
 
 # ---- two runs, known by their intervals ----------------------------------------------------------

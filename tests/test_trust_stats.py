@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from peftopt import stats
 from peftopt.records import Interval
+from peftopt.stats import bets, planning, quantiles
 
 INFINITE = (-math.inf, math.inf)
 
@@ -134,12 +135,12 @@ def test_what_launches_leave_open_is_said() -> None:
 
 def test_the_planner_of_launches_stops_somewhere() -> None:
     rng = np.random.default_rng(3)
-    near = stats._launches_needed(np.repeat(rng.normal(0, 1, 4), 5), launches_of(*[5] * 4), 1e-4, 0.95)
+    near = planning.launches_needed(np.repeat(rng.normal(0, 1, 4), 5), launches_of(*[5] * 4), 1e-4, 0.95)
     assert near == 200
-    exact = stats._launches_needed(np.array([0.0, 2.0]), [0, 1], 4.0, 0.95)
+    exact = planning.launches_needed(np.array([0.0, 2.0]), [0, 1], 4.0, 0.95)
     # spread sqrt(2), 3 off: t(0.975; 2) sqrt(2 / 3) = 3.51, and t(0.975; 3) sqrt(2 / 4) = 2.25
     assert exact == 4
-    assert stats._launches_needed(np.array([0.0, 0.001]), [0, 1], 4.0, 0.95) == 3, "one more at least"
+    assert planning.launches_needed(np.array([0.0, 0.001]), [0, 1], 4.0, 0.95) == 3, "one more at least"
 
 
 def test_bets_wait_for_whole_launches() -> None:
@@ -285,7 +286,7 @@ def test_groups_that_say_no_less_than_their_samples_have_almost_the_exact_interv
     for q in (0.5, 0.9):
         found = stats.quantile_of_groups(groups, q)
         cut = math.floor(200 * (t.ppf(0.975, 199) / t.ppf(0.975, 19)) ** 2)
-        wanted = stats._quantile_of(np.sort(x), cut, q, 0.95)
+        wanted = quantiles._quantile_of(np.sort(x), cut, q, 0.95)
         assert cut < 200 and found.estimate == pytest.approx(np.quantile(x, q))
         below = [(group <= np.sort(x)[math.ceil(q * 200) - 1]).sum() for group in groups]
         if np.var(below, ddof=1) <= 10 * q * (1 - q):
@@ -319,7 +320,7 @@ def test_the_effective_number_of_samples_by_hand() -> None:
     found = stats.quantile_of_groups(groups, 0.5)
     assert bounds(found) == INFINITE and (found.estimate, found.n) == (3.5, 12)
     low = stats.quantile_of_groups(groups, 0.5, 0.01)
-    assert low == stats._quantile_of(
+    assert low == quantiles._quantile_of(
         np.sort(np.concatenate(groups)), math.floor(4 * ratio_of_t(0.505, 11, 2)), 0.5, 0.01
     )
 
@@ -332,7 +333,7 @@ def test_an_odd_number_of_samples_is_cut_at_the_one_in_the_middle() -> None:
     groups = [[1.0, 2.0, 3.0], [4.0, 6.0, 7.0], [5.0, 8.0, 9.0]]
     effective = math.floor(9 / 1.8 * ratio_of_t(0.505, 8, 2))
     found = stats.quantile_of_groups(groups, 0.5, 0.01)
-    assert effective == 4 and found == stats._quantile_of(np.arange(1.0, 10.0), effective, 0.5, 0.01)
+    assert effective == 4 and found == quantiles._quantile_of(np.arange(1.0, 10.0), effective, 0.5, 0.01)
 
 
 def ratio_of_t(p: float, rest: int, groups: int) -> float:
@@ -352,7 +353,7 @@ def test_few_groups_cost_the_square_of_what_students_t_says_of_so_few() -> None:
     """Three launches that say the same: 60 samples are as good as 19."""
     effective = math.floor(60 * ratio_of_t(0.95, 59, 2))
     found = stats.quantile_of_groups([range(n, 60, 3) for n in range(3)], 0.5, 0.9)
-    assert effective == 19 and found == stats._quantile_of(np.arange(60.0), 19, 0.5, 0.9)
+    assert effective == 19 and found == quantiles._quantile_of(np.arange(60.0), 19, 0.5, 0.9)
 
 
 def test_two_groups_have_an_interval() -> None:
@@ -421,14 +422,14 @@ def test_the_planner_of_blocks_rounds_up_and_asks_for_one_more_at_least() -> Non
     assert stats.race(d, 0.9).blocks_needed == math.ceil(20 / 0.81 + 8) == 33
     assert stats.bet(d, 0.9).blocks_needed == 33, "for one variant"
     assert stats.race([-1.0] * 20, 0.0, launches=[0] * 20).blocks_needed == 32, "a second launch, of as many blocks"
-    assert stats._blocks_needed(np.array([-1.0] * 20), -1.0, 0.0, 1) == 21
+    assert planning.blocks_needed(np.array([-1.0] * 20), -1.0, 0.0, 1) == 21
 
 
 def test_a_race_is_in_reach_while_either_end_of_its_interval_is_far_from_the_limit() -> None:
     d = np.random.default_rng(2).normal(0, 0.1, 55)
     ends = stats.hodges_lehmann(d, 0.99)
     assert stats.out_of_reach(d, (ends.low + ends.high) / 2, 20)
-    few = stats._blocks_needed(np.array(d), ends.high, ends.low, 1)
+    few = planning.blocks_needed(np.array(d), ends.high, ends.low, 1)
     assert few is not None and few <= 2 * 40
     assert not stats.out_of_reach(d, ends.low, 40) and not stats.out_of_reach(d, ends.high, 40)
 
@@ -447,7 +448,7 @@ def test_a_slope_by_hand() -> None:
 def test_launches_are_bets_in_the_order_in_which_they_ended() -> None:
     """One launch went on while another came and went: its bet is placed when its last block is known."""
     x = np.array([-0.2, 0.1, -0.4, 0.3])
-    assert stats._log_wealth(x, stats._past_scale(x), [0, 1, 1, 0], 0.0, -1)[1] == [3, 4]
+    assert bets._log_wealth(x, bets.past_scale(x), [0, 1, 1, 0], 0.0, -1)[1] == [3, 4]
 
 
 def test_launches_are_said_to_differ_where_chance_does_it_once_in_a_hundred_times() -> None:
