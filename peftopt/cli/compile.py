@@ -46,6 +46,7 @@ def compile_(
     from peftopt.runner.compile import Traffic, compile_model
 
     preflight.check_base(model, quantized=True)
+    preflight.check_weights(model)
     params: dict[str, Any] = {}
     asked = params_of(plugins.catalogue()["compiled"], {}, settings)
     if workload is not None:

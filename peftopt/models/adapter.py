@@ -59,8 +59,8 @@ class Adapter:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 (hex) of its weights' file."""
-        return identity.of_file(self.folder / WEIGHTS)
+        """SHA-256 (hex) of its weights' file. Raises BadInput for one that is not what was downloaded."""
+        return identity.of_download(self.folder / WEIGHTS)
 
 
 def download_hint(folder: Path) -> str:

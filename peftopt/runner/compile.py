@@ -143,6 +143,7 @@ def compile_model(
         raise as_input(error) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        Path(reference).unlink(missing_ok=True)  # the logs beside it stay
     pairs = [(answer, before.answers[row]) for row, answer in warm.answers.items()]
     spent = cold.start.facts.compile_time or 0.0
     return Compiled(

@@ -458,13 +458,21 @@ def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = (), b
     check_values(folder, adapter.weights)
 
 
-def check_values(folder: Path, weights: Checkpoint) -> None:
-    """Raises BadInput for weights of an adapter that no training leaves behind: see models/values.py."""
+def check_weights(base: Path) -> None:
+    """The same for a base, every byte of which is read. Scales of quantized weights know other sizes."""
+    if not quantized(base):
+        check_values(base, open_model(base), "its file is damaged: copy or download it again")
+
+
+def check_values(
+    folder: Path,
+    weights: Checkpoint,
+    hint: str = "its file is damaged, or its training diverged: copy or train it again",
+) -> None:
+    """Raises BadInput for weights that no training leaves behind: see models/values.py."""
     with weights:
-        if wrong := next(damaged(weights), ""):
-            raise BadInput(
-                f"{folder}: {wrong}", "its file is damaged, or its training diverged: copy or train it again"
-            )
+        if problem := next(damaged(weights), ""):
+            raise BadInput(f"{folder}: {problem}", hint)
 
 
 def _check_fits(adapter: Adapter, base: Path) -> None:

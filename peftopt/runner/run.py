@@ -122,7 +122,9 @@ class Planned(NamedTuple):
 
 
 def hashed(recipe: Recipe) -> Mapping[str, str]:
-    """The hashes of a recipe's base, adapter and calibration rows, "" for none: every file is read."""
+    """The hashes of a recipe's base, adapter and calibration rows, "" for none: every file is read. Raises BadInput for
+    a base with weights that no training leaves behind, and for a file that is not what was downloaded."""
+    preflight.check_weights(Path(recipe.base))
     return {
         "base": identity.of_folder(Path(recipe.base)),
         "adapter": identity.of_folder(Path(recipe.adapter)),

@@ -107,6 +107,8 @@ def _check(plugin: str, model: Model) -> None:
     merges = plugin == "merge"  # which knows more of quantized bases, and says more of what cannot be merged
     bakes = plugins.catalogue()[plugin].technique == "bake"
     preflight.check_base(Path(model.path), quantized=merges or bakes, ours=not merges)
+    if not merges:  # which looks at each weight as it passes by
+        preflight.check_weights(Path(model.path))
     for adapter in model.adapters:
         preflight.check_adapter(Path(adapter), Path(model.path), [plugin] if merges else [])
 
