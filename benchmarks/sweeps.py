@@ -3,10 +3,10 @@
     python benchmarks/sweeps.py slurm:PARTITION     # as Slurm's administrator
 
 The partition has two nodes, of the features small and large. Six cells of tiny models: two adapters and an empty
-folder, on these two classes. Once two cells race, the driver is killed and started again. Then one of the jobs is
-killed (scancel --signal=KILL), and once two cells race again, a node is set down and up. A row of the table is a cell:
-what it decides on this machine and on the partition, how many jobs were submitted, how its commands ended, and how many
-blocks were measured twice.
+folder, on these two classes. While two jobs run and a cell races, the driver is killed and started again. Then one of
+the jobs is killed (scancel --signal=KILL), and once a cell races beside another job again, a node is set down and up.
+A row of the table is a cell: what it decides on this machine and on the partition, how many jobs were submitted, how
+its commands ended, and how many turns were measured twice.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from helpers.tiny_models import make_base, make_lora  # type: ignore[import-not-
 from peftopt.runner import cells
 
 RECIPE = """model: {{base: {home}/base, adapter: {home}/first}}
-workloads: {{chat: {{prompts: {prompts}, new_tokens: 8, batch: 1}}}}
-quality: {{prompts: {prompts}, new_tokens: 4, batch: 4}}
-measure: {{requests: 20, warmup: 1, relaunch: 4, max_blocks: 16, min_blocks: 10, threads: 1}}
+workloads: {{chat: {{prompts: {prompts}, new_tokens: 4, batch: 1}}}}
+quality: {{prompts: {prompts}, new_tokens: 2, batch: 4}}
+measure: {{requests: 10, warmup: 1, relaunch: 10, max_blocks: 10, min_blocks: 10, threads: 1}}
 tradeoffs: {{merge: {{gain: off, parity: off, lost: off, critical_errors: off}}, variant: {{critical_errors: off}}}}
 require: [size <= 1.5x]
 variants: {{adapter: [], merged: [merge]}}
@@ -55,7 +55,7 @@ def main(on: str) -> None:
     for name in ("first", "second"):
         make_lora(home / "base", home / name)
     (home / "empty").mkdir()
-    questions = prompts(home / "eval.jsonl", 24, "eval")
+    questions = prompts(home / "eval.jsonl", 6, "eval")
     (home / "tiny.yaml").write_text(RECIPE.format(home=home, prompts=questions))
     (home / "grid.yaml").write_text(GRID)
     for machine in ("small", "large"):
@@ -77,7 +77,7 @@ def faults(home: Path, on: str) -> list[str]:
     """Run the sweep on the partition, with its faults; what was done."""
     told = []
     driver = begin(home, "cluster", "--on", on)
-    until(lambda: len(racing(home)) == 2)
+    until(lambda: bool(racing(home)))
     driver.kill()
     driver.wait()
     before = jobs()
@@ -88,7 +88,7 @@ def faults(home: Path, on: str) -> list[str]:
     killed = min(job for job, words in jobs().items() if words[0] == "RUNNING")
     slurm("scancel", "--signal=KILL", killed)
     told.append(f"killed job {killed} on node {before.get(killed, ('', '?'))[1]}")
-    until(lambda: len(racing(home)) == 2 and killed not in jobs())
+    until(lambda: bool(racing(home)) and killed not in jobs())
     job, node = next((job, words[1]) for job, words in sorted(jobs().items()) if words[0] == "RUNNING")
     slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=trial")
     told.append(f"set node {node} down, on which job {job} ran")
@@ -100,25 +100,20 @@ def faults(home: Path, on: str) -> list[str]:
     return told
 
 
-def racing(home: Path) -> list[dict[str, Any]]:
-    """The cells of the partition that are in the middle of their race: they have blocks, and Slurm runs their jobs."""
-    live = {words[2] for words in jobs().values() if words[0] == "RUNNING"}
-    return [each for each in status(home, "cluster") if each["cell"] in live and blocks(home, each) > 1]
+def racing(home: Path) -> list[str]:
+    """The cells of the partition that have begun their race, and whose jobs run; none where only one job runs."""
+    live = [words[2] for words in jobs().values() if words[0] == "RUNNING"]
+    return [name for name in live if len(live) == 2 and turns(home, name)]
 
 
-def blocks(home: Path, cell: dict[str, Any]) -> int:
-    """How many turns a cell has measured."""
-    return sum(turns(home, "cluster", cell).values())
-
-
-def turns(home: Path, results: str, cell: dict[str, Any]) -> Counter[str]:
-    """The turns of a cell's runs: variant, workload, launch and block."""
+def turns(home: Path, name: str) -> Counter[str]:
+    """How often each turn of a cell was measured on the partition: a variant in a block of a workload."""
     found: Counter[str] = Counter()
-    for file in (home / results / "runs").glob(f"*-{cell['cell']}-*/measurements.jsonl"):
+    for file in (home / "cluster" / "runs").glob(f"*-{name}-*/measurements.jsonl"):
         for line in file.read_text().splitlines():
-            if '"block"' in line:
-                row = json.loads(line)
-                found[str([row.get(key) for key in ("probe", "variant", "workload", "block")])] += 1
+            row = json.loads(line)
+            if row["probe"] == "speed" and "block" in row.get("values", {}):
+                found[str([row["variant"], row["workload"], row["values"]["block"]])] += 1
     return found
 
 
@@ -152,13 +147,13 @@ def until(happened: Callable[[], bool]) -> None:
 def table(home: Path) -> None:
     """Print a row for each cell."""
     folder = cells.folder_of(home / "cluster", "grid")
-    print("| cell | this machine | partition | jobs | its commands ended with | blocks | measured twice |")
+    print("| cell | this machine | partition | jobs | its commands ended with | turns | measured twice |")
     print("|---|---|---|---|---|---|---|")
     for here, there in zip(status(home, "local"), status(home, "cluster"), strict=True):
         name = there["cell"]
         submitted = len(list((folder / name / "slurm").glob("*_submission.sh")))
         codes = ", ".join(str(each.exit_code) for each in cells.attempts(folder / name))
-        measured = turns(home, "cluster", there)
+        measured = turns(home, name)
         twice = sum(number - 1 for number in measured.values())
         print(
             f"| {there['adapter']}, {there['machine']} | {said(here)} | {said(there)} | {submitted} | {codes} "
