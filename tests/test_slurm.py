@@ -238,6 +238,19 @@ def test_only_what_the_cluster_did_is_tried_again(
     assert len(scripts(cell.folder)) == jobs
 
 
+def test_a_cell_that_slurm_refuses_waits_for_the_end_of_another(
+    home: Path, job: Callable[..., Job], stuck: Path
+) -> None:
+    executor = opened("slurm:p", "")
+    refusal = "if list(home.glob('*.job')) and os.path.exists(os.environ['STUCK']):\n    sys.exit('too many')\n"
+    (home / "sbatch").write_text((home / "sbatch").read_text().replace("number =", f"{refusal}number =", 1))
+    for name in ("a", "b"):
+        executor.submit(job(name, SMALL, "--version"))
+    assert not (home / "2.job").exists()
+    stuck.unlink()
+    assert {executor.wait()[0].name, executor.wait()[0].name} == {"a", "b"}
+
+
 def test_a_sweep_that_is_interrupted_cancels_its_jobs_and_names_those_that_go_on(
     home: Path, job: Callable[..., Job], stuck: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,13 +265,20 @@ def test_a_sweep_that_is_interrupted_cancels_its_jobs_and_names_those_that_go_on
     assert "jobs 2;" in second.close()
 
 
-def test_what_slurm_lacks_is_said_before_anything_starts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_slurm_lacks_is_said_before_anything_starts(
+    home: Path, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (home / "nodes").write_text("")
     with pytest.raises(MissingEnvironment, match="no partition p"):
         opened("slurm:p", "")
     (home / "sinfo").write_text("#!/bin/sh\necho unreachable >&2\nexit 1\n")
     with pytest.raises(MissingEnvironment, match="sinfo failed: unreachable"):
         opened("slurm", "")
+    (home / "sinfo").write_text(f"#!/bin/sh\ncat {home}/nodes\n")
+    (home / "nodes").write_text(NODES)
+    (home / "sbatch").write_text("#!/bin/sh\necho no such account >&2\nexit 1\n")
+    with pytest.raises(MissingEnvironment, match="no such account"):
+        opened("slurm:p", "").submit(job("a", SMALL, "--version"))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(MissingEnvironment, match="no Slurm here"):
         opened("slurm", "")

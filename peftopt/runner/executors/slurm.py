@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
@@ -125,7 +126,7 @@ class Partition:
     """A partition of a Slurm cluster; "" is the default one."""
 
     name = "slurm"
-    at_once = 100_000
+    at_once = sys.maxsize
 
     def __init__(self, partition: str) -> None:
         self.partition = partition
@@ -231,6 +232,8 @@ class Slurm:
             self._hand_over()
 
     def _hand_over(self) -> None:
+        """What Slurm refuses while other jobs live waits for the end of one: there may be a limit on their number.
+        Raises MissingEnvironment where it refuses the only one."""
         while self.waiting and len(self.running) < self.cluster.at_once:
             job = self.waiting.popleft()
             executor = self.submitit.AutoExecutor(job.folder / FOLDER, cluster=self.cluster.name)
@@ -238,13 +241,16 @@ class Slurm:
             try:
                 self.running[job.name] = (job, executor.submit(run_cell, job))
             except RuntimeError as error:  # what sbatch says
-                raise MissingEnvironment(f"Slurm refused {job.name}: {error}", "sinfo shows what it has") from error
+                if not self.running:
+                    raise MissingEnvironment(f"Slurm refused {job.name}: {error}", "sinfo shows what it has") from error
+                self.waiting.appendleft(job)
+                return
 
     def wait(self) -> tuple[Job, Attempt]:
         """The next job that ends. One whose job was ended from outside again and again has failed."""
         looked = time.monotonic()
+        self._hand_over()
         while True:
-            self._hand_over()
             for job, handle in self.running.values():
                 if handle.paths.result_pickle.exists():
                     return self._over(job, self._result(job, handle))
@@ -289,6 +295,7 @@ class Slurm:
             return lost(job, f"its job was ended {RETRIES + 1} times from outside: {state}")
         del self.running[job.name]
         self.waiting.append(job)
+        self._hand_over()
         return None
 
     def close(self) -> str:
