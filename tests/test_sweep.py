@@ -164,6 +164,7 @@ def test_a_dry_run_says_what_there_is_and_leaves_no_file(
         (("--machine", "medium"), 2, "known: small, large"),
         (("--on", "moon"), 2, "known: local, ray"),
         (("--on", "ray"), 4, "peftopt[ray]"),
+        (("--on", "slurm:gpu"), 4, "peftopt[slurm]"),
     ],
 )
 def test_where_cells_cannot_run_is_said_before_anything_starts(
@@ -175,7 +176,8 @@ def test_where_cells_cannot_run_is_said_before_anything_starts(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
+    for library in ("ray", "submitit"):
+        monkeypatch.setitem(sys.modules, library, None)
     assert command("sweep", grid, *options, "--results", tmp_path / "results") == code
     assert words in errors(capsys)
     assert not (tmp_path / "results").exists()

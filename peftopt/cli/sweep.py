@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 GridFile = Annotated[Path, typer.Argument(metavar="GRID", help="A grid (YAML): docs/sweeps.md says what it holds.")]
 
 
+HERE = ("local", "submitit:local")
+"""Executors of the one machine that this process runs on."""
+
+
 class _RunByDefault(TyperGroup):
     """`peftopt sweep GRID` is `peftopt sweep run GRID`."""
 
@@ -46,7 +50,10 @@ def run(
     grid: GridFile,
     on: Annotated[
         str,
-        typer.Option(help="Where cells run: local (this machine), ray (the cluster that it is in) or ray:HOST:PORT."),
+        typer.Option(
+            help="Where cells run: local (this machine), ray (the cluster that it is in), ray:HOST:PORT, slurm (the "
+            "default partition) or slurm:PARTITION. submitit:local is for trying the last two without Slurm."
+        ),
     ] = "local",
     machine: Annotated[
         str, typer.Option(help="Only cells of this class of machines; with --on local, the class of this machine.")
@@ -67,7 +74,7 @@ def run(
     console = Console(quiet)
     read, listed = _planned(grid)
     classes = list(dict.fromkeys(cell.machine.name for cell in listed))
-    here = sweep.here(read, machine, classes) if on == "local" or machine else ""
+    here = sweep.here(read, machine, classes) if on in HERE or machine else ""
     ours = [cell for cell in listed if not machine or cell.machine.name == machine]
     executor = executors.opened(on, here)
     try:
@@ -76,7 +83,8 @@ def run(
         if not dry_run:
             sweep.sweep(ours, results, read.name, executor, console)
     finally:
-        executor.close()
+        if still := executor.close():
+            console.warn(still)
     standing = cells.stand(listed, results, read.name)
     if dry_run and not as_json:
         console.say(swept.sentence(standing))
