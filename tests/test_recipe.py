@@ -239,6 +239,7 @@ def test_the_default_table_is_expanded_for_every_quantizer() -> None:
         "prefix.gain": 0.05,
         "prefix.parity": 0.01,
         "prefix.critical_errors": 0.05,
+        "pack.gain": 0.05,
         "truncate.over": 2048,
         "truncate.gain": 0.0,
         "truncate.lost": 0.2,

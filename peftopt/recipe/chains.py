@@ -34,6 +34,7 @@ _CLASHES: Mapping[tuple[str, str], tuple[str, str]] = {
     ("shorten", "shorten"): ("caps its answers twice", "keep one"),
     ("speculate", "speculate"): ("speculates twice", "keep one"),
     ("prefix", "prefix"): ("reuses prefixes twice", "keep one"),
+    ("pack", "pack"): ("packs its batches twice", "keep one"),
     ("quantize", "merge"): (
         "merges into weights that are already quantized",
         "put merge before the quantizer, or leave it out to keep the adapter apart",

@@ -33,6 +33,7 @@ RULES: Mapping[str, Mapping[str, Reader[Limit]]] = {
     "compile": {"gain": share(0, 0.99), "parity": share(0, 1), "critical_errors": _CRITICAL},
     "speculate": {"gain": share(0, 0.99), "parity": share(0, 1), "critical_errors": _CRITICAL},
     "prefix": {"gain": share(0, 0.99), "parity": share(0, 1), "critical_errors": _CRITICAL},
+    "pack": {"gain": share(0, 0.99)},
     "truncate": {"over": _TOKENS, "gain": share(0, 0.99), "lost": share(0, 1)},
     "shorten": {"by": words({"max_new_tokens": 1.0, "off": None}), "gain": share(0, 0.99), "cut": share(0, 1)},
 }

@@ -118,6 +118,7 @@ def check(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin])
     _check_calibration(sections, reading)
     _check_speculation(sections, reading, catalogue)
     _check_prefixes(sections, reading, catalogue)
+    _check_packing(sections, reading, catalogue)
     _check_loads(sections, reading, catalogue)
     _check_minimize(sections, reading)
     _check_metrics(sections, reading)
@@ -197,6 +198,20 @@ def _check_prefixes(sections: Sections, reading: Reading, catalogue: Mapping[str
         elif "speculate" in techniques and not engine.serves:
             message = f"its engine {engine.name} does not speculate and reuse prefixes together"
             reading.note(f"variants.{name}", message, "remove one of the steps")
+
+
+def _check_packing(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
+    """There is a batch to pack, and an engine that pads it."""
+    largest = max((workload.batch for workload in _readable(sections.workloads).values()), default=0)
+    for name, variant in _readable(sections.variants).items():
+        if all(step.technique != "pack" for step in variant.policies):
+            continue
+        if not catalogue[variant.engine.plugin].pads:
+            others = [plugin.name for plugin in catalogue.values() if plugin.pads]
+            message = f"its engine {variant.engine.plugin} makes its own batches, or has them of fixed sizes"
+            reading.note(f"variants.{name}", message, f"pack needs one of: {', '.join(others)}")
+        elif largest < 2:
+            reading.note(f"variants.{name}", "packs batches, and no workload has one", "give a workload a batch: 32")
 
 
 def check_formats(steps: Sequence[Step], at: str, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
