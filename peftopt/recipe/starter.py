@@ -67,7 +67,7 @@ def recipe(facts: Facts) -> str:
         f"  chat: {{prompts: {_word(facts.prompts)}, new_tokens: {answer}, batch: 1}}",
         "  # If you answer many at a time, add a workload such as bulk: {prompts: …, new_tokens: 16, batch: 8}",
         "",
-        "# Which answers are checked: those to `rows` prompts, with at most `new_tokens` tokens. In the file of prompts,",
+        "# Which answers are checked: those to `rows` prompts, with at most `new_tokens` tokens. In the prompts' file,",
         "# mark a row as critical if its answer must never get worse.",
         f"quality: {{prompts: {_word(facts.prompts)}, new_tokens: {longest}, batch: 8, rows: {rows}}}",
         "# A variant gets a fresh process every `relaunch` blocks. The run ends after `max_blocks` at the latest.",
