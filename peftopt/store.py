@@ -70,7 +70,7 @@ class Store:
         return claim(self.root / "cache" / (artifact_id[:16] or "source"))
 
     def find(self, build: Build) -> Artifact | None:
-        """The artifact, its files checked against their hash. A damaged artifact is moved aside and counts as missing."""
+        """The artifact, its files checked by their hash. A damaged artifact is moved aside and counts as missing."""
         folder = self.folder(build.id)
         if not folder.exists():
             return None
