@@ -1,4 +1,4 @@
-"""Prompts and calibration texts: read once, checked line by line, named by their content."""
+"""Read prompts and calibration texts, and check them row by row."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftopt.records import GENERIC, Json, Recipe, Workload
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt. `expected` is the exact right answer, "" when none is known; `critical` rows may never get worse."""
+    """One prompt. `expected`: the exact right answer, "" if unknown. `critical`: its answer must never get worse."""
 
     id: str
     messages: tuple[Mapping[str, str], ...]
@@ -29,7 +29,7 @@ class Row:
 
     @property
     def prompt_id(self) -> str:
-        """A short hash of the messages: copies of one prompt have the same."""
+        """A short hash of the messages. Copies of one prompt have the same hash."""
         return identity.of_value(self.messages)[:16]
 
 
@@ -43,39 +43,39 @@ TEXTS = (
     "A train leaves at 14:05 and arrives at 17:50. How long does the journey take? Explain step by step.",
     "Write a polite reply to a customer who has waited two weeks for a replacement of their headphones.",
 )
-"""Asked where the user gives no prompts: prose, code, numbers, other languages, structured text."""
+"""Prompts for users who give none: prose, code, numbers, other languages, structured text."""
 
 NOT_SENT = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "documents", "images", "audio")
-"""What changes an answer, and is sent neither to a server nor through a chat template here: refused, not dropped."""
+"""Fields that change an answer and that peftopt does not send: rows with them are refused, not changed."""
 
 SHAPE = '{"id": "…", "messages": [{"role": "user", "content": "…"}], "expected": "…"}'
 
 
 def row_from(values: Json, number: int = 0) -> Row:
-    """A Row from its JSON form; one without an id is called by its line's `number`. Raises ValueError that says what it
+    """A Row from JSON. A row without an id gets one from its `number`. Raises ValueError that says what the row
     lacks."""
-    asked = _asked(values)
-    if not asked.messages:
+    prompt = _prompt(values)
+    if not prompt.messages:
         raise ValueError("it has nothing but empty turns of the assistant")
-    return _row(values, asked, number)
+    return _row(values, prompt, number)
 
 
-def _asked(values: Json) -> forms.Asked:
+def _prompt(values: Json) -> forms.Prompt:
     if not isinstance(values, Mapping):
         raise ValueError(f"it is {forms.kind(values)}, not a mapping")
     _refuse_unsent(values)
-    return forms.asked(values)
+    return forms.prompt(values)
 
 
-def _row(values: Mapping[str, Json], asked: forms.Asked, number: int) -> Row:
-    messages = tuple(_message(m, n) for n, m in enumerate(asked.messages, 1))
+def _row(values: Mapping[str, Json], prompt: forms.Prompt, number: int) -> Row:
+    messages = tuple(_message(m, n) for n, m in enumerate(prompt.messages, 1))
     id_ = values.get("id")
     if isinstance(id_, bool | list | dict):
         raise ValueError(f"its id is {forms.kind(id_)}, not text or a number")
     row = Row(
         id=f"line-{number}" if id_ is None or id_ == "" else str(id_),
         messages=messages,
-        expected=_expected(asked.expected),
+        expected=_expected(prompt.expected),
         critical=_yes(values.get("critical"), "critical"),
         slices=_names(values.get("slices"), "slices"),
     )
@@ -87,7 +87,7 @@ def _row(values: Mapping[str, Json], asked: forms.Asked, number: int) -> Row:
 
 
 def _expected(value: Json) -> str:
-    """The right answer as text: JSON stands for itself, and null for none."""
+    """The right answer as text: JSON values as JSON, and "" for null."""
     if value is None or isinstance(value, str):
         return value or ""
     return json.dumps(value, separators=(",", ":"))
@@ -120,7 +120,7 @@ def _refuse_unsent(values: Mapping[str, Json], where: str = "it ") -> None:
 
 
 def _yes(value: Json, name: str) -> bool:
-    """Yes or no, as JSON has it or as tables write it."""
+    """A truth value, from JSON or from a table's words."""
     if value is None or isinstance(value, bool):
         return bool(value)
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
@@ -132,7 +132,7 @@ def _yes(value: Json, name: str) -> bool:
 
 
 def _names(value: Json, name: str) -> tuple[str, ...]:
-    """A list of names, or one."""
+    """A list of names, or a single name."""
     if value is None or value == "":
         return ()
     if isinstance(value, str):
@@ -144,8 +144,8 @@ def _names(value: Json, name: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The rows of a file, in order, and the `form` that it has. `empty`: how many turns of an assistant were left out,
-    as they say nothing; a row of nothing else is not there."""
+    """The rows of a file in order, and its format. `empty`: the number of empty assistant's turns that were left out; a
+    row of only such turns is left out too."""
 
     rows: tuple[Row, ...]
     form: str
@@ -153,8 +153,8 @@ class Corpus:
 
 
 def opened(path: str) -> Corpus:
-    """A file of prompts: JSON lines, a JSON array, or a table (.csv, .tsv) whose first line names the columns. Raises
-    BadInput naming the row that is broken or repeated."""
+    """Read a file of prompts: JSON lines, a JSON array, or a table (.csv, .tsv) whose first line names the columns.
+    Raises BadInput, which names the row, for a broken row or a repeated id."""
     rows: list[Row] = []
     first: dict[str, str] = {}
     layout, records = _records(path)
@@ -163,17 +163,17 @@ def opened(path: str) -> Corpus:
     for where, values, number in records:
         try:
             values = json.loads(values) if isinstance(values, str) else values
-            asked = _asked(values)
-            empty += asked.empty
-            if not asked.messages:
+            prompt = _prompt(values)
+            empty += prompt.empty
+            if not prompt.messages:
                 continue
-            row = _row(values, asked, number)
+            row = _row(values, prompt, number)
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}:{where} is not a prompt: {error}", f"each row looks like {SHAPE}") from error
         if row.id in first:
             raise BadInput(f"{path}:{where} repeats the id {row.id!r} of {first[row.id]}", "make ids unique")
         first[row.id] = f"line {where}"
-        names.add(asked.form)
+        names.add(prompt.form)
         rows.append(row)
     if not rows:
         raise BadInput(f"{path} holds no prompts", "add at least one row")
@@ -181,7 +181,7 @@ def opened(path: str) -> Corpus:
 
 
 Record = tuple[int, Json, int]
-"""Where a row stands in its file (a line), what it holds (JSON text or values), and its number."""
+"""A row's line in its file, its content (JSON text or values), and its number."""
 
 
 def _records(path: str) -> tuple[str, Iterable[Record]]:
@@ -205,13 +205,13 @@ def _records(path: str) -> tuple[str, Iterable[Record]]:
 
 
 TABLES = {".csv": ",", ".tsv": "\t"}
-"""Endings of tables, and what separates their columns."""
+"""Endings of tables, and their separators of columns."""
 CONVERSATIONS = ("messages", "conversations", "conversation", "history")
 """Columns whose cells are JSON."""
 
 
 def _table(path: str, text: str, separator: str) -> Iterator[Record]:
-    """The rows of a table, empty cells left out."""
+    """The rows of a table, without empty cells."""
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         columns = [name.strip() for name in reader.fieldnames or ()]
@@ -228,12 +228,12 @@ def _table(path: str, text: str, separator: str) -> Iterator[Record]:
 
 
 def _cell(column: str, cell: str) -> Json:
-    """A cell; a whole conversation in one is JSON."""
+    """The value of a cell. A cell with a whole conversation is JSON."""
     return json.loads(cell) if column in CONVERSATIONS else cell
 
 
 def read(path: str, only_slice: str = "") -> list[Row]:
-    """The rows of a file in this slice, all for "". Raises BadInput as `opened` does, and where there are none."""
+    """The rows of a file in this slice, all for "". Raises BadInput as `opened` does, and for a slice without rows."""
     rows = [row for row in opened(path).rows if not only_slice or only_slice in row.slices]
     if not rows:
         raise BadInput(f"{path} holds no prompts in slice {only_slice!r}", "name a slice that rows are tagged with")
@@ -241,22 +241,22 @@ def read(path: str, only_slice: str = "") -> list[Row]:
 
 
 def distinct(rows: Sequence[Row]) -> int:
-    """How many different prompts there are: copies say nothing new."""
+    """The number of different prompts. Copies add no information."""
     return len({row.prompt_id for row in rows})
 
 
 def calibration_file(named: str) -> Path:
-    """The file of calibration rows that a user names: their own, or for "generic" the one that comes with peftopt."""
+    """The file of calibration rows: the user's own, or for "generic" the file that comes with peftopt."""
     return Path(__file__).parent / "transforms" / "generic.jsonl" if named == GENERIC else Path(named)
 
 
 def calibration(named: str | None) -> tuple[Row, ...]:
-    """The rows of such a file; () where none is named."""
+    """The calibration rows of a file or of "generic"; () for None."""
     return tuple(read(str(calibration_file(named)))) if named else ()
 
 
 def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str) -> None:
-    """Raises BadInput for a calibration row that is evaluated too: no quantizer may see the questions of its exam."""
+    """Raises BadInput for a calibration row that is evaluated too: a quantizer must not see its test prompts."""
     exam = {row.prompt_id: row.id for row in evaluation}
     for row in calibration:
         same = exam.get(row.prompt_id)
@@ -266,8 +266,8 @@ def check_apart(evaluation: Sequence[Row], calibration: Sequence[Row], path: str
 
 
 def asked_of(rows: Sequence[Row], most: int) -> list[Row]:
-    """Of the rows whose answers are checked at most `most` (0 = all): those tagged critical and an even choice of the
-    others. The decisive come first, the long ones last: whoever stops early has answered what is cheap and telling."""
+    """The rows to check answers on, at most `most` (0 = all): all critical rows, and an even choice of the others.
+    Critical rows come first and long ones last, so that a variant that stops early has answered the decisive ones."""
 
     def length(row: Row) -> int:
         return sum(len(m["content"]) for m in row.messages)
@@ -283,7 +283,7 @@ def asked_of(rows: Sequence[Row], most: int) -> list[Row]:
 
 
 def draw(rows: Sequence[Row], workload: Workload, block: int, recipe: Recipe) -> tuple[tuple[Row, ...], ...]:
-    """The block's requests: the same prompts for every variant, others in the next block."""
+    """The block's requests: the same prompts for every variant, other prompts in the next block."""
     count = recipe.measure.warmup + recipe.timed_requests(workload.name)
     deck = list(rows)
     random.Random(f"{recipe.seed}/{workload.name}/prompts").shuffle(deck)
@@ -298,7 +298,7 @@ TextOrBytes = TypeVar("TextOrBytes", str, bytes)
 
 
 def text_of(raw: bytes) -> str:
-    """A file's text: UTF-8, or what its byte order mark says. Raises UnicodeDecodeError for other bytes."""
+    """A file's text: UTF-8, or the encoding of its byte order mark. Raises UnicodeDecodeError for other bytes."""
     return raw.decode(json.detect_encoding(raw))
 
 

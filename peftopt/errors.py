@@ -1,4 +1,4 @@
-"""The errors a user can meet: each says what is wrong and what to do, and carries its exit code."""
+"""The errors that users see. Each says what is wrong and what to do, and has an exit code."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ ENVIRONMENT = 4
 BUG = 5
 INTERRUPTED = 130
 CLOSED_PIPE = 141
-"""What a shell says of a program that SIGPIPE ended: nobody reads on, so it is neither 0 nor a verdict."""
+"""A shell's exit code for a program that SIGPIPE ended: the reader has gone, so it is neither 0 nor a verdict."""
 
 EXIT = {"accepted": ACCEPTED, "rejected": REJECTED, "inconclusive": INCONCLUSIVE, "not judged": ENVIRONMENT}
 """Exit codes of outcomes."""
 
 BROKEN = (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError)
-"""What reading another program's JSON may raise: it is none, is too deep, or not of the shape that is meant."""
+"""Errors from reading another program's JSON: it is not JSON, is nested too deep, or has another shape."""
 
 
 NO_MEMORY = "out of memory"
-"""The reason of a process that the machine's or a GPU's memory did not suffice for."""
+"""The failure's reason for a process that needed more memory than the machine or the GPU has."""
 
-_SAID = (
+_NO_MEMORY_TEXTS = (
     NO_MEMORY,
     "outofmemory",
     "memoryerror",
@@ -38,13 +38,13 @@ _SAID = (
     "not enough memory",
     "unable to allocate",
 )
-"""How Python, C++, torch, NumPy and the system say that there is no memory."""
+"""Texts with which Python, C++, torch, NumPy and the system report a lack of memory."""
 
 
 def says_no_memory(text: str) -> bool:
-    """Whether an error's text, or the end of a log, tells of a lack of memory."""
-    said = text.lower().replace("cannot allocate memory in static tls", "")  # a loader's limit, not the machine's
-    return any(words in said for words in _SAID)
+    """Whether an error's text, or the end of a log, reports a lack of memory."""
+    lowered = text.lower().replace("cannot allocate memory in static tls", "")  # a loader's limit, not the machine's
+    return any(words in lowered for words in _NO_MEMORY_TEXTS)
 
 
 class PeftoptError(Exception):
@@ -65,7 +65,7 @@ class BadInput(PeftoptError):
 
 
 class BadRecipe(BadInput):
-    """All the mistakes of one recipe at once; `problems` holds (line, message, hint), line 1-based or 0."""
+    """All mistakes of one recipe. `problems` holds (line, message, hint); lines count from 1, and 0 is no line."""
 
     def __init__(self, path: str, problems: Sequence[tuple[int, str, str]]) -> None:
         count = "1 mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
@@ -75,7 +75,7 @@ class BadRecipe(BadInput):
 
 
 class Rejected(PeftoptError):
-    """What was made did not pass its own checks (exit 1)."""
+    """A result did not pass its checks (exit 1)."""
 
     exit_code = REJECTED
 
@@ -87,7 +87,7 @@ class MissingEnvironment(PeftoptError):
 
 
 class Occupied(MissingEnvironment):
-    """Another process works where this one would (exit 4)."""
+    """Another process uses the same folder (exit 4)."""
 
 
 class WorkerFailed(PeftoptError):
@@ -103,24 +103,24 @@ class WorkerFailed(PeftoptError):
 
 _SYSTEM = "ENOSPC EDQUOT EIO EROFS EACCES EPERM EFBIG EMFILE ENFILE ENOMEM ESTALE ENODEV ENXIO"
 SYSTEM = frozenset(getattr(errno, name) for name in _SYSTEM.split())
-"""Numbers of system errors that are the machine's, whichever line of ours meets them."""
+"""Numbers of system errors that the machine causes, wherever they occur."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def unwritable(path: Path | str, error: OSError, hint: str = "", needed: int = 0) -> MissingEnvironment:
-    """The error for a file or folder that the system did not let us write, of `needed` bytes; a full disk says how much
-    is free."""
+    """The error for a file or folder that cannot be written. For a full disk, the message gives the `needed` and the
+    free bytes."""
     why = error.strerror or str(error)
     if error.errno in FULL:
-        asked = f"{needed:,} bytes are needed, " if needed else ""
-        why = f"{why}; {asked}{_free(Path(path)):,} bytes are free"
+        need = f"{needed:,} bytes are needed, " if needed else ""
+        why = f"{why}; {need}{_free(Path(path)):,} bytes are free"
         hint = f"make room, or {hint or 'write to another disk'}"
     return MissingEnvironment(f"cannot write {path}: {why}", hint or "check the folder's owner, mode and disk")
 
 
 def unusable(error: OSError) -> MissingEnvironment:
-    """The error for a system error that no line of ours expected: which file it was, as far as the system said."""
+    """The error for an unexpected system error, with the file's path if the system gives it."""
     path = error.filename or error.filename2
     if error.errno in FULL and path:
         return unwritable(str(path), error)
@@ -133,7 +133,7 @@ def unusable(error: OSError) -> MissingEnvironment:
 
 
 def _free(path: Path) -> int:
-    """Bytes that are free on the disk of a path that may not exist yet; 0 where nobody can tell."""
+    """Free bytes on the disk of a path, which may not exist yet; 0 if unknown."""
     for folder in (path, *path.absolute().parents):
         try:
             return shutil.disk_usage(folder).free
@@ -143,7 +143,7 @@ def _free(path: Path) -> int:
 
 
 def as_input(error: WorkerFailed) -> Exception:
-    """A worker that refused its input met a mistake of the user's, not a fault of the machine."""
+    """The user's error behind a worker's failure, such as BadInput for a refused input; else the failure itself."""
     kinds = {"refused": BadInput, "missing environment": MissingEnvironment, "unusable": Rejected}
     if error.reason not in kinds:
         return error

@@ -1,8 +1,7 @@
-"""The forms in which people keep prompts: of each, what is asked and the right answer.
+"""The formats of prompt files: read a row's messages and its right answer.
 
 OpenAI's chat rows, ShareGPT, Alpaca, prompt and completion (TRL's names too), question and answer. A conversation that
-ends with an assistant's turn is a prompt and its expected answer. An assistant's turn without a word is neither: it is
-left out, and counted.
+ends with an assistant's turn is a prompt and its expected answer. An empty assistant's turn is left out, and counted.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ OWN, CHAT, SHAREGPT, ALPACA, PAIRS, PLAIN = (
     "prompt and answer",
     "prompts alone",
 )
-"""The names of the forms, as messages have them."""
+"""The names of the formats in messages."""
 
 SPEAKERS = {
     "human": "user",
@@ -39,9 +38,10 @@ ANSWERS = ("completion", "response", "answer", "output")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """`messages` as the row has them, not checked yet; `expected` the right answer, None for none; `form` a name;
-    `empty`: how many turns of an assistant were left out, as they say nothing. Without a message nothing is asked."""
+class Prompt:
+    """A row's prompt. `messages`: as in the row, not checked yet; without a message, there is no prompt. `expected`:
+    the right answer, None for none. `form`: the format's name. `empty`: the number of empty assistant's turns that
+    were left out."""
 
     messages: Sequence[Json]
     expected: Json
@@ -49,8 +49,8 @@ class Asked:
     empty: int = 0
 
 
-def asked(values: Mapping[str, Json]) -> Asked:
-    """What a row asks. Raises ValueError that says what the row lacks."""
+def prompt(values: Mapping[str, Json]) -> Prompt:
+    """The prompt in a row. Raises ValueError that says what the row lacks."""
     expected = values.get("expected")
     if values.get("messages"):
         messages = _messages(values["messages"], "messages")
@@ -59,7 +59,7 @@ def asked(values: Mapping[str, Json]) -> Asked:
         if values.get(name):
             return _ended(_sharegpt(values, _messages(values[name], name)), expected, SHAREGPT)
     if values.get("instruction") is not None:
-        return Asked(_alpaca(values), _first(values, ("expected", *ANSWERS)), ALPACA)
+        return Prompt(_alpaca(values), _first(values, ("expected", *ANSWERS)), ALPACA)
     question = next((name for name in QUESTIONS if values.get(name) is not None), "")
     if question:
         return _pair(values, question)
@@ -76,28 +76,28 @@ def _messages(value: Json, name: str) -> list[Json]:
     return list(value)
 
 
-def _ended(messages: Sequence[Json], expected: Json, form: str) -> Asked:
-    """A conversation; the assistant's last turn is what is expected."""
+def _ended(messages: Sequence[Json], expected: Json, form: str) -> Prompt:
+    """The prompt in a conversation. The assistant's last turn is the expected answer."""
     kept = [message for message in messages if not _is_empty(message)]
     empty = len(messages) - len(kept)
     last = kept[-1] if kept else None
     if len(kept) < 2 or not isinstance(last, Mapping) or last.get("role") != "assistant" or last.get("tool_calls"):
-        return Asked(kept, expected, form, empty)
+        return Prompt(kept, expected, form, empty)
     if expected is not None:
         raise ValueError(
             "its messages end with an assistant's turn, which is the expected answer, and it has `expected` too: "
             "take one of them out"
         )
-    return Asked(kept[:-1], text(last.get("content")), form, empty)
+    return Prompt(kept[:-1], text(last.get("content")), form, empty)
 
 
 def _is_empty(message: Json) -> bool:
-    """Whether it is a turn of the assistant in which it says nothing, and calls nothing."""
+    """Whether a message is an assistant's turn without text and without a call."""
     if not isinstance(message, Mapping) or message.get("role") != "assistant":
         return False
-    said = text(message.get("content"))
+    content = text(message.get("content"))
     calls = message.get("tool_calls") or message.get("function_call")
-    return isinstance(said, str) and not said.strip() and not calls
+    return isinstance(content, str) and not content.strip() and not calls
 
 
 def _sharegpt(values: Mapping[str, Json], turns: Sequence[Json]) -> list[Json]:
@@ -119,7 +119,7 @@ def _sharegpt(values: Mapping[str, Json], turns: Sequence[Json]) -> list[Json]:
 
 
 def _alpaca(values: Mapping[str, Json]) -> list[Json]:
-    """The instruction, then its input on lines of its own; turns of a `history` before them (LLaMA-Factory's names)."""
+    """The instruction and its input, an empty line between them, after the turns of a `history` (LLaMA-Factory)."""
     messages: list[Json] = []
     if values.get("system"):
         messages.append({"role": "system", "content": values["system"]})
@@ -135,20 +135,20 @@ def _alpaca(values: Mapping[str, Json]) -> list[Json]:
     return messages
 
 
-def _pair(values: Mapping[str, Json], name: str) -> Asked:
+def _pair(values: Mapping[str, Json], name: str) -> Prompt:
     question = values[name]
     expected = _first(values, ("expected", *ANSWERS))
     form = PLAIN if expected is None else OWN if "expected" in values else PAIRS
     if isinstance(question, str):
         before = [{"role": "system", "content": values["system"]}] if values.get("system") else []
-        return Asked([*before, {"role": "user", "content": question}], expected, form)
+        return Prompt([*before, {"role": "user", "content": question}], expected, form)
     if isinstance(question, list) and question and all(isinstance(m, Mapping) for m in question):
         return _ended(question, expected, form)
     raise ValueError(f"its {name} is {kind(question)}, not text")
 
 
 def _first(values: Mapping[str, Json], names: Sequence[str]) -> Json:
-    """The first of these that the row has, a chat's single message as its text."""
+    """The row's first value under these names. A list of one message is read as the message's text."""
     value = next((values[name] for name in names if values.get(name) is not None), None)
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping) and "content" in value[0]:
         return text(value[0]["content"])
@@ -156,7 +156,7 @@ def _first(values: Mapping[str, Json], names: Sequence[str]) -> Json:
 
 
 def text(content: Json) -> Json:
-    """A message's content, parts of text joined."""
+    """A message's content, with text parts joined."""
     if isinstance(content, list) and content and all(_is_text(part) for part in content):
         return "".join(part["text"] for part in content)
     return content
@@ -167,6 +167,6 @@ def _is_text(part: Json) -> bool:
 
 
 def kind(value: Json) -> str:
-    """What a JSON value is, in words."""
+    """The kind of a JSON value in words."""
     words = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "a mapping"}
     return words.get(type(value), "nothing")

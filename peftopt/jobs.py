@@ -1,4 +1,4 @@
-"""What a worker process is asked, and what it answers: for each job a request record, and the record of its reply.
+"""The jobs of a worker process: for each job, the record of its request and the record of its reply.
 
 A request's class names its job (`SpeedJob` is "speed") and its reply (`Job[Timed]`). `as_line` writes a request, and
 `from_line` reads it in the worker, without cattrs: a worker may run in another environment's Python. The parent reads a
@@ -38,16 +38,16 @@ Record = TypeVar("Record")
 
 @dataclass(frozen=True)
 class Job(Generic[Reply]):
-    """One thing to do for a worker, which answers with a `Reply`."""
+    """A job for a worker, which replies with a `Reply`."""
 
     @classmethod
     def name(cls) -> str:
-        """What it is called in a line: the worker's method of that name does it."""
+        """The job's name in a line. The worker's method of this name does the job."""
         return cls.__name__.removesuffix("Job").lower()
 
     @classmethod
     def reply(cls) -> type[Reply]:
-        """The record that the worker answers with."""
+        """The class of the worker's reply."""
         (base,) = vars(cls)["__orig_bases__"]
         (kind,) = get_args(base)
         return typing.cast(type[Reply], kind)
@@ -55,12 +55,12 @@ class Job(Generic[Reply]):
 
 @dataclass(frozen=True)
 class Done:
-    """The reply of a job that has nothing to tell."""
+    """The reply of a job without a result."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """What takes a reply's place: `reason` is a few words of the report ("out of memory"), `detail` the error's own."""
+    """The reply of a failed job. `reason`: a few words for the report ("out of memory"). `detail`: the error's text."""
 
     reason: str
     detail: str = ""
@@ -72,16 +72,16 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True)
 class Transformed(Memory):
-    """A model that was written, what it took, and what was found in it; peaks in bytes."""
+    """A written model, its time and memory (peaks in bytes), and the results of its checks."""
 
     model: Model
-    """What was written, and the adapters that are kept apart."""
+    """The written model, and the adapters that stay unmerged."""
     seconds: float
-    """Wall clock, of the transform alone."""
+    """Wall-clock seconds of the transform alone."""
     cpu_seconds: float
-    """CPU time of the worker."""
+    """CPU seconds of the worker."""
     tier0: tuple[str, ...]
-    """What is wrong with its files, () for nothing."""
+    """Problems of its files, () for none."""
     certificate: Mapping[str, Json] | None = None
     """A merge's parity.json."""
     quantization: Mapping[str, Json] | None = None
@@ -90,24 +90,24 @@ class Transformed(Memory):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformJob(Job[Transformed]):
-    """Run one transform on a model, write the result, and scan what was written."""
+    """Run one transform on a model, write the result, and scan it."""
 
     plugin: str
     params: Mapping[str, Json]
-    """The plug-in's own; those that are not given have their defaults."""
+    """The plug-in's parameters. Missing ones have their defaults."""
     model: Model
     out: str
     """The folder to write, which does not exist yet."""
     rows: tuple[Row, ...] = ()
-    """To calibrate with, or for a merge to compare on."""
+    """Texts for calibration, or for a merge's comparison of predictions."""
     seed: int = 0
     calibration: str = "task"
-    """Where the rows came from: "task", or "generic" for ours."""
+    """The origin of the rows: "task" for the user's, "generic" for built-in ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What a transform would change of a tensor."""
+    """The change of one tensor by a transform."""
 
     name: str
     shape: tuple[int, ...]
@@ -121,14 +121,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Previewed:
-    """What a transform would change, tensor by tensor."""
+    """The changes by a transform, tensor by tensor."""
 
     tensors: tuple[Change, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewJob(Job[Previewed]):
-    """What a transform would change; nothing is written."""
+    """Compute what a transform would change. Writes nothing."""
 
     plugin: str
     params: Mapping[str, Json]
@@ -148,20 +148,20 @@ class PrepareJob(Job[Done]):
 
 @dataclass(frozen=True, kw_only=True)
 class OpenJob(Job[Launch]):
-    """Load a model into an engine, behind policies, which change requests in this order."""
+    """Load a model into an engine. Policies change its requests, in this order."""
 
     plugin: str
     model: Model
     params: Mapping[str, Json]
     policies: tuple[Step, ...] = ()
     rows: tuple[Row, ...] = ()
-    """In whose right answers an engine that speculates looks up what to propose."""
+    """Rows whose right answers an engine may propose when it speculates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WarmJob(Job[Done]):
-    """Have an engine that compiles do so for every shape that batches of so many of these rows can have; not `timed`:
-    for one shape that holds them all."""
+    """Let an engine compile for every shape of batches of these rows. Without `timed`, only for one shape that fits
+    all."""
 
     rows: tuple[Row, ...]
     batch: int
@@ -171,7 +171,7 @@ class WarmJob(Job[Done]):
 
 @dataclass(frozen=True)
 class Switched:
-    """Another adapter answers."""
+    """The reply of SwitchJob: another adapter is served now."""
 
     adapter_switch_time: float
     """Seconds."""
@@ -179,36 +179,36 @@ class Switched:
 
 @dataclass(frozen=True)
 class SwitchJob(Job[Switched]):
-    """Put another adapter, a folder, in the place of the one that is served."""
+    """Replace the served adapter by the adapter in a folder."""
 
     adapter: str
 
 
 @dataclass(frozen=True)
 class FactsJob(Job[EngineFacts]):
-    """What the engine says of its own getting ready; NO_FACTS where it says nothing."""
+    """Ask for the engine's facts on its start: compiling, graphs, log. NO_FACTS if it has none."""
 
 
 @dataclass(frozen=True)
 class MemoryJob(Job[Memory]):
-    """Peaks since the worker started; nothing of a server elsewhere."""
+    """Ask for the memory peaks since the worker's start; empty for a server elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """Where the open server is, and prompts in the forms that it takes, by the id of their row."""
+    """The open server's address, and prompts in its format by row id."""
 
     target: Target
     prompts: Mapping[str, Prompt]
     new_tokens: int
-    """What policies leave of those that were asked for."""
+    """Tokens of an answer, after policies."""
     slots: int
-    """Requests that it works on together, 0 where that is not known."""
+    """Requests that it runs at once, 0 if unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServedJob(Job[Served]):
-    """Where the open server is, and these prompts as it takes them: for a load that is sent from elsewhere."""
+    """Ask for the open server's address and these prompts in its format, for a load from another process."""
 
     rows: tuple[Row, ...]
     new_tokens: int
@@ -221,25 +221,25 @@ class ServedJob(Job[Served]):
 
 @dataclass(frozen=True)
 class Timed:
-    """The requests of a turn, in the order in which they were due, the warm-up first."""
+    """The requests of a turn in the order of sending, the warm-up first."""
 
     alone: tuple[Request, ...]
-    """Those that were sent one after the other."""
+    """Requests that were sent one after the other."""
     loaded: tuple[Sent, ...] = ()
-    """Those that were sent under load."""
+    """Requests that were sent under load."""
     engine: Account = NO_ACCOUNT
-    """What the server says of the load."""
+    """The server's own numbers on the load."""
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        """All of them, whichever way they were sent."""
+        """All requests of the turn."""
         return (*self.alone, *self.loaded)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedJob(Job[Timed]):
-    """One turn of a block: each batch is a request. With `users` or a `rate` what follows the warm-up is sent under
-    load, each row as a request of its own."""
+    """Measure one turn of a block. Each batch is a request. With `users` or a `rate`, the requests after the warm-up
+    are sent under load, each row as a request of its own."""
 
     batches: tuple[tuple[Row, ...], ...]
     new_tokens: int
@@ -248,54 +248,54 @@ class SpeedJob(Job[Timed]):
     stop: bool = False
     """Whether answers end by themselves; otherwise they have `new_tokens` exactly."""
     users: int = 0
-    """In a closed loop, each asking when answered."""
+    """Users in a closed loop, who ask again when answered."""
     rate: float = 0.0
     """Requests a second, at random times."""
     seed: int = 0
-    """Draws those times."""
+    """The seed of those times."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """How many rows were answered; each was told as an `Answer`."""
+    """The number of answered rows. Each was sent as an `Answer` before."""
 
     rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class QualityJob(Job[Answered]):
-    """Answer rows, and tell each answer, judged: see probes/quality.py."""
+    """Answer rows, and send each answer with its judgement: see probes/quality.py."""
 
     rows: tuple[Row, ...]
     new_tokens: int
-    """The most that an answer may have."""
+    """Most tokens of an answer."""
     batch: int
     schema: Mapping[str, Json] | None = None
-    """The JSON schema that every answer must keep."""
+    """The JSON schema that every answer must match."""
     reference: str | None = None
     """The file of the reference's answers."""
     write_reference: str | None = None
-    """Where to leave one's own as the reference."""
+    """The file to write this model's answers to, as the reference."""
     invariants: Invariants = NO_INVARIANTS
 
 
 @dataclass(frozen=True)
 class Alive:
-    """What is wrong with the answers of a model that was just written, "" for nothing."""
+    """The problem of a new model's answers, "" for none."""
 
     problem: str
 
 
 @dataclass(frozen=True)
 class AliveJob(Job[Alive]):
-    """Whether the open model answers at all: see probes/alive.py."""
+    """Check that the open model answers at all: see probes/alive.py."""
 
     rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachingJob(Job[Caching]):
-    """Look at the KV cache of the eager engine's model at a token that has so many before it: see probes/caching.py."""
+    """Measure the KV cache of the eager engine's model after `tokens` tokens: see probes/caching.py."""
 
     tokens: int
     rounds: int
@@ -303,33 +303,33 @@ class CachingJob(Job[Caching]):
 
 @dataclass(frozen=True)
 class TaskJob(Job[Task]):
-    """One task of lm-evaluation-harness, by its name or its file: see probes/tasks.py."""
+    """Run one task of lm-evaluation-harness, by its name or its file: see probes/tasks.py."""
 
     task: str
     rows: int
-    """The most rows to ask, 0 for all."""
+    """Most rows to ask, 0 for all."""
 
 
 @dataclass(frozen=True)
 class BandwidthJob(Job[Survey]):
-    """How fast this machine reads memory: see probes/bandwidth.py."""
+    """Measure how fast this machine reads memory: see probes/bandwidth.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayersJob(Job[Few]):
-    """What variants take on the first layers of a model: see probes/layers.py."""
+    """Time variants on the first layers of a model: see probes/layers.py."""
 
     model: Model
     variants: tuple[Variant, ...]
     asked: tuple[Asked, ...]
     folder: str
-    """Where the cut models are written; the asker removes it."""
+    """The folder for the cut models. The parent removes it."""
     seconds: float
-    """Of a variant on a workload."""
+    """Seconds for a variant on a workload."""
     rows: tuple[Row, ...] = ()
-    """To calibrate with."""
+    """Calibration rows."""
     rank: int = 0
-    """An adapter padded to it is timed too, 0 for none."""
+    """The rank of a padded adapter to time too, 0 for none."""
     seed: int = 0
     answers: tuple[Row, ...] = ()
     """The prompts whose answers will be checked."""
@@ -337,7 +337,7 @@ class LayersJob(Job[Few]):
 
 @dataclass(frozen=True)
 class KernelsJob(Job[EngineFacts]):
-    """Which kernels a batch runs on the GPU: see probes/kernels.py. NO_FACTS for an engine that computes elsewhere."""
+    """List the kernels that a batch runs on the GPU: see probes/kernels.py. NO_FACTS for an engine elsewhere."""
 
     batch: tuple[Row, ...]
     new_tokens: int
@@ -372,18 +372,18 @@ JOBS: Mapping[str, type[Job[Json]]] = {
 
 
 def as_line(job: Job[Reply]) -> str:
-    """A request as a line for a worker."""
+    """A job as a line for a worker."""
     return json.dumps({"job": job.name(), **as_json(job)}) + "\n"
 
 
 def from_line(line: str) -> Job[Json]:
-    """The request in a line, as the parent wrote it."""
+    """The job in a line of the parent."""
     values = json.loads(line)
     return built(JOBS[values.pop("job")], values)
 
 
 def built(record: type[Record], values: Mapping[str, Json]) -> Record:
-    """A record of JSON that is known to fit it. A key that the record has no field for is left out."""
+    """A record from JSON that is known to fit it. Keys without a field are left out."""
     kinds = _kinds(typing.cast(Json, record))
     return record(**{name: _value(kinds[name], values[name]) for name in kinds if name in values})
 
@@ -391,7 +391,7 @@ def built(record: type[Record], values: Mapping[str, Json]) -> Record:
 @cache
 def _kinds(record: Json) -> Mapping[str, Json]:
     hints = get_type_hints(record)
-    return {each.name: hints[each.name] for each in fields(record)}
+    return {field.name: hints[field.name] for field in fields(record)}
 
 
 def _value(kind: Json, value: Json) -> Json:

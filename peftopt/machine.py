@@ -1,4 +1,4 @@
-"""What this machine is, what it is doing right now, and which versions are on it. Never imports torch."""
+"""Facts on this machine, its current load, and its installed versions. Never imports torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIBRARIES = (
 
 
 def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
-    """Installed versions by distribution name; a missing one is left out."""
+    """Installed versions by distribution name, without missing ones."""
     installed = {}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -41,7 +41,7 @@ def cores() -> int:
 
 
 def threads() -> int:
-    """Threads that this process was given to compute with; without word of it, all cores."""
+    """The number of threads for this process, from OMP_NUM_THREADS; by default all cores."""
     return int(os.environ.get("OMP_NUM_THREADS") or 0) or cores()
 
 
@@ -62,23 +62,23 @@ def describe() -> dict[str, Json]:
 
 
 def waiting() -> dict[str, str]:
-    """How threads of GNU OpenMP, which torch computes with, wait at a barrier, as environment variables: the user's
-    own, or awake for some microseconds, then asleep.
+    """Environment variables for how torch's threads (GNU OpenMP) wait at a barrier: the user's own, else spinning for
+    some microseconds, then sleeping.
 
-    Asleep at once, each token takes 1.4 to 1.8 times as long, an unmerged adapter's more than a merged model's; the
-    default is as fast, and collapses when any other process wants a core (docs/decisions/processes.md).
+    If threads sleep at once, each token takes 1.4 to 1.8 times as long; an unmerged adapter loses more than a merged
+    model. OpenMP's default is as fast, but collapses when another process needs a core (docs/decisions/processes.md).
     """
     own = {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ}
     return own or {"GOMP_SPINCOUNT": "2000"}
 
 
 def gpus() -> list[str]:
-    """Names of the NVIDIA GPUs, driver's view; empty without a driver."""
+    """Names of the NVIDIA GPUs, as the driver lists them; empty without a driver."""
     return _nvidia_smi("--query-gpu=name,memory.total")
 
 
 def lacks(device: str) -> str:
-    """What a plug-in that computes on this device misses here, "" for nothing; as the driver tells, without torch."""
+    """The missing device of a plug-in that computes on it, "" for none. Asks the driver, not torch."""
     return "an NVIDIA GPU" if device == "cuda" and not gpus() else ""
 
 
@@ -90,7 +90,7 @@ def _nvidia_smi(query: str) -> list[str]:
     command = [tool, query, "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except subprocess.TimeoutExpired:  # a driver that hangs tells nothing
+    except subprocess.TimeoutExpired:  # the driver hangs
         return []
     if answer.returncode != 0:
         return []
@@ -98,8 +98,8 @@ def _nvidia_smi(query: str) -> list[str]:
 
 
 def moment() -> dict[str, float]:
-    """Counters of what may disturb a measurement, since some start of their own: seconds of CPU time `busy` and
-    `steal` (taken by the host), `throttled` (by a quota on our cgroup), heat `events`; and the `clock` they ran on."""
+    """Counters of possible disturbances, each since a start of its own: seconds of CPU time that were `busy`, taken by
+    the host (`steal`), or withheld by our cgroup's quota (`throttled`); heat `events`; and the `clock` in seconds."""
     import psutil
 
     times = psutil.cpu_times()
@@ -115,25 +115,25 @@ def moment() -> dict[str, float]:
 
 
 def disturbance(before: dict[str, float], after: dict[str, float], own_s: float, pids: set[int]) -> dict[str, Json]:
-    """What disturbed a measurement between two moments in which our process took `own_s` of CPU time.
+    """The disturbances of a measurement between two moments. Our own process took `own_s` of CPU time between them.
 
-    `foreign_cores`: processors that others kept busy, `steal` and `throttled`: shares of our processors that the host
-    or a quota withheld, `heat_events`: times that a processor slowed down for heat. On an NVIDIA GPU also
-    `gpu_foreign` (processes that are none of `pids`), `gpu_slowed` (by heat or power) and its temperature.
+    `foreign_cores`: processors that other processes kept busy. `steal` and `throttled`: shares of our processors that
+    the host or a quota withheld. `heat_events`: how often a processor slowed down for heat. On an NVIDIA GPU also
+    `gpu_foreign` (processes outside `pids`), `gpu_slowed` (by heat or power) and its temperature.
     """
     import psutil
 
-    gone = {key: after[key] - before[key] for key in before}
-    seconds = max(gone["clock"], 1e-9)
+    change = {key: after[key] - before[key] for key in before}
+    seconds = max(change["clock"], 1e-9)
     values: dict[str, Json] = {
         "load": os.getloadavg()[0],
         "cores": cores(),
         "openmp": waiting(),
         "seconds": round(seconds, 4),
-        "foreign_cores": round(max(0.0, gone["busy"] - own_s) / seconds, 3),
-        "steal": round(gone["steal"] / seconds / cores(), 4),
-        "throttled": round(gone["throttled"] / seconds / cores(), 4),
-        "heat_events": gone["events"],
+        "foreign_cores": round(max(0.0, change["busy"] - own_s) / seconds, 3),
+        "steal": round(change["steal"] / seconds / cores(), 4),
+        "throttled": round(change["throttled"] / seconds / cores(), 4),
+        "heat_events": change["events"],
     }
     frequency = psutil.cpu_freq()
     if frequency:
@@ -146,7 +146,7 @@ def disturbance(before: dict[str, float], after: dict[str, float], own_s: float,
 
 
 def _throttled_s() -> float:
-    """CPU time that a quota has withheld from our cgroup; 0 without one."""
+    """CPU time in seconds that a quota has withheld from our cgroup; 0 without a quota."""
     for file, key, unit in (
         ("/sys/fs/cgroup/cpu.stat", "throttled_usec", 1e6),
         ("/sys/fs/cgroup/cpu/cpu.stat", "throttled_time", 1e9),
@@ -161,8 +161,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def oom_kills() -> int:
-    """Processes that the kernel has ended for lack of memory: in the control group of this process and its children,
-    where it counts them there, else on this machine; 0 where it does not count."""
+    """The number of processes that the kernel has ended for lack of memory: in the cgroup of this process if the kernel
+    counts there, else on this machine; 0 without a count."""
     for file in (*_memory_events(), Path("/proc/vmstat")):
         with contextlib.suppress(OSError, ValueError):
             values = dict(line.split() for line in file.read_text().splitlines() if len(line.split()) == 2)
@@ -172,7 +172,7 @@ def oom_kills() -> int:
 
 
 def _memory_events() -> Iterator[Path]:
-    """Where version 2 and version 1 of control groups count them, as seen from inside and from outside a container."""
+    """The files with that count: of cgroups version 2 and 1, as seen from inside and from outside a container."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -201,8 +201,9 @@ def _gpu_disturbance(pids: set[int]) -> dict[str, Json]:
 
 
 def gpu_state(states: list[str], on_gpu: set[int], pids: set[int]) -> dict[str, Json]:
-    """From nvidia-smi's lines "61, 0x0000000000000004" and the processes it lists. Inside a container it may list
-    ours under other numbers: if none is ours by number, as many as we have are taken for ours."""
+    """The GPU's disturbances, from nvidia-smi's lines "61, 0x0000000000000004" and the processes it lists. Inside a
+    container, it may list our processes under other ids. If no id is ours, as many processes as we have count as
+    ours."""
     fields = [parts for line in states if len(parts := [part.strip() for part in line.split(",")]) == 2]
     masks = [int(mask, 16) for _, mask in fields if mask.startswith("0x")]
     foreign = len(on_gpu - pids) if on_gpu & pids else max(0, len(on_gpu) - len(pids))
@@ -214,7 +215,7 @@ def gpu_state(states: list[str], on_gpu: set[int], pids: set[int]) -> dict[str, 
 
 
 def cpu_s(pids: Iterable[int]) -> float:
-    """Seconds of CPU time that these processes have taken so far; one that is gone counts no more."""
+    """Seconds of CPU time that these processes have taken so far, without processes that have ended."""
     import psutil
 
     total = 0.0
@@ -226,14 +227,14 @@ def cpu_s(pids: Iterable[int]) -> float:
 
 
 REST_S = 3.0
-"""How long processes are waited for."""
+"""Most seconds to wait until processes rest."""
 
 REST_LOOK_S = 0.05
-"""How long they are looked at to tell that they rest."""
+"""Seconds over which their CPU time is measured to see that they rest."""
 
 
 def rest(pids: Iterable[int], limit_s: float = REST_S) -> bool:
-    """Wait until these processes compute nothing, at most for `limit_s` seconds; whether they came to rest."""
+    """Wait until these processes compute nothing, for at most `limit_s` seconds. Returns whether they rest."""
     family = list(pids)
     until = time.monotonic() + limit_s
     while time.monotonic() < until:
@@ -245,24 +246,24 @@ def rest(pids: Iterable[int], limit_s: float = REST_S) -> bool:
 
 
 def gpu_memory(pids: Iterable[int]) -> int | None:
-    """Bytes that these processes hold on NVIDIA GPUs now; None without one, or where the driver does not tell."""
+    """Bytes that these processes hold on NVIDIA GPUs now; None without a GPU, or without an answer of the driver."""
     return gpu_held(_nvidia_smi("--query-compute-apps=pid,used_memory"), set(pids))
 
 
 def gpu_held(lines: list[str], pids: set[int]) -> int | None:
-    """From nvidia-smi's lines "4711, 512 MiB", "4712, [N/A]"; None when none of these is among them."""
-    told = [re.fullmatch(r"(\d+), *(\d+) MiB", line) for line in lines]
-    mib = [int(each[2]) for each in told if each and int(each[1]) in pids]
+    """Bytes of these processes, from nvidia-smi's lines "4711, 512 MiB", "4712, [N/A]"; None if it lists none."""
+    matches = [re.fullmatch(r"(\d+), *(\d+) MiB", line) for line in lines]
+    mib = [int(match[2]) for match in matches if match and int(match[1]) in pids]
     return sum(mib) * 2**20 if mib else None
 
 
 FREED_S = 30.0
-"""How long the driver is waited for to take back what ended processes held on a GPU."""
+"""Most seconds to wait until the driver has freed the GPU memory of ended processes."""
 
 
 def await_gpu(pids: Iterable[int]) -> bool:
-    """Wait until the driver lists none of these ended processes any more, at most for FREED_S; whether that is so. What
-    is left of them would take room and time from the next one."""
+    """Wait until the driver lists none of these ended processes any more, for at most FREED_S. Returns whether that is
+    so. Their remains would take memory and time from the next process."""
     ended = set(pids)
     until = time.monotonic() + FREED_S
     while gpu_memory(ended) is not None:
@@ -273,9 +274,9 @@ def await_gpu(pids: Iterable[int]) -> bool:
 
 
 def give_back() -> None:
-    """Give memory that nobody uses any more back to the system and to the GPU: what an allocator keeps for later looks
-    like a leak from outside. Objects in cycles are looked for only where all that was there at the start is left out
-    (gc.freeze): else it takes a second."""
+    """Return unused memory to the system and to the GPU: memory that an allocator keeps looks like a leak from outside.
+    Collects objects in cycles only if the objects from the start are frozen (gc.freeze): otherwise it takes a
+    second."""
     if gc.get_freeze_count():
         gc.collect()
     torch = sys.modules.get("torch")
@@ -287,8 +288,8 @@ def give_back() -> None:
 
 
 def free_memory() -> int:
-    """Bytes that new processes can take without swapping; on a machine with NVIDIA GPUs no more than the fullest of
-    them has left."""
+    """Bytes that new processes can take without swapping; with NVIDIA GPUs, at most the free memory of the fullest
+    GPU."""
     import psutil
 
     mib = [int(line.split()[0]) for line in _nvidia_smi("--query-gpu=memory.free") if line.split()[0].isdigit()]
@@ -296,7 +297,7 @@ def free_memory() -> int:
 
 
 def processor() -> str:
-    """The processor's name and the instructions it has: code built for one may not run on another."""
+    """The processor's name and its instruction sets: code that was built for one processor may not run on another."""
     info = Path("/proc/cpuinfo")
     flags = [line for line in info.read_text().splitlines() if line.startswith("flags")] if info.exists() else []
     return f"{_cpu_name()} {flags[0] if flags else platform.machine()}"
@@ -309,6 +310,6 @@ def _cpu_name() -> str:
 
 
 def die_with_parent(number: int) -> None:
-    """Ask Linux for a signal to this process when its parent dies, so that a killed run leaves nothing behind."""
+    """Let Linux send this process a signal when its parent dies, so that a killed run leaves no process behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)

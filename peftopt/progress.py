@@ -1,4 +1,4 @@
-"""How far long work has come: a plug-in says so here, its worker passes it on, the console shows it."""
+"""Progress of long work: a plug-in reports it here, its worker passes it on, the console shows it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Reached:
-    """`done` of `total` steps of a phase are over; each phase is one bar. `what` is going on, in a few words."""
+    """`done` of `total` steps of a phase are over. Each phase is one bar. `what`: the current work in a few words."""
 
     phase: str
     done: int
@@ -19,7 +19,7 @@ class Reached:
 
     @property
     def share(self) -> float:
-        """How much of the phase is over, 0..1."""
+        """The share of the phase that is over, 0..1."""
         return self.done / max(1, self.total)
 
 
@@ -29,13 +29,13 @@ _hear: ContextVar[Hear] = ContextVar("hear", default=lambda _: None)
 
 
 def report(phase: str, done: int, total: int, what: str = "") -> None:
-    """Say how much of a phase is done. Costs next to nothing where nobody listens, so say it at every step."""
+    """Report how much of a phase is done. Call it at every step: without a listener it costs almost nothing."""
     _hear.get()(Reached(phase, done, total, what))
 
 
 @contextlib.contextmanager
 def heard(hear: Hear) -> Iterator[None]:
-    """Let `hear` have what is reported inside."""
+    """Pass everything that is reported inside to `hear`."""
     token = _hear.set(hear)
     try:
         yield

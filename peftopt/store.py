@@ -1,4 +1,4 @@
-"""Where results live: content-addressed artifacts and append-only measurements. A path that exists is whole."""
+"""The results folder: content-addressed artifacts and append-only measurements. A path that exists is whole."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ from peftopt.redaction import redacted
 MANIFEST = "artifact.json"
 MODEL = "model"
 SEAL = "manifest_sha256"
-"""In a manifest: its own hash."""
+"""The key of a manifest's own hash."""
 
 ARTIFACT = re.compile("[0-9a-f]{64}")
-"""An artifact's id, a hash: it is a part of paths."""
+"""The pattern of an artifact's id: a hash, which is a part of paths."""
 
 LOCK_LOOK_S = 0.2
-"""Between two looks at a lock that another process holds."""
+"""Seconds between two attempts to take a lock that another process holds."""
 
 
 def _never(within_s: float) -> bool:
-    """Nobody interrupts: only the time passes."""
+    """Wait without a possible interrupt."""
     time.sleep(within_s)
     return False
 
 
 @dataclass(frozen=True)
 class Store:
-    """The results folder. `warn` hears of everything that was repaired or dropped."""
+    """The results folder. `warn` receives a text for everything that was repaired or dropped."""
 
     root: Path
     warn: Callable[[str], None] = lambda _: None
 
     def check_writable(self) -> None:
-        """Raises MissingEnvironment when results cannot be written here; leaves nothing behind."""
+        """Raises MissingEnvironment when results cannot be written here. Leaves no file behind."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / f".writable.{os.getpid()}"
@@ -62,22 +62,22 @@ class Store:
             raise unwritable(self.root, error, "choose another folder with --results") from error
 
     def folder(self, artifact_id: str) -> Path:
-        """Where an artifact lies, or will lie."""
+        """The folder of an artifact, which may not exist yet."""
         return self.root / "artifacts" / artifact_id[:2] / artifact_id
 
     def cache(self, artifact_id: str) -> Path:
-        """Where an engine may keep what it compiles for this model (not part of the artifact); see `claim`."""
+        """The folder for an engine's compiled graphs of this model, outside the artifact; see `claim`."""
         return claim(self.root / "cache" / (artifact_id[:16] or "source"))
 
     def find(self, build: Build) -> Artifact | None:
-        """The artifact, its files checked against their hash; a damaged one is set aside and counts as missing."""
+        """The artifact, its files checked by their hash. A damaged artifact is moved aside and counts as missing."""
         folder = self.folder(build.id)
         if not folder.exists():
             return None
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             artifact = _artifact(folder, manifest, cached=True)
-            sealed = manifest.get(SEAL) in (None, _seal(manifest))  # None: of a peftopt that did not seal
+            sealed = manifest.get(SEAL) in (None, _seal(manifest))  # None: an older peftopt wrote no hash
             whole = sealed and identity.of_folder(folder / MODEL) == artifact.content
             damage = "" if whole else "does not match its hash"
         except (OSError, *BROKEN) as error:
@@ -91,8 +91,9 @@ class Store:
 
     @contextlib.contextmanager
     def locked(self, build: Build, interrupted: Callable[[float], bool] = _never) -> Iterator[None]:
-        """One builder per artifact; the kernel frees the lock of a process that died. Who waits is told for whom, and
-        asks `interrupted` again and again, which waits so many seconds at most: KeyboardInterrupt where it says so."""
+        """Lock an artifact for one builder; the kernel frees the lock of a dead process. While waiting, warns once who
+        holds the lock, and calls `interrupted` again and again. Each call waits for at most the given seconds; when it
+        returns true, raises KeyboardInterrupt."""
         folder = self.folder(build.id)
         folder.parent.mkdir(parents=True, exist_ok=True)
         with folder.with_suffix(".lock").open("a+", encoding="utf-8") as handle:
@@ -112,7 +113,7 @@ class Store:
                 handle.truncate(0)
 
     def clear(self) -> None:
-        """Remove what killed builders have left, and say how much that was. What is being built stays."""
+        """Remove the leftovers of killed builders, and say how large they were. Running builds stay."""
         freed = 0
         for half in self.root.glob("artifacts/*/*.tmp.*"):
             lock = half.with_name(half.name.partition(".")[0] + ".lock")
@@ -123,9 +124,9 @@ class Store:
         tell_removed(freed, self.root / "artifacts", self.warn)
 
     def model(self, artifact_id: str, source: Model) -> Model:
-        """The model of an artifact; of "" the `source` that a recipe starts from. What stands in an adapter's place,
-        as a baked prompt does, sits on what it was made from. Adapters that stay apart are the source's own, wherever
-        they lie now: an artifact is known by its contents."""
+        """The model of an artifact; for "", the recipe's own `source`. A baked prompt replaces the adapter, on its
+        parent's base. Unmerged adapters are the source's, wherever they lie now: an artifact's id depends on contents,
+        not on paths."""
         if not artifact_id:
             return source
         folder = self.folder(artifact_id)
@@ -136,10 +137,10 @@ class Store:
         return Model(str(folder / MODEL), parent.adapters if manifest["adapters"] else ())
 
     def build(self, build: Build, make: Callable[[Path], tuple[Model, Mapping[str, Json]]]) -> Artifact:
-        """Build it in a temporary folder and move it into place whole; `make` fills the folder it is given."""
+        """Build an artifact in a temporary folder, then move it into place. `make` fills the given folder."""
         folder = self.folder(build.id)
         for orphan in folder.parent.glob(f"{folder.name}.tmp.*"):
-            shutil.rmtree(orphan)  # we hold the lock, so whoever wrote it is dead
+            shutil.rmtree(orphan)  # this process holds the lock, so the writer is dead
         temporary = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
         try:
             temporary.mkdir(parents=True)
@@ -163,7 +164,7 @@ class Store:
 
 
 def _seal(manifest: Mapping[str, Json]) -> str:
-    """The hash of what a manifest says, as it is when it was written and read."""
+    """The hash of a manifest's values, as they are after writing and reading."""
     return identity.of_value(json.loads(json.dumps({key: each for key, each in manifest.items() if key != SEAL})))
 
 
@@ -183,8 +184,8 @@ def _artifact(folder: Path, manifest: dict[str, Json], cached: bool) -> Artifact
 
 
 def append(path: Path, *measurements: Measurement, hint: str = "") -> None:
-    """Add a line for each, without secrets, on disk before this returns. Half a character (a lone surrogate), which no
-    file can hold, is written as its JSON escape, and is read again as it was."""
+    """Add a line for each measurement, without secrets. The lines are on disk before this returns. A lone surrogate,
+    which UTF-8 cannot hold, is written as its JSON escape."""
     lines = [json.dumps({"format": FORMAT, **asdict(each)}, ensure_ascii=False) for each in measurements]
     text = "".join(redacted(line) + "\n" for line in lines)
     try:
@@ -194,8 +195,8 @@ def append(path: Path, *measurements: Measurement, hint: str = "") -> None:
 
 
 def add_lines(path: Path, text: str) -> None:
-    """Add whole lines to a file, on disk before this returns, or none of them. Half a line, which a killed process has
-    left at its end, is cut off. Raises OSError."""
+    """Add whole lines to a file, or none of them. They are on disk before this returns. First cuts off half a line that
+    a killed process left at the end. Raises OSError."""
     cut_torn_line(path)
     with path.open("a", encoding="utf-8", errors="backslashreplace") as handle:
         before = os.fstat(handle.fileno()).st_size
@@ -210,13 +211,13 @@ def add_lines(path: Path, text: str) -> None:
 
 
 OWNER = ".owner"
-"""The file of a run folder whose lock says that a process measures there; its text says which."""
+"""The file of a run folder that a measuring process locks; its text names the process."""
 
 
 def own(folder: Path, warn: Callable[[str], None] = lambda _: None) -> TextIO:
-    """Take a run folder for this process, until the file is given back or the process ends.
+    """Lock a run folder for this process, until `disown` or the end of the process.
 
-    Raises Occupied where another process has it, and names that.
+    Raises Occupied, which names the other process, if another process has the lock.
     """
     try:
         handle = (folder / OWNER).open("a+", encoding="utf-8")
@@ -234,7 +235,7 @@ def own(folder: Path, warn: Callable[[str], None] = lambda _: None) -> TextIO:
 
 
 def _locks(handle: TextIO) -> bool:
-    """Take the lock of a file, unless another process has it; whether it was taken."""
+    """Take the lock of a file, unless another process has it. Returns whether it was taken."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -243,13 +244,13 @@ def _locks(handle: TextIO) -> bool:
 
 
 def _holder(handle: TextIO, unknown: str = "another process") -> str:
-    """Who has signed a lock's file."""
+    """The process that has written its name into a lock's file."""
     handle.seek(0)
     return handle.read() or unknown
 
 
 def _sign(handle: TextIO) -> None:
-    """Write into a lock's file who holds it; on a full disk that is not known."""
+    """Write this process's name into a lock's file; on a full disk, the name is lost."""
     text = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     with contextlib.suppress(OSError):
         os.ftruncate(handle.fileno(), 0)
@@ -257,7 +258,7 @@ def _sign(handle: TextIO) -> None:
 
 
 def owner(folder: Path) -> str:
-    """Who measures in a folder, as its file says; "" for nobody. One of this machine that has ended is nobody."""
+    """The process that measures in a folder, by its owner file; "" for none, and for a dead process of this machine."""
     try:
         text = (folder / OWNER).read_text(encoding="utf-8")
     except (OSError, UnicodeError):
@@ -268,28 +269,28 @@ def owner(folder: Path) -> str:
 
 
 def disown(handle: TextIO) -> None:
-    """Give a run folder back that `own` took."""
+    """Unlock a run folder that `own` locked."""
     handle.truncate(0)
     handle.close()
 
 
 FINISHED = ".finished"
-"""The file of a run folder that says that everything its recipe asks was measured."""
+"""The file of a run folder that marks a run with all its measurements."""
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run has measured everything. One of an older peftopt, which left no owner, had when it was decided."""
+    """Whether a run has measured everything. A run of an older peftopt has no owner file: it had, if it is decided."""
     old = not (folder / OWNER).exists() and (folder / "decision.json").exists()
     return old or (folder / FINISHED).exists()
 
 
 def is_interrupted(folder: Path) -> bool:
-    """Whether a process measures there, or stopped before it had measured everything."""
+    """Whether a run still measures, or stopped before it had measured everything."""
     return (folder / OWNER).exists() and not is_finished(folder)
 
 
 def cut_torn_line(path: Path) -> None:
-    """Cut off a last line that a kill has torn, so that the next one starts a line."""
+    """Cut off an incomplete last line, which a killed process left, so that the next text starts a new line."""
     if not path.exists() or _ends_a_line(path):
         return
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
@@ -302,7 +303,7 @@ def _ends_a_line(path: Path) -> bool:
 
 
 def read_object(path: Path) -> dict[str, Json]:
-    """The JSON object in a file of a run folder. Raises BadInput for a file that holds none."""
+    """The JSON object in a file of a run folder. Raises BadInput for a file without one."""
     try:
         value = json.loads(read_text(path))
     except BROKEN as error:
@@ -313,7 +314,7 @@ def read_object(path: Path) -> dict[str, Json]:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan of a run folder. Raises BadInput for a file that is no plan."""
+    """The plan of a run folder. Raises BadInput for a file that is not a plan."""
     import cattrs
 
     hint = "run the recipe again"
@@ -331,7 +332,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def _unknown(plan: Plan) -> str:
-    """What a plan refers to and does not hold: "" where it is whole."""
+    """The first thing that a plan refers to and does not contain, in words; "" for a complete plan."""
     recipe, artifacts = plan.recipe, {"", *(build.id for build in plan.builds)}
     for what, by_name in (("variant", recipe.variants), ("workload", recipe.workloads)):
         for name, each in by_name.items():
@@ -350,11 +351,11 @@ def _unknown(plan: Plan) -> str:
 
 
 def read(path: Path, warn: Callable[[str], None] = lambda _: None) -> list[Measured]:
-    """All measurements of a run. A torn last line (a kill mid-write) is left out, with notice, and so are lines of a
-    probe that is not known: a newer peftopt may have written them. The file stays as it is.
+    """All measurements of a run. Leaves out, with a warning, an incomplete last line (of a killed process) and lines of
+    an unknown probe (of a newer peftopt). The file stays as it is.
 
-    Raises BadInput for another format version, a broken line that is not the last, and a line whose values are not
-    those of its probe; it names the line and the field.
+    Raises BadInput, which names the line and the field, for another format version, a broken line before the last, and
+    values that do not fit the line's probe.
     """
     if not path.exists():
         return []
@@ -388,13 +389,13 @@ def _measurement(path: Path, number: int, line: bytes) -> Measurement:
 
 
 def check_file(path: Path) -> None:
-    """Raises BadInput for a pipe, a socket or a device, which never ends, and OSError for what is not there."""
+    """Raises BadInput for a pipe, a socket or a device, which may never end, and OSError for a missing file."""
     if not (stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode)):
         raise BadInput(f"{path} is not a file but a pipe, a socket or a device", "remove it, or restore the file")
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises BadInput where it cannot be read, is other text, or has more than 100 MB."""
+    """The text of a UTF-8 file. Raises BadInput if it cannot be read, is not UTF-8, or has more than 100 MB."""
     try:
         check_file(path)
         if path.stat().st_size > 100_000_000:
@@ -407,8 +408,8 @@ def read_text(path: Path) -> str:
 
 
 def write(path: Path, text: str, hint: str = "") -> None:
-    """Write a file whole or not at all, without secrets. Raises MissingEnvironment, with the hint, where it cannot be
-    written: what was there stays."""
+    """Write a file whole or not at all, without secrets. Raises MissingEnvironment, with the hint, if it cannot be
+    written; an existing file then stays as it was."""
     remove_orphans(path)
     text = redacted(text)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -426,8 +427,8 @@ def write(path: Path, text: str, hint: str = "") -> None:
 
 
 def remove_orphans(path: Path) -> int:
-    """Remove what killed processes left half written under this name: files and folders `.NAME.PID.…` beside it. How
-    many bytes that were."""
+    """Remove half-written files and folders of killed processes: `.NAME.PID.…` beside this path. Returns their
+    bytes."""
     freed = 0
     for orphan in path.absolute().parent.glob(f".{glob.escape(path.name)}.*.*"):
         owner = orphan.name.removeprefix(f".{path.name}.").partition(".")[0]
@@ -443,13 +444,13 @@ def remove_orphans(path: Path) -> int:
 
 
 def tell_removed(freed: int, where: Path, warn: Callable[[str], None]) -> None:
-    """Say how many bytes of dead processes' were removed, where there were any."""
+    """Warn of removed leftovers of dead processes, if there were any."""
     if freed:
         warn(f"removed {format_value('size', freed)} that interrupted work left in {where}")
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process of this number runs, of whichever user."""
+    """Whether a process with this id runs, whoever its user is."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -460,44 +461,45 @@ def is_alive(process: int) -> bool:
 
 
 ROOT = 0
-"""The user whose files nobody else can have put there, such as those of a container's image."""
+"""The id of root, whose files no other user can have written, such as those of a container's image."""
 
 
 def claim(folder: Path) -> Path:
-    """A folder for compiled graphs, made where there is none. Whoever loads a graph runs it, and torch keeps them as
-    pickles. Raises BadInput where anybody may have put something there: the folder that it truly is belongs to another
-    user, or it or one above it may be written by all; MissingEnvironment for one that cannot be made."""
+    """Make a folder for compiled graphs, or check an existing one. Loading a graph runs code, since torch stores graphs
+    as pickles. So this raises BadInput if others may have written there: if the folder (behind links) belongs to
+    another user, or if every user may write to it or to a folder above it. Raises MissingEnvironment if the folder
+    cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(folder, error, "compiled graphs are kept there: make its folder writable") from error
     home = folder.resolve()
-    hint = "what a compile cache holds is run: work in a folder of your own, and it is compiled again there"
+    hint = "code from a compile cache is run: work in a folder of your own, where it is compiled again"
     if home.stat().st_uid not in (os.getuid(), ROOT):
         raise BadInput(f"the compile cache {folder} belongs to another user", hint)
     for place in (home, *home.parents):
         mode = place.stat().st_mode
-        keeps_owners = place != home and mode & stat.S_ISVTX  # as /tmp does: nobody may rename what is another's
+        keeps_owners = place != home and mode & stat.S_ISVTX  # such as /tmp: only owners may rename their files
         if mode & stat.S_IWOTH and not keeps_owners:
             raise BadInput(f"the compile cache {folder} is not safe: every user may write to {place}", hint)
     return folder
 
 
 def unused(path: Path) -> Path:
-    """The path, or the first of PATH.2, PATH.3, … that does not exist: nothing of the user's is replaced."""
+    """The path, or the first of PATH.2, PATH.3, … that does not exist, so that no file is replaced."""
     others = (path.with_name(f"{path.name}.{n}") for n in itertools.count(2))
-    return next(each for each in itertools.chain([path], others) if not os.path.lexists(each))
+    return next(candidate for candidate in itertools.chain([path], others) if not os.path.lexists(candidate))
 
 
-def move(made: Path, to: Path) -> None:
-    """Give a finished folder its name, on the disk before this returns."""
-    settle(made)
-    made.rename(to)
+def move(folder: Path, to: Path) -> None:
+    """Rename a finished folder. Its files and its name are on disk before this returns."""
+    settle(folder)
+    folder.rename(to)
     _sync(to.absolute().parent)
 
 
 def absorb(folder: Path, into: Path) -> None:
-    """Move the files of a folder into another on the same disk, each whole, over those of the same name."""
+    """Move the files of a folder into another on the same disk. They replace files of the same name."""
     for file in [f for f in folder.rglob("*") if f.is_file()]:
         target = into / file.relative_to(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -506,12 +508,12 @@ def absorb(folder: Path, into: Path) -> None:
 
 
 def size(folder: Path) -> int:
-    """Bytes of all files in a folder, of links to files what they lead to."""
+    """Bytes of all files in a folder. A link counts as its target."""
     return sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
 
 
 def settle(folder: Path) -> None:
-    """Wait until a folder's files and names are on the disk: a power cut leaves them whole after this."""
+    """Wait until a folder's files and names are on disk, safe from a power cut."""
     for place, _, names in os.walk(folder):
         for name in names:
             _sync(Path(place) / name)

@@ -1,9 +1,9 @@
-"""A child process that does the heavy work: JSON jobs in on stdin, JSON lines out on stdout.
+"""The worker process, which does the heavy work: it reads JSON jobs from stdin and writes JSON lines to stdout.
 
-It runs as `python -m peftopt.worker` in the environment its plug-in needs; what crosses the border are folders and the
-records of jobs.py, never objects. Each job answers with any number of {"record": …} and {"progress": …} lines and then
-one {"done": …} or {"failed": {"reason", "detail", "hint"}}. A worker keeps the model it opened between jobs, and ends
-with its stdin.
+It runs as `python -m peftopt.worker` in the environment that its plug-in needs. Parent and worker exchange folders and
+the records of jobs.py, never objects. For each job, the worker writes any number of {"record": …} and {"progress": …}
+lines and then one {"done": …} or {"failed": {"reason", "detail", "hint"}}. Between jobs, it keeps the open model. It
+ends with its stdin.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Tell = Callable[[str, "DataclassInstance"], None]
-"""Writes a line: what it is ("record", "progress", …), and a record."""
+"""Writes a line: its kind ("record", "progress", …) and a record."""
 
 DONE = jobs.Done()
 
 
 class Worker:
-    """The jobs, a method each. State: the engine that is open, if any, and whether it has not been timed yet."""
+    """The jobs, one method each. State: the open engine, if any, and whether it has not been timed yet (`fresh`)."""
 
     def __init__(self, tell: Tell) -> None:
         self.tell = tell
@@ -49,7 +49,7 @@ class Worker:
         self.fresh = True
 
     def transform(self, job: jobs.TransformJob) -> jobs.Transformed:
-        """Run one transform, scan what it wrote, and say what it took. `calibration` says where the rows came from."""
+        """Run one transform, scan its output, and return its time, its memory and the results of the checks."""
         from peftopt.probes import memory
 
         source = module("transform", job.plugin)
@@ -88,7 +88,7 @@ class Worker:
         return jobs.Alive(alive.problem(self.engine, job.rows))
 
     def preview(self, job: jobs.PreviewJob) -> jobs.Previewed:
-        """What a transform would change, tensor by tensor; nothing is written."""
+        """The changes by a transform, tensor by tensor. Writes nothing."""
         source = module("transform", job.plugin)
         return jobs.built(jobs.Previewed, {"tensors": source.preview(job.model, source.Params(**job.params))})
 
@@ -98,7 +98,7 @@ class Worker:
         return DONE
 
     def open(self, job: jobs.OpenJob) -> Launch:
-        """Load a model into an engine. Times in seconds; `adapter_switch_time` where an adapter was attached."""
+        """Load a model into an engine. Times are in seconds; `adapter_switch_time` is for an attached adapter."""
         from peftopt.models import prompts
         from peftopt.policies import Policed, opened_with
         from peftopt.probes import bandwidth, memory
@@ -124,13 +124,13 @@ class Worker:
         )
 
     def warm(self, job: jobs.WarmJob) -> jobs.Done:
-        """Have an engine that compiles do so for every shape that batches out of these rows can have."""
+        """Let an engine compile for every shape of batches of these rows."""
         lengths = [len(self.engine.encode(row.messages)[0]) for row in job.rows]
         self.engine.warm(lengths, job.batch, job.new_tokens, job.timed)
         return DONE
 
     def speed(self, job: jobs.SpeedJob) -> jobs.Timed:
-        """One turn of a block: see probes/speed.py, and with users or a rate probes/load.py."""
+        """Measure one turn of a block: see probes/speed.py, and for users or a rate probes/load.py."""
         from peftopt.probes import load, speed
 
         fresh = self.fresh
@@ -145,7 +145,7 @@ class Worker:
         return jobs.Timed(tuple(alone), loaded, engine)
 
     def served(self, job: jobs.ServedJob) -> jobs.Served:
-        """Where the open server is, and these prompts as it takes them: for a load that is sent from elsewhere."""
+        """The open server's address and these prompts in its format, for a load from another process."""
         from peftopt.policies import most
 
         return jobs.Served(
@@ -156,7 +156,7 @@ class Worker:
         )
 
     def quality(self, job: jobs.QualityJob) -> jobs.Answered:
-        """Answer rows; one record each: see probes/quality.py."""
+        """Answer rows, with one record for each answer: see probes/quality.py."""
         from peftopt.probes import quality
 
         quality.ask(
@@ -173,26 +173,26 @@ class Worker:
         return jobs.Answered(len(job.rows))
 
     def task(self, job: jobs.TaskJob) -> Task:
-        """One task of lm-evaluation-harness: see probes/tasks.py."""
+        """Run one task of lm-evaluation-harness: see probes/tasks.py."""
         from peftopt.probes import tasks
 
         with progress.heard(lambda at: self.tell("progress", at)):
             return tasks.run(self.engine, job.task, job.rows)
 
     def caching(self, job: jobs.CachingJob) -> Caching:
-        """What the KV cache saves and holds: see probes/caching.py."""
+        """Measure the size and the gain of the KV cache: see probes/caching.py."""
         from peftopt.probes import caching
 
         return caching.look(self.engine.model, job.tokens, job.rounds)
 
     def bandwidth(self, job: jobs.BandwidthJob) -> Survey:
-        """How fast this machine reads memory: see probes/bandwidth.py."""
+        """Measure how fast this machine reads memory: see probes/bandwidth.py."""
         from peftopt.probes import bandwidth
 
         return bandwidth.survey()
 
     def layers(self, job: jobs.LayersJob) -> Few:
-        """What variants take on the first layers of a model: see probes/layers.py."""
+        """Time variants on the first layers of a model: see probes/layers.py."""
         from peftopt.probes import layers
 
         texts = _rendered(job.rows, tokenizer_home(job.model), job.model.path) if job.rows else []
@@ -201,21 +201,21 @@ class Worker:
             return layers.try_out(bench, job.variants, job.asked, job.seconds, job.rank, job.seed, job.answers)
 
     def switch(self, job: jobs.SwitchJob) -> jobs.Switched:
-        """Another adapter in the place of the one that is served. Time in seconds."""
+        """Replace the served adapter by another. The time is in seconds."""
         return jobs.Switched(self.engine.switch(job.adapter))
 
     def facts(self, job: jobs.FactsJob) -> EngineFacts:
-        """What the engine says of its own getting ready, where it does: see peftopt.engines.Engine."""
+        """The engine's own facts on its start, if it has any: see peftopt.engines.Engine."""
         return jobs.built(EngineFacts, self.engine.facts())
 
     def kernels(self, job: jobs.KernelsJob) -> EngineFacts:
-        """Which kernels a request runs on the GPU: see probes/kernels.py."""
+        """The kernels that a request runs on the GPU: see probes/kernels.py."""
         from peftopt.probes import kernels
 
         return kernels.used(self.engine, job.batch, job.new_tokens)
 
     def memory(self, job: jobs.MemoryJob) -> Memory:
-        """Peaks since this process started; nothing of a server, whose memory is another process's."""
+        """Memory peaks since the start of this process; empty for a remote server."""
         from peftopt.probes import memory
 
         if not self.engine:
@@ -224,8 +224,8 @@ class Worker:
 
 
 def _examined(out: Path, source: Model) -> tuple[list[str], Json]:
-    """What is wrong with the files: as the transform's own certificate says, where it left one, else by a scan; and
-    what of their words is not the source's. Then that certificate, None without one."""
+    """The problems of the written files, and the certificate, None without one. The problems come from the certificate,
+    else from a scan of the weights. Words that differ from the source's are problems too."""
     from peftopt.probes import weights
 
     foreign = weights.foreign_words(out, source)
@@ -237,7 +237,7 @@ def _examined(out: Path, source: Model) -> tuple[list[str], Json]:
 
 
 def _drifts(job: jobs.TransformJob) -> list[str]:
-    """Where an adapter was put into the weights, what of its words is not its base's, unless that is wanted."""
+    """For a merge or a bake, the adapter's words that are not the base's, unless the user allows a mismatch."""
     folded = catalogue()[job.plugin].technique in ("merge", "bake")
     if not (folded and job.model.adapters) or job.params.get("allow_base_mismatch"):
         return []
@@ -245,8 +245,8 @@ def _drifts(job: jobs.TransformJob) -> list[str]:
 
 
 def _rendered(rows: Iterable[Row], home: str, base: str = "") -> list[str]:
-    """The calibration texts of rows: chat template applied where there is one, the right answer included. Raises
-    BadInput, naming the row, for one that the template refuses."""
+    """The calibration texts of rows, with the chat template, if there is one, and the right answer. Raises BadInput,
+    which names the row, for a row that the template refuses."""
     from peftopt.engines._text import rendered
 
     encode = tokenizer(home, base)
@@ -262,7 +262,7 @@ def _rendered(rows: Iterable[Row], home: str, base: str = "") -> list[str]:
 
 
 def _failure(error: BaseException) -> jobs.Failed:
-    """Why a job failed, in the words of the report. The traceback goes to the worker's log."""
+    """The reason of a job's failure, in the words of the report. The traceback goes to the worker's log."""
     sys.stderr.write(redacted("".join(traceback.format_exception(error))))
     if isinstance(error, WorkerFailed):
         return jobs.Failed(error.reason, error.detail, error.hint)
@@ -278,7 +278,7 @@ def _failure(error: BaseException) -> jobs.Failed:
 
 
 def _peak() -> str:
-    """The most memory of the host that this process has held, in words."""
+    """The process's peak of host memory, in words."""
     from peftopt.probes import memory
 
     held = memory.peak().peak_memory_bytes
@@ -286,7 +286,7 @@ def _peak() -> str:
 
 
 def serve(lines: TextIO, channel: TextIO) -> None:
-    """Answer jobs until there are no more."""
+    """Do jobs until stdin ends."""
 
     def tell(word: str, record: DataclassInstance) -> None:
         channel.write(json.dumps({word: as_json(record)}) + "\n")
@@ -304,14 +304,14 @@ def serve(lines: TextIO, channel: TextIO) -> None:
 
 
 def main() -> None:
-    """Serve jobs from stdin. stdout is the protocol, so whatever a library prints goes to stderr, the worker's log."""
+    """Do jobs from stdin. stdout has the protocol, so libraries' output goes to stderr, which is the worker's log."""
     machine.die_with_parent(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(sys.stdin, channel)
     sys.stderr.flush()
-    os._exit(0)  # everything is said: torch would take most of a second to put its things away
+    os._exit(0)  # all output is flushed: torch would take most of a second to clean up
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ and
     def prepare(model: Model) -> None                       # imports what `open` needs, and no more
     def open(model: Model, params: Params) -> Engine
 
-and, where something can be told to be impossible before anything is built, `check` as transforms have it. One that
-speculates takes an argument more in `open`: `speculation: Speculation | None = None`; one that reuses prefixes
+It may have `check`, as transforms have it, to refuse models before anything is built. An engine that speculates takes a
+further argument in `open`: `speculation: Speculation | None = None`. An engine that reuses prefixes takes
 `reuse: Reuse | None = None`. Heavy imports stay inside functions.
 """
 
@@ -24,10 +24,10 @@ from peftopt.records import Json
 
 @dataclass(frozen=True)
 class Generation:
-    """One request's answer. `times` are perf_counter_ns at which each new token was at hand, the first included.
+    """One request's answer. `times`: the perf_counter_ns of each new token, the first included.
 
-    Where several tokens may come of a step: the `steps` after the prompt, the tokens that were `proposed` in them, and
-    those `accepted`, which a step gave beyond its one. 0 steps elsewhere, and where they are not told.
+    For an engine that speculates: the number of `steps` after the prompt, of the tokens `proposed` in them, and of
+    those `accepted`, which a step gave beyond its own token. 0 steps for other engines, and if they are not known.
     """
 
     tokens: list[int]
@@ -38,12 +38,12 @@ class Generation:
     proposed: int = 0
     accepted: int = 0
     reused: int | None = None
-    """First tokens of the prompt whose keys and values an earlier request had left; None where that is not told."""
+    """First tokens of the prompt whose keys and values came from an earlier request; None if not known."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A given answer under the model, teacher-forced; position i is the prediction of answer token i.
+    """A given answer under the model, teacher-forced. Position i is the prediction of answer token i.
 
     `logprobs` of the given tokens (nats); `best` the arg-max token; `top_ids`, `top_logprobs` the TOP_K most likely
     tokens and their log-probabilities, most likely first; `finite` False when any logit was not finite.
@@ -58,24 +58,24 @@ class Scores:
 
 
 TOP_K = 64
-"""Tokens whose log-probability is kept for the KL divergence; the rest counts as one bucket (a lower bound)."""
+"""Tokens whose log-probability is kept for the KL divergence. The rest counts as one bucket (a lower bound)."""
 
 
 class Engine(ABC):
-    """A model that is loaded and answers. One request may hold several prompts: a batch.
+    """A loaded model that answers. One request may hold several prompts: a batch.
 
-    What an engine need not have stands here with what holds for most: it computes in this process, says nothing of
-    how it got ready, and has nothing to compile.
+    The defaults here are those of most engines: it computes in this process, has no facts on its start, and compiles
+    nothing.
     """
 
     scores: bool
     """Whether `score` works; an endpoint may only generate."""
 
     device: str
-    """Where it computes, in torch's words: "cpu", "cuda"."""
+    """The device that it computes on, in torch's words: "cpu", "cuda"."""
 
     threads: int
-    """How many threads of the CPU it uses."""
+    """The number of CPU threads that it uses."""
 
     adapter_switch_time: float | None
     """Seconds it took to attach the adapters; None when there are none."""
@@ -84,19 +84,19 @@ class Engine(ABC):
     """Ids that end an answer."""
 
     remote: bool = False
-    """Whether its processes are not ours to look at: time, memory and CPU are then what a client sees."""
+    """Whether it runs elsewhere: then peftopt sees no memory or CPU time of it, and times are a client's."""
 
     slots: int = 0
-    """How many requests a server works on at once; 0 where that is not known."""
+    """The number of requests that a server runs at once; 0 if not known."""
 
     positions: int = 0
-    """The most tokens of a prompt and its answer together; 0 where that is not known."""
+    """Most tokens of a prompt and its answer together; 0 if not known."""
 
     speculates: bool = False
-    """Whether several tokens may come of a step, so that only what it generates shows what it answers."""
+    """Whether a step may give several tokens. Then answers must be generated: `score` does not show them."""
 
     reuses: bool = False
-    """Whether prompts may start from what earlier ones have left, so that only what it generates shows that."""
+    """Whether prompts may start from kept keys and values. Then answers must be generated, as for `speculates`."""
 
     @property
     @abstractmethod
@@ -114,14 +114,14 @@ class Engine(ABC):
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of the new tokens, special tokens kept out; a leaked one is visible in the ids."""
+        """The text of the new tokens, without special tokens; a leaked special token is visible in the ids."""
 
     @abstractmethod
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         """Greedy answers of one batch, KV cache on. `stop=False` generates exactly `new_tokens` (EOS disabled)."""
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
-        """Score one batch of given answers. Raises NotImplementedError where `scores` is False."""
+        """Score one batch of given answers. Raises NotImplementedError if `scores` is False."""
         raise NotImplementedError("this engine only generates")
 
     @abstractmethod
@@ -129,30 +129,30 @@ class Engine(ABC):
         """Free the model's memory."""
 
     def processes(self) -> Sequence[int]:
-        """Ids of the processes that serve it in this one's place: their memory is the model's."""
+        """Ids of the processes that hold the model, if it is not in this process: their memory is the model's."""
         return ()
 
     def facts(self) -> Mapping[str, Json]:
-        """How it got ready, asked for at the end of a worker's life. Numbers by name ("compile_time" and "warm_start"
-        in seconds, "prefix_bytes", "graphs", "graph_breaks", "recompiles", "uncompiled" requests, "eager_prompts")
-        become metrics of the report; the sentences under "log" are shown with them."""
+        """Facts on its start and its graphs, read at the end of a worker. Numbers by name ("compile_time" and
+        "warm_start" in seconds, "prefix_bytes", "graphs", "graph_breaks", "recompiles", "uncompiled" requests,
+        "eager_prompts") become metrics of the report. The report shows the sentences under "log" too."""
         return {}
 
     def warm(self, lengths: Sequence[int], rows: int, new_tokens: int, timed: bool) -> None:
-        """Compile for whatever batches of so many `rows`, out of prompts of those lengths, may need: every shape where
-        they are `timed`, else one that holds them all."""
+        """Compile for batches of `rows` prompts of these lengths: every shape if they are `timed`, else one shape that
+        fits all."""
         return
 
     def remember(self, answers: Sequence[Sequence[int]]) -> None:
-        """Look up what to propose in these answers too. NotImplementedError for most engines."""
+        """Look up proposals in these answers too. Raises NotImplementedError for most engines."""
         raise NotImplementedError("this engine looks up nothing in other answers")
 
     def switch(self, adapter: str) -> float:
-        """Put another adapter in the place of its own; the seconds it took. NotImplementedError for most engines."""
+        """Replace its adapter by another. Returns the seconds. Raises NotImplementedError for most engines."""
         raise NotImplementedError("this engine cannot switch adapters")
 
     def without_adapters(self) -> AbstractContextManager[None] | None:
-        """Leave the adapters out for a while; None where that cannot be done."""
+        """A context in which the base answers without adapters; None if the engine cannot do that."""
         return None
 
     def load(

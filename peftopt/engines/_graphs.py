@@ -1,4 +1,4 @@
-"""Graphs of functions of one model: compiled ahead of time, kept on the disk for other processes, recorded on CUDA."""
+"""Graphs of one model's functions: compiled ahead of time, kept on disk for other processes, recorded on CUDA."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Graphs:
         self.seconds = {"compile_time": 0.0, "warm_start": 0.0}
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Drop the model."""
         self._model = None
         self._any_shape.clear()
 
@@ -143,7 +143,7 @@ GRAPHS = "steps"
 
 @lru_cache
 def graphs_of(cache: Path) -> Path:
-    """Where graphs made by this code, with these libraries, on this processor are kept."""
+    """The folder for graphs of this code, these libraries and this processor."""
     made_by = {
         "versions": machine.versions(),
         "processor": machine.processor(),
@@ -154,7 +154,7 @@ def graphs_of(cache: Path) -> Path:
 
 
 def drop_outdated(cache: Path) -> None:
-    """Remove the graphs that nothing can be started from any more."""
+    """Remove the graphs that no process can use any more."""
     for folder in (cache / GRAPHS).glob("*"):
         if folder != graphs_of(cache):
             shutil.rmtree(folder, ignore_errors=True)
@@ -162,7 +162,7 @@ def drop_outdated(cache: Path) -> None:
 
 @lru_cache
 def _can_compile_ahead() -> bool:
-    """Whether this torch can; up to 2.11 it has to be told that it may."""
+    """Whether this torch can do it; up to 2.11 it must be enabled."""
     import torch
 
     if hasattr(torch._dynamo.config, "enable_aot_compile"):

@@ -27,5 +27,5 @@ def scored(logits: np.ndarray, given: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def scores_of(own: np.ndarray, top: np.ndarray, logs: np.ndarray, finite: np.ndarray) -> Scores:
-    """The scores of one answer out of those of its tokens, as `scored` gives them."""
+    """The scores of one answer, from its tokens' scores as `scored` returns them."""
     return Scores(own.tolist(), top[:, 0].tolist(), top.tolist(), logs.tolist(), bool(finite.all()))

@@ -1,4 +1,4 @@
-"""Prefixes that requests share: which of a prompt's tokens an earlier prompt began with, and what of it is still held.
+"""Prefixes that requests share: the tokens at a prompt's start that an earlier prompt had, and their kept cache.
 
 Pure but for `Kept`, which copies keys and values into and out of transformers' caches.
 """
@@ -58,7 +58,7 @@ def chain(whose: str, tokens: Sequence[int], block: int) -> list[bytes]:
 
 
 def name_of(tokens: Sequence[int]) -> bytes:
-    """What tells a prompt from others: a hash of all its tokens."""
+    """The key of a whole prompt: a hash of all its tokens."""
     return hashlib.sha256(array("q", tokens).tobytes()).digest()
 
 
@@ -88,7 +88,7 @@ def _hashed(before: int, token: Hashable) -> int:
 
 @dataclass
 class _Held(Generic[Block]):
-    """A block; the prompt that left it, None once another one began so too."""
+    """A kept block, and the prompt that it came from; None after another prompt began with it too."""
 
     block: Block
     nbytes: int
@@ -96,16 +96,16 @@ class _Held(Generic[Block]):
 
 
 class Store(Generic[Block]):
-    """Blocks by key, of so many bytes at most; those that were asked for longest ago go first.
+    """Blocks by key, up to a number of bytes. The least recently used blocks are dropped first.
 
-    A block is asked for after all that follow it, so it never goes before them.
+    A block is marked as used after all blocks that follow it, so it is never dropped before them.
     """
 
     def __init__(self, bound: int) -> None:
         self._bound = bound
         self._held: OrderedDict[bytes, _Held[Block]] = OrderedDict()
         self.nbytes = 0
-        """What the blocks take."""
+        """The bytes of all blocks."""
 
     def __len__(self) -> int:
         return len(self._held)
@@ -151,9 +151,9 @@ Layers = Sequence[tuple[Any, Any]]
 
 
 class Kept:
-    """Keys and values of the prompts that a model has read, by block. A batch begins with what all its rows share.
+    """Keys and values of earlier prompts, by block. A batch starts from the blocks that all its rows share.
 
-    Raises BadInput for a model whose cache cannot be taken up again.
+    Raises BadInput for a model whose cache cannot be reused.
     """
 
     def __init__(self, reuse: Reuse, model: Model, settings: Any) -> None:
@@ -164,7 +164,7 @@ class Kept:
 
     @property
     def nbytes(self) -> int:
-        """The memory that it takes."""
+        """The bytes that it takes."""
         return self._store.nbytes
 
     def match(self, prompts: Sequence[Sequence[int]], before: baked.Prefix | None, bare: bool) -> baked.Prefix | None:
@@ -204,7 +204,7 @@ class Kept:
             self._store.put(self._keys(prompt, bare), name_of(prompt), block, nbytes)
 
     def switched(self, adapter: str) -> None:
-        """Another adapter computes from now on."""
+        """Use the keys of another adapter from now on."""
         self._model = Model(self._model.path, (adapter,))
         self._whose[False] = whose(self._model, bare=False)
 
@@ -220,13 +220,13 @@ def whose(model: Model, bare: bool) -> str:
 
 
 def check_alone(speculation: object | None, reuse: Reuse | None) -> None:
-    """Raises BadInput for an engine that is to speculate and to reuse prefixes: ours do one of them."""
+    """Raises BadInput for an engine that should both speculate and reuse prefixes: peftopt's engines do one of them."""
     if speculation and reuse:
         raise BadInput("this engine does not speculate and reuse prefixes together", "remove one of them, or use vllm")
 
 
 LENGTHS_MATTER = ("dynamic", "longrope")
-"""Rotary embeddings whose keys depend on how long the whole prompt is."""
+"""Rotary embeddings whose keys depend on the length of the whole prompt."""
 
 
 def check(settings: Any) -> None:

@@ -1,4 +1,4 @@
-"""Rows that are decoded together, a token at a time: they join and leave between two tokens, each adapter's apart."""
+"""Rows that are decoded together, token by token, per adapter. Rows may join and leave between two tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 """PEFT types that put virtual tokens before a prompt: one row at a time, unless they are baked."""
 
 UNAPPLIED = ("no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")
-"""What a generation config may ask of every answer, and rows do not do."""
+"""Settings of a generation config that rows do not support."""
 
 
 ALONE = "the compiled engine serves a model alone, without adapters or baked prompts"
 BESIDE = "merge an adapter and serve the result (peftopt merge), or use --engine eager, which serves baked prompts too"
-"""What is refused, and what to do."""
+"""The message of a refusal, and its hint."""
 
 
 class Rows:
@@ -34,7 +34,7 @@ class Rows:
         self._lengths = list(lengths)
         self._width = max(lengths)
         self.joins = all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
-        """Whether other rows of the adapter can join these: a sliding window has lost the start of its columns."""
+        """Whether other rows of the adapter can join: not after a sliding window has lost its first columns."""
 
     def step(self, tokens: Sequence[int]) -> None:
         """Give every row its next token."""
@@ -66,7 +66,7 @@ class Rows:
             self._widen(max(self._lengths))
 
     def join(self, others: Rows) -> None:
-        """Take in other rows of the adapter, which are no more afterwards."""
+        """Add other rows of the adapter. The other batch must not be used afterwards."""
         import torch
 
         width = max(self._width, others._width)
@@ -90,7 +90,7 @@ class Rows:
 
 
 class Limits(eager.Transformers):
-    """What a server has to know of a loaded model."""
+    """Facts on a loaded model that a server needs."""
 
     @property
     def vocabulary(self) -> int:
@@ -133,7 +133,7 @@ class Served(Limits):
     # ---- adapters
 
     def add(self, name: str, folder: str) -> Any:
-        """Put an adapter or a baked prompt beside the others; its tokenizer. A name is a word without dots. Raises
+        """Add an adapter or a baked prompt, and return its tokenizer. A name is a word without dots. Raises
         BadInput for one that cannot share the base with others."""
         model = Model(self._base, (folder,))
         tokenizer = hf.tokenizer(hf.tokenizer_home(model), self._base)
@@ -153,7 +153,7 @@ class Served(Limits):
         return tokenizer
 
     def remove(self, name: str) -> None:
-        """Take an adapter or a baked prompt away, and free it."""
+        """Remove an adapter or a baked prompt, and free its memory."""
         if self._baked.pop(name, None):
             return
         self._in_force = None
@@ -229,7 +229,7 @@ class Served(Limits):
 
 
 class Steps:
-    """Rows of a compiled engine: a graph's rows are as many as they are, and those that left go on unheard."""
+    """Rows of a compiled engine. A graph has a fixed number of rows: rows that left are still computed and ignored."""
 
     joins = False
 
@@ -242,7 +242,7 @@ class Steps:
         self.logits = self._graph(self._live, tokens)[self._live]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Hear of these rows only."""
+        """Keep only these rows. The others are ignored from now on."""
         self._live = [self._live[row] for row in rows]
         self.logits = self.logits[list(rows)]
 
@@ -346,7 +346,7 @@ def _check_cache(config: Any) -> None:
 
 
 def _strip(model: Any) -> None:
-    """Take all layers of PEFT's off a base, also those of an adapter that could not be loaded whole."""
+    """Remove all PEFT layers from a base, also those of an adapter that was only partly loaded."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

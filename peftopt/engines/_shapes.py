@@ -1,4 +1,4 @@
-"""Which shapes the `compiled` engine has to compile for the prompts of a workload, told from their lengths alone."""
+"""The shapes that the `compiled` engine compiles for a workload's prompts, from their lengths alone."""
 
 from __future__ import annotations
 
@@ -44,5 +44,5 @@ def wanted(lengths: Sequence[int], rows: int, new_tokens: int, params: Params, a
 
 
 def _of_batches(share: float, rows: int) -> float:
-    """The share of batches all of whose rows are of such a share of prompts."""
+    """The share of batches whose rows are all in a part of the prompts with this share."""
     return share**rows

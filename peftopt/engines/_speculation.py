@@ -1,4 +1,4 @@
-"""Greedy speculation: what followed the last tokens before is proposed, and the model keeps what it would have said."""
+"""Greedy speculation: propose the tokens that followed the same n-gram before. The model keeps those it agrees with."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Speculation:
 
 
 class Proposer(Protocol):
-    """What proposes a row's next tokens."""
+    """Proposes a row's next tokens."""
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """The row goes on with these tokens."""
+        """Add tokens to the row."""
 
     def propose(self, count: int) -> list[int]:
-        """At most `count` tokens that may come next; none where there is nothing to go by."""
+        """At most `count` proposed tokens; none without a matching n-gram."""
 
 
 class Lookup:
-    """Tokens, and where each n-gram of them was last followed by something."""
+    """Tokens, and the last position after each of their n-grams."""
 
     def __init__(self, speculation: Speculation, beside: Lookup | None = None) -> None:
         """`beside` is looked up for n-grams that these tokens do not have."""
@@ -48,7 +48,7 @@ class Lookup:
         self._sizes = range(speculation.ngram, speculation.shortest - 1, -1)
         self._beside = beside
         self.after: dict[tuple[int, ...], int] = {}
-        """An n-gram -> the place behind its last occurrence that something follows."""
+        """N-gram -> the position after its last occurrence with a following token."""
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Add tokens at the end."""
@@ -80,7 +80,7 @@ def _copied(tokens: Sequence[int], start: int, count: int) -> list[int]:
 
 
 def indexed(answers: Iterable[Sequence[int]], speculation: Speculation) -> Lookup:
-    """Answers to be looked up in."""
+    """An index of the answers to look up in."""
     lookup = Lookup(speculation)
     lookup.extend(chain.from_iterable(answers))
     return lookup
@@ -108,7 +108,7 @@ class Batch(Protocol):
 
 
 class _Row:
-    """An answer as far as it is decoded."""
+    """An answer so far."""
 
     def __init__(self, proposer: Proposer, new_tokens: int, eos: frozenset[int]) -> None:
         self._proposer, self._most, self._eos = proposer, new_tokens, eos
@@ -139,7 +139,7 @@ class _Row:
         return len(taken)
 
     def step(self, tokens: Sequence[int], proposed: int, moment: int) -> int:
-        """`take` what a step gave, and count."""
+        """`take` a step's tokens, and count them."""
         taken = self.take(tokens, moment)
         self.steps += 1
         self.proposed += proposed

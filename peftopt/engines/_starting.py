@@ -33,7 +33,7 @@ def register(prefix: Prefix) -> str:
 
 
 def unregister(prefix: Prefix | None) -> None:
-    """Take its scheduler back."""
+    """Remove its scheduler again."""
     from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
     if prefix:

@@ -1,4 +1,4 @@
-"""Words to token ids and back, alike in every engine that is given a Hugging Face folder."""
+"""Text to token ids and back, the same in every engine on a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def ends(folder: Path, tokenizer: Any) -> list[int]:
 
 
 def trimmed(tokens: list[int], times: list[int], eos: frozenset[int]) -> Generation:
-    """One row of a batch up to its own end of sequence: what follows is padding while other rows go on."""
+    """A batch's row up to its own end of sequence. Tokens after it are padding while other rows continue."""
     end = next((i for i, token in enumerate(tokens) if token in eos), None)
     count = len(tokens) if end is None else end + 1
     return Generation(tokens[:count], times[:count], stopped=end is not None)

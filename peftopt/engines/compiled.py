@@ -1,4 +1,4 @@
-"""A decode loop of our own around a compiled prompt and a compiled step: static cache, arg-max in the graph."""
+"""peftopt's decode loop around a compiled prompt and a compiled step: static cache, arg-max in the graph."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 ATTENTIONS = ("auto", "fused", "sdpa", "eager")
 AUTO, EAGERLY = "auto", "none"
 SHORTEST = 128
-"""Tokens; the least length of a cache that sizes itself."""
+"""The least length of a cache of automatic size, in tokens."""
 SELDOM = 0.01
-"""Of a workload's requests: lengths that no more of them have are not compiled for."""
+"""Prompt lengths of at most this share of a workload's requests are not compiled for."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Draft(NamedTuple):
 
 
 Verified = tuple[Callable[..., Any], Draft]
-"""A graph for several tokens at once, and what it works on."""
+"""A graph for several tokens at once, and its tensors."""
 
 
 class Compiled(eager.Transformers):
@@ -234,7 +234,7 @@ class Compiled(eager.Transformers):
         new_tokens: int,
         eos: frozenset[int],
     ) -> list[Generation]:
-        """Each row takes what it gains: what a row did not keep stays in the cache, and is masked."""
+        """Decode with speculation. Rejected tokens of a row stay in the cache and are masked."""
         assert self._speculation
         lookups = [Lookup(self._speculation, self._answers) for _ in prompts]
         for lookup, prompt in zip(lookups, prompts, strict=True):
@@ -246,7 +246,7 @@ class Compiled(eager.Transformers):
             return decode(batch, lookups, first, new_tokens, eos, self._ahead)
 
     def remember(self, answers: Sequence[Sequence[int]]) -> None:
-        """They are looked up in after a row's own tokens."""
+        """Look up proposals in these answers, after a row's own tokens."""
         assert self._speculation
         self._answers = indexed(answers, self._speculation)
 
@@ -369,11 +369,11 @@ class Compiled(eager.Transformers):
 
     @property
     def _made(self) -> int:
-        """How many graphs there are."""
+        """The number of graphs."""
         return len(self._steps) + len(self._prompts) + len(self._verifiers)
 
     def _drop(self) -> None:
-        """Let go of all graphs."""
+        """Drop all graphs."""
         for graphs in (self._steps, self._prompts, self._verifiers):
             graphs.clear()
 
@@ -549,7 +549,7 @@ class Compiled(eager.Transformers):
         return out.logits[:, -1], mask[:, self.virtual_tokens :]
 
     def _begun_cache(self, rows: int, state: State) -> Any:
-        """A cache that grows, which holds the virtual tokens."""
+        """A growing cache that holds the virtual tokens."""
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self._inner.config)
@@ -641,7 +641,7 @@ def _lora_shape(model: Any) -> list[Any]:
 
 
 def filled_up(rows: Sequence[Sequence[int]], shape: Shape) -> list[Sequence[int]]:
-    """As many rows as the graph has: the last one repeated."""
+    """Rows padded to the graph's number: the last row is repeated."""
     return [*rows, *[rows[-1]] * (shape[0] - len(rows))]
 
 

@@ -144,14 +144,14 @@ class Transformers(Text):
         return [replace(answer, steps=steps, accepted=accepted, reused=told) for answer in answers]
 
     def _keep(self, prompts: Sequence[Sequence[int]], cache: Any, longest: int) -> None:
-        """Hold what these rows have put into a cache of transformers', in which they take so many columns."""
+        """Keep the keys and values of these rows from a cache of transformers, in which they take so many columns."""
         assert self._kept
         before = self._prefix.tokens if self._prefix else 0
         layers = [(layer.keys, layer.values) for layer in cache.layers]
         self._kept.keep(prompts, layers, before + longest, self._bare)
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
-        """In one forward pass; what all prompts begin with is computed once. Live prompt methods take a row at a time.
+        """Score in one forward pass, with a common beginning computed once. Live prompt methods take a row at a time.
 
         Raises BadInput where the model has too few positions.
         """
@@ -200,12 +200,12 @@ class Transformers(Text):
 
     @property
     def model(self) -> Any:
-        """The loaded model, adapters on top: for a probe that looks inside."""
+        """The loaded model with its adapters, for probes."""
         return self._model
 
     @contextlib.contextmanager
     def without_adapters(self) -> Iterator[None]:
-        """The base alone answers and scores, for as long as this context lasts."""
+        """A context in which the base alone answers and scores."""
         owner, prefix, task = self._owners[0], self._prefix, self._task
         adapted = hasattr(owner, "peft_config")
         self._prefix = self._task = None
@@ -217,11 +217,11 @@ class Transformers(Text):
             self._prefix, self._task, self._bare = prefix, task, False
 
     def facts(self) -> dict[str, Json]:
-        """The memory of what it keeps for later prompts, where it does."""
+        """The memory of kept keys and values, if it reuses prefixes."""
         return {"prefix_bytes": self._kept.nbytes} if self._kept else {}
 
     def close(self) -> None:
-        """Drop the model; on a GPU, also hand back the memory that torch caches."""
+        """Drop the model; on a GPU, also free the memory that torch caches."""
         import gc
 
         import torch
@@ -259,7 +259,7 @@ class Transformers(Text):
         return {"attention_mask": mask, **task}
 
     def _check_room(self, prompts: Sequence[Sequence[int]], more: int) -> None:
-        """Raises BadInput for prompts that, with so many tokens `more`, need a position that there is not."""
+        """Raises BadInput for prompts that, with `more` tokens, need more positions than the model has."""
         if self.positions and (longest := max(map(len, prompts)) + more) > self.positions:
             what = f"a prompt and its answer of {longest} tokens are longer than the model's {self.positions} positions"
             what += f" after {self.virtual_tokens} virtual tokens" if self.virtual_tokens else ""
@@ -277,7 +277,7 @@ class Transformers(Text):
 
 
 class Looking(Transformers):
-    """It proposes tokens by transformers' own prompt lookup, which takes one prompt at a time."""
+    """Eager with transformers' own prompt lookup, which takes one prompt at a time."""
 
     speculates = True
 
@@ -296,7 +296,7 @@ class Looking(Transformers):
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many first tokens all prompts have in common, leaving each at least one; 0 for a lone prompt."""
+    """The number of first tokens that all prompts share, at least one less than the shortest; 0 for a lone prompt."""
     if len(prompts) < 2:
         return 0
     columns = zip(*(prompt[:-1] for prompt in prompts), strict=False)

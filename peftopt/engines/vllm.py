@@ -102,12 +102,12 @@ def speculating(params: Params, speculation: Speculation) -> Params:
 
 
 def reusing(params: Params, reuse: Reuse) -> Params:
-    """The parameters of a server that finds prefixes in its own cache, whose pages and bound are its own."""
+    """The parameters of a server with its own prefix cache, whose page size and bound are the server's."""
     return replace(params, prefix_caching=True)
 
 
 class Vllm(Started):
-    """It also scores, by its prompt log-probabilities."""
+    """A vLLM server. It also scores, by its prompt log-probabilities."""
 
     scores = True
 
@@ -127,7 +127,7 @@ class Vllm(Started):
             _, self.adapter_switch_time = self._exchange(model.adapters[0])
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
-        """From the server's prompt log-probabilities, a request at a time: with LoRA, vLLM 0.32 cannot batch them."""
+        """Score by the server's prompt log-probabilities, one at a time: with LoRA, vLLM 0.32 cannot batch them."""
         return [self._score(list(p), list(a)) for p, a in zip(prompts, answers, strict=True)]
 
     def _score(self, prompt: list[int], answer: list[int]) -> Scores:
@@ -145,7 +145,7 @@ class Vllm(Started):
         return scores(positions, answer)
 
     def switch(self, adapter: str) -> float:
-        """Load another LoRA and unload the one before, through vLLM's runtime API; seconds until both are done.
+        """Load another LoRA and unload the previous one, through vLLM's runtime API. Returns the seconds for both.
 
         Raises BadInput for a model without an adapter, WorkerFailed when the server refuses.
         """
@@ -155,8 +155,8 @@ class Vllm(Started):
         return seconds
 
     def _exchange(self, adapter: str, leaving: str = "") -> tuple[str, float]:
-        """Load a LoRA on the running server and unload `leaving`, or the same one again; its name, and how long both
-        took."""
+        """Load a LoRA on the running server and unload `leaving`, which may be the same LoRA. Returns its name, and the
+        seconds for both."""
         started = time.perf_counter()
         # A name of its own: under an old one vLLM would serve what it has cached of the old adapter's answers.
         name = f"{name_of(adapter)}-{time.time_ns()}"
@@ -193,14 +193,14 @@ def command(
 
 
 def own(loads: bool) -> dict[str, str]:
-    """The environment variables of a server that peftopt alone asks: its API key, and where it `loads` adapters while
-    it runs, that it may: whoever may ask for that can have it read a folder of this machine."""
+    """The environment variables of a server that only peftopt uses: its API key and, with `loads`, the permission to
+    load adapters while it runs. With this permission, a client can make it read folders of this machine."""
     variables = {"VLLM_API_KEY": redaction.engine_key()}
     return {**variables, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if loads else variables
 
 
 def measured(params: Params) -> list[Option]:
-    """The options by which a run measures, without the recipe's own `args`."""
+    """The options for a run, without the recipe's own `args`."""
     options: list[Option] = [] if params.compile else [("--enforce-eager",)]
     options += [("--enable-prefix-caching",) if params.prefix_caching else ("--no-enable-prefix-caching",)]
     options += [("--max-model-len", str(params.max_model_len))] if params.max_model_len else []
@@ -224,7 +224,7 @@ def queued(requests: int, tokens: int) -> list[Option]:
 
 
 def padded(rank: int) -> int:
-    """The least rank that vLLM knows and that has room for this one. Raises BadInput where there is none."""
+    """The least rank of vLLM that is not below this one. Raises BadInput if there is none."""
     ranks = [known for known in RANKS if known >= rank]
     if not ranks:
         raise BadInput(f"vLLM serves LoRA up to rank {RANKS[-1]}, not {rank}", "merge it")
@@ -254,7 +254,7 @@ def lora_rank(adapter: str) -> int:
 
 
 def not_plain(config: Mapping[str, Json]) -> str:
-    """What an adapter is, by its config, where that is more than LoRA on single layers; "" for such a plain LoRA."""
+    """The features of an adapter beyond plain LoRA on single layers, by its config; "" for plain LoRA."""
     odd = [name for name in ("use_dora", "modules_to_save", "layer_replication") if config.get(name)]
     if config.get("peft_type") != "LORA":
         return f"{config.get('peft_type')} adapters"

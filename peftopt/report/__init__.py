@@ -22,8 +22,8 @@ def reports(
     beside: Sequence[Section] = (),
     price: Price | None = None,
 ) -> Mapping[str, str]:
-    """File name -> its text, for every report that is rendered from decision.json; `beside`: further sections; `price`:
-    what the machine costs, for what tokens cost."""
+    """File name -> text, for each report of decision.json. `beside`: further sections. `price`: the machine's, for the
+    price of tokens."""
     return {
         "report.md": markdown.render(decision, evidence, beside, price),
         "report.html": html.render(decision, evidence, beside, price),

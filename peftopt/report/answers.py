@@ -1,4 +1,4 @@
-"""What became of the answers: which of them flipped, and how many are right in each slice. Pure."""
+"""Changed answers: which answers flipped, and how many are right in each slice. Pure."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from peftopt.report.diff import Piece, pieces
 from peftopt.report.words import MISSING, Table, clean
 
 EXAMPLES = 12
-"""Prompts whose answers are shown."""
+"""Most prompts whose answers are shown."""
 
 
 @dataclass(frozen=True)
 class Flip:
-    """An answer that changed: the baseline's and the variant's, and what is wrong or right about it now.
+    """An answer that flipped: the baseline's, the variant's, and the change in words.
 
-    `gravity`: 1 broken as in no run of the baseline, 2 a critical prompt now wrong, 3 another, 4 now right. The first
-    two are the errors that the rules count.
+    `gravity`: 1 broken as in no run of the baseline, 2 a critical prompt now wrong, 3 another prompt now wrong, 4 now
+    right. The rules count 1 and 2.
     """
 
     gravity: int
@@ -34,7 +34,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Changed:
-    """What some variants answer to a prompt, all of them the same, beside the baseline's answer."""
+    """The answer that some variants share, beside the baseline's answer."""
 
     variants: tuple[str, ...]
     gravity: int
@@ -45,7 +45,7 @@ class Changed:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt whose answer flipped in any variant: what each of these says now, and which others did not flip."""
+    """A prompt whose answer flipped in some variants: their answers, and the variants that did not flip (`kept`)."""
 
     row: str
     gravity: int
@@ -56,27 +56,29 @@ class Prompt:
 
 
 def flips(decision: Decision, evidence: Evidence) -> dict[str, list[Flip]]:
-    """The answers that flipped, by variant, the gravest first."""
+    """The flipped answers by variant, the gravest first."""
     names = [v.name for v in decision.variants]
     return {name: _flips(evidence, name) if name != decision.baseline else [] for name in names}
 
 
 def prompts(decision: Decision, evidence: Evidence) -> list[Prompt]:
-    """The prompts whose answer flipped, each once for all variants: the gravest first, then those of most variants."""
+    """The prompts with flipped answers, once for all variants: the gravest first, then those of the most variants."""
     by_row: dict[str, list[tuple[str, Flip]]] = defaultdict(list)
     for variant, flipped in flips(decision, evidence).items():
         for flip in flipped:
             by_row[flip.row].append((variant, flip))
-    asked = {
+    answered = {
         variant.name: {clean(row) for row in evidence.rows(variant.name)}
         for variant in decision.variants
         if variant.name != decision.baseline
     }
-    told = [_prompt(row, flipped, asked) for row, flipped in by_row.items()]
-    return sorted(told, key=lambda prompt: (prompt.gravity, -sum(len(c.variants) for c in prompt.changed), prompt.row))
+    changed = [_prompt(row, flipped, answered) for row, flipped in by_row.items()]
+    return sorted(
+        changed, key=lambda prompt: (prompt.gravity, -sum(len(c.variants) for c in prompt.changed), prompt.row)
+    )
 
 
-def _prompt(row: str, flipped: list[tuple[str, Flip]], asked: dict[str, set[str]]) -> Prompt:
+def _prompt(row: str, flipped: list[tuple[str, Flip]], answered: dict[str, set[str]]) -> Prompt:
     alike: dict[tuple[int, str, str], list[str]] = defaultdict(list)
     for variant, flip in flipped:
         alike[flip.gravity, flip.change, flip.after].append(clean(variant))
@@ -86,7 +88,7 @@ def _prompt(row: str, flipped: list[tuple[str, Flip]], asked: dict[str, set[str]
         for (gravity, change, after), names in sorted(alike.items(), key=lambda each: each[0][0])
     ]
     names = {variant for variant, _ in flipped}
-    kept = tuple(clean(variant) for variant, rows in asked.items() if row in rows and variant not in names)
+    kept = tuple(clean(variant) for variant, rows in answered.items() if row in rows and variant not in names)
     return Prompt(row, changed[0].gravity, first.expected, first.before, tuple(changed), kept)
 
 
@@ -112,18 +114,18 @@ def _flip(old: Answer, new: Answer, error: CriticalError | None) -> Flip | None:
 
 
 def _graded(error: CriticalError) -> tuple[int, str]:
-    """How grave an error is, and what it is; one that no rule counts says why."""
+    """The gravity of an error, and its words; for an error that no rule counts, they say why."""
     flags = [flag for flag in (error.flag, *error.others) if flag != ANSWERED_WRONG]
     change = ", ".join(flags) or "critical prompt now wrong"
     if error.near_tie:
         return 3, f"{change}, at a near tie"
     if error.asked_once:
-        return 3, f"{change}, in a prompt that the baseline was asked only once"
+        return 3, f"{change}, in a prompt that the baseline was answered only once"
     return (1 if flags else 2), change
 
 
 def slices(decision: Decision, evidence: Evidence) -> Table:
-    """Share of right answers by slice: a row each, a column per variant, with the change to the baseline."""
+    """The share of right answers by slice: a row per slice, a column per variant, with the change to the baseline."""
     counts = {v.name: _slice_counts(evidence, v.name) for v in decision.variants if evidence.rows(v.name)}
     base = counts.get(decision.baseline, {})
     keys = sorted({key for by_slice in counts.values() for key in by_slice} - {_ALL})
@@ -144,12 +146,12 @@ def slices(decision: Decision, evidence: Evidence) -> Table:
 
 
 def steps(decision: Decision, evidence: Evidence) -> Table:
-    """Tokens a step (acceptance length) by slice, with the answers that tell: a row each, a column for each variant
-    that proposes tokens."""
-    found = {v.name: lengths for v in decision.variants if (lengths := evidence.acceptance_lengths(v.name))}
-    keys = sorted({key for lengths in found.values() for key in lengths})
-    body = [[key or _ALL, *(_steps_cell(lengths.get(key)) for lengths in found.values())] for key in keys]
-    return [clean(cell) for cell in ("slice", *found)], [list(map(clean, row)) for row in body]
+    """Tokens per step (acceptance length) by slice, with the number of answers: a row per slice, a column for each
+    variant that speculates."""
+    by_variant = {v.name: lengths for v in decision.variants if (lengths := evidence.acceptance_lengths(v.name))}
+    keys = sorted({key for lengths in by_variant.values() for key in lengths})
+    body = [[key or _ALL, *(_steps_cell(lengths.get(key)) for lengths in by_variant.values())] for key in keys]
+    return [clean(cell) for cell in ("slice", *by_variant)], [list(map(clean, row)) for row in body]
 
 
 def _steps_cell(length: Interval | None) -> str:
@@ -160,7 +162,7 @@ _ALL = "all"
 
 
 def _slice_counts(evidence: Evidence, variant: str) -> dict[str, tuple[int, int]]:
-    """Slice -> (right, asked)."""
+    """Slice -> (right, answered)."""
     answers = evidence.rows(variant)
     rows = {**evidence.slices(variant), _ALL: list(answers)}
     return {tag: (sum(answers[row].correct for row in tagged), len(tagged)) for tag, tagged in rows.items()}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 UNKNOWN = {"estimate": math.nan, "low": -math.inf, "high": math.inf, "level": math.nan}
-"""What null stands for in an interval, field by field."""
+"""The value of null in an interval, by field."""
 
 _INTERVAL = {field.name for field in fields(Interval)}
 
@@ -27,8 +27,8 @@ def render(decision: Decision) -> str:
 
 
 def decision_from_json(text: str) -> Decision:
-    """Read what `render` wrote. A bound that is null is infinite, an estimate that is null NaN. Raises BadInput for
-    text that is not whole, or of another version."""
+    """The decision in a text of `render`. A bound of null is infinite, an estimate of null NaN. Raises BadInput for
+    damaged text, or another version."""
     try:
         written: JsonValue = json.loads(text)
     except ValueError as error:
@@ -47,7 +47,7 @@ def decision_from_json(text: str) -> Decision:
 
 
 def without_nulls(value: JsonValue) -> JsonValue:
-    """The value with every interval's nulls replaced by what they stand for."""
+    """The value with the nulls of every interval replaced by their values."""
     if isinstance(value, list):
         return [without_nulls(item) for item in value]
     if not isinstance(value, dict):

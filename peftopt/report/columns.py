@@ -1,4 +1,4 @@
-"""A column of the tables with a row per variant: its title, how a variant's cell is written, what sorts it. Pure."""
+"""The columns of tables with a row per variant: title, the text of a variant's cell, and the sort key. Pure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from peftopt.report.words import MISSING, Table, clean
 Cell = Callable[[VariantDecision], str]
 
 ALWAYS = ("variant", "verdict", "decided by")
-"""Columns that stay even where no variant fills them."""
+"""Columns that stay even if no variant fills them."""
 
 RANKS = {"validity": 1, "gpu_memory_allocated": 1, "latency.p95": 2, "perplexity": 3, "load_time": 4}
-"""What the first table gives up first where it is too wide: the highest number."""
+"""The order in which columns leave a too wide first table: the highest number first."""
 
 OTHER_SPEEDS = 2
 """The rank of the speed under a workload that is not minimized."""
@@ -70,7 +70,7 @@ def _key(variant: VariantDecision, column: Column) -> float | None:
 
 
 def filled(decision: Decision, columns: Sequence[Column]) -> list[Column]:
-    """The columns that any variant fills. What only too few requests fill is not filled: the notes say it once, of all
+    """The columns with a value of any variant. "Too few requests" is not a value: the notes say it once for all
     variants."""
     return [
         column

@@ -45,7 +45,7 @@ def as_json(comparison: Comparison) -> str:
 
 
 def data(comparison: Comparison) -> dict[str, JsonValue]:
-    """The comparison as data; without the whole decisions, which have files of their own."""
+    """The comparison as data, without the decisions, which have their own files."""
     runs = [
         {
             "label": label,
@@ -94,7 +94,7 @@ def as_markdown(comparison: Comparison) -> str:
 
 
 def as_html(comparison: Comparison) -> str:
-    """The comparison as one page that loads nothing."""
+    """The comparison as one page that loads no other files."""
     return html.page(
         "compare.html.j2",
         sentence=told.sentence(comparison),

@@ -1,4 +1,4 @@
-"""A comparison of runs in words: one sentence, what a reader must know first, and its tables. Pure."""
+"""A comparison of runs in words: one sentence, cautions, and tables. Pure."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from peftopt.report.fingerprint import VARIANT
 from peftopt.report.words import MISSING, Table, clean
 
 MOST = len(ascii_uppercase)
-"""Runs that have a letter of their own."""
+"""Most runs to compare: each has a letter."""
 
 UNKNOWN = "not known"
 
 MODEL = ("base", "adapter", "adapter_shape", "tokenizer")
-"""The files of a run that make the model; the other hashes are of prompts."""
+"""The hashes of a run's model files; the other hashes are of prompts."""
 
 ABOUT_VALUES = (
-    "Each value is a ratio to that run's own baseline, with its 95 % interval; critical errors and what else compares "
-    "with the baseline already stand as they are. Times of two runs are never compared but as such ratios."
+    "Each value is a ratio to that run's own baseline, with its 95 % interval. Critical errors and other values that "
+    "compare with the baseline already are shown as they are. Times of two runs are only compared as such ratios."
 )
-ABOUT_VERDICTS = "Each run was judged by itself, by its own recipe; a changed verdict alone is no measured difference."
-ABOUT_DIFFERING = "What may be the reason for any difference below. What is not listed is equal, or not known."
+ABOUT_VERDICTS = (
+    "Each run was judged alone, by its own recipe: a changed verdict is not by itself a measured difference."
+)
+ABOUT_DIFFERING = "Possible reasons for the differences below. Anything that is not listed is equal, or not known."
 
 
 def sentence(comparison: Comparison) -> str:
-    """What the runs ship, how many values differ, which verdicts and rules changed."""
+    """Which variants the runs ship, how many values differ, and which verdicts and rules changed."""
     contrasts = [contrast for value in comparison.values for contrast in value.contrasts if contrast.statement]
     differ = sum(contrast.statement == "differs" for contrast in contrasts)
     of_values = f"{differ} of {len(contrasts)} compared values differ"
@@ -37,16 +39,16 @@ def sentence(comparison: Comparison) -> str:
 
 
 def _changes(verdicts: Sequence[Judged]) -> list[str]:
-    """Which variants have another verdict, and which only have rules with another outcome."""
+    """Variants whose verdict changed, and variants with changed rules beneath the same verdict."""
     if not verdicts:
         return ["no variant is shared"]
     variants = [verdict.variant for verdict in verdicts if verdict.changed and not verdict.rule]
     rules = [verdict for verdict in verdicts if verdict.changed and verdict.rule and verdict.variant not in variants]
-    told = [f"judged differently: {', '.join(variants)}" if variants else "all shared variants have the same verdict"]
+    parts = [f"judged differently: {', '.join(variants)}" if variants else "all shared variants have the same verdict"]
     if rules:
         names = ", ".join(dict.fromkeys(verdict.variant for verdict in rules))
-        told.append(f"{counted(len(rules), 'rule')} changed beneath the same verdict: {names}")
-    return told
+        parts.append(f"{counted(len(rules), 'rule')} changed beneath the same verdict: {names}")
+    return parts
 
 
 def _choice(runs: Sequence[ComparedRun]) -> str:
@@ -54,8 +56,7 @@ def _choice(runs: Sequence[ComparedRun]) -> str:
     if len(set(chosen)) == 1:
         every = "Both runs" if len(runs) == 2 else f"All {len(runs)} runs"
         return f"{every} ship {chosen[0]}" if chosen[0] else f"{every} keep the adapter as it is served"
-    told = (f"{label} ships {name}" if name else f"{label} ships nothing new" for label, name in labelled(chosen))
-    return ", ".join(told)
+    return ", ".join(f"{run} ships {name}" if name else f"{run} ships nothing new" for run, name in labelled(chosen))
 
 
 def labelled(values: Sequence[str | None]) -> Iterator[tuple[str, str | None]]:
@@ -64,13 +65,13 @@ def labelled(values: Sequence[str | None]) -> Iterator[tuple[str, str | None]]:
 
 
 def cautions(comparison: Comparison) -> list[str]:
-    """What makes the runs unlike, to know before any number is read."""
+    """Differences between the runs that a reader must know before the numbers."""
     differing = comparison.differing
     lines = []
     if _differ(differing, "machine", ("cpu", "cores", "gpu")):
         lines.append(
             "the machines differ: times and memory are compared only as ratios to each run's own baseline, and a ratio "
-            "may itself be another on another machine"
+            "may itself depend on the machine"
         )
     bases = {run.decision.baseline for run in comparison.runs}
     chains = [each for each in differing if each.topic in {VARIANT + name for name in bases} and each.name == "chain"]
@@ -83,12 +84,12 @@ def cautions(comparison: Comparison) -> list[str]:
         lines.append("the prompts differ: differences of answers and times may come from them")
     unlike = [value.variant for value in comparison.values if _differ(differing, VARIANT + value.variant, ("chain",))]
     if unlike:
-        lines.append(f"made in another way, under the same name: {', '.join(dict.fromkeys(unlike))}")
+        lines.append(f"same name, other steps: {', '.join(dict.fromkeys(unlike))}")
     return [clean(line) for line in lines]
 
 
 def remarks(comparison: Comparison) -> list[str]:
-    """What is not compared: variants that not all runs have, and what their folders lack."""
+    """What is not compared: variants that only some runs have, and data that folders lack."""
     lines = []
     for having in dict.fromkeys(comparison.only.values()):
         names = ", ".join(name for name, runs in comparison.only.items() if runs == having)
@@ -110,13 +111,13 @@ def _differ(differing: Sequence[Differing], topic: str, names: Sequence[str] = (
 
 
 def how_sure(comparison: Comparison) -> str:
-    """The error that all statements share, and of which test."""
+    """The error rate of all statements together, and the test behind them."""
     family = counted(comparison.family, "test")
     return (
         f"“differs” is said with an error of {percent(ERROR)} for all {family} together: Welch's t on the standard "
         f"errors that the two intervals show (of ratios, on their logs), each at {percent(comparison.level, 2)} "
-        "(Bonferroni). “none shown” is not a proof of equality: its interval is how large a difference the data leave "
-        "open. Sizes on disk are exact and take no test."
+        "(Bonferroni). “none shown” is not a proof of equality: its interval contains the differences that the data "
+        "allow. Sizes on disk are exact and need no test."
     )
 
 
@@ -124,7 +125,7 @@ def how_sure(comparison: Comparison) -> str:
 
 
 def runs(comparison: Comparison) -> Table:
-    """A row for each run: its letter, where it lies, what it decided."""
+    """A row for each run: its letter, its folder, its decision."""
     body = [
         [
             label,
@@ -151,8 +152,8 @@ def _fact(each: Differing) -> str:
 
 
 def values(comparison: Comparison, others: Sequence[int] = ()) -> Table:
-    """A row for each metric of each variant: each run's value, and each further run's against the first's. `others`:
-    only of these further runs (1 = the second)."""
+    """A row for each metric of each variant: each run's value, and the comparison of each further run with the first.
+    `others`: only these further runs (1 = the second)."""
     letters = _letters(comparison)
     shown = others or range(1, len(letters))
     columns = [letters[n] for n in (0, *shown)]
@@ -219,7 +220,7 @@ def _outcome(outcome: Outcome | None, rule: str) -> str:
 
 
 def unshared(comparison: Comparison) -> list[str]:
-    """Rules that only some runs judge a variant by, in words."""
+    """Rules by which only some runs judge a variant, in words."""
     lines = []
     for verdict in comparison.verdicts:
         having = [n for n, outcome in enumerate(verdict.outcomes) if outcome]

@@ -1,4 +1,4 @@
-"""Two texts, token by token: what both say, what only the first says, what only the second. Pure."""
+"""Compare two texts token by token: tokens of both, only of the first, only of the second. Pure."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Literal
 Kind = Literal["same", "gone", "new", "left out"]
 
 MOST_TOKENS = 1500
-"""Tokens of each text that are compared: the time grows with their product."""
+"""Most tokens of each text to compare: the time grows with the product of their numbers."""
 AROUND = 60
-"""Characters that are kept on either side of a change, of a stretch that both texts share."""
+"""Characters that stay on either side of a change, in a long stretch that both texts share."""
 
 _TOKEN = re.compile(r"\s+|\w+|[^\w\s]")
 

@@ -1,4 +1,4 @@
-"""What a run was made of and measured on, as topics of names and texts: by this two runs are told apart. Pure."""
+"""Facts on a run's inputs and machine, as topics of names and texts, for the comparison of runs. Pure."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from peftopt.records import Decision, JsonValue, Plan, Recipe, Step, Variant
 from peftopt.report.words import flat
 
 HASH = 12
-"""Digits of a hash that are shown."""
+"""Digits of a hash in a report."""
 
 VARIANT = "variant "
-"""What the topic of a variant begins with."""
+"""The prefix of a variant's topic."""
 
 Topic = dict[str, str]
 
 
 def facts(decision: Decision, plan: Plan | None, records: Sequence[Measured], hashes: Mapping[str, JsonValue]) -> Facts:
-    """What is known of a run: of its machine and decision; of its plan, its measurements and the hashes of its files
-    where there are any."""
+    """The facts on a run: from its machine and decision, and from its plan, its measurements and the hashes of its
+    files, if there are any."""
     topics = {**_machine(decision.machine), "decision": _decision(decision)}
     if hashes:
         topics["contents"] = dict(_contents(hashes))
@@ -39,7 +39,7 @@ def facts(decision: Decision, plan: Plan | None, records: Sequence[Measured], ha
 
 
 def _machine(machine: Mapping[str, object]) -> dict[str, Topic]:
-    """The machine and its packages; nothing of a run whose machine is not known."""
+    """The machine and its packages; empty if the machine is not known."""
     if not machine:
         return {}
     rest = {name: flat(value) or "none" for name, value in machine.items() if name not in ("python", "versions")}
@@ -86,7 +86,7 @@ def _hash(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _recipe(recipe: Recipe) -> Topic:
-    """Everything that decides what is measured and how it is judged, but for the variants and the files."""
+    """All settings for measuring and judging, without the variants and the files."""
     rules = {f"{rule.technique}.{rule.name}": _text(rule.limit) for rule in recipe.rules}
     quality = _settings("quality", asdict(recipe.quality)) if recipe.quality else {"quality": "none"}
     workloads = [_settings(name, asdict(each)) for name, each in recipe.workloads.items()]
@@ -111,7 +111,7 @@ def _text(value: object) -> str:
 
 
 def _variant(plan: Plan, variant: Variant, records: Sequence[Measured]) -> Topic:
-    """How a variant is made, and what its engine says of itself."""
+    """The steps of a variant, and its engine's own facts."""
     steps = [*variant.steps, variant.engine, *variant.policies]
     artifact = plan.models.get(variant.name, "")
     built = next((r.values for r in records if isinstance(r.values, Built) and r.values.id == artifact), None)
@@ -133,7 +133,7 @@ def _params(step: Step) -> Iterator[tuple[str, str]]:
 
 
 READY = ": ready after"
-"""What follows the name and the version of a server in its log."""
+"""The text after the name and the version of a server in its log."""
 
 
 def _engines(variant: str, records: Sequence[Measured]) -> Iterator[str]:

@@ -13,18 +13,18 @@ from peftopt.report.table import speed_of
 from peftopt.report.words import clean
 
 TIMES = 1.5
-"""From so many times as fast on, a gain is told in times; below in per cent."""
+"""A gain is given in times from this factor on, below in per cent."""
 ALIKE = 0.95
-"""The share of equal answers below which a sentence also says how many of them are right."""
+"""Below this share of equal answers, a sentence also says how many answers got worse and better."""
 MOST_NAMED = 3
-"""More variants than these are counted and not named."""
+"""Most variants that a sentence names; more are only counted."""
 
 _NUMBERS = ("three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _WORDS = {2: "twice", **{n: f"{word} times" for n, word in enumerate(_NUMBERS, 3)}}
 
 
 def headline(decision: Decision) -> str:
-    """What to do, and what that brings: "Ship compiled: 3.8 times as fast as today's adapter, the same answers on 99 %
+    """What to do, and its effect: "Ship compiled: 3.8 times as fast as today's adapter, the same answers on 99 %
     of prompts, 278 MB on disk."."""
     candidates = [variant for variant in decision.variants if variant.name != decision.baseline]
     if decision.outcome == "accepted":
@@ -37,7 +37,7 @@ def headline(decision: Decision) -> str:
 
 
 def named(decision: Decision, name: str | None) -> VariantDecision | None:
-    """The variant of that name, None where the decision has none."""
+    """The variant of that name, None if the decision has none."""
     return next((variant for variant in decision.variants if variant.name == name), None)
 
 
@@ -48,13 +48,13 @@ def _ship(decision: Decision) -> str:
     chosen = named(decision, decision.chosen)
     if chosen is None:
         return f"Ship {decision.chosen}."
-    gains = [_gain(decision, chosen), same_answers(chosen), _on_disk(chosen)]
-    told = ", ".join(gain for gain in gains if gain)
-    return f"Ship {chosen.name}: {told}." if told else f"Ship {chosen.name}."
+    parts = [_gain(decision, chosen), same_answers(chosen), _on_disk(chosen)]
+    gains = ", ".join(part for part in parts if part)
+    return f"Ship {chosen.name}: {gains}." if gains else f"Ship {chosen.name}."
 
 
 def _gain(decision: Decision, chosen: VariantDecision) -> str:
-    """What the recipe minimizes, beside the baseline's."""
+    """The gain in the minimized metric, against the baseline."""
     metric, _, workload = decision.minimize.partition("@")
     today = f"today's {decision.baseline}"
     if metric.startswith("latency."):
@@ -70,7 +70,7 @@ def _gain(decision: Decision, chosen: VariantDecision) -> str:
 
 
 def _speed(ratio: Interval | None, today: str) -> str:
-    """A ratio of times in words; a difference that is not shown is not claimed."""
+    """A ratio of times in words. Claims no difference that the interval does not show."""
     if ratio is None or not _positive(ratio.estimate):
         return ""
     if ratio.low <= 1 <= ratio.high:
@@ -81,14 +81,14 @@ def _speed(ratio: Interval | None, today: str) -> str:
 
 
 def same_answers(variant: VariantDecision) -> str:
-    """On how many prompts its answers are the baseline's, and where many differ how many got worse; "" if unknown."""
+    """On how many prompts the answers equal the baseline's. If many differ, also how many got worse; "" if unknown."""
     same = variant.figures.get("greedy_match")
     if same is None or not math.isfinite(same.estimate):
         return ""
     if same.estimate >= 1:
         return f"the same answers on all {same.n} prompts" if same.n > 1 else "the same answer"
-    told = f"the same answers on {math.floor(100 * same.estimate)} % of prompts"
-    return told if same.estimate >= ALIKE else ", ".join(filter(None, [told, worse_and_better(variant)]))
+    share = f"the same answers on {math.floor(100 * same.estimate)} % of prompts"
+    return share if same.estimate >= ALIKE else ", ".join(filter(None, [share, worse_and_better(variant)]))
 
 
 def worse_and_better(variant: VariantDecision) -> str:
@@ -109,7 +109,7 @@ def _on_disk(variant: VariantDecision) -> str:
 
 
 def quotient(ours: Interval | None, theirs: Interval | None) -> float | None:
-    """Ours over theirs, None where either is not known or not above 0."""
+    """Ours over theirs; None if either is unknown or not above 0."""
     if ours is None or theirs is None or not (_positive(ours.estimate) and _positive(theirs.estimate)):
         return None
     ratio = ours.estimate / theirs.estimate
@@ -139,7 +139,7 @@ def _positive(value: float) -> bool:
 
 
 def _undecided(decision: Decision, candidates: Sequence[VariantDecision]) -> str:
-    """Which variants are open, and what measuring on would settle."""
+    """Which variants are open, and how long more measurements take to decide one."""
     still_open = [variant for variant in candidates if variant.outcome == "inconclusive"]
     names = _names([variant.name for variant in still_open], "or")
     sentence = f"Keep today's {decision.baseline} for now: whether {names} may replace it is not settled"
@@ -152,7 +152,7 @@ def _undecided(decision: Decision, candidates: Sequence[VariantDecision]) -> str
 
 
 def _minutes(variant: VariantDecision) -> float | None:
-    """How much longer it takes to decide the variant; None where time alone does not, or where that is not known."""
+    """Minutes until the variant is decided; None if more blocks cannot decide it, or if that is not known."""
     waits = []
     for verdict in variant.verdicts:
         if verdict.outcome != "inconclusive":
@@ -164,20 +164,20 @@ def _minutes(variant: VariantDecision) -> float | None:
 
 
 def _turned_down(decision: Decision, candidates: Sequence[VariantDecision]) -> str:
-    """What the rules that turned each variant down protect from."""
+    """The harms that the rules which rejected each variant protect from."""
     harms: dict[str, list[str]] = defaultdict(list)
     for variant in candidates:
         if variant.outcome == "rejected":
             harms[_harm(variant)].append(variant.name)
-    told = [f"{_names(names, 'and')} {harm}" for harm, names in list(harms.items())[:MOST_NAMED]]
+    parts = [f"{_names(names, 'and')} {harm}" for harm, names in list(harms.items())[:MOST_NAMED]]
     rest = sum(map(len, list(harms.values())[MOST_NAMED:]))
     more = [f"{rest} more were turned down"] if rest else []
-    reasons = "; ".join([*told, *more])
+    reasons = "; ".join([*parts, *more])
     return f"Keep today's {decision.baseline}: {reasons or 'no variant may replace it'}."
 
 
 def _harm(variant: VariantDecision) -> str:
-    """ "would miss size <= 0.7x" of a requirement, else what the rule protects from."""
+    """ "would miss size <= 0.7x" for a requirement, else the harm that the rule protects from."""
     prefix, _, requirement = variant.decided_by.partition("require: ")
     if requirement and not prefix:
         return f"would miss {requirement}"

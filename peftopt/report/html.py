@@ -1,4 +1,4 @@
-"""The report as one HTML file that loads nothing: the decision, figures, the rules, the evidence."""
+"""The report as one HTML file that loads no other files: the decision, plots, the rules, the evidence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DETAIL = 4_000
 
 
 def render(decision: Decision, evidence: Evidence, beside: Sequence[Section] = (), price: Price | None = None) -> str:
-    """The page, with sections of what else is known of the run, and costs where there is a price."""
+    """The page, with further sections (`beside`), and the price of tokens if there is a price."""
     prompts = answers.prompts(decision, evidence)
     card = scorecard.scorecard(decision, price)
     return page(
@@ -60,7 +60,7 @@ def render(decision: Decision, evidence: Evidence, beside: Sequence[Section] = (
 
 
 def page(template: str, **values: object) -> str:
-    """A page of a template of this folder. Text from recipes, models and errors is escaped."""
+    """A page from a template of this folder. Text from recipes, models and errors is escaped."""
     from markupsafe import Markup
 
     def shown(value: object) -> object:
@@ -93,7 +93,7 @@ def _environment(finalize: Callable[[object], object] | None = None) -> Environm
 
 @dataclass(frozen=True)
 class Script:
-    """The page's only script, and its hash, without which the page's own policy would not let it run."""
+    """The page's only script, and its hash: the page's security policy allows only a script with this hash."""
 
     text: Markup
     digest: str

@@ -11,7 +11,7 @@ from peftopt.report import words
 Case = tuple[str, Outcome, str]
 
 Tags = Mapping[Outcome, str]
-"""The element that tells of an outcome; a case without one has passed."""
+"""The element for each outcome; a case without an element has passed."""
 
 Suite = tuple[str, Sequence[Case], Tags]
 """A name, its cases, and how their outcomes are told."""
@@ -22,8 +22,8 @@ COUNTED = {"failures": "failure", "errors": "error", "skipped": "skipped"}
 
 
 def render(decision: Decision) -> str:
-    """Where a variant is shipped, what was turned down is skipped, with its reason: CI asks for the decision. Else
-    rejected is a failure, inconclusive an error, not judged skipped; to have decided nothing is an error."""
+    """If a variant is shipped, rejected variants are skipped, with the reason: the build passes. Otherwise, rejected is
+    a failure, inconclusive an error, and not judged is skipped; a run without any decision is an error."""
     undecided: Outcome = "inconclusive" if decision.outcome == "not judged" else decision.outcome
     suites: list[Suite] = [("decision", [("decision", undecided, decision.sentence)], UNDECIDED)]
     tags = TURNED_DOWN if decision.outcome == "accepted" else UNDECIDED

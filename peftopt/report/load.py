@@ -1,4 +1,4 @@
-"""A load run for people: a line in all, one for each served name, and what the engine says of itself. Pure."""
+"""A load run in words: a row in total, a row for each served name, and the engine's own numbers. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HEADER = (
 
 
 def rows(summary: LoadSummary) -> list[list[str]]:
-    """The total first, then each served name where there are several."""
+    """The total first, then each served name if there are several."""
     each = summary.by_model if len(summary.by_model) > 1 else {}
     return [_row("all" if each else next(iter(summary.by_model), ""), summary.figures)] + [
         _row(name, values) for name, values in each.items()
@@ -35,7 +35,7 @@ def rows(summary: LoadSummary) -> list[list[str]]:
 
 
 def lines(summary: LoadSummary) -> dict[str, str]:
-    """What the table has no room for, by its title."""
+    """Further lines below the table, by title."""
     return {
         **_levels(summary.figures),
         **_searched(summary),
@@ -47,56 +47,56 @@ def lines(summary: LoadSummary) -> dict[str, str]:
 
 def _levels(figures: Figures) -> dict[str, str]:
     """Failures, service levels and goodput."""
-    said = {}
+    texts = {}
     if figures.errors:
-        said["failures"] = "; ".join(f"{n} x {reason}" for reason, n in list(figures.errors.items())[:5])
+        texts["failures"] = "; ".join(f"{n} x {reason}" for reason, n in list(figures.errors.items())[:5])
     if figures.attained:
-        said["service levels"] = f"{' and '.join(figures.slo)}: {_share(figures.attained)} of requests"
+        texts["service levels"] = f"{' and '.join(figures.slo)}: {_share(figures.attained)} of requests"
         if figures.goodput_rate is not None:
-            said["goodput"] = f"{figures.goodput_rate:.2f} requests/s that met them all"
-    return said
+            texts["goodput"] = f"{figures.goodput_rate:.2f} requests/s that met them all"
+    return texts
 
 
 def _searched(summary: LoadSummary) -> dict[str, str]:
     """The highest rate, and the adapter cliff."""
-    said = {}
+    texts = {}
     if summary.highest_rate is not None:
-        said["highest rate"] = f"{summary.highest_rate:.3g} requests/s hold, verified by repeats"
+        texts["highest rate"] = f"{summary.highest_rate:.3g} requests/s hold, verified by repeats"
     elif summary.trials:
-        said["highest rate"] = "none that was tried holds"
+        texts["highest rate"] = "none that was tried holds"
     if summary.adapters:
-        said["waiting"] = ", ".join(
+        texts["waiting"] = ", ".join(
             f"{counted(size, 'adapter')} {_ms(wait)} ms" for size, wait in enumerate(summary.adapters, 1)
         )
         queues = [ms for ms in summary.queues_ms if ms is not None]
         if len(queues) == len(summary.queues_ms):
-            said["of it in the queue"] = ", ".join(f"{ms:,.0f} ms" for ms in queues)
-        said["cliff"] = (
+            texts["of it in the queue"] = ", ".join(f"{ms:,.0f} ms" for ms in queues)
+        texts["cliff"] = (
             f"beyond {summary.cliff}: give the engine more slots (vLLM: --max-loras), or a server fewer adapters"
             if summary.cliff
             else f"none up to {len(summary.adapters)} adapters"
         )
-    return said
+    return texts
 
 
 def _cold(summary: LoadSummary) -> dict[str, str]:
-    """How long the first request of each served name took."""
+    """The TTFT of the first request of each served name."""
     colds = [f"{name} {v.cold_ttft_ms:.0f} ms" for name, v in summary.by_model.items() if v.cold_ttft_ms]
     return {"first request": ", ".join(colds[:8]) + " to its first token"} if colds else {}
 
 
 def _server(engine: Account) -> dict[str, str]:
-    """What the server says of itself."""
-    said = {}
+    """The server's own numbers."""
+    texts = {}
     batch = _batch(engine)
     if batch:
-        said["batch"] = batch
+        texts["batch"] = batch
     if engine.kv_cache:
-        said["KV cache"] = f"{_percent(engine.kv_cache.mean)} on average{_peak(engine.kv_cache, _percent)}"
+        texts["KV cache"] = f"{_percent(engine.kv_cache.mean)} on average{_peak(engine.kv_cache, _percent)}"
     if engine.waiting:
         queue = "" if engine.queue_ms is None else f", {engine.queue_ms:.1f} ms on average in the queue"
-        said["queue"] = f"{engine.waiting.mean:.1f} waiting on average{_peak(engine.waiting)}{queue}"
-    return said
+        texts["queue"] = f"{engine.waiting.mean:.1f} waiting on average{_peak(engine.waiting)}{queue}"
+    return texts
 
 
 def _sender(summary: LoadSummary) -> dict[str, str]:
@@ -121,7 +121,7 @@ def _row(name: str, f: Figures) -> list[str]:
 
 
 def _batch(engine: Account) -> str:
-    """Requests in the running batch: of every step where the server counts them, else of the moments it was asked."""
+    """Requests in the running batch: averaged over steps if the server counts them, else over samples."""
     mean = engine.running.mean if engine.busy is None and engine.running else engine.busy
     if mean is None:
         return ""

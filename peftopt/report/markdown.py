@@ -71,7 +71,7 @@ def _head(decision: Decision) -> list[str]:
 def _bodies(
     decision: Decision, evidence: Evidence, beside: Sequence[words.Section], price: Price | None
 ) -> Mapping[str, str]:
-    """Every part's text by its name, "" for one that has nothing to say."""
+    """The text of each part by its name, "" for an empty part."""
     card = scorecard.scorecard(decision, price)
     more = table.more(decision)
     return {

@@ -1,4 +1,4 @@
-"""How it was measured: what ran and what failed, on what, and each block's ratios. Pure."""
+"""How a run was measured: what ran, what failed, on which machine, and each block's ratios. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftopt.stats import LOOKS
 
 
 def effort(decision: Decision, evidence: Evidence) -> Table:
-    """How much of what was measured of each variant is judged."""
+    """The number of judged blocks, launches, requests and answers of each variant."""
     body = []
     for name in [v.name for v in decision.variants]:
         counts = (
@@ -32,7 +32,7 @@ def effort(decision: Decision, evidence: Evidence) -> Table:
 
 
 def facts(decision: Decision, evidence: Evidence) -> list[tuple[str, str]]:
-    """How it was measured, in pairs of a label and its text; the machine's own words last."""
+    """Facts on the measurements as pairs of label and text; facts on the machine last."""
     moments = itertools.chain.from_iterable(evidence.machine.values())
     loads = [moment.load for moment in moments if moment.load is not None]
     launches = [launch for launches in evidence.launches.values() for launch in launches]
@@ -52,19 +52,19 @@ def facts(decision: Decision, evidence: Evidence) -> list[tuple[str, str]]:
 
 
 def _engines(evidence: Evidence) -> dict[str, str]:
-    """What each variant's engine said of getting ready, the same sentence of several launches once."""
-    said: dict[str, dict[str, None]] = defaultdict(dict)
-    for variant, facts in evidence.engines.items():
-        for each in facts:
-            said[f"{variant}'s engine"] |= dict.fromkeys(each.log)
-    return {name: "; ".join(lines) for name, lines in said.items()}
+    """What each variant's engine logged at its start. Equal lines of several launches appear once."""
+    logs: dict[str, dict[str, None]] = defaultdict(dict)
+    for variant, launches in evidence.engines.items():
+        for facts in launches:
+            logs[f"{variant}'s engine"] |= dict.fromkeys(facts.log)
+    return {name: "; ".join(lines) for name, lines in logs.items()}
 
 
 def block_ratios(decision: Decision, evidence: Evidence, workload: str) -> dict[str, list[float]]:
-    """Variant over baseline in each block that is judged, from the medians of their timed requests: infinite where the
-    variant's turn failed, 0 where the baseline's did.
+    """Variant over baseline in each judged block, from the medians of their timed requests: infinite if the variant's
+    turn failed, 0 if the baseline's failed.
 
-    The baseline's own are those of its hidden second copy.
+    The baseline's own ratios are those of its hidden second copy.
     """
     field: Field = "cpu_ms" if ratio_name(decision, workload).startswith("cpu") else "request_duration_ms"
     ratios = {}
@@ -82,7 +82,7 @@ def _ratio(log: float) -> float:
 
 
 def expected(decision: Decision, evidence: Evidence) -> Table:
-    """What was expected of the variants before the run, beside what was measured; no rows where nothing was."""
+    """The forecasts before the run beside the measured values; no rows without forecasts."""
     shown = {variant.name for variant in decision.variants}
     body = []
     for variant, workload, forecast in evidence.forecasts:
@@ -97,7 +97,7 @@ def expected(decision: Decision, evidence: Evidence) -> Table:
 
 
 def failures(evidence: Evidence) -> Table:
-    """What did not run, and why."""
+    """What failed, and why."""
     rows = [(name, failed.stage, failed.reason, failed.detail) for name, failed in evidence.failures.items()]
     body = [[clean(cell or MISSING) for cell in row] for row in rows]
     return ["variant", "stage", "reason", "detail"], body

@@ -1,4 +1,4 @@
-"""What users saw of each variant, beside what was decided of it: a row a metric, each with a plain word. Pure."""
+"""Values of each variant in production beside the decision's: a row per metric, with a word for the result. Pure."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from peftopt.report import words
 from peftopt.report.words import MISSING, Table, clean
 
 ABOUT = (
-    "What users were answered by, beside what was decided. Nothing here is judged: the verdicts rest on the run's own "
+    "Values in production beside those of the decision. Nothing here is judged: the verdicts rest on the run's own "
     "blocks."
 )
 BAD = ("slower", "over", "more")
-"""Words that a reader must not miss."""
+"""Results that are highlighted."""
 HEADER = ["metric", "decided", "in production", "compared", "reason"]
 FAMILIES = {"ttft": "TTFT", "tpot": "TPOT", "latency": "latency"}
 
 
 @dataclass(frozen=True)
 class Section:
-    """A variant's part: what was seen of whom and when, in pairs of a label and its text, and the `table`."""
+    """A variant's part: facts on its requests (which versions, when) as label and text, and the `table`."""
 
     variant: str
     facts: list[tuple[str, str]]
@@ -33,7 +33,7 @@ class Section:
 
 
 def sections(decision: Decision, evidence: Evidence) -> list[Section]:
-    """A part for each variant in production; none where no log was imported."""
+    """A part for each variant in production; none without an imported log."""
     names = ", ".join(variant.name for variant in decision.variants)
     return [
         Section(clean(each.variant), _facts(each, names), (HEADER, [_cells(row) for row in each.rows]))

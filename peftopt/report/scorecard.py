@@ -1,4 +1,4 @@
-"""The chosen variant against the baseline, figure by figure. Pure: from the decision record to words."""
+"""The chosen variant against the baseline, value by value. Pure: from the decision record to words."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftopt.report.table import busiest, speed_of
 from peftopt.report.words import MISSING, Table, clean
 
 Change = Literal["better", "worse", "same", ""]
-"""What a change is for who pays or waits; "same" where no difference is shown, "" where nothing can be told."""
+"""Whether a change is better or worse for users; "same" if no difference is shown, "" if it is not known."""
 
 MILLION = 1e6
 HOUR_S = 3600
@@ -24,7 +24,7 @@ HOUR_S = 3600
 
 @dataclass(frozen=True)
 class Price:
-    """What the machine costs an hour, in a currency."""
+    """The machine's price per hour, in a currency."""
 
     per_hour: float
     currency: str = "USD"
@@ -32,7 +32,7 @@ class Price:
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of the variant beside the baseline's; `difference` says what changed, `change` whether for better."""
+    """A value of the variant beside the baseline's. `difference` is the change in words, `change` its direction."""
 
     title: str
     before: str
@@ -44,7 +44,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Scorecard:
-    """What is compared with the baseline, and each figure of it."""
+    """The variant that is compared with the baseline, and its values."""
 
     variant: str
     baseline: str
@@ -52,16 +52,16 @@ class Scorecard:
 
 
 def price(text: str) -> Price:
-    """A price per hour as it is typed: "2.10" or "2.10 EUR". Raises BadInput for anything else."""
-    read = price_of(text)
-    if read is None:
+    """The price per hour in "2.10" or "2.10 EUR". Raises BadInput for anything else."""
+    parts = price_of(text)
+    if parts is None:
         raise BadInput(f"{text!r} is not a price per hour", "write a number above 0 and a currency: 2.10 USD")
-    amount, currency = read
+    amount, currency = parts
     return Price(amount, currency or Price.currency)
 
 
 def scorecard(decision: Decision, machine: Price | None = None) -> Scorecard | None:
-    """The chosen variant's, or the only candidate's; None where there is not one to compare with a baseline."""
+    """The scorecard of the chosen variant, or of the only candidate; None without one or without a baseline."""
     candidates = [variant for variant in decision.variants if variant.name != decision.baseline]
     shown = named(decision, decision.chosen) or (candidates[0] if len(candidates) == 1 else None)
     before = named(decision, decision.baseline)
@@ -91,7 +91,7 @@ def rows(card: Scorecard) -> Table:
 
 
 def _latency(decision: Decision, before: VariantDecision, after: VariantDecision, workload: str) -> Score | None:
-    """The median, with the ratio that is paired by block."""
+    """The median latency, with the ratio paired by block."""
     name = f"latency.p50@{workload}"
     score = _figure(before, after, name, "half of the requests are faster")
     ratio = speed_of(decision, after, workload)
@@ -103,7 +103,7 @@ def _latency(decision: Decision, before: VariantDecision, after: VariantDecision
 
 
 def _figure(before: VariantDecision, after: VariantDecision, name: str, about: str) -> Score | None:
-    """A metric that both have, and both with an interval where it is a quantile that needs many requests."""
+    """A metric that both variants have. A P95 needs an interval in both."""
     ours = after.figures.get(name)
     theirs = before.figures.get(name)
     ratio = quotient(ours, theirs)
@@ -122,16 +122,16 @@ def _score(
     spec = described(name)
     _, at, workload = name.partition("@")
     title = f"{_TITLES.get(name.partition('@')[0]) or (spec.title if spec else name)}{at}{workload}"
-    told = [words.estimate(name, variant.figures.get(name)) for variant in (before, after)]
-    return Score(clean(title), clean(told[0]), clean(told[1]), difference, change, about)
+    ours, theirs = (clean(words.estimate(name, variant.figures.get(name))) for variant in (after, before))
+    return Score(clean(title), theirs, ours, difference, change, about)
 
 
 _TITLES = {"latency.p50": "latency P50", "latency.p95": "latency P95"}
-"""Where a metric's title needs its table to be understood."""
+"""Titles of metrics whose own titles are unclear outside a table."""
 
 
 def _compared(name: str, ours: Interval, theirs: Interval) -> Change:
-    """Better or worse where the intervals lie apart; an estimate without an interval, such as a size, is exact."""
+    """Better or worse if the intervals do not overlap. An estimate without an interval, such as a size, is exact."""
     spec = described(name)
     if spec is None:
         return ""
@@ -150,23 +150,23 @@ def _change(ratio: float) -> str:
 
 
 def _accuracy(before: VariantDecision, after: VariantDecision) -> Score | None:
-    """Right answers, compared prompt by prompt where both were asked the same."""
+    """Right answers, compared prompt by prompt if both variants answered the same prompts."""
     ours = after.figures.get("accuracy")
     theirs = before.figures.get("accuracy")
     if ours is None or theirs is None or not math.isfinite(ours.estimate + theirs.estimate):
         return None
-    told = worse_and_better(after)
-    change = "" if told else _compared("accuracy", ours, theirs)
+    flips = worse_and_better(after)
+    change = "" if flips else _compared("accuracy", ours, theirs)
     worse, better, p = (after.figures.get(name) for name in ("flips_worse", "flips_better", "flips_p"))
     if worse and better and p:
         shown = p.estimate <= CHANCE and worse.estimate > better.estimate
         change = "worse" if shown else "same"
     about = f"of {ours.n} prompts" if ours.n == theirs.n else f"of {ours.n} prompts, {after.name} was asked no more"
-    return _score("accuracy", before, after, told or "not compared by prompt", change, clean(about))
+    return _score("accuracy", before, after, flips or "not compared by prompt", change, clean(about))
 
 
 CHANCE = 0.05
-"""The chance of as uneven a count of flips between equals, at or below which the variant is worse."""
+"""The greatest p-value of the flips at which the variant counts as worse."""
 
 
 def _same(after: VariantDecision) -> Score | None:
@@ -187,7 +187,7 @@ def _critical(after: VariantDecision) -> Score | None:
 
 
 def _throughput(decision: Decision, before: VariantDecision, after: VariantDecision, workload: str) -> Score | None:
-    """The throughput; where its own interval is open and it moves as the paired time does, the pairs tell."""
+    """The throughput. If its interval shows no difference and it follows the paired time, the paired time decides."""
     score = _figure(before, after, f"throughput@{workload}", "output tokens of all requests at once")
     paired = speed_of(decision, after, workload)
     ratio = quotient(after.figures.get(f"throughput@{workload}"), before.figures.get(f"throughput@{workload}"))
@@ -200,13 +200,13 @@ def _throughput(decision: Decision, before: VariantDecision, after: VariantDecis
 
 
 FOLLOWS = 0.15
-"""How far throughput times time may lie from 1 where one request waits for the other."""
+"""Greatest distance from 1 of the throughput's ratio times the paired time's ratio, for requests one by one."""
 
 
 def _cost(
     decision: Decision, before: VariantDecision, after: VariantDecision, workload: str, machine: Price
 ) -> Score | None:
-    """What a million output tokens cost on a machine that is never idle."""
+    """The price of a million output tokens on a machine that is never idle."""
     throughput = _throughput(decision, before, after, workload)
     costs = [million(each, workload, machine) for each in (before, after)]
     if throughput is None or costs[0] is None or costs[1] is None:
@@ -219,7 +219,7 @@ def _cost(
 
 
 def million(variant: VariantDecision, workload: str, machine: Price) -> float | None:
-    """What a million output tokens of a workload cost on a machine that is never idle; None where that is not known."""
+    """The price of a million output tokens of a workload on a machine that is never idle; None if it is not known."""
     throughput = variant.figures.get(f"throughput@{workload}")
     if throughput is None or not _positive(throughput.estimate):
         return None
@@ -227,7 +227,7 @@ def million(variant: VariantDecision, workload: str, machine: Price) -> float | 
 
 
 def money(amount: float, currency: str) -> str:
-    """Two decimals, three digits where it is less than one, and the currency."""
+    """An amount with its currency: two decimals, or three significant digits below 1."""
     return f"{amount:,.2f} {currency}" if amount >= 1 else f"{amount:.3g} {currency}"
 
 

@@ -1,4 +1,4 @@
-"""A sweep over many recipes: where each cell stands, which variant wins where, what it costs, what is open. Pure."""
+"""The results of a sweep: the state of each cell, which variant wins in which cells, its price, what is open. Pure."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from peftopt.report.table import busiest, speed_of
 from peftopt.report.words import MISSING, Section, Table
 
 State = Literal["decided", "failed", "running", "unfinished", "waiting"]
-"""decided: a decision judged something. failed: the last command ended without one. unfinished: interrupted, and goes
-on. waiting: nothing was measured yet."""
+"""decided: has a decision that judged something. failed: the last command ended without a decision. unfinished:
+interrupted, and can continue. waiting: not measured yet."""
 
 WORST = (BUG, ENVIRONMENT, BAD_INPUT, INCONCLUSIVE, REJECTED, ACCEPTED)
-"""A sweep ends with the first of these that a cell has."""
+"""Exit codes from worst to best: a sweep ends with the worst one of its cells."""
 
 OUTCOME = {BUG: "not judged", ENVIRONMENT: "not judged", BAD_INPUT: "not judged", INCONCLUSIVE: "inconclusive"}
 """The badge of a sweep, by its exit code."""
@@ -31,8 +31,8 @@ OUTCOME = {BUG: "not judged", ENVIRONMENT: "not judged", BAD_INPUT: "not judged"
 
 @dataclass(frozen=True)
 class CellResult:
-    """Where a cell stands. `run` is the name of its run's folder, "" without one; `why` and `hint` of a failure;
-    `seconds` that its commands took so far; `host` of the last of them."""
+    """The state of a cell. `run`: the name of its run's folder, "" without one. `why` and `hint`: those of a failure.
+    `seconds`: the time of its commands so far. `host`: the machine of the last command."""
 
     cell: Cell
     state: State
@@ -45,15 +45,15 @@ class CellResult:
     host: str = ""
 
     def decided(self, decision: Decision) -> CellResult:
-        """With a decision."""
+        """The same result with a decision."""
         return replace(self, state="decided", decision=decision, exit_code=EXIT[decision.outcome])
 
     def failed(self, exit_code: int, why: str, hint: str = "", decision: Decision | None = None) -> CellResult:
-        """Without one, and why; or with one that could judge nothing."""
+        """The same result with a failure and its reason, and with the decision if it judged nothing."""
         return replace(self, state="failed", exit_code=exit_code, why=why, hint=hint, decision=decision)
 
     def standing(self, state: State, why: str = "") -> CellResult:
-        """Neither decided nor failed."""
+        """The same result in a state that is neither decided nor failed."""
         return replace(self, state=state, why=why)
 
     @property
@@ -73,7 +73,7 @@ class CellResult:
 
     @property
     def shipped(self) -> VariantDecision | None:
-        """What is served by the decision: the chosen variant, or the baseline where nothing may replace it."""
+        """The variant to serve: the chosen one, or the baseline if nothing may replace it."""
         if self.decision is None or self.outcome not in ("accepted", "rejected"):
             return None
         return self.chosen or named(self.decision, self.decision.baseline)
@@ -94,22 +94,22 @@ def left(results: Iterable[CellResult]) -> list[CellResult]:
 
 
 def sentence(results: Sequence[CellResult]) -> str:
-    """How many cells are decided, and what for."""
+    """How many cells are decided, and their decisions."""
     decided = Counter(result.outcome for result in results if result.state == "decided")
-    told = {
+    texts = {
         "accepted": "{} to ship another variant",
         "rejected": "{} to keep the adapter as it is",
         "inconclusive": "{} not settled",
     }
-    said = ", ".join(text.format(decided[name]) for name, text in told.items() if decided[name])
+    outcomes = ", ".join(text.format(decided[name]) for name, text in texts.items() if decided[name])
     states = Counter(result.state for result in results if result.state != "decided")
     others = "".join(f"; {number} {state}" for state, number in sorted(states.items()))
     of = f"{sum(decided.values())} of {counted(len(results), 'cell')} decided"
-    return f"{of}: {said}{others}." if said else f"{of}{others}."
+    return f"{of}: {outcomes}{others}." if outcomes else f"{of}{others}."
 
 
 def size(cells: Sequence[Cell]) -> str:
-    """What a sweep is made of: "24 cells: 2 models, 6 adapters, 2 classes of machines"."""
+    """The size of a sweep: "24 cells: 2 models, 6 adapters, 2 classes of machines"."""
     models = len({cell.model for cell in cells})
     adapters = len({(cell.model, cell.adapter) for cell in cells})
     groups = len({cell.group for cell in cells})
@@ -121,8 +121,8 @@ def size(cells: Sequence[Cell]) -> str:
 
 
 def takes(results: Sequence[CellResult], machines: Mapping[str, int]) -> Span | None:
-    """Seconds until the cells are decided that have machines, by those that ended: of their class where there are some,
-    else of any. `machines`: how many of a class there are. None where none has ended, and where nothing is left."""
+    """Seconds until all cells with machines are decided, from the times of decided cells: of the same class if there
+    are any, else of all. `machines`: how many machines each class has. None if no cell is decided, or none is left."""
     spans = []
     for name, number in machines.items():
         still = [result for result in left(results) if result.cell.machine.name == name]
@@ -150,7 +150,7 @@ def spent(results: Iterable[CellResult]) -> str:
 
 
 def cells(results: Sequence[CellResult]) -> Table:
-    """A row for each cell: what it ships, how fast and how large that is, what it costs."""
+    """A row for each cell: the variant it ships, with its speed, its size and its price."""
     header = ["model", "adapter", "variants", "machine", "outcome", "ships", "speed", "size", "cost of 1M tokens"]
     rows = [
         [
@@ -188,18 +188,18 @@ def winners(results: Sequence[CellResult]) -> Table:
             if result.decision and variant.name != result.decision.baseline:
                 judged.setdefault((variant.name, result.cell.machine.name), []).append((result, variant))
     rows = []
-    for (name, machine), found in sorted(judged.items()):
-        outcomes = Counter(variant.outcome for _, variant in found)
-        chosen = sum(result.chosen is variant for result, variant in found)
+    for (name, machine), pairs in sorted(judged.items()):
+        outcomes = Counter(variant.outcome for _, variant in pairs)
+        chosen = sum(result.chosen is variant for result, variant in pairs)
         still = outcomes["inconclusive"] + outcomes["not judged"]
-        counts = (len(found), chosen, outcomes["accepted"], outcomes["rejected"], still)
-        rows.append([name, machine, *map(str, counts), _range(found)])
+        counts = (len(pairs), chosen, outcomes["accepted"], outcomes["rejected"], still)
+        rows.append([name, machine, *map(str, counts), _range(pairs)])
     return header, rows
 
 
-def _range(found: Iterable[tuple[CellResult, VariantDecision]]) -> str:
+def _range(pairs: Iterable[tuple[CellResult, VariantDecision]]) -> str:
     """The lowest and the highest ratio of times to the baseline's."""
-    speeds = [_speed(result.decision, variant) for result, variant in found if result.decision]
+    speeds = [_speed(result.decision, variant) for result, variant in pairs if result.decision]
     known = sorted(speed.estimate for speed in speeds if speed)
     if not known:
         return MISSING
@@ -212,7 +212,7 @@ def _speed(decision: Decision, variant: VariantDecision) -> Interval | None:
 
 
 def still_open(results: Sequence[CellResult]) -> Table:
-    """A row for each cell that was begun and has no decision to ship or to keep: why, and what to do."""
+    """A row for each started cell without a decision to ship or to keep: the reason, and what to do."""
     rows = []
     for result in results:
         if result.outcome in ("accepted", "rejected", "waiting"):
@@ -221,7 +221,7 @@ def still_open(results: Sequence[CellResult]) -> Table:
         reason = decision.sentence if decision else result.why
         what = decision.next_step if decision else result.hint
         if result.state == "unfinished":
-            what = "the same sweep goes on with it"
+            what = "the same sweep continues it"
         rows.append([result.cell.name, result.outcome, reason or MISSING, what or MISSING])
     return ["cell", "outcome", "reason", "what to do"], rows
 
@@ -272,7 +272,7 @@ COLUMNS = (
 
 
 def rows(results: Sequence[CellResult]) -> list[dict[str, JsonValue]]:
-    """A row for each variant of each cell, and one for a cell without a decision; what is not known is None."""
+    """A row for each variant of each cell, or one for a cell without a decision. Unknown values are None."""
     listed = []
     for result in results:
         variants = result.decision.variants if result.decision else ()

@@ -1,4 +1,4 @@
-"""The tables of a decision: its variants' figures, their rules, and what the reader must be told. Pure."""
+"""The tables of a decision: its variants' values, their rules, and the reader's warnings. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftopt.report.words import MISSING, Table, clean, clip
 from peftopt.stats import fewest_for
 
 WIDTH = 120
-"""Characters the compact table fits in."""
+"""The width of the compact table, in characters."""
 
 FIRST = ("memory", "gpu_memory_allocated", "size", "load_time", "accuracy")
 """Metrics of the whole variant in the first table."""
@@ -22,7 +22,7 @@ MOST_COLUMNS = 12
 """Columns that fit a page of 1280 pixels."""
 
 MOST_FURTHER = 9
-"""Columns beside the variants' names that fit it in a table of long titles."""
+"""Columns beside the variants' names that fit such a page in a table of long titles."""
 
 
 # ---- a row per variant -------------------------------------------------------------------------
@@ -45,8 +45,8 @@ def first(decision: Decision) -> Sheet:
 
 
 def more(decision: Decision) -> dict[str, Sheet]:
-    """What no rule asks for but an expert looks at, and what the first table had no room for: by what it is about, in
-    as many tables as a page is wide."""
+    """Further tables for experts: columns that no rule needs, and columns that the first table has no room for. By
+    topic; a topic is split over several tables if a page is too narrow."""
     variant = Column("variant", lambda v: _name(decision, v))
     further = {"": _shown(decision)[1], **_further(decision)}
     sheets = {}
@@ -59,13 +59,13 @@ def more(decision: Decision) -> dict[str, Sheet]:
 
 
 def _evenly(every: Sequence[Column], most: int) -> list[Sequence[Column]]:
-    """In as few parts as at most so many allow, each about as long as the others: none is left with one column."""
-    each = math.ceil(len(every) / math.ceil(len(every) / most)) if every else 1
-    return [every[start : start + each] for start in range(0, len(every), each)]
+    """Split into the fewest parts of at most `most` columns, of nearly equal length, so that no part has one column."""
+    length = math.ceil(len(every) / math.ceil(len(every) / most)) if every else 1
+    return [every[start : start + length] for start in range(0, len(every), length)]
 
 
 def metrics(decision: Decision) -> list[str]:
-    """The metrics that the tables have a column of."""
+    """The metrics with a column in the tables."""
     return [name for sheet in (first(decision), *more(decision).values()) for name in sheet.metrics]
 
 
@@ -98,7 +98,7 @@ def _full(decision: Decision) -> list[Column]:
 
 
 def _tasks(decision: Decision) -> list[str]:
-    """The tasks that any variant was asked, by their metric names."""
+    """The tasks with a result of any variant, by their metric names."""
     return sorted({name for v in decision.variants for name in v.figures if name.startswith(TASK)})
 
 
@@ -126,7 +126,7 @@ def _further(decision: Decision) -> dict[str, list[Column]]:
 
 
 def _read(per_workload: bool) -> list[str]:
-    """The metrics that are read off probes' records and that no column of the first table shows."""
+    """The metrics from probes' records that the first table does not show."""
     return [
         name
         for name, spec in REPORTED.items()
@@ -151,7 +151,7 @@ def _compact(decision: Decision) -> list[Column]:
 
 
 def _fit(header: Sequence[str], body: list[list[str]], gap: int = 2) -> list[list[str]]:
-    """The same rows, the last column clipped to what the terminal has left for it."""
+    """The same rows, with the last column clipped to the remaining width."""
     taken = sum(max(len(row[n]) for row in [header, *body]) + gap for n in range(len(header) - 1))
     return [[*row[:-1], clip(row[-1], max(WIDTH - taken, 8))] for row in body]
 
@@ -166,7 +166,7 @@ def _name(decision: Decision, variant: VariantDecision) -> str:
 
 
 def by_workload(decision: Decision) -> Table:
-    """Speed, times and throughput of every variant under every workload; no rows where there is one workload."""
+    """Speed, times and throughput of every variant under every workload; no rows if there is only one workload."""
     metrics = ("ttft.p50", "tpot.p50", "latency.p50", "latency.p95", "throughput")
     header = ["workload", "variant", "speed", *(columns.title(m) for m in metrics)]
     names = workloads(decision)
@@ -180,12 +180,12 @@ def by_workload(decision: Decision) -> Table:
         for workload in names
         for variant in decision.variants
     ]
-    told = [row for row in body if any(words.measured(cell) for cell in row[2:])]
-    return words.filled((header, told if len(names) > 1 else []))
+    measured = [row for row in body if any(words.measured(cell) for cell in row[2:])]
+    return words.filled((header, measured if len(names) > 1 else []))
 
 
 def workloads(decision: Decision) -> list[str]:
-    """Every workload that has a figure, the minimized one first."""
+    """Every workload with a value, the minimized one first."""
     named = {name.partition("@")[2] for v in decision.variants for name in v.figures if "@" in name}
     main = decision.minimize.partition("@")[2]
     return [w for w in [main] if w] + sorted(named - {main})
@@ -203,14 +203,14 @@ def busiest(decision: Decision) -> str:
 
 
 def speed_of(decision: Decision, variant: VariantDecision, workload: str) -> Interval | None:
-    """The ratio of times to the baseline's: with the interval that is judged on the workload that is minimized, at 95 %
-    elsewhere."""
+    """The ratio of times to the baseline's. On the minimized workload, it has the interval that is judged, on others a
+    95 % interval."""
     judged = variant.speed if workload == decision.minimize.partition("@")[2] else None
     return judged or variant.figures.get(ratio_name(decision, workload))
 
 
 def _judged_at(decision: Decision) -> str:
-    """The level of the intervals that are judged, or the range of levels: ", at 99.2 %"; "" where none is."""
+    """The level of the judged intervals, or the range of levels: ", at 99.2 %"; "" without a judged interval."""
     levels = [v.speed.level for v in decision.variants if v.speed and v.name != decision.baseline]
     if not levels:
         return ""
@@ -219,7 +219,7 @@ def _judged_at(decision: Decision) -> str:
 
 
 def ratio_name(decision: Decision, workload: str) -> str:
-    """The ratio on the clock that judged; on the wall clock where the other was not read."""
+    """The name of the ratio on the judging clock; on the wall clock if CPU time was not measured."""
     cpu = f"cpu.ratio@{workload}"
     judged = decision.clock == "cpu" and any(cpu in v.figures for v in decision.variants)
     return cpu if judged else f"latency.ratio@{workload}"
@@ -231,7 +231,7 @@ RULE_HEADER = ["rule", "outcome", "measured", "limit", "n", "against", "clock", 
 
 
 def rule_rows(variant: VariantDecision) -> Table:
-    """The variant's verdicts, columns that none of them fills left out."""
+    """The variant's verdicts, without empty columns."""
     body = [list(map(clean, _rule_row(verdict))) for verdict in variant.verdicts]
     return words.filled((RULE_HEADER, body), says=lambda cell: cell != MISSING)
 
@@ -255,12 +255,12 @@ def _rule_row(verdict: Verdict) -> list[str]:
 
 
 def warnings(decision: Decision) -> list[str]:
-    """What a reader should fear before acting on the decision."""
+    """The decision's warnings: risks to know before acting on it."""
     return [clean(line) for line in decision.warnings]
 
 
 def notes(decision: Decision) -> list[str]:
-    """What says less than a warning: the decision's and the variants' notes, and which P95 rest on too few requests."""
+    """Notes of the decision and the variants, less important than warnings, and P95 values with too few requests."""
     tails = [
         f"{v.name}@{name.partition('@')[2]}"
         for v in decision.variants

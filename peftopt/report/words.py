@@ -1,4 +1,4 @@
-"""A figure, a verdict or a text as plain words: what every report and the console write alike. Pure."""
+"""Values, verdicts and texts in words, the same in every report and on the console. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MISSING = "—"
 TOO_FEW = "too few requests"
 
 Table = tuple[list[str], list[list[str]]]
-"""A header and its rows, every cell a plain string: escaping is the renderer's."""
+"""A header and its rows. Every cell is a plain string, which the renderer escapes."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Section:
 
 
 def measured(cell: str) -> bool:
-    """Whether a cell shows a value; that there were too few requests shows none."""
+    """Whether a cell shows a value; "too few requests" is none."""
     return cell != MISSING and not cell.startswith(TOO_FEW)
 
 
 def filled(cells: Table, says: Callable[[str], bool] = measured) -> Table:
-    """The table without the columns that say nothing in every row; the first two stay."""
+    """The table without columns that are empty in every row. The first two columns stay."""
     header, body = cells
     kept = [n for n in range(len(header)) if n < 2 or any(says(row[n]) for row in body)]
     return [header[n] for n in kept], [[row[n] for n in kept] for row in body]
@@ -45,7 +45,7 @@ _ILLEGAL = re.compile("[^\t\n\r -~\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\u
 
 
 def clean(text: object) -> str:
-    """`text` without control characters, lone surrogates and bidirectional overrides: no report may hold them."""
+    """`text` without control characters, lone surrogates and bidirectional overrides, which no report may contain."""
     return _ILLEGAL.sub("\ufffd", str(text))
 
 
@@ -55,7 +55,7 @@ def clip(text: str, length: int) -> str:
 
 
 def figure(name: str, value: Interval | None) -> str:
-    """ "41.2 ms (40.1–42.0)": an estimate and its interval, in the words its metric is read in."""
+    """ "41.2 ms (40.1–42.0)": an estimate and its interval, in the metric's unit."""
     if value is None or not math.isfinite(value.estimate):
         return MISSING
     if name.partition("@")[0] == "critical_errors":
@@ -79,7 +79,7 @@ def estimate(name: str, value: Interval | None) -> str:
 
 
 def speed(ratio: Interval | None, compact: bool = False) -> str:
-    """ "0.81x (0.78–0.84), 19 % faster"; "SLOWER" is said as plainly."""
+    """ "0.81x (0.78–0.84), 19 % faster", or "SLOWER"."""
     shown = figure("latency.ratio", ratio)
     if ratio is None or shown == MISSING:
         return MISSING
@@ -94,13 +94,13 @@ def speed(ratio: Interval | None, compact: bool = False) -> str:
 
 
 def critical(value: Interval) -> str:
-    """ "0 of 320, < 0.93 %": what was seen, and the upper bound that the sample size supports."""
+    """ "0 of 320, < 0.93 %": the count, and the upper bound that the sample size supports."""
     bound = f", < {value.high * 100:.2g} %" if math.isfinite(value.high) else ""
     return count(value) + bound
 
 
 def count(value: Interval | None) -> str:
-    """ "3 of 320": a share of n as the count that it is."""
+    """ "3 of 320": a share of n as a count."""
     if value is None or not math.isfinite(value.estimate):
         return MISSING
     return f"{round(value.estimate * value.n)} of {value.n}"
@@ -112,7 +112,7 @@ def bounded(value: Interval) -> bool:
 
 
 def _range(middle: str, low: str, high: str) -> str:
-    """ "0.78–0.84": the unit is said once, where all three share it."""
+    """ "0.78–0.84": without the unit, if all three have the same."""
     parts = [re.fullmatch(r"(-?[\d.,]+|-?∞)(.*)", text) for text in (middle, low, high)]
     units = {part[2] for part in parts if part and "∞" not in part[1]}
     if all(parts) and len(units) == 1:
@@ -123,20 +123,20 @@ def _range(middle: str, low: str, high: str) -> str:
 
 
 def reason(verdict: Verdict) -> str:
-    """The verdict's sentence, and for an inconclusive one what would settle it."""
+    """The verdict's sentence; for an inconclusive verdict also the blocks that it needs."""
     needed = verdict.blocks_needed
     if verdict.outcome != "inconclusive" or needed is None:
         return verdict.reason or MISSING
     have = verdict.value.n if verdict.value else 0
     more = max(needed - have, 1)
     minutes = verdict.minutes_needed
-    took = f" (about {max(minutes, 1):.0f} min)" if minutes is not None and math.isfinite(minutes) else ""
-    still = f"about {more} more blocks needed{took}" if needed < MOST_BLOCKS else "too close to the limit to tell"
-    return f"{verdict.reason}; {still}" if verdict.reason else still
+    takes = f" (about {max(minutes, 1):.0f} min)" if minutes is not None and math.isfinite(minutes) else ""
+    missing = f"about {more} more blocks needed{takes}" if needed < MOST_BLOCKS else "too close to the limit to tell"
+    return f"{verdict.reason}; {missing}" if verdict.reason else missing
 
 
 def metric_of(verdict: Verdict) -> str:
-    """The name that says how to write the figure: of a requirement its metric, else the unit."""
+    """The name by which the value is formatted: a requirement's metric, else the unit."""
     if verdict.rule.endswith(".critical_errors"):
         return "critical_errors"
     required = re.match(r"require: ([\w.]+)", verdict.rule)
