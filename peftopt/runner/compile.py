@@ -114,7 +114,7 @@ def compile_model(
     switch to each of the `others` (adapters) in turn.
     """
     for each in traffic:
-        template.check(Path(tokenizer_home(model)), each.rows)
+        template.check(Path(tokenizer_home(model)), each.rows, below=Path(model.path))
     cache = compile_cache(model)
     store.remove_orphans(cache)
     _graphs.drop_outdated(cache)

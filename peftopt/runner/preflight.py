@@ -127,7 +127,7 @@ REPEATS = 0.25
 def repeats(recipe: Recipe) -> list[str]:
     """How much of a workload's prompts, as the chat template writes them, is what another prompt began with: a sentence
     for each workload where it is much. By words, which is near enough to tokens."""
-    writing, lines = template.read(_home(recipe)), []
+    writing, lines = template.read(_home(recipe), Path(recipe.base)), []
     policies = [step.technique for variant in recipe.variants.values() for step in variant.policies]
     for workload in recipe.workloads.values():
         rows = corpus.read(workload.prompts, workload.slice)
@@ -151,12 +151,12 @@ def _check_template(recipe: Recipe, calibration: Sequence[Row]) -> None:
     """The prompts are such as the chat template takes, where it is ours: a server brings its own."""
     if all(variant.engine.plugin == "endpoint" for variant in recipe.variants.values()):
         return
-    home = _home(recipe)
-    template.check(home, calibration, answers=True)
+    home, base = _home(recipe), Path(recipe.base)
+    template.check(home, calibration, answers=True, below=base)
     asked = [(workload.prompts, workload.slice) for workload in recipe.workloads.values()]
     asked += [(recipe.quality.prompts, recipe.quality.slice)] if recipe.quality else []
     for prompts, only in dict.fromkeys(asked):
-        template.check(home, corpus.read(prompts, only))
+        template.check(home, corpus.read(prompts, only), below=base)
 
 
 def _home(recipe: Recipe) -> Path:
