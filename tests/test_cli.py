@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -388,9 +389,12 @@ def test_an_adapter_that_is_not_there_is_told_before_a_worker_starts(
 
 @pytest.mark.fresh_workers
 def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(recipe.parent)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     before = {f.name: f.read_bytes() for f in (recipe.parent / "base").iterdir()}
     make_lora(recipe.parent / "base", recipe.parent / "other", std=0.2)
     arguments = ("--model", "base", "--prompts", "eval.jsonl", "--new-tokens", 3, "--threads", 1)
@@ -417,6 +421,8 @@ def test_compile_keeps_its_cache_beside_the_model_and_leaves_the_model_alone(
     assert (switch["adapter"], switch["recompiles"]) == ("other", 0) and switch["adapter_switch_time"] > 0
     (one,) = found["traffic"]
     assert one["tpot_ms"] > 0 and one["eager_tpot_ms"] > 0
+    left = {file.suffix for folder in scratch.glob("peftopt-*") for file in folder.iterdir()}
+    assert left == {".log"}, "its logs stay, and nothing else"
     assert {f.name: f.read_bytes() for f in (recipe.parent / "base").iterdir()} == before
 
 

@@ -270,6 +270,25 @@ def test_a_template_without_an_end_is_refused_and_the_next_is_rendered(
     assert template.Template("{{ messages[0].content }}", {}).render([USER]) == "hello"
 
 
+@pytest.mark.fault(26, "so is the base's, where the adapter brings a tokenizer without a chat template")
+@pytest.mark.usefixtures("unstarted")
+def test_the_template_of_the_base_is_tried_where_the_adapters_tokenizer_has_none(
+    base: Callable[..., Path],
+    tiny_lora: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(rendering, "LIMIT_S", 1.0)
+    below = base("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    lora = Path(shutil.copytree(tiny_lora, tmp_path / "lora"))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(below / name, lora / name)
+    questions = lines(tmp_path / "p.jsonl", [USER])
+    assert command("bench", "--model", below, "--adapter", lora, "--prompts", questions) == 2
+    assert "one chat takes the chat template more than 1 s" in " ".join(capsys.readouterr().err.split())
+
+
 def test_the_process_that_renders_ends_when_nobody_asks_and_starts_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it is left while a run is timed."""
     monkeypatch.setattr(rendering, "_process", functools.cache(rendering._Process))

@@ -32,9 +32,9 @@ class Template:
         return rendered(self.text, messages, prompt, self.special)
 
 
-def read(folder: Path) -> Template:
-    """The template that transformers would use: chat_template.jinja, else what tokenizer_config.json says. Raises
-    BadInput for files whose values are of other types than a tokenizer's."""
+def read(folder: Path, below: Path | None = None) -> Template:
+    """The template that transformers would use: chat_template.jinja, else what tokenizer_config.json says, else that of
+    the folder of the model `below`. Raises BadInput for files whose values are of other types than a tokenizer's."""
     config = json_object(folder / "tokenizer_config.json")
     named = json_object(folder / "special_tokens_map.json") | config
     file = folder / "chat_template.jinja"
@@ -45,13 +45,15 @@ def read(folder: Path) -> Template:
             text = next((each["template"] for each in text if each["name"] == "default"), "")
     except BROKEN as error:
         raise unreadable(folder, error) from error
+    if not text and below:
+        text = read(below).text
     return Template(str(text), special)
 
 
-def check(folder: Path, rows: Sequence[Row], answers: bool = False) -> None:
-    """Raises BadInput, naming the row, for prompts that the template in `folder` refuses, and for prompts of nothing.
+def check(folder: Path, rows: Sequence[Row], answers: bool = False, below: Path | None = None) -> None:
+    """Raises BadInput, naming the row, for prompts that the template of `read` refuses, and for prompts of nothing.
     `answers`: with what is expected after them."""
-    template = read(folder)
+    template = read(folder, below)
     for row in rows:
         last = [{"role": "assistant", "content": row.expected}] if answers and row.expected else []
         if not template.text:

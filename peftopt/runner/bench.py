@@ -74,7 +74,7 @@ def time_in_turns(
     rows = corpus.read(prompts)
     for arm in arms:
         _check_arm(arm)
-        template.check(Path(tokenizer_home(arm.model)), rows)
+        template.check(Path(tokenizer_home(arm.model)), rows, below=Path(arm.model.path))
     generator = random.Random(seed)
     picks = [tuple(tuple(generator.choices(rows, k=batch)) for _ in range(3)) for _ in range(blocks)]
     jobs = [SpeedJob(batches=batches, new_tokens=new_tokens, warmup=1) for batches in picks]

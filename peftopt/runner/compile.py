@@ -114,7 +114,7 @@ def compile_model(
     are of another version of peftopt or a library, or of another processor.
     """
     for each in traffic:
-        template.check(Path(tokenizer_home(model)), each.rows)
+        template.check(Path(tokenizer_home(model)), each.rows, below=Path(model.path))
     cache = compile_cache(model)
     store.remove_orphans(cache)
     _graphs.drop_outdated(cache)

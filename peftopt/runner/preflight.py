@@ -140,7 +140,7 @@ REPEATS = 0.25
 def repeats(recipe: Recipe) -> list[str]:
     """A sentence for each workload whose prompts often begin like another prompt of it, as the chat template writes
     them: the repeated share. It is counted in words, which is close enough to tokens."""
-    writing, lines = template.read(_home(recipe)), []
+    writing, lines = template.read(_home(recipe), Path(recipe.base)), []
     policies = [step.technique for variant in recipe.variants.values() for step in variant.policies]
     for workload in recipe.workloads.values():
         rows = corpus.read(workload.prompts, workload.slice)
@@ -164,12 +164,12 @@ def _check_template(recipe: Recipe, calibration: Sequence[Row]) -> None:
     """Raises BadInput for prompts that the chat template refuses. A server uses its own template."""
     if all(variant.engine.plugin == "endpoint" for variant in recipe.variants.values()):
         return
-    home = _home(recipe)
-    template.check(home, calibration, answers=True)
+    home, base = _home(recipe), Path(recipe.base)
+    template.check(home, calibration, answers=True, below=base)
     asked = [(workload.prompts, workload.slice) for workload in recipe.workloads.values()]
     asked += [(recipe.quality.prompts, recipe.quality.slice)] if recipe.quality else []
     for prompts, only in dict.fromkeys(asked):
-        template.check(home, corpus.read(prompts, only))
+        template.check(home, corpus.read(prompts, only), below=base)
 
 
 def _home(recipe: Recipe) -> Path:

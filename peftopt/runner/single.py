@@ -43,7 +43,7 @@ def transform(
     environments.interpreter(plugin)
     _check(job.plugin, job.model)
     step = Step(job.plugin, "transform", plugin.technique, job.params)
-    template.check(Path(tokenizer_home(job.model)), job.rows, answers=True)
+    template.check(Path(tokenizer_home(job.model)), job.rows, answers=True, below=Path(job.model.path))
     preflight.check_step(step, Path(job.model.path), (), job.rows)
     temporary = _beside(out, tell)
     log = scratch.folder(tell) / f"{job.plugin}.log"
