@@ -263,18 +263,20 @@ def format_value(metric: str, value: float, relative: bool = False) -> str:
         return f"{_percent(value * 100)} %"
     if unit == "ratio":
         places = 3 if 0 < abs(value - 1) < 0.01 else 2
-        return f"{value:.{places}f}x" if 0.1 <= abs(value) < 100 else f"{_digits(value)}x"
+        if abs(value) < 0.1:
+            return f"{_digits(value, 2)}x"
+        return f"{value:.{places}f}x" if abs(value) < 100 else f"{_digits(value)}x"
     if unit in ("count", "requests"):
         return _digits(value)
     return f"{_digits(value)} {unit}"
 
 
-def _digits(value: float) -> str:
-    """Three significant digits, an exponent only far out of range: 0.0123, 41.2, 1,234."""
-    rounded = float(f"{value:.3g}")
+def _digits(value: float, digits: int = 3) -> str:
+    """So many significant digits, an exponent only far out of range: 0.0123, 41.2, 1,234."""
+    rounded = float(f"{value:.{digits}g}")
     if not 1e-9 <= abs(rounded) < 1e12:
-        return f"{value:.3g}"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}"
+        return f"{value:.{digits}g}"
+    return f"{value:,.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def _percent(value: float) -> str:

@@ -102,6 +102,7 @@ def engine(
     device: str = "",
     speculates: tuple[str, ...] = (),
     reuses: bool = False,
+    pads: bool = False,
 ) -> Plugin:
     """What answers prompts; `technique` is "compile" for one that the row "compile" of the table judges."""
     return Plugin(
@@ -117,12 +118,13 @@ def engine(
         device=device,
         speculates=speculates,
         reuses=reuses,
+        pads=pads,
     )
 
 
 def policy(params: type, *, technique: str) -> Plugin:
     """What changes requests: inputs ("truncate"), the length of answers ("shorten"), or how an engine gives them
-    ("speculate", "prefix")."""
+    ("speculate", "prefix", "pack")."""
     return Plugin("", "policy", "", technique, params)
 
 

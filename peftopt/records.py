@@ -47,14 +47,15 @@ class Plugin:
     """What the core knows of a plug-in file without running it.
 
     `kind` is "transform", "engine" or "policy"; `technique` names its row of the trade-off table ("merge", "bake",
-    "quantize", "compile", "speculate", "prefix", "truncate", "shorten" or "" for none); `params` is its frozen
+    "quantize", "compile", "speculate", "prefix", "pack", "truncate", "shorten" or "" for none); `params` is its frozen
     dataclass, whose fields and defaults are its schema; `needs` are the modules it imports; `environment` is whose
     Python runs it; `reader` the engine that opens what a quantizer wrote; `format` the kind of weights that a transform
     writes or an engine opens; `weights` the file that a transform of another format than safetensors writes; `serves`
     whether an engine is a server, which can be put under load; `device` what it computes on where that is not any
     machine ("cuda"); `speculates` what an engine can look up to propose tokens, () for one that proposes none:
     "prompts" one by one and their answers, "batches" of prompts together, n-grams down to a "shortest" one, the
-    "answers" of other prompts; `reuses` whether an engine can start a prompt from what earlier ones have left.
+    "answers" of other prompts; `reuses` whether an engine can start a prompt from what earlier ones have left; `pads`
+    whether an engine pads the prompts of a batch to the longest, and takes batches of any size alike.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Plugin:
     device: str = ""
     speculates: tuple[str, ...] = ()
     reuses: bool = False
+    pads: bool = False
 
 
 @dataclass(frozen=True)

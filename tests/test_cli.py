@@ -95,9 +95,12 @@ def wider(folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
-def prompt_method(folder: Path) -> None:
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "P_TUNING"}))
+def settings(**changed: object):
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **changed}))
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -113,11 +116,14 @@ def prompt_method(folder: Path) -> None:
         ("lora", drop("adapter_config.json"), "has no adapter_config.json"),
         ("lora", pickled, "never opened"),
         ("lora", wider, "does not fit"),
-        ("lora", prompt_method, "cannot be merged"),
+        ("lora", settings(peft_type="P_TUNING"), "cannot be merged"),
+        ("lora", settings(target_modules=["q_proj"]), "which target_modules does not name"),
+        ("lora", settings(rank_pattern={"q_proj": 77}), "has rank"),
+        ("lora", settings(auto_mapping={"base_model_class": "MistralForCausalLM"}), "was trained on a Mistral"),
     ],
 )
 @pytest.mark.fault(18, "refused before anything starts, exit 2")
-@pytest.mark.fault(22, "weights of another shape than the base's are refused before anything starts")
+@pytest.mark.fault(22, "ranks and modules that are not those of the weights are refused before anything starts")
 @pytest.mark.fault(25, "refused before anything starts")
 @pytest.mark.fault(26, "refused")
 @pytest.mark.fault(32, "refused with the name of the method")
@@ -142,6 +148,19 @@ def test_an_adapter_for_another_base_is_refused_and_names_the_base_it_wants(
     assert command("check", recipe) == 2
     err = errors(capsys)
     assert "the base has no model.layers.7" in err and "trained on" in err
+
+
+@pytest.mark.fault(23, "a base that cannot be told from the one that the adapter names is a note of `check`")
+def test_a_base_that_may_be_another_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("check", recipe) == 0
+    assert "make sure" not in capsys.readouterr().out, "the folder that it names is here, and holds the same weights"
+    settings(base_model_name_or_path="some-lab/Base-7B")(recipe.parent / "lora")
+    assert command("check", recipe) == 0
+    assert "some-lab/Base-7B" in capsys.readouterr().out
+    (recipe.parent / "base").rename(recipe.parent / "base_7b")
+    recipe.write_text(recipe.read_text().replace("base: base", "base: base_7b"))
+    assert command("check", recipe) == 0
+    assert "make sure" not in capsys.readouterr().out, "the base has the name"
 
 
 @pytest.mark.parametrize(
@@ -270,10 +289,10 @@ def test_new_writes_a_recipe_that_check_accepts(
 def test_off_a_terminal_progress_is_lines_with_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter([0.0, 10.0, 600.0, 700.0])
+    clock = iter([0.0, 1.0, 2.0, 10.0, 600.0, 650.0, 700.0, 720.0])
     monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
     with console.Console().progress("race", 20, "blocks") as show:
-        for done in (0, 1, 5, 6, 10, 20):
+        for done in (0, 1, 5, 6, 6, 10, 20):
             show(done, "merged")
     lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
     assert lines == [

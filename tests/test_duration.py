@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from helpers.command_line import command, prompts
-from helpers.tiny_models import make_base
+from helpers.tiny_models import make_base, make_prompt
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -130,6 +130,16 @@ def test_what_is_not_known_is_said() -> None:
     assert "not counted: tasks" in duration.sentence(Duration({"builds": Span(1, 2)}, ["tasks"]))
 
 
+def test_a_long_run_is_told_what_makes_its_largest_part_shorter() -> None:
+    answers, chat = Span(1000, 3000), Span(100, 200)
+    assert not duration.shorter(Duration({duration.ANSWERS: chat, "the race of chat": chat}))
+    long = duration.shorter(Duration({duration.ANSWERS: answers, "the race of chat": chat}))
+    assert "answers" in long and "quality.rows" in long and "chat" not in long
+    both = duration.shorter(Duration({duration.ANSWERS: answers, "the race of chat": answers}))
+    assert "chat" in both and "new_tokens" in both
+    assert not duration.shorter(Duration(unknown="a server that runs elsewhere"))
+
+
 @given(WORK)
 def test_what_is_left_is_what_is_not_done(work: Work) -> None:
     takes = Duration(duration.parts(work))
@@ -212,7 +222,8 @@ def test_a_forecast_that_is_stale_is_not_taken(
     if change == "base":
         other = tmp_path / "base"
         make_base(other, "bfloat16", layers=7)
-        recipe.write_text(text.replace(str(deep[0]), str(other)))
+        taken = text.replace(str(deep[0]), str(other)).replace("[merge]", "[{merge: {allow_base_mismatch: true}}]")
+        recipe.write_text(taken)
     elif change == "prompts":
         prompts(tmp_path / "eval.jsonl", 13, "eval")
     elif change == "variants":
@@ -268,6 +279,19 @@ def test_a_variant_that_could_not_be_tried_counts_as_the_one_that_is_most_like_i
     assert whole.parts.keys() == without.parts.keys() and without.whole.least > 0
     nothing = tried(recipe, lambda few: replace(few, tried=()))
     assert nothing.unknown and not nothing.parts
+
+
+@pytest.mark.parametrize("method", ["p-mlp", "prefix"])
+def test_of_a_prompt_method_it_is_known_too(
+    method: str, deep: tuple[Path, Path], recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its virtual tokens are not cut to a few layers: the base alone is timed, and no variant has a forecast."""
+    adapter = make_prompt(deep[0], tmp_path / "prompt", method)
+    text = recipe.read_text().replace(str(deep[1]), str(adapter))
+    recipe.write_text(text.replace("merged: [merge]", "baked: [bake]"))
+    assert command("check", recipe, "--results", tmp_path / "results") == 0
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "a run takes about" in said and "no forecast of adapter, baked" in said
 
 
 def test_of_a_server_elsewhere_it_is_not_known(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from peftopt import store
 from peftopt.decision import forecast
 from peftopt.engines import _shapes, compiled
+from peftopt.engines._speculation import Speculation
 from peftopt.errors import BadInput
 from peftopt.measurements import Forecast, Measured, Pass, as_json
 from peftopt.models import cut
@@ -122,15 +123,19 @@ def test_a_variant_is_warned_of_once_for_each_workload() -> None:
 class Recorded(compiled.Compiled):
     """The engine's own choice of shapes, without a model: nothing is compiled."""
 
-    def __init__(self, params: compiled.Params) -> None:
+    def __init__(self, params: compiled.Params, ahead: int) -> None:
         self._params = params
         self._longest, self._prefix, self.virtual_tokens = 2**31, None, 0
-        self._speculation, self._ahead = None, 0
-        self._steps, self._prompts, self._warmed = {}, {}, set()
+        self._speculation, self._ahead = Speculation(tokens=ahead) if ahead else None, ahead
+        self._steps, self._prompts, self._verifiers, self._warmed = {}, {}, {}, set()
 
     def _step(self, shape: Any) -> Any:
         self._steps[shape] = (None, None)
         return self._steps[shape]
+
+    def _verifier(self, shape: Any) -> Any:
+        self._verifiers[shape] = (None, None)
+        return self._verifiers[shape]
 
     def _prompt(self, shape: Any) -> Any:
         self._prompts[shape] = (None, None)
@@ -151,18 +156,19 @@ class Recorded(compiled.Compiled):
     st.sampled_from([0, 128, 256, 512]),
     st.sampled_from(["auto", "none", "64, 200"]),
     st.integers(1, 4),
+    st.sampled_from([0, 0, 4]),
 )
 def test_shapes_told_from_lengths_are_those_of_the_engine(
-    lengths: list[int], new_tokens: int, cache_len: int, prompt_buckets: str, prompt_graphs: int
+    lengths: list[int], new_tokens: int, cache_len: int, prompt_buckets: str, prompt_graphs: int, ahead: int
 ) -> None:
     params = compiled.Params(cache_len=cache_len, prompt_buckets=prompt_buckets, prompt_graphs=prompt_graphs)
-    engine = Recorded(params)
+    engine = Recorded(params, ahead)
     engine.warm(lengths, 1, new_tokens, timed=True)
     answers = [engine.answered(length, new_tokens) for length in lengths]
-    wanted = _shapes.wanted(lengths, 1, new_tokens, params)
+    wanted = _shapes.wanted(lengths, 1, new_tokens, params, ahead)
     whole = [prompt for request, prompt, _ in answers if request]
     assert wanted.uncompiled == pytest.approx(1 - len(whole) / len(lengths))
-    assert wanted.graphs == len(engine._steps) + len(engine._prompts)
+    assert wanted.graphs == len(engine._steps) + len(engine._prompts) + len(engine._verifiers)
     if whole and prompt_buckets != "none":
         assert wanted.eager == pytest.approx(1 - sum(whole) / len(whole))
     padded = [(bucket, length) for (_, there, bucket), length in zip(answers, lengths, strict=True) if there]

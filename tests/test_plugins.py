@@ -85,7 +85,7 @@ def built(
 def test_a_plugin_describes_itself(name: str) -> None:
     plugin = CATALOGUE[name]
     assert plugin.help.endswith(".") and len(plugin.help) < 110
-    known = ("merge", "bake", "quantize", "compile", "speculate", "prefix", "truncate", "shorten", "")
+    known = ("merge", "bake", "quantize", "compile", "speculate", "prefix", "pack", "truncate", "shorten", "")
     assert plugin.technique in known
     assert is_dataclass(plugin.params) and plugin.params.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert {f.type for f in fields(plugin.params)} <= {"int", "float", "str", "bool"}

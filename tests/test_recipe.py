@@ -239,6 +239,7 @@ def test_the_default_table_is_expanded_for_every_quantizer() -> None:
         "prefix.gain": 0.05,
         "prefix.parity": 0.01,
         "prefix.critical_errors": 0.05,
+        "pack.gain": 0.05,
         "truncate.over": 2048,
         "truncate.gain": 0.0,
         "truncate.lost": 0.2,
@@ -380,6 +381,11 @@ def test_a_first_recipe_says_what_its_lines_mean_and_no_value(method: str, answe
     comments = [line.partition("#")[2].partition("such as")[0] for line in lines if "#" in line]
     assert len(comments) > 6 and not [comment for comment in comments if re.search("[0-9]", comment)]
     assert max(map(len, lines)) <= 120
+    written = yaml.safe_load("\n".join(lines))
+    chains = [step for chain in written["variants"].values() for step in chain]
+    names = {"variant", *(name for step in chains for name in ([step] if isinstance(step, str) else step))}
+    techniques = {{"int8": "quantize", "engine": "compile"}.get(name, name) for name in names}
+    assert written.get("tradeoffs", {}).keys() <= techniques, "limits of what the recipe has, and of nothing else"
 
 
 @pytest.mark.parametrize(
@@ -473,7 +479,7 @@ def test_each_mistake_has_its_line_and_says_what_to_do(old: str, new: str, line:
         ("just words", 1, "found 'just words'"),
         ("model:\n\tbase: x\n", 2, "indented with a tab"),
         ("model:\n  base: x\n\tadapter: y\n", 3, "indented with a tab"),
-        ("model: {base: x\n", 2, "not YAML"),
+        ("model: {base: x\n", 2, "that begins in line 1"),
         ("a: 1\n---\nb: 2\n", 2, "not YAML"),
         ("model: !!python/object/apply:os.system [id]\n", 1, "a YAML tag"),
         ("a: &x 1\nb: *x\n", 1, "an anchor or an alias"),

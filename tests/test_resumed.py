@@ -49,7 +49,7 @@ class Happenings(RuleBasedStateMachine):
 
     @rule(at=st.integers(1, OPERATIONS))
     def kill(self, at: int) -> None:
-        sweeps.attempt(self.job, self.home, "kill -9", at)
+        assert not sweeps.attempt(self.job, self.home, "kill -9", at).hangs
 
     @rule()
     def resume(self) -> None:
@@ -64,6 +64,7 @@ class Happenings(RuleBasedStateMachine):
 
     def decided(self, ended: list[sweeps.Ended]) -> None:
         """At least one has gone on to the verdict; another was told that it may not."""
+        assert not any(each.hangs for each in ended), ended
         assert {each.code for each in ended} <= {*self.job.codes, ENVIRONMENT}, ended
         assert any(each.code in self.job.codes for each in ended), ended
         assert not [each for each in ended if "Traceback" in each.said]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -99,7 +100,9 @@ def test_a_sweep_decides_what_it_can_once_says_what_failed_and_writes_one_page(
     table = tmp_path / "all.csv"
     assert command("sweep", "report", grid, *results, "--csv", table, "--parquet", tmp_path / "all.parquet") == 0
     shown = capsys.readouterr().out
-    page = (tmp_path / "results" / "sweeps" / "all" / "report.html").read_text()
+    place = tmp_path / "results" / "sweeps" / "all"
+    page = (place / "report.html").read_text()
+    assert [(place / link).resolve() for link in re.findall('href="([^"]+)"', page)] == [runs[0] / "report.html"]
     for word in ("1 of 4 cells decided", "adapter_config.json", "merged", "EUR"):
         assert word in page
     assert "1 of 4 cells decided" in shown
@@ -161,6 +164,7 @@ def test_a_dry_run_says_what_there_is_and_leaves_no_file(
         (("--machine", "medium"), 2, "known: small, large"),
         (("--on", "moon"), 2, "known: local, ray"),
         (("--on", "ray"), 4, "peftopt[ray]"),
+        (("--on", "slurm:gpu"), 4, "peftopt[slurm]"),
     ],
 )
 def test_where_cells_cannot_run_is_said_before_anything_starts(
@@ -172,7 +176,8 @@ def test_where_cells_cannot_run_is_said_before_anything_starts(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
+    for library in ("ray", "submitit"):
+        monkeypatch.setitem(sys.modules, library, None)
     assert command("sweep", grid, *options, "--results", tmp_path / "results") == code
     assert words in errors(capsys)
     assert not (tmp_path / "results").exists()

@@ -1,4 +1,4 @@
-"""adapters: what operators ask of a gateway."""
+"""adapters: an operator's requests to a gateway."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ Admin = Annotated[
 ]
 KeyEnv = Annotated[str, typer.Option("--key-env", help="Environment variable with the operators' key.")]
 LONGEST_S = 600.0
-"""The longest that an operation may take, as the load of a large adapter."""
+"""Most seconds for one operation, such as loading a large adapter."""
 AWAY_S = 300.0
-"""So long a gateway may be away, as in a restart, while a trial's verdict is awaited."""
+"""Most seconds without an answer of the gateway, as in a restart, while waiting for a trial's verdict."""
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
 
 @adapters.command("list")
 def list_(admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> None:
-    """The adapters, their versions, and who is answered by which."""
+    """List the adapters, their versions, and the share of users that each version answers."""
     from peftopt.cli.console import Console, print_json
 
-    found = _asked("GET", "/adapters", admin, key_env)
+    versions = _request("GET", "/adapters", admin, key_env)
     if as_json:
-        print_json({"adapters": found})
+        print_json({"adapters": versions})
         return
     header = ("name", "arm", "version", "share", "in flight", "rank", "load s", "engine", "state")
     rows = [
@@ -53,7 +53,7 @@ def list_(admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> N
             row["engine"] or "—",
             _state(row),
         ]
-        for row in found
+        for row in versions
     ]
     Console().table(header, rows)
 
@@ -71,31 +71,35 @@ class Put:
     """The options of `adapters put`."""
 
     adapter: Annotated[str, typer.Argument(help="NAME=FOLDER of an adapter, or of a merged model.")]
-    canary: Annotated[str, typer.Option(help="Share of users that it answers at first, such as 10%.")] = ""
+    canary: Annotated[str, typer.Option(help="Share of users that the new version answers at first, such as 10%.")] = ""
     shadow: Annotated[
-        str, typer.Option(help="Share of users' requests that both versions are asked again; it answers nobody by it.")
+        str,
+        typer.Option(help="Share of requests that both versions answer again, for comparison; users do not see it."),
     ] = ""
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts, with expected and critical, that both versions are asked.")
+        Path | None, typer.Option(help="Prompts, with expected and critical, for both versions to answer.")
     ] = None
     for_: Annotated[
-        str, typer.Option("--for", help="Judge the version, for so long at most, such as 30m; this waits for it.")
+        str,
+        typer.Option("--for", help="Judge the version for at most this long, such as 30m, and wait for the verdict."),
     ] = ""
-    then: Annotated[str, typer.Option(help="promote an accepted version, or hold it where it is.")] = "hold"
-    slower: Annotated[float, typer.Option(help="Its median time may be this times the live one's.")] = 1.10
+    then: Annotated[str, typer.Option(help="What to do with an accepted version: promote it, or hold it as it is.")] = (
+        "hold"
+    )
+    slower: Annotated[float, typer.Option(help="Most of its median time, as a multiple of the live version's.")] = 1.10
     critical: Annotated[
-        str, typer.Option(help="Most answers with a critical error, beyond the live version's: a share.")
+        str, typer.Option(help="Most answers with a critical error beyond the live version's, as a share.")
     ] = "2%"
-    changed: Annotated[str, typer.Option(help="Most greedy answers that may be others, such as 5%; any without.")] = ""
-    lost: Annotated[str, typer.Option(help="Most right answers to --prompts that may be lost.")] = "2%"
-    schema: Annotated[Path | None, typer.Option(help="JSON schema that every answer must keep.")] = None
-    new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer to --prompts.")] = 256
-    window: Annotated[str, typer.Option(help="Length of the windows that are compared.")] = "30s"
-    engine: Annotated[
-        str, typer.Option(help="Of a merged model: the engine that is started for it; by default the gateway's.")
+    changed: Annotated[
+        str, typer.Option(help="Most greedy answers that may differ, such as 5%; by default, no limit.")
     ] = ""
+    lost: Annotated[str, typer.Option(help="Most correct answers to --prompts that may be lost.")] = "2%"
+    schema: Annotated[Path | None, typer.Option(help="JSON schema that every answer must match.")] = None
+    new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer to --prompts.")] = 256
+    window: Annotated[str, typer.Option(help="Length of the windows to compare.")] = "30s"
+    engine: Annotated[str, typer.Option(help="Engine to start for a merged model; by default the gateway's.")] = ""
     certify: Annotated[
-        str, typer.Option(help="auto: it must answer as itself, a merged model as its adapter; none: it need not.")
+        str, typer.Option(help="auto: it must answer as itself, and a merged model as its adapter; none: no check.")
     ] = "auto"
     admin: Admin = ""
     key_env: KeyEnv = ""
@@ -105,9 +109,9 @@ class Put:
 @adapters.command()
 @options_from(Put)
 def put(options: Put) -> None:
-    """Check an adapter, load it, ask whether it answers as itself, and let it answer users.
+    """Check an adapter, load it, check that it answers as itself, and let it answer users.
 
-    A folder with a whole model is served by an engine of its own, beside the first.
+    A folder with a whole model gets an engine of its own, beside the first.
     """
     from peftopt.cli.console import Console
 
@@ -122,11 +126,11 @@ def put(options: Put) -> None:
         body["prompts"] = _rows(options.prompts)
     elif options.shadow or options.prompts:
         raise BadInput("--shadow and --prompts are for a trial", "write --for 30m --then promote, or --then hold")
-    told = _asked("PUT", f"/adapters/{name}", options.admin, options.key_env, body)
-    if options.for_ and told["exit_code"] == 0:
-        Console().tell(told["said"])
-        told = _awaited(f"/adapters/{name}/trial?version={told['version']}", options.admin, options.key_env)
-    _told(told, options.as_json)
+    reply = _request("PUT", f"/adapters/{name}", options.admin, options.key_env, body)
+    if options.for_ and reply["exit_code"] == 0:
+        Console().tell(reply["said"])
+        reply = _await_verdict(f"/adapters/{name}/trial?version={reply['version']}", options.admin, options.key_env)
+    _conclude(reply, options.as_json)
 
 
 def _terms(options: Put) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def _terms(options: Put) -> dict[str, Any]:
 
 
 def _schema(path: Path | None) -> Any:
-    """Raises BadInput for what is not a JSON schema."""
+    """The JSON schema in a file. Raises BadInput for a file that holds none."""
     from jsonschema import Draft202012Validator, SchemaError
 
     from peftopt import store
@@ -169,14 +173,14 @@ def _rows(path: Path | None) -> list[dict[str, Any]]:
     return [asdict(row) for row in corpus.read(str(path))] if path else []
 
 
-def _awaited(path: str, admin: str, key_env: str) -> Any:
-    """A trial's verdict. A gateway that is started again meanwhile goes on with it. Raises MissingEnvironment where
-    none answers for AWAY_S."""
+def _await_verdict(path: str, admin: str, key_env: str) -> Any:
+    """Wait for a trial's verdict. A gateway that restarts meanwhile goes on with the trial. Raises MissingEnvironment
+    where no gateway answers for AWAY_S."""
     heard = time.monotonic()
     while True:
         try:
-            if (told := _asked("GET", path, admin, key_env)) is not None:
-                return told
+            if (reply := _request("GET", path, admin, key_env)) is not None:
+                return reply
             heard = time.monotonic()
         except MissingEnvironment:
             if time.monotonic() - heard > AWAY_S:
@@ -186,32 +190,32 @@ def _awaited(path: str, admin: str, key_env: str) -> Any:
 
 @adapters.command()
 def report(name: Name, admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> None:
-    """How a version's trial stands, or what came of the last one: every rule with its figures."""
+    """Show a version's running trial, or the result of the last one: every rule with its numbers."""
     from peftopt.cli.console import Console
 
-    told = _asked("GET", f"/adapters/{name}/report", admin, key_env)
-    if told.get("rules") and not as_json:
-        rows = [[rule["rule"], rule["outcome"], rule["reason"]] for rule in told["rules"]]
+    reply = _request("GET", f"/adapters/{name}/report", admin, key_env)
+    if reply.get("rules") and not as_json:
+        rows = [[rule["rule"], rule["outcome"], rule["reason"]] for rule in reply["rules"]]
         Console().table(("rule", "outcome", "why"), rows)
-    _told(told, as_json)
+    _conclude(reply, as_json)
 
 
 @adapters.command()
 def promote(name: Name, admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> None:
     """Let the canary answer everybody."""
-    _told(_asked("POST", f"/adapters/{name}/promote", admin, key_env), as_json)
+    _conclude(_request("POST", f"/adapters/{name}/promote", admin, key_env), as_json)
 
 
 @adapters.command()
 def rollback(name: Name, admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> None:
-    """Drop the canary, or go back to the version before, which is still loaded."""
-    _told(_asked("POST", f"/adapters/{name}/rollback", admin, key_env), as_json)
+    """Drop the canary, or go back to the previous version, which is still loaded."""
+    _conclude(_request("POST", f"/adapters/{name}/rollback", admin, key_env), as_json)
 
 
 @adapters.command()
 def remove(name: Name, admin: Admin = "", key_env: KeyEnv = "", as_json: AsJson = False) -> None:
-    """Answer for an adapter no more, and unload it."""
-    _told(_asked("DELETE", f"/adapters/{name}", admin, key_env), as_json)
+    """Stop answering for an adapter, and unload it."""
+    _conclude(_request("DELETE", f"/adapters/{name}", admin, key_env), as_json)
 
 
 def _share(option: str, text: str) -> float:
@@ -222,33 +226,33 @@ def _share(option: str, text: str) -> float:
     return value / 100 if text.endswith("%") else value
 
 
-def _asked(method: str, path: str, admin: str, key_env: str, body: Any = None) -> Any:
-    """The answer of the gateway. Raises MissingEnvironment where none answers, BadInput for what it refuses."""
+def _request(method: str, path: str, admin: str, key_env: str, body: Any = None) -> Any:
+    """The gateway's reply. Raises MissingEnvironment where no gateway answers, BadInput where it refuses."""
     import aiohttp
 
     where = admin or f"unix:{Path(STATE).resolve()}/admin.sock"
     headers = {"Authorization": f"Bearer {api_key(key_env)}"} if key_env else {}
     try:
-        status, text = asyncio.run(_sent(where, method, path, body, headers))
+        status, text = asyncio.run(_send(where, method, path, body, headers))
     except (aiohttp.ClientError, OSError) as error:
         raise MissingEnvironment(f"no gateway answers at {where}: {error}", "start one, or name it: --admin") from error
     if status == 204:
         return None
     try:
-        told = json.loads(text)
+        reply = json.loads(text)
     except ValueError:
-        said = f"the gateway answered HTTP {status}: {text[:200]}"
-        raise WorkerFailed("the gateway failed", said, "what it wrote at that moment tells why") from None
+        detail = f"the gateway answered HTTP {status}: {text[:200]}"
+        raise WorkerFailed("the gateway failed", detail, "see the gateway's own output of that moment") from None
     if status in (401, 404, 422):
-        raise BadInput(f"the gateway refuses: {told.get('detail')}", "see peftopt adapters --help")
+        raise BadInput(f"the gateway refuses: {reply.get('detail')}", "see peftopt adapters --help")
     if status in (400, 503):
-        kind = MissingEnvironment if told["exit_code"] == ENVIRONMENT else BadInput
-        raise kind(told["said"], told["hint"])
-    return told
+        kind = MissingEnvironment if reply["exit_code"] == ENVIRONMENT else BadInput
+        raise kind(reply["said"], reply["hint"])
+    return reply
 
 
-async def _sent(where: str, method: str, path: str, body: Any, headers: dict[str, str]) -> tuple[int, str]:
-    """(status, text) of the gateway's answer, from its socket or its port."""
+async def _send(where: str, method: str, path: str, body: Any, headers: dict[str, str]) -> tuple[int, str]:
+    """(status, text) of the gateway's reply, through its socket or its port."""
     import aiohttp
 
     socket = where.removeprefix("unix:") if where.startswith("unix:") else ""
@@ -262,11 +266,11 @@ async def _sent(where: str, method: str, path: str, body: Any, headers: dict[str
         return answer.status, await answer.text()
 
 
-def _told(told: Any, as_json: bool) -> None:
+def _conclude(reply: Any, as_json: bool) -> None:
     from peftopt.cli.console import Console, print_json
 
     if as_json:
-        print_json(told)
+        print_json(reply)
     else:
-        Console().say(told["said"], "red" if told["exit_code"] else "")
-    raise typer.Exit(told["exit_code"])
+        Console().say(reply["said"], "red" if reply["exit_code"] else "")
+    raise typer.Exit(reply["exit_code"])

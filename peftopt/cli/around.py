@@ -1,4 +1,4 @@
-"""Around the job: check, new, doctor."""
+"""check, new and doctor: what a user runs before a run."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checked:
-    """What `check` says of a recipe that can be run."""
+    """The result of `check` for a recipe without mistakes."""
 
     recipe: str
     variants: Mapping[str, str]
     """Each variant's chain of steps, in words."""
     baseline: str
     artifacts: int
-    """How many are to build or reuse."""
+    """The number of artifacts that the run builds or reuses."""
     notes: Sequence[str]
     warnings: Sequence[str]
     undecidable: Sequence[str]
-    """What its prompts and blocks cannot decide."""
+    """What the run cannot decide with its prompts and blocks."""
     skipped: Mapping[str, str]
-    """The variants that this machine cannot run, and what they need: the others are decided among."""
+    """The variants that this machine cannot run, and what they need. The run decides among the others."""
 
 
 @app.command()
@@ -50,7 +50,6 @@ def check(
     """Say what is wrong with a recipe and what will be slower; times the first layers of variants, builds nothing."""
     from peftopt import environments, store
     from peftopt.cli.console import Console, print_json
-    from peftopt.decision import duration as durations
     from peftopt.recipe import plan as planning
     from peftopt.runner import judged, preflight, starting
 
@@ -65,23 +64,39 @@ def check(
         variants={variant.name: _chain(variant) for variant in parsed.variants.values()},
         baseline=parsed.baseline,
         artifacts=len(plan.builds),
-        notes=[*preflight.prompts(parsed), *preflight.repeats(parsed), *starting.proposals(parsed)],
+        notes=[
+            *preflight.origins(parsed),
+            *preflight.prompts(parsed),
+            *preflight.repeats(parsed),
+            *starting.proposals(parsed),
+        ],
         warnings=[*preflight.warnings(parsed), *preflight.copies(parsed)],
         undecidable=preflight.foreseen(parsed),
         skipped={name: str(lack) for name, lack in preflight.skipped(parsed).items()},
     )
     if not as_json:
         _print(checked, console)
-    told = None if no_forecast else _outlook(parsed, home, console)
+    expected = None if no_forecast else _outlook(parsed, home, console)
     if as_json:
-        slower, unknown = (told[0].warnings, told[0].left_out) if told else ([], {})
-        print_json(
-            {**vars(checked), "slower": slower, "not_forecast": unknown, "takes": _takes(told[1]) if told else None}
-        )
-    elif told:
-        outlook, duration = told
-        _foretell(outlook, console)
-        console.say(durations.sentence(duration))
+        outlook, duration = expected or (None, None)
+        forecasts = {
+            "slower": outlook.warnings if outlook else [],
+            "not_forecast": outlook.left_out if outlook else {},
+            "takes": _takes(duration) if duration else None,
+        }
+        print_json({**vars(checked), **forecasts})
+    elif expected:
+        outlook, duration = expected
+        _print_outlook(outlook, console)
+        _print_duration(duration, console)
+
+
+def _print_duration(duration: Duration, console: Console) -> None:
+    """Print how long a run will take, and what makes a long run shorter."""
+    from peftopt.decision import duration as durations
+
+    for line in filter(None, (durations.sentence(duration), durations.shorter(duration))):
+        console.say(line)
 
 
 def _print(checked: Checked, console: Console) -> None:
@@ -94,7 +109,7 @@ def _print(checked: Checked, console: Console) -> None:
         mark = "  (baseline)" if name == checked.baseline else ""
         console.say(f"  {name:<{width}}  {chain}{mark}")
     console.say(
-        f"a second copy of {checked.baseline} runs along: where the two differ, the machine is too noisy to decide"
+        f"a second copy of {checked.baseline} is measured too: if the two differ, the machine is too noisy to decide"
     )
     for line in checked.notes:
         console.say(line)
@@ -112,7 +127,7 @@ def _chain(variant: Variant) -> str:
 
 
 def _outlook(recipe: Recipe, home: Store, console: Console) -> tuple[Outlook, Duration]:
-    """What will be slower, and how long a run will take."""
+    """The forecast of each variant's time per token, and how long the run will take."""
     from peftopt import environments
     from peftopt.recipe import plan as planning
     from peftopt.runner import build, duration, forecast, run
@@ -137,19 +152,19 @@ def _takes(duration: Duration) -> Mapping[str, object]:
     }
 
 
-def _foretell(outlook: Outlook, console: Console) -> None:
-    """Warn of what will be slower, and say of which variants nothing can be said."""
+def _print_outlook(outlook: Outlook, console: Console) -> None:
+    """Warn of variants that will be slower, and name those without a forecast."""
     for line in outlook.warnings:
         console.warn(line)
     if outlook.forecasts:
         console.done("forecast", f"of {len(outlook.variants)} variants", outlook.seconds)
     for reason in dict.fromkeys(outlook.left_out.values()):
-        names = ", ".join(name for name, why in outlook.left_out.items() if why == reason)
+        names = ", ".join(name for name, text in outlook.left_out.items() if text == reason)
         console.tell(f"no forecast of {names}: {reason}")
 
 
 def _words(step: Step) -> str:
-    """A step by its plug-in's name, and what differs from its defaults."""
+    """The name of a step's plug-in, and the parameters that differ from the defaults."""
     from peftopt import plugins
 
     usual = vars(plugins.catalogue()[step.plugin].params())
@@ -184,8 +199,8 @@ def new(
     no_forecast: NoForecast = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a recipe that fits a model, an adapter, prompts and this machine, and runs as it is; say how long it takes,
-    by timing the first layers of variants, which `check` and `run` then need not do again."""
+    """Write a recipe for a model, an adapter, prompts and this machine, ready to run. Then time the first layers of
+    variants and say how long a run takes; `check` and `run` reuse these times."""
     from peftopt import schema, store
     from peftopt.cli.console import print_json, print_text
     from peftopt.recipe import starter
@@ -202,7 +217,7 @@ def new(
         text = mode_line + starter.recipe(starting.facts(base, adapter, prompts, file))
         first = ""
     elif like:
-        _, starter_text = known[like].read_text(encoding="utf-8").split("\n", 1)  # its own mode line goes
+        _, starter_text = known[like].read_text(encoding="utf-8").split("\n", 1)  # without its own mode line
         text = mode_line + _adapt(starter_text, base, adapter, prompts)
         first = "edit it, then "
     else:
@@ -216,14 +231,14 @@ def new(
     else:
         print_text(f"wrote {file}; next: {first}peftopt check {file}, then peftopt run {file}")
     if not like and not no_forecast and not as_json:
-        _say_how_long(file, results)
+        _print_how_long(file, results)
 
 
-def _say_how_long(file: Path, results: Path) -> None:
-    """How long a run of a new recipe will take. The recipe is written: what is wrong with it is for `check` to say."""
+def _print_how_long(file: Path, results: Path) -> None:
+    """Print how long a run of a new recipe will take. `check` reports mistakes of the recipe: here, they are a
+    warning."""
     from peftopt import store
     from peftopt.cli.console import Console
-    from peftopt.decision import duration as durations
     from peftopt.runner import judged
 
     console = Console()
@@ -231,18 +246,18 @@ def _say_how_long(file: Path, results: Path) -> None:
         recipe, _ = judged.read_recipe(file)
         home = store.Store(results.resolve())
         home.check_writable()
-        console.say(durations.sentence(_outlook(recipe, home, console)[1]))
+        _print_duration(_outlook(recipe, home, console)[1], console)
     except PeftoptError as error:
         console.warn(f"how long a run takes is not known: {error.message}")
 
 
 DEMOS = re.compile(r", (slice: short|schema: [^,}\s]+)")
-"""What a starter says of the demo's own prompts."""
+"""Keys of a starter recipe that fit only the demo's prompts."""
 
 
 def _adapt(text: str, base: Path | None, adapter: Path | None, prompts: Path | None) -> str:
-    """A starter recipe with the user's own paths in it: base and adapter under `model:`, prompts wherever they are.
-    What it says of the demo's prompts goes."""
+    """A starter recipe with the user's own paths: base and adapter under `model:`, prompts everywhere. Keys that fit
+    only the demo's prompts are removed."""
 
     def own(line: str) -> str:
         if line.startswith("#"):
@@ -257,7 +272,7 @@ def _adapt(text: str, base: Path | None, adapter: Path | None, prompts: Path | N
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Say what this machine is, which plug-ins can run here, and what to install for the others."""
+    """Describe this machine: which plug-ins can run here, and what to install for the others."""
     from peftopt import environments, machine, plugins
     from peftopt.cli.console import Console, print_json
 
@@ -281,7 +296,7 @@ def doctor(as_json: AsJson = False) -> None:
         console.say("plug-ins", "bold")
         header = ["name", "kind", "state", "what it does"]
         console.table(header, [[p.name, p.kind, _ready(state[p.name]), p.help] for p in known.values()])
-        console.say("through one of them, or not at all", "bold")
+        console.say("other formats and engines: through a plug-in, or not offered", "bold")
         met = [[o.name, o.kind, _ready(others[o.name]) if o.offered else "not offered", o.help] for o in plugins.OTHERS]
         console.table([*header[:3], "what peftopt would run"], met)
         for how in sorted({how for _, how in needs.values() if how}):

@@ -1,4 +1,4 @@
-"""bake: an adapter's virtual tokens through its base, once."""
+"""bake: compute the keys and values of an adapter's virtual tokens once."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ def bake(
     certify: Annotated[
         str,
         typer.Option(
-            help="full (compare predictions in fp32), own (in the base's dtype), auto: full up to 1 GB that is not "
-            "quantized."
+            help="Compare predictions in fp32 (full) or in the base's dtype (own); auto: full up to 1 GB, if the base "
+            "is not quantized."
         ),
     ] = "auto",
     prompts: Annotated[
-        Path | None, typer.Option(help="JSON-lines prompts for the certificate; some of ours by default.")
+        Path | None, typer.Option(help="Prompts for the certificate (JSON lines); built-in ones by default.")
     ] = None,
     target: Annotated[
         str,
         typer.Option(
             "--for",
-            help="ours: keys and values in a folder that stands where the adapter stood. vllm: a copy of the base with "
-            "the virtual tokens as words, which vLLM serves as a plain model.",
+            help="ours: write a folder with keys and values, which replaces the adapter. vllm: write a copy of the "
+            "base with the virtual tokens in its vocabulary, which vLLM serves as a plain model.",
         ),
     ] = "ours",
     allow_base_mismatch: Annotated[
-        bool, typer.Option("--allow-base-mismatch", help="Bake though the adapter names another base.")
+        bool, typer.Option("--allow-base-mismatch", help="Bake even if the adapter names another base.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compute the keys and values of an adapter's virtual tokens once, so that no request computes them again."""
+    """Compute the keys and values of an adapter's virtual tokens once, so that requests need not."""
     from peftopt import corpus
     from peftopt.jobs import TransformJob
     from peftopt.records import Model

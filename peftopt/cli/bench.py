@@ -1,4 +1,4 @@
-"""bench: times of one model, or of several against the first."""
+"""bench: time one model, or several against the first."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ def bench(
     prompts: Annotated[Path | None, typer.Option(help="Prompts.")] = None,
     adapter: Annotated[
         list[Path],
-        typer.Option(help="Adapter on top of the first model, unmerged; with --soak, those that come and go; repeat."),
+        typer.Option(
+            help="Adapter on top of the first model, unmerged; with --soak, adapters to load and unload; repeat."
+        ),
     ] = [],  # noqa: B006
     engine: Annotated[
         list[str],
         typer.Option(
-            help="eager, compiled, llamacpp, openvino, … (see `peftopt doctor`); one for all, or one a model."
+            help="eager, compiled, llamacpp, openvino, … (see `peftopt doctor`); one for all, or one per model."
         ),
     ] = ["eager"],  # noqa: B006
-    new_tokens: Annotated[int, typer.Option(help="Tokens every answer gets, exactly.")] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of every answer, exactly.")] = 32,
     batch: Annotated[int, typer.Option(help="Prompts per request.")] = 1,
     blocks: Annotated[
-        int | None, typer.Option(help="Times that each model is measured, in random order; with --more, at most.")
+        int | None, typer.Option(help="Measurements of each model, in random order; with --more, at most.")
     ] = None,
     threads: Annotated[int, typer.Option(help="Threads per process; 0 = all cores.")] = 0,
     more: Annotated[
         Path | None,
-        typer.Option(help="Instead: add blocks to this undecided run of a recipe, as many as its planner asks for."),
+        typer.Option(help="Instead: add blocks to this undecided run of a recipe, as many as its plan needs."),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="With --more: about how long it may take.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="With --more: approximate time limit.")] = None,
     soak: Annotated[
         float | None,
-        typer.Option(help="Instead: minutes of load on a server, while adapters come and go. What does it keep?"),
+        typer.Option(help="Instead: load a server for this many minutes while adapters come and go, to find leaks."),
     ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="With --soak: the base that an engine's server is started on.")
-    ] = None,
+    base: Annotated[Path | None, typer.Option(help="With --soak: the base to start a server on.")] = None,
     url: Annotated[str, typer.Option(help="With --soak: a server that runs already, in place of --base.")] = "",
-    users: Annotated[int, typer.Option(help="With --soak: users who ask at once, each when answered.")] = 4,
+    users: Annotated[int, typer.Option(help="With --soak: concurrent users, who ask again when answered.")] = 4,
     out: Annotated[Path | None, typer.Option(help="With --soak: write the result to this JSON file.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time one model, or several against the first in interleaved blocks; go on with an undecided run; or soak a
+    """Time one model, or several against the first, in interleaved blocks. Or add blocks to an undecided run. Or soak a
     server: a long load while adapters come and go."""
     from peftopt.cli.console import Console, print_json
     from peftopt.models import template
@@ -68,7 +68,9 @@ def bench(
         from peftopt.cli import soak as soaking
 
         soaking.soak(
-            soaking.Asked(soak, base, url, tuple(adapter), engine[0], prompts, users, new_tokens, threads, out, as_json)
+            soaking.Options(
+                soak, base, url, tuple(adapter), engine[0], prompts, users, new_tokens, threads, out, as_json
+            )
         )
     if base or url or out:
         raise BadInput("--base, --url and --out go with --soak", "to time a model, name it: --model DIR")
@@ -87,14 +89,14 @@ def bench(
         endless = template.endless(Path(arm.model.path), Path(tokenizer_home(arm.model)))
         if endless:
             Console().warn(endless)
-    timed = time_in_turns(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
-    for each in timed:
-        if each.problem:
+    models = time_in_turns(arms, str(prompts), new_tokens, batch, blocks or 6, threads)
+    for timed in models:
+        if timed.problem:
             Console().warn(
-                f"{each.name} {each.problem}: transformers may read this checkpoint wrongly, so its times mean little"
+                f"{timed.name} {timed.problem}: transformers may read this checkpoint wrongly, so its times mean little"
             )
     if as_json:
-        print_json({"models": [_flat(each) for each in timed]})
+        print_json({"models": [_flat(timed) for timed in models]})
         return
     header = [
         "model",
@@ -109,17 +111,19 @@ def bench(
         "load s",
         "n",
     ]
-    Console().table(header, [_bench_row(f) for f in timed])
+    Console().table(header, [_bench_row(timed) for timed in models])
 
 
 def _arms(model: list[Path], adapter: list[Path], engine: list[str]) -> list[Arm]:
-    """What is timed. Raises BadInput for engines that are not known, or not as many as the models."""
+    """The models to time. Raises BadInput for unknown engines, and for another number of engines than of models."""
     from peftopt import plugins
     from peftopt.records import Model
     from peftopt.runner.bench import Arm
 
     if len(adapter) > 1:
-        raise BadInput(f"{len(adapter)} adapters, and a model is timed with one on top", "give --adapter once")
+        raise BadInput(
+            f"{len(adapter)} adapters are given, and a model is timed with one on top", "give --adapter once"
+        )
     known = [p.name for p in plugins.catalogue().values() if p.kind == "engine"]
     for name in engine:
         if name not in known:
@@ -139,7 +143,7 @@ def _title(model: Model) -> str:
 
 
 def _flat(timed: Benched) -> dict[str, object]:
-    """What was measured of a model, facts of its launch and peaks of its memory among the rest."""
+    """A model's measurements in one flat mapping, with the facts of its launch and its memory peaks."""
     from peftopt.measurements import as_json
 
     rest = {name: value for name, value in as_json(timed).items() if name not in ("launch", "memory")}

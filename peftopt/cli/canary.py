@@ -1,4 +1,4 @@
-"""canary: does the right adapter answer?"""
+"""canary: check that the right adapter answers."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 def canary(
     url: Annotated[str, typer.Argument(help="URL of a server with several adapters.")],
     prompts: Annotated[Path, typer.Option(help="Prompts on which the models should differ.")],
-    model: Annotated[list[str], typer.Option(help="Served names to tell apart, the base among them; repeat.")] = [],  # noqa: B006
+    model: Annotated[
+        list[str], typer.Option(help="Served name to tell apart, the base included; repeat for each.")
+    ] = [],  # noqa: B006
     swap: Annotated[
         list[Path],
         typer.Option(
-            help="Adapter folder; give two, to be loaded in turn under one name and path (vLLM). The --model names, or "
-            "all that are served, are watched meanwhile."
+            help="Adapter folder; give two, to load in turn under one name and path (vLLM). Meanwhile, the --model "
+            "names are checked, by default all served ones."
         ),
     ] = [],  # noqa: B006
     fingerprints: Annotated[int, typer.Option(help="Prompts to use.")] = 8,
-    rounds: Annotated[int, typer.Option(help="Times that all are asked at once, or that both are loaded.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Mixed batches with all models, or loads of both adapters.")] = 3,
     api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
     as_json: AsJson = False,
@@ -44,7 +46,7 @@ def canary(
     if not swap and len(set(model)) < 2:
         raise BadInput("a canary tells models apart: it needs two or more", "add --model for the base and each adapter")
     if swap and len(swap) != 2:
-        raise BadInput(f"--swap takes two adapters, and {len(swap)} are given", "give --swap FOLDER --swap OTHER")
+        raise BadInput(f"--swap takes two adapters, and {len(swap)} were given", "give --swap FOLDER --swap OTHER")
     rows = corpus.read(str(prompts))
     console = Console(quiet)
     target = Target(url, key_env=api_key_env, timeout_s=timeout)
@@ -63,7 +65,7 @@ def canary(
 def _watch_mixed(
     console: Console, target: Target, names: list[str], prompts: Prompts, rounds: int, as_json: bool
 ) -> int:
-    """Every model alone and in mixed batches, printed; the exit code."""
+    """Ask every model alone and in mixed batches, and print the result. Returns the exit code."""
     from peftopt.canary import mixed as watching
     from peftopt.cli.console import print_json
 
@@ -74,7 +76,7 @@ def _watch_mixed(
         print_json({**values, "noise": watched.known.noise, "wrong": watched.wrong})
         return watched.outcome
     noise = ", ".join(f"{name} {nats:.3f}" for name, nats in watched.known.noise.items())
-    lines = {"own noise": f"{noise} nats", "mixed answers": f"{watched.asked}, of which {len(watched.wrong)} wrong"}
+    lines = {"own noise": f"{noise} nats", "mixed answers": f"{watched.asked} in all, {len(watched.wrong)} wrong"}
     console.pairs("canary", lines)
     for pair in watched.alike:
         console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: wrong answers between them are not seen")
@@ -94,7 +96,7 @@ def _watch_reloads(
     rounds: int,
     as_json: bool,
 ) -> int:
-    """Two adapters in turn under one name, printed; the exit code."""
+    """Load two adapters in turn under one name, and print the result. Returns the exit code."""
     from peftopt import stats
     from peftopt.canary import mixed as watching
     from peftopt.canary import reloads

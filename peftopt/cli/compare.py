@@ -1,4 +1,4 @@
-"""compare: runs side by side."""
+"""compare: show runs side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peftopt.report.words import Table
 
 WIDTH = 100
-"""Characters that a row of what differs may take on the screen."""
+"""Greatest width of a row in the table of differences, in characters."""
 
 ENDINGS = {".html": "html", ".md": "markdown", ".json": "json"}
 
@@ -28,22 +28,22 @@ def compare(
         typer.Argument(metavar="RUN...", help="Folders of runs, or their decision.json; the first is the reference."),
     ],
     form: Annotated[
-        str, typer.Option("--format", help="text, html, markdown or json; by the ending of -o where it is not given.")
+        str, typer.Option("--format", help="text, html, markdown or json; by default, the ending of -o gives it.")
     ] = "",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it to this file.")] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="Compare this metric, such as ttft.p50@chat, in place of the usual ones; repeatable."),
+        typer.Option(help="Compare this metric, such as ttft.p50@chat, and not the usual ones; repeat for several."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare runs of other machines, versions or models: what differs, their ratios to their own baselines, their
-    verdicts."""
+    """Compare runs of different machines, versions or models: the differences, the ratios to each run's own baseline,
+    and the verdicts."""
     from peftopt import store
     from peftopt.cli.console import Console, print_json, print_text
     from peftopt.decision import comparing
     from peftopt.report import compared as files
-    from peftopt.report import comparison as told
+    from peftopt.report import comparison as wording
     from peftopt.runner import compared
 
     form = form or _form(output)
@@ -53,16 +53,16 @@ def compare(
     if as_json and output is None and form not in ("text", "json"):
         raise BadInput(f"--json prints data, and --format {form} another form", "leave one out, or give -o FILE")
     if form == "text" and output:
-        raise BadInput("a file has a format", "give --format html, markdown or json, or name it .html, .md or .json")
-    if len(runs) > told.MOST:
-        raise BadInput(f"{len(runs)} runs are too many to stand side by side", f"give at most {told.MOST}")
+        raise BadInput("text is for the screen only", "give --format html, markdown or json, or -o FILE.html")
+    if len(runs) > wording.MOST:
+        raise BadInput(f"{len(runs)} runs are too many to compare side by side", f"give at most {wording.MOST}")
     for name in metric or ():
         _check(name)
     console = Console()
     comparison = comparing.compare([compared.read(run, console.warn) for run in runs], metric or comparing.COMPARED)
     for name in metric or ():
         if not any(name in (value.metric, value.metric.partition("@")[0]) for value in comparison.values):
-            raise BadInput(f"no two of the runs have measured {name} of a shared variant", "see docs/metrics.md")
+            raise BadInput(f"no variant has a value of {name} in two of the runs", "see docs/metrics.md")
     if output:
         store.write(output, renderers[form](comparison), hint="choose another place")
     if as_json:
@@ -81,7 +81,7 @@ def _form(output: Path | None) -> str:
 
 
 def _check(name: str) -> None:
-    """Raises BadInput for what is not a metric."""
+    """Raises BadInput for a name that is not a metric's."""
     from peftopt.metrics import METRICS, REPORTED, described
     from peftopt.recipe.reader import nearest
 
@@ -92,29 +92,29 @@ def _check(name: str) -> None:
 
 
 def _show(console: Console, comparison: Comparison) -> None:
-    """What differs first, then values, the second run's before the third's, then verdicts; the sentence last."""
-    from peftopt.report import comparison as told
+    """Print the differences, the values run by run, the verdicts, and last the sentence."""
+    from peftopt.report import comparison as wording
     from peftopt.report.words import clip
 
-    header, rows = told.runs(comparison)
+    header, rows = wording.runs(comparison)
     console.table(header, rows, [run.decision.outcome for run in comparison.runs])
-    header, rows = told.differing(comparison)
+    header, rows = wording.differing(comparison)
     room = WIDTH // len(header)
     _titled(console, "what differs", (header, [[clip(cell, room) for cell in row] for row in rows]))
     if not rows:
-        console.say("nothing that is known of all of them")
-    for note in (*told.cautions(comparison), *told.remarks(comparison)):
+        console.say("no difference in what is known of all of them")
+    for note in (*wording.cautions(comparison), *wording.remarks(comparison)):
         console.say(f"- {note}")
     for other in range(1, len(comparison.runs)):
-        _titled(console, "values, relative to each run's own baseline", told.values(comparison, [other]))
-    _titled(console, "verdicts", told.verdicts(comparison))
+        _titled(console, "values, relative to each run's own baseline", wording.values(comparison, [other]))
+    _titled(console, "verdicts", wording.verdicts(comparison))
     console.say("")
-    console.say(told.how_sure(comparison))
-    console.say(told.sentence(comparison), "bold")
+    console.say(wording.how_sure(comparison))
+    console.say(wording.sentence(comparison), "bold")
 
 
 def _titled(console: Console, title: str, table: Table) -> None:
-    """A table under its title, with each variant's name on its first row alone."""
+    """Print a table under its title. Only a variant's first row has its name."""
     header, rows = table
     console.say("")
     console.say(title, "bold")

@@ -1,4 +1,4 @@
-"""compile: torch.compile, and what cold and warm starts cost."""
+"""compile: apply torch.compile, and measure cold and warm starts."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ def compile_(
     model: ModelFolder,
     adapter: Annotated[
         list[Path] | None,
-        typer.Option(help="Adapter on top of the model, unmerged; repeat it to measure switching to the others."),
+        typer.Option(help="Adapter on top of the model, unmerged; repeat to measure the switch to the others."),
     ] = None,
     workload: Annotated[
-        Path | None, typer.Option(help="A recipe: warm the shapes of its workloads, with its engine's parameters.")
+        Path | None,
+        typer.Option(help="A recipe: compile for the shapes of its workloads, with its engine's parameters."),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Prompts; one of ours by default.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Prompts; by default, a built-in one.")] = None,
     batch: Annotated[list[int], typer.Option(help="Batch sizes to compile for; repeat the option.")] = [1],  # noqa: B006
     new_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 32,
     threads: Annotated[int, typer.Option(help="Threads per process; 0 = all cores.")] = 0,
@@ -39,15 +40,16 @@ def compile_(
     ] = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """torch.compile a model and keep the compile cache beside it; says what cold and warm starts cost."""
+    """Apply torch.compile to a model, keep the compile cache beside it, and measure cold and warm starts."""
     from peftopt import corpus, plugins
     from peftopt.measurements import as_json as as_plain
     from peftopt.runner import judged, preflight
     from peftopt.runner.compile import Traffic, compile_model
 
     preflight.check_base(model, quantized=True)
+    preflight.check_weights(model)
     params: dict[str, Any] = {}
-    asked = params_of(plugins.catalogue()["compiled"], {}, settings)
+    options = params_of(plugins.catalogue()["compiled"], {}, settings)
     if workload is not None:
         recipe, _ = judged.read_recipe(workload)
         steps = [v.engine for v in recipe.variants.values() if v.engine.plugin == "compiled"]
@@ -61,7 +63,7 @@ def compile_(
     adapters = adapter or []
     others = adapters[1:]
     opened = model_of(model, adapters[0] if adapters else None)
-    compiled = compile_model(opened, {**params, **asked}, loads, threads, list(map(str, others)))
+    compiled = compile_model(opened, {**params, **options}, loads, threads, list(map(str, others)))
     print_lines(f"compiled {model}", _compile_lines(compiled), as_plain(compiled), as_json)
 
 

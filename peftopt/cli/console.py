@@ -1,4 +1,4 @@
-"""All that a person sees in the terminal: results on stdout, progress and warnings on stderr."""
+"""Everything a person sees in the terminal: results on stdout, progress and warnings on stderr."""
 
 from __future__ import annotations
 
@@ -35,26 +35,29 @@ Problem = tuple[int, str, str]
 OUTCOME_STYLE = {"accepted": "green", "rejected": "red", "inconclusive": "yellow", "not judged": "dim"}
 
 
+QUIET_S = 60.0
+"""Seconds between two lines of progress in a log, where less than a tenth is done in between."""
+
 NARROWEST = 20
-"""Columns that a text is given at least, however narrow the terminal is."""
+"""The least width of a text in columns, however narrow the terminal is."""
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What moves a terminal's cursor, changes its colours or its title, or turns the order of a line around."""
+"""Characters that move the cursor, change colours or the title of a terminal, or reverse the order of a line."""
 
 
 def visible(text: str) -> str:
-    """The text as a terminal may have it: without secrets, and with what would steer the terminal written out, such as
-    its escape character as its number. Lines and tabs stay."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), redacted(text))
+    """The text as it may go to a terminal: without secrets, and with each control character as its escape sequence in
+    plain text. Line feeds and tabs stay."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), redacted(text))
 
 
 def shown(text: str) -> str:
-    """The text as rich may have it: see `visible`; it holds no markup."""
+    """The text as it may go to rich: see `visible`. Its markup is escaped."""
     return escape(visible(text))
 
 
 class Visible:
-    """What rich draws, with all its text as a terminal may have it."""
+    """Something that rich draws, with all its text passed through `visible`."""
 
     def __init__(self, drawn: RenderableType) -> None:
         self._drawn = drawn
@@ -93,8 +96,8 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-        """A bar with an estimate on a terminal, in units such as "blocks" or "%"; off a terminal a line at the start,
-        and one with an estimate whenever a tenth is done."""
+        """On a terminal, show a bar with an estimate, in units such as "blocks" or "%". Elsewhere, print a line at the
+        start, and a line with an estimate after each tenth or each minute."""
         if self.quiet:
             yield lambda done, what: None
         elif not self.err.is_terminal:
@@ -119,7 +122,7 @@ class Console:
 
     @contextlib.contextmanager
     def working(self, title: str) -> Iterator[Callable[[str], None]]:
-        """A spinner with the time so far and the last thing that was told; off a terminal, each new step a line."""
+        """On a terminal, show a spinner with the time so far and the last text. Elsewhere, print a line per text."""
         started = time.perf_counter()
         if self.quiet:
             yield lambda text: None
@@ -133,19 +136,18 @@ class Console:
         self.done(title, "ready", time.perf_counter() - started)
 
     def _lines(self, title: str, total: int, unit: str) -> Callable[[int, str], None]:
-        started = time.perf_counter()
-        told = -1
+        started = printed_at = time.perf_counter()
+        printed = -1
 
         def show(done: int, what: str) -> None:
-            nonlocal told
+            nonlocal printed, printed_at
             with self.lock:
-                tenth = done * 10 // max(total, 1)
-                if tenth > told:
+                tenth, now = done * 10 // max(total, 1), time.perf_counter()
+                if tenth > printed or now > printed_at + QUIET_S:
                     left = ""
-                    if told >= 0 and done < total:
-                        seconds = (time.perf_counter() - started) * (total - done) / done
-                        left = f", {_about(seconds)} left"
-                    told = tenth
+                    if printed >= 0 and 0 < done < total:
+                        left = f", {_about((now - started) * (total - done) / done)} left"
+                    printed, printed_at = tenth, now
                     self.err.print(f"  {shown(title):<14} {_count(done, total, unit)}{left} [dim]{shown(what)}[/dim]")
 
         return show
@@ -172,7 +174,7 @@ class Console:
             self.out.print(f"  {shown(name):<24} {shown(str(value))}", soft_wrap=True)
 
     def glossary(self, title: str, values: Mapping[str, str]) -> None:
-        """A titled list of names and what they mean, as wide as the terminal; of 80 columns where that is not known."""
+        """A titled list of names and what they mean, as wide as the terminal, or 80 columns wide without a terminal."""
         indent = 4 + max(map(len, values), default=0)
         width = max(shutil.get_terminal_size().columns - indent, NARROWEST)
         self.out.print(f"[bold]{shown(title)}[/bold]")
@@ -183,7 +185,7 @@ class Console:
                 self.out.print(shown(" " * indent + line), soft_wrap=True)
 
     def error(self, error: PeftoptError) -> None:
-        """What is wrong and what to do; all the mistakes of a recipe at once."""
+        """Print what is wrong and what to do; of a recipe, all its mistakes at once."""
         problems = error.problems if isinstance(error, BadRecipe) else ((0, error.message, error.hint),)
         for line, message, hint in problems:
             where = f" ({error.path}:{line})" if isinstance(error, BadRecipe) and line else ""
@@ -196,7 +198,7 @@ class Console:
 def print_json(result: object) -> None:
     """Print a result for programs: one JSON object on one line of stdout, with null for a number that is not known.
 
-    A verb prints one, or one for each thing that it was given. An error is one too: `print_error`.
+    A verb prints one object, or one for each of its inputs. An error is one object too: see `print_error`.
     """
     from peftopt.report.as_json import plain
 

@@ -15,7 +15,7 @@ def export_data(
     run_folder: Annotated[
         Path | None, typer.Argument(help="A folder below results/runs; the newest by default.", show_default=False)
     ] = None,
-    to: Annotated[Path, typer.Option(help="File to write; its ending says how: .parquet or .csv.")] = Path(
+    to: Annotated[Path, typer.Option(help="File to write; its ending gives the format: .parquet or .csv.")] = Path(
         "requests.csv"
     ),
     table: Annotated[

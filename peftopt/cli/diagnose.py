@@ -1,4 +1,4 @@
-"""diagnose: where does a deployment lose time and memory?"""
+"""diagnose: measure where a deployment loses time and memory."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ class Options:
 
     base: Annotated[Path | None, typer.Option("--base", help="Folder of the base model (safetensors).")] = None
     adapter: Annotated[
-        list[str], typer.Option(help="Adapter folder, or NAME=FOLDER; repeat for several. The first is looked at most.")
+        list[str], typer.Option(help="Adapter folder, or NAME=FOLDER; repeat for several. The first is measured most.")
     ] = field(default_factory=list)
     engine: Annotated[
         str, typer.Option(help="eager, vllm, llamacpp_server, or the URL of a server that runs already.")
     ] = "eager"
-    base_name: Annotated[str, typer.Option(help="What a running server calls the base.")] = "base"
-    prompts: Annotated[Path | None, typer.Option(help="JSON-lines prompts to ask; made-up words by default.")] = None
-    prompt_tokens: Annotated[int, typer.Option(help="About as many tokens has a made-up prompt.")] = 24
+    base_name: Annotated[str, typer.Option(help="Name of the base on a running server.")] = "base"
+    prompts: Annotated[Path | None, typer.Option(help="Prompts to send (JSON lines); made-up words by default.")] = None
+    prompt_tokens: Annotated[int, typer.Option(help="Approximate tokens of a made-up prompt.")] = 24
     new_tokens: Annotated[
-        int, typer.Option(help="Tokens of a usual answer: of such a request shares are told. Few of them are computed.")
+        int,
+        typer.Option(help="Tokens of a usual answer. Shares refer to such a request; few of its tokens are computed."),
     ] = 64
     slo: Annotated[
         list[str],
         typer.Option(
-            help="What users are promised, such as 'ttft <= 500 ms'; repeat for several.",
+            help="Service level of a request, such as 'ttft <= 500 ms'; repeat for several.",
             show_default="five times a lone request's TTFT",
         ),
     ] = field(default_factory=list)
     threads: Annotated[int, typer.Option(help="Threads per server; 0 = all cores.")] = 0
-    minutes: Annotated[float, typer.Option(help="About how long it may take; what is then open is undecided.")] = (
+    minutes: Annotated[float, typer.Option(help="Approximate time limit; what is open at the end is undecided.")] = (
         MINUTES
     )
     more: Annotated[str, typer.Option(help=f"Add blocks to one bottleneck of a diagnosis before (--out): {NAMES}.")] = (
@@ -57,20 +58,20 @@ class Options:
     plan: Annotated[
         str,
         typer.Option(
-            help="Merge or keep apart under this traffic, such as \"adapters=40 zipf=1.1 rps=12 slo='ttft <= 500 ms' "
-            'reload=1/day"; also prompt=, new=, memory=, gpus=.'
+            help="Say whether to merge or to keep adapters apart for this traffic, such as "
+            "\"adapters=40 zipf=1.1 rps=12 slo='ttft <= 500 ms' reload=1/day\"; also prompt=, new=, memory=, gpus=."
         ),
     ] = ""
     plan_from: Annotated[
         Path | None,
-        typer.Option(help="The same under the traffic of a log of peftopt serve; --plan adds or overrides."),
+        typer.Option(help="The same for the traffic in a log of peftopt serve; --plan adds or overrides values."),
     ] = None
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to keep it in.", show_default="results/diagnoses/TIME; with --more the newest"),
+        typer.Option(help="Folder for the diagnosis.", show_default="results/diagnoses/TIME; with --more the newest"),
     ] = None
     run: Annotated[
-        Path | None, typer.Option(help="A finished run, whose report then shows the diagnosis.", show_default=False)
+        Path | None, typer.Option(help="A finished run; its report then shows the diagnosis.", show_default=False)
     ] = None
     results: Results = Path("results")
     as_json: AsJson = False
@@ -80,7 +81,7 @@ class Options:
 @app.command()
 @options_from(Options)
 def diagnose(options: Options) -> None:
-    """Measure where a PEFT deployment loses time and memory, and say what to do about each, the dearest first.
+    """Measure where a PEFT deployment loses time and memory, and say what to do, the most expensive first.
 
     Exit codes: 0 done, 1 something does not work, 3 nothing could be decided, 4 nothing could be measured.
     """
@@ -105,7 +106,7 @@ def diagnose(options: Options) -> None:
 
 
 def _plan(options: Options, console: Console) -> int:
-    """Merge or keep apart: the screen, and the exit code."""
+    """Plan whether to merge or to keep apart, and print the plan. Returns the exit code."""
     from peftopt.cli.console import print_json
     from peftopt.diagnose.planning import planning, words
     from peftopt.runner import judged
@@ -124,14 +125,14 @@ def _plan(options: Options, console: Console) -> int:
     else:
         console.table(words.HEADER, words.rows(planned.evaluated))
         console.pairs("merge or keep apart", words.sentences(planned.evaluated, planned.breakevens))
-        console.say(f"kept in {folder}; another plan with --out {folder} measures nothing anew")
+        console.say(f"kept in {folder}; another plan with --out {folder} reuses these measurements")
     if planned.evaluated.best is None:
         return REJECTED
     return ACCEPTED if planned.evaluated.sure else INCONCLUSIVE
 
 
 def _write(diagnosis: Diagnosis, folder: Path, run: Path | None, console: Console) -> None:
-    """The pages of a diagnosis, and those of the run that it belongs to."""
+    """Write the pages of a diagnosis, and the reports of its run again."""
     from peftopt import store
     from peftopt.diagnose import keeping, page
     from peftopt.runner import judged
@@ -144,7 +145,7 @@ def _write(diagnosis: Diagnosis, folder: Path, run: Path | None, console: Consol
 
 
 def outcome(diagnosis: Diagnosis) -> int:
-    """The exit code. Nothing measured is never "done"."""
+    """The exit code. A diagnosis without a measurement is never "done"."""
     findings = {row.finding for row in diagnosis.rows}
     if "fault" in findings:
         return REJECTED
@@ -175,7 +176,9 @@ def _folder(options: Options) -> Path:
     if not options.more:
         folder = options.out or home / time.strftime("%Y-%m-%d-%H%M%S")
         if (folder / DIAGNOSIS).exists():
-            raise BadInput(f"{folder} holds a diagnosis", "add blocks to it with --more NAME, or choose another --out")
+            raise BadInput(
+                f"{folder} holds a diagnosis already", "add blocks to it with --more NAME, or choose another --out"
+            )
         return folder
     if options.out:
         return options.out
@@ -188,7 +191,7 @@ def _folder(options: Options) -> Path:
 
 
 def _setting(options: Options) -> Setting:
-    """What is diagnosed. Raises BadInput for options that are missing, or do not go together."""
+    """What to diagnose. Raises BadInput for options that are missing or conflict."""
     from peftopt.diagnose.setting import STARTED, Setting
     from peftopt.loadtest import summary
     from peftopt.recipe.reader import nearest
@@ -224,7 +227,7 @@ def _setting(options: Options) -> Setting:
 
 
 def _print(diagnosis: Diagnosis, folder: Path, console: Console) -> None:
-    """One screen: the dearest first, and a line for what costs nothing."""
+    """Print one screen: the most expensive bottleneck first, and a line for those that cost nothing."""
     from peftopt.diagnose import screen
 
     rows = screen.shown(diagnosis)

@@ -1,4 +1,4 @@
-"""env: the environments of plug-ins whose pins need their own."""
+"""env: separate environments for plug-ins whose pinned versions conflict with peftopt's."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from peftopt.cli.shared import AsJson, app, print_lines
 if TYPE_CHECKING:
     from peftopt.environments import Environment
 
-environment_verbs = typer.Typer(no_args_is_help=True, help="Environments of the plug-ins whose pins need their own.")
+environment_verbs = typer.Typer(
+    no_args_is_help=True, help="Environments of plug-ins whose pinned versions need one of their own."
+)
 app.add_typer(environment_verbs, name="env")
 EnvironmentName = Annotated[str, typer.Argument(help="A name that `peftopt env list` shows.")]
 
 
 @environment_verbs.command("list")
 def env_list(as_json: AsJson = False) -> None:
-    """The environments: which there are, which are installed, how large they are, what they are for."""
+    """List the environments: their state, their size and what they are for."""
     from peftopt import environments
     from peftopt.cli.console import Console, print_json
 
@@ -32,7 +34,7 @@ def env_list(as_json: AsJson = False) -> None:
 
 
 def _size(environment: Environment) -> str:
-    """What it takes on disk: of one that is not installed, about."""
+    """The size on disk; an estimate for an environment that is not installed."""
     from peftopt.metrics import format_value
 
     size = format_value("size", environment.size_bytes)
@@ -42,16 +44,17 @@ def _size(environment: Environment) -> str:
 @environment_verbs.command("install")
 def env_install(
     name: EnvironmentName,
-    force: Annotated[bool, typer.Option("--force", help="Build it again though it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build it again, even if it is installed.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Build an environment in the user's cache; it appears whole or not at all."""
+    """Build an environment in the user's cache. The folder appears whole or not at all."""
     from peftopt import environments
     from peftopt.cli.console import Console
 
     with Console().working(f"env {name}") as tell:
-        made = environments.install(name, force, tell)
-    print_lines(f"environment {name}", {"at": str(made.path), "size": f"{made.size_bytes / 1e6:.0f} MB"}, made, as_json)
+        environment = environments.install(name, force, tell)
+    lines = {"at": str(environment.path), "size": f"{environment.size_bytes / 1e6:.0f} MB"}
+    print_lines(f"environment {name}", lines, environment, as_json)
 
 
 @environment_verbs.command("remove")

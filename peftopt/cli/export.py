@@ -1,4 +1,4 @@
-"""export: the files by which others start what a run decided."""
+"""export: write the files that start and monitor the model a run chose."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IMAGE = r"[a-z0-9]+(?:[._/:@-]+[A-Za-z0-9]+)*"
 
 
 class Target(enum.StrEnum):
-    """What starts, and by what."""
+    """Which program starts the model."""
 
     PEFTOPT = "peftopt"
     VLLM = "vllm"
@@ -43,7 +43,7 @@ class Target(enum.StrEnum):
 
 
 class Metrics(enum.StrEnum):
-    """Whose metrics production is monitored by."""
+    """The program whose metrics monitor production."""
 
     GATEWAY = "gateway"
     VLLM = "vllm"
@@ -52,38 +52,38 @@ class Metrics(enum.StrEnum):
 ENGINES = (Target.VLLM, Target.SGLANG, Target.LLAMACPP)
 """Targets without the gateway."""
 WORDS = (
-    "TARGET: peftopt, vllm, sglang, llamacpp, systemd, compose, k8s, gunicorn, monitoring; without it, all that fit. "
-    "Then RUN, a finished run; or -- and the options of `serve`, where the gateway is the target."
+    "TARGET: peftopt, vllm, sglang, llamacpp, systemd, compose, k8s, gunicorn or monitoring; by default, all that fit. "
+    "Then RUN, a finished run; or -- and the options of `serve`, for a target with the gateway."
 )
 
 
 @app.command()
 def export(
     words: Annotated[list[str], typer.Argument(help=WORDS, metavar="[TARGET] RUN")],
-    to: Annotated[Path, typer.Option(help="Folder to write the files to; those that are there stay.")],
-    variant: Annotated[str, typer.Option(help="Of the run, another variant than the chosen one.")] = "",
+    to: Annotated[Path, typer.Option(help="Folder for the files; existing files are not overwritten.")],
+    variant: Annotated[str, typer.Option(help="Export this variant of the run, not the chosen one.")] = "",
     image: Annotated[str, typer.Option(help="Name of the image (compose, k8s).")] = "peftopt:latest",
     gpus: Annotated[int, typer.Option(help="GPUs of the container (compose, k8s).", min=0)] = 0,
-    cpus: Annotated[float, typer.Option(help="Cores that the container asks for (k8s).", min=0.1)] = 2.0,
+    cpus: Annotated[float, typer.Option(help="Cores that the container requests (k8s).", min=0.1)] = 2.0,
     memory: Annotated[float, typer.Option(help="Memory of the container in GiB (compose, k8s).", min=0.5)] = 8.0,
     metrics: Annotated[
-        Metrics, typer.Option(help="Whose metrics are watched: the gateway's, or those of a vLLM alone (monitoring).")
+        Metrics, typer.Option(help="Which metrics to monitor: the gateway's, or vLLM's own (monitoring).")
     ] = Metrics.GATEWAY,
     as_json: AsJson = False,
 ) -> None:
-    """Write what starts the model that a run chose: launch scripts, a systemd unit, manifests. Each says which
-    measurement an option comes from. And what it is monitored by: alert rules, a dashboard. Without TARGET, all that
-    fit the run."""
+    """Write the files that start the model a run chose: launch scripts, a systemd unit, manifests. Each says which
+    measurement an option comes from. Write the files that monitor it too: alert rules, a dashboard. Without TARGET,
+    write all that fit the run."""
     from peftopt.cli.console import Console, print_json, print_text
 
     def contained(what: Deployed) -> Deployed:
         return replace(what, image=image, gpus=gpus, cpus=cpus, memory_gib=memory)
 
     if not re.fullmatch(IMAGE, image) or not math.isfinite(cpus + memory):
-        raise BadInput("--image, --cpus and --memory make no container", "such as --image peftopt:latest --memory 8")
-    asked = replace(_asked(words, variant), metrics=metrics)
+        raise BadInput("--image, --cpus or --memory is not valid", "such as --image peftopt:latest --memory 8")
+    request = replace(_request(words, variant), metrics=metrics)
     console = Console()
-    exported = _exported(asked, asked.target, contained) if asked.target else _all(asked, contained)
+    exported = _exported(request, request.target, contained) if request.target else _all(request, contained)
     written = _write(to, exported.files)
     if as_json:
         print_json({"files": written, "use": exported.use, "notes": exported.notes})
@@ -96,9 +96,9 @@ def export(
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A `target`, None for all; the `words` of `serve`; the run of them, None where they name another source; and whose
-    metrics are watched."""
+class Request:
+    """What to export: a `target`, None for all; the `words` for `serve`; their run, None where they name another
+    source; and which metrics to monitor."""
 
     target: Target | None
     words: tuple[str, ...]
@@ -106,7 +106,7 @@ class Asked:
     metrics: Metrics = Metrics.GATEWAY
 
 
-def _asked(words: Sequence[str], variant: str) -> Asked:
+def _request(words: Sequence[str], variant: str) -> Request:
     """Raises BadInput for options of `serve` without a target, and for a variant without a run."""
     from peftopt.deploy import reading
 
@@ -116,74 +116,74 @@ def _asked(words: Sequence[str], variant: str) -> Asked:
         raise BadInput(f"{words[0]} is neither a target nor a run", f"targets: {known}; runs lie below results/runs")
     given = (*words[bool(target) :], *(("--variant", variant) if variant else ()))
     if not given:
-        raise BadInput(f"export {target}: of what?", "name a finished run, or give the options of serve after --")
+        raise BadInput(f"export {target} needs a model", "name a finished run, or give the options of serve after --")
     options = parsed(given)
     if options.run is None and (variant or target is None):
         raise BadInput("export without a run takes a target and no variant", "name a run: peftopt export RUN --to DIR")
-    return Asked(target, given, reading.chosen(options.run, options.variant) if options.run else None)
+    return Request(target, given, reading.chosen(options.run, options.variant) if options.run else None)
 
 
-def _exported(asked: Asked, target: Target, contained: Callable[[Deployed], Deployed]) -> Exported:
-    """The files of one target. Raises BadInput for one that cannot serve what was chosen."""
+def _exported(request: Request, target: Target, contained: Callable[[Deployed], Deployed]) -> Exported:
+    """The files of one target. Raises BadInput for a target that cannot serve the chosen model."""
     from peftopt.deploy import files, gateway, llamacpp, sglang, vllm
 
     if target == Target.MONITORING:
-        return _monitoring(asked)
+        return _monitoring(request)
     if target not in ENGINES:
-        what = contained(deployed(asked.words, target, here(), asked.run))
+        what = contained(deployed(request.words, target, here(), request.run))
         return gateway.exported(what) if target == Target.PEFTOPT else files.TARGETS[target](what)
-    if asked.run is None or (asked.target and parsed(asked.words) != _only_the_run(asked.words)):
+    if request.run is None or (request.target and parsed(request.words) != _only_the_run(request.words)):
         hint = f"name a finished run: peftopt export {target} RUN --to DIR; or take the target peftopt"
         raise BadInput(f"the target {target} takes a run and no options of serve", hint)
     scripts = {Target.VLLM: vllm.exported, Target.SGLANG: sglang.exported, Target.LLAMACPP: llamacpp.exported}
-    return scripts[target](asked.run)
+    return scripts[target](request.run)
 
 
-def _monitoring(asked: Asked) -> Exported:
-    """What the run's decision is monitored by. Raises BadInput without a run, which has the limits."""
+def _monitoring(request: Request) -> Exported:
+    """The files that monitor the run's decision. Raises BadInput without a run, since the limits are the run's."""
     from peftopt.deploy import monitoring
     from peftopt.watch import promised
 
-    options = parsed(asked.words)
+    options = parsed(request.words)
     if options.run is None:
         raise BadInput("monitoring needs the limits of a run", "name one: peftopt export monitoring RUN --to DIR")
-    return monitoring.exported(promised.load(options.run, options.variant), asked.metrics.value)
+    return monitoring.exported(promised.load(options.run, options.variant), request.metrics.value)
 
 
 def _only_the_run(words: Sequence[str]) -> serve.Options:
-    """The options of `serve` with the run and the variant of these words alone."""
+    """The options of `serve` with only the run and the variant of these words."""
     options = parsed(words)
     assert options.run
     return parsed([str(options.run), "--variant", options.variant])
 
 
-def _all(asked: Asked, contained: Callable[[Deployed], Deployed]) -> Exported:
-    """The files of every target that can serve what was chosen, each in a folder of its own, and a page on all. Raises
-    BadInput where there is none."""
+def _all(request: Request, contained: Callable[[Deployed], Deployed]) -> Exported:
+    """The files of every target that can serve the chosen model, each in a folder of its own, and a page on all of
+    them. Raises BadInput where no target can."""
     from peftopt.deploy.deployed import Exported, File
     from peftopt.deploy.readme import readme
 
-    assert asked.run
+    assert request.run
     exports: dict[str, Exported] = {}
     refusals: dict[str, str] = {}
     for target in [target for target in Target if target != Target.MONITORING]:
         try:
-            exports[target] = _exported(asked, target, contained)
+            exports[target] = _exported(request, target, contained)
         except BadInput as error:
             refusals[target] = error.message
     if not exports:
         whys = "; ".join(dict.fromkeys(refusals.values()))
-        raise BadInput(f"nothing serves what was chosen: {whys}", "name another variant of the run: --variant")
-    exports[Target.MONITORING] = _monitoring(asked)
+        raise BadInput(f"no target serves the chosen variant: {whys}", "name another variant of the run: --variant")
+    exports[Target.MONITORING] = _monitoring(request)
     written = [
         File(f"{target}/{file.name}", file.text) for target, exported in exports.items() for file in exported.files
     ]
     notes = dict.fromkeys(note for target, exported in exports.items() for note in exported.notes)
-    return Exported((readme(asked.run, exports, refusals), *written), "", tuple(notes))
+    return Exported((readme(request.run, exports, refusals), *written), "", tuple(notes))
 
 
 def _write(folder: Path, files: Sequence[File]) -> list[Path]:
-    """Write the files, and say where they lie; scripts can be run. Raises BadInput where one is there already."""
+    """Write the files and return their paths; scripts are executable. Raises BadInput where one exists already."""
     if there := [file.name for file in files if (folder / file.name).exists()]:
         raise BadInput(f"{folder} has {', '.join(there)} already", "name another folder: --to, or delete them")
     try:
@@ -200,7 +200,7 @@ def _write(folder: Path, files: Sequence[File]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Here:
-    """Where `serve` is started without a container: the `folder` that relative paths start from, the `python` that has
+    """Where `serve` starts without a container: the `folder` that relative paths start from, the `python` that has
     peftopt, and the folder of the engines' `environments`."""
 
     folder: Path
@@ -216,8 +216,8 @@ def here() -> Here:
 
 
 def deployed(words: Sequence[str], target: str, where: Here, run: Chosen | None = None) -> Deployed:
-    """What `serve` with these words needs; `run` where they name one. Raises BadInput for words that do not go
-    together, and for what the gateway cannot serve."""
+    """What a deployment of `serve` with these words needs. `run` is the run that they name. Raises BadInput for words
+    that conflict, and for a model that the gateway cannot serve."""
     from peftopt.deploy.deployed import UPSTREAM, Deployed
     from peftopt.deploy.times import Times
     from peftopt.gateway import backends
@@ -256,7 +256,7 @@ def deployed(words: Sequence[str], target: str, where: Here, run: Chosen | None 
 
 
 def parsed(words: Sequence[str]) -> serve.Options:
-    """The options of `serve` in its words. Raises BadInput for a model that is not named once."""
+    """The options of `serve` from the words of its command line. Raises BadInput unless they name one model."""
     from typer.main import get_command
 
     command: Any = get_command(app)
@@ -272,7 +272,7 @@ def parsed(words: Sequence[str]) -> serve.Options:
 def _flags(
     words: Sequence[str], options: serve.Options, run: Chosen | None
 ) -> tuple[tuple[Flag, ...], tuple[Flag, ...]]:
-    """The words with their reasons, those of the run's decision among them, and the options that are left."""
+    """The options with their reasons, the run's decision among them, and the options that stay open."""
     from peftopt.deploy import gateway
 
     if run is None:
@@ -283,7 +283,7 @@ def _flags(
 
 
 def _lines(run: Chosen) -> tuple[str, ...]:
-    """What a file says of the run."""
+    """The lines on the run in each file."""
     from peftopt.deploy.chosen import another
 
     return (f"{run.name} is {run.decided.origin}, measured on {run.engine}", *another(run))

@@ -1,4 +1,4 @@
-"""What a pull request runs: is it worse than what was accepted?"""
+"""gate: compare a run with the accepted baseline, in CI."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class GateOptions:
     target: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="A run's folder, or a recipe to run first.")]
     baseline: Annotated[
         Path | None,
-        typer.Option(help="What was accepted; beside the recipe and named after it, RECIPE.baseline.json, by default."),
+        typer.Option(help="File of the accepted baseline; by default RECIPE.baseline.json beside the recipe."),
     ] = None
     update: Annotated[
         bool, typer.Option("--update", help="Accept this run: write the baseline from it. Review the file in git.")
     ] = False
-    max_age: Annotated[str, typer.Option(help="An older baseline is no longer compared with: 90d, 12h.")] = "90d"
+    max_age: Annotated[str, typer.Option(help="Greatest age of a baseline to compare with: 90d, 12h.")] = "90d"
     out: Annotated[Path, typer.Option(help="Folder for junit.xml, summary.md, gate.json and code-quality.json.")] = (
         Path("results/gate")
     )
@@ -47,7 +47,7 @@ class GateOptions:
 
 @dataclass(frozen=True)
 class Judged:
-    """A run's evidence, as far as a gate needs it."""
+    """The part of a run's evidence that a gate needs."""
 
     name: str
     snapshots: dict[str, Snapshot]
@@ -57,7 +57,7 @@ class Judged:
 @app.command()
 @options_from(GateOptions)
 def gate(options: GateOptions) -> None:
-    """Compare a run with what was accepted: exit 0 not worse, 1 worse, 3 undecided."""
+    """Compare a run with the accepted baseline: exit 0 not worse, 1 worse, 3 undecided."""
     from peftopt.cli.console import Console
 
     if not options.target.exists():
@@ -89,7 +89,7 @@ def gate(options: GateOptions) -> None:
 
 
 def _judged(options: GateOptions, console: Console) -> Judged:
-    """The run that is judged: of a recipe it is measured first, by the code of `run`."""
+    """The run to judge. A recipe is run first, by the code of `run`."""
     from peftopt.runner import judged, recipe_run
 
     if options.target.is_dir():
@@ -103,18 +103,18 @@ def _judged(options: GateOptions, console: Console) -> Judged:
 
 
 def _read_run(folder: Path, console: Console) -> Judged:
-    """Judged again from its measurements: decision.json and the reports stay as they are."""
+    """Judge a run's folder again from its measurements. decision.json and the reports stay as they are."""
     from peftopt.gate import taking
     from peftopt.runner import hashes, judged
 
     evidence, decision = judged.weighed(folder, console.warn)
     content: Hashes | None = hashes.read(folder)
-    taken = {name: taking.snapshot(evidence, decision, name, content) for name in evidence.plan.recipe.variants}
-    return Judged(decision.recipe, {name: each for name, each in taken.items() if each}, decision)
+    snapshots = {name: taking.snapshot(evidence, decision, name, content) for name in evidence.plan.recipe.variants}
+    return Judged(decision.recipe, {name: snapshot for name, snapshot in snapshots.items() if snapshot}, decision)
 
 
 def _unfinished(target: Path) -> str:
-    """Why a run's folder cannot be judged yet; "" where it can. A recipe is run to its end first."""
+    """Why a run's folder cannot be judged yet; "" where it can."""
     from peftopt import store
 
     return f"{target} is not finished: the same `peftopt run` goes on with it" if store.is_interrupted(target) else ""
@@ -128,7 +128,7 @@ def _name(target: Path) -> str:
 
 
 def _beside(target: Path) -> Path:
-    """Where the baseline of a recipe, or of a run's recipe, lies."""
+    """The default path of the baseline of a recipe, or of a run's recipe."""
     from peftopt import store
 
     recipe = Path(store.read_plan(target / "plan.json").recipe.path) if target.is_dir() else target
@@ -154,7 +154,7 @@ def _age_days(baseline: Baseline) -> float:
 
 
 def _update(file: Path, before: Baseline | None, judged: Judged, console: Console, as_json: bool) -> None:
-    """Accept a run that is decided; what a reviewer should see of the change is said."""
+    """Accept a decided run: write its baseline, and print the changes for the reviewer."""
     from peftopt import store
     from peftopt.cli.console import print_json
     from peftopt.gate import judging, keeping, taking
@@ -166,7 +166,7 @@ def _update(file: Path, before: Baseline | None, judged: Judged, console: Consol
         console.warn(f"the run is {decision.outcome}, so there is nothing to accept: {decision.sentence}")
         raise typer.Exit(EXIT[decision.outcome])
     if judged.snapshots[ships].hashes is None:
-        raise BadInput("this run does not say what it was made of", "run the recipe again with this peftopt")
+        raise BadInput("this run has no hashes of its models and prompts", "run the recipe again with this peftopt")
     tolerances = before.tolerances if before else Tolerances()
     after = Baseline(datetime.now(UTC).date().isoformat(), judged.snapshots[ships], tolerances)
     text = keeping.render(after)
@@ -214,8 +214,9 @@ def _conclude(answer: Gate, file: Path, options: GateOptions, console: Console) 
     if options.as_json:
         print_json(answer)
     else:
-        header, rows = words.rows(answer)
-        console.table(header, rows, [row[1] for row in rows])
+        if not all(case.reason and case.reason in answer.sentence for case in answer.cases):
+            header, rows = words.rows(answer)
+            console.table(header, rows, [row[1] for row in rows])
         for note in answer.notes:
             console.tell(note)
         console.say(answer.sentence, "bold")
@@ -223,14 +224,14 @@ def _conclude(answer: Gate, file: Path, options: GateOptions, console: Console) 
 
 
 def _append(file: str, text: str) -> None:
-    """To the file of a job's summary, where there is one."""
+    """Append a text to the file of a job's summary, if there is one."""
     if file:
         with Path(file).open("a", encoding="utf-8", errors="backslashreplace") as handle:
             handle.write(redacted(text))
 
 
 def _in_repository(file: Path) -> str:
-    """The path as CI knows it, from the root of the repository; as it is for a file elsewhere."""
+    """The path from the root of the repository, as CI shows it. A path outside the repository stays as it is."""
     root = os.environ.get("GITHUB_WORKSPACE") or os.environ.get("CI_PROJECT_DIR") or "."
     resolved, home = file.resolve(), Path(root).resolve()
     return resolved.relative_to(home).as_posix() if resolved.is_relative_to(home) else file.as_posix()

@@ -1,4 +1,4 @@
-"""import: results of other tools."""
+"""import: read results of other tools."""
 
 from __future__ import annotations
 
@@ -25,43 +25,43 @@ def import_(
     variant: Annotated[
         list[str],
         typer.Option(
-            help="The variant they measured, or one for each file; by default the file's name. Of a log of serve also "
-            "ARM=NAME or VERSION=NAME, repeated; what is not named is left out."
+            help="The measured variant, or one for each file; by default the file's name. For a log of serve also "
+            "ARM=NAME or VERSION=NAME, repeated; other arms and versions are left out."
         ),
     ] = [],  # noqa: B006
     workload: Annotated[
-        str, typer.Option(help="The recipe's workload that this was: `decide` takes it as a block of it.")
+        str, typer.Option(help="The recipe's workload that these results are a block of, for `decide`.")
     ] = "",
     task: Annotated[
         str,
-        typer.Option(help="The task that samples of lm-evaluation-harness are of; by default the file's name says."),
+        typer.Option(help="The task of lm-evaluation-harness samples; by default, the file's name gives it."),
     ] = "",
     window: Annotated[
-        float, typer.Option(help="Cut a log of serve into windows of so many seconds: each is a block for `decide`.")
+        float, typer.Option(help="Cut a log of serve into windows of this many seconds; each is a block for `decide`.")
     ] = 0.0,
     out: Annotated[Path | None, typer.Option(help="Append them to this measurements.jsonl.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read other tools' results into the same records, and say what they lack."""
+    """Read other tools' results into peftopt's records, and say what they lack."""
     from peftopt.cli.console import Console, print_json
     from peftopt.loadtest import importers
     from peftopt.loadtest import runs as loading
     from peftopt.metrics import counted
 
-    called = _arms(variant)
-    if not called and len(variant) > 1 and len(variant) != len(file):
+    variants = _arms(variant)
+    if not variants and len(variant) > 1 and len(variant) != len(file):
         raise BadInput(
             f"--variant is given {len(variant)} times for {counted(len(file), 'file')}",
             "give it once, or once for each file",
         )
     names = [path.stem for path in file]
-    if variant and not called:
+    if variant and not variants:
         names = variant if len(variant) > 1 else variant * len(file)
     console = Console()
     raw = True
     answered = True
-    for path, whole in zip(file, names, strict=True):
-        runs = list(_named(path, importers.read(path, task, window), called, whole))
+    for path, default in zip(file, names, strict=True):
+        runs = list(_named(path, importers.read(path, task, window), variants, default))
         for imported, name in runs:
             answered = answered and not imported.failed
             raw = raw and imported.raw
@@ -69,7 +69,7 @@ def import_(
             if as_json:
                 print_json(kept)
             elif not window:
-                _show(console, path, imported, f" as {name}" if called else "")
+                _show(console, path, imported, f" as {name}" if variants else "")
         if window and not as_json:
             _show_windows(console, path, runs)
     if not answered:
@@ -78,28 +78,28 @@ def import_(
 
 
 def _arms(variants: list[str]) -> dict[str, str]:
-    """The variant of each arm or version, where they are given so. Raises BadInput for a mixture."""
+    """The variant of each arm or version in ARM=NAME. Raises BadInput for a mixture with plain names."""
     pairs = [tuple(each.split("=", 1)) for each in variants if "=" in each]
     if pairs and len(pairs) < len(variants):
         raise BadInput("--variant is given as NAME and as ARM=NAME", "write ARM=NAME for each arm of the log")
     return {arm: name for arm, name in pairs}
 
 
-def _named(path: Path, runs: list[Found], called: dict[str, str], whole: str) -> Iterator[tuple[Found, str]]:
-    """The runs of a file and the variant of each: all are `whole`'s, or each is the one that its arm or version is
-    `called`. Raises BadInput where a name is not in the file."""
-    there = dict.fromkeys(name for run in runs for name in run.names)
-    unknown = [name for name in called if name not in there]
+def _named(path: Path, runs: list[Found], variants: dict[str, str], default: str) -> Iterator[tuple[Found, str]]:
+    """The runs of a file, each with its variant: `variants` gives it by arm or version; without `variants`, it is
+    `default`. Raises BadInput for an arm or version that is not in the file."""
+    names = dict.fromkeys(name for run in runs for name in run.names)
+    unknown = [name for name in variants if name not in names]
     if unknown:
-        raise BadInput(f"{path} has no {', '.join(unknown)}", f"there are: {', '.join(there) or 'none with a name'}")
+        raise BadInput(f"{path} has no {', '.join(unknown)}", f"known: {', '.join(names) or 'none with a name'}")
     for run in runs:
-        name = next((called[known] for known in run.names if known in called), "")
-        if name or not called:
-            yield run, name or whole
+        name = next((variants[known] for known in run.names if known in variants), "")
+        if name or not variants:
+            yield run, name or default
 
 
 def _show_windows(console: Console, path: Path, runs: list[tuple[Found, str]]) -> None:
-    """Tell of a log's windows: a line for each arm, and what they lack."""
+    """Print a line for each arm of a log's windows, and what they lack."""
     from peftopt.metrics import counted
 
     arms: dict[str, list[Found]] = {}
@@ -113,7 +113,7 @@ def _show_windows(console: Console, path: Path, runs: list[tuple[Found, str]]) -
 
 
 def _show(console: Console, path: Path, imported: Found, named: str) -> None:
-    """Tell of a run, and of what it lacks."""
+    """Print a run, and what it lacks."""
     from peftopt import report
     from peftopt.loadtest import importers
 
@@ -126,4 +126,4 @@ def _show(console: Console, path: Path, imported: Found, named: str) -> None:
     for what in imported.lacks:
         console.warn(f"it lacks {what}")
     if imported.failed:
-        console.warn("nothing was answered: every request failed")
+        console.warn("every request failed")

@@ -1,4 +1,4 @@
-"""The whole job: run, decide, report."""
+"""run, decide and report: the whole way from a recipe to a report."""
 
 from __future__ import annotations
 
@@ -30,20 +30,18 @@ if TYPE_CHECKING:
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML); `peftopt new` writes one.")],
     results: Results = Path("results"),
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Start a new run, do not go on with an unfinished one.")
-    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run; do not continue an unfinished one.")] = False,
     more: Annotated[
         bool, typer.Option("--more", help="Add blocks to the last run of this recipe, if it is undecided.")
     ] = False,
     no_forecast: NoForecast = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Say where the time went, and write trace.json, which Perfetto opens.")
+        bool, typer.Option("--profile", help="Print where the time went, and write trace.json for Perfetto.")
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Build every variant, measure it against the adapter, decide, and write the report."""
+    """Build every variant, measure it against the baseline, decide, and write the report."""
     from peftopt import store
     from peftopt.cli.console import Console
     from peftopt.runner import judged, recipe_run
@@ -61,7 +59,7 @@ def run(
 
 @contextlib.contextmanager
 def profiled(folder: Path, console: Console) -> Iterator[None]:
-    """Say where the time inside went, and leave a trace of it in the run's folder; of an interrupted run too."""
+    """Print where the time went, and write a trace into the run's folder, also for an interrupted run."""
     from peftopt import machine
     from peftopt.runner import trace
 
@@ -72,7 +70,7 @@ def profiled(folder: Path, console: Console) -> Iterator[None]:
             for line in trace.words(recorder, machine.cores()):
                 console.tell(line)
             recorder.write(folder / trace.FILE)
-            console.tell(f"trace: {folder / trace.FILE}, to be opened at ui.perfetto.dev or chrome://tracing")
+            console.tell(f"trace: {folder / trace.FILE}; open it at ui.perfetto.dev or chrome://tracing")
 
 
 @app.command()
@@ -82,13 +80,13 @@ def decide(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Judge by the thresholds of this recipe, changed since; the newest run of its name, else the newest "
-            "that has its variants. A folder of imported measurements needs one."
+            help="Judge by the thresholds of this recipe, as they are now. It takes the newest run of this recipe's "
+            "name, else the newest with its variants. A folder of imported measurements needs a recipe."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a run again from its files alone: no model, no GPU."""
+    """Judge a run again from its files, without a model and without a GPU."""
     from peftopt.cli.console import Console
     from peftopt.runner import judged
 
@@ -107,20 +105,18 @@ def decide(
 def report(
     run_folder: RunFolder = None,
     results: Results = Path("results"),
-    only: Annotated[
-        str, typer.Option(help="Print this part alone, by its name: scorecard, variants, rules, answers, …")
-    ] = "",
+    only: Annotated[str, typer.Option(help="Print only this part: scorecard, variants, rules, answers, …")] = "",
     price_per_hour: Annotated[
         str,
         typer.Option(
-            help='What the machine costs an hour, such as "2.10 USD", whatever the recipe says: the reports say what '
-            "tokens cost."
+            help='Price of the machine per hour, such as "2.10 USD", in place of the recipe\'s; the reports then give '
+            "the price of tokens."
         ),
     ] = "",
     open_page: Annotated[bool, typer.Option("--open", help="Open report.html in the browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's reports again from decision.json and its measurements, and print the Markdown one."""
+    """Write a run's reports again, from decision.json and its measurements, and print the Markdown report."""
     from peftopt import report as reports
     from peftopt import store
     from peftopt.cli.console import Console, print_json, print_text
@@ -137,8 +133,9 @@ def report(
     if as_json:
         decision = again.decision
         files = {"html": page, "markdown": folder / "report.md", "junit": folder / "junit.xml"}
-        told = {"outcome": decision.outcome, "chosen": decision.chosen, "headline": reports.headline.headline(decision)}
-        print_json({"run": folder, **told, **files, "text": text})
+        headline = reports.headline.headline(decision)
+        values = {"outcome": decision.outcome, "chosen": decision.chosen, "headline": headline}
+        print_json({"run": folder, **values, **files, "text": text})
     else:
         print_text(text)
     print_text(f"report: {page}", stderr=True)
@@ -147,7 +144,7 @@ def report(
 
 
 def _open(page: Path, console: Console) -> None:
-    """Show a page in the browser; where there is none, say so."""
+    """Open a page in the browser, or warn that there is none."""
     import webbrowser
 
     if not webbrowser.open(page.resolve().as_uri()):

@@ -1,4 +1,4 @@
-"""What there is: list, runs, clean."""
+"""list, runs and clean: what a recipe can name, which runs exist, and which artifacts can go."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def list_(
     what: Annotated[str, typer.Argument(help="techniques, engines, policies, probes or recipes; all by default.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """List what a recipe can name: techniques, engines, policies; what is measured; recipes to copy."""
+    """List the techniques, engines and policies that a recipe can name, the probes, and recipes to copy."""
     from peftopt.cli.console import Console, print_json
 
     known = _named()
     if what and what not in known:
-        raise BadInput(f"nothing is called {what}", f"known: {', '.join(known)}")
+        raise BadInput(f"there is no list named {what!r}", f"known: {', '.join(known)}")
     chosen = {what: known[what]} if what else known
     if as_json:
         print_json(chosen)
@@ -37,7 +37,7 @@ def list_(
 
 
 def _named() -> dict[str, dict[str, str]]:
-    """Names by kind, each with its line of help."""
+    """Names by kind, each with one line of help."""
     from peftopt import measurements, plugins
     from peftopt.cli.around import starters
 
@@ -50,13 +50,13 @@ def _named() -> dict[str, dict[str, str]]:
 
 
 def _what(docstring: str) -> str:
-    """A probe's first sentence, behind its name."""
+    """The first sentence of a probe's docstring, without the name in front."""
     text = " ".join(docstring.split()).partition(": ")[2]
     return text.partition(". ")[0].removesuffix(".")
 
 
 def _first_comment(file: Path) -> str:
-    """The first sentence of a recipe's comment, which comes after the line for editors."""
+    """The first sentence of a recipe's comment. The comment follows the line for editors."""
     lines = [line.removeprefix("#").strip() for line in file.read_text(encoding="utf-8").splitlines()[1:]]
     text = " ".join(lines[: next((n for n, line in enumerate(lines) if line.startswith("model:")), 3)])
     for end in (". ", "? "):
@@ -67,7 +67,7 @@ def _first_comment(file: Path) -> str:
 
 @app.command("runs")
 def runs_(results: Results = Path("results"), as_json: AsJson = False) -> None:
-    """List the runs of a results folder, newest first: how old and large they are, and what they decided."""
+    """List the runs of a results folder, newest first: age, size and decision."""
     from peftopt.cli.console import Console, print_json
     from peftopt.metrics import format_value
     from peftopt.runner import kept
@@ -79,7 +79,7 @@ def runs_(results: Results = Path("results"), as_json: AsJson = False) -> None:
     rows = [
         [
             run.folder.name,
-            _length(run.age_s),
+            _age(run.age_s),
             format_value("size", run.size_bytes),
             str(run.variants or "-"),
             run.outcome + (f": {run.chosen}" if run.chosen else ""),
@@ -92,38 +92,42 @@ def runs_(results: Results = Path("results"), as_json: AsJson = False) -> None:
 @app.command()
 def clean(
     results: Results = Path("results"),
-    older: Annotated[str, typer.Option(help="Only what is older than this, such as 30d.")] = "0",
-    over: Annotated[str, typer.Option(help="Only so much, oldest first, that this is left, such as 20GB.")] = "0GB",
+    older: Annotated[str, typer.Option(help="Only artifacts older than this, such as 30d.")] = "0",
+    over: Annotated[str, typer.Option(help="Only the oldest, until the rest takes at most this: 20GB.")] = "0GB",
     runs_older: Annotated[
         str, typer.Option(help="Also runs older than this, and artifacts that only they use; never the newest run.")
     ] = "",
-    delete: Annotated[bool, typer.Option("--delete", help="Delete. Without it nothing is touched.")] = False,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete them. Without this option, nothing changes.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say which artifacts no run uses, and with --delete remove them. Those of a run that is kept stay."""
+    """List the artifacts that no run uses; with --delete, remove them. Artifacts of the remaining runs stay."""
     from peftopt.cli.console import Console, print_json
     from peftopt.metrics import format_value
     from peftopt.runner import kept
 
     older_s, over_bytes = seconds(older), _bytes(over)
-    every = kept.runs(results)
-    leaving = [run for run in every[1:] if runs_older and run.age_s > seconds(runs_older)]
-    staying = [run for run in every if run not in leaving]
-    going = kept.unused(kept.artifacts(results, staying), older_s, over_bytes)
+    all_runs = kept.runs(results)
+    old_runs = [run for run in all_runs[1:] if runs_older and run.age_s > seconds(runs_older)]
+    kept_runs = [run for run in all_runs if run not in old_runs]
+    unused = kept.unused(kept.artifacts(results, kept_runs), older_s, over_bytes)
     if delete:
-        for run in leaving:
+        for run in old_runs:
             kept.remove(run.folder)
-        for each in going:
-            kept.remove(each.folder)
-    total = sum(run.size_bytes for run in leaving) + sum(each.size_bytes for each in going)
+        for artifact in unused:
+            kept.remove(artifact.folder)
+    total = sum(run.size_bytes for run in old_runs) + sum(artifact.size_bytes for artifact in unused)
     if as_json:
-        listed = {"runs": [str(run.folder) for run in leaving], "artifacts": [str(each.folder) for each in going]}
-        print_json({**listed, "bytes": total, "deleted": delete})
+        runs = [str(run.folder) for run in old_runs]
+        artifacts = [str(artifact.folder) for artifact in unused]
+        print_json({"runs": runs, "artifacts": artifacts, "bytes": total, "deleted": delete})
         return
     console = Console()
-    rows = [[run.folder.name, "run", _length(run.age_s), format_value("size", run.size_bytes)] for run in leaving]
+    rows = [[run.folder.name, "run", _age(run.age_s), format_value("size", run.size_bytes)] for run in old_runs]
     rows += [
-        [each.folder.name[:12], each.what, _length(each.age_s), format_value("size", each.size_bytes)] for each in going
+        [artifact.folder.name[:12], artifact.what, _age(artifact.age_s), format_value("size", artifact.size_bytes)]
+        for artifact in unused
     ]
     if rows:
         console.table(["folder", "what", "age", "size"], rows)
@@ -135,12 +139,12 @@ def _fields(run: KeptRun) -> dict[str, object]:
     return {**vars(run), "folder": str(run.folder), "artifacts": sorted(run.artifacts)}
 
 
-def _length(length_s: float) -> str:
+def _age(age_s: float) -> str:
     """A length of time in its largest unit."""
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if length_s >= size:
-            return f"{length_s / size:.0f} {unit}"
-    return f"{length_s:.0f} s"
+        if age_s >= size:
+            return f"{age_s / size:.0f} {unit}"
+    return f"{age_s:.0f} s"
 
 
 def _bytes(text: str) -> float:

@@ -1,4 +1,4 @@
-"""load: a server under load, as its users see it."""
+"""load: send load to a server, and measure what its users see."""
 
 from __future__ import annotations
 
@@ -27,60 +27,66 @@ BEST_TO_WORST = (ACCEPTED, INCONCLUSIVE, REJECTED, ENVIRONMENT, INTERRUPTED)
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asks of `load`. None is an option that was not given: the recipe's value or the default applies."""
+    """The options of `load`. None is an option that was not given: the recipe's value or the default applies."""
 
-    target: Annotated[str, typer.Argument(help="URL of a server, or a recipe: its variants that are servers, in turn.")]
+    target: Annotated[str, typer.Argument(help="URL of a server, or a recipe: its variants on servers, in turn.")]
     prompts: Annotated[Path | None, typer.Option(help="Prompts; a recipe has its own.")] = None
     model: Annotated[
         list[str],
         typer.Option(
-            help="Served name of a model or an adapter, or NAME=WEIGHT; repeat for a mix; by default the only one."
+            help="Name of a served model or adapter, or NAME=WEIGHT; repeat for a mix; by default the only one."
         ),
     ] = field(default_factory=list)
     rate: Annotated[
         float | None,
-        typer.Option(help="Requests a second that come in, whatever has gone out.", show_default="1, or the recipe's"),
+        typer.Option(
+            help="Requests sent per second, whether earlier ones are answered or not.",
+            show_default="1, or the recipe's",
+        ),
     ] = None
     arrivals: Annotated[str, typer.Option(help="poisson, gamma (burstier) or constant.")] = "poisson"
     burstiness: Annotated[float, typer.Option(help="Shape of gamma gaps: 1 is Poisson, less is burstier.")] = 0.3
     concurrency: Annotated[
         int | None,
-        typer.Option(help="Users in a closed loop instead: each asks when answered.", show_default="the recipe's"),
+        typer.Option(
+            help="Instead of a rate: users in a closed loop, who ask again when answered.", show_default="the recipe's"
+        ),
     ] = None
     trace: Annotated[
         Path | None, typer.Option(help='Replay JSON lines {"offset_s": 1.2, "id": "7"}, or with prompt_tokens.')
     ] = None
-    mix: Annotated[str, typer.Option(help="How requests fall on several names: uniform, round-robin or zipf.")] = (
-        "uniform"
-    )
+    mix: Annotated[
+        str, typer.Option(help="How requests are spread over several names: uniform, round-robin or zipf.")
+    ] = "uniform"
     duration: Annotated[
         float | None,
-        typer.Option(help="Seconds in which requests come in.", show_default="60, or the recipe's requests"),
+        typer.Option(help="Seconds in which requests are sent.", show_default="60, or the recipe's requests"),
     ] = None
-    requests: Annotated[int | None, typer.Option(help="Send so many instead.")] = None
+    requests: Annotated[int | None, typer.Option(help="Instead of a duration: the number of requests.")] = None
     new_tokens: Annotated[
         int | None,
-        typer.Option(
-            help="Tokens every answer gets, exactly where the server can.", show_default="64, or the recipe's"
-        ),
+        typer.Option(help="Tokens of every answer: exactly, if the server can.", show_default="64, or the recipe's"),
     ] = None
     natural: Annotated[
         bool | None,
         typer.Option(
             "--natural/--fixed",
-            help="Let answers end by themselves; new-tokens is a cap.",
+            help="Let answers end by themselves; --new-tokens is then the maximum.",
             show_default="fixed, or the recipe's",
         ),
     ] = None
     slo: Annotated[
-        list[str], typer.Option(help="Service level of each request, such as 'ttft <= 500 ms'; repeat for several.")
+        list[str], typer.Option(help="Service level of a request, such as 'ttft <= 500 ms'; repeat for several.")
     ] = field(default_factory=list)
     find_rate: Annotated[
-        bool, typer.Option("--find-rate", help="Search the highest rate at which 95 % of requests meet every --slo.")
+        bool,
+        typer.Option("--find-rate", help="Search for the highest rate at which 95 % of requests meet every --slo."),
     ] = False
     find_cliff: Annotated[
         bool,
-        typer.Option("--find-cliff", help="Repeat with 1, 2, … of the --model names: where do users begin to wait?"),
+        typer.Option(
+            "--find-cliff", help="Repeat with 1, 2, … of the --model names, to see from how many on users wait."
+        ),
     ] = False
     protocol: Annotated[
         str | None, typer.Option(help="chat, completions, llamacpp, tgi or mii.", show_default="chat")
@@ -92,7 +98,9 @@ class Options:
     ] = None
     slots: Annotated[
         int,
-        typer.Option(help="Requests the engine runs at once (vLLM: max-num-seqs), for its fill; known of a recipe's."),
+        typer.Option(
+            help="Requests the engine runs at once (vLLM: max-num-seqs), for its batch fill; a recipe's are known."
+        ),
     ] = 0
     patient: Annotated[bool, typer.Option("--patient", help="Do not stop a saturated run.")] = False
     seed: Annotated[int | None, typer.Option(show_default="0, or the recipe's")] = None
@@ -100,15 +108,15 @@ class Options:
     variant: Annotated[
         list[str],
         typer.Option(
-            help="The variant that is served, for `decide`; by default the URL. Of a recipe: only this; repeat for "
-            "several."
+            help="The variant that this server serves, for `decide`; by default the URL. With a recipe: load only this "
+            "variant; repeat for several."
         ),
     ] = field(default_factory=list)
     workload: Annotated[
         str,
         typer.Option(
-            help="The recipe's workload that this was: `decide` takes it as a block of it. Of a recipe: the one to "
-            "send, by default what it minimizes."
+            help="The recipe's workload that this load is a block of, for `decide`. With a recipe: the workload to "
+            "send, by default the one it minimizes."
         ),
     ] = ""
     results: Results = Path("results")
@@ -116,7 +124,7 @@ class Options:
     quiet: Quiet = False
 
     def traffic(self) -> dict[str, Any]:
-        """The fields of a Traffic that were given, and its `rate`."""
+        """The given fields of a Traffic, and its `rate`."""
         return _given(
             rate=self.rate,
             concurrency=self.concurrency,
@@ -128,7 +136,7 @@ class Options:
         )
 
     def connection(self) -> dict[str, Any]:
-        """The fields of a Target that were given."""
+        """The given fields of a Target."""
         return _given(protocol=self.protocol, key_env=self.api_key_env, timeout_s=self.timeout)
 
 
@@ -138,8 +146,8 @@ def _given(**values: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Source:
-    """A server that is up, and what to send to it: `fields` are those of a Traffic, and its `rate`. The load is kept
-    under the names of `variant` and `workload`."""
+    """A server that is up, and what to send to it. `fields` are the fields of a Traffic and its `rate`. The load is
+    kept under the names in `variant` and `workload`."""
 
     target: Target
     prompts: Mapping[str, Prompt]
@@ -152,7 +160,7 @@ class Source:
 @app.command()
 @options_from(Options)
 def load(options: Options) -> None:
-    """Load a server, or a recipe's, and say what its users would see: TTFT, TPOT, throughput, goodput, failures."""
+    """Load a server, or a recipe's servers, and measure what users see: TTFT, TPOT, throughput, goodput, failures."""
     from peftopt.cli.console import Console
     from peftopt.loadtest import runs
 
@@ -170,7 +178,7 @@ def load(options: Options) -> None:
 
 
 def _check_modes(options: Options) -> None:
-    """Raises BadInput for options that do not go together."""
+    """Raises BadInput for options that conflict."""
     if options.find_rate and not options.slo:
         raise BadInput("--find-rate needs a service level", "add --slo 'ttft <= 500 ms'")
     if options.find_rate and (options.trace or options.concurrency):
@@ -242,7 +250,7 @@ def _check_recipe_options(options: Options) -> None:
 
 
 def chosen(file: Path, options: Options) -> tuple[Recipe, Workload]:
-    """The recipe with only the variants to load, and the workload to send. Raises BadInput where it has none such."""
+    """The recipe with only the variants to load, and the workload to send. Raises BadInput where it has neither."""
     from peftopt import plugins
     from peftopt.recipe.reader import nearest
     from peftopt.runner import judged
@@ -264,8 +272,8 @@ def chosen(file: Path, options: Options) -> tuple[Recipe, Workload]:
 
 
 def _workload_fields(workload: Workload, seed: int, options: Options) -> dict[str, Any]:
-    """What the workload says of a load, as far as the options do not take its place: a rate, a trace or a search that
-    of its users; a number of users that of its rate; a duration that of its number of requests."""
+    """The workload's fields of a Traffic, without those that an option replaces: a rate, a trace or a search replaces
+    the number of users; a number of users replaces the rate; a duration replaces the number of requests."""
     from peftopt.loadtest import runs
 
     timed_by_option = options.rate is not None or options.trace is not None or options.find_rate
@@ -282,7 +290,7 @@ def _workload_fields(workload: Workload, seed: int, options: Options) -> dict[st
 
 
 def _load_one(options: Options, source: Source, slos: Sequence[Slo], console: Console) -> int:
-    """Load one server, keep and print what came back. Returns the exit code."""
+    """Load one server, print the result and append it to --out. Returns the exit code."""
     from peftopt.loadtest import runs
 
     fields = {"rate": 1.0, "new_tokens": 64, **source.fields}
@@ -316,7 +324,7 @@ def _load_one(options: Options, source: Source, slos: Sequence[Slo], console: Co
 def _find_rate(
     target: Target, traffic: Traffic, rate: float, slos: Sequence[Slo], show: Show, console: Console
 ) -> Loaded:
-    """The search for the highest rate; each trial is a line."""
+    """Search for the highest rate, and print a line for each trial."""
     from peftopt.loadtest import runs, summary
 
     def tell(trial: Trial) -> None:
@@ -330,7 +338,7 @@ def _find_rate(
 
 
 def _find_cliff(target: Target, traffic: Traffic, rate: float, show: Show, console: Console) -> Loaded:
-    """The search for the number of adapters from which users wait; each number is a line."""
+    """Search for the number of adapters from which on users wait, and print a line for each number."""
     from peftopt.loadtest import runs, summary
     from peftopt.metrics import counted
 

@@ -1,4 +1,4 @@
-"""merge: adapters into their base."""
+"""merge: fold adapters into their base."""
 
 from __future__ import annotations
 
@@ -25,30 +25,32 @@ def merge(
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32; the base's own by default.")] = "",
     certify: Annotated[
         str,
-        typer.Option(help="blocks (while streaming), full (the saved model's predictions too), auto: full up to 1 GB."),
+        typer.Option(
+            help="blocks (while merging), full (the saved model's predictions too), or auto: full up to 1 GB."
+        ),
     ] = "auto",
     prompts: Annotated[
-        Path | None, typer.Option(help="Prompts for the full certificate; some of ours by default.")
+        Path | None, typer.Option(help="Prompts for the full certificate; built-in ones by default.")
     ] = None,
     merge_base: Annotated[
         str,
         typer.Option(
-            help="For an adapter trained on a 4-bit base: full (the 16-bit weights), dequantized (what 4 bits left of "
-            "them), or auto (both, and keep the one nearer to the adapter on its 4-bit base); in-place for packed "
-            "weights that stay 4-bit."
+            help="For an adapter trained on a 4-bit base: full (merge into the 16-bit weights), dequantized (into the "
+            "dequantized 4-bit weights), auto (both; keep the one closer to the adapter on its 4-bit base), or "
+            "in-place (packed weights stay 4-bit)."
         ),
     ] = "full",
     scheme: Annotated[str, typer.Option(help="The 4-bit scheme of that base: nf4 or fp4.")] = "nf4",
     combination: Annotated[
-        str, typer.Option(help="How several LoRAs add up: cat (exactly), or linear, svd, ties, … as PEFT does.")
+        str, typer.Option(help="How to combine several LoRAs: cat (exact sum), or linear, svd, ties, … as in PEFT.")
     ] = "cat",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would change, tensor by tensor.")] = False,
     allow_base_mismatch: Annotated[
-        bool, typer.Option("--allow-base-mismatch", help="Merge though the adapter names another base.")
+        bool, typer.Option("--allow-base-mismatch", help="Merge even if the adapter names another base.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fold adapters into their base model, and certify that the result is the same model."""
+    """Fold adapters into their base model, and certify that the result gives the same answers."""
     from peftopt import corpus
     from peftopt.jobs import TransformJob
     from peftopt.records import Model
@@ -67,14 +69,14 @@ def merge(
     if dry_run:
         _preview(params, model, as_json)
     elif out is None:
-        raise BadInput("merge needs --out", "name a folder that does not exist yet, or ask for a --dry-run")
+        raise BadInput("merge needs --out", "name a folder that does not exist yet, or give --dry-run")
     else:
         rows = tuple(corpus.read(str(prompts))) if prompts else ()
         transform(TransformJob(plugin="merge", params=params, model=model, out=str(out), rows=rows), as_json)
 
 
 def _preview(params: dict[str, Any], model: Model, as_json: bool) -> None:
-    """What a merge would change, largest change first; tensors without a delta are called out."""
+    """Print what a merge would change, the largest change first. Warn of tensors without a change."""
     from peftopt.cli.console import Console, print_json
     from peftopt.jobs import PreviewJob
     from peftopt.metrics import format_value

@@ -1,4 +1,4 @@
-"""The recipe to run next, printed or written: a run's own, with the traffic that was seen as its workload."""
+"""The recipe to run next, printed or written: the run's own recipe, with the observed traffic as its workload."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from peftopt.watch.history import History
 from peftopt.watch.proposal import Messages, Seen
 
 PROMPTS = "traffic.jsonl"
-"""What the prompts file is called in a recipe that is only printed."""
+"""The name of the prompts file in a recipe that is only printed."""
 
 
 def propose(run: Path, history: History, logs: Sequence[Path], file: Path | None, console: Console) -> None:
-    """Print the recipe, or write it to the file and its prompts beside that. A file that is there is left as it is.
-    Raises MissingEnvironment where it cannot be written."""
+    """Print the recipe, or write it to the file, with its prompts beside it. An existing file stays as it is. Raises
+    MissingEnvironment where the file cannot be written."""
     source = run / "recipe.yaml"
     if not (source.is_file() and (run / "plan.json").is_file()):
         console.tell(f"{run} keeps no recipe: run one with the log's prompts as its workload")
         return
     if file and file.exists():
-        console.tell(f"{file} is there already, and is left as it is: the recipe to run next is not written")
+        console.tell(f"{file} exists already and stays as it is: the recipe to run next is not written")
         return
-    traffic = proposal.of_history(history, _sampled(logs) if file else [])
+    traffic = proposal.of_history(history, _sampled_prompts(logs) if file else [])
     rows = proposal.rows(traffic)
     prompts = file.with_suffix(".prompts.jsonl") if file else Path(PROMPTS)
     folder = Path(store.read_plan(run / "plan.json").recipe.path).parent
@@ -47,16 +47,16 @@ def propose(run: Path, history: History, logs: Sequence[Path], file: Path | None
 
 def _comment(run: Path, traffic: Seen) -> Iterator[str]:
     yield f"# Proposed by peftopt watch: the recipe of {run.resolve().name}, with its users' traffic as the workload:"
-    yield f"# {', '.join(_figures(traffic))}."
+    yield f"# {', '.join(_traffic_words(traffic))}."
     if traffic.prompts:
-        yield "# The prompts are the users' own, as the log has kept them."
+        yield "# The prompts are the users' own, from the log."
     elif traffic.prompt_tokens:
-        yield "# The prompts are made up, as long as the users' were; `peftopt serve --log-text` keeps the users' own."
+        yield "# The prompts are made up, as long as the users'; `peftopt serve --log-text` keeps the users' own."
     else:
-        yield "# The prompts are the run's: how long the users' were is not known."
+        yield "# The prompts are the run's: the lengths of the users' prompts are not known."
 
 
-def _figures(traffic: Seen) -> Iterator[str]:
+def _traffic_words(traffic: Seen) -> Iterator[str]:
     yield f"up to {traffic.rate:.3g} requests/s"
     for what, lengths in (("prompts", traffic.prompt_tokens), ("answers", traffic.new_tokens)):
         if lengths:
@@ -64,23 +64,23 @@ def _figures(traffic: Seen) -> Iterator[str]:
             yield f"{what} of {low:.0f} to {high:.0f} tokens, {middle:.0f} in the middle"
 
 
-def _sampled(logs: Sequence[Path]) -> list[Messages]:
-    """Prompts that logs have kept, different ones, drawn at random; none of a log without texts."""
-    dice, kept, met = random.Random(0), dict[str, Messages](), 0
-    for prompt in _logged(logs):
+def _sampled_prompts(logs: Sequence[Path]) -> list[Messages]:
+    """A random sample of different prompts from the logs; empty for logs without texts."""
+    generator, sample, count = random.Random(0), dict[str, Messages](), 0
+    for prompt in _logged_prompts(logs):
         messages = proposal.logged(prompt)
-        if prompt in kept or not _can_be_asked(messages):
+        if prompt in sample or not _is_valid(messages):
             continue
-        met += 1
-        if len(kept) < proposal.MOST_PROMPTS:
-            kept[prompt] = messages
-        elif dice.random() < proposal.MOST_PROMPTS / met:
-            del kept[dice.choice(list(kept))]
-            kept[prompt] = messages
-    return list(kept.values())
+        count += 1
+        if len(sample) < proposal.MOST_PROMPTS:
+            sample[prompt] = messages
+        elif generator.random() < proposal.MOST_PROMPTS / count:
+            del sample[generator.choice(list(sample))]
+            sample[prompt] = messages
+    return list(sample.values())
 
 
-def _logged(logs: Sequence[Path]) -> Iterator[str]:
+def _logged_prompts(logs: Sequence[Path]) -> Iterator[str]:
     for path in logs:
         with path.open("rb") as lines:
             for line in lines:
@@ -93,7 +93,7 @@ def _logged(logs: Sequence[Path]) -> Iterator[str]:
                         yield prompt
 
 
-def _can_be_asked(messages: Messages) -> bool:
+def _is_valid(messages: Messages) -> bool:
     try:
         corpus.row_from({"messages": messages})
     except ValueError:

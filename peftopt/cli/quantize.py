@@ -1,4 +1,4 @@
-"""quantize: a model's weights in fewer bits."""
+"""quantize: store a model's weights in fewer bits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from peftopt.errors import BadInput
 @app.command()
 def quantize(
     method: Annotated[
-        str, typer.Option(help="int8, w8a8, fp8, gptq, awq, bnb8, nf4: any quantizer of `peftopt doctor`.")
+        str,
+        typer.Option(help="int8, w8a8, fp8, gptq, awq, bnb8, nf4 or another quantizer that `peftopt doctor` lists."),
     ],
     model: ModelFolder,
     out: Out,
@@ -22,29 +23,32 @@ def quantize(
         str,
         typer.Option(
             metavar="FILE",
-            help="Prompts with answers, like the real traffic, for gptq, awq and w8a8; generic for some texts of ours.",
+            help="For gptq, awq and w8a8: prompts with answers, like the real traffic; or generic, for built-in texts.",
         ),
     ] = "",
-    adapter: Annotated[Path | None, typer.Option(help="Adapter to keep apart on the quantized base.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter to keep unmerged on the quantized base.")] = None,
     bits: Annotated[str, typer.Option(metavar="N", help="Bits per weight, where the method has a choice.")] = "",
     group_size: Annotated[
-        str, typer.Option(metavar="N", help="Weights that share a scale; by default the most that divide every layer.")
+        str,
+        typer.Option(
+            metavar="N", help="Weights that share a scale; by default the largest size that divides every layer."
+        ),
     ] = "",
     mixed: Annotated[
         str,
         typer.Option(
-            metavar="SHARE", help="Share of the weights, such as 0.2, that may stay at 8 bits: the most sensitive."
+            metavar="SHARE", help="Share of the weights, such as 0.2, that may keep 8 bits: the most sensitive."
         ),
     ] = "",
     keep: Annotated[
         str,
         typer.Option(
             metavar="NAMES",
-            help="Layers to leave alone, names or patterns with commas between; the output head always is.",
+            help="Layers to leave as they are, besides the output head: names or patterns, with commas between.",
         ),
     ] = "",
     samples: Annotated[str, typer.Option(metavar="N", help="Calibration rows to use.")] = "",
-    max_tokens: Annotated[str, typer.Option(metavar="N", help="Tokens at which each of them is cut.")] = "",
+    max_tokens: Annotated[str, typer.Option(metavar="N", help="Most tokens of a calibration row.")] = "",
     settings: Annotated[
         list[str],
         typer.Option("--set", metavar="NAME=VALUE", help="Any other parameter of the method; repeat for more."),
@@ -56,7 +60,7 @@ def quantize(
     seed: int = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Quantize a model's weights to 8 or 4 bits, by the library that is alive for each method, and open the result."""
+    """Quantize a model's weights to 8 or 4 bits, with the maintained library for each method, and open the result."""
     from peftopt import corpus, plugins
     from peftopt.jobs import TransformJob
     from peftopt.recipe.reader import nearest

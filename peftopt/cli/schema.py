@@ -1,4 +1,4 @@
-"""schema: what a file may hold, for editors and other programs."""
+"""schema: JSON Schemas of peftopt's files, for editors and other programs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def schema(
     ] = "recipe",
     as_json: AsJson = False,
 ) -> None:
-    """Print a JSON Schema: of a recipe or a grid, which editors complete by, or of a file that a run leaves."""
+    """Print the JSON Schema of a recipe or a grid (editors complete by it), or of a file that a run writes."""
     from peftopt import schema as schemas
     from peftopt.cli.console import print_json
 

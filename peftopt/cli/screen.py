@@ -1,4 +1,4 @@
-"""What a person sees of a watch: a screen that is drawn again every window, or a line for each."""
+"""The output of `watch`: a screen that is drawn again after each window, or a line for each window."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from peftopt.watch.watching import Alarm, Gauge, Outcome
 BLOCKS = "▁▂▃▄▅▆▇█"
 UNKNOWN = "—"
 NARROWEST, WIDEST = 6, histories.KEPT
-"""Of a sparkline, in characters."""
+"""The least and the greatest width of a sparkline, in characters."""
 
 SPARKED = 6
-"""With more adapters than this each has a line of its own, without sparklines."""
+"""Up to this many adapters have sparklines; with more, each has a line of numbers alone."""
 
 SHOWN, ALARMS_SHOWN = 8, 5
-"""The detectors that are shown, half as many on less than ROOMY columns, and the alarms."""
+"""The number of detectors and of alarms on the screen; half as many detectors on less than ROOMY columns."""
 
 ROOMY = 100
 NEAREST = 0.99
-"""Nearer than that no detector is shown to be that has not alarmed."""
+"""The greatest nearness that is shown of a detector without an alarm."""
 BAR, WIDE = 10, 130
-"""Characters of a bar, and of the screen at most."""
+"""The width of a bar, and the greatest width of the screen, in characters."""
 
 WORDS: dict[Outcome, tuple[str, str]] = {
     "nothing shown": ("nothing shows that production is not what was decided", "green"),
@@ -47,8 +47,8 @@ WORDS: dict[Outcome, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class About:
-    """What stands on the screen beside the figures: the source, the length of a window, the promise of false alarms,
-    what is not watched, what is odd about the source, what was left out of it and what went wrong with it."""
+    """The texts on the screen beside the numbers: the source, the length of a window, the limit on false alarms, what
+    is not watched, what is unusual about the source, what was left out of it, and what is wrong with it now."""
 
     source: str
     every: str
@@ -58,11 +58,11 @@ class About:
     left_out: str = ""
     trouble: str = ""
     silent: str = ""
-    """Since when nobody has asked, where that is odd."""
+    """Since when there is no request, if that is unusually long."""
 
 
 def screen(watch: Watch, about: About, width: int) -> Group:
-    """All of it, for a terminal of so many columns."""
+    """The whole screen, for a terminal of this width in columns."""
     return Group(*_parts(watch, about, min(width, WIDE)))
 
 
@@ -181,7 +181,7 @@ def _share(value: float | None) -> str:
 
 
 def spark(values: Iterable[float | None], width: int, limit: float | None = None, top: float = 0.0) -> Text:
-    """The last values as a line of blocks from 0 up to the highest of them, or to `top`; above the limit they are
+    """The last values as a line of blocks, scaled from 0 to their maximum or to `top`. Values above the limit are
     red."""
     last = list(values)[-width:]
     known = [value for value in last if value is not None]
@@ -217,14 +217,14 @@ def _gauges(gauges: Sequence[Gauge], width: int) -> Table:
         table.add_row(bar, Text(f"{gauge.kind} {gauge.adapter}".strip()), Text(gauge.seen))
     more = [f"and {len(heard) - shown} more"] if len(heard) > shown else []
     if silent := len(gauges) - len(heard):
-        more.append(f"{counted(silent, 'detector')} heard nothing yet")
+        more.append(f"{counted(silent, 'detector')} without data yet")
     if more:
         table.add_row("", "", Text("; ".join(more), style="dim"))
     return table
 
 
 def _alarms(alarms: Iterable[Alarm]) -> Iterator[RenderableType]:
-    """The last alarm of each detector, the newest at the end, and how often it came."""
+    """The last alarm of each detector, the newest at the end, and how many alarms it gave."""
     by_detector: dict[tuple[str, str, str], list[Alarm]] = {}
     for alarm in sorted(alarms, key=lambda alarm: alarm.at):
         same = by_detector.pop((alarm.kind, alarm.name, alarm.adapter), [])
@@ -241,7 +241,7 @@ def _alarms(alarms: Iterable[Alarm]) -> Iterator[RenderableType]:
 
 
 def lines(heard: Heard, watch: Watch) -> Iterator[str]:
-    """A line for a window, and one for each of its alarms."""
+    """A line for the window, and a line for each of its alarms."""
     span = heard.span
     seen = [f"{name}: {_words(watch.history.adapters[name][-1], watch)}" for name in sorted(span.adapters)]
     nearest = next(iter(watch.watching.gauges), None)
@@ -265,7 +265,7 @@ def _words(last: Figures, watch: Watch) -> str:
 
 
 def records(heard: Heard, watch: Watch) -> Iterator[dict[str, Json]]:
-    """The same for programs: times in seconds, moments in seconds since 1970."""
+    """The same as `lines`, for programs: times in seconds, moments in seconds since 1970."""
     span = heard.span
     seen = {name: asdict(watch.history.adapters[name][-1]) for name in sorted(span.adapters)}
     window: dict[str, Json] = {"kind": "window", "began": span.began, "seconds": span.seconds, "adapters": seen}
@@ -276,7 +276,7 @@ def records(heard: Heard, watch: Watch) -> Iterator[dict[str, Json]]:
 
 
 def lasting(seconds: float) -> str:
-    """A length of time for a person: "60 s", "30 days"."""
+    """A length of time in words: "60 s", "30 days"."""
     for unit, name in ((86_400.0, "day"), (3600.0, "hour")):
         if seconds >= unit and seconds % unit == 0:
             return counted(round(seconds / unit), name)
@@ -284,5 +284,5 @@ def lasting(seconds: float) -> str:
 
 
 def clock(at: float) -> str:
-    """A moment by this machine's clock and zone."""
+    """A moment in this machine's time zone."""
     return datetime.fromtimestamp(at).astimezone().strftime("%Y-%m-%d %H:%M:%S")

@@ -31,10 +31,10 @@ STATE = "serve-state"
 class Options:
     """The options of `serve`."""
 
-    run: Annotated[Path | None, typer.Argument(help="A finished run, in place of --base: what it chose is served.")] = (
-        None
-    )
-    variant: Annotated[str, typer.Option(help="Of the run, another variant than the chosen one.")] = ""
+    run: Annotated[
+        Path | None, typer.Argument(help="A finished run, in place of --base: serve the variant it chose.")
+    ] = None
+    variant: Annotated[str, typer.Option(help="Serve this variant of the run, not the chosen one.")] = ""
     base: Annotated[Path | None, typer.Option(help="Folder of the base, or of a merged model.")] = None
     adapter: Annotated[list[str], typer.Option(help="Adapter folder, or NAME=FOLDER; repeat for several.")] = field(
         default_factory=list
@@ -47,11 +47,11 @@ class Options:
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(help="Port for users.")] = 8000
     admin: Annotated[
-        str, typer.Option(help="Where operators are listened to: unix:PATH or HOST:PORT; by default in --state.")
+        str, typer.Option(help="Where to listen to operators: unix:PATH or HOST:PORT; by default in --state.")
     ] = ""
-    workers: Annotated[int, typer.Option(help="Processes that answer users; each has its part of the limits.")] = 1
+    workers: Annotated[int, typer.Option(help="Processes that answer users; they share the limits.")] = 1
     join: Annotated[
-        str, typer.Option(help="Socket where workers join that somebody else starts; `export gunicorn` uses it.")
+        str, typer.Option(help="Socket for workers that another program starts; `export gunicorn` uses it.")
     ] = ""
     admin_key_env: Annotated[str, typer.Option(help="Environment variable with the operators' key.")] = ""
     adapters_from: Annotated[
@@ -62,55 +62,63 @@ class Options:
         str,
         typer.Option(
             help="running=32,waiting=64,wait=400ms; decision, what the run measured; a FILE of `peftopt load "
-            "--find-rate --out FILE`; or off. By default decision, where there is a run that tells."
+            "--find-rate --out FILE`; or off. By default decision, where a run has measured limits."
         ),
     ] = ""
-    per_adapter: Annotated[int, typer.Option(help="Most requests here of one adapter; 0 = any.")] = 0
-    per_key: Annotated[int, typer.Option(help="Most requests here of one API key; 0 = any.")] = 0
-    keys: Annotated[Path | None, typer.Option(help="File of API keys' hashes; without it anybody may ask.")] = None
-    log: Annotated[str, typer.Option(help="File for a JSON line a request; - is standard output.")] = ""
+    per_adapter: Annotated[int, typer.Option(help="Most requests of one adapter at once; 0 = no limit.")] = 0
+    per_key: Annotated[int, typer.Option(help="Most requests of one API key at once; 0 = no limit.")] = 0
+    keys: Annotated[Path | None, typer.Option(help="File with hashes of API keys; without it, no key is needed.")] = (
+        None
+    )
+    log: Annotated[str, typer.Option(help="File for one JSON line per request; - is standard output.")] = ""
     log_text: Annotated[
-        bool, typer.Option("--log-text", help="Log prompts and answers too, without what looks like a key.")
+        bool, typer.Option("--log-text", help="Log prompts and answers too; text that looks like a key is removed.")
     ] = False
-    log_keep: Annotated[int, typer.Option(help="Files of the log to keep that were set aside; 0 = all.")] = 0
+    log_keep: Annotated[int, typer.Option(help="Rotated log files to keep; 0 = all.")] = 0
     metrics: Annotated[
         str, typer.Option(help="Who reads /metrics: users or operators; by default users, unless --keys is given.")
     ] = ""
     trace: Annotated[str, typer.Option(help="URL of an OpenTelemetry collector (OTLP over HTTP) for spans.")] = ""
-    read: Annotated[float, typer.Option(help="Seconds for a request to come in; 0 = any.")] = 30.0
+    read: Annotated[float, typer.Option(help="Most seconds until a request has arrived; 0 = no limit.")] = 30.0
     canary: Annotated[
-        Path | None, typer.Option(help="Prompts on which adapters should differ; six of our own otherwise.")
+        Path | None, typer.Option(help="Prompts on which adapters should differ; by default, six built-in ones.")
     ] = None
     check_every: Annotated[
         str,
-        typer.Option(help="How often each version is asked whether it answers as itself, such as 10m; 0 = never."),
+        typer.Option(help="How often to check that each version answers as itself, such as 10m; 0 = never."),
     ] = "10m"
     check_then: Annotated[
         str,
-        typer.Option(help="Of a version that does not, twice in a row: report it, or refuse its users until it does."),
+        typer.Option(help="After two failed checks in a row: report the version, or refuse its users until it passes."),
     ] = "report"
-    first: Annotated[float, typer.Option(help="Seconds until the engine's first byte; 0 = any.")] = 120.0
-    gap: Annotated[float, typer.Option(help="Seconds between two pieces of an answer; 0 = any.")] = 60.0
-    whole: Annotated[float, typer.Option(help="Seconds for a whole answer; 0 = any.")] = 600.0
-    drain: Annotated[float, typer.Option(help="Seconds that running requests are waited for.")] = 30.0
+    first: Annotated[float, typer.Option(help="Most seconds until the engine's first byte; 0 = no limit.")] = 120.0
+    gap: Annotated[float, typer.Option(help="Most seconds between two pieces of an answer; 0 = no limit.")] = 60.0
+    whole: Annotated[float, typer.Option(help="Most seconds for a whole answer; 0 = no limit.")] = 600.0
+    drain: Annotated[float, typer.Option(help="Most seconds to wait for running requests when the gateway ends.")] = (
+        30.0
+    )
     keep: Annotated[float, typer.Option(help="Seconds that a replaced version stays loaded for a rollback.")] = 600.0
-    max_rank: Annotated[int, typer.Option(help="Highest rank of adapters to come; 0 = that of those given.")] = 0
-    slots: Annotated[int, typer.Option(help="Adapters in one batch (vLLM: max-loras); 0 = all and two more.")] = 0
+    max_rank: Annotated[
+        int, typer.Option(help="Highest rank of adapters that are put later; 0 = that of the given ones.")
+    ] = 0
+    slots: Annotated[int, typer.Option(help="Adapters in one batch (vLLM: max-loras); 0 = all, plus two.")] = 0
     compile_: Annotated[bool, typer.Option("--compile", help="Let vLLM compile the model: a slower start.")] = False
-    prefix_caching: Annotated[bool, typer.Option("--prefix-caching", help="Keep prompts' keys and values.")] = False
-    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 = one a core.")] = 0
-    args: Annotated[str, typer.Option(help="More of the engine's own options, as on its command line.")] = ""
+    prefix_caching: Annotated[
+        bool, typer.Option("--prefix-caching", help="Reuse keys and values of prompts with the same beginning.")
+    ] = False
+    threads: Annotated[int, typer.Option(help="Threads of the engine; 0 = one per core.")] = 0
+    args: Annotated[str, typer.Option(help="Further options of the engine, as on its command line.")] = ""
     engine_only: Annotated[
         bool, typer.Option("--engine-only", help="Become vLLM's own server, without the gateway.")
     ] = False
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON line on stdout whenever it is ready: where it listens.")
+        bool, typer.Option("--json", help="Print a JSON line on stdout when the gateway is ready: its addresses.")
     ] = False
 
 
 @dataclass(frozen=True)
 class What:
-    """What is served: of the options, or of a finished run."""
+    """What is served, from the options or from a finished run."""
 
     base: Path | None
     adapters: dict[str, Path]
@@ -125,7 +133,8 @@ class What:
 @app.command()
 @options_from(Options)
 def serve(options: Options) -> None:
-    """Serve a base and its adapters until Ctrl-C: the gateway before vLLM, llama.cpp's server or an engine of ours."""
+    """Serve a base and its adapters until Ctrl-C, through the gateway. It stands before vLLM, llama.cpp's server or one
+    of peftopt's engines."""
     from peftopt.cli.console import Console
 
     what = _what(options)
@@ -136,13 +145,13 @@ def serve(options: Options) -> None:
     from peftopt.gateway import run
 
     carried, console = _limits(options, what), Console()
-    for line in _told(options, what, carried):
+    for line in _notices(options, what, carried):
         console.tell(line)
     raise typer.Exit(run.run(_config(options, what, carried), console.tell))
 
 
 def _what(options: Options) -> What:
-    """Raises BadInput for options that do not go together, or that name what cannot be served."""
+    """Raises BadInput for options that conflict, and for models that cannot be served."""
     from peftopt import plugins
     from peftopt.gateway import decided
     from peftopt.runner import preflight
@@ -153,19 +162,18 @@ def _what(options: Options) -> What:
         what = "two adapters, or an adapter and the base, have the same name"
         raise BadInput(what, "name each: --adapter NAME=FOLDER")
     if options.run:
-        found = decided.of_run(options.run, options.variant)
-        apart = {found.name: Path(found.model.adapters[0])} if found.model.adapters else {}
-        name = "base" if apart else found.name
-        engine = options.engine or found.engine
+        variant = decided.of_run(options.run, options.variant)
+        adapter = {variant.name: Path(variant.model.adapters[0])} if variant.model.adapters else {}
+        engine = options.engine or variant.engine
         return What(
-            Path(found.model.path),
-            apart | dict(given),
-            engine,
-            name,
-            found.params if engine == found.engine else {},
-            found.slos_s,
-            found.limits if engine == found.engine else None,
-            {found.name: found.origin},
+            base=Path(variant.model.path),
+            adapters=adapter | dict(given),
+            engine=engine,
+            name="base" if adapter else variant.name,
+            params=variant.params if engine == variant.engine else {},
+            slos_s=variant.slos_s,
+            limits=variant.limits if engine == variant.engine else None,
+            origins={variant.name: variant.origin},
         )
     if options.base:
         known = plugins.catalogue()
@@ -183,16 +191,16 @@ def check_source(options: Options) -> None:
         raise BadInput("serve takes one of RUN, --base DIR and --upstream URL", hint)
 
 
-def _told(options: Options, what: What, carried: Limits) -> Iterator[str]:
-    """What a reader should know before the start: what the run chose, and its limits."""
+def _notices(options: Options, what: What, carried: Limits) -> Iterator[str]:
+    """Lines for the user before the start: what the run chose, and its limits."""
     from peftopt.gateway import decided
 
     for name, origin in what.origins.items():
         yield f"{name} is {origin}, on {what.engine}"
     if what.engine == "compiled" and (tokens := what.params.get("cache_len")):
         yield (
-            f"it was measured with a cache of {tokens} tokens, and is served with a longer one, which costs some "
-            f"speed: where prompt and answer fit, --args '--context {tokens}' is as it was measured"
+            f"the run measured it with a cache of {tokens} tokens; it is served with a longer cache, and a bit slower. "
+            f"If prompt and answer fit, --args '--context {tokens}' serves it as measured"
         )
     if carried.running:
         yield f"limits: {carried}"
@@ -201,7 +209,7 @@ def _told(options: Options, what: What, carried: Limits) -> Iterator[str]:
 
 
 def _limits(options: Options, what: What) -> Limits:
-    """Those that are asked for. Raises BadInput where they cannot be known."""
+    """The limits of --limits. Raises BadInput where the run or the file has none."""
     from peftopt.gateway import decided, limits
 
     if options.limits in ("", limits.DECISION):
@@ -272,14 +280,14 @@ def _config(options: Options, what: What, carried: Limits) -> Config:
 
 
 def _users_read_metrics(options: Options) -> bool:
-    """Raises BadInput for readers that there are not."""
+    """Whether users may read /metrics. Raises BadInput for another word than users or operators."""
     if options.metrics not in ("", "users", "operators"):
-        raise BadInput(f"--metrics {options.metrics!r} names nobody", "write --metrics users or --metrics operators")
+        raise BadInput(f"--metrics {options.metrics!r} is not known", "write --metrics users or --metrics operators")
     return options.metrics == "users" or (not options.metrics and options.keys is None)
 
 
 def _starter(options: Options, what: What, carried: Limits) -> Callable[[Registry], Start]:
-    """How the engine is started, once it is known which adapters it must hold."""
+    """The function that starts the engine, once the registry knows the adapters."""
     from peftopt.gateway import backends
     from peftopt.records import Model
 
@@ -308,7 +316,7 @@ def _starter(options: Options, what: What, carried: Limits) -> Callable[[Registr
 
 
 def _second(options: Options, what: What) -> Starter:
-    """How an engine is started for a merged model that is put while the first engine runs."""
+    """The function that starts an engine for a merged model that is put while the first engine runs."""
     from peftopt.gateway import backends, limits
     from peftopt.records import Model
 
@@ -332,7 +340,7 @@ def _second(options: Options, what: What) -> Starter:
 
 
 def _installed() -> str:
-    """The engine that is used when none is named: vLLM where it is installed, else eager, which always is."""
+    """The default engine: vLLM where it is installed, else eager."""
     from peftopt import environments
 
     try:
@@ -355,7 +363,7 @@ def _check_extra() -> None:
 
 
 def _engine_only(options: Options) -> None:
-    """Become the engine's server: what `load` and `canary` ask directly."""
+    """Become vLLM's own server, without the gateway."""
     from peftopt import environments
     from peftopt.cli.console import Console, print_json
     from peftopt.engines import vllm
@@ -377,4 +385,4 @@ def _engine_only(options: Options) -> None:
         print_json({"url": url, "serves": names})
     else:
         Console().say(f"{url} will serve {', '.join(names)}; Ctrl-C ends it")
-    os.execve(command[0], command, {**os.environ, **variables})  # nosec B606 # the words are ours: vLLM and its options
+    os.execve(command[0], command, {**os.environ, **variables})  # nosec B606 # peftopt's own command: vLLM and its options

@@ -1,4 +1,4 @@
-"""One call of `watch`: what it reads, what it shows, where it keeps the state, and what it proposes at its end."""
+"""One call of `watch`: read the source, judge it, show the result, keep the state, and propose a recipe at the end."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ EXITS: dict[Outcome, int] = {
 }
 
 SILENT_WINDOWS = 5
-"""Without a request for so many windows, that is said first."""
+"""After so many windows without a request, the screen says so first."""
 
 
 @dataclass
 class Session:
-    """`begin`: spans that began before it are passed over (seconds since 1970)."""
+    """The state of one call of `watch`. Spans that began before `begin` (seconds since 1970) are skipped."""
 
     options: Options
     watch: Watch
@@ -40,27 +40,27 @@ class Session:
     begin: float = 0.0
     console: Console = field(default_factory=Console)
     kinds: set[str] = field(default_factory=set)
-    """Of the alarms of this call."""
+    """The kinds of this call's alarms."""
     reached: bool = False
     """Whether the source was ever read."""
     asked: int = 0
-    """Requests of this call."""
+    """Requests that this call read."""
 
     @property
     def live(self) -> bool:
-        """Whether a screen is drawn again and again."""
+        """Whether the screen is drawn again after each window."""
         return not self.options.once and not self.options.as_json and self.console.out.is_terminal
 
     def once(self) -> int:
-        """All that there is by now, on one screen; the exit code."""
+        """Read all there is, print one screen, and return the exit code."""
         self._hear()
         self.kept.write(self.watch, self.reading)
         if not self.options.as_json:
             self.console.out.print(self._screen())
-        return self._over()
+        return self._end()
 
     def until_interrupted(self) -> int:
-        """Every window, as they pass, until Ctrl-C; the exit code."""
+        """Read and show window after window until Ctrl-C. Returns the exit code."""
         with contextlib.suppress(KeyboardInterrupt), self._showing() as show:
             while True:
                 started, trouble = time.monotonic(), ""
@@ -73,19 +73,19 @@ class Session:
                     trouble = f"{error.message}; trying again"
                 show(trouble)
                 time.sleep(max(0.0, self.kept.every_s - (time.monotonic() - started)))
-        return self._over()
+        return self._end()
 
     # ---- hearing and showing
 
     def _hear(self) -> None:
-        """The spans since the last time."""
+        """Read the spans since the last call, and judge them."""
         spans = (span for span in self.reading.read(time.time()) if span.began >= self.begin)
         for heard in self.watch.hear(spans):
             self.kinds |= {alarm.kind for alarm in heard.alarms}
             self.asked += sum(traffic.asked for traffic in heard.span.adapters.values())
             self._tell(heard)
         if not self.reading.lines and not self.watch.history.ended and self.options.once:
-            hint = "has anybody asked yet? peftopt serve writes a line for each request"
+            hint = "send a request first: peftopt serve writes a line for each"
             raise MissingEnvironment(f"there is nothing to read: {self.kept.source}", hint)
         self.reached = True
 
@@ -99,7 +99,7 @@ class Session:
 
     @contextlib.contextmanager
     def _showing(self) -> Iterator[Callable[[str], None]]:
-        """What is called after every window, with what is wrong with the source."""
+        """The function to call after each window, with what is wrong with the source."""
         if self.live:
             from rich.live import Live
 
@@ -129,7 +129,7 @@ class Session:
         )
 
     def _silent(self) -> str:
-        """Since when nobody has asked: where that is since the last call, or for some windows."""
+        """Since when there is no request, if there was none since the last call or for SILENT_WINDOWS."""
         last = self.watch.history.last_asked
         if last is None:
             return ""
@@ -139,16 +139,16 @@ class Session:
 
     # ---- the end
 
-    def _over(self) -> int:
-        """The last words; the exit code."""
+    def _end(self) -> int:
+        """Print the outcome, and propose a recipe. Returns the exit code."""
         outcome = self.watch.watching.outcome
         if self.options.once and not self.asked and outcome == "nothing shown":
             outcome = "too little"
         if self.options.as_json:
             about = self._about()
-            ended = {"kind": "outcome", "outcome": outcome, "exit_code": EXITS[outcome], "windows": self.watch.heard}
-            told = {"false_alarms": about.budget, "unwatched": about.unwatched, "notices": about.notices}
-            print_json({**ended, **told, "left_out": self.reading.left_out})
+            end = {"kind": "outcome", "outcome": outcome, "exit_code": EXITS[outcome], "windows": self.watch.heard}
+            notes = {"false_alarms": about.budget, "unwatched": about.unwatched, "notices": about.notices}
+            print_json({**end, **notes, "left_out": self.reading.left_out})
         elif not self.options.once:
             self.console.say(*screen.WORDS[outcome])
         if "range" in self.kinds and (self.options.propose or not self.options.as_json):

@@ -1,4 +1,4 @@
-"""What verbs have in common: the app, their options, and how results reach the screen."""
+"""What the verbs share: the app, common options, and how results are printed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ Results = Annotated[Path, typer.Option(help="Folder of artifacts and runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 NoForecast = Annotated[
-    bool, typer.Option("--no-forecast", help="Do not time the first layers to say what will be slower.")
+    bool,
+    typer.Option(
+        "--no-forecast", help="Skip the timing of the first layers, which shows which variants will be slower."
+    ),
 ]
 BaseFolder = Annotated[Path, typer.Option("--base", help="Folder of the base model (safetensors).")]
 ModelFolder = Annotated[Path, typer.Option("--model", help="Folder of a model (safetensors).")]
@@ -48,7 +51,7 @@ RunFolder = Annotated[Path | None, typer.Argument(help="A folder below results/r
 
 
 def options_from(record: type[Record]) -> Callable[[Callable[[Record], None]], Callable[..., None]]:
-    """Makes a verb of a function that takes its options as one frozen dataclass, whose fields are the options."""
+    """Make a verb from a function that takes its options as one frozen dataclass. Each field is an option."""
 
     def decorate(function: Callable[[Record], None]) -> Callable[..., None]:
         def verb(**values: Any) -> None:
@@ -62,12 +65,12 @@ def options_from(record: type[Record]) -> Callable[[Callable[[Record], None]], C
         verb.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # an attribute that typeshed lacks
             [
                 inspect.Parameter(
-                    each.name,
+                    option.name,
                     inspect.Parameter.KEYWORD_ONLY,
-                    default=_default(each),
-                    annotation=hints[each.name],
+                    default=_default(option),
+                    annotation=hints[option.name],
                 )
-                for each in dataclasses.fields(record)
+                for option in dataclasses.fields(record)
             ]
         )
         return verb
@@ -82,7 +85,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def find_run(given: Path | None, results: Path, recipe: str = "") -> Path:
-    """The run the user names, or the newest one, of that recipe where one is named. Raises BadInput without a run."""
+    """The given run, or the newest run, or the newest run of the named recipe. Raises BadInput without a run."""
     if given is not None:
         return given
     pattern = f"*-{recipe}-*" if recipe else "*"
@@ -114,8 +117,7 @@ def conclude(folder: Path, console: Any, as_json: bool, recipe: Recipe | None = 
 
 
 def beside(folder: Path) -> list[Section]:
-    """What else is known of a run, for its reports: its diagnosis and its plan, where `diagnose --run` left
-    them."""
+    """Further sections for a run's reports: its diagnosis and its plan, where `diagnose --run` wrote them."""
     from peftopt.diagnose import keeping, page
     from peftopt.diagnose.planning import planning
 
@@ -125,7 +127,7 @@ def beside(folder: Path) -> list[Section]:
 
 
 def transform(job: TransformJob, as_json: bool) -> None:
-    """Write the transformed model, as `single.transform` does, and print what that took and found."""
+    """Write the transformed model by `single.transform`. Print the time, the size and the checks."""
     from peftopt import measurements, store
     from peftopt.cli.console import Console
     from peftopt.metrics import format_value
@@ -149,7 +151,7 @@ def transform(job: TransformJob, as_json: bool) -> None:
 
 
 def certified(transformed: Transformed) -> dict[str, str]:
-    """What was checked of a new model, to print: the certificate of a merge, else that all weights are finite."""
+    """The line on the checks of a new model: the certificate of a merge, else that all weights are finite."""
     if transformed.certificate is None:
         return {"weights": "all finite"}
     from peftopt.merging import certificate
@@ -158,7 +160,7 @@ def certified(transformed: Transformed) -> dict[str, str]:
 
 
 def _provenance(transformed: Transformed) -> dict[str, str]:
-    """What a quantizer's run should tell its user: what it calibrated on, what it chose, that its output works."""
+    """Lines on a quantizer's run: its calibration texts, its choices, and that its output works."""
     provenance = transformed.quantization or {}
     lines = {}
     calibration = provenance.get("calibration")
@@ -174,8 +176,8 @@ def _provenance(transformed: Transformed) -> dict[str, str]:
 
 
 def weighted(text: str, option: str) -> tuple[str, float]:
-    """`NAME` or `NAME=0.7`; a folder whose own name has an equals sign is taken as it is. Raises BadInput, which names
-    the `option`, for a weight that is not a number."""
+    """The name and the weight in `NAME` or `NAME=0.7`. The name of an existing folder may contain an equals sign.
+    Raises BadInput, which names the `option`, for a weight that is not a number."""
     folder, equals, weight = text.rpartition("=")
     if not equals or Path(text).exists():
         return text, 1.0
@@ -186,7 +188,7 @@ def weighted(text: str, option: str) -> tuple[str, float]:
 
 
 def params_of(plugin: Plugin, options: dict[str, str], settings: Sequence[str]) -> dict[str, Any]:
-    """A plug-in's parameters from its options and from `name=value`. Raises BadInput for what it does not take."""
+    """A plug-in's parameters from its options and from `name=value`. Raises BadInput for unknown parameters."""
     import typing
 
     from peftopt.recipe.reader import nearest
@@ -217,7 +219,7 @@ def params_of(plugin: Plugin, options: dict[str, str], settings: Sequence[str]) 
 
 
 def model_of(base: Path, adapter: Path | None) -> Model:
-    """The base, with the adapter on top where one is given."""
+    """The base model, with the adapter on top if one is given."""
     from peftopt.records import Model
 
     return Model(str(base), (str(adapter),) if adapter else ())
@@ -234,7 +236,7 @@ def print_lines(title: str, lines: dict[str, str], result: Any, as_json: bool) -
 
 
 def named(text: str) -> tuple[str, Path]:
-    """NAME=FOLDER, or a folder that is called by its own name."""
+    """The name and the folder in NAME=FOLDER. A folder without a name is called by its own name."""
     name, equals, folder = text.rpartition("=")
     path = Path(folder if equals else text)
     return name or path.resolve().name, path

@@ -1,4 +1,4 @@
-"""bench --soak: a server under load for a long time, while adapters come and go."""
+"""bench --soak: load a server for a long time, while adapters are loaded and unloaded."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from peftopt.records import Json
 
 SHORTEST = 0.2
-"""Minutes; below it a window has no room for a request."""
+"""The least minutes: in fewer, a window is too short for a request."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the user asks of `bench --soak`."""
+class Options:
+    """The options of `bench --soak`."""
 
     minutes: float
     base: Path | None
@@ -40,50 +40,54 @@ class Asked:
     as_json: bool
 
 
-def soak(asked: Asked) -> NoReturn:
-    """Soak a server, print what came of it, and exit with its outcome."""
+def soak(options: Options) -> NoReturn:
+    """Soak a server, print the result, and exit with the outcome."""
     from peftopt import corpus, scratch
     from peftopt.cli.console import Console, print_json
     from peftopt.diagnose.unloading import soaked, soaking
     from peftopt.diagnose.unloading.cycles import Elsewhere, Server
     from peftopt.loadtest.protocols import Target
 
-    _check(asked)
+    _check(options)
     console = Console()
     prompts: dict[str, soaking.Messages] = {text: [{"role": "user", "content": text}] for text in soaking.QUESTIONS}
-    if asked.prompts:
-        prompts = {row.id: row.messages for row in corpus.read(str(asked.prompts))}
-    plan = soaking.Plan(60 * asked.minutes, asked.users, asked.new_tokens)
+    if options.prompts:
+        prompts = {row.id: row.messages for row in corpus.read(str(options.prompts))}
+    plan = soaking.Plan(60 * options.minutes, options.users, options.new_tokens)
     with ExitStack() as stack:
-        server: Server = Elsewhere(Target(asked.url))
-        if asked.base:
+        server: Server = Elsewhere(Target(options.url))
+        if options.base:
             folder = scratch.folder(console.tell)
-            with console.working(f"start {asked.engine}"):
-                how = soaking.engine(asked.base, asked.adapters, asked.engine, asked.threads, folder)
+            with console.working(f"start {options.engine}"):
+                how = soaking.engine(options.base, options.adapters, options.engine, options.threads, folder)
                 server = stack.enter_context(how)
         show = stack.enter_context(console.progress("soak", plan.windows, "windows"))
-        run = soaking.soak(server, asked.adapters, prompts, plan, show)
+        run = soaking.soak(server, options.adapters, prompts, plan, show)
     judged = soaked.judge(run)
-    values = _values(asked, run, judged)
-    if asked.out:
-        _write(asked.out, values)
-    if asked.as_json:
+    values = _values(options, run, judged)
+    if options.out:
+        _write(options.out, values)
+    if options.as_json:
         print_json(values)
     else:
         _print(console, run, judged)
     raise typer.Exit(judged.outcome)
 
 
-def _check(asked: Asked) -> None:
-    """Raises BadInput for what does not go together."""
-    if bool(asked.base) == bool(asked.url):
-        raise BadInput("--soak needs a server", "give --base DIR with --adapter DIR, or --url URL of one that runs")
-    if not asked.minutes >= SHORTEST:
-        raise BadInput(f"--soak {asked.minutes:g} is too short", f"give {SHORTEST:g} minutes or more")
-    if asked.users < 1 or asked.new_tokens < 1:
+def _check(options: Options) -> None:
+    """Raises BadInput for options that conflict or are too small."""
+    if bool(options.base) == bool(options.url):
+        raise BadInput(
+            "--soak needs one server", "give --base DIR with --adapter DIR, or --url URL of a running server"
+        )
+    if not options.minutes >= SHORTEST:
+        raise BadInput(f"--soak {options.minutes:g} is too short", f"give {SHORTEST:g} minutes or more")
+    if options.users < 1 or options.new_tokens < 1:
         raise BadInput("--users and --new-tokens must be 1 or more", "leave them out for 4 and 32")
-    if asked.base and not asked.adapters:
-        raise BadInput("--soak needs adapters that come and go", "give --adapter DIR; two, to tell their answers apart")
+    if options.base and not options.adapters:
+        raise BadInput(
+            "--soak needs adapters to load and unload", "give --adapter DIR; two, to tell their answers apart"
+        )
 
 
 def _write(out: Path, values: Json) -> None:
@@ -92,8 +96,8 @@ def _write(out: Path, values: Json) -> None:
     store.write(out, json.dumps(values, indent=1, allow_nan=False) + "\n", hint="choose another --out")
 
 
-def _values(asked: Asked, run: Soaked, judged: Judged) -> Json:
-    """All of it for programs; a bound that is not known is null."""
+def _values(options: Options, run: Soaked, judged: Judged) -> Json:
+    """The whole result for programs. A bound that is not known is null."""
     from peftopt.diagnose.unloading import soaked
     from peftopt.measurements import as_json
     from peftopt.report.as_json import plain
@@ -110,8 +114,8 @@ def _values(asked: Asked, run: Soaked, judged: Judged) -> Json:
     ]
     return plain(
         {
-            "engine": asked.engine if asked.base else asked.url,
-            "minutes": asked.minutes,
+            "engine": options.engine if options.base else options.url,
+            "minutes": options.minutes,
             "stopped": run.stopped,
             **as_json(judged),
             "before": as_json(run.before) if run.before else None,
@@ -136,27 +140,27 @@ def _print(console: Console, run: Soaked, judged: Judged) -> None:
         **{name: _trend(name, trend) for name, trend in judged.trends.items()},
         "errors": f"{sum(judged.errors.values())} of {judged.requests}; "
         f"first third {percent(judged.early.estimate, 1)}, last third {percent(judged.late.estimate, 1)}",
-        "right adapter": f"{counted(run.asked, 'answer')} told apart, {len(run.wrong)} of another's",
+        "right adapter": f"{counted(run.asked, 'answer')} told apart, {len(run.wrong)} of another adapter",
     }
     for name, tail in judged.tails.items():
-        ratio, times = tail.ratio, [each for each in tail.by_window if each is not None]
+        ratio, times = tail.ratio, [ms for ms in tail.by_window if ms is not None]
         span = f"{min(times):.0f} to {max(times):.0f} ms in windows" if times else "no answers"
         late = f"; last third {ratio.estimate:.2f}x the first ({ratio.low:.2f}–{ratio.high:.2f})" if ratio.n else ""
         whole[f"TTFT {name.upper()}"] = span + late
     console.pairs("soak", whole)
-    for error, times_ in list(judged.errors.items())[:5]:
-        console.warn(f"{times_} requests failed: {error}")
+    for error, count in list(judged.errors.items())[:5]:
+        console.warn(f"{count} requests failed: {error}")
     churn = soaked.errors_of_steps(run.churn) if run.churn else {}
-    for error, times_ in list(churn.items())[:5]:
-        console.warn(f"{times_} times {error}")
+    for error, count in list(churn.items())[:5]:
+        console.warn(f"{count} times {error}")
     for pair in run.alike:
         console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: wrong answers between them are not seen")
     if run.unclear:
         console.warn(f"{run.unclear} answers could not be told apart: they failed")
     for note in run.notes:
         console.warn(note)
-    for wrong, times_ in Counter(map(str, run.wrong)).most_common(5):
-        console.say(f"{times_} times {wrong}", "red")
+    for wrong, count in Counter(map(str, run.wrong)).most_common(5):
+        console.say(f"{count} times {wrong}", "red")
     if run.stopped:
         console.warn(f"it ended early: {run.stopped}")
     colour = {0: "green", 1: "red"}.get(judged.outcome, "yellow")

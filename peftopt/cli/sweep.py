@@ -1,7 +1,8 @@
-"""sweep: many recipes, on this machine or on a cluster, and what they decided."""
+"""sweep: run many recipes, on this machine or on a cluster, and report their decisions."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +23,15 @@ if TYPE_CHECKING:
 GridFile = Annotated[Path, typer.Argument(metavar="GRID", help="A grid (YAML): docs/sweeps.md says what it holds.")]
 
 
+HERE = ("local", "submitit:local")
+"""Executors of the one machine that this process runs on."""
+
+
 class _RunByDefault(TyperGroup):
     """`peftopt sweep GRID` is `peftopt sweep run GRID`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """The words behind `sweep`; without a verb in front they are those of `run`."""
+        """Parse the words after `sweep`. Without a verb in front, they are the words of `run`."""
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
             args = ["run", *args]
         return super().parse_args(ctx, args)
@@ -45,20 +50,23 @@ def run(
     grid: GridFile,
     on: Annotated[
         str,
-        typer.Option(help="Where cells run: local (this machine), ray (the cluster that it is in) or ray:HOST:PORT."),
+        typer.Option(
+            help="Where cells run: local (this machine), ray (the cluster that it is in), ray:HOST:PORT, slurm (the "
+            "default partition) or slurm:PARTITION. submitit:local is for trying the last two without Slurm."
+        ),
     ] = "local",
     machine: Annotated[
         str, typer.Option(help="Only cells of this class of machines; with --on local, the class of this machine.")
     ] = "",
     results: Results = Path("results"),
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what there is, what is left and what it will take; run nothing.")
+        bool, typer.Option("--dry-run", help="Print the cells, which are left and how long they take; run nothing.")
     ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure and decide every cell of a grid that is not decided yet, each by a `peftopt run` of its own. Ends with
-    the worst exit code of its cells: 5, 4, 2, 3 (also for a cell that waits), 1, 0."""
+    """Measure and decide every cell of a grid that is not decided yet, each in a `peftopt run` of its own. The exit
+    code is the worst of the cells': 5, 4, 2, 3 (also for a cell that waits), 1, 0."""
     from peftopt.cli.console import Console
     from peftopt.report import swept
     from peftopt.runner import cells, executors, sweep
@@ -66,28 +74,29 @@ def run(
     console = Console(quiet)
     read, listed = _planned(grid)
     classes = list(dict.fromkeys(cell.machine.name for cell in listed))
-    here = sweep.here(read, machine, classes) if on == "local" or machine else ""
+    here = sweep.here(read, machine, classes) if on in HERE or machine else ""
     ours = [cell for cell in listed if not machine or cell.machine.name == machine]
     executor = executors.opened(on, here)
     try:
-        _foretell(cells.stand(ours, results, read.name), executor, console)
+        _print_forecast(cells.stand(ours, results, read.name), executor, console)
         console.tell(sweep.disk(read))
         if not dry_run:
             sweep.sweep(ours, results, read.name, executor, console)
     finally:
-        executor.close()
-    standing = cells.stand(listed, results, read.name)
+        if still := executor.close():
+            console.warn(still)
+    cell_results = cells.stand(listed, results, read.name)
     if dry_run and not as_json:
-        console.say(swept.sentence(standing))
+        console.say(swept.sentence(cell_results))
         return
-    _conclude(read, standing, console, as_json)
+    _conclude(read, cell_results, console, as_json)
     if not dry_run:
-        raise typer.Exit(swept.worst(standing))
+        raise typer.Exit(swept.worst(cell_results))
 
 
 @sweeps.command("status")
 def status(grid: GridFile, results: Results = Path("results"), as_json: AsJson = False) -> None:
-    """Say where each cell of a grid stands, from the files of its runs; also while they run."""
+    """Show the state of each cell of a grid, from the files of its runs; also while they run."""
     from peftopt.cli.console import Console
     from peftopt.runner import cells
 
@@ -100,13 +109,14 @@ def report(
     grid: GridFile,
     results: Results = Path("results"),
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The page; results/sweeps/NAME/report.html by default.")
+        Path | None,
+        typer.Option("--output", "-o", help="File of the page; by default results/sweeps/NAME/report.html."),
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Write a row for each variant of each cell to this file.")] = None,
     parquet: Annotated[Path | None, typer.Option(help="The same as Parquet.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write one page over all decisions of a grid: which variant wins where, what it costs, what is not decided."""
+    """Write one page on all decisions of a grid: which variant wins in which cell, its cost, and what is undecided."""
     from peftopt import store
     from peftopt.api.opened import write
     from peftopt.cli.console import Console
@@ -115,17 +125,18 @@ def report(
 
     console = Console()
     read, listed = _planned(grid)
-    standing = cells.stand(listed, results, read.name)
+    cell_results = cells.stand(listed, results, read.name)
     folder = cells.folder_of(results, read.name)
     page = output or folder / "report.html"
     if output is None:
         folder.mkdir(parents=True, exist_ok=True)
-    store.write(page, swept.page(read.name, standing), hint="choose another place: --output FILE")
+    runs = os.path.relpath(results.resolve() / "runs", page.parent.resolve())
+    store.write(page, swept.page(read.name, cell_results, runs), hint="choose another place: --output FILE")
     for file, ending in ((csv, ".csv"), (parquet, ".parquet")):
         if file:
-            write(swept.rows(standing), swept.COLUMNS, file, ending)
+            write(swept.rows(cell_results), swept.COLUMNS, file, ending)
             console.tell(f"wrote {file}")
-    _conclude(read, standing, console, as_json, page)
+    _conclude(read, cell_results, console, as_json, page)
 
 
 def _planned(path: Path) -> tuple[Grid, list[Cell]]:
@@ -140,47 +151,47 @@ def _planned(path: Path) -> tuple[Grid, list[Cell]]:
     return read, listed
 
 
-def _foretell(standing: Sequence[CellResult], executor: Executor, console: Console) -> None:
-    """Say what there is, what is left and on which machines, and how long that takes."""
+def _print_forecast(cell_results: Sequence[CellResult], executor: Executor, console: Console) -> None:
+    """Print the cells, which are left and on which machines, and how long they take."""
     from peftopt.decision.duration import words
     from peftopt.metrics import counted
     from peftopt.report import swept
 
-    console.tell(swept.size([each.cell for each in standing]))
-    console.tell(swept.sentence(standing))
-    left = Counter(each.cell.machine.name for each in swept.left(standing))
-    classes = {each.cell.machine.name: each.cell.machine for each in standing}
+    console.tell(swept.size([result.cell for result in cell_results]))
+    console.tell(swept.sentence(cell_results))
+    left = Counter(result.cell.machine.name for result in swept.left(cell_results))
+    classes = {result.cell.machine.name: result.cell.machine for result in cell_results}
     machines = {name: executor.machines(needs) for name, needs in classes.items()}
     for name, number in left.items():
-        on = f"on {counted(machines[name], 'machine')}" if machines[name] else "for which there is no machine here"
+        on = f"on {counted(machines[name], 'machine')}" if machines[name] else "without a machine here"
         console.tell(f"{counted(number, 'cell')} of the class {name} left, {on}")
     if not any(machines[name] for name in left):
         return
-    takes = swept.takes(standing, machines)
-    unknown = "how long a cell takes is known when one has ended; `peftopt check` says it of one recipe"
+    takes = swept.takes(cell_results, machines)
+    unknown = "the time of a cell is known once one has ended; `peftopt check` estimates it for one recipe"
     console.tell(f"about {words(takes)} by the cells that ended" if takes else unknown)
 
 
 def _conclude(
-    grid: Grid, standing: Sequence[CellResult], console: Console, as_json: bool, page: Path | None = None
+    grid: Grid, cell_results: Sequence[CellResult], console: Console, as_json: bool, page: Path | None = None
 ) -> None:
-    """Print where the cells stand, which variant wins where, and what is open."""
+    """Print the state of each cell, which variant wins in which cell, and what is open."""
     from peftopt.cli.console import print_json
     from peftopt.report import swept
 
     if as_json:
-        told = {"sweep": grid.name, "sentence": swept.sentence(standing), "exit_code": swept.worst(standing)}
+        summary = {"sweep": grid.name, "sentence": swept.sentence(cell_results), "exit_code": swept.worst(cell_results)}
         report = {"report": str(page)} if page else {}
-        print_json({**told, **report, "cells": [_fields(each) for each in standing]})
+        print_json({**summary, **report, "cells": [_fields(result) for result in cell_results]})
         return
-    header, rows = swept.cells(standing)
-    console.table(header, rows, [each.outcome for each in standing])
-    for header, rows in (swept.winners(standing), swept.still_open(standing)):
+    header, rows = swept.cells(cell_results)
+    console.table(header, rows, [result.outcome for result in cell_results])
+    for header, rows in (swept.winners(cell_results), swept.still_open(cell_results)):
         if rows:
             console.say("")
             console.table(header, rows)
     console.say("")
-    console.say(swept.sentence(standing), "bold")
+    console.say(swept.sentence(cell_results), "bold")
     if page:
         console.say(f"report: {page}")
 

@@ -1,4 +1,4 @@
-"""watch: is production still what was decided?"""
+"""watch: check whether production still matches a run's decision."""
 
 from __future__ import annotations
 
@@ -28,37 +28,38 @@ SHORTEST_S = 1.0
 class Options:
     """The options of `watch`."""
 
-    run: Annotated[Path, typer.Argument(help="A finished run, below results/runs: what was decided.")]
-    variant: Annotated[str, typer.Option(help="Of the run, another variant than the chosen one.")] = ""
+    run: Annotated[Path, typer.Argument(help="A finished run below results/runs, with the decision to check.")]
+    variant: Annotated[str, typer.Option(help="Watch this variant of the run, not the chosen one.")] = ""
     logs: Annotated[list[Path], typer.Option(help="A log of `peftopt serve`; repeat for several.")] = field(
         default_factory=list
     )
-    server: Annotated[str, typer.Option(help="URL of a gateway or of vLLM: its /metrics are looked at.")] = ""
-    prometheus: Annotated[str, typer.Option(help="URL of a Prometheus that scrapes one.")] = ""
-    select: Annotated[str, typer.Option(help="Of the Prometheus, only series with these labels: 'job=\"chat\"'.")] = ""
+    server: Annotated[str, typer.Option(help="URL of a gateway or of vLLM, to read its /metrics.")] = ""
+    prometheus: Annotated[str, typer.Option(help="URL of a Prometheus that scrapes a gateway or vLLM.")] = ""
+    select: Annotated[str, typer.Option(help="With --prometheus, only series with these labels: 'job=\"chat\"'.")] = ""
     key_env: Annotated[
         str, typer.Option("--key-env", help="Environment variable with a bearer token for --server or --prometheus.")
     ] = ""
     every: Annotated[
-        str, typer.Option(help="Length of a window: what is judged, and how often.", show_default=EVERY)
+        str, typer.Option(help="Length of a window; each window is judged at its end.", show_default=EVERY)
     ] = ""
-    once: Annotated[
-        bool, typer.Option("--once", help="Judge what there is since the last time, and end: for cron.")
-    ] = False
+    once: Annotated[bool, typer.Option("--once", help="Judge the data since the last call, and end: for cron.")] = False
     arl: Annotated[
-        str, typer.Option(help="One false alarm in so long, on average, of all detectors.", show_default=ARL)
+        str, typer.Option(help="Average time between two false alarms, over all detectors.", show_default=ARL)
     ] = ""
-    state: Annotated[Path | None, typer.Option(help="Where to go on from.", show_default="RUN/watch.json")] = None
+    state: Annotated[
+        Path | None,
+        typer.Option(help="File of the state that the next call continues from.", show_default="RUN/watch.json"),
+    ] = None
     since: Annotated[
         str,
         typer.Option(
-            help="Without a state, begin so long ago: of --prometheus, and of --logs.",
+            help="Without a state, begin this long ago, with --prometheus and --logs.",
             show_default=f"{SINCE} of --prometheus, the whole log",
         ),
     ] = ""
     propose: Annotated[
         Path | None,
-        typer.Option(help="Where the traffic is another than the run's, write the recipe to run next to this file."),
+        typer.Option(help="If the traffic differs from the run's, write the recipe to run next to this file."),
     ] = None
     as_json: AsJson = False
 
@@ -66,7 +67,7 @@ class Options:
 @app.command()
 @options_from(Options)
 def watch(options: Options) -> None:
-    """Say whether production is still what a run decided: by its limits, its times, its errors, its traffic.
+    """Check whether production still matches a run's decision: its limits, its times, its errors, its traffic.
 
     Exit codes: 0 nothing shown, 1 alarm, 3 other traffic than the run's or too little of it, 4 nothing to read.
     """
@@ -91,10 +92,10 @@ def watch(options: Options) -> None:
 
 
 def _lengths(options: Options) -> tuple[float, float]:
-    """Seconds of a window, and without a false alarm. Raises BadInput for a window that is too short or too long."""
+    """Seconds of a window, and between two false alarms. Raises BadInput for a window that is too short or too long."""
     every_s, arl_s = seconds(options.every or EVERY), seconds(options.arl or ARL)
     if every_s < SHORTEST_S:
-        raise BadInput(f"--every {options.every} is no window to judge", "give a second or more: --every 60s")
+        raise BadInput(f"--every {options.every} is too short for a window", "give a second or more: --every 60s")
     if arl_s < every_s:
         what = f"--arl {options.arl or ARL} is shorter than a window of --every {options.every or EVERY}"
         raise BadInput(what, "give a shorter window, or a longer time without a false alarm: --every 60s --arl 30d")
@@ -102,7 +103,7 @@ def _lengths(options: Options) -> tuple[float, float]:
 
 
 def _named_source(options: Options) -> str:
-    """The one source as it was named. Raises BadInput unless there is one."""
+    """The source as the options name it. Raises BadInput unless they name one."""
     named = [f"--server {options.server}"] if options.server else []
     named += [f"--prometheus {options.prometheus} {options.select}".rstrip()] if options.prometheus else []
     named += [f"--logs {' '.join(str(path.resolve()) for path in options.logs)}"] if options.logs else []
@@ -119,7 +120,7 @@ def _named_source(options: Options) -> str:
 
 
 def _check(saved: Saved, options: Options, source: str, path: Path) -> None:
-    """Raises BadInput where a state is of another watch than the one that is asked for."""
+    """Raises BadInput where a state belongs to a watch with another source or other lengths of time."""
     hint = "name another file: --state FILE"
     if saved.source != source:
         raise BadInput(f"the state {path} is of {saved.source}", hint)
@@ -129,7 +130,7 @@ def _check(saved: Saved, options: Options, source: str, path: Path) -> None:
 
 
 def _reading(options: Options, promise: Promise, every_s: float, position: Json) -> Source:
-    """The source, opened where another watch has left it. Raises MissingEnvironment where it is not there."""
+    """The source, opened at the position where the last call stopped. Raises MissingEnvironment without a source."""
     from peftopt.watch.sources.log import Log
     from peftopt.watch.sources.prometheus import Prometheus
     from peftopt.watch.sources.server import Server

@@ -301,8 +301,8 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
         apart = evidence.launch_effect(workload)
         if apart and apart > LAUNCHES_MATTER and evidence.plan.recipe.measure.relaunch > 1:
             found.append(
-                f"launches of {workload} differ by {apart:.1f} times what blocks of one launch do: blocks that share a "
-                f"launch say less than they seem to; measure.relaunch: 1 makes each independent"
+                f"times of {workload} spread {apart:.1f} times as much from launch to launch as within one: blocks "
+                f"that share a launch say less than they seem to; measure.relaunch: 1 makes each independent"
             )
     found += [f"{where}: a turn was left out: {why}" for where, why in sorted(evidence.left_out.items())]
     for (variant, workload), failed in sorted(evidence.failed.items()):

@@ -190,6 +190,27 @@ def sentence(duration: Duration) -> str:
     return f"a run takes about {words(whole)}{mostly}" + (f" ({listed})" if listed else "") + left_out + busy
 
 
+LONG_S = 30 * MINUTE
+"""A run that may take longer is told how to make it shorter."""
+
+SHORTER = {
+    BUILDS: "take variants out",
+    COMPILING: "take compiled variants out",
+    ANSWERS: "lower quality.rows, which can then show less",
+}
+"""What makes a part of a run shorter; a race is none of these."""
+
+
+def shorter(duration: Duration) -> str:
+    """How to make a long run shorter, its largest part first; "" for one that is not long, or not known."""
+    if not duration.parts or duration.whole.most < LONG_S:
+        return ""
+    ordered = sorted(duration.parts.items(), key=lambda each: each[1].most, reverse=True)
+    large = [name for name, span in ordered if span.most > duration.whole.most / 4]
+    ways = dict.fromkeys(SHORTER.get(name, "take variants out, or lower new_tokens of its workload") for name in large)
+    return f"to shorten {', '.join(large)}: {'; '.join(ways)}" if ways else ""
+
+
 def left(duration: Duration, done: Sequence[str]) -> str:
     """What is left once these parts are over: "about 3 to 6 minutes left: the race of chat"; "" where that is not
     known."""

@@ -1,2 +1,2 @@
-"""Where a PEFT deployment loses time and memory, measured on the user's own model, engine and machine; merge or keep
-apart, calculated from it."""
+"""Measures where a PEFT deployment loses time and memory, on the user's own model, engine and machine. Calculates from
+that whether to merge or keep apart."""

@@ -1,4 +1,5 @@
-"""A diagnosis from start to end: the bottlenecks one after the other, within its time, and what they say together."""
+"""A diagnosis from start to end: measures the bottlenecks one after the other, within its time, and joins their
+rows."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ SHARES: Mapping[Bottleneck, float] = {
 def diagnose(
     setting: Setting, folder: Path, minutes: float, more: Bottleneck | None, tell: Callable[[str], None]
 ) -> Diagnosis:
-    """Measure all bottlenecks in about so many `minutes`, or add blocks to one of a diagnosis before (`more`), and keep
-    it all in `folder`: setting.json, turns.jsonl, diagnosis.json, logs of servers.
+    """Measure all bottlenecks in about so many `minutes`, or add blocks to one of an earlier diagnosis (`more`).
+    Everything is stored in `folder`: setting.json, turns.jsonl, diagnosis.json, logs of servers.
 
     Raises BadInput for a base or an adapter that cannot be served, MissingEnvironment for an engine that is not
     installed, WorkerFailed for a server that does not start.
@@ -101,12 +102,13 @@ FIRST_TO_LAST = ("fault", "costs", "undecided", "no cost", "not asked")
 
 
 def ordered(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Faults first, then the dearest costs by their share of a request, and so on; what was not asked last."""
+    """Faults first, then costs by their share of a request, the largest first, and so on; rows without a measurement
+    last."""
     return tuple(sorted(rows, key=lambda row: (FIRST_TO_LAST.index(row.finding), -(row.share or 0.0))))
 
 
 def usual(turns: Turns, setting: Setting) -> Interval:
-    """A lone request as it is served: of the first adapter, else of whatever was asked alone (ms)."""
+    """The time of a lone request: of the first adapter, else of any that was asked alone (ms)."""
     alone = [
         (cell.load.names[0] != setting.first, turn.ttft_ms[0] + turn.tpot_ms[0] * (setting.new_tokens - 1))
         for cell, turn in turns.all()

@@ -1,4 +1,4 @@
-"""From the times of blocks to what a row says: a ratio with its interval, and whether it is a cost. Pure."""
+"""Judges the times of blocks: a ratio with its interval, and whether it is a cost. Pure."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ Two launches are one pair, and no number of blocks shows what they brought."""
 
 @dataclass(frozen=True)
 class Judged:
-    """What blocks say. `ratio` of times, with the interval that was judged: of the blocks and at the level of the look
-    that decided it, or of the last one. All of it above `costly` is a cost, all of it below `free` is none. `blocks`:
-    how many there are."""
+    """The result of blocks. `ratio` of times, with the judged interval: from the blocks and at the level of the
+    deciding look, or of the last one. An interval above `costly` is a cost, one below `free` is none. `blocks`: their
+    number."""
 
     finding: Finding
     ratio: Interval
@@ -48,7 +48,7 @@ class Judged:
 
     @property
     def why(self) -> str:
-        """Why it is undecided; "" of what is decided."""
+        """Why it is undecided; "" if it is decided."""
         if self.finding != "undecided":
             return ""
         if self.blocks < LOOKS[0]:
@@ -80,25 +80,25 @@ def judged(logs: Sequence[float], one_server: bool = True, most: float = FREE) -
 
 
 def next_look(blocks: int) -> int:
-    """How many blocks to have next: the first look after so many; as many again past the last."""
+    """The next number of blocks: the first look after so many; past the last look, as many again."""
     return next((look for look in LOOKS if look > blocks), blocks + LOOKS[-1])
 
 
 def level_text(level: float) -> str:
-    """A level with as many places as tell it from certainty: "99.95 %"."""
+    """A level with enough digits to differ from 100 %: "99.95 %"."""
     missing = 100 * (1 - level)
     places = max(0, math.ceil(-math.log10(missing))) if missing > 0 else 0
     return f"{100 * level:.{places}f} %"
 
 
 def ratio(costly: Sequence[float], plain: Sequence[float]) -> Interval | None:
-    """The times over others, paired by block, at LEVEL; None without blocks."""
+    """The ratio of times, paired by block, at LEVEL; None without blocks."""
     logs = logs_of(costly, plain)
     return exp(stats.hodges_lehmann(logs, LEVEL)) if logs else None
 
 
 def difference(costly: Sequence[float], plain: Sequence[float]) -> Interval:
-    """What it costs in the unit of the times, paired by block."""
+    """The cost in the unit of the times, paired by block."""
     return stats.hodges_lehmann([a - b for a, b in zip(costly, plain, strict=True)], LEVEL)
 
 

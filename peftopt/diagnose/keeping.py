@@ -1,4 +1,4 @@
-"""The files of a diagnosis: what it is of, and what it says."""
+"""The files of a diagnosis: its setting, and its result."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SETTING, DIAGNOSIS = "setting.json", "diagnosis.json"
 
 
 def begin(setting: Setting, folder: Path) -> None:
-    """Make the folder, and write what is diagnosed. Raises MissingEnvironment for one that cannot be written, BadInput
-    for one with measurements of something else."""
+    """Make the folder, and write the setting. Raises MissingEnvironment for a folder that cannot be written, BadInput
+    for one with measurements of another setting."""
     if (folder / TURNS).exists() and _measured(read_setting(folder)) != _measured(setting):
         what = f"{folder} has measurements of another base, engine, adapter or load"
         raise BadInput(what, "choose another --out, or repeat the command that began it")
@@ -39,25 +39,25 @@ def _measured(setting: Setting) -> Setting:
 
 
 def write(diagnosis: Diagnosis, folder: Path) -> None:
-    """Keep what a diagnosis says."""
+    """Store a diagnosis."""
     store.write(folder / DIAGNOSIS, text(diagnosis))
 
 
 def text(diagnosis: Diagnosis) -> str:
-    """diagnosis.json. A bound that is not known is null: JSON has no infinity."""
+    """diagnosis.json. An unknown bound is null: JSON has no infinity."""
     values = plain(diagnosis)
     assert isinstance(values, dict)
     return json.dumps({"format": FORMAT, **values}, indent=1, allow_nan=False) + "\n"
 
 
 def read(folder: Path) -> Diagnosis:
-    """What a diagnosis said. Raises BadInput for a folder without a whole one."""
+    """A stored diagnosis. Raises BadInput for a folder without a whole one."""
     values = without_nulls(_json(folder / DIAGNOSIS))
     return structured(Diagnosis, values, "diagnosis")
 
 
 def read_setting(folder: Path) -> Setting:
-    """What a diagnosis was of. Raises BadInput for a folder without a whole one."""
+    """The setting of a diagnosis. Raises BadInput for a folder without a whole one."""
     return structured(Setting, _json(folder / SETTING), "setting")
 
 

@@ -1,4 +1,4 @@
-"""A diagnosis as a page, in HTML and Markdown, and as a section of a run's report. Pure, but for the template."""
+"""A diagnosis as a page, in HTML and Markdown, and as a section of a run's report. Pure, except the template."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def pages(diagnosis: Diagnosis) -> Mapping[str, str]:
 
 
 def section(diagnosis: Diagnosis) -> Section:
-    """For the report of a run: what costs, and what is open."""
+    """For the report of a run: the costs, and the undecided rows."""
     rows = [row for row in diagnosis.rows if row.finding in ("fault", "costs", "undecided")]
     cells = [[f"{row.bottleneck}: {row.part}", *_cells(row)[1:]] for row in rows]
     return Section("Where its time goes", sentence(diagnosis), (HEADER, cells))
 
 
 def sections(diagnosis: Diagnosis) -> list[Section]:
-    """A section for each bottleneck, its rows dearest first."""
+    """A section for each bottleneck, its rows with the largest costs first."""
     parts = []
     for bottleneck, what in BOTTLENECKS.items():
         rows = [row for row in diagnosis.rows if row.bottleneck == bottleneck]
@@ -71,7 +71,7 @@ def outcome(diagnosis: Diagnosis) -> str:
 
 
 def found(diagnosis: Diagnosis) -> str:
-    """What the badge says: "3 costs found, 5 rows undecided"."""
+    """The text of the badge: "3 costs found, 5 rows undecided"."""
     count = Counter(row.finding for row in diagnosis.rows)
     if not count.keys() - {"not asked"}:
         return "nothing measured"
@@ -82,7 +82,7 @@ def found(diagnosis: Diagnosis) -> str:
 
 
 def sentence(diagnosis: Diagnosis) -> str:
-    """What is dearest, or what does not work."""
+    """The largest cost, or the fault."""
     faults = [row for row in diagnosis.rows if row.finding == "fault"]
     if faults:
         return faults[0].sentence

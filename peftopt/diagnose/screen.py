@@ -1,4 +1,4 @@
-"""A diagnosis on one screen: a table of what costs, or may cost, and a line for the rest. Pure."""
+"""A diagnosis on one screen: a table of costs and possible costs, and a line for the rest. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_OPEN = 6
 
 
 def shown(diagnosis: Diagnosis) -> list[Row]:
-    """Faults, costs, and the undecided that may cost most."""
+    """Faults, costs, and the undecided rows with the largest possible costs."""
     sure = [row for row in diagnosis.rows if row.finding in ("fault", "costs")]
     return [*sure, *undecided(diagnosis)[:MOST_OPEN]]
 
@@ -58,13 +58,13 @@ def costs(row: Row) -> str:
 
 
 def ratio(value: Interval) -> str:
-    """A ratio of times with its interval; it is open where too few blocks give one."""
+    """A ratio of times with its interval; the interval is open if there are too few blocks."""
     text = figure("latency.ratio", value)
     return text if bounded(value) else f"{text} (open)"
 
 
 def lines(diagnosis: Diagnosis) -> list[str]:
-    """What the table has no room for."""
+    """The lines below the table."""
     usual = figure("latency.p50", diagnosis.usual_request_ms)
     threads = counted(diagnosis.threads, "thread")
     took = format_value("load_time", diagnosis.seconds)
@@ -85,7 +85,7 @@ def lines(diagnosis: Diagnosis) -> list[str]:
 
 
 def named(rows: Sequence[Row]) -> str:
-    """Parts, each once, with the phases and batches they were measured in."""
+    """Parts, each once, with their phases and batches."""
     by_part: dict[str, list[str]] = {}
     for row in rows:
         where = f"{row.phase} at {row.batch}" if row.phase else ""

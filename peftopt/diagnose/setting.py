@@ -1,4 +1,4 @@
-"""What is diagnosed, and what its engine can be asked."""
+"""The subject of a diagnosis, and the abilities of its engine."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ STARTED = (OURS, VLLM, LLAMACPP)
 
 @dataclass(frozen=True)
 class Setting:
-    """A base, its adapters by served name, and the engine's name or a URL. `base_name`: what the base is served as.
-    Requests have `prompt_tokens`, or the prompts of a file, and a usual answer has `new_tokens`, of which `steps` are
-    computed where times are measured: a token takes what the one before took. `slo`: what users are promised, () for a
-    level that is derived from a lone request. `threads` of a server, 0 = all cores."""
+    """A base, its adapters by served name, and the engine's name or a URL. `base_name`: the base's served name.
+    Requests have `prompt_tokens`, or the prompts of a file. A usual answer has `new_tokens`; a timed one has only
+    `steps` of them, since each token takes about the same time. `slo`: the service levels, () for a level that is
+    derived from a lone request. `threads` of a server, 0 = all cores."""
 
     base: str
     adapters: Mapping[str, str]
@@ -30,20 +30,20 @@ class Setting:
 
     @property
     def first(self) -> str:
-        """The adapter that is looked at first."""
+        """The adapter that is examined first."""
         return next(iter(self.adapters))
 
     @property
     def runs_elsewhere(self) -> bool:
-        """Whether the server is somebody else's, which cannot be started another way."""
+        """Whether the server is not ours, so that it cannot be started in another way."""
         return "://" in self.engine
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What an engine's servers can: be started here (`starts`), tell adapters apart by name (`apart`), load them while
-    they run (`loads`), serve virtual tokens (`virtual`), reuse a prefix where they are told to (`prefixes`); and
-    whether they have to be told at their start that they will serve adapters (`told`), and compute several in one batch
+    """What an engine's servers can do: be started here (`starts`), choose adapters by name (`apart`), load them while
+    they run (`loads`), serve virtual tokens (`virtual`), reuse a prefix if they are told to (`prefixes`); and whether
+    they must be told at their start that they will serve adapters (`told`), and compute several in one batch
     (`mixes`)."""
 
     starts: bool = True
@@ -63,5 +63,5 @@ ABILITIES: Mapping[str, Abilities] = {
 
 
 def abilities(engine: str) -> Abilities:
-    """Those of an engine; of a server elsewhere, only what it is asked with."""
+    """Those of an engine; for a server elsewhere, only those that requests need."""
     return ABILITIES.get(engine, Abilities(starts=False, mixes=True))

@@ -21,9 +21,11 @@ class Wanted:
     longest: int
 
 
-def wanted(lengths: Sequence[int], rows: int, new_tokens: int, params: Params) -> Wanted:
+def wanted(lengths: Sequence[int], rows: int, new_tokens: int, params: Params, ahead: int = 0) -> Wanted:
     """What an engine that was warm for these prompts (token counts), in batches of `rows`, does with them. A batch is
-    as long as its longest row, and any row may be. `lengths` must not be empty."""
+    as long as its longest row, and any row may be. `lengths` must not be empty. `ahead`: tokens that are proposed at a
+    time, which take room in the cache and a graph of their own."""
+    new_tokens += ahead
     room = params.cache_len or max(SHORTEST, 2 ** (max(lengths) + new_tokens - 1).bit_length())
     fitting = [length for length in lengths if length + new_tokens <= room]
     offered = buckets(params.prompt_buckets, room)
@@ -35,7 +37,7 @@ def wanted(lengths: Sequence[int], rows: int, new_tokens: int, params: Params) -
     return Wanted(
         uncompiled=1 - _of_batches(len(fitting) / len(lengths), rows),
         eager=1 - _of_batches(in_graphs, rows),
-        graphs=(1 if fitting else 0) + len(kept),
+        graphs=(1 + bool(ahead) if fitting else 0) + len(kept),
         padding=padded / sum(bucketed) if bucketed else 1.0,
         longest=max(lengths) + new_tokens,
     )

@@ -29,7 +29,9 @@ class Params:
     task: int = -1
 
 
-PLUGIN = plugins.engine(Params, needs=("torch", "transformers", "peft"), speculates=("prompts",), reuses=True)
+PLUGIN = plugins.engine(
+    Params, needs=("torch", "transformers", "peft"), speculates=("prompts",), reuses=True, pads=True
+)
 
 
 def prepare(model: Model) -> None:

@@ -1,10 +1,11 @@
-"""serve: a gateway before an engine's server. It knows which weights answer, and refuses what it cannot carry in time.
+"""serve: a gateway before an engine's server. It routes requests to versions, and refuses those that it cannot answer
+in time.
 
     run      from start to end: the engine, both applications, what runs beside them
-    app      requests of users: checked, admitted, routed, passed through, written down
+    app      requests of users: checked, admitted, routed, forwarded, logged
     admin    requests of operators: adapters put, promoted, rolled back, removed
 
 `lives` takes an adapter from its folder to users, with `fingerprints` and the `registry` on disk. `backends` starts
-engines, `upstream` asks them, `decided` reads a run. `lines` and `metrics` keep the account. `admission` who may go on,
-`limits`, `routes` which version answers, `frames` what a stream says, `keys`, `errors` and `trial` are pure.
+engines, `upstream` sends them requests, `decided` reads a run. `lines` and `metrics` record requests. `admission` (the
+queues), `limits`, `routes` (names to versions), `frames` (parts of a stream), `keys`, `errors` and `trial` are pure.
 """

@@ -1,6 +1,6 @@
-"""The operators' side: adapters listed, put, promoted, rolled back and removed, over HTTP with OpenAPI docs at /docs.
+"""The operators' side: lists, puts, promotes, rolls back and removes adapters, over HTTP with OpenAPI docs at /docs.
 
-It listens on a socket of its own, never on the users' port, and opens only folders below those that were allowed.
+It listens on a separate socket, never on the users' port, and opens only folders below the allowed ones.
 """
 
 # No `annotations` of the future here: FastAPI reads them, and could not find what is imported inside a function.
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def application(
     lives: Lives, exposition: Callable[[], Awaitable[bytes]], allowed: Sequence[Path], key: str = ""
 ) -> "FastAPI":
-    """The application. `exposition`: the metrics as text; `allowed`: folders below which adapters may lie; `key` that
-    operators must send, "" for none."""
+    """The application. `exposition`: the metrics as text; `allowed`: folders that adapters may come from; `key`: the
+    operators' key, "" for none."""
     from fastapi import Body
     from fastapi.responses import JSONResponse, Response
 

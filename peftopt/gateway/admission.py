@@ -1,14 +1,14 @@
-"""Who may go to the engine now, who waits, and who is refused at once. Pure: time is a number that is passed in.
+"""Which request goes to the engine now, which waits, and which is refused. Pure: time is passed in as a number.
 
-Each adapter has a queue. The one that has been served the fewest tokens is next. One that comes back after a pause
-starts level with the least served of those that wait, or where nobody waits, with the last that has gone on: so nobody
-saves up (the virtual token counter of Sheng et al., Fairness in Serving Large Language Models, OSDI 2024). What a
-request will take is not known when it goes on: it is charged what the last one of its adapter took, and at its end what
-it took itself.
+Each adapter has a queue. The one with the fewest served tokens is next. An adapter that comes back after a pause starts
+level with the least served of those that wait. If none waits, it starts level with the last one that was admitted. So
+no adapter saves up credit (the virtual token counter of Sheng et al., Fairness in Serving Large Language Models, OSDI
+2024). The tokens of a request are not known when it is admitted. So it is charged the tokens of its adapter's last
+request, and at its end the difference.
 
-A request is refused when too many wait, or when it would wait longer than it may: better an answer now that says so
-than a late one. Where the room is full, the adapter with the longest queue gives up its last place to one whose queue
-is shorter by two or more: an adapter that fills the room takes it from itself.
+A request is refused if too many wait, or if its predicted wait is too long: an early refusal is better than a late
+answer. When all places are taken, the longest queue gives up its last place to a queue that is shorter by two or more:
+an adapter that fills the places takes them from itself.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ WAITING, WAIT, GONE = "waiting", "wait", "gone"
 
 @dataclass(eq=False)
 class Ticket:
-    """A request's place. `arrived` at the gateway and `admitted`, in seconds; `admitted` is nan until it may go on.
-    `refused`: why it may not. `charged`: tokens that its adapter was charged for it."""
+    """A request's place. `arrived` at the gateway and `admitted`, in seconds; `admitted` is nan until it is admitted.
+    `refused`: the refusal. `charged`: tokens that its adapter was charged for it."""
 
     adapter: str
     key: str = ""
@@ -40,14 +40,14 @@ class Ticket:
 
     @property
     def waits(self) -> bool:
-        """Whether it has neither gone on nor been refused."""
+        """Whether it is neither admitted nor refused."""
         return math.isnan(self.admitted) and self.refused is None
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Why a request is turned away: `reason` is one of "waiting", "wait", "adapter", "key"; `retry_s` when to come
-    again; `said` is for the user."""
+    """Why a request is refused: `reason` is one of "waiting", "wait", "adapter", "key"; `retry_s`: seconds until a
+    retry; `said`: the message for the user."""
 
     reason: str
     retry_s: float
@@ -56,7 +56,7 @@ class Refused:
 
 @dataclass
 class Admission:
-    """The waiting room. `per_adapter` and `per_key`: requests that one may have here, running and waiting; 0 = any."""
+    """The queues. `per_adapter` and `per_key`: the most requests of each, running and waiting; 0 = any."""
 
     limits: Limits
     per_adapter: int = 0
@@ -77,8 +77,8 @@ class Admission:
     """Requests per second that left when it was full before."""
 
     def arrive(self, ticket: Ticket, now: float) -> list[Ticket]:
-        """Take a request in: it goes on, waits, or is refused. Whose fate is known now: `admitted` or `refused` is set.
-        Of one that is refused, nothing is left here."""
+        """Admit a request, queue it, or refuse it. Returns the tickets that are decided now: `admitted` or `refused` is
+        set. A refused request leaves no state."""
         if math.isnan(ticket.arrived):
             ticket.arrived = now
         refused = self._over_its_cap(ticket) or self._too_late(ticket, now)
@@ -96,7 +96,7 @@ class Admission:
         return [*self.admit(now), *([crowded_out] if crowded_out else [])]
 
     def admit(self, now: float) -> list[Ticket]:
-        """Let those go on that there is room for; who has done so now."""
+        """Admit the requests that there is room for; returns them."""
         let_in = []
         while self.waiting and not self._is_full():
             adapter = min((a for a, queue in self._queues.items() if queue), key=lambda a: (self._served[a], a))
@@ -111,8 +111,8 @@ class Admission:
         return let_in
 
     def leave(self, ticket: Ticket, tokens: int, now: float) -> list[Ticket]:
-        """A request is over, wherever it stood, and took so many tokens (0 = nobody knows); who may go on in its
-        place."""
+        """A request is over, in whatever state, and took so many tokens (0 = not known); returns those that are
+        admitted in its place."""
         if ticket.refused:
             return []
         if ticket.waits:
@@ -132,20 +132,20 @@ class Admission:
         return let_in
 
     def give_up(self, ticket: Ticket, now: float) -> list[Ticket]:
-        """Refuse one that has waited as long as it may; who may go on in its place."""
+        """Refuse a request that has waited too long; returns those that are admitted in its place."""
         let_in = self.leave(ticket, 0, now)
         ticket.refused = ticket.refused or self.refusal(GONE, ticket, now)
         return let_in
 
     def may_wait_s(self, ticket: Ticket, now: float) -> float:
-        """Seconds that it may still wait: what is left of its limit; inf without one."""
+        """Seconds that it may still wait; inf without a limit."""
         if not self.limits.wait_ms:
             return math.inf
         return max(0.0, self.limits.wait_ms / 1e3 - (now - ticket.arrived))
 
     def predicted_wait_s(self, adapter: str, now: float) -> float:
-        """Seconds that a request of this adapter would wait which came now: those that would go on before it, and its
-        own turn, at the rate that is known, or at the engine's own pace where that is slower. 0 where nothing tells."""
+        """Seconds that a request of this adapter would wait if it came now: the requests before it and its own turn, at
+        the known rate, or at the engine's own pace if that is slower. 0 if neither is known."""
         if not self._is_full():
             return 0.0
         known, own = self.limits.rate, self._pace(now)
@@ -153,7 +153,7 @@ class Admission:
         return (self._ahead(adapter) + 1) / pace if pace else 0.0
 
     def refusal(self, reason: str, ticket: Ticket, now: float) -> Refused:
-        """The words of a refusal, and when to come again."""
+        """The message of a refusal, and the time of a retry."""
         predicted = self.predicted_wait_s(ticket.adapter, now)
         most = f"{self.limits.wait_ms:.0f} ms are allowed"
         said = {

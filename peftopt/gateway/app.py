@@ -1,4 +1,4 @@
-"""The users' side, as an ASGI application: which path is answered by what."""
+"""The users' side, as an ASGI application: the handler of each path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GENERATES = ("/v1/chat/completions", "/v1/completions")
 
 
 class App:
-    """The application: its routes, and what answers each."""
+    """The application: its routes and their handlers."""
 
     def __init__(self, shared: Shared) -> None:
         self.shared = shared

@@ -1,6 +1,6 @@
-"""Versions asked beside the users: only where the gateway has room to spare, and only a few requests at once.
+"""Asks versions beside the users: only while the gateway has room to spare, and only a few requests at once.
 
-A request of ours takes a place of the admission like any other, but it never waits in a queue: users go first.
+Such a request takes a place of the admission like any other, but it never waits in a queue: users go first.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ LOOK_AGAIN_S = 0.05
 
 
 def drawn(line: Line, share: float) -> bool:
-    """Whether a user's request is one of those that both versions are asked again: it was answered by the live one."""
+    """Whether a user's request is sampled, so that both versions get it again: the live version must have answered
+    it."""
     return line.arm == "live" and not line.kind and random.random() < share
 
 
@@ -42,14 +43,14 @@ class Full(Exception):
 
 @dataclass
 class Place:
-    """A place at the engine, and how many `tokens` were taken there; 0 where nobody knows."""
+    """A place at the engine, and the number of `tokens` taken there; 0 if not known."""
 
     tokens: int = 0
 
 
 class Asker:
-    """Asks the engine where there is room. `busy`: the requests that run or wait, and `waiting`: those that wait, in
-    all processes that answer users; without them those of this one."""
+    """Asks the engine while there is room. `busy`: requests that run or wait; `waiting`: those that wait. Both count
+    all processes that answer users; without them, this process."""
 
     def __init__(
         self,
@@ -66,13 +67,13 @@ class Asker:
 
     @property
     def free(self) -> bool:
-        """Whether a request would go on at once, and leave no user waiting."""
+        """Whether a request would be admitted at once, while no user waits."""
         most = self.shared.admission.limits.running
         has_room = not self._waiting() and (not most or self._busy() < most)
         return self.shared.open and self.shared.lives.ready and has_room
 
     async def room(self) -> None:
-        """Wait until there is some."""
+        """Wait until there is room."""
         while not self.free:
             await asyncio.sleep(LOOK_AGAIN_S)
 
@@ -138,8 +139,8 @@ def labelled_body(messages: Sequence[Mapping[str, str]], new_tokens: int) -> dic
 
 
 def vocabulary_of(base: Path | None) -> Vocabulary:
-    """The special tokens of a base, as its tokenizer.json names them, and those that end an answer; none where that is
-    not known."""
+    """The special tokens of a base, from its tokenizer.json, and those that end an answer; none if that is not
+    known."""
     from peftopt.models import template
 
     file = base / "tokenizer.json" if base else None

@@ -1,6 +1,6 @@
-"""What answers behind the gateway: an engine's server that is started here, or one that runs already.
+"""The engine behind the gateway: a server that is started here, or one that runs already.
 
-Each gives a URL, the names it brings from its start, and whether adapters can be loaded while it runs.
+Each gives a URL, the names that it serves from its start, and whether adapters can be loaded while it runs.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ rollback."""
 @dataclass(frozen=True)
 class Start:
     """How to start an engine's server. `brings`: the names it serves from its start, by route; `loads`: whether it
-    takes adapters while it runs, of a rank up to `max_rank` (0 = any); `ready_s`: seconds until it must answer; the
+    loads adapters while it runs, of a rank up to `max_rank` (0 = any); `ready_s`: seconds until it must answer; the
     `engine`'s name, "" for a server that runs already; `most_running` requests at once. That, and the bytes of its
-    weights and its KV cache, are 0 where they are not known."""
+    weights and its KV cache, are 0 if not known."""
 
     command: Sequence[str]
     variables: Mapping[str, str]
@@ -62,9 +62,9 @@ class Start:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to start: `engine` by its plug-in's name, the `model`, the `name` that it is served as, the `params` that a
-    recipe gave the engine, how many `adapters` it must hold at once and their highest `rank`, requests it may run and
-    have waiting and tokens of prompts in its queue (0 = its own default), `args` of its own command line."""
+    """What to start: `engine`, the plug-in's name; the `model`; the `name` of the model for users; the `params` from
+    the recipe; the number of `adapters` it must hold at once and their highest `rank`; limits on running and waiting
+    requests and on queued prompt tokens (0 = its own default); `args` of its command line."""
 
     engine: str
     model: Model
@@ -84,8 +84,8 @@ class Wanted:
 
 
 def start(wanted: Wanted, port: int = 0) -> Start:
-    """The command line of an engine's server on a port of this machine. Raises BadInput for what it cannot serve,
-    MissingEnvironment where it is not installed."""
+    """The command line of an engine's server on a port of this machine. Raises BadInput for a model that it cannot
+    serve, MissingEnvironment if it is not installed."""
     check(wanted.engine, wanted.adapters)
     if port:
         check_port(port)
@@ -95,7 +95,7 @@ def start(wanted: Wanted, port: int = 0) -> Start:
 
 
 def check(engine: str, adapters: int) -> None:
-    """Raises BadInput for an engine that nothing serves over HTTP, and for one that serves no adapters apart."""
+    """Raises BadInput for an engine without a server, and for one that cannot serve unmerged adapters."""
     if engine not in ("vllm", "llamacpp_server", *OURS):
         hint = f"choose one with --engine: vllm, llamacpp_server, {', '.join(OURS)}"
         raise BadInput(f"nothing serves the engine {engine!r} over HTTP", hint)

@@ -1,7 +1,7 @@
-"""Is the share of what goes wrong in one version more than in another's by a limit? May be asked at any time. Pure.
+"""Is the share of errors in one version higher than in another's by more than a limit? Valid at any time. Pure.
 
-What is bet on are pairs, one request of each version: +1 where only the new one's went wrong, -1 where only the live
-one's did, 0 where they were alike. The pair's mean is the difference of the two shares.
+A pair has one request of each version: +1 if only the new one's went wrong, -1 if only the live one's did, else 0. The
+pairs' mean is the difference of the two shares.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class Tally:
 
     @property
     def mean(self) -> float:
-        """By how much the new version's share is higher; nan of nothing."""
+        """The difference of the new version's share from the live one's; nan without pairs."""
         return (self.worse - self.better) / self.n if self.n else math.nan
 
 
 def judge(tally: Tally, limit: float, alpha: float) -> Outcome:
     """Whether the mean lies below a limit: accepted, rejected above it, or inconclusive.
 
-    A gambler wins where each pair is below the limit on average whatever came before, another where it is above. If
-    one's claim is false, the chance that its wealth is ever above 1 / alpha is alpha at most (Ville).
-    Source: Waudby-Smith and Ramdas 2023, "Estimating means of bounded random variables by betting", 4.
+    One bet wins if the pairs are below the limit on average whatever came before, another if they are above. If a bet's
+    claim is false, the chance that its wealth ever exceeds 1 / alpha is at most alpha (Ville). Source: Waudby-Smith and
+    Ramdas 2023, "Estimating means of bounded random variables by betting", 4.
     """
     if _wins(tally, limit, -1, alpha):
         return "accepted"
@@ -51,7 +51,7 @@ def judge(tally: Tally, limit: float, alpha: float) -> Outcome:
 
 
 def interval(tally: Tally, alpha: float) -> Interval:
-    """The mean with every limit that neither gambler refutes: it holds at whatever time one looks, at 1 - 2 alpha."""
+    """The mean with every limit that neither bet refutes: it holds at any time, at 1 - 2 alpha."""
     high, low = _edge(tally, -1, alpha), _edge(tally, 1, alpha)
     return Interval(tally.mean, low, high, tally.n, 1 - 2 * alpha)
 

@@ -1,5 +1,5 @@
-"""What may be put before users: an adapter of this base, a prompt baked from it, or a whole model. Read from headers,
-but for values that are damaged; pickles are never opened."""
+"""Whether a folder may be served: an adapter of this base, a prompt baked from it, or a whole model. Reads headers
+only, and values to find damaged ones; pickles are never opened."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from peftopt.records import SAFETENSORS
 
 
 def adapter(folder: Path, base: Path | None, max_rank: int) -> None:
-    """Raises BadInput for what is no safe adapter of this base, as merge checks it, and for a rank above `max_rank`
-    (0 = any); for what was not baked from this base, where it is a baked prompt."""
+    """Raises BadInput for an adapter that is unsafe or not of this base, by the checks of a merge, and for a rank above
+    `max_rank` (0 = any); also for a prompt that was not baked from this base."""
     from peftopt.models.adapter import highest_rank, open_adapter
     from peftopt.runner import preflight
 
@@ -49,8 +49,8 @@ def _check_prompt(folder: Path, max_rank: int) -> None:
 
 
 def model(folder: Path, engine: str) -> None:
-    """Raises BadInput for what is no safe model, as a base is checked, MissingEnvironment where the engine cannot read
-    its weights here."""
+    """Raises BadInput for an unsafe model, by the checks of a base, MissingEnvironment if the engine cannot read its
+    weights here."""
     from peftopt import environments, plugins
     from peftopt.runner import preflight
 

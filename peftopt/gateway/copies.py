@@ -1,5 +1,5 @@
-"""Copies of adapters and merged models, each in a folder that is named by the hash of its files: on the disk whole, or
-not at all, also when the power fails."""
+"""Copies of adapters and merged models. Each is in a folder named by the hash of its files, and is whole or not there,
+also after a power cut."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PIECE_BYTES = 2**20
 
 
 def of_adapter(folder: Path) -> list[Path]:
-    """The files that engines read of an adapter, or of a baked prompt."""
+    """The files of an adapter, or of a baked prompt, that engines read."""
     names = (baked.CONFIG, baked.WEIGHTS) if baked.is_baked(folder) else (CONFIG, WEIGHTS)
     return [folder / name for name in names]
 
 
 def of_model(folder: Path) -> list[Path]:
-    """The files that engines read of a model. Raises BadInput for a link to elsewhere."""
+    """The files of a model that engines read. Raises BadInput for a link to elsewhere."""
     files = sorted(file for file in folder.iterdir() if file.suffix in MODEL_FILES and file.is_file())
     for file in files:
         check_link(file, folder)
@@ -35,8 +35,8 @@ def of_model(folder: Path) -> list[Path]:
 
 
 def take(files: Sequence[Path], into: Path) -> str:
-    """Copy files into a folder below `into` that is named by their hash, which is returned. A copy that is there and
-    whole stays; a damaged one is replaced. Raises MissingEnvironment where the disk does not take it."""
+    """Copy files into a folder below `into` that is named by their hash, and return it. A whole copy stays; a damaged
+    one is replaced. Raises MissingEnvironment if the disk refuses."""
     temporary = into / f".{os.getpid()}.tmp"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -54,7 +54,7 @@ def take(files: Sequence[Path], into: Path) -> str:
 
 
 def whole(folder: Path) -> bool:
-    """Whether a copy is what its name says."""
+    """Whether a copy matches the hash in its name."""
     try:
         # In the order of `take`: an adapter's files are in it too, as their names are sorted.
         files = sorted(file for file in folder.iterdir() if file.is_file())
@@ -64,7 +64,7 @@ def whole(folder: Path) -> bool:
 
 
 def check(folder: Path) -> None:
-    """Raises BadInput for a copy that a power cut or somebody has damaged."""
+    """Raises BadInput for a damaged copy."""
     if not whole(folder):
         raise BadInput("its copy is damaged: the files have another hash", "put the version again")
 

@@ -1,4 +1,4 @@
-"""What a finished run says to serve: its model, its adapters, its engine, and the limits that users were promised."""
+"""What to serve from a finished run: its model, adapters and engine, and the limits that its users were promised."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ NO_LIMITS = (
 
 @dataclass(frozen=True)
 class Decided:
-    """`origin`: the variant to serve, of which run and decision, and `chosen` the one that this chose, "" for none;
-    `model` with the adapters that stay apart; `name` that users know it by, the adapter's; `engine` that serves it and
-    its `params`; `measured_on`: the variant's engine in the recipe; `slos_s`: every limit on a time in the recipe, in
-    seconds; `held`: the load under which they held, None where the run tells none."""
+    """`origin`: the variant to serve, with its run and decision, and `chosen`, the variant that the decision chose, ""
+    for none; `model` with its unmerged adapters; `name`: the model's name for users, the adapter's; `engine` that
+    serves it and its `params`; `measured_on`: the variant's engine in the recipe; `slos_s`: every limit on a time in
+    the recipe, in seconds; `held`: the load under which they held, None if the run has none."""
 
     origin: Origin
     model: Model
@@ -46,13 +46,13 @@ class Decided:
 
     @property
     def limits(self) -> Limits | None:
-        """The limits of the gateway, None where the run tells none."""
+        """The limits of the gateway, None if the run gives none."""
         return self.held.limits() if self.held else None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run, and which of its variants is meant."""
+    """A finished run, and one of its variants."""
 
     plan: Plan
     decision: Decision
@@ -60,8 +60,8 @@ class Finished:
 
 
 def finished(folder: Path, variant: str = "") -> Finished:
-    """A run with its chosen variant, or another one that is named. Raises BadInput for a folder that is no finished run
-    and for a run that chose nothing."""
+    """A run with its chosen variant, or a named one. Raises BadInput for a folder that is not a finished run, and for a
+    run without a chosen variant."""
     file = folder / "decision.json"
     if not file.is_file():
         raise BadInput(f"{folder} is no finished run", "give a folder below results/runs: peftopt run RECIPE makes one")
@@ -76,7 +76,7 @@ def finished(folder: Path, variant: str = "") -> Finished:
 
 
 def of_run(folder: Path, variant: str = "") -> Decided:
-    """The chosen variant of a run, or another one that is named. Raises BadInput for what is no finished run, a variant
+    """The chosen variant of a run, or a named one. Raises BadInput for a folder that is not a finished run, a variant
     that changes its users' requests, and an artifact that is gone or damaged."""
     run = finished(folder, variant)
     plan, name = run.plan, run.variant
@@ -134,7 +134,8 @@ def _held(folder: Path, run: Finished) -> Held | None:
 
 
 def limits_of_file(path: Path) -> Limits:
-    """Those of the last search in a file of `load --find-rate --out`. Raises BadInput for a file without one."""
+    """The limits of the last search in a file of `load --find-rate --out`. Raises BadInput for a file without a
+    search."""
     if not path.is_file():
         raise BadInput(f"--limits: there is no file {path}", NO_LIMITS)
     found = held.searched(store.read(path), path.name)

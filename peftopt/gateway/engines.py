@@ -1,6 +1,6 @@
-"""The engines that run for one version each: a merged model is a process of its own beside the gateway's engine.
+"""Engines for single versions: a merged model has its own process beside the gateway's engine.
 
-A process ends with its version and with the gateway, and the kernel ends it when the gateway is killed.
+A process ends with its version and with the gateway, and the kernel ends it if the gateway is killed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ MORE, LEAST_BYTES = 1.1, 512 * 2**20
 
 @dataclass
 class Running:
-    """An engine's process, where its version is asked, what is known of its memory, and the seconds that its start
-    took."""
+    """An engine's process, its URL for requests, the known sizes of its memory, and the seconds of its start."""
 
     server: Server
     version: Version
@@ -47,8 +46,8 @@ class Engines:
         self._running: dict[str, Running] = {}
 
     def named(self, engine: str, folder: Path, name: str) -> str:
-        """The engine that would serve a merged model as `name`. Raises BadInput for one that is not known, and where
-        none can be started, MissingEnvironment where it is not installed."""
+        """The engine for a merged model with this `name`. Raises BadInput for an unknown one, and if none can be
+        started, MissingEnvironment if it is not installed."""
         if self.starter is None:
             raise BadInput(f"{folder} is a whole model, and this gateway starts no engines", "put an adapter")
         return self.starter(engine, folder, name).engine
@@ -62,7 +61,7 @@ class Engines:
         return self._running[name].seconds if name in self._running else None
 
     def sampled(self, upstream: Upstream) -> list[Engine]:
-        """Those that run, as they are sampled by connections like these."""
+        """The running engines, for the sampler, with connections like these."""
         return [
             Engine(name, upstream.at(running.version.url).get, running.known, running.server.processes)
             for name, running in self._running.items()
@@ -70,8 +69,8 @@ class Engines:
         ]
 
     async def start(self, stored: Stored) -> Version:
-        """Start an engine for a version, unless it runs. Raises MissingEnvironment where the memory does not hold it,
-        WorkerFailed with the engine's last lines when it does not start."""
+        """Start an engine for a version, unless it runs. Raises MissingEnvironment if the memory is too small,
+        WorkerFailed with the engine's last lines if it does not start."""
         assert self.starter
         version = stored.version
         running = self._running.get(version.served)
@@ -93,7 +92,7 @@ class Engines:
         return running.version
 
     async def stop(self, name: str) -> None:
-        """End a version's engine, where it has one."""
+        """End a version's engine, if it has one."""
         if running := self._running.pop(name, None):
             await asyncio.to_thread(running.server.stop)
 
@@ -102,12 +101,12 @@ class Engines:
         await asyncio.gather(*(self.stop(name) for name in list(self._running)))
 
     def dead(self) -> dict[str, str]:
-        """The versions whose engine has died, and its last lines."""
+        """The versions with a dead engine, and its last lines."""
         return {name: each.server.why() for name, each in self._running.items() if not each.server.alive()}
 
 
 def check_room(folder: Path) -> None:
-    """Raises MissingEnvironment where this machine's memory does not hold another engine with this model."""
+    """Raises MissingEnvironment if another engine with this model does not fit in this machine's memory."""
     weights = sum(file.stat().st_size for file in copies.of_model(folder) if file.suffix in (".safetensors", ".gguf"))
     needed, free = round(MORE * weights) + LEAST_BYTES, machine.free_memory()
     if needed > free:
@@ -122,5 +121,5 @@ def _gib(size: int) -> str:
 
 
 def as_text(error: PeftoptError) -> str:
-    """An error and what to do, in a line."""
+    """An error and its hint, in a line."""
     return f"{error.message}; {error.hint}" if error.hint else error.message

@@ -1,6 +1,6 @@
-"""What a user is answered in place of the engine's answer. Pure.
+"""Answers to users in place of the engine's answer. Pure.
 
-A user is not told where the engine is or what its folders are called: that is for the log.
+They do not contain the engine's address or folders: those are in the log.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def without_places(body: bytes) -> bytes:
 
 @dataclass
 class Problem(Exception):
-    """An answer in place of the engine's: an HTTP `status`, what to say, and `code`, a word for programs. `detail` is
-    for the log alone."""
+    """An answer in place of the engine's: an HTTP `status`, a message, and `code`, a word for programs. `detail` is for
+    the log alone."""
 
     status: int
     said: str
@@ -39,7 +39,7 @@ class Problem(Exception):
 
     @property
     def logged(self) -> str:
-        """What the log says of it."""
+        """The text for the log."""
         return f"{self.said}: {self.detail}" if self.detail else self.said
 
     def body(self) -> bytes:

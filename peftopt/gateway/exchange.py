@@ -1,7 +1,7 @@
-"""One request of a user's: it is checked, admitted, routed, passed through, and written down.
+"""One request of a user: it is checked, admitted, routed, forwarded, and logged.
 
-The answer's bytes pass as they are. When the client goes, the engine is let go of, whether the answer streams or not,
-and before its first byte too. (ASGI: asgi.readthedocs.io, HTTP; `receive` gives http.disconnect.)
+The answer's bytes are forwarded unchanged. When the client disconnects, the request to the engine is cancelled,
+streaming or not, and before its first byte too. (ASGI: asgi.readthedocs.io, HTTP; `receive` gives http.disconnect.)
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Unread(Exception):
 
 
 class Exchange:
-    """One request of a user's, from its first byte to its line in the log."""
+    """One request of a user, from its first byte to its line in the log."""
 
     def __init__(self, shared: Shared, scope: Scope, receive: Receive, send: Send) -> None:
         self.shared, self.path, self.receive, self._out = shared, scope["path"], receive, send
@@ -66,7 +66,7 @@ class Exchange:
         """Whether the answer's head has been sent."""
 
     async def run(self) -> None:
-        """Answer it, or let it go when its client does."""
+        """Answer it, or cancel it when its client disconnects."""
         line = self.line
         self.shared.here += 1
         if self.shared.traces:
@@ -370,7 +370,7 @@ class Exchange:
 
 
 async def answer_whole(send: Send, status: int, body: bytes, content_type: str) -> None:
-    """Send a whole answer of ASGI's."""
+    """Send a whole ASGI answer."""
     headers = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -405,7 +405,7 @@ def _kind(status: int, body: bytes) -> str:
 
 
 def unknown_key() -> Problem:
-    """What who sends no key, or one that is not known, is told."""
+    """The answer to a client without a key, or with an unknown one."""
     said = "this needs an API key that is known here: send Authorization: Bearer KEY"
     return Problem(401, said, "invalid_api_key", headers={"www-authenticate": "Bearer"})
 

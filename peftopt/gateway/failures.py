@@ -1,4 +1,4 @@
-"""Versions that do not answer: why, and when each is tried again. Pure."""
+"""Versions that do not answer: the reasons, and the times of the next attempts. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ AGAIN_S, AGAIN_AT_MOST_S = 1.0, 600.0
 
 @dataclass(frozen=True)
 class Failure:
-    """`why` a version does not answer; the time when it is tried again, after a `pause`, in seconds."""
+    """`why` a version does not answer; the time of the next attempt, after a `pause`, in seconds."""
 
     why: str
     due: float
@@ -19,7 +19,7 @@ class Failure:
 
 
 class Failures:
-    """The versions that do not answer, by their names among all that is served."""
+    """The versions that do not answer, by their served names."""
 
     def __init__(self) -> None:
         self._failures: dict[str, Failure] = {}
@@ -42,9 +42,9 @@ class Failures:
         self._failures[name] = Failure(why, now + pause, pause)
 
     def clear(self, name: str) -> None:
-        """A version answers, or nobody needs it any more."""
+        """A version answers, or is not needed any more."""
         self._failures.pop(name, None)
 
     def due(self, now: float) -> list[str]:
-        """Whom to try again now."""
+        """The versions to try again now."""
         return [name for name, failure in self._failures.items() if failure.due <= now]

@@ -1,4 +1,4 @@
-"""What each version says when it is asked alone, and whether it still does among the others."""
+"""How each version answers when it is asked alone, and whether it still does in a batch with the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EARLIER = 4
 
 
 class Fingerprints:
-    """The fingerprints of all that is served, by the names at the engine, and of `prompts` by their ids."""
+    """The fingerprints of all served versions, by their names at the engine, and of `prompts` by their ids."""
 
     def __init__(self, prompts: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
         self.prompts = prompts
@@ -42,11 +42,11 @@ class Fingerprints:
         return Known(prints, self._noise | {name: noise for name, (_, noise) in self._earlier.items()})
 
     def of(self, name: str) -> Mapping[str, Print] | None:
-        """Those of one, the same object until they are taken anew; None for one that was not asked."""
+        """Those of one version, the same object until they are taken again; None for one that was not asked."""
         return self._prints.get(name)
 
     def clear(self) -> None:
-        """Forget all that is served, as after a restart of the engine."""
+        """Forget all served versions, as after a restart of the engine."""
         self._prints, self._noise, self._own = {}, {}, set()
 
     def drop(self, name: str) -> None:
@@ -56,7 +56,7 @@ class Fingerprints:
         self._own.discard(name)
 
     def retire(self, name: str) -> None:
-        """Forget one that was served, but for what tells its answers: another version must not give them."""
+        """Forget one that was served, but keep enough to recognise its answers: another version must not give them."""
         if name in self._prints and name not in self._own:
             self._earlier[name] = (self._prints[name], self._noise[name])
             adapter = name.partition("@")[0]
@@ -66,8 +66,8 @@ class Fingerprints:
         self.drop(name)
 
     async def take(self, client: Client, name: str, own: bool = False) -> None:
-        """Ask one alone; `own`: it has an engine of its own. Raises WorkerFailed without an answer, and for an engine
-        that tells no log-probabilities: see `untold`."""
+        """Ask one alone; `own`: it has its own engine. Raises WorkerFailed without an answer, and for an engine without
+        log-probabilities: see `untold`."""
         known = await mixed.alone(client, [name], self.prompts, lambda *_: None)
         self._earlier.pop(name, None)
         self._prints[name] = known.prints[name]
@@ -76,7 +76,7 @@ class Fingerprints:
             self._own.add(name)
 
     async def together(self, client: Client, names: Sequence[str]) -> mixed.Round:
-        """Ask those of the names that have been asked alone, all at once. Raises WorkerFailed without an answer."""
+        """Ask all of these names at once that were asked alone before. Raises WorkerFailed without an answer."""
         asked = [name for name in dict.fromkeys(names) if name in self and name not in self._own]
         return _answered(await mixed.together(client, self._all_known, asked, self.prompts, random.Random()))
 
@@ -86,23 +86,23 @@ class Fingerprints:
         return _answered(self.compared(name, dict(zip(self.prompts, answers, strict=True))))
 
     def compared(self, name: str, answers: Mapping[str, Print | str]) -> mixed.Round:
-        """What answers of one say, by their prompts: each a fingerprint, or why there is none."""
+        """Judge answers of one version, by their prompts: each a fingerprint, or the reason for none."""
         own = Known({name: self._prints[name]}, {name: self._noise[name]})
         known = own if name in self._own else self._all_known
         return mixed.judged(known, [(name, id_) for id_ in answers], list(answers.values()))
 
     def alike(self) -> list[tuple[str, str]]:
-        """Pairs on one engine that no prompt tells apart: a wrong answer between them would not be seen."""
+        """Pairs on one engine that no prompt distinguishes: a wrong answer between them would go unnoticed."""
         return [(a, b) for a, b in self.known.alike() if not self._own & {a, b}]
 
     def doubt(self, name: str) -> str:
-        """What cannot be seen of a version: whom no prompt tells it from; "" for nothing."""
+        """The versions that no prompt distinguishes from this one, as a sentence; "" for none."""
         alike = [b if a == name else a for a, b in self.alike() if name in (a, b)]
         return f" (no prompt tells it from {', '.join(alike)})" if alike else ""
 
 
 def untold(error: WorkerFailed) -> bool:
-    """Whether the engine has answered, and tells no log-probabilities."""
+    """Whether the engine has answered, but without log-probabilities."""
     return mixed.NO_LOGPROBS in error.detail
 
 

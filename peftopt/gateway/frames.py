@@ -1,8 +1,8 @@
-"""What a streamed answer says of itself, followed by its bytes as they pass. Pure.
+"""Reads a streamed answer's messages while its bytes are forwarded. Pure.
 
-A stream is server-sent events (html.spec.whatwg.org/multipage/server-sent-events.html): messages that a blank line
-ends. JSON has no line breaks, so blank lines can be counted without reading what is between them. Only the messages up
-to the first token and the last few are parsed.
+A stream is server-sent events (html.spec.whatwg.org/multipage/server-sent-events.html): a blank line ends each message.
+JSON has no line breaks, so blank lines can be counted without parsing the text between them. Only the messages up to
+the first token and the last few are parsed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ MOST_COUNT = 2**53
 
 @dataclass
 class Ended:
-    """What the end of an answer says: `finish` reason, the server's counts of tokens, an `error` in it, and the
-    engine's own `metrics` of the request, where it tells them (vLLM's --enable-per-request-metrics, llama.cpp's
+    """The content of an answer's end: `finish` reason, the server's counts of tokens, an `error` in it, and the
+    engine's own `metrics` of the request, if it sends them (vLLM's --enable-per-request-metrics, llama.cpp's
     timings)."""
 
     finish: str = ""
@@ -42,7 +42,7 @@ class Ended:
     metrics: dict[str, Json] = field(default_factory=dict)
 
     def read(self, message: Json) -> None:
-        """Take in a message, or a whole answer. What is not of OpenAI's shape says nothing."""
+        """Read a message, or a whole answer. Anything not of OpenAI's form is ignored."""
         if not isinstance(message, dict):
             return
         if error := message.get("error"):
@@ -102,7 +102,7 @@ class Frames:
             self.first_token = len(self._head) >= HEAD_BYTES or any(map(_has_text, parsed(self._head)))
 
     def ended(self) -> Ended:
-        """What the last messages say, whether the stream is whole or not."""
+        """The content of the last messages, whether the stream is whole or not."""
         found = Ended()
         for message in parsed(b"".join(self._tail) + ENDS[0]):
             found.read(message)
@@ -110,12 +110,12 @@ class Frames:
 
     @property
     def done(self) -> bool:
-        """Whether the stream has said that it is over."""
+        """Whether the stream's end message has come."""
         return DONE in b"".join(self._tail)[-64:]
 
 
 def parsed(text: bytes) -> Iterator[Json]:
-    """The parsed messages of a piece of a stream, but for one that has lost its start or lacks its end."""
+    """The parsed messages of a piece of a stream, without one whose start or end is missing."""
     *messages, _ = text.replace(b"\r\n", b"\n").split(b"\n\n")
     for message in messages:
         lines = [line[5:].strip() for line in message.split(b"\n") if line.startswith(b"data:")]

@@ -1,6 +1,6 @@
-"""The most that a request's head may hold, and the longest that a request may take to come in.
+"""The largest head of a request, and the longest time for a request to arrive.
 
-httptools, which reads heads, takes one without an end, and uvicorn waits for one as long as its client likes.
+httptools, the parser of heads, accepts one without an end, and uvicorn waits for one without a limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LATE_ANSWER = (
 
 
 class Intake:
-    """A connection's requests as they come in: the bytes of a head, and the time from a request's first byte (for the
+    """A connection's requests as they arrive: the bytes of a head, and the time from a request's first byte (for the
     first request: from the connection) to its last."""
 
     def __init__(self, connection: HttpToolsProtocol, read_s: float) -> None:
@@ -37,7 +37,7 @@ class Intake:
         self._late: asyncio.TimerHandle | None = None
 
     def wait(self) -> None:
-        """The time of a request begins, unless it has."""
+        """The time of a request begins, unless it has begun."""
         if self._read_s and self._late is None:
             self._late = self._connection.loop.call_later(self._read_s, self._too_late)
 
@@ -58,7 +58,7 @@ class Intake:
         self._in_head = False
 
     def take(self, data: bytes, feed: Callable[[bytes], None]) -> None:
-        """Let bytes be read, and see how many of them are a head's."""
+        """Let bytes be parsed, and count those of a head."""
         connection = self._connection
         if connection.transport.is_closing():
             return
@@ -86,8 +86,9 @@ class Intake:
 
 
 def bounded(read_s: float = READ_S) -> Any:
-    """Uvicorn's HTTP protocol, which refuses a longer head, and closes a connection whose request has not come in after
-    `read_s` seconds (0 = without limit). "auto" without httptools: h11 limits a head's length itself, and no times."""
+    """Uvicorn's HTTP protocol with limits: it refuses a longer head, and closes a connection if a request takes more
+    than `read_s` seconds to arrive (0 = without limit). "auto" without httptools: h11 limits a head's length itself,
+    and has no time limit."""
     try:
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
     except ImportError:

@@ -1,6 +1,6 @@
-"""The load under which the service level held: of a search by `load --find-rate`, and of a run's own load. Pure.
+"""The load under which the service level held: from a search by `load --find-rate`, or from a run's own load. Pure.
 
-A search tells the highest rate. A run's load that met every limit tells a rate that holds, and a higher one may.
+A search gives the highest rate. A run's load that met every limit gives a lower bound: a higher rate may hold too.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ WAITED = ("ttft", "latency")
 
 
 def of_run(plan: Plan, decision: Decision, measured: Sequence[Measured], variant: str, source: str) -> Held | None:
-    """Of a search that was added to a run, else of the load that the run measured itself."""
+    """From a search that was added to a run, else from the run's own load."""
     return searched(measured, source, variant) or raced(plan, decision, measured, variant, source)
 
 
 def searched(measured: Iterable[Measured], source: str, variant: str = "") -> Held | None:
-    """Of the last search that found a rate, of one variant or of any ("")."""
+    """From the last search that found a rate, of one variant or of any ("")."""
     found = None
     for each in measured:
         if isinstance(each.values, Load) and variant in ("", each.variant):
@@ -75,7 +75,7 @@ def _prefill(alone: Sequence[Request]) -> float:
 
 
 def raced(plan: Plan, decision: Decision, measured: Sequence[Measured], variant: str, source: str) -> Held | None:
-    """Of the run's load at the highest rate that was answered within every limit on its times."""
+    """From the run's load with the highest rate that met every limit on its times."""
     index = Index(plan, measured)
     loads = (_of_workload(index, decision, variant, name, source) for name in plan.recipe.workloads)
     return max((held for held in loads if held), key=lambda held: held.rate, default=None)

@@ -1,4 +1,4 @@
-"""Does a version answer as itself? What was asked of one, as a verdict and as a line of the log. Pure."""
+"""Does a version answer as itself? The result of a check, as a verdict and as a line of the log. Pure."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ tell: the engine gives no log-probabilities, or no answer."""
 
 @dataclass(frozen=True)
 class Check:
-    """A version that was asked its fingerprint prompts at `at` (seconds since 1970). `adapter` as users know it; its
-    `version`, "" for what the engine brought; the `arm` that it answers in, "" for nobody. `distance` from its own
-    fingerprint in units of its own noise, at the prompt where it is furthest; `why` it is not its own; `answers` by
-    what each of them says."""
+    """The check of a version by its fingerprint prompts at `at` (seconds since 1970). `adapter`: its name for users;
+    its `version`, "" for a model that the engine had from its start; the `arm` that it answers in, "" for none.
+    `distance` from its own fingerprint in units of its own noise, the largest over the prompts; `why` it is not its
+    own; `answers`: counts by verdict."""
 
     adapter: str
     version: str
@@ -53,7 +53,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Itself:
-    """What the answers of one version say: the `verdict` over all, and the other fields as Check has them."""
+    """The result for the answers of one version: the `verdict` over all, and the other fields as in Check."""
 
     verdict: Verdict
     distance: float | None = None
@@ -62,7 +62,7 @@ class Itself:
 
 
 def judged(name: str, seen: Round) -> Itself:
-    """What the answers of a version say, by its `name` among all that is served."""
+    """Judge the answers of a version; `name` is its served name."""
     answered = seen.answered.count(name)
     failed = [why for whose, why in seen.failed if whose == name]
     wrong = [each for each in seen.wrong if each.model == name]

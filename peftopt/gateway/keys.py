@@ -1,6 +1,6 @@
-"""Who may ask: API keys by their hashes, with the adapters and the rate that each may have. Pure.
+"""API keys by their hashes, with the adapters and the rate of each. Pure.
 
-A file of keys has a line a key: the SHA-256 of the key (printf %s KEY | sha256sum), a name, and what it may do:
+A file of keys has one line for each key: the SHA-256 of the key (printf %s KEY | sha256sum), a name, and its rights:
 
     9f86d081…0f00a08 support-team adapters=support,sales rate=5/s
 """
@@ -29,7 +29,7 @@ class Key:
     _at: float = field(default=0.0, repr=False, compare=False)
 
     def may_ask(self, adapter: str) -> bool:
-        """Whether it may name this adapter."""
+        """Whether it may use this adapter."""
         return not self.adapters or adapter in self.adapters
 
     def wait_s(self, now: float) -> float:
@@ -50,12 +50,12 @@ ANYONE = Key("")
 
 @dataclass(frozen=True)
 class Keys:
-    """Every key by the hash of it; without any, everybody may ask."""
+    """Every key by its hash; without any, everybody may ask."""
 
     known: Mapping[str, Key] = field(default_factory=dict)
 
     def of(self, authorization: str) -> Key | None:
-        """Whose key a header holds ("Bearer …"); None for one that is not known."""
+        """The key in a header ("Bearer …"); None for an unknown one."""
         if not self.known:
             return ANYONE
         scheme, _, secret = authorization.partition(" ")
@@ -65,7 +65,7 @@ class Keys:
 
 
 def renewed(old: Keys, new: Keys) -> Keys:
-    """The keys of a file that was read again: one whose line is the same keeps what it has used of its rate."""
+    """The keys of a file that was read again: a key whose line is unchanged keeps the used part of its rate."""
     known = dict(new.known)
     for digest, before in old.known.items():
         if known.get(digest) == before:

@@ -1,7 +1,7 @@
-"""Labelled prompts of the operator's: does the new version lose right answers, does it make critical errors? Pure.
+"""The operator's labelled prompts: does the new version lose right answers, does it make critical errors? Pure.
 
-Each prompt is asked of the new version once and of the live one twice, as offline: the second run tells what the live
-version loses of its own. The offline rules judge the answers, when all have been asked. What is clear is said before.
+The new version is asked each prompt once and the live one twice, as offline: the second run shows what the live version
+loses by itself. The offline rules judge the answers when all have been asked. A clear rejection comes earlier.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Labelled:
         self.answers.setdefault(run, {})[answer.row] = answer
 
     def left(self, rows: Iterable[str]) -> list[str]:
-        """The prompts that lack one of their answers."""
+        """The prompts without all their answers."""
         return [row for row in rows if any(row not in self.answers.get(run, {}) for run in RUNS)]
 
     @property
@@ -65,8 +65,8 @@ class Labelled:
         return len(set.intersection(*(set(self.answers.get(run, {})) for run in RUNS)))
 
     def verdicts(self, critical: float, lost: float, alpha: float) -> list[Verdict]:
-        """What the offline rules say: `critical`, the share of prompts with critical errors that must be excluded;
-        `lost`, the share of right answers that may be lost. Before all are asked, only what rejects is said."""
+        """The verdicts of the offline rules: `critical`, the share of prompts with critical errors that must be
+        excluded; `lost`, the share of right answers that may be lost. Before all are asked, they can only reject."""
         evidence = Evidence(_PLAN, [Measured(each, whose, "", launch) for whose, launch, each in self._whole()])
         errors = answers.critical_errors(Case(evidence, NEW, _ENGINE, critical, LIVE, 1))
         kept = answers.lost(Case(evidence, NEW, _ENGINE, lost, LIVE, 1))

@@ -1,7 +1,7 @@
-"""How much a gateway carries: requests at once, requests that wait, and how long. Pure.
+"""The gateway's limits: requests at once, requests that wait, and their longest wait. Pure.
 
-Of a load under which the service level held, Little's law tells how many requests are under way at once: the rate times
-the mean time of one. How long a request may wait is what the level leaves of its limit.
+For a load under which the service level held, Little's law gives the number of requests at once: the rate times the
+mean time of one. The longest wait is the limit less the engine's own time.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _FIELD = re.compile(r"(running|waiting|wait|rate)=([0-9.]+)(ms|s|/s)?")
 @dataclass(frozen=True)
 class Limits:
     """`running` requests at the engine at once, `waiting` requests that may wait for it; 0 = without limit for the
-    first, none for the second where `running` is set. `wait_ms`: the longest wait, 0 = without limit. `rate`: requests
-    per second that the engine is known to serve, 0 = not known. `queued_tokens`: tokens of prompts that the engine can
-    read within the limit, 0 = not known. `source` names where the numbers are from."""
+    first, none for the second if `running` is set. `wait_ms`: the longest wait, 0 = without limit. `rate`: requests per
+    second that the engine can serve, 0 = not known. `queued_tokens`: tokens of prompts that the engine can read within
+    the limit, 0 = not known. `source`: the run or file that the numbers come from."""
 
     running: int = 0
     waiting: int = 0
@@ -39,10 +39,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Held:
-    """A load under which the service level held: `rate` requests a second, on each of which the engine
-    works for `worked_s` seconds on average. `level`
-    is the limit as it was written, `limit_s` in seconds; `needs_s` of it passes at the engine, where a place is free,
-    in 95 % of requests or the share that the limit is for. `prefill`: tokens of prompts per second, 0 = not known."""
+    """A load under which the service level held: `rate` requests a second, with `worked_s` seconds of the engine's work
+    on each on average. `level` is the limit as it was written, `limit_s` in seconds. `needs_s` of it pass in the engine
+    without a queue, in 95 % of requests or the share of the limit. `prefill`: tokens of prompts per second, 0 = not
+    known."""
 
     rate: float
     worked_s: float
@@ -53,7 +53,7 @@ class Held:
     prefill: float = 0.0
 
     def limits(self) -> Limits:
-        """What the gateway lets through so that the level holds at any load."""
+        """The limits with which the level holds at any load."""
         spare_s = max(0.0, self.limit_s - self.needs_s)
         return Limits(
             running=max(1, math.ceil(round(self.rate * self.worked_s, 6))),

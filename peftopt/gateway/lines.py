@@ -1,7 +1,7 @@
-"""One JSON line a request: where its time went, which weights answered, and how it ended.
+"""One JSON line for each request: where its time went, which weights answered, and how it ended.
 
-`peftopt import` makes records of `peftopt load` of these lines, and `load --trace` replays them. No text of a user's is
-in them, unless the operator asks for it.
+`peftopt import` turns these lines into records of `peftopt load`, and `load --trace` replays them. They have no text of
+users, unless the operator asks for it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROTATE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Origin:
-    """What a finished run decided to serve: its name, the variant, and the SHA-256 of its decision.json."""
+    """The origin of a model from a finished run: the run's name, the variant, and the SHA-256 of its decision.json."""
 
     run: str = ""
     variant: str = ""
@@ -50,7 +50,7 @@ NO_ORIGIN = Origin()
 
 
 class Written(Protocol):
-    """What a line of the log is made of: a request's account, or what a check of a version says."""
+    """The content of a line of the log: a request's account, or the result of a check."""
 
     def as_json(self) -> dict[str, Json]:
         """The line."""
@@ -58,11 +58,11 @@ class Written(Protocol):
 
 @dataclass
 class Line:
-    """A request's account. Times in seconds on one clock (perf_counter), nan or None where something did not happen.
+    """A request's account. Times in seconds on one clock (perf_counter), nan or None for an event that did not happen.
 
-    `arrived` at the gateway, `sent` to the engine, `first` and `last` byte of text, `done`; `gaps_ms` between
-    pieces of the answer. `sources` names who gave a number that can come from several: "engine" says it itself,
-    "gateway" measured it from outside, "derived" computed it from other numbers.
+    `arrived` at the gateway, `sent` to the engine, `first` and `last` byte of text, `done`; `gaps_ms` between pieces of
+    the answer. `sources` names the source of each number that can come from several: "engine", the engine itself;
+    "gateway", measured from outside; "derived", computed from other numbers.
     """
 
     request_id: str
@@ -110,12 +110,12 @@ class Line:
 
     @property
     def queue_gateway_ms(self) -> float:
-        """What it waited here, until it went on or was turned away."""
+        """Its wait in the gateway, until it was admitted or refused."""
         return 1e3 * (self.waited or 0.0)
 
     @property
     def queue_engine_ms(self) -> float | None:
-        """What it waited at the engine, where that tells."""
+        """Its wait in the engine, if the engine reports it."""
         told = self.engine.get("queue_time_ms")
         return float(told) if isinstance(told, int | float) else None
 
@@ -126,7 +126,7 @@ class Line:
 
     @property
     def generation_latency_ms(self) -> float | None:
-        """What the engine took for it: its own word, or from when it was sent until it was done."""
+        """The engine's time for it: as the engine reports it, or from sending to the end."""
         waited, decoded = self.engine.get("time_to_first_token_ms"), self.engine.get("generation_time_ms")
         if isinstance(waited, int | float) and isinstance(decoded, int | float):
             return float(waited) + float(decoded)
@@ -147,7 +147,7 @@ class Line:
         return 1e3 * (self.last - self.first) / (self.new_tokens - 1)
 
     def as_json(self) -> dict[str, Json]:
-        """The line. Every time in ms, but for `model_loading_time` and `adapter_switch_time`, which are seconds."""
+        """The line. Every time in ms, except `model_loading_time` and `adapter_switch_time`, which are in seconds."""
         engine = self.queue_engine_ms
         sources = {"generation_latency_ms": "engine" if "generation_time_ms" in self.engine else "gateway"}
         sampled = self.sampled or NO_SAMPLE
@@ -216,7 +216,7 @@ def _encoded(value: Json) -> bytes:
 
 
 def set_aside(path: Path) -> dict[int, Path]:
-    """The files that a log has set aside, by their numbers: the highest is the newest."""
+    """The rotated files of a log, by their numbers: the highest is the newest."""
     found = {}
     for other in path.parent.glob(f"{glob.escape(path.name)}.*"):
         number = other.name.removeprefix(f"{path.name}.")
@@ -226,9 +226,9 @@ def set_aside(path: Path) -> dict[int, Path]:
 
 
 class Log:
-    """A file of lines, or standard output ("-"), or nothing (""). A line that cannot be written is counted in `lost`
-    and takes nothing else with it; the file is tried again at the next. A `shared` file has lines of several processes:
-    each holds a lock while it writes one or sets the file aside."""
+    """A file of lines, or standard output ("-"), or nothing (""). A line that cannot be written is counted in `lost`,
+    and nothing else fails; the next line tries the file again. Several processes may write a `shared` file: each holds
+    a lock while it writes a line or rotates the file."""
 
     def __init__(self, where: str, rotate_bytes: int = ROTATE_BYTES, shared: bool = False, keep: int = 0) -> None:
         """`keep`: so many files that were set aside, 0 = all. Raises MissingEnvironment for a file that cannot be
@@ -256,11 +256,11 @@ class Log:
             self.lost += 1
 
     def reopen(self) -> None:
-        """Go on in the file that has the name now: another program, as logrotate, has moved the one before."""
+        """Open the file of that name again: another program, such as logrotate, has moved the old one."""
         self.close()
 
     def close(self) -> None:
-        """Let go of the file; a disk that complains of that keeps nobody from going on."""
+        """Close the file; an error of the disk is ignored."""
         if self._path and self._file:
             file, self._file = self._file, None
             with contextlib.suppress(OSError):

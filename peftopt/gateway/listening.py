@@ -1,4 +1,4 @@
-"""Applications on their sockets: uvicorn, without its own signals and words."""
+"""Serves applications on sockets: uvicorn, without its own signals and messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CLOSE_S = 2
 
 @contextlib.asynccontextmanager
 async def listening(app: Any, where: Where, read_s: float = READ_S) -> AsyncIterator[None]:
-    """The application answers there until this ends; a request may take `read_s` seconds to come in, 0 = any. Raises
+    """Serve the application until this context ends; a request may take `read_s` seconds to arrive, 0 = any. Raises
     MissingEnvironment for an address that is taken."""
     server = _server(app, where, read_s)
     task = asyncio.ensure_future(server.serve([where] if isinstance(where, socket.socket) else None))
@@ -42,8 +42,8 @@ async def listening(app: Any, where: Where, read_s: float = READ_S) -> AsyncIter
 
 @contextlib.asynccontextmanager
 async def operated(app: Any, where: Path | tuple[str, int], read_s: float = READ_S) -> AsyncIterator[None]:
-    """The same for operators: a socket's path is for this user alone. Raises BadInput for a path where something else
-    lies."""
+    """The same for operators: only this user may open the socket's path. Raises BadInput for a path where something
+    else exists."""
     if not isinstance(where, Path):
         async with listening(app, where, read_s):
             yield
@@ -54,9 +54,9 @@ async def operated(app: Any, where: Path | tuple[str, int], read_s: float = READ
 
 
 def private(path: Path, option: str) -> socket.socket:
-    """A socket at a path that this user alone can open, from its first moment on; one that an earlier process left
-    there is taken away. Raises BadInput, which names the `option`, for a path where something else lies,
-    MissingEnvironment for one that cannot be made."""
+    """A socket at a path that only this user can open, from its first moment on. A socket of an earlier process there
+    is removed. Raises BadInput, which names the `option`, for a path where something else exists, MissingEnvironment
+    for one that cannot be made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_socket():
         raise BadInput(f"{path} is there, and it is not a socket", f"name another path: {option}")
@@ -74,7 +74,7 @@ def private(path: Path, option: str) -> socket.socket:
 
 
 def settings(read_s: float = READ_S) -> dict[str, Any]:
-    """What uvicorn is told wherever it listens for users."""
+    """Uvicorn's settings for all users' sockets."""
     return {"log_level": "error", "access_log": False, "server_header": False, "http": bounded(read_s), "ws": "none"}
 
 
@@ -106,7 +106,7 @@ def _shown(server: uvicorn.Server) -> str:
 
 
 def address(text: str) -> Path | tuple[str, int]:
-    """Where operators are listened to. Raises BadInput for neither a socket nor a port."""
+    """The operators' address. Raises BadInput if it is neither a socket nor a port."""
     if text.startswith("unix:"):
         return Path(text.removeprefix("unix:"))
     host, _, port = text.rpartition(":")
@@ -116,8 +116,8 @@ def address(text: str) -> Path | tuple[str, int]:
 
 
 def socket_of(state: Path, name: str = "admin") -> str:
-    """Where operators (or workers) are listened to, unless told otherwise: a socket in the state's folder, or where
-    that path is too long for one (108 bytes on Linux), one in the user's runtime folder."""
+    """The default socket of operators (or workers): in the state's folder, or if that path is too long for one (108
+    bytes on Linux), in the user's runtime folder."""
     path = state.resolve() / f"{name}.sock"
     if len(os.fsencode(path)) > 100:
         own = f"peftopt-{os.getuid()}-{os.getpid()}" + (f"-{name}" if name != "admin" else "")

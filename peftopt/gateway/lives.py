@@ -3,9 +3,9 @@
     folder -> checks -> copy under its hash -> a name of its own at the engine -> load -> fingerprints, alone and in a
     batch with those that are served -> one change of the routes -> the version before drains, is kept, is unloaded
 
-A merged model goes the same way, on an engine of its own. One thing is loaded at a time. A change of a route waits for
-nothing: it is one step, between two of the event loop. Users are answered meanwhile; a request goes on with the version
-it began with.
+A merged model takes the same way, on its own engine. One thing is loaded at a time. A change of a route waits for
+nothing: it is one step of the event loop. Users are answered meanwhile; a request ends on the version that it began
+with.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ PROMPTS = {
 
 @dataclass
 class Settings:
-    """`drain_s`: the longest that a version's requests are waited for before it is unloaded; `keep_s`: how long the one
-    before the live one stays loaded; `load_s`: the longest that a load may take; `max_rank` that the engine holds, 0 =
-    any; `prompts` to fingerprint with, `key_env` of an engine that asks for a key."""
+    """`drain_s`: the longest wait for a version's requests before it is unloaded; `keep_s`: how long the version before
+    the live one stays loaded; `load_s`: the longest time of a load; `max_rank` of the engine, 0 = any; `prompts` to
+    fingerprint with, `key_env` of an engine that needs a key."""
 
     drain_s: float = 30.0
     keep_s: float = 600.0
@@ -65,8 +65,8 @@ class Settings:
 
 
 class Lives:
-    """The adapters of one engine, and merged models on engines of their own. `in_flight` counts requests by version;
-    `ready`: whether users are answered, but for those who ask versions that are in `failures`."""
+    """The adapters of one engine, and merged models on their own engines. `in_flight` counts requests by version;
+    `ready`: whether users are answered, except those of versions that are in `failures`."""
 
     def __init__(
         self,
@@ -104,11 +104,11 @@ class Lives:
         return self.registry.table
 
     def failed(self) -> Mapping[str, str]:
-        """Why versions do not answer, by their names among all that is served."""
+        """Why versions do not answer, by their served names."""
         return self.failures.all()
 
     def doubted(self) -> Mapping[str, str]:
-        """Versions that answer users though they do not answer as themselves, and how that was seen."""
+        """Versions that answer users although they do not answer as themselves, with the evidence."""
         return dict(self.doubts)
 
     def loading_s(self, name: str) -> float | None:
@@ -132,10 +132,10 @@ class Lives:
         engine: str = "",
         certify: bool = True,
     ) -> Outcome:
-        """Take an adapter, or a merged model with an `engine` of its own, from its folder to users: to all, or to the
-        share `weight` of them. On trial by `terms`, where they are given, with labelled prompts in `rows`: then without
-        a weight it answers nobody. It is rejected when it does not load or, where `certify` asks for it, does not
-        answer as itself; those that are served stay as they are."""
+        """Take an adapter, or a merged model with its own `engine`, from its folder to users: to all, or to the share
+        `weight` of them. With `terms` it is on trial, with labelled prompts in `rows`; without a weight it then answers
+        no users. It is rejected if it does not load or, with `certify`, does not answer as itself; the served versions
+        stay as they are."""
         whole = merged.is_model(folder)
         self._may_be_put(name, folder, weight, whole, engine)
         if terms and not (weight or terms.shadow or rows):
@@ -260,17 +260,17 @@ class Lives:
         return Outcome(INCONCLUSIVE, said, version.id)
 
     async def promote(self, name: str) -> Outcome:
-        """The canary answers everybody. Raises BadInput without one."""
+        """The canary becomes live. Raises BadInput without one."""
         return await self.turn(name, Route.promoted, "answers everybody")
 
     async def rollback(self, name: str) -> Outcome:
-        """The canary answers nobody, or without one the version before the live one answers again, at once: it is still
-        loaded. Raises BadInput where there is neither."""
+        """The canary is dropped, or without one the version before the live one answers again, at once: it is still
+        loaded. Raises BadInput if there is neither."""
         return await self.turn(name, Route.rolled_back, "answers everybody again")
 
     async def remove(self, name: str) -> Outcome:
-        """Nobody is answered by it any more, at once; then all its versions are unloaded. A name that the gateway was
-        started with answers as at the start. Raises BadInput for a name without a version that was put."""
+        """Stop answering under this name at once, then unload all its versions. A name that the gateway was started
+        with answers as at the start. Raises BadInput for a name without a version that was put."""
         route = self.registry.table.routes.get(name)
         if route is None:
             raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
@@ -290,7 +290,7 @@ class Lives:
     async def turn(
         self, name: str, turned: Callable[[Route], Route], said: str, judged: Version | None = None
     ) -> Outcome:
-        """Change a route; only as long as `judged` is its canary, where a trial asks for it."""
+        """Change a route; with `judged` only while that is its canary, as a trial needs it."""
         route = self.registry.table.routes.get(name)
         if route is None:
             raise BadInput(f"no adapter named {name!r}", f"known: {', '.join(self.registry.table.routes)}")
@@ -305,13 +305,13 @@ class Lives:
         return Outcome(ACCEPTED, f"{now.live.served} {said}", now.live.id)
 
     def heard(self, line: Line, sticky: str, path: str, asked: Mapping[str, Json]) -> None:
-        """A user's request is over: where its route is on trial it counts, and some are asked of both versions."""
+        """A user's request is over: if its route is on trial it counts, and some are sent to both versions."""
         self.trials.heard(line, sticky)
         if drawn(line, self.trials.shares.get(line.adapter, 0.0)):
             self.trials.shadow(line, path, asked)
 
     def doubt(self, name: str, why: str) -> None:
-        """A version that answers users does not answer as itself. That is told; what to do is the operator's."""
+        """A version that answers users does not answer as itself. This is reported; operators decide."""
         if self.doubts.get(name) == why:
             return
         self.doubts[name] = why
@@ -328,7 +328,8 @@ class Lives:
             self.show()
 
     def refuse(self, name: str, why: str) -> None:
-        """Let a version answer nobody until it answers as itself again. What the engine brought can only be told of."""
+        """Let a version answer no users until it answers as itself again. A model that the engine had from its start is
+        only reported."""
         if name in self.registry.versions:
             self.fails(name, f"it does not answer as itself, twice in a row: {why}")
         else:
@@ -337,9 +338,9 @@ class Lives:
     # ---- in the background
 
     async def retire(self) -> list[str]:
-        """Unload what no route needs any more and what has been kept long enough; what is still there after that.
+        """Unload versions that no route needs and whose time is over; returns those that are still there.
 
-        The requests that run on those are waited for first, so that a rollback need not wait for them."""
+        It first waits for their running requests, without delaying a rollback."""
         for name, route in self.registry.table.routes.items():
             old = route.previous
             if old and old.id and time.monotonic() - self._replaced.get(old.served, 0.0) > self.settings.keep_s:
@@ -362,7 +363,7 @@ class Lives:
         return [stored for name, stored in self.registry.versions.items() if name not in needed]
 
     def fails(self, name: str, why: str) -> None:
-        """A version answers nobody until it is mended. Users are told the first line of why: what an engine wrote is
+        """A version answers no users until it is mended. Users get the first line of the reason: the engine's output is
         for operators."""
         self.failures.note(name, why.partition("\n")[0], time.monotonic())
         self.registry.tell("failed", served=name, why=why)
@@ -382,8 +383,8 @@ class Lives:
         return wrong
 
     async def wrong(self, names: Iterable[str], new: str = "") -> list[str]:
-        """Which of some versions do not answer as themselves when all are asked at once. Of those that have failed,
-        only the `new` one is asked. Raises WorkerFailed where they do not answer."""
+        """The versions, of some, that do not answer as themselves when all are asked at once. Of failed versions only
+        the `new` one is asked. Raises WorkerFailed if they do not answer."""
         asked = [name for name in dict.fromkeys(names) if name == new or name not in self.failures]
         return await self.loader.mixed(asked)
 
@@ -404,7 +405,7 @@ class Lives:
         return ""
 
     async def change(self, name: str, route: Route) -> None:
-        """Route a name another way, in one step, and note the state of each version."""
+        """Change a name's route in one step, and note the state of each version."""
         before = self.registry.table.routes.get(name)
         self.registry.route(name, route)
         states: dict[str, str] = {version.served: arm for arm, version, _ in route.arms()}
@@ -419,7 +420,7 @@ class Lives:
         await self.published()
 
     def show(self) -> None:
-        """Let the metrics say what is served now."""
+        """Update the metrics to the served versions."""
         standing.show(self)
 
 

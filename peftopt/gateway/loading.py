@@ -1,6 +1,6 @@
-"""Versions at their engines: loaded, asked alone and among the others, unloaded.
+"""Versions at their engines: loads them, asks them alone and among the others, unloads them.
 
-An adapter goes to the gateway's engine, a merged model gets one of its own.
+An adapter goes to the gateway's engine, a merged model gets its own.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Loader:
         """Adds a check to the log."""
 
     async def load(self, stored: Stored) -> str:
-        """Load a version, timed; why not, "" when it is loaded."""
+        """Load a version, timed; returns the error, "" for none."""
         name, pause, error = stored.version.served, AGAIN_S, ""
         for again in reversed(range(1 if stored.engine else TRIES)):
             started = time.perf_counter()
@@ -68,7 +68,7 @@ class Loader:
         return error
 
     async def reload(self, stored: Stored) -> str:
-        """Load a version from a copy that was made earlier; why not, "" when it is loaded."""
+        """Load a version from a copy that was made earlier; returns the error, "" for none."""
         try:
             await asyncio.to_thread(copies.check, Path(stored.folder))
         except BadInput as error:
@@ -76,7 +76,7 @@ class Loader:
         return await self.load(stored)
 
     async def unload(self, stored: Stored) -> str:
-        """Unload a version, and see that it is gone; what is wrong, "" for nothing."""
+        """Unload a version, and check that it is gone; returns the error, "" for none."""
         name = stored.version.served
         self._fingerprints.drop(name)
         if stored.engine:
@@ -87,18 +87,20 @@ class Loader:
         return f"{name} is still served after its unload ({error or 'no error'})" if name in await self.listed() else ""
 
     async def listed(self) -> set[str]:
-        """All that the gateway's engine serves. Raises MissingEnvironment and BadInput where it does not tell."""
+        """The names that the gateway's engine serves. Raises MissingEnvironment and BadInput if it does not list
+        them."""
         async with self._client() as client:
             return {str(model["id"]) for model in await client.models()}
 
     async def alone(self, name: str) -> None:
-        """Take a version's fingerprints, at the engine that it runs on. Raises WorkerFailed without them."""
+        """Take a version's fingerprints on its engine. Raises WorkerFailed without them."""
         own = self._engines.where(name)
         async with self._client(own.url if own else "") as client:
             await self._fingerprints.take(client, name, own is not None)
 
     async def mixed(self, names: Sequence[str]) -> list[str]:
-        """Ask all of them at once, each engine's apart, and note what comes of it; whose answers are not their own."""
+        """Ask all of them at once, for each engine separately, and note the results; returns the names with wrong
+        answers."""
         async with self._client() as client:
             rounds = [await self._fingerprints.together(client, names)]
         for name in names:
@@ -112,8 +114,8 @@ class Loader:
         return [str(each) for seen in rounds for each in seen.wrong]
 
     async def one_by_one(self, name: str, place: Callable[[], AbstractAsyncContextManager[object]]) -> Check | None:
-        """Ask one again beside the users, a prompt after the other, each in a `place` of its own; note what comes of
-        it. None where it was asked alone or unloaded meanwhile: then it says nothing."""
+        """Ask one again beside the users, one prompt after the other, each in its own `place`; notes the result. None
+        if it was asked alone or unloaded meanwhile: then the answers decide nothing."""
         if name not in self._registry.table.served():
             return None
         before, own = self._fingerprints.of(name), self._engines.where(name)
@@ -129,7 +131,7 @@ class Loader:
         return self._note(name, itself.judged(name, self._fingerprints.compared(name, answers)))
 
     def untold(self, name: str) -> Check:
-        """Note that nothing tells whether a version answers as itself: the engine gives no log-probabilities."""
+        """Note that the engine gives no log-probabilities, so nothing shows whether a version answers as itself."""
         return self._note(name, Itself("unclear", why=mixed.NO_LOGPROBS, answers={"unclear": 1}))
 
     def _note(self, name: str, said: Itself) -> Check:

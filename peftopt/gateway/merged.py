@@ -1,4 +1,4 @@
-"""Whether a merged model is the adapter that answers now: by what its certificate says, and by how it answers."""
+"""Whether a merged model is the live adapter merged: by its certificate, and by its answers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ adapter's own noise: twice that of a model of 135 million weights in bf16."""
 
 @dataclass(frozen=True)
 class Origin:
-    """What a certificate says a model was merged from: `base` is the hash of the base's config, `adapters` those of
-    their weights' files; `kl_null`: the adapter's own noise in the output's dtype (nats a token), None where the
+    """The origin of a merged model in its certificate: `base` is the hash of the base's config, `adapters` those of
+    their weights' files; `kl_null`: the adapter's own noise in the output's dtype (nats a token), None if the
     certificate is not "full"."""
 
     base: str
@@ -32,12 +32,12 @@ class Origin:
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a folder holds a whole model, and not an adapter."""
+    """Whether a folder has a whole model, and not an adapter."""
     return (folder / "config.json").is_file() and not (folder / CONFIG).exists()
 
 
 def origin(folder: Path) -> Origin | None:
-    """What the certificate of `peftopt merge` says; None for a model without one, or with one that cannot be read."""
+    """The origin in the certificate of `peftopt merge`; None for a model without a readable one."""
     try:
         text = (folder / CERTIFICATE).read_text(encoding="utf-8")
         told = json.loads(text)
@@ -50,15 +50,15 @@ def origin(folder: Path) -> Origin | None:
 
 @dataclass(frozen=True)
 class Compared:
-    """What is to be said of a merged model beside the adapter that answers now: `said` in words, and whether it must
-    answer as the adapter does, within `nats` of log-probability."""
+    """A merged model compared with the live adapter by its certificate: `said`, the result in words, and whether it
+    must answer as the adapter does, within `nats` of log-probability."""
 
     said: str
     must: bool
     nats: float
 
     def judged(self, known: Known, model: str, adapter: str, base: str) -> tuple[str, str]:
-        """What is to be said of the model, and why it is not the adapter; "" where it is, or need not be."""
+        """The result in words, and why the model is not the adapter; "" if it is, or need not be."""
         if not self.must:
             return self.said, ""
         if adapter not in known.prints:
@@ -71,8 +71,8 @@ class Compared:
 
 
 def against(found: Origin | None, base: Path | None, adapter: Path) -> Compared:
-    """What the certificate says of the adapter in that folder and of that base. A model that was merged from another
-    adapter is a new version and need not answer as this one does."""
+    """Compare the certificate with the adapter in that folder and with that base. A model merged from another adapter
+    is a new version and need not answer as this one does."""
     kl = KL_LIMIT
     if found is None:
         return Compared(f"it has no {CERTIFICATE} that tells what it was merged from", True, tolerance(kl))
@@ -89,8 +89,8 @@ def against(found: Origin | None, base: Path | None, adapter: Path) -> Compared:
 
 
 def tolerance(kl: float) -> float:
-    """How far log-probabilities of the likeliest tokens may differ (nats) at a mean KL divergence. Where two
-    distributions are near, KL is half the mean square of that difference; a worst position has some times as much."""
+    """How far log-probabilities of the likeliest tokens may differ (nats) at a mean KL divergence. For two near
+    distributions KL is half the mean square of that difference; at the worst position it is some times as large."""
     return max(LEAST, CLEAR * math.sqrt(2 * kl))
 
 
@@ -104,8 +104,8 @@ class Apart:
 
 
 def apart(known: Known, merged: str, adapter: str, base: str, nats: float) -> Apart:
-    """The prompt on which two of the known models differ most, as a share of what they may. They may differ by `nats`,
-    by no less than their noise, and by no more than half of what the adapter has changed of the base."""
+    """The prompt on which two of the known models differ most, as a share of the allowed difference. They may differ by
+    `nats`, but at least by their noise, and at most by half of what the adapter changes of the base."""
     noise = max(known.margin(merged), known.margin(adapter))
     worst = Apart("", 0.0, max(nats, noise))
     for prompt, print_ in known.prints[merged].items():

@@ -1,6 +1,6 @@
 """The gateway's Prometheus metrics: seconds and bytes, by adapter, version and arm.
 
-Every limit of the decision is a bound of a bucket, so that "P95 <= limit" is an exact count of what was answered.
+Every limit of the decision is a bound of a bucket, so the share of requests within it is exact.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BY_WORKER = ("peftopt_running", "peftopt_waiting", "peftopt_batch_fill_ratio")
 
 
 class Metrics:
-    """One registry a process. `limits_s`: limits of the decision in seconds, a bound each."""
+    """One registry for each process. `limits_s`: limits of the decision in seconds, each the bound of a bucket."""
 
     def __init__(self, limits_s: Iterable[float] = ()) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
@@ -92,7 +92,7 @@ class Metrics:
         )
 
     def count(self, line: Line) -> None:
-        """Take a finished request into the account."""
+        """Count a finished request."""
         which = (line.adapter, line.version, line.arm)
         self.requests.labels(*which, str(line.status)).inc()
         if line.kind == "refused":
@@ -120,9 +120,9 @@ class Metrics:
                 histogram.labels(*which).observe(value / 1e3)
 
     def keep(self, versions: Collection[tuple[str, str]]) -> None:
-        """Drop the series of adapters and versions that are not among these (adapter, version): a gateway whose
-        adapters come and go would have ever more of them. The version "" of an adapter that is kept stays: its requests
-        that were answered by none."""
+        """Drop the series of adapters and versions that are not among these (adapter, version): else a gateway whose
+        adapters change would have ever more of them. The version "" of a kept adapter stays: requests that no version
+        answered."""
         self._kept = {*versions, ("", "")}
         gone: set[tuple[str, str, str]] = set()
         for family in self.registry.collect():
@@ -134,7 +134,7 @@ class Metrics:
             self._by_name[name].remove_by_labels(labels)
 
     def keeps(self, labels: Mapping[str, str]) -> bool:
-        """Whether a series is of an adapter and a version that are kept, or of none."""
+        """Whether a series is of a kept adapter and version, or of none."""
         adapter, version = labels.get("adapter", ""), labels.get("version", "")
         if self._kept is None or (adapter, version) in self._kept:
             return True

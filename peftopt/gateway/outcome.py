@@ -1,4 +1,4 @@
-"""What came of an operation of the operators': an exit code, and why."""
+"""The result of an operator's request: an exit code, and the reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peftopt.records import Verdict
 
 @dataclass(frozen=True)
 class Outcome:
-    """`exit_code` as the command line has it, and why; `rules`: of a trial, the verdict of each."""
+    """`exit_code` as on the command line, and the reason; `rules`: of a trial, the verdict of each."""
 
     exit_code: int
     said: str

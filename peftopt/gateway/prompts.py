@@ -31,7 +31,7 @@ TIMES = 3
 
 
 class Prompts:
-    """The prompts of one trial in a drawn order, and their answers so far."""
+    """The prompts of one trial in random order, and their answers so far."""
 
     def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
         self._answers, self._rows = folder / "answers.jsonl", {row.id: row for row in rows}
@@ -39,7 +39,7 @@ class Prompts:
 
     @staticmethod
     def write(root: Path, version: str, rows: Sequence[Row]) -> None:
-        """Keep the prompts of a version's trial. Raises MissingEnvironment for a disk that is full."""
+        """Store the prompts of a version's trial. Raises MissingEnvironment for a full disk."""
         folder, name = _folder(root, version), version.rpartition("@")[0]
         drawn = random.Random(version).sample(list(rows), len(rows))
         try:
@@ -53,7 +53,7 @@ class Prompts:
 
     @classmethod
     def read(cls, root: Path, version: str) -> Prompts:
-        """The prompts of a version's trial, with what has been answered."""
+        """The prompts of a version's trial, with the answers so far."""
         folder = _folder(root, version)
         found = cls(folder, corpus.read(str(folder / "prompts.jsonl")))
         lines = found._answers.read_bytes() if found._answers.is_file() else b""
@@ -69,14 +69,14 @@ class Prompts:
         return found
 
     def left(self) -> list[Row]:
-        """What has not been asked."""
+        """The prompts that were not asked."""
         return [self._rows[id_] for id_ in self.labelled.left(self._rows)]
 
     async def ask(
         self, asker: Asker, row: Row, served: Mapping[str, str], schema: Mapping[str, Json] | None, new_tokens: int
     ) -> None:
-        """Ask a prompt of the live version twice and of the new one once, and again where that is in doubt. `served`:
-        the names at the engine."""
+        """Ask the live version a prompt twice and the new one once, and again in doubt. `served`: the names at the
+        engine."""
         body = labelled_body(row.messages, new_tokens)
 
         async def one(run: Run) -> Answer:

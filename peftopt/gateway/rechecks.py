@@ -1,4 +1,4 @@
-"""Does each version that answers users still answer as itself? Asked now and then, beside the users."""
+"""Does each version that answers users still answer as itself? Asks it at intervals, beside the users."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 class Rechecks:
-    """The checks of one gateway. Prompts are asked one at a time, and only where `asker` has room beside the users.
+    """The checks of one gateway. Prompts are asked one at a time, and only while `asker` has room beside the users.
 
-    One wrong round may be chance, so it is followed by another at once. After the second the version is doubted: it is
-    told, and where `refuse` says so it answers nobody until it is itself again.
+    One wrong round may be chance, so another follows at once. After the second the version is doubted: this is
+    reported, and with `refuse` it answers no users until it answers as itself again.
     """
 
     def __init__(self, lives: Lives, asker: Asker, refuse: bool = False) -> None:
@@ -32,7 +32,7 @@ class Rechecks:
                 await self.check(name)
 
     async def check(self, name: str) -> None:
-        """Ask one version, a second time where it does not answer as itself, and act on what comes of it."""
+        """Ask one version, a second time if it does not answer as itself, and act on the result."""
         check = await self._asked(name)
         if check and _is_another(check):
             check = await self._asked(name)

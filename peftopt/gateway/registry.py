@@ -42,8 +42,8 @@ SHORT = 12
 @dataclass(frozen=True)
 class Stored:
     """A version: `name` of its route, `id` the hash of its files, `folder` of the copy, `state` one of "loading",
-    "live", "canary", "shadow", "previous", "leaving"; `rank` and `base` as its config says. `engine` that serves a
-    merged model, "" for an adapter on the gateway's engine; `certified`: whether it had to answer as itself."""
+    "live", "canary", "shadow", "previous", "leaving"; `rank` and `base` from its config. `engine` that serves a merged
+    model, "" for an adapter on the gateway's engine; `certified`: whether it had to answer as itself."""
 
     name: str
     id: str
@@ -57,7 +57,7 @@ class Stored:
 
     @property
     def version(self) -> Version:
-        """What routes know of it."""
+        """The version as routes have it."""
         return Version(self.id[:SHORT], served(self.name, self.id))
 
 
@@ -67,13 +67,14 @@ def served(name: str, id_: str) -> str:
 
 
 def is_served_name(name: str) -> bool:
-    """Whether a gateway gave an engine this name: a version that is not on record was left there by an earlier one."""
+    """Whether a gateway gave an engine this name: an unrecorded version with such a name is left from an earlier
+    gateway."""
     return bool(re.fullmatch(rf".+@[0-9a-f]{{{SHORT}}}", name, re.DOTALL))
 
 
 @dataclass
 class Registry:
-    """What is served, in memory and on disk. `open_registry` makes one."""
+    """The served versions, in memory and on disk. `open_registry` makes one."""
 
     root: Path
     table: Table = field(default_factory=Table)
@@ -85,10 +86,10 @@ class Registry:
     _lock: IO[str] | None = None
 
     def copy(self, name: str, folder: Path, engine: str = "") -> Stored:
-        """A version of a route out of a folder: its files are copied under their hash. `folder` has passed the checks;
+        """A version of a route from a folder: its files are copied under their hash. `folder` has passed the checks;
         with an `engine` it is a merged model, else an adapter or a baked prompt.
 
-        Raises MissingEnvironment for a disk that is full.
+        Raises MissingEnvironment for a full disk.
         """
         files = copies.of_model(folder) if engine else copies.of_adapter(folder)
         id_ = copies.take(files, self.root / "adapters")
@@ -102,7 +103,7 @@ class Registry:
         return Stored(name, id_, str(home), rank=highest_rank(config), base=base)
 
     def keep(self, stored: Stored, **changes: Json) -> Stored:
-        """Note a version, or what has changed about it."""
+        """Store a version, or its changes."""
         now = replace(stored, **changes)
         self.versions[now.version.served] = now
         self.save()
@@ -110,7 +111,7 @@ class Registry:
         return now
 
     def forget(self, name: str) -> None:
-        """Drop a version by its name at the engine, and its files where no other route has them."""
+        """Drop a version by its name at the engine, and its files if no other route has them."""
         stored = self.versions.pop(name, None)
         self.save()
         if stored and not any(v.id == stored.id for v in self.versions.values()):
@@ -118,18 +119,19 @@ class Registry:
         self.tell("forgotten", served=name)
 
     def route(self, name: str, route: Route | None) -> None:
-        """Put another route in the place of a name's, or take it away; on disk before anybody is routed by it."""
+        """Replace or remove a name's route; it is on disk before it takes effect."""
         table = self.table.with_route(name, route) if route else self.table.without(name)
         self.save(table)
         self.table = table
         self.tell("route", name=name, **(asdict(route) if route else {"removed": True}))
 
     def moved(self, version: Version) -> None:
-        """Note where a version runs now. It is on disk with the next change: a gateway that starts asks anew."""
+        """Note a version's new engine. It is on disk with the next change: a gateway that starts asks the engines
+        again."""
         self.table = self.table.at(version)
 
     def save(self, table: Table | None = None) -> None:
-        """Write the registry whole. Raises MissingEnvironment where that fails; what was there stays."""
+        """Write the whole registry. Raises MissingEnvironment if that fails; the old one stays."""
         value = {
             "format": FORMAT,
             "routes": {name: asdict(route) for name, route in (table or self.table).routes.items()},
@@ -140,16 +142,15 @@ class Registry:
         store.write(self.root / "registry.json", json.dumps(value, indent=1), hint="name another --state")
 
     def tell(self, event: str, **what: Json) -> None:
-        """Add to what happened; a full disk loses the line and nothing else."""
+        """Add an event; on a full disk only the line is lost."""
         line = redacted(json.dumps({"at": utc(time.time()), "event": event, **what}))
         with contextlib.suppress(OSError):
             store.add_lines(self.root / "events.jsonl", line + "\n")
 
 
 def open_registry(root: Path) -> Registry:
-    """The registry in a folder, made where there is none; what a crash has left half done is cleared away. Raises
-    BadInput for one that another gateway has open or that is not whole, MissingEnvironment for a folder that cannot be
-    written."""
+    """The registry in a folder, created if there is none; removes half-done work of a crash. Raises BadInput for one
+    that another gateway has open or that is damaged, MissingEnvironment for a folder that cannot be written."""
     root = root.resolve()
     try:
         (root / "adapters").mkdir(parents=True, exist_ok=True)
@@ -190,7 +191,7 @@ def plain(record: object) -> Json:
 
 
 def shown(record: object) -> Json:
-    """The same for others to read. JSON has no infinity: null stands for a bound that is not known."""
+    """The same for others to read. JSON has no infinity: an unknown bound becomes null."""
     return _finite(plain(record))
 
 

@@ -1,7 +1,7 @@
-"""Which version of an adapter answers a name. Pure: a table that is replaced whole, so that a change is one step.
+"""Which version of an adapter answers a name. Pure: a table that is replaced as a whole, so a change is one step.
 
-A name that users know is a route. What the engine serves is a version of it, under a name of its own that holds the
-hash of its weights: no cache of the engine can take one version for another.
+A route is a name that users know. The engine serves a version of it, under another name with the hash of its weights:
+no cache of the engine can confuse two versions.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ Arm = Literal["live", "canary", "shadow", "previous"]
 
 @dataclass(frozen=True)
 class Version:
-    """Weights under a route. `served` names them at their engine; `id` is their hash, "" for what the engine
-    brought. `url` of an engine of their own, "" for the gateway's engine. Where a version runs does not change which
-    one it is."""
+    """Weights under a route. `served` is their name at their engine; `id` is their hash, "" for a model that the engine
+    had from its start. `url` of their own engine, "" for the gateway's engine. Its engine does not change a version's
+    identity."""
 
     id: str
     served: str
@@ -27,8 +27,8 @@ class Version:
 
 @dataclass(frozen=True)
 class Route:
-    """`live` answers, but for the share `weight` of users that `canary` answers; `previous` is kept for a rollback. A
-    canary of weight 0 answers nobody: it is a shadow."""
+    """`live` answers, except for the share `weight` of users that `canary` answers; `previous` is kept for a rollback.
+    A canary of weight 0 answers no users: it is a shadow."""
 
     live: Version
     canary: Version | None = None
@@ -36,19 +36,19 @@ class Route:
     previous: Version | None = None
 
     def choose(self, sticky: str) -> tuple[Arm, Version]:
-        """The arm and the version for a user; the same user gets the same one as long as the weight is the same."""
+        """The arm and the version for a user; a user stays in one arm while the weight is the same."""
         if self.canary and _share(self.canary.id, sticky) < self.weight:
             return "canary", self.canary
         return "live", self.live
 
     def promoted(self) -> Route:
-        """The canary answers everybody; what was live is kept. Raises LookupError without a canary."""
+        """The canary becomes live; the old live version is kept. Raises LookupError without a canary."""
         if self.canary is None:
             raise LookupError("there is no canary to promote")
         return Route(self.canary, previous=self.live)
 
     def rolled_back(self) -> Route:
-        """Without the canary where there is one, else what was live before. Raises LookupError without either."""
+        """Without its canary, or if there is none, with the version before. Raises LookupError without either."""
         if self.canary:
             return replace(self, canary=None, weight=0.0)
         if self.previous is None:
@@ -56,8 +56,8 @@ class Route:
         return Route(self.previous, previous=self.live)
 
     def without(self, version: Version) -> Route | None:
-        """The route without a version that cannot answer: the one before answers in the live one's place. None where
-        nothing is left."""
+        """The route without a version that cannot answer: the one before takes the live one's place. None if nothing is
+        left."""
         live = self.previous if self.live == version else self.live
         if live is None or live == version:
             return None
@@ -67,19 +67,19 @@ class Route:
         return Route(live, self.canary, self.weight, previous)
 
     def replaced(self, old: Version, new: Version) -> Route:
-        """The route with another version in the place of one."""
+        """The route with a version replaced by another."""
         live = new if self.live == old else self.live
         canary = new if self.canary == old else self.canary
         previous = new if self.previous == old else self.previous
         return Route(live, canary, self.weight, previous)
 
     def at(self, version: Version) -> Route:
-        """The route with a version where it runs now."""
+        """The route with a version's new engine."""
         return self.replaced(version, version)
 
     def bringing(self, version: Version | None) -> Route | None:
-        """The route on another engine of the gateway, which brings this version under the name, or none. None where
-        nothing is left."""
+        """The route on another engine of the gateway, which has this version under the name, or none. None if nothing
+        is left."""
         before = next((each for each in self.versions() if not each.id), None)
         if before is None:
             return self
@@ -95,7 +95,7 @@ class Route:
         return found
 
     def versions(self) -> list[Version]:
-        """All that must stay loaded."""
+        """All versions that must stay loaded."""
         return [version for _, version, _ in self.arms()]
 
 
@@ -106,7 +106,7 @@ class Table:
     routes: Mapping[str, Route] = field(default_factory=dict)
 
     def with_route(self, name: str, route: Route) -> Table:
-        """The table with another route in a name's place."""
+        """The table with another route for a name."""
         return Table({**self.routes, name: route})
 
     def without(self, name: str) -> Table:
@@ -114,17 +114,17 @@ class Table:
         return Table({n: route for n, route in self.routes.items() if n != name})
 
     def at(self, version: Version) -> Table:
-        """The table with a version where it runs now: an engine that was started again has another URL."""
+        """The table with a version's new engine: an engine that was started again has another URL."""
         return Table({name: route.at(version) for name, route in self.routes.items()})
 
     def version(self, served: str) -> Version | None:
-        """A version by its name among all that is served, with where it runs; None for one that no route has."""
+        """A version by its served name, with its engine; None for one without a route."""
         found = (v for route in self.routes.values() for v in route.versions() if v.served == served)
         return next(found, None)
 
     def which(self, served: str) -> tuple[str, str, Arm | Literal[""]]:
-        """Of a version's name among all that is served: the adapter as users know it, the version's id, and its arm;
-        of one that no route has, what its name says, and no arm."""
+        """For a version's served name: the adapter as users know it, the version's id, and its arm. Without a route,
+        the parts of the name, and no arm."""
         for name, route in self.routes.items():
             for arm, version, _ in route.arms():
                 if version.served == served:
@@ -133,7 +133,7 @@ class Table:
         return name, id_, ""
 
     def served(self) -> dict[str, str]:
-        """Every version's name among all that is served, and the name users know it by."""
+        """Every version's served name, and the name that users know."""
         return {v.served: name for name, route in self.routes.items() for v in route.versions()}
 
 

@@ -54,14 +54,14 @@ AGAIN_S, AGAIN_AT_MOST_S = 1.0, 60.0
 @dataclass(frozen=True)
 class Config:
     """What to run. `upstream`: the URL of a server that runs already, else `start` makes the engine's command line for
-    a highest rank; `second`: how an engine is started for a merged model that is put; `adapters` by name; `admin`:
-    "unix:PATH" or "HOST:PORT"; `allowed`: where adapters may be put from; `slos_s`: limits of the decision in seconds,
-    each the bound of a bucket; `workers` processes answer users, which somebody else starts where they `join` at a
-    socket. `keys_file`: where the keys are read again on SIGHUP; `read_s`: seconds for a request to come in; `metrics`:
-    users may read them; `log_text`: prompts and answers are logged; `log_keep`: files of the log that are kept, 0 =
-    all; `trace`: a collector's URL; `origins`: what a run decided to serve, by name. `check_every_s`: so often each
-    version is asked whether it still answers as itself, 0 = never; `refuse`: one that does not answers nobody.
-    `ready`: who is told, as data, whenever users are answered from now on."""
+    a highest rank; `second`: starts an engine for a merged model; `adapters` by name; `admin`: "unix:PATH" or
+    "HOST:PORT"; `allowed`: folders that adapters may come from; `slos_s`: limits of the decision in seconds, each the
+    bound of a bucket; `workers` processes answer users; with `join`, another program starts them, and they join at that
+    socket. `keys_file`: read again on SIGHUP; `read_s`: seconds for a request to arrive; `metrics`: users may read
+    them; `log_text`: prompts and answers are logged; `log_keep`: number of rotated log files to keep, 0 = all; `trace`:
+    a collector's URL; `origins`: the run of each name that a run chose. `check_every_s`: seconds between checks whether
+    each version answers as itself, 0 = never; `refuse`: one that does not answers no users. `ready`: called with data
+    whenever the gateway is ready."""
 
     state: Path
     host: str = "127.0.0.1"
@@ -99,8 +99,8 @@ class Config:
 
 
 def run(config: Config, tell: Callable[[str], None]) -> int:
-    """Serve until SIGTERM or Ctrl-C; the exit code. Raises BadInput and MissingEnvironment for what is wrong at the
-    start, WorkerFailed with the engine's last lines when it does not start or answers wrongly."""
+    """Serve until SIGTERM or Ctrl-C; returns the exit code. Raises BadInput and MissingEnvironment for errors at the
+    start, WorkerFailed with the engine's last lines if it does not start or answers wrongly."""
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

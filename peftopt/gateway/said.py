@@ -1,6 +1,6 @@
-"""One whole answer of the engine, read and judged as the offline half judges answers. Pure.
+"""One whole answer of the engine, read and judged as an offline run judges answers. Pure.
 
-Where the engine tells no token ids, words stand for them: a loop is seen, a leaked special token is not.
+If the engine gives no token ids, words stand for them: a loop is noticed, a leaked special token is not.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Vocabulary:
 @dataclass(frozen=True)
 class Said:
     """An answer after `ms`. `tokens` without the one that ended it; `stopped`: it ended by itself; `calls`: it calls a
-    tool, so that its text may be empty; `print` where log-probabilities were told; `error`: why there is none."""
+    tool, so its text may be empty; `print` if there are log-probabilities; `error`: why there is no answer."""
 
     ms: float
     text: str = ""
@@ -46,7 +46,7 @@ class Said:
 
 
 def read(status: int, body: bytes, ms: float, end: frozenset[int] = frozenset()) -> Said:
-    """What an answer of OpenAI's form says; `end`: the ids that end one."""
+    """Read an answer of OpenAI's form; `end`: the ids that end one."""
     if status != 200:
         return Said(ms, error=f"HTTP {status}")
     try:
@@ -77,8 +77,7 @@ def _print(choice: Mapping[str, Json]) -> Print:
 
 
 def flags(said: Said, schema: Mapping[str, Json] | None, vocabulary: Vocabulary) -> frozenset[str]:
-    """The critical errors in an answer to a user's prompt, of which nobody knows the right answer. A call of a tool is
-    not judged."""
+    """The critical errors in an answer to a user's prompt, whose right answer is unknown. A tool call is not judged."""
     if said.error:
         return frozenset({FAILED})
     if said.calls:

@@ -1,7 +1,7 @@
-"""What is known of the engines' memory and load: a sample every few seconds, for the log and the metrics.
+"""The engines' memory and load: a sample every few seconds, for the log and the metrics.
 
-Each number says who told it: the engine itself, NVIDIA's driver (NVML), or a formula ("derived"). What nobody tells is
-None. `combined` is pure; `Sampler` asks.
+Each number has its source: the engine itself, NVIDIA's driver (NVML), or a formula ("derived"). An unknown one is None.
+`combined` is pure; `Sampler` asks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ ALLOCATED, RESERVED = "peftopt_server_memory_allocated_bytes", "peftopt_server_m
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of an engine from its start: the bytes of its weights and of its KV cache; 0 where it is not."""
+    """Sizes of an engine that are known from its start: the bytes of its weights and of its KV cache; 0 if not
+    known."""
 
     weights_bytes: int = 0
     kv_bytes: int = 0
@@ -31,17 +32,17 @@ class Known:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a driver tells: `utilization` of the busiest GPU, 0..1, and bytes `reserved` by the engine's processes."""
+    """A driver's values: `utilization` of the busiest GPU, 0..1, and bytes `reserved` by the engine's processes."""
 
     utilization: float | None = None
     reserved: int | None = None
 
 
 class Gpus(Protocol):
-    """GPUs, as their driver sees them."""
+    """GPUs, as their driver reports them."""
 
     def read(self, pids: Collection[int]) -> Reading:
-        """How they are used by these processes; where the driver names none of them, by all."""
+        """The use of the GPUs by these processes; if the driver names none of them, by all."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Sample:
 
     @property
     def fragmentation(self) -> float | None:
-        """The share of what is reserved that no tensor has; None where it would be a guess."""
+        """The share of reserved memory without tensors; None if it would be a guess."""
         exact = self.sources.get("allocated") == "engine" == self.sources.get("reserved")
         if not exact or not self.reserved or self.allocated is None:
             return None
@@ -69,7 +70,7 @@ NO_SAMPLE = Sample(at=0.0)
 
 
 def combined(at: float, totals: Mapping[str, float], reading: Reading | None, known: Known) -> Sample:
-    """A sample out of the engine's metrics and the driver's numbers. The engine is believed before the driver."""
+    """A sample from the engine's metrics and the driver's numbers. The engine takes precedence over the driver."""
     can_be = {name: value for name, value in totals.items() if math.isfinite(value) and value >= 0}
     kv_usage = prometheus.moment(can_be).get("kv_cache")
     if kv_usage is not None and kv_usage > 1:
@@ -93,7 +94,7 @@ def _bytes(value: float | None) -> int | None:
 @dataclass(frozen=True)
 class Engine:
     """An engine to sample. `name` of the version that it runs for, "" for the gateway's own; `get` fetches a path of
-    it: (status, body); `processes`: those of an engine that was started here, which the GPUs' driver is asked about."""
+    it: (status, body); `processes`: those of an engine that was started here, for the GPUs' driver."""
 
     name: str
     get: Callable[[str], Awaitable[tuple[int, bytes]]]
@@ -102,7 +103,7 @@ class Engine:
 
 
 class Sampler:
-    """Asks engines, and the GPUs where there are any."""
+    """Asks engines, and the GPUs if there are any."""
 
     def __init__(
         self, metrics: Metrics, gpus: Gpus | None = None, tell: Callable[[str], None] = lambda text: None
@@ -157,7 +158,7 @@ class Nvml:
         self._devices = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
 
     def read(self, pids: Collection[int]) -> Reading:
-        """Of the GPUs that these processes use; in a container, whose processes have other numbers there, of all."""
+        """The use of the GPUs by these processes; in a container, where the driver has other process ids, by all."""
         mine = {i: held for i in range(len(self._devices)) if (held := self._held(i, pids)) is not None}
         devices = [self._devices[i] for i in mine] or self._devices
         busy = [self._nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100 for device in devices]
@@ -175,7 +176,7 @@ class Nvml:
 
 
 def gpus() -> Gpus | None:
-    """NVIDIA's GPUs of this machine; None where there is none, or no driver, or no nvidia-ml-py."""
+    """NVIDIA's GPUs of this machine; None without a GPU, a driver or nvidia-ml-py."""
     try:
         import pynvml
     except ImportError:
@@ -189,5 +190,5 @@ def gpus() -> Gpus | None:
 
 
 def weights_bytes(folder: Path) -> int:
-    """The size of a model's weights on disk, which is about what they take in memory."""
+    """The size of a model's weights on disk, about their size in memory."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

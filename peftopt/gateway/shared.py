@@ -1,4 +1,4 @@
-"""What every request of users' uses: the adapters, the limits, the log, and how they are set."""
+"""What all users' requests share: the adapters, the limits, the log, and their settings."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MOST_BODY_BYTES = 8 * 2**20
 
 
 class Adapters(Protocol):
-    """What requests ask of the adapters: Lives, or in one of several workers what the supervisor tells of them.
-    `in_flight` counts requests by the name at the engine; `switched`: seconds of loads that no request has told of."""
+    """The adapters for users' requests: Lives, or in one of several workers the supervisor's last state. `in_flight`
+    counts requests by the name at the engine; `switched`: seconds of loads that no request has reported yet."""
 
     in_flight: Counter[str]
     switched: dict[str, float]
@@ -35,13 +35,13 @@ class Adapters(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether users are answered, but for those of versions that have `failed`."""
+        """Whether users are answered, except those of versions that have `failed`."""
 
     def failed(self) -> Mapping[str, str]:
-        """Why versions do not answer, by their names among all that is served."""
+        """Why versions do not answer, by their served names."""
 
     def doubted(self) -> Mapping[str, str]:
-        """Versions that answer users though they do not answer as themselves, and how that was seen."""
+        """Versions that answer users although they do not answer as themselves, with the evidence."""
 
     def certified(self, name: str) -> bool:
         """Whether a version had to answer as itself before it was served, and did."""
@@ -50,16 +50,15 @@ class Adapters(Protocol):
         """Seconds that the start of a version's own engine took; None for one on the gateway's engine."""
 
     def heard(self, line: Line, sticky: str, path: str, asked: Mapping[str, Json]) -> None:
-        """A request is over, and this is what was asked, where it came so far that the engine was."""
+        """A request is over, with its body if it reached the engine."""
 
 
 @dataclass
 class Settings:
-    """`most_body_bytes` of a request and `read_s` seconds for it to come in (0 = without limit); `most_answer_bytes` of
-    an answer that does not stream; `model_loading_time`: seconds that the engine took to start, for the log. `metrics`:
-    users may read them; `log_text`: prompts and answers are logged; `most_running`: requests that the engine runs at
-    once, 0 where nobody knows; `origins`: the run that decided to serve a version, by the version's name at the
-    engine."""
+    """`most_body_bytes` of a request and `read_s` seconds for it to arrive (0 = without limit); `most_answer_bytes` of
+    an answer that does not stream; `model_loading_time`: seconds of the engine's start, for the log. `metrics`: users
+    may read them; `log_text`: prompts and answers are logged; `most_running`: requests that the engine runs at once, 0
+    if not known; `origins`: the run of each version that a run chose, by the version's name at the engine."""
 
     most_body_bytes: int = MOST_BODY_BYTES
     model_loading_time: float | None = None
@@ -73,9 +72,9 @@ class Settings:
 
 @dataclass
 class Shared:
-    """What every request uses. `open` is False while the gateway drains: it takes in no more. `here`: requests that
-    have no line in the log yet. `samples` of the engines by the version that each runs for, "" for the gateway's own.
-    `scrape`: the metrics of all workers, where there are several."""
+    """What every request uses. `open` is False while the gateway drains: it accepts no more. `here`: requests that have
+    no line in the log yet. `samples` of the engines by the version that each runs for, "" for the gateway's own.
+    `scrape`: the metrics of all workers, if there are several."""
 
     upstream: Upstream
     lives: Adapters
@@ -108,12 +107,13 @@ class Shared:
 
     @property
     def fill(self) -> float | None:
-        """Requests at the engine as a share of the limit, else of what it runs at once; None where neither is known."""
+        """Requests at the engine as a share of the limit, else of the requests that it runs at once; None if neither is
+        known."""
         most = self.admission.limits.running or self.settings.most_running
         return min(1.0, self.admission.running / most) if most else None
 
     def let_in(self, tickets: list[Ticket]) -> None:
-        """Wake those whose fate is known: they may go on, or are refused."""
+        """Wake the requests that are admitted or refused now."""
         for ticket in tickets:
             turn = self.turns.pop(ticket, None)
             if turn and not turn.done():

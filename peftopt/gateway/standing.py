@@ -1,4 +1,4 @@
-"""How routes and versions stand now, for operators and for the metrics."""
+"""The state of routes and versions, for operators and for the metrics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rows(lives: Lives) -> list[dict[str, object]]:
 
 
 def show(lives: Lives) -> None:
-    """What the metrics say of versions and arms."""
+    """Write versions and arms to the metrics."""
     own = {(stored.name, stored.version.id) for stored in lives.registry.versions.values()}
     brought = {(name.partition("@")[0], "") for pair in lives.brings.items() for name in pair}
     lives.metrics.keep(own | brought | {(name, "") for name in lives.registry.table.routes})

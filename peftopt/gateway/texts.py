@@ -1,6 +1,6 @@
-"""The text of a request and of its answer, for a log that was asked to keep it: without secrets, and not too long.
+"""The text of a request and of its answer, for the log with `--log-text`: without secrets, and of limited length.
 
-Pure. A prompt may hold a key that its user has pasted; what looks like one is not written down.
+Pure. A prompt may have a key that its user has pasted; text that looks like one is not logged.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SECRETS = re.compile(
 
 
 def redacted(text: str) -> str:
-    """The text without what looks like a key, and not longer than MOST_CHARACTERS."""
+    """The text without anything that looks like a key, at most MOST_CHARACTERS long."""
     cut = text[: 2 * MOST_CHARACTERS]
     if len(cut) < len(text):  # a word that was cut may be a part of a key
         cut = cut.rstrip(OF_KEYS)
@@ -46,7 +46,7 @@ def redacted(text: str) -> str:
 
 
 def prompt(asked: Json) -> str:
-    """What a request asks: the messages of a chat, a line each, or a prompt."""
+    """A request's text: the messages of a chat, a line each, or a prompt."""
     if not isinstance(asked, dict):
         return ""
     given = asked.get("messages")
@@ -57,7 +57,7 @@ def prompt(asked: Json) -> str:
 
 
 def answer(body: bytes, streams: bool) -> str:
-    """The text of an answer, or of the part of it that there is."""
+    """The text of an answer, or of the part of it that came."""
     if streams:
         return "".join(_said(message, "delta") for message in parsed(body))
     try:

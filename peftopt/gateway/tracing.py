@@ -48,7 +48,7 @@ class Traces:
         self._server: dict[str, AnyValue] = {"server.address": host, "server.port": port}
 
     def begin(self, headers: Mapping[str, str], line: Line) -> Trace:
-        """A request's span, below the one that its `traceparent` names; the line gets the id of the trace."""
+        """A request's span, a child of the one in its `traceparent`; the line gets the id of the trace."""
         from opentelemetry.trace import SpanKind, format_trace_id
 
         above = self._context.extract(dict(headers))
@@ -79,7 +79,7 @@ class Trace:
         return found
 
     def end(self, line: Line, path: str, served: str, streams: bool) -> None:
-        """Finish the span with what the request's line says; `served`: the model's name at the engine."""
+        """Finish the span with the values of the request's line; `served`: the model's name at the engine."""
         from opentelemetry.trace import Status, StatusCode
 
         operation = OPERATIONS[path]
@@ -109,7 +109,7 @@ class Trace:
 
 
 def endpoint(url: str) -> str:
-    """Where spans are sent: the URL, with the usual path where it has none. Raises BadInput for what is no URL."""
+    """The URL for spans, with the usual path if it has none. Raises BadInput for a text that is not a URL."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise BadInput(f"--trace {url!r} is not the address of a collector", "write http://127.0.0.1:4318")

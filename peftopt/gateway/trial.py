@@ -1,8 +1,8 @@
-"""Is the new version as good as the one that is live? One verdict a rule, in three outcomes. Pure.
+"""Is the new version as good as the live one? One verdict for each rule, with three outcomes. Pure.
 
-`windows` tell of times and failures, `shadow` of answers to users' prompts, `labelled` of those to the operator's own.
-All but the last may be looked at at any time. A fine-tune is meant to answer otherwise, so that another answer alone
-rejects nothing: the operator says how many may change.
+`windows` judge times and failures, `shadow` answers to users' prompts, `labelled` answers to the operator's own. All
+but the last are valid at any time. A fine-tune is meant to change answers, so a changed answer alone rejects nothing:
+the operator sets how many may change.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ MOST_DISTANCES = 200
 
 @dataclass(frozen=True)
 class Terms:
-    """What is asked for how long, and how much worse the new version may be.
+    """The length of a trial, and how much worse the new version may be.
 
-    `shadow`: share of users' requests that both versions are asked again. `slower`: its median time may be at most this
-    times the live one's; `failures` and `critical`: the shares of its failed requests, and of its answers with a
-    critical error, at most this much higher; `changed`: the share of greedy answers that may be others, None = any;
-    `lost`: the share of right answers to labelled prompts that may be lost; `new_tokens` of an answer to those, at
-    most; `schema` that every answer keeps.
+    `shadow`: share of users' requests that both versions get again. `slower`: its median time may be at most this times
+    the live one's; `failures` and `critical`: the shares of its failed requests, and of its answers with a critical
+    error, at most this much higher; `changed`: the share of greedy answers that may differ, None = any; `lost`: the
+    share of right answers to labelled prompts that may be lost; `new_tokens` of an answer to those, at most; `schema`
+    that every answer keeps.
 
     Windows of `window_s` seconds in which each arm answered `least` requests. After `for_s` seconds without a verdict
-    it is held; an accepted one is promoted where `then` says so."""
+    it is held; an accepted one is promoted if `then` says so."""
 
     shadow: float = 0.0
     slower: float = 1.10
@@ -75,8 +75,9 @@ class Terms:
 
 @dataclass
 class Shadow:
-    """Users' prompts that both were asked again: answers with a critical error, greedy answers that changed, and how
-    far the versions' log-probabilities lie apart, the new one's and the live one's second run from its first (nats)."""
+    """Users' prompts that both versions got again: answers with a critical error, greedy answers that changed, and the
+    distances of log-probabilities of the new version and of the live one's second run from the live one's first
+    (nats)."""
 
     critical: Tally = field(default_factory=Tally)
     changed: Tally = field(default_factory=Tally)
@@ -86,14 +87,15 @@ class Shadow:
 
     @property
     def distances(self) -> dict[str, float]:
-        """The medians of how far the new version, and the live one's second run, lie from its first (nats)."""
+        """The median distances of the new version, and of the live one's second run, from the live one's first
+        (nats)."""
         if not self.apart:
             return {}
         new, again = zip(*self.apart, strict=True)
         return {"new": stats.median(new), "again": stats.median(again), "n": len(self.apart)}
 
     def add(self, new: Said, live: Said, again: Said, greedy: bool, terms: Terms, vocabulary: Vocabulary) -> None:
-        """One more prompt. The new version's answer is compared with the live one's first, the second run tells what
+        """One more prompt. The new version's answer is compared with the live one's first; the second run shows what
         changes by itself."""
         ours, *known = (flags(said, terms.schema, vocabulary) for said in (new, live, again))
         self.critical.add(bool(ours - known[0]), bool(known[0] - ours))
@@ -108,7 +110,7 @@ class Shadow:
 
 @dataclass(frozen=True)
 class Judged:
-    """`outcome` by `rule`, and why, in a sentence; `verdicts` of every rule."""
+    """`outcome` by `rule`, and the reason, in a sentence; `verdicts` of every rule."""
 
     outcome: Outcome
     rule: str
@@ -118,9 +120,9 @@ class Judged:
 
 @dataclass
 class Trial:
-    """What has been seen of a `version` (its name at the engine) in `passed_s` seconds. `users`: it answers some of
-    them, so that their requests tell its times. Labelled prompts alone tell none. `wrong`: an answer that was
-    another's; `itself`: times that it and the live one were asked whether they answer as themselves."""
+    """The data on a `version` (its name at the engine) after `passed_s` seconds. `users`: it answers some of them, so
+    their requests show its times. Labelled prompts alone show none. `wrong`: an answer of another version; `itself`:
+    how often it and the live one were asked whether they answer as themselves."""
 
     version: str
     terms: Terms
@@ -135,13 +137,13 @@ class Trial:
 
     @classmethod
     def begin(cls, version: str, terms: Terms, users: bool = True, prompts: int = 0) -> Trial:
-        """A trial of which nothing has been seen."""
+        """A trial without data."""
         windows = Windows(terms.window_s, terms.least)
         return cls(version, terms, users, windows=windows, prompts=prompts)
 
     def judge(self, labelled: Labelled | None = None, brief: bool = False) -> Judged:
-        """The verdict so far: a rule that is broken rejects, all of them kept accept. A `brief` one has the outcomes
-        alone of what takes long to put in figures."""
+        """The verdict so far: one broken rule rejects, all rules kept accept. With `brief`, parts that are slow to put
+        in words have only their outcomes."""
         verdicts = self._verdicts(labelled or Labelled(), brief)
         for outcome in ("rejected", "inconclusive"):
             if first := next((v for v in verdicts if v.outcome == outcome), None):

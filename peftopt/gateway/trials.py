@@ -1,6 +1,6 @@
-"""Versions on trial: what is heard of them, what they are asked beside the users, and what comes of it.
+"""Versions on trial: collects their requests, sends more beside the users, and acts on the verdicts.
 
-A trial is in the registry, so that it goes on after a restart. The time in which no gateway runs does not count.
+A trial is in the registry, so it goes on after a restart. The time without a gateway does not count.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Trials:
         self._start(name, trial)
 
     def resume(self) -> None:
-        """Go on with the trials on record, and ask what is left to ask."""
+        """Continue the recorded trials, and ask the remaining prompts."""
         for name, trial in list(self.registry.trials.items()):
             route = self.registry.table.routes.get(name)
             if route is None or route.canary is None or route.canary.served != trial.version:
@@ -109,7 +109,7 @@ class Trials:
         self._tasks[name] = set()
 
     def close(self) -> None:
-        """Ask nothing more, as at the gateway's end: the trials go on when it is started again."""
+        """Ask nothing more, as at the gateway's end: the trials go on when it starts again."""
         for name in list(self._began):
             self.registry.trials[name].passed_s = self._passed(name)
             self._stop(name)
@@ -131,7 +131,7 @@ class Trials:
         return over
 
     def end(self, name: str, why: str) -> None:
-        """End a trial before its verdict; who waits for it is told why."""
+        """End a trial before its verdict; whoever waits for it gets the reason."""
         if trial := self.registry.trials.pop(name, None):
             self._stop(name)
             version = trial.version.rpartition("@")[2]
@@ -147,11 +147,11 @@ class Trials:
 
     @property
     def shares(self) -> dict[str, float]:
-        """The routes that are on trial, and the share of users' requests that both versions are asked again."""
+        """The routes on trial, and the share of users' requests that both versions get again."""
         return {name: trial.terms.shadow for name, trial in self.registry.trials.items()}
 
     def heard(self, line: Line, sticky: str) -> None:
-        """A user's request is over: where its route is on trial, it counts."""
+        """A user's request is over: it counts if its route is on trial."""
         trial = self.registry.trials.get(line.adapter)
         if trial is None or line.adapter not in self._began or not line.arm or line.kind in NOT_COUNTED:
             return
@@ -163,7 +163,7 @@ class Trials:
         return time.monotonic() - self._began[name]
 
     def shadow(self, line: Line, path: str, asked: Mapping[str, Json]) -> None:
-        """Ask both versions what a user asked, where there is room."""
+        """Send a user's request to both versions, if there is room."""
         trial = self.registry.trials.get(line.adapter)
         if trial is None or line.adapter not in self._began:
             return
@@ -236,7 +236,7 @@ class Trials:
     # ---- what comes of it
 
     async def judge(self) -> None:
-        """Promote, roll back or hold what is decided, or whose time is up."""
+        """Promote, roll back or hold trials that are decided, or whose time is up."""
         for name, trial in list(self.registry.trials.items()):
             route = self.registry.table.routes.get(name)
             if route is None or route.canary is None or route.canary.served != trial.version:
@@ -260,7 +260,7 @@ class Trials:
         return self._prompts[name].labelled if name in self._prompts else Labelled()
 
     def report(self, name: str) -> Outcome | None:
-        """What came of the last trial of a route, or how it stands; None where there was none."""
+        """The result or the state of a route's last trial; None if there was none."""
         trial = self.registry.trials.get(name)
         if trial is None:
             return self._concluding.get(name) or self.registry.ended.get(name)
@@ -269,7 +269,7 @@ class Trials:
         return Outcome(INCONCLUSIVE, said, trial.version.rpartition("@")[2], judged.verdicts)
 
     def replaced(self, name: str, version: str) -> Outcome | None:
-        """What to tell who waits for the verdict of a version, where another has been put on trial since."""
+        """The message for whoever waits for a version's verdict when another has been put on trial since."""
         latest = self.report(name)
         if latest is None or latest.version == version:
             return None

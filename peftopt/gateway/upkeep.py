@@ -1,7 +1,7 @@
-"""What is served is kept as the registry has it: when the engine starts, when it has lost something, when something
-fails.
+"""Keeps the served versions as the registry has them: at the engine's start, after it has lost something, after a
+failure.
 
-A version that does not load or does not answer as itself answers nobody until it does; the others are served.
+A version that does not load or does not answer as itself answers no users until it does; the others are served.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Upkeep:
         self.registry, self.loader, self.failures = lives.registry, lives.loader, lives.failures
 
     async def begin(self) -> list[str]:
-        """Load every version that is on record, and ask all that is served. What is odd, a sentence each. A version
-        that does not load or does not answer is told in `failures`, and the others are served. Raises WorkerFailed for
-        an engine that does not answer, or answers wrongly."""
+        """Load every recorded version, and ask all of them. Returns oddities, a sentence each. A version that does not
+        load or does not answer goes to `failures`, and the others are served. Raises WorkerFailed for an engine that
+        does not answer, or answers wrongly."""
         async with self.lives.one_at_a_time:
             self.lives.ready = False
             self.lives.fingerprints.clear()
@@ -124,8 +124,8 @@ class Upkeep:
         return notes
 
     async def reconcile(self) -> list[str]:
-        """Load again what the engine has lost, as after a restart that nobody told of, and ask it before it is served;
-        what was missing. Raises WorkerFailed where wrong answers come of it."""
+        """Load again what the engine has lost, as after an unnoticed restart, and ask it before it is served; returns
+        the lost names. Raises WorkerFailed if answers are then wrong."""
         async with self.lives.one_at_a_time:
             listed = await self.loader.listed()
             served = self.registry.table.served()
@@ -141,7 +141,8 @@ class Upkeep:
             return missing
 
     async def mend(self) -> list[str]:
-        """Try again what has failed, each when it is due, and engines that have died; what is served again."""
+        """Try failed versions again, each at its time, and engines that have died; returns those that are served
+        again."""
         served = self.registry.table.served()
         for name, why in self.lives.engines.dead().items():
             if name in served and name not in self.failures:

@@ -1,6 +1,7 @@
-"""The engine's server, as the gateway asks it: bytes out, bytes back, each wait with a limit of its own.
+"""The gateway's client of the engine's server: bytes out, bytes back, each wait with its own limit.
 
-A request is closed with its connection, whatever ends it: the engine stops computing what nobody waits for.
+A request ends with its connection, for whatever reason: then the engine stops computing an answer that nobody waits
+for.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Timeouts:
 
 
 class Fault(Exception):
-    """What went wrong on the way to the engine: `kind` is a word of lines.Line.kind; `detail`, as an address, is for
-    the log alone."""
+    """An error on the way to the engine: `kind` is a word of lines.Line.kind; `detail`, such as an address, is for the
+    log alone."""
 
     def __init__(self, kind: str, said: str, detail: str = "") -> None:
         super().__init__(said)
@@ -81,7 +82,7 @@ class Answer:
             yield piece
 
     async def whole(self, most_bytes: int = MOST_ANSWER_BYTES) -> bytes:
-        """All of it. Raises Fault for one that is longer than that: it is held in memory."""
+        """All of it. Raises Fault for one that is too long: it is held in memory."""
         pieces, size = [], 0
         async for piece in self.pieces():
             pieces.append(piece)
@@ -92,7 +93,7 @@ class Answer:
 
 
 class Upstream:
-    """Connections to the engine at `url`, which asks for `key` unless that is "". Use as an async context manager."""
+    """Connections to the engine at `url`, with its `key`, "" for none. Use as an async context manager."""
 
     def __init__(self, url: str, timeouts: Timeouts, key: str = "") -> None:
         self.url, self.timeouts = url, timeouts
@@ -123,8 +124,8 @@ class Upstream:
 
     @asynccontextmanager
     async def ask(self, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[Answer]:
-        """The answer to a request, from its first byte on; closed when this is left. Only a connection that was never
-        made is tried again. Raises Fault."""
+        """The answer to a request, from its first byte on; closed at the end of the context. Only a connection that was
+        never made is tried again. Raises Fault."""
         response = await self._opened(path, body, headers)
         try:
             yield Answer(response, self.timeouts)
@@ -199,7 +200,7 @@ class Upstream:
 
 
 async def unless(ended: Awaitable[object], doing: Awaitable[None]) -> bool:
-    """Do it, or leave it when something else has ended before; whether it was done. Raises what it raises."""
+    """Run it, or cancel it when something else has ended before; returns whether it ran. Raises what it raises."""
     work, other = asyncio.ensure_future(doing), asyncio.ensure_future(ended)
     try:
         await asyncio.wait((work, other), return_when=asyncio.FIRST_COMPLETED)

@@ -1,9 +1,9 @@
 """Is the new version as fast as the live one, and does it fail no more often? Judged on windows of time. Pure.
 
-Both run on one engine and share its load and its noise, so what a window does to one it does to the other. The unit of
-speed is a window: the log ratio of the two arms' medians, or where the version answers nobody, the median log ratio of
-requests that both were asked. The unit of failures is a pair of requests, one of each arm. Two halves of the live arm
-are compared in the same way: where they differ, windows tell nothing.
+Both run on one engine and share its load and its noise, so a window affects both alike. For speed a sample is a window:
+the log ratio of the two arms' medians, or if the version answers no users, the median log ratio of requests that both
+versions got. For failures a sample is a pair of requests, one of each arm. Two halves of the live arm are compared in
+the same way: if they differ, the windows decide nothing.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Arm:
 
 @dataclass
 class Windows:
-    """What the windows that are over say: `ratios` log(new / live), `halves` log(live / live), and `failed`. A window
-    that is half open is not kept: after a restart it is as if nobody had asked in it."""
+    """The finished windows: `ratios` log(new / live), `halves` log(live / live), and `failed`. An unfinished window is
+    not stored: after a restart its requests do not count."""
 
     window_s: float
     least: int
@@ -42,7 +42,7 @@ class Windows:
     _gamblers: dict[tuple[str, float, float], Gamblers] = field(default_factory=dict, init=False, compare=False)
 
     def hear(self, at: float, arm: str, sticky: str, ms: float, failed: bool) -> None:
-        """A user's request that is over, `at` seconds from the start. Those that clients gave up are not told of."""
+        """A user's request is over, `at` seconds from the start. Requests that clients gave up are not passed here."""
         self.close(at)
         digest = hashlib.blake2b(sticky.encode(errors="surrogatepass"), digest_size=1).digest()
         half = "first" if digest[0] % 2 else "second"
@@ -53,12 +53,12 @@ class Windows:
                 seen.times_ms.append(ms)
 
     def pair(self, at: float, new_ms: float, live_ms: float, again_ms: float) -> None:
-        """A request that the new version was asked once and the live one twice, nobody waiting for it."""
+        """A request that the new version got once and the live one twice, with no user waiting for it."""
         self.close(at)
         self._pairs.append((math.log(new_ms / live_ms), math.log(again_ms / live_ms)))
 
     def close(self, at: float) -> None:
-        """Count the windows that are over."""
+        """Count the finished windows."""
         window = int(at / self.window_s)
         if window == self._window:
             return

@@ -2,8 +2,8 @@
 
 A compiled loop (kernel.py) makes the product of B and A in fp32, adds the weight, rounds once to the output's dtype,
 and computes in fp64 the few elements that fp32's own error could round the other way. A block is checked for values
-that are not finite, and written to its place; it settles on the disk while more are made. Nothing here loads torch, but
-for what `put` is given.
+that no training leaves behind, and written to its place; it settles on the disk while more are made. Nothing here loads
+torch, but for what `put` is given.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peftopt.errors import BadInput
 from peftopt.merging.lanes import Lanes
 from peftopt.models.adapter import Pair
 from peftopt.models.checkpoint import ITEM_BYTES, Checkpoint, Draft, Entry
-from peftopt.models.values import FLOATS, dtype_of, largest
+from peftopt.models.values import FLOATS, dtype_of, largest, wrong
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,7 +140,7 @@ class Blocks:
         """Bring these tensors of the base into the draft, those named in `pairs` with their LoRA deltas added.
 
         `pairs` maps a tensor's name to the pairs that add up. Yields tensors as they are finished, in any order. Raises
-        BadInput naming the first that comes out with a value that is not finite.
+        BadInput naming the first that comes out with a value that no training leaves behind: see models/values.py.
         """
         targets, jobs = [], []
         for entry in entries:
@@ -188,7 +188,7 @@ class Blocks:
                 before = (raw.copy() if raw.ctypes.data % size else raw).view(dtype_of(entry.dtype)).reshape(-1, width)
                 if delta is None:
                     out = before if entry.dtype == target.dtype else narrowed(before, target.dtype)
-                    check_finite(out, entry.name)
+                    check_values(out, entry)
                 else:
                     own = delta.rows(start - piece.start, start - piece.start + len(before))
                     out = self._sum(entry, target, before, own)
@@ -219,19 +219,21 @@ class Blocks:
             out = narrowed(before.astype(np.float64) + delta.whole(), target.dtype)
         else:
             out = before.astype(np.float32) + delta.b.astype(np.float32) @ delta.a
-        check_finite(out, entry.name)
+        check_values(out, entry)
         return out.view(HALVES.get(target.dtype, out.dtype))
 
     def _round_sum(self, entry: Entry, target: Entry, before: np.ndarray, delta: Delta) -> np.ndarray:
         """The same for two bytes, to the nearest: see kernel.add_rounded."""
+        import numpy as np
+
         from peftopt.merging import kernel
 
         given = before.view(HALVES[entry.dtype]) if entry.dtype in HALVES else before
         after = self._buffer("after", before.shape, HALVES[target.dtype])
         tile = self._buffer("tile", (kernel.TILE,), "float32")
         most = kernel.add_rounded(given, delta.b, delta.a, delta.exact_a, delta.slack, after, tile)
-        if most >= OVERFLOW[target.dtype]:
-            raise _not_finite(entry.name)
+        largest_sum = float(np.array([most], np.uint32).view(np.float32)[0])
+        _check(entry, math.inf if most >= OVERFLOW[target.dtype] else largest_sum)
         return after
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -250,7 +252,7 @@ class Blocks:
 
     def put(self, draft: Draft, name: str, tensor: Any) -> None:
         """Write a whole tensor to its place, rounded once to the dtype that the draft has for it. Raises BadInput where
-        its shape is another, or a value is not finite."""
+        its shape is another, or a value is one that no training leaves behind."""
         target = draft.entries[name]
         if tuple(tensor.shape) != target.shape:
             raise BadInput(f"{name} came out as {list(tensor.shape)}, its place is {list(target.shape)}")
@@ -266,7 +268,7 @@ class Blocks:
         dtype = dtype_of(target.dtype)
         after = flat[at : at + BLOCK].to(getattr(torch, dtype.name)).view(torch.uint8).numpy()
         if target.dtype in FLOATS:
-            check_finite(after.view(dtype), target.name)
+            check_values(after.view(dtype), target)
         draft.write(target, at * dtype.itemsize, after.data)
 
 
@@ -340,17 +342,17 @@ def narrowed(exact: np.ndarray, name: str) -> np.ndarray:
     return after.view(dtype_of(name))
 
 
-def check_finite(values: np.ndarray, name: str) -> None:
-    """Raises BadInput when a weight is NaN or infinite."""
-    if not math.isfinite(largest(values)):
-        raise _not_finite(name)
+def check_values(values: np.ndarray, entry: Entry) -> None:
+    """Raises BadInput when one of a tensor's values is one that no training leaves behind."""
+    _check(entry, largest(values))
 
 
-def _not_finite(name: str) -> BadInput:
-    return BadInput(
-        f"the weight {name} holds NaN or infinity",
-        "the base or the adapter is broken, or the adapter's scaling is too large for the dtype: check them",
-    )
+def _check(entry: Entry, most: float) -> None:
+    if problem := wrong(entry, most):
+        raise BadInput(
+            f"the weight {entry.name} {problem}",
+            "the base's file is damaged: copy or download it again; or the adapter's scaling is too large",
+        )
 
 
 def threads() -> int:

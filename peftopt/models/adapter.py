@@ -59,8 +59,8 @@ class Adapter:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 (hex) of its weights' file."""
-        return identity.of_file(self.folder / WEIGHTS)
+        """SHA-256 (hex) of its weights' file. Raises BadInput for one that is not what was downloaded."""
+        return identity.of_download(self.folder / WEIGHTS)
 
 
 def download_hint(folder: Path) -> str:
@@ -281,7 +281,7 @@ def task_of(config: Mapping[str, Json], task: int) -> int | None:
     return task
 
 
-def check_base(adapter: Adapter, folder: Path, config: Mapping[str, Json]) -> None:
+def check_trained_on(adapter: Adapter, folder: Path, config: Mapping[str, Json]) -> None:
     """Raises BadInput when what the adapter says of its base contradicts the base: class, name, revision or weights.
 
     Names and revisions are compared where the base is known by name, in the hub's cache layout; weights, by samples,
@@ -312,6 +312,21 @@ def check_base(adapter: Adapter, folder: Path, config: Mapping[str, Json]) -> No
     if problems:
         hint = "give the base it was trained on; --allow-base-mismatch takes this one all the same"
         raise BadInput(f"adapter {adapter.folder} {problems[0]}", hint)
+
+
+def unproven_base(adapter: Adapter, folder: Path, config: Mapping[str, Json]) -> str:
+    """The base that an adapter says it was trained on, where neither the base's folder nor its config has that name,
+    and no folder of that name is here to compare weights with; "" elsewhere."""
+    trained_on = str(adapter.config.get("base_model_name_or_path") or "")
+    if not trained_on or Path(trained_on).exists():
+        return ""
+    names = [str(folder.resolve()).replace("--", "/"), str(config.get("_name_or_path") or "")]
+    wanted = _letters(trained_on.rstrip("/").rpartition("/")[2])
+    return "" if any(wanted in map(_letters, name.split("/")) for name in names) else trained_on
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 # ---- plain LoRA ----------------------------------------------------------------------------------

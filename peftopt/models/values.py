@@ -21,6 +21,9 @@ LIMIT = 1e4
 """No trained matrix has a value beyond: published checkpoints stay below some hundreds. The highest bit of an exponent
 multiplies what is below 2 by 2^128 in bf16 and fp32, and by 65,536 in fp16."""
 
+VECTOR_LIMIT = 1e20
+"""The same for norms and biases, some of which are large. A single number has no limit: it may be what a mask holds."""
+
 LOOKED_BYTES = 1 << 22
 """Bytes looked through at a time, so that no tensor is held whole."""
 
@@ -65,19 +68,27 @@ def largest(values: np.ndarray) -> float:
     return float(np.array([bits], dtype=signed.dtype).view(values.dtype)[0])
 
 
+def wrong(entry: Entry, most: float) -> str:
+    """What is wrong with a tensor whose largest magnitude is `most`, "" for nothing. Pure."""
+    if not math.isfinite(most):
+        return "holds NaN or infinity"
+    if entry.dtype in UNSCALED and most > (LIMIT if len(entry.shape) > 1 else VECTOR_LIMIT) and entry.items > 1:
+        return f"holds a value of {most:.3g}, which no training leaves behind"
+    return ""
+
+
 def damaged(weights: Checkpoint) -> Iterator[str]:
-    """What is wrong with values of a checkpoint, a sentence for each tensor: one that is not finite, or in a matrix one
-    beyond LIMIT. Integers and packed weights are not looked at."""
+    """What is wrong with values of a checkpoint, a sentence for each tensor: one that is not finite, or one beyond the
+    limits. Integers and packed weights are not looked at."""
     for entry in weights.entries.values():
-        if entry.dtype in LOOKED:
-            most = _largest_of(weights, entry)
-            if not math.isfinite(most):
-                yield f"{entry.name} holds a value that is not finite"
-            elif most > LIMIT and len(entry.shape) > 1:
-                yield f"{entry.name} holds a value of {most:.3g}, which no training leaves behind"
+        if entry.dtype in LOOKED and (problem := wrong(entry, _largest_of(weights, entry))):
+            yield f"{entry.name} {problem}"
 
 
-LOOKED = (*FLOATS, "F8_E4M3", "F8_E5M2")
+UNSCALED = (*FLOATS, "F8_E4M3")
+"""The dtypes whose numbers are never scaled to more than LIMIT."""
+
+LOOKED = (*UNSCALED, "F8_E5M2")
 """The dtypes whose magnitudes are in the order of their bits."""
 
 

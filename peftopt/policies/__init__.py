@@ -5,11 +5,15 @@ A policy file has a one-line docstring (its help), a frozen dataclass `Params`, 
     def apply(request: Request, params: Params, count: Callable[[Messages], int]) -> Request
 
 where `count` gives the tokens of a prompt, chat template included. A request that needs no change comes back as it is.
-`speculate` and `prefix` change none: the engine is opened with their parameters.
+`speculate` and `prefix` change none: the engine is opened with their parameters. `pack` changes none either: it says
+which prompts of a batch are answered together, by
+
+    def parts(lengths: Sequence[int], new_tokens: int, params: Params) -> list[list[int]]
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +41,11 @@ class Policed:
         """`policies` are applied in order."""
         sources = [(plugins.module("policy", policy.plugin), policy.params) for policy in policies]
         self._policies = [(source.apply, source.Params(**params)) for source, params in sources]
+        self._packers = [
+            functools.partial(source.parts, params=source.Params(**params))
+            for source, params in sources
+            if hasattr(source, "parts")
+        ]
         self._engine = engine
 
     def __getattr__(self, name: str) -> Any:
@@ -47,8 +56,15 @@ class Policed:
         return self._engine.encode(self._policed(Request(messages, 0)).messages, answer)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
-        """The engine's answers, of at most `most` tokens."""
-        return self._engine.generate(prompts, self.most(new_tokens, stop), stop)
+        """The engine's answers, of at most `most` tokens, in the order of the prompts."""
+        most = self.most(new_tokens, stop)
+        parts = [list(range(len(prompts)))]
+        for packer in self._packers:
+            parts = packer([len(prompt) for prompt in prompts], most)
+        answers: dict[int, Generation] = {}
+        for rows in parts:
+            answers |= zip(rows, self._engine.generate([prompts[row] for row in rows], most, stop), strict=True)
+        return [answers[row] for row in range(len(prompts))]
 
     def load(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool, **arrivals: Any) -> Any:
         """The engine's answers under load, of at most `most` tokens."""

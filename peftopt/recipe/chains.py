@@ -1,4 +1,4 @@
-"""The steps of a variant: how one is written, which of them make no sense in one chain, and their schema. Pure."""
+"""The steps of a variant: their syntax, combinations that make no sense in one chain, and their schema. Pure."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ _CLASHES: Mapping[tuple[str, str], tuple[str, str]] = {
     ("shorten", "shorten"): ("caps its answers twice", "keep one"),
     ("speculate", "speculate"): ("speculates twice", "keep one"),
     ("prefix", "prefix"): ("reuses prefixes twice", "keep one"),
+    ("pack", "pack"): ("packs its batches twice", "keep one"),
     ("quantize", "merge"): (
         "merges into weights that are already quantized",
         "put merge before the quantizer, or leave it out to keep the adapter apart",
@@ -50,8 +51,8 @@ _CLASHES: Mapping[tuple[str, str], tuple[str, str]] = {
 
 
 def clash(earlier: Step, later: Step) -> tuple[str, str] | None:
-    """What is wrong with the two in one chain, and a hint; None for nothing. Virtual tokens that were baked as words of
-    the base are weights, which a quantizer may follow."""
+    """What is wrong with two steps in one chain, and a hint; None if nothing is. A quantizer may follow a bake for
+    vLLM: its virtual tokens are words of the base, so they are weights."""
     as_words = earlier.technique == "bake" and earlier.params.get("target", "ours") != "ours"
     if as_words and later.technique == "quantize":
         return None
@@ -59,7 +60,7 @@ def clash(earlier: Step, later: Step) -> tuple[str, str] | None:
 
 
 def schema(catalogue: Mapping[str, Plugin], params: Callable[[Plugin], Schema]) -> Schema:
-    """What a step may be: the name of a transform or a policy, that name with its parameters, or an engine."""
+    """The schema of a step: the name of a transform or a policy, a name with its parameters, or an engine."""
     engines = [plugin for plugin in catalogue.values() if plugin.kind == "engine"]
     others = [plugin for plugin in catalogue.values() if plugin.kind != "engine"]
     engine: Schema = {**_named(engines, params), "description": "What runs the model; the last step."}
@@ -69,7 +70,7 @@ def schema(catalogue: Mapping[str, Plugin], params: Callable[[Plugin], Schema]) 
 def _named(
     plugins: Sequence[Plugin], params: Callable[[Plugin], Schema], beside: Mapping[str, Schema] = MappingProxyType({})
 ) -> Schema:
-    """The name of a plug-in, or a mapping from one name to its parameters, or one of those `beside`."""
+    """The schema of a plug-in's name, a mapping from one name to its parameters, or one of the keys in `beside`."""
     called = {plugin.name: _helped(plugin, params(plugin)) for plugin in plugins}
     return {"anyOf": [{"enum": [*called]}, one_of({**called, **beside})]}
 

@@ -1,4 +1,4 @@
-"""YAML text -> nodes with their lines, without the parts of YAML that a recipe does without. Pure."""
+"""YAML text -> nodes with their lines, without the parts of YAML that a recipe does not allow. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import yaml
 from yaml.reader import ReaderError
 
 MAX_CHARACTERS = 2**20
-"""Cap on a document's text. As the two below: far above any real one, far below what would slow this machine down."""
+"""Cap on a document's text. This and the two below are far above any real recipe, and far below what takes long."""
 
 MAX_NODES = 2_000
 """Cap on a document's values."""
@@ -19,7 +19,7 @@ Problem = tuple[int, str, str]
 
 
 class Unreadable(Exception):
-    """A text that is not one YAML document, or that uses what a recipe does without; `problem` says where and why."""
+    """A text that is not one YAML document, or uses YAML that a recipe does not allow; `problem` says where and why."""
 
     def __init__(self, line: int, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class _Loader(yaml.SafeLoader):
 def compose(text: str) -> yaml.Node:
     """The root node of the one document in `text`. Raises Unreadable."""
     if len(text) > MAX_CHARACTERS:
-        raise Unreadable(0, f"more than {MAX_CHARACTERS:,} characters", "is it the right file?")
+        raise Unreadable(0, f"more than {MAX_CHARACTERS:,} characters", "check that it is the right file")
     loader = None
     try:
         loader = _Loader(text)
@@ -65,7 +65,9 @@ def compose(text: str) -> yaml.Node:
         line = error.problem_mark.line if error.problem_mark else 0
         if any(written.lstrip(" ").startswith("\t") for written in text.splitlines()[line : line + 1]):
             raise Unreadable(line + 1, "indented with a tab", "YAML is indented with spaces") from error
-        raise Unreadable(line + 1, f"not YAML: {error.problem}") from error
+        begun = error.context_mark.line if error.context_mark else line
+        where = f"{error.context} that begins in line {begun + 1}: " if error.context and begun < line else ""
+        raise Unreadable(line + 1, f"not YAML: {where}{error.problem}") from error
     except (ValueError, OverflowError) as error:  # an escape that is no character, such as "\UFFFFFFFF"
         raise Unreadable(loader.get_mark().line + 1 if loader else 0, f"not YAML: {error}") from error
     if root is None:

@@ -23,13 +23,13 @@ from peftopt.recipe.values import PRICE, TEXT, text_as, whole
 from peftopt.records import Recipe, Step
 
 ALL = "all"
-"""The group of all variants, where a grid names no groups."""
+"""The group of all variants, in a grid without groups."""
 
 ANY = "any"
-"""The class of machines of a grid that names none."""
+"""The class of machines, in a grid without classes."""
 
 READABLE = 50
-"""So many letters of a cell's name are for people; its hash follows."""
+"""Most letters of a cell's name before its hash."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class MachineClass:
 
     name: str
     gpus: int = 0
-    """How many GPUs a machine of this class has at least."""
+    """The least number of GPUs of a machine of this class."""
     memory: float | None = None
-    """How many bytes of memory it has at least: 24 GB."""
+    """Its least memory in bytes: 24 GB."""
     price_per_hour: str = ""
-    """What it costs an hour, in place of the recipe's: 2.10 USD."""
+    """Its price per hour, in place of the recipe's: 2.10 USD."""
     variants: tuple[str, ...] = ()
-    """The groups of variants that are measured there; all where none is named."""
+    """The groups of variants to measure there; by default all."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Template:
-    """The recipe that every cell has, but for its model and its variants: as it is written, and as it was read."""
+    """The recipe of every cell, before the cell's model and variants are put in: its text, and as it was read."""
 
     path: str
     text: str
@@ -68,17 +68,17 @@ class Template:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is swept over."""
+    """The models, variants and machines of a sweep."""
 
     name: str
     path: str
     recipe: Template
-    """A recipe; each cell has its own model in place of the recipe's."""
+    """The path of a recipe; each cell replaces the recipe's model by its own."""
     models: Mapping[str, ServedModel]
     """Name -> a base model and its adapters."""
     variants: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Name -> variants of the recipe that race together; the baseline is in every race. All in one where none is
-    named."""
+    """Name -> variants of the recipe that race together; the baseline is in every race. By default, all race
+    together."""
     machines: Mapping[str, MachineClass] = field(default_factory=dict)
     """Name -> a class of machines."""
 
@@ -95,8 +95,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Cell:
-    """A recipe on a class of machines. `name` is that of its recipe: words for people, and the hash of what it
-    measures; `recipe` its text, whose paths are absolute."""
+    """A recipe on a class of machines. `name` is its recipe's name: words for people, and the hash of what it measures.
+    `recipe` is its text, with absolute paths."""
 
     name: str
     model: str
@@ -105,7 +105,7 @@ class Cell:
     machine: MachineClass
     recipe: str
     price: str = ""
-    """What the machine costs an hour, where that is known."""
+    """The machine's price per hour, "" if it is not known."""
 
 
 def parse(
@@ -123,8 +123,8 @@ def parse(
 
 
 def schema() -> Schema:
-    """What a grid may hold, as JSON Schema, for editors. It knows keys and types; `parse` knows also what must hold
-    between them."""
+    """The JSON Schema of a grid, for editors. It checks keys and types. Only `parse` checks values against each
+    other."""
 
     def nothing(path: str) -> tuple[Recipe, str]:
         raise Wrong(f"{path} is not read for a schema")
@@ -204,7 +204,7 @@ class _Reading(Reading):
         return os.path.normpath(Path(self.path).parent / written)
 
     def check(self, grid: Grid) -> None:
-        """Note what does not hold between sections, and folders that are not there."""
+        """Note contradictions between sections, and missing folders."""
         known = grid.recipe.recipe.variants
         for group, names in grid.variants.items():
             self.check_names(f"variants.{group}", names, known, "variant")
@@ -216,7 +216,7 @@ class _Reading(Reading):
                     self.note(f"models.{name}.{at}", f"there is no folder {folder}", "paths are relative to the grid")
 
     def check_names(self, at: str, names: Iterable[str], known: Iterable[str], what: str) -> None:
-        """Note each name that nothing has."""
+        """Note each unknown name."""
         known = list(known)
         for name in names:
             if name not in known:
@@ -227,8 +227,8 @@ class _Reading(Reading):
 
 
 def cells(grid: Grid) -> list[Cell]:
-    """Every recipe that the grid stands for, in its order. What changes no measurement, such as a comment or a price,
-    changes no name."""
+    """The cells of the grid, in its order. A change that affects no measurement, such as a comment or a price, changes
+    no cell's name."""
     bodies = {group: _body(grid.recipe, names) for group, names in grid.groups.items()}
     return [
         _cell(grid, (model, adapter, group), machine, bodies[group])
@@ -245,15 +245,15 @@ def _cell(grid: Grid, names: tuple[str, str, str], machine: MachineClass, body: 
     served = grid.models[model]
     base, folder = (json.dumps(path, ensure_ascii=False) for path in (served.base, served.adapters[adapter]))
     text = f"model: {{base: {base}, adapter: {folder}}}\n{body}"
-    told = [model, adapter, *([group] if grid.variants else []), *([machine.name] if grid.machines else [])]
-    name = f"{'-'.join(told)[:READABLE]}-{identity.of_value([text, machine.name])[:8]}"
+    words = [model, adapter, *([group] if grid.variants else []), *([machine.name] if grid.machines else [])]
+    name = f"{'-'.join(words)[:READABLE]}-{identity.of_value([text, machine.name])[:8]}"
     price = machine.price_per_hour or grid.recipe.recipe.price_per_hour
     text += f"price_per_hour: {price}\n" if price else ""
     return Cell(name, model, adapter, group, machine, text, price)
 
 
 def _body(template: Template, names: tuple[str, ...]) -> str:
-    """The recipe's text with these variants and the baseline alone, without its model and its price."""
+    """The recipe's text with only these variants and the baseline, without its model and its price."""
     root = yaml.compose(template.text, Loader=yaml.SafeLoader)
     assert root is not None, "it was read as a recipe before"
     rewriting.drop(root, "model", "price_per_hour")
@@ -266,12 +266,12 @@ def _body(template: Template, names: tuple[str, ...]) -> str:
 
 
 def builds(grid: Grid) -> Mapping[str, int]:
-    """For each model how many artifacts its cells build at most: a chain's steps, shared prefixes once an adapter."""
+    """Model -> the most artifacts that its cells build: one per step, shared prefixes of chains once per adapter."""
     used = {name for group in grid.groups.values() for name in group} | {grid.recipe.recipe.baseline}
     chains = [grid.recipe.recipe.variants[name].steps for name in used]
-    prefixes = {_words(chain[: n + 1]) for chain in chains for n in range(len(chain))}
+    prefixes = {_hash(chain[: n + 1]) for chain in chains for n in range(len(chain))}
     return {name: len(prefixes) * len(served.adapters) for name, served in grid.models.items()}
 
 
-def _words(steps: Iterable[Step]) -> str:
+def _hash(steps: Iterable[Step]) -> str:
     return identity.of_value([[step.plugin, dict(step.params)] for step in steps])

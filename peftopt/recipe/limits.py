@@ -1,4 +1,4 @@
-"""The shape of the trade-off table: which limits each technique has, and how each is read. Pure."""
+"""The shape of the trade-off table: the limits of each technique, and the reader of each limit. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SAME_MODEL: Mapping[str, Reader[Limit]] = {
     "lost": share(0, 1),
     "critical_errors": _CRITICAL,
 }
-"""The rule of what gives the same model without the adapter's cost."""
+"""The rule of merge and bake, which give the same model without the adapter's cost."""
 
 RULES: Mapping[str, Mapping[str, Reader[Limit]]] = {
     "variant": {"critical_errors": _CRITICAL},
@@ -33,10 +33,11 @@ RULES: Mapping[str, Mapping[str, Reader[Limit]]] = {
     "compile": {"gain": share(0, 0.99), "parity": share(0, 1), "critical_errors": _CRITICAL},
     "speculate": {"gain": share(0, 0.99), "parity": share(0, 1), "critical_errors": _CRITICAL},
     "prefix": {"gain": share(0, 0.99), "parity": share(0, 1), "critical_errors": _CRITICAL},
+    "pack": {"gain": share(0, 0.99)},
     "truncate": {"over": _TOKENS, "gain": share(0, 0.99), "lost": share(0, 1)},
     "shorten": {"by": words({"max_new_tokens": 1.0, "off": None}), "gain": share(0, 0.99), "cut": share(0, 1)},
 }
-"""The shape of the trade-off table: technique -> the halves of its rule -> how each limit is read."""
+"""The shape of the trade-off table: technique -> the parts of its rule -> the reader of each limit."""
 
 MEMORY = ("quantize", "gain")
-"""What a quantizer is for, "speed" or "memory": it turns the rules on speed and size on and off, and is none itself."""
+"""The purpose of a quantizer, "speed" or "memory": no rule itself, it switches the rules on speed and size."""

@@ -64,14 +64,14 @@ def parse(
 
 
 def schema(catalogue: Mapping[str, Plugin]) -> Schema:
-    """What a recipe may hold, as JSON Schema, for editors. It knows keys, types and names of plug-ins; `parse` knows
-    also what must hold between them."""
+    """The JSON Schema of a recipe, for editors. It checks keys, types and names of plug-ins. Only `parse` checks values
+    against each other."""
     written = _Reading("recipe.yaml", catalogue).sections.schema()
     return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "A recipe of peftopt", **written}
 
 
 def _name_of(path: str) -> str:
-    """A recipe is called as its file is, in the letters that a name may have."""
+    """The name of a recipe: its file's name, in the letters that a name may have."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", Path(path).stem).lstrip(".")[:64] or "recipe"
 
 
@@ -83,7 +83,7 @@ _MOST_BLOCKS = 10_000
 
 
 def _read_blocks(node: yaml.Node, at: str) -> int:
-    """A planned look, or more than the last one for a race that bets judge after every block."""
+    """A number of blocks: a planned look, or more than the last: such a race is judged by bets after every block."""
     blocks = whole(1, _MOST_BLOCKS)(node, at)
     if blocks in LOOKS or blocks > LOOKS[-1]:
         return blocks
@@ -138,7 +138,7 @@ _INVARIANTS: Mapping[str, Reader[object]] = {
 
 
 class _Reading(Reading):
-    """One pass over one recipe, which knows the plug-ins and can read a table that the recipe names."""
+    """One pass over one recipe. It knows the plug-ins, and can read a trade-off table that the recipe names."""
 
     def __init__(self, path: str, catalogue: Mapping[str, Plugin], read: Callable[[str], str] | None = None) -> None:
         super().__init__(path)
@@ -162,7 +162,7 @@ class _Reading(Reading):
 
     @property
     def sections(self) -> Reader[Sections]:
-        """Every section by itself."""
+        """The reader of all sections, each by itself."""
         readers: Mapping[str, Reader[object]] = {
             "model": self.record(Sources, {"base": self.file, "adapter": self.file}),
             "seed": whole(0, 2**32 - 1),
@@ -243,8 +243,8 @@ class _Reading(Reading):
             before = len(self.problems)
             steps = [step for step in listed(node, at) if step]
             clashes = (clash(a, b) for a, b in combinations(steps, 2))
-            for found in dict.fromkeys(filter(None, clashes)):
-                self.note(at, *found)
+            for message, hint in dict.fromkeys(filter(None, clashes)):
+                self.note(at, message, hint)
             policies = tuple(step for step in steps if step.kind == "policy")
             steps = [step for step in steps if step.kind != "policy"]
             if any(step.kind == "engine" for step in steps[:-1]):
@@ -271,7 +271,7 @@ class _Reading(Reading):
         return self.plugged("policy" if is_policy else "transform", name, params, at)
 
     def plugged(self, kind: str, name: str, params: yaml.Node | None, at: str) -> Step:
-        """A step of the plug-in `name`, its parameters checked and its defaults filled in."""
+        """A step of the plug-in `name`, with checked parameters and defaults."""
         plugin = self.catalogue.get(name)
         if plugin is None:
             kinds = ("engine",) if kind == "engine" else ("transform", "policy")
@@ -286,7 +286,7 @@ class _Reading(Reading):
         return Step(name, kind, plugin.technique, dataclasses.asdict(values), plugin.calibrates, plugin.environment)
 
     def params(self, plugin: Plugin) -> Reader[DataclassInstance]:
-        """A plug-in's parameters. Its record has their types and their defaults, and may refuse a value."""
+        """The reader of a plug-in's parameters. Their record gives types and defaults, and may refuse a value."""
         annotations = typing.get_type_hints(plugin.params)
         readers = {field.name: typed(annotations[field.name]) for field in dataclasses.fields(plugin.params)}
         return self.record(plugin.params, readers)
@@ -303,7 +303,7 @@ class _Reading(Reading):
 
     @property
     def tradeoffs(self) -> Reader[Rows]:
-        """`default`, rows of the user's own, or the path of a file that holds them."""
+        """The reader of `default`, of the user's own rows, or of the path of a file with rows."""
         rows = self.rows
 
         def read(node: yaml.Node, at: str) -> Rows:
@@ -312,7 +312,7 @@ class _Reading(Reading):
         return Reader(read, lambda: {"anyOf": [TEXT.schema(), rows.schema()]})
 
     def named_rows(self, written: str) -> Rows:
-        """The rows that a word or a path stands for."""
+        """The rows for the word `default` or for a path."""
         if written == "default":
             return {}
         if self.read is None:
@@ -326,7 +326,7 @@ class _Reading(Reading):
             ) from error
 
     def table(self, text: str, path: str) -> Rows:
-        """The rows of another file; its mistakes are noted where the recipe names it."""
+        """The rows in a file's text. Its mistakes are noted at the recipe's key `tradeoffs`."""
         other = _Reading(path, self.catalogue)
         rows = other.document(text, other.rows)
         for line, message, hint in other.problems:
@@ -334,7 +334,7 @@ class _Reading(Reading):
         return rows or {}
 
     def rules(self, own: Rows, default: Rows) -> tuple[Rule, ...]:
-        """Every half-row that a verdict may need: each quantizer under its own name, its own row first."""
+        """All rules that a verdict may need. Each quantizer has its own: from its own row, else from `quantize`."""
         rules = []
         for technique, halves in RULES.items():
             for owner in self.quantizers() if technique == "quantize" else [technique]:

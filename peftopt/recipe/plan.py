@@ -1,4 +1,4 @@
-"""Recipe -> Plan: which artifacts to build, shared prefixes once, and which one each variant opens. Pure."""
+"""Recipe -> Plan: which artifacts to build, each shared prefix of chains once, and which each variant opens. Pure."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SOURCE = ""
 def plan(recipe: Recipe, sources: Mapping[str, str], versions: Mapping[str, Mapping[str, str]]) -> Plan:
     """The plan of a recipe.
 
-    `sources` holds the content hashes of what shapes an artifact: "base", "adapter" and "calibration" ("" when
-    there is none); `versions` those of the libraries that do, by environment.
+    `sources` holds the content hashes of an artifact's inputs: "base", "adapter" and "calibration" ("" for none).
+    `versions` holds the versions of its libraries, by environment.
     """
     builds: dict[str, Build] = {}
     models = {}
@@ -32,21 +32,21 @@ def plan(recipe: Recipe, sources: Mapping[str, str], versions: Mapping[str, Mapp
 
 
 def elsewhere(recipe: Recipe) -> Plan:
-    """The plan of a recipe whose variants were all measured by other tools: nothing is known of what they are made of,
-    so artifacts are named by their chains alone."""
+    """The plan of a recipe whose variants were all measured by other tools. Their files are not known, so the ids of
+    artifacts are hashes of their chains alone."""
     return plan(recipe, dict.fromkeys(("base", "adapter", "calibration"), ""), {})
 
 
 def completed(plan: Plan, catalogue: Mapping[str, Plugin]) -> Plan:
-    """The plan of an older peftopt, with the parameters that its plug-ins have got since at their defaults: they ran as
-    these say."""
+    """The plan of an older peftopt, with the defaults of parameters that are newer than the plan: its variants ran as
+    these defaults say."""
 
     def whole(step: Step) -> Step:
         plugin = catalogue.get(step.plugin)
         return replace(step, params={**vars(plugin.params()), **step.params}) if plugin else step
 
     def filled(variant: Variant) -> Variant:
-        steps, policies = (tuple(map(whole, each)) for each in (variant.steps, variant.policies))
+        steps, policies = (tuple(map(whole, chain)) for chain in (variant.steps, variant.policies))
         return replace(variant, steps=steps, engine=whole(variant.engine), policies=policies)
 
     variants = {name: filled(variant) for name, variant in plan.recipe.variants.items()}
@@ -54,13 +54,13 @@ def completed(plan: Plan, catalogue: Mapping[str, Plugin]) -> Plan:
 
 
 def rejudged(plan: Plan, recipe: Recipe) -> Plan:
-    """The plan with the thresholds of `recipe`, over what was measured. Variants may be left out: they are not judged
-    again, but parents and error rates stay those of the run, or leaving one out would change verdicts on the others.
+    """The plan with the thresholds of `recipe`, to judge a run again. The recipe may leave out variants: they are not
+    judged again. Parents and error rates stay the run's, so leaving one out changes no verdict on the others.
 
-    Raises BadInput for a recipe that asks for what the plan's run did not measure.
+    Raises BadInput for a recipe that needs something the run did not measure.
     """
     old = plan.recipe
-    hint = "run the recipe: this takes measuring"
+    hint = "run the recipe: this needs new measurements"
     for name, variant in recipe.variants.items():
         if name not in old.variants:
             raise BadInput(f"that run did not measure {name}: its variants are {', '.join(old.variants)}", hint)
@@ -84,10 +84,13 @@ def rejudged(plan: Plan, recipe: Recipe) -> Plan:
 
 
 def changes(old: Recipe, new: Recipe) -> list[str]:
-    """Which thresholds differ, in words: a limit that was chosen after the values were known does not test them."""
+    """The thresholds that differ, in words. A limit chosen after the values are known does not test them."""
     steps = [step for variant in old.variants.values() for step in variant.techniques]
-    asked = {"variant", *(step.plugin for step in steps), *(step.technique for step in steps)}
-    limits = [{f"{r.technique}.{r.name}": r.limit for r in each.rules if r.technique in asked} for each in (old, new)]
+    used = {"variant", *(step.plugin for step in steps), *(step.technique for step in steps)}
+    limits = [
+        {f"{rule.technique}.{rule.name}": rule.limit for rule in recipe.rules if rule.technique in used}
+        for recipe in (old, new)
+    ]
     lines = [
         f"{name} {_shown(limits[0].get(name))} -> {_shown(limits[1].get(name))}"
         for name in sorted(limits[0].keys() | limits[1].keys())
@@ -102,8 +105,8 @@ def changes(old: Recipe, new: Recipe) -> list[str]:
 
 
 def kept(old: Recipe, new: Recipe) -> list[str]:
-    """What a recipe has otherwise than a run that it judges, and what stays as it was run, in words. Where files lie is
-    not a difference: what they held is known from the measurements alone."""
+    """The settings in which a recipe differs from the run that it judges, and which stay the run's, in words. Paths of
+    files are not compared: the measurements alone tell what the files contained."""
     lines = []
     for name in old.workloads.keys() & new.workloads.keys():
         lines += _differ(f"workloads.{name}", old.workloads[name], new.workloads[name])
@@ -123,7 +126,7 @@ def _differ(where: str, old: Workload | Quality | Measure, new: Workload | Quali
 
 
 def _chain(variant: Variant, other: Variant) -> str:
-    """The steps of a variant, with the parameters that are not those of the other's step in the same place."""
+    """The steps of a variant, with the parameters that differ from the other variant's step in the same place."""
     theirs = [*other.steps, *other.policies, other.engine]
     words = []
     for n, step in enumerate([*variant.steps, *variant.policies, variant.engine]):
@@ -140,7 +143,7 @@ def _shown(limit: float | None) -> str:
 def artifact_id(
     step: Step, parent: str, sources: Mapping[str, str], versions: Mapping[str, Mapping[str, str]], seed: int
 ) -> str:
-    """An artifact is the hash of its inputs: the chain behind it, its step, and what shapes the output."""
+    """The id of an artifact: the hash of its inputs, its parent, its step, the seed and the library versions."""
     inputs = {
         "step": asdict(step),
         "parent": parent or [sources["base"], sources["adapter"]],

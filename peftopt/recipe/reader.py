@@ -1,9 +1,9 @@
-"""YAML text -> values: every mistake at once, each with its line, its key path and the nearest known word. Pure.
+"""YAML text -> values, and all mistakes at once, each with its line, its key path and the nearest known word. Pure.
 
-A *reader* takes a YAML node and its key path and returns a value, or raises ValueError that says what it must
-be. `Reader[int]` returns whole numbers. A broken value reads as None with its mistake noted, so that reading goes on to
-the next one. Each reader also says as JSON Schema what one may write, for editors. A schema may take more than its
-reader: what must hold between values, a reader alone knows.
+A *reader* takes a YAML node and its key path. It returns a value, or raises a ValueError that says what the value must
+be. `Reader[int]` returns whole numbers. A wrong value reads as None and its mistake is noted, so that reading continues
+with the next value. Each reader also has a JSON Schema of its values, for editors. A schema may accept more than its
+reader: only the reader checks values against each other.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ Schema = dict[str, JsonValue]
 
 @dataclass(frozen=True)
 class Reader(Generic[Kept]):
-    """Reads one kind of value. `schema` makes the JSON Schema of what it takes."""
+    """Reads one kind of value. `schema` returns the JSON Schema of the values that it accepts."""
 
     read: Callable[[yaml.Node, str], Kept]
     schema: Callable[[], Schema]
 
     def __call__(self, node: yaml.Node, at: str) -> Kept:
-        """The value of a node that is written at this key path. Raises Wrong or another ValueError."""
+        """The value of the node at this key path. Raises Wrong or another ValueError."""
         return self.read(node, at)
 
 
@@ -50,7 +50,7 @@ class Reader(Generic[Kept]):
 
 
 class Wrong(ValueError):
-    """What a value must be, and a hint; without a message, the mistakes are already noted."""
+    """A wrong value: the message says what it must be. Without a message, the mistakes are noted already."""
 
     def __init__(self, message: str = "", hint: str = "") -> None:
         super().__init__(message)
@@ -58,7 +58,7 @@ class Wrong(ValueError):
 
 
 def show(written: yaml.Node | str) -> str:
-    """What the user wrote, short enough for a message and safe to print."""
+    """The user's text, short enough for a message and safe to print."""
     if isinstance(written, yaml.SequenceNode):
         return "a list"
     if isinstance(written, yaml.MappingNode):
@@ -69,7 +69,7 @@ def show(written: yaml.Node | str) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint: the known word that was probably meant, or else all of them."""
+    """A hint: the most similar known word, else all known words."""
     guess = difflib.get_close_matches(word[:64], sorted(known), n=1)
     return f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(sorted(known))}"
 
@@ -78,7 +78,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 class Reading:
-    """One pass over one YAML text: `problems` are its mistakes, `lines` tells where a key path is written."""
+    """One pass over one YAML text. `problems` are its mistakes; `lines` has the line of each key path."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -86,12 +86,12 @@ class Reading:
         self.problems: list[Problem] = []
 
     def note(self, at: str, message: str, hint: str = "", line: int | None = None) -> None:
-        """Keep a mistake, with the line on which `at` is written; `line` where another one is meant."""
+        """Note a mistake at the line of the key path `at`, or at `line`."""
         where = self.lines.get(at, 0) if line is None else line
         self.problems.append((where, f"{at}: {message}" if at else message, hint))
 
     def document(self, text: str, reader: Reader[Value]) -> Value | None:
-        """What `reader` makes of the one YAML document in `text`; None where it cannot be read, and why is noted."""
+        """The value that `reader` reads from the YAML document in `text`; None, with a noted mistake, if it cannot."""
         try:
             root = compose(text)
         except Unreadable as error:
@@ -101,7 +101,7 @@ class Reading:
         return self.value(reader, root, "")
 
     def value(self, reader: Reader[Value], node: yaml.Node, at: str) -> Value | None:
-        """What `reader` makes of a node; None where it raises, and the mistake is noted."""
+        """The value that `reader` reads from a node; None, with a noted mistake, if it raises."""
         try:
             return reader(node, at)
         except (ValueError, PeftoptError) as error:
@@ -110,7 +110,7 @@ class Reading:
             return None
 
     def items(self, node: yaml.Node, at: str) -> Iterator[tuple[str, str, yaml.Node]]:
-        """The keys of a mapping, the key path of each, and its value; duplicates and odd keys are noted."""
+        """The keys of a mapping, with key paths and values. Duplicates and keys that are not text are noted."""
         if not isinstance(node, yaml.MappingNode):
             raise Wrong(f"must be a mapping (key: value), found {show(node)}")
         first_lines: dict[str, int] = {}
@@ -134,21 +134,21 @@ class Reading:
         meaning: type[DataclassInstance] | None = None,
         names: Mapping[str, str] = MappingProxyType({}),
     ) -> Reader[dict[str, Value | None]]:
-        """A reader of a mapping that has these keys. Keys that are not written are left out. `meaning`: the record
-        whose fields say what the keys mean; `names`: the field of a key whose name is another."""
+        """A reader of a mapping with these keys. Its value has only the keys that are written. `meaning`: the record
+        whose fields' docstrings explain the keys; `names`: key -> field, where their names differ."""
 
         def read(node: yaml.Node, at: str) -> dict[str, Value | None]:
             values: dict[str, Value | None] = {}
-            meant: set[str] = set()
+            written: set[str] = set()  # with the keys that misspelled ones probably stand for
             for key, path, child in self.items(node, at):
-                meant.add(key)
+                written.add(key)
                 if key in readers:
                     values[key] = self.value(readers[key], child, path)
                 else:
-                    meant.update(difflib.get_close_matches(key[:64], readers, n=1))
+                    written.update(difflib.get_close_matches(key[:64], readers, n=1))
                     self.note(at, f"unknown key {show(key)}", nearest(key, readers), self.lines[path])
             for key in required:
-                if key not in meant:
+                if key not in written:
                     self.note(at, f"{key!r} is missing", f"add {key}: …")
             return values
 
@@ -156,7 +156,7 @@ class Reading:
             properties = {key: reader.schema() for key, reader in readers.items()}
             if meaning is None:
                 return _object(properties, required)
-            described = {key: _described(each, meaning, names.get(key, key)) for key, each in properties.items()}
+            described = {key: _described(part, meaning, names.get(key, key)) for key, part in properties.items()}
             return {"description": docstrings.of_class(meaning), **_object(described, required)}
 
         return Reader(read, schema)
@@ -168,8 +168,8 @@ class Reading:
         names: Mapping[str, str] = MappingProxyType({}),
         **given: object,
     ) -> Reader[Record]:
-        """A reader of a mapping into a dataclass, which says which keys are required, and what each means. `names`: the
-        field of a key whose name is another."""
+        """A reader of a mapping into a dataclass, whose fields without a default are required keys. `names`: key ->
+        field, where their names differ."""
         needed = {field.name for field in dataclasses.fields(cls) if _has_no_default(field)}
         keys = self.keys(readers, [key for key in readers if names.get(key, key) in needed], cls, names)
 
@@ -221,7 +221,7 @@ class Reading:
 
 
 def filled(cls: type[Record], values: Mapping[str, object]) -> Record:
-    """A record of these values. Their types are what their readers return: no type checker compares the two."""
+    """A record of these values. Their readers return the right types: no type checker verifies it."""
     build: type = cls
     record: Record = build(**values)
     return record
@@ -243,7 +243,7 @@ def one_of(properties: Mapping[str, Schema]) -> Schema:
 
 
 def _described(schema: Schema, record: type[DataclassInstance], name: str) -> Schema:
-    """The schema of a field's value, with what its docstring says and its default, where it has them."""
+    """The schema of a field's value, with its docstring and its default, if it has them."""
     (field,) = (field for field in dataclasses.fields(record) if field.name == name)
     text = docstrings.of_fields(record).get(name)
     described: Schema = {**schema, "description": text} if text else {**schema}
@@ -253,7 +253,7 @@ def _described(schema: Schema, record: type[DataclassInstance], name: str) -> Sc
 
 
 def _may_be_written(default: object, schema: Schema) -> TypeGuard[bool | int | float | str]:
-    """Whether a default is one that a user could write, and no sign that the key was left out."""
+    """Whether a user could write this default: others only mark a key that was left out."""
     low = schema.get("minimum", -math.inf)
     if isinstance(default, int | float) and isinstance(low, int | float):
         return default >= low

@@ -1,4 +1,4 @@
-"""A recipe's YAML nodes, changed and written again: paths, keys and values. Pure."""
+"""Change a recipe's YAML nodes and write them again: paths, keys and values. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftopt.records import GENERIC, YAML
 
 
 def make_absolute(root: yaml.Node, folder: Path) -> None:
-    """Give every path of a recipe its folder, so that the recipe may lie elsewhere."""
+    """Make every path of a recipe absolute, so that the recipe may lie elsewhere."""
     for node in _paths(root):
         node.value = os.path.normpath(folder / node.value)
 
@@ -31,12 +31,12 @@ def _paths(root: yaml.Node) -> Iterator[yaml.ScalarNode]:
 
 
 def items(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:
-    """The keys and values of a mapping; none of anything else."""
+    """The keys and values of a mapping; empty for other nodes."""
     return list(node.value) if isinstance(node, yaml.MappingNode) else []
 
 
 def get(node: yaml.Node | None, key: str) -> yaml.Node | None:
-    """The value of a key of a mapping; None where it has none."""
+    """The value of a key of a mapping; None without the key."""
     return next((value for name, value in items(node) if name.value == key), None)
 
 

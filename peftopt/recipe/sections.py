@@ -1,4 +1,4 @@
-"""The sections of a recipe as they were read, and what must hold between them. Pure."""
+"""The sections of a recipe as they were read, and the checks between them. Pure."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from peftopt.records import (
 DEFAULT_BASELINE = "adapter"
 
 Limit = float | str | None
-"""A limit of the trade-off table. None switches the rule off; a word chooses what a quantizer is for."""
+"""A limit of the trade-off table. None switches the rule off; a word gives the purpose of a quantizer."""
 
 Rows = Mapping[str, Mapping[str, Limit] | None]
-"""A trade-off table: the name of a row -> the halves of its rule -> their limits."""
+"""A trade-off table: the name of a row -> the parts of its rule -> their limits."""
 
 _AS_USUAL = Measure()
 
@@ -51,22 +51,22 @@ class Sources:
 class Sections:
     """Which variants of a model to build, how to measure them, and what they must prove."""
 
-    # None where a section was left out, and where one has a mistake, which is noted
+    # None for a section that was left out, or that has a mistake, which is noted
     model: Sources | None = None
     """The base model and its adapter."""
     seed: int | None = 0
-    """Of all that is drawn at random."""
+    """The seed of random choices."""
     calibration: str | None = None
-    """A file of texts that GPTQ, AWQ and W8A8 calibrate on, never the rows that quality is checked on; or generic,
-    texts that come with peftopt."""
+    """A file of texts for the calibration of GPTQ, AWQ and W8A8, never the rows of `quality`; or generic, for texts
+    that come with peftopt."""
     workloads: Mapping[str, Workload | None] | None = None
     """What is timed: name -> requests."""
     quality: Quality | None = None
-    """Whose answers are checked."""
+    """Which answers are checked."""
     measure: Measure | None = _AS_USUAL
-    """How hard to measure."""
+    """How much to measure."""
     variants: Mapping[str, Variant | None] | None = None
-    """What to build: name -> its steps, in order, the engine last. [] is the base with the adapter on top."""
+    """What to build: name -> steps in order, the engine last. [] is the base with the adapter on top."""
     baseline: str | None = DEFAULT_BASELINE
     """The variant that the others are compared with: the adapter as it is served today."""
     tradeoffs: Rows | None = None
@@ -74,12 +74,12 @@ class Sections:
     require: tuple[Threshold | None, ...] | None = ()
     """What the whole variant must meet: your SLA."""
     minimize: Metric | None = None
-    """The one time that variants are ranked by: latency.p50@WORKLOAD, ttft.p50@WORKLOAD, …"""
+    """The time that ranks the variants: latency.p50@WORKLOAD, ttft.p50@WORKLOAD, …"""
     price_per_hour: str | None = ""
-    """What the machine costs an hour: 2.10 USD. Reports say then what tokens cost."""
+    """The machine's price per hour: 2.10 USD. Reports then give the price of tokens."""
 
     def recipe(self, name: str, path: str, rules: tuple[Rule, ...]) -> Recipe:
-        """The recipe, once no mistake was noted. Raises Wrong where a section has one."""
+        """The recipe. Raises Wrong where a section has a mistake."""
         model = _whole(self.model)
         return Recipe(
             name=name,
@@ -107,17 +107,18 @@ def _whole(section: Value | None) -> Value:
 
 
 def _readable(values: Mapping[str, Value | None] | None) -> dict[str, Value]:
-    """Those without a mistake."""
+    """The values without a mistake."""
     return {name: value for name, value in (values or {}).items() if value is not None}
 
 
 def check(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
-    """Note every mistake that one section alone does not show."""
+    """Note every mistake between sections."""
     _check_baseline(sections, reading)
     _check_chains(sections, reading)
     _check_calibration(sections, reading)
     _check_speculation(sections, reading, catalogue)
     _check_prefixes(sections, reading, catalogue)
+    _check_packing(sections, reading, catalogue)
     _check_loads(sections, reading, catalogue)
     _check_minimize(sections, reading)
     _check_metrics(sections, reading)
@@ -127,7 +128,7 @@ def check(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin])
 def _check_blocks(sections: Sections, reading: Reading) -> None:
     measure = sections.measure
     if measure and measure.min_blocks > measure.max_blocks:
-        reading.note("measure.min_blocks", "is more than max_blocks", "more blocks than the most are never run")
+        reading.note("measure.min_blocks", "is more than max_blocks", "more than max_blocks are never run")
 
 
 def _check_baseline(sections: Sections, reading: Reading) -> None:
@@ -164,7 +165,7 @@ def _check_calibration(sections: Sections, reading: Reading) -> None:
 
 
 def _check_speculation(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
-    """An engine can look up what a variant asks it to, in batches where there are any."""
+    """Note a variant whose engine cannot speculate as its policy says, or not in the workloads' batches."""
     batches = [name for name, workload in _readable(sections.workloads).items() if workload.batch > 1]
     for name, variant in _readable(sections.variants).items():
         for step in (step for step in variant.policies if step.technique == "speculate"):
@@ -184,7 +185,7 @@ def _check_speculation(sections: Sections, reading: Reading, catalogue: Mapping[
 
 
 def _check_prefixes(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
-    """An engine can reuse prefixes; only servers do so while they speculate."""
+    """Note a variant whose engine cannot reuse prefixes. Only servers do so while they speculate."""
     for name, variant in _readable(sections.variants).items():
         techniques = {step.technique for step in variant.policies}
         engine = catalogue[variant.engine.plugin]
@@ -199,13 +200,29 @@ def _check_prefixes(sections: Sections, reading: Reading, catalogue: Mapping[str
             reading.note(f"variants.{name}", message, "remove one of the steps")
 
 
+def _check_packing(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
+    """There is a batch to pack, and an engine that pads it."""
+    largest = max((workload.batch for workload in _readable(sections.workloads).values()), default=0)
+    for name, variant in _readable(sections.variants).items():
+        if all(step.technique != "pack" for step in variant.policies):
+            continue
+        if not catalogue[variant.engine.plugin].pads:
+            others = [plugin.name for plugin in catalogue.values() if plugin.pads]
+            message = f"its engine {variant.engine.plugin} makes its own batches, or has them of fixed sizes"
+            reading.note(f"variants.{name}", message, f"pack needs one of: {', '.join(others)}")
+        elif largest < 2:
+            reading.note(f"variants.{name}", "packs batches, and no workload has one", "give a workload a batch: 32")
+
+
 def check_formats(steps: Sequence[Step], at: str, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
-    """What one step writes, the next has to read: transforms read safetensors, engines the format they name."""
+    """Note a step that cannot read the previous step's output: transforms read safetensors, engines their format."""
     written = SAFETENSORS
     for step in steps:
         plugin = catalogue[step.plugin]
         if step.kind == "transform" and written != SAFETENSORS:
-            reading.note(at, f"{step.plugin} cannot read what comes before it ({written})", "put it earlier")
+            reading.note(
+                at, f"{step.plugin} cannot read the output of the step before it ({written})", "put it earlier"
+            )
         elif step.kind == "engine" and written != plugin.format:
             message = f"engine {step.plugin} opens {plugin.format}, and gets {written}"
             reading.note(at, message, _fitting_step(plugin, written, catalogue))
@@ -213,7 +230,7 @@ def check_formats(steps: Sequence[Step], at: str, reading: Reading, catalogue: M
 
 
 def _fitting_step(engine: Plugin, written: str, catalogue: Mapping[str, Plugin]) -> str:
-    """A hint: the engines that open what was written, or the transforms that write what this engine opens."""
+    """A hint: the engines that open the written format, or the transforms that write this engine's format."""
     if written == SAFETENSORS:
         kind, wanted, written_as = "transform", engine.format, "a step before the engine"
     else:
@@ -223,7 +240,7 @@ def _fitting_step(engine: Plugin, written: str, catalogue: Mapping[str, Plugin])
 
 
 def _check_loads(sections: Sections, reading: Reading, catalogue: Mapping[str, Plugin]) -> None:
-    """Users and rates are for servers."""
+    """Note a load on an engine that is not a server, and load options without a load."""
     for name, workload in _readable(sections.workloads).items():
         at = f"workloads.{name}"
         if workload.loaded:
@@ -255,7 +272,7 @@ def _check_minimize(sections: Sections, reading: Reading) -> None:
 
 
 def _check_metrics(sections: Sections, reading: Reading) -> None:
-    """Every metric that is asked for can be measured: its workload, its answers and its task are there."""
+    """Note a metric without its workload, its answers or its task."""
     if sections.minimize:
         _check_metric(sections.minimize, "minimize", sections, reading)
     for number, threshold in enumerate(sections.require or (), 1):

@@ -1,6 +1,6 @@
-"""A first recipe for a user's own model, adapter, prompts and machine: pure, from facts to commented YAML.
+"""Write a first recipe for a user's own model, adapter, prompts and machine: from facts to commented YAML. Pure.
 
-A comment says what a line means, never its value: who edits the value leaves no comment behind that is wrong.
+A comment explains a line and never repeats its value, so that it stays right when the user edits the value.
 """
 
 from __future__ import annotations
@@ -15,20 +15,27 @@ from peftopt.stats import needed_n
 RATES = (0.01, 0.02, 0.03, 0.05, 0.10)
 """Limits on critical errors that a recipe proposes: the strictest that the prompts can show."""
 
+USUAL = {
+    "merge": {"merge": 0.05, "quantize": 0.01, "compile": 0.05, "variant": 0.05},
+    "bake": {"bake": 0.05, "compile": 0.05, "variant": 0.05},
+    "": {"quantize": 0.01, "variant": 0.05},
+}
+"""The default limits on critical errors of a recipe's techniques, by the adapter's method."""
+
 SHORTEST, LONGEST = 8, 256
-"""Bounds of the tokens that a timed answer is given."""
+"""The least and the greatest number of tokens of a timed answer."""
 
 MOST_ROWS = 500
-"""Prompts whose answers are checked, at most: on a CPU each takes about a second a variant."""
+"""Most prompts whose answers are checked: on a CPU, each takes about a second per variant."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a recipe depends on. Paths as the recipe shall name them.
+    """The facts that a recipe depends on. Paths are as the recipe will name them.
 
-    `method`: "merge" where the adapter can be merged, "bake" for a prompt method, "" for one that stays as it is, and
-    `why`. `distinct` prompts there are; `answer_tokens` of each that has a right answer. `base_bytes` and
-    `memory_bytes` of the model and the machine.
+    `method`: "merge" for an adapter that can be merged, "bake" for a prompt method, "" for an adapter that stays as it
+    is; `why` says why. `distinct`: the number of different prompts. `answer_tokens`: the tokens of each right answer.
+    `base_bytes` and `memory_bytes`: the size of the model and the machine's memory.
     """
 
     base: str
@@ -50,23 +57,23 @@ def recipe(facts: Facts) -> str:
     longest = -(-round(1.5 * max(facts.answer_tokens, default=170)) // 16) * 16
     rows = min(facts.distinct, MOST_ROWS)
     lines = [
-        "# A first decision: which of these variants to ship in place of the adapter as it is served today.",
-        "# `peftopt new` chose the numbers for this machine, model and prompts. Change what you know better.",
+        "# A first decision: which of these variants to ship instead of the adapter as it is served today.",
+        "# `peftopt new` chose the numbers for this machine, model and prompts. Change them as you like.",
         f"model: {{base: {_word(facts.base)}, adapter: {_word(facts.adapter)}}}",
         "",
-        "# What is timed: `batch` prompts together, of which every answer gets exactly `new_tokens`. The median length",
+        "# What is timed: requests of `batch` prompts; every answer has exactly `new_tokens` tokens. The median length",
         "# of your right answers is a good number.",
         "workloads:",
         f"  chat: {{prompts: {_word(facts.prompts)}, new_tokens: {answer}, batch: 1}}",
-        f"  bulk: {{prompts: {_word(facts.prompts)}, new_tokens: {answer}, batch: 8}}",
+        "  # If you answer many at a time, add a workload such as bulk: {prompts: …, new_tokens: 16, batch: 8}",
         "",
-        "# Whose answers are checked: of so many `rows`, each of `new_tokens` at most. In the file of prompts, mark as",
-        "# critical what may never get worse.",
+        "# Which answers are checked: those to `rows` prompts, with at most `new_tokens` tokens. In the file of",
+        "# prompts, mark a row as critical if its answer must never get worse.",
         f"quality: {{prompts: {_word(facts.prompts)}, new_tokens: {longest}, batch: 8, rows: {rows}}}",
-        "# After how many blocks a variant gets a fresh process, and after how many the run ends at the latest.",
+        "# A variant gets a fresh process every `relaunch` blocks. The run ends after `max_blocks` at the latest.",
         "measure: {relaunch: 3, max_blocks: 16}",
         "",
-        "# Each is built, measured against the baseline, and judged.",
+        "# Each variant is built, measured against the baseline, and judged.",
         *_memory(facts, len(variants)),
         "variants:",
         *variants,
@@ -90,7 +97,7 @@ def _variants(facts: Facts) -> list[str]:
     if facts.method == "merge":
         merge = "{merge: {certify: blocks}}"
         lines += [
-            "  # `certify: blocks` checks every weight that is written. `full` compares predictions too: that",
+            "  # `certify: blocks` checks every written weight. `full` also compares predictions. That",
             "  # takes time and memory, and a run compares answers anyway.",
             f"  merged: [{merge}]",
             f"  compiled: [{merge}, {compiled}]",
@@ -104,28 +111,27 @@ def _variants(facts: Facts) -> list[str]:
     else:
         lines += [
             f"  # {facts.why}",
-            "  int8: [int8]                     # the adapter stays apart, on a quantized base",
+            "  int8: [int8]                     # the adapter stays unmerged, on a quantized base",
         ]
     return lines
 
 
 def _memory(facts: Facts, variants: int) -> list[str]:
-    """A warning where variants, which stay loaded side by side, may not fit."""
+    """A comment if the variants, which stay loaded side by side, may not fit into memory."""
     if facts.gpu or variants * facts.base_bytes < facts.memory_bytes / 2:
         return []
-    return ["# All stay loaded side by side, which may be more than this machine's memory holds. Take some out then."]
+    return ["# All stay loaded side by side. If this machine's memory is too small for that, remove some."]
 
 
 def _tradeoffs(facts: Facts, rows: int, judged: int) -> list[str]:
-    """The limits on critical errors that so many prompts can show of so many variants."""
+    """The limits on critical errors that this number of prompts can show for this number of variants."""
     shown = next((rate for rate in RATES if needed_n(rate, judged) <= rows), None)
     if shown is None:
         return [
-            "# Too few prompts cannot show that critical errors are rare: variants stay undecided.",
-            "# `peftopt check` says how many it takes.",
+            "# The prompts are too few to show that critical errors are rare: variants stay undecided.",
+            "# `peftopt check` says how many are needed.",
         ]
-    rules = {"merge": 0.05, "quantize": 0.01, "compile": 0.05, "variant": 0.05}
-    weaker = {name: shown for name, limit in rules.items() if shown > limit}
+    weaker = {name: shown for name, limit in USUAL[facts.method].items() if shown > limit}
     if not weaker:
         return []
     return [
@@ -137,8 +143,8 @@ def _tradeoffs(facts: Facts, rows: int, judged: int) -> list[str]:
 def _require(facts: Facts) -> list[str]:
     lines = ["require:                           # your SLA, such as: - latency.p95@chat <= 400 ms"]
     if facts.answer_tokens:
-        return [*lines, "  - accuracy >= 0.9x"]
-    return [*lines, "  - perplexity <= 1.05x            # for prompts without right answers; else ask for accuracy"]
+        return [*lines, "  - accuracy >= 0.9x               # right answers, relative to the adapter's"]
+    return [*lines, "  - perplexity <= 1.05x            # for prompts without right answers; else require accuracy"]
 
 
 def _word(text: str) -> str:

@@ -1,6 +1,6 @@
 """The language of `require:` and `minimize:`: "latency.p50@chat <= 0.85x" -> Threshold.
 
-`peftopt.metrics` lists what can be named. Mistakes are `BadThreshold`, a ValueError with a hint.
+`peftopt.metrics` lists the metrics. A mistake is a `BadThreshold`, a ValueError with a hint.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NUMBER = re.compile(r"((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,4})?)\s*
 
 
 def _pattern(metrics: Iterable[str]) -> str:
-    """The regular expression of a metric, with the name of a workload where there is one."""
+    """The regular expression of a metric, with the name of a workload or without."""
     return rf"({'|'.join(map(re.escape, metrics))}|{re.escape(TASK)}[A-Za-z0-9_.-]+)\s*(@\s*[A-Za-z0-9_.-]+\s*)?"
 
 
@@ -43,17 +43,17 @@ SCHEMA: dict[str, JsonValue] = {
     "pattern": rf"^\s*{_pattern(METRICS)}({'|'.join(_OPERATORS)})\s*[0-9.].*$",
     "examples": ["latency.p95@chat <= 400 ms", "accuracy >= 0.95x", "memory <= 2 GB"],
 }
-"""What `parse` takes, as JSON Schema; it says more than a pattern can."""
+"""The JSON Schema of what `parse` accepts. `parse` itself checks more than this pattern can."""
 
 TIME_SCHEMA: dict[str, JsonValue] = {
     "pattern": rf"^\s*({'|'.join(map(re.escape, _TIMES))})\s*@\s*[A-Za-z0-9_.-]+\s*$",
     "examples": ["latency.p50@chat", "ttft.p50@chat"],
 }
-"""What `minimize:` takes."""
+"""The JSON Schema of `minimize:`."""
 
 
 class BadThreshold(ValueError):
-    """What is wrong with a threshold, and in `hint` what to write instead."""
+    """A mistake in a threshold; `hint` says what to write instead."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
@@ -89,7 +89,7 @@ def parse(text: str) -> Threshold:
     spec = known(metric)
     if spec.better == ("higher" if op in ("<=", "<") else "lower"):
         hint = f"write {metric} {_FLIPPED[op]} {amount}"
-        raise BadThreshold(f"a {spec.better} {metric.name} is better, so {op} would require a bad one", hint)
+        raise BadThreshold(f"a {spec.better} {metric.name} is better, so {op} would require a bad value", hint)
     if (op, limit) == ("<", 0) or (op, limit, spec.unit, relative) == (">", 1, "share", False):
         raise BadThreshold(f"no variant can have {metric} {op} {amount}", f"write {op}= instead of {op}")
     return Threshold(metric, op, limit, relative, text)
@@ -121,7 +121,7 @@ def _limit(metric: Metric, text: str) -> tuple[float, bool]:
 
 
 def _example(metric: Metric) -> str:
-    """A hint: a limit of this metric as one writes it."""
+    """A hint: an example of a limit of this metric."""
     spec = known(metric)
     op = ">=" if spec.better == "higher" else "<="
     hint = f"write {metric} {op} {_EXAMPLES[spec.unit]}"

@@ -17,14 +17,14 @@ _QUANTITY = re.compile(rf"({_NUMBER})\s*([a-z%]*)")
 
 
 def scalar(node: yaml.Node, expected: str) -> str:
-    """The text of a single value. Raises Wrong for nothing, a list or a mapping; `expected` is what it must be."""
+    """The text of a single value. Raises Wrong for nothing, a list or a mapping; `expected` says what it must be."""
     if not isinstance(node, yaml.ScalarNode) or node.tag.endswith(":null"):
         raise Wrong(f"must be {expected}, found {show(node)}")
     return str(node.value)
 
 
 def text_of(node: yaml.Node) -> str:
-    """A value that is text, not blank, and can be printed. Raises Wrong for others, such as a bare number."""
+    """The value of printable text that is not blank. Raises Wrong for others, such as a bare number."""
     value = scalar(node, "text")
     if not node.tag.endswith(":str"):
         raise Wrong(f"must be text, found {show(node)}", "put it in quotes if it is meant as text")
@@ -34,8 +34,8 @@ def text_of(node: yaml.Node) -> str:
 
 
 def text_as(parse: Callable[[str], Value], schema: Schema) -> Reader[Value]:
-    """A reader of text that `parse` makes a value of, or refuses by a ValueError. `schema` says what it takes, beside
-    that it is text."""
+    """A reader of text that `parse` turns into a value, or refuses with a ValueError. `schema` says what text it
+    accepts."""
     return Reader(lambda node, _: parse(text_of(node)), lambda: {"type": "string", **schema})
 
 
@@ -46,7 +46,7 @@ _PRICE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]{3})?\s*")
 
 
 def price_of(text: str) -> tuple[float, str] | None:
-    """An amount above 0 and its currency, "" for none, of "2.10" or "2.10 EUR"; None for anything else."""
+    """The amount and the currency ("" for none) in "2.10" or "2.10 EUR"; None for anything else, and for 0."""
     match = _PRICE.fullmatch(text)
     if match is None or not 0 < float(match[1]) < math.inf:
         return None
@@ -56,13 +56,13 @@ def price_of(text: str) -> tuple[float, str] | None:
 def _read_price(node: yaml.Node, at: str) -> str:
     written = scalar(node, "a price, such as 2.10 USD")
     if price_of(written) is None:
-        raise Wrong(f"must be a number above 0 and a currency, found {show(node)}", "write it so: 2.10 USD")
+        raise Wrong(f"must be a number above 0 and a currency, found {show(node)}", "write it like 2.10 USD")
     return written
 
 
 _AMOUNT: Schema = {"type": "number", "exclusiveMinimum": 0}
 PRICE = Reader(_read_price, lambda: {"anyOf": [{"type": "string", "pattern": f"^{_PRICE.pattern}$"}, _AMOUNT]})
-"""A price: an amount above 0, and its currency where that is not USD."""
+"""A price: an amount above 0 and its currency, by default USD."""
 
 
 def whole(low: int, high: int = 1_000_000) -> Reader[int]:
@@ -80,7 +80,7 @@ def whole(low: int, high: int = 1_000_000) -> Reader[int]:
 
 
 def quantity(units: Mapping[str, float], low: float, high: float, expected: str) -> Reader[float]:
-    """A number and its unit, "" being the bare number: "15 %" with {"": 1, "%": 100}, units per base unit."""
+    """A reader of a number and its unit: "15 %" with {"": 1, "%": 100}, units per base unit; "" is no unit."""
 
     def read(node: yaml.Node, at: str) -> float:
         match = _QUANTITY.fullmatch(scalar(node, expected).strip())
@@ -100,7 +100,7 @@ def quantity(units: Mapping[str, float], low: float, high: float, expected: str)
 
 
 def words(known: Mapping[str, Value]) -> Reader[Value]:
-    """A reader of one of these words; it returns what the word stands for."""
+    """A reader of one of these words. It returns the value of the word."""
     expected = f"one of {', '.join(known)}"
 
     def read(node: yaml.Node, at: str) -> Value:
@@ -113,7 +113,7 @@ def words(known: Mapping[str, Value]) -> Reader[Value]:
 
 
 def or_off(reader: Reader[Value]) -> Reader[Value | None]:
-    """The reader, which now also reads `off`, as None."""
+    """The reader, which also reads `off`, as None."""
     return Reader(
         lambda node, at: None if node.value == "off" else reader(node, at),
         lambda: {"anyOf": [{"enum": ["off", False]}, reader.schema()]},  # to YAML 1.1 `off` is false

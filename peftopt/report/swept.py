@@ -237,10 +237,12 @@ HOW_TO_READ = (
 )
 
 
-def page(title: str, results: Sequence[CellResult]) -> str:
-    """The sweep as one page that loads nothing."""
+def page(title: str, results: Sequence[CellResult], runs: str = "") -> str:
+    """The sweep as one page that loads nothing. `runs`: the folder of runs, from where the page lies; each decided cell
+    links to its run's own report there."""
+    links = [f"{runs}/{result.run}/report.html" if runs and result.decision else "" for result in results]
     parts = [
-        Section("Cells", "what each cell decided", cells(results)),
+        Section("Cells", "what each cell decided; its model leads to the cell's own report", cells(results), links),
         Section("Which variant wins where", "of the cells that have a decision", winners(results)),
         Section("Not decided", "what failed, what is open, and what to do", still_open(results)),
     ]

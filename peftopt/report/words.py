@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peftopt.metrics import format_value
@@ -20,11 +20,13 @@ Table = tuple[list[str], list[list[str]]]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report beside the decision, such as a diagnosis."""
+    """A part of a report beside the decision, such as a diagnosis. `links`: the page behind the first cell of each
+    row, "" for none."""
 
     title: str
     about: str
     table: Table
+    links: Sequence[str] = ()
 
 
 def measured(cell: str) -> bool:

@@ -1,4 +1,4 @@
-"""Models timed in turns on this machine, outside a recipe: what `bench` does."""
+"""Time models in turns on this machine, outside a recipe: the work of `peftopt bench`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from peftopt.runner.single import DEADLINE_S, absolute, compile_cache
 
 @dataclass(frozen=True)
 class Arm:
-    """One model to time, under the name its line carries."""
+    """A model to time, with its name in the table."""
 
     name: str
     model: Model
@@ -33,7 +33,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Benched:
-    """What was measured of one arm; intervals are of its requests."""
+    """The measurements of one arm. The intervals are over its requests."""
 
     name: str
     launch: Launch
@@ -75,8 +75,8 @@ def time_in_turns(
     for arm in arms:
         _check_arm(arm)
         template.check(Path(tokenizer_home(arm.model)), rows)
-    dice = random.Random(seed)
-    picks = [tuple(tuple(dice.choices(rows, k=batch)) for _ in range(3)) for _ in range(blocks)]
+    generator = random.Random(seed)
+    picks = [tuple(tuple(generator.choices(rows, k=batch)) for _ in range(3)) for _ in range(blocks)]
     jobs = [SpeedJob(batches=batches, new_tokens=new_tokens, warmup=1) for batches in picks]
     folder = scratch.folder()
     turns: dict[str, list[tuple[Request, ...]]] = {arm.name: [] for arm in arms}
@@ -87,7 +87,7 @@ def time_in_turns(
                 for name in random.SystemRandom().sample(sorted(opened), len(opened)):
                     timed = opened[name].child.ask(job, DEADLINE_S)
                     turns[name].append(tuple(r for r in timed.requests if not r.warmup))
-            peaks = {name: each.child.ask(MemoryJob(), 30) for name, each in opened.items()}
+            peaks = {name: arm_.child.ask(MemoryJob(), 30) for name, arm_ in opened.items()}
     except WorkerFailed as error:
         raise as_input(error) from error
     first = turns[arms[0].name]
@@ -107,7 +107,7 @@ class Opened:
 
 
 def _opened(arm: Arm, stack: ExitStack, log: Path, threads: int) -> Opened:
-    """The arm's worker, which is gone when the stack is closed."""
+    """The arm's worker. It ends when the stack is closed."""
     cache = compile_cache(arm.model) if arm.engine == "compiled" else None
     python = environments.interpreter(plugins.catalogue()[arm.engine])
     child = stack.enter_context(WorkerProcess(log, threads or machine.cores(), cache, python))
@@ -149,10 +149,10 @@ def _benched(
 
 
 def middle_ms(turn: Sequence[Request]) -> float:
-    """The median of whole requests."""
+    """The median duration of a turn's requests, in ms."""
     return stats.median([duration_ms(r) for r in turn])
 
 
 def duration_ms(request: Request) -> float:
-    """The whole request in ms, which every answered request has."""
+    """The duration of a whole request in ms; NaN for a request without an answer."""
     return math.nan if request.request_duration_ms is None else request.request_duration_ms

@@ -1,4 +1,4 @@
-"""One artifact, for a recipe or for a verb: a worker makes it, and another, which knows nothing of it, opens it."""
+"""Build one artifact, for a recipe or for a verb: a worker writes it, and a fresh worker opens a quantized one."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from peftopt.runner.process import WorkerProcess
 from peftopt.transforms import _layers
 
 VERIFIED_ON = 2
-"""Prompts that a written model has to answer: the first calibration rows, or of our own."""
+"""The number of prompts that a written model must answer: the first calibration rows, or built-in ones."""
 
 PROMPTS = tuple(Row(str(n), ({"role": "user", "content": text},)) for n, text in enumerate(TEXTS[:VERIFIED_ON]))
 
 NOTHING = 0.98
-"""Share of a model's weights that are still in 16 bits or more, above which nothing was quantized."""
+"""If more than this share of the weights still has 16 bits or more, the quantizer did nothing."""
 
 LACKING = ("missing library", "missing environment")
 
 Show = Callable[[int, str], None]
 Progress = Callable[[str, int, str], AbstractContextManager[Show]]
-"""Opens a bar of a title, a total and its unit, such as "MB"; the function it gives sets how much is done, and what is
-going on."""
+"""Opens a progress bar with a title, a total and its unit, such as "MB". The function it yields sets how much is done,
+and what is going on."""
 
 
 def make_artifact(
@@ -46,16 +46,16 @@ def make_artifact(
     hear: Hear = lambda _: None,
     watch: Callable[[WorkerProcess], AbstractContextManager[None]] = lambda _: contextlib.nullcontext(),
 ) -> Transformed:
-    """Let a worker write the transformed model; what a quantizer wrote is then opened in a fresh process.
+    """Let a worker write the transformed model. A fresh process then opens a quantized model.
 
-    Returns what it took and what was found. Raises WorkerFailed when either of them fails: "unusable" for a model that
-    was written and does not work. The folder may be half written then.
+    Returns the times and the results of the checks. Raises WorkerFailed when either process fails, with the reason
+    "unusable" for a written model that does not work. The folder may then be half written.
     """
     plugin = plugins.catalogue()[job.plugin]
     out = Path(job.out)
     quantizes = plugin.technique == "quantize"
     if quantizes:
-        # what it writes is smaller, and by how much not yet known
+        # the output is smaller, by an unknown amount
         check_room(out.parent, store.size(Path(job.model.path)))
     with contextlib.ExitStack() as stack:
         opener = stack.enter_context(_opener(plugin, job.model, log, threads, deadline_s)) if quantizes else None
@@ -75,8 +75,8 @@ def make_artifact(
 def _opener(
     plugin: Plugin, model: Model, log: Path, threads: int, deadline_s: float
 ) -> Iterator[Callable[[], WorkerProcess]]:
-    """A fresh process to open the result in, which imports what the reader needs while the quantizer works. What keeps
-    it from starting is raised when it is asked for."""
+    """A fresh process that will open the result. It imports the reader's libraries while the quantizer works. An error
+    at its start is raised by the call of the yielded function."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as beside:
 
         def start() -> WorkerProcess:
@@ -91,28 +91,28 @@ def _opener(
 def _verified(
     opener: Callable[[], WorkerProcess],
     plugin: Plugin,
-    made: Model,
+    model: Model,
     parent: Model,
     rows: Sequence[Row],
     log: Path,
     threads: int,
     deadline_s: float,
 ) -> str:
-    """What a fresh process says of the written model, in a few words; of one whose reader is not installed, that."""
+    """The result of opening the written model in a fresh process, in words, or that its reader is not installed."""
     asked = tuple(rows[:VERIFIED_ON]) or PROMPTS
 
     def problem(child: WorkerProcess, model: Model, engine: str) -> str:
         child.ask(OpenJob(plugin=engine, params=_any_task(engine, model), model=model), deadline_s)
         return child.ask(AliveJob(asked), deadline_s).problem
 
-    def usual() -> str:
-        """A base model may repeat itself as it is: only what quantizing brought about counts."""
+    def before() -> str:
+        """The problem of the model before quantizing, such as a base model that repeats itself: it does not count."""
         with WorkerProcess(log.with_suffix(".parent.log"), threads) as child:
             return problem(child, parent, "eager")
 
     try:
-        trouble = problem(opener(), made, plugin.reader)
-        if trouble and trouble != usual():
+        trouble = problem(opener(), model, plugin.reader)
+        if trouble and trouble != before():
             detail = f"the model that {plugin.name} wrote {trouble}"
             raise WorkerFailed("unusable", detail, "try more bits, or keep layers")
     except WorkerFailed as error:
@@ -127,14 +127,14 @@ def _verified(
 
 
 def _any_task(engine: str, model: Model) -> Mapping[str, Json]:
-    """What an engine is opened with to see that weights work: a multitask prompt answers for one task, and any does."""
+    """Parameters for opening an engine to check weights: a multitask prompt needs a task, and any task will do."""
     kinds = {open_adapter(Path(folder)).kind for folder in model.adapters if not is_baked(folder)}
     return {"task": 0} if engine == "eager" and "MULTITASK_PROMPT_TUNING" in kinds else {}
 
 
 @contextlib.contextmanager
 def bars(progress: Progress | None) -> Iterator[Hear]:
-    """Show what a worker reports: a bar for each phase, opened when the first word of it comes."""
+    """Show a worker's progress: a bar for each phase, from the phase's first report on."""
     with contextlib.ExitStack() as stack:
         phase = ""
         show = None

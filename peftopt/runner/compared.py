@@ -1,4 +1,4 @@
-"""Runs as they lie on disk, whole or in part, to what a comparison takes of them. Nothing is written."""
+"""Read runs from disk, whole or in part, for a comparison. Writes nothing."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ HINT = "give a run's folder, such as one that `peftopt runs` lists, or its decis
 
 
 def read(given: Path, warn: Callable[[str], None] = lambda _: None) -> ComparedRun:
-    """A run from its folder, or from its decision.json alone; what is missing or was written by an older peftopt is
-    said in `lacks`. A run that has not decided yet is judged from its measurements, in memory. Raises BadInput for what
-    is not a run."""
+    """A run from its folder, or from its decision.json alone. `lacks` names what is missing or was written by an older
+    peftopt. A run without a decision is judged from its measurements, in memory. Raises BadInput for a path that holds
+    no run."""
     if given.is_file():
         decision = decision_from_json(store.read_text(given))
         lacks = ["only its decision was given: base, adapter, prompts and recipe are not known"]
@@ -68,12 +68,12 @@ def _compared(
 
 
 def _object(file: Path) -> dict[str, JsonValue]:
-    """A file that holds a JSON object; {} where there is none. Raises BadInput for a file that is not whole."""
+    """The JSON object in a file; {} without a file. Raises BadInput for a damaged file."""
     return store.read_object(file) if file.exists() else {}
 
 
 def _plan(folder: Path, lacks: list[str]) -> Plan | None:
-    """The plan that judged the run; None, and a word of it, where there is none that this peftopt reads."""
+    """The plan that judged the run; None, with a line in `lacks`, if this peftopt cannot read one."""
     file = folder / (JUDGED if (folder / JUDGED).exists() else "plan.json")
     if not file.exists():
         lacks.append("no plan.json: base, adapter, prompts and recipe are not known")
@@ -86,7 +86,7 @@ def _plan(folder: Path, lacks: list[str]) -> Plan | None:
 
 
 def _records(folder: Path, lacks: list[str], warn: Callable[[str], None]) -> list[Measured]:
-    """Its measurements; none, and a word of it, where there are none that this peftopt reads."""
+    """A run's measurements; none, with a line in `lacks`, if this peftopt cannot read them."""
     file = folder / "measurements.jsonl"
     if not file.exists():
         lacks.append("no measurements.jsonl: prompts, engines and launches are not known exactly")

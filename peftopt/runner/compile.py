@@ -1,4 +1,4 @@
-"""What compiling a model costs and gains, outside a recipe: what `compile` does."""
+"""Compile a model outside a recipe, and measure its cost and its gain: the work of `peftopt compile`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ASKED = 8
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a compiled model will be asked: the shapes to warm. `rows` are prompts, `batch` of them in a request."""
+    """Requests of one shape, to compile for: `rows` are the prompts, `batch` of them in a request."""
 
     rows: Sequence[Row]
     batch: int
@@ -39,26 +39,26 @@ class Traffic:
 
 @dataclass(frozen=True, kw_only=True)
 class Switch:
-    """What changing to another adapter took."""
+    """The cost of a change to another adapter."""
 
     adapter: str
     adapter_switch_time: float
     """Seconds."""
     first_answers_s: float
-    """Then to an answer in every shape."""
+    """Seconds from then to an answer in every shape."""
     recompiles: int | None
-    """Graphs that were compiled again so far."""
+    """Graphs that were compiled again until then."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """One process from its start to its first answer in every shape, in seconds; then times for each of the traffic."""
+    """One process from its start to its first answer in every shape, in seconds; then times for each shape."""
 
     total: float
     imports: float
     load: float
     graphs: float
-    """Compiling, or loading what was compiled."""
+    """Seconds to compile graphs, or to load them from the cache."""
     answers: float
     facts: EngineFacts
     tpot_ms: tuple[float, ...]
@@ -70,7 +70,7 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What compiling gains for one shape of requests."""
+    """The gain of compiling for one shape of requests."""
 
     batch: int
     new_tokens: int
@@ -82,7 +82,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What compiling a model cost and gains."""
+    """The cost and the gain of compiling a model."""
 
     eager: Start
     cold: Start
@@ -96,9 +96,9 @@ class Compiled:
     kl: float
     """KL divergence from the eager engine, in nats per token."""
     greedy_match: float
-    """The share of answers that are the eager engine's."""
+    """The share of answers that equal the eager engine's."""
     prompts: int
-    """How many were compared."""
+    """The number of compared prompts."""
     traffic: tuple[Shape, ...]
 
 
@@ -109,9 +109,9 @@ def compile_model(
     threads: int = 0,
     others: Sequence[str] = (),
 ) -> Compiled:
-    """Compile once cold, start again warm, and compare with the eager engine; the cache stays beside the model, with
-    what it holds for other shapes and adapters, unless a changed peftopt, library or processor has no use for it. Then
-    switch to each of the `others` (adapters) in turn.
+    """Compile once cold, start again warm, and compare with the eager engine. Then switch to each of the `others`
+    (adapters) in turn. The cache stays beside the model. Its graphs for other shapes and adapters stay too, unless they
+    are of another version of peftopt or a library, or of another processor.
     """
     for each in traffic:
         template.check(Path(tokenizer_home(model)), each.rows)
@@ -130,7 +130,7 @@ def compile_model(
     opened = OpenJob(plugin="compiled", params=params, model=absolute(model))
     eager = replace(opened, plugin="eager", params={})
 
-    def start(name: str, job: OpenJob, asked: QualityJob, cache: Path, others: Sequence[str] = ()) -> _Told:
+    def start(name: str, job: OpenJob, asked: QualityJob, cache: Path, others: Sequence[str] = ()) -> _Answered:
         return _start(job, asked, traffic, folder / f"{name}.log", cache, threads, others)
 
     try:
@@ -143,6 +143,7 @@ def compile_model(
         raise as_input(error) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+        Path(reference).unlink(missing_ok=True)  # the logs beside it stay
     pairs = [(answer, before.answers[row]) for row, answer in warm.answers.items()]
     spent = cold.start.facts.compile_time or 0.0
     return Compiled(
@@ -169,13 +170,13 @@ def compile_model(
 
 
 def _pays_after(spent: float, before: float, after: float) -> float | None:
-    """Requests whose saved seconds make up for those spent; None where none are saved."""
+    """Requests until the saved seconds exceed the spent ones; None where no seconds are saved."""
     return spent / (before - after) if before > after else None
 
 
 @dataclass(frozen=True)
-class _Told:
-    """A start, and the answers that were given after it, by row."""
+class _Answered:
+    """A start, and the answers after it, by row."""
 
     start: Start
     answers: Mapping[str, Answer]
@@ -189,8 +190,8 @@ def _start(
     cache: Path,
     threads: int,
     others: Sequence[str],
-) -> _Told:
-    """One process from its start to an answer in every shape, and then what else is asked of it."""
+) -> _Answered:
+    """Run one process from its start to an answer in every shape, then time requests, ask for answers and switch."""
     started = time.perf_counter()
     with WorkerProcess(log, threads or machine.cores(), cache) as child:
         child.ask(PrepareJob(plugin=job.plugin, model=job.model), DEADLINE_S)
@@ -217,11 +218,11 @@ def _start(
         request_s=tuple(middle_ms(turn) / 1e3 for turn in timed),
         switches=switches,
     )
-    return _Told(start, answers)
+    return _Answered(start, answers)
 
 
 def _switched(child: WorkerProcess, adapter: str, traffic: Sequence[Traffic]) -> Switch:
-    """Put another adapter in the place of the one that is served, and ask for an answer in every shape."""
+    """Replace the served adapter by another, and ask for an answer in every shape."""
     switched = child.ask(SwitchJob(str(Path(adapter).resolve())), DEADLINE_S)
     again = sum(duration_ms(_speed(child, each, 1)[0]) for each in traffic) / 1e3
     return Switch(
@@ -233,7 +234,7 @@ def _switched(child: WorkerProcess, adapter: str, traffic: Sequence[Traffic]) ->
 
 
 def _speed(child: WorkerProcess, each: Traffic, requests: int) -> tuple[Request, ...]:
-    """Timed requests: the longest prompts first, since they decide how long a cache has to be."""
+    """Time requests, the longest prompts first, since they determine the length of the cache."""
     rows = sorted(each.rows, key=lambda row: -sum(len(m["content"]) for m in row.messages))
     picks = [rows[n % len(rows)] for n in range(each.batch * requests)]
     batches = tuple(tuple(picks[n : n + each.batch]) for n in range(0, len(picks), each.batch))

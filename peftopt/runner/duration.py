@@ -1,5 +1,5 @@
-"""How long a run will take: what decision/duration.py calculates with, read off a recipe, its files, the times of the
-first layers and what is there already."""
+"""How long a run will take: the inputs of decision/duration.py, from a recipe, its files, the times of the first
+layers, and what exists already."""
 
 from __future__ import annotations
 
@@ -20,42 +20,42 @@ from peftopt.runner.forecast import Outlook
 from peftopt.runner.prepare import lanes_for
 
 SCALED = (0.9, 1.2)
-"""What the sum of layers may miss of a whole model, and a machine that is busier than it was."""
+"""The time of a whole model over the sum of its layers' times: least and most. The most allows for a busier machine."""
 
 START = (0.8, 1.5)
-"""How long a process takes to start, of what one took alone."""
+"""A process's starting time over the time that was measured for one alone: least and most."""
 
 AT_ONCE = 1.5
-"""How many times as long processes take to start side by side as one after the other on as many cores would say."""
+"""The starting time of processes side by side, over their total time divided by the cores."""
 
 LOADED = (400e6, 120e6)
-"""Bytes of a model that are loaded in a second: from memory, and from a slow disk."""
+"""Bytes per second at which a model loads: from memory, and from a slow disk."""
 
 WRITTEN = (200e6, 30e6)
-"""Bytes of a model that a transform reads, computes and writes in a second."""
+"""Bytes per second at which a transform reads, computes and writes a model: most and least."""
 
 CALIBRATING = (2.0, 10.0)
-"""How many times a quantizer reads its calibration tokens."""
+"""How many times a quantizer reads its calibration tokens: least and most."""
 
 GRAPH_S, GRAPH_OF_REGIONS_S, GRAPH_CACHED_S = Span(25.0, 120.0), Span(10.0, 60.0), Span(1.0, 5.0)
-"""Compiling a graph of the whole model, of one layer's code, and taking one from the cache."""
+"""Seconds to compile a graph of the whole model, to compile a graph of one layer, and to load one from the cache."""
 
 SERVER_S = Span(8.0, 90.0)
-"""From nothing to a server that answers."""
+"""Seconds from the start of a server to its first answer."""
 
-SAME_WEIGHTS, OTHER_ENGINE, CHANGED_REQUESTS = Span(0.2, 0.8), Span(0.1, 1.0), Span(0.3, 1.0)
-"""The time of a compiled variant of what it is compiled from, of other engines of transformers', and of requests that a
-policy changes: assumed, since they are not tried."""
+SAME_WEIGHTS, OTHER_ENGINE, CHANGED_REQUESTS, ADAPTED = Span(0.2, 0.8), Span(0.1, 1.0), Span(0.3, 1.0), Span(1.0, 1.5)
+"""Assumed ratios of times that are not tried: a compiled variant over the same weights on eager, another engine over
+eager, requests that a policy changes over the plain ones, and an adapter that is not cut over its base."""
 
 READ_WRONG = (0.05, 0.2)
-"""The share of answers that are not the expected ones, and have to be generated."""
+"""The share of answers that differ from the expected ones and have to be generated: least and most."""
 
 ONE_BATCH = (8.0, 4.0)
-"""How many times as fast rows are generated together as alone, at most and at least, where they are as many."""
+"""The speed of a full batch over the speed of single rows: most and least."""
 
 
 def expected(plan: Plan, outlook: Outlook, home: store.Store, evidence: Evidence | None = None) -> Duration:
-    """How long the run of a plan will take, from where its `evidence` ends. Artifacts that `home` has are not built."""
+    """How long a plan's run will still take after its `evidence` so far. Artifacts that `home` has are not built."""
     recipe, few = plan.recipe, outlook.few
     if few is None:
         return Duration(unknown=outlook.unknown)
@@ -85,7 +85,7 @@ def _not_counted(recipe: Recipe) -> Iterator[str]:
 
 
 class _Speeds:
-    """What variants take, from the first layers; of those that were not tried, from the one that is most like them."""
+    """Times of variants from their first layers. A variant that was not tried takes those of the most similar one."""
 
     def __init__(self, recipe: Recipe, few: Few) -> None:
         self.recipe = recipe
@@ -101,7 +101,7 @@ class _Speeds:
         return all(forecast.whole_passes(self.few, name, workload, wall=True) for workload in self.few.lengths)
 
     def like(self, variant: Variant) -> tuple[str, Span]:
-        """The variant, or model, whose times are known, and how many times its time this one may take."""
+        """The most similar variant or model with known times, and the ratio of this variant's time to it."""
         if variant.name in self.tried:
             return variant.name, Span(1.0, 1.0)
         alike = [v for v in self.recipe.variants.values() if v.steps == variant.steps and v.name in self.tried]
@@ -109,10 +109,12 @@ class _Speeds:
         name = next((v.name for v in [*alike, *merged]), self.reference)
         if variant.engine.plugin == "compiled":
             return name, SAME_WEIGHTS
-        return (name, CHANGED_REQUESTS) if variant.engine.plugin == "eager" else (self.reference, OTHER_ENGINE)
+        if variant.engine.plugin != "eager":
+            return self.reference, OTHER_ENGINE
+        return name, ADAPTED if name == PLAIN and not variant.policies else CHANGED_REQUESTS
 
     def request(self, variant: Variant, workload: Workload) -> Span:
-        """Seconds of a request, a whole batch; under load of a whole turn."""
+        """Seconds of a request (a whole batch), or of a whole turn under load."""
         natural = workload.lengths == "natural"
         tokens = Span(max(workload.new_tokens / 4, 1) if natural else workload.new_tokens, workload.new_tokens)
         if workload.loaded:
@@ -144,7 +146,7 @@ class _Speeds:
         return Pace(_widest(prompts) * scale, _widest(tokens) * scale)
 
     def started(self, variants: Sequence[Variant]) -> Span:
-        """From nothing to models that answer: processes start side by side, and load one after the other."""
+        """Seconds until models answer: their processes start side by side, and load one after the other."""
         lanes = min(machine.cores(), max(len(variants), 1))
         side_by_side = Span(1 / lanes, min(1.0, AT_ONCE / lanes))
         serve = [SERVER_S for v in variants if plugins.catalogue()[v.engine.plugin].serves]
@@ -154,7 +156,7 @@ class _Speeds:
 
 
 def _range(times: Sequence[float]) -> Span:
-    """The least of some times, and what three of four do not exceed."""
+    """The least of some times, and their third quartile."""
     return Span(min(times), quantiles(times, n=4)[2] if len(times) > 1 else times[0])
 
 
@@ -166,7 +168,7 @@ def _widest(spans: Sequence[Span]) -> Span:
 
 
 def _build(build: Build, recipe: Recipe, speeds: _Speeds) -> Span:
-    """An artifact: a process that makes it, and for a quantizer another that opens it."""
+    """Seconds to build an artifact: a process writes it; for a quantizer, another process opens it."""
     written = Span(speeds.bytes / WRITTEN[0], speeds.bytes / WRITTEN[1])
     made = speeds.start * Span(1.0, 2.0) + written
     if not build.step.calibrates:
@@ -178,21 +180,22 @@ def _build(build: Build, recipe: Recipe, speeds: _Speeds) -> Span:
 
 
 def _compiling(recipe: Recipe, plan: Plan, few: Few, built: Set[str]) -> Iterator[Span]:
-    """Each compiled variant's graphs: those of the workloads, and one that holds the answers where they are checked.
-    Where its artifact is there, so may its graphs be."""
+    """Seconds to compile each compiled variant's graphs: those of the workloads, and one for the answers. If its
+    artifact exists, its graphs may be in the cache."""
     for variant in (v for v in recipe.variants.values() if v.engine.plugin == "compiled"):
         params = compiled.Params(**variant.engine.params)
         each = GRAPH_OF_REGIONS_S if params.regions else GRAPH_S
         graphs = 1 if recipe.quality else 0
         for workload in (recipe.workloads[name] for name in few.lengths):
             lengths = few.lengths[workload.name]
-            graphs += _shapes.wanted(lengths, workload.batch, workload.new_tokens, params).graphs
+            ahead = forecast.ahead(variant)
+            graphs += _shapes.wanted(lengths, workload.batch, workload.new_tokens, params, ahead).graphs
         least = GRAPH_CACHED_S if plan.models[variant.name] in built else each
         yield Span(least.least, each.most) * graphs
 
 
 def _answers(recipe: Recipe, speeds: _Speeds, evidence: Evidence | None) -> Iterator[Answering]:
-    """The baseline's answers, twice, and every other variant's."""
+    """The baseline's answers, twice, and every other variant's answers."""
     quality, few = recipe.quality, speeds.few
     if quality is None:
         return
@@ -215,8 +218,8 @@ def _answers(recipe: Recipe, speeds: _Speeds, evidence: Evidence | None) -> Iter
 
 
 def _new_tokens(quality: Quality, few: Few) -> Span:
-    """Mean tokens of an answer: as many as the expected ones have, or a fifth more; where nobody knows any, up to
-    what is allowed."""
+    """Mean tokens of an answer: those of the expected answers, or a fifth more; without expected answers, up to the
+    maximum."""
     if not few.answer_tokens:
         return Span(quality.new_tokens / 8, quality.new_tokens)
     usual = mean(few.answer_tokens)
@@ -224,8 +227,8 @@ def _new_tokens(quality: Quality, few: Few) -> Span:
 
 
 def _generated(recipe: Recipe, variant: Variant, launch: int, few: Few) -> Span:
-    """The share of answers that are not found by reading: those of engines that only generate, the baseline's where
-    none is expected, and what is wrong."""
+    """The share of answers that have to be generated: all of engines that only generate, the baseline's without an
+    expected answer, and wrong answers. Other answers are checked by scoring the expected text."""
     if variant.engine.plugin != "eager":
         return Span(1.0, 1.0)
     first = variant.name == recipe.baseline and launch == 1
@@ -234,8 +237,8 @@ def _generated(recipe: Recipe, variant: Variant, launch: int, few: Few) -> Span:
 
 
 def _race(recipe: Recipe, workload: Workload, speeds: _Speeds, evidence: Evidence | None) -> Racing:
-    """A workload's blocks: from the first look to the last on the one that is minimized, and where a requirement asks
-    for times; elsewhere as few as have an interval."""
+    """A workload's blocks. The minimized workload takes blocks from the first look to the last; a workload with a
+    required time takes up to the last. Others take as few as an interval needs."""
     minimized = workload.name == recipe.minimize.workload
     required = any(threshold.metric.workload == workload.name for threshold in recipe.require)
     most = recipe.measure.max_blocks if minimized or required else FEWEST

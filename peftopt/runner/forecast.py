@@ -1,4 +1,4 @@
-"""Before hours are spent: what a recipe's variants will take, from their first layers and from the prompts alone."""
+"""Forecast the times of a recipe's variants from their first layers and from the prompts, before a long run."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from peftopt.jobs import LayersJob
 from peftopt.measurements import Forecast, Measured, Pass, as_json, structured
 from peftopt.metrics import counted
 from peftopt.models.adapter import highest_rank, open_adapter
+from peftopt.models.baked import is_baked
 from peftopt.models.checkpoint import open_model
 from peftopt.models.cut import layer_of, layers_of
 from peftopt.probes.layers import APART, APART_ONE, FEW, PADDED, PLAIN, PLAIN_ONE, Asked, Few
@@ -26,7 +27,7 @@ from peftopt.records import GENERIC, SAFETENSORS, Interval, Model, Recipe, Varia
 from peftopt.runner.process import WorkerProcess
 
 SECONDS = 1.0
-"""That a variant is timed on a workload."""
+"""Seconds for which a variant is timed on a workload."""
 
 DEADLINE_S = 600.0
 
@@ -34,13 +35,14 @@ FOLDER = "forecasts"
 """Where a results folder keeps the times of first layers."""
 
 KEPT_S = 24 * 3600.0
-"""How long the times of layers are taken again: what else goes on on a machine is not in their name."""
+"""Seconds for which kept times of layers are reused: their key does not cover other load on the machine."""
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is expected of a recipe: forecasts, each of a variant and a workload; why others have none; what it took in
-    seconds, None for times that were kept; and the times of the first layers themselves, or why there are none."""
+    """The forecasts for a recipe, each for a variant and a workload; why other variants have none (`left_out`); the
+    seconds it took, None for kept times; and the times of the first layers (`few`), or why there are none
+    (`unknown`)."""
 
     forecasts: tuple[Measured, ...] = ()
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -50,12 +52,12 @@ class Outlook:
 
     @property
     def variants(self) -> frozenset[str]:
-        """Those of which something is expected."""
+        """The variants with a forecast."""
         return frozenset(each.variant for each in self.forecasts)
 
     @property
     def warnings(self) -> list[str]:
-        """A sentence for each forecast that warns; of a variant on a workload the first alone."""
+        """A sentence for each forecast that warns; only the first for a variant on a workload."""
         sentences: dict[tuple[str, str, str], str] = {}
         for each in self.forecasts:
             forecast = each.values
@@ -66,18 +68,21 @@ class Outlook:
 
 
 def outlook(recipe: Recipe, sources: Mapping[str, str], home: Path, hear: Hear = lambda _: None) -> Outlook:
-    """Ask a worker for the times of the first layers, and weigh them. A recipe of which nothing can be said, and a
-    model that is measured as soon as it is tried, cost nothing: no worker starts. Nor does one where the times of the
-    same layers on the same machine are kept in the results folder `home`. `sources`: the hashes of base and
-    adapter."""
-    variants = [variant for variant in recipe.variants.values() if _can_be_tried(variant)]
+    """Let a worker time the first layers, and make forecasts of the times. No worker starts for a recipe without a
+    possible forecast, for a model of only a few layers, and where the results folder `home` keeps times of the same
+    layers on the same machine. `sources`: the hashes of base and adapter."""
+    kind = _kind(Path(recipe.adapter))
+    possible = [variant for variant in recipe.variants.values() if _can_be_tried(variant)]
+    variants = possible if kind == "LORA" else []
     graphs = [variant for variant in recipe.variants.values() if variant.engine.plugin == "compiled"]
     own, padded = _ranks(recipe)
-    left_out = {name: _elsewhere(v) for name, v in recipe.variants.items() if v not in (*variants, *graphs)}
+    left_out = {name: _elsewhere(v) for name, v in recipe.variants.items() if v not in (*possible, *graphs)}
+    if not variants:
+        left_out |= {v.name: f"only LoRA is tried on a few layers, and the adapter is {kind}" for v in possible}
     workloads = [workload for workload in recipe.workloads.values() if not workload.loaded]
     if not workloads:
         return Outlook(left_out=left_out, unknown="every workload is a load on a server")
-    if not (variants or graphs or padded > own):
+    if not (possible or graphs or padded > own):
         return Outlook(left_out=left_out, unknown=f"{recipe.baseline} is {left_out[recipe.baseline]}")
     started = time.perf_counter()
     try:
@@ -86,7 +91,7 @@ def outlook(recipe: Recipe, sources: Mapping[str, str], home: Path, hear: Hear =
             return Outlook(left_out=left_out, unknown=why)
         room = _room(Path(recipe.base))
         left_out |= {variant.name: "too little memory to open it beside the others" for variant in variants[room:]}
-        job = _job(recipe, variants[:room], workloads, padded if padded > own else 0)
+        job = _job(recipe, kind, variants[:room], workloads, padded if padded > own else 0)
         place = home / FOLDER / f"{_key(job, recipe, sources)[:16]}.json"
         few = _kept(place)
         took = None if few else started
@@ -106,8 +111,8 @@ def outlook(recipe: Recipe, sources: Mapping[str, str], home: Path, hear: Hear =
 
 
 def _can_be_tried(variant: Variant) -> bool:
-    """Whether its plug-ins run in a worker of this environment, in seconds, and its requests are everybody's: compiling
-    takes as long for few layers as a run of them."""
+    """Whether a variant runs on eager in this environment, with unchanged requests. Compiled variants are not tried:
+    compiling a few layers takes as long as compiling for a run."""
     steps = [plugins.catalogue()[step.plugin] for step in variant.steps]
     here = all(plugin.environment == environments.MAIN and plugin.format == SAFETENSORS for plugin in steps)
     here = here and not any(environments.lacking(plugin)[0] for plugin in steps)
@@ -115,19 +120,19 @@ def _can_be_tried(variant: Variant) -> bool:
 
 
 def _room(base: Path) -> int:
-    """How many cut models half of the free memory holds side by side, beside those of the base."""
+    """How many cut models fit into half of the free memory, beside those of the base."""
     each = sum(e.nbytes for e in open_model(base).entries.values() if layer_of(e.name) < FEW)
     return max(0, machine.free_memory() // (2 * each) - 2)
 
 
 def _elsewhere(variant: Variant) -> str:
     if variant.policies:
-        return "it changes the requests themselves, or how they are answered"
+        return "it changes the requests, or how they are answered"
     return f"on {variant.engine.plugin}, which is not tried on a few layers"
 
 
 def _ranks(recipe: Recipe) -> tuple[int, int]:
-    """The adapter's rank and what a vLLM of the recipe pads it to; 0 and 0 where none serves it unmerged."""
+    """The adapter's rank, and the rank to which the recipe's vLLM pads it; 0 and 0 if no vLLM serves it unmerged."""
     from peftopt.engines import vllm
 
     apart = [v for v in recipe.variants.values() if v.engine.plugin == "vllm" and not _merges(v)]
@@ -139,12 +144,17 @@ def _merges(variant: Variant) -> bool:
     return any(step.technique == "merge" for step in variant.steps)
 
 
-def _job(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Workload], rank: int) -> LayersJob:
-    """What is asked of the worker, but for the folder that it may write in."""
+def _kind(adapter: Path) -> str:
+    """An adapter's type in PEFT's words, or "a baked prompt"."""
+    return "a baked prompt" if is_baked(adapter) else open_adapter(adapter).kind
+
+
+def _job(recipe: Recipe, kind: str, variants: Sequence[Variant], workloads: Sequence[Workload], rank: int) -> LayersJob:
+    """The worker's job, still without the folder that it may write in. An adapter that cannot be cut is left out."""
     calibrates = any(step.calibrates for variant in variants for step in variant.steps)
     quality = recipe.quality
     return LayersJob(
-        model=Model(recipe.base, (recipe.adapter,)),
+        model=Model(recipe.base, (recipe.adapter,) if kind == "LORA" else ()),
         variants=tuple(variants),
         asked=tuple(Asked(w.name, w.batch, tuple(corpus.read(w.prompts, w.slice))) for w in workloads),
         folder="",
@@ -157,7 +167,7 @@ def _job(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Worklo
 
 
 def _asked(job: LayersJob, recipe: Recipe, place: Path, hear: Hear) -> Few:
-    """Let a worker measure, and keep what it says where all that was asked could be tried."""
+    """Let a worker measure, and keep its times if all variants could be tried."""
     threads = recipe.measure.threads or machine.cores()
     with scratch.temporary() as folder, WorkerProcess(folder / "worker.log", threads) as child:
         few = child.ask(dataclasses.replace(job, folder=f"{folder}/cut"), DEADLINE_S, hear=hear)
@@ -174,8 +184,8 @@ def _asked(job: LayersJob, recipe: Recipe, place: Path, hear: Hear) -> Few:
 
 
 def _key(job: LayersJob, recipe: Recipe, sources: Mapping[str, str]) -> str:
-    """The hash of all that the times depend on and that can be told: the machine with its libraries, base and adapter,
-    the variants with the code of their plug-ins, prompts and calibration rows."""
+    """The hash of everything known that the times depend on: the machine with its libraries, base and adapter, the
+    variants with the code of their plug-ins, prompts and calibration rows."""
     steps = {step.plugin: step.kind for variant in job.variants for step in (*variant.steps, variant.engine)}
     code = {name: plugins.module(kind, name).__file__ for name, kind in steps.items()}
     return identity.of_value(
@@ -192,7 +202,7 @@ def _key(job: LayersJob, recipe: Recipe, sources: Mapping[str, str]) -> str:
 
 
 def _kept(place: Path) -> Few | None:
-    """What was measured lately; None where nothing was, or where its file is not whole."""
+    """The kept times; None where there are none, where they are too old, or where their file is damaged."""
     if not place.exists() or _age_s(place) > KEPT_S:
         return None
     with contextlib.suppress(BadInput):
@@ -208,8 +218,8 @@ def _age_s(file: Path) -> float:
 
 
 def _passes(few: Few, name: str, workload: str, wall: bool = False) -> Sequence[Pass]:
-    """The passes of a variant on a workload, the least of each group, by the clock that tells more; `wall`: all of
-    them, by the wall clock. () where it was not tried."""
+    """The passes of a variant on a workload, the least of each group, by the more precise clock. With `wall`, all
+    passes, by the wall clock. () where the variant was not tried."""
     tried = {each.variant: each for each in few.tried if each.workload == workload}
     if not {name, PLAIN} <= tried.keys():
         return ()
@@ -219,14 +229,14 @@ def _passes(few: Few, name: str, workload: str, wall: bool = False) -> Sequence[
 
 
 def by_cpu(few: Few, workload: str) -> bool:
-    """Whether CPU time tells more than the wall clock of a workload: other processes keep the machine busy."""
+    """Whether CPU time is more precise than the wall clock on a workload: other processes keep the machine busy."""
     plain = next(each for each in few.tried if (each.variant, each.workload) == (PLAIN, workload))
     return judging.by_cpu(plain.passes, plain.cpu)
 
 
 def whole_passes(few: Few, name: str, workload: str, wall: bool = False) -> list[Pass]:
-    """What a variant takes on a workload with all layers, pass by pass, by the clock that tells more: the least of each
-    group; `wall`: every pass, by the wall clock. Empty where it was not tried."""
+    """The times of a variant on a workload with all layers, pass by pass, by the more precise clock: the least of each
+    group. With `wall`, every pass, by the wall clock. Empty where the variant was not tried."""
     apart = any(each.apart for each in few.tried if (each.variant, each.workload) == (name, workload))
     names = (APART_ONE, APART, name) if apart else (PLAIN_ONE, PLAIN, name)
     one, several, passes = (_passes(few, each, workload, wall) for each in names)
@@ -252,8 +262,8 @@ def _speeds(recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Wor
                 step = _medians([p.step_ms for p in ours], [p.step_ms for p in theirs])
                 clock = ", in CPU time" if by_cpu(few, workload.name) else ""
                 how = f"on {few.few} of {few.layers} layers{clock}"
-                told = judging.speed(variant, other, interval, prompt, step, how)
-                yield Measured(told, variant.name, workload.name)
+                speed = judging.speed(variant, other, interval, prompt, step, how)
+                yield Measured(speed, variant.name, workload.name)
 
 
 def _medians(ours: Sequence[float], theirs: Sequence[float]) -> float:
@@ -263,7 +273,7 @@ def _medians(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def _overheads(
     recipe: Recipe, variants: Sequence[Variant], workloads: Sequence[Workload], few: Few
 ) -> Iterator[Measured]:
-    """How much of a token's time is not arithmetic, of the first eager variant without an adapter on top."""
+    """The share of a token's time that is not arithmetic, for the first merged variant on eager."""
     merged = next((variant for variant in variants if _merges(variant)), None)
     elsewhere = any(variant.engine.plugin != "eager" for variant in recipe.variants.values())
     products = {each.workload: each.ms for each in few.products}
@@ -275,20 +285,26 @@ def _overheads(
 
 
 def _paddings(recipe: Recipe, workloads: Sequence[Workload], few: Few, own: int, padded: int) -> Iterator[Measured]:
-    """The adapter padded to a server's rank against the adapter as it is."""
+    """The time with the adapter padded to a server's rank, against the adapter as it is."""
     apart = [v.name for v in recipe.variants.values() if v.engine.plugin == "vllm" and not _merges(v)]
     for workload in workloads if padded > own else ():
         wide, narrow = (whole_passes(few, name, workload.name) for name in (PADDED, recipe.baseline))
         if wide and narrow:
-            told = judging.rank(_ratio(wide, narrow, workload.new_tokens), own, padded)
-            yield from (Measured(told, name, workload.name) for name in apart)
+            rank = judging.rank(_ratio(wide, narrow, workload.new_tokens), own, padded)
+            yield from (Measured(rank, name, workload.name) for name in apart)
+
+
+def ahead(variant: Variant) -> int:
+    """How many tokens a variant proposes at a time, 0 where it does not speculate."""
+    return next((int(step.params["tokens"]) for step in variant.policies if step.technique == "speculate"), 0)
 
 
 def _graphs(variants: Sequence[Variant], workloads: Sequence[Workload], few: Few) -> Iterator[Measured]:
-    """What a compiled engine has to compile, and what it leaves uncompiled."""
+    """The graphs that a compiled engine compiles, and the requests that it runs uncompiled."""
     for variant in variants:
         params = compiled.Params(**variant.engine.params)
         for workload in workloads:
-            wanted = _shapes.wanted(few.lengths[workload.name], workload.batch, workload.new_tokens, params)
-            told = judging.shapes(wanted.uncompiled, wanted.eager, wanted.graphs, wanted.padding, wanted.longest)
-            yield Measured(told, variant.name, workload.name)
+            lengths = few.lengths[workload.name]
+            wanted = _shapes.wanted(lengths, workload.batch, workload.new_tokens, params, ahead(variant))
+            shapes = judging.shapes(wanted.uncompiled, wanted.eager, wanted.graphs, wanted.padding, wanted.longest)
+            yield Measured(shapes, variant.name, workload.name)

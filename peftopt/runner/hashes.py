@@ -1,4 +1,4 @@
-"""What a run is made of, by content: base, adapter, tokenizer, prompts. A gate compares two runs by it."""
+"""Content hashes of a run's inputs: base, adapter, tokenizer, prompts. A gate compares two runs by them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from peftopt.models import checkpoint, hf
 from peftopt.records import YAML, Model, Quality, Recipe, Workload
 
 FILE = "hashes.json"
-"""Where a run's folder has them."""
+"""The file of a run's folder with the hashes."""
 
 NOT_ASKED = ("batch", "rows")
-"""Settings of `quality` that change no prompt: which rows were asked is known from the answers."""
+"""Settings of `quality` that change no prompt: the answers tell which rows were asked."""
 
 
 def of(recipe: Recipe, sources: Mapping[str, str]) -> Hashes:
-    """The hashes of a recipe's files as they are now; `sources` those of its base and adapter, which are known."""
+    """The hashes of a recipe's files as they are now. `sources` has the known hashes of its base and adapter."""
     return Hashes(
         base=sources["base"],
         adapter=sources["adapter"],
@@ -32,8 +32,8 @@ def of(recipe: Recipe, sources: Mapping[str, str]) -> Hashes:
 
 
 def read(folder: Path) -> Hashes | None:
-    """Those of a run's folder; None for a run of an older peftopt, or of measurements that were imported. Raises
-    BadInput for a file that is not whole."""
+    """The hashes in a run's folder; None for a run of an older peftopt, and for imported measurements. Raises BadInput
+    for a damaged file."""
     file = folder / FILE
     if not file.exists():
         return None
@@ -41,7 +41,7 @@ def read(folder: Path) -> Hashes | None:
 
 
 def _shape(adapter: Path) -> str:
-    """The hash of its tensors' names, dtypes and shapes; of its configuration where it has another kind of file."""
+    """The hash of the tensors' names, dtypes and shapes; without safetensors, the hash of the configuration."""
     files = sorted(adapter.glob("*.safetensors"))
     if not files:
         config = adapter / "adapter_config.json"

@@ -1,4 +1,4 @@
-"""A recipe from its file, and a run's folder from measurements to decision and reports."""
+"""Read a recipe from its file, and turn a run's measurements into its decision and reports."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from peftopt.report.scorecard import Price
 from peftopt.report.words import Section
 
 JUDGED = "judged.json"
-"""The plan that a run was judged by, where it is another than that of its recipe."""
+"""The file of the plan that a run was judged by, if it differs from the plan that it was measured by."""
 
 Warn = Callable[[str], None]
 
 
 class Silent:
-    """A listener that hears and says nothing."""
+    """A listener that shows nothing."""
 
     def done(self, step: str, what: str, seconds: float | None, note: str = "") -> None:
         """Nothing is shown."""
@@ -49,7 +49,7 @@ def read_recipe(path: Path) -> tuple[Recipe, str]:
 
 
 def recipe_of(text: str, path: str) -> Recipe:
-    """The recipe of a text whose paths are relative to the folder of `path`. Raises BadRecipe with all its mistakes."""
+    """The recipe in a text. Its paths are relative to the folder of `path`. Raises BadRecipe with all its mistakes."""
     defaults = (Path(__file__).parent.parent / "recipes" / "tradeoffs.yaml").read_text(encoding="utf-8")
 
     def read(name: str) -> str:
@@ -59,7 +59,7 @@ def recipe_of(text: str, path: str) -> Recipe:
 
 
 def weighed(folder: Path, warn: Warn) -> tuple[Evidence, Decision]:
-    """A run's evidence, and what it decides by its own plan. Nothing is written."""
+    """A run's evidence, and its decision by its own plan. Writes nothing."""
     evidence = Evidence(store.read_plan(folder / "plan.json"), store.read(folder / "measurements.jsonl", warn))
     return evidence, decide(evidence, store.read_object(folder / "machine.json"))
 
@@ -86,7 +86,7 @@ def judge(folder: Path, warn: Warn, recipe: Recipe | None = None, beside: Sequen
     decision = decide(evidence, machine)
     decision = replace(decision, warnings=(*told, *decision.warnings))
     if store.is_interrupted(folder):
-        warning = "the run is not finished, and this is what it knows so far: the same `peftopt run` goes on with it"
+        warning = "the run is not finished, and this is its result so far: the same `peftopt run` continues it"
         ahead = f"finish the run: peftopt run {Path(plan.recipe.path).name}" if decision.next_step else ""
         decision = replace(decision, warnings=(warning, *decision.warnings), next_step=ahead)
     store.write(folder / "decision.json", report.as_json.render(decision))
@@ -95,7 +95,7 @@ def judge(folder: Path, warn: Warn, recipe: Recipe | None = None, beside: Sequen
 
 
 def _differences(old: Recipe, new: Recipe) -> list[str]:
-    """Warnings of what a recipe that judges has otherwise than the run had."""
+    """Warnings of differences between the recipe that judges and the recipe of the run."""
     lines = []
     if changed := planning.changes(old, new):
         lines.append(f"judged by thresholds that were changed after the run: {', '.join(changed)}")
@@ -105,7 +105,7 @@ def _differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def run_of(results: Path, recipe: Recipe) -> Path | None:
-    """The newest run of a results folder that can be judged by a recipe, whatever its file was called; None without
+    """The newest run of a results folder that the recipe can judge, whatever its own recipe's name; None without
     one."""
     for file in sorted((results / "runs").glob("*/plan.json"), reverse=True):
         with contextlib.suppress(BadInput):
@@ -116,7 +116,7 @@ def run_of(results: Path, recipe: Recipe) -> Path | None:
 
 @dataclass(frozen=True)
 class Reported:
-    """What reports are rendered from."""
+    """The inputs of the reports."""
 
     decision: Decision
     evidence: Evidence
@@ -129,8 +129,8 @@ class Reported:
 
 
 def report_again(folder: Path, warn: Warn, beside: Sequence[Section] = (), price: Price | None = None) -> Reported:
-    """Write the reports of a decision as it is on disk; with a `price`, or the recipe's, they say what tokens cost.
-    Raises BadInput for a run that has no decision yet."""
+    """Write the reports of the decision on disk again. With a `price`, or the recipe's, they have the price of tokens.
+    Raises BadInput for a run without a decision."""
     if not (folder / "decision.json").exists():
         hint = f"decide from what it has measured so far: peftopt decide {folder}"
         raise BadInput(f"{folder} has no decision yet", hint)
@@ -139,7 +139,7 @@ def report_again(folder: Path, warn: Warn, beside: Sequence[Section] = (), price
 
 
 def _write_reports(folder: Path, evidence: Evidence, beside: Sequence[Section], price: Price | None = None) -> Reported:
-    """Every report is rendered from decision.json as it is on disk, so that a later `report` gives the same bytes."""
+    """Render every report from decision.json on disk, so that a later `report` writes the same bytes."""
     decision = report.as_json.decision_from_json(store.read_text(folder / "decision.json"))
     own = evidence.plan.recipe.price_per_hour
     price = price or (report.scorecard.price(own) if own else None)

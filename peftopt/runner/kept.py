@@ -1,4 +1,4 @@
-"""What a results folder keeps: runs with their outcomes, artifacts with the runs that use them, and what may go."""
+"""The contents of a results folder: runs with their outcomes, artifacts with the runs that use them, unused ones."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from peftopt.report.as_json import decision_from_json
 
 @dataclass(frozen=True)
 class KeptRun:
-    """A run's folder. `age_s` since it last changed; `outcome` of its decision, "unfinished" without one, "unreadable"
-    for files that are not whole; `chosen` the variant that it ships, "" for none; `artifacts` that it uses."""
+    """A run's folder. `age_s`: seconds since its last change. `outcome`: its decision's, "unfinished" without a
+    decision, "unreadable" for damaged files. `chosen`: the variant that it ships, "" for none. `artifacts`: those that
+    it uses."""
 
     folder: Path
     age_s: float
@@ -31,7 +32,7 @@ class KeptRun:
 
 @dataclass(frozen=True)
 class Kept:
-    """An artifact, a compile cache or what an interrupted build left: `what` it is, and the `runs` that use it."""
+    """An artifact, a compile cache or leftovers of an interrupted build: `what` it is, and the `runs` that use it."""
 
     folder: Path
     what: str
@@ -47,7 +48,7 @@ def runs(results: Path) -> list[KeptRun]:
 
 
 def artifacts(results: Path, among: Sequence[KeptRun]) -> list[Kept]:
-    """Everything that builds left, largest first. `among`: the runs that count as users; an unreadable one uses all."""
+    """All that builds wrote, largest first. `among`: the runs that count as users; an unreadable one uses all."""
     home = store.Store(results)
     kept = []
     for manifest in (results / "artifacts").glob(f"*/*/{store.MANIFEST}"):
@@ -70,21 +71,21 @@ def artifacts(results: Path, among: Sequence[KeptRun]) -> list[Kept]:
 
 
 def unused(kept: Iterable[Kept], older_s: float = 0.0, over_bytes: float = 0.0) -> list[Kept]:
-    """What no run uses and is older than that; with `over_bytes` only so many of the oldest that what stays of the
-    unused takes no more."""
-    free = sorted((each for each in kept if not each.runs), key=lambda each: each.age_s, reverse=True)
-    total = sum(each.size_bytes for each in free)
-    going = []
-    for each in free:
-        if each.age_s < older_s or total <= over_bytes:
+    """The artifacts that no run uses and that are older than `older_s`, oldest first, until the remaining unused ones
+    take at most `over_bytes`."""
+    candidates = sorted((item for item in kept if not item.runs), key=lambda item: item.age_s, reverse=True)
+    total = sum(item.size_bytes for item in candidates)
+    selected = []
+    for item in candidates:
+        if item.age_s < older_s or total <= over_bytes:
             continue
-        going.append(each)
-        total -= each.size_bytes
-    return going
+        selected.append(item)
+        total -= item.size_bytes
+    return selected
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of the store: out of sight at once, then file by file. An artifact being built is not touched,
+    """Remove a folder of the store: rename it first, then delete its files. An artifact being built is not touched,
     since its lock and its temporary folder are others."""
     aside = folder.with_name(f"{folder.name}.tmp.0")
     with contextlib.suppress(FileNotFoundError):

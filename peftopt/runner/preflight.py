@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before anything slow starts. Reads headers only, never imports torch."""
+"""Find mistakes before anything slow starts. Reads headers only, and never imports torch."""
 
 from __future__ import annotations
 
@@ -25,9 +25,12 @@ from peftopt.models.adapter import (
     Adapter,
     check_mergeable,
     check_names,
+    check_trained_on,
     download_hint,
     is_embedding,
     open_adapter,
+    plain_pairs,
+    unproven_base,
 )
 from peftopt.models.baked import check_base as check_prompt_base
 from peftopt.models.baked import is_baked, open_baked
@@ -42,21 +45,22 @@ from peftopt.records import SAFETENSORS, YAML, Json, Model, Quality, Recipe, Ste
 
 
 def check(recipe: Recipe) -> None:
-    """Raises BadInput for the first thing in the recipe's files that cannot work, saying what to do, and
-    MissingEnvironment where nothing but `skipped` variants would be left to compare."""
+    """Raises BadInput for the first mistake in the recipe's files, with what to do, and MissingEnvironment where all
+    variants to compare would be `skipped`."""
     _check_secrets(recipe)
     _check_endpoints(recipe)
     transforms = any(variant.steps for variant in recipe.variants.values())
     ours = any(variant.engine.environment == environments.MAIN for variant in recipe.variants.values())
     check_base(Path(recipe.base), quantized=not transforms, ours=ours)
     check_adapter(Path(recipe.adapter), Path(recipe.base), _with(recipe, "merge"), _with(recipe, "bake"))
+    _check_training_base(recipe)
     _check_virtual_tokens(recipe)
     lacking = skipped(recipe)
     _check_rest(recipe, lacking)
     texts = corpus.calibration(recipe.calibration)
     for name, variant in recipe.variants.items():
         if name in lacking:
-            continue  # what a plug-in checks may take what it lacks
+            continue  # the plug-in's check may need what is missing
         for n, step in enumerate((*variant.steps, variant.engine)):
             check_step(step, Path(recipe.base), variant.steps[:n], texts, f"variant {name}: ")
     _check_template(recipe, texts)
@@ -71,7 +75,7 @@ def check(recipe: Recipe) -> None:
 
 
 def _check_secrets(recipe: Recipe) -> None:
-    """Raises BadInput for a secret among the parameters, which are kept in records, and seen as command lines are."""
+    """Raises BadInput for a secret among the parameters: records and command lines show them."""
     for name, variant in recipe.variants.items():
         for step in (*variant.steps, *variant.policies, variant.engine):
             for key, value in step.params.items():
@@ -80,7 +84,7 @@ def _check_secrets(recipe: Recipe) -> None:
 
 
 def _check_virtual_tokens(recipe: Recipe) -> None:
-    """Each variant's engine can put the adapter's virtual tokens before a prompt, where it has any."""
+    """Raises BadInput for a variant whose engine cannot put the adapter's virtual tokens before a prompt."""
     for name, variant in recipe.variants.items():
         bakes = [step for step in variant.steps if step.technique == "bake"]
         if any(step.technique == "merge" or step.params.get("target", "ours") != "ours" for step in variant.steps):
@@ -91,13 +95,22 @@ def _check_virtual_tokens(recipe: Recipe) -> None:
             raise BadInput(f"variant {name}: {error.message}", error.hint) from error
 
 
+def _check_training_base(recipe: Recipe) -> None:
+    """Raises BadInput where merge or bake would use another base than the one the adapter names."""
+    asked = [step for v in recipe.variants.values() for step in v.steps if step.technique in ("merge", "bake")]
+    if is_baked(Path(recipe.adapter)) or all(step.params.get("allow_base_mismatch") for step in asked):
+        return
+    base = Path(recipe.base)
+    check_trained_on(open_adapter(Path(recipe.adapter)), base, _json(base / "config.json", "a model's config"))
+
+
 def _with(recipe: Recipe, technique: str) -> list[str]:
     """The variants that have a step of the technique."""
     return [v.name for v in recipe.variants.values() if any(step.technique == technique for step in v.steps)]
 
 
 def _check_expected(recipe: Recipe, rows: Sequence[Row]) -> None:
-    """Accuracy is a share of right answers: somebody has to say what is right."""
+    """Raises BadInput where accuracy is required and no prompt has a right answer."""
     asked = next((t for t in recipe.require if t.metric.name == "accuracy"), None)
     if asked and recipe.quality and not any(row.expected for row in rows):
         raise BadInput(
@@ -107,8 +120,8 @@ def _check_expected(recipe: Recipe, rows: Sequence[Row]) -> None:
 
 
 def prompts(recipe: Recipe) -> list[str]:
-    """Each file of prompts in a sentence: how many rows, in which form they were read, how many with a right answer,
-    and how many turns were left out."""
+    """A sentence for each file of prompts: the number of rows, their form, how many have a right answer, and how many
+    turns were left out."""
     files = [w.prompts for w in recipe.workloads.values()]
     files += [recipe.quality.prompts] if recipe.quality else []
     lines = []
@@ -121,34 +134,34 @@ def prompts(recipe: Recipe) -> list[str]:
 
 
 REPEATS = 0.25
-"""A share of prompts that repeats and is told."""
+"""The least share of repeated prompt tokens that `repeats` reports."""
 
 
 def repeats(recipe: Recipe) -> list[str]:
-    """How much of a workload's prompts, as the chat template writes them, is what another prompt began with: a sentence
-    for each workload where it is much. By words, which is near enough to tokens."""
+    """A sentence for each workload whose prompts often begin like another prompt of it, as the chat template writes
+    them: the repeated share. It is counted in words, which is close enough to tokens."""
     writing, lines = template.read(_home(recipe)), []
     policies = [step.technique for variant in recipe.variants.values() for step in variant.policies]
     for workload in recipe.workloads.values():
         rows = corpus.read(workload.prompts, workload.slice)
         share = repeated([_words(writing, row) for row in rows])
         if share >= REPEATS:
-            hint = "" if "prefix" in policies else "; a variant with prefix would not compute them anew"
+            hint = "" if "prefix" in policies else "; a variant with prefix would reuse their keys and values"
             lines.append(f"workload {workload.name}: {percent(share)} of prompt tokens repeat{hint}")
     return lines
 
 
 def _words(writing: template.Template, row: Row) -> list[str]:
-    """A prompt's words, with the spaces before them; where the template refuses it, those of its messages."""
+    """A prompt's words with the spaces before them. If the template refuses it, the words of its messages."""
     try:
         text = writing.render(row.messages, prompt=True) if writing.text else ""
-    except (Refused, Unrendered):  # told elsewhere
+    except (Refused, Unrendered):  # reported elsewhere
         text = ""
     return re.findall(r"\s*\S+", text or "\n".join(message["content"] for message in row.messages))
 
 
 def _check_template(recipe: Recipe, calibration: Sequence[Row]) -> None:
-    """The prompts are such as the chat template takes, where it is ours: a server brings its own."""
+    """Raises BadInput for prompts that the chat template refuses. A server uses its own template."""
     if all(variant.engine.plugin == "endpoint" for variant in recipe.variants.values()):
         return
     home = _home(recipe)
@@ -165,8 +178,8 @@ def _home(recipe: Recipe) -> Path:
 
 
 def warnings(recipe: Recipe) -> list[str]:
-    """What will measure badly, a sentence each, though it can be run: answers that cannot end, words that are not the
-    base's."""
+    """A sentence for each problem that does not stop a run and spoils its measurements: answers that cannot end, words
+    that are not the base's."""
     base, home = Path(recipe.base), _home(recipe)
     endless, drifts = template.endless(base, home), drift.drifts(base, home)
     drifted = [drift.described(Path(recipe.adapter), drifts)] if drifts else []
@@ -174,20 +187,30 @@ def warnings(recipe: Recipe) -> list[str]:
 
 
 def foreseen(recipe: Recipe) -> list[str]:
-    """What the recipe cannot decide with the prompts and blocks that it has: see `stopping.undecidable`."""
+    """What the recipe cannot decide with its prompts and blocks: see `stopping.undecidable`."""
     return list(stopping.undecidable(recipe, _checked_prompts(recipe.quality)))
 
 
 def _checked_prompts(quality: Quality | None) -> int:
-    """How many prompts have their answers checked."""
+    """The number of prompts whose answers are checked."""
     if quality is None:
         return 0
     prompts = len(corpus.read(quality.prompts, quality.slice))
     return min(prompts, quality.rows or prompts)
 
 
+def origins(recipe: Recipe) -> list[str]:
+    """A sentence if the adapter names the base of its training, and nothing shows that this base is the same model."""
+    adapter, base = Path(recipe.adapter), Path(recipe.base)
+    if is_baked(adapter):
+        return []
+    named = unproven_base(open_adapter(adapter), base, _json(base / "config.json", "a model's config"))
+    compared = "only names and shapes of weights could be compared"
+    return [f"{adapter} was trained on {named}: make sure that {base} is that model; {compared}"] if named else []
+
+
 def copies(recipe: Recipe) -> list[str]:
-    """Which of the recipe's prompts are copies of one another: they count once."""
+    """A sentence for each file of prompts with copies: a copy does not count again."""
     asked = {(w.prompts, w.slice): f"workload {w.name}" for w in recipe.workloads.values()}
     if recipe.quality:
         asked[recipe.quality.prompts, recipe.quality.slice] = "quality"
@@ -201,7 +224,7 @@ def copies(recipe: Recipe) -> list[str]:
 
 
 def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Row], who: str = "") -> None:
-    """Ask a plug-in whether it can do its step on that base at all: see peftopt.transforms."""
+    """Ask a plug-in whether it can do its step on this base: see peftopt.transforms."""
     source = plugins.module(step.kind, step.plugin)
     if not hasattr(source, "check"):
         return
@@ -213,8 +236,8 @@ def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Ro
 
 @dataclass(frozen=True)
 class Lack:
-    """Why a variant is skipped: what its steps and its engine need and this machine lacks (libraries, environments,
-    devices), and the `hint`, what brings that, "" where nothing does."""
+    """Why a variant is skipped: the libraries, environments and devices that its steps or its engine need and this
+    machine lacks. `hint` says how to install them, "" where nothing helps."""
 
     why: str
     hint: str
@@ -240,17 +263,17 @@ def _lack(variant: Variant) -> Lack | None:
 
 
 COMMANDS = ("pip ", "peftopt ")
-"""With these begins a hint that brings what is lacking."""
+"""The beginnings of hints that install what is missing."""
 
 
 def check_needs(recipe: Recipe) -> None:
-    """Raises MissingEnvironment for all that the variants of a recipe need and this machine lacks."""
+    """Raises MissingEnvironment for everything that the variants of a recipe need and this machine lacks."""
     if lacking := skipped(recipe):
         raise _nothing_here(lacking, "leave those variants out, or run the recipe on a machine that has it")
 
 
 def _check_rest(recipe: Recipe, lacking: Mapping[str, Lack]) -> None:
-    """Raises MissingEnvironment where the baseline, or all that would be compared with it, would be skipped."""
+    """Raises MissingEnvironment where the baseline would be skipped, or all other variants."""
     others = recipe.variants.keys() - {recipe.baseline}
     if recipe.baseline in lacking:
         raise _nothing_here(lacking, f"without the baseline {recipe.baseline} nothing can be judged")
@@ -269,7 +292,7 @@ def _nothing_here(lacking: Mapping[str, Lack], why: str) -> MissingEnvironment:
 
 
 def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
-    """The harness is there, in the environment of every engine; a task file is named as its task is."""
+    """Raises an error unless lm-evaluation-harness is there for each engine, and each task file has its task's name."""
     if not tasks:
         return
     if importlib.util.find_spec("lm_eval") is None:
@@ -294,7 +317,7 @@ def _check_tasks(recipe: Recipe, tasks: Sequence[str]) -> None:
 
 
 def _check_endpoints(recipe: Recipe) -> None:
-    """A variant on a server needs its URL, and a clock that both sides share."""
+    """Raises BadInput for a variant on a server without a URL, and for its CPU time, which is not known here."""
     for name, variant in recipe.variants.items():
         if variant.engine.plugin != "endpoint":
             continue
@@ -309,7 +332,7 @@ def _check_endpoints(recipe: Recipe) -> None:
 
 
 def schema(path: str) -> Mapping[str, Json]:
-    """A JSON schema (draft 2020-12), checked to be one."""
+    """The JSON schema (draft 2020-12) in a file. Raises BadInput for a file that holds none."""
     import jsonschema
 
     value = _json(Path(path), "a JSON schema")
@@ -321,8 +344,9 @@ def schema(path: str) -> Mapping[str, Json]:
 
 
 def check_base(folder: Path, quantized: bool = False, weights: str = SAFETENSORS, ours: bool = True) -> None:
-    """A causal language model with weights of that format, with no code of its own and, unless `quantized`, not
-    quantized yet. `ours`: an engine of this environment opens it, so what reads its weights must be here."""
+    """Raises BadInput unless the folder holds a causal language model with weights of that format, without code of its
+    own and, unless `quantized` is set, not quantized. `ours`: an engine of this environment opens it, so the library
+    that reads its weights must be installed."""
     if not folder.is_dir():
         hint = download_hint(folder) or "name a folder with config.json and safetensors"
         raise BadInput(f"no model folder at {folder}", hint)
@@ -379,7 +403,7 @@ READERS = {
     "torchao": ("torchao",),
     "compressed-tensors": ("compressed_tensors",),
 }
-"""The modules through which transformers reads each kind of quantized weights."""
+"""The modules with which transformers reads each kind of quantized weights."""
 
 INSTALL = {
     "gptqmodel": "pip install 'gptqmodel>=7' (where its torch is not yours: with --no-deps --no-build-isolation, see "
@@ -402,14 +426,14 @@ def quantized(folder: Path) -> bool:
 
 
 def quantized_elsewhere(folder: Path) -> bool:
-    """Whether another tool than peftopt quantized the weights: then nobody has looked yet at how they are read here."""
+    """Whether another tool than peftopt quantized the weights: then it is not verified that they are read correctly."""
     return quantized(folder) and not read_provenance(folder)
 
 
 def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = (), bakes: Sequence[str] = ()) -> None:
-    """A PEFT adapter in safetensors whose shapes fit this base, and which the variants in `merges` can merge and those
-    in `bakes` can bake, or a prompt that was baked from this base. `base` is None where its weights have names or
-    shapes that an adapter's are not compared with."""
+    """Raises BadInput unless the folder holds a PEFT adapter in safetensors whose shapes fit this base, or a prompt
+    baked from it. With variants in `merges` or `bakes`, merge or bake must be able to take the adapter. `base` is None
+    where names and shapes of its weights cannot be compared with an adapter's."""
     if is_baked(folder):
         prompt = open_baked(folder)
         if merges:
@@ -430,25 +454,35 @@ def check_adapter(folder: Path, base: Path | None, merges: Sequence[str] = (), b
             raise BadInput(f"adapter {folder} (POLY) {what}", "train an adapter for each task, such as a LoRA")
         if base and adapter.kind == "LORA" and not adapter.config.get("target_parameters"):
             _check_fits(adapter, base)
+        if adapter.kind == "LORA":
+            plain_pairs(adapter)  # config and weights agree in ranks and modules
     check_values(folder, adapter.weights)
 
 
-def check_values(folder: Path, weights: Checkpoint) -> None:
-    """Raises BadInput for weights of an adapter that no training leaves behind: see models/values.py."""
+def check_weights(base: Path) -> None:
+    """The same for a base, every byte of which is read. Scales of quantized weights know other sizes."""
+    if not quantized(base):
+        check_values(base, open_model(base), "its file is damaged: copy or download it again")
+
+
+def check_values(
+    folder: Path,
+    weights: Checkpoint,
+    hint: str = "its file is damaged, or its training diverged: copy or train it again",
+) -> None:
+    """Raises BadInput for weights that no training produces: see models/values.py."""
     with weights:
-        if wrong := next(damaged(weights), ""):
-            raise BadInput(
-                f"{folder}: {wrong}", "its file is damaged, or its training diverged: copy or train it again"
-            )
+        if problem := next(damaged(weights), ""):
+            raise BadInput(f"{folder}: {problem}", hint)
 
 
 def _check_fits(adapter: Adapter, base: Path) -> None:
-    """Each LoRA pair must sit on a weight of the base and have its shape; else it was trained on another one.
+    """Raises BadInput where a LoRA pair does not fit a weight of the base: then it was trained on another base.
 
-    Only where base and adapter name things alike: a checkpoint may use older names, which the loader translates.
+    Compares only if base and adapter use the same names: a checkpoint may use older names, which the loader translates.
     """
     entries = open_model(base).entries
-    # by bitsandbytes: their shape is not the layer's
+    # packed by bitsandbytes: the shape is not the layer's
     packed = {name for name in entries if f"{name}.absmax" in entries}
     weights = {name: list(entry.shape) for name, entry in entries.items() if name not in packed}
     check_names(adapter, entries)
@@ -485,7 +519,7 @@ def _side(key: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _readable(path: Path, what: str) -> Iterator[None]:
-    """Raises BadInput where the file's values are of other types than such a file has."""
+    """Raises BadInput where the file's values have the wrong types."""
     try:
         yield
     except BROKEN as error:

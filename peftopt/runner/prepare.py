@@ -1,5 +1,5 @@
-"""Everything that has to be there before the race, artifacts and answers: none of it is timed, so it goes on side by
-side where the machine has room."""
+"""Prepare a race: build the artifacts and ask for the answers. Nothing here is timed, so jobs run side by side as far
+as the machine's memory allows."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from peftopt.runner.run import Run, check_baseline, load, try_twice, warm, worke
 from peftopt.runner.schedule import Job, work
 
 CHUNK = 96
-"""Prompts answered between two looks at whether a variant has already failed."""
+"""Prompts that a variant answers between two checks whether it has failed already."""
 
 CHECKED = "baseline checked"
 AHEAD = "ahead of the race"
 
 Hear = Callable[[float, str], None]
-"""Told what share of a job is done, and what is going on."""
+"""Receives the share of a job that is done, and what is going on."""
 
 
 def make_ready(run: Run, ahead: Callable[[], None]) -> None:
     """Build or reuse every artifact, and have every variant answer the quality prompts.
 
-    What others need goes first: builds, the baseline's answers (the reference of all others) and its second run, since
-    errors that it shares are not a variant's. What can be done `ahead` of the race, once all is built, is done where
-    nothing else waits to be done. Raises WorkerFailed when there is no baseline to compare with.
+    Jobs that others depend on go first: builds, the baseline's answers (the reference of all others) and its second
+    run, since errors that both runs have are not a variant's. `ahead` runs once all is built, when no other job waits.
+    Raises WorkerFailed when there is no baseline to compare with.
     """
     source = store.size(Path(run.recipe.base)) + store.size(Path(run.recipe.adapter))
     run.log(Built(id=planning.SOURCE, size_bytes=source, tier0=(), seconds=0, cached=True))
@@ -56,13 +56,13 @@ def make_ready(run: Run, ahead: Callable[[], None]) -> None:
 
 
 def lanes_for(base: Path) -> int:
-    """How many jobs at a time: one for each CPU core is the best use of them, a GPU's too, as far as memory goes."""
+    """How many jobs run at a time: one per CPU core, with a GPU too, as far as memory allows."""
     each = 6 * store.size(base) + 2**30
     return max(1, min(machine.cores(), machine.free_memory() // each))
 
 
 class _Hearers:
-    """One bar for jobs that go on side by side: their shares, added up."""
+    """One progress bar for jobs that run side by side: it shows the mean of their shares."""
 
     def __init__(self, show: Callable[[int, str], None]) -> None:
         self.show = show
@@ -94,12 +94,12 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
     """Build or reuse one artifact; a failure is recorded for every variant that needs it."""
     users = _users(run, build)
     if all(name in run.evidence.failures for name in users):
-        return  # its parent failed
-    # These need no texts, but their certificates compare predictions, and do so better on the user's own prompts.
+        return  # the parent's build failed
+    # They need no texts, but their certificates compare predictions, better on the user's own prompts.
     certified = build.step.technique in ("merge", "bake")
     rows = tuple(calibration) if build.step.calibrates or certified else ()
 
-    def told(at: Reached) -> None:
+    def show(at: Reached) -> None:
         hear(at.share, f"{build.step.plugin}: {at.phase} {at.what}")
 
     def make(out: Path) -> tuple[Model, Mapping[str, Json]]:
@@ -113,10 +113,10 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
             calibration=GENERIC if run.recipe.calibration == GENERIC else "task",
         )
         log = run.folder / "logs" / f"build-{build.step.plugin}-{build.id[:8]}.log"
-        made = make_artifact(job, log, threads, run.recipe.measure.deadline_s, told)
-        facts = as_json(made)
+        transformed = make_artifact(job, log, threads, run.recipe.measure.deadline_s, show)
+        facts = as_json(transformed)
         del facts["model"]  # an artifact's manifest has its adapters, and no paths
-        return made.model, facts
+        return transformed.model, facts
 
     try:
         with run.store.locked(build, interrupted):
@@ -144,7 +144,7 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
 
 
 def build_alone(run: Run, build: Build, threads: int) -> None:
-    """Build or reuse one artifact, with a bar of its own. Raises WorkerFailed when it cannot be made."""
+    """Build or reuse one artifact, with a bar of its own. Raises WorkerFailed when the build fails."""
     calibration = corpus.calibration(run.recipe.calibration)
     with run.listener.progress(f"build {build.step.plugin}", 100, "%") as show:
         _build(run, calibration, threads, build, lambda share, what: show(int(100 * share), what))
@@ -155,7 +155,7 @@ def build_alone(run: Run, build: Build, threads: int) -> None:
 
 
 def _users(run: Run, build: Build) -> list[str]:
-    """The variants whose chain holds this artifact."""
+    """The variants that are built from this artifact."""
     parents = {b.id: b.parent for b in run.plan.builds}
     users = []
     for variant, at in run.plan.models.items():
@@ -170,14 +170,14 @@ def _users(run: Run, build: Build) -> list[str]:
 
 
 def _answers(run: Run, threads: int, hearers: _Hearers, stack: contextlib.ExitStack) -> Iterator[tuple[str, Job]]:
-    """The baseline's answers, twice, so that its null is known, and every variant's; engines that compile do so before
-    there is a reference, and go first, since they take longest."""
+    """Jobs for the answers: the baseline's twice, to know how often it differs from itself, and every variant's once.
+    Engines that compile go first, since they take longest; they compile before the baseline has answered."""
     quality = run.recipe.quality
     if quality is None:
         return
     rows = corpus.asked_of(corpus.read(quality.prompts, quality.slice), quality.rows)
     baseline = run.recipe.variants[run.recipe.baseline]
-    made = {name: frozenset({at} - {planning.SOURCE}) for name, at in run.plan.models.items()}
+    builds = {name: frozenset({at} - {planning.SOURCE}) for name, at in run.plan.models.items()}
 
     def exam(variant: Variant, most: int | None, launch: int = 1) -> _Exam:
         batch = quality.batch if launch == 1 else max(1, quality.batch // 2)
@@ -187,21 +187,21 @@ def _answers(run: Run, threads: int, hearers: _Hearers, stack: contextlib.ExitSt
         stack.callback(answering.close)
         return answering
 
-    yield baseline.name, Job(exam(baseline, None).answer, made[baseline.name])
+    yield baseline.name, Job(exam(baseline, None).answer, builds[baseline.name])
     yield CHECKED, Job(partial(check_baseline, run), frozenset({baseline.name}))
     yield f"{baseline.name} again", Job(exam(baseline, None, 2).answer, frozenset({CHECKED}))
     others = [v for v in run.recipe.variants.values() if v != baseline]
     for variant in sorted(others, key=lambda v: v.engine == baseline.engine):
-        mine = exam(variant, stopping.answers(run.recipe, variant))
-        after = made[variant.name]
+        answering = exam(variant, stopping.answers(run.recipe, variant))
+        after = builds[variant.name]
         if variant.engine.technique:
-            yield f"{variant.name} ahead", Job(mine.compile, after)
+            yield f"{variant.name} ahead", Job(answering.compile, after)
             after = frozenset({f"{variant.name} ahead"})
-        yield variant.name, Job(mine.answer, after | {CHECKED})
+        yield variant.name, Job(answering.answer, after | {CHECKED})
 
 
 class _Exam:
-    """One variant's answers to the quality prompts, chunk by chunk; a variant that has failed for good stops early."""
+    """One variant answers the quality prompts, chunk by chunk. It stops early once it cannot be accepted any more."""
 
     def __init__(
         self,
@@ -230,7 +230,7 @@ class _Exam:
         self.held = contextlib.ExitStack()
 
     def left(self) -> list[Row]:
-        """The rows that are still to be answered; none of a variant that failed."""
+        """The rows without an answer yet; none for a variant that failed."""
         evidence = self.run.evidence
         if self.variant.name in evidence.failures:
             return []
@@ -240,7 +240,7 @@ class _Exam:
         return [row for row in self.rows if row.id not in answered]
 
     def tasks(self) -> list[str]:
-        """The tasks that are still to be asked: once, of a variant that nothing has rejected for good."""
+        """The tasks without a result yet; none for a variant that failed or cannot be accepted any more."""
         evidence = self.run.evidence
         name = self.variant.name
         if not self.quality.tasks or self.launch != 1:
@@ -250,13 +250,13 @@ class _Exam:
         return [task for task in self.quality.tasks if TASK + task_name(task) not in evidence.tasks[name]]
 
     def compile(self) -> None:
-        """Load the model, and compile what the race will need: it is in the compile cache then, and was compiled while
-        others answered. The worker is kept for the answers."""
+        """Load the model, and compile for the race, into the compile cache, while other variants answer. The worker
+        stays for the answers."""
         if self.left():
             try_twice(self.run, self.variant.name, "compile", self._compile)
 
     def answer(self) -> None:
-        """Ask what is left, and log the answers."""
+        """Ask for the missing answers and tasks, and log them."""
         left = self.left()
         if left:
             started = time.perf_counter()
@@ -285,7 +285,7 @@ class _Exam:
             self.hear(at.share, f"{self.name}: {task_name(task)}")
 
         deadline = self.run.recipe.measure.deadline_s
-        task = str(Path(task).resolve()) if task.endswith(YAML) else task  # workers stand in a folder of their own
+        task = str(Path(task).resolve()) if task.endswith(YAML) else task  # a worker's working directory is another
         with self._opened() as child:
             task_answers = child.ask(TaskJob(task, self.quality.task_rows), deadline, hear=hear)
             self.run.log(task_answers, self.variant.name)
@@ -312,7 +312,7 @@ class _Exam:
                 self._name_kernels(child)
 
     def _name_kernels(self, child: WorkerProcess) -> None:
-        """Where there is a GPU, have the report say what ran on it: a request like those of the race."""
+        """On a machine with a GPU, log which kernels a request of the race runs, for the report."""
         recipe = self.run.recipe
         if not machine.gpus():
             return
@@ -323,7 +323,7 @@ class _Exam:
             self.run.log(kernels, self.variant.name)
 
     def _compile(self) -> None:
-        """Every shape of the workloads, and one that holds the answers."""
+        """Compile every shape of the workloads, and one shape for the answers."""
         recipe = self.run.recipe
         with self._opened() as child:
             for workload in recipe.workloads.values():
@@ -333,7 +333,7 @@ class _Exam:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[WorkerProcess]:
-        """The variant's worker, with the model loaded: the one there is, or a fresh one. One that fails is gone."""
+        """The variant's worker with its model loaded, a fresh one if there is none. A worker that fails is ended."""
         try:
             if self.child is None:
                 started = worker(self.run, self.variant, f"quality-{self.launch}", self.threads)
@@ -346,6 +346,6 @@ class _Exam:
             raise
 
     def close(self) -> None:
-        """Let the worker go, if there is one."""
+        """End the worker, if there is one."""
         self.child = None
         self.held.close()

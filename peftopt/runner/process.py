@@ -1,4 +1,4 @@
-"""The parent's end of a worker: start it, ask with a deadline, name what went wrong, reap its whole group."""
+"""The parent's side of a worker process: start it, send jobs with a deadline, name failures, end its whole group."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from peftopt.runner import orphans, trace
 
 GRACE_S = 5.0
 LAST_BYTES = 4096
-"""So much of a log is looked at for why a worker died."""
+"""Bytes at the end of a log that are searched for the reason of a worker's death."""
 
 _LIVE: set[WorkerProcess] = set()
 _INTERRUPTED = threading.Event()
@@ -34,24 +34,24 @@ _NUMBERS = itertools.count(1)
 
 
 def interrupt() -> None:
-    """End every worker now. Whoever waits for one gets KeyboardInterrupt: it is not a failure to record."""
+    """End every worker now. A thread that waits for a worker gets KeyboardInterrupt: no failure is recorded."""
     _INTERRUPTED.set()
     for child in tuple(_LIVE):
         child.kill()
 
 
 def calm() -> None:
-    """An interrupt is over: what starts now is not meant by it."""
+    """The interrupt is over: it does not end workers that start from now on."""
     _INTERRUPTED.clear()
 
 
 def interrupted(within_s: float) -> bool:
-    """Whether everything is to end, or will be within so many seconds."""
+    """Wait for an interrupt for at most so many seconds. Returns whether there is one."""
     return _INTERRUPTED.wait(within_s)
 
 
 class WorkerProcess:
-    """One worker process. Use as a context manager; it and its descendants are gone afterwards."""
+    """One worker process, as a context manager. Afterwards, the worker and its descendants have ended."""
 
     def __init__(self, log: Path, threads: int, cache: Path | None = None, python: str = sys.executable) -> None:
         self.log = log
@@ -66,7 +66,7 @@ class WorkerProcess:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 env={**_environment(python, threads, cache), orphans.MARK: self.mark},
-                cwd=log.parent,  # libraries that drop files where they stand drop them here
+                cwd=log.parent,  # some libraries write files into the working directory
                 start_new_session=True,
             )
         self.unread = b""
@@ -79,7 +79,7 @@ class WorkerProcess:
         tell: Callable[[Answer], None] = lambda _: None,
         hear: Hear = lambda _: None,
     ) -> Reply:
-        """Do one job and return its reply; `tell` hears each answer on the way, `hear` how far the work has come.
+        """Do one job and return its reply. `tell` receives each answer on the way, `hear` the progress.
 
         Raises WorkerFailed with the reason: "out of memory", "timeout", "killed (SIGKILL)", "refused", …
         """
@@ -88,7 +88,7 @@ class WorkerProcess:
 
     def _ask(self, job: Job[Reply], deadline_s: float, tell: Callable[[Answer], None], hear: Hear) -> Reply:
         assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed, and named, by _line
+        with contextlib.suppress(BrokenPipeError):  # _line notices a dead worker, and names the reason
             self.process.stdin.write(jobs.as_line(job).encode())
             self.process.stdin.flush()
         until = time.monotonic() + deadline_s
@@ -135,14 +135,14 @@ class WorkerProcess:
         return WorkerFailed("died", f"exit status {code}", hint)
 
     def _last_words(self) -> str:
-        """The end of what it has written to its log."""
+        """The end of the worker's log."""
         with self.log.open("rb") as lines:
             lines.seek(max(self._log_from, lines.seek(0, os.SEEK_END) - LAST_BYTES))
             return lines.read().decode(errors="replace").strip()
 
     def written(self) -> int:
-        """Bytes the worker has written so far, as the kernel counts them: the worker is not disturbed for it. 0 where
-        the system does not count."""
+        """Bytes the worker has written so far, by the kernel's count, without disturbing the worker. 0 where the system
+        does not count."""
         import psutil
 
         with contextlib.suppress(psutil.Error, AttributeError):
@@ -150,7 +150,7 @@ class WorkerProcess:
         return 0
 
     def processes(self) -> set[int]:
-        """The worker and whatever it has started, by id."""
+        """The ids of the worker and its descendants."""
         import psutil
 
         with contextlib.suppress(psutil.Error):
@@ -163,15 +163,15 @@ class WorkerProcess:
         return machine.cpu_s(self.processes())
 
     def kill(self) -> None:
-        """End the whole process group now, and what the worker has started in groups of its own."""
+        """End the whole process group now, and the processes that the worker started in other groups."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         orphans.end(self.mark)
 
     def close(self) -> None:
-        """Let the worker end by itself, then make sure of its group, and of what it held on a GPU: turns beside what is
-        left of it there are flagged, as those beside any other process."""
+        """Let the worker end by itself, then end its group, and wait until its GPU memory is free. Turns beside memory
+        that is still held are flagged, like turns beside any other process."""
         assert self.process.stdin is not None and self.process.stdout is not None
         family = self.processes()
         with contextlib.suppress(BrokenPipeError):
@@ -196,7 +196,7 @@ class WorkerProcess:
 
 
 def _structured(record: type[Record], values: Json, job: str) -> Record:
-    """What a worker said. Raises WorkerFailed for what is not such a record: a plug-in may return anything."""
+    """A worker's reply as a record. Raises WorkerFailed for another shape: a plug-in may return anything."""
     try:
         return structured(record, values, job)
     except BadInput as error:
@@ -205,13 +205,13 @@ def _structured(record: type[Record], values: Json, job: str) -> Record:
 
 
 def _environment(python: str, threads: int, cache: Path | None) -> dict[str, str]:
-    """Threads are set per process, and so is how they wait."""
-    redaction.engine_key()  # before the worker starts: it and this process ask the same servers
+    """A worker's environment variables: its number of threads, how they wait, its cache."""
+    redaction.engine_key()  # before the worker starts: both send requests to the same servers
     own = {
         **machine.waiting(),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
-        "OPENBLAS_NUM_THREADS": "1",  # numpy's: what computes are torch's threads or ours, and its own get in their way
+        "OPENBLAS_NUM_THREADS": "1",  # numpy's threads would slow down torch's and ours, which compute
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

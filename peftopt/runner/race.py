@@ -22,13 +22,13 @@ from peftopt.runner.run import Run, load, try_twice, warm, worker
 
 
 def race(run: Run, workload: Workload, ahead: Field | None = None) -> None:
-    """Blocks in random order until every variant is decided, its references and the A/A arm alongside. The workers of
-    the first blocks may have been started `ahead`."""
+    """Measure blocks in random order until every variant is decided, together with its references and the A/A arm. The
+    workers of the first blocks may have been started `ahead`."""
     recipe = run.recipe
     started = time.perf_counter()
     first = _next_block(run, workload)
     with run.listener.progress(f"race {workload.name}", run.evidence.budget, "blocks") as show:
-        wants = _wanted(run, workload)
+        wants = _undecided(run, workload)
         while wants:
             show(_next_block(run, workload), f"{len(wants)} variants")
             with ahead or Field(run, workload) as field_:
@@ -38,13 +38,13 @@ def race(run: Run, workload: Workload, ahead: Field | None = None) -> None:
                         break
                     field_.block(_next_block(run, workload), wants)
                     show(_next_block(run, workload), f"{len(wants)} variants")
-                    wants = _wanted(run, workload)
-            wants = _wanted(run, workload)  # the workers' memory is known now
+                    wants = _undecided(run, workload)
+            wants = _undecided(run, workload)  # now the workers' memory is known
     blocks = _next_block(run, workload) - first
     run.listener.done("race", f"{workload.name}, {blocks} blocks", time.perf_counter() - started)
 
 
-def _wanted(run: Run, workload: Workload) -> frozenset[str]:
+def _undecided(run: Run, workload: Workload) -> frozenset[str]:
     """The variants that need another block."""
     with trace.span(trace.PARENT, "judge"):
         return stopping.blocks(run.evidence, workload.name)
@@ -56,32 +56,32 @@ def _next_block(run: Run, workload: Workload) -> int:
 
 
 ROOM = 2 * 2**30
-"""Bytes that must be free for each worker that is started ahead, while others are at work."""
+"""Bytes that must be free for each worker that is started ahead, while other workers run."""
 
 CORES = 4
-"""Processors that a server keeps busy while it starts: several processes that import, and a compiler's."""
+"""Processors that a starting server keeps busy: several of its processes import, and a compiler runs."""
 
 
 class Field:
-    """The workers of some consecutive blocks: each variant launched fresh once, then resident."""
+    """The workers of some consecutive blocks. Each variant is launched once, then its worker stays."""
 
     def __init__(self, run: Run, workload: Workload) -> None:
         self.run = run
         self.workload = workload
         self.rows = corpus.read(workload.prompts, workload.slice)
         self.stack = contextlib.ExitStack()
-        # kept for as long as its workers: the kernel ends a worker with the thread that started it
+        # lives as long as its workers: the kernel ends a worker with the thread that started it
         self.pool = self.stack.enter_context(ThreadPoolExecutor(len(run.recipe.variants) + 1))
         self.started: dict[str, WorkerProcess] = {}
         self.children: dict[str, WorkerProcess] = {}
         self.broken: dict[str, WorkerFailed] = {}
-        """Why a server did not start: told of at its turn."""
+        """Why a server did not start. The error is raised at its turn."""
 
     def __enter__(self) -> Field:
         return self
 
     def start(self) -> None:
-        """Start the workers of the first block now, where there is room: they import for longer than they load."""
+        """Start the workers of the first block now, if there is memory: their imports take longer than loading."""
         wants = stopping.blocks(self.run.evidence, self.workload.name)
         arms = self._arms(wants)
         if wants and machine.free_memory() > ROOM * len(arms):
@@ -91,7 +91,7 @@ class Field:
         self, kind: type[BaseException] | None, error: BaseException | None, trace_: TracebackType | None
     ) -> None:
         if kind is not None and not issubclass(kind, Exception):
-            interrupt()  # who stops a run waits for no worker to say goodbye
+            interrupt()  # an interrupted run does not wait for its workers
             self.stack.__exit__(kind, error, trace_)
             return
         for arm, child in self.children.items():
@@ -100,12 +100,12 @@ class Field:
         self.close()
 
     def close(self) -> None:
-        """Let the workers go, if that has not been done."""
+        """End the workers, if they have not ended yet."""
         self.stack.close()
 
     def block(self, number: int, wants: frozenset[str]) -> None:
-        """One block: each arm once, in an order drawn afresh and kept with its turns. The recipe's seed has no say in
-        it: with the same order in every run, what the order does to a variant would be a bias."""
+        """Measure one block: each arm once, in a random order, which is kept with its turns. The order does not depend
+        on the recipe's seed: the same order in every run would be a bias."""
         arms = self._arms(wants)
         random.SystemRandom().shuffle(arms)
         job = self._job(number)
@@ -136,17 +136,17 @@ class Field:
             disturbance = Disturbance(**machine.disturbance(before, after, cpu, pids))
             turn = Turn(block=number, order=order, requests=timed.requests, engine=timed.engine, machine=disturbance)
             self.run.log(turn, arm, self.workload.name)
-            # vLLM's workers look for work for another second, on processors that the next turn is timed on
+            # vLLM's workers poll for work for another second, on the processors of the next turn
             with trace.span(trace.PARENT, "rest"):
                 machine.rest(child.processes())
 
         try_twice(self.run, arm.removesuffix(TWIN), f"speed ({self.workload.name})", attempt)
 
     def _job(self, number: int) -> SpeedJob:
-        """What a block asks of every variant."""
+        """The job of a block, the same for every variant."""
         recipe = self.run.recipe
         workload = self.workload
-        dice = random.Random(f"{recipe.seed}/{workload.name}/{number}/arrivals")
+        generator = random.Random(f"{recipe.seed}/{workload.name}/{number}/arrivals")
         return SpeedJob(
             batches=draw(self.rows, workload, number, recipe),
             new_tokens=workload.new_tokens,
@@ -154,11 +154,11 @@ class Field:
             stop=workload.lengths == "natural",
             users=workload.users,
             rate=workload.rate,
-            seed=dice.getrandbits(32) if workload.loaded else 0,
+            seed=generator.getrandbits(32) if workload.loaded else 0,
         )
 
     def _start(self, arms: Sequence[str]) -> None:
-        """Start these workers side by side. One that cannot start is tried again, and put on record, at its turn."""
+        """Start these workers side by side. A worker that cannot start is tried again, and recorded, at its turn."""
 
         def start(arm: str) -> None:
             with contextlib.suppress(WorkerFailed):
@@ -167,8 +167,8 @@ class Field:
         list(self.pool.map(start, arms))
 
     def _serve(self, arms: Sequence[str]) -> None:
-        """Start these servers side by side, as many as there are processors for: each takes a minute or more. A model
-        in process loads alone, at its turn: how long that takes is a metric."""
+        """Start these servers side by side, as many as the processors allow: each takes a minute or more. A model in a
+        worker loads alone, at its turn, since its loading time is a metric."""
         lanes = machine.cores() // CORES
         if lanes < 2:
             return
@@ -191,14 +191,14 @@ class Field:
         return self.stack.enter_context(fresh)
 
     def _child(self, arm: str) -> WorkerProcess:
-        """The arm's worker; its model is loaded when it first runs."""
+        """The arm's worker. Its model is loaded at its first turn."""
         error = self.broken.pop(arm, None)
         if error:
             raise error
         if arm not in self.children:
             child = self.started.pop(arm, None) or self._worker(arm)
             self.run.log(load(self.run, self._variant(arm), child), arm, self.workload.name)
-            if self._variant(arm).engine.technique:  # nothing may be compiled, or loaded, inside a timed request
+            if self._variant(arm).engine.technique:  # a timed request must not compile or load anything
                 warm(self.run, child, self.rows, self.workload.batch, self.workload.new_tokens)
             self.children[arm] = child
         return self.children[arm]

@@ -1,8 +1,8 @@
-"""Walk the plan: build, check answers, race. What the store has is not done again; what fails is a record.
+"""Execute a plan: build, check answers, race. Artifacts in the store are reused. A failure becomes a record.
 
     artifacts + answers -> blocks -> decision
 
-Nothing here judges: which variants still need blocks or answers is asked of `stopping`, on the records so far.
+This module judges nothing: `stopping` says, from the records so far, which variants need more blocks or answers.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from peftopt.runner.run import Listener, Run, check_baseline, hashed, planned
 def prepare(
     recipe: Recipe, text: str, results: Path, listener: Listener, fresh: bool = False, more: bool = False
 ) -> Iterator[Run]:
-    """Check the recipe's files, make the plan and open its run folder: an unfinished run of the same plan on such a
-    machine goes on, and with `more` a finished one too. The folder is this process's until the end; see `store.own`."""
+    """Check the recipe's files, make the plan and open its run folder. An unfinished run of the same plan on the same
+    kind of machine continues; with `more`, a finished run too. This process owns the folder until the end; see
+    `store.own`."""
     home = store.Store(results.resolve(), listener.warn)
     plan, key, sources = planned(recipe)
     home.check_writable()
@@ -49,7 +50,7 @@ def prepare(
         return
     if unfinished:
         folder = unfinished[-1]
-        listener.warn(f"going on with the unfinished run {folder.name}")
+        listener.warn(f"continuing the unfinished run {folder.name}")
     else:
         folder = runs / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{recipe.name}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,14 +62,14 @@ def prepare(
 
 
 def _begin(run: Run, text: str, sources: Mapping[str, str]) -> None:
-    """The first files of a run, and what is known to be wrong with its recipe, of the text `text`; `sources` are the
-    hashes of its base and adapter."""
+    """Write the first files of a run, and warn of problems of its recipe. `text` is the recipe's text; `sources` are
+    the hashes of its base and adapter."""
     folder, recipe, listener = run.folder, run.recipe, run.listener
     store.write(folder / "recipe.yaml", text)
     store.write(folder / "plan.json", json.dumps(asdict(run.plan), indent=1))
     store.write(folder / hashes.FILE, json.dumps(asdict(hashes.of(recipe, sources)), indent=1))
     store.write(folder / "machine.json", json.dumps(machine.describe(), indent=1))
-    for line in (*preflight.prompts(recipe), *preflight.repeats(recipe)):
+    for line in (*preflight.origins(recipe), *preflight.prompts(recipe), *preflight.repeats(recipe)):
         listener.tell(line)
     for line in (*preflight.warnings(recipe), *preflight.copies(recipe)):
         listener.warn(line)
@@ -78,7 +79,7 @@ def _begin(run: Run, text: str, sources: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def _owned(folder: Path, plan: Plan, home: store.Store, listener: Listener) -> Iterator[Run]:
-    """The run of a folder, which is this process's meanwhile."""
+    """The run of a folder, which this process owns meanwhile."""
     lines = folder / "measurements.jsonl"
     owner = store.own(folder, listener.warn)
     try:
@@ -87,7 +88,7 @@ def _owned(folder: Path, plan: Plan, home: store.Store, listener: Listener) -> I
         yield Run(plan, home, folder, listener, measurements)
     except KeyboardInterrupt:
         kept = counted(len(measurements), "measurement")
-        listener.warn(f"{kept} kept in {folder}: the same command goes on from there")
+        listener.warn(f"{kept} kept in {folder}: the same command continues from there")
         raise
     finally:
         store.disown(owner)
@@ -95,14 +96,14 @@ def _owned(folder: Path, plan: Plan, home: store.Store, listener: Listener) -> I
 
 @contextlib.contextmanager
 def reopen(folder: Path, listener: Listener) -> Iterator[Run]:
-    """A run that may get more blocks. Raises BadInput where they would measure something else than its first ones."""
+    """A run that may get more blocks. Raises BadInput where the files, the libraries or the machine have changed."""
     plan = store.read_plan(folder / "plan.json")
     now, key, _ = planned(plan.recipe)
     if [b.id for b in now.builds] != [b.id for b in plan.builds] or not folder.resolve().name.endswith(f"-{key}"):
         hint = "run the recipe again: a new run measures everything as it is now"
         raise BadInput(f"the models, prompts or libraries of {folder} have changed since it ran", hint)
-    if changed := _unlike(folder):
-        hint = "blocks of two machines are not of one race: go on there, or run the recipe here"
+    if changed := _differences(folder):
+        hint = "one race takes blocks of one machine: continue on that machine, or run the recipe here"
         raise BadInput(f"{folder} was measured on another machine: its {', '.join(changed)} differ", hint)
     home = store.Store(folder.resolve().parents[1], listener.warn)
     with _owned(folder, plan, home, listener) as run:
@@ -110,20 +111,22 @@ def reopen(folder: Path, listener: Listener) -> Iterator[Run]:
 
 
 def _resumable(folders: Sequence[Path], listener: Listener) -> list[Path]:
-    """The unfinished runs that may go on here: blocks of two machines are not of one race."""
+    """The unfinished runs that may continue here: one race takes blocks of one machine only."""
     alike = []
     for folder in folders:
         if store.is_finished(folder):
             continue
-        if changed := _unlike(folder):
-            listener.warn(f"{folder.name} is unfinished, and is of another machine: its {', '.join(changed)} differ")
+        if changed := _differences(folder):
+            listener.warn(
+                f"{folder.name} is unfinished, but was measured on another machine: its {', '.join(changed)} differ"
+            )
         else:
             alike.append(folder)
     return alike
 
 
-def _unlike(folder: Path) -> list[str]:
-    """What the machine has otherwise that a run was measured on; nothing where it was not begun."""
+def _differences(folder: Path) -> list[str]:
+    """What differs between this machine and the machine of a run; nothing for a run without a machine.json."""
     if not (folder / "machine.json").exists():
         return []
     then = store.read_object(folder / "machine.json")
@@ -132,10 +135,11 @@ def _unlike(folder: Path) -> list[str]:
 
 
 def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None) -> None:
-    """Let the undecided races of a run go on: to the planned look at which the nearest to a decision should have one,
-    as the planner says, or for so many blocks or minutes at most.
+    """Continue the undecided races of a run, up to the planned look at which the race nearest to a decision should be
+    decided, or for at most `blocks` or `minutes`.
 
-    What was spent of the error budget stays spent (stats.race). Where that can hardly decide any, nothing is measured.
+    The error budget that was spent stays spent (stats.race). Measures nothing where these blocks can hardly decide a
+    race.
     """
     evidence = run.evidence
     races = stopping.open_races(evidence)
@@ -144,35 +148,35 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
         return
     nearest = min(races, key=lambda v: v.blocks_needed or 0)
     have = evidence.blocks(run.recipe.baseline, nearest.workload)
-    each = evidence.minutes_per_block(nearest.workload)
-    if minutes is not None and not each:
+    block_min = evidence.minutes_per_block(nearest.workload)
+    if minutes is not None and not block_min:
         raise BadInput("how long a block of this run takes is not known", "give the number of blocks: --blocks")
-    limits = [n for n in (blocks, None if minutes is None else int(minutes / (each or 1))) if n is not None]
+    limits = [n for n in (blocks, None if minutes is None else int(minutes / (block_min or 1))) if n is not None]
     needed = nearest.blocks_needed or 0
     total = have + min(limits) if limits else stats.next_look(needed)
     granted = Measured(More(max_blocks=total))
     still = stopping.open_races(Evidence(run.plan, [*run.measurements, granted]))
     if total >= stats.MOST_BLOCKS or total <= have or all(v.hopeless for v in still):
-        asked = f"about {needed - have} more" if needed < stats.MOST_BLOCKS else "too many"
-        offered = f"; {total - have} can hardly suffice" if limits else ""
-        run.listener.warn(f"{nearest.rule} would take {asked} blocks{_about(needed - have, each)}{offered}")
+        more = f"about {needed - have} more" if needed < stats.MOST_BLOCKS else "too many"
+        granted_words = f"; {total - have} can hardly suffice" if limits else ""
+        run.listener.warn(f"{nearest.rule} would take {more} blocks{_about(needed - have, block_min)}{granted_words}")
         run.listener.warn("nothing was measured")
         return
     run.log(granted.values)
-    run.listener.tell(f"up to {counted(total - have, 'more block')}{_about(total - have, each)}")
+    run.listener.tell(f"up to {counted(total - have, 'more block')}{_about(total - have, block_min)}")
     for workload in run.recipe.workloads.values():
         race(run, workload)
         check_baseline(run)
 
 
-def _about(blocks: int, each: float | None) -> str:
-    known = each and blocks < stats.MOST_BLOCKS // 2
-    return f", about {counted(max(round(blocks * each), 1), 'minute')}" if each and known else ""
+def _about(blocks: int, block_min: float | None) -> str:
+    known = block_min and blocks < stats.MOST_BLOCKS // 2
+    return f", about {counted(max(round(blocks * block_min), 1), 'minute')}" if block_min and known else ""
 
 
 def execute(run: Run, forecasts: bool = True) -> None:
-    """Everything that leaves measurements, in the order of time; first, where `forecasts` are wanted, what will be
-    slower and how long it will take."""
+    """Measure everything, in the order of time. With `forecasts`, first say which variants will be slower and how long
+    the run will take."""
     skip(run)
     takes = foretell(run) if forecasts else durations.Duration()
     survey(run)
@@ -190,21 +194,21 @@ def execute(run: Run, forecasts: bool = True) -> None:
 
 
 def skip(run: Run) -> None:
-    """Keep which variants this machine cannot run, and why: the others are measured."""
+    """Record which variants this machine cannot run, and why. The others are measured."""
     for name, lack in preflight.skipped(run.recipe).items():
         run.skip(name, lack.why, lack.hint)
 
 
 def foretell(run: Run) -> durations.Duration:
-    """Say how long what is left of a run will take, and warn of what will be slower: once per run, which keeps what was
-    expected beside what will be measured."""
+    """Say how long the rest of a run will take, and warn of variants that will be slower. The run keeps its first
+    forecast, to compare it with the measurements."""
     known = hashes.read(run.folder)
     sources = {"base": known.base, "adapter": known.adapter} if known else hashed(run.recipe)
     with build.bars(run.listener.progress) as hear:
         outlook = forecast.outlook(run.recipe, sources, run.store.root, hear)
     if not (run.evidence.forecasts or run.evidence.surveyed):
-        for each in outlook.forecasts:
-            run.log(each.values, each.variant, each.workload)
+        for forecast_ in outlook.forecasts:
+            run.log(forecast_.values, forecast_.variant, forecast_.workload)
         for line in outlook.warnings:
             run.listener.warn(line)
         if outlook.forecasts:
@@ -215,7 +219,7 @@ def foretell(run: Run) -> durations.Duration:
 
 
 def survey(run: Run) -> None:
-    """How fast this machine reads memory: once per run, with the threads of the measured, while nothing else runs."""
+    """Measure how fast this machine reads memory: once per run, with the run's threads, while nothing else runs."""
     if run.evidence.surveyed:
         return
     threads = run.recipe.measure.threads or machine.cores()

@@ -22,31 +22,31 @@ from peftopt.runner import preflight
 from peftopt.runner.process import WorkerProcess
 
 RETRIED = ("killed", "died")
-"""Deaths that are retried once in a clean process: a neighbour or a driver may have caused them."""
+"""Reasons for one more try in a fresh process: another process or a driver may have caused the death."""
 
 
 class Listener(Protocol):
-    """Who hears how the run goes: the console, or nobody."""
+    """Receives the progress of a run: the console, or a listener that shows nothing."""
 
     def done(self, step: str, what: str, seconds: float | None, note: str = "") -> None:
-        """One step is over; seconds None means that it was cached."""
+        """A step is over. `seconds` is None for a cached step."""
 
     def warn(self, text: str) -> None:
-        """Something that makes the run weaker than it was meant to be, such as a failure."""
+        """A warning: something makes the run weaker than intended, such as a failure."""
 
     def tell(self, text: str) -> None:
-        """Something worth knowing that is not a warning."""
+        """A text for the user that is not a warning."""
 
     def progress(
         self, title: str, total: int, unit: str
     ) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
-        """A bar; the function it gives sets how many of `total` are done, in the plural of what they are ("blocks",
-        "%"), and what is going on."""
+        """A progress bar. The function it yields sets how many of `total` are done, and what is going on. `unit` is a
+        plural ("blocks") or "%"."""
 
 
 @dataclass
 class Run:
-    """One run's folder and what it knows so far. `log` is the only way in for a measurement."""
+    """One run's folder and its measurements so far. `log` alone adds a measurement."""
 
     plan: Plan
     store: store.Store
@@ -55,10 +55,10 @@ class Run:
     measurements: list[Measured] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     latest: tuple[int, Evidence] | None = None
-    """How many measurements there were when the evidence was last asked for, and the evidence."""
+    """The latest evidence, and the number of measurements that it is made of."""
 
     def log(self, values: Values, variant: str = "", workload: str = "", launch: int = 0) -> None:
-        """Keep a measurement."""
+        """Add a measurement, in memory and on disk."""
         measurement = Measured(values, variant, workload, launch)
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = Measurement(measurement.probe, variant, workload, launch, as_json(values), at)
@@ -67,18 +67,18 @@ class Run:
             self.measurements.append(measurement)
 
     def fail(self, variant: str, stage: str, error: WorkerFailed) -> None:
-        """Keep that a stage failed for a variant, and warn of it."""
+        """Record that a stage failed for a variant, and warn of it."""
         self.log(Failure(stage=stage, reason=error.reason, detail=error.detail, hint=error.hint), variant)
         self.listener.warn(f"{variant}: {stage} failed, {error}")
 
     def skip(self, variant: str, why: str, hint: str) -> None:
-        """Keep that a variant is not tried, and warn of it."""
+        """Record that a variant is skipped, and warn of it."""
         skipped = Failure(stage="start", reason=SKIPPED, detail=why, hint=hint)
         self.log(skipped, variant)
         self.listener.warn(f"{variant} is {skipped.sentence}")
 
     def retry(self) -> None:
-        """Try again what failed before the run stopped: whoever starts it again has done something about it."""
+        """Try again what failed before the run stopped: the user may have removed the cause."""
         for variant, failure in list(self.evidence.failures.items()):
             self.log(Retry(), variant)
             if failure.reason != SKIPPED:
@@ -91,7 +91,7 @@ class Run:
 
     @property
     def evidence(self) -> Evidence:
-        """What is known so far; the same object until something is logged, or the plan is another."""
+        """The evidence so far: the same object until a measurement is added or the plan changes."""
         with self.lock:
             known = self.latest
             if known is None or known[0] != len(self.measurements) or known[1].plan is not self.plan:
@@ -100,11 +100,11 @@ class Run:
             return known[1]
 
     def model(self, variant: Variant) -> Model:
-        """What the variant's engine opens."""
+        """The model that the variant's engine opens."""
         return self.artifact_model(self.plan.models[variant.name])
 
     def artifact_model(self, artifact_id: str) -> Model:
-        """The model of an artifact; of planning.SOURCE the recipe's own base and adapter, unmerged."""
+        """The model of an artifact. For planning.SOURCE, the recipe's base and adapter, unmerged."""
         return self.store.model(artifact_id, Model(self.recipe.base, (self.recipe.adapter,)))
 
     def alive(self) -> list[Variant]:
@@ -114,7 +114,7 @@ class Run:
 
 
 class Planned(NamedTuple):
-    """A recipe's plan, the hash (`key`) that names what it measures, and those of its base, adapter and calibration."""
+    """A recipe's plan, the hash of what it measures (`key`), and the hashes of its base, adapter and calibration."""
 
     plan: Plan
     key: str
@@ -122,7 +122,9 @@ class Planned(NamedTuple):
 
 
 def hashed(recipe: Recipe) -> Mapping[str, str]:
-    """The hashes of a recipe's base, adapter and calibration rows, "" for none: every file is read."""
+    """The hashes of a recipe's base, adapter and calibration rows, "" for none: every file is read. Raises BadInput for
+    a base with weights that no training leaves behind, and for a file that is not what was downloaded."""
+    preflight.check_weights(Path(recipe.base))
     return {
         "base": identity.of_folder(Path(recipe.base)),
         "adapter": identity.of_folder(Path(recipe.adapter)),
@@ -131,7 +133,7 @@ def hashed(recipe: Recipe) -> Mapping[str, str]:
 
 
 def planned(recipe: Recipe) -> Planned:
-    """The recipe's plan on its files as they are now. Raises BadInput for files that cannot work."""
+    """The recipe's plan for its files as they are now. Raises BadInput for files that cannot work."""
     preflight.check(recipe)
     sources = hashed(recipe)
     plan = planning.plan(recipe, sources, environments.versions())
@@ -146,7 +148,7 @@ def _content(recipe: Recipe) -> list[str]:
 
 
 def check_baseline(run: Run) -> None:
-    """Without the baseline there is nothing to compare with, so the run ends here."""
+    """Raises WorkerFailed where the baseline failed: without it, there is nothing to compare with."""
     failure = run.evidence.failures.get(run.recipe.baseline)
     if failure:
         raise WorkerFailed(
@@ -157,7 +159,7 @@ def check_baseline(run: Run) -> None:
 
 
 def try_twice(run: Run, variant: str, stage: str, attempt: Callable[[], None]) -> bool:
-    """A worker that was killed gets one more try in a clean process; then it is a failure on record."""
+    """Run an attempt; after a kill, once more in a fresh process. Records a failure. Returns whether it succeeded."""
     for last in (False, True):
         try:
             attempt()
@@ -180,7 +182,7 @@ def worker(run: Run, variant: Variant, why: str, threads: int) -> Iterator[Worke
     ) as child:
         child.ask(PrepareJob(plugin=variant.engine.plugin, model=run.model(variant)), run.recipe.measure.deadline_s)
         yield child
-        with contextlib.suppress(WorkerFailed):  # a worker that is gone has been recorded as what it died of
+        with contextlib.suppress(WorkerFailed):  # the reason of a dead worker is recorded already
             facts = child.ask(FactsJob(), 30)
             if facts != NO_FACTS:
                 run.log(replace(facts, why=facts.why or why), variant.name)
@@ -202,6 +204,6 @@ def load(run: Run, variant: Variant, child: WorkerProcess) -> Launch:
 
 
 def warm(run: Run, child: WorkerProcess, rows: Sequence[Row], batch: int, new_tokens: int, timed: bool = True) -> None:
-    """Have a worker whose engine compiles get ready for batches out of these rows."""
+    """Let a worker's engine compile for batches of these rows."""
     job = WarmJob(rows=tuple(rows), batch=batch, new_tokens=new_tokens, timed=timed)
     child.ask(job, run.recipe.measure.deadline_s)

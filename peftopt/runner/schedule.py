@@ -1,4 +1,4 @@
-"""Jobs that need one another, several at a time, each as soon as what it needs is there."""
+"""Run jobs that depend on one another, several at a time, each as soon as the jobs it depends on are over."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from peftopt.runner.process import calm, interrupt
 
 @dataclass(frozen=True)
 class Job:
-    """What to do, and the names of the jobs that have to be over before."""
+    """What to do, and the names of the jobs that must be over before."""
 
     do: Callable[[], None]
     after: frozenset[str] = frozenset()
 
 
 def work(jobs: Mapping[str, Job], lanes: int) -> None:
-    """Do all jobs, `lanes` at a time; of those that can be done, the first in `jobs` goes first.
+    """Do all jobs, `lanes` at a time. Of the jobs that can start, the first in `jobs` starts first.
 
-    When one raises, no other is started, and its error is raised once those under way are over. An interrupt ends
-    their workers at once.
+    When a job raises, no other job starts; the error is raised once the running jobs are over. An interrupt ends their
+    workers at once.
     """
     order = TopologicalSorter({name: job.after for name, job in jobs.items()})
     order.prepare()
@@ -31,7 +31,7 @@ def work(jobs: Mapping[str, Job], lanes: int) -> None:
     ready: list[str] = []
     running: dict[Future[None], str] = {}
     with contextlib.ExitStack() as stack:
-        stack.callback(calm)  # when the lanes are over: a program goes on after an interrupt
+        stack.callback(calm)  # after the lanes: the program may continue after an interrupt
         pool = stack.enter_context(ThreadPoolExecutor(lanes))
         try:
             while order.is_active():

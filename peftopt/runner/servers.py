@@ -1,4 +1,4 @@
-"""A recipe's servers outside a race, one at a time: what `peftopt load RECIPE` sends its requests to."""
+"""A recipe's servers outside a race, one at a time: `peftopt load RECIPE` sends its requests to them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from peftopt.runner.run import Listener, Run, load, planned, worker
 
 
 def stage(recipe: Recipe, results: Path, folder: Path, listener: Listener) -> Run:
-    """A run of those of the recipe's variants that are servers, to take `serving` from; artifacts are the store's, and
-    logs go to `folder`. Of a server that somebody else runs only the tokenizer is opened here, so nothing is built."""
+    """A run of the recipe's variants on servers, for `serving`. Its artifacts lie in the store, its logs in `folder`.
+    For a server that runs already, peftopt opens only the tokenizer here, so it builds nothing."""
 
     def of(variant: Variant) -> Variant:
         return replace(variant, steps=()) if variant.engine.plugin == "endpoint" else variant
@@ -38,8 +38,8 @@ def stage(recipe: Recipe, results: Path, folder: Path, listener: Listener) -> Ru
 
 @contextlib.contextmanager
 def serving(run: Run, variant: Variant, rows: Sequence[Row], new_tokens: int, stop: bool) -> Iterator[Served]:
-    """The variant's server, started by its own engine as in a race, or connected to; over when this is. Raises as the
-    engine does: BadInput for what it refuses, WorkerFailed with a server's last lines when it does not start."""
+    """The variant's server: started by its own engine as in a race, and ended with this context, or a running one.
+    Raises BadInput for what the engine refuses, and WorkerFailed with a server's last lines when it does not start."""
     started = time.perf_counter()
     threads = run.recipe.measure.threads or machine.cores()
     with contextlib.ExitStack() as stack:
@@ -58,7 +58,7 @@ def serving(run: Run, variant: Variant, rows: Sequence[Row], new_tokens: int, st
 
 
 def _behind(run: Run, variant: Variant) -> list[Build]:
-    """The artifacts that the variant is made of, in the order in which they are made."""
+    """The artifacts of the variant's chain, in the order of building."""
     builds = {build.id: build for build in run.plan.builds}
     chain = []
     at = run.plan.models[variant.name]

@@ -1,4 +1,4 @@
-"""One transform of one model, outside a recipe: what `merge` and `quantize` do."""
+"""Transform one model outside a recipe: the work of `peftopt merge` and `peftopt quantize`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ DEADLINE_S = 3600.0
 def transform(
     job: TransformJob, progress: Progress | None = None, tell: Callable[[str], None] = lambda _: None
 ) -> Transformed:
-    """Write the transformed model to `job.out`, whole or not at all; `tell` hears what killed processes had left.
+    """Write the transformed model to `job.out`, whole or not at all. `tell` receives a text on removed leftovers of
+    killed processes.
 
-    Raises Rejected for a model that was written and does not work, and when a certificate failed: the folder is then
-    beside it, for inspection.
+    Raises Rejected for a written model that does not work, or whose certificate failed. With a failed certificate, the
+    model stays beside `job.out`, for inspection.
     """
     plugin = plugins.catalogue()[job.plugin]
     out = Path(job.out)
@@ -63,14 +64,14 @@ def transform(
 
 
 def _moved(model: Model, temporary: Path, out: Path) -> Model:
-    """The model when its new folder, which may be the weights or what stands in an adapter's place, has been moved."""
+    """The model after the move of its new folder, which may hold the weights or replace an adapter."""
     where = {str(temporary): str(out)}
     return Model(where.get(model.path, model.path), tuple(where.get(a, a) for a in model.adapters))
 
 
 @contextlib.contextmanager
 def _watched(child: WorkerProcess, job: TransformJob, progress: Progress | None) -> Iterator[None]:
-    """Show how much of a merge is written; what other transforms will write is not known beforehand."""
+    """Show how much of a merge is written. The size of other transforms' output is not known in advance."""
     if progress is None or job.plugin != "merge":
         yield
         return
@@ -104,15 +105,17 @@ def preview(job: PreviewJob) -> tuple[Change, ...]:
 
 
 def _check(plugin: str, model: Model) -> None:
-    merges = plugin == "merge"  # which knows more of quantized bases, and says more of what cannot be merged
+    merges = plugin == "merge"  # merge itself checks quantized bases, with better messages
     bakes = plugins.catalogue()[plugin].technique == "bake"
     preflight.check_base(Path(model.path), quantized=merges or bakes, ours=not merges)
+    if not merges:  # which looks at each weight as it passes by
+        preflight.check_weights(Path(model.path))
     for adapter in model.adapters:
         preflight.check_adapter(Path(adapter), Path(model.path), [plugin] if merges else [])
 
 
 def _broken(plugin: str, transformed: Transformed, made: Path, out: Path) -> Exception:
-    """The error for a folder that did not pass; one with a certificate is kept aside."""
+    """The error for a model that did not pass its checks. A model with a certificate is moved aside, not deleted."""
     if transformed.certificate is None:
         return BadInput(f"{plugin} gave a broken model: {transformed.tier0[0]}", "check the adapter and the base")
     aside = store.unused(out.with_name(f"{out.name}.failed"))
@@ -124,7 +127,7 @@ def _broken(plugin: str, transformed: Transformed, made: Path, out: Path) -> Exc
 
 
 def _beside(out: Path, tell: Callable[[str], None]) -> Path:
-    """A temporary folder on the same disk. Raises for an `out` that exists or cannot be written."""
+    """A temporary folder on the same disk. Raises an error for an `out` that exists or cannot be written."""
     if out.exists():
         raise BadInput(f"{out} exists already", "choose another --out or remove it")
     try:
@@ -136,12 +139,12 @@ def _beside(out: Path, tell: Callable[[str], None]) -> Path:
 
 
 def absolute(model: Model) -> Model:
-    """Workers run in a folder of their own."""
+    """The model with absolute paths: a worker's working directory is another."""
     return Model(str(Path(model.path).resolve()), tuple(str(Path(a).resolve()) for a in model.adapters))
 
 
 def compile_cache(model: Model) -> Path:
-    """Where `peftopt compile` leaves its cache: beside the model, so the model's own files stay as they are. Raises
-    BadInput for one that is not ours."""
+    """The folder of `peftopt compile`'s cache: beside the model, so that the model's own files stay as they are. Raises
+    BadInput for a folder that peftopt did not make."""
     folder = Path(model.path).resolve()
     return store.claim(folder.with_name(folder.name + ".compiled"))

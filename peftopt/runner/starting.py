@@ -1,4 +1,4 @@
-"""The facts that a first recipe is written from, read off a user's folders, prompts and machine."""
+"""The facts for a first recipe, from a user's folders, prompts and machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftopt.runner import preflight
 
 
 def facts(base: Path, adapter: Path, prompts: Path, file: Path) -> Facts:
-    """What a recipe in `file` depends on. Raises BadInput for a base, an adapter or prompts that cannot be used."""
+    """The facts for a recipe in `file`. Raises BadInput for a base, an adapter or prompts that cannot be used."""
     preflight.check_base(base, quantized=True)
     preflight.check_adapter(adapter, None if preflight.quantized(base) else base)
     rows = corpus.read(str(prompts))
@@ -45,13 +45,13 @@ def facts(base: Path, adapter: Path, prompts: Path, file: Path) -> Facts:
 
 WORTH = {
     "bake": "would compute the adapter's virtual tokens once",
-    "merge": "would take the adapter's cost off each token, where it need not be switched",
+    "merge": "would remove the adapter's cost per token, if the adapter need not be switched",
 }
-"""What a variant with the technique would do."""
+"""The benefit of a variant with the technique."""
 
 
 def proposals(recipe: Recipe) -> list[str]:
-    """What a recipe leaves out that its adapter allows, a sentence each: bake for virtual tokens, merge for others."""
+    """A sentence for a technique that the adapter allows and no variant has: bake for virtual tokens, else merge."""
     adapter = Path(recipe.adapter)
     method = "" if is_baked(adapter) else _method(adapter, preflight.quantized(Path(recipe.base)))[0]
     tried = {step.technique for variant in recipe.variants.values() for step in variant.steps}
@@ -59,7 +59,7 @@ def proposals(recipe: Recipe) -> list[str]:
 
 
 def _method(adapter: Path, quantized: bool) -> tuple[str, str]:
-    """What rids this adapter of its cost, "" for nothing, and why."""
+    """The technique that removes this adapter's cost, "" for none, and why there is none."""
     opened = open_adapter(adapter)
     if opened.kind in PROMPTS:
         return _bakeable(opened)

@@ -35,7 +35,7 @@ def here(grid: Grid, machine: str, classes: Sequence[str]) -> str:
     if machine and machine not in classes:
         raise BadInput(f"{grid.path} has no class of machines named {machine!r}", f"known: {', '.join(classes)}")
     if not machine and len(classes) > 1:
-        hint = f"say which class this machine is: --machine {classes[0]}, or give --on ray"
+        hint = f"say which class this machine is: --machine {classes[0]}, or give --on ray or --on slurm"
         raise BadInput(f"{grid.path} has {len(classes)} classes of machines, and a cell runs on its own alone", hint)
     return machine or classes[0]
 
@@ -51,13 +51,19 @@ def disk(grid: Grid) -> str:
 def sweep(listed: Sequence[Cell], results: Path, name: str, executor: Executor, listener: Listener) -> list[CellResult]:
     """Have every cell measured that is left and has a machine; where all of them stand then. A cell that fails is told,
     and the others go on."""
-    store.Store(results.resolve(), listener.warn).check_writable()
+    warn = listener.warn
+    store.Store(results.resolve(), warn).check_writable()
     by_name = {cell.name: cell for cell in listed}
     classes = {cell.machine.name: cell.machine for cell in listed}
     served = {each for each, needs in classes.items() if executor.machines(needs)}
-    remaining = swept.left(cells.stand(listed, results, name))
-    todo = [each.cell for each in remaining if each.cell.machine.name in served]
-    jobs = [cells.job(cell, results, name) for cell in todo if not _judged(cell, results, listener.warn)]
+    standing = cells.stand(listed, results, name)
+    home = cells.folder_of(results, name)
+    submitted = {each.cell.name for each in standing if executor.found(home / each.cell.name)}
+    left = {each.cell.name for each in swept.left(standing) if each.cell.machine.name in served}
+    todo = [cell for cell in listed if cell.name in left | submitted]
+    jobs = [
+        cells.job(cell, results, name) for cell in todo if cell.name in submitted or not _judged(cell, results, warn)
+    ]
     for job in jobs:
         executor.submit(job)
     with listener.progress("sweep", len(jobs), "cells") as show:

@@ -1,4 +1,4 @@
-"""Where a run's time goes: what each worker did when, how busy the processors were, as a trace that others open.
+"""Record where a run's time goes: what each worker did when, and how busy the processors were.
 
     with trace.recording() as recorder:
         ...                                  # whatever asks workers
@@ -25,10 +25,10 @@ from peftopt.records import Json
 FILE = "trace.json"
 
 SAMPLE_S = 0.5
-"""Between two looks at how busy the processors are: a look takes some 0.1 ms."""
+"""Seconds between two samples of how busy the processors are; a sample takes about 0.1 ms."""
 
 PARENT = "peftopt"
-"""The lane of what the parent does itself."""
+"""The lane of the parent's own steps."""
 
 WORDS = {
     "prepare": "start and import",
@@ -45,7 +45,7 @@ WORDS = {
     "judge": "judge",
     "rest": "wait until a server rests",
 }
-"""What a job or a step of the parent's is called in the table; others are "other"."""
+"""The name of each job or step in the table; all others are "other"."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Busy:
-    """How many processors were busy with anything, on average since the look before; `at` in seconds."""
+    """How many processors were busy, on average since the previous sample; `at` in seconds."""
 
     at: float
     cores: float
@@ -68,7 +68,7 @@ class Busy:
 
 @dataclass(frozen=True)
 class Spent:
-    """A line of the table: seconds of wall clock in which at least one was at it, and seconds of all added up."""
+    """A line of the table: seconds in which at least one worker did this, and the sum over all workers."""
 
     what: str
     wall_s: float
@@ -77,7 +77,7 @@ class Spent:
 
 @dataclass
 class Recorder:
-    """What was seen so far; any thread may add to it."""
+    """The recording so far. Any thread may add to it."""
 
     began: float = field(default_factory=time.perf_counter)
     spans: list[Span] = field(default_factory=list)
@@ -114,7 +114,7 @@ def recording() -> Iterator[Recorder]:
 
 @contextlib.contextmanager
 def span(lane: str, what: str) -> Iterator[None]:
-    """Record how long what is inside takes, where somebody records; else this costs a microsecond."""
+    """Record how long the block inside takes. Without a recording, this costs a microsecond."""
     recorder = _recorder
     if recorder is None:
         yield
@@ -164,8 +164,8 @@ def events(spans: Sequence[Span], busy: Sequence[Busy]) -> dict[str, list[dict[s
 
 
 def spent(spans: Sequence[Span]) -> list[Spent]:
-    """What the time went into, most of the wall clock first. What goes on side by side counts once on the wall clock of
-    its line, and in the lines of both where it is of two kinds: lines need not add up to the whole."""
+    """Where the time went, most wall-clock time first. Spans of one kind that overlap count once in its wall-clock
+    time; spans of two kinds count in both lines. So the lines need not add up to the whole."""
     kinds = defaultdict(list)
     for each in spans:
         kinds[WORDS.get(each.what, "other")].append((each.start, each.end))
@@ -174,7 +174,7 @@ def spent(spans: Sequence[Span]) -> list[Spent]:
 
 
 def idle(busy: Sequence[Busy], cores: int) -> float:
-    """The share of the processors' time that nobody used, 0..1; 0 where nobody looked."""
+    """The unused share of the processors' time, 0..1; 0 without samples."""
     if not busy:
         return 0.0
     return max(0.0, 1 - sum(look.cores for look in busy) / len(busy) / cores)
@@ -192,7 +192,7 @@ def _covered(times: Sequence[tuple[float, float]]) -> float:
 def words(recorder: Recorder, cores: int) -> list[str]:
     """The table as lines of text."""
     whole = recorder.now()
-    lines = [f"where {whole:.0f} s went, of the wall clock (all workers added up):"]
+    lines = [f"where {whole:.0f} s went: wall-clock time, its share, and the sum over all workers"]
     lines += [
         f"  {line.what:26}{line.wall_s:7.0f} s{line.wall_s / max(whole, 1e-9):7.0%}{line.total_s:9.0f} s"
         for line in spent(recorder.spans)

@@ -11,7 +11,7 @@ from peftopt import plugins, store
 from peftopt.corpus import Row
 from peftopt.errors import BadInput
 from peftopt.merging import baking, words
-from peftopt.models.adapter import Adapter, check_base, open_adapter, task_of
+from peftopt.models.adapter import Adapter, check_trained_on, open_adapter, task_of
 from peftopt.models.baked import is_baked
 from peftopt.records import SAFETENSORS, Model, Step
 
@@ -78,7 +78,7 @@ def _opened(model: Model, params: Params) -> Adapter:
     if params.target == "vllm":
         words.check_words(adapter)
     if not params.allow_base_mismatch:
-        check_base(adapter, base, json.loads((base / "config.json").read_text(encoding="utf-8")))
+        check_trained_on(adapter, base, json.loads((base / "config.json").read_text(encoding="utf-8")))
     return adapter
 
 

@@ -14,7 +14,7 @@ from peftopt.errors import BadInput
 from peftopt.merging.certificate import Check
 from peftopt.merging.job import Merge
 from peftopt.merging.training import SCHEMES, TrainingBase, is_packed
-from peftopt.models.adapter import check_base, check_mergeable, open_adapter
+from peftopt.models.adapter import check_mergeable, check_trained_on, open_adapter
 from peftopt.records import Json, Model
 
 DTYPES = {"": "", "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -129,7 +129,7 @@ def _opened(model: Model, params: Params, training: TrainingBase | None = None) 
     for adapter in adapters:
         check_mergeable(adapter)
         if not params.allow_base_mismatch:
-            check_base(adapter, folder, config)
+            check_trained_on(adapter, folder, config)
     scheme = params.scheme if params.merge_base == "dequantized" and not packed else ""
     training = training or TrainingBase(scheme, packed)
     job = Merge(folder, config, adapters, training, DTYPES[params.dtype], params.combination)

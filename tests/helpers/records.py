@@ -36,6 +36,7 @@ MERGE, INT8 = Step("merge", "transform", "merge"), Step("int8", "transform", "qu
 BAKE = Step("bake", "transform", "bake")
 SPECULATE = Step("speculate", "policy", "speculate", {"tokens": 4, "ngram": 3, "shortest": 1, "answers": False})
 PREFIX = Step("prefix", "policy", "prefix", {"block": 32, "memory_gb": 1.0})
+PACK = Step("pack", "policy", "pack", {"tokens": 4096})
 CHAINS: Mapping[str, Variant] = {
     "adapter": Variant("adapter", (), EAGER),
     "merged": Variant("merged", (MERGE,), EAGER),
@@ -45,6 +46,7 @@ CHAINS: Mapping[str, Variant] = {
     "int8_compiled": Variant("int8_compiled", (MERGE, INT8), COMPILED),
     "speculating": Variant("speculating", (MERGE,), COMPILED, (SPECULATE,)),
     "reusing": Variant("reusing", (MERGE,), COMPILED, (PREFIX,)),
+    "packed": Variant("packed", (MERGE,), EAGER, (PACK,)),
     "baked": Variant("baked", (BAKE,), EAGER),
     "int8_baked": Variant("int8_baked", (INT8, BAKE), EAGER),
     "baked_compiled": Variant("baked_compiled", (BAKE,), COMPILED),
@@ -67,6 +69,7 @@ RULES = (
     Rule("prefix", "gain", 0.05),
     Rule("prefix", "parity", 0.01),
     Rule("prefix", "critical_errors", 0.05),
+    Rule("pack", "gain", 0.05),
 )
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,11 +21,15 @@ from pathlib import Path
 import psutil
 
 from helpers.faulty_io import ALONE, FAULTS, KILLED, VARIABLE, Faults
-from helpers.forked import COMMANDS, WORKERS, First
-from helpers.waiting import wait_until
+from helpers.forked import COMMANDS, WORKERS, Copy, First
 from peftopt.errors import ENVIRONMENT
 
-FIRST = First(*COMMANDS.imported, *WORKERS.imported, "peftopt.runner.recipe_run", "peftopt.report", "helpers.swept")
+FIRST = First(
+    *(*COMMANDS.imported, *WORKERS.imported, "cattrs", "ml_dtypes", "peftopt.report", "helpers.swept"),
+    *("peftopt.runner.recipe_run", "peftopt.runner.judged", "peftopt.runner.single", "peftopt.runner.compile"),
+    *("peftopt.diagnose.planning.planning", "peftopt.merging.job", "peftopt.transforms.awq", "peftopt.transforms.bake"),
+    *("peftopt.transforms.merge", "peftopt.transforms.int8", "peftopt.engines.continuous", "peftopt.engines.vllm"),
+)
 HOME = "{home}"
 """In a job's words: the folder that it writes to."""
 LEFT = re.compile(r"\.tmp\b|^\..+\.\d+\.|^peftopt-\d+-")
@@ -32,7 +37,11 @@ LEFT = re.compile(r"\.tmp\b|^\..+\.\d+\.|^peftopt-\d+-")
 REMOVALS = ("unlink", "remove", "rmdir")
 """What cannot be removed is left, for the next run."""
 
-LIMIT_S = 300.0
+LIMIT_S = 300
+"""Seconds that a run may take."""
+
+ENDS_S = 60
+"""Seconds that its processes may outlive it."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: its exit code, what it said, how many operations there were, and which one failed."""
+    """How a run ended: its exit code, what it said, how many operations there were, and which one failed. `hangs` says
+    what did not end, "" for nothing."""
 
     code: int
     said: str
     count: int
     what: str = ""
+    hangs: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,13 +96,35 @@ def attempt(job: Job, home: Path, fault: str = "", at: int = 0, name: str = "") 
     words = [word.replace(HOME, str(home)) for word in job.words]
     copy = FIRST.begin(said, *words, environment=environment, folder=home, workers=FIRST)
     try:
-        code = copy.wait(LIMIT_S)
+        hangs = "" if within(LIMIT_S, lambda: _over(copy)) else f"it did not end in {LIMIT_S} s"
     finally:
         copy.kill()
-    wait_until(lambda: not [each for each in faults.processes() if lives(each)], lambda: f"{job.name} lives on")
+    code = copy.wait()
+    if not hangs and not within(ENDS_S * 50, lambda: _gone(faults)):
+        hangs = f"of its processes some live {ENDS_S} s after it"
     what = Path(f"{counter}.what")
     failed = what.read_text().strip() if what.exists() else ""
-    return Ended(code, said.read_text(errors="replace"), faults.counted(), failed)
+    return Ended(code, said.read_text(errors="replace"), faults.counted(), failed, hangs)
+
+
+def within(tries: int, happened: Callable[[], bool]) -> bool:
+    """Whether it happens in so many tries. A clock would count the time in which the machine stops all processes."""
+    return any(happened() for _ in range(tries))
+
+
+def _over(copy: Copy) -> bool:
+    """Whether a process ends in a second."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        copy.wait(1)
+    return copy.returncode is not None
+
+
+def _gone(faults: Faults) -> bool:
+    """Whether all that counted are gone; not at once, where one lives."""
+    living = [each for each in faults.processes() if lives(each)]
+    if living:
+        time.sleep(0.02)
+    return not living
 
 
 def lives(process: int) -> bool:
@@ -127,6 +160,7 @@ def check(job: Job, home: Path, fault: str, ended: Ended, wanted: object) -> Non
     finds something else than `wanted` or leaves something behind."""
     dies = FAULTS[fault][0] in (KILLED, ALONE)
     codes = {*job.codes, ENVIRONMENT, *([-9] if dies else [])}
+    assert not ended.hangs, f"{ended.hangs}: {ended.said[-300:]}"
     assert ended.code in codes, f"exit {ended.code}: {ended.said[-300:]}"
     assert "Traceback" not in ended.said, ended.said[-600:]
     if ended.code == ENVIRONMENT:
@@ -134,6 +168,7 @@ def check(job: Job, home: Path, fault: str, ended: Ended, wanted: object) -> Non
         assert dies or ended.what in REMOVALS or not left(home), f"left behind: {left(home)}"
     job.check(home)
     second = attempt(job, home)
+    assert not second.hangs, f"the next run: {second.hangs}: {second.said[-300:]}"
     assert second.code in {*job.codes, *job.again}, f"the next run: exit {second.code}: {second.said[-300:]}"
     assert "Traceback" not in second.said, second.said[-600:]
     job.check(home)
@@ -168,8 +203,9 @@ def reference(job: Job, scratch: Path) -> tuple[object, int]:
 
 @dataclass
 class Tally:
-    """What a sweep of one job by one fault found."""
+    """What a sweep of one job by one fault found, of so many operations of a run without a fault."""
 
+    operations: int = 0
     points: int = 0
     wrong: int = 0
     seconds: float = 0.0
@@ -180,9 +216,9 @@ def swept(
     job: Job, faults: Sequence[str], scratch: Path, step: int = 1, until: float = math.inf
 ) -> Iterator[tuple[str, Tally]]:
     """Each fault's tally; no point begins when the clock (monotonic) is beyond `until`."""
-    wanted, _ = reference(job, scratch)
+    wanted, operations = reference(job, scratch)
     for fault in faults:
-        tally, started = Tally(), time.monotonic()
+        tally, started = Tally(operations), time.monotonic()
         for point in itertools.takewhile(lambda _: time.monotonic() < until, sweep(job, fault, scratch, wanted, step)):
             tally.points += 1
             if point.wrong:

@@ -22,6 +22,7 @@ TOUCHED = 0.5
 _NOWHERE = {
     "shorten": "no workload lets answers stop by themselves: add one with lengths: natural",
     "truncate": "no workload has mostly prompts that are long enough to be cut: add one with a slice of long prompts",
+    "pack": "no workload has a batch: add one",
 }
 
 
@@ -29,14 +30,15 @@ def gain(case: Case) -> Verdict:
     """Latency drops by more than the limit. A merge, or a baked prompt, is judged as a whole variant against the
     unmerged adapter, since that is what is given up for it, but by itself where a quantizer in the variant may cost
     speed, being a memory win; any other technique against the same variant without it. What proposes tokens also says
-    how many a step gave, what reuses prefixes how much of the prompts, and both on which other workloads they cost
-    time."""
+    how many a step gave, what reuses prefixes how much of the prompts, and these and packing on which other workloads
+    they cost time."""
     goal = f"{percent(case.limit)} faster or better" if case.limit else "faster"
     judged, against = _gains_as(case.evidence.plan.recipe, case.variant, case.step)
     found = _speed(replace(case, variant=judged), against, 1 - case.limit, goal)
-    if case.step.technique in ("speculate", "prefix"):
-        says = _proposing if case.step.technique == "speculate" else _reusing
-        found = replace(found, reason=f"{found.reason}{says(case, found.workload)}{_losing(case, found.workload)}")
+    if case.step.technique in ("speculate", "prefix", "pack"):
+        says = {"speculate": _proposing, "prefix": _reusing}.get(case.step.technique)
+        how = says(case, found.workload) if says else ""
+        found = replace(found, reason=f"{found.reason}{how}{_losing(case, found.workload)}")
     return found if judged == case.variant else replace(found, reason=f"{judged}: {found.reason}")
 
 
@@ -68,6 +70,9 @@ def raced_on(evidence: Evidence, variant: str, step: Step) -> str | None:
         shares = {w: evidence.touched_share(variant, w) for w in recipe.workloads}
         most = max(shares, key=lambda w: shares[w])
         return most if shares[most] >= TOUCHED else None
+    if step.technique == "pack" and recipe.workloads[recipe.minimize.workload].batch < 2:
+        largest = max(recipe.workloads.values(), key=lambda workload: workload.batch)
+        return largest.name if largest.batch > 1 else None
     return recipe.minimize.workload
 
 

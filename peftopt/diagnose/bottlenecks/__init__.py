@@ -1,1 +1,1 @@
-"""A bottleneck each: what it measures, and its rows."""
+"""One module for each bottleneck: its measurements and its rows."""

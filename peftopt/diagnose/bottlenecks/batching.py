@@ -1,4 +1,4 @@
-"""Requests computed alone: what an engine gains by computing them together, and where it does not."""
+"""Requests computed alone: the gain of computing them together, and its limits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHORT, LONG = 2, 8
 
 
 async def rows(diagnosed: Pass) -> list[Row]:
-    """Measure, and say what batching gains."""
+    """Measure the gain of batching."""
     setting, names = diagnosed.setting, diagnosed.names
     by_name = names.adapter and diagnosed.abilities.apart
     asked, launch = (names.adapter, alone(setting, names)) if by_name else (BASE, Launch())
@@ -57,7 +57,7 @@ async def rows(diagnosed: Pass) -> list[Row]:
 
 
 def parts(setting: Setting, launch: Launch, asked: str) -> list[Part]:
-    """A system prompt that all requests have in common, against none."""
+    """A system prompt that all requests share, against none."""
     plain = lone(setting, launch, asked, 1)
     shared = replace(plain, load=replace(plain.load, shared_tokens=SHARED_TOKENS))
     if setting.prompts:
@@ -67,7 +67,7 @@ def parts(setting: Setting, launch: Launch, asked: str) -> list[Part]:
 
 
 def uneven(setting: Setting, launch: Launch, asked: str) -> tuple[Cell, Cell]:
-    """Requests of short and long answers, as they come and in lockstep."""
+    """Requests of short and long answers, with continuous batching and in lockstep."""
     load = Load((asked,) * (WAVES * BATCH), setting.prompt_tokens, (SHORT, LONG), order="joining")
     return Cell(launch, load), Cell(launch, replace(load, order="waves"))
 
@@ -130,8 +130,8 @@ def throughput(ladder: Sequence[Cell], measured: Measured) -> dict[int, float]:
 
 
 def knee(rates: Mapping[int, float]) -> int | None:
-    """The batch from which on a further request adds less than half of what one alone gives, None where each adds
-    more up to the largest. `rates`: throughput by batch."""
+    """The first batch size at which a further request adds less than half of the throughput of a single one; None if
+    each adds more up to the largest. `rates`: throughput by batch."""
     sizes = sorted(rates)
     share = rates[sizes[0]] / sizes[0]
     for before, after in pairwise(sizes):
@@ -141,7 +141,7 @@ def knee(rates: Mapping[int, float]) -> int | None:
 
 
 def knee_text(rates: Mapping[int, float]) -> str:
-    """The knee in words."""
+    """The knee as a sentence."""
     at = knee(rates)
     most = max(rates)
     if at is None:
@@ -166,7 +166,7 @@ def allowed_batch(setting: Setting, ladder: Sequence[Cell], measured: Measured) 
 
 
 def continuous(setting: Setting, joining: Cell, waves: Cell, measured: Measured) -> list[Row]:
-    """Whether requests of different lengths gain by joining and leaving: in an engine of static batches they do not."""
+    """Whether requests of different lengths gain by continuous batching: in an engine of static batches they do not."""
     row = Row(
         bottleneck=NAME,
         part="static batches",
@@ -202,7 +202,7 @@ def continuous(setting: Setting, joining: Cell, waves: Cell, measured: Measured)
 
 
 def expected(joining: Cell) -> float:
-    """The steps of full batches that so many tokens are, as a share of those of lockstep."""
+    """The steps of full batches for so many tokens, as a share of those of lockstep."""
     answers = joining.load.answers
     waves = [answers[start : start + BATCH] for start in range(0, len(answers), BATCH)]
     return sum(answers) / BATCH / sum(max(wave) for wave in waves)
@@ -212,7 +212,7 @@ def expected(joining: Cell) -> float:
 
 
 def kept(setting: Setting, caching: Caching | None) -> list[Row]:
-    """Whether the KV cache saves time at a usual request's length; of other engines than ours that is not seen."""
+    """Whether the KV cache saves time at a usual request's length; other engines than peftopt's do not show that."""
     if caching is None:
         return [costs.not_asked(NAME, "no KV cache", f"{setting.engine} has no switch for it")]
     judged = judging.judged(judging.logs_of(caching.kept_ms, caching.anew_ms), most=SAVED)

@@ -1,4 +1,4 @@
-"""Adapters chosen per request: what their number costs, and how evenly they are asked; who waits too long."""
+"""Adapters chosen per request: the cost of their number and of skewed traffic, and the longest waits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATIENCE = 5.0
 
 
 async def rows(diagnosed: Pass) -> list[Row]:
-    """Measure, and say what the choice costs."""
+    """Measure the costs of the choice."""
     setting, names = diagnosed.setting, diagnosed.names
     if not (diagnosed.abilities.apart and names.adapter):
         return [costs.not_asked(NAME, "live adapters", "there is no engine's batch of several adapters to ask")]
@@ -49,7 +49,7 @@ async def rows(diagnosed: Pass) -> list[Row]:
 
 
 def counts(live: int) -> list[int]:
-    """Numbers of live adapters that are asked: each twice the one before, and all."""
+    """Numbers of live adapters to ask: each twice the one before, and all."""
     doubled = [2**power for power in range(live.bit_length())]
     return list(dict.fromkeys([*doubled, live]))
 
@@ -90,11 +90,11 @@ def parts(setting: Setting, names: Names, launch: Launch) -> list[Part]:
 
 
 def cliff(setting: Setting, ladder: Sequence[Cell], measured: Measured) -> list[Row]:
-    """Whether a batch takes much longer from some number of adapters on than growth so far says.
+    """Whether from some number of adapters on a batch takes much longer than its growth so far predicts.
 
-    `ladder`: a batch over 1, 2, 4, … adapters. What grows in proportion to their number is not a cliff: a step is one
-    where its ratio is CLIFF times that of the step before, which a straight line never reaches (9/8 at most), or, of
-    the first, CLIFF times the number of adapters.
+    `ladder`: a batch over 1, 2, 4, … adapters. Growth in proportion to their number is not a cliff. A step is a cliff
+    if its ratio is CLIFF times that of the step before, which a straight line never reaches (9/8 at most); for the
+    first step, if it is CLIFF times the number of adapters.
     """
     steps = [Pair("the cliff", costly=after, plain=before) for before, after in pairwise(ladder)]
     found = [_excess(number, steps, measured) for number in range(len(steps))]
@@ -145,7 +145,7 @@ def _excess(number: int, steps: Sequence[Pair], measured: Measured) -> list[floa
 
 
 def promised(setting: Setting, measured: Measured, alone: Cell) -> tuple[list[Slo], str]:
-    """The levels that requests must meet, and how they were chosen."""
+    """The service levels, and how they were chosen."""
     if setting.slo:
         return [summary.slo(text) for text in setting.slo], ""
     times = list(measured.values(alone, "prefill").values())

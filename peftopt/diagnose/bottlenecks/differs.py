@@ -1,5 +1,5 @@
-"""Does a served name change the model at all? Told by log-probabilities: one that answers as the base does is not
-applied, whatever it costs."""
+"""Does a served name change the model at all? Compares log-probabilities: an adapter that answers as the base does is
+not applied."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ NOTHING = 1e-3
 
 
 async def unchanged(diagnosed: Pass, bottleneck: Bottleneck, launch: Launch, names: Sequence[str]) -> list[Row]:
-    """A fault that names all whose every fingerprint is the base's; [] where all differ, or nothing tells."""
+    """A fault that names all adapters with the base's fingerprint at every prompt; [] if all differ, or if that is not
+    known."""
     client = diagnosed.servers.client(launch)
     prompts = diagnosed.servers.messages(len(PROMPTS)) or [({"role": "user", "content": text},) for text in PROMPTS]
     called = diagnosed.servers.called
@@ -37,7 +38,7 @@ async def unchanged(diagnosed: Pass, bottleneck: Bottleneck, launch: Launch, nam
 
 
 def furthest(one: Sequence[fingerprint.Print], other: Sequence[fingerprint.Print]) -> float:
-    """How far two models lie apart at the prompt that tells them apart best (nats)."""
+    """The largest distance of two models over the prompts (nats)."""
     return max(fingerprint.distance(a, b) for a, b in zip(one, other, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Virtual tokens: what each costs at every request, by how many there are, and whether they are there at all."""
+"""Virtual tokens: the cost of each for every request, by their number, and whether they are applied at all."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MADE = "soft-prompt-{tokens}"
 
 
 async def rows(diagnosed: Pass) -> list[Row]:
-    """Measure, and say what virtual tokens cost."""
+    """Measure the costs of virtual tokens."""
     setting, own = diagnosed.setting, diagnosed.names.prompts
     if not (diagnosed.abilities.virtual or (own and not diagnosed.abilities.starts)):
         return [costs.not_asked(NAME, "virtual tokens", f"{setting.engine} serves none; {SERVED}")]
@@ -79,7 +79,7 @@ SERVED = "the engine eager does, and any engine once they are baked (peftopt bak
 
 def making_of(diagnosed: Pass) -> dict[str, tuple[Path, int]]:
     """Soft prompts of LENGTHS for this base: their folders and lengths by name. Raises BadInput for a base whose config
-    does not say how wide they have to be."""
+    does not give their width."""
     base = Path(diagnosed.setting.base)
     made = {}
     for tokens in LENGTHS:
@@ -124,18 +124,18 @@ def _gain(measured: Measured, part: Part, after: Mapping[Cell, Cell], phase: Pha
 
 
 def looked_at(lengths: Mapping[str, int], own: Sequence[str]) -> list[str]:
-    """The user's adapters; where there is none, the longest that was made."""
+    """The user's adapters; without one, the longest soft prompt that was made."""
     return list(own) or [max(lengths, key=lambda name: lengths[name])]
 
 
 def lengths_of(setting: Setting, names: Sequence[str]) -> dict[str, int]:
-    """How many virtual tokens each of the user's adapters has."""
+    """The number of virtual tokens of each of the user's adapters."""
     configs = {name: open_adapter(Path(setting.adapters[name])).config for name in names}
     return {name: int(config.get("num_virtual_tokens") or 0) for name, config in configs.items()}
 
 
 def parts(setting: Setting, launch: Launch, lengths: Mapping[str, int], own: Sequence[str]) -> list[Part]:
-    """Each of the user's adapters against the base; where there is none, the longest that was made."""
+    """Each of the user's adapters against the base; without one, the longest soft prompt that was made."""
     found = []
     for name in looked_at(lengths, own):
         words = {"base": setting.base, "adapter": setting.adapters.get(name, "your prompt-tuning adapter")}
@@ -158,7 +158,7 @@ def parts(setting: Setting, launch: Launch, lengths: Mapping[str, int], own: Seq
 
 
 def with_slope(row: Row, ladder: Mapping[int, Cell], measured: Measured) -> Row:
-    """The row with what a virtual token more costs."""
+    """The row with the cost of one more virtual token."""
     phase: Phase | None = "prefill" if row.phase == "prefill" else "decode" if row.phase == "decode" else None
     if phase is None or row.finding == "fault":
         return row
@@ -171,7 +171,7 @@ def with_slope(row: Row, ladder: Mapping[int, Cell], measured: Measured) -> Row:
 
 
 def slope(ladder: Mapping[int, Cell], measured: Measured, phase: Phase) -> Interval | None:
-    """Milliseconds per virtual token: the least-squares slope of each block over the lengths, and their centre."""
+    """Milliseconds per virtual token: the least-squares slope of each block over the lengths, and its centre."""
     times = {tokens: measured.values(cell, phase) for tokens, cell in ladder.items()}
     if len(times) < 2:
         return None
@@ -192,7 +192,7 @@ def fitted(values: Mapping[int, float]) -> float:
 
 
 def note_bytes(diagnosed: Pass, seen: Caching | None) -> None:
-    """Say so where the cache does not hold what the config says."""
+    """Add a note if the cache does not have the size in the config."""
     if seen is None:
         return
     said = making.shape_of(Path(diagnosed.setting.base)).kv_bytes
@@ -201,7 +201,7 @@ def note_bytes(diagnosed: Pass, seen: Caching | None) -> None:
 
 
 def cache(setting: Setting, own: Sequence[str], lengths: Mapping[str, int]) -> list[Row]:
-    """What the user's virtual tokens take of every request's cache: known exactly from the base's config."""
+    """The cache of the user's virtual tokens in every request: exact, from the base's config."""
     try:
         each = making.shape_of(Path(setting.base)).kv_bytes
     except BadInput:

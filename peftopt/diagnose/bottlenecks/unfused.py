@@ -1,4 +1,4 @@
-"""Adapters applied at every token: what that costs, in its parts, each a pair of cells that differ in one thing."""
+"""Adapters applied at every token: the costs in parts, each a pair of cells that differ in one thing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SWITCHES = 4
 
 
 def parts(setting: Setting, names: Names) -> list[Part]:
-    """Every part that the engine can be asked, as far as the names go."""
+    """Every part that the engine supports, as far as there are names for it."""
     can = abilities(setting.engine)
     if not (can.apart and names.adapter):
         return []
@@ -130,14 +130,14 @@ def _beside(setting: Setting, names: Names, many: Launch) -> list[Part]:
 
 
 def why(setting: Setting, names: Names) -> str:
-    """Why no part is asked."""
+    """Why no part is measured."""
     if not names.adapter:
         return "no adapter changes layers: virtual tokens are a bottleneck of their own"
     return f"{setting.engine} tells no adapters apart by name"
 
 
 async def rows(diagnosed: Pass) -> list[Row]:
-    """Measure the parts, and say what each costs."""
+    """Measure the parts and their costs."""
     setting, names = diagnosed.setting, diagnosed.names
     wanted = parts(setting, names)
     if not wanted:
@@ -186,7 +186,7 @@ async def _merged(diagnosed: Pass) -> Launch | None:
 
 
 def explained(row: Row, share: float | None) -> Row:
-    """The row on a lone token of the adapter with what its matrices take of it, by a profile, as an explanation."""
+    """The row on a single token of the adapter, with the share of its matrices by a profile as an explanation."""
     if share is None or (row.part, row.phase, row.batch) != ("the adapter", "decode", 1):
         return row
     return replace(row, sentence=f"{row.sentence}; by a profile its matrices take {percent(share)} of a token's time")

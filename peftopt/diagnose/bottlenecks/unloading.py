@@ -1,4 +1,5 @@
-"""Memory kept after an unload: adapters come and go on a server of the diagnosis, until it is known or time is over."""
+"""Memory kept after an unload: loads and unloads adapters on a server of the diagnosis, until the result is known or
+time is over."""
 
 from __future__ import annotations
 
@@ -26,18 +27,18 @@ PROMPTS = 8
 
 @dataclass(frozen=True)
 class Launched:
-    """A server of the diagnosis, as cycles ask it."""
+    """A server of the diagnosis, for cycles."""
 
     target: Target
     server: Server
 
     def processes(self) -> list[int]:
-        """Its ids."""
+        """Its process ids."""
         return list(self.server.processes())
 
 
 async def rows(diagnosed: Pass) -> list[Row]:
-    """Cycle, and say what is kept."""
+    """Run cycles, and judge the memory that is kept."""
     setting, names, servers = diagnosed.setting, diagnosed.names, diagnosed.servers
     if not diagnosed.abilities.loads:
         return [costs.not_asked(NAME, PART, f"{setting.engine} loads no adapters while it runs")]
@@ -62,7 +63,7 @@ async def rows(diagnosed: Pass) -> list[Row]:
 
 
 def fitting(setting: Setting, names: Names, launch: Launch) -> list[Path]:
-    """The adapters that can come and go on that server, of different ranks where they are at hand."""
+    """The adapters that this server can load and unload, of different ranks if there are some."""
     if not names.adapter:
         virtual = names.prompts if abilities(setting.engine).virtual else ()
         return [Path(names.folders[name]) for name in virtual]

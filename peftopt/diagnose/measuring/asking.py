@@ -1,4 +1,4 @@
-"""A cell asked once: its requests are sent, and every token's time comes back."""
+"""Asks a cell once: sends its requests, and records the time of every token."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ MOST = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """What a cell's requests took. `ttft_ms` and `tpot_ms` of each request that was answered, in the order of the
-    load; `tpot_ms` is the median gap between tokens, in time per token; `longest_gap_ms` the longest;
-    `latency_ms` the whole request. `whole_ms`: from when the first was sent to when the last was done. `failed`: why
-    others were not answered."""
+    """The times of a cell's requests. `ttft_ms` and `tpot_ms` of each answered request, in the order of the load;
+    `tpot_ms` is the median gap between tokens, in time per token; `longest_gap_ms` the longest; `latency_ms` the whole
+    request. `whole_ms`: from sending the first to the end of the last. `failed`: why others were not answered."""
 
     names: tuple[str, ...]
     ttft_ms: tuple[float, ...]
@@ -41,8 +40,8 @@ class Turn:
     failed: tuple[str, ...] = ()
 
     def value(self, phase: str) -> float | None:
-        """The time that is compared, in ms: of "prefill" the median TTFT, of "decode" the median TPOT, else the whole.
-        None where a request failed, or where no token's time is known."""
+        """The time that is compared, in ms: for "prefill" the median TTFT, for "decode" the median TPOT, else the
+        whole. None if a request failed, or if no token's time is known."""
         if self.failed:
             return None
         times = {"prefill": self.ttft_ms, "decode": self.tpot_ms}.get(phase, (self.whole_ms,))
@@ -51,15 +50,15 @@ class Turn:
 
 
 class Asker:
-    """Asks one server. `served`: what the names of loads are called there. Prompts are those of `rows`, or else
-    made up: then no two requests of a diagnosis have one prompt, and no prefix cache answers for the engine."""
+    """Asks one server. `served`: the server's names for the names of loads. Prompts are those of `rows`, or made up:
+    then no two requests of a diagnosis have the same prompt, and no prefix cache can help."""
 
     def __init__(self, client: Client, served: Mapping[str, str], rows: Sequence[Row] = ()) -> None:
         self._client, self._served, self._rows = client, served, rows
 
     async def warm(self, name: str) -> None:
         """Ask a name once, so that no measured request is a server's first, and the fields that it refuses are known.
-        Raises WorkerFailed where it does not answer."""
+        Raises WorkerFailed if it does not answer."""
         load = Load((name,), 8, (2,))
         reply = await self._client.ask(self._prompt(load, 0, 0), self._served.get(name, name), 2, stop=False)
         if reply.error:
@@ -114,7 +113,7 @@ async def _sent(load: Load, sends: Sequence[Send]) -> list[Reply]:
 
 
 def turn(load: Load, replies: Sequence[Reply], started: int) -> Turn:
-    """What replies took; `started` in perf_counter_ns."""
+    """The times of replies; `started` in perf_counter_ns."""
     answered = [reply for reply in replies if not reply.error]
     return Turn(
         names=load.names,

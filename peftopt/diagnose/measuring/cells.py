@@ -1,7 +1,7 @@
-"""What is measured: cells, and pairs of them that differ in one thing. Pure.
+"""Cells, and pairs of them that differ in one thing. Pure.
 
-A cell is a server, by how it is launched, and the requests that it is sent together. All else of a pair is the same, so
-what differs between its times is the cost of that one thing.
+A cell is a server, by how it is launched, and the requests that are sent to it together. The cells of a pair differ in
+one thing, so the difference of their times is the cost of that thing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Launch:
-    """How a server is started. `model`: "base", or "merged" with the first adapter. `adapters`: what is loaded, by the
-    served names. `lora`: whether it is able to serve adapters, for engines that must be told; `slots` adapters in one
-    batch and room for a `rank`, 0 where the engine has no such setting. `rows`: requests that it computes at once."""
+    """How a server is started. `model`: "base", or "merged" with the first adapter. `adapters`: the loaded ones, by
+    their served names. `lora`: whether it can serve adapters, for engines that must be told; `slots` adapters in one
+    batch and room for a `rank`, 0 if the engine has no such setting. `rows`: requests that it computes at once."""
 
     model: Literal["base", "merged"] = "base"
     adapters: tuple[str, ...] = ()
@@ -40,9 +40,9 @@ answered."""
 
 @dataclass(frozen=True)
 class Load:
-    """Requests: whom each asks (`names`), and how many tokens its answer has (`new_tokens`, one for all, or one for
+    """Requests: the name that each asks (`names`), and the tokens of its answer (`new_tokens`, one for all, or one for
     each in turn). Prompts have `prompt_tokens` of their own after `shared_tokens` that all have in common. `fresh`: the
-    adapter has just been loaded, under a name of its own."""
+    adapter has just been loaded, under a new name."""
 
     names: tuple[str, ...]
     prompt_tokens: int
@@ -59,7 +59,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Cell:
-    """A server and what it is sent."""
+    """A server and its requests."""
 
     launch: Launch
     load: Load
@@ -75,7 +75,7 @@ class Pair:
 
     @property
     def one_server(self) -> bool:
-        """Whether both are asked on one server: nothing that differs between launches is in their ratio then."""
+        """Whether both are asked on one server: then differences between launches do not affect their ratio."""
         return self.costly.launch == self.plain.launch
 
 
@@ -96,12 +96,13 @@ def launches_of(cells: Iterable[Cell]) -> list[Launch]:
 
 
 def evenly(names: Sequence[str], requests: int) -> tuple[str, ...]:
-    """Whom so many requests ask, each name in turn."""
+    """The names for so many requests, each name in turn."""
     return tuple(names[number % len(names)] for number in range(requests))
 
 
 def skewed(names: Sequence[str], requests: int) -> tuple[str, ...]:
-    """Whom so many requests ask by Zipf's law with exponent 1: the k-th name by 1 / k, rounded to whole requests."""
+    """The names for so many requests by Zipf's law with exponent 1: the k-th name by 1 / k, rounded to whole
+    requests."""
     weights = [1 / place for place in range(1, len(names) + 1)]
     wanted = [requests * weight / sum(weights) for weight in weights]
     counts = [int(each) for each in wanted]

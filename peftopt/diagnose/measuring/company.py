@@ -1,4 +1,4 @@
-"""Who is asked: the user's adapters, and company that is made for them where there are fewer than a question needs."""
+"""The adapters of a diagnosis: the user's, and more that are made if a question needs them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNIN
 
 @dataclass(frozen=True)
 class Names:
-    """Served names. `adapter`: the one that is looked at, "" where there is none but `prompts`, which put virtual
-    tokens before a prompt. `others` stand beside it, the user's first, and copies of it. `other_rank`: itself with the
-    rank `padded_rank` in place of `rank`, "" where it cannot have another; `cut`: it is the adapter itself that is
-    padded, and `other_rank` has its zeros cut off. `folders`: where each lies."""
+    """Served names. `adapter`: the examined one, "" if there are only `prompts`, which put virtual tokens before a
+    prompt. `others` are beside it, the user's first, then copies of it. `other_rank`: itself with the rank
+    `padded_rank` in place of `rank`, "" if it cannot have another; `cut`: the adapter itself is padded, and
+    `other_rank` has its zeros cut off. `folders`: the folder of each."""
 
     adapter: str = ""
     others: tuple[str, ...] = ()
@@ -60,9 +60,9 @@ def kind_of(folder: str) -> str:
 
 
 def gathered(setting: Setting, made: Path, note: Callable[[str], None]) -> Names:
-    """The user's adapters and their company, made below the folder `made`. Raises BadInput for a broken adapter.
+    """The user's adapters and the missing ones, made below the folder `made`. Raises BadInput for a broken adapter.
 
-    To a server that runs already nothing is loaded that the user did not name.
+    On a server that runs already only the user's adapters are loaded.
     """
     folders = {name: str(Path(folder).resolve()) for name, folder in setting.adapters.items()}
     prompts = tuple(name for name, folder in folders.items() if kind_of(folder) in VIRTUAL)

@@ -1,4 +1,4 @@
-"""What no server shows: the model looked at in a process of its own."""
+"""Measurements that no server shows: the model in a separate process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROUNDS = judging.LOOKS[0]
 
 
 def look(setting: Setting, names: Names, log: Path, note: Callable[[str], None]) -> Caching | None:
-    """The KV cache of the model that our own engine serves; None of another engine, or where it failed."""
+    """The KV cache of the model in peftopt's own engine; None for another engine, or if it failed."""
     if setting.engine != OURS:
         return None
     adapters = (names.folders[names.adapter],) if names.adapter else ()

@@ -1,4 +1,4 @@
-"""Adapters that a diagnosis makes for itself: the user's with another rank, and soft prompts of any length."""
+"""Adapters that a diagnosis makes: the user's with another rank, and soft prompts of any length."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def write(folder: Path, config: Mapping[str, Json], tensors: Mapping[str, Tensor
 
 
 def of_rank(adapter: Path, rank: int, into: Path) -> Path:
-    """The same adapter with another rank: padded with zeros, or cut by what is zero. Its delta stays what it is.
+    """The same adapter with another rank: padded with zeros, or with zeros cut off. Its delta does not change.
 
-    Raises BadInput for an adapter that is not plain LoRA of one rank, and where a cut would change it.
+    Raises BadInput for an adapter that is not plain LoRA of one rank, and if a cut would change it.
     """
     opened = open_adapter(adapter)
     pairs = plain_pairs(opened)
@@ -74,8 +74,8 @@ def of_rank(adapter: Path, rank: int, into: Path) -> Path:
 
 
 def used_rank(adapter: Path) -> tuple[int, int]:
-    """(the highest rank that any of its pairs uses, the rank that it has): what is beyond the first is zeros in all of
-    them. (0, 0) for an adapter that is not plain LoRA."""
+    """(the highest rank that any of its pairs uses, its own rank): all pairs are zero beyond the first. (0, 0) for an
+    adapter that is not plain LoRA."""
     opened = open_adapter(adapter)
     pairs = plain_pairs(opened)
     if not pairs:
@@ -131,7 +131,7 @@ def _columns(weights: Checkpoint, entry: Entry, rank: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a model's cache and its soft prompts are shaped by, from its config.json."""
+    """The sizes of a model's cache and of its soft prompts, from its config.json."""
 
     hidden: int
     layers: int
@@ -150,7 +150,7 @@ DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def shape_of(base: Path) -> Shape:
-    """Raises BadInput for a config that does not say: other names than those of Llama's family are not known."""
+    """The sizes in a config. Raises BadInput for one without them: only the names of Llama's family are known."""
     try:
         whole = json.loads((base / "config.json").read_text(encoding="utf-8"))
         config = {**whole, **whole.get("text_config", {})}
@@ -168,7 +168,7 @@ def shape_of(base: Path) -> Shape:
 
 
 def soft_prompt(base: Path, tokens: int, into: Path, seed: int = 0) -> Path:
-    """Prompt tuning (arXiv:2104.08691) with random numbers: what it costs does not depend on them."""
+    """Prompt tuning (arXiv:2104.08691) with random numbers: its cost does not depend on them."""
     shape = shape_of(base)
     dice = random.Random(seed)
     numbers = [dice.gauss(0.0, SPREAD) for _ in range(tokens * shape.hidden)]

@@ -1,4 +1,4 @@
-"""The turns of a diagnosis: kept on disk as they come, and compared by block."""
+"""The turns of a diagnosis: stored on disk as they come, and compared by block."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class Measured:
         return self._turns.get(cell, {})
 
     def blocks_of(self, cells: Sequence[Cell]) -> int:
-        """In how many blocks all of these cells were asked."""
+        """The number of blocks in which all of these cells were asked."""
         return len(set.intersection(*(set(self.turns(cell)) for cell in cells)))
 
     def values(self, cell: Cell, phase: str) -> dict[int, float]:
-        """A cell's times by block, where all its requests were answered."""
+        """A cell's times by block, if all its requests were answered."""
         values = {block: turn.value(phase) for block, turn in self.turns(cell).items()}
         return {block: value for block, value in values.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""A pass: what a bottleneck's module gets to measure with, within its time."""
+"""A pass: the state with which a bottleneck's module measures, within its time."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ FIRST_LOOK = judging.LOOKS[0]
 
 @dataclass
 class Pass:
-    """`until`: when the bottleneck at hand has to be done, in time.monotonic(); it sets no block off later. `folder`
-    keeps what is measured; `made` is gone after the pass. `more`: whether blocks are added to a pass before."""
+    """`until`: when the current bottleneck must be done, in time.monotonic(); no block starts later. `folder` stores
+    the measurements; `made` is deleted after the pass. `more`: whether blocks are added to an earlier pass."""
 
     setting: Setting
     folder: Path
@@ -44,16 +44,16 @@ class Pass:
 
     @property
     def abilities(self) -> Abilities:
-        """What the engine can be asked."""
+        """What the engine supports."""
         return abilities(self.setting.engine)
 
     @property
     def left_s(self) -> float:
-        """Seconds until the bottleneck at hand has to be done."""
+        """Seconds until the current bottleneck must be done."""
         return self.until - time.monotonic()
 
     async def caching(self) -> Caching | None:
-        """What is seen of the model in a process of its own, where the engine is ours; it is looked at once."""
+        """The result of looking at the model in a separate process, for peftopt's own engine; it is measured once."""
         if not self._looked:
             log = self.folder / "logs" / "inside.log"
             self._caching = await asyncio.to_thread(inside.look, self.setting, self.names, log, self.notes.append)
@@ -61,12 +61,12 @@ class Pass:
         return self._caching
 
     async def measure(self, name: Bottleneck, groups: Sequence[Sequence[Cell]]) -> Measured:
-        """Ask cells in blocks, each in random order, their servers all up; all turns of the bottleneck so far.
+        """Ask cells in blocks, each in random order, with all servers up; returns all turns of the bottleneck so far.
 
-        `groups`: the cells of each comparison, what is likely dearest first. The first block has them all. Of the rest,
-        as many groups go on as reach the first look in the time that is left, and at least one: a comparison that stops
-        short decides nothing. A pass that adds to one before brings those that lag to the first look, and else all to
-        the next: whole groups, since a cell tells nothing in a block without the others of its comparison.
+        `groups`: the cells of each comparison, the likely largest costs first. The first block has them all. Then as
+        many groups go on as can reach the first look in the time that is left, and at least one: a comparison that
+        stops early decides nothing. A pass that adds to an earlier one brings groups below the first look to it, else
+        all to the next. Groups stay whole, since a cell is useless in a block without the others of its comparison.
         """
         groups = [group for group in groups if group]
         if not groups:
@@ -118,7 +118,7 @@ def united(groups: Iterable[Iterable[Cell]]) -> list[Cell]:
 
 def fitting(groups: Sequence[Sequence[Cell]], took: Mapping[Cell, float], seconds: float) -> list[Cell]:
     """The cells of the first groups that fit in so many seconds a block, and of the first one in any case. Cells that
-    were not asked in this pass have what they need. Pure."""
+    were not asked in this pass need no time. Pure."""
     asked = [[cell for cell in group if cell in took] for group in groups]
     kept: list[list[Cell]] = []
     for group in filter(None, asked):

@@ -1,4 +1,4 @@
-"""The servers of a diagnosis: started as its cells say, up together, asked in turns, ended with it."""
+"""The servers of a diagnosis: started for its cells, up together, asked in turns, ended with it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ REQUEST_S = 120.0
 
 
 class Servers:
-    """Servers by how they are launched. Use as an async context manager: all are ended with it.
+    """Servers by their launches. Use as an async context manager: all are ended with it.
 
-    `folders`: every adapter that a launch may name, by its served name, where the server can read it; `merged`: the
-    folder of the merged model. Both grow while a diagnosis makes them.
+    `folders`: every adapter that a launch may name, by its served name, in a folder that the server can read; `merged`:
+    the folder of the merged model. Both grow while a diagnosis makes them.
     """
 
     def __init__(self, setting: Setting, folder: Path, folders: Mapping[str, str], tell: Callable[[str], None]) -> None:
@@ -56,8 +56,8 @@ class Servers:
     async def up(self, launches: Sequence[Launch]) -> None:
         """Start those that are not up, at the same time, and ask every name that they serve once.
 
-        Raises BadInput for what the engine cannot serve, MissingEnvironment where it is not installed, WorkerFailed
-        with a server's last lines when it does not start.
+        Raises BadInput for a model that the engine cannot serve, MissingEnvironment if it is not installed,
+        WorkerFailed with a server's last lines if it does not start.
         """
         missing = [launch for launch in dict.fromkeys(launches) if launch not in self._askers]
         started = {launch: self._start(launch) for launch in missing}
@@ -74,19 +74,19 @@ class Servers:
             await asyncio.to_thread(server.stop)
 
     def asker(self, launch: Launch) -> Asker:
-        """Who asks that server. It has to be up."""
+        """The client that asks this server, which must be up."""
         return self._askers[launch]
 
     def client(self, launch: Launch) -> Client:
-        """The connections to that server. It has to be up."""
+        """The connections to this server, which must be up."""
         return self._clients[launch]
 
     def messages(self, count: int) -> list[Sequence[Mapping[str, str]]]:
-        """The first of the user's prompts; [] where there are none."""
+        """The first of the user's prompts; [] without any."""
         return [row.messages for row in self._rows[:count]]
 
     def called(self, name: str) -> str:
-        """What a name of a load is called at a server."""
+        """A server's name for a name of a load."""
         return self.setting.base_name if name == BASE else name
 
     def _start(self, launch: Launch) -> str:
@@ -145,7 +145,8 @@ class Servers:
 
 
 def wanted(setting: Setting, launch: Launch, folders: Mapping[str, str], merged: str) -> backends.Wanted:
-    """What to start for a launch. Raises BadInput for a merged model that nobody made, or an engine that cannot."""
+    """What to start for a launch. Raises BadInput for a merged model that was not made, or an engine that cannot serve
+    it."""
     if launch.model == "merged" and not merged:
         raise BadInput("there is no merged model to serve", "merge the adapter first: peftopt merge")
     model = Model(str(Path(merged if launch.model == "merged" else setting.base).resolve()))

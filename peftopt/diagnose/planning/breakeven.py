@@ -1,7 +1,7 @@
-"""Where the recommendation turns: in the number of adapters, skew and reloads, each with all else as planned. Pure.
+"""Break-evens in the number of adapters, skew and reloads, each with all else as planned. Pure.
 
-At each point of an axis the rule of `plan` chooses in every draw; a break-even is the last point, or the first, at
-which it takes the option that merges. Its interval is that of the draws.
+At each point of an axis the rule of `plan` chooses in every draw. A break-even is the last point, or the first, at
+which it chooses the option that merges. Its interval is over the draws.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ RELOADS = tuple(10 ** (power / 4) for power in range(-8, 25))
 
 @dataclass(frozen=True)
 class Breakeven:
-    """`value` is in adapters, as an exponent, or in new versions of each adapter a day. It is infinite where merging is
-    chosen (or, of skew, is not chosen) at every point that was looked at, and 0 where it is chosen at none. `most`: the
-    last point. `why` it could not be computed, where `value` is None."""
+    """`value` is in adapters, as an exponent, or in new versions of each adapter a day. It is infinite if merging is
+    chosen (or, for skew, is not chosen) at every point, and 0 if it is chosen at none. `most`: the last point. `why` it
+    could not be computed, if `value` is None."""
 
     axis: Axis
     value: Interval | None

@@ -1,8 +1,7 @@
-"""The ways to serve several adapters: which engines, on which device, in how much memory, and which request goes where.
-Pure.
+"""The ways to serve several adapters: their engines, devices and memory, and the engine of each request. Pure.
 
-To merge and unmerge in place, in one engine, is no option: no engine for serving can do it, and each switch would stop
-all others' requests.
+Merging and unmerging in one engine is not an option: no serving engine can do it, and each switch would stop all
+others' requests.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Option:
 
     @property
     def family(self) -> Family:
-        """What kind of option it is."""
+        """The kind of option."""
         if self.merged == self.adapters:
             return "all merged"
         if self.merged:
@@ -43,7 +42,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """What a reader calls it."""
+        """Its name for readers."""
         match self.family:
             case "apart":
                 return "all apart"
@@ -56,13 +55,13 @@ class Option:
 
     @property
     def apart(self) -> int:
-        """How many adapters are served unmerged."""
+        """The number of unmerged adapters."""
         return self.adapters - self.merged
 
 
 @dataclass(frozen=True)
 class Room:
-    """Memory of one device, and what an engine takes of it under the plan's lengths."""
+    """Memory of one device, and an engine's memory under the plan's lengths."""
 
     memory_bytes: int
     devices: int
@@ -86,12 +85,12 @@ class Room:
 
     @property
     def copies(self) -> int:
-        """How many merged engines fit, with nothing else."""
+        """The number of merged engines that fit, with nothing else."""
         return self.devices * (self.memory_bytes // self.merged_bytes)
 
     def copies_beside(self, adapters: int) -> int:
-        """How many merged engines fit beside an engine on every device that serves the rest of the adapters apart; -1
-        where even that one does not fit."""
+        """The number of merged engines that fit beside an engine on every device that serves the rest of the adapters
+        apart; -1 if even that one does not fit."""
         for merged in range(min(adapters - 1, self.copies), -1, -1):
             if self.fits(Option(adapters, merged, 1)):
                 return merged
@@ -99,7 +98,7 @@ class Room:
 
 
 def room(speeds: Speeds, traffic: Traffic) -> Room:
-    """What fits: engines as they were measured, and the KV cache that the plan's longest requests take beyond that."""
+    """The memory: of the measured engines, and the KV cache that the plan's longest requests take beyond that."""
     more = max(0, speeds.rows * traffic.longest - speeds.kv_tokens) * speeds.kv_bytes_per_token
     return Room(
         memory_bytes=traffic.memory_bytes,
@@ -111,7 +110,7 @@ def room(speeds: Speeds, traffic: Traffic) -> Room:
 
 
 def options(adapters: int, space: Room) -> list[Option]:
-    """Every option that is worth a look, whether it fits or not. Of hottest merged: 1, 2, 4, … and as many as fit."""
+    """Every option, whether it fits or not. For "hottest merged": 1, 2, 4, … and as many as fit."""
     counts, most = [], space.copies_beside(adapters)
     merged = 1
     while merged < min(adapters, most + 1):
@@ -129,8 +128,8 @@ def options(adapters: int, space: Room) -> list[Option]:
 
 
 def serve(option: Option, drawn: Drawn, rows: int, devices: int, due: Sequence[Due], others: int = 0) -> list[Request]:
-    """What users see of the requests, in their order. Each device is simulated by itself: a merged adapter's requests
-    go to its engine, others to the engines with adapters in turn. `others`: see simulation.simulate."""
+    """The simulated requests, in their order. Each device is simulated by itself: a merged adapter's requests go to its
+    engine, others to the engines with adapters in turn. `others`: see simulation.simulate."""
     places = list(_places(option, devices, due))
     answered: dict[int, Request] = {}
     for device in range(devices):

@@ -1,4 +1,4 @@
-"""A plan that was evaluated as a page, in HTML and Markdown, and as a section of a run's report. Pure."""
+"""An evaluated plan as a page, in HTML and Markdown, and as a section of a run's report. Pure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def pages(evaluated: Evaluated, breakevens: Sequence[Breakeven]) -> Mapping[str,
 
 
 def section(values: Mapping[str, Json]) -> Section | None:
-    """For the report of a run: what a plan.json says; None for one that is broken."""
+    """For the report of a run: the result in a plan.json; None for a broken one."""
     try:
         table = values["table"]
         rows = [[str(cell) or MISSING for cell in row] for row in table["rows"]]

@@ -1,11 +1,11 @@
-"""Merge or keep apart: what each option gives under a plan of traffic, which one to take, and when that changes. Pure.
+"""Merge or keep apart: the results of each option under a plan of traffic, and the recommendation. Pure.
 
 The rule: the highest goodput wins. Of options within FREE of it, the one that takes the least memory wins; of those
-alike in memory, the fastest. So one finished adapter is merged, since it costs no more memory, and many that hold
-their service levels apart stay apart.
+alike in memory, the fastest. So one finished adapter is merged, since it costs no more memory, and many adapters that
+meet their service levels apart stay apart.
 
-Every draw has measured times drawn anew and other arrivals, the same ones for all options. A recommendation that fewer
-than SURE of the draws share is undecided.
+Every draw resamples the measured times and has other arrivals, the same ones for all options. A recommendation that
+fewer than SURE of the draws share is undecided.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ NEGLIGIBLE = 1e-3
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one option gives in one draw. `goodput`: requests a second that meet every service level; `latency_ms` of
-    the median request; `counts`: by adapter, how many of its requests met them, and how many there were."""
+    """The result of one option in one draw. `goodput`: requests a second that meet every service level; `latency_ms` of
+    the median request; `counts`: by adapter, the number of its requests that met them, and of all."""
 
     goodput: float
     latency_ms: float
@@ -57,11 +57,12 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """One option under the plan. What was computed is None where it does not fit.
+    """One option under the plan. Computed values are None if it does not fit.
 
     `hottest` and `coldest`: the share of requests within the service levels, of the most popular adapter and of the
-    less popular half of them. `within`: the share of adapters of which 95 % of requests are. `reload_s`: from a new
-    version of an adapter to its first answer, by the median. `chosen`: the share of draws in which the rule takes it.
+    less popular half of them. `within`: the share of adapters with 95 % of their requests within. `reload_s`: from a
+    new version of an adapter to its first answer, by the median. `chosen`: the share of draws in which the rule chooses
+    it.
     """
 
     option: Option
@@ -82,7 +83,7 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """All options of a plan. `best` is what most draws take; it is `sure` when SURE of them agree on its kind."""
+    """All options of a plan. `best` wins in most draws; it is `sure` if SURE of them agree on its kind."""
 
     traffic: Traffic
     space: Room
@@ -96,7 +97,7 @@ class Evaluated:
 
 
 def evaluate(speeds: Speeds, traffic: Traffic, draws: int = DRAWS, seed: int = 0) -> Evaluated:
-    """Judge every option of a plan. Raises BadInput where the plan names no memory."""
+    """Judge every option of a plan. Raises BadInput if the plan names no memory."""
     if traffic.memory_bytes <= 0:
         raise BadInput("the plan says no memory", "add memory=24GB to --plan")
     space = ways.room(speeds, traffic)
@@ -131,7 +132,7 @@ def evaluate(speeds: Speeds, traffic: Traffic, draws: int = DRAWS, seed: int = 0
 
 
 def draws_of(speeds: Speeds, draws: int, seed: int) -> list[Drawn]:
-    """Bootstrap replicates of what was measured."""
+    """Bootstrap replicates of the measurements."""
     import numpy as np
 
     rng = np.random.default_rng([seed, 6])
@@ -139,7 +140,7 @@ def draws_of(speeds: Speeds, draws: int, seed: int) -> list[Drawn]:
 
 
 def requests_of(traffic: Traffic, drawn: Sequence[Drawn]) -> int:
-    """How many requests a draw has: enough for queues to fill."""
+    """The number of requests in a draw: enough for queues to fill."""
     costs = drawn[0].apart
     alone = costs.prefill(1, traffic.prompt_tokens) + costs.step(1, 1) * traffic.new_tokens
     wanted = round(DURATIONS * alone * traffic.rps)
@@ -147,8 +148,8 @@ def requests_of(traffic: Traffic, drawn: Sequence[Drawn]) -> int:
 
 
 def requests(traffic: Traffic, n: int, seed: int) -> list[Due]:
-    """So many requests of a plan, in the order of time. A seed gives the same arrivals whatever the number of adapters
-    and the skew, and the more skewed, the more popular an adapter each of them asks."""
+    """So many requests of a plan, in the order of time. A seed gives the same arrivals for any number of adapters and
+    any skew. The more skewed, the more popular is the adapter of each request."""
     import numpy as np
 
     times = arrivals.arrivals("poisson", traffic.rps, n, seed)
@@ -160,7 +161,7 @@ def requests(traffic: Traffic, n: int, seed: int) -> list[Due]:
 
 
 def outcome(option: Option, drawn: Drawn, rows: int, traffic: Traffic, space: Room, due: Sequence[Due]) -> Outcome:
-    """What an option gives, while it serves and while adapters are reloaded, each for its share of the time."""
+    """The result of an option, while it serves and while adapters are reloaded, each for its share of the time."""
     still = measured(ways.serve(option, drawn, rows, traffic.gpus, due), traffic)
     merging = merging_share(option, drawn, traffic)
     loading = loading_share(option, drawn, traffic)
@@ -171,7 +172,7 @@ def outcome(option: Option, drawn: Drawn, rows: int, traffic: Traffic, space: Ro
 
 
 def measured(answered: Sequence[Request], traffic: Traffic) -> Outcome:
-    """What users saw, simulated or real; requests are named by their adapter's place, in the order of time."""
+    """The result for requests, simulated or real; requests are named by their adapter's place, in the order of time."""
     start, end = answered[0].scheduled, answered[-1].scheduled
     settled = [request for request in answered if request.scheduled >= start + SETTLING * (end - start)]
     met = [meets(request, traffic.slos) for request in settled]
@@ -202,14 +203,14 @@ def merging_share(option: Option, drawn: Drawn, traffic: Traffic) -> float:
 
 
 def loading_share(option: Option, drawn: Drawn, traffic: Traffic) -> float:
-    """The share of time in which an engine loads an adapter and computes nothing; at most 1. What comes in that time
-    counts as too late."""
+    """The share of time in which an engine loads an adapter and computes nothing; at most 1. Requests that arrive then
+    count as too late."""
     return min(1.0, traffic.reloads_per_s * option.apart * drawn.load_s)
 
 
 def while_merging(option: Option, drawn: Drawn, rows: int, traffic: Traffic, space: Room, due: Sequence[Due]) -> float:
-    """Goodput while a merge, or the start of an engine, computes beside the engines. Where there is no room for a
-    second copy, the old one ends first, and a merged adapter's share of requests is lost."""
+    """Goodput while a merge, or the start of an engine, computes beside the engines. Without room for a second copy,
+    the old one ends first, and a merged adapter's share of requests is lost."""
     beside = measured(ways.serve(option, drawn, rows, traffic.gpus, due, others=1), traffic).goodput
     if space.spare(option):
         return beside
@@ -221,7 +222,7 @@ def while_merging(option: Option, drawn: Drawn, rows: int, traffic: Traffic, spa
 
 
 def choose(outcomes: Mapping[Option, Outcome], space: Room) -> Option | None:
-    """What the rule takes (see this module); None where no option has any goodput."""
+    """The rule's choice (see this module); None if no option has any goodput."""
     best = max((value.goodput for value in outcomes.values()), default=0.0)
     if best <= 0:
         return None

@@ -24,7 +24,7 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class Planned:
-    """What came of a plan: the options, where the recommendation turns, and all of it as JSON."""
+    """The result of a plan: the options, the break-evens, and all of it as JSON."""
 
     evaluated: Evaluated
     breakevens: tuple[Breakeven, ...]
@@ -32,8 +32,8 @@ class Planned:
 
 
 def read(text: str, log: Path | None) -> Traffic:
-    """The plan of `--plan` and `--plan-from`, with the memory that is free here where they say none. Raises BadInput
-    for what is wrong, MissingEnvironment for a log that cannot be read."""
+    """The plan of `--plan` and `--plan-from`, with the free memory of this machine if they name none. Raises BadInput
+    for an invalid plan, MissingEnvironment for a log that cannot be read."""
     planned = traffic.traffic(text, traffic_log.read(log) if log else None)
     if planned.memory_bytes:
         return planned
@@ -43,7 +43,7 @@ def read(text: str, log: Path | None) -> Traffic:
 
 
 def run(setting: Setting, planned: Traffic, folder: Path, tell: Callable[[str], None]) -> Planned:
-    """Measure what is not known yet, judge every option, and keep it in the folder. Raises as `speed_asking.speeds`."""
+    """Measure missing values, judge every option, and store it in the folder. Raises as `speed_asking.speeds`."""
     speeds = speed_asking.speeds(setting, planned, folder, tell)
     tell("simulating the options")
     evaluated = plan.evaluate(speeds, planned, plan.DRAWS)
@@ -56,12 +56,12 @@ def run(setting: Setting, planned: Traffic, folder: Path, tell: Callable[[str], 
 
 
 def write(values: Mapping[str, Json], folder: Path) -> None:
-    """Keep what a plan says."""
+    """Store a plan's result."""
     store.write(folder / PLAN, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 def section(folder: Path) -> Section | None:
-    """For the report of a run: the plan that its folder holds, None for none."""
+    """For the report of a run: the plan in its folder, None for none."""
     try:
         return page.section(json.loads(store.read_text(folder / PLAN)))
     except (BadInput, *BROKEN):

@@ -1,6 +1,6 @@
 """Engines on one device, request by request: a discrete-event simulation of continuous batching. Pure.
 
-What it takes for granted, and docs/planning.md says to users:
+Its assumptions, which docs/planning.md lists for users:
 
 - An engine admits requests in the order in which they come, as long as it has a free row. It computes the prompts that
   it admits, then decode steps of all rows; a row joins or leaves between two steps.
@@ -22,7 +22,7 @@ from peftopt.loadtest.summary import Request
 
 @dataclass(frozen=True)
 class Due:
-    """A request: when it comes, in seconds, which of the adapters it asks (0 = the most popular), and its lengths."""
+    """A request: its time in seconds, its adapter (0 = the most popular), and its lengths."""
 
     at: float
     adapter: int
@@ -32,7 +32,7 @@ class Due:
 
 @dataclass(frozen=True)
 class Engine:
-    """What an engine costs, and how many requests it runs at once."""
+    """An engine's costs, and the number of requests that it runs at once."""
 
     costs: Costs
     rows: int
@@ -67,10 +67,10 @@ IDLE = math.inf
 def simulate(
     due: Sequence[Due], routes: Sequence[int], engines: Sequence[Engine], sharing: float, others: int = 0
 ) -> list[Request]:
-    """What users see of requests, in the order of `due`, which is that of time; `routes[i]` is the engine of request i.
+    """The simulated requests, in the order of `due`, which is by time; `routes[i]` is the engine of request i.
 
-    `sharing` is how many times slower an engine is beside another one, `others` how many processes compute all the
-    time besides. A request that is simulated is a loadtest.summary.Request, so that service levels judge both alike.
+    `sharing` is the slowdown of an engine beside another one, `others` the number of processes that compute all the
+    time besides. A simulated request is a loadtest.summary.Request, so that service levels judge both alike.
     """
     states = [_State(engine) for engine in engines]
     ends = [IDLE] * len(engines)

@@ -1,4 +1,4 @@
-"""Measures what a plan needs of an engine (`Speeds`): two servers, one merged and one with adapters, asked in turns."""
+"""Measures an engine's `Speeds` for a plan: two servers, one merged and one with adapters, asked in turns."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ Cell = tuple[str, str, int]
 
 
 def speeds(setting: Setting, traffic: Traffic, folder: Path, tell: Callable[[str], None]) -> Speeds:
-    """What a plan needs, from the folder where it was measured before for the same setting, else measured and kept
-    there. Raises BadInput for an engine that cannot serve both merged models and adapters by name."""
+    """The values for a plan, from the folder if they were measured before for the same setting, else measured and
+    stored there. Raises BadInput for an engine that cannot serve both merged models and adapters by name."""
     if (folder / keeping.SETTING).is_file() and keeping.read_setting(folder) != setting:
         raise BadInput(f"{folder} holds what was measured of another setting", "choose another --out")
     if (folder / SPEEDS).is_file():
@@ -79,7 +79,7 @@ def speeds(setting: Setting, traffic: Traffic, folder: Path, tell: Callable[[str
 
 
 def read(folder: Path) -> Speeds:
-    """What was measured. Raises BadInput for a folder without it."""
+    """The stored measurements. Raises BadInput for a folder without them."""
     try:
         values: Json = json.loads((folder / SPEEDS).read_text(encoding="utf-8"))
         for times in (values["merged"], values["apart"]):
@@ -220,7 +220,7 @@ class _Asking:
 
 
 def step_s(replies: Sequence[Reply]) -> float:
-    """Seconds of a decode step of all rows: the median request's time per token, while all of them were under way."""
+    """Seconds of a decode step of all rows: the median request's time per token, while all of them were running."""
     start, end = max(reply.times[0] for reply in replies), min(reply.times[-1] for reply in replies)
     each = []
     for reply in replies:
@@ -249,8 +249,8 @@ async def _reload(servers: Servers, launch: Launch, name: str) -> float:
 
 
 def memory(server: Server) -> int:
-    """Bytes that one more server of its kind takes beside this one: what its processes hold for themselves, and its
-    weights, even where another server happens to map the same file."""
+    """Bytes of one more server of this kind beside this one: the private memory of its processes, and its weights, even
+    if another server maps the same file."""
     import psutil
 
     return sum(_held(psutil.Process(pid).memory_maps()) for pid in server.processes())

@@ -1,7 +1,7 @@
-"""How fast an engine is, merged and with adapters apart: what a plan is computed from. Pure.
+"""How fast an engine is, merged and with adapters apart: the input of a plan. Pure.
 
-Samples are kept as they were measured. `typical` takes their medians; `resampled` draws from them, so that what is
-computed of many draws has the spread that the measurements leave.
+Samples are stored as they were measured. `typical` takes their medians; `resampled` draws from them, so that results
+over many draws have the spread of the measurements.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one way of serving costs, in seconds. A prefill takes `request_s` for each group of requests of one adapter
-    and `token_s` for each token. `same[n]` is a decode step of n rows of one adapter, `mixed[n]` of n adapters."""
+    """The costs of one way of serving, in seconds. A prefill takes `request_s` for each group of requests of one
+    adapter and `token_s` for each token. `same[n]` is a decode step of n rows of one adapter, `mixed[n]` of n
+    adapters."""
 
     request_s: float
     token_s: float
@@ -72,8 +73,8 @@ class Costs:
         return groups * self.request_s + tokens * self.token_s
 
     def step(self, rows: int, adapters: int) -> float:
-        """Seconds of a decode step: between a batch of one adapter and one of as many adapters as rows, by a straight
-        line. That is exact where an engine steps adapter by adapter, each in a time of c + d x rows."""
+        """Seconds of a decode step: interpolated between a batch of one adapter and one of as many adapters as rows.
+        That is exact if an engine steps adapter by adapter, each in a time of c + d x rows."""
         if adapters <= 1 or rows <= 1:
             return self.same[rows]
         return self.same[rows] + (self.mixed[rows] - self.same[rows]) * (adapters - 1) / (rows - 1)
@@ -81,7 +82,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One draw of everything that was measured, or the medians."""
+    """One draw of all measurements, or the medians."""
 
     merged: Costs
     apart: Costs
@@ -92,12 +93,12 @@ class Drawn:
 
 
 def typical(speeds: Speeds) -> Drawn:
-    """By the medians."""
+    """With the medians."""
     return _drawn(speeds, stats.median)
 
 
 def resampled(speeds: Speeds, rng: np.random.Generator) -> Drawn:
-    """By the medians of as many samples, drawn with replacement: one bootstrap replicate."""
+    """With the medians of as many samples, drawn with replacement: one bootstrap replicate."""
 
     def draw(samples: Samples) -> float:
         return stats.median([samples[place] for place in rng.integers(0, len(samples), len(samples))])

@@ -1,6 +1,6 @@
-"""A plan of traffic: how many adapters, how skewed, how many requests, and what users may expect of each. Pure.
+"""A plan of traffic: the number of adapters, skew, requests, and service levels. Pure.
 
-A plan is a line such as `adapters=40 zipf=1.1 rps=12 slo='ttft <= 500 ms' reload=1/day`, or what a gateway's log says.
+A plan is a line such as `adapters=40 zipf=1.1 rps=12 slo='ttft <= 500 ms' reload=1/day`, or comes from a gateway's log.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Traffic:
         return max(prompt + new for prompt, new in self.lengths)
 
     def name(self, adapter: int) -> str:
-        """What a reader calls the adapter at this place, 0 = the most popular."""
+        """An adapter's name for readers, 0 = the most popular."""
         return self.names[adapter] if adapter < len(self.names) else f"adapter {adapter + 1}"
 
     def as_json(self) -> dict[str, Json]:
@@ -90,8 +90,8 @@ class Traffic:
 
 
 def given(text: str) -> dict[str, Json]:
-    """What a plan's text says: fields of a Traffic, and `prompt` and `new` tokens. Raises BadInput that names the part
-    which is wrong."""
+    """The fields of a Traffic in a plan's text, and `prompt` and `new` tokens. Raises BadInput that names the invalid
+    part."""
     fields: dict[str, Json] = {}
     for key, value in _pairs(text):
         if key not in _READERS:
@@ -111,7 +111,8 @@ def given(text: str) -> dict[str, Json]:
 
 
 def traffic(text: str, log: Mapping[str, Json] | None = None) -> Traffic:
-    """The plan of a text, on top of what a log says (`traffic_log`). Raises BadInput for what is wrong or missing."""
+    """The plan in a text, on top of the log's fields (`traffic_log`). Raises BadInput for an invalid or missing
+    field."""
     said = given(text)
     fields = {**(log or {}), **said}
     prompt, new = fields.pop("prompt", None), fields.pop("new", None)
@@ -214,8 +215,8 @@ def shares(adapters: int, zipf: float) -> list[float]:
 
 
 def fitted_zipf(counts: Sequence[int]) -> float:
-    """The exponent that makes these counts of requests the likeliest, each adapter's place being that of its count; 0
-    to 10. Few requests make it too high, since chance orders them too."""
+    """The most likely exponent for these counts of requests, with each adapter's rank by its count; 0 to 10. Few
+    requests make it too high, since chance orders them too."""
     ordered = sorted((count for count in counts), reverse=True)
     total = sum(ordered)
     if len(ordered) < 2 or not total:

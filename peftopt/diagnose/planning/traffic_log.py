@@ -1,4 +1,4 @@
-"""What the log of a gateway says of its traffic: adapters, skew, rate and lengths, as fields of a plan."""
+"""Reads a plan's fields from a gateway's log: adapters, skew, rate and lengths."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEWEST = 20
 
 
 class Asked(NamedTuple):
-    """A request of a log: when it arrived, in seconds; lengths are None and 0 where no answer tells them."""
+    """A request of a log: its arrival, in seconds; lengths are None and 0 if no answer gives them."""
 
     at: float
     adapter: str
@@ -33,8 +33,8 @@ class Asked(NamedTuple):
 
 
 def read(path: Path) -> dict[str, Json]:
-    """The fields of a plan that the log of `peftopt serve --log` tells. Raises MissingEnvironment where it cannot be
-    read, BadInput where it says too little."""
+    """The fields of a plan in the log of `peftopt serve --log`. Raises MissingEnvironment if it cannot be read,
+    BadInput if it has too little."""
     try:
         from peftopt.watch.sources import lines
     except ImportError as error:

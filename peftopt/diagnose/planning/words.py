@@ -1,4 +1,4 @@
-"""A plan that was evaluated, for people and programs: a table, sentences, JSON. Pure."""
+"""An evaluated plan, for people and programs: a table, sentences, JSON. Pure."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _share(value: Interval | None) -> str:
 
 
 def sentences(evaluated: Evaluated, breakevens: Sequence[Breakeven]) -> dict[str, str]:
-    """What the table does not say, by its title: what to do first."""
+    """Sentences beside the table, by title: the first steps."""
     best = evaluated.best
     said = {"recommended": _recommended(evaluated)}
     if best and not evaluated.sure:
@@ -105,7 +105,7 @@ def _recommended(evaluated: Evaluated) -> str:
 
 
 def turning(each: Breakeven) -> str:
-    """A break-even in a sentence."""
+    """A break-even as a sentence."""
     if each.value is None:
         return f"not computed: {each.why}"
     value, most = each.value, each.most

@@ -1,1 +1,1 @@
-"""From what was measured to rows: what costs what, what explains it, and what to do."""
+"""Turns measurements into rows: costs, explanations, and advice."""

@@ -1,4 +1,4 @@
-"""What to do about a cost, in words for the engine at hand. Pure."""
+"""Advice against a cost, in words for the engine. Pure."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ADVICE: Mapping[str, Mapping[str, str]] = {
 
 
 def advice(part: str, engine: str, **words: object) -> str:
-    """What to do about a part, with `words` put in."""
+    """The advice for a part, with `words` put in."""
     known = ADVICE.get(part, {})
     text = known.get(engine, known.get(ANY, ""))
     return text.format_map(words)

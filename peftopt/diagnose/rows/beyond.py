@@ -1,4 +1,4 @@
-"""What was measured of an adapter, beside what its arithmetic needs. Pure."""
+"""Compares an adapter's measured cost with the cost of its arithmetic. Pure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ADAPTER, PADDING = "the adapter", "rank padding"
 
 
 def rows(work: Work, names: Names, wanted: Sequence[Part], measured: Measured, swollen: bool = False) -> list[Row]:
-    """A fault where the adapter's prefill does more than a LoRA's own work; else none. A whole batch is asked first: it
-    computes most beside what a step of one row shows to be around it. `swollen`: see expected."""
+    """A fault if the adapter's prefill does more than a LoRA's own work; else none. A whole batch is judged first: it
+    computes the most compared with the overhead that a step of one row shows. `swollen`: see expected."""
     own = {part.batch: part.pair for part in wanted if part.pair.part == ADAPTER}
     if 1 not in own:
         return []
@@ -51,7 +51,7 @@ def _padding(names: Names, wanted: Sequence[Part], measured: Measured, batch: in
 
 
 def explained(row: Row, work: Work | None) -> Row:
-    """The row with what the adapter's arithmetic explains of its cost, where it is a LoRA's own work."""
+    """The row with the part of its cost that the adapter's arithmetic explains, for a LoRA."""
     if work is None or row.part != ADAPTER or row.finding != "costs" or row.ratio is None:
         return row
     phase: expected.Phase = "prefill" if row.phase == "prefill" else "decode"

@@ -1,4 +1,4 @@
-"""A pair's turns as a row: what it costs, how sure that is, and what part of a request it takes. Pure."""
+"""A pair's turns as a row: the cost, its certainty, and the part of a request that it takes. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TIMES: dict[Phase, str] = {
 
 @dataclass(frozen=True)
 class Told:
-    """What a row says beside its figures: `subject` begins its sentence, `advice` is what to do where it costs."""
+    """A row's texts: `subject` begins its sentence, `advice` is for a cost."""
 
     subject: str
     advice: str
@@ -35,8 +35,8 @@ class Told:
 
 
 def row(bottleneck: Bottleneck, pair: Pair, phase: Phase, measured: Measured, told: Told, tokens: int) -> Row:
-    """What the blocks of a pair say of a phase, of requests whose answers have so many tokens. Without
-    any it is "undecided", a "fault" where the server refused."""
+    """The row of a pair for a phase, with answers of so many tokens. Without blocks it is "undecided", and a "fault" if
+    the server refused."""
     costly, plain = measured.paired(pair, phase)
     blank = Row(
         bottleneck=bottleneck, part=pair.part, phase=phase, batch=told.batch, finding="undecided", sentence=told.subject
@@ -77,12 +77,12 @@ def not_asked(bottleneck: Bottleneck, part: str, why: str, batch: int = 1) -> Ro
 
 
 def more(bottleneck: Bottleneck) -> str:
-    """What decides an undecided row."""
+    """How to decide an undecided row."""
     return f"peftopt diagnose --more {bottleneck}"
 
 
 def share(measured: Measured, cell: Cell, phase: Phase, extra_ms: float, tokens: int) -> float | None:
-    """The part of a request of the cell that so many ms more of a phase take, 0 to 1; None where that is not known."""
+    """The part of the cell's request that so many more ms of a phase take, 0 to 1; None if not known."""
     times = "whole request" if phase == "whole request" else "prefill"
     known = list(measured.values(cell, times).values())
     gaps = list(measured.values(cell, "decode").values())
@@ -96,7 +96,7 @@ def share(measured: Measured, cell: Cell, phase: Phase, extra_ms: float, tokens:
 
 
 def gain(measured: Measured, before: Cell, after: Cell, phase: Phase = "whole request") -> Interval | None:
-    """The time after a piece of advice over the time before, where both were measured; None where they were not."""
+    """The time after a piece of advice over the time before, if both were measured; else None."""
     return judging.ratio(*measured.paired(Pair("gain", costly=after, plain=before), phase))
 
 

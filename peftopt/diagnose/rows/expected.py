@@ -44,7 +44,7 @@ PACKED_OR_ROUTED = ("quantization_config", "num_local_experts", "num_experts", "
 
 @dataclass(frozen=True)
 class Matrices:
-    """Matrices that each new token is multiplied by: how many items they have together, and bytes."""
+    """Matrices that each new token is multiplied by: their items and bytes in all."""
 
     items: int
     nbytes: int
@@ -55,8 +55,8 @@ class Matrices:
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass multiplies by: the `layers` of the base, its output embedding (`head`), the `adapter`'s matrices, and
-    those of the base that it `adapted`. `modules`: how many these are; `rank`: the adapter's highest."""
+    """The matrices of a pass: the `layers` of the base, its output embedding (`head`), the `adapter`'s matrices, and
+    those of the base that it `adapted`. `modules`: the number of these; `rank`: the adapter's highest."""
 
     layers: Matrices
     head: Matrices
@@ -123,7 +123,7 @@ def summed(entries: Iterable[Entry]) -> Matrices:
 
 
 def explained(work: Work, phase: Phase, ratio: float) -> str:
-    """What to say beside a cost: what of it the arithmetic explains, and what the rest is. `ratio` of times."""
+    """The explanation of a cost: the part of the arithmetic, and the cause of the rest. `ratio` of times."""
     share, cost = work.share(phase), ratio - 1
     if cost <= share:
         return f"a LoRA of rank {work.rank} on {work.modules} layers needs up to {_percent(share)} more arithmetic"
@@ -143,8 +143,8 @@ class Times:
 
 
 def computed(times: Times) -> Interval:
-    """How much more a prefill takes with the adapter, as a part of the base's, without what does not grow with the
-    number of tokens. That is at most what a step for one row takes more."""
+    """How much more a prefill takes with the adapter, as a part of the base's, without the part that does not grow with
+    the tokens. That part is at most the extra time of a step for one row."""
     rows = zip(times.base_prefill, times.prefill, times.base_step, times.step, strict=True)
     parts = [(with_it - base - max(step - base_step, 0.0)) / base for base, with_it, base_step, step in rows]
     return stats.hodges_lehmann(parts, LEVEL)
@@ -165,9 +165,9 @@ class Judged:
 def judged(
     work: Work, times: Times, padding: Sequence[float] = (), padded_rank: int = 0, swollen: bool = False
 ) -> Judged:
-    """Why a prefill takes longer with the adapter. `padding`: how much longer (ms, by block) those of the same adapter
-    take, padded with zeros to `padded_rank` before it was loaded; () where there is none. Where it should cost and does
-    not, the engine has padded both. `swollen`: adapters take far more memory than their matrices do."""
+    """Why a prefill takes longer with the adapter. `padding`: the extra time (ms, by block) of the same adapter padded
+    with zeros to `padded_rank` before it was loaded; () without one. If it should cost more and does not, the engine
+    has padded both. `swollen`: adapters take far more memory than their matrices do."""
     extra = computed(times)
     if not extra.low > work.share("prefill") + BEYOND * work.dense("prefill"):
         return Judged("its own", extra)
@@ -178,8 +178,8 @@ def judged(
 
 
 def swollen(held: float, files: float) -> bool:
-    """Whether adapters take far more memory than their matrices do: `held` bytes more with them than without, their
-    `files` bytes. Half of a padded rank's zeros would do; what requests leave behind (APART) does not."""
+    """Whether adapters take far more memory than their matrices do: `held` bytes more with them than without, against
+    `files` bytes. Half of a padded rank's zeros are enough; leftovers of requests (APART) are not."""
     return held > SWOLLEN * files + APART
 
 

@@ -1,4 +1,4 @@
-"""Parts of bottlenecks: a pair to measure and what to say of it; servers and requests that many share. Pure."""
+"""Parts of bottlenecks: a pair to measure and its texts; servers and requests that many share. Pure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from peftopt.records import Interval
 
 @dataclass(frozen=True)
 class Part:
-    """A pair to measure, and what to say of it: the `phases` to compare, the `subject` of its sentences, the `words` of
-    its advice."""
+    """A pair to measure, and its texts: the `phases` to compare, the `subject` of its sentences, the `words` of its
+    advice."""
 
     pair: Pair
     batch: int
@@ -29,7 +29,7 @@ class Part:
 
 
 def groups(parts: Iterable[Part]) -> list[list[Cell]]:
-    """The cells of each part, for a pass that has to leave some out."""
+    """The cells of each part, for a pass without time for all."""
     return [cells_of([part.pair]) for part in parts]
 
 
@@ -46,7 +46,7 @@ def all_rows(bottleneck: Bottleneck, setting: Setting, parts: Iterable[Part], me
 
 
 def gained(row: Row, gain: Interval | None, what: str) -> Row:
-    """The row with what its advice gained."""
+    """The row with the gain of its advice."""
     return replace(row, gain=gain, gained=what) if gain else row
 
 
@@ -73,7 +73,7 @@ def together(setting: Setting, names: Names) -> Launch:
 
 
 def asking(setting: Setting, launch: Launch, names: tuple[str, ...]) -> Cell:
-    """A cell of the usual requests, which come together."""
+    """A cell of the usual requests, sent together."""
     return Cell(launch, Load(names, setting.prompt_tokens, (setting.steps,)))
 
 

@@ -1,1 +1,1 @@
-"""Adapters that come and go on a running server, and what is then kept."""
+"""Loads and unloads adapters on a running server, and measures the memory that is kept."""

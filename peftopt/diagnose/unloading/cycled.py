@@ -1,4 +1,4 @@
-"""What load-use-unload cycles say of a server: the rows of the bottleneck "unloading". Pure."""
+"""The rows of the bottleneck "unloading", from load-use-unload cycles of a server. Pure."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MEMORY = {"host": "the host's memory", "gpu": "the GPU's memory"}
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that was done in a cycle: "load", "request", "request that is left", "unload", "unload under way",
-    "request under way". `error` is "" where it worked; `late`: it had no answer within its limit."""
+    """One step of a cycle: "load", "request", "request that is left", "unload", "unload under way", "request under
+    way". `error` is "" if it worked; `late`: it had no answer within its limit."""
 
     what: str
     seconds: float
@@ -31,9 +31,9 @@ class Step:
 
 @dataclass
 class Cycled:
-    """What cycles left. `host` and `gpu`: bytes at rest, before the first cycle and after each; [] where nobody tells.
-    `stopped`: why they ended before they had to, "" = they did not; `others_answer`: whether other names were still
-    answered after a step that never was, None where that was not asked."""
+    """The results of cycles. `host` and `gpu`: bytes at rest, before the first cycle and after each; [] if not known.
+    `stopped`: why they ended early, "" = they did not; `others_answer`: whether other names still answered after a step
+    without an answer, None if that was not asked."""
 
     cycles: int = 0
     host: list[float] = field(default_factory=list)
@@ -49,12 +49,13 @@ class Cycled:
 
     @property
     def series(self) -> dict[str, list[float]]:
-        """The memories that somebody tells of."""
+        """The memories that are known."""
         return {name: levels for name, levels in (("host", self.host), ("gpu", self.gpu)) if levels}
 
 
 def decided(cycled: Cycled) -> bool:
-    """Whether more cycles would tell nothing more of any memory. What nobody tells is never decided: time is."""
+    """Whether every known memory is decided, so that more cycles are useless. Without any known memory it is never
+    decided."""
     series = cycled.series.values()
     return bool(series) and all(leaks.decided(levels) for levels in series)
 
@@ -65,21 +66,21 @@ def leaky(cycled: Cycled) -> bool:
 
 
 def grows(cycled: Cycled) -> bool:
-    """Whether few cycles are enough to see a memory grow that is known to leak."""
+    """Whether a few cycles are enough to show the growth of a memory that is known to leak."""
     rises = [[after - before for before, after in pairwise(levels)] for levels in cycled.series.values()]
     return any(stats.hodges_lehmann(rise, LEVEL).low > TOLERATED for rise in rises)
 
 
 def so_far(cycled: Cycled) -> str:
-    """How cycles go, in a line."""
+    """The progress of cycles, in a line."""
     failed = sum(bool(step.error) for step in cycled.steps)
     held = f"{_size(cycled.host[-1])} at rest" if cycled.host else "memory is not known"
     return f"{held}, {failed} failed" if failed else held
 
 
 def rows(cycled: Cycled, blamed: Sequence[str] = (), free: int = 0) -> tuple[Row, ...]:
-    """A row for each memory, and one for loads and unloads. `blamed`: what a leak comes with; `free`: bytes that the
-    machine has left, 0 where that is not known."""
+    """A row for each memory, and one for loads and unloads. `blamed`: the use that causes a leak; `free`: free bytes of
+    the machine, 0 if not known."""
     memories = [_memory(name, levels, cycled, blamed, free) for name, levels in cycled.series.items()]
     if not memories:
         why = "the server's processes are not known, or are not on this machine"

@@ -1,8 +1,8 @@
-"""Load, use and unload adapters on a running server, over and over, and read its memory at rest after each cycle.
+"""Loads, uses and unloads adapters on a running server, over and over, and reads its memory at rest after each cycle.
 
-Every cycle is the same, and does all that an unload is known to stumble over: a request that is answered, a client that
-leaves amid its answer, an unload while a request is under way, the same name again with the weights and the rank of
-another adapter. Each step has a time limit, and one that has no answer in time is an outcome, which ends the cycles.
+Every cycle is the same, and has all steps that unloads are known to fail at: a request that is answered, a client that
+disconnects during its answer, an unload during a request, the same name again with the weights and the rank of another
+adapter. Each step has a time limit. A step without an answer in time is a result, and ends the cycles.
 """
 
 from __future__ import annotations
@@ -51,25 +51,25 @@ KINDS: dict[Kind, str] = {
 
 
 class Server(Protocol):
-    """A running server: how it is asked, and which processes of this machine it is ((): not known)."""
+    """A running server: its client, and its processes on this machine ((): not known)."""
 
     @property
     def target(self) -> Target:
-        """Where it is asked."""
+        """Its address and form for the client."""
 
     def processes(self) -> Sequence[int]:
-        """Their ids."""
+        """Its process ids."""
 
 
 @dataclass(frozen=True)
 class Elsewhere:
-    """A server that runs already. Where it listens on this machine, its processes are those that listen there, with all
-    that they started."""
+    """A server that runs already. On this machine its processes are those that listen at its port, with their
+    descendants."""
 
     target: Target
 
     def processes(self) -> Sequence[int]:
-        """Their ids; () where they are not seen."""
+        """Its process ids; () if they are not visible."""
         address = urlsplit(self.target.url)
         if address.hostname not in ("127.0.0.1", "localhost", "::1"):
             return ()
@@ -97,8 +97,8 @@ async def measure(
     show: Callable[[int, str], None],
     limits: Limits = PATIENT,
 ) -> tuple[Row, ...]:
-    """The rows of the bottleneck "unloading", within about `budget_s` seconds. `show` hears how many cycles are done,
-    and how they go. Raises MissingEnvironment where no server answers."""
+    """The rows of the bottleneck "unloading", within about `budget_s` seconds. `show` gets the number of finished
+    cycles and their progress. Raises MissingEnvironment if no server answers."""
     until = time.monotonic() + budget_s
     seen = await cycles(server, adapters, prompts, budget_s, show, limits)
     blamed = await blame(server, adapters, prompts, until, show, limits) if leaky(seen) else ()
@@ -116,8 +116,8 @@ async def cycles(
     most: int = leaks.LOOKS[-1],
     early: bool = True,
 ) -> Cycled:
-    """Cycle until memory is decided upon (`early`), something does not work, or time is over; at most `most` cycles.
-    The server must see this machine's files. Raises MissingEnvironment where no server answers."""
+    """Cycle until memory is decided (`early`), a step fails, or time is over; at most `most` cycles. The server must
+    see this machine's files. Raises MissingEnvironment if no server answers."""
     until = time.monotonic() + budget_s
     patience_s = 2 * max(limits.load_s, limits.use_s, limits.unload_s)  # the limits here come first
     async with Client(replace(server.target, timeout_s=patience_s)) as client:
@@ -142,8 +142,8 @@ async def blame(
     show: Callable[[int, str], None],
     limits: Limits,
 ) -> tuple[str, ...]:
-    """What a leak comes with: a plain load, request and unload, or else the kinds of use that leak by themselves; ()
-    where time is over first, or no kind does."""
+    """The use that causes a leak: a plain load, request and unload, or else the kinds of use that leak by themselves;
+    () if time is over first, or no kind does."""
     candidates: list[tuple[str, tuple[Kind, ...]]] = [("a load, a request and an unload", ())]
     candidates += [(what, (kind,)) for kind, what in KINDS.items()]
     guilty: list[str] = []
@@ -165,8 +165,8 @@ class _Late(Exception):
 
 @dataclass
 class Cycles:
-    """Cycles on one server. `others`: names that it served before, which are asked whether it still answers. `check`
-    is called after each load, with the name and the folder. `present`: the name that may be loaded now."""
+    """Cycles on one server. `others`: names that it served before, to check whether it still answers. `check` is called
+    after each load, with the name and the folder. `present`: the name that may be loaded now."""
 
     client: Client
     adapters: Sequence[Path]
@@ -181,14 +181,14 @@ class Cycles:
     started: int = field(default_factory=time.time_ns)
 
     async def begin(self) -> None:
-        """One request to what is served already: a server's first one is no cycle's to pay for."""
+        """One request to a served name: no cycle should pay for a server's first request."""
         for name in self.others[:1]:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.limits.use_s):
                     await self.client.ask(self.prompts[0], name, NEW_TOKENS)
 
     async def rest(self, server: Server) -> None:
-        """Note what the server holds at rest."""
+        """Record the server's memory at rest."""
         await self.client.hang_up()
         held = await resting.at_rest(server.processes)
         if held is not None:
@@ -197,7 +197,7 @@ class Cycles:
             self.cycled.gpu.append(held.gpu)
 
     async def cycle(self) -> bool:
-        """One cycle; whether another one makes sense. Names are new ones: what is kept by name fills up."""
+        """One cycle; returns whether another one makes sense. Names are new ones, so that memory kept by name grows."""
         number = self.cycled.cycles
         name, prompt = f"peftopt-cycle-{self.started}-{number}", self.prompts[number % len(self.prompts)]
         first, second = (self.adapters[at % len(self.adapters)] for at in (number, number + 1))
@@ -226,7 +226,7 @@ class Cycles:
         return not (self.cycled.stopped or self.cycled.late)
 
     async def clear(self) -> None:
-        """Unload what a cycle that failed or was cut off has left behind."""
+        """Unload adapters that a failed or interrupted cycle has left behind."""
         if self.present:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.limits.unload_s):

@@ -68,9 +68,9 @@ TO_COME = 1 / 4
 
 @dataclass(frozen=True)
 class Kept:
-    """What a series shows. `per_cycle`: bytes a cycle once caches are full. `bound`: the most bytes above the first
-    level that were held at rest then. `settled`: how many cycles were left out in front; `cycles`: how many there
-    were."""
+    """The result of a series. `per_cycle`: bytes a cycle once caches are full. `bound`: the most bytes above the first
+    level that were held at rest then. `settled`: the number of cycles that were left out in front; `cycles`: the number
+    of all."""
 
     outcome: Outcome
     per_cycle: Interval
@@ -116,8 +116,8 @@ def judge(
 
 
 def decided(levels: Sequence[float], full: int = 0, tolerated: float = TOLERATED) -> Kept | None:
-    """What the cycles so far show, at a planned look that decides; None where the next one has to be waited for. The
-    last look is final."""
+    """The result of the cycles so far, at a planned look that decides; None if the next one is needed. The last look is
+    final."""
     cycles = len(levels) - 1
     if cycles not in LOOKS:
         return None

@@ -1,4 +1,4 @@
-"""What a server's processes hold when nobody asks them: memory, handles, threads."""
+"""Memory, handles and threads of a server's processes at rest."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ of files are left out: the kernel takes them back when it wants, and other proce
 
 @dataclass(frozen=True)
 class Held:
-    """What processes hold together: bytes of the `host` and of NVIDIA GPUs (None: nobody tells), open files and
-    sockets (`handles`), threads."""
+    """The total of some processes: bytes of the `host` and of NVIDIA GPUs (None: not known), open files and sockets
+    (`handles`), threads."""
 
     host: float
     gpu: float | None
@@ -33,7 +33,7 @@ class Held:
 
 
 async def at_rest(processes: Callable[[], Sequence[int]]) -> Held | None:
-    """What they hold once they compute nothing, or after REST_S seconds; None where no process is known or left."""
+    """The total once they compute nothing, or after REST_S seconds; None if no process is known or left."""
     return await asyncio.to_thread(_at_rest, processes)
 
 
@@ -55,8 +55,8 @@ def _at_rest(processes: Callable[[], Sequence[int]]) -> Held | None:
 
 
 def host_memory(pids: Iterable[int]) -> int | None:
-    """Bytes of the host that these processes hold: see OWN; where the kernel does not tell, their unique set size and
-    swap. None where none of them is there."""
+    """Bytes of the host that these processes hold: see OWN; if the kernel does not report that, their unique set size
+    and swap. None if none of them exists."""
     import psutil
 
     held = []
@@ -83,7 +83,7 @@ def _unique(pid: int) -> int:
 
 
 def listening(port: int) -> Sequence[int]:
-    """The processes of this machine that listen at a port, with all that they started; () where none is seen."""
+    """The processes of this machine that listen at a port, with their descendants; () if none is visible."""
     import psutil
 
     family: set[int] = set()

@@ -1,6 +1,6 @@
-"""What a long load with adapters that come and go says of a server. Pure.
+"""Judges a server under a long load while adapters are loaded and unloaded. Pure.
 
-windows of load, each with what is held at rest after it -> trends, errors, wrong answers, tails -> an exit code
+windows of load, each with the memory at rest after it -> trends, errors, wrong answers, tails -> an exit code
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Window:
-    """A part of the run: its users' requests, the cycles of adapters that came and went, what was `held` at rest after
-    it (None: nobody tells), and how long it took with that, in seconds."""
+    """A part of the run: its users' requests, its cycles of adapters, the memory `held` at rest after it (None: not
+    known), and its length with the rest, in seconds."""
 
     requests: tuple[Request, ...]
     cycles: int
@@ -47,10 +47,10 @@ class Window:
 
 @dataclass
 class Soaked:
-    """A run. `before`: what was held before the first window. `asked` answers were told by their log-probabilities,
-    `wrong` ones of them were another model's; `unclear`: requests of that kind without an answer; `alike`: pairs that
-    no prompt tells apart. `churn`: None where the server loads no adapters. `stopped`: why it ended early, "" = it did
-    not; `notes`: what a reader must know."""
+    """A run. `before`: the memory before the first window. The log-probabilities of `asked` answers were checked, and
+    `wrong` of them were another model's; `unclear`: such requests without an answer; `alike`: pairs that no prompt
+    distinguishes. `churn`: None if the server loads no adapters. `stopped`: why it ended early, "" = it did not;
+    `notes`: what a reader must know."""
 
     before: Held | None = None
     windows: list[Window] = field(default_factory=list)
@@ -65,8 +65,8 @@ class Soaked:
 
 @dataclass(frozen=True)
 class Trend:
-    """How something that is held at rest goes on: `per_hour`, `first` and `last` in bytes, or a count. `grows` says
-    whether it does, None where that is not decided."""
+    """The trend of a memory or count at rest: `per_hour`, `first` and `last` in bytes, or a count. `grows` says whether
+    it does, None if that is not decided."""
 
     per_hour: Interval
     first: float
@@ -76,8 +76,8 @@ class Trend:
 
 @dataclass(frozen=True)
 class Tail:
-    """A quantile of the time to the first token: in each window (ms; None without an answer), and how many times as
-    long it is in the last third of them as in the first, paired."""
+    """A quantile of the time to the first token: in each window (ms; None without an answer), and its ratio of the last
+    third of them to the first, paired."""
 
     by_window: tuple[float | None, ...]
     ratio: Interval
@@ -85,8 +85,8 @@ class Tail:
 
 @dataclass(frozen=True)
 class Judged:
-    """All that is said of a run. `errors` by kind; `early` and `late`: the share of requests that failed in the first
-    and in the last third of windows."""
+    """The judgement of a run. `errors` by kind; `early` and `late`: the share of requests that failed in the first and
+    in the last third of windows."""
 
     outcome: int
     reasons: tuple[str, ...]
@@ -101,7 +101,7 @@ class Judged:
 
 def judge(soaked: Soaked) -> Judged:
     """The exit code, with its reasons: 1 for a leak, a wrong answer, an unload that never returned or errors that grow;
-    3 where one of these is not decided; 4 where nothing was answered."""
+    3 if one of these is not decided; 4 if nothing was answered."""
     requests = [request for window in soaked.windows for request in window.requests]
     trends = _trends(soaked)
     early, late = _failures(soaked.windows)
@@ -192,5 +192,5 @@ def _tail(windows: Sequence[Window], q: float) -> Tail:
 
 
 def errors_of_steps(churn: Cycled) -> Mapping[str, int]:
-    """What went wrong while adapters came and went, the most frequent first."""
+    """The errors of loads and unloads, the most frequent first."""
     return dict(Counter(f"{step.what}: {step.error}" for step in churn.steps if step.error).most_common())

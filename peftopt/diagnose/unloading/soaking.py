@@ -1,7 +1,8 @@
-"""A server under load for a long time, while adapters come and go: what it then keeps, and whether it stays right.
+"""A server under load for a long time, while adapters are loaded and unloaded: its memory, and whether its answers stay
+right.
 
-windows: users ask, adapters are loaded, used and unloaded, answers are told by their log-probabilities; then all pause,
-and what the server holds at rest is read
+windows: users ask, adapters are loaded, used and unloaded, log-probabilities of answers are checked; then all pause,
+and the server's memory at rest is read
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ Churn = Callable[[], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Plan:
-    """How long (seconds), by how many users at once, with how many tokens in an answer."""
+    """The length (seconds), the number of users at once, and the tokens of an answer."""
 
     seconds: float
     users: int = 4
@@ -68,8 +69,8 @@ class Plan:
 
 @contextmanager
 def engine(base: Path, adapters: Sequence[Path], name: str, threads: int, folder: Path) -> Iterator[Server]:
-    """An engine's server, started for this. Raises BadInput for what it cannot serve, MissingEnvironment where it is
-    not installed, WorkerFailed where it does not start."""
+    """An engine's server, started for this. Raises BadInput for a model that it cannot serve, MissingEnvironment if it
+    is not installed, WorkerFailed if it does not start."""
     from peftopt.engines import vllm
     from peftopt.gateway import backends
     from peftopt.records import Model
@@ -104,10 +105,10 @@ def soak(
     limits: Limits = PATIENT,
     churn: Churn | None = None,
 ) -> Soaked:
-    """Run the plan, or as much of it as a Ctrl-C or SIGTERM leaves. `show` hears of the windows that are over. `churn`
-    brings adapters and takes them away where the server has a way of its own for that: again and again, in each window.
+    """Run the plan, until Ctrl-C or SIGTERM ends it. `show` gets the finished windows. `churn` loads and unloads
+    adapters, for servers with another way to do so: again and again, in each window.
 
-    Raises MissingEnvironment where no server answers, BadInput where it serves nothing.
+    Raises MissingEnvironment if no server answers, BadInput if it serves nothing.
     """
 
     async def session() -> Soaked:

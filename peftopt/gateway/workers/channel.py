@@ -1,4 +1,4 @@
-"""Two processes that talk over a socket: JSON, a message a line. Either asks, tells, and answers."""
+"""Two processes that talk over a socket: JSON, one message a line. Either side asks, tells, and answers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Closed(Exception):
 
 
 class Channel:
-    """One end. `handle` has each message of the other side, by its kind; what it returns is the answer to a question.
-    Messages begin to be handled in the order in which they were sent."""
+    """One end. `handle` gets each message of the other side, by its kind; its result is the answer to a question.
+    Messages are started in the order in which they were sent."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handle: Handle) -> None:
         self._reader, self._writer, self._handle = reader, writer, handle

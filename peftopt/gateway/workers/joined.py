@@ -1,4 +1,4 @@
-"""A worker: it answers users by what the supervisor tells of the adapters, and tells of its requests."""
+"""A worker: it answers users by the supervisor's state of the adapters, and reports its requests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LINES_S = 5.0
 
 
 class Followed:
-    """The adapters as the supervisor tells of them: what users' requests ask, in the place of Lives."""
+    """The adapters in the supervisor's last state, for users' requests, in place of Lives."""
 
     def __init__(self) -> None:
         self.state = State()
@@ -67,7 +67,8 @@ class Followed:
         return self.state.loading_s.get(name)
 
     def heard(self, line: Line, sticky: str, path: str, asked: Mapping[str, Json]) -> None:
-        """A request is over: the supervisor judges the routes that are on trial, and asks both versions some again."""
+        """A request is over: the supervisor judges the routes on trial, and sends some requests to both versions
+        again."""
         if line.adapter not in self.state.trials or self.channel is None:
             return
         told = asdict(replace(line, gaps_ms=[], sampled=None, text={}))
@@ -77,18 +78,18 @@ class Followed:
                 self.channel.tell("shadow", {"line": told, "path": path, "asked": asked})
 
     def follow(self, state: State) -> None:
-        """Serve by this from now on."""
+        """Use this state from now on."""
         told = self.told()
         self.state, self.table = state, Table(state.routes)
         self.switched = {name: seconds for name, seconds in state.switched.items() if name not in told}
 
     def told(self) -> tuple[str, ...]:
-        """The versions whose load a request has told of."""
+        """The versions whose load a request has reported."""
         return tuple(sorted(self.state.switched.keys() - self.switched.keys()))
 
 
 class Joined:
-    """A worker among those of a supervisor; `index` as it has joined, 0 for any. `ended` is set when it has to end: the
+    """A worker among those of a supervisor; `index` as it has joined, 0 for any. `ended` is set when it must end: the
     supervisor says so, or is gone."""
 
     def __init__(self, index: int) -> None:
@@ -100,7 +101,7 @@ class Joined:
         self._shared: Shared | None = None
 
     async def connect(self, path: Path) -> None:
-        """Join, once there is a supervisor that has a place. Raises MissingEnvironment where there is none in time."""
+        """Join, once there is a supervisor with a free place. Raises MissingEnvironment if there is none in time."""
         until = time.monotonic() + JOIN_S
         while time.monotonic() < until:
             with contextlib.suppress(OSError, Closed):
@@ -119,7 +120,7 @@ class Joined:
 
     @contextlib.asynccontextmanager
     async def answering(self) -> AsyncIterator[Shared]:
-        """What its application uses, until this ends: the last lines of the log are written then."""
+        """What its application uses, as a context; at its end the last lines of the log are written."""
         part = self._part
         assert part is not None
         log, metrics = Log(part.log, shared=True, keep=part.log_keep), Metrics(part.slos_s)

@@ -1,4 +1,4 @@
-"""What supervisor and workers tell each other. JSON on the way, records at both ends."""
+"""Messages between supervisor and workers. JSON in transit, records at both ends."""
 
 from __future__ import annotations
 

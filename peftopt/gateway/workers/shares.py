@@ -1,6 +1,6 @@
-"""What a worker may do of the whole: its part of every limit. Pure.
+"""A worker's part of every limit. Pure.
 
-The parts add up to the whole, so no more than the limit ever runs. Connections are spread over the workers by chance:
+The parts add up to the limit, so no more than the limit ever runs. Connections are spread over the workers by chance:
 one may refuse while another has room.
 """
 

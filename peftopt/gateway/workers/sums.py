@@ -1,6 +1,6 @@
-"""The metrics of several processes as those of one: counters and histograms are added up, gauges are told apart.
+"""The metrics of several processes as one: counters and histograms are added up, gauges are kept apart.
 
-A process that has died leaves the last account that it gave: a sum that fell would be taken for a restart of all.
+The last account of a dead process is kept: a sum that fell would look like a restart of all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Account = Mapping[str, Family]
 
 
 def account(registry: CollectorRegistry) -> Account:
-    """What a process has counted."""
+    """The counts of a process."""
     found = {}
     for metric in registry.collect():
         samples = {(s.name, tuple(s.labels.items())): s.value for s in metric.samples}
@@ -64,7 +64,7 @@ def read(value: Json) -> Account:
 
 
 def whole(own: Account, living: Mapping[int, Account], past: Account, by_worker: Iterable[str]) -> Account:
-    """The metrics of a supervisor and its workers. Gauges are the supervisor's, but for those named in `by_worker`,
+    """The metrics of a supervisor and its workers. Gauges are the supervisor's, except those named in `by_worker`,
     which get the label `worker`."""
     added = added_up([own, past, *living.values()])
     gauges = {name: family for name, family in own.items() if not family.adds_up}

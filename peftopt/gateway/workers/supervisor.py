@@ -1,8 +1,8 @@
-"""The supervisor of several workers: it starts them, tells them what is served, and counts what they tell.
+"""The supervisor of several workers: it starts them, sends them what is served, and counts their requests.
 
-Draining is exact though a worker tells of its requests only now and then. Before a change is said to be done, each
-worker has taken it over and told what runs by then. From then on the requests of a version that is not routed any more
-can only end, so a number that is a little old is never too small.
+Draining is exact although workers report their requests only from time to time. A change is done when each worker has
+applied it and has reported its running requests. From then on the requests of a version without a route can only end,
+so an old number is never too small.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ BACKLOG = 2048
 
 @dataclass
 class Member:
-    """A worker that has joined, what it told last of its requests, and its last metrics."""
+    """A worker that has joined, its last report of requests, and its last metrics."""
 
     index: int
     pid: int
@@ -57,8 +57,8 @@ class Member:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many `workers` there are, what `part` each has, the socket `joined_at` that they join by, and the address
-    where users come; None for workers that somebody else starts."""
+    """The number of `workers`, the `part` of each, the socket `joined_at` that they join by, and the address for users;
+    None for workers that another program starts."""
 
     workers: int
     part: Callable[[int], Part]
@@ -67,7 +67,7 @@ class Plan:
 
 
 class Supervisor:
-    """The workers of a gateway. `shared` holds what they all follow; `lives` counts their requests."""
+    """The workers of a gateway. `shared` has the state that they all follow; `lives` counts their requests."""
 
     def __init__(self, plan: Plan, shared: Shared, lives: Lives, tell: Callable[[str], None]) -> None:
         self.plan, self.shared, self.lives, self.tell = plan, shared, lives, tell
@@ -109,11 +109,11 @@ class Supervisor:
                 self.plan.joined_at.unlink(missing_ok=True)
 
     async def published(self) -> None:
-        """Wait until every worker follows what is served now. One that does not in time is killed."""
+        """Wait until every worker has applied the current state. One that does not in time is killed."""
         await asyncio.gather(*(self._told(member) for member in list(self.members.values())))
 
     def again(self, keys: Keys) -> None:
-        """Every worker opens the log again, and goes by these keys; `keys` with a worker's part of their rates."""
+        """Every worker opens the log again, and uses these keys; `keys` with a worker's part of their rates."""
         renewed = messages.written(messages.Renewed(messages.keys(keys)))
         for member in self.members.values():
             with contextlib.suppress(Closed):

@@ -7,6 +7,8 @@ was in, and no other: the same command goes on from the run's folder.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import Protocol
 
 from peftopt.errors import BadInput
@@ -20,14 +22,27 @@ class Executor(Protocol):
     def machines(self, needs: MachineClass) -> int:
         """How many machines of the class there are now; 0 where its jobs cannot run here."""
 
+    def found(self, folder: Path) -> bool:
+        """Whether a job that an earlier sweep submitted for the cell of this folder still waits or runs. `submit` takes
+        it over."""
+
     def submit(self, job: Job) -> None:
         """Have a job run as soon as a machine of its class is free."""
 
     def wait(self) -> tuple[Job, Attempt]:
         """The next job that ends, and how it did. Only where one is submitted and has not ended yet."""
 
-    def close(self) -> None:
-        """End what runs, and start nothing more. What was measured is kept."""
+    def close(self) -> str:
+        """End what runs, and start nothing more. What was measured is kept. What runs on nevertheless is returned in
+        words; "" for nothing."""
+
+
+def alike(needs: MachineClass, sizes: Collection[tuple[float, float]]) -> None:
+    """Raises BadInput where machines of a class differ in their processors or GPUs."""
+    if len(sizes) > 1:
+        told = ", ".join(f"{cpus:g} processors and {gpus:g} GPUs" for cpus, gpus in sorted(sizes))
+        hint = "make two classes: blocks are never compared"
+        raise BadInput(f"machines of the class {needs.name} differ: {told}", hint)
 
 
 def opened(on: str, here: str) -> Executor:
@@ -42,4 +57,8 @@ def opened(on: str, here: str) -> Executor:
         from peftopt.runner.executors.ray import Ray
 
         return Ray(address or "auto")
-    raise BadInput(f"--on {on} is not known", "known: local, ray, ray:HOST:PORT")
+    if name == "slurm" or on == "submitit:local":
+        from peftopt.runner.executors.slurm import Slurm
+
+        return Slurm("slurm", address) if name == "slurm" else Slurm("local", here)
+    raise BadInput(f"--on {on} is not known", "known: local, ray, ray:HOST:PORT, slurm, slurm:PARTITION")

@@ -46,6 +46,13 @@ def attempt(job: Job) -> Attempt:
         store.disown(owner)
 
 
+def lost(job: Job, message: str) -> Attempt:
+    """What a cluster says of a job of which nothing came back, kept among the attempts of its cell."""
+    ended = Attempt(cells.now(), 0.0, ENVIRONMENT, "", message, "the same sweep tries it again")
+    cells.keep(job.folder, ended)
+    return ended
+
+
 def _timed(job: Job, began: str, host: str) -> Attempt:
     """How the command ended. One that was interrupted is kept here."""
     started = time.monotonic()

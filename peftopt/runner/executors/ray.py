@@ -10,13 +10,14 @@ import logging
 import os
 import signal
 import socket
+from pathlib import Path
 from typing import Any
 
-from peftopt.errors import ENVIRONMENT, BadInput, MissingEnvironment
+from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.recipe.grid import MachineClass
-from peftopt.runner import cells
 from peftopt.runner.cells import Attempt, Job
-from peftopt.runner.executors.attempt import attempt
+from peftopt.runner.executors import alike
+from peftopt.runner.executors.attempt import attempt, lost
 
 RETRIES = 3
 """So often a cell begins again whose machine, or whose process of Ray, was lost. An error of the cell's is final."""
@@ -57,11 +58,7 @@ class Ray:
         have more than one of it."""
         nodes = self._nodes(needs)
         sizes = {(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes}
-        if len(sizes) > 1:
-            told = ", ".join(f"{cpus:g} processors and {gpus:g} GPUs" for cpus, gpus in sorted(sizes))
-            raise BadInput(
-                f"machines of the class {needs.name} differ: {told}", "make two classes: blocks are never compared"
-            )
+        alike(needs, sizes)
         if any(node[needs.name] != 1 for node in nodes):
             hint = f"""give each machine one: ray start --resources '{{"{needs.name}": 1}}'"""
             raise BadInput(f"a machine of the class {needs.name} offers more than one cell at a time", hint)
@@ -70,6 +67,10 @@ class Ray:
     def _nodes(self, needs: MachineClass) -> list[dict[str, float]]:
         alive = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
         return [resources for resources in alive if resources.get(needs.name, 0)]
+
+    def found(self, folder: Path) -> bool:
+        """No: Ray ends the tasks of a sweep that ends."""
+        return False
 
     def submit(self, job: Job) -> None:
         """Ray starts it as soon as a machine of its class has nothing else to do."""
@@ -91,9 +92,9 @@ class Ray:
         try:
             ended: Attempt = self.ray.get(task)
         except self.ray.exceptions.RayTaskError as error:
-            ended = _failed(job, f"the task failed: {error.cause}")
+            ended = lost(job, f"the task failed: {error.cause}")
         except self.ray.exceptions.RayError as error:
-            ended = _failed(job, f"its machine was lost {RETRIES + 1} times: {str(error).splitlines()[0]}")
+            ended = lost(job, f"its machine was lost {RETRIES + 1} times: {str(error).splitlines()[0]}")
         return job, ended
 
     def _ended(self) -> Any:
@@ -108,12 +109,13 @@ class Ray:
         lost = f"the cluster has no machine of the classes {', '.join(sorted(needed))} any more"
         raise MissingEnvironment(lost, "start one; the same sweep goes on")
 
-    def close(self) -> None:
+    def close(self) -> str:
         """End what runs, with its measurements up to now, and leave the cluster: Ray interrupts no task that waits."""
         for task in self.running:
             self.ray.cancel(task, force=True)
         self.running.clear()
         self.ray.shutdown()
+        return ""
 
 
 def _reach(address: str) -> None:
@@ -121,10 +123,3 @@ def _reach(address: str) -> None:
     if address != "auto":
         host, _, port = address.rpartition(":")
         socket.create_connection((host, int(port)), REACHED_S).close()
-
-
-def _failed(job: Job, message: str) -> Attempt:
-    """What Ray says of a job, kept among its attempts."""
-    ended = Attempt(cells.now(), 0.0, ENVIRONMENT, "", message, "the same sweep tries it again")
-    cells.keep(job.folder, ended)
-    return ended
