@@ -1,7 +1,8 @@
 """What an executor of sweeps takes beside the command that it runs.
 
     python benchmarks/executors.py              # this machine
-    python benchmarks/executors.py ray          # the Ray cluster that this machine is in
+    python benchmarks/executors.py ray CLASS    # the Ray cluster that this machine is in
+    python benchmarks/executors.py slurm:PARTITION CLASS
 
 Every job is `peftopt --version`. A job's overhead is the time from one job's end to the next one's, less what the
 command took: queueing, the hand-over, the lock, looking up what the cell has decided, keeping how it ended.
