@@ -84,6 +84,7 @@ def test_a_run_that_chose_nothing_says_so_and_names_what_there_is(
     [
         (["--variant", "nobody"], ["nobody", "merged"]),
         (["--variant", "capped"], ["capped", "cap"]),
+        (["--variant", "adapter", "--engine", "compiled"], ["compiled", "--engine eager"]),
         (["--limits", "decision"], ["find-rate"]),
         (["--limits", "nowhere.jsonl"], ["nowhere.jsonl", "find-rate"]),
     ],
@@ -100,6 +101,7 @@ def test_what_cannot_be_served_is_said_with_what_to_do(
     assert command("serve", folder, "--state", tmp_path / "state", *options) == 2
     told = errors(capsys)
     assert all(word in told for word in words), told
+    assert not (tmp_path / "state").exists(), "the next start is not spoiled"
 
 
 def test_a_model_that_is_gone_is_named_with_how_to_build_it_again(

@@ -165,6 +165,9 @@ def _what(options: Options) -> What:
         variant = decided.of_run(options.run, options.variant)
         adapter = {variant.name: Path(variant.model.adapters[0])} if variant.model.adapters else {}
         engine = options.engine or variant.engine
+        if adapter and engine == "compiled":  # before anything is kept of it in --state
+            what = f"{variant.name} is a compiled model with an adapter or a baked prompt, which no server takes yet"
+            raise BadInput(what, "serve it on eager: --engine eager; or another variant of the run: --variant NAME")
         return What(
             base=Path(variant.model.path),
             adapters=adapter | dict(given),
@@ -194,13 +197,16 @@ def check_source(options: Options) -> None:
 def _notices(options: Options, what: What, carried: Limits) -> Iterator[str]:
     """Lines for the user before the start: what the run chose, and its limits."""
     from peftopt.gateway import decided
+    from peftopt.server.__main__ import COMPILED_CONTEXT
 
     for name, origin in what.origins.items():
         yield f"{name} is {origin}, on {what.engine}"
-    if what.engine == "compiled" and (tokens := what.params.get("cache_len")):
+    if what.engine == "compiled" and options.run and "--context" not in options.args:
+        measured = f"{tokens} tokens" if (tokens := what.params.get("cache_len")) else "the length of its requests"
         yield (
-            f"the run measured it with a cache of {tokens} tokens; it is served with a longer cache, and a bit slower. "
-            f"If prompt and answer fit, --args '--context {tokens}' serves it as measured"
+            f"the run measured it with a cache of {measured}. "
+            f"It is served with room for {COMPILED_CONTEXT}, and may be several times slower: each token looks at the "
+            "whole cache. Where prompts and answers are shorter, --args '--context TOKENS' serves it as measured"
         )
     if carried.running:
         yield f"limits: {carried}"

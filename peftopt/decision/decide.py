@@ -297,7 +297,7 @@ def _warnings(evidence: Evidence) -> tuple[str, ...]:
     for workload in evidence.plan.recipe.workloads:
         share, sentence = _disturbed(evidence, workload)
         if share >= MOST_DISTURBED:
-            found.append(sentence)
+            found.append(f"{sentence}; that widens intervals, and favours no variant: their order is random")
         apart = evidence.launch_effect(workload)
         if apart and apart > LAUNCHES_MATTER and evidence.plan.recipe.measure.relaunch > 1:
             found.append(

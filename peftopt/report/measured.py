@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from peftopt.decision.evidence import FAILED, Evidence
 from peftopt.decision.forecast import times
 from peftopt.decision.index import Field
-from peftopt.records import TWIN, Decision
+from peftopt.metrics import counted
+from peftopt.records import TWIN, Decision, Quality, Workload
 from peftopt.report.table import ratio_name
 from peftopt.report.words import MISSING, Table, clean, flat, speed
 from peftopt.stats import LOOKS
@@ -36,9 +37,13 @@ def facts(decision: Decision, evidence: Evidence) -> list[tuple[str, str]]:
     moments = itertools.chain.from_iterable(evidence.machine.values())
     loads = [moment.load for moment in moments if moment.load is not None]
     launches = [launch for launches in evidence.launches.values() for launch in launches]
+    recipe = evidence.plan.recipe
     planned = f"as soon as a look can decide (from {LOOKS[0]} on), {', '.join(map(str, LOOKS[1:]))}"
     clock = "process CPU time judged; wall clock shown beside it" if decision.clock == "cpu" else "wall clock judged"
     texts = {
+        "model": f"{recipe.base} with the adapter {recipe.adapter}",
+        **{f"workload {workload.name}": _requests(workload) for workload in recipe.workloads.values()},
+        "answers checked": _answers(recipe.quality) if recipe.quality else "",
         "judged": f"{decision.minimize}, against {decision.baseline}",
         "clock": f"{clock} ({decision.clock_reason})" if decision.clock_reason else clock,
         "looks": f"planned: {planned} blocks; bets judge after every block" if evidence.turns else "",
@@ -49,6 +54,23 @@ def facts(decision: Decision, evidence: Evidence) -> list[tuple[str, str]]:
         **{str(key): flat(value) for key, value in decision.machine.items()},
     }
     return [(clean(key), clean(text)) for key, text in texts.items() if text]
+
+
+def _requests(workload: Workload) -> str:
+    """The timed requests of a workload: the prompts, and how they are sent."""
+    lengths = "at most " if workload.lengths == "natural" else ""
+    prompts = f"{workload.prompts}, slice {workload.slice}" if workload.slice else workload.prompts
+    sent = f"{workload.batch} at once" if workload.batch > 1 else "one at a time"
+    if workload.users:
+        sent = counted(workload.users, "user")
+    elif workload.rate:
+        sent = f"{workload.rate:g} a second"
+    return f"{prompts}; {lengths}{counted(workload.new_tokens, 'new token')} each, {sent}"
+
+
+def _answers(quality: Quality) -> str:
+    prompts = f"{quality.prompts}, slice {quality.slice}" if quality.slice else quality.prompts
+    return f"{prompts}; at most {counted(quality.new_tokens, 'new token')} each"
 
 
 def _engines(evidence: Evidence) -> dict[str, str]:
