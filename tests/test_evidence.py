@@ -388,7 +388,7 @@ def test_launches_that_differ_are_told_from_launches_that_do_not() -> None:
     found = evidence_of(plan, by_launch(2.0)).launch_effect("chat")
     assert found is not None and 1 < found < 4
     assert evidence_of(plan, by_launch(0.0)).launch_effect("chat") is None
-    assert any("launches of chat differ" in w for w in decide(plan, by_launch(2.0), {}).warnings)
+    assert any("from launch to launch" in w for w in decide(plan, by_launch(2.0), {}).warnings)
     assert evidence_of(plan, by_launch(2.0, relaunch=1)).launch_effect("chat") is None, (
         "one block each: nothing to compare"
     )

@@ -319,10 +319,14 @@ def launched(apart: float, relaunch: int = 4, blocks: int = 24) -> list[Measurem
 
 
 def test_launches_that_differ_are_warned_of_where_they_can_be_had_more_often() -> None:
-    assert warned(decide(plan_of("merged", relaunch=4), launched(0.1), {}), "launches of chat differ")
-    assert warned(decide(plan_of("merged", relaunch=2), launched(0.1), {}), "launches of chat differ")
-    assert not warned(decide(plan_of("merged", relaunch=1), launched(0.1), {}), "launches of chat differ")
-    assert not warned(decide(plan_of("merged", relaunch=4), launched(0.0), {}), "launches of chat differ")
+    assert warned(decide(plan_of("merged", relaunch=4), launched(0.1), {}), "times of chat", "from launch to launch")
+    assert warned(decide(plan_of("merged", relaunch=2), launched(0.1), {}), "times of chat", "from launch to launch")
+    assert not warned(
+        decide(plan_of("merged", relaunch=1), launched(0.1), {}), "times of chat", "from launch to launch"
+    )
+    assert not warned(
+        decide(plan_of("merged", relaunch=4), launched(0.0), {}), "times of chat", "from launch to launch"
+    )
 
 
 def test_failed_turns_are_counted_and_explained() -> None:
@@ -428,7 +432,10 @@ def test_launches_are_warned_of_from_a_quarter_of_what_blocks_of_one_differ(
 ) -> None:
     """Below that nobody need start servers more often, which takes most of a run's time."""
     monkeypatch.setattr(Evidence, "launch_effect", lambda self, workload: spread)
-    assert warned(decide(plan_of("merged", relaunch=4), launched(0.0), {}), "launches of chat differ") == told
+    assert (
+        warned(decide(plan_of("merged", relaunch=4), launched(0.0), {}), "times of chat", "from launch to launch")
+        == told
+    )
 
 
 def ordered(*places: float) -> list[Measurement]:
