@@ -205,7 +205,7 @@ def _notices(options: Options, what: What, carried: Limits) -> Iterator[str]:
         measured = f"{tokens} tokens" if (tokens := what.params.get("cache_len")) else "the length of its requests"
         yield (
             f"the run measured it with a cache of {measured}. "
-            f"It is served with room for {COMPILED_CONTEXT}, and may be several times slower: each token looks at the "
+            f"It is served with room for {COMPILED_CONTEXT}, and may be up to twice as slow: each token looks at the "
             "whole cache. Where prompts and answers are shorter, --args '--context TOKENS' serves it as measured"
         )
     if carried.running:

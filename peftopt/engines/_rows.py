@@ -257,7 +257,8 @@ class CompiledServed(compiled.Compiled, Limits):
     batches = 1
 
     def __init__(self, base: str, device: str, max_batch: int, context: int, backend: str = "inductor") -> None:
-        params = compiled.Params(cache_len=context, prompt_buckets=compiled.EAGERLY, device=device)
+        # with a long cache a graph of all layers is several times slower than one of each: docs/decisions/compile.md
+        params = compiled.Params(cache_len=context, prompt_buckets=compiled.EAGERLY, regions=True, device=device)
         super().__init__(Model(base), params, backend)
         for rows in (1, max_batch):
             self.warm([1], rows, self.context - 1, timed=True)
