@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,6 +116,28 @@ def test_the_reference_file_gives_a_variant_its_kl_and_agreement(tmp_path: objec
     for answer in found.values():
         assert len(answer.kl_tokens) == answer.scored_tokens
         assert sum(answer.kl_tokens) == pytest.approx(answer.kl, rel=0.01, abs=1e-6)
+
+
+@pytest.mark.fault(
+    1, "a run that is killed between the reference's answers and their file asks again for what the file lacks"
+)
+def test_a_reference_that_goes_on_keeps_what_it_has(tmp_path: Path) -> None:
+    path, texts = tmp_path / "reference.npz", {7: [1], 8: [1, 2, 3], 9: [1, 2, 3]}
+    rows = [Row(f"r{n}", ({"role": "user", "content": str(n)},), "1 2 3") for n in texts]
+    assert quality.Reference.lacks(path, rows) == rows
+    quality.ask(Script(texts), rows[:2], None, 8, 4, write_reference=str(path))  # type: ignore[arg-type]
+    assert quality.Reference.lacks(path, rows) == rows[2:]
+    quality.ask(Script(texts), rows[2:], None, 8, 4, write_reference=str(path))  # type: ignore[arg-type]
+    assert quality.Reference.lacks(path, rows) == []
+    answers: list[Answer] = []
+    quality.ask(Script(texts), rows, None, 8, 4, reference=str(path), tell=answers.append)  # type: ignore[arg-type]
+    assert [answer.kl == pytest.approx(0, abs=1e-6) for answer in answers] == [True] * 3
+
+
+def test_a_reference_that_cannot_score_lacks_nothing(tmp_path: Path) -> None:
+    path, row = tmp_path / "reference.npz", Row("r", ({"role": "user", "content": "9"},), "1 2")
+    quality.ask(Script({9: [1, 2]}, scores=False), [row], None, 8, 4, write_reference=str(path))  # type: ignore[arg-type]
+    assert quality.Reference.lacks(path, [row]) == []
 
 
 class Shifted(Script):

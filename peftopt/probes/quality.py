@@ -8,6 +8,7 @@ Some rows tagged critical are decoded token by token as well as scored, as a ser
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,6 +67,16 @@ class Waiting:
 class Reference:
     """The reference's answers and its most likely tokens per position, kept in one .npz file."""
 
+    @staticmethod
+    def lacks(path: Path, rows: Iterable[Row]) -> list[Row]:
+        """Those of the rows that the file does not hold, though it holds others: a run was killed between their answers
+        and the file. A reference that cannot score leaves a file without rows, which lacks none."""
+        if not path.exists():
+            return [*rows]
+        with zipfile.ZipFile(path) as file:
+            held = {name.partition(".")[0] for name in file.namelist()}
+        return [row for row in rows if _key(row) not in held] if held else []
+
     def __init__(self, path: str) -> None:
         import numpy as np
 
@@ -120,10 +131,11 @@ class Reference:
 
     @staticmethod
     def write(path: str, found: Mapping[str, tuple[list[int], Scores]], base: Mapping[str, Scores]) -> None:
-        """`found` maps a row's key to its answer tokens and the scores of its draft, `base` to those the base gives."""
+        """Add to the file. `found` maps a row's key to its answer tokens and the scores of its draft, `base` to those
+        the base gives."""
         import numpy as np
 
-        arrays: dict[str, Any] = {}
+        arrays: dict[str, Any] = dict(np.load(path)) if Path(path).exists() else {}
         for key, (tokens, scores) in found.items():
             arrays[key + ".tokens"] = np.array(tokens, dtype=np.int32)
             arrays[key + ".ids"] = np.array(scores.top_ids, dtype=np.int32)

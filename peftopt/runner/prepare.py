@@ -19,6 +19,7 @@ from peftopt.measurements import NO_FACTS, Answer, Built, as_json
 from peftopt.merging import certificate
 from peftopt.metrics import TASK
 from peftopt.models import provenance
+from peftopt.probes.quality import Reference
 from peftopt.progress import Reached
 from peftopt.recipe import plan as planning
 from peftopt.records import GENERIC, YAML, Build, Json, Model, Quality, Variant, task_name
@@ -235,9 +236,8 @@ class _Exam:
         if self.variant.name in evidence.failures:
             return []
         answered = evidence.rows(self.variant.name, self.launch)
-        if self.is_reference and not self.reference.exists():
-            answered = {}
-        return [row for row in self.rows if row.id not in answered]
+        without = {row.id for row in Reference.lacks(self.reference, self.rows)} if self.is_reference else set()
+        return [row for row in self.rows if row.id not in answered or row.id in without]
 
     def tasks(self) -> list[str]:
         """The tasks without a result yet; none for a variant that failed or cannot be accepted any more."""
