@@ -20,6 +20,7 @@ from peftopt.jobs import AliveJob, Answered, MemoryJob, OpenJob, QualityJob
 from peftopt.measurements import Answer, as_json
 from peftopt.progress import Reached
 from peftopt.records import Model
+from peftopt.runner import process
 from peftopt.runner.process import WorkerProcess
 from peftopt.worker import _failure
 
@@ -67,6 +68,17 @@ def test_each_way_to_fail_has_its_name(tmp_path: Path, script: str, reason: str)
     with fake(tmp_path, script) as child, pytest.raises(WorkerFailed) as caught:
         child.ask(OPEN, 0.5 if reason == "timeout" else 30)
     assert caught.value.reason == reason
+
+
+@pytest.mark.fault(2, "a worker that starts while the interrupt comes ends too")
+def test_a_worker_that_starts_while_an_interrupt_comes_is_ended(tmp_path: Path) -> None:
+    process.interrupt()
+    try:
+        with pytest.raises(KeyboardInterrupt), fake(tmp_path, "sleep 60") as child:
+            child.ask(OPEN, 30)
+        assert not lives(child.process.pid)
+    finally:
+        process.calm()
 
 
 def test_what_an_earlier_worker_wrote_to_the_log_is_not_why_this_one_died(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def _graded(error: CriticalError) -> tuple[int, str]:
     if error.near_tie:
         return 3, f"{change}, at a near tie"
     if error.asked_once:
-        return 3, f"{change}, in a prompt that the baseline was answered only once"
+        return 3, f"{change}, in a prompt that the baseline was asked only once"
     return (1 if flags else 2), change
 
 

@@ -71,6 +71,8 @@ class WorkerProcess:
             )
         self.unread = b""
         _LIVE.add(self)
+        if _INTERRUPTED.is_set():  # it came while this worker started
+            self.kill()
 
     def ask(
         self,

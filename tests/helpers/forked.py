@@ -238,11 +238,12 @@ def main(number: str, *imported: str) -> None:
 def keep(given: dict[str, Any], stdin: int, stdout: int, stderr: int, told: int, *workers: int) -> None:
     """Be the parent of one process, and tell its id and how it ended."""
     if (copy := os.fork()) == 0:
+        os.setsid()  # before anybody knows it, since who ends it ends its group
+        os.write(told, f"{os.getpid()}\n".encode())
         os.close(told)
         work(given, (stdin, stdout, stderr), *workers)
     for each in (stdin, stdout, stderr, *workers):
         os.close(each)
-    os.write(told, f"{copy}\n".encode())
     _, status = os.waitpid(copy, 0)
     with contextlib.suppress(BrokenPipeError):
         os.write(told, f"{status}\n".encode())
@@ -251,7 +252,6 @@ def keep(given: dict[str, Any], stdin: int, stdout: int, stderr: int, told: int,
 
 def work(given: dict[str, Any], streams: tuple[int, int, int], *workers: int) -> None:
     """Become the process, as `python -m` its module would."""
-    os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, though the tests may run without one
     for number, descriptor in enumerate(streams):
         os.dup2(descriptor, number)
