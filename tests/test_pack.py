@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.chains import check_refused, recipe
 from helpers.records import PACK, decide, outcome, plan_of, verdict, whole
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftopt import plugins
 from peftopt.decision.rules.parents import parent_of
 from peftopt.engines import eager
-from peftopt.errors import BadRecipe
 from peftopt.policies import Policed, pack
-from peftopt.recipe import parse
-from peftopt.records import Model, Plan, Recipe, Step
+from peftopt.records import Model, Plan, Step
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=64), st.integers(1, 256), st.integers(1, 20_000))
@@ -88,17 +86,6 @@ def test_it_is_judged_where_there_is_a_batch() -> None:
     assert verdict(decision, "packed", "pack.gain").workload == "bulk"
 
 
-def recipe(chain: str, batch: int = 8) -> Recipe:
-    text = f"""
-model: {{base: base, adapter: adapter}}
-workloads: {{chat: {{prompts: p.jsonl, batch: {batch}}}}}
-variants: {{adapter: [], tried: {chain}}}
-minimize: latency.p50@chat
-"""
-    tradeoffs = (Path(__file__).parents[1] / "recipes/tradeoffs.yaml").read_text(encoding="utf-8")
-    return parse.parse(text, "test.yaml", plugins.catalogue(), tradeoffs)
-
-
 @pytest.mark.parametrize(
     ("chain", "batch", "why", "hint"),
     [
@@ -110,11 +97,8 @@ minimize: latency.p50@chat
     ],
 )
 def test_what_cannot_be_packed_is_refused_by_name(chain: str, batch: int, why: str, hint: str) -> None:
-    with pytest.raises(BadRecipe) as refused:
-        recipe(chain, batch)
-    said = [(message, its_hint) for _, message, its_hint in refused.value.problems]
-    assert any(why in message and hint in its_hint for message, its_hint in said), said
+    check_refused(why, hint, chain, batch)
 
 
 def test_a_batch_on_an_engine_that_pads_is_packed() -> None:
-    assert [step.plugin for step in recipe("[merge, pack]").variants["tried"].policies] == ["pack"]
+    assert [step.plugin for step in recipe("[merge, pack]", batch=8).variants["tried"].policies] == ["pack"]

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.chains import check_refused, recipe
 from helpers.records import PREFIX, decide, evidence_of, of, outcome, plan_of, quality, verdict, whole
 
-from peftopt import plugins, stats
+from peftopt import stats
 from peftopt.decision import stopping
 from peftopt.decision.rules.parents import parent_of
-from peftopt.errors import BadInput, BadRecipe
-from peftopt.recipe import parse
-from peftopt.records import Json, Measurement, Recipe
+from peftopt.errors import BadInput
+from peftopt.records import Json, Measurement
 from peftopt.report import table
 from peftopt.runner import preflight
 
@@ -100,19 +100,6 @@ def test_it_answers_no_more_prompts_than_rules_take() -> None:
 # ---- recipes -----------------------------------------------------------------------------------
 
 
-TRADEOFFS = (Path(__file__).parents[1] / "recipes/tradeoffs.yaml").read_text(encoding="utf-8")
-
-
-def recipe(chain: str) -> Recipe:
-    text = f"""
-model: {{base: base, adapter: adapter}}
-workloads: {{chat: {{prompts: p.jsonl, batch: 8}}}}
-variants: {{adapter: [], tried: {chain}}}
-minimize: latency.p50@chat
-"""
-    return parse.parse(text, "test.yaml", plugins.catalogue(), TRADEOFFS)
-
-
 @pytest.mark.parametrize(
     ("chain", "why", "hint"),
     [
@@ -123,14 +110,11 @@ minimize: latency.p50@chat
     ],
 )
 def test_what_an_engine_cannot_reuse_is_refused_by_name(chain: str, why: str, hint: str) -> None:
-    with pytest.raises(BadRecipe) as refused:
-        recipe(chain)
-    said = [(message, its_hint) for _, message, its_hint in refused.value.problems]
-    assert any(why in message and hint in its_hint for message, its_hint in said), said
+    check_refused(why, hint, chain, 8)
 
 
 def test_servers_do_both() -> None:
-    found = recipe("[merge, speculate, prefix, {engine: vllm}]")
+    found = recipe("[merge, speculate, prefix, {engine: vllm}]", batch=8)
     assert [step.plugin for step in found.variants["tried"].policies] == ["speculate", "prefix"]
 
 

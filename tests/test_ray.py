@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.executors import MakeJob, check_a_small_machine_is_named, check_each_runs_once, jobs_below
 
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.recipe.grid import MachineClass
-from peftopt.runner import cells
-from peftopt.runner.cells import Job
 from peftopt.runner.executors import opened
 
 ray = pytest.importorskip("ray")
@@ -42,30 +41,18 @@ def executor(cluster: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Callable[..., Job]:
-    def make(name: str, machine: MachineClass, *words: str) -> Job:
-        (tmp_path / name).mkdir()
-        return Job(name, words, machine, tmp_path / name, tmp_path)
-
-    return make
+def job(tmp_path: Path) -> MakeJob:
+    return jobs_below(tmp_path)
 
 
-def test_each_cell_runs_once_and_says_how_it_ended(executor: Any, job: Callable[..., Job]) -> None:
+def test_each_cell_runs_once_and_says_how_it_ended(executor: Any, job: MakeJob) -> None:
     small, large = MachineClass("small"), MachineClass("large")
     assert (executor.machines(small), executor.machines(large), executor.machines(MachineClass("none"))) == (1, 1, 0)
-    jobs = [job("a", small, "--version"), job("b", large, "--version"), job("c", small, "run", "no.yaml", "--json")]
-    for each in jobs:
-        executor.submit(each)
-    ended = dict((each.name, attempt) for each, attempt in (executor.wait() for _ in jobs))
-    assert {name: attempt.exit_code for name, attempt in ended.items()} == {"a": 0, "b": 0, "c": 2}
-    assert "no.yaml" in ended["c"].message
-    assert all(cells.attempts(each.folder) == [ended[each.name]] for each in jobs)
+    check_each_runs_once(executor, job, small, large)
 
 
-def test_a_machine_that_is_less_than_its_class_is_named(executor: Any, job: Callable[..., Job]) -> None:
-    executor.submit(job("a", MachineClass("small", memory=9e14), "--version"))
-    _, ended = executor.wait()
-    assert ended.exit_code == 4 and "900000 GB" in ended.message
+def test_a_machine_that_is_less_than_its_class_is_named(executor: Any, job: MakeJob) -> None:
+    check_a_small_machine_is_named(executor, job)
 
 
 @pytest.mark.parametrize(("name", "told"), [("mixed", "1 processors and 0 GPUs, 2"), ("double", "more than one cell")])
@@ -74,7 +61,7 @@ def test_machines_that_would_mix_measurements_are_refused(executor: Any, name: s
         executor.machines(MachineClass(name))
 
 
-def test_a_cell_whose_task_breaks_has_failed_and_the_others_go_on(executor: Any, job: Callable[..., Job]) -> None:
+def test_a_cell_whose_task_breaks_has_failed_and_the_others_go_on(executor: Any, job: MakeJob) -> None:
     small = MachineClass("small")
     broken, whole = job("broken", small, "--version"), job("whole", small, "--version")
     (broken.folder / ".owner").mkdir()  # where the lock's file would be

@@ -6,19 +6,19 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from helpers.executors import MakeJob, check_a_small_machine_is_named, check_each_runs_once, jobs_below
 from helpers.waiting import wait_until
 
 from peftopt import store
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.recipe.grid import ANY, MachineClass
 from peftopt.runner import cells
-from peftopt.runner.cells import Job
 from peftopt.runner.executors import opened, slurm
 
 pytest.importorskip("submitit")
@@ -34,12 +34,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Callable[..., Job]:
-    def make(name: str, machine: MachineClass, *words: str) -> Job:
-        (tmp_path / name).mkdir()
-        return Job(name, words, machine, tmp_path / name, tmp_path)
-
-    return make
+def job(tmp_path: Path) -> MakeJob:
+    return jobs_below(tmp_path)
 
 
 @pytest.fixture
@@ -52,24 +48,16 @@ def executor() -> Iterator[Any]:
 # ---- what every executor does --------------------------------------------------------------------
 
 
-def test_each_cell_runs_once_and_says_how_it_ended(executor: Any, job: Callable[..., Job]) -> None:
+def test_each_cell_runs_once_and_says_how_it_ended(executor: Any, job: MakeJob) -> None:
     assert (executor.machines(SMALL), executor.machines(MachineClass("none"))) == (1, 0)
-    jobs = [job("a", SMALL, "--version"), job("b", SMALL, "--version"), job("c", SMALL, "run", "no.yaml", "--json")]
-    for each in jobs:
-        executor.submit(each)
-    ended = dict((each.name, attempt) for each, attempt in (executor.wait() for _ in jobs))
-    assert {name: attempt.exit_code for name, attempt in ended.items()} == {"a": 0, "b": 0, "c": 2}
-    assert "no.yaml" in ended["c"].message
-    assert all(cells.attempts(each.folder) == [ended[each.name]] for each in jobs), "an error of the cell's is final"
+    check_each_runs_once(executor, job, SMALL, SMALL)
 
 
-def test_a_machine_that_is_less_than_its_class_is_named(executor: Any, job: Callable[..., Job]) -> None:
-    executor.submit(job("a", MachineClass("small", memory=9e14), "--version"))
-    _, ended = executor.wait()
-    assert ended.exit_code == 4 and "900000 GB" in ended.message
+def test_a_machine_that_is_less_than_its_class_is_named(executor: Any, job: MakeJob) -> None:
+    check_a_small_machine_is_named(executor, job)
 
 
-def test_a_cell_whose_job_breaks_has_failed_and_the_others_go_on(executor: Any, job: Callable[..., Job]) -> None:
+def test_a_cell_whose_job_breaks_has_failed_and_the_others_go_on(executor: Any, job: MakeJob) -> None:
     broken, whole = job("broken", SMALL, "--version"), job("whole", SMALL, "--version")
     (broken.folder / ".owner").mkdir()  # where the lock's file would be
     for each in (broken, whole):
@@ -114,7 +102,7 @@ def scripts(folder: Path) -> list[str]:
     ("number", "codes"), [(signal.SIGKILL, [0]), (signal.SIGTERM, [130, 0]), (signal.SIGUSR2, [130, 0])]
 )
 def test_a_cell_whose_job_is_ended_from_outside_is_run_again(
-    executor: Any, job: Callable[..., Job], stuck: Path, number: signal.Signals, codes: list[int]
+    executor: Any, job: MakeJob, stuck: Path, number: signal.Signals, codes: list[int]
 ) -> None:
     cell = job("a", SMALL, "--version")
     executor.submit(cell)
@@ -126,7 +114,7 @@ def test_a_cell_whose_job_is_ended_from_outside_is_run_again(
 
 
 def test_a_cell_whose_job_is_ended_again_and_again_has_failed(
-    executor: Any, job: Callable[..., Job], stuck: Path, monkeypatch: pytest.MonkeyPatch
+    executor: Any, job: MakeJob, stuck: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slurm, "RETRIES", 0)
     cell = job("a", SMALL, "--version")
@@ -200,7 +188,7 @@ def test_a_class_is_the_nodes_of_that_feature_that_take_jobs(home: Path) -> None
     assert len({node.name for node in executor.cluster.nodes(MachineClass(ANY))}) == 4
 
 
-def test_a_job_takes_a_whole_node_of_its_class(home: Path, job: Callable[..., Job], stuck: Path) -> None:
+def test_a_job_takes_a_whole_node_of_its_class(home: Path, job: MakeJob, stuck: Path) -> None:
     stuck.unlink()
     executor, cell = opened("slurm:p", ""), job("a", SMALL, "--version")
     executor.submit(cell)
@@ -210,7 +198,7 @@ def test_a_job_takes_a_whole_node_of_its_class(home: Path, job: Callable[..., Jo
     assert executor.wait()[1].exit_code == 0
 
 
-def test_the_job_of_a_sweep_that_was_killed_is_found_again(home: Path, job: Callable[..., Job], stuck: Path) -> None:
+def test_the_job_of_a_sweep_that_was_killed_is_found_again(home: Path, job: MakeJob, stuck: Path) -> None:
     cell = job("a", SMALL, "--version")
     assert not opened("slurm:p", "").found(cell.folder)
     opened("slurm:p", "").submit(cell)
@@ -226,7 +214,7 @@ def test_the_job_of_a_sweep_that_was_killed_is_found_again(home: Path, job: Call
 
 @pytest.mark.parametrize(("state", "jobs", "code"), [("PREEMPTED", 2, 0), ("NODE_FAIL", 2, 0), ("CANCELLED", 1, 4)])
 def test_only_what_the_cluster_did_is_tried_again(
-    home: Path, job: Callable[..., Job], stuck: Path, state: str, jobs: int, code: int
+    home: Path, job: MakeJob, stuck: Path, state: str, jobs: int, code: int
 ) -> None:
     executor, cell = opened("slurm:p", ""), job("a", SMALL, "--version")
     executor.submit(cell)
@@ -238,9 +226,7 @@ def test_only_what_the_cluster_did_is_tried_again(
     assert len(scripts(cell.folder)) == jobs
 
 
-def test_a_cell_that_slurm_refuses_waits_for_the_end_of_another(
-    home: Path, job: Callable[..., Job], stuck: Path
-) -> None:
+def test_a_cell_that_slurm_refuses_waits_for_the_end_of_another(home: Path, job: MakeJob, stuck: Path) -> None:
     executor = opened("slurm:p", "")
     refusal = "if list(home.glob('*.job')) and os.path.exists(os.environ['STUCK']):\n    sys.exit('too many')\n"
     (home / "sbatch").write_text((home / "sbatch").read_text().replace("number =", f"{refusal}number =", 1))
@@ -252,7 +238,7 @@ def test_a_cell_that_slurm_refuses_waits_for_the_end_of_another(
 
 
 def test_a_sweep_that_is_interrupted_cancels_its_jobs_and_names_those_that_go_on(
-    home: Path, job: Callable[..., Job], stuck: Path, monkeypatch: pytest.MonkeyPatch
+    home: Path, job: MakeJob, stuck: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slurm, "CANCELLED_S", 0.0)
     first, second = opened("slurm:p", ""), opened("slurm:p", "")
@@ -266,7 +252,7 @@ def test_a_sweep_that_is_interrupted_cancels_its_jobs_and_names_those_that_go_on
 
 
 def test_what_slurm_lacks_is_said_before_anything_starts(
-    home: Path, job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+    home: Path, job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (home / "nodes").write_text("")
     with pytest.raises(MissingEnvironment, match="no partition p"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.chains import check_refused, recipe
 from helpers.records import (
     COMPILED,
     SPECULATE,
@@ -22,12 +22,10 @@ from helpers.records import (
     whole,
 )
 
-from peftopt import plugins
 from peftopt.decision import stopping
 from peftopt.decision.rules.parents import parent_of
 from peftopt.errors import BadRecipe
-from peftopt.recipe import parse
-from peftopt.records import Json, Measurement, Recipe
+from peftopt.records import Json, Measurement
 from peftopt.report import answers, markdown, table
 
 PLAN = plan_of("merged", "compiled", "speculating")
@@ -129,25 +127,13 @@ def test_a_report_without_proposals_has_no_such_part() -> None:
 
 # ---- the recipe --------------------------------------------------------------------------------
 
-TRADEOFFS = (Path(__file__).parents[1] / "recipes/tradeoffs.yaml").read_text(encoding="utf-8")
-
-
-def recipe(chain: str, batch: int = 1, more: str = "") -> Recipe:
-    text = f"""
-model: {{base: base, adapter: adapter}}
-workloads: {{chat: {{prompts: p.jsonl, batch: {batch}}}}}
-variants: {{adapter: [], plain: [merge, {{engine: compiled}}], tried: {chain}}}
-minimize: latency.p50@chat
-{more}"""
-    return parse.parse(text, "test.yaml", plugins.catalogue(), TRADEOFFS)
-
 
 def test_a_step_of_the_chain_asks_for_it_before_or_after_the_engine() -> None:
     for chain in ("[merge, {speculate: {tokens: 6}}, {engine: compiled}]", "[merge, {engine: compiled}, speculate]"):
         variant = recipe(chain).variants["tried"]
         (step,) = variant.policies
         assert step.technique == "speculate" and step.params["tokens"] in (4, 6)
-        assert parent_of(recipe(chain), variant, step) == "plain"
+        assert parent_of(recipe(chain, others="plain: [merge, {engine: compiled}], "), variant, step) == "plain"
     rules = {f"{r.technique}.{r.name}": r.limit for r in recipe("[merge, speculate]").rules}
     assert rules["speculate.gain"] == 0.05 and rules["speculate.parity"] == 0.01
 
@@ -164,10 +150,7 @@ def test_a_step_of_the_chain_asks_for_it_before_or_after_the_engine() -> None:
     ],
 )
 def test_what_an_engine_cannot_look_up_is_refused_by_name(chain: str, batch: int, why: str, hint: str) -> None:
-    with pytest.raises(BadRecipe) as refused:
-        recipe(chain, batch)
-    said = [(message, its_hint) for _, message, its_hint in refused.value.problems]
-    assert any(why in message and hint in its_hint for message, its_hint in said), said
+    check_refused(why, hint, chain, batch)
 
 
 def test_other_answers_need_an_engine_that_looks_them_up() -> None:

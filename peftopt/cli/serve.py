@@ -142,8 +142,10 @@ def serve(options: Options) -> None:
         _engine_only(options)
     if options.as_json and options.log == "-":
         raise BadInput("--json and --log - both write to standard output", "give --log a file")
-    from peftopt.gateway import run
+    from peftopt.gateway import backends, run
 
+    if what.base and what.engine:  # before --state keeps anything of it
+        backends.check(what.engine, len(what.adapters))
     carried, console = _limits(options, what), Console()
     for line in _notices(options, what, carried):
         console.tell(line)
@@ -165,9 +167,6 @@ def _what(options: Options) -> What:
         variant = decided.of_run(options.run, options.variant)
         adapter = {variant.name: Path(variant.model.adapters[0])} if variant.model.adapters else {}
         engine = options.engine or variant.engine
-        if adapter and engine == "compiled":  # before anything is kept of it in --state
-            what = f"{variant.name} is a compiled model with an adapter or a baked prompt, which no server takes yet"
-            raise BadInput(what, "serve it on eager: --engine eager; or another variant of the run: --variant NAME")
         return What(
             base=Path(variant.model.path),
             adapters=adapter | dict(given),

@@ -41,11 +41,12 @@ class Policed:
         """`policies` are applied in order."""
         sources = [(plugins.module("policy", policy.plugin), policy.params) for policy in policies]
         self._policies = [(source.apply, source.Params(**params)) for source, params in sources]
-        self._packers = [
+        packers = (
             functools.partial(source.parts, params=source.Params(**params))
             for source, params in sources
             if hasattr(source, "parts")
-        ]
+        )
+        self._parts = next(packers, _together)
         self._engine = engine
 
     def __getattr__(self, name: str) -> Any:
@@ -58,11 +59,8 @@ class Policed:
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         """The engine's answers, of at most `most` tokens, in the order of the prompts."""
         most = self.most(new_tokens, stop)
-        parts = [list(range(len(prompts)))]
-        for packer in self._packers:
-            parts = packer([len(prompt) for prompt in prompts], most)
         answers: dict[int, Generation] = {}
-        for rows in parts:
+        for rows in self._parts([len(prompt) for prompt in prompts], most):
             answers |= zip(rows, self._engine.generate([prompts[row] for row in rows], most, stop), strict=True)
         return [answers[row] for row in range(len(prompts))]
 
@@ -84,6 +82,11 @@ class Policed:
         for apply, params in self._policies:
             request = apply(request, params, lambda messages: len(self._engine.encode(messages)[0]))
         return request
+
+
+def _together(lengths: Sequence[int], new_tokens: int) -> list[list[int]]:
+    """All prompts of a batch as one part."""
+    return [list(range(len(lengths)))]
 
 
 OPENED_WITH = {"speculate": "speculation", "prefix": "reuse"}
