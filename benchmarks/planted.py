@@ -2,6 +2,7 @@
 
     python benchmarks/planted.py --out results/planted                    # six faults and 20 clean runs, shuffled
     python benchmarks/planted.py --out results/planted --judge            # the same again, from what was kept
+    taskset -c 0 python benchmarks/planted.py --out results/planted --part 1/2     # half of the runs, on one core
     python benchmarks/planted.py --out results/planted --url              # servers that somebody else has started
     python benchmarks/planted.py --out results/planted --faults leak stuck-unload --clean 0
 
@@ -226,17 +227,18 @@ def run(arguments: argparse.Namespace, base: Path, fault: str, folder: Path, see
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """All runs in an order that the seed gives. One that is kept is not run again."""
+    """All runs in an order that the seed gives, or one part of them. One that is kept is not run again."""
     faults = [*arguments.faults * arguments.repeats, *[CLEAN] * arguments.clean]
     random.Random(arguments.seed).shuffle(faults)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / ORDER).write_text(json.dumps(faults))
+    part, parts = (int(word) for word in arguments.part.split("/"))
     base = arguments.base or arguments.out / "base"
     if not base.exists():
         make_models(arguments.out)
     for number, fault in enumerate(faults):
         folder = arguments.out / f"run-{number:02}"
-        if (folder / keeping.DIAGNOSIS).exists():
+        if number % parts != part - 1 or (folder / keeping.DIAGNOSIS).exists():
             continue
         folder.mkdir(exist_ok=True)
         started = time.monotonic()
@@ -281,6 +283,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=4.5, help="Of each diagnosis.")
     parser.add_argument("--threads", type=int, default=1, help="Of each server: with one, other work disturbs least.")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--part", default="1/1", help="2/3: each third run, from the second one.")
     parser.add_argument("--url", action="store_true", help="Diagnose a server that runs already.")
     parser.add_argument("--base", type=Path, help="A model of your own.")
     parser.add_argument("--adapter", action="append", help="NAME=FOLDER; adapters of your own.")
