@@ -40,6 +40,7 @@ from peftopt.loadtest.client import Client
 from peftopt.loadtest.protocols import Prompt, Target
 from peftopt.loadtest.sender import Planned
 from peftopt.loadtest.summary import Request
+from peftopt.redaction import ENGINE_KEY
 
 TIMEOUT_S = 600.0
 
@@ -106,7 +107,7 @@ async def served(option: Option, bench: Bench) -> AsyncIterator[tuple[list[Place
 
 async def warm(place: Place, adapter: str) -> None:
     """Load an adapter that the server lacks, and ask it once."""
-    async with Client(Target(place.url, "completions", timeout_s=TIMEOUT_S)) as client:
+    async with Client(Target(place.url, "completions", key_env=ENGINE_KEY, timeout_s=TIMEOUT_S)) as client:
         known = {str(model["id"]) for model in await client.models()}
         if place.name not in known and (error := await client.lora("load", place.name, adapter)):
             raise SystemExit(f"{place.name} is not loaded: {error}")
@@ -123,7 +124,7 @@ async def loaded(places: Sequence[Place], due: Sequence[Due], seed: int) -> list
         for number, each in enumerate(due):
             place = places[each.adapter]
             if place.url not in clients:
-                target = Target(place.url, "completions", timeout_s=TIMEOUT_S)
+                target = Target(place.url, "completions", key_env=ENGINE_KEY, timeout_s=TIMEOUT_S)
                 clients[place.url] = await stack.enter_async_context(Client(target))
             text = prompt(each.prompt_tokens, seed * 100_000 + number)
             request = Planned(each.at, str(each.adapter), place.name, text, each.new_tokens)

@@ -77,13 +77,11 @@ async def _session(
     asked = [more] if more else list(MODULES)
     async with Servers(setting, folder, names.folders, tell) as servers:
         turns = Turns(folder / TURNS)
-        whole = Pass(setting, folder, made, servers, turns, names, started, bool(more), tell, notes)
-        rows = [row for row in (before.rows if before else ()) if row.bottleneck not in asked]
         end = started + 60 * minutes
+        whole = Pass(setting, folder, made, servers, turns, names, end, more=bool(more), tell=tell, notes=notes)
+        rows = [row for row in (before.rows if before else ()) if row.bottleneck not in asked]
         for place, bottleneck in enumerate(asked):
-            left = sum(SHARES[other] for other in asked[place:])
-            now = time.monotonic()
-            whole.until = now + (end - now) * SHARES[bottleneck] / left
+            whole.turn_to(SHARES[bottleneck] / sum(SHARES[other] for other in asked[place:]))
             rows += await MODULES[bottleneck](whole)
     seconds = time.monotonic() - started
     return Diagnosis(

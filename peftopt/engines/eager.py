@@ -15,7 +15,7 @@ from peftopt.engines._prefix import Kept, Reuse, check_alone
 from peftopt.engines._speculation import Speculation
 from peftopt.engines._text import Text, trimmed
 from peftopt.errors import BadInput
-from peftopt.models import baked, hf
+from peftopt.models import baked, hf, importing
 from peftopt.models.adapter import open_adapter, task_of
 from peftopt.records import Json, Model
 
@@ -36,10 +36,7 @@ PLUGIN = plugins.engine(
 
 def prepare(model: Model) -> None:
     """Import PyTorch, transformers and PEFT: seconds of work that belong to no model."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
-    if not all(map(baked.is_baked, model.adapters)):  # else three of seven seconds for nothing
-        import peft  # noqa: F401
+    importing.torch_side(model.path, adapters=not all(map(baked.is_baked, model.adapters)))
 
 
 def open(

@@ -16,11 +16,8 @@ from pathlib import Path
 
 from peftopt import environments
 from peftopt.errors import BadInput
-from peftopt.models import hf
+from peftopt.models import hf, importing
 from peftopt.models.checkpoint import open_model
-
-UNUSED = ("torchao", "sklearn", "scipy", "pandas", "bitsandbytes")
-"""What transformers imports where it is installed, for a third of the time, and does not use here."""
 
 
 @contextlib.contextmanager
@@ -60,7 +57,7 @@ def check(folder: Path) -> None:
 def main(folder: str) -> None:
     """Say what is wrong with the folder's checkpoint. The merge beside goes first."""
     os.nice(10)
-    sys.modules.update(dict.fromkeys(UNUSED))  # type: ignore[arg-type]
+    importing.torch_side(folder, adapters=False)
     problem = None
     try:
         check(Path(folder))

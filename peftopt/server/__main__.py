@@ -58,7 +58,7 @@ async def _serve(model: Model, adapters: dict[str, str], options: argparse.Names
         await scheduler.end("it cannot start")
         raise BadInput(str(problem), "give an adapter of this base, or leave it out") from problem
 
-    _freeze(options.engine)
+    _freeze()
 
     def ready() -> None:
         names = ", ".join([options.name, *adapters])
@@ -70,11 +70,9 @@ async def _serve(model: Model, adapters: dict[str, str], options: argparse.Names
     return not scheduler.alive
 
 
-def _freeze(engine: str) -> None:
+def _freeze() -> None:
     """Leave what is there at the start out of every later search for objects in cycles: it takes a second, in which no
-    token is computed. PEFT is a large part of it, and the first load would bring it."""
-    if engine == "eager":
-        import peft  # noqa: F401
+    token is computed. PEFT is a large part of it, and is there already for who may load an adapter."""
     gc.collect()
     gc.freeze()
 
@@ -85,9 +83,11 @@ def _opened(options: argparse.Namespace, adapters: dict[str, str]) -> Model:
         what = "transformers' continuous batching gives a server neither log-probabilities nor the choice of a token"
         raise BadInput(what, "use --engine eager: there too requests join and leave a running batch")
     from peftopt.engines import _rows
+    from peftopt.models import importing
 
     if options.engine == "compiled" and adapters:
         raise BadInput(_rows.ALONE, _rows.BESIDE)
+    importing.torch_side(options.base, adapters=options.engine == "eager")
     if options.engine == "eager":
         return _rows.Served(options.base, options.device)
     return _rows.CompiledServed(options.base, options.device, options.max_batch, options.context or COMPILED_CONTEXT)

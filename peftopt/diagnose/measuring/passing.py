@@ -25,8 +25,9 @@ FIRST_LOOK = judging.LOOKS[0]
 
 @dataclass
 class Pass:
-    """`until`: when the current bottleneck must be done, in time.monotonic(); no block starts later. `folder` stores
-    the measurements; `made` is deleted after the pass. `more`: whether blocks are added to an earlier pass."""
+    """`end`: when the pass must be done, in time.monotonic(); `share`: the part of the time left that the current
+    bottleneck gets. `folder` stores the measurements; `made` is deleted after the pass. `more`: whether blocks are
+    added to an earlier pass."""
 
     setting: Setting
     folder: Path
@@ -34,11 +35,13 @@ class Pass:
     servers: Servers
     turns: Turns
     names: Names
-    until: float = 0.0
+    end: float
+    share: float = 1.0
     more: bool = False
     tell: Callable[[str], None] = lambda text: None
     notes: list[str] = field(default_factory=list)
     """What a reader should know of the whole pass."""
+    _until: float | None = None
     _caching: Caching | None = None
     _looked: bool = False
 
@@ -47,10 +50,18 @@ class Pass:
         """What the engine supports."""
         return abilities(self.setting.engine)
 
+    def turn_to(self, share: float) -> None:
+        """Go on with the next bottleneck, which gets this part of the time that is left when its servers are up."""
+        self.share, self._until = share, None
+
     @property
     def left_s(self) -> float:
-        """Seconds until the current bottleneck must be done."""
-        return self.until - time.monotonic()
+        """Seconds until the current bottleneck must be done; no block starts later. Its time begins when this is first
+        asked: the servers that it starts serve later bottlenecks too, so all pay for them."""
+        now = time.monotonic()
+        if self._until is None:
+            self._until = now + (self.end - now) * self.share
+        return self._until - now
 
     async def caching(self) -> Caching | None:
         """The result of looking at the model in a separate process, for peftopt's own engine; it is measured once."""
@@ -72,6 +83,7 @@ class Pass:
         if not groups:
             return self.turns.of(name)
         await self.servers.up(launches_of(united(groups)))
+        self.tell(f"{name}: {max(self.left_s, 0.0):.0f} s for its blocks")
         had = [self.turns.of(name).blocks_of(group) for group in groups]
         least = min(had)
         if self.more and least < FIRST_LOOK:
