@@ -60,13 +60,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is compared: times that were measured, merged copies on disk, and how long each load is."""
+    """What is compared: times that were measured, merged copies on disk, how many made-up words a prompt has, and how
+    long each load is."""
 
     speeds: Speeds
     setting: Setting
     rank: int
     copies: Sequence[Path]
     work: Path
+    words: int
     seconds: float
     rounds: int
 
@@ -116,7 +118,7 @@ async def warm(place: Place, adapter: str) -> None:
             raise SystemExit(f"{place.name}: {reply.error}")
 
 
-async def loaded(places: Sequence[Place], due: Sequence[Due], seed: int) -> list[Request]:
+async def loaded(places: Sequence[Place], due: Sequence[Due], words: int, seed: int) -> list[Request]:
     """The plan's requests, sent when they are due; in their order, named by their adapter's place."""
     async with contextlib.AsyncExitStack() as stack:
         clients: dict[str, Client] = {}
@@ -126,7 +128,7 @@ async def loaded(places: Sequence[Place], due: Sequence[Due], seed: int) -> list
             if place.url not in clients:
                 target = Target(place.url, "completions", key_env=ENGINE_KEY, timeout_s=TIMEOUT_S)
                 clients[place.url] = await stack.enter_async_context(Client(target))
-            text = prompt(each.prompt_tokens, seed * 100_000 + number)
+            text = prompt(words, seed * 100_000 + number)
             request = Planned(each.at, str(each.adapter), place.name, text, each.new_tokens)
             planned.setdefault(place.url, []).append(request)
         sends = [sender.whole(clients[url], rows, fixed=True) for url, rows in planned.items()]
@@ -135,9 +137,9 @@ async def loaded(places: Sequence[Place], due: Sequence[Due], seed: int) -> list
     return sorted(requests, key=lambda request: request.scheduled)
 
 
-def prompt(tokens: int, seed: int) -> Prompt:
+def prompt(words: int, seed: int) -> Prompt:
     """A made-up prompt that no other request has."""
-    text = arrivals.made_up(tokens, seed)
+    text = arrivals.made_up(words, seed)
     return Prompt(({"role": "user", "content": text},), text)
 
 
@@ -175,7 +177,7 @@ async def agreement(planned: Traffic, bench: Bench) -> list[list[str]]:
         outcomes = {}
         for option in options if number % 2 else reversed(options):
             async with served(option, bench) as (places, servers):
-                requests = await loaded(places, due, number)
+                requests = await loaded(places, due, bench.words, number)
                 held[option] = sum(speed_asking.memory(server) for server in servers)
             outcomes[option] = plan.measured(requests, planned)
             failed = sum(bool(request.error) for request in requests)
@@ -234,7 +236,7 @@ def main() -> None:
     parser.add_argument("--rps", type=float, nargs="*", default=[1.0])
     parser.add_argument("--slo", action="append", help="default: ttft <= 500 ms")
     parser.add_argument("--zipf", type=float, default=1.0)
-    parser.add_argument("--prompt", type=int, default=48)
+    parser.add_argument("--prompt", type=int, default=48, help="made-up words of a prompt")
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--memory", default="", help="of the plan, such as 16GB; what is free by default")
     parser.add_argument("--seconds", type=float, default=40.0, help="of each load")
@@ -246,10 +248,10 @@ def main() -> None:
     setting = Setting(arguments.base, adapters, arguments.engine, threads=arguments.threads)
     levels = " ".join(f"slo='{level}'" for level in arguments.slo or ["ttft <= 500 ms"])
     memory = f"memory={arguments.memory}" if arguments.memory else ""
-    common = f"{levels} zipf={arguments.zipf} prompt={arguments.prompt} new={arguments.new} {memory}"
+    common = f"{levels} zipf={arguments.zipf} new={arguments.new} {memory}"
     with tempfile.TemporaryDirectory(prefix="peftopt-") as folder:
         work = Path(folder)
-        first = planning.read(f"adapters=1 rps=1 {common}", None)
+        first = planning.read(f"adapters=1 rps=1 prompt={arguments.prompt} {common}", None)
         started = time.monotonic()
         speeds = speed_asking.speeds(setting, first, Path(arguments.times or work / "times"), tell)
         print(f"times of the engine: {time.monotonic() - started:.0f} s\n{speeds}\n", flush=True)
@@ -258,7 +260,8 @@ def main() -> None:
         copies = [merged, *(work / f"copy-{number}" for number in range(1, max(arguments.adapters)))]
         for copy in copies[1:]:
             shutil.copytree(merged, copy)
-        bench = Bench(speeds, setting, names.rank, copies, work, arguments.seconds, arguments.rounds)
+        bench = Bench(speeds, setting, names.rank, copies, work, arguments.prompt, arguments.seconds, arguments.rounds)
+        common += f" prompt={max(speeds.merged.prefill)}"  # as many as the server counted
         lines = [f"| {' | '.join(HEADER)} |", f"|{' --- |' * len(HEADER)}"]
         for count in arguments.adapters:
             for rps in arguments.rps:
