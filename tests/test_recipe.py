@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from peftopt import plugins
 from peftopt.errors import BadInput, BadRecipe
+from peftopt.machine import can_multiply
 from peftopt.recipe import starter
 from peftopt.recipe.document import MAX_CHARACTERS
 from peftopt.recipe.parse import parse
@@ -373,10 +374,13 @@ def test_missing_sections_are_named() -> None:
 @pytest.mark.parametrize("method", ["merge", "bake", ""])
 @pytest.mark.parametrize("answers", [[], [16, 40]])
 @pytest.mark.parametrize("distinct", [4, 120, 5000])
-def test_a_first_recipe_says_what_its_lines_mean_and_no_value(method: str, answers: list[int], distinct: int) -> None:
+@pytest.mark.parametrize("widen", [False, True])
+def test_a_first_recipe_says_what_its_lines_mean_and_no_value(
+    method: str, answers: list[int], distinct: int, widen: bool
+) -> None:
     """A comment with a value is wrong as soon as somebody edits the value."""
     why = "it cannot be merged"
-    facts = starter.Facts("base", "lora", "p.jsonl", method, why, distinct, answers, 10**10, 10**9, gpu="")
+    facts = starter.Facts("base", "lora", "p.jsonl", method, why, distinct, answers, 10**10, 10**9, "", widen)
     lines = starter.recipe(facts).splitlines()
     comments = [line.partition("#")[2].partition("such as")[0] for line in lines if "#" in line]
     assert len(comments) > 6 and not [comment for comment in comments if re.search("[0-9]", comment)]
@@ -386,6 +390,8 @@ def test_a_first_recipe_says_what_its_lines_mean_and_no_value(method: str, answe
     names = {"variant", *(name for step in chains for name in ([step] if isinstance(step, str) else step))}
     techniques = {{"int8": "quantize", "engine": "compile"}.get(name, name) for name in names}
     assert written.get("tradeoffs", {}).keys() <= techniques, "limits of what the recipe has, and of nothing else"
+    wide = [name for name, chain in written["variants"].items() if "fp32" in str(chain)]
+    assert bool(wide) == (widen and method == "merge")
 
 
 @pytest.mark.parametrize(
@@ -610,3 +616,23 @@ def test_a_variant_on_a_server_needs_its_url_and_the_wall_clock(tmp_path: Path) 
 def test_generic_calibration_is_a_word_and_no_path() -> None:
     texts = [read(GOOD.replace("data/calibration.jsonl", name)).calibration for name in ("generic", "./generic")]
     assert texts == ["generic", "/work/recipes/generic"]
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "dtype", "has"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16\n", "BF16", True),
+        ("flags\t\t: fpu avx2 avx512f amx_bf16\n", "BF16", True),
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16\n", "F16", False),
+        ("flags\t\t: fpu avx2 f16c\nflags\t\t: fpu avx2 f16c\n", "BF16", False),
+        ("Features\t: fp asimd fphp bf16\n", "BF16", True),
+        ("Features\t: fp asimd fphp\n", "BF16", False),
+        ("Features\t: fp asimd fphp\n", "F16", True),
+        ("flags\t\t: fpu avx2\n", "F32", True),
+        ("flags\t\t: fpu avx2\n", "I8", True),
+        ("vendor: somebody's\n", "BF16", True),
+        ("", "BF16", True),
+    ],
+)
+def test_which_dtypes_a_processor_multiplies_is_read_from_its_instructions(cpuinfo: str, dtype: str, has: bool) -> None:
+    assert can_multiply(dtype, cpuinfo) == has

@@ -35,7 +35,8 @@ class Facts:
 
     `method`: "merge" for an adapter that can be merged, "bake" for a prompt method, "" for an adapter that stays as it
     is; `why` says why. `distinct`: the number of different prompts. `answer_tokens`: the tokens of each right answer.
-    `base_bytes` and `memory_bytes`: the size of the model and the machine's memory.
+    `base_bytes` and `memory_bytes`: the size of the model and the machine's memory. `widen`: whether this machine has
+    no instructions for the base's dtype, and may compute faster in fp32.
     """
 
     base: str
@@ -48,6 +49,7 @@ class Facts:
     base_bytes: int
     memory_bytes: int
     gpu: str
+    widen: bool = False
 
 
 def recipe(facts: Facts) -> str:
@@ -100,6 +102,7 @@ def _variants(facts: Facts) -> list[str]:
             "  # `certify: blocks` checks every written weight. `full` also compares predictions. That",
             "  # takes time and memory, and a run compares answers anyway.",
             f"  merged: [{merge}]",
+            *_widened(facts, compiled),
             f"  compiled: [{merge}, {compiled}]",
             f"  int8_compiled: [{merge}, int8, {compiled}]",
         ]
@@ -114,6 +117,19 @@ def _variants(facts: Facts) -> list[str]:
             "  int8: [int8]                     # the adapter stays unmerged, on a quantized base",
         ]
     return lines
+
+
+def _widened(facts: Facts, compiled: str) -> list[str]:
+    """Variants in fp32 for a processor that has to convert the base's numbers before it multiplies them."""
+    if not facts.widen:
+        return []
+    merge = "{merge: {certify: blocks, dtype: fp32}}"
+    return [
+        "  # This processor has no instructions for the dtype of the base. In a wider one, prompts take less time",
+        "  # and the tokens of an answer may take more. It takes twice the memory.",
+        f"  fp32: [{merge}]",
+        f"  fp32_compiled: [{merge}, {compiled}]",
+    ]
 
 
 def _memory(facts: Facts, variants: int) -> list[str]:

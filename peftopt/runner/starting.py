@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from peftopt import corpus, machine, store
@@ -10,6 +11,7 @@ from peftopt.errors import BadInput
 from peftopt.merging.baking import check_bakeable
 from peftopt.models.adapter import PROMPTS, Adapter, check_mergeable, open_adapter
 from peftopt.models.baked import is_baked
+from peftopt.models.checkpoint import open_model
 from peftopt.models.hf import tokenizer, tokenizer_home
 from peftopt.recipe.starter import Facts
 from peftopt.records import Model, Recipe
@@ -40,6 +42,7 @@ def facts(base: Path, adapter: Path, prompts: Path, file: Path) -> Facts:
         base_bytes=store.size(base),
         memory_bytes=machine.free_memory(),
         gpu=", ".join(machine.gpus()),
+        widen=_slow(base),
     )
 
 
@@ -51,11 +54,33 @@ WORTH = {
 
 
 def proposals(recipe: Recipe) -> list[str]:
-    """A sentence for a technique that the adapter allows and no variant has: bake for virtual tokens, else merge."""
+    """Sentences for what the adapter and this machine allow and no variant has: bake for virtual tokens, else merge; a
+    merge in fp32 where the processor is slow at the base's dtype."""
     adapter = Path(recipe.adapter)
     method = "" if is_baked(adapter) else _method(adapter, preflight.quantized(Path(recipe.base)))[0]
-    tried = {step.technique for variant in recipe.variants.values() for step in variant.steps}
-    return [f"no variant has {method}: [{method}] {WORTH[method]}"] if method and method not in tried else []
+    steps = [step for variant in recipe.variants.values() for step in variant.steps]
+    if method and method not in {step.technique for step in steps}:
+        return [f"no variant has {method}: [{method}] {WORTH[method]}"]
+    if method == "merge" and not any(step.params.get("dtype") == "fp32" for step in steps) and _slow(Path(recipe.base)):
+        return [f"no variant is in fp32: {FP32}"]
+    return []
+
+
+FP32 = (
+    "this processor has no instructions for the base's dtype, and converts every number before it multiplies; "
+    "[{merge: {dtype: fp32}}] would take less time for prompts, perhaps more for answers, and twice the memory"
+)
+
+
+def _slow(base: Path) -> bool:
+    """Whether this machine has no GPU, and its processor no instructions for the base's dtype, that of most bytes."""
+    if machine.gpus() or preflight.quantized(base):
+        return False
+    sizes: Counter[str] = Counter()
+    with open_model(base) as model:
+        for entry in model.entries.values():
+            sizes[entry.dtype] += entry.nbytes
+    return not machine.multiplies(sizes.most_common(1)[0][0])
 
 
 def _method(adapter: Path, quantized: bool) -> tuple[str, str]:
