@@ -92,3 +92,8 @@ def test_an_artifact_is_known_by_the_content_of_its_folders_wherever_they_lie() 
     sources = {"base": "b", "adapter": "a", "calibration": ""}
     other = {**sources, f"{planning.FOLDER}/a/teacher": "1"}
     assert planning.artifact_id(plain, "", sources, {}, 0) == planning.artifact_id(plain, "", other, {}, 0)
+
+
+def test_two_machines_are_compared_by_the_names_of_folders() -> None:
+    step = Step("distil", "transform", "quantize", {"teacher": "/a/large", "bits": 4, "args": "--at /a/b"})
+    assert planning.by_name(step).params == {"teacher": "large", "bits": 4, "args": "--at /a/b"}

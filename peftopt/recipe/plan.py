@@ -69,7 +69,7 @@ def rejudged(plan: Plan, recipe: Recipe) -> Plan:
     for name, variant in recipe.variants.items():
         if name not in old.variants:
             raise BadInput(f"that run did not measure {name}: its variants are {', '.join(old.variants)}", hint)
-        if _by_name(old.variants[name]) != _by_name(variant):
+        if _measured(old.variants[name]) != _measured(variant):
             now = f"{_chain(variant, old.variants[name])}, not {_chain(old.variants[name], variant)}"
             raise BadInput(f"that run did not measure {name} as the recipe has it now: {now}", hint)
     if recipe.baseline != old.baseline:
@@ -121,15 +121,16 @@ def kept(old: Recipe, new: Recipe) -> list[str]:
     return sorted(lines)
 
 
-def _by_name(variant: Variant) -> Variant:
-    """The variant with the names alone of the folders that its parameters name, which may have moved."""
+def _measured(variant: Variant) -> Variant:
+    """The variant wherever its folders lie."""
+    steps, policies = (tuple(map(by_name, chain)) for chain in (variant.steps, variant.policies))
+    return replace(variant, steps=steps, engine=by_name(variant.engine), policies=policies)
 
-    def named(step: Step) -> Step:
-        params = {key: PurePath(value).name if _is_place(value) else value for key, value in step.params.items()}
-        return replace(step, params=params)
 
-    steps, policies = (tuple(map(named, chain)) for chain in (variant.steps, variant.policies))
-    return replace(variant, steps=steps, engine=named(variant.engine), policies=policies)
+def by_name(step: Step) -> Step:
+    """The step with the names alone of the folders that its parameters name: a path is one of one machine."""
+    params = {key: PurePath(value).name if _is_place(value) else value for key, value in step.params.items()}
+    return replace(step, params=params)
 
 
 def _is_place(value: JsonValue) -> bool:
