@@ -17,7 +17,7 @@ from types import MappingProxyType, ModuleType
 from typing import cast
 
 from peftopt.errors import BadInput
-from peftopt.records import SAFETENSORS, Plugin
+from peftopt.records import SAFETENSORS, Plugin, Step
 
 FOLDERS = {"transform": "transforms", "engine": "engines", "policy": "policies"}
 MAKERS = {"transform": "quantizer", "engine": "engine", "policy": "policy"}
@@ -151,6 +151,13 @@ def catalogue() -> Mapping[str, Plugin]:
         for name in (*_own(kind), *_declared(kind)):
             by_name.setdefault(name, _described(kind, name))
     return MappingProxyType(by_name)
+
+
+def folders(step: Step) -> dict[str, Path]:
+    """The folders that a step's parameters name, by parameter."""
+    plugin = catalogue().get(step.plugin)
+    named = {name: step.params.get(name) for name in plugin.folders} if plugin else {}
+    return {name: Path(folder) for name, folder in named.items() if folder}
 
 
 def missing(plugin: Plugin) -> list[str]:

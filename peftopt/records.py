@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NewType, get_type_hints
 
 FORMAT = 1
 """Version of every line in measurements.jsonl and of decision.json."""
@@ -26,6 +26,13 @@ Json = Any
 
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 """JSON of our own: what a report writes as data."""
+
+Folder = NewType("Folder", str)
+"""A plug-in's parameter that is a folder: its absolute path, "" for none. A recipe writes it relative to its own file.
+What lies in the folder is part of what is measured: it is hashed by content."""
+
+NO_FOLDER = Folder("")
+"""The default of a folder that need not be there."""
 
 Outcome = Literal["accepted", "rejected", "inconclusive", "not judged"]
 Stage = Literal["build", "launch", "speed", "quality"]
@@ -54,8 +61,9 @@ class Plugin:
     whether an engine is a server, which can be put under load; `device` what it computes on where that is not any
     machine ("cuda"); `speculates` what an engine can look up to propose tokens, () for one that proposes none:
     "prompts" one by one and their answers, "batches" of prompts together, n-grams down to a "shortest" one, the
-    "answers" of other prompts; `reuses` whether an engine can start a prompt from what earlier ones have left; `pads`
-    whether an engine pads the prompts of a batch to the longest, and takes batches of any size alike.
+    "answers" of other prompts, and "draft" where a model may propose them; `reuses` whether an engine can start a
+    prompt from what earlier ones have left; `pads` whether an engine pads the prompts of a batch to the longest, and
+    takes batches of any size alike.
     """
 
     name: str
@@ -74,6 +82,11 @@ class Plugin:
     speculates: tuple[str, ...] = ()
     reuses: bool = False
     pads: bool = False
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Its parameters that are folders."""
+        return tuple(name for name, kind in get_type_hints(self.params).items() if kind is Folder)
 
 
 @dataclass(frozen=True)

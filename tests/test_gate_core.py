@@ -134,6 +134,14 @@ def test_another_adapter_of_the_same_shape_is_what_is_gated() -> None:
     assert gate.outcome == "accepted" and any("adapter is another" in note for note in gate.notes)
 
 
+def test_another_draft_is_what_is_gated() -> None:
+    drafted = replace(HASHES, folders={"drafted.speculate.draft": "1" * 64})
+    then = replace(invented(steady(0.5)), hashes=drafted)
+    gate = judged(then, replace(then, hashes=replace(drafted, folders={"drafted.speculate.draft": "2" * 64})))
+    assert gate.outcome == "accepted" and any("drafted.speculate.draft is another" in note for note in gate.notes)
+    assert not judged(then, replace(then, hashes=HASHES)).notes
+
+
 @pytest.mark.parametrize("asked", [399, 401])
 def test_answers_to_other_prompts_are_no_pairs(asked: int) -> None:
     now = invented(steady(0.5), asked=asked)

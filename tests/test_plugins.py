@@ -88,7 +88,7 @@ def test_a_plugin_describes_itself(name: str) -> None:
     known = ("merge", "bake", "quantize", "compile", "speculate", "prefix", "pack", "truncate", "shorten", "")
     assert plugin.technique in known
     assert is_dataclass(plugin.params) and plugin.params.__dataclass_params__.frozen  # type: ignore[attr-defined]
-    assert {f.type for f in fields(plugin.params)} <= {"int", "float", "str", "bool"}
+    assert {f.type for f in fields(plugin.params)} <= {"int", "float", "str", "bool", "Folder"}
     plugin.params()  # every field has a default
     if plugin.kind == "engine":
         assert callable(plugins.module("engine", name).prepare), "a worker asks every engine for it"

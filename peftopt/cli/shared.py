@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
 import typing
 from collections.abc import Callable, Sequence
@@ -189,9 +190,8 @@ def weighted(text: str, option: str) -> tuple[str, float]:
 
 def params_of(plugin: Plugin, options: dict[str, str], settings: Sequence[str]) -> dict[str, Any]:
     """A plug-in's parameters from its options and from `name=value`. Raises BadInput for unknown parameters."""
-    import typing
-
     from peftopt.recipe.reader import nearest
+    from peftopt.records import Folder
 
     hints = typing.get_type_hints(plugin.params)
     for text in settings:
@@ -199,7 +199,8 @@ def params_of(plugin: Plugin, options: dict[str, str], settings: Sequence[str]) 
         if not equals or name in options:
             raise BadInput(f"--set {text}: write NAME=VALUE, each name once", f"names: {', '.join(hints)}")
         options = {**options, name: value}
-    read: dict[type, Any] = {int: int, float: float, str: str, bool: {"true": True, "false": False}.__getitem__}
+    truth = {"true": True, "false": False}
+    read: dict[object, Any] = {int: int, float: float, str: str, bool: truth.__getitem__, Folder: os.path.abspath}
     values: dict[str, Any] = {}
     for name, text in options.items():
         if name not in hints:

@@ -7,7 +7,8 @@ and
     def open(model: Model, params: Params) -> Engine
 
 It may have `check`, as transforms have it, to refuse models before anything is built. An engine that speculates takes a
-further argument in `open`: `speculation: Speculation | None = None`. An engine that reuses prefixes takes
+further argument in `open`: `speculation: Speculation | None = None`; one that takes draft models may have
+`check_draft(base: Path, draft: Path) -> None`, which refuses one (BadInput). An engine that reuses prefixes takes
 `reuse: Reuse | None = None`. Heavy imports stay inside functions.
 """
 

@@ -9,22 +9,27 @@ from itertools import chain
 from typing import Protocol
 
 from peftopt.engines import Generation
+from peftopt.records import NO_FOLDER, Folder
 
 
 @dataclass(frozen=True)
 class Speculation:
     """`tokens`: the most that are proposed at a time. `ngram`: how many of the last tokens are looked up at most, and
     `shortest` at least: what followed them where they stood last is proposed. `answers`: look them up in the right
-    answers of the recipe's `calibration` rows too, not in the prompt and its answer alone."""
+    answers of the recipe's `calibration` rows too, not in the prompt and its answer alone. `draft`: the folder of a
+    smaller model with the same tokenizer, which proposes the tokens instead; nothing is looked up then."""
 
     tokens: int = 4
     ngram: int = 3
     shortest: int = 1
     answers: bool = False
+    draft: Folder = NO_FOLDER
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ValueError(f"tokens must be 1 or more, not {self.tokens}")
+        if self.draft and (self.ngram, self.shortest, self.answers) != (3, 1, False):
+            raise ValueError("a draft model looks nothing up: leave ngram, shortest and answers out, or draft")
         if not 1 <= self.shortest <= self.ngram:
             raise ValueError(f"shortest must be 1 or more, and ngram no less: {self.shortest}, {self.ngram}")
 

@@ -30,7 +30,7 @@ class Params:
 
 
 PLUGIN = plugins.engine(
-    Params, needs=("torch", "transformers", "peft"), speculates=("prompts",), reuses=True, pads=True
+    Params, needs=("torch", "transformers", "peft"), speculates=("prompts", "draft"), reuses=True, pads=True
 )
 
 
@@ -45,7 +45,7 @@ def open(
     """Load the model and its adapters. Raises BadInput for a folder or an adapter that cannot be read."""
     check_alone(speculation, reuse)
     if speculation:
-        return Looking(model, params, speculation)
+        return Speculating(model, params, speculation)
     return Transformers(model, params.device, task=params.task, reuse=reuse)
 
 
@@ -88,6 +88,7 @@ class Transformers(Text):
         if self._one_by_one:
             self.virtual_tokens = loaded.active_peft_config.num_virtual_tokens
         self._stopping, self._endless = _greedy(self._model.generation_config, tokenizer, words)
+        self._draft: Any = None
         if reuse and self._one_by_one:
             what = "the virtual tokens of a live prompt method (p-tuning, prefix, …) come anew before every prompt"
             raise BadInput(what, "bake them first (peftopt bake), or leave prefix out")
@@ -129,13 +130,14 @@ class Transformers(Text):
                 input_ids=ids,
                 max_new_tokens=new_tokens,
                 streamer=clock,
+                assistant_model=self._draft,
                 **begun,
             )
             if self._kept:
                 self._keep(prompts, begun["past_key_values"], reused + ids.shape[1])
         rows = output[:, ids.shape[1] :].tolist()
         answers = [trimmed(row, clock.times, self.eos if stop else frozenset()) for row in rows]
-        # of what transformers looks up it tells what it took, and not what it proposed
+        # of what is proposed transformers tells what it took, and no more
         steps, accepted = (clock.steps - 1, len(clock.times) - clock.steps) if self.speculates else (0, 0)
         told = reused if self._kept else None
         return [replace(answer, steps=steps, accepted=accepted, reused=told) for answer in answers]
@@ -223,7 +225,7 @@ class Transformers(Text):
 
         import torch
 
-        self._model, self._owners, self._kept = None, [], None
+        self._model, self._owners, self._kept, self._draft = None, [], None, None
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -273,18 +275,41 @@ class Transformers(Text):
         return ids.to(self._device), mask.to(self._device)
 
 
-class Looking(Transformers):
-    """Eager with transformers' own prompt lookup, which takes one prompt at a time."""
+class Speculating(Transformers):
+    """Eager with transformers' own prompt lookup, or its assisted generation by a draft model. Both take one prompt at
+    a time."""
 
     speculates = True
 
     def __init__(self, model: Model, params: Params, speculation: Speculation) -> None:
         super().__init__(model, params.device, task=params.task)
         if self.virtual_tokens:
-            what = "transformers looks nothing up in prompts that virtual tokens come before"
-            raise BadInput(what, "bake them, and use the compiled engine; or merge an adapter of weights")
+            what = "transformers proposes nothing for prompts that virtual tokens come before"
+            raise BadInput(what, "bake them and let the compiled engine look tokens up; or merge an adapter of weights")
+        if speculation.draft:
+            self._draft = self._opened(speculation)
+            room = [room for room in (self.positions, hf.positions(self._draft)) if room]
+            self.positions = min(room, default=0)
+            return
         for settings in (self._stopping, self._endless):
             settings.update(prompt_lookup_num_tokens=speculation.tokens, max_matching_ngram_size=speculation.ngram)
+
+    def _opened(self, speculation: Speculation) -> Any:
+        """The draft model, which proposes greedily, and always as many tokens. Models of one family may differ in the
+        padding after their last token: it gets the model's number of tokens, which transformers asks for."""
+        import copy
+
+        draft = hf.load(speculation.draft, device=self.device)
+        words = self._model.get_input_embeddings().num_embeddings
+        if draft.get_input_embeddings().num_embeddings != words:
+            draft.resize_token_embeddings(words, mean_resizing=False)
+        draft.generation_config = copy.deepcopy(self._endless)  # `generate` takes from it what the model's leaves None
+        draft.generation_config.update(
+            num_assistant_tokens=speculation.tokens,
+            num_assistant_tokens_schedule="constant",
+            assistant_confidence_threshold=0.0,
+        )
+        return draft
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, stop: bool) -> list[Generation]:
         """One prompt after the other."""

@@ -39,7 +39,7 @@ class Params:
 
 
 PLUGIN = plugins.engine(
-    Params, environment="llamacpp", format="gguf", serves=True, speculates=("prompts", "batches"), reuses=True
+    Params, environment="llamacpp", format="gguf", serves=True, speculates=("prompts", "batches", "draft"), reuses=True
 )
 
 
@@ -59,10 +59,14 @@ def open(
 
 
 def speculating(params: Params, speculation: Speculation) -> Params:
-    """The parameters of a server that looks up n-grams, of exactly `ngram` tokens, in each request's own tokens."""
-    option = f"--spec-type ngram-simple --spec-ngram-simple-size-n {speculation.ngram}"
-    option += f" --spec-ngram-simple-size-m {speculation.tokens}"
-    return replace(params, args=f"{params.args} {option}".strip())
+    """The parameters of a server that looks up n-grams, of exactly `ngram` tokens, in each request's own tokens, or has
+    a draft model, whose folder holds a GGUF too."""
+    options = ["--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", str(speculation.ngram)]
+    options += ["--spec-ngram-simple-size-m", str(speculation.tokens)]
+    if speculation.draft:
+        options = ["--spec-type", "draft-simple", "--spec-draft-model", str(Path(speculation.draft) / WEIGHTS)]
+        options += ["--spec-draft-n-max", str(speculation.tokens), "--spec-draft-ngl", str(params.gpu_layers)]
+    return replace(params, args=f"{params.args} {shlex.join(options)}".strip())
 
 
 def reusing(params: Params, reuse: Reuse) -> Params:

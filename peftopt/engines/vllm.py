@@ -56,7 +56,7 @@ PLUGIN = plugins.engine(
     environment="vllm",
     serves=True,
     needs=("vllm", "aiohttp", "transformers"),
-    speculates=("prompts", "batches", "shortest"),
+    speculates=("prompts", "batches", "shortest", "draft"),
     reuses=True,
 )
 
@@ -72,6 +72,23 @@ def check(base: Path, params: Params, before: Sequence[Step], rows: Sequence[Row
     formats = [KERNELS_ON_GPUS.get(step.plugin, "") for step in before if step.technique == "quantize"]
     if not machine.gpus() and (format_ := formats[-1] if formats else without_kernels(str(base))):
         raise no_kernels(format_)
+
+
+def check_draft(base: Path, draft: Path) -> None:
+    """Raises BadInput for a draft model that vLLM refuses: its logits must have as many tokens as the model's. Raises
+    it too for a format that vLLM has no kernels for on a CPU."""
+    if not machine.gpus() and (format_ := without_kernels(str(draft))):
+        raise no_kernels(format_)
+    ours, theirs = (_words(folder) for folder in (draft, base))
+    if ours != theirs:
+        what = f"vLLM needs a draft with as many tokens as the model: {draft} has {ours} (vocab_size), {base} {theirs}"
+        raise BadInput(what, "name a draft of the same vocab_size, or use eager or llamacpp_server, which take it")
+
+
+def _words(folder: Path) -> int:
+    """The tokens of a model's logits, by its config."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("vocab_size") or config.get("text_config", {}).get("vocab_size", 0))
 
 
 def no_kernels(format_: str) -> BadInput:
@@ -90,13 +107,11 @@ def open(model: Model, params: Params, speculation: Speculation | None = None, r
 
 
 def speculating(params: Params, speculation: Speculation) -> Params:
-    """The parameters of a server that looks up n-grams in each request's own tokens."""
-    config = {
-        "method": "ngram",
-        "num_speculative_tokens": speculation.tokens,
-        "prompt_lookup_max": speculation.ngram,
-        "prompt_lookup_min": speculation.shortest,
-    }
+    """The parameters of a server that looks up n-grams in each request's own tokens, or has a draft model."""
+    how = {"method": "ngram", "prompt_lookup_max": speculation.ngram, "prompt_lookup_min": speculation.shortest}
+    if speculation.draft:
+        how = {"method": "draft_model", "model": speculation.draft}
+    config = {**how, "num_speculative_tokens": speculation.tokens}
     option = shlex.join(["--speculative-config", json.dumps(config)])
     return replace(params, args=f"{params.args} {option}".strip())
 

@@ -97,7 +97,9 @@ def _notes(then: Snapshot, now: Snapshot) -> Iterator[str]:
 
 
 def _contents(then: Hashes, now: Hashes) -> Iterator[str]:
-    for what, before, after in (("adapter", then.adapter, now.adapter), ("base", then.base, now.base)):
+    shared = sorted(then.folders.keys() & now.folders.keys())
+    named = [(f"folder {name}", then.folders[name], now.folders[name]) for name in shared]
+    for what, before, after in (("adapter", then.adapter, now.adapter), ("base", then.base, now.base), *named):
         if before != after:
             yield f"the {what} is another: {before[:12]} -> {after[:12]}"
     if then.answers != now.answers:

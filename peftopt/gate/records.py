@@ -15,7 +15,8 @@ FORMAT = 1
 class Hashes:
     """What a run was made of, by content (SHA-256, hex). `adapter_shape`: the names, shapes and dtypes of the adapter's
     tensors, which decide what it costs unmerged. `answers`: the prompts of `quality` with all that decides what is
-    asked and how it is judged, "" without such prompts; `workloads` the same of each workload."""
+    asked and how it is judged, "" without such prompts; `workloads` the same of each workload; `folders` those that
+    parameters name, by variant, step and parameter ("drafted.speculate.draft")."""
 
     base: str
     adapter: str
@@ -23,6 +24,7 @@ class Hashes:
     tokenizer: str
     answers: str
     workloads: Mapping[str, str]
+    folders: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

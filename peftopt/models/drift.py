@@ -58,6 +58,25 @@ def _words(base: Path, home: Path) -> Iterator[str]:
         yield "the adapter's tokenizer joins parts of words otherwise than the base's (merges)"
 
 
+def another_tokenizer(home: Path, draft: Path) -> str:
+    """What shows that the tokenizer in `draft` gives tokens other ids than the model's in `home`; "" where nothing
+    does. A token that only one of them has counts too."""
+    theirs, ours = vocabulary(home), vocabulary(draft)
+    if not theirs or not ours:
+        files = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        others = (name for name in files if _bytes(home / name) != _bytes(draft / name))
+        return next((f"its {name} is not the model's" for name in others), "")
+    differ = [token for token in {**theirs.ids, **ours.ids} if theirs.ids.get(token) != ours.ids.get(token)]
+    if not differ:
+        return ""
+    has, wanted = (words.ids.get(differ[0], "none") for words in (ours, theirs))
+    return f"{differ[0]!r} has the id {has} in the draft's and {wanted} in the model's{_more(differ)}"
+
+
+def _bytes(file: Path) -> bytes:
+    return file.read_bytes() if file.is_file() else b""
+
+
 def vocabulary(folder: Path) -> Vocabulary | None:
     """Of tokenizer.json; None where it is not there, or not of a kind that lists its tokens. Raises BadInput for
     values of other types than a tokenizer's."""

@@ -1,4 +1,4 @@
-"""Propose tokens that followed the last ones before, and let the model verify several in a step."""
+"""Propose tokens that followed the last ones before, or a draft model's; the model verifies several in a step."""
 
 from __future__ import annotations
 

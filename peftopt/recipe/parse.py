@@ -288,7 +288,10 @@ class _Reading(Reading):
     def params(self, plugin: Plugin) -> Reader[DataclassInstance]:
         """The reader of a plug-in's parameters. Their record gives types and defaults, and may refuse a value."""
         annotations = typing.get_type_hints(plugin.params)
-        readers = {field.name: typed(annotations[field.name]) for field in dataclasses.fields(plugin.params)}
+        readers = {
+            field.name: self.file if field.name in plugin.folders else typed(annotations[field.name])
+            for field in dataclasses.fields(plugin.params)
+        }
         return self.record(plugin.params, readers)
 
     # -- the trade-off table

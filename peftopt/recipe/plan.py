@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import PurePath
 
 from peftopt import identity
 from peftopt.errors import BadInput
-from peftopt.records import Build, Measure, Plan, Plugin, Quality, Recipe, Step, Variant, Workload
+from peftopt.records import Build, JsonValue, Measure, Plan, Plugin, Quality, Recipe, Step, Variant, Workload
 
 SOURCE = ""
 """The id of the starting point: the adapter on its base, as the user gave them."""
+
+FOLDER = "folder:"
+"""Before the path of a folder that a parameter names: its name among the content hashes of a plan's inputs."""
 
 
 def plan(recipe: Recipe, sources: Mapping[str, str], versions: Mapping[str, Mapping[str, str]]) -> Plan:
     """The plan of a recipe.
 
-    `sources` holds the content hashes of an artifact's inputs: "base", "adapter" and "calibration" ("" for none).
+    `sources` holds the content hashes of an artifact's inputs: "base", "adapter" and "calibration" ("" for none), and
+    FOLDER with the path of each folder that a parameter names.
     `versions` holds the versions of its libraries, by environment.
     """
     builds: dict[str, Build] = {}
@@ -64,7 +69,7 @@ def rejudged(plan: Plan, recipe: Recipe) -> Plan:
     for name, variant in recipe.variants.items():
         if name not in old.variants:
             raise BadInput(f"that run did not measure {name}: its variants are {', '.join(old.variants)}", hint)
-        if old.variants[name] != variant:
+        if _measured(old.variants[name]) != _measured(variant):
             now = f"{_chain(variant, old.variants[name])}, not {_chain(old.variants[name], variant)}"
             raise BadInput(f"that run did not measure {name} as the recipe has it now: {now}", hint)
     if recipe.baseline != old.baseline:
@@ -116,6 +121,22 @@ def kept(old: Recipe, new: Recipe) -> list[str]:
     return sorted(lines)
 
 
+def _measured(variant: Variant) -> Variant:
+    """The variant wherever its folders lie."""
+    steps, policies = (tuple(map(by_name, chain)) for chain in (variant.steps, variant.policies))
+    return replace(variant, steps=steps, engine=by_name(variant.engine), policies=policies)
+
+
+def by_name(step: Step) -> Step:
+    """The step with the names alone of the folders that its parameters name: a path is one of one machine."""
+    params = {key: PurePath(value).name if _is_place(value) else value for key, value in step.params.items()}
+    return replace(step, params=params)
+
+
+def _is_place(value: JsonValue) -> bool:
+    return isinstance(value, str) and PurePath(value).is_absolute()
+
+
 FILES = ("prompts", "schema", "tasks")
 """Settings that name files."""
 
@@ -143,9 +164,11 @@ def _shown(limit: float | None) -> str:
 def artifact_id(
     step: Step, parent: str, sources: Mapping[str, str], versions: Mapping[str, Mapping[str, str]], seed: int
 ) -> str:
-    """The id of an artifact: the hash of its inputs, its parent, its step, the seed and the library versions."""
+    """The id of an artifact: the hash of its inputs, its parent, its step, the seed and the library versions. A folder
+    that a parameter names counts by its content, wherever it lies."""
+    params = {name: sources.get(f"{FOLDER}{value}", value) for name, value in step.params.items()}
     inputs = {
-        "step": asdict(step),
+        "step": asdict(replace(step, params=params)),
         "parent": parent or [sources["base"], sources["adapter"]],
         "calibration": sources["calibration"] if step.calibrates else "",
         "seed": seed,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from peftopt import plugins
 from peftopt.records import GENERIC, YAML
 
 
@@ -27,7 +28,16 @@ def _paths(root: yaml.Node) -> Iterator[yaml.ScalarNode]:
     for key, word in (("calibration", GENERIC), ("tradeoffs", "default")):
         node = get(root, key)
         nodes += [node] if node is not None and node.value != word else []
+    nodes += [folder for _, variant in items(get(root, "variants")) for folder in _folders(variant)]
     return (node for node in nodes if isinstance(node, yaml.ScalarNode))
+
+
+def _folders(variant: yaml.Node) -> Iterator[yaml.Node | None]:
+    """The parameters of a variant's steps that are folders."""
+    for step in variant.value if isinstance(variant, yaml.SequenceNode) else ():
+        for name, params in items(get(step, "engine")) or items(step):
+            plugin = plugins.catalogue().get(name.value)
+            yield from (get(params, folder) for folder in plugin.folders) if plugin else ()
 
 
 def items(node: yaml.Node | None) -> list[tuple[yaml.Node, yaml.Node]]:

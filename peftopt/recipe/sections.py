@@ -172,14 +172,16 @@ def _check_speculation(sections: Sections, reading: Reading, catalogue: Mapping[
             able = catalogue[variant.engine.plugin].speculates
             asked = {
                 "prompts": "does not speculate",
+                "draft": "takes no draft model" if step.params.get("draft") else "",
                 "answers": "proposes nothing of other answers" if step.params.get("answers") else "",
                 "shortest": f"looks up n-grams down to one token, not {step.params.get('shortest')}"
                 if step.params.get("shortest", 1) != 1
                 else "",
                 "batches": f"speculates for one prompt at a time, and {batches[0]} has a batch" if batches else "",
             }
-            if lacks := next((word for word, says in asked.items() if says and word not in able), ""):
-                others = [p.name for p in catalogue.values() if {"prompts", lacks} <= {*p.speculates}]
+            needed = [word for word, says in asked.items() if says]
+            if lacks := next((word for word in needed if word not in able), ""):
+                others = [p.name for p in catalogue.values() if {*needed} <= {*p.speculates}]
                 hint = f"give it an engine that does: {', '.join(others)}" if others else "remove the step"
                 reading.note(f"variants.{name}", f"its engine {variant.engine.plugin} {asked[lacks]}", hint)
 

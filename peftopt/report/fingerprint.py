@@ -10,6 +10,7 @@ from peftopt import identity
 from peftopt.decision.comparing import Facts
 from peftopt.measurements import Answer, Built, EngineFacts, Launch, Measured
 from peftopt.metrics import counted
+from peftopt.recipe.plan import by_name
 from peftopt.records import Decision, JsonValue, Plan, Recipe, Step, Variant
 from peftopt.report.words import flat
 
@@ -128,7 +129,7 @@ def _variant(plan: Plan, variant: Variant, records: Sequence[Measured]) -> Topic
 
 
 def _params(step: Step) -> Iterator[tuple[str, str]]:
-    for name, value in step.params.items():
+    for name, value in by_name(step).params.items():
         yield f"{step.plugin}.{name}", _text(value)
 
 

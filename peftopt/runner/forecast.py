@@ -24,6 +24,7 @@ from peftopt.models.cut import layer_of, layers_of
 from peftopt.probes.layers import APART, APART_ONE, FEW, PADDED, PLAIN, PLAIN_ONE, Asked, Few
 from peftopt.progress import Hear
 from peftopt.records import GENERIC, SAFETENSORS, Interval, Model, Recipe, Variant, Workload
+from peftopt.runner import hashes
 from peftopt.runner.process import WorkerProcess
 
 SECONDS = 1.0
@@ -185,9 +186,10 @@ def _asked(job: LayersJob, recipe: Recipe, place: Path, hear: Hear) -> Few:
 
 def _key(job: LayersJob, recipe: Recipe, sources: Mapping[str, str]) -> str:
     """The hash of everything known that the times depend on: the machine with its libraries, base and adapter, the
-    variants with the code of their plug-ins, prompts and calibration rows."""
+    variants with the code of their plug-ins and the folders that they name, prompts and calibration rows."""
     steps = {step.plugin: step.kind for variant in job.variants for step in (*variant.steps, variant.engine)}
     code = {name: plugins.module(kind, name).__file__ for name, kind in steps.items()}
+    folders = {str(folder) for variant in job.variants for folder in hashes.folders(variant).values()}
     return identity.of_value(
         {
             "asked": as_json(dataclasses.replace(job, model=Model(""))),
@@ -197,6 +199,7 @@ def _key(job: LayersJob, recipe: Recipe, sources: Mapping[str, str]) -> str:
             "threads": recipe.measure.threads or machine.cores(),
             "versions": environments.versions(),
             "code": {name: identity.of_file(Path(file)) for name, file in code.items() if file},
+            "folders": {folder: identity.of_folder(Path(folder)) for folder in folders},
         }
     )
 

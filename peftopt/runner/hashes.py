@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from peftopt import identity, store
+from peftopt import identity, plugins, store
 from peftopt.gate.records import Hashes
 from peftopt.measurements import structured
 from peftopt.models import checkpoint, hf
-from peftopt.records import YAML, Model, Quality, Recipe, Workload
+from peftopt.recipe.plan import FOLDER
+from peftopt.records import YAML, Model, Quality, Recipe, Variant, Workload
 
 FILE = "hashes.json"
 """The file of a run's folder with the hashes."""
@@ -20,7 +21,9 @@ NOT_ASKED = ("batch", "rows")
 
 
 def of(recipe: Recipe, sources: Mapping[str, str]) -> Hashes:
-    """The hashes of a recipe's files as they are now. `sources` has the known hashes of its base and adapter."""
+    """The hashes of a recipe's files as they are now. `sources` has the known hashes of its base, its adapter, and the
+    folders that its parameters name."""
+    named = {f"{name}.{where}": f for name, v in recipe.variants.items() for where, f in folders(v).items()}
     return Hashes(
         base=sources["base"],
         adapter=sources["adapter"],
@@ -28,7 +31,14 @@ def of(recipe: Recipe, sources: Mapping[str, str]) -> Hashes:
         tokenizer=_tokenizer(Model(recipe.base, (recipe.adapter,))),
         answers=_answers(recipe.quality) if recipe.quality else "",
         workloads={name: _workload(each, recipe) for name, each in recipe.workloads.items()},
+        folders={where: sources[f"{FOLDER}{folder}"] for where, folder in named.items()},
     )
+
+
+def folders(variant: Variant) -> dict[str, Path]:
+    """The folders that a variant's parameters name, by step and parameter: "speculate.draft"."""
+    steps = (*variant.steps, *variant.policies, variant.engine)
+    return {f"{s.plugin}.{name}": folder for s in steps for name, folder in plugins.folders(s).items()}
 
 
 def read(folder: Path) -> Hashes | None:

@@ -55,6 +55,8 @@ def check(recipe: Recipe) -> None:
     check_adapter(Path(recipe.adapter), Path(recipe.base), _with(recipe, "merge"), _with(recipe, "bake"))
     _check_training_base(recipe)
     _check_virtual_tokens(recipe)
+    _check_folders(recipe)
+    _check_drafts(recipe)
     lacking = skipped(recipe)
     _check_rest(recipe, lacking)
     texts = corpus.calibration(recipe.calibration)
@@ -93,6 +95,43 @@ def _check_virtual_tokens(recipe: Recipe) -> None:
             check_engine(variant.engine.plugin, Path(recipe.adapter), bool(bakes))
         except BadInput as error:
             raise BadInput(f"variant {name}: {error.message}", error.hint) from error
+
+
+def _check_folders(recipe: Recipe) -> None:
+    """Raises BadInput for a parameter that names a folder which is not there."""
+    for name, variant in recipe.variants.items():
+        for step in (*variant.steps, *variant.policies, variant.engine):
+            check_folders(step, f"variant {name}: ")
+
+
+def check_folders(step: Step, who: str = "") -> None:
+    """Raises BadInput for a parameter of a step that names a folder which is not there."""
+    for name, folder in plugins.folders(step).items():
+        if not folder.is_dir():
+            hint = "give the path of a folder; in a recipe, relative to its file"
+            raise BadInput(f"{who}{step.plugin}: {name}: there is no folder {folder}", hint)
+
+
+def _check_drafts(recipe: Recipe) -> None:
+    """Raises BadInput for a draft model that is not one, that its variant's engine cannot open, or that has another
+    tokenizer than the adapter."""
+    for name, variant in recipe.variants.items():
+        for step in variant.policies:
+            if step.technique == "speculate" and (draft := step.params.get("draft")):
+                try:
+                    _check_draft(Path(draft), recipe, variant.engine)
+                except BadInput as error:
+                    raise BadInput(f"variant {name}: draft: {error.message}", error.hint) from error
+
+
+def _check_draft(draft: Path, recipe: Recipe, engine: Step) -> None:
+    plugin, source = plugins.catalogue()[engine.plugin], plugins.module("engine", engine.plugin)
+    check_base(draft, quantized=True, weights=plugin.format, ours=engine.environment == environments.MAIN)
+    if other := drift.another_tokenizer(_home(recipe), draft):
+        hint = "a draft proposes ids of tokens: name a smaller model of the same family, with the same tokenizer"
+        raise BadInput(f"{draft} has another tokenizer than the model: {other}", hint)
+    if hasattr(source, "check_draft"):
+        source.check_draft(Path(recipe.base), draft)
 
 
 def _check_training_base(recipe: Recipe) -> None:
@@ -225,6 +264,7 @@ def copies(recipe: Recipe) -> list[str]:
 
 def check_step(step: Step, base: Path, before: Sequence[Step], rows: Sequence[Row], who: str = "") -> None:
     """Ask a plug-in whether it can do its step on this base: see peftopt.transforms."""
+    check_folders(step, who)
     source = plugins.module(step.kind, step.plugin)
     if not hasattr(source, "check"):
         return

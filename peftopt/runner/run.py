@@ -18,7 +18,7 @@ from peftopt.jobs import FactsJob, OpenJob, PrepareJob, WarmJob
 from peftopt.measurements import NO_FACTS, SKIPPED, Failure, Launch, Measured, Retry, Values, as_json
 from peftopt.recipe import plan as planning
 from peftopt.records import Measurement, Model, Plan, Recipe, Variant
-from peftopt.runner import preflight
+from peftopt.runner import hashes, preflight
 from peftopt.runner.process import WorkerProcess
 
 RETRIED = ("killed", "died")
@@ -114,7 +114,7 @@ class Run:
 
 
 class Planned(NamedTuple):
-    """A recipe's plan, the hash of what it measures (`key`), and the hashes of its base, adapter and calibration."""
+    """A recipe's plan, the hash of what it measures (`key`), and the hashes of its inputs (`hashed`)."""
 
     plan: Plan
     key: str
@@ -122,10 +122,13 @@ class Planned(NamedTuple):
 
 
 def hashed(recipe: Recipe) -> Mapping[str, str]:
-    """The hashes of a recipe's base, adapter and calibration rows, "" for none: every file is read. Raises BadInput for
-    a base with weights that no training leaves behind, and for a file that is not what was downloaded."""
+    """The hashes of a recipe's base, adapter and calibration rows, "" for none, and of the folders that its parameters
+    name: every file is read. Raises BadInput for a base with weights that no training leaves behind, and for a file
+    that is not what was downloaded."""
     preflight.check_weights(Path(recipe.base))
+    named = {folder for variant in recipe.variants.values() for folder in hashes.folders(variant).values()}
     return {
+        **{f"{planning.FOLDER}{folder}": identity.of_folder(folder) for folder in sorted(named)},
         "base": identity.of_folder(Path(recipe.base)),
         "adapter": identity.of_folder(Path(recipe.adapter)),
         "calibration": identity.of_file(corpus.calibration_file(recipe.calibration)) if recipe.calibration else "",
