@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from peftopt.cli.shared import AsJson, Quiet, Results, app
+from peftopt.cli.shared import Artifacts, AsJson, Quiet, Results, app
 from peftopt.errors import BadInput
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def run(
         str, typer.Option(help="Only cells of this class of machines; with --on local, the class of this machine.")
     ] = "",
     results: Results = Path("results"),
+    artifacts: Artifacts = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells, which are left and how long they take; run nothing.")
     ] = False,
@@ -81,7 +82,7 @@ def run(
         _print_forecast(cells.stand(ours, results, read.name), executor, console)
         console.tell(sweep.disk(read))
         if not dry_run:
-            sweep.sweep(ours, results, read.name, executor, console)
+            sweep.sweep(ours, results, read.name, executor, console, artifacts)
     finally:
         if still := executor.close():
             console.warn(still)

@@ -57,14 +57,16 @@ def folder_of(results: Path, sweep: str) -> Path:
     return results.resolve() / "sweeps" / sweep
 
 
-def job(cell: Cell, results: Path, sweep: str) -> Job:
-    """The job that measures a cell; its recipe is written where it is not there yet."""
+def job(cell: Cell, results: Path, sweep: str, artifacts: str = "") -> Job:
+    """The job that measures a cell; its recipe is written where it is not there yet. `artifacts`: the URL where
+    machines share them, as any machine may use it."""
     folder = folder_of(results, sweep) / cell.name
     recipe = folder / f"{cell.name}.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     if not recipe.exists() or recipe.read_text(encoding="utf-8") != cell.recipe:
         store.write(recipe, cell.recipe)
-    arguments = ("run", str(recipe), "--results", str(results.resolve()), "--json")
+    shared = ("--artifacts", artifacts) if artifacts else ()
+    arguments = ("run", str(recipe), "--results", str(results.resolve()), *shared, "--json")
     return Job(cell.name, arguments, cell.machine, folder, results.resolve())
 
 

@@ -12,7 +12,7 @@ from peftopt.recipe import grid as grids
 from peftopt.recipe.grid import Cell, Grid
 from peftopt.report import swept
 from peftopt.report.swept import CellResult
-from peftopt.runner import cells, judged
+from peftopt.runner import cells, judged, objects, remote
 from peftopt.runner.cells import Attempt, Job
 from peftopt.runner.executors import Executor
 from peftopt.runner.run import Listener
@@ -48,11 +48,15 @@ def disk(grid: Grid) -> str:
     return f"at most {sum(counts.values())} artifacts, {format_value('size', whole)}" if whole else "nothing is built"
 
 
-def sweep(listed: Sequence[Cell], results: Path, name: str, executor: Executor, listener: Listener) -> list[CellResult]:
+def sweep(
+    listed: Sequence[Cell], results: Path, name: str, executor: Executor, listener: Listener, artifacts: str = ""
+) -> list[CellResult]:
     """Have every cell measured that is left and has a machine; where all of them stand then. A cell that fails is told,
-    and the others go on."""
+    and the others go on. `artifacts`: where machines share them, see `remote.opened`."""
     warn = listener.warn
     store.Store(results.resolve(), warn).check_writable()
+    if artifacts:
+        remote.opened(artifacts, warn, listener.tell)
     by_name = {cell.name: cell for cell in listed}
     classes = {cell.machine.name: cell.machine for cell in listed}
     served = {each for each, needs in classes.items() if executor.machines(needs)}
@@ -62,7 +66,9 @@ def sweep(listed: Sequence[Cell], results: Path, name: str, executor: Executor, 
     left = {each.cell.name for each in swept.left(standing) if each.cell.machine.name in served}
     todo = [cell for cell in listed if cell.name in left | submitted]
     jobs = [
-        cells.job(cell, results, name) for cell in todo if cell.name in submitted or not _judged(cell, results, warn)
+        cells.job(cell, results, name, objects.absolute(artifacts))
+        for cell in todo
+        if cell.name in submitted or not _judged(cell, results, warn)
     ]
     for job in jobs:
         executor.submit(job)
