@@ -59,5 +59,10 @@ def _downloaded(file: Path) -> str:
 def of_folder(folder: Path, ignore: frozenset[str] = frozenset()) -> str:
     """SHA-256 (hex) over the folder's files: their relative names and their bytes. Of a link to a file, as the hub's
     cache is full of, the bytes it leads to; links to folders are not followed. Raises as `of_download` does."""
+    return of_value(of_files(folder, ignore))
+
+
+def of_files(folder: Path, ignore: frozenset[str] = frozenset()) -> list[list[str]]:
+    """The relative name and the SHA-256 (hex) of each file of a folder, from which `of_folder` is made."""
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ignore)
-    return of_value([[f.relative_to(folder).as_posix(), of_download(f)] for f in files])
+    return [[f.relative_to(folder).as_posix(), of_download(f)] for f in files]

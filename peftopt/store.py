@@ -77,8 +77,7 @@ class Store:
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             artifact = _artifact(folder, manifest, cached=True)
-            sealed = manifest.get(SEAL) in (None, _seal(manifest))  # None: an older peftopt wrote no hash
-            whole = sealed and identity.of_folder(folder / MODEL) == artifact.content
+            whole = is_sealed(manifest) and identity.of_folder(folder / MODEL) == artifact.content
             damage = "" if whole else "does not match its hash"
         except (OSError, *BROKEN) as error:
             damage = f"cannot be read ({type(error).__name__}: {error})"
@@ -137,13 +136,9 @@ class Store:
         return Model(str(folder / MODEL), parent.adapters if manifest["adapters"] else ())
 
     def build(self, build: Build, make: Callable[[Path], tuple[Model, Mapping[str, Json]]]) -> Artifact:
-        """Build an artifact in a temporary folder, then move it into place. `make` fills the given folder."""
-        folder = self.folder(build.id)
-        for orphan in folder.parent.glob(f"{folder.name}.tmp.*"):
-            shutil.rmtree(orphan)  # this process holds the lock, so the writer is dead
-        temporary = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
-        try:
-            temporary.mkdir(parents=True)
+        """Build an artifact. `make` fills the given folder."""
+
+        def fill(temporary: Path) -> dict[str, Json]:
             model, facts = make(temporary / MODEL)
             on_parent = model.path != str(temporary / MODEL)
             manifest: dict[str, Json] = {
@@ -155,12 +150,30 @@ class Store:
                 "adapters": bool(model.adapters) and not on_parent,
                 **facts,
             }
-            manifest[SEAL] = _seal(manifest)
+            return {**manifest, SEAL: _seal(manifest)}
+
+        return self.place(build, fill, cached=False)
+
+    def place(self, build: Build, fill: Callable[[Path], dict[str, Json]], cached: bool) -> Artifact:
+        """Put an artifact into its place, whole or not at all. `fill` writes the model to MODEL below the given folder,
+        and returns the manifest. `cached`: whether it was built before. This process has to hold the lock."""
+        folder = self.folder(build.id)
+        for orphan in folder.parent.glob(f"{folder.name}.tmp.*"):
+            shutil.rmtree(orphan)  # this process holds the lock, so the writer is dead
+        temporary = folder.with_name(f"{folder.name}.tmp.{os.getpid()}")
+        try:
+            temporary.mkdir(parents=True)
+            manifest = fill(temporary)
             write(temporary / MANIFEST, json.dumps(manifest, indent=1))
             move(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        return _artifact(folder, manifest, cached=False)
+        return _artifact(folder, manifest, cached)
+
+
+def is_sealed(manifest: Mapping[str, Json]) -> bool:
+    """Whether a manifest has its own hash, or none: an older peftopt wrote none."""
+    return manifest.get(SEAL) in (None, _seal(manifest))
 
 
 def _seal(manifest: Mapping[str, Json]) -> str:
@@ -251,10 +264,14 @@ def _holder(handle: TextIO, unknown: str = "another process") -> str:
 
 def _sign(handle: TextIO) -> None:
     """Write this process's name into a lock's file; on a full disk, the name is lost."""
-    text = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
     with contextlib.suppress(OSError):
         os.ftruncate(handle.fileno(), 0)
-        os.write(handle.fileno(), text.encode())
+        os.write(handle.fileno(), signature().encode())
+
+
+def signature() -> str:
+    """How a lock names this process as its holder."""
+    return f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def owner(folder: Path) -> str:

@@ -119,6 +119,16 @@ def test_a_sweep_decides_what_it_can_once_says_what_failed_and_writes_one_page(
     assert by_names(told(capsys))["good", "small"]["outcome"] == good["outcome"], "judged from its measurements"
     assert (runs[0] / "measurements.jsonl").read_bytes() == before
 
+    decision = json.loads((runs[0] / "decision.json").read_text())
+    (runs[0] / "decision.json").write_text(json.dumps({**decision, "outcome": "inconclusive", "chosen": None}))
+    asked: dict[str, bool] = {}
+    monkeypatch.setattr(attempt, "_run", lambda job: (asked.update({job.name: "--more" in job.arguments}), (3, b""))[1])
+    broken = again["broken", "small"]["cell"]
+    for options, wanted in (((), {broken: False}), (("--more",), {broken: False, good["cell"]: True})):
+        asked.clear()
+        command("sweep", grid, *results, "--machine", "small", "--json", *options)
+        assert asked == wanted
+
 
 def test_an_interrupted_sweep_stops_at_once_and_the_next_goes_on(
     grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -155,6 +165,26 @@ def test_a_dry_run_says_what_there_is_and_leaves_no_file(
     for words in ("2 cells: 1 model, 2 adapters", "2 cells of the class small left, on 1 machine", "2 artifacts"):
         assert words in said
     assert not (tmp_path / "results").exists()
+
+
+def test_before_the_first_cell_it_is_said_how_long_all_take(
+    tmp_path: Path, deep: tuple[Path, Path], tiny_base: Path, tiny_lora: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, lora = deep
+    questions = prompts(tmp_path / "eval.jsonl", 6, "eval")
+    (tmp_path / "deep.yaml").write_text(RECIPE.format(base=base, adapter=lora, prompts=questions))
+    grid = tmp_path / "all.yaml"
+
+    def said(models: str, *options: object) -> str:
+        grid.write_text(f"recipe: deep.yaml\nmodels: {models}\n")
+        assert command("sweep", "--dry-run", grid, "--results", tmp_path / "results", *options) == 0
+        return errors(capsys)
+
+    large = f"{{base: {base}, adapters: {{one: {lora}, two: {lora}}}}}"
+    small = f"{{base: {tiny_base}, adapters: {{one: {tiny_lora}}}}}"
+    assert re.search("about .* by the times of first layers", said(f"{{small: {small}, large: {large}}}"))
+    assert "by the times of first layers" not in said(f"{{large: {large}}}", "--no-forecast")
+    assert "no forecast of cells of the variants all" in said(f"{{small: {small}}}"), "it has too few layers"
 
 
 @pytest.mark.parametrize(

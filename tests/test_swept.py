@@ -81,6 +81,18 @@ def test_what_is_left_takes_what_ended_took_on_as_many_machines() -> None:
     assert swept.takes([*ended, waiting("cpu")], {"l4": 1, "cpu": 0}) is None, "nobody will measure it"
 
 
+def test_what_no_cell_of_the_class_has_shown_takes_what_was_forecast() -> None:
+    still = [waiting() for _ in range(3)]
+    forecasts = {result.cell.name: Span(10 * n, 20 * n) for n, result in enumerate(still, 1)}
+    assert swept.takes(still, {"l4": 1}, forecasts) == Span(60, 120), "one after the other"
+    assert swept.takes(still, {"l4": 3}, forecasts) == Span(30, 80), "the longest, and at most a third of all before it"
+    assert swept.takes([*still, decided("accepted", seconds=7)], {"l4": 1}, forecasts) == Span(21, 21), "one has ended"
+    other = decided("accepted", "cpu", seconds=7)
+    assert swept.takes([*still, other], {"l4": 1}, forecasts) == Span(60, 120), "that was another machine"
+    del forecasts[still[0].cell.name]
+    assert swept.takes(still, {"l4": 1}, forecasts) is None, "nothing is known of one"
+
+
 def test_each_variant_is_counted_by_class_and_never_pooled_over_classes() -> None:
     results = [decided("accepted", speed=0.3), decided("accepted", speed=0.6), decided("rejected", "cpu"), waiting()]
     header, rows = swept.winners(results)

@@ -68,15 +68,17 @@ def run(
     *,
     listener: Listener | None = None,
     fresh: bool = False,
+    artifacts: str = "",
 ) -> Run:
     """Build every variant of a recipe, measure it against the adapter, decide, and write the reports. An unfinished run
-    of the same recipe goes on. `listener` hears of each step, warning and share of the way.
+    of the same recipe goes on. `listener` hears of each step, warning and share of the way. `artifacts`: a folder or a
+    bucket's URL where machines share what they build.
 
     Raises BadRecipe for a recipe with mistakes, BadInput for its files, WorkerFailed without a baseline.
     """
     parsed, text = judged.read_recipe(Path(recipe))
     hears = listener or judged.Silent()
-    with recipe_run.prepare(parsed, text, Path(results), hears, fresh) as prepared:
+    with recipe_run.prepare(parsed, text, Path(results), hears, fresh, artifacts=artifacts) as prepared:
         recipe_run.execute(prepared)
         judged.judge(prepared.folder, hears.warn)
     return open_run(prepared.folder)

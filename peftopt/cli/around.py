@@ -128,15 +128,10 @@ def _chain(variant: Variant) -> str:
 
 def _outlook(recipe: Recipe, home: Store, console: Console) -> tuple[Outlook, Duration]:
     """The forecast of each variant's time per token, and how long the run will take."""
-    from peftopt import environments
-    from peftopt.recipe import plan as planning
-    from peftopt.runner import build, duration, forecast, run
+    from peftopt.runner import build, duration
 
-    sources = run.hashed(recipe)
     with build.bars(console.progress) as hear:
-        outlook = forecast.outlook(recipe, sources, home.root, hear)
-    plan = planning.plan(recipe, sources, environments.versions())
-    return outlook, duration.expected(plan, outlook, home)
+        return duration.foreseen(recipe, home, hear)
 
 
 def _takes(duration: Duration) -> Mapping[str, object]:

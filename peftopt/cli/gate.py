@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from peftopt.cli.shared import AsJson, NoForecast, Quiet, Results, app, beside, options_from, seconds
+from peftopt.cli.shared import Artifacts, AsJson, NoForecast, Quiet, Results, app, beside, options_from, seconds
 from peftopt.errors import ACCEPTED, EXIT, INCONCLUSIVE, BadInput
 from peftopt.redaction import redacted
 
@@ -40,6 +40,7 @@ class GateOptions:
         Path("results/gate")
     )
     results: Results = Path("results")
+    artifacts: Artifacts = ""
     no_forecast: NoForecast = False
     as_json: AsJson = False
     quiet: Quiet = False
@@ -95,7 +96,7 @@ def _judged(options: GateOptions, console: Console) -> Judged:
     if options.target.is_dir():
         return _read_run(options.target, console)
     parsed, text = judged.read_recipe(options.target)
-    with recipe_run.prepare(parsed, text, options.results, console) as run:
+    with recipe_run.prepare(parsed, text, options.results, console, artifacts=options.artifacts) as run:
         recipe_run.execute(run, forecasts=not options.no_forecast)
         judged.judge(run.folder, console.warn, None, beside(run.folder))
         console.tell(f"report: {run.folder / 'report.html'}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peftopt.cli.shared import (
+    Artifacts,
     AsJson,
     NoForecast,
     Quiet,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML); `peftopt new` writes one.")],
     results: Results = Path("results"),
+    artifacts: Artifacts = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run; do not continue an unfinished one.")] = False,
     more: Annotated[
         bool, typer.Option("--more", help="Add blocks to the last run of this recipe, if a variant is undecided.")
@@ -48,7 +50,7 @@ def run(
 
     console = Console(quiet)
     parsed, text = judged.read_recipe(recipe)
-    with recipe_run.prepare(parsed, text, results, console, fresh, more) as run:
+    with recipe_run.prepare(parsed, text, results, console, fresh, more, artifacts) as run:
         with profiled(run.folder, console) if profile else contextlib.nullcontext():
             if more and store.is_finished(run.folder):
                 recipe_run.add_blocks(run)

@@ -37,6 +37,14 @@ app = typer.Typer(
 
 
 Results = Annotated[Path, typer.Option(help="Folder of artifacts and runs.")]
+Artifacts = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        help="A folder or a bucket (s3://BUCKET/PREFIX, gs://…) where machines share artifacts: what is there is not "
+        "built again, and what is built here is put there.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable output on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 NoForecast = Annotated[

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from peftopt.cli.shared import AsJson, Quiet, Results, app
+from peftopt.cli.shared import Artifacts, AsJson, NoForecast, Quiet, Results, app
 from peftopt.errors import BadInput
 
 if TYPE_CHECKING:
     from peftopt.cli.console import Console
+    from peftopt.decision.duration import Span
     from peftopt.recipe.grid import Cell, Grid
     from peftopt.report.swept import CellResult
     from peftopt.runner.executors import Executor
@@ -59,15 +60,21 @@ def run(
         str, typer.Option(help="Only cells of this class of machines; with --on local, the class of this machine.")
     ] = "",
     results: Results = Path("results"),
+    artifacts: Artifacts = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells, which are left and how long they take; run nothing.")
     ] = False,
+    more: Annotated[
+        bool, typer.Option("--more", help="Add blocks to the cells that were measured and are undecided.")
+    ] = False,
+    no_forecast: NoForecast = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure and decide every cell of a grid that is not decided yet, each in a `peftopt run` of its own. The exit
     code is the worst of the cells': 5, 4, 2, 3 (also for a cell that waits), 1, 0."""
     from peftopt.cli.console import Console
+    from peftopt.metrics import counted
     from peftopt.report import swept
     from peftopt.runner import cells, executors, sweep
 
@@ -78,10 +85,15 @@ def run(
     ours = [cell for cell in listed if not machine or cell.machine.name == machine]
     executor = executors.opened(on, here)
     try:
-        _print_forecast(cells.stand(ours, results, read.name), executor, console)
+        standing = cells.stand(ours, results, read.name)
+        unknown = on in HERE and not no_forecast and not swept.times_of(standing, here)
+        forecasts = sweep.forecasts(read, standing, here, results, console) if unknown else {}
+        _print_forecast(standing, executor, forecasts, console)
+        if more:
+            console.tell(f"{counted(len(swept.undecided(standing)), 'undecided cell')} to get more blocks")
         console.tell(sweep.disk(read))
         if not dry_run:
-            sweep.sweep(ours, results, read.name, executor, console)
+            sweep.sweep(ours, results, read.name, executor, console, artifacts, more)
     finally:
         if still := executor.close():
             console.warn(still)
@@ -151,8 +163,11 @@ def _planned(path: Path) -> tuple[Grid, list[Cell]]:
     return read, listed
 
 
-def _print_forecast(cell_results: Sequence[CellResult], executor: Executor, console: Console) -> None:
-    """Print the cells, which are left and on which machines, and how long they take."""
+def _print_forecast(
+    cell_results: Sequence[CellResult], executor: Executor, forecasts: Mapping[str, Span], console: Console
+) -> None:
+    """Print the cells, which are left and on which machines, and how long they take: by those that ended, or by
+    `forecasts`, seconds by the cell's name."""
     from peftopt.decision.duration import words
     from peftopt.metrics import counted
     from peftopt.report import swept
@@ -167,9 +182,10 @@ def _print_forecast(cell_results: Sequence[CellResult], executor: Executor, cons
         console.tell(f"{counted(number, 'cell')} of the class {name} left, {on}")
     if not any(machines[name] for name in left):
         return
-    takes = swept.takes(cell_results, machines)
+    takes = swept.takes(cell_results, machines, forecasts)
+    by = "by the times of first layers" if forecasts else "by the cells that ended"
     unknown = "the time of a cell is known once one has ended; `peftopt check` estimates it for one recipe"
-    console.tell(f"about {words(takes)} by the cells that ended" if takes else unknown)
+    console.tell(f"about {words(takes)} {by}" if takes else unknown)
 
 
 def _conclude(

@@ -90,6 +90,11 @@ def left(results: Iterable[CellResult]) -> list[CellResult]:
     return [result for result in results if result.state not in ("decided", "running")]
 
 
+def undecided(results: Iterable[CellResult]) -> list[CellResult]:
+    """The cells that were measured and whose decision is open: more blocks may decide them."""
+    return [result for result in results if result.outcome == "inconclusive"]
+
+
 # ---- in words ----------------------------------------------------------------------------------
 
 
@@ -120,22 +125,40 @@ def size(cells: Sequence[Cell]) -> str:
     return f"{counted(len(cells), 'cell')}: {', '.join(parts)}"
 
 
-def takes(results: Sequence[CellResult], machines: Mapping[str, int]) -> Span | None:
-    """Seconds until all cells with machines are decided, from the times of decided cells: of the same class if there
-    are any, else of all. `machines`: how many machines each class has. None if no cell is decided, or none is left."""
+def takes(
+    results: Sequence[CellResult], machines: Mapping[str, int], forecasts: Mapping[str, Span] | None = None
+) -> Span | None:
+    """Seconds until all cells with machines are decided, from the times of decided cells of the same class; without
+    any, from `forecasts` (seconds by the cell's name), else from the times of all decided cells. `machines`: how many
+    machines each class has. None if that is not known of a class, or if no cell is left."""
     spans = []
     for name, number in machines.items():
         still = [result for result in left(results) if result.cell.machine.name == name]
-        times = _times(results, name) or _times(results)
-        if number and still and not times:
-            return None
         if number and still:
-            rounds = -(-len(still) // number)
-            spans.append(Span(min(times), max(times)) * rounds)
-    return Span(max(s.least for s in spans), max(s.most for s in spans)) if spans else None
+            spans.append(_whole(still, results, number, forecasts or {}))
+    known = [span for span in spans if span]
+    if not spans or len(known) < len(spans):
+        return None
+    return Span(max(span.least for span in known), max(span.most for span in known))
 
 
-def _times(results: Iterable[CellResult], machine: str = "") -> list[float]:
+def _whole(
+    still: Sequence[CellResult], results: Sequence[CellResult], number: int, forecasts: Mapping[str, Span]
+) -> Span | None:
+    """Seconds that cells of one class take on a `number` of machines, each of which takes the next one when it is
+    free; None where that is not known."""
+    foreseen = [forecasts[result.cell.name] for result in still if result.cell.name in forecasts]
+    times = times_of(results, still[0].cell.machine.name)
+    if not times and len(foreseen) == len(still):
+        together = total(foreseen) * (1 / number)
+        longest = max(span.most for span in foreseen)
+        return Span(max(together.least, *(span.least for span in foreseen)), together.most + longest * (1 - 1 / number))
+    times = times or times_of(results)
+    return Span(min(times), max(times)) * -(-len(still) // number) if times else None
+
+
+def times_of(results: Iterable[CellResult], machine: str = "") -> list[float]:
+    """Seconds that each decided cell of a class of machines took; of all classes by default."""
     decided = [each for each in results if each.state == "decided" and each.seconds > 0]
     return [each.seconds for each in decided if machine in ("", each.cell.machine.name)]
 

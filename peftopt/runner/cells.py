@@ -30,13 +30,15 @@ FAILURES = (BAD_INPUT, ENVIRONMENT, BUG)
 @dataclass(frozen=True)
 class Job:
     """A command of peftopt's that measures a cell: `arguments` after the program's name; what a machine `needs` to run
-    it; the cell's `folder`, and the `results` that its run belongs to."""
+    it; the cell's `folder`, and the `results` that its run belongs to. `more`: it adds blocks to a run that is not
+    decided."""
 
     name: str
     arguments: tuple[str, ...]
     needs: MachineClass
     folder: Path
     results: Path
+    more: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,18 @@ def folder_of(results: Path, sweep: str) -> Path:
     return results.resolve() / "sweeps" / sweep
 
 
-def job(cell: Cell, results: Path, sweep: str) -> Job:
-    """The job that measures a cell; its recipe is written where it is not there yet."""
+def job(cell: Cell, results: Path, sweep: str, artifacts: str = "", more: bool = False) -> Job:
+    """The job that measures a cell, or adds `more` blocks to it; its recipe is written where it is not there yet.
+    `artifacts`: the URL where machines share them, as any machine may use it."""
     folder = folder_of(results, sweep) / cell.name
     recipe = folder / f"{cell.name}.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     if not recipe.exists() or recipe.read_text(encoding="utf-8") != cell.recipe:
         store.write(recipe, cell.recipe)
-    arguments = ("run", str(recipe), "--results", str(results.resolve()), "--json")
-    return Job(cell.name, arguments, cell.machine, folder, results.resolve())
+    shared = ("--artifacts", artifacts) if artifacts else ()
+    added = ("--more",) if more else ()
+    arguments = ("run", str(recipe), "--results", str(results.resolve()), *shared, *added, "--json")
+    return Job(cell.name, arguments, cell.machine, folder, results.resolve(), more)
 
 
 def keep(folder: Path, attempt: Attempt) -> None:
@@ -120,10 +125,11 @@ def newest(folders: Sequence[Path]) -> Path | None:
 
 
 def is_decided(job: Job) -> bool:
-    """Whether a cell has a decision that judged something."""
+    """Whether a cell has a decision that judged something, and that the job is not to go on with."""
     run = newest(runs(job.results).get(job.name, ()))
     decision = decision_of(run) if run else None
-    return decision is not None and decision.outcome != "not judged"
+    open_ = ("not judged", "inconclusive") if job.more else ("not judged",)
+    return decision is not None and decision.outcome not in open_
 
 
 def decision_of(run: Path) -> Decision | None:

@@ -7,17 +7,20 @@ from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from statistics import mean, quantiles
 
-from peftopt import machine, plugins, stats, store
+from peftopt import environments, machine, plugins, stats, store
 from peftopt.decision import stopping
 from peftopt.decision.duration import Answering, Duration, Pace, Racing, Span, Work, parts, total
 from peftopt.decision.evidence import FEWEST, Evidence
 from peftopt.decision.rules.parents import family
 from peftopt.engines import _shapes, compiled
 from peftopt.probes.layers import APART, PLAIN, Few, typical
+from peftopt.progress import Hear
+from peftopt.recipe import plan as planning
 from peftopt.records import Build, Plan, Quality, Recipe, Variant, Workload
 from peftopt.runner import forecast
 from peftopt.runner.forecast import Outlook
 from peftopt.runner.prepare import lanes_for
+from peftopt.runner.run import hashed
 
 SCALED = (0.9, 1.2)
 """The time of a whole model over the sum of its layers' times: least and most. The most allows for a busier machine."""
@@ -52,6 +55,14 @@ READ_WRONG = (0.05, 0.2)
 
 ONE_BATCH = (8.0, 4.0)
 """The speed of a full batch over the speed of single rows: most and least."""
+
+
+def foreseen(recipe: Recipe, home: store.Store, hear: Hear) -> tuple[Outlook, Duration]:
+    """The forecast of each variant's time per token, and how long a run of the recipe will take in the results folder
+    `home`: by the times of the first layers. Raises BadInput for a base or an adapter that cannot be."""
+    sources = hashed(recipe)
+    outlook = forecast.outlook(recipe, sources, home.root, hear)
+    return outlook, expected(planning.plan(recipe, sources, environments.versions()), outlook, home)
 
 
 def expected(plan: Plan, outlook: Outlook, home: store.Store, evidence: Evidence | None = None) -> Duration:

@@ -121,7 +121,10 @@ def _build(run: Run, calibration: Sequence[Row], threads: int, build: Build, hea
 
     try:
         with run.store.locked(build, interrupted):
-            artifact = run.store.find(build) or run.store.build(build, make)
+            if run.remote:
+                artifact = run.remote.obtain(run.store, build, make, Path(run.artifact_model(build.parent).path), show)
+            else:
+                artifact = run.store.find(build) or run.store.build(build, make)
     except WorkerFailed as error:
         for variant in users:
             run.fail(variant, f"build ({build.step.plugin})", error)

@@ -23,7 +23,7 @@ from peftopt.jobs import BandwidthJob
 from peftopt.measurements import Measured, More
 from peftopt.metrics import counted
 from peftopt.records import Plan, Recipe
-from peftopt.runner import build, duration, forecast, hashes, preflight
+from peftopt.runner import build, duration, forecast, hashes, preflight, remote
 from peftopt.runner.prepare import make_ready
 from peftopt.runner.process import WorkerProcess
 from peftopt.runner.race import Field, race
@@ -32,14 +32,21 @@ from peftopt.runner.run import Listener, Run, check_baseline, hashed, planned
 
 @contextlib.contextmanager
 def prepare(
-    recipe: Recipe, text: str, results: Path, listener: Listener, fresh: bool = False, more: bool = False
+    recipe: Recipe,
+    text: str,
+    results: Path,
+    listener: Listener,
+    fresh: bool = False,
+    more: bool = False,
+    artifacts: str = "",
 ) -> Iterator[Run]:
     """Check the recipe's files, make the plan and open its run folder. An unfinished run of the same plan on the same
     kind of machine continues; with `more`, a finished run too. This process owns the folder until the end; see
-    `store.own`."""
+    `store.own`. `artifacts`: where machines share them, see `remote.opened`."""
     home = store.Store(results.resolve(), listener.warn)
     plan, key, sources = planned(recipe)
     home.check_writable()
+    shared = remote.opened(artifacts, listener.warn, listener.tell) if artifacts else None
     home.clear()
     runs = home.root / "runs"
     mine = sorted(runs.glob(f"*-{recipe.name}-{key}"))
@@ -55,6 +62,7 @@ def prepare(
         folder = runs / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{recipe.name}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
     with _owned(folder, plan, home, listener) as run:
+        run.remote = shared
         if not (folder / "machine.json").exists():
             _begin(run, text, sources)
         run.retry()

@@ -20,6 +20,7 @@ from peftopt.recipe import plan as planning
 from peftopt.records import Measurement, Model, Plan, Recipe, Variant
 from peftopt.runner import hashes, preflight
 from peftopt.runner.process import WorkerProcess
+from peftopt.runner.remote import Remote
 
 RETRIED = ("killed", "died")
 """Reasons for one more try in a fresh process: another process or a driver may have caused the death."""
@@ -56,6 +57,8 @@ class Run:
     lock: threading.Lock = field(default_factory=threading.Lock)
     latest: tuple[int, Evidence] | None = None
     """The latest evidence, and the number of measurements that it is made of."""
+    remote: Remote | None = None
+    """Where machines share artifacts, if anywhere."""
 
     def log(self, values: Values, variant: str = "", workload: str = "", launch: int = 0) -> None:
         """Add a measurement, in memory and on disk."""

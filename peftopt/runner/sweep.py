@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from peftopt import store
-from peftopt.errors import BadInput
+from peftopt.decision.duration import Duration, Span
+from peftopt.errors import BadInput, PeftoptError
 from peftopt.metrics import format_value
 from peftopt.recipe import grid as grids
 from peftopt.recipe.grid import Cell, Grid
 from peftopt.report import swept
 from peftopt.report.swept import CellResult
-from peftopt.runner import cells, judged
+from peftopt.runner import build, cells, duration, judged, objects, remote
 from peftopt.runner.cells import Attempt, Job
 from peftopt.runner.executors import Executor
 from peftopt.runner.run import Listener
@@ -48,21 +49,66 @@ def disk(grid: Grid) -> str:
     return f"at most {sum(counts.values())} artifacts, {format_value('size', whole)}" if whole else "nothing is built"
 
 
-def sweep(listed: Sequence[Cell], results: Path, name: str, executor: Executor, listener: Listener) -> list[CellResult]:
+def forecasts(
+    grid: Grid, standing: Sequence[CellResult], machine: str, results: Path, listener: Listener
+) -> dict[str, Span]:
+    """Seconds that each cell takes that is left for this machine, of the class `machine`; by the cell's name. Of each
+    group of variants the first layers of one cell's model are timed. Another model takes longer by as much as its
+    weights are larger. A group without a forecast is told, and left out."""
+    sizes = {name: store.size(Path(served.base)) for name, served in grid.models.items()}
+    still = [result.cell for result in swept.left(standing) if result.cell.machine.name == machine]
+    seconds: dict[str, Span] = {}
+    for group in dict.fromkeys(cell.group for cell in still):
+        alike = [cell for cell in still if cell.group == group]
+        for cell in {cell.model: cell for cell in reversed(alike)}.values():
+            takes = _foreseen(cell, results, listener)
+            if takes.parts:
+                seconds |= {each.name: takes.whole * (sizes[each.model] / sizes[cell.model]) for each in alike}
+                break
+        else:
+            listener.tell(f"no forecast of cells of the variants {group}: {takes.unknown}")
+    return seconds
+
+
+def _foreseen(cell: Cell, results: Path, listener: Listener) -> Duration:
+    """How long a cell takes on this machine. What is wrong with its files is said by its own run."""
+    home = store.Store(results.resolve(), listener.warn)
+    try:
+        with build.bars(listener.progress) as hear:
+            return duration.foreseen(judged.recipe_of(cell.recipe, cell.name), home, hear)[1]
+    except (PeftoptError, OSError) as error:
+        return Duration(unknown=str(error))
+
+
+def sweep(
+    listed: Sequence[Cell],
+    results: Path,
+    name: str,
+    executor: Executor,
+    listener: Listener,
+    artifacts: str = "",
+    more: bool = False,
+) -> list[CellResult]:
     """Have every cell measured that is left and has a machine; where all of them stand then. A cell that fails is told,
-    and the others go on."""
+    and the others go on. `artifacts`: where machines share them, see `remote.opened`. With `more`, cells whose decision
+    is open get more blocks."""
     warn = listener.warn
     store.Store(results.resolve(), warn).check_writable()
+    if artifacts:
+        remote.opened(artifacts, warn, listener.tell)
     by_name = {cell.name: cell for cell in listed}
     classes = {cell.machine.name: cell.machine for cell in listed}
     served = {each for each, needs in classes.items() if executor.machines(needs)}
     standing = cells.stand(listed, results, name)
     home = cells.folder_of(results, name)
     submitted = {each.cell.name for each in standing if executor.found(home / each.cell.name)}
-    left = {each.cell.name for each in swept.left(standing) if each.cell.machine.name in served}
-    todo = [cell for cell in listed if cell.name in left | submitted]
+    undecided = {each.cell.name for each in swept.undecided(standing)} if more else set()
+    left = {each.cell.name for each in swept.left(standing)} | undecided
+    todo = [cell for cell in listed if cell.name in submitted or (cell.name in left and cell.machine.name in served)]
     jobs = [
-        cells.job(cell, results, name) for cell in todo if cell.name in submitted or not _judged(cell, results, warn)
+        cells.job(cell, results, name, objects.absolute(artifacts), more=cell.name in undecided)
+        for cell in todo
+        if cell.name in submitted or not _judged(cell, results, warn)
     ]
     for job in jobs:
         executor.submit(job)
