@@ -460,6 +460,8 @@ class More:
     """Probe "more": blocks that were granted to the races of a run after its recipe."""
 
     max_blocks: int
+    race: str = ""
+    """"all" where they are for the variants that a race for the winner left open; "" for the races that go on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -221,6 +221,9 @@ class Measure:
     min_blocks: int = 0
     """Blocks that a variant which nothing rejects gets on the minimized workload even where it is decided, for who
     compares runs."""
+    race: str = "all"
+    """What is raced: all variants until each is decided, or the winner: a variant that is shown to be slower than an
+    accepted one is left open."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import random
 import shutil
 import signal
 from dataclasses import replace
@@ -19,11 +20,13 @@ from helpers.waiting import wait_until
 
 from peftopt import stats, store
 from peftopt.decision import stopping
+from peftopt.measurements import Turn, Values
 from peftopt.records import TWIN, Rule
 from peftopt.runner import recipe_run
 from peftopt.runner.judged import read_recipe
 from peftopt.runner.process import calm
 from peftopt.runner.race import Field
+from peftopt.runner.run import Run
 
 FIELDS = {"request_duration_ms", "queue_time_ms", "generation_latency_ms", "ttft_ms", "tpot_ms", "cpu_ms"}
 
@@ -284,6 +287,57 @@ def test_more_blocks_reach_a_planned_look(copied: tuple[Path, Path, Path], monke
     with recipe_run.reopen(copied[2], Heard()) as run:
         recipe_run.add_blocks(run)
         assert run.evidence.budget == 16, "at 11 blocks nothing would be judged but by bets"
+
+
+WINNER = """# A race for the winner.
+model: {{base: {base}, adapter: {adapter}}}
+workloads:
+  chat: {{prompts: {prompts}, new_tokens: 2}}
+  bulk: {{prompts: {prompts}, new_tokens: 2, batch: 2}}
+measure: {{requests: 1, warmup: 0, relaunch: 4, max_blocks: 16, threads: 1, race: winner}}
+variants: {{adapter: [], merged: [merge], int8: [merge, int8]}}
+tradeoffs:
+  merge: {{parity: off, lost: off, critical_errors: off}}
+  int8: {{not_slower: off, critical_errors: off}}
+minimize: latency.p50@chat
+"""
+
+
+def test_a_race_for_the_winner_leaves_a_slower_variant_open_and_more_has_it_judged(
+    tiny_base: Path, tiny_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The times are replaced: merged is far faster, and three launches cannot tell whether int8 clears its limit."""
+    took, dice, log = {"adapter": 100.0, "merged": 30.0, "int8": 80.0}, random.Random(1), Run.log
+
+    def logged(run: Run, values: Values, variant: str = "", workload: str = "", launch: int = 0) -> None:
+        if isinstance(values, Turn):
+            ms = took[variant.removesuffix(TWIN)] * dice.uniform(0.98, 1.02)
+            requests = tuple(replace(request, request_duration_ms=ms) for request in values.requests)
+            values = replace(values, requests=requests)
+        log(run, values, variant, workload, launch)
+
+    def blocks(name: str, workload: str) -> int:
+        turns = [m for m in lines(tmp_path / "results", "speed") if m["variant"] == name]
+        return sum(m["workload"] == workload for m in turns)
+
+    def int8() -> tuple[str, str]:
+        decision = json.loads((run_folder(tmp_path / "results") / "decision.json").read_text())
+        assert decision["chosen"] == "merged"
+        return next((v["outcome"], v["decided_by"]) for v in decision["variants"] if v["name"] == "int8")
+
+    monkeypatch.setattr(Run, "log", logged)
+    questions = prompts(tmp_path / "eval.jsonl", 12, "eval")
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(WINNER.format(base=tiny_base, adapter=tiny_lora, prompts=questions))
+    arguments = ("run", recipe, "--results", tmp_path / "results", "--quiet", "--no-forecast")
+    assert command(*arguments) == 0
+    assert int8() == ("inconclusive", "race.winner")
+    left = blocks("int8", "chat")
+    assert left < 16 and blocks("int8", "bulk") == 0 and blocks("merged", "bulk")
+    assert "race.winner" in (run_folder(tmp_path / "results") / "report.md").read_text()
+    assert command(*arguments, "--more") == 0
+    assert int8()[1] == "merge.gain"
+    assert blocks("int8", "chat") > left and blocks("int8", "bulk")
 
 
 def test_the_workers_of_a_race_start_ahead_of_it_and_end_with_it(copied: tuple[Path, Path, Path]) -> None:

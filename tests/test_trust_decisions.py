@@ -13,6 +13,7 @@ from helpers.records import builds, decide, evidence_of, of, plan_of, quality, s
 from peftopt import stats
 from peftopt.decision import decide as deciding
 from peftopt.decision.evidence import Evidence
+from peftopt.decision.rules.variant import outcome_of
 from peftopt.metrics import percent
 from peftopt.records import (
     TWIN,
@@ -38,7 +39,7 @@ def rows(*numbers: int, **values: Json) -> dict[str, dict[str, Json]]:
 
 def judged(*verdicts: tuple[str, str]) -> tuple[str, str]:
     found: list[Verdict] = [Verdict(rule, outcome, "") for rule, outcome in verdicts]  # type: ignore[arg-type]
-    return deciding._outcome(found)
+    return outcome_of(found)
 
 
 GAIN, LOST, INTACT, WHOLE = "merge.gain", "merge.lost", "artifact.intact", "variant.critical_errors"

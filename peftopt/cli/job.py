@@ -34,7 +34,10 @@ def run(
     artifacts: Artifacts = "",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start a new run; do not continue an unfinished one.")] = False,
     more: Annotated[
-        bool, typer.Option("--more", help="Add blocks to the last run of this recipe, if a variant is undecided.")
+        bool,
+        typer.Option(
+            "--more", help="Add blocks to the last run of this recipe, if a variant is undecided or left open."
+        ),
     ] = False,
     no_forecast: NoForecast = False,
     profile: Annotated[

@@ -13,17 +13,16 @@ from peftopt.decision.figures import figures
 from peftopt.decision.next_step import next_step
 from peftopt.decision.prompts import virtual_tokens
 from peftopt.decision.rules.parents import family, parent_of, rule_name
-from peftopt.decision.rules.speed import judged_speed
-from peftopt.decision.rules.table import A_A, protects
-from peftopt.decision.rules.variant import verdicts
+from peftopt.decision.rules.speed import a_a, judged_speed
+from peftopt.decision.rules.table import A_A, WINNER, protects
+from peftopt.decision.rules.variant import outcome_of, verdicts
+from peftopt.decision.rules.winner import beaten
 from peftopt.decision.stopping import hopeless
 from peftopt.measurements import Answer
 from peftopt.metrics import counted, percent, percent_of_level
 from peftopt.records import (
-    TWIN,
     Decision,
     Interval,
-    Metric,
     Outcome,
     Recipe,
     Variant,
@@ -31,29 +30,15 @@ from peftopt.records import (
     Verdict,
 )
 
-_NEVER_ALONE = ("artifact.", "variant.", "require: kl ", "require: top1 ")
-"""What may reject a variant but not accept it: that nothing is broken is no gain, and near the baseline divergence says
-nothing of the answers' worth."""
 
-
-def _outcome(found: Sequence[Verdict]) -> tuple[Outcome, str]:
-    """A variant is as good as its worst verdict; what decided is the first of those rules, "" where none had a say."""
-    order: tuple[Outcome, ...] = ("rejected", "inconclusive")
-    for outcome in order:
-        for verdict in found:
-            if verdict.outcome == outcome:
-                return outcome, verdict.rule
-    accepting = [v.rule for v in found if v.outcome == "accepted" and not v.rule.startswith(_NEVER_ALONE)]
-    unjudged = [v.rule for v in found if v.outcome == "not judged"]
-    return ("accepted", accepting[0]) if accepting else ("not judged", unjudged[0] if unjudged else "")
-
-
-def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) -> VariantDecision:
+def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool, lost: Verdict | None) -> VariantDecision:
     found = verdicts(evidence, variant)
-    outcome, rule = _outcome(found)
+    outcome, rule = outcome_of(found)
     notes = []
     if outcome == "accepted" and twin_differs and variant.name != evidence.baseline:
         outcome, rule = "inconclusive", A_A
+    if outcome == "inconclusive" and lost:
+        found, rule = (*map(_asks_nothing, found), lost), lost.rule
     ratio = figures(evidence, variant.name).get(f"latency.ratio@{evidence.plan.recipe.minimize.workload}")
     if ratio and ratio.low > 1 and variant.name != evidence.baseline:
         notes.append(f"slower than {evidence.baseline} here: {ratio.estimate:.2f}x its latency")
@@ -70,6 +55,11 @@ def _decide_variant(evidence: Evidence, variant: Variant, twin_differs: bool) ->
         remarks=tuple(_remarks(evidence, variant)),
         speed=judged_speed(evidence, variant),
     )
+
+
+def _asks_nothing(verdict: Verdict) -> Verdict:
+    """The verdict without the blocks that would decide it, since nobody waits for them."""
+    return replace(verdict, blocks_needed=None, minutes_needed=None)
 
 
 def _warm_up_notes(evidence: Evidence, variant: str) -> list[str]:
@@ -199,9 +189,9 @@ def decide(evidence: Evidence, machine: Mapping[str, object]) -> Decision:
     """Judge every variant and choose the best accepted one by `minimize`. `machine` is told on in the decision."""
     plan = evidence.plan
     recipe = plan.recipe
-    twin_differs = a_a(evidence) is not None
+    twin_differs, lost = a_a(evidence) is not None, beaten(evidence)
     judged = [v for v in recipe.variants.values() if v.name not in plan.left_out]
-    decided = tuple(_decide_variant(evidence, v, twin_differs) for v in judged)
+    decided = tuple(_decide_variant(evidence, v, twin_differs, lost.get(v.name)) for v in judged)
     candidates = [d for d in decided if d.name != recipe.baseline]
     accepted = [d for d in candidates if d.outcome == "accepted"]
     chosen = min(accepted, key=lambda d: _minimized(evidence, d.name), default=None)
@@ -273,18 +263,6 @@ MOST_DISTURBED = 0.5
 
 ORDER_MATTERS = 0.01
 """How much longer the last turn of a block must take than the first for a note."""
-
-
-def a_a(evidence: Evidence) -> Interval | None:
-    """The A/A arm's interval when it excludes zero: the baseline differs from itself, so nothing can be accepted."""
-    recipe = evidence.plan.recipe
-    for workload in recipe.workloads:
-        field = evidence.field(Metric(recipe.minimize.name, workload))
-        twin, level = recipe.baseline + TWIN, 1 - stats.ALPHA / len(stats.LOOKS)
-        ratio = evidence.ratio(twin, recipe.baseline, workload, field, level)
-        if ratio and (ratio.low > 1 or ratio.high < 1):
-            return ratio
-    return None
 
 
 def _warnings(evidence: Evidence) -> tuple[str, ...]:
@@ -379,8 +357,11 @@ def _sentence(evidence: Evidence, chosen: VariantDecision | None, candidates: Se
         ratio = chosen.speed or _judged(evidence, chosen.name)
         change = percent(abs(1 - ratio.estimate))
         gain = "about" if change == "0 %" else f"{change} {'lower' if ratio.estimate < 1 else 'higher'} than"
-        undecided = [d.name for d in candidates if d.outcome == "inconclusive"]
-        parts = [f"{', '.join(undecided)} undecided"] if undecided else []
+        open_ = [d for d in candidates if d.outcome == "inconclusive"]
+        lost = [d.name for d in open_ if d.decided_by == WINNER]
+        undecided = [d.name for d in open_ if d.name not in lost]
+        parts = [f"{', '.join(lost)} slower and left open"] if lost else []
+        parts += [f"{', '.join(undecided)} undecided"] if undecided else []
         parts += [f"{', '.join(skipped)} skipped, not measured"] if skipped else []
         rest = f" ({'; '.join(parts)})" if parts else ""
         return (

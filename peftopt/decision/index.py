@@ -71,6 +71,8 @@ class Index:
         self.machine: dict[tuple[str, int], list[Disturbance]] = defaultdict(list)
         self.budget = plan.recipe.measure.max_blocks
         """Blocks that a race may have: the recipe's, or what was granted since."""
+        self.race = plan.recipe.measure.race
+        """What is raced, "all" or the "winner": the recipe's, or "all" once blocks were granted for that."""
         self.left_out: dict[str, str] = {}
         """Variant@workload -> why a turn of it is as good as not measured."""
         self.failed: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
@@ -118,6 +120,9 @@ class Index:
                     self.launches[m.variant].append(launch)
                     self._launched[m.variant, m.workload].append([])
                     self._loading.append((m.workload, launch))
+                case More(max_blocks=granted, race="all"):
+                    self.budget = granted
+                    self.race = "all"
                 case More(max_blocks=granted):
                     self.budget = max(self.budget, granted)
                 case Forecast() as forecast:

@@ -13,6 +13,7 @@ from peftopt.decision.rules.parity import PARTED
 from peftopt.decision.rules.requirements import fewest_requests
 from peftopt.decision.rules.table import ANY_CRITICAL, WHOLE
 from peftopt.decision.rules.variant import verdicts
+from peftopt.decision.rules.winner import beaten
 from peftopt.metrics import counted, percent
 from peftopt.records import Recipe, Rule, Threshold, Variant, Verdict
 
@@ -37,7 +38,9 @@ def blocks(evidence: Evidence, workload: str) -> frozenset[str]:
     recipe = evidence.plan.recipe
     if recipe.baseline in evidence.failures:
         return frozenset()
-    open_ = {v.name for v in recipe.variants.values() if _needs_block(evidence, v, workload)}
+    lost = beaten(evidence)
+    racing = [v for v in recipe.variants.values() if v.name not in lost]
+    open_ = {v.name for v in racing if _needs_block(evidence, v, workload)}
     for name in tuple(open_ - {recipe.baseline}):
         variant = recipe.variants[name]
         open_ |= {parent_of(recipe, variant, step) for step in variant.techniques}
@@ -65,10 +68,10 @@ def _needs_block(evidence: Evidence, variant: Variant, workload: str) -> bool:
 
 
 def open_races(evidence: Evidence) -> list[Verdict]:
-    """The undecided races of variants that nothing has rejected: more blocks may settle them."""
+    """The undecided races of variants that nothing has rejected, and that go on: more blocks may settle them."""
     found = []
-    recipe = evidence.plan.recipe
-    for variant in (v for v in recipe.variants.values() if v.name != recipe.baseline):
+    recipe, lost = evidence.plan.recipe, beaten(evidence)
+    for variant in (v for v in recipe.variants.values() if v.name != recipe.baseline and v.name not in lost):
         said = verdicts(evidence, variant)
         if not any(v.outcome == "rejected" for v in said):
             found += [v for v in said if v.outcome == "inconclusive" and v.blocks_needed]

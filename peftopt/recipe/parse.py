@@ -100,6 +100,7 @@ _MEASURE: Mapping[str, Reader[object]] = {
     "relaunch": whole(1),
     "min_blocks": whole(0),
     "max_blocks": _BLOCKS,
+    "race": words({"all": "all", "winner": "winner"}),
     "clock": words({"wall": "wall", "cpu": "cpu", "auto": "auto"}),
     "threads": whole(0),
     "deadline": _SECONDS,

@@ -147,10 +147,14 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
     decided, or for at most `blocks` or `minutes`.
 
     The error budget that was spent stays spent (stats.race). Measures nothing where these blocks can hardly decide a
-    race.
+    race. Where a race for the winner has decided all that it goes on with, the blocks are for what it left open.
     """
     evidence = run.evidence
-    races = stopping.open_races(evidence)
+    races, raced = stopping.open_races(evidence), ""
+    if not races and evidence.race == "winner":
+        raced = "all"
+        evidence = _granted(run, More(max_blocks=evidence.budget, race=raced))
+        races = stopping.open_races(evidence)
     if not races:
         run.listener.tell("no race is open: more blocks would change no verdict")
         return
@@ -162,19 +166,24 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
     limits = [n for n in (blocks, None if minutes is None else int(minutes / (block_min or 1))) if n is not None]
     needed = nearest.blocks_needed or 0
     total = have + min(limits) if limits else stats.next_look(needed)
-    granted = Measured(More(max_blocks=total))
-    still = stopping.open_races(Evidence(run.plan, [*run.measurements, granted]))
+    granted = More(max_blocks=total, race=raced)
+    still = stopping.open_races(_granted(run, granted))
     if total >= stats.MOST_BLOCKS or total <= have or all(v.hopeless for v in still):
         more = f"about {needed - have} more" if needed < stats.MOST_BLOCKS else "too many"
         granted_words = f"; {total - have} can hardly suffice" if limits else ""
         run.listener.warn(f"{nearest.rule} would take {more} blocks{_about(needed - have, block_min)}{granted_words}")
         run.listener.warn("nothing was measured")
         return
-    run.log(granted.values)
+    run.log(granted)
     run.listener.tell(f"up to {counted(total - have, 'more block')}{_about(total - have, block_min)}")
     for workload in run.recipe.workloads.values():
         race(run, workload)
         check_baseline(run)
+
+
+def _granted(run: Run, more: More) -> Evidence:
+    """The run's evidence, were these blocks granted."""
+    return Evidence(run.plan, [*run.measurements, Measured(more)])
 
 
 def _about(blocks: int, block_min: float | None) -> str:

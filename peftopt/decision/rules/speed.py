@@ -57,8 +57,20 @@ def judged_speed(evidence: Evidence, variant: Variant) -> Interval | None:
     if variant.name == recipe.baseline:
         twin, level = recipe.baseline + TWIN, 1 - stats.ALPHA / len(stats.LOOKS)
         return evidence.ratio(twin, recipe.baseline, metric.workload, evidence.field(metric), level)
-    result = _race(evidence, variant.name, recipe.baseline, metric, next(_own_limits(evidence, variant), 1.0))
+    result = race(evidence, variant.name, recipe.baseline, metric, next(_own_limits(evidence, variant), 1.0))
     return exp(result.interval) if result.interval.n else None
+
+
+def a_a(evidence: Evidence) -> Interval | None:
+    """The A/A arm's interval when it excludes zero: the baseline differs from itself, so nothing can be accepted."""
+    recipe = evidence.plan.recipe
+    for workload in recipe.workloads:
+        field = evidence.field(Metric(recipe.minimize.name, workload))
+        twin, level = recipe.baseline + TWIN, 1 - stats.ALPHA / len(stats.LOOKS)
+        ratio = evidence.ratio(twin, recipe.baseline, workload, field, level)
+        if ratio and (ratio.low > 1 or ratio.high < 1):
+            return ratio
+    return None
 
 
 def raced_on(evidence: Evidence, variant: str, step: Step) -> str | None:
@@ -85,7 +97,7 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
     metric = Metric(recipe.minimize.name, workload)
     field = evidence.field(metric)
     logs = list(evidence.series(case.variant, against, workload, field).values())
-    result = _race(evidence, case.variant, against, metric, limit)
+    result = race(evidence, case.variant, against, metric, limit)
     n = result.interval.n
     if not n:
         return Verdict("", "inconclusive", f"{metric} was not measured against {against}", against, workload=workload)
@@ -125,7 +137,7 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
     )
 
 
-def _race(evidence: Evidence, variant: str, against: str, metric: Metric, limit: float) -> stats.Race:
+def race(evidence: Evidence, variant: str, against: str, metric: Metric, limit: float) -> stats.Race:
     """The sequential test of variant/against on a metric; `limit` is a ratio."""
     recipe, workload, field = evidence.plan.recipe, metric.workload, evidence.field(metric)
     series = evidence.series(variant, against, workload, field)

@@ -22,6 +22,9 @@ ANY_CRITICAL = Rule(WHOLE, "critical_errors", 0.05)
 A_A = "measurement.a_a"
 """The rule that leaves a variant open where the baseline differs from itself."""
 
+WINNER = "race.winner"
+"""The rule that leaves a variant open where the race is for the winner, and another one is."""
+
 RULES = {
     "gain": gain,
     "parity": parity,
@@ -38,6 +41,7 @@ PROTECTS = {
     "artifact.runs": "a variant that cannot be served",
     "artifact.intact": "damaged weights, and a model in which the adapter is not at work",
     A_A: "a machine on which even a copy of the baseline looks faster or slower than itself",
+    WINNER: "time spent on a variant that cannot be chosen",
     "gain": "giving something up for a gain that is noise",
     "parity": "a model that is no longer the adapter you evaluated",
     "critical_errors": "answers that break your service: empty, endless, unreadable, or wrong where it must be right",

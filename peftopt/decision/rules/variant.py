@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from peftopt.decision.evidence import Evidence
 from peftopt.decision.rules.requirements import requirement
 from peftopt.decision.rules.table import table_verdicts, whole
@@ -14,6 +16,10 @@ NOT_TRIED = (SKIPPED, "missing library", "missing environment", "refused")
 
 LOST = 0.1
 """What must be left of the adapter's shift from the base for it to count as applied at all."""
+
+_NEVER_ALONE = ("artifact.", "variant.", "require: kl ", "require: top1 ")
+"""What may reject a variant but not accept it: that nothing is broken is no gain, and near the baseline divergence says
+nothing of the answers' worth."""
 
 
 def verdicts(evidence: Evidence, variant: Variant) -> tuple[Verdict, ...]:
@@ -29,6 +35,18 @@ def verdicts(evidence: Evidence, variant: Variant) -> tuple[Verdict, ...]:
         return tuple(requirement(evidence, variant.name, t) for t in own)
     found = [_intact(evidence, variant), *table_verdicts(evidence, variant), *whole(evidence, variant)]
     return (*found, *(requirement(evidence, variant.name, t) for t in require))
+
+
+def outcome_of(found: Sequence[Verdict]) -> tuple[Outcome, str]:
+    """A variant is as good as its worst verdict; what decided is the first of those rules, "" where none had a say."""
+    order: tuple[Outcome, ...] = ("rejected", "inconclusive")
+    for outcome in order:
+        for verdict in found:
+            if verdict.outcome == outcome:
+                return outcome, verdict.rule
+    accepting = [v.rule for v in found if v.outcome == "accepted" and not v.rule.startswith(_NEVER_ALONE)]
+    unjudged = [v.rule for v in found if v.outcome == "not judged"]
+    return ("accepted", accepting[0]) if accepting else ("not judged", unjudged[0] if unjudged else "")
 
 
 def _intact(evidence: Evidence, variant: Variant) -> Verdict:
