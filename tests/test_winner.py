@@ -115,6 +115,14 @@ def test_a_slower_variant_that_is_decided_keeps_its_verdict_and_takes_no_more_ti
     assert asked(plan, found, "bulk") == {"adapter", "compiled"}
 
 
+def test_the_fastest_of_those_that_beat_a_variant_is_named() -> None:
+    plan = winner("merged", *NAMES)
+    plan = replace(plan, recipe=replace(plan.recipe, rules=(Rule("merge", "gain", 0.15),)))
+    found = whole(plan, {"merged": 0.5, "int8": OPEN, "compiled": FAST}, blocks=12)
+    assert beaten(evidence_of(plan, found)).keys() == {"merged", "int8"}
+    assert verdict(decide(plan, found, {}), "int8", WINNER).against == "compiled"
+
+
 def test_what_lost_is_still_measured_where_another_is_judged_against_it() -> None:
     """int8 alone loses to compiled; int8_compiled may still win, and its compiling is judged against int8."""
     plan = winner("merged", "int8", "compiled", "int8_compiled")
