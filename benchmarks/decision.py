@@ -426,7 +426,7 @@ def beaten_by_equals(world: World, replications: int, seed: int) -> tuple[float,
     shares = []
     for number in range(replications):
         logs = log_times(world, gains, np.random.default_rng([seed, number]))
-        lost = set()
+        lost: set[str] = set()
         for one, other in itertools.combinations(gains, 2):
             outcome = stats.race(logs[one] - logs[other], 0.0, len(gains), launches=labels).outcome
             lost |= {one} if outcome == "rejected" else {other} if outcome == "accepted" else set()

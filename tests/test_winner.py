@@ -13,7 +13,7 @@ from peftopt.decision import stopping
 from peftopt.decision.rules.table import WINNER
 from peftopt.decision.rules.winner import beaten
 from peftopt.recipe import plan as planning
-from peftopt.records import TWIN, Decision, Measurement, Plan, Rule
+from peftopt.records import TWIN, Decision, Json, Measurement, Plan, Rule
 from peftopt.report import reports
 from peftopt.report.headline import headline
 from peftopt.stats import ALPHA, Race, race
@@ -23,7 +23,7 @@ OPEN, FAST = 0.85, 0.3
 """A ratio on the limit of merge.gain, and one that is far below it."""
 
 
-def winner(*names: str, **measure: object) -> Plan:
+def winner(*names: str, **measure: Json) -> Plan:
     return plan_of(*(names or NAMES), race="winner", **measure)
 
 
