@@ -1,6 +1,7 @@
 """How often a verdict is wrong, right or open: the rules of peftopt on simulated machines, beside the usual ones.
 
     python benchmarks/decision.py             # the noise worlds: a few minutes on one core
+    python benchmarks/decision.py --winner 200   # races for the winner beside races of all variants
     python benchmarks/decision.py --live      # copies of a real engine on this machine, through the real pipeline
 
 A world is log t = variant + drift + slow sine + AR(1) + noisy neighbour (all the machine's), launch effect, jitter and
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -29,6 +31,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +44,13 @@ import trust
 
 from peftopt import stats
 from peftopt.decision import stopping
+from peftopt.decision.decide import decide
 from peftopt.decision.evidence import Evidence
-from peftopt.decision.rules.table import table_verdicts
-from peftopt.measurements import Launch, Measured, Request, Turn
+from peftopt.decision.rules.table import WINNER, table_verdicts
+from peftopt.measurements import Built, Launch, Measured, Request, Turn
 from peftopt.recipe import plan as planning
 from peftopt.records import (
+    TWIN,
     Measure,
     Metric,
     Outcome,
@@ -241,18 +246,38 @@ def shown(share: float, n: int) -> str:
     return f"{share:.2%} ±{error:.2%}"
 
 
-# ---- twelve variants in one race ---------------------------------------------------------------
+# ---- several variants in one race --------------------------------------------------------------
 
 VARIANTS, FIXED, RACED = 12, 40, 60
+EAGER, COMPILED = Step("eager", "engine", ""), Step("compiled", "engine", "compile")
+MERGE, INT8 = Step("merge", "transform", "merge"), Step("int8", "transform", "quantize")
+GPTQ, AWQ = Step("gptq", "transform", "quantize"), Step("awq", "transform", "quantize")
 
 
-def twelve() -> Plan:
-    """A plan of twelve merges under one rule. What they differ in does not matter here."""
-    eager = Step("eager", "engine", "")
-    names = [f"v{n}" for n in range(VARIANTS)]
-    variants = {"adapter": Variant("adapter", (), eager)}
-    variants |= {name: Variant(name, (Step("merge", "transform", "merge", {"n": name}),), eager) for name in names}
+def merges(count: int) -> Plan:
+    """A plan of so many merges under one rule. What they differ in does not matter here."""
+    names = [f"v{n}" for n in range(count)]
+    variants = {"adapter": Variant("adapter", (), EAGER)}
+    variants |= {name: Variant(name, (Step("merge", "transform", "merge", {"n": name}),), EAGER) for name in names}
     return a_plan(variants, (Rule("merge", "gain", 0.15),), RACED)
+
+
+DEMO = {"merged": 0.38, "int8": 0.32, "gptq4": 0.19, "awq4": 0.15, "compiled": 0.74, "int8_compiled": 0.71}
+"""What each variant of the demo gains."""
+
+
+def demo() -> Plan:
+    """The demo's variants, with its rules on times."""
+    chains: dict[str, tuple[Step, ...]] = {
+        "adapter": (),
+        **{"merged": (MERGE,), "int8": (MERGE, INT8), "gptq4": (MERGE, GPTQ), "awq4": (MERGE, AWQ)},
+        **{"compiled": (MERGE,), "int8_compiled": (MERGE, INT8)},
+    }
+    variants = {
+        name: Variant(name, chain, COMPILED if name.endswith("compiled") else EAGER) for name, chain in chains.items()
+    }
+    quantizers = [Rule(step.plugin, "not_slower", 0.02) for step in (INT8, GPTQ, AWQ)]
+    return a_plan(variants, (Rule("merge", "gain", 0.15), Rule("compile", "gain", 0.0), *quantizers), RACED)
 
 
 def a_plan(variants: dict[str, Variant], table: tuple[Rule, ...], most: int, **measure: Any) -> Plan:
@@ -274,33 +299,139 @@ def a_plan(variants: dict[str, Variant], table: tuple[Rule, ...], most: int, **m
     return planning.plan(recipe, {"base": "", "adapter": "", "calibration": ""}, {})
 
 
-def race_of_twelve(plan: Plan, world: World, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(turns run, undecided, wrong) of the race, and undecided of a fixed design of 40 blocks on the same machine."""
-    gains = rng.uniform(0, 0.35, VARIANTS)
-    arms = ["adapter", *(f"v{n}" for n in range(VARIANTS))]
-    load = machine(world, RACED * len(arms), rng).reshape(RACED, len(arms))
+Logs = dict[str, np.ndarray]
+"""What each arm would take in each block, log time, whether it is run or not."""
+
+
+def log_times(world: World, gains: dict[str, float], rng: np.random.Generator) -> Logs:
+    """Blocks of the baseline and these arms, in random order."""
+    truth = {"adapter": 0.0} | {arm: math.log1p(-gain) for arm, gain in gains.items()}
+    load = machine(world, RACED * len(truth), rng).reshape(RACED, len(truth))
     process = np.arange(RACED) // world.relaunch
-    own = {arm: turns(world, process, rng) for arm in arms}
-    truth = dict(zip(arms, [0.0, *np.log1p(-gains)], strict=True))
-    order = np.array([rng.permutation(len(arms)) for _ in range(RACED)])
-    logs = {arm: load[np.arange(RACED), order[:, n]] + own[arm] + truth[arm] for n, arm in enumerate(arms)}
-    seen: list[Measured] = []
+    own = {arm: turns(world, process, rng) for arm in truth}
+    order = np.array([rng.permutation(len(truth)) for _ in range(RACED)])
+    return {arm: load[np.arange(RACED), order[:, n]] + own[arm] + truth[arm] for n, arm in enumerate(truth)}
+
+
+def raced(plan: Plan, world: World, logs: Logs) -> list[Measured]:
+    """What a run of this plan measures on this machine: the turns that `stopping` asks for, the A/A arm's if it has
+    one."""
+    seen = [Measured(Built(id=build.id, size_bytes=0, tier0=(), seconds=0, cached=True)) for build in plan.builds]
+    hidden = {arm for arm in logs if arm.endswith(TWIN)}
     for block in range(RACED):
         if not (wants := stopping.blocks(Evidence(plan, seen), "chat")):
             break
-        for arm in sorted(wants):
+        for arm in sorted(wants | hidden):
             if block % world.relaunch == 0:
                 seen.append(Measured(Launch(model_loading_time=1.0), arm, "chat"))
             ms = 100 * math.exp(logs[arm][block])
             request = Request(request_duration_ms=ms, ttft_ms=ms, tpot_ms=ms, cpu_ms=ms, new_tokens=16, warmup=False)
             seen.append(Measured(Turn(block=block, requests=(request,)), arm, "chat"))
-    evidence, recipe = Evidence(plan, seen), plan.recipe
-    found = {v: table_verdicts(evidence, recipe.variants[v])[0].outcome for v in arms[1:]}
-    wrong = sum(found[v] == ("rejected" if truth[v] < LIMIT else "accepted") for v in found)
+    return seen
+
+
+def turns_of(seen: list[Measured]) -> list[tuple[str, Turn]]:
+    """The turns among these measurements, each with its arm."""
+    return [(each.variant, each.values) for each in seen if isinstance(each.values, Turn)]
+
+
+def race_of_twelve(plan: Plan, world: World, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(turns run, undecided, wrong) of the race, and undecided of a fixed design of 40 blocks on the same machine."""
+    gains = {f"v{n}": gain for n, gain in enumerate(rng.uniform(0, 0.35, VARIANTS))}
+    logs = log_times(world, gains, rng)
+    seen = raced(plan, world, logs)
+    evidence = Evidence(plan, seen)
+    found = {v: table_verdicts(evidence, plan.recipe.variants[v])[0].outcome for v in gains}
+    wrong = sum(found[v] == ("rejected" if math.log1p(-gain) < LIMIT else "accepted") for v, gain in gains.items())
     level = 1 - stats.ALPHA / VARIANTS
-    intervals = (stats.hodges_lehmann((logs[v] - logs["adapter"])[:FIXED], level) for v in arms[1:])
+    intervals = (stats.hodges_lehmann((logs[v] - logs["adapter"])[:FIXED], level) for v in gains)
     fixed = sum(stats.judge(i, LIMIT) == "inconclusive" for i in intervals)
-    return len(seen), list(found.values()).count("inconclusive"), wrong, fixed
+    return len(turns_of(seen)), list(found.values()).count("inconclusive"), wrong, fixed
+
+
+# ---- a race for the winner ---------------------------------------------------------------------
+
+DESIGNS: dict[str, tuple[Callable[[], Plan], dict[str, float]]] = {
+    "the demo's variants and rules": (demo, DEMO),
+    "the demo's gains, each a merge's": (partial(merges, len(DEMO)), {f"v{n}": g for n, g in enumerate(DEMO.values())}),
+    "six merges, 2 % apart": (partial(merges, 6), {f"v{n}": 0.30 - 0.02 * n for n in range(6)}),
+    "six merges that gain the same": (partial(merges, 6), {f"v{n}": 0.30 for n in range(6)}),
+}
+"""Plans, and what their variants gain."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a race ended: its turns, the seconds that they take, the choice, the variants that were left open for it, and
+    the verdicts of the others."""
+
+    turns: int
+    seconds: float
+    chosen: str | None
+    beaten: frozenset[str]
+    outcomes: dict[str, Outcome]
+
+
+def ended(plan: Plan, world: World, logs: Logs, race: str) -> Ended:
+    """The race of `all` or for the `winner` on one machine."""
+    recipe = replace(plan.recipe, measure=replace(plan.recipe.measure, race=race))
+    asked = replace(plan, recipe=recipe)
+    seen = raced(asked, world, logs)
+    decision = decide(Evidence(asked, seen), {})
+    lost = frozenset(v.name for v in decision.variants if v.decided_by == WINNER)
+    outcomes = {v.name: v.outcome for v in decision.variants if v.name not in lost}
+    requests = [request for _, turn in turns_of(seen) for request in turn.requests]
+    seconds = sum(request.request_duration_ms or 0.0 for request in requests) / 1e3
+    return Ended(len(turns_of(seen)), seconds, decision.chosen, lost, outcomes)
+
+
+def for_the_winner(world: World, races: int, seed: int) -> None:
+    """What a race for the winner saves on the same machines, and how often it chooses another variant."""
+    for n, (name, (plan, gains)) in enumerate(DESIGNS.items()):
+        pairs = []
+        for number in range(races):
+            rng = np.random.default_rng([seed, n, number])
+            logs = log_times(world, {"adapter" + TWIN: 0.0, **gains}, rng)
+            pairs.append([ended(plan(), world, logs, race) for race in ("all", "winner")])
+        told(name, gains, pairs)
+
+
+def told(name: str, gains: dict[str, float], pairs: list[list[Ended]]) -> None:
+    """Print what pairs of races (of all, for the winner) come to."""
+    best = {variant for variant, gain in gains.items() if gain == max(gains.values())}
+    n = len(pairs)
+    print(f"\n{name}, {n} races of at most {RACED} blocks, each for all and for the winner:")
+    for what in ("turns", "seconds"):
+        left = np.array([getattr(winner, what) / getattr(all_, what) for all_, winner in pairs])
+        mean = np.mean([[getattr(each, what) for each in pair] for pair in pairs], axis=0)
+        saves = f"{1 - left.mean():.1%} ±{left.std() / math.sqrt(n):.1%}"
+        print(f"  {what}: {mean[0]:.4g} and {mean[1]:.4g}: saves {saves}")
+    for label, which in (("all", 0), ("the winner", 1)):
+        wrong = sum(pair[which].chosen is not None and pair[which].chosen not in best for pair in pairs)
+        none = sum(pair[which].chosen is None for pair in pairs)
+        print(f"  race for {label}: not the fastest {shown(wrong / n, n)}, none chosen {shown(none / n, n)}")
+    other = sum(all_.chosen != winner.chosen for all_, winner in pairs)
+    lost = sum(len(winner.beaten) for _, winner in pairs)
+    best_lost = sum(len(winner.beaten & best) for _, winner in pairs)
+    changed = sum(all_.outcomes.get(v) != o for all_, winner in pairs for v, o in winner.outcomes.items())
+    print(f"  another choice {shown(other / n, n)}; left open {lost / n:.2f} of {len(gains)} variants,")
+    print(f"  of the fastest {best_lost} of {n * len(best)}; other verdicts {changed}")
+
+
+def beaten_by_equals(world: World, replications: int, seed: int) -> tuple[float, float]:
+    """How often a variant that is as fast as five others is ever beaten by one of them, over all looks and bets, and
+    its standard error: the stated error is below 1 %."""
+    gains = dict.fromkeys((f"v{n}" for n in range(6)), 0.3)
+    labels = launches(RACED, world.relaunch)
+    shares = []
+    for number in range(replications):
+        logs = log_times(world, gains, np.random.default_rng([seed, number]))
+        lost: set[str] = set()
+        for one, other in itertools.combinations(gains, 2):
+            outcome = stats.race(logs[one] - logs[other], 0.0, len(gains), launches=labels).outcome
+            lost |= {one} if outcome == "rejected" else {other} if outcome == "accepted" else set()
+        shares.append(len(lost) / len(gains))
+    return float(np.mean(shares)), float(np.std(shares)) / math.sqrt(replications)
 
 
 # ---- this machine, live ------------------------------------------------------------------------
@@ -456,6 +587,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--replications", type=int, default=1000)
     parser.add_argument("--races", type=int, default=60, help="races of twelve variants")
+    parser.add_argument("--winner", type=int, default=0, help="instead: so many races for the winner a design, and all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--world", action="append", choices=[w.name for w in WORLDS], help="default: all")
     parser.add_argument("--relaunch", type=int, default=Measure.relaunch, help="blocks between fresh processes")
@@ -474,6 +606,13 @@ def main() -> None:
         return
     began, found = time.monotonic(), {}
     worlds = [replace(w, relaunch=options.relaunch, launch=w.launch * options.launch) for w in WORLDS]
+    if options.winner:
+        for world in (w for w in worlds if not options.world or w.name in options.world):
+            share, error = beaten_by_equals(world, options.replications, options.seed)
+            print(f"\n{world.name}: one of six equal variants is ever beaten: {share:.2%} ±{error:.2%} (stated: < 1 %)")
+            for_the_winner(world, options.winner, options.seed)
+        print(f"\n{time.monotonic() - began:.0f} s")
+        return
     for world in (w for w in worlds if not options.world or w.name in options.world):
         rng = np.random.default_rng(options.seed)
         gaps = [np.std(np.subtract(*interleaved(world, 0.15, rng))) for _ in range(100)]
@@ -487,7 +626,7 @@ def main() -> None:
     for goal, asked, value, n, holds in goals(found):
         print(f"{goal:74}{asked:>11}{shown(value, n):>17}  {'yes' if holds else 'NO'}")
     if options.races:
-        rng, plan = np.random.default_rng(options.seed), twelve()
+        rng, plan = np.random.default_rng(options.seed), merges(VARIANTS)
         raced = np.array([race_of_twelve(plan, worlds[1], rng) for _ in range(options.races)])
         share = raced[:, 0] / (FIXED * (VARIANTS + 1))
         error = share.std() / math.sqrt(len(share))

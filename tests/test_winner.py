@@ -13,7 +13,7 @@ from peftopt.decision import stopping
 from peftopt.decision.rules.table import WINNER
 from peftopt.decision.rules.winner import beaten
 from peftopt.recipe import plan as planning
-from peftopt.records import TWIN, Decision, Measurement, Plan, Rule
+from peftopt.records import TWIN, Decision, Json, Measurement, Plan, Rule
 from peftopt.report import reports
 from peftopt.report.headline import headline
 from peftopt.stats import ALPHA, Race, race
@@ -23,7 +23,7 @@ OPEN, FAST = 0.85, 0.3
 """A ratio on the limit of merge.gain, and one that is far below it."""
 
 
-def winner(*names: str, **measure: object) -> Plan:
+def winner(*names: str, **measure: Json) -> Plan:
     return plan_of(*(names or NAMES), race="winner", **measure)
 
 
@@ -113,6 +113,14 @@ def test_a_slower_variant_that_is_decided_keeps_its_verdict_and_takes_no_more_ti
     judged = of(decide(plan, found, {}), "int8")
     assert (judged.outcome, judged.decided_by) == decided and WINNER not in {v.rule for v in judged.verdicts}
     assert asked(plan, found, "bulk") == {"adapter", "compiled"}
+
+
+def test_the_fastest_of_those_that_beat_a_variant_is_named() -> None:
+    plan = winner("merged", *NAMES)
+    plan = replace(plan, recipe=replace(plan.recipe, rules=(Rule("merge", "gain", 0.15),)))
+    found = whole(plan, {"merged": 0.5, "int8": OPEN, "compiled": FAST}, blocks=12)
+    assert beaten(evidence_of(plan, found)).keys() == {"merged", "int8"}
+    assert verdict(decide(plan, found, {}), "int8", WINNER).against == "compiled"
 
 
 def test_what_lost_is_still_measured_where_another_is_judged_against_it() -> None:

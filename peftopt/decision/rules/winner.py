@@ -14,12 +14,12 @@ from peftopt.records import Verdict
 
 
 def beaten(evidence: Evidence) -> Mapping[str, Verdict]:
-    """The variants that a race for the winner goes on without, each with the verdict that leaves it open: a variant
-    that every rule accepts is faster on what the recipe minimizes. Nothing in a race of all.
+    """The variants that a race for the winner goes on without, since one that every rule accepts is faster on what the
+    recipe minimizes; each with the verdict on it where no rule has decided it. Nothing in a race of all.
 
     Each pair of variants is raced like a variant and its limit, here 1x, with the same looks and the same share of the
     error. The fastest variant that its rules would accept has at most `family` - 1 rivals, so the chance that it is
-    ever beaten is below half of stats.ALPHA. Rejected variants are not looked at, since they are out already.
+    ever beaten is below half of stats.ALPHA.
     """
     recipe = evidence.plan.recipe
     if evidence.race != "winner" or a_a(evidence):
@@ -30,7 +30,7 @@ def beaten(evidence: Evidence) -> Mapping[str, Verdict]:
         if name != recipe.baseline and name not in evidence.plan.left_out
     }
     accepted = [name for name, found in outcomes.items() if found == "accepted"]
-    lost = {name: _lost(evidence, name, accepted) for name, found in outcomes.items() if found != "rejected"}
+    lost = {name: _lost(evidence, name, accepted) for name in outcomes}
     return {name: verdict for name, verdict in lost.items() if verdict}
 
 
