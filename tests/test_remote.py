@@ -11,6 +11,7 @@ import json
 import os
 import stat
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,19 @@ def test_a_damaged_artifact_is_named_not_used_and_replaced(
     third = machine("c")
     assert third.cached and third.content == second.content
     assert not [line for line in said if "is damaged" in line]
+
+
+def test_a_damaged_file_is_replaced_by_a_build_with_the_same_bytes(
+    tmp_path: Path, said: list[str], machine: Callable[[str], Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the name and the size that it should have."""
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=1))
+    first = machine("a")
+    flip(tmp_path)
+    second = machine("b")
+    assert not second.cached and second.content == first.content
+    said.clear()
+    assert machine("c").cached and not [line for line in said if "is damaged" in line]
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/tmp/outside", "", ".", "a/../../b", "nul\0"])
