@@ -573,7 +573,8 @@ def test_any_value_under_any_key_is_a_recipe_or_an_error_for_people(value: objec
 
 def test_the_page_on_recipes_shows_one_that_parses() -> None:
     page = (ROOT / "docs/recipes.md").read_text()
-    recipe, served, load, quality, tasks, table = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
+    blocks = (block.split("```")[0] for block in page.split("```yaml\n")[1:])
+    recipe, served, load, quality, tasks, table, race = blocks
     text = "model: {base: b, adapter: a}\nworkloads: {chat: {prompts: p.jsonl}}\nvariants:\n  adapter: []\n"
     text += served + "minimize: latency.p50@chat\n"
     assert parse(text, "r.yaml", plugins.catalogue(), TRADEOFFS).variants["served"].engine.plugin == "endpoint"
@@ -586,6 +587,7 @@ def test_the_page_on_recipes_shows_one_that_parses() -> None:
     assert (examined := read(GOOD + tasks).quality) and examined.task_rows == 200
     assert [task_name(task) for task in examined.tasks] == ["support"]
     assert limits(read(GOOD + table))["gptq.smaller"] == 0.25
+    assert read(re.sub("^measure:.*\n", "", GOOD, flags=re.MULTILINE) + race).measure.race == "winner"
 
 
 def test_a_task_that_is_required_has_to_be_asked() -> None:
