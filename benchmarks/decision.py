@@ -608,8 +608,8 @@ def main() -> None:
     worlds = [replace(w, relaunch=options.relaunch, launch=w.launch * options.launch) for w in WORLDS]
     if options.winner:
         for world in (w for w in worlds if not options.world or w.name in options.world):
-            share, error = beaten_by_equals(world, options.replications, options.seed)
-            print(f"\n{world.name}: one of six equal variants is ever beaten: {share:.2%} ±{error:.2%} (stated: < 1 %)")
+            beaten, sd = beaten_by_equals(world, options.replications, options.seed)
+            print(f"\n{world.name}: one of six equal variants is ever beaten: {beaten:.2%} ±{sd:.2%} (stated: < 1 %)")
             for_the_winner(world, options.winner, options.seed)
         print(f"\n{time.monotonic() - began:.0f} s")
         return
