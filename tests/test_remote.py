@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.command_line import command, errors, prompts
+from helpers.command_line import command, errors
 from helpers.nodes import BUILD, FILES, Found, Node, make, nodes
+from helpers.untimed import write_recipe
 
 from peftopt import store
 from peftopt.errors import BadInput, MissingEnvironment
@@ -395,22 +396,10 @@ def test_a_bucket_that_cannot_be_used_is_told_before_anything_is_built(
 
 # ---- the command line ----------------------------------------------------------------------------
 
-RECIPE = """model: {{base: {base}, adapter: {adapter}}}
-workloads: {{chat: {{prompts: {prompts}, new_tokens: 2, batch: 1}}}}
-quality: {{prompts: {prompts}, new_tokens: 2, batch: 4}}
-measure: {{requests: 1, warmup: 1, relaunch: 10, max_blocks: 10, threads: 1}}
-tradeoffs: {{merge: {{gain: off, parity: off, lost: off, critical_errors: off}}, variant: {{critical_errors: off}}}}
-require: [size <= 1.5x]
-variants: {{adapter: [], merged: [merge]}}
-minimize: latency.p50@chat
-"""
-
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_base: Path, tiny_lora: Path) -> Path:
-    questions = prompts(tmp_path / "eval.jsonl", 6, "eval")
-    (tmp_path / "tiny.yaml").write_text(RECIPE.format(base=tiny_base, adapter=tiny_lora, prompts=questions))
-    return tmp_path / "tiny.yaml"
+    return write_recipe(tmp_path, tiny_base, tiny_lora)
 
 
 def built(results: Path) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers.command_line import command, errors, prompts
+from helpers.command_line import command, errors
 from helpers.forked import COMMANDS, workers
+from helpers.untimed import write_recipe
 from helpers.waiting import wait_until
 
 from peftopt import store
@@ -25,17 +26,6 @@ from peftopt.recipe.grid import MachineClass
 from peftopt.runner import cells
 from peftopt.runner.cells import Job
 from peftopt.runner.executors import attempt
-
-RECIPE = """model: {{base: {base}, adapter: {adapter}}}
-workloads: {{chat: {{prompts: {prompts}, new_tokens: 2, batch: 1}}}}
-quality: {{prompts: {prompts}, new_tokens: 2, batch: 4}}
-measure: {{requests: 1, warmup: 1, relaunch: 10, max_blocks: 10, threads: 1}}
-tradeoffs: {{merge: {{gain: off, parity: off, lost: off, critical_errors: off}}, variant: {{critical_errors: off}}}}
-require: [size <= 1.5x]
-variants: {{adapter: [], merged: [merge]}}
-minimize: latency.p50@chat
-"""
-"""Nothing of it is decided by times, and six prompts suffice."""
 
 GRID = """recipe: tiny.yaml
 models: {{tiny: {{base: {base}, adapters: {{good: {adapter}, broken: broken}}}}}}
@@ -47,8 +37,7 @@ machines: {{small: {{price_per_hour: 0.20 EUR}}, large: {{memory: 900 TB}}}}
 def grid(tmp_path: Path, tiny_base: Path, tiny_lora: Path) -> Path:
     """A grid of two adapters, one of which is an empty folder, and two classes of machines, one of which is none."""
     (tmp_path / "broken").mkdir()
-    questions = prompts(tmp_path / "eval.jsonl", 6, "eval")
-    (tmp_path / "tiny.yaml").write_text(RECIPE.format(base=tiny_base, adapter=tiny_lora, prompts=questions))
+    write_recipe(tmp_path, tiny_base, tiny_lora)
     file = tmp_path / "all.yaml"
     file.write_text(GRID.format(base=tiny_base, adapter=tiny_lora))
     return file
@@ -171,8 +160,7 @@ def test_before_the_first_cell_it_is_said_how_long_all_take(
     tmp_path: Path, deep: tuple[Path, Path], tiny_base: Path, tiny_lora: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, lora = deep
-    questions = prompts(tmp_path / "eval.jsonl", 6, "eval")
-    (tmp_path / "deep.yaml").write_text(RECIPE.format(base=base, adapter=lora, prompts=questions))
+    write_recipe(tmp_path, base, lora, "deep.yaml")
     grid = tmp_path / "all.yaml"
 
     def said(models: str, *options: object) -> str:
