@@ -306,12 +306,14 @@ minimize: latency.p50@chat
 def test_a_race_for_the_winner_leaves_a_slower_variant_open_and_more_has_it_judged(
     tiny_base: Path, tiny_lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The times are replaced: merged is far faster, and three launches cannot tell whether int8 clears its limit."""
-    took, dice, log = {"adapter": 100.0, "merged": 30.0, "int8": 80.0}, random.Random(1), Run.log
+    """The times are replaced: merged is far faster, and int8 is at its limit of 15 % until `--more`."""
+    took, log = {"adapter": 100.0, "merged": 30.0, "int8": 85.0}, Run.log
+    # each arm has its own: the order of the arms in a block is random
+    dice = {arm: random.Random(arm) for arm in (*took, f"adapter{TWIN}")}
 
     def logged(run: Run, values: Values, variant: str = "", workload: str = "", launch: int = 0) -> None:
         if isinstance(values, Turn):
-            ms = took[variant.removesuffix(TWIN)] * dice.uniform(0.98, 1.02)
+            ms = took[variant.removesuffix(TWIN)] * dice[variant].uniform(0.98, 1.02)
             requests = tuple(replace(request, request_duration_ms=ms) for request in values.requests)
             values = replace(values, requests=requests)
         log(run, values, variant, workload, launch)
@@ -335,8 +337,9 @@ def test_a_race_for_the_winner_leaves_a_slower_variant_open_and_more_has_it_judg
     left = blocks("int8", "chat")
     assert left < 16 and blocks("int8", "bulk") == 0 and blocks("merged", "bulk")
     assert "race.winner" in (run_folder(tmp_path / "results") / "report.md").read_text()
+    took["int8"] = 60.0
     assert command(*arguments, "--more") == 0
-    assert int8()[1] == "merge.gain"
+    assert int8() == ("accepted", "merge.gain")
     assert blocks("int8", "chat") > left and blocks("int8", "bulk")
 
 

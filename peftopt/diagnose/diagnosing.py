@@ -4,6 +4,7 @@ rows."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,8 +18,10 @@ from peftopt.diagnose.measuring.measured import TURNS, Turns
 from peftopt.diagnose.measuring.passing import Pass
 from peftopt.diagnose.measuring.serving import Servers
 from peftopt.diagnose.records import Bottleneck, Diagnosis, Row
-from peftopt.diagnose.setting import Setting
+from peftopt.diagnose.setting import OURS, Setting
+from peftopt.forking import ForkServer
 from peftopt.records import Interval
+from peftopt.runner import process
 
 Measure = Callable[[Pass], Awaitable[Sequence[Row]]]
 """A bottleneck's module: it measures with the pass, until `until`, and says what costs what."""
@@ -75,7 +78,9 @@ async def _session(
     notes: list[str] = []
     names = company.gathered(setting, made, notes.append)
     asked = [more] if more else list(MODULES)
-    async with Servers(setting, folder, names.folders, tell) as servers:
+    async with contextlib.AsyncExitStack() as stack:
+        forks = _fork_server(setting, folder / "logs" / "forks.log", stack)
+        servers = await stack.enter_async_context(Servers(setting, folder, names.folders, tell, forks))
         turns = Turns(folder / TURNS)
         end = started + 60 * minutes
         whole = Pass(setting, folder, made, servers, turns, names, end, more=bool(more), tell=tell, notes=notes)
@@ -94,6 +99,14 @@ async def _session(
         usual_request_ms=usual(turns, setting),
         notes=tuple(dict.fromkeys([*(before.notes if before else ()), *notes])),
     )
+
+
+def _fork_server(setting: Setting, log: Path, stack: contextlib.AsyncExitStack) -> ForkServer | None:
+    """What our own servers begin as copies of; None for another engine, and where no process can."""
+    if setting.engine != OURS:
+        return None
+    threads = setting.threads or machine.cores()
+    return stack.enter_context(process.fork_server(log, threads, "uvicorn", "peftopt.engines._rows"))
 
 
 FIRST_TO_LAST = ("fault", "costs", "undecided", "no cost", "not asked")

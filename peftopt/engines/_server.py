@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from peftopt import machine, redaction
+from peftopt import environments, machine, redaction
 from peftopt.engines import endpoint
 from peftopt.errors import NO_MEMORY, MissingEnvironment, WorkerFailed, says_no_memory
+from peftopt.forking import ForkServer, Process
 from peftopt.records import Model
 
 LAST_LINES = 15
@@ -72,23 +73,24 @@ class Started(endpoint.Served):
 class Server:
     """A server process in this process's group: it ends with `stop`, and with the group.
 
-    Whatever answers at its address is asked nothing before it is known that this server and no other listens there.
+    Whatever answers at its address is asked nothing before it is known that this server and no other listens there. It
+    begins as a copy of `forks`, if that is given and the command is `python -m` of this very Python.
     """
 
-    def __init__(self, command: Sequence[str], variables: Mapping[str, str], url: str, log: Path) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        variables: Mapping[str, str],
+        url: str,
+        log: Path,
+        forks: ForkServer | None = None,
+    ) -> None:
         """Raises MissingEnvironment where somebody listens at `url` already."""
         check_port(_port(url))
         self.url, self.log = url, log.resolve()
         self._oom_kills = machine.oom_kills()
         with self.log.open("wb") as out:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                env={**os.environ, **variables},
-                preexec_fn=partial(machine.die_with_parent, signal.SIGTERM),
-            )
+            self._process = _started(command, {**os.environ, **variables}, out, forks)
 
     def ready(self, limit_s: float) -> float:
         """Wait until it answers; seconds that took. Raises WorkerFailed with its last lines if it dies or is late."""
@@ -164,6 +166,23 @@ class Server:
         with self.log.open(errors="replace") as lines:
             last = deque((line.rstrip()[:LONGEST_LINE] for line in lines if line.strip()), maxlen=LAST_LINES)
         return redaction.redacted("\n".join(last))
+
+
+def _started(command: Sequence[str], variables: Mapping[str, str], out: BinaryIO, forks: ForkServer | None) -> Process:
+    """Start the server, which writes all that it says to `out`."""
+    python = environments.module("")[:-1]
+    if forks and list(command[: len(python)]) == python:
+        with contextlib.suppress(ChildProcessError), Path(os.devnull).open("rb") as nothing:
+            streams = (nothing.fileno(), out.fileno(), out.fileno())
+            return forks.copy(command[len(python) :], streams, variables, Path.cwd())
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=out,
+        env=variables,
+        preexec_fn=partial(machine.die_with_parent, signal.SIGTERM),
+    )
 
 
 def _answers(url: str) -> bool:

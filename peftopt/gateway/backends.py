@@ -14,6 +14,7 @@ from peftopt import environments, machine, redaction
 from peftopt.engines import _rows
 from peftopt.engines._server import Server, check_port, free_port
 from peftopt.errors import BadInput
+from peftopt.forking import ForkServer
 from peftopt.gateway.sampling import weights_bytes
 from peftopt.records import Json, Model
 
@@ -184,6 +185,6 @@ def _threads(wanted: Wanted) -> int:
     return wanted.threads or machine.cores()
 
 
-def launch(how: Start, log: Path) -> Server:
-    """Start it; `Server.ready` waits until it answers."""
-    return Server(how.command, how.variables, how.url, log)
+def launch(how: Start, log: Path, forks: ForkServer | None = None) -> Server:
+    """Start it, as a copy of `forks` where that is possible; `Server.ready` waits until it answers."""
+    return Server(how.command, how.variables, how.url, log, forks)

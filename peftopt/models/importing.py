@@ -20,10 +20,11 @@ UNPACKERS = ("bitsandbytes", "torchao")
 """Each unpacks the weights of models whose config names it, and is of no use to others."""
 
 
-def torch_side(folder: str, adapters: bool = True) -> None:
-    """Import what opens the model of a folder, and with `adapters` what puts one on top. Nothing is left out where
+def torch_side(folder: str = "", adapters: bool = True) -> None:
+    """Import what opens the model of a folder, or any whose weights are not packed, and with `adapters` what puts one
+    on top. Nothing is left out where
     transformers is imported already: it has found out for good what is installed."""
-    own = packing(Path(folder))
+    own = packing(Path(folder)) if folder else ""
     unused = [*UNUSED, *(name for name in UNPACKERS if name != own)]
     with absent(() if "transformers" in sys.modules else unused):
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401

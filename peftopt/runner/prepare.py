@@ -14,6 +14,7 @@ from peftopt import corpus, machine, store
 from peftopt.corpus import Row, draw
 from peftopt.decision import stopping
 from peftopt.errors import WorkerFailed
+from peftopt.forking import ForkServer
 from peftopt.jobs import KernelsJob, QualityJob, TaskJob, TransformJob
 from peftopt.measurements import NO_FACTS, Answer, Built, as_json
 from peftopt.merging import certificate
@@ -25,7 +26,7 @@ from peftopt.recipe import plan as planning
 from peftopt.records import GENERIC, YAML, Build, Json, Model, Quality, Variant, task_name
 from peftopt.runner import preflight
 from peftopt.runner.build import make_artifact
-from peftopt.runner.process import WorkerProcess, interrupted
+from peftopt.runner.process import WorkerProcess, fork_server, interrupted
 from peftopt.runner.run import Run, check_baseline, load, try_twice, warm, worker
 from peftopt.runner.schedule import Job, work
 
@@ -51,8 +52,9 @@ def make_ready(run: Run, ahead: Callable[[], None]) -> None:
     lanes = lanes_for(Path(run.recipe.base))
     threads = max(1, machine.cores() // lanes)
     with contextlib.ExitStack() as stack, run.listener.progress("prepare", 100, "%") as show:
+        forks = stack.enter_context(fork_server(run.folder / "logs" / "forks-quality.log", threads))
         hearers = _Hearers(show)
-        jobs = dict([*_builds(run, threads, hearers), *_answers(run, threads, hearers, stack)])
+        jobs = dict([*_builds(run, threads, hearers), *_answers(run, threads, hearers, stack, forks)])
         work({**jobs, AHEAD: Job(ahead, frozenset({build.id for build in run.plan.builds} & jobs.keys()))}, lanes)
 
 
@@ -173,7 +175,9 @@ def _users(run: Run, build: Build) -> list[str]:
 # ---- answers -------------------------------------------------------------------------------------
 
 
-def _answers(run: Run, threads: int, hearers: _Hearers, stack: contextlib.ExitStack) -> Iterator[tuple[str, Job]]:
+def _answers(
+    run: Run, threads: int, hearers: _Hearers, stack: contextlib.ExitStack, forks: ForkServer | None
+) -> Iterator[tuple[str, Job]]:
     """Jobs for the answers: the baseline's twice, to know how often it differs from itself, and every variant's once.
     Engines that compile go first, since they take longest; they compile before the baseline has answered."""
     quality = run.recipe.quality
@@ -187,7 +191,7 @@ def _answers(run: Run, threads: int, hearers: _Hearers, stack: contextlib.ExitSt
         batch = quality.batch if launch == 1 else max(1, quality.batch // 2)
         part = rows if most is None else rows[: -(-most // quality.batch) * quality.batch]
         name = f"{variant.name} again" if launch == 2 else variant.name
-        answering = _Exam(run, quality, variant, name, part, launch, batch, threads, hearers.of(name))
+        answering = _Exam(run, quality, variant, name, part, launch, batch, threads, forks, hearers.of(name))
         stack.callback(answering.close)
         return answering
 
@@ -217,6 +221,7 @@ class _Exam:
         launch: int,
         batch: int,
         threads: int,
+        forks: ForkServer | None,
         hear: Hear,
     ) -> None:
         self.run = run
@@ -227,6 +232,7 @@ class _Exam:
         self.launch = launch
         self.batch = batch
         self.threads = threads
+        self.forks = forks
         self.hear = hear
         self.reference = run.folder / "logs" / "reference.npz"
         self.is_reference = variant.name == run.recipe.baseline and launch == 1
@@ -339,7 +345,7 @@ class _Exam:
         """The variant's worker with its model loaded, a fresh one if there is none. A worker that fails is ended."""
         try:
             if self.child is None:
-                started = worker(self.run, self.variant, f"quality-{self.launch}", self.threads)
+                started = worker(self.run, self.variant, f"quality-{self.launch}", self.threads, self.forks)
                 child = self.held.enter_context(started)
                 load(self.run, self.variant, child)
                 self.child = child

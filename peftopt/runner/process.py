@@ -12,11 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
-from peftopt import environments, jobs, machine, redaction
+from peftopt import environments, forking, jobs, machine, redaction
 from peftopt.errors import NO_MEMORY, BadInput, WorkerFailed, says_no_memory
 from peftopt.jobs import Failed, Job, Reply
 from peftopt.measurements import Answer, Record, structured
@@ -24,6 +25,7 @@ from peftopt.progress import Hear, Reached
 from peftopt.records import Json
 from peftopt.runner import orphans, trace
 
+WORKER = "peftopt.worker"
 GRACE_S = 5.0
 LAST_BYTES = 4096
 """Bytes at the end of a log that are searched for the reason of a worker's death."""
@@ -51,24 +53,25 @@ def interrupted(within_s: float) -> bool:
 
 
 class WorkerProcess:
-    """One worker process, as a context manager. Afterwards, the worker and its descendants have ended."""
+    """One worker process, as a context manager. Afterwards, the worker and its descendants have ended. It begins as a
+    copy of `forks`, if that is given and lives."""
 
-    def __init__(self, log: Path, threads: int, cache: Path | None = None, python: str = sys.executable) -> None:
+    def __init__(
+        self,
+        log: Path,
+        threads: int,
+        cache: Path | None = None,
+        python: str = sys.executable,
+        forks: forking.ForkServer | None = None,
+    ) -> None:
         self.log = log
         self.mark = f"{orphans.watched()}.{next(_NUMBERS)}."
         log.parent.mkdir(parents=True, exist_ok=True)
         self._oom_kills = machine.oom_kills()
         with log.open("ab") as errors:
             self._log_from = errors.tell()
-            self.process = subprocess.Popen(
-                environments.module("peftopt.worker", python),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env={**_environment(python, threads, cache), orphans.MARK: self.mark},
-                cwd=log.parent,  # some libraries write files into the working directory
-                start_new_session=True,
-            )
+            variables = {**_environment(python, threads, cache), orphans.MARK: self.mark}
+            self.process = _started(python, errors, variables, log.parent, forks)
         self.unread = b""
         _LIVE.add(self)
         if _INTERRUPTED.is_set():  # it came while this worker started
@@ -195,6 +198,38 @@ class WorkerProcess:
         if kind is not None and not issubclass(kind, WorkerFailed):
             self.kill()  # interrupted or a bug: nothing to wait for
         self.close()
+
+
+def _started(
+    python: str, errors: BinaryIO, variables: Mapping[str, str], folder: Path, forks: forking.ForkServer | None
+) -> forking.Process:
+    """Start the worker in that folder, into which some libraries write files, and in a session of its own."""
+    if forks:
+        with contextlib.suppress(ChildProcessError):  # it was ended, perhaps for lack of memory
+            return forks.piped([WORKER], errors.fileno(), variables, folder)
+    return subprocess.Popen(
+        environments.module(WORKER, python),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        env=variables,
+        cwd=folder,
+        start_new_session=True,
+    )
+
+
+@contextlib.contextmanager
+def fork_server(log: Path, threads: int, *imported: str) -> Iterator[forking.ForkServer | None]:
+    """A fork server for workers of the main environment with so many threads, and what they import besides. It ends
+    with this context, and so do its copies. None where processes cannot begin as copies."""
+    if not forking.usable():
+        yield None
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    mark = f"{orphans.watched()}.{next(_NUMBERS)}."
+    variables = {**_environment(environments.python(environments.MAIN), threads, None), orphans.MARK: mark}
+    with forking.ForkServer([*forking.MODELS, *imported], variables, log) as server:
+        yield server
 
 
 def _structured(record: type[Record], values: Json, job: str) -> Record:

@@ -17,7 +17,7 @@ from peftopt.jobs import MemoryJob, SpeedJob
 from peftopt.measurements import Disturbance, Turn
 from peftopt.records import TWIN, Variant, Workload
 from peftopt.runner import trace
-from peftopt.runner.process import WorkerProcess, interrupt
+from peftopt.runner.process import WorkerProcess, fork_server, interrupt
 from peftopt.runner.run import Run, load, try_twice, warm, worker
 
 
@@ -72,6 +72,8 @@ class Field:
         self.stack = contextlib.ExitStack()
         # lives as long as its workers: the kernel ends a worker with the thread that started it
         self.pool = self.stack.enter_context(ThreadPoolExecutor(len(run.recipe.variants) + 1))
+        # one for each launch: what is equal in all its copies, as the addresses of libraries, differs between launches
+        self.forks = self.stack.enter_context(fork_server(run.folder / "logs" / "forks-speed.log", self._threads))
         self.started: dict[str, WorkerProcess] = {}
         self.children: dict[str, WorkerProcess] = {}
         self.broken: dict[str, WorkerFailed] = {}
@@ -186,9 +188,12 @@ class Field:
         return plugins.catalogue()[self._variant(arm).engine.plugin].serves
 
     def _worker(self, arm: str) -> WorkerProcess:
-        threads = self.run.recipe.measure.threads or machine.cores()
-        fresh = worker(self.run, self._variant(arm), f"speed-{self.workload.name}", threads)
+        fresh = worker(self.run, self._variant(arm), f"speed-{self.workload.name}", self._threads, self.forks)
         return self.stack.enter_context(fresh)
+
+    @property
+    def _threads(self) -> int:
+        return self.run.recipe.measure.threads or machine.cores()
 
     def _child(self, arm: str) -> WorkerProcess:
         """The arm's worker. Its model is loaded at its first turn."""

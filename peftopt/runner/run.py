@@ -14,8 +14,10 @@ from peftopt import corpus, environments, identity, plugins, store
 from peftopt.corpus import Row
 from peftopt.decision.evidence import Evidence
 from peftopt.errors import WorkerFailed
+from peftopt.forking import ForkServer
 from peftopt.jobs import FactsJob, OpenJob, PrepareJob, WarmJob
 from peftopt.measurements import NO_FACTS, SKIPPED, Failure, Launch, Measured, Retry, Values, as_json
+from peftopt.models import importing
 from peftopt.recipe import plan as planning
 from peftopt.records import Measurement, Model, Plan, Recipe, Variant
 from peftopt.runner import hashes, preflight
@@ -179,14 +181,17 @@ def try_twice(run: Run, variant: str, stage: str, attempt: Callable[[], None]) -
 
 
 @contextlib.contextmanager
-def worker(run: Run, variant: Variant, why: str, threads: int) -> Iterator[WorkerProcess]:
-    """A fresh worker that has imported what the variant's engine needs."""
+def worker(
+    run: Run, variant: Variant, why: str, threads: int, forks: ForkServer | None = None
+) -> Iterator[WorkerProcess]:
+    """A fresh worker that has imported what the variant's engine needs: a copy of `forks` where that has it."""
     cache = run.store.cache(run.plan.models[variant.name])
     log = run.folder / "logs" / f"{why}-{variant.name}.log"
-    with WorkerProcess(
-        log, threads, cache, environments.interpreter(plugins.catalogue()[variant.engine.plugin])
-    ) as child:
-        child.ask(PrepareJob(plugin=variant.engine.plugin, model=run.model(variant)), run.recipe.measure.deadline_s)
+    plugin, model = plugins.catalogue()[variant.engine.plugin], run.model(variant)
+    ours = plugin.environment == environments.MAIN and not plugin.serves
+    forks = forks if ours and importing.packing(Path(model.path)) not in importing.UNPACKERS else None
+    with WorkerProcess(log, threads, cache, environments.interpreter(plugin), forks) as child:
+        child.ask(PrepareJob(plugin=variant.engine.plugin, model=model), run.recipe.measure.deadline_s)
         yield child
         with contextlib.suppress(WorkerFailed):  # the reason of a dead worker is recorded already
             facts = child.ask(FactsJob(), 30)

@@ -67,7 +67,9 @@ class Pass:
         """The result of looking at the model in a separate process, for peftopt's own engine; it is measured once."""
         if not self._looked:
             log = self.folder / "logs" / "inside.log"
-            self._caching = await asyncio.to_thread(inside.look, self.setting, self.names, log, self.notes.append)
+            self._caching = await asyncio.to_thread(
+                inside.look, self.setting, self.names, log, self.notes.append, self.servers.forks
+            )
             self._looked = True
         return self._caching
 

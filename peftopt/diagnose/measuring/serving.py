@@ -16,6 +16,7 @@ from peftopt.diagnose.measuring.cells import BASE, Launch
 from peftopt.diagnose.setting import LLAMACPP, OURS, VLLM, Setting
 from peftopt.engines._server import Server, free_port
 from peftopt.errors import BadInput, MissingEnvironment
+from peftopt.forking import ForkServer
 from peftopt.gateway import backends
 from peftopt.loadtest.client import Client
 from peftopt.loadtest.protocols import Target
@@ -30,11 +31,18 @@ class Servers:
     """Servers by their launches. Use as an async context manager: all are ended with it.
 
     `folders`: every adapter that a launch may name, by its served name, in a folder that the server can read; `merged`:
-    the folder of the merged model. Both grow while a diagnosis makes them.
+    the folder of the merged model. Both grow while a diagnosis makes them. `forks`: what our own servers are copies of.
     """
 
-    def __init__(self, setting: Setting, folder: Path, folders: Mapping[str, str], tell: Callable[[str], None]) -> None:
-        self.setting, self.folder, self.tell = setting, folder, tell
+    def __init__(
+        self,
+        setting: Setting,
+        folder: Path,
+        folders: Mapping[str, str],
+        tell: Callable[[str], None],
+        forks: ForkServer | None = None,
+    ) -> None:
+        self.setting, self.folder, self.tell, self.forks = setting, folder, tell, forks
         self.folders = dict(folders)
         self.merged = ""
         self._rows = corpus.read(setting.prompts) if setting.prompts else []
@@ -99,7 +107,7 @@ class Servers:
         how = backends.start(wanted(setting, launch, self.folders, self.merged), self._port())
         log = self.folder / "logs" / f"server-{len(self.servers)}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        server = backends.launch(how, log)
+        server = backends.launch(how, log, self.forks)
         self.servers[launch] = server
         self._stack.push_async_callback(self._stopped, server)
         return how.url
