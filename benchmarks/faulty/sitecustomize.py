@@ -1,5 +1,5 @@
-"""Python runs this file at its start where it lies on PYTHONPATH: `python -m peftopt.server` gets the fault that
-PLANTED_FAULT names, and every other program is left as it is."""
+"""Python runs this file at its start where it lies on PYTHONPATH: `python -m peftopt.server`, and the process that such
+servers are copies of, get the fault that PLANTED_FAULT names. Every other program is left as it is."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import traceback
 
 
 def serves() -> bool:
-    """Whether this process is our server."""
-    return ("-m", "peftopt.server") in itertools.pairwise(sys.orig_argv)
+    """Whether this process is our server, or will be copied as one."""
+    return not {("-m", "peftopt.server"), ("-m", "peftopt.forking")}.isdisjoint(itertools.pairwise(sys.orig_argv))
 
 
 def plant(fault: str) -> None:
