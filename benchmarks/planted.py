@@ -59,6 +59,9 @@ LORAS = 6
 """Adapters that a server elsewhere has: more than the slots of the cliff."""
 
 VIRTUAL_TOKENS = 16
+WORDS = 5
+"""Of a made-up prompt: the small vocabulary of the benchmark's base makes some 30 tokens of them."""
+
 ORDER = "order.json"
 
 
@@ -211,6 +214,7 @@ def run(arguments: argparse.Namespace, base: Path, fault: str, folder: Path, see
     adapters = [word for text in named for word in ("--adapter", text)]
     command = [sys.executable, "-m", "peftopt.cli", "diagnose", "--base", str(base), *adapters, "--quiet"]
     command += ["--out", str(folder), "--minutes", str(arguments.minutes), "--threads", str(arguments.threads)]
+    command += [] if arguments.base else ["--prompt-tokens", str(WORDS)]
     variables = environment(CLEAN if arguments.url else fault)
     with contextlib.ExitStack() as stack:
         if arguments.url:
