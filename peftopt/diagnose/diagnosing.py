@@ -37,9 +37,9 @@ MODULES: Mapping[Bottleneck, Measure] = {
 
 SHARES: Mapping[Bottleneck, float] = {
     "unfused": 0.3,
-    "choice": 0.2,
-    "prompts": 0.15,
-    "batching": 0.2,
+    "choice": 0.3,
+    "prompts": 0.1,
+    "batching": 0.15,
     "unloading": 0.15,
 }
 """Of the time, what each bottleneck gets; what one leaves, the others share."""

@@ -38,9 +38,9 @@ async def rows(diagnosed: Pass) -> list[Row]:
     wanted = parts(setting, names, launch)
     alone = lone(setting, launch, names.adapter, 1)
     even = live(setting, names, launch, len(names.live))
-    measured = await diagnosed.measure(NAME, [[alone, even], *groups(wanted)])
-    levels, derived = promised(setting, measured, alone)
     ladder = [live(setting, names, launch, count) for count in counts(len(names.live))]
+    measured = await diagnosed.measure(NAME, [[alone, even], ladder, *groups(wanted)])
+    levels, derived = promised(setting, measured, alone)
     return [
         *all_rows(NAME, setting, wanted, measured),
         *cliff(setting, ladder, measured),
@@ -56,7 +56,12 @@ def counts(live: int) -> list[int]:
 
 def live(setting: Setting, names: Names, launch: Launch, count: int) -> Cell:
     """A batch that asks the first so many adapters in turn."""
-    return asking(setting, launch, evenly(names.live[:count], BATCH))
+    return settled(asking(setting, launch, evenly(names.live[:count], BATCH)))
+
+
+def settled(cell: Cell) -> Cell:
+    """The cell without the cost of adapters that the cell before has displaced: that would hide where a cliff is."""
+    return replace(cell, load=replace(cell.load, settled=True))
 
 
 def parts(setting: Setting, names: Names, launch: Launch) -> list[Part]:
@@ -75,7 +80,7 @@ def parts(setting: Setting, names: Names, launch: Launch) -> list[Part]:
     ]
     if len(names.live) > 2:
         even = live(setting, names, launch, len(names.live))
-        zipf = asking(setting, launch, skewed(names.live, BATCH))
+        zipf = settled(asking(setting, launch, skewed(names.live, BATCH)))
         subject = f"{BATCH} requests over {len(names.live)} adapters evenly, instead of by Zipf's law"
         found.append(Part(Pair("skew", costly=even, plain=zipf), BATCH, ("whole request",), subject, words))
     can = abilities(setting.engine)

@@ -42,7 +42,8 @@ answered."""
 class Load:
     """Requests: the name that each asks (`names`), and the tokens of its answer (`new_tokens`, one for all, or one for
     each in turn). Prompts have `prompt_tokens` of their own after `shared_tokens` that all have in common. `fresh`: the
-    adapter has just been loaded, under a new name."""
+    adapter has just been loaded, under a new name. `settled`: each adapter has just been asked once, so that an engine
+    with room for all of them holds them, whatever was asked before."""
 
     names: tuple[str, ...]
     prompt_tokens: int
@@ -50,6 +51,7 @@ class Load:
     shared_tokens: int = 0
     order: Order = "together"
     fresh: bool = False
+    settled: bool = False
 
     @property
     def answers(self) -> tuple[int, ...]:

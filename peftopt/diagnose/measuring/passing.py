@@ -11,7 +11,7 @@ from pathlib import Path
 
 from peftopt.diagnose import judging
 from peftopt.diagnose.measuring import inside
-from peftopt.diagnose.measuring.asking import Turn, unanswered
+from peftopt.diagnose.measuring.asking import MOST, Turn, unanswered
 from peftopt.diagnose.measuring.cells import Cell, launches_of
 from peftopt.diagnose.measuring.company import Names
 from peftopt.diagnose.measuring.measured import Kept, Measured, Turns
@@ -21,6 +21,8 @@ from peftopt.diagnose.setting import Abilities, Setting, abilities
 from peftopt.measurements import Caching
 
 FIRST_LOOK = judging.LOOKS[0]
+SETTLING = MOST - 1
+"""In the place of a cell's number: the prompts of requests that are not timed are not those of any cell."""
 
 
 @dataclass
@@ -115,6 +117,8 @@ class Pass:
     async def _turn(self, cell: Cell, block: int, number: int) -> Turn:
         """A cell asked once; an adapter that has to be fresh is loaded before, and unloaded after."""
         asker, load = self.servers.asker(cell.launch), cell.load
+        if load.settled:
+            await asker.ask(replace(load, names=tuple(dict.fromkeys(load.names)), new_tokens=(1,)), block, SETTLING)
         if not load.fresh:
             return await asker.ask(load, block, number)
         client, name = self.servers.client(cell.launch), f"{load.names[0]}-fresh-{block}"
