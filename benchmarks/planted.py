@@ -59,8 +59,8 @@ LORAS = 6
 """Adapters that a server elsewhere has: more than the slots of the cliff."""
 
 VIRTUAL_TOKENS = 16
-WORDS = 5
-"""Of a made-up prompt: the small vocabulary of the benchmark's base makes some 30 tokens of them."""
+WORDS = 12
+"""Of a made-up prompt: the small vocabulary of the benchmark's base makes some 70 tokens of them."""
 
 ORDER = "order.json"
 

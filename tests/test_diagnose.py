@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftopt.cli.diagnose import outcome
-from peftopt.diagnose import judging, keeping, page, screen
+from peftopt.diagnose import diagnosing, judging, keeping, page, screen
 from peftopt.diagnose.bottlenecks import batching, choice, prompts, unfused
 from peftopt.diagnose.diagnosing import ordered
 from peftopt.diagnose.measuring import making
@@ -29,7 +29,7 @@ from peftopt.diagnose.measuring.cells import BASE, BATCH, Cell, Launch, Load, Pa
 from peftopt.diagnose.measuring.company import Names
 from peftopt.diagnose.measuring.measured import TURNS, Kept, Measured, Turns
 from peftopt.diagnose.measuring.passing import Pass, fitting, united
-from peftopt.diagnose.records import FREE, Diagnosis, Finding, Row
+from peftopt.diagnose.records import FREE, Bottleneck, Diagnosis, Finding, Row
 from peftopt.diagnose.rows import costs
 from peftopt.diagnose.rows.parts import Part, all_rows, groups, lone, together
 from peftopt.diagnose.setting import Setting
@@ -560,3 +560,36 @@ def test_our_own_engine_is_diagnosed_from_start_to_end(tiny_lora: Path, tiny_bas
     advised = [row for row in rows if row.part in ("the adapter", "virtual tokens") and row.phase == "prefill"]
     assert len(advised) == 3 and all(row.gain for row in advised)
     assert not [row for row in rows if row.finding == "fault"], said
+
+
+def open_row(bottleneck: Bottleneck, share: float | None, finding: Finding = "undecided") -> Row:
+    return Row(
+        bottleneck=bottleneck, part="a part", phase="decode", batch=1, finding=finding, sentence="open", share=share
+    )
+
+
+def test_the_time_that_is_left_goes_to_what_is_undecided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may cost most is first; cycles of unloads are not added to; what adds no turn any more ends it."""
+    asked: list[str] = []
+
+    def measuring(name: Bottleneck, rounds: int) -> diagnosing.Measure:
+        async def rows(whole: Pass) -> list[Row]:
+            asked.append(name)
+            assert whole.more and whole.left_s > 0
+            if asked.count(name) <= rounds:
+                whole.turns.add(Kept(name, len(asked), CELLS[0], turn(CELLS[0].load, 1.0)))
+            return [open_row(name, 0.1, "no cost" if name == "choice" else "undecided")]
+
+        return rows
+
+    modules = {"choice": measuring("choice", 1), "unfused": measuring("unfused", 2)}
+    monkeypatch.setattr(diagnosing, "MODULES", modules)
+    servers: Any = Answering()
+    end = time.monotonic() + 600
+    whole = Pass(setting(), tmp_path, tmp_path, servers, Turns(tmp_path / TURNS), Names("support"), end)
+    before = [open_row("unfused", 0.1), open_row("choice", 0.3), open_row("unloading", 0.9), open_row("unfused", None)]
+    after = asyncio.run(diagnosing._decided(whole, before, end))
+    assert asked == ["choice", "unfused", "unfused", "unfused"]
+    assert sorted(row.bottleneck for row in after) == ["choice", "unfused", "unloading"]
+    nothing_left = time.monotonic() + 1
+    assert asyncio.run(diagnosing._decided(whole, before, nothing_left)) == before

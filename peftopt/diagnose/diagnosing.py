@@ -36,13 +36,16 @@ MODULES: Mapping[Bottleneck, Measure] = {
 """Who measures each bottleneck, in the order in which they are measured."""
 
 SHARES: Mapping[Bottleneck, float] = {
-    "unfused": 0.3,
-    "choice": 0.3,
+    "unfused": 0.25,
+    "choice": 0.25,
     "prompts": 0.1,
-    "batching": 0.15,
+    "batching": 0.1,
     "unloading": 0.15,
 }
-"""Of the time, what each bottleneck gets; what one leaves, the others share."""
+"""Of the time, what each bottleneck gets at first. What is left then goes to what is undecided."""
+
+LEAST_S = 15.0
+"""With fewer seconds left no bottleneck gets further blocks: one block may take so long."""
 
 
 def diagnose(
@@ -86,8 +89,11 @@ async def _session(
         whole = Pass(setting, folder, made, servers, turns, names, end, more=bool(more), tell=tell, notes=notes)
         rows = [row for row in (before.rows if before else ()) if row.bottleneck not in asked]
         for place, bottleneck in enumerate(asked):
-            whole.turn_to(SHARES[bottleneck] / sum(SHARES[other] for other in asked[place:]))
+            spent = sum(SHARES[other] for other in asked[:place])
+            whole.turn_to(1.0 if more else SHARES[bottleneck] / (1.0 - spent))
             rows += await MODULES[bottleneck](whole)
+        if not more:
+            rows = await _decided(whole, rows, end)
     seconds = time.monotonic() - started
     return Diagnosis(
         rows=ordered(rows),
@@ -99,6 +105,31 @@ async def _session(
         usual_request_ms=usual(turns, setting),
         notes=tuple(dict.fromkeys([*(before.notes if before else ()), *notes])),
     )
+
+
+async def _decided(whole: Pass, rows: list[Row], end: float) -> list[Row]:
+    """The rows after the time that is left, which goes to undecided bottlenecks, those that may cost most first. Cycles
+    of unloads are not added to: they have gone on until they told, or until their time was over."""
+    whole.more = True
+    had = -1
+    while end - time.monotonic() > LEAST_S and (doubtful := undecided(rows)) and len(whole.turns.all()) > had:
+        had = len(whole.turns.all())
+        for place, bottleneck in enumerate(doubtful):
+            if end - time.monotonic() > LEAST_S:
+                whole.turn_to(1 / (len(doubtful) - place))
+                others = [row for row in rows if row.bottleneck != bottleneck]
+                rows = [*others, *await MODULES[bottleneck](whole)]
+    return rows
+
+
+def undecided(rows: Sequence[Row]) -> list[Bottleneck]:
+    """Bottlenecks that further blocks may decide, by the largest share of a request that one of their undecided rows
+    may cost."""
+    most: dict[Bottleneck, float] = {}
+    for row in rows:
+        if row.finding == "undecided" and row.bottleneck != "unloading":
+            most[row.bottleneck] = max(most.get(row.bottleneck, 0.0), row.share or 0.0)
+    return sorted(most, key=lambda bottleneck: -most[bottleneck])
 
 
 def _fork_server(setting: Setting, log: Path, stack: contextlib.AsyncExitStack) -> ForkServer | None:
