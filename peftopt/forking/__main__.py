@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from peftopt import machine
-from peftopt.forking import BESIDE, MESSAGE, STREAMS
+from peftopt.forking import BESIDE, MESSAGE, STREAMS, pages
 
 DESCRIPTORS = 8
 """Most that come with a request."""
@@ -39,6 +39,7 @@ def main(number: str, *imported: str) -> None:
                 getattr(found, function)()
     gc.collect()
     gc.freeze()  # a collection in a copy touches none of this memory, which stays shared
+    there = pages.resident()
     with socket.socket(fileno=int(number)) as channel:
         while True:
             message, descriptors, _, _ = socket.recv_fds(channel, MESSAGE, DESCRIPTORS)
@@ -47,7 +48,7 @@ def main(number: str, *imported: str) -> None:
             _reap()
             if os.fork() == 0:
                 channel.close()
-                keep(json.loads(message), *descriptors)
+                keep(json.loads(message), there, *descriptors)
             for each in descriptors:
                 os.close(each)
 
@@ -59,14 +60,16 @@ def _reap() -> None:
             pass
 
 
-def keep(request: dict[str, Any], told: int, *descriptors: int) -> NoReturn:
-    """Be the parent of one copy: tell its id and, at its end, its wait status."""
+def keep(request: dict[str, Any], there: Sequence[pages.Range], told: int, *descriptors: int) -> NoReturn:
+    """Be the parent of one copy, which begins with the pages of libraries that are `there`: tell its id and, at its end,
+    its wait status."""
     machine.die_with_parent(signal.SIGKILL)
     if (copy := os.fork()) == 0:
         machine.die_with_parent(signal.SIGKILL)
         os.setsid()  # before anybody knows it, since who ends it ends its group
         os.write(told, f"{os.getpid()}\n".encode())
         os.close(told)
+        pages.populate(there)
         become(request, descriptors)
     for each in descriptors:
         os.close(each)

@@ -27,7 +27,8 @@ def torch_side(folder: str = "", adapters: bool = True) -> None:
     own = packing(Path(folder)) if folder else ""
     unused = [*UNUSED, *(name for name in UNPACKERS if name != own)]
     with absent(() if "transformers" in sys.modules else unused):
-        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+        # the last is imported by the first model's opening, else
+        from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_utils  # noqa: F401
 
         if adapters:
             import peft  # noqa: F401
