@@ -61,8 +61,7 @@ def _reap() -> None:
 
 
 def keep(request: dict[str, Any], there: Sequence[pages.Range], told: int, *descriptors: int) -> NoReturn:
-    """Be the parent of one copy, which begins with the pages of libraries that are `there`: tell its id and, at its end,
-    its wait status."""
+    """Be the parent of one copy: tell its id and, at its end, its wait status. `there`: pages that it begins with."""
     machine.die_with_parent(signal.SIGKILL)
     if (copy := os.fork()) == 0:
         machine.die_with_parent(signal.SIGKILL)
