@@ -16,9 +16,10 @@ REST_S = 3.0
 READS, READ_EVERY_S = 3, 0.05
 """Readings of the memory, of which the least counts: what is on its way back is not held."""
 
-OWN = ("Pss_Anon", "Pss_Shmem", "SwapPss")
-"""The lines of smaps_rollup that count: memory of a process's own, its part of what processes share, and swap. Pages
-of files are left out: the kernel takes them back when it wants, and other processes that read a file change them."""
+OWN = ("Anonymous", "Pss_Shmem", "SwapPss")
+"""The lines of smaps_rollup that count: memory that is no file's, its part of what processes share by name, and swap.
+Pages of files are left out: the kernel takes them back when it wants, and other processes that read a file change them.
+What a process has in common with the one that it is a copy of counts whole: its part would grow as others end."""
 
 
 @dataclass(frozen=True)
