@@ -593,3 +593,20 @@ def test_the_time_that_is_left_goes_to_what_is_undecided(tmp_path: Path, monkeyp
     assert sorted(row.bottleneck for row in after) == ["choice", "unfused", "unloading"]
     nothing_left = time.monotonic() + 1
     assert asyncio.run(diagnosing._decided(whole, before, nothing_left)) == before
+
+
+def test_a_settled_load_asks_each_adapter_once_before_it_is_timed(tmp_path: Path) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    class Heard(Answering):
+        async def ask(self, load: Load, block: int, cell: int) -> Turn:
+            asked.append(load.names)
+            return turn(load, 1.0)
+
+    servers: Any = Heard()
+    launch = Launch()
+    whole = Pass(setting(), tmp_path, tmp_path, servers, Turns(tmp_path / TURNS), Names("a"), time.monotonic())
+    plain = Cell(launch, Load(("a", "b", "a"), 24, (4,)))
+    measured = asyncio.run(whole.measure("choice", [[plain], [choice.settled(plain)]]))
+    assert sorted(asked) == [("a", "b"), *[("a", "b", "a")] * 2]
+    assert measured.blocks_of([plain, choice.settled(plain)]) == 1, "what settles is no turn"
