@@ -6,8 +6,10 @@ that one and for all processors and GPUs of such a machine, so that nothing of R
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import queue
 import signal
 import socket
 from pathlib import Path
@@ -51,6 +53,8 @@ class Ray:
             raise MissingEnvironment(f"there is no Ray cluster at {address}: {error}", hint) from error
         signal.signal(signal.SIGTERM, before)  # Ray's own ends this process at once
         self.running: dict[Any, Job] = {}
+        self.ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.sizes: dict[str, dict[str, float]] = {}
         self.task = ray.remote(attempt)
 
     def machines(self, needs: MachineClass) -> int:
@@ -74,8 +78,10 @@ class Ray:
 
     def submit(self, job: Job) -> None:
         """Ray starts it as soon as a machine of its class has nothing else to do."""
-        node = self._nodes(job.needs)[0]
-        task = self.task.options(
+        if job.needs.name not in self.sizes:  # they are alike, and the cluster is asked once for all cells of a class
+            self.sizes[job.needs.name] = self._nodes(job.needs)[0]
+        node = self.sizes[job.needs.name]
+        options = self.task.options(
             name=job.name,
             num_cpus=node.get("CPU", 0),
             num_gpus=node.get("GPU", 0),
@@ -83,7 +89,9 @@ class Ray:
             max_retries=RETRIES,
             retry_exceptions=False,
         )
-        self.running[task.remote(job)] = job
+        task = options.remote(job)
+        self.running[task] = job
+        task.future().add_done_callback(lambda _: self.ended.put(task))  # ray.wait would look at all that wait
 
     def wait(self) -> tuple[Job, Attempt]:
         """The next job that ends. One whose machine was lost again and again has failed."""
@@ -101,9 +109,8 @@ class Ray:
         """The task that ends next. Raises MissingEnvironment once no machine is left for any of them."""
         gone_s = 0.0
         while gone_s < GONE_S:
-            ready, _ = self.ray.wait(list(self.running), num_returns=1, timeout=LOOK_S)
-            if ready:
-                return ready[0]
+            with contextlib.suppress(queue.Empty):
+                return self.ended.get(timeout=LOOK_S)
             needed = {job.needs.name: job.needs for job in self.running.values()}
             gone_s = 0.0 if any(map(self._nodes, needed.values())) else gone_s + LOOK_S
         lost = f"the cluster has no machine of the classes {', '.join(sorted(needed))} any more"
