@@ -21,6 +21,7 @@ from peftopt.records import Decision
 from peftopt.report import as_json
 from peftopt.runner.cells import Job
 from peftopt.runner.executors import attempt
+from peftopt.runner.executors.ahead import EACH, Ahead
 from peftopt.runner.sweep import ordered
 
 DECISION = Decision(
@@ -178,3 +179,28 @@ def test_a_cluster_that_takes_only_the_first_cells_gets_some_for_each_machine() 
     todo = [cell(f"{machine}{n}", machine) for machine in ("two", "ten") for n in range(50)]
     first = ordered(todo, MACHINES, {each.name: 1.0 for each in todo})[:24]
     assert Counter(each.machine.name for each in first) == {"two": 4, "ten": 20}
+
+
+@given(listed=LISTED, data=st.data())
+def test_a_cluster_never_lacks_a_job_and_never_has_many(listed: Sequence[tuple[str, int]], data: st.DataObject) -> None:
+    jobs = [Job(f"c{n}", (), MachineClass(machine), Path(), Path()) for n, (machine, _) in enumerate(listed)]
+    waiting = Ahead()
+    there: list[Job] = []
+    ended: list[Job] = []
+    for job in jobs:
+        waiting.add(job)
+        there += waiting.due(job.needs, MACHINES[job.needs.name])
+    while there:
+        for name, machines in MACHINES.items():
+            own = [job for job in there if job.needs.name == name]
+            left = [job for job in jobs if job.needs.name == name and job not in ended]
+            assert len(own) == min(len(left), machines * EACH)
+        job = there.pop(data.draw(st.integers(0, len(there) - 1)))
+        ended.append(job)
+        waiting.ended(job)
+        there += waiting.due(job.needs, MACHINES[job.needs.name])
+        begun = [each for each in jobs if each in there or each in ended]
+        for name in MACHINES:
+            own = [each for each in jobs if each.needs.name == name]
+            assert [each for each in begun if each.needs.name == name] == own[: sum(each in own for each in begun)]
+    assert {job.name for job in ended} == {job.name for job in jobs}
