@@ -54,7 +54,8 @@ calibration: {prompts}
 workloads: {{chat: {{prompts: {prompts}, new_tokens: 16, batch: 1}}}}
 quality: {{prompts: {prompts}, new_tokens: 8, batch: 4}}
 variants:
-  {{adapter: [], merged: [merge], int8: [merge, int8], gptq4: [merge, gptq], awq4: [merge, awq], big: [merge, bnb8]}}
+  {{adapter: [], merged: [merge], int8: [merge, int8], gptq4: [merge, gptq], awq4: [merge, awq],
+    big: [merge, {{engine: vllm}}]}}
 minimize: latency.p50@chat
 """
 
@@ -238,9 +239,10 @@ def write_grid(home: Path, number: int) -> Path:
 
 def planned(file: Path, home: Path) -> None:
     """Print how long `peftopt sweep --dry-run` takes, with the start of its process."""
-    words = ("sweep", "run", file, "--dry-run", "--no-forecast", "--machine", "cpu", "--results", home / "none")
+    options = ("--dry-run", "--no-forecast", "--quiet", "--machine", "cpu", "--results", home / "none")
+    words = ("sweep", "run", file, *options)
     began = time.monotonic()
-    subprocess.run([sys.executable, "-m", "peftopt.cli", *map(str, words)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "peftopt.cli", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
     print(f"peftopt sweep --dry-run: {time.monotonic() - began:.1f} s")
 
 
@@ -273,7 +275,7 @@ def orders(read: Grid, listed: Sequence[Cell]) -> None:
                 both = [simulated(read, listed, forecast, faults, at_once, seed) for seed in range(SEEDS)]
                 texts.append(spread([whole_ for whole_, _ in both]))
             texts.append(spread([worst for _, worst in both]))
-            print(f"| {order} | {'all cells' if at_once else 'the next ones'} | {' | '.join(texts)} |", flush=True)
+            print(f"| {order} | {'all cells' if at_once else 'the next ones'} | {' | '.join(texts)} |")
 
 
 def spread(ratios: Sequence[float]) -> str:
@@ -312,19 +314,24 @@ def whole(read: Grid, listed: Sequence[Cell], home: Path) -> None:
     print(f"each end of a cell: {rest / len(listed) * 1000:.1f} ms of the sweep's own")
     for name, end in cluster.ends.items():
         print(f"  {name}: {MACHINES[name]} machines, ended after {end / 3600:.1f} h, bound {least[name] / 3600:.1f} h")
-    print(f"makespan {makespan / max(least.values()):.3f} of the bound, {cluster.losses} losses of cells")
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+    print(f"makespan {makespan / max(least.values()):.3f} of the bound, {cluster.losses} losses of cells; {memory()}")
     timed("where all stand, at last", lambda: cells.stand(listed, results, read.name))
-    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+    print(memory())
+
+
+def memory() -> str:
+    """The peak of this process up to now."""
+    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
 
 
 def timed(what: str, work: Callable[[], list[CellResult]]) -> list[CellResult]:
     """What `work` returns; how long it took is printed."""
     began = time.monotonic()
     value = work()
-    print(f"{what}: {time.monotonic() - began:.1f} s", flush=True)
+    print(f"{what}: {time.monotonic() - began:.1f} s")
     return value
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     main(*map(int, sys.argv[1:]))
