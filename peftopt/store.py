@@ -223,6 +223,32 @@ def add_lines(path: Path, text: str) -> None:
             raise
 
 
+BY_RECIPE = "by_recipe"
+"""The folder of a results folder where each run leaves a note, an empty file. So the runs of a recipe are found
+without a list of all runs."""
+
+
+def note(run: Path, recipe: str) -> None:
+    """Leave a note of a run, below its recipe's name. Raises MissingEnvironment where it cannot be written."""
+    file = _notes(run.parents[1], recipe) / run.name
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    except OSError as error:
+        raise unwritable(file, error, "choose another folder with --results") from error
+
+
+def noted(root: Path, recipe: str) -> list[str]:
+    """The names of a recipe's runs that left a note in this results folder. A run may be removed since. A run of an
+    older peftopt, and one that was copied here, has no note."""
+    folder = _notes(root, recipe)
+    return [file.name for file in folder.iterdir()] if folder.is_dir() else []
+
+
+def _notes(root: Path, recipe: str) -> Path:
+    return root / BY_RECIPE / recipe
+
+
 OWNER = ".owner"
 """The file of a run folder that a measuring process locks; its text names the process."""
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftopt.errors import BadRecipe
-from peftopt.recipe.grid import Cell, Grid, builds, cells, parse
+from peftopt.recipe.grid import MOST, Cell, Grid, builds, cells, parse
 from peftopt.records import Recipe
 from peftopt.runner.judged import recipe_of
 
@@ -182,3 +182,12 @@ def test_a_thousand_cells_are_planned_each_with_its_own_model_and_adapter() -> N
     cell = named(listed)["m7", "a13", "quantizing", "h100"]
     read = recipe_of(cell.recipe, "/c.yaml")
     assert (read.base, read.adapter) == ("/srv/grids/m/7", "/srv/grids/a/13")
+
+
+def test_a_grid_may_list_thousands_of_adapters_and_not_any_number() -> None:
+    def of(number: int) -> str:
+        adapters = ", ".join(f"a{n}: a/{n}" for n in range(number))
+        return f"recipe: chat.yaml\nmodels: {{llama: {{base: llama, adapters: {{{adapters}}}}}}}\n"
+
+    assert len(grid(of(2_500)).models["llama"].adapters) == 2_500
+    assert f"more than {MOST} values" in mistakes(of(MOST // 2))[2]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.executors import MakeJob, check_a_small_machine_is_named, check_each_runs_once, jobs_below
+from helpers.waiting import wait_until
 
+from peftopt import store
 from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.recipe.grid import MachineClass
 from peftopt.runner.executors import opened
+from peftopt.runner.executors.ahead import EACH
 
 ray = pytest.importorskip("ray")
 
@@ -70,6 +75,26 @@ def test_a_cell_whose_task_breaks_has_failed_and_the_others_go_on(executor: Any,
     ended = {each.name: attempt for each, attempt in (executor.wait() for _ in range(2))}
     assert (ended["broken"].exit_code, ended["whole"].exit_code) == (4, 0)
     assert ".owner" in ended["broken"].message
+
+
+def test_more_cells_than_a_cluster_gets_at_a_time_all_end(executor: Any, job: MakeJob) -> None:
+    jobs = [job(f"c{n}", MachineClass("small"), "--version") for n in range(2 * EACH + 1)]
+    for each in jobs:
+        executor.submit(each)
+    assert len(executor.running) == EACH
+    assert [executor.wait()[0].name for _ in jobs] == [each.name for each in jobs], "in their order"
+
+
+def test_a_cell_whose_process_is_lost_again_and_again_has_failed(
+    executor: Any, job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftopt.runner.executors.ray.RETRIES", 0)
+    cell = job("a", MachineClass("small"), "--version")
+    executor.submit(cell)
+    wait_until(lambda: store.owner(cell.folder))
+    os.kill(int(store.owner(cell.folder).split()[1]), signal.SIGKILL)
+    _, ended = executor.wait()
+    assert ended.exit_code == 4 and "lost 1 times" in ended.message
 
 
 def test_without_a_cluster_it_is_said_how_to_start_one() -> None:

@@ -237,6 +237,38 @@ def test_a_cell_that_slurm_refuses_waits_for_the_end_of_another(home: Path, job:
     assert {executor.wait()[0].name, executor.wait()[0].name} == {"a", "b"}
 
 
+class Submitted:
+    """A job of submitit's of which it is counted how often somebody looks for its result."""
+
+    def __init__(self, number: int, is_over: bool, state: str) -> None:
+        self.job_id, self.is_over, self.state, self.looks = str(number), is_over, state, 0
+        self.paths = self.result_pickle = self
+
+    def exists(self) -> bool:
+        self.looks += 1
+        return self.is_over
+
+    def result(self) -> cells.Attempt:
+        return cells.Attempt("", 1.0, 0, "here")
+
+
+def test_of_many_jobs_those_that_wait_are_hardly_looked_at(
+    home: Path, job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor: Any = opened("slurm:p", "")
+    waiting = [Submitted(n, False, "PENDING") for n in range(20)]
+    over = [Submitted(n, True, "COMPLETED") for n in range(20, 40)]
+    jobs = {each: job(f"c{each.job_id}", SMALL) for each in (*waiting, *over)}
+    executor.running = {its.name: (its, each) for each, its in jobs.items()}
+    monkeypatch.setattr(executor.cluster, "states", lambda handles: {each.job_id: each.state for each in jobs})
+    assert {executor.wait()[0].name for _ in over} == {jobs[each].name for each in over}
+    assert {each.looks for each in jobs} == {1}, "one look finds all that have ended"
+    monkeypatch.setattr(slurm, "LOOK_S", -1.0)
+    waiting[0].is_over, waiting[0].state = True, "COMPLETED"
+    assert executor.wait()[0] == jobs[waiting[0]]
+    assert {each.looks for each in waiting[1:]} <= {1, 2}, "until Slurm has said that they wait"
+
+
 def test_a_sweep_that_is_interrupted_cancels_its_jobs_and_names_those_that_go_on(
     home: Path, job: MakeJob, stuck: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,8 @@ def test_a_sweep_decides_what_it_can_once_says_what_failed_and_writes_one_page(
     assert {found[adapter, "large"]["state"] for adapter in ("good", "broken")} == {"waiting"}
     runs = sorted((tmp_path / "results" / "runs").iterdir())
     assert [run.name for run in runs] == [good["run"]]
+    planned_before = Job(good["cell"], (), MachineClass("small"), tmp_path / "results", tmp_path / "results")
+    assert cells.is_decided(planned_before), "another sweep, which began earlier, finds what this one has decided"
     before = (runs[0] / "measurements.jsonl").read_bytes()
 
     assert command("sweep", "run", grid, *results, "--machine", "small", "--json") == 2

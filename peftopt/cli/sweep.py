@@ -93,7 +93,8 @@ def run(
             console.tell(f"{counted(len(swept.undecided(standing)), 'undecided cell')} to get more blocks")
         console.tell(sweep.disk(read))
         if not dry_run:
-            sweep.sweep(ours, results, read.name, executor, console, artifacts, more)
+            takes = sweep.lengths(read, ours)
+            sweep.sweep(standing, results, read.name, executor, console, artifacts, more, takes)
     finally:
         if still := executor.close():
             console.warn(still)

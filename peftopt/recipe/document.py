@@ -9,7 +9,7 @@ MAX_CHARACTERS = 2**20
 """Cap on a document's text. This and the two below are far above any real recipe, and far below what takes long."""
 
 MAX_NODES = 2_000
-"""Cap on a document's values."""
+"""Cap on a document's values, but for one that lists many models."""
 
 MAX_DEPTH = 20
 """Cap on how deep a document's values are nested."""
@@ -31,6 +31,7 @@ class _Loader(yaml.SafeLoader):
 
     depth = 0
     nodes = 0
+    most = MAX_NODES
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
@@ -40,7 +41,7 @@ class _Loader(yaml.SafeLoader):
             "an anchor or an alias: write the value out": getattr(event, "anchor", None),
             "a YAML tag: remove it": getattr(event, "tag", None),
             f"nested more than {MAX_DEPTH} levels deep": self.depth > MAX_DEPTH,
-            f"more than {MAX_NODES} values": self.nodes > MAX_NODES,
+            f"more than {self.most} values": self.nodes > self.most,
         }
         for message, is_there in refused.items():
             if is_there:
@@ -50,13 +51,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def compose(text: str) -> yaml.Node:
-    """The root node of the one document in `text`. Raises Unreadable."""
+def compose(text: str, most: int = MAX_NODES) -> yaml.Node:
+    """The root node of the one document in `text`, which may have so many values at `most`. Raises Unreadable."""
     if len(text) > MAX_CHARACTERS:
         raise Unreadable(0, f"more than {MAX_CHARACTERS:,} characters", "check that it is the right file")
     loader = None
     try:
         loader = _Loader(text)
+        loader.most = most
         root = loader.get_single_node()
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1

@@ -28,6 +28,9 @@ ALL = "all"
 ANY = "any"
 """The class of machines, in a grid without classes."""
 
+MOST = 50_000
+"""Cap on the values in a grid: each adapter has two."""
+
 READABLE = 50
 """Most letters of a cell's name before its hash."""
 
@@ -146,6 +149,8 @@ def _bytes(written: str) -> float:
 
 class _Reading(Reading):
     """One pass over one grid."""
+
+    most = MOST
 
     def __init__(self, path: str, read: Callable[[str], tuple[Recipe, str]], is_folder: Callable[[str], bool]) -> None:
         super().__init__(path)

@@ -20,7 +20,7 @@ import yaml
 
 from peftopt import docstrings
 from peftopt.errors import PeftoptError
-from peftopt.recipe.document import Problem, Unreadable, compose
+from peftopt.recipe.document import MAX_NODES, Problem, Unreadable, compose
 from peftopt.records import NAME, JsonValue
 
 if TYPE_CHECKING:
@@ -78,7 +78,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 class Reading:
-    """One pass over one YAML text. `problems` are its mistakes; `lines` has the line of each key path."""
+    """One pass over one YAML text. `problems` are its mistakes; `lines` has the line of each key path. The text may
+    have `most` values."""
+
+    most = MAX_NODES
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -93,7 +96,7 @@ class Reading:
     def document(self, text: str, reader: Reader[Value]) -> Value | None:
         """The value that `reader` reads from the YAML document in `text`; None, with a noted mistake, if it cannot."""
         try:
-            root = compose(text)
+            root = compose(text, self.most)
         except Unreadable as error:
             self.problems.append(error.problem)
             return None

@@ -31,7 +31,7 @@ FAILURES = (BAD_INPUT, ENVIRONMENT, BUG)
 class Job:
     """A command of peftopt's that measures a cell: `arguments` after the program's name; what a machine `needs` to run
     it; the cell's `folder`, and the `results` that its run belongs to. `more`: it adds blocks to a run that is not
-    decided."""
+    decided. `run`: the name of the run that spoke for the cell when the job was planned, "" for none."""
 
     name: str
     arguments: tuple[str, ...]
@@ -39,6 +39,7 @@ class Job:
     folder: Path
     results: Path
     more: bool = False
+    run: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ def folder_of(results: Path, sweep: str) -> Path:
     return results.resolve() / "sweeps" / sweep
 
 
-def job(cell: Cell, results: Path, sweep: str, artifacts: str = "", more: bool = False) -> Job:
+def job(stands: CellResult, results: Path, sweep: str, artifacts: str = "", more: bool = False) -> Job:
     """The job that measures a cell, or adds `more` blocks to it; its recipe is written where it is not there yet.
     `artifacts`: the URL where machines share them, as any machine may use it."""
+    cell = stands.cell
     folder = folder_of(results, sweep) / cell.name
     recipe = folder / f"{cell.name}.yaml"
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,7 +72,7 @@ def job(cell: Cell, results: Path, sweep: str, artifacts: str = "", more: bool =
     shared = ("--artifacts", artifacts) if artifacts else ()
     added = ("--more",) if more else ()
     arguments = ("run", str(recipe), "--results", str(results.resolve()), *shared, *added, "--json")
-    return Job(cell.name, arguments, cell.machine, folder, results.resolve(), more)
+    return Job(cell.name, arguments, cell.machine, folder, results.resolve(), more, stands.run)
 
 
 def keep(folder: Path, attempt: Attempt) -> None:
@@ -103,7 +105,8 @@ _TIME, _KEY = len("20261129T120000-"), len("-01234567")
 
 
 def runs(results: Path) -> Mapping[str, Sequence[Path]]:
-    """The runs of a results folder by the name of their recipe, oldest first."""
+    """The runs of a results folder by the name of their recipe, oldest first. It lists all runs, so it is called for
+    all cells together."""
     by_name: dict[str, list[Path]] = defaultdict(list)
     home = results / "runs"
     for folder in sorted(home.iterdir()) if home.is_dir() else ():
@@ -111,11 +114,23 @@ def runs(results: Path) -> Mapping[str, Sequence[Path]]:
     return by_name
 
 
+def runs_of(job: Job) -> list[Path]:
+    """The runs of a job's cell as they are now, oldest first: the one that was known when it was planned, and all that
+    any process has begun or continued since. No other cell's runs are listed."""
+    names = {*store.noted(job.results, job.name), *filter(None, [job.run])}
+    return [run for name in sorted(names) if (run := job.results / "runs" / name).is_dir()]
+
+
 def stand(cells: Sequence[Cell], results: Path, sweep: str) -> list[CellResult]:
     """Where each cell stands, by what is on disk. Nothing is written."""
     by_name = runs(results.resolve())
     home = folder_of(results, sweep)
     return [_stands(cell, by_name.get(cell.name, ()), home / cell.name) for cell in cells]
+
+
+def stand_of(cell: Cell, job: Job) -> CellResult:
+    """Where the cell of a job stands now."""
+    return _stands(cell, runs_of(job), job.folder)
 
 
 def newest(folders: Sequence[Path]) -> Path | None:
@@ -126,7 +141,7 @@ def newest(folders: Sequence[Path]) -> Path | None:
 
 def is_decided(job: Job) -> bool:
     """Whether a cell has a decision that judged something, and that the job is not to go on with."""
-    run = newest(runs(job.results).get(job.name, ()))
+    run = newest(runs_of(job))
     decision = decision_of(run) if run else None
     open_ = ("not judged", "inconclusive") if job.more else ("not judged",)
     return decision is not None and decision.outcome not in open_

@@ -61,6 +61,7 @@ def prepare(
     else:
         folder = runs / f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{recipe.name}-{key}"
         folder.mkdir(parents=True, exist_ok=True)
+    store.note(folder, recipe.name)
     with _owned(folder, plan, home, listener) as run:
         run.remote = shared
         if not (folder / "machine.json").exists():

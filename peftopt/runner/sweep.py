@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from peftopt import store
@@ -80,51 +81,87 @@ def _foreseen(cell: Cell, results: Path, listener: Listener) -> Duration:
         return Duration(unknown=str(error))
 
 
+def lengths(grid: Grid, listed: Sequence[Cell]) -> dict[str, float]:
+    """How long each cell takes beside the others of its class, by the cell's name: the bytes of its model's weights,
+    times the variants that race. Good for an order, and for nothing else."""
+    sizes = {name: store.size(Path(served.base)) for name, served in grid.models.items()}
+    arms = {group: len({*names, grid.recipe.recipe.baseline}) for group, names in grid.groups.items()}
+    return {cell.name: float(sizes[cell.model] * arms[cell.group]) for cell in listed}
+
+
+def ordered(todo: Sequence[Cell], machines: Mapping[str, int], takes: Mapping[str, float]) -> list[Cell]:
+    """The cells in the order in which they are submitted. Machines of a class end at about the same time if the longest
+    cells begin first; a class with one machine keeps the order of the list. A cluster may refuse all but the first so
+    many, so each class has among them a share that fits its number of `machines`. `takes`: how long cells take, in any
+    unit, by their names."""
+    by_class: dict[str, list[Cell]] = defaultdict(list)
+    for cell in todo:
+        by_class[cell.machine.name].append(cell)
+    rounds = []
+    for name, cells_ in by_class.items():
+        number = max(machines.get(name, 0), 1)
+        if number > 1:
+            cells_.sort(key=lambda cell: takes.get(cell.name, 0.0), reverse=True)
+        rounds += [(place / number, cell) for place, cell in enumerate(cells_)]
+    return [cell for _, cell in sorted(rounds, key=lambda each: each[0])]
+
+
 def sweep(
-    listed: Sequence[Cell],
+    standing: Sequence[CellResult],
     results: Path,
     name: str,
     executor: Executor,
     listener: Listener,
     artifacts: str = "",
     more: bool = False,
-) -> list[CellResult]:
-    """Have every cell measured that is left and has a machine; where all of them stand then. A cell that fails is told,
-    and the others go on. `artifacts`: where machines share them, see `remote.opened`. With `more`, cells whose decision
-    is open get more blocks."""
+    takes: Mapping[str, float] | None = None,
+) -> None:
+    """Have every cell measured that is left and has a machine. A cell that fails is told, and the others go on.
+    `standing`: where the cells stand. `artifacts`: where machines share them, see `remote.opened`. With `more`, cells
+    whose decision is open get more blocks. `takes`: see `ordered`."""
     warn = listener.warn
     store.Store(results.resolve(), warn).check_writable()
     if artifacts:
         remote.opened(artifacts, warn, listener.tell)
-    by_name = {cell.name: cell for cell in listed}
-    classes = {cell.machine.name: cell.machine for cell in listed}
-    served = {each for each, needs in classes.items() if executor.machines(needs)}
-    standing = cells.stand(listed, results, name)
     home = cells.folder_of(results, name)
     submitted = {each.cell.name for each in standing if executor.found(home / each.cell.name)}
     undecided = {each.cell.name for each in swept.undecided(standing)} if more else set()
     left = {each.cell.name for each in swept.left(standing)} | undecided
-    todo = [cell for cell in listed if cell.name in submitted or (cell.name in left and cell.machine.name in served)]
+    by_name = {each.cell.name: each for each in standing}
+    shared = objects.absolute(artifacts)
     jobs = [
-        cells.job(cell, results, name, objects.absolute(artifacts), more=cell.name in undecided)
-        for cell in todo
-        if cell.name in submitted or not _judged(cell, results, warn)
+        cells.job(by_name[cell.name], results, name, shared, cell.name in undecided)
+        for cell in _todo([each.cell for each in standing], submitted, left, executor, takes or {})
+        if cell.name in submitted or not _judged(by_name[cell.name], results, warn)
     ]
     for job in jobs:
         executor.submit(job)
     with listener.progress("sweep", len(jobs), "cells") as show:
         for done in range(1, len(jobs) + 1):
             job, attempt = executor.wait()
-            (result,) = cells.stand([by_name[job.name]], results, name)
-            _tell(job, attempt, result, listener)
+            _tell(job, attempt, cells.stand_of(by_name[job.name].cell, job), listener)
             show(done, job.name)
-    return cells.stand(listed, results, name)
 
 
-def _judged(cell: Cell, results: Path, warn: Callable[[str], None]) -> bool:
+def _todo(
+    listed: Sequence[Cell],
+    submitted: Collection[str],
+    left: Collection[str],
+    executor: Executor,
+    takes: Mapping[str, float],
+) -> list[Cell]:
+    """The cells to submit, in their order: those that an earlier sweep submitted, and those that are left and have a
+    machine."""
+    classes = {cell.machine.name: cell.machine for cell in listed}
+    machines = {name: executor.machines(needs) for name, needs in classes.items()}
+    todo = [cell for cell in listed if cell.name in submitted or (cell.name in left and machines[cell.machine.name])]
+    return ordered(todo, machines, takes)
+
+
+def _judged(stands: CellResult, results: Path, warn: Callable[[str], None]) -> bool:
     """Whether a cell's run has measured everything and was stopped before its decision, which is then made here."""
-    run = cells.newest(cells.runs(results.resolve()).get(cell.name, ()))
-    if run is None or not store.is_finished(run) or cells.decision_of(run):
+    run = results.resolve() / "runs" / stands.run
+    if not stands.run or not store.is_finished(run) or cells.decision_of(run):
         return False
     try:
         judged.judge(run, warn)

@@ -6,10 +6,13 @@ that one and for all processors and GPUs of such a machine, so that nothing of R
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import queue
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from peftopt.errors import BadInput, MissingEnvironment
 from peftopt.recipe.grid import MachineClass
 from peftopt.runner.cells import Attempt, Job
 from peftopt.runner.executors import alike
+from peftopt.runner.executors.ahead import Ahead
 from peftopt.runner.executors.attempt import attempt, lost
 
 RETRIES = 3
@@ -50,7 +54,11 @@ class Ray:
             hint = """start one: ray start --head --resources '{"CLASS": 1}'"""
             raise MissingEnvironment(f"there is no Ray cluster at {address}: {error}", hint) from error
         signal.signal(signal.SIGTERM, before)  # Ray's own ends this process at once
+        self.waiting = Ahead()
         self.running: dict[Any, Job] = {}
+        self.ended: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.alive: dict[str, int] = {}
+        self.sizes: dict[str, dict[str, float]] = {}
         self.task = ray.remote(attempt)
 
     def machines(self, needs: MachineClass) -> int:
@@ -65,30 +73,50 @@ class Ray:
         return len(nodes)
 
     def _nodes(self, needs: MachineClass) -> list[dict[str, float]]:
+        """What each machine of the class has. It is kept, since the cluster is not asked for each cell."""
         alive = [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-        return [resources for resources in alive if resources.get(needs.name, 0)]
+        nodes = [resources for resources in alive if resources.get(needs.name, 0)]
+        self.alive[needs.name] = len(nodes)
+        if nodes:
+            self.sizes[needs.name] = nodes[0]
+        return nodes
 
     def found(self, folder: Path) -> bool:
         """No: Ray ends the tasks of a sweep that ends."""
         return False
 
     def submit(self, job: Job) -> None:
-        """Ray starts it as soon as a machine of its class has nothing else to do."""
-        node = self._nodes(job.needs)[0]
-        task = self.task.options(
-            name=job.name,
-            num_cpus=node.get("CPU", 0),
-            num_gpus=node.get("GPU", 0),
-            resources={job.needs.name: 1},
-            max_retries=RETRIES,
-            retry_exceptions=False,
-        )
-        self.running[task.remote(job)] = job
+        """Ray starts it as soon as a machine of its class has nothing else to do, and those before it have begun."""
+        if job.needs.name not in self.alive:
+            self._nodes(job.needs)
+        self.waiting.add(job)
+        self._hand_over(job.needs)
+
+    def _hand_over(self, needs: MachineClass) -> None:
+        for job in self.waiting.due(needs, self.alive[needs.name]):
+            node = self.sizes[needs.name]
+            options = self.task.options(
+                name=job.name,
+                num_cpus=node.get("CPU", 0),
+                num_gpus=node.get("GPU", 0),
+                resources={needs.name: 1},
+                max_retries=RETRIES,
+                retry_exceptions=False,
+            )
+            task = options.remote(job)
+            self.running[task] = job
+            task.future().add_done_callback(partial(self._put, task))  # ray.wait would look at all that wait
+
+    def _put(self, task: Any, _: Any) -> None:
+        self.ended.put(task)
 
     def wait(self) -> tuple[Job, Attempt]:
         """The next job that ends. One whose machine was lost again and again has failed."""
         task = self._ended()
         job = self.running.pop(task)
+        self.waiting.ended(job)
+        self._nodes(job.needs)
+        self._hand_over(job.needs)
         try:
             ended: Attempt = self.ray.get(task)
         except self.ray.exceptions.RayTaskError as error:
@@ -101,16 +129,18 @@ class Ray:
         """The task that ends next. Raises MissingEnvironment once no machine is left for any of them."""
         gone_s = 0.0
         while gone_s < GONE_S:
-            ready, _ = self.ray.wait(list(self.running), num_returns=1, timeout=LOOK_S)
-            if ready:
-                return ready[0]
+            with contextlib.suppress(queue.Empty):
+                return self.ended.get(timeout=LOOK_S)
             needed = {job.needs.name: job.needs for job in self.running.values()}
-            gone_s = 0.0 if any(map(self._nodes, needed.values())) else gone_s + LOOK_S
+            gone_s = 0.0 if any([self._nodes(needs) for needs in needed.values()]) else gone_s + LOOK_S
+            for needs in needed.values():
+                self._hand_over(needs)
         lost = f"the cluster has no machine of the classes {', '.join(sorted(needed))} any more"
         raise MissingEnvironment(lost, "start one; the same sweep goes on")
 
     def close(self) -> str:
         """End what runs, with its measurements up to now, and leave the cluster: Ray interrupts no task that waits."""
+        self.waiting = Ahead()
         for task in self.running:
             self.ray.cancel(task, force=True)
         self.running.clear()

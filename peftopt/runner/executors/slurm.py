@@ -62,6 +62,9 @@ FINAL = {
 }
 """What is not tried again, and what is said of it."""
 
+PENDING = "PENDING"
+"""The state of a job that waits for a node."""
+
 UNKNOWN = "FORGOTTEN"
 """The state of a job that Slurm does not list any more."""
 
@@ -201,10 +204,14 @@ class Slurm:
             raise MissingEnvironment("--on slurm needs submitit", "pip install 'peftopt[slurm]'") from error
         self.submitit: Any = submitit
         self.cluster: Cluster = Partition(name) if cluster == "slurm" else Here(name)
-        self.earlier = self.cluster.states(())
+        self.earlier = {job for job, state in self.cluster.states(()).items() if state not in ENDED}
+        self.options: dict[str, Mapping[str, object]] = {}
         self.waiting: deque[Job] = deque()
         self.running: dict[str, tuple[Job, Any]] = {}
+        self.results: deque[str] = deque()
         self.losses: Counter[str] = Counter()
+        self.looked = time.monotonic()
+        self.pending: set[str] = set()
         self.ended: set[str] = set()
 
     def machines(self, needs: MachineClass) -> int:
@@ -218,10 +225,9 @@ class Slurm:
         return self._found(folder) is not None
 
     def _found(self, folder: Path) -> Any:
-        live = {job for job, state in self.earlier.items() if state not in ENDED}
         scripts = (folder / FOLDER).glob("*_submission.sh")
         ids = [script.name.partition("_")[0] for script in scripts]
-        return next((self.submitit.SlurmJob(folder / FOLDER, each) for each in ids if each in live), None)
+        return next((self.submitit.SlurmJob(folder / FOLDER, each) for each in ids if each in self.earlier), None)
 
     def submit(self, job: Job) -> None:
         """Slurm starts it as soon as a node of its class is free. A job that an earlier sweep submitted goes on."""
@@ -237,7 +243,7 @@ class Slurm:
         while self.waiting and len(self.running) < self.cluster.at_once:
             job = self.waiting.popleft()
             executor = self.submitit.AutoExecutor(job.folder / FOLDER, cluster=self.cluster.name)
-            executor.update_parameters(name=job.name, **self.cluster.options(job.needs))
+            executor.update_parameters(name=job.name, **self._options(job.needs))
             try:
                 self.running[job.name] = (job, executor.submit(run_cell, job))
             except RuntimeError as error:  # what sbatch says
@@ -246,20 +252,32 @@ class Slurm:
                 self.waiting.appendleft(job)
                 return
 
+    def _options(self, needs: MachineClass) -> Mapping[str, object]:
+        """What submitit is told. Slurm is asked once for all cells of a class."""
+        if needs.name not in self.options:
+            self.options[needs.name] = self.cluster.options(needs)
+        return self.options[needs.name]
+
     def wait(self) -> tuple[Job, Attempt]:
         """The next job that ends. One whose job was ended from outside again and again has failed."""
-        looked = time.monotonic()
         self._hand_over()
         while True:
-            for job, handle in self.running.values():
-                if handle.paths.result_pickle.exists():
-                    return self._over(job, self._result(job, handle))
-            if time.monotonic() - looked > LOOK_S:
-                looked = time.monotonic()
+            self.results = self.results or self._with_results()
+            if self.results:
+                job, handle = self.running[self.results.popleft()]
+                return self._over(job, self._result(job, handle))
+            if time.monotonic() - self.looked > LOOK_S:
+                self.looked = time.monotonic()
                 for job, state in self._gone():
                     if ended := self._lost(job, state):
                         return self._over(job, ended)
             time.sleep(RESULT_S)
+
+    def _with_results(self) -> deque[str]:
+        """The jobs that have left a result, among those that had begun when Slurm was asked last. The others may be
+        many thousands."""
+        begun = [(name, handle) for name, (_, handle) in self.running.items() if handle.job_id not in self.pending]
+        return deque(name for name, handle in begun if handle.paths.result_pickle.exists())
 
     def _over(self, job: Job, ended: Attempt) -> tuple[Job, Attempt]:
         del self.running[job.name]
@@ -280,6 +298,7 @@ class Slurm:
             states = self.cluster.states(handle for _, handle in self.running.values())
         except MissingEnvironment:
             return []
+        self.pending = {job for job, state in states.items() if state == PENDING}
         by_id = {handle.job_id: job for job, handle in self.running.values()}
         ended = {each for each in by_id if states.get(each, UNKNOWN) in (*ENDED, UNKNOWN)}
         again = ended & self.ended
