@@ -29,6 +29,8 @@ from peftopt.deploy import monitoring, reading
 from peftopt.deploy import vllm as script
 from peftopt.deploy.monitoring.sources import VLLM, le
 from peftopt.engines import TOP_K, Scores, vllm
+from peftopt.engines._prefix import Reuse
+from peftopt.engines.eager import shared_prefix
 from peftopt.errors import BadInput
 from peftopt.loadtest.arrivals import SERVE_CHECK, SERVE_LOG
 from peftopt.records import Model, Step
@@ -229,6 +231,27 @@ def test_virtual_tokens_as_words_are_served_as_the_live_adapter(tmp_path: Path) 
         exact, plain = (each.score(questions, answers) for each in (theirs, base))
         for _ in range(2):  # the second time the words' keys and values are in vLLM's prefix cache
             assert gap(remote.score(ids(remote), answers), exact) < min(0.1, gap(plain, exact) / 4)
+    finally:
+        remote.close()
+
+
+@real
+def test_it_reuses_what_prompts_share_and_tells_how_much(engine: Any) -> None:
+    """Whole blocks of its cache. Answers are those of a server that reuses nothing, and says nothing of it."""
+    model = Model(str(BASE), (str(ADAPTER),))
+    remote = Remote("vllm", model, reuse=Reuse(), max_model_len=1024, args="--block-size 32")
+    messages = [[{"role": "system", "content": "Be brief. " * 40}, {"role": "user", "content": q}] for q in QUESTIONS]
+    prompts = [engine.encode(each)[0] for each in messages]
+    whole = shared_prefix(prompts) // 32 * 32
+    try:
+        wanted = [engine.generate([prompt], 6, False)[0] for prompt in prompts]
+        answers = [remote.generate([prompt], 6, False)[0] for prompt in prompts]
+        assert whole > 96 and [answer.reused for answer in answers] == [0, whole, whole]
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in wanted]
+        assert not any(answer.reused is not None for answer in wanted)
+        played = remote.load(prompts, 4, False, [0.0] * len(prompts), 1)
+        assert all(request["reused"] >= whole for request in played["requests"])
+        assert "KV cache of 1 GiB" in remote.facts()["log"][1]
     finally:
         remote.close()
 
