@@ -326,7 +326,8 @@ def test_the_canary_catches_both_faults_of_this_vllm(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where all slots are taken it computes the base's requests with the adapter's weights of their batch; with prefix
-    caching it answers a reloaded adapter's requests from blocks of the one before."""
+    caching it answers a reloaded adapter's requests from blocks of the one before. One after another, each name gets
+    its own prefix."""
     from helpers.tiny_models import make_lora
 
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")  # who serves the engine alone says so himself
@@ -334,7 +335,13 @@ def test_the_canary_catches_both_faults_of_this_vllm(
     swap = ["--swap", ADAPTER, "--swap", tmp_path / "other"]
     few = ["--prompts", ROOT / "demo" / "data" / "eval.jsonl", "--fingerprints", 1, "--rounds", 1]
     with serving(tmp_path, "--engine-only", "--slots", 1, "--prefix-caching") as url:
+        named = ["--model", "base", "--model", "support"]
+        assert command("canary", url, *few, *named, "--json", "--quiet") == 1
+        mixed = json.loads(capsys.readouterr().out)
         assert command("canary", url, *few, *swap, "--json", "--quiet") == 1
+    assert mixed["apart"] and {answer["model"] for answer in mixed["wrong"]} == {"base"}
+    turn = mixed["in_turn"]
+    assert turn["asked"] == 3 and turn["reused"] > 0 and not turn["borrowed"] and not turn["failed"]
     found = json.loads(capsys.readouterr().out)
     assert found["residents"] == ["base", "support"] and not found["alike"] and not found["kept"]
     assert {answer["model"] for answer in found["stale"]} == {"peftopt-canary"}

@@ -92,6 +92,8 @@ class Client:
         """Which fields are sent: those beyond OpenAI's, the wish for counts, and OpenAI's older name of the cap."""
         self.refused = ""
         """What the server said of such fields, where it refused them."""
+        self.salts = True
+        """Whether requests may have fields that keep them apart in a prefix cache; False once they were refused."""
         self.guessed = 0
         """Answers whose tokens were counted by message."""
         self.notes: list[str] = []
