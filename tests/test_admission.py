@@ -5,12 +5,15 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from peftopt import environments
+from peftopt.environments.llamacpp import SERVER
 from peftopt.errors import BadInput
 from peftopt.gateway import backends, limits
 from peftopt.gateway.admission import Admission, Refused, Ticket
@@ -388,6 +391,28 @@ def test_an_engine_serves_its_model_by_the_name_that_it_is_given(engine: str, mo
     monkeypatch.setattr(environments, "python", lambda name: "/bin/true")
     how = backends.start(Wanted(engine, Model("m"), name="support@1"))
     assert how.brings == {"support@1": "support@1"} and "support@1" in how.command
+
+
+@pytest.mark.parametrize(
+    ("params", "asked", "kept", "ram"),
+    [
+        ({}, False, False, "0"),
+        ({"cache_prompt": True, "cache_ram": 512}, False, True, "512"),
+        ({"cache_prompt": True, "cache_ram": 512}, True, True, "512"),
+        ({}, True, True, "1024"),
+    ],
+)
+def test_llamacpps_server_reuses_prefixes_where_the_run_did_or_its_owner_says_so(
+    params: dict[str, Any], asked: bool, kept: bool, ram: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    binary = tmp_path / "lib" / "python3" / "site-packages" / "llama_cpp" / SERVER
+    binary.parent.mkdir(parents=True)
+    binary.touch()
+    monkeypatch.setattr(environments, "python", lambda name: str(tmp_path / "bin" / "python"))
+    wanted = Wanted("llamacpp_server", Model("m"), params={"slots": 3, **params}, prefix_caching=asked)
+    told = list(backends.start(wanted).command)
+    assert ("--cache-prompt" in told, "--no-cache-prompt" in told) == (kept, not kept)
+    assert told[told.index("--cache-ram") + 1] == ram and told[told.index("--parallel") + 1] == "3"
 
 
 def test_limits_of_a_load_that_held_are_those_of_littles_law() -> None:

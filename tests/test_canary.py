@@ -66,6 +66,53 @@ def test_the_verb(leaky: bool, code: int, questions: Path, capsys: pytest.Captur
         assert found["asked"] == 12 and {w["model"] for w in found["wrong"]} == ({"base"} if leaky else set())
 
 
+# ---- a prefix cache ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("caching", ["", "own", "shared"])
+def test_no_adapter_is_served_another_s_prefix(
+    caching: str, questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server that finds a prompt by its words alone answers every name but the first from the first one's prefix:
+    then, and each time, so that no comparison with its other answers shows it."""
+    with served(caching=caching) as server:
+        flags = ["--prompts", questions, "--model", "base", "--model", "support", "--model", "sales", "--rounds", 1]
+        code = command("canary", server.url, *flags, "--json", "--quiet")
+        found = json.loads(capsys.readouterr().out)
+        turn = found["in_turn"]
+        assert code == (1 if caching == "shared" else 0) and found["apart"] and not found["alike"]
+        assert turn["asked"] == 4 * (3 + 1) and not turn["failed"], "every name, and the first of each prompt again"
+        borrowed = [(answer["prompt"], answer["model"]) for answer in turn["borrowed"]]
+        assert len(borrowed) == len(set(borrowed)) == (4 * 2 if caching == "shared" else 0)
+        assert turn["reused"] == {"": None, "own": 4 * 4, "shared": 4 * 4 * 3}[caching]
+        assert command("canary", server.url, *flags, "--quiet") == code
+        assert ("same prompt: support: answered as" in capsys.readouterr().out) is (caching == "shared")
+
+
+def test_a_server_that_refuses_to_keep_fingerprints_apart_is_told_of(
+    questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with served(picky=True) as server:
+        flags = ["--prompts", questions, "--model", "base", "--model", "support", "--rounds", 1, "--quiet"]
+        assert command("canary", server.url, *flags, "--json") == 0
+        assert not json.loads(capsys.readouterr().out)["apart"]
+        asked = [body for body in server.bodies if "cache_salt" in body]
+        assert len(asked) == 1, "it is not asked again"
+        assert command("canary", server.url, *flags) == 0
+        assert "cache_salt" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_off_for_another_reason_is_not_borrowed(
+    questions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Adapters that are replaced under their names while the canary looks: no cache has a part in that."""
+    with served(caching="own", drifts=24) as server:
+        flags = ["--prompts", questions, "--model", "base", "--model", "support", "--rounds", 1, "--quiet", "--json"]
+        assert command("canary", server.url, *flags) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert found["wrong"] and not found["in_turn"]["borrowed"]
+
+
 def test_what_it_cannot_do_is_said(questions: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with served() as server:
         assert command("canary", server.url, "--prompts", questions, "--model", "base") == 2

@@ -73,6 +73,24 @@ def test_llamacpp_as_its_own_form_has_it(tiny_base: Path) -> None:
         engine.close()
 
 
+@pytest.mark.parametrize("protocol", ["completions", "chat", "llamacpp"])
+def test_what_a_server_says_that_it_reused_is_told(protocol: str, tiny_base: Path) -> None:
+    with served() as server:
+        assert ask(server, "support", protocol).reused is None
+    with served(caching="own") as server:
+        assert [ask(server, "support", protocol).reused for _ in range(2)] == [0, 4]
+        engine, row = opened(tiny_base, server, protocol=protocol), Row("p", HELLO, "")
+        told = [speed.turn(engine, [[row]], 4, 0)[0].reused for _ in range(2)]
+        assert told[-1] == 4
+        requests, _ = load.turn(engine, [row, row], 4, False, 1, 0.0, 0)
+        assert [request.reused for request in requests] == [4, 4]
+        engine.remote = False
+        assert load.turn(engine, [row], 4, False, 1, 0.0, 0)[0][0].reused is None, "of ours, it was told to reuse none"
+        engine.reuses = True
+        assert engine.generate([engine.encode(HELLO)[0]], 4, stop=False)[0].reused == 4
+        engine.close()
+
+
 def test_tgi_and_mii_as_their_schemas_have_them() -> None:
     with served() as server:
         reply = ask(server, "support", "tgi")

@@ -28,6 +28,7 @@ from helpers.remote_engine import Remote
 from peftopt import corpus, environments, plugins
 from peftopt.deploy import llamacpp, reading
 from peftopt.engines import llamacpp_server
+from peftopt.engines._prefix import Reuse
 from peftopt.engines._server import free_port
 from peftopt.environments.llamacpp import SERVER
 from peftopt.errors import BadInput
@@ -118,6 +119,26 @@ def test_its_server_keeps_the_contract(server: Any, engine: Any) -> None:
     (pid,) = server.processes()
     server.close_engine()
     assert not psutil.pid_exists(pid)
+
+
+def test_its_server_reuses_what_prompts_share_and_tells_how_much(model: Model) -> None:
+    """With the adapter apart, on slots of its own and, once others have taken these, from its memory."""
+    several = Remote("llamacpp_server", model, slots=2), Remote("llamacpp_server", model, reuse=Reuse(), slots=2)
+    plain, reusing = several
+    system, others = list(range(5, 90)), [[20 + n] * 40 for n in range(3)]
+    try:
+        for tail, there in (([3, 4, 5], 0), ([6, 7], 85), ([8] * 20, 85)):
+            (wanted,), (answer,) = (each.generate([system + tail], 8, False) for each in several)
+            assert answer.tokens == wanted.tokens and (answer.reused, wanted.reused) == (there, None)
+        reusing.generate(others, 2, False)
+        assert reusing.generate([[*system, 9]], 2, False)[0].reused == 85
+        played = [each.load([[*system, 9, n] for n in range(3)], 4, False, [0.0] * 3, 1) for each in several]
+        assert [r["reused"] for r in played[0]["requests"]] == [None] * 3
+        assert all(r["reused"] >= 85 for r in played[1]["requests"])
+        assert "1024 MiB" in reusing.facts()["log"][1] and len(plain.facts()["log"]) == 1
+    finally:
+        for each in several:
+            each.close()
 
 
 @pytest.mark.skipif(not BASE.exists(), reason="make models")

@@ -275,6 +275,14 @@ def test_servers_take_it_by_their_own_flags() -> None:
     assert ("--cache-prompt",) in reusing and ("--cache-ram", "2048") in reusing
 
 
+@pytest.mark.parametrize("reuses", [False, True])
+def test_vllm_is_asked_to_tell_what_it_reused_where_it_reuses(reuses: bool, tiny_base: Path) -> None:
+    from peftopt.engines import vllm
+
+    words, _ = vllm.command(Model(str(tiny_base)), vllm.Params(prefix_caching=reuses), 8123, ())
+    assert ("--enable-prompt-tokens-details" in words) is reuses
+
+
 # ---- measured by a run -------------------------------------------------------------------------
 
 

@@ -29,6 +29,8 @@ from peftopt.deploy import monitoring, reading
 from peftopt.deploy import vllm as script
 from peftopt.deploy.monitoring.sources import VLLM, le
 from peftopt.engines import TOP_K, Scores, vllm
+from peftopt.engines._prefix import Reuse
+from peftopt.engines.eager import shared_prefix
 from peftopt.errors import BadInput
 from peftopt.loadtest.arrivals import SERVE_CHECK, SERVE_LOG
 from peftopt.records import Model, Step
@@ -234,6 +236,27 @@ def test_virtual_tokens_as_words_are_served_as_the_live_adapter(tmp_path: Path) 
 
 
 @real
+def test_it_reuses_what_prompts_share_and_tells_how_much(engine: Any) -> None:
+    """Whole blocks of its cache. Answers are those of a server that reuses nothing, and says nothing of it."""
+    model = Model(str(BASE), (str(ADAPTER),))
+    remote = Remote("vllm", model, reuse=Reuse(), max_model_len=1024, args="--block-size 32")
+    messages = [[{"role": "system", "content": "Be brief. " * 40}, {"role": "user", "content": q}] for q in QUESTIONS]
+    prompts = [engine.encode(each)[0] for each in messages]
+    whole = shared_prefix(prompts) // 32 * 32
+    try:
+        wanted = [engine.generate([prompt], 6, False)[0] for prompt in prompts]
+        answers = [remote.generate([prompt], 6, False)[0] for prompt in prompts]
+        assert whole > 96 and [answer.reused for answer in answers] == [0, whole, whole]
+        assert [answer.tokens for answer in answers] == [answer.tokens for answer in wanted]
+        assert not any(answer.reused is not None for answer in wanted)
+        played = remote.load(prompts, 4, False, [0.0] * len(prompts), 1)
+        assert all(request["reused"] >= whole for request in played["requests"])
+        assert "KV cache of 1 GiB" in remote.facts()["log"][1]
+    finally:
+        remote.close()
+
+
+@real
 def test_another_adapter_takes_its_place(engine: Any, tmp_path: Path) -> None:
     from helpers.tiny_models import make_lora
 
@@ -303,7 +326,8 @@ def test_the_canary_catches_both_faults_of_this_vllm(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where all slots are taken it computes the base's requests with the adapter's weights of their batch; with prefix
-    caching it answers a reloaded adapter's requests from blocks of the one before."""
+    caching it answers a reloaded adapter's requests from blocks of the one before. One after another, each name gets
+    its own prefix."""
     from helpers.tiny_models import make_lora
 
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")  # who serves the engine alone says so himself
@@ -311,7 +335,13 @@ def test_the_canary_catches_both_faults_of_this_vllm(
     swap = ["--swap", ADAPTER, "--swap", tmp_path / "other"]
     few = ["--prompts", ROOT / "demo" / "data" / "eval.jsonl", "--fingerprints", 1, "--rounds", 1]
     with serving(tmp_path, "--engine-only", "--slots", 1, "--prefix-caching") as url:
+        named = ["--model", "base", "--model", "support"]
+        assert command("canary", url, *few, *named, "--json", "--quiet") == 1
+        mixed = json.loads(capsys.readouterr().out)
         assert command("canary", url, *few, *swap, "--json", "--quiet") == 1
+    assert mixed["apart"] and {answer["model"] for answer in mixed["wrong"]} == {"base"}
+    turn = mixed["in_turn"]
+    assert turn["asked"] == 3 and turn["reused"] > 0 and not turn["borrowed"] and not turn["failed"]
     found = json.loads(capsys.readouterr().out)
     assert found["residents"] == ["base", "support"] and not found["alike"] and not found["kept"]
     assert {answer["model"] for answer in found["stale"]} == {"peftopt-canary"}

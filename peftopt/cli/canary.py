@@ -31,14 +31,14 @@ def canary(
             "names are checked, by default all served ones."
         ),
     ] = [],  # noqa: B006
-    fingerprints: Annotated[int, typer.Option(help="Prompts to use.")] = 8,
+    fingerprints: Annotated[int, typer.Option(help="Prompts to use, of the longest.")] = 8,
     rounds: Annotated[int, typer.Option(help="Mixed batches with all models, or loads of both adapters.")] = 3,
     api_key_env: Annotated[str, typer.Option(help="Environment variable that holds the API key.")] = "",
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = 120.0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Catch answers of the wrong adapter, by log-probabilities: in mixed batches, and after reloads (--swap)."""
+    """Catch answers of the wrong adapter, by log-probabilities: in turn, in mixed batches, after reloads (--swap)."""
     from peftopt import corpus
     from peftopt.cli.console import Console
     from peftopt.loadtest.protocols import Target
@@ -47,17 +47,15 @@ def canary(
         raise BadInput("a canary tells models apart: it needs two or more", "add --model for the base and each adapter")
     if swap and len(swap) != 2:
         raise BadInput(f"--swap takes two adapters, and {len(swap)} were given", "give --swap FOLDER --swap OTHER")
-    rows = corpus.read(str(prompts))
+    # The longest, but for the tenth that is longest of all: a prefix cache keeps whole blocks of tokens.
+    rows = sorted(corpus.read(str(prompts)), key=lambda row: -sum(len(m["content"]) for m in row.messages))
+    asked = {row.id: row.messages for row in rows[len(rows) // 10 :][:fingerprints]}
     console = Console(quiet)
     target = Target(url, key_env=api_key_env, timeout_s=timeout)
     outcomes = []
     if len(set(model)) > 1:
-        asked = {row.id: row.messages for row in rows[:fingerprints]}
         outcomes.append(_watch_mixed(console, target, list(dict.fromkeys(model)), asked, rounds, as_json))
     if swap:
-        # The longest, since a prefix cache keeps whole blocks of tokens.
-        rows = sorted(rows, key=lambda row: -sum(len(m["content"]) for m in row.messages))
-        asked = {row.id: row.messages for row in rows[len(rows) // 10 :][:fingerprints]}
         outcomes.append(_watch_reloads(console, target, (swap[0], swap[1]), model, asked, rounds, as_json))
     raise typer.Exit(max(outcomes, key=(ACCEPTED, INCONCLUSIVE, ENVIRONMENT, REJECTED).index))
 
@@ -65,23 +63,36 @@ def canary(
 def _watch_mixed(
     console: Console, target: Target, names: list[str], prompts: Prompts, rounds: int, as_json: bool
 ) -> int:
-    """Ask every model alone and in mixed batches, and print the result. Returns the exit code."""
+    """Ask every model alone, after the others and in mixed batches, and print the result. Returns the exit code."""
     from peftopt.canary import mixed as watching
     from peftopt.cli.console import print_json
 
-    with console.progress("canary", watching.ALONE * len(names) + rounds, "rounds") as show:
+    turns = watching.ALONE * len(names) + watching.IN_TURN + rounds
+    with console.progress("canary", turns, "rounds") as show:
         watched = watching.watch(target, names, prompts, rounds, show)
     if as_json:
         values = {"asked": watched.asked, "failed": watched.failed, "alike": watched.alike}
+        values |= {"in_turn": watched.in_turn, "apart": watched.apart}
         print_json({**values, "noise": watched.known.noise, "wrong": watched.wrong})
         return watched.outcome
     noise = ", ".join(f"{name} {nats:.3f}" for name, nats in watched.known.noise.items())
-    lines = {"own noise": f"{noise} nats", "mixed answers": f"{watched.asked} in all, {len(watched.wrong)} wrong"}
+    turn = watched.in_turn
+    told = "" if turn.reused is None else f"; {turn.reused} prompt tokens reused"
+    lines = {
+        "own noise": f"{noise} nats",
+        "after one another": f"{turn.asked} in all, {len(turn.borrowed)} with another's prefix{told}",
+        "mixed answers": f"{watched.asked} in all, {len(watched.wrong)} wrong",
+    }
     console.pairs("canary", lines)
+    if not watched.apart:
+        what = "the server refuses fields that keep a request out of its prefix cache (cache_salt, cache_prompt)"
+        console.warn(f"{what}: an adapter that always answers from another's prefix is not seen")
     for pair in watched.alike:
         console.warn(f"no prompt tells {pair[0]} and {pair[1]} apart: wrong answers between them are not seen")
     if watched.failed:
         console.warn(f"{watched.failed} requests failed")
+    for wrong in list(dict.fromkeys(map(str, turn.borrowed)))[:10]:
+        console.say(f"after another's request with the same prompt: {wrong}", "red")
     for wrong in list(dict.fromkeys(map(str, watched.wrong)))[:10]:
         console.say(wrong, "red")
     return watched.outcome

@@ -25,7 +25,7 @@ REASONS = {
     "--fit": "sizes are those above, and none is fitted to the memory that is free, as the run measured",
     "--cache-prompt": "the run measured with it",
     "--no-cache-prompt": "the run measured without it, since it asks a prompt more than once",
-    "--cache-ram": "the run measured without it",
+    "--cache-ram": "MiB for the prompts of other requests, as the run measured",
     "--n-gpu-layers": "layers on a GPU, as the run measured",
     "--threads": "threads for answers, as the run measured",
     "--threads-batch": "threads for prompts, as the run measured",

@@ -135,6 +135,7 @@ class Served(Text):
         if not stop:
             for request in played.requests:
                 self._check_length(request.new_tokens, new_tokens)
+        played.requests = [replace(request, reused=self._told(request.reused)) for request in played.requests]
         return played
 
     def score(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[Scores]:
@@ -171,11 +172,16 @@ class Served(Text):
             tokens = (tokens + self._end * new_tokens)[:new_tokens]
         elif stopped and tokens[-1:] != self._end:
             tokens += self._end
-        answer = Generation(tokens, _spread(reply.times or [reply.done], len(tokens)), stopped)
+        times = _spread(reply.times or [reply.done], len(tokens))
+        answer = Generation(tokens, times, stopped, reused=self._told(reply.reused))
         if not self.speculates or reply.proposed is None or reply.accepted is None:
             return answer
         steps = max(1, len(tokens) - 1 - reply.accepted)
         return replace(answer, steps=steps, proposed=reply.proposed, accepted=reply.accepted)
+
+    def _told(self, reused: int | None) -> int | None:
+        """What the server says that it reused of a prompt; None for a server of ours that was told to reuse nothing."""
+        return reused if self.remote or self.reuses else None
 
     def _check_length(self, given: int, asked: int) -> None:
         if given != asked:

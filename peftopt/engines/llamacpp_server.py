@@ -82,16 +82,20 @@ class LlamaCppServer(Started):
         if not (Path(model.path) / WEIGHTS).is_file():
             hint = f"make one: peftopt quantize --method gguf --model {model.path} --out …"
             raise BadInput(f"{model.path} holds no {WEIGHTS}", hint)
-        self.slots, port, binary = params.slots, free_port(), Path(library().__file__).parent / SERVER
+        self._params, self.slots = params, params.slots
+        port, binary = free_port(), Path(library().__file__).parent / SERVER
         serving = command(model, params, port, str(binary), machine.threads(), has_amx(library()))
         super().__init__(model, serving, variables(), port, NAME, params.start_s, "llamacpp")
         self.threads = machine.threads()
         self.device = "cuda" if params.gpu_layers and library().llama_supports_gpu_offload() else "cpu"
 
     def facts(self) -> dict[str, Json]:
-        """For the log: the server's version, its slots, and the seconds until it was ready."""
+        """For the log: the server's version, its slots, the seconds until it was ready, and where it keeps prefixes."""
         ready = f"ready after {self._seconds:.1f} s"
-        return {"log": [f"llama.cpp's server ({LIBRARY} {version(LIBRARY)}), {self.slots} slots: {ready}"]}
+        log = [f"llama.cpp's server ({LIBRARY} {version(LIBRARY)}), {self.slots} slots: {ready}"]
+        if self._params.cache_prompt:
+            log.append(f"it keeps the last prompt of each slot, and up to {self._params.cache_ram} MiB of others")
+        return {"log": log}
 
 
 def command(

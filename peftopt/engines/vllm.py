@@ -180,9 +180,14 @@ class Vllm(Started):
         return name, time.perf_counter() - started
 
     def facts(self) -> dict[str, Json]:
-        """For the log: vLLM's version, whether it compiles, and the seconds until it was ready."""
+        """For the log: vLLM's version, whether it compiles, the seconds until it was ready, and where it keeps
+        prefixes."""
         compiled = "compiled" if self._params.compile else "eager"
-        return {"log": [f"vLLM {version('vllm')}, {compiled}: ready after {self._seconds:.0f} s"]}
+        log = [f"vLLM {version('vllm')}, {compiled}: ready after {self._seconds:.0f} s"]
+        if self._params.prefix_caching:
+            room = "" if self._params.gpu_memory else f" of {self._params.kv_cache_gb} GiB"
+            log.append(f"it keeps prefixes in its KV cache{room}, which is as large without them")
+        return {"log": log}
 
     def _lora(self, verb: str, name: str, folder: str = "") -> None:
         if error := self._loop.run(self._client.lora(verb, name, folder)):
@@ -196,6 +201,7 @@ def command(
     Raises BadInput for `args` that hold a secret."""
     args = ["serve", model.path, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", base]
     args += ["--max-logprobs", str(TOP_K), "--disable-uvicorn-access-log"]
+    args += ["--enable-prompt-tokens-details"] if params.prefix_caching else []  # it then tells what it reused
     options = measured(params)
     if model.adapters:
         options += lora(max(map(lora_rank, model.adapters)), params.max_loras or len(model.adapters))

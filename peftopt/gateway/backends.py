@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from peftopt import environments, machine, redaction
 from peftopt.engines import _rows
+from peftopt.engines._prefix import Reuse
 from peftopt.engines._server import Server, check_port, free_port
 from peftopt.errors import BadInput
 from peftopt.forking import ForkServer
@@ -151,10 +152,11 @@ def _llamacpp(wanted: Wanted, port: int) -> Start:
 
     home = Path(environments.python(llamacpp_server.PLUGIN.environment)).parent.parent
     binary = next(home.glob(f"lib/python*/site-packages/llama_cpp/{SERVER}"))
-    known = {name: wanted.params[name] for name in ("context", "gpu_layers") if name in wanted.params}
-    slots = wanted.running or wanted.params.get("slots") or llamacpp_server.Params.slots
-    told = str(wanted.params.get("args", ""))
-    params = llamacpp_server.Params(slots=slots, args=f"{told} {wanted.args}".strip(), **known)
+    names = [each.name for each in fields(llamacpp_server.Params)]  # a run on the library has others
+    told = llamacpp_server.Params(**{name: wanted.params[name] for name in names if name in wanted.params})
+    params = replace(told, slots=wanted.running or told.slots, args=f"{told.args} {wanted.args}".strip())
+    if wanted.prefix_caching and not params.cache_prompt:
+        params = llamacpp_server.reusing(params, Reuse())
     amx = "amx_int8" in machine.processor()
     command = llamacpp_server.command(wanted.model, params, port, str(binary), _threads(wanted), amx, wanted.name)
     url = f"http://127.0.0.1:{port}"

@@ -29,7 +29,8 @@ class Reply:
     """An answer, whole or not. Times are perf_counter_ns; `times` has one for each message that brought a token.
 
     `error` is "" for an answer that is complete. `new_tokens` is the server's count, else that of ids or of messages;
-    `proposed` and `accepted` are of a server that tells what it proposed of them.
+    `proposed` and `accepted` are of a server that tells what it proposed of them, `reused` of one that tells how much
+    of the prompt was in its prefix cache.
     `leave_after`: messages with a token after which its client goes away, 0 = it stays; `begun`, where given, is set
     with the first.
     """
@@ -44,6 +45,7 @@ class Reply:
     counted: int | None = None
     proposed: int | None = None
     accepted: int | None = None
+    reused: int | None = None
     status: int = 0
     error: str = ""
     leave_after: int = 0
@@ -77,6 +79,7 @@ class Reply:
         self.counted = self.counted if event.new_tokens is None else event.new_tokens
         self.proposed = self.proposed if event.proposed is None else event.proposed
         self.accepted = self.accepted if event.accepted is None else event.accepted
+        self.reused = self.reused if event.reused is None else event.reused
 
 
 class Client:
@@ -89,6 +92,8 @@ class Client:
         """Which fields are sent: those beyond OpenAI's, the wish for counts, and OpenAI's older name of the cap."""
         self.refused = ""
         """What the server said of such fields, where it refused them."""
+        self.salts = True
+        """Whether requests may have fields that keep them apart in a prefix cache; False once they were refused."""
         self.guessed = 0
         """Answers whose tokens were counted by message."""
         self.notes: list[str] = []

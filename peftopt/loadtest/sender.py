@@ -250,6 +250,7 @@ def request_of(client: Client, planned: Planned, start: int, due: float, reply: 
         new_tokens=reply.new_tokens,
         error=reply.error,
         warmup=warmup,
+        reused=reply.reused,
     )
 
 

@@ -31,7 +31,7 @@ NEVER = 1e300
 class Request:
     """One request. Times in seconds since the run began; `first` and `last` token's arrival, None for a server that
     does not stream or sent none; `gaps_ms` between messages; `error` is "" for an answer that is whole; `kind` of
-    an error, where it is told."""
+    an error, where it is told; `reused` prompt tokens that earlier requests had left, where it is told."""
 
     id: str
     model: str
@@ -46,6 +46,7 @@ class Request:
     error: str = ""
     kind: str | None = None
     warmup: bool = False
+    reused: int | None = None
 
     @property
     def queue_time_ms(self) -> float:

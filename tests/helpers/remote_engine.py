@@ -13,22 +13,33 @@ from typing import Any
 
 from peftopt import environments, plugins
 from peftopt.engines import Generation, Scores
+from peftopt.engines._prefix import Reuse
 from peftopt.engines._speculation import Speculation
 from peftopt.records import Model
 
-KINDS = {"generate": Generation, "score": Scores}
+ASKED = {"speculation": Speculation, "reuse": Reuse}
+"""What an engine is opened with besides its parameters, by argument of `open`."""
 
 
 class Remote:
     """Speaks the contract of `peftopt.engines.Engine`; `special_tokens` and `eos` are sets again on this side."""
 
-    def __init__(self, name: str, model: Model, speculation: Speculation | None = None, **params: object) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        speculation: Speculation | None = None,
+        reuse: Reuse | None = None,
+        **params: object,
+    ) -> None:
         python = environments.interpreter(plugins.catalogue()[name])
         variables = {**os.environ, "PYTHONPATH": str(Path(plugins.__file__).parent.parent)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.folder = tempfile.TemporaryDirectory()  # as in a run, servers leave their logs where they stand
         self.process = subprocess.Popen([python, __file__], text=True, env=variables, cwd=self.folder.name, **pipes)
-        self._call(name, dataclasses.asdict(model), params, speculation and dataclasses.asdict(speculation))
+        beside = {"speculation": speculation, "reuse": reuse}
+        told = {argument: dataclasses.asdict(how) for argument, how in beside.items() if how}
+        self._call(name, dataclasses.asdict(model), params, told)
 
     def _call(self, *message: Any) -> Any:
         assert self.process.stdin and self.process.stdout
@@ -76,8 +87,8 @@ def main() -> None:
         kind, *rest = json.loads(line)
         try:
             if engine is None:
-                module, (folder, params, how), answer = plugins.module("engine", kind), rest, None
-                beside = {"speculation": Speculation(**how)} if how else {}
+                module, (folder, params, told), answer = plugins.module("engine", kind), rest, None
+                beside = {argument: ASKED[argument](**how) for argument, how in told.items()}
                 model = Model(folder["path"], tuple(folder["adapters"]))
                 engine = module.open(model, module.Params(**params), **beside)
             elif kind == "get":

@@ -39,7 +39,11 @@ class Server:
     that it has heard before with the weights that were loaded then, and a sticky one after its unload too. Without
     `loads` it knows no way to load adapters. The weights of the `resident` names that were asked last are at hand; any
     other's first token takes `swap` seconds more. A connection is let go of, without a word, after `keeps` requests.
-    Until `meeting` requests have been worked on at once, each waits for the others, a second at most."""
+    Until `meeting` requests have been worked on at once, each waits for the others, a second at most. A server that
+    is `caching` keeps prompts: "own" finds what the same weights have left, "shared" what any have; what others have
+    left makes half of the answer. Then it tells that 4 of 7 prompt tokens were there. A `cache_salt` keeps prompts
+    apart, as in vLLM, and `cache_prompt: false` finds none, as in llama.cpp; a `picky` one refuses both. One that
+    `drifts` has other weights after so many requests."""
 
     def __init__(
         self,
@@ -57,7 +61,12 @@ class Server:
         swap: float = 0.0,
         keeps: int = 1000,
         meeting: int = 1,
+        caching: str = "",
+        picky: bool = False,
+        drifts: int = 1_000_000,
     ) -> None:
+        self.drifts = drifts
+        self.caching, self.picky, self.kept = caching, picky, dict[tuple[str, ...], str]()
         self.keeps = keeps
         self.meeting, self.met = meeting, asyncio.Event()
         self.gap, self.first, self.strict, self.ids, self.models = gap, first, strict, ids, models
@@ -115,6 +124,8 @@ class Server:
             return self.whole(writer, 404, {"error": error})
         if self.strict and "ignore_eos" in body:
             return self.whole(writer, 422, {"detail": "ignore_eos: extra fields not permitted"})
+        if self.picky and {"cache_salt", "cache_prompt"} & body.keys():
+            return self.whole(writer, 422, {"detail": "cache_salt: extra fields not permitted"})
         if not self.ids and isinstance(body.get("prompt"), list):
             return self.whole(writer, 400, {"error": {"message": "prompt must be a string"}})
         self.running += 1
@@ -164,6 +175,7 @@ class Server:
             return self.whole(writer, 200, {"choices": [{"text": "all at once", "finish_reason": "stop"}]})
         if body.get("logprobs"):
             return await self.fingerprint(name, body, writer)
+        cached = 4 if self.begun_by(name, body) else 0
         if path.startswith("/mii"):
             await asyncio.sleep(self.first)
             finish = "length" if end == n else "stop"
@@ -192,15 +204,30 @@ class Server:
             await writer.drain()
         if path == "/completion":
             ended = {"stop_type": "limit" if end == n else "eos", "tokens_predicted": end, "tokens_evaluated": 7}
+            ended |= {"timings": {"cache_n": cached}} if self.caching else {}
             self.event(writer, {"index": 0, "content": "", "tokens": [], "stop": True, **ended})
         elif not path.startswith("/generate"):
-            usage = {"prompt_tokens": 7, "completion_tokens": end, "total_tokens": 7 + end}
+            usage = {"prompt_tokens": 7, "completion_tokens": end, "total_tokens": 7 + end, **self.told(cached)}
             kind = "chat.completion.chunk" if "chat" in path else "text_completion"
             self.event(writer, {"object": kind, "choices": [], "usage": usage})
             self.chunk(writer, "data: [DONE]\n\n")
         writer.write(b"0\r\n\r\n")
         await writer.drain()
         return True
+
+    def begun_by(self, name: str, body: dict[str, Any]) -> str:
+        """Whose prompt is kept that begins this one, which is kept from now on; "" for nobody's."""
+        if not self.caching or body.get("cache_prompt") is False:
+            return ""
+        prompt = json.dumps([body.get(form) for form in ("messages", "prompt", "inputs", "prompts")])
+        weights = self.loaded.get(name, name)
+        key = (weights if self.caching == "own" else "", body.get("cache_salt", ""), prompt)
+        found = self.kept.get(key, "")
+        self.kept.setdefault(key, weights)
+        return found
+
+    def told(self, cached: int) -> dict[str, Any]:
+        return {"prompt_tokens_details": {"cached_tokens": cached}} if self.caching else {}
 
     async def fingerprint(self, name: str, body: dict[str, Any], writer: asyncio.StreamWriter) -> bool:
         """Log-probabilities that depend on the model and the prompt, with a little noise."""
@@ -210,16 +237,19 @@ class Server:
         self.batch[name] -= 1
         if self.leaky and name == "base" and others:
             name = others[0]
-        name = self.loaded.get(name, name)
+        begun = self.begun_by(name, body)
+        name = self.loaded.get(name, name) + "'" * (len(self.bodies) > self.drifts)
         text, noise = body["messages"][-1]["content"], 0.004 * (len(self.bodies) % 3)
         content = []
         for i in range(body["max_tokens"]):
-            level = (zlib.crc32(f"{name}{text}{i}".encode()) % 1000) / 500 + noise
+            parts = [(zlib.crc32(f"{weights}{text}{i}".encode()) % 1000) / 500 for weights in (name, begun or name)]
+            level = sum(parts) / 2 + noise
             top = [{"token": f"t{j}", "logprob": -0.1 - level * (j + 1)} for j in range(body["top_logprobs"])]
             content.append({"token": "t0", "logprob": top[0]["logprob"], "top_logprobs": top})
         message = {"role": "assistant", "content": "x"}
         choice = {"message": message, "logprobs": {"content": content}, "finish_reason": "length"}
-        return self.whole(writer, 200, {"choices": [choice]})
+        usage = {"prompt_tokens": 7, **self.told(4 if begun else 0)}
+        return self.whole(writer, 200, {"choices": [choice], "usage": usage})
 
     def token(self, path: str, name: str, i: int, end: int, n: int, body: dict[str, Any]) -> dict[str, Any]:
         last = i == end - 1

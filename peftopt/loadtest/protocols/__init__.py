@@ -50,8 +50,9 @@ class Event:
     """What one message of a stream says. `is_token`: it brings new text, so that its arrival is a token's time.
 
     `ids` are the new tokens' ids where the server tells; `finish` why the answer ended ("stop", "length");
-    `prompt_tokens` and `new_tokens` the server's own counts, at the end, and of the latter those that were `proposed`
-    beforehand, and those that were `accepted`; `error` its own words.
+    `prompt_tokens` and `new_tokens` the server's own counts, at the end; of the former those that it `reused` from
+    earlier requests, and of the latter those that were `proposed` beforehand, and those that were `accepted`; `error`
+    its own words.
     """
 
     is_token: bool = False
@@ -63,6 +64,7 @@ class Event:
     error: str = ""
     proposed: int | None = None
     accepted: int | None = None
+    reused: int | None = None
 
 
 def module(name: str) -> ModuleType:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from peftopt.loadtest import protocols
 from peftopt.loadtest.protocols import Event, Prompt, choice_of, error_of
-from peftopt.loadtest.protocols.completions import counts, shared
+from peftopt.loadtest.protocols.completions import counts, reused, shared
 from peftopt.records import Json
 
 PATH, STREAMS, FIXED_LENGTH, TAKES_IDS = "/v1/chat/completions", True, True, False
@@ -30,7 +30,8 @@ def read(data: Json) -> Event:
     text, more = _content(delta.get("content"))
     # The first message only says whose turn it is; it is no token.
     is_token = bool(text or ids or thought or more or delta.get("tool_calls") or delta.get("refusal"))
-    return Event(is_token, text, ids, protocols.text(choice.get("finish_reason"), "finish_reason"), *counts(data))
+    finish = protocols.text(choice.get("finish_reason"), "finish_reason")
+    return Event(is_token, text, ids, finish, *counts(data), reused=reused(data))
 
 
 def _content(content: Json) -> tuple[str, bool]:

@@ -41,10 +41,18 @@ def read(data: Json) -> Event:
     finish = protocols.text(choice.get("finish_reason"), "finish_reason")
     # A special token has no text, and yet it is one: only the last message, which just says why, brings none.
     is_token = bool(text or ids or (choice and not finish))
-    return Event(is_token, text, ids, finish, *counts(data))
+    return Event(is_token, text, ids, finish, *counts(data), reused=reused(data))
 
 
 def counts(data: Json) -> tuple[int | None, int | None]:
     """(prompt tokens, new tokens) as the server counted them."""
     usage = protocols.mapping(data.get("usage"), "usage")
     return count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
+
+
+def reused(data: Json) -> int | None:
+    """Prompt tokens that the server took from its prefix cache; None where it does not tell. vLLM tells with
+    --enable-prompt-tokens-details, SGLang with --enable-cache-report."""
+    usage = protocols.mapping(data.get("usage"), "usage")
+    details = protocols.mapping(usage.get("prompt_tokens_details"), "prompt_tokens_details")
+    return count(details.get("cached_tokens"))

@@ -44,4 +44,5 @@ def read(data: Json) -> Event:
         count(said.get("tokens_predicted")),
         proposed=count(timings.get("draft_n", 0)),
         accepted=count(timings.get("draft_n_accepted", 0)),
+        reused=count(timings.get("cache_n")),
     )
