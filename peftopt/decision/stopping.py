@@ -227,8 +227,15 @@ def _name(rule: Rule) -> str:
     return f"{rule.technique}.{rule.name}"
 
 
-def hopeless(evidence: Evidence, variant: str) -> bool:
-    """Whether a rule that further answers cannot mend has rejected the variant: a critical error, a bad file."""
-    found = verdicts(evidence, evidence.plan.recipe.variants[variant])
+def turned_down_by(evidence: Evidence, variant: str) -> str:
+    """The rule that has rejected the variant and that further answers cannot mend, such as on critical errors or on a
+    bad file; "" for none."""
     final = ("artifact.runs", "artifact.intact")
-    return any(v.outcome == "rejected" and (v.rule in final or v.rule.endswith(".critical_errors")) for v in found)
+    found = verdicts(evidence, evidence.plan.recipe.variants[variant])
+    rejected = (v.rule for v in found if v.outcome == "rejected")
+    return next((rule for rule in rejected if rule in final or rule.endswith(".critical_errors")), "")
+
+
+def hopeless(evidence: Evidence, variant: str) -> bool:
+    """Whether such a rule has rejected the variant."""
+    return bool(turned_down_by(evidence, variant))
