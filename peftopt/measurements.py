@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
+from datetime import UTC, datetime
 from functools import cache, partial
 from operator import eq
 from types import NoneType
@@ -520,12 +521,14 @@ PROBES: Mapping[str, type[Values]] = {
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One measurement: whose, of which workload ("" for none), in which of the baseline's two runs, and the values."""
+    """One measurement: whose, of which workload ("" for none), in which of the baseline's two runs, and the values.
+    `at`: when its line was written, in seconds since 1970; None where that is not told."""
 
     values: Values
     variant: str = ""
     workload: str = ""
     launch: int = 0
+    at: float | None = None
 
     @property
     def probe(self) -> str:
@@ -540,7 +543,18 @@ def measured(line: Measurement, where: str = "") -> Measured:
     if line.probe not in PROBES:
         hint = f"this peftopt knows {', '.join(PROBES)}; a newer one may know more"
         raise BadInput(f"{_at(where)}no probe is named {line.probe!r}", hint)
-    return Measured(_structured(line, where), line.variant, line.workload, line.launch)
+    return Measured(_structured(line, where), line.variant, line.workload, line.launch, _moment(line.at))
+
+
+def _moment(text: object) -> float | None:
+    """Seconds since 1970 of a time in ISO 8601, UTC where it has no zone; None for anything else."""
+    try:
+        moment = datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    if moment is None:
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _at(where: str) -> str:

@@ -570,8 +570,8 @@ def test_the_planner_tells_minutes_from_the_runs_own_blocks() -> None:
     launches = [Measurement("launch", v, "chat", values={"model_loading_time": 10.0}) for v in ("adapter", "merged")]
     verdict = next(v for v in of(decide(plan, launches + timed, {}), "merged").verdicts if v.rule == "merge.gain")
     assert verdict.blocks_needed is not None and verdict.minutes_needed is not None
-    per_block = (3 * 2.0 + 3 * 10.0 / 5) / 60
-    assert verdict.minutes_needed == pytest.approx((verdict.blocks_needed - 40) * per_block)
+    more = verdict.blocks_needed - 40
+    assert verdict.minutes_needed == pytest.approx((more * 3 * 2.0 + math.ceil(more / 5) * 3 * 10.0) / 60)
 
 
 def test_other_thresholds_judge_what_was_measured_and_nothing_else() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -12,7 +13,7 @@ import sys
 import tomllib
 import types
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,13 @@ from peftopt.deploy.deployed import Exported, outermost
 from peftopt.deploy.flags import Flag, Variable, grouped
 from peftopt.deploy.rendering import TEMPLATES, unit_word
 from peftopt.deploy.scripts import Script
+from peftopt.engines import llamacpp_server
 from peftopt.engines import vllm as vllm_engine
 from peftopt.engines._server import STOP_S
+from peftopt.engines._speculation import Speculation
 from peftopt.errors import BadInput
 from peftopt.gateway import decided
-from peftopt.records import Step
+from peftopt.records import Folder, Step
 
 ROOT = Path(__file__).parent.parent
 HERE = Here(Path("/srv/peftopt"), "/opt/peftopt/bin/python", "/opt/peftopt/environments")
@@ -246,6 +249,22 @@ def int8(tiny_base: Path, tiny_lora: Path, tmp_path_factory: pytest.TempPathFact
     )
 
 
+@pytest.fixture(scope="module")
+def drafted(on_vllm: Path, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run whose chosen variant has its tokens proposed by a draft model, and that model's folder."""
+    draft = Path(shutil.copytree(tiny_base, tmp_path_factory.mktemp("drafts") / "a small dräft"))
+    folder = on_vllm.with_name(f"{on_vllm.name}-drafted")
+    shutil.copytree(on_vllm, folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["recipe"]["variants"]["merged"]["policies"] = [asdict(proposed_by(draft))]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    return folder, draft
+
+
+def proposed_by(draft: Path) -> Step:
+    return Step("speculate", "policy", "speculate", {"tokens": 5, "draft": str(draft)})
+
+
 SCRIPTS = {"peftopt": "serve.sh", "vllm": "vllm.sh", "sglang": "sglang.sh", "llamacpp": "llamacpp.sh"}
 
 
@@ -420,6 +439,59 @@ def test_a_gguf_goes_to_llama_cpp_alone(run: Path, tmp_path: Path) -> None:
     in_process = replace(server.decided, measured_on=Step("llamacpp", "engine", ""), params={})
     text = llamacpp.exported(replace(server, decided=in_process)).files[0].text
     assert "\n  --parallel" not in text and "--parallel" in text and "not known" in text
+
+
+def test_a_draft_model_is_named_as_the_model_is(drafted: tuple[Path, Path], tmp_path: Path) -> None:
+    run, draft = drafted
+    assert command("export", "vllm", run, "--to", tmp_path) == 0
+    for named, variables in ((str(draft), {}), ("/models/draft", {"DRAFT": "/models/draft"})):
+        options = started(tmp_path, "vllm", **variables)
+        (config,) = map(json.loads, options["--speculative-config"])
+        assert config == {"method": "draft_model", "model": named, "num_speculative_tokens": 5}
+        assert options["--seed"] == ("3",), "the recipe's own args stay"
+    assert "DRAFT" not in sglang.exported(reading.chosen(run)).files[0].text, "which was not measured with a draft"
+
+
+def test_a_draft_that_json_escapes_stays_where_it_is(drafted: tuple[Path, Path], tmp_path: Path) -> None:
+    run, draft = drafted
+    quoted = Path(shutil.copytree(draft, tmp_path / 'a "small" draft'))
+    folder = run.with_name(f"{run.name}-quoted")
+    shutil.copytree(run, folder)
+    plan = json.loads((folder / "plan.json").read_text())
+    plan["recipe"]["variants"]["merged"]["policies"] = [asdict(proposed_by(quoted))]
+    (folder / "plan.json").write_text(json.dumps(plan))
+    options = script_of(tmp_path / "out", "vllm", folder)
+    assert json.loads(*options["--speculative-config"])["model"] == str(quoted)
+
+
+def test_llama_cpp_s_draft_lies_in_a_folder_too(run: Path, tmp_path: Path) -> None:
+    speculation = Speculation(tokens=5, draft=Folder("/models/small one"))
+    params = asdict(llamacpp_server.speculating(llamacpp_server.Params(args="--mlock"), speculation))
+    engine = Step("llamacpp_server", "engine", "", {"args": "--mlock"})
+    eager = reading.chosen(run)
+    changes = {"measured_on": engine, "engine": engine.plugin, "params": params, "draft": str(speculation.draft)}
+    file = llamacpp.exported(replace(eager, decided=replace(eager.decided, **changes), format="gguf")).files[0]
+    (tmp_path / file.name).write_text(file.text)
+    (tmp_path / file.name).chmod(0o755)
+    assert started(tmp_path, "llamacpp")["--spec-draft-model"] == ("/models/small one/model.gguf",)
+    moved = started(tmp_path, "llamacpp", DRAFT="/drafts")
+    assert moved["--spec-draft-model"] == ("/drafts/model.gguf",) and "--mlock" in moved
+
+
+@pytest.mark.parametrize("target", [Target.COMPOSE, Target.K8S])
+def test_a_container_sees_the_draft_model(target: Target, drafted: tuple[Path, Path], tmp_path: Path) -> None:
+    run, draft = drafted
+    assert str(draft) in deployed((str(run),), target, HERE, reading.chosen(run)).mounts
+    assert command("export", target, run, "--to", tmp_path) == 0
+
+
+def test_a_draft_model_that_is_gone_is_named(
+    drafted: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, draft = drafted
+    away = draft.rename(draft.with_name("away"))
+    assert command("export", "vllm", run, "--to", tmp_path) == 2 and draft.name in errors(capsys)
+    away.rename(draft)
 
 
 def test_a_variant_that_was_chosen_for_its_engine_goes_to_no_other(run: Path, tmp_path: Path) -> None:

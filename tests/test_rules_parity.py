@@ -48,6 +48,20 @@ def test_few_predictions_that_differ_are_bounded_by_their_count_and_size() -> No
     assert "0.00 % of tokens" in fewer.reason, "less than nothing is nothing"
 
 
+@pytest.mark.parametrize("family", [1, 20, 21, 200, 2000])
+def test_what_turns_a_model_down_is_the_same_in_a_family_of_any_size(family: int) -> None:
+    """By predictions as by answers; and the lower bound that is told is the one that judges."""
+    scored = [(n % 5, 50) for n in range(100)]
+    sure = stats.ratio_of_means(*zip(*scored, strict=True), 1 - 2 * 0.0025).low
+    for limit, outcome in ((sure - 1e-6, "rejected"), (sure + 1e-6, "inconclusive")):
+        found = predicted(scored, limit, family)
+        assert found.outcome == outcome and found.value and (found.value.low > limit) is (outcome == "rejected")
+    bad = next(k for k in range(64) if answered(parting(64, k)).outcome == "rejected")
+    alone, among = (answered(parting(64, bad), family=n) for n in (1, family))
+    assert among.outcome == "rejected" and alone.value and among.value
+    assert among.value.low == pytest.approx(alone.value.low)
+
+
 def test_predictions_are_rejected_only_where_it_is_sure_and_over_all_slices() -> None:
     rng_like = [(n % 5, 50) for n in range(100)]  # 4 % on average
     mean = stats.ratio_of_means(*zip(*rng_like, strict=True), 1 - 2 * 0.0025)

@@ -154,6 +154,14 @@ def test_loads_of_one_of_the_two_are_no_loads_that_could_alternate() -> None:
     assert found.outcome == "inconclusive" and "alternate" not in found.reason
 
 
+def test_an_open_race_needs_blocks_up_to_a_planned_look() -> None:
+    """As many as `--more` then measures: between two looks bets alone decide, and later."""
+    plan = plan_of("merged")
+    for blocks, look in ((11, 16), (17, 24)):
+        found = gain(plan, speed(plan, {"merged": 0.8}, blocks, noise=0.1))
+        assert found.outcome == "inconclusive" and found.blocks_needed == look
+
+
 def test_an_open_race_tells_how_long_its_missing_blocks_take() -> None:
     """40 blocks of three turns of 6 s are there."""
     plan = plan_of("merged")

@@ -247,6 +247,27 @@ def test_a_share_of_fewer_prompts_is_told_beside_the_adapters_on_the_same() -> N
     assert of(decide(plan, both(merged={}), {}), "merged").notes == ()
 
 
+def notes_of(name: str, answers: Sequence[Measurement], *more: Measurement) -> str:
+    plan = plan_of("merged", "int8", "compiled")
+    (note,) = of(decide(plan, [*builds(plan), *answers, *more], {}), name).notes
+    return note
+
+
+def test_a_variant_that_answered_fewer_prompts_says_why() -> None:
+    """The rule that ended it, that its rules take no more, or that it failed; nothing where the run ended before."""
+    asked = quality("adapter", 160) + quality("adapter", 160, launch=2)
+    wrong = quality("int8", 96, **rows(3, flags=["empty"]))
+    plan = plan_of("int8")
+    rule = of(decide(plan, [*builds(plan), *asked, *wrong], {}), "int8").decided_by
+    assert rule == "int8.critical_errors"
+    assert f"answered 96 of 160 prompts, then {rule} " in notes_of("int8", [*asked, *wrong])
+    enough, fewer = (notes_of("compiled", [*asked, *quality("compiled", n)]) for n in (128, 127))
+    assert "answered 128 of 160 prompts, as many as its rules take" in enough
+    assert "answered 127 of 160 prompts;" in fewer
+    failure = Measurement("failure", "merged", values={"stage": "quality", "reason": "died", "detail": "?"})
+    assert "answered 20 of 160 prompts, then it failed" in notes_of("merged", [*asked, *quality("merged", 20)], failure)
+
+
 # ---- break-even ----------------------------------------------------------------------------------
 
 

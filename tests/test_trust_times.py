@@ -327,7 +327,7 @@ def test_auto_takes_cpu_time_where_the_wall_clock_is_twice_as_noisy_in_the_first
 # ---- what a block takes, and what disturbed it ---------------------------------------------------
 
 
-def test_minutes_of_a_block_are_those_of_its_latest_turns_and_a_share_of_the_launches() -> None:
+def test_minutes_of_blocks_are_those_of_the_latest_turns_and_of_the_launches_before_them() -> None:
     def block(number: int, *seconds: float) -> list[Measurement]:
         return [turn(f"v{n}", number, [9], machine={"seconds": s}) for n, s in enumerate(seconds)]
 
@@ -336,12 +336,12 @@ def test_minutes_of_a_block_are_those_of_its_latest_turns_and_a_share_of_the_lau
     other = [launch("merged", "bulk", model_loading_time=500.0), turn("v0", 50, [9], "bulk", machine={"seconds": 99.0})]
     early = [m for n in range(20) for m in block(n, 50.0, 50.0, 50.0)]
     late = [m for n in range(20, 26) for m in block(n, 2.0, 4.0)]
-    late.append(turn("v2", 3, [9]))  # of a block of which not all is known
     evidence = evidence_of(plan, [*launches, *other, *early, *late])
-    assert evidence.minutes_per_block("chat") == pytest.approx((6 + 20 * 2 / 4) / 60)
-    assert evidence_of(plan, [*early, *late]).minutes_per_block("chat") == pytest.approx(6 / 60)
-    assert evidence_of(plan, [turn("v0", 0, [9])]).minutes_per_block("chat") is None
-    assert evidence_of(plan, early).minutes_per_block("bulk") is None
+    assert evidence.minutes("chat", 4) == pytest.approx((4 * 6 + 20 * 2) / 60)
+    assert evidence.minutes("chat", 5) == pytest.approx((5 * 6 + 2 * 20 * 2) / 60)
+    assert evidence_of(plan, [*early, *late]).minutes("chat", 1) == pytest.approx(6 / 60)
+    assert evidence_of(plan, [turn("v0", 0, [9])]).minutes("chat", 1) is None
+    assert evidence_of(plan, early).minutes("bulk", 1) is None
 
 
 @pytest.mark.parametrize(

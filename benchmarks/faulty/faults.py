@@ -69,6 +69,8 @@ def padded(adapter: Path, into: Path) -> Path:
     from safetensors.torch import load_file, save_file
     from torch.nn.functional import pad
 
+    if not (adapter / "adapter_config.json").exists():  # a baked prompt
+        return adapter
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     rank = int(config.get("r") or PADDED_RANK)
     if config["peft_type"] != "LORA" or rank >= PADDED_RANK:

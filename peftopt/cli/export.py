@@ -296,4 +296,5 @@ def _reads(options: serve.Options, run: Chosen | None) -> list[Path]:
     if run is None or options.run is None:
         return paths
     model = run.decided.model
-    return [*paths, options.run.resolve().parent.parent, *map(Path, (model.path, *model.adapters))]
+    draft = [run.decided.draft] if run.decided.draft else []
+    return [*paths, options.run.resolve().parent.parent, *map(Path, (model.path, *model.adapters, *draft))]

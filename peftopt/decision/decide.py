@@ -17,7 +17,7 @@ from peftopt.decision.rules.speed import a_a, judged_speed
 from peftopt.decision.rules.table import A_A, WINNER, protects
 from peftopt.decision.rules.variant import outcome_of, verdicts
 from peftopt.decision.rules.winner import beaten
-from peftopt.decision.stopping import hopeless
+from peftopt.decision.stopping import answers, turned_down_by
 from peftopt.measurements import Answer
 from peftopt.metrics import counted, percent, percent_of_level
 from peftopt.records import (
@@ -163,8 +163,18 @@ def _subset_note(evidence: Evidence, variant: str) -> list[str]:
     if not ours or len(ours) >= len(theirs):
         return []
     same = percent(sum(theirs[row].correct for row in ours) / len(ours), 1)
-    stopped = ", then a rule had turned it down" if hopeless(evidence, variant) else ""
-    return [f"answered {len(ours)} of {len(theirs)} prompts{stopped}; on those {evidence.baseline} is right in {same}"]
+    why = _stopped(evidence, variant, len(ours))
+    return [f"answered {len(ours)} of {len(theirs)} prompts{why}; on those {evidence.baseline} is right in {same}"]
+
+
+def _stopped(evidence: Evidence, variant: str, answered: int) -> str:
+    """Why it answered no more prompts, "" where the run ended before."""
+    if variant in evidence.failures:
+        return ", then it failed"
+    if rule := turned_down_by(evidence, variant):
+        return f", then {rule} turned it down"
+    most = answers(evidence.plan.recipe, evidence.plan.recipe.variants[variant])
+    return ", as many as its rules take" if most is not None and answered >= most else ""
 
 
 def _break_even(evidence: Evidence, variant: Variant) -> dict[str, Interval]:

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from peftopt import stats
 from peftopt.decision.index import VALUE, Field, Index, is_time, times
+from peftopt.decision.pace import Pace, pace
 from peftopt.measurements import (
     Answer,
     Disturbance,
@@ -272,19 +273,21 @@ class Evidence(Index):
     def _timed(self) -> set[str]:
         return {variant for variant, _ in self.turns}
 
-    def minutes_per_block(self, workload: str) -> float | None:
-        """How long the latest blocks have taken here, with their share of the launches; None where it is not known."""
-        seconds = []
-        for (name, _), moments in sorted(self.machine.items()):
-            known = [m.seconds for m in moments if m.seconds is not None]
-            if name == workload and len(known) == len(moments):
-                seconds.append(sum(known))
-        if not seconds:
-            return None
-        loading = [launch.model_loading_time for name, launch in self._loading if name == workload]
-        racing = len(self.machine[workload, max(b for w, b in self.machine if w == workload)])
-        launching = stats.median(loading) * racing / self.plan.recipe.measure.relaunch if loading else 0.0
-        return (stats.median(seconds[-FEWEST:]) + launching) / 60
+    @cached_property
+    def _paces(self) -> dict[str, Pace | None]:
+        return {}
+
+    def pace(self, workload: str) -> Pace | None:
+        """How long further blocks of the workload's race take; None where that is not known."""
+        if workload not in self._paces:
+            measure = self.plan.recipe.measure
+            self._paces[workload] = pace(self.lines, workload, measure.relaunch, 2 * measure.deadline_s)
+        return self._paces[workload]
+
+    def minutes(self, workload: str, blocks: int) -> float | None:
+        """About how many minutes so many further blocks take; None where that is not known."""
+        known = self.pace(workload)
+        return known.minutes(blocks) if known else None
 
     # ---- what a machine does to a measurement -------------------------------------------------
 

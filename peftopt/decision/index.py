@@ -54,6 +54,8 @@ class Index:
 
     def __init__(self, plan: Plan, measurements: Iterable[Measured]) -> None:
         self.plan = plan
+        self.lines: Sequence[Measured] = tuple(measurements)
+        """All measurements, in the order of time."""
         self.baseline = plan.recipe.baseline
         self.turns: dict[tuple[str, str], dict[int, Sequence[Request]]] = defaultdict(dict)
         self.answers: dict[tuple[str, int], dict[str, Answer]] = defaultdict(dict)
@@ -90,10 +92,9 @@ class Index:
         self._launch_of: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
         self._partial: dict[tuple[str, str], dict[int, Sequence[Request]]] = defaultdict(dict)
         self._orders: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
-        self._loading: list[tuple[str, Launch]] = []
         self._launched: dict[tuple[str, str], list[list[Request]]] = defaultdict(list)
         loads: dict[str, list[tuple[str, Load]]] = defaultdict(list)
-        for m in measurements:
+        for m in self.lines:
             match m.values:
                 case Turn() as turn:
                     self._add_turn(m.variant, m.workload, turn)
@@ -119,7 +120,6 @@ class Index:
                 case Launch() as launch:
                     self.launches[m.variant].append(launch)
                     self._launched[m.variant, m.workload].append([])
-                    self._loading.append((m.workload, launch))
                 case More(max_blocks=granted, race="all"):
                     self.budget = granted
                     self.race = "all"

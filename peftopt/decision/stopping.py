@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from peftopt import stats
 from peftopt.decision.evidence import FEWEST, Evidence
@@ -65,6 +65,24 @@ def _needs_block(evidence: Evidence, variant: Variant, workload: str) -> bool:
     if workload == recipe.minimize.workload and n < recipe.measure.min_blocks:
         return True
     return any(v.workload == workload and v.outcome == "inconclusive" and not v.hopeless for v in found)
+
+
+def racing(evidence: Evidence) -> tuple[str, ...]:
+    """The workloads whose race goes on."""
+    return tuple(name for name in evidence.plan.recipe.workloads if blocks(evidence, name))
+
+
+def minutes(evidence: Evidence, workloads: Sequence[str] | None = None, most: int | None = None) -> float | None:
+    """About how many minutes the races of these workloads (None: of all whose race goes on) take up to `most` blocks
+    (None: as many as they may have); None where that is not known."""
+    most = evidence.budget if most is None else most
+    whole = 0.0
+    for name in racing(evidence) if workloads is None else workloads:
+        takes = evidence.minutes(name, max(most - evidence.blocks(evidence.baseline, name), 0))
+        if takes is None:
+            return None
+        whole += takes
+    return whole
 
 
 def open_races(evidence: Evidence) -> list[Verdict]:
@@ -209,8 +227,15 @@ def _name(rule: Rule) -> str:
     return f"{rule.technique}.{rule.name}"
 
 
-def hopeless(evidence: Evidence, variant: str) -> bool:
-    """Whether a rule that further answers cannot mend has rejected the variant: a critical error, a bad file."""
-    found = verdicts(evidence, evidence.plan.recipe.variants[variant])
+def turned_down_by(evidence: Evidence, variant: str) -> str:
+    """The rule that has rejected the variant and that further answers cannot mend, such as on critical errors or on a
+    bad file; "" for none."""
     final = ("artifact.runs", "artifact.intact")
-    return any(v.outcome == "rejected" and (v.rule in final or v.rule.endswith(".critical_errors")) for v in found)
+    found = verdicts(evidence, evidence.plan.recipe.variants[variant])
+    rejected = (v.rule for v in found if v.outcome == "rejected")
+    return next((rule for rule in rejected if rule in final or rule.endswith(".critical_errors")), "")
+
+
+def hopeless(evidence: Evidence, variant: str) -> bool:
+    """Whether such a rule has rejected the variant."""
+    return bool(turned_down_by(evidence, variant))

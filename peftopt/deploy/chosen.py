@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,6 +110,36 @@ def paths(chosen: Chosen) -> tuple[Variable, ...]:
     model = Variable("MODEL", chosen.decided.model.path, "the folder of the model")
     adapter = Variable("ADAPTER", chosen.adapter, "the folder of the adapter")
     return (model, adapter) if chosen.adapter else (model,)
+
+
+def draft(chosen: Chosen) -> tuple[Variable, ...]:
+    """The variable DRAFT, where a draft model proposes tokens. A folder whose name JSON would escape has none."""
+    folder = chosen.decided.draft
+    if not folder or '"' in folder or "\\" in folder:
+        return ()
+    return (Variable("DRAFT", folder, "the folder of the draft model, which proposes tokens"),)
+
+
+def given(chosen: Chosen) -> tuple[list[Flag], list[str]]:
+    """The options that the run gave the engine beyond its parameters: the recipe's `args`, and those by which it
+    speculates; and the words of `args` alone."""
+    args = shlex.split(str(chosen.decided.measured_on.params.get("args", "")))
+    speculation = shlex.split(str(chosen.decided.params.get("args", "")))[len(args) :]
+    flags = [Flag(tuple(args), "args of the run's recipe")] if args else []
+    if speculation:
+        bash = " ".join(_named(word, draft(chosen)) for word in speculation)
+        flags.append(Flag(tuple(speculation), "how the run proposed tokens", bash=bash))
+    return flags, args
+
+
+def _named(word: str, variables: Sequence[Variable]) -> str:
+    """A word as bash reads it, with a variable in the place of its value, which may stand within JSON."""
+    for variable in variables:
+        for value in (variable.value, json.dumps(variable.value)[1:-1]):
+            if value in word:
+                parts = (shlex.quote(part) if part else "" for part in word.split(value, 1))
+                return f'"${variable.name}"'.join(parts)
+    return shlex.quote(word)
 
 
 def dtype(chosen: Chosen, own: bool, given: Sequence[str]) -> tuple[list[Flag], list[Flag]]:

@@ -49,9 +49,9 @@ def exported(chosen: Chosen) -> Exported:
     left = [Flag(tuple(flag.words[0] for flag in measured), "the run measured llama.cpp without its server")]
     if own:
         left = []
-        flags += _slots(chosen)
-        given = shlex.split(str(params.get("args", "")))
-        flags += [Flag(tuple(given), "args of the run's recipe")] if given else []
+        given, _ = common.given(chosen)
+        flags += [*_slots(chosen), *given]
+    model = Variable("MODEL", chosen.decided.model.path, "the folder of the model")
     script = Script(
         "llamacpp.sh",
         (
@@ -60,7 +60,7 @@ def exported(chosen: Chosen) -> Exported:
         ),
         '"${LLAMA_SERVER:-llama-server}"',
         tuple(flags),
-        variables=(Variable("MODEL", chosen.decided.model.path, "the folder of the model"), *address()),
+        variables=(model, *(common.draft(chosen) if own else ()), *address()),
         left=tuple(left),
     )
     use = f"bash llamacpp.sh; then ask http://127.0.0.1:8000/v1 for {chosen.name}"

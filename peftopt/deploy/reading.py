@@ -25,6 +25,8 @@ def chosen(run: Path, variant: str = "") -> Chosen:
     format_ = plugin.format if plugin else SAFETENSORS
     folder = Path(served.model.path)
     preflight.check_base(folder, quantized=True, weights=format_, ours=False)
+    if served.draft:
+        preflight.check_base(Path(served.draft), quantized=True, weights=format_, ours=False)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     made_by = provenance.read(folder)
     launch = _launch(run, served.origin.variant)

@@ -46,19 +46,18 @@ def exported(chosen: Chosen) -> Exported:
     """The script. Raises BadInput for what vLLM cannot serve."""
     check(chosen)
     own = _own(chosen)
-    given = shlex.split(str(chosen.decided.params.get("args", ""))) if own else []
-    dtype, no_dtype = common.dtype(chosen, own, given)
+    given, args = common.given(chosen) if own else ([], [])
+    dtype, no_dtype = common.dtype(chosen, own, args)
     format_, no_format = common.quantization(chosen)
     measured, unmeasured = _measured(chosen) if own else ([], [Flag(tuple(REASONS), "not measured on vLLM")])
     queue, no_queue = _queue(chosen, own)
-    flags = [*_served(chosen), LISTEN, *_lora(chosen), *dtype, *format_, *measured, *queue]
-    flags += [Flag(tuple(given), "args of the run's recipe")] if given else []
+    flags = [*_served(chosen), LISTEN, *_lora(chosen), *dtype, *format_, *measured, *queue, *given]
     script = Script(
         "vllm.sh",
         (*common.head(chosen, NAME, "vllm", own), f"Its options are those of vLLM {VERSION}."),
         '"${VLLM:-vllm}" serve "$MODEL"',
         tuple(flags),
-        variables=(*common.paths(chosen), *address()),
+        variables=(*common.paths(chosen), *(common.draft(chosen) if own else ()), *address()),
         left=(*no_dtype, *no_format, *unmeasured, *no_queue),
     )
     use = f"bash vllm.sh; then ask http://127.0.0.1:8000/v1 for {chosen.name}"

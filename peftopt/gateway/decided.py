@@ -13,7 +13,7 @@ from peftopt.gateway.limits import Held, Limits
 from peftopt.gateway.lines import Origin
 from peftopt.policies import OPENED_WITH, opened_with
 from peftopt.recipe import plan as planning
-from peftopt.records import Decision, Json, Model, Plan, Step
+from peftopt.records import Decision, Json, Model, Plan, Step, Variant
 
 SERVED_BY = {"llamacpp": "llamacpp_server"}
 """Engines of one process, and the server that runs the same files."""
@@ -32,7 +32,8 @@ class Decided:
     """`origin`: the variant to serve, with its run and decision, and `chosen`, the variant that the decision chose, ""
     for none; `model` with its unmerged adapters; `name`: the model's name for users, the adapter's; `engine` that
     serves it and its `params`; `measured_on`: the variant's engine in the recipe; `slos_s`: every limit on a time in
-    the recipe, in seconds; `held`: the load under which they held, None if the run has none."""
+    the recipe, in seconds; `held`: the load under which they held, None if the run has none; `draft`: the folder of the
+    model that proposes its tokens, "" for none."""
 
     origin: Origin
     model: Model
@@ -43,6 +44,7 @@ class Decided:
     slos_s: tuple[float, ...]
     held: Held | None = None
     chosen: str = ""
+    draft: str = ""
 
     @property
     def limits(self) -> Limits | None:
@@ -96,6 +98,7 @@ def of_run(folder: Path, variant: str = "") -> Decided:
         slos_s=tuple(sorted(limits)),
         held=_held(folder, run),
         chosen=run.decision.chosen or "",
+        draft=_draft(plan.recipe.variants[name]),
     )
 
 
@@ -125,6 +128,11 @@ def _params(plan: Plan, variant: str) -> Mapping[str, Json]:
     if reuse := asked.get("reuse"):
         params = source.reusing(params, reuse)
     return asdict(params)
+
+
+def _draft(variant: Variant) -> str:
+    speculation = opened_with(variant.policies).get("speculation")
+    return str(speculation.draft) if speculation else ""
 
 
 def _held(folder: Path, run: Finished) -> Held | None:

@@ -278,7 +278,8 @@ class _Exam:
                 self.hear(n / len(self.rows), self.name)
 
             if try_twice(self.run, self.variant.name, "quality", partial(self._ask, tell)):
-                stopped = f", stopped after {n} prompts" if n < len(self.rows) else ""
+                rule = stopping.turned_down_by(self.run.evidence, self.variant.name)
+                stopped = f", stopped after {n} prompts by {rule}" if n < len(self.rows) and rule else ""
                 self.run.listener.done("answer", self.name + stopped, time.perf_counter() - started)
         for task in self.tasks():
             if self.variant.name in self.run.evidence.failures:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -161,22 +162,23 @@ def add_blocks(run: Run, blocks: int | None = None, minutes: float | None = None
         return
     nearest = min(races, key=lambda v: v.blocks_needed or 0)
     have = evidence.blocks(run.recipe.baseline, nearest.workload)
-    block_min = evidence.minutes_per_block(nearest.workload)
-    if minutes is not None and not block_min:
-        raise BadInput("how long a block of this run takes is not known", "give the number of blocks: --blocks")
-    limits = [n for n in (blocks, None if minutes is None else int(minutes / (block_min or 1))) if n is not None]
     needed = nearest.blocks_needed or 0
-    total = have + min(limits) if limits else stats.next_look(needed)
-    granted = More(max_blocks=total, race=raced)
-    still = stopping.open_races(_granted(run, granted))
-    if total >= stats.MOST_BLOCKS or total <= have or all(v.hopeless for v in still):
-        more = f"about {needed - have} more" if needed < stats.MOST_BLOCKS else "too many"
+    limits = [] if blocks is None else [have + blocks]
+    if minutes is not None:
+        look = _granted(run, More(max_blocks=stats.next_look(needed), race=raced))
+        limits.append(_within(evidence, stopping.racing(look) or (nearest.workload,), have, minutes))
+    total = min(limits) if limits else stats.next_look(needed)
+    more = More(max_blocks=total, race=raced)
+    granted = _granted(run, more)
+    if total >= stats.MOST_BLOCKS or total <= have or all(v.hopeless for v in stopping.open_races(granted)):
+        many = f"about {needed - have} more" if needed < stats.MOST_BLOCKS else "too many"
+        takes = evidence.minutes(nearest.workload, needed - have) if needed < stats.MOST_BLOCKS else None
         granted_words = f"; {total - have} can hardly suffice" if limits else ""
-        run.listener.warn(f"{nearest.rule} would take {more} blocks{_about(needed - have, block_min)}{granted_words}")
+        run.listener.warn(f"{nearest.rule} would take {many} blocks{_about(takes)}{granted_words}")
         run.listener.warn("nothing was measured")
         return
-    run.log(granted)
-    run.listener.tell(f"up to {counted(total - have, 'more block')}{_about(total - have, block_min)}")
+    run.log(more)
+    run.listener.tell(f"up to {counted(total - have, 'more block')}{_about(stopping.minutes(granted))}")
     for workload in run.recipe.workloads.values():
         race(run, workload)
         check_baseline(run)
@@ -187,9 +189,20 @@ def _granted(run: Run, more: More) -> Evidence:
     return Evidence(run.plan, [*run.measurements, Measured(more)])
 
 
-def _about(blocks: int, block_min: float | None) -> str:
-    known = block_min and blocks < stats.MOST_BLOCKS // 2
-    return f", about {counted(max(round(blocks * block_min), 1), 'minute')}" if block_min and known else ""
+def _within(evidence: Evidence, workloads: Sequence[str], have: int, minutes: float) -> int:
+    """The most blocks in all of which those after the first `have` take at most so many minutes."""
+
+    def takes(total: int) -> float:
+        known = stopping.minutes(evidence, workloads, total)
+        if known is None:
+            raise BadInput("how long a block of this run takes is not known", "give the number of blocks: --blocks")
+        return known
+
+    return have + bisect_right(range(have + 1, stats.MOST_BLOCKS), minutes, key=takes)
+
+
+def _about(minutes: float | None) -> str:
+    return "" if minutes is None else f", about {counted(max(round(minutes), 1), 'minute')}"
 
 
 def execute(run: Run, forecasts: bool = True) -> None:

@@ -64,8 +64,8 @@ class Run:
 
     def log(self, values: Values, variant: str = "", workload: str = "", launch: int = 0) -> None:
         """Add a measurement, in memory and on disk."""
-        measurement = Measured(values, variant, workload, launch)
         at = datetime.now(UTC).isoformat(timespec="milliseconds")
+        measurement = Measured(values, variant, workload, launch, datetime.fromisoformat(at).timestamp())
         line = Measurement(measurement.probe, variant, workload, launch, as_json(values), at)
         with self.lock:
             store.append(self.folder / "measurements.jsonl", line)

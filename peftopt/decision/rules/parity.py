@@ -18,7 +18,8 @@ those that the limit on tokens allows: what a hundred prompts can show."""
 
 FALSE_REJECT = 0.0025
 """The chance that one of the four tests of parity turns down a model that differs from the adapter no more than the
-adapter's second run does."""
+adapter's second run does. It is of one model, however many may be chosen: a family shares the error of accepting, which
+upper bounds have."""
 
 PLANNED = 0.9
 """The part of that chance which the planned numbers of tokens have together; all others share the rest."""
@@ -68,8 +69,7 @@ def _predictions(found: Disagreement, limit: float, family: int, slices: int = 1
     # few prompts that differ have no spread to speak of: what the count of them leaves open is more
     count = stats.upper_bound(len(worse), len(excess), 1 - 0.05 / family) * len(excess)
     most = count * max(1.0, sum(worse) / max(len(worse), 1)) / max(sum(tokens), 1)
-    # the bounds that judge: one that is above the limit turns the model down, and takes more than one that is below it
-    value = replace(value, low=min(value.low, sure.low), high=max(value.high, most))
+    value = replace(value, low=sure.low, high=max(value.high, most))
     outcome: Outcome = "rejected" if value.low > limit else "accepted" if value.high <= limit else "inconclusive"
     reason = f"{percent(max(value.estimate, 0), 2)} of tokens differ from the reference's beyond its own second run"
     reason = f"{reason}, at most {percent(value.high, 2)}"
@@ -105,13 +105,13 @@ def _answers(found: Disagreement, limit: float, family: int, sound: bool, slices
         sure = stats.excess(*counts, 1 - errs * share)
         few = 2 * part.n < len(found.partings)
         clear = few or (value.estimate if sound and enough else value.high) <= max(allowed, PARTED)
-        outcome: Outcome = "rejected" if sure.low > allowed else "accepted" if clear else "inconclusive"
+        judged = replace(value, low=sure.low)
+        outcome: Outcome = "rejected" if judged.low > allowed else "accepted" if clear else "inconclusive"
         when = f"tokens {start + 1} to {end}" if start else f"the first {counted(end, 'token')}"
         reason = (
             f"within {when} {part.worse} of {part.n} answers part from the reference's, and {part.better} in its own "
             "second run alone"
         )
-        judged = replace(value, low=min(value.low, sure.low))
         of_tokens = _of_tokens(judged, end - start, 1 - part.again / part.n)
         verdicts.append((value.high, Verdict("", outcome, reason, value=of_tokens, unit="share")))
         if outcome == "inconclusive" and value.estimate > allowed:

@@ -81,8 +81,7 @@ def _timed_requirement(evidence: Evidence, variant: str, threshold: Threshold) -
     else:
         needed = blocks_for(value, threshold.limit, look)
     needed = min(max(needed, blocks + 1), stats.MOST_BLOCKS)
-    each = evidence.minutes_per_block(metric.workload)
-    minutes = (needed - blocks) * each if each else None
+    minutes = evidence.minutes(metric.workload, needed - blocks)
     return replace(common, reason=reason, value=value, blocks_needed=needed, minutes_needed=minutes)
 
 

@@ -120,7 +120,8 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
         + f"{_unseen(case, against, workload, field, result)}{_troubles(evidence, workload)}"
         + f"; the {evidence.budget} blocks it may have can hardly suffice" * hopeless,
     }
-    needed, each = result.blocks_needed, evidence.minutes_per_block(workload)
+    # between two looks bets alone judge, and they decide later
+    needed = stats.next_look(result.blocks_needed) if open_ and result.blocks_needed else None
     return Verdict(
         rule="",
         outcome=result.outcome,
@@ -130,9 +131,9 @@ def _speed(case: Case, against: str, limit: float, goal: str) -> Verdict:
         unit="x",
         limit=limit,
         clock=evidence.clock[0],
-        blocks_needed=needed if open_ else None,
+        blocks_needed=needed,
         workload=workload,
-        minutes_needed=(needed - len(logs)) * each if open_ and needed and each else None,
+        minutes_needed=evidence.minutes(workload, needed - len(logs)) if needed else None,
         hopeless=hopeless,
     )
 
