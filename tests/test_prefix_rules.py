@@ -16,7 +16,7 @@ from peftopt import stats
 from peftopt.decision import stopping
 from peftopt.decision.rules.parents import parent_of
 from peftopt.errors import BadInput
-from peftopt.records import Json, Measurement
+from peftopt.records import Json, Measurement, Recipe, Step
 from peftopt.report import table
 from peftopt.runner import preflight
 
@@ -118,18 +118,47 @@ def test_servers_do_both() -> None:
     assert [step.plugin for step in found.variants["tried"].policies] == ["speculate", "prefix"]
 
 
-@pytest.mark.parametrize(("shared", "expected"), [("Be brief. " * 40, True), ("", False)])
-def test_how_much_of_a_workload_repeats_is_told(shared: str, expected: bool, tiny_base: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "p.jsonl"
+def asking(base: Path, folder: Path, shared: str, **load: Any) -> Recipe:
+    """The recipe with a workload of eight prompts that begin alike."""
     rows = [{"id": str(n), "prompt": f"{shared}{n} stars and {n * n} more of another kind"} for n in range(8)]
+    prompts = folder / "p.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    plan = PLAN.recipe
-    workload = replace(plan.workloads["chat"], prompts=str(prompts))
-    asked = replace(plan, base=str(tiny_base), adapter=str(tiny_base), workloads={"chat": workload})
-    lines = preflight.repeats(asked)
+    workload = replace(PLAN.recipe.workloads["chat"], prompts=str(prompts), **load)
+    return replace(PLAN.recipe, base=str(base), adapter=str(base), workloads={"chat": workload})
+
+
+@pytest.mark.parametrize("load", [{}, {"users": 4}, {"rate": 2.0}])
+@pytest.mark.parametrize(("shared", "expected"), [("Be brief. " * 40, True), ("", False)])
+def test_how_much_of_a_workload_repeats_is_told(
+    shared: str, expected: bool, load: dict[str, Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    lines = preflight.repeats(asking(tiny_base, tmp_path, shared, **load))
     assert bool(lines) == expected
     if expected:
         assert "workload chat: " in lines[0] and "of prompt tokens repeat" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("engine", "load", "expected"),
+    [
+        ("vllm", {"users": 2, "requests": 3}, False),
+        ("vllm", {"users": 2, "requests": 4}, True),
+        ("llamacpp_server", {"batch": 2}, True),
+        ("llamacpp_server", {}, False),
+        ("eager", {"batch": 2}, False),
+    ],
+)
+def test_a_server_that_is_asked_a_prompt_again_shows_no_more_than_an_upper_bound(
+    engine: str, load: dict[str, Any], expected: bool, tiny_base: Path, tmp_path: Path
+) -> None:
+    """With a warm-up and three requests a turn, two blocks of a launch ask eight prompts one by one."""
+    plan = asking(tiny_base, tmp_path, "", **load)
+    reusing = replace(plan.variants["reusing"], engine=Step(engine, "engine", ""))
+    lines = preflight.warnings(replace(plan, variants={**plan.variants, "reusing": reusing}))
+    assert any("upper bound" in line and "reusing" in line for line in lines) is expected
+    plain = replace(reusing, policies=())
+    lines = preflight.warnings(replace(plan, variants={**plan.variants, "reusing": plain}))
+    assert not any("upper bound" in line for line in lines)
 
 
 # ---- models that cannot ------------------------------------------------------------------------

@@ -218,11 +218,26 @@ def _home(recipe: Recipe) -> Path:
 
 def warnings(recipe: Recipe) -> list[str]:
     """A sentence for each problem that does not stop a run and spoils its measurements: answers that cannot end, words
-    that are not the base's."""
+    that are not the base's, prompts that a server finds whole."""
     base, home = Path(recipe.base), _home(recipe)
     endless, drifts = template.endless(base, home), drift.drifts(base, home)
     drifted = [drift.described(Path(recipe.adapter), drifts)] if drifts else []
-    return [*drifted, *([endless] if endless else [])]
+    return [*drifted, *([endless] if endless else []), *_found_whole(recipe)]
+
+
+def _found_whole(recipe: Recipe) -> Iterator[str]:
+    """A sentence for each workload with fewer prompts than a launch asks, if a variant reuses prefixes on a server: its
+    own store, other than peftopt's, finds a prompt that is asked again with all its tokens."""
+    known = plugins.catalogue()
+    servers = [variant for variant in recipe.variants.values() if known[variant.engine.plugin].serves]
+    names = [each.name for each in servers if any(policy.technique == "prefix" for policy in each.policies)]
+    for workload in recipe.workloads.values() if names else ():
+        there = len(corpus.read(workload.prompts, workload.slice))
+        block = (recipe.measure.warmup + recipe.timed_requests(workload.name)) * workload.batch
+        if (asked := recipe.measure.relaunch * block) > there:
+            again = f"workload {workload.name} has {counted(there, 'prompt')}, and a launch asks {asked}"
+            bound = f"so the gain of {', '.join(names)} is an upper bound: give it {asked} prompts"
+            yield f"{again}: a server finds a repeated prompt whole, {bound}"
 
 
 def foreseen(recipe: Recipe) -> list[str]:
