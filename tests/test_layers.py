@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "peftopt"
 GROUND = (
     "docstrings errors redaction records forms metrics identity stats progress machine measurements corpus store "
-    "scratch plugins environments models"
+    "scratch plugins environments forking models"
 )
 LOW = "recipe loadtest decision report gate canary merging transforms engines policies probes"
 LAYERS = f"{GROUND} {LOW} jobs server worker runner gateway watch diagnose deploy schema api cli".split()
