@@ -24,14 +24,19 @@ def torch_side(folder: str = "", adapters: bool = True) -> None:
     """Import what opens the model of a folder, or any whose weights are not packed, and with `adapters` what puts one
     on top. Nothing is left out where
     transformers is imported already: it has found out for good what is installed."""
-    own = packing(Path(folder)) if folder else ""
-    unused = [*UNUSED, *(name for name in UNPACKERS if name != own)]
-    with absent(() if "transformers" in sys.modules else unused):
+    with absent(() if "transformers" in sys.modules else (*UNUSED, *useless(folder))):
         # the last is imported by the first model's opening, else
         from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_utils  # noqa: F401
 
         if adapters:
             import peft  # noqa: F401
+
+
+def useless(folder: str) -> Collection[str]:
+    """The unpackers that the folder's model does not need: none of them where that is still to be written, all of them
+    without a folder."""
+    own = packing(Path(folder)) if folder else ""
+    return () if own is None else [name for name in UNPACKERS if name != own]
 
 
 @contextlib.contextmanager
@@ -47,10 +52,10 @@ def absent(packages: Collection[str]) -> Iterator[None]:
             del sys.modules[name]
 
 
-def packing(folder: Path) -> str:
-    """How the folder's weights are packed, as its config.json calls it ("torchao", "gptq", …); "" if they are not, or
+def packing(folder: Path) -> str | None:
+    """How the folder's weights are packed, as its config.json calls it ("torchao", "gptq", …); "" if they are not, None
     where there is no config to read."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         return str((settings.get("quantization_config") or {}).get("quant_method", ""))
-    return ""
+    return None

@@ -58,7 +58,8 @@ def make_artifact(
         # the output is smaller, by an unknown amount
         check_room(out.parent, store.size(Path(job.model.path)))
     with contextlib.ExitStack() as stack:
-        opener = stack.enter_context(_opener(plugin, job.model, log, threads, deadline_s)) if quantizes else None
+        written = replace(job.model, path=job.out)
+        opener = stack.enter_context(_opener(plugin, written, log, threads, deadline_s)) if quantizes else None
         with WorkerProcess(log, threads, python=environments.interpreter(plugin)) as child, watch(child):
             transformed = child.ask(job, deadline_s, hear=hear)
         if opener and not transformed.tier0:
@@ -75,8 +76,8 @@ def make_artifact(
 def _opener(
     plugin: Plugin, model: Model, log: Path, threads: int, deadline_s: float
 ) -> Iterator[Callable[[], WorkerProcess]]:
-    """A fresh process that will open the result. It imports the reader's libraries while the quantizer works. An error
-    at its start is raised by the call of the yielded function."""
+    """A fresh process that will open the `model`, and imports its reader's libraries while the quantizer writes it. An
+    error at its start is raised by the call of the yielded function."""
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(1) as beside:
 
         def start() -> WorkerProcess:
