@@ -46,7 +46,7 @@ def test_how_weights_are_packed_is_read_from_the_config(tmp_path: Path, config: 
     assert importing.packing(tmp_path) == packing
 
 
-def test_a_folder_without_a_config_has_plain_weights(tmp_path: Path) -> None:
+def test_of_a_folder_without_a_config_nothing_is_known(tmp_path: Path) -> None:
     assert importing.packing(tmp_path) is None
     assert importing.useless(str(tmp_path)) == (), "nobody knows yet how it will be packed"
 
