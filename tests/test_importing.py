@@ -35,13 +35,13 @@ def test_a_package_that_is_in_use_stays() -> None:
         ('{"quantization_config": {"quant_method": "torchao"}}', "torchao"),
         ('{"quantization_config": null}', ""),
         ("{}", ""),
-        ("[]", ""),
-        ("{", ""),
+        ("[]", None),
+        ("{", None),
         ('{"quantization_config": []}', ""),
-        ('{"quantization_config": "int8"}', ""),
+        ('{"quantization_config": "int8"}', None),
     ],
 )
-def test_how_weights_are_packed_is_read_from_the_config(tmp_path: Path, config: str, packing: str) -> None:
+def test_how_weights_are_packed_is_read_from_the_config(tmp_path: Path, config: str, packing: str | None) -> None:
     (tmp_path / "config.json").write_text(config)
     assert importing.packing(tmp_path) == packing
 

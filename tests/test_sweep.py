@@ -48,7 +48,7 @@ def copied(job: Job) -> tuple[int, bytes]:
     said = job.folder / "said"
     with Path(os.devnull).open() as nothing, said.open("w") as out, (job.folder / cells.LOG).open("a") as log:
         streams = (nothing.fileno(), out.fileno(), log.fileno())
-        code = COMMANDS.copy(("peftopt.cli", *job.arguments), streams, workers=workers()).wait()
+        code = COMMANDS.program(("peftopt.cli", *job.arguments), streams, workers=workers()).wait()
     return code, said.read_bytes()
 
 
