@@ -40,7 +40,7 @@ def field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> race.Field:
     plan = replace(plan, recipe=replace(plan.recipe, workloads={**plan.recipe.workloads, "chat": chat}))
     run: Any = SimpleNamespace(plan=plan, recipe=plan.recipe, evidence=evidence_of(plan, []), folder=Path())
 
-    def worker(run: Any, variant: Variant, log: str, threads: int) -> Started:
+    def worker(run: Any, variant: Variant, log: str, threads: int, forks: Any) -> Started:
         if variant.name == "int8":
             raise WorkerFailed("died", "at start")
         return Started(variant.name)
@@ -76,7 +76,7 @@ def served(field: race.Field, monkeypatch: pytest.MonkeyPatch) -> race.Field:
     chains = {name: replace(v, engine=Step("vllm", "engine", "")) for name, v in run.recipe.variants.items()}
     run.recipe = replace(run.recipe, variants=chains)
     run.log = lambda *_: None
-    monkeypatch.setattr(race, "worker", lambda run, variant, log, threads: Started(variant.name))
+    monkeypatch.setattr(race, "worker", lambda run, variant, log, threads, forks: Started(variant.name))
     return field
 
 
