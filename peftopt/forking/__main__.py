@@ -92,7 +92,7 @@ def become(request: dict[str, Any], descriptors: Sequence[int]) -> NoReturn:
     sys.argv[:] = [request["module"], *request["arguments"]]
     path = list(filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)))
     sys.path[:] = [*path, *(folder for folder in sys.path if folder not in path)]
-    os._exit(_run(request["module"]))
+    os._exit(_ended(request["module"]))
 
 
 def _arrange(descriptors: Sequence[int]) -> None:
@@ -105,13 +105,18 @@ def _arrange(descriptors: Sequence[int]) -> None:
         os.close(each)
 
 
-def _run(module: str) -> int:
+def run(module: str) -> None:
+    """Run a module as the main one, from its beginning, if it was imported before or not."""
+    for name in (module, f"{module}.__main__"):
+        if name in sys.modules and not hasattr(sys.modules[name], "__path__"):
+            del sys.modules[name]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _ended(module: str) -> int:
     """Run a module as the main one. Returns its exit code."""
     try:
-        for name in (module, f"{module}.__main__"):  # what is imported already is to run from its beginning
-            if name in sys.modules and not hasattr(sys.modules[name], "__path__"):
-                del sys.modules[name]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        run(module)
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)

@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import json
 import os
-import runpy
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 from peftopt import environments, forking, machine
 from peftopt.engines import _server
 from peftopt.forking import BESIDE, Copy, ForkServer
+from peftopt.forking.__main__ import run
 from peftopt.models import rendering
 from peftopt.runner import orphans, process
 
@@ -51,7 +51,7 @@ class First(ForkServer):
         modules have, by "module:NAME". `workers`: engines and workers that the process starts are copies of that
         one."""
         environment = dict(os.environ if environment is None else environment)
-        self.environment = self.environment or unmarked(environment)
+        self.asked_for(environment)
         beside = [workers.asked_for(environment).fileno()] if workers else []
         path = os.pathsep.join(filter(None, [environment.get("PYTHONPATH", ""), str(TESTS)]))
         given = [json.dumps(dict(constants or {})), "workers" if workers else ""]
@@ -166,10 +166,7 @@ def main(constants: str, copies: str, module: str, *arguments: str) -> None:
     if faulty_io.VARIABLE in os.environ:
         faulty_io.planted(os.environ[faulty_io.VARIABLE])
     sys.argv[:] = [module, *arguments]
-    for name in (module, f"{module}.__main__"):
-        if name in sys.modules and not hasattr(sys.modules[name], "__path__"):
-            del sys.modules[name]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    run(module)
 
 
 if __name__ == "__main__":
